@@ -1,0 +1,32 @@
+# Everything runs in .venv, which is made on first use; the only need is Python >= 3.11.
+PYTHON ?= python3
+BIN := .venv/bin
+# One thread per test process, two processes: small tensors on two cores.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+.PHONY: demo test test-long lint clean
+
+demo: .venv/installed  ## the whole pipeline on the embedded model, to a report
+	$(BIN)/python -m harvest model=tiny text=tiny tokens=4e5 context=256 store=activations/tiny.zarr
+	$(BIN)/python -m train sae=tiny optim=tiny store=activations/tiny.zarr run=runs/demo
+	$(BIN)/python -m analyze study=quality run=runs/demo
+	$(BIN)/python -m analyze study=report run=runs/demo
+
+test: .venv/installed  ## the whole test suite, under 5 minutes on two cores
+	$(TEST)
+
+test-long: .venv/installed  ## the loops of minutes: hundreds of kills
+	$(TEST) -m long
+
+lint: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv activations runs

@@ -1,0 +1,1 @@
+"""The Hydra configurations; a package so that they are installed beside the code."""

@@ -1,0 +1,138 @@
+"""Files that survive a power cut: written beside their place, synced, renamed, directory synced.
+
+No Zarr library and no tensor library syncs what it writes; a rename without the syncs can survive a crash
+that its contents did not. Every lasting file of the pipeline goes through this module.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import xxhash
+
+from data.errors import StoreError
+
+Buffer = bytes | bytearray | memoryview
+
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.tmp")
+
+
+class Written(NamedTuple):
+    """What was written, as a commit record names it."""
+
+    bytes: int  # size of the file
+    xxh3_128: str  # digest of its contents, hexadecimal
+
+
+def digest(*parts: Buffer) -> str:
+    """xxh3_128 of the parts' bytes in order (4.35 GB/s on one core, against 0.46 for sha256)."""
+    state = xxhash.xxh3_128()
+    for part in parts:
+        state.update(part)
+    return state.hexdigest()
+
+
+def digest_file(path: Path, block: int = 1 << 22) -> Written:
+    """Size and digest of a file, read in blocks of `block` bytes."""
+    state, size = xxhash.xxh3_128(), 0
+    with path.open("rb") as file:
+        while data := file.read(block):
+            state.update(data)
+            size += len(data)
+    return Written(size, state.hexdigest())
+
+
+def sync_directory(path: Path) -> None:
+    """Make the directory's own entries durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_temporary(path: Path, parts: Iterable[Buffer]) -> tuple[Path, Written]:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    state, size = xxhash.xxh3_128(), 0
+    try:
+        with temporary.open("wb") as file:
+            for part in parts:
+                state.update(part)
+                size += file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StoreError(
+            f"cannot write {path}: {error.strerror}; what was committed before is intact, "
+            "so free space or mend the disk and run the same command again"
+        ) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary, Written(size, state.hexdigest())
+
+
+def write(path: Path, parts: Iterable[Buffer]) -> Written:
+    """Write `parts` as the file `path`, replacing what is there, durably and all at once.
+
+    Raises:
+        StoreError: the disk refused; the file that was there before is untouched.
+    """
+    temporary, written = _write_temporary(path, parts)
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+    return written
+
+
+def create(path: Path, data: bytes) -> bool:
+    """Like `write`, but never replaces: False if `path` exists already (the first writer wins)."""
+    temporary, _ = _write_temporary(path, [data])
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
+    return True
+
+
+def make_directory(path: Path) -> None:
+    """Create `path` and its parents, durably."""
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"cannot create the folder {path}: {error.strerror}; choose another place"
+        ) from error
+    for created in reversed(missing):
+        sync_directory(created.parent)
+
+
+def sweep(root: Path) -> int:
+    """Remove the temporaries that dead processes left under `root`; how many there were."""
+    swept = 0
+    for path in root.rglob(".*.tmp"):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and not _is_alive(int(match["pid"])):
+            path.unlink(missing_ok=True)
+            swept += 1
+    return swept
+
+
+def _is_alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False  # ours are gone by the time anyone sweeps, so this one is a dead namesake's
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

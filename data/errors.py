@@ -1,0 +1,109 @@
+"""The exceptions of the pipeline, and what a command line makes of them.
+
+    PipelineError            one clear line on stderr, exit code 2: what was got, what is allowed, the way out
+    ├── SettingError         a setting that cannot be right (also a ValueError)
+    ├── StoreError           a store or run directory that is not what it must be
+    │   └── MismatchError    its recorded settings differ from the ones asked for; names both values
+    └── NonFiniteError       NaN or infinity where numbers must be
+    Interrupted              SIGINT or SIGTERM at a safe boundary; exit code 130 or 143
+
+Anything else that reaches the top is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any
+
+
+class PipelineError(Exception):
+    """Something that the user can mend; its text is the whole message."""
+
+
+class SettingError(PipelineError, ValueError):
+    """A setting that cannot be right, whatever is on disk."""
+
+
+class StoreError(PipelineError):
+    """A store or a run directory is missing, damaged, or of another kind."""
+
+
+class NonFiniteError(PipelineError):
+    """NaN or infinity where numbers must be."""
+
+
+class MismatchError(StoreError):
+    """Recorded settings differ from the ones asked for."""
+
+    def __init__(self, where: str, differences: Mapping[str, tuple[Any, Any]], way_out: str) -> None:
+        lines = (f"{key} is {old!r} there and {new!r} here" for key, (old, new) in differences.items())
+        super().__init__(f"{where} was made with other settings: {'; '.join(lines)}. {way_out}")
+        self.differences = dict(differences)
+
+
+class Interrupted(Exception):
+    """The process was asked to stop and reached a boundary where nothing is lost."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.exit_code = 128 + signum
+
+
+class StopRequest:
+    """Turns SIGINT and SIGTERM into a flag that loops look at between units or steps.
+
+    Use as a context manager; the former handlers come back on exit. A second signal of the same
+    kind acts at once, for those who cannot wait for the boundary.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._former[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._former.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, _frame: FrameType | None) -> None:
+        self.signum = signum
+        signal.signal(signum, self._former[signum])
+
+    def check(self) -> None:
+        """Raise `Interrupted` if a signal has arrived since the last check."""
+        if self.signum is not None:
+            raise Interrupted(self.signum)
+
+
+def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ between two nested mappings, with (recorded, wanted)."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(recorded.keys() | wanted.keys()):
+        old, new = recorded.get(key), wanted.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found |= {f"{key}.{inner}": pair for inner, pair in differences(old, new).items()}
+        elif old != new:
+            found[key] = (old, new)
+    return found
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Run a command line's body; turn our exceptions into one line and an exit code."""
+    try:
+        command()
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except Interrupted as stop:
+        print(f"stopped by {stop}; the same command again continues from here", file=sys.stderr, flush=True)
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        print("stopped by SIGINT; the same command again continues from the last commit", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,92 @@
+"""What a run says while it works: one progress line, and metrics.jsonl.
+
+metrics.jsonl is part of a run's state: a checkpoint stores its length, and resuming cuts it back to that length,
+so the file of a run that was killed equals the file of one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from data.errors import StoreError
+
+Record = Mapping[str, Any]
+
+
+class Metrics:
+    """An append-only file of JSON lines; floats keep all their digits, NaN and infinity become null."""
+
+    def __init__(self, path: Path, keep_bytes: int = 0) -> None:
+        """Open `path`, cut to its first `keep_bytes` bytes (0 starts anew)."""
+        size = path.stat().st_size if path.exists() else 0
+        if size < keep_bytes:
+            raise StoreError(
+                f"{path} has {size} bytes where the checkpoint saw {keep_bytes}: it was cut by hand; restore it, "
+                "or delete the run directory to start over"
+            )
+        self._file = path.open("r+b" if path.exists() else "w+b")
+        self._file.truncate(keep_bytes)
+        self._file.seek(keep_bytes)
+
+    def write(self, record: Record) -> None:
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._file.write(json.dumps(clean, separators=(",", ":")).encode() + b"\n")
+
+    def sync(self) -> int:
+        """Make every line durable; the file's length in bytes, for the checkpoint."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All complete lines of a metrics.jsonl; a torn last line is left out."""
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+class Progress:
+    """One line that is redrawn on a terminal, and printed every `interval_s` seconds elsewhere."""
+
+    def __init__(self, stream: TextIO | None = None, interval_s: float = 5.0) -> None:
+        self._stream = stream or sys.stderr
+        self._live = self._stream.isatty()
+        self._interval_s = 0.2 if self._live else interval_s
+        self._last = -math.inf
+        self._width = 0
+
+    def show(self, text: str, *, last: bool = False) -> None:
+        """Show `text` if it is time to; always when it is the `last` of its loop."""
+        now = time.monotonic()
+        if not last and now - self._last < self._interval_s:
+            return
+        self._last = now
+        if self._live:
+            self._stream.write("\r" + text.ljust(self._width) + ("\n" if last else ""))
+            self._width = 0 if last else len(text)
+        else:
+            self._stream.write(text + "\n")
+        self._stream.flush()
+
+
+def duration(seconds: float) -> str:
+    """A span of time as people say it: 48s, 3m07s, 5h02m."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

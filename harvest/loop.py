@@ -1,0 +1,271 @@
+"""Stage one: text -> tokens -> residuals -> store.
+
+The spine (which token stands where) is committed first, by one reader of the text. Residuals are then a pure function
+of a spine unit, so that any unit can be made at any time, by anyone, with the same bits.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from data import durable, text
+from data.errors import PipelineError, SettingError, StopRequest, StoreError
+from data.journal import Progress, duration
+from data.store import SpineEnd, Store
+from data.verify import damage
+from harvest.lm import LanguageModel, choose_isolation, forward_inputs, run, truncate_checked_
+from harvest.plan import HarvestConfig, plan, require_room, size
+
+_TOLERATED_NON_FINITE = 1e-3  # share of a unit's rows; above it the model, not a token, is broken
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What bits depend on besides the settings."""
+    found = {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__}
+    if device.startswith("cuda"):
+        return {**found, "device": torch.cuda.get_device_name(device)}
+    return {**found, "device": "cpu", "threads": torch.get_num_threads()}
+
+
+def manifest(config: HarvestConfig, lm: LanguageModel, source: text.TextSource) -> dict[str, Any]:
+    """Everything that the store's bytes follow from."""
+    return {
+        "site": "resid_post",
+        "model": lm.identity,
+        "isolation": lm.isolation,
+        "text": source.identity(),
+        "tokens": config.tokens,
+        "context": config.context,
+        "seed": config.seed,
+        "unit": config.unit_tokens,
+        "chunk": config.chunk_rows,
+        "batch": config.batch,
+        "codec": config.codec,
+        "environment": environment(lm.config.device),
+    }
+
+
+def check_layers(config: HarvestConfig, lm: LanguageModel) -> None:
+    """Raise SettingError for layers or a context that the model does not have."""
+    beyond = [layer for layer in config.layers if layer >= lm.n_layers]
+    if beyond:
+        raise SettingError(
+            f"layer={beyond[0]} is out of range: {lm.identity['id']} has layers 0 to {lm.n_layers - 1}; choose layer="
+        )
+    if config.context > lm.max_context:
+        raise SettingError(f"context={config.context} is more than the model's {lm.max_context} positions")
+
+
+def harvest(config: HarvestConfig, lm: LanguageModel, source: text.TextSource) -> Store:
+    """Bring the store to what `config` asks for, from wherever it stands.
+
+    Raises:
+        MismatchError: the store there was made with other settings.
+        StoreError: the disk is too small, or what is on it is damaged.
+        Interrupted: SIGINT or SIGTERM arrived; everything committed stays.
+    """
+    check_layers(config, lm)
+    with torch.inference_mode():
+        lm.isolation = choose_isolation(lm)
+    planned = plan(config, lm.d_model, config.layers, _share_done(config))
+    _say(*planned.lines())
+    require_room(planned, config.store)
+    store = Store.open_or_create(config.store, manifest(config, lm, source))
+    with only_writer(store), StopRequest() as stop:
+        durable.sweep(store.path)
+        write_spine(store, lm, source, stop)
+        store.declare_layers(config.layers)
+        todo = store.missing(config.layers)
+        _check(store, lm, config.layers)
+        if len(todo) < store.units:
+            _say(f"going on: {store.units - len(todo)} of {store.units} units are committed")
+        write_residuals(store, lm, todo, stop)
+    return store
+
+
+def _share_done(config: HarvestConfig) -> float:
+    if not (config.store / "zarr.json").exists():
+        return 0.0
+    store = Store.open(config.store)
+    lacking = sum(map(len, store.missing(config.layers).values()))
+    return 1 - lacking / max(1, store.units * len(config.layers))
+
+
+@contextmanager
+def only_writer(store: Store) -> Iterator[None]:
+    """Hold the store's lock, which dies with the process.
+
+    Raises:
+        StoreError: another process on this machine is writing the store.
+    """
+    handle = os.open(store.path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise StoreError(
+            f"{store.path} is being written by another process; wait for it or stop it"
+        ) from error
+    finally:
+        os.close(handle)
+
+
+def write_spine(store: Store, lm: LanguageModel, source: text.TextSource, stop: StopRequest) -> None:
+    """Commit the spine units that are missing, and the spine's end."""
+    if store.spine_end is not None:
+        return
+    planned, progress = store.spine_rows, Progress()
+    unit_rows = store.unit_tokens // store.context
+    written, ended = store.spine_written(), False
+    while written < planned and not ended:
+        unit, cursor = store.spine_cursor()
+        documents = text.tokenized(source.documents(cursor.document), lm.encode)
+        rows = text.pack(documents, cursor, store.context, lm.bos)
+        while written < planned and not ended and store.spine_cursor()[0] == unit:
+            stop.check()
+            block = list(islice(rows, min(unit_rows, planned - unit * unit_rows)))
+            if block:
+                tokens, document = (
+                    np.stack(columns) for columns in zip(*((r.tokens, r.document) for r in block))
+                )
+                store.commit_spine(unit, tokens, document, block[-1].end)
+            ended = len(block) < min(unit_rows, planned - unit * unit_rows)
+            unit, written = unit + 1, store.spine_written()
+            line = f"tokens: {written * store.context:,} of {planned * store.context:,}"
+            progress.show(line, last=written >= planned)
+    if written == 0:
+        raise StoreError(
+            f"the text ends before one row of context={store.context} tokens is full; give more text"
+        )
+    if ended:
+        _say(
+            f"the text ended at {written * store.context:,} of {planned * store.context:,} tokens: the store ends there"
+        )
+    store.close_spine(SpineEnd(written, ended_early=ended))
+
+
+def compute_unit(
+    store: Store, lm: LanguageModel, unit: int, layers: list[int]
+) -> dict[int, NDArray[np.uint16]]:
+    """Residuals of one unit, in spine order: (n, d) bfloat16 bits per layer. A pure function of the spine."""
+    tokens, starts = store.tokens(unit), store.piece_starts(unit)
+    out = {layer: np.empty((tokens.size, lm.d_model), np.uint16) for layer in layers}
+    for at in range(0, len(tokens), store.manifest["batch"]):
+        part = slice(at, at + store.manifest["batch"])
+        passes = forward_inputs(tokens[part], starts[part], lm.isolation)
+        first = at * store.context
+        for layer, rows in run(lm, passes, layers).items():
+            # Waits for the device: the rows are needed on the host before the next batch reuses its memory.
+            out[layer][first : first + len(rows)] = rows.cpu().view(torch.uint16).numpy()
+    return out
+
+
+def write_residuals(store: Store, lm: LanguageModel, todo: dict[int, list[int]], stop: StopRequest) -> None:
+    """Make and commit the units of `todo`; one is written while the next is made."""
+    if not todo:
+        _say(f"{store.path} is complete: {store.units} units, {store.rows:,} rows a layer")
+        return
+    progress, began, done, written = Progress(), time.monotonic(), 0, 0
+    pending: Future[None] | None = None
+    with ThreadPoolExecutor(1, thread_name_prefix="commit") as writer:
+        for number, (unit, layers) in enumerate(todo.items(), 1):
+            rows = compute_unit(store, lm, unit, layers)
+            _require_finite(store, unit, rows)
+            if pending is not None:
+                pending.result()
+            stop.check()
+            pending = writer.submit(store.commit_residuals, unit, rows)
+            done += sum(map(len, rows.values())) // len(layers)
+            written += sum(bits.nbytes for bits in rows.values())
+            rate = done / (time.monotonic() - began)
+            left = duration((len(todo) - number) * store.unit_tokens / rate)
+            line = f"unit {number}/{len(todo)} | {done:,} tokens | {rate:,.0f} tokens/s | {size(written)} | ETA {left}"
+            progress.show(line, last=number == len(todo))
+        assert pending is not None
+        pending.result()
+    for layer in sorted({layer for layers in todo.values() for layer in layers}):
+        if bad := store.non_finite(layer):
+            _say(f"layer {layer}: {bad} rows hold NaN or infinity; they are stored, counted and never served")
+    spent = time.monotonic() - began
+    _say(f"{store.path} is complete: {done:,} tokens in {duration(spent)}, {done / spent:,.0f} tokens/s")
+
+
+def _require_finite(store: Store, unit: int, rows: dict[int, NDArray[np.uint16]]) -> None:
+    for layer, bits in rows.items():
+        # All exponent bits set: infinity or NaN.
+        bad = int(((bits & np.uint16(0x7F80)) == np.uint16(0x7F80)).any(1).sum())
+        if bad > _TOLERATED_NON_FINITE * len(bits):
+            raise PipelineError(
+                f"layer {layer} gave {bad} of {len(bits)} rows with NaN or infinity in unit {unit} of {store.path}; "
+                "nothing of it was written; try model.dtype=float32 or another layer"
+            )
+
+
+def _check(store: Store, lm: LanguageModel, layers: tuple[int, ...]) -> None:
+    """The self-check of every start, and on a store that has units the recomputation of one of them."""
+    batch = slice(0, store.manifest["batch"])
+    passes = forward_inputs(store.tokens(0)[batch], store.piece_starts(0)[batch], lm.isolation)
+    with torch.inference_mode():
+        truncate_checked_(lm, passes, layers)
+    for unit in range(store.units):
+        committed = [layer for layer in layers if layer not in store.missing(layers).get(unit, [])]
+        if committed:
+            require_same(store, lm, unit, committed)
+            return
+
+
+def require_same(store: Store, lm: LanguageModel, unit: int, layers: list[int]) -> None:
+    """Recompute one committed unit; raise StoreError unless the store holds the very same bits."""
+    permutation = store.permutation(unit)
+    for layer, bits in compute_unit(store, lm, unit, layers).items():
+        wrong = int((store.residuals(layer, unit) != bits[permutation]).any(1).sum())
+        if wrong:
+            raise StoreError(
+                f"unit {unit} of layer {layer} in {store.path} differs in {wrong} of {len(bits)} rows when recomputed "
+                "here; go on where the store was begun, or harvest into another store="
+            )
+
+
+def verify(path: Path, lm: LanguageModel) -> list[str]:
+    """Check every digest of the store, and one random unit through the model; what is wrong, a line each."""
+    wrong = [line for _, lines in damage(path) for line in lines]
+    if wrong:
+        return wrong
+    store = Store.open(path)
+    committed = [unit for unit in range(store.units) if not store.missing(store.layers).get(unit)]
+    if committed and store.layers:
+        lm.isolation = store.manifest["isolation"]
+        lm.truncate_(max(store.layers))
+        require_same(store, lm, random.choice(committed), store.layers)
+    return []
+
+
+def status(path: Path) -> list[str]:
+    """How far a store is, a line per layer."""
+    store = Store.open(path)
+    end = store.spine_end
+    spine = f"{store.rows:,} tokens" + ("" if end else " planned, spine unfinished")
+    lines = [f"{path}: {spine}, {store.units} units, model {store.manifest['model']['id']}"]
+    for layer in store.layers:
+        lines.append(f"layer {layer}: {store.units - len(store.missing([layer]))} of {store.units} units")
+    return lines
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
