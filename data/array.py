@@ -23,8 +23,7 @@ from data.codec import CRC_BYTES, Codec
 from data.errors import StoreError
 
 ABSENT = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
-NATIVE = {"bfloat16": np.dtype("<u2"), "float32": np.dtype("<f4"), "float64": np.dtype("<f8")}
-NATIVE |= {"uint32": np.dtype("<u4"), "uint64": np.dtype("<u8")}
+_NATIVE = {"bfloat16": "<u2", "float32": "<f4", "float64": "<f8", "uint32": "<u4", "uint64": "<u8"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class UnitArray:
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:
-        return NATIVE[self.data_type]
+        return np.dtype(_NATIVE[self.data_type])
 
     @cached_property
     def codec(self) -> Codec:

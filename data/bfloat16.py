@@ -73,7 +73,7 @@ class BFloat16(ZDType[np.dtypes.UInt16DType, np.uint16], HasEndianness, HasItemS
         return np.uint16(0)
 
     def from_json_scalar(self, data: Any, *, zarr_format: Literal[2, 3]) -> np.uint16:
-        return np.uint16(to_bits(np.float32([data]))[0])
+        return np.uint16(to_bits(np.array([data], np.float32))[0])
 
     def to_json_scalar(self, data: object, *, zarr_format: Literal[2, 3]) -> float:
         return float(to_float32(np.array([data], np.uint16))[0])

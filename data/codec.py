@@ -53,8 +53,9 @@ class Codec:
     def encode(self, chunk: NDArray[Any]) -> bytes:
         """The chunk's bytes, checksum last. `chunk` is C-contiguous."""
         assert chunk.flags.c_contiguous and chunk.itemsize == self.typesize
-        body = self._blosc().encode(chunk) if self.name == "blosc" else chunk.tobytes()
-        return body + google_crc32c.value(body).to_bytes(CRC_BYTES, "little")
+        body: bytes = self._blosc().encode(chunk) if self.name == "blosc" else chunk.tobytes()
+        crc: int = google_crc32c.value(body)
+        return body + crc.to_bytes(CRC_BYTES, "little")
 
     def decode(self, data: Buffer, out: NDArray[Any]) -> None:
         """Decode into the C-contiguous `out`.

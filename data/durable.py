@@ -108,9 +108,7 @@ def make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StoreError(
-            f"cannot create the folder {path}: {error.strerror}; choose another place"
-        ) from error
+        raise StoreError(f"cannot create the folder {path}: {error.strerror}; choose another place") from error
     for created in reversed(missing):
         sync_directory(created.parent)
 
@@ -124,6 +122,11 @@ def sweep(root: Path) -> int:
             path.unlink(missing_ok=True)
             swept += 1
     return swept
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether `path` is the rest of a write that did not come to its end."""
+    return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def _is_alive(pid: int) -> bool:

@@ -83,8 +83,9 @@ class Selection:
         self.norm_limit = np.inf
         if policy.max_norm is not None:
             sample = order.permutation(len(self.train_units), store.manifest["seed"])[:_MEDIAN_UNITS]
-            medians = [np.median(store.norms(layer, self.train_units[i])) for i in sample]
-            self.norm_limit = float(policy.max_norm * np.mean(medians))
+            norms = (store.norms(layer, self.train_units[i]) for i in sample)
+            medians = [np.median(unit[np.isfinite(unit)]) for unit in norms if np.isfinite(unit).any()]
+            self.norm_limit = float(policy.max_norm * np.mean(medians)) if medians else 0.0
 
     def kept(self, unit: int) -> tuple[NDArray[np.bool_], float]:
         """(n,) which stored rows of `unit` are kept, and the sum of their norms."""
@@ -99,9 +100,7 @@ class Selection:
 class Reader:
     """The shuffled training stream of one layer: every row that the policy keeps, held-out units excepted."""
 
-    def __init__(
-        self, store: Store, layer: int, *, batch: int, seed: int, policy: Policy, window: int = 128
-    ) -> None:
+    def __init__(self, store: Store, layer: int, *, batch: int, seed: int, policy: Policy, window: int = 128) -> None:
         """Read the side columns of every unit once, to know exactly which rows are kept.
 
         Args:

@@ -6,7 +6,7 @@ What may never change (format 1): a Zarr v3 group of these arrays, cut into unit
     token_index                (N,)   uint32 | uint64 row of a residual array -> flat index into the spine, N = S*T
     layer_L                    (N, d) bfloat16        residual stream after decoder layer L, rows permuted in their unit
     norm_L                     (N,)   float32         Euclidean norms of those rows
-    moments_L                  (units, 2, 2, d) float64   [rows that are BOS, others] x [mean, sum of squared deviations]
+    moments_L                  (units, 2, 2, d) float64   [BOS rows, others] x [mean, sum of squared deviations]
 
 A unit is the unit of work, writing, commit, checksum, statistics and resume. Its objects are written first, then its
 record in commits/ is created; a reader believes records alone. The group's attributes hold the manifest, which is
@@ -79,17 +79,13 @@ class Store:
         """
         metadata = path / "zarr.json"
         if not metadata.is_file():
-            raise StoreError(
-                f"no activation store at {path}; make one with `python -m harvest store={path} ...`"
-            )
+            raise StoreError(f"no activation store at {path}; make one with `python -m harvest store={path} ...`")
         try:
             manifest = json.loads(metadata.read_bytes())["attributes"]["manifest"]
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{metadata} is not the metadata of an activation store") from error
         if manifest.get("format") != FORMAT:
-            raise StoreError(
-                f"{path} has store format {manifest.get('format')!r}; this version reads {FORMAT}"
-            )
+            raise StoreError(f"{path} has store format {manifest.get('format')!r}; this version reads {FORMAT}")
         return cls(path, manifest)
 
     @classmethod
@@ -101,25 +97,24 @@ class Store:
         """
         wanted = {"format": FORMAT, **manifest}
         if not (path / "zarr.json").exists():
-            if path.exists() and any(path.iterdir()):
+            if path.exists() and not all(durable.is_temporary(file) for file in path.iterdir()):
                 raise StoreError(f"{path} exists and is not an activation store; choose another store=")
-            durable.make_directory(path / "commits" / "spine")
-            durable.make_directory(path / "commits" / "residuals")
-            store = cls(path, wanted)
-            store._declare()
-            return store
+            durable.make_directory(path)
+            cls(path, wanted)._write_group({})
         store = cls.open(path)
         if unequal := differences(store.manifest, wanted):
             raise MismatchError(f"store {path}", unequal, "Use those settings, or another store=.")
+        durable.make_directory(path / "commits" / "spine")
+        durable.make_directory(path / "commits" / "residuals")
+        if store.spine_end is None:
+            store._declare()
         return store
 
     def refresh(self) -> None:
         """Read the commit records again, and check that what they name is there in full."""
         commits = self.path / "commits"
-        self._spine = {
-            int(p.stem): records.read(p) for p in sorted((commits / "spine").glob("????????.json"))
-        }
-        self._residuals = {}
+        self._spine = {int(p.stem): records.read(p) for p in sorted((commits / "spine").glob("????????.json"))}
+        self._residuals, self._next_spine_unit = {}, 0
         for path in sorted((commits / "residuals").glob("*.json")):
             if match := _RESIDUAL_RECORD.fullmatch(path.name):
                 record = records.read(path)
@@ -205,6 +200,9 @@ class Store:
         for name, metadata in arrays.items():
             durable.make_directory(self.path / name)
             durable.write(self.path / name / "zarr.json", [_json(metadata)])
+        self._write_group(arrays)
+
+    def _write_group(self, arrays: Mapping[str, Any]) -> None:
         # Inline metadata spares readers a directory listing, in which commits/ would be no Zarr node.
         inline = {"kind": "inline", "must_understand": False, "metadata": arrays}
         group = {"zarr_format": 3, "node_type": "group", "attributes": {"manifest": self.manifest}}
@@ -218,27 +216,23 @@ class Store:
 
     def spine_cursor(self) -> tuple[int, Cursor]:
         """The first uncommitted spine unit, and where its text starts."""
-        unit = 0
-        while unit in self._spine:
-            unit += 1
+        while self._next_spine_unit in self._spine:
+            self._next_spine_unit += 1
+        unit = self._next_spine_unit
         return unit, Cursor(*self._spine[unit - 1]["cursor"]) if unit else Cursor(0, 0)
 
     def spine_written(self) -> int:
         """Rows of the spine that are committed, wherever they lie."""
         return sum(record["rows"] for record in self._spine.values())
 
-    def commit_spine(
-        self, unit: int, tokens: NDArray[np.uint32], document: NDArray[np.uint32], end: Cursor
-    ) -> None:
+    def commit_spine(self, unit: int, tokens: NDArray[np.uint32], document: NDArray[np.uint32], end: Cursor) -> None:
         """Commit one unit of packed rows, (R, T) each; `end` is the cursor behind its last token."""
-        objects = {}
+        objects: dict[str, Written] = {}
         for name, rows in (("tokens", tokens), ("document", document)):
             objects |= self._write(name, unit, rows)
         body = {"unit": unit, "rows": len(tokens), "cursor": list(end), "objects": objects}
         if not records.create(self.path / "commits" / "spine" / f"{unit:08d}.json", body):
-            raise StoreError(
-                f"another process committed spine unit {unit} of {self.path}; stop one of the two"
-            )
+            raise StoreError(f"another process committed spine unit {unit} of {self.path}; stop one of the two")
         self._spine[unit] = body
 
     def close_spine(self, end: SpineEnd) -> None:
@@ -264,9 +258,7 @@ class Store:
 
     def missing(self, layers: Sequence[int]) -> dict[int, list[int]]:
         """Units that lack some of `layers`, with the layers that each lacks, in order."""
-        lacking = {
-            u: [layer for layer in layers if (layer, u) not in self._residuals] for u in range(self.units)
-        }
+        lacking = {u: [layer for layer in layers if (layer, u) not in self._residuals] for u in range(self.units)}
         return {unit: needed for unit, needed in lacking.items() if needed}
 
     def complete(self, layer: int) -> bool:
@@ -292,7 +284,9 @@ class Store:
         """
         permutation = self.permutation(unit)
         bos = self.piece_starts(unit).ravel()[permutation]
-        objects, counts, non_finite = {}, {}, {}
+        objects: dict[str, Written] = {}
+        counts: dict[str, list[int]] = {}
+        non_finite: dict[str, int] = {}
         if not any((layer, unit) in self._residuals for layer in self.layers):
             index = (permutation + unit * self.unit_tokens).astype(self.array("token_index").dtype)
             objects |= self._write("token_index", unit, index)
@@ -367,9 +361,7 @@ def _json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"
 
 
-def _statistics(
-    bits: NDArray[np.uint16], bos: NDArray[np.bool_]
-) -> tuple[NDArray[np.float32], list[Moments], int]:
+def _statistics(bits: NDArray[np.uint16], bos: NDArray[np.bool_]) -> tuple[NDArray[np.float32], list[Moments], int]:
     """Norms of all rows; moments of the finite [BOS, other] rows; how many rows are not finite."""
     norms = np.empty(len(bits), np.float32)
     groups = [Moments.empty(bits.shape[1]), Moments.empty(bits.shape[1])]

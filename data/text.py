@@ -62,9 +62,7 @@ class FileText:
         if not self.path.exists():
             raise SettingError(f"text.path={self.path} does not exist")
         if not self._files():
-            raise SettingError(
-                f"text.path={self.path} holds no text; allowed are {', '.join(SUFFIXES)} files"
-            )
+            raise SettingError(f"text.path={self.path} holds no text; allowed are {', '.join(SUFFIXES)} files")
 
     def _files(self) -> list[Path]:
         candidates = sorted(self.path.rglob("*")) if self.path.is_dir() else [self.path]
@@ -138,9 +136,7 @@ class HubText:
                 "and the network, use text.path=FILE, or text=tiny, which needs no network"
             ) from error
         if stream.column_names and self.field not in stream.column_names:
-            raise SettingError(
-                f"{self.dataset} has no text.field={self.field!r}; it has {stream.column_names}"
-            )
+            raise SettingError(f"{self.dataset} has no text.field={self.field!r}; it has {stream.column_names}")
         return (str(row[self.field]) for row in stream.skip(start))
 
 

@@ -26,9 +26,7 @@ def harvest_config(settings: dict[str, Any]) -> HarvestConfig:
     """Our own configuration from Hydra's plain values."""
     layers = settings["layer"] if settings["layer"] is not None else settings["model"]["layers"]
     if layers is None:
-        raise SettingError(
-            "layer= is not set, and this model's configuration has no default; give a layer number"
-        )
+        raise SettingError("layer= is not set, and this model's configuration has no default; give a layer number")
     listed = layers if isinstance(layers, list) else [layers]
     return HarvestConfig(
         store=Path(settings["store"] or default_store(settings["model"], settings["text"])),
@@ -72,18 +70,14 @@ def command(settings: dict[str, Any]) -> None:
     if action not in ACTIONS:
         raise SettingError(f"action={action} is unknown; choose one of {', '.join(ACTIONS)}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SettingError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: this version harvests with one process a store"
-        )
+        raise SettingError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: this version harvests with one process a store")
     config = harvest_config(settings)
     if action == "status":
         print("\n".join(status(config.store)))
         return
     if action == "repair":
         dropped = repair(config.store)
-        print(
-            "\n".join([*(f"dropped {record}" for record in dropped), f"{len(dropped)} units to make again"])
-        )
+        print("\n".join([*(f"dropped {record}" for record in dropped), f"{len(dropped)} units to make again"]))
         return
     source = text_source(settings["text"])
     lm = load(model_config(settings["model"], settings["device"]))
@@ -95,9 +89,7 @@ def command(settings: dict[str, Any]) -> None:
             raise PipelineError(
                 "\n".join([*wrong, f"`python -m harvest action=repair store={config.store}` drops them"])
             )
-        print(
-            f"{config.store}: every object holds the bytes that were committed; a recomputed unit is the same"
-        )
+        print(f"{config.store}: every object holds the bytes that were committed; a recomputed unit is the same")
     else:
         harvest(config, lm, source)
 

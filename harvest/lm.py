@@ -49,9 +49,7 @@ class Inputs(NamedTuple):
     """One forward pass."""
 
     ids: torch.Tensor  # (b, t) int64
-    positions: (
-        torch.Tensor | None
-    )  # (b, t) int64, starting anew at every piece; None where rows are single pieces
+    positions: torch.Tensor | None  # (b, t) int64, starting anew at every piece; None where rows are single pieces
     source: torch.Tensor  # (b, t) int64: flat index of each token in its (B, T) batch, -1 for padding
 
 
@@ -65,6 +63,7 @@ class LanguageModel:
     tokenizer: Any
     bos: int
     d_model: int
+    vocabulary: int  # token ids
     n_layers: int  # of the whole model
     max_context: int  # tokens
     identity: dict[str, Any]  # what the manifest records of it
@@ -72,9 +71,7 @@ class LanguageModel:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids without special tokens; text that spells one (`<bos>`) stays text."""
-        ids = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)[
-            "input_ids"
-        ]
+        ids = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         assert not any(self.bos in document for document in ids), "text must not encode to BOS"
         return [list(document) for document in ids]
 
@@ -94,15 +91,11 @@ def resolve(path: str, revision: str) -> Path:
     if Path(path).is_dir():
         return Path(path)
     if Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1:
-        raise SettingError(
-            f"model.path={path} is no folder; give a Hugging Face model folder or a hub id (owner/name)"
-        )
+        raise SettingError(f"model.path={path} is no folder; give a Hugging Face model folder or a hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model"])
-        )
+        return Path(snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model"]))
     except Exception as error:  # network, gate, unknown name: the hub's client has a dozen kinds
         raise SettingError(
             f"model.path={path} cannot be had from the Hugging Face hub ({type(error).__name__}). If it is gated, "
@@ -133,34 +126,22 @@ def load(config: ModelConfig) -> LanguageModel:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SettingError(
-            f"model.path={config.path} is not a loadable causal language model: {first}"
-        ) from error
+        raise SettingError(f"model.path={config.path} is not a loadable causal language model: {first}") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
-        raise SettingError(
-            f"the weights in {folder} are damaged ({error}); copy or download them again"
-        ) from error
+        raise SettingError(f"the weights in {folder} are damaged ({error}); copy or download them again") from error
     if missing := report["missing_keys"]:
-        raise SettingError(
-            f"{folder} lacks {len(missing)} weights, e.g. {sorted(missing)[0]}; it is incomplete"
-        )
+        raise SettingError(f"{folder} lacks {len(missing)} weights, e.g. {sorted(missing)[0]}; it is incomplete")
     # Models whose tokenizer has no BOS (Qwen) put their end-of-text token before a document.
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if bos is None:
-        raise SettingError(
-            f"the tokenizer of {config.path} has neither a BOS nor an EOS token to start pieces with"
-        )
-    decoder = model.get_decoder().eval().to(config.device)
+        raise SettingError(f"the tokenizer of {config.path} has neither a BOS nor an EOS token to start pieces with")
+    decoder = model.get_decoder().eval().requires_grad_(False).to(config.device)
     text = model.config.get_text_config()
     blocks = find_blocks(decoder, text.num_hidden_layers)
     identity = {
-        "id": "tiny"
-        if config.path == EMBEDDED
-        else folder.name
-        if folder == Path(config.path)
-        else config.path,
+        "id": "tiny" if config.path == EMBEDDED else folder.name if folder == Path(config.path) else config.path,
         "revision": config.revision,
         "architecture": type(model).__name__,
         "weights": _digest_files(folder, "*.safetensors"),
@@ -177,6 +158,7 @@ def load(config: ModelConfig) -> LanguageModel:
         tokenizer=tokenizer,
         bos=bos,
         d_model=text.hidden_size,
+        vocabulary=text.vocab_size,
         n_layers=text.num_hidden_layers,
         max_context=getattr(text, "max_position_embeddings", None) or 2**31,
         identity=identity,
@@ -218,9 +200,7 @@ def tap(blocks: nn.ModuleList, layers: Sequence[int]) -> Iterator[dict[int, torc
 # -- keeping documents apart ------------------------------------------------------------------------------------
 
 
-def forward_inputs(
-    tokens: NDArray[np.uint32], starts: NDArray[np.bool_], isolation: Isolation
-) -> list[Inputs]:
+def forward_inputs(tokens: NDArray[np.uint32], starts: NDArray[np.bool_], isolation: Isolation) -> list[Inputs]:
     """The forward passes for a (B, T) batch whose pieces begin where `starts` is true: a pure function."""
     batch, context = tokens.shape
     ids = torch.from_numpy(tokens.astype(np.int64))
@@ -253,10 +233,7 @@ def _padded(ids: torch.Tensor, starts: NDArray[np.int64], lengths: NDArray[np.in
 def run(lm: LanguageModel, passes: Sequence[Inputs], layers: Sequence[int]) -> dict[int, torch.Tensor]:
     """Residuals of `layers` for a batch: (B*T, d) each, on the model's device, in the order of its tokens."""
     total = sum(int((one.source >= 0).sum()) for one in passes)
-    out = {
-        layer: torch.empty(total, lm.d_model, dtype=torch.bfloat16, device=lm.config.device)
-        for layer in layers
-    }
+    out = {layer: torch.empty(total, lm.d_model, dtype=torch.bfloat16, device=lm.config.device) for layer in layers}
     with tap(lm.blocks, layers) as taken:
         for one in passes:
             _forward(lm, one)
@@ -299,7 +276,7 @@ def choose_isolation(lm: LanguageModel) -> Isolation:
     """
     generator = torch.Generator().manual_seed(0)
     length = min(24, lm.max_context // 2)
-    vocabulary = lm.decoder.get_input_embeddings().weight.shape[0]
+    vocabulary = lm.vocabulary
     first, other, second = torch.randint(vocabulary, (3, 1, length), generator=generator)
     positions = torch.arange(length).repeat(2)[None]
     layer = len(lm.blocks) - 1
@@ -310,9 +287,7 @@ def choose_isolation(lm: LanguageModel) -> Isolation:
         beside_other = taken[layer][:, length:].float()
         _forward(lm, Inputs(second, None, second))
         alone = taken[layer].float()
-    apart = bool(
-        _distance(beside_first, beside_other) <= 1e-4 and _distance(beside_first, alone) <= _SAME_PIECE
-    )
+    apart = bool(_distance(beside_first, beside_other) <= 1e-4 and _distance(beside_first, alone) <= _SAME_PIECE)
     return "packed" if apart else "padded"
 
 
@@ -334,9 +309,7 @@ def truncate_checked_(lm: LanguageModel, passes: Sequence[Inputs], layers: Seque
     for one in passes:
         states = _forward(lm, one, output_hidden_states=True).hidden_states
         if len(states) != lm.n_layers + 1:
-            raise PipelineError(
-                f"the model gives {len(states)} hidden states for {lm.n_layers} layers: cannot check"
-            )
+            raise PipelineError(f"the model gives {len(states)} hidden states for {lm.n_layers} layers: cannot check")
         for layer in layers:
             _scatter(states[layer + 1].cpu(), one, reference[layer])
     lm.truncate_(max(layers))
@@ -357,6 +330,4 @@ def _final_norm(decoder: nn.Module) -> nn.Module:
     for name in ("norm", "ln_f", "final_layernorm", "final_layer_norm"):
         if isinstance(module := getattr(decoder, name, None), nn.Module):
             return module
-    raise PipelineError(
-        f"{type(decoder).__name__} has no final norm by a known name: the last layer cannot be checked"
-    )
+    raise PipelineError(f"{type(decoder).__name__} has no final norm by a known name: the last layer cannot be checked")

@@ -80,8 +80,7 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: text.TextSource) -
         Interrupted: SIGINT or SIGTERM arrived; everything committed stays.
     """
     check_layers(config, lm)
-    with torch.inference_mode():
-        lm.isolation = choose_isolation(lm)
+    lm.isolation = choose_isolation(lm)
     planned = plan(config, lm.d_model, config.layers, _share_done(config))
     _say(*planned.lines())
     require_room(planned, config.store)
@@ -118,9 +117,7 @@ def only_writer(store: Store) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError as error:
-        raise StoreError(
-            f"{store.path} is being written by another process; wait for it or stop it"
-        ) from error
+        raise StoreError(f"{store.path} is being written by another process; wait for it or stop it") from error
     finally:
         os.close(handle)
 
@@ -140,18 +137,14 @@ def write_spine(store: Store, lm: LanguageModel, source: text.TextSource, stop: 
             stop.check()
             block = list(islice(rows, min(unit_rows, planned - unit * unit_rows)))
             if block:
-                tokens, document = (
-                    np.stack(columns) for columns in zip(*((r.tokens, r.document) for r in block))
-                )
+                tokens, document = np.stack([r.tokens for r in block]), np.stack([r.document for r in block])
                 store.commit_spine(unit, tokens, document, block[-1].end)
             ended = len(block) < min(unit_rows, planned - unit * unit_rows)
-            unit, written = unit + 1, store.spine_written()
+            unit, written = unit + 1, written + len(block)
             line = f"tokens: {written * store.context:,} of {planned * store.context:,}"
             progress.show(line, last=written >= planned)
     if written == 0:
-        raise StoreError(
-            f"the text ends before one row of context={store.context} tokens is full; give more text"
-        )
+        raise StoreError(f"the text ends before one row of context={store.context} tokens is full; give more text")
     if ended:
         _say(
             f"the text ended at {written * store.context:,} of {planned * store.context:,} tokens: the store ends there"
@@ -159,9 +152,7 @@ def write_spine(store: Store, lm: LanguageModel, source: text.TextSource, stop: 
     store.close_spine(SpineEnd(written, ended_early=ended))
 
 
-def compute_unit(
-    store: Store, lm: LanguageModel, unit: int, layers: list[int]
-) -> dict[int, NDArray[np.uint16]]:
+def compute_unit(store: Store, lm: LanguageModel, unit: int, layers: list[int]) -> dict[int, NDArray[np.uint16]]:
     """Residuals of one unit, in spine order: (n, d) bfloat16 bits per layer. A pure function of the spine."""
     tokens, starts = store.tokens(unit), store.piece_starts(unit)
     out = {layer: np.empty((tokens.size, lm.d_model), np.uint16) for layer in layers}
@@ -220,8 +211,7 @@ def _check(store: Store, lm: LanguageModel, layers: tuple[int, ...]) -> None:
     """The self-check of every start, and on a store that has units the recomputation of one of them."""
     batch = slice(0, store.manifest["batch"])
     passes = forward_inputs(store.tokens(0)[batch], store.piece_starts(0)[batch], lm.isolation)
-    with torch.inference_mode():
-        truncate_checked_(lm, passes, layers)
+    truncate_checked_(lm, passes, layers)
     for unit in range(store.units):
         committed = [layer for layer in layers if layer not in store.missing(layers).get(unit, [])]
         if committed:

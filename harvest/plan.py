@@ -10,9 +10,7 @@ from typing import Literal
 
 from data.errors import SettingError, StoreError
 
-UNIT_TOKENS = (
-    65_536  # 335 MB a layer at width 2560; larger shards gain nothing and peak at 3x their size in memory
-)
+UNIT_TOKENS = 65_536  # 335 MB a layer at width 2560; larger shards gain nothing and peak at 3x their size in memory
 CHUNK_ROWS = 1024  # 5.2 MB at width 2560
 _EXPECTED_RATIO = {"blosc": 1.45, "none": 1.0}  # measured on residuals of two models
 _SPINE_BYTES = 3.0  # tokens, document and token_index per token, compressed

@@ -1,0 +1,67 @@
+"""Shared small things: one thread per process, tiny random models, small stores."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is wrong
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from data.store import Cursor, SpineEnd, Store
+
+torch.set_num_threads(1)
+
+BOS = 2
+
+
+def make_manifest(d_model: int, *, tokens: int, context: int, unit: int, chunk: int, codec: str = "blosc") -> dict:
+    """The part of a manifest that a store itself needs."""
+    shape = {"tokens": tokens, "context": context, "unit": unit, "chunk": chunk, "codec": codec}
+    return {"model": {"d_model": d_model, "id": "made up"}, "seed": 7, **shape}
+
+
+def make_spine(rows: int, context: int, rng: np.random.Generator) -> tuple[NDArray, NDArray]:
+    """Random packed rows: a new document, with its BOS, at random places and at every row's start."""
+    starts = rng.random((rows, context)) < 0.1
+    starts[:, 0] = True
+    tokens = np.where(starts, BOS, rng.integers(3, 200, (rows, context))).astype(np.uint32)
+    return tokens, (starts.cumsum().reshape(rows, context) - 1).astype(np.uint32)
+
+
+def make_store(
+    path: Path,
+    residuals: NDArray[np.uint16],
+    *,
+    context: int = 16,
+    unit: int = 64,
+    chunk: int = 16,
+    codec: str = "blosc",
+    layer: int = 3,
+) -> Store:
+    """A complete store whose layer `layer` holds `residuals` ((N, d) bfloat16 bits in spine order)."""
+    n, d = residuals.shape
+    rng = np.random.default_rng(0)
+    tokens, document = make_spine(n // context, context, rng)
+    manifest = make_manifest(d, tokens=n, context=context, unit=unit, chunk=chunk, codec=codec)
+    store = Store.open_or_create(path, manifest)
+    rows = unit // context
+    for at in range(0, len(tokens), rows):
+        store.commit_spine(at // rows, tokens[at : at + rows], document[at : at + rows], Cursor(at, 0))
+    store.close_spine(SpineEnd(len(tokens), ended_early=False))
+    store.declare_layers([layer])
+    for number in range(store.units):
+        store.commit_residuals(number, {layer: residuals[number * unit : (number + 1) * unit]})
+    return store
+
+
+@pytest.fixture
+def random_bits() -> NDArray[np.uint16]:
+    """(1000, 24) bfloat16 bits of normal rows."""
+    values = torch.randn(1008, 24, generator=torch.Generator().manual_seed(1))
+    return values.bfloat16().view(torch.uint16).numpy()

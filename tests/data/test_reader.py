@@ -1,0 +1,146 @@
+"""Batches: every kept row once a pass, the same from every start, never a held-out one."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from data.bfloat16 import to_bits
+from data.errors import SettingError, StoreError
+from data.reader import Policy, Reader, held_out, held_out_units
+from data.store import Store
+from tests.conftest import BOS, make_store
+
+EVERYTHING = Policy(drop_bos=False, max_norm=None)
+N, CONTEXT, UNIT = 1008, 16, 64
+
+
+def numbered(n: int = N) -> NDArray[np.uint16]:
+    """(n, 4) rows from which the spine position can be read back: three base-100 digits and a constant."""
+    position = np.arange(n)
+    digits = np.stack([position // 10_000, position // 100 % 100, position % 100, np.full(n, 50)], axis=1)
+    return to_bits(digits.astype(np.float32) + 1)
+
+
+def positions(rows: torch.Tensor) -> list[int]:
+    digits = rows.float().numpy() - 1
+    return (digits[:, 0] * 10_000 + digits[:, 1] * 100 + digits[:, 2]).astype(int).tolist()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return make_store(tmp_path / "s.zarr", numbered(), context=CONTEXT, unit=UNIT)
+
+
+def reader(store: Store, policy: Policy = EVERYTHING, batch: int = 32, window: int = 7, seed: int = 5) -> Reader:
+    return Reader(store, 3, batch=batch, seed=seed, policy=policy, window=window)
+
+
+def trained(store: Store) -> set[int]:
+    held = set(held_out_units(store))
+    return {position for position in range(N) if position // UNIT not in held}
+
+
+def test_one_pass_serves_every_training_row_once(store: Store) -> None:
+    stream = reader(store, batch=1)
+    served = [positions(batch)[0] for batch in islice(stream.batches(0), stream.rows)]
+    assert stream.rows == len(served) == len(trained(store))
+    assert set(served) == trained(store)
+
+
+def test_the_next_pass_has_another_order(store: Store) -> None:
+    stream = reader(store, batch=1)
+    both = [positions(batch)[0] for batch in islice(stream.batches(0), 2 * stream.rows)]
+    first, second = both[: stream.rows], both[stream.rows :]
+    assert sorted(first) == sorted(second)
+    assert first != second
+
+
+def test_batches_are_the_same_from_every_start(store: Store) -> None:
+    stream = reader(store)
+    count = 3 * stream.rows // stream.batch  # three passes: starts in every window, batches across passes
+    batches = list(islice(stream.batches(0), count))
+    for start in range(count):
+        assert torch.equal(next(reader(store).batches(start)), batches[start])
+
+
+def test_seeds_give_orders(store: Store) -> None:
+    one, same, other = (next(reader(store, seed=seed).batches(0)) for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_held_out_rows_are_never_trained_on_and_all_evaluated(store: Store) -> None:
+    runs = list(held_out(store, 3, EVERYTHING, batch=10))
+    found = [position for run in runs for position in positions(run.rows)]
+    assert found == [int(i) for run in runs for i in run.token_index]
+    assert set(found) == set(range(N)) - trained(store)
+    assert len(found) == len(set(found))
+    assert max(len(run.rows) for run in runs) == 10
+
+
+def test_bos_rows_are_dropped_and_the_statistics_follow(store: Store) -> None:
+    tokens = np.concatenate([store.tokens(unit).ravel() for unit in range(store.units)])
+    wanted = {position for position in trained(store) if tokens[position] != BOS}
+    stream = reader(store, Policy(drop_bos=True, max_norm=None), batch=1)
+    served = {positions(batch)[0] for batch in islice(stream.batches(0), stream.rows)}
+    assert served == wanted
+    rows = torch.from_numpy(numbered()[sorted(wanted)]).view(torch.bfloat16).double()
+    np.testing.assert_allclose(stream.mean, rows.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(stream.variance, rows.var(0, correction=0), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(stream.mean_norm, rows.norm(dim=1).mean(), rtol=1e-6)
+
+
+def test_outliers_and_non_finite_rows_are_dropped(tmp_path: Path) -> None:
+    bits = numbered()
+    bits[200], bits[201, 2], bits[202, 1] = to_bits(np.full(4, 5000, np.float32)), 0x7FC0, 0x7F80
+    store = make_store(tmp_path / "o.zarr", bits, context=CONTEXT, unit=UNIT)
+    stream = reader(store, Policy(drop_bos=False, max_norm=10.0), batch=1)
+    served = {positions(batch)[0] for batch in islice(stream.batches(0), stream.rows)}
+    assert 200 // UNIT not in held_out_units(store)  # else this would test nothing
+    assert served == trained(store) - {200, 201, 202}
+    loose = reader(store, EVERYTHING, batch=1)
+    assert loose.rows == stream.rows + 1  # the finite outlier
+
+
+def test_a_ragged_last_unit_is_served_whole(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "r.zarr", numbered(N - 48), context=CONTEXT, unit=UNIT, chunk=32)
+    stream = reader(store, batch=1)
+    served = [positions(batch)[0] for batch in islice(stream.batches(0), stream.rows)]
+    assert sorted(served) == sorted(trained(store) & set(range(N - 48)))
+
+
+def test_windows_mix_units(store: Store) -> None:
+    batch = next(reader(store, window=32).batches(0))
+    assert len({position // UNIT for position in positions(batch)}) > 6
+
+
+def test_bad_settings_and_stores_are_refused(tmp_path: Path, store: Store) -> None:
+    with pytest.raises(SettingError, match="batch=0"):
+        reader(store, batch=0)
+    with pytest.raises(SettingError, match=r"max_norm=0.5"):
+        Policy(max_norm=0.5)
+    with pytest.raises(StoreError, match=r"layer 4 is not in .*; it has \[3\]"):
+        Reader(store, 4, batch=1, seed=0, policy=EVERYTHING)
+    single = make_store(tmp_path / "one.zarr", numbered(64), context=CONTEXT, unit=UNIT)
+    with pytest.raises(StoreError, match="single unit of 64 tokens"):
+        reader(single)
+    (store.path / "commits" / "residuals" / "00000001.3.json").unlink()
+    with pytest.raises(StoreError, match="lacks 1 of 16 units"):
+        reader(Store.open(store.path))
+
+
+def test_damage_stops_the_reader(store: Store) -> None:
+    unit = next(unit for unit in range(store.units) if unit not in held_out_units(store))
+    path = store.path / f"layer_3/c.{unit}.0"
+    data = bytearray(path.read_bytes())
+    data[5] ^= 1
+    path.write_bytes(data)
+    stream = reader(store)
+    with pytest.raises(StoreError, match=f"c.{unit}.0, chunk 0: crc32c"):
+        list(islice(stream.batches(0), stream.rows // stream.batch))

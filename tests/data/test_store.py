@@ -1,0 +1,121 @@
+"""What a reader is served is what was committed, or nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from data.bfloat16 import to_float32
+from data.errors import MismatchError, StoreError
+from data.store import Cursor, Store
+from data.verify import damage, repair
+from tests.conftest import BOS, make_manifest, make_store
+
+
+@pytest.fixture
+def store(tmp_path: Path, random_bits: NDArray[np.uint16]) -> Store:
+    return make_store(tmp_path / "s.zarr", random_bits)
+
+
+def test_moments_are_those_of_the_chosen_rows(store: Store, random_bits: NDArray[np.uint16]) -> None:
+    rows = to_float32(random_bits).astype(np.float64)
+    tokens = np.concatenate([store.tokens(unit).ravel() for unit in range(store.units)])
+    every = list(range(store.units))
+    for bos, chosen in ((True, rows), (False, rows[tokens != BOS])):
+        moments = store.moments(3, every, bos=bos)
+        assert moments.count == len(chosen)
+        np.testing.assert_allclose(moments.mean, chosen.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(moments.variance, chosen.var(0), rtol=1e-12)
+
+
+def test_non_finite_rows_are_counted_and_kept_out_of_the_moments(
+    tmp_path: Path, random_bits: NDArray[np.uint16]
+) -> None:
+    bits = random_bits.copy()
+    bits[[3, 70, 71], 5] = [0x7FC0, 0x7F80, 0xFF80]  # NaN, inf, -inf
+    store = make_store(tmp_path / "n.zarr", bits)
+    assert store.non_finite(3) == 3
+    moments = store.moments(3, range(store.units), bos=True)
+    assert moments.count == len(bits) - 3
+    assert np.isfinite(moments.variance).all()
+
+
+def test_a_changed_setting_is_refused_with_both_values(store: Store) -> None:
+    with pytest.raises(MismatchError, match="tokens is 1008 there and 2000 here"):
+        Store.open_or_create(store.path, {**store.manifest, "tokens": 2000})
+
+
+def test_other_folders_are_no_stores(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no activation store"):
+        Store.open(tmp_path / "none")
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "a.txt").touch()
+    manifest = make_manifest(4, tokens=64, context=16, unit=64, chunk=16)
+    with pytest.raises(StoreError, match="is not an activation store"):
+        Store.open_or_create(tmp_path / "letters", manifest)
+    (tmp_path / "letters" / "zarr.json").write_text("{}")
+    with pytest.raises(StoreError, match="not the metadata of an activation store"):
+        Store.open(tmp_path / "letters")
+
+
+def test_a_unit_without_a_record_does_not_exist(store: Store) -> None:
+    record = store.path / "commits" / "residuals" / "00000004.3.json"
+    record.unlink()
+    again = Store.open(store.path)
+    assert again.missing([3]) == {4: [3]}
+    assert not again.complete(3)
+    with pytest.raises(StoreError, match="unit 4 of layer 3 is not in"):
+        again.residuals(3, 4)  # its file is still there, whole
+
+
+@pytest.mark.parametrize(
+    "name", ["layer_3/c.2.0", "norm_3/c.2", "token_index/c.2", "moments_3/c.2.0.0.0", "tokens/c.2.0"]
+)
+def test_a_cut_object_is_noticed_on_open(store: Store, name: str) -> None:
+    path = store.path / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(StoreError, match="action=repair"):
+        Store.open(store.path)
+    path.unlink()
+    with pytest.raises(StoreError, match="is missing"):
+        Store.open(store.path)
+
+
+@pytest.mark.parametrize("name", ["layer_3/c.2.0", "norm_3/c.2", "tokens/c.2.0", "commits/residuals/00000002.3.json"])
+def test_repair_drops_the_damaged_unit_alone(store: Store, name: str) -> None:
+    assert not list(damage(store.path))
+    path = store.path / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    dropped = repair(store.path)
+    assert [record.name[:8] for record in dropped] == ["00000002"]
+    again = Store.open(store.path)
+    if "tokens" in name:
+        assert again.spine_cursor()[0] == 2
+        assert again.spine_end is None
+    else:
+        assert list(again.missing([3])) == [2]
+
+
+def test_swapped_objects_are_found_by_their_digests(store: Store) -> None:
+    one, other = store.path / "layer_3/c.1.0", store.path / "layer_3/c.2.0"
+    one_bytes, other_bytes = one.read_bytes(), other.read_bytes()
+    one.write_bytes(other_bytes)
+    other.write_bytes(one_bytes)
+    assert [record.name for record, _ in damage(store.path)] == ["00000001.3.json", "00000002.3.json"]
+
+
+def test_two_writers_of_a_spine_unit_do_not_mix(store: Store) -> None:
+    with pytest.raises(StoreError, match="another process committed spine unit 0"):
+        store.commit_spine(0, store.tokens(0), store.document(0), Cursor(9, 9))
+
+
+def test_a_store_of_another_format_is_refused(store: Store) -> None:
+    path = store.path / "zarr.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 9'))
+    with pytest.raises(StoreError, match="store format 9; this version reads 1"):
+        Store.open(store.path)

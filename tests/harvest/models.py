@@ -1,0 +1,86 @@
+"""Tiny random models of five families, saved as a Hugging Face folder with a tokenizer of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    Gemma4TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3_5TextConfig,
+)
+
+VOCABULARY = 300
+_SPECIAL: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+_COMMON: dict[str, Any] = {
+    **_SPECIAL,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+_HYBRID = ["sliding_attention", "sliding_attention", "full_attention"]
+
+CONFIGS = {
+    "gemma4": Gemma4TextConfig(
+        **_COMMON,
+        num_hidden_layers=6,
+        head_dim=16,
+        global_head_dim=32,
+        sliding_window=8,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+        layer_types=_HYBRID * 2,
+    ),
+    "gemma3": Gemma3TextConfig(
+        **_COMMON, num_hidden_layers=4, head_dim=16, sliding_window=8, layer_types=[*_HYBRID, "full_attention"]
+    ),
+    "llama": LlamaConfig(**_COMMON, num_hidden_layers=4),
+    "gpt2": GPT2Config(**_SPECIAL, n_embd=32, n_layer=4, n_head=2, n_positions=128),
+    "qwen3_5": Qwen3_5TextConfig(
+        **_COMMON,
+        num_hidden_layers=4,
+        head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        layer_types=["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+    ),
+}
+
+
+def save_model(folder: Path, family: str) -> Path:
+    """A random model with weights large enough that attention matters, and its tokenizer."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "embed" not in name:
+                parameter.mul_(4.0)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<eos>", "<bos>", "<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["a small text about nothing at all"], trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(folder)

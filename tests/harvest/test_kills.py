@@ -1,0 +1,223 @@
+"""Killed anywhere and started again, a harvest ends in the very same bytes."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.errors import StoreError
+from data.store import Store
+from data.text import FileText
+from harvest.lm import LanguageModel, ModelConfig, load
+from harvest.loop import harvest
+from harvest.plan import HarvestConfig
+from tests.harvest.models import save_model
+
+STEPS = ("fsync", "replace", "link", "unlink", "mkdir")  # every system call by which a commit becomes visible
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kills")
+    save_model(folder / "model", "gemma4")
+    (folder / "text.txt").write_text("All work and no play makes nobody happy. " * 40)
+    return folder
+
+
+def open_model(root: Path) -> LanguageModel:
+    return load(ModelConfig(str(root / "model"), dtype="float32"))
+
+
+def config(store: Path, tokens: int = 128) -> HarvestConfig:
+    return HarvestConfig(store, (1, 4), tokens=tokens, context=16, batch=2, unit=64, chunk=16)
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    """All files of a store and their bytes."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def reference(root: Path) -> dict[int, dict[str, bytes]]:
+    stores = {}
+    for tokens in (128, 1024):
+        harvest(config(root / f"{tokens}.zarr", tokens), open_model(root), FileText(root / "text.txt"))
+        stores[tokens] = tree(root / f"{tokens}.zarr")
+    return stores
+
+
+def in_child(action: Callable[[], object]) -> int:
+    """Run `action` in a forked child that says nothing; its wait status."""
+    pid = os.fork()
+    if pid == 0:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        code = 1
+        try:
+            action()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitpid(pid, 0)[1]
+
+
+def kill_at(call: int) -> None:
+    """Make this process die by SIGKILL at its `call`-th durable step, half of the times just after it."""
+    seen = [0]
+
+    def dying(original: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            seen[0] += 1
+            if seen[0] == call and call % 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                if seen[0] == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        return step
+
+    for name in STEPS:
+        setattr(os, name, dying(getattr(os, name)))
+
+
+def test_a_kill_at_every_step_of_the_commit_changes_no_byte(
+    root: Path, tmp_path: Path, reference: dict[int, dict[str, bytes]]
+) -> None:
+    lm, source = open_model(root), FileText(root / "text.txt")
+    call, killed = 1, True
+    while killed:
+        target = config(tmp_path / f"{call}.zarr")
+
+        def dying_run(call: int = call, target: HarvestConfig = target) -> None:
+            kill_at(call)
+            harvest(target, lm, source)
+
+        killed = os.WIFSIGNALED(in_child(dying_run))
+        assert in_child(lambda target=target: harvest(target, lm, source)) == 0
+        assert tree(target.store) == reference[128], f"killed at step {call}"
+        call += 1
+    assert call > 100  # the steps were really met
+
+
+def test_kills_at_random_moments_change_no_byte(
+    root: Path, tmp_path: Path, reference: dict[int, dict[str, bytes]]
+) -> None:
+    kill_by_the_clock(root, tmp_path, reference[1024], kills=24)
+
+
+@pytest.mark.long
+def test_many_kills_at_random_moments_change_no_byte(
+    root: Path, tmp_path: Path, reference: dict[int, dict[str, bytes]]
+) -> None:
+    for number in range(20):
+        kill_by_the_clock(root, tmp_path / str(number), reference[1024], kills=25, seed=number)
+
+
+def kill_by_the_clock(root: Path, folder: Path, expected: dict[str, bytes], kills: int, seed: int = 0) -> None:
+    """Kill harvests of one store after another's random delay until `kills` were killed at work."""
+    lm, source = open_model(root), FileText(root / "text.txt")
+    began = time.monotonic()
+    assert in_child(lambda: harvest(config(folder / "clock.zarr", 1024), lm, source)) == 0
+    whole = time.monotonic() - began
+    rng, killed, number = random.Random(seed), 0, 0
+    while killed < kills:
+        target = config(folder / f"{number}.zarr", 1024)
+        number += 1
+        finished = False
+        while not finished:
+            delay = rng.uniform(0.02, 0.5) * whole
+
+            def dying_run(delay: float = delay, target: HarvestConfig = target) -> None:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)  # its default action ends the process there and then
+                signal.setitimer(signal.ITIMER_REAL, delay)
+                harvest(target, lm, source)
+
+            finished = not os.WIFSIGNALED(in_child(dying_run))
+            killed += not finished
+        assert tree(target.store) == expected
+
+
+def test_a_write_cut_short_is_an_error_and_loses_nothing(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: dict[int, dict[str, bytes]]
+) -> None:
+    lm, source, target = open_model(root), FileText(root / "text.txt"), config(tmp_path / "s.zarr")
+    calls = [0]
+    original = os.fsync
+
+    def full(handle: int) -> None:
+        calls[0] += 1
+        if calls[0] == 70:
+            raise OSError(28, "No space left on device")
+        original(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StoreError, match="No space left on device"):
+            harvest(target, lm, source)
+    harvest(target, open_model(root), source)
+    assert tree(target.store) == reference[128]
+
+
+def test_the_canary_refuses_to_go_on_with_other_bits(root: Path, tmp_path: Path) -> None:
+    source, target = FileText(root / "text.txt"), config(tmp_path / "s.zarr")
+    harvest(target, open_model(root), source)
+    (target.store / "commits" / "residuals" / "00000001.1_4.json").unlink()
+    changed = open_model(root)
+    changed.blocks[0].mlp.down_proj.weight.data.mul_(1.5)  # its files, and so its identity, stay the same
+    with pytest.raises(StoreError, match="rows when recomputed here"):
+        harvest(target, changed, source)
+    assert Store.open(target.store).missing([1, 4]) == {1: [1, 4]}
+
+
+def test_a_second_writer_is_refused(root: Path, tmp_path: Path) -> None:
+    from harvest.loop import only_writer
+
+    source, target = FileText(root / "text.txt"), config(tmp_path / "s.zarr")
+    store = harvest(target, open_model(root), source)
+    with only_writer(store), pytest.raises(StoreError, match="being written by another process"):
+        harvest(target, open_model(root), source)
+
+
+def test_damage_is_repaired_to_the_same_bytes(
+    root: Path, tmp_path: Path, reference: dict[int, dict[str, bytes]]
+) -> None:
+    from data.verify import repair
+
+    source, target = FileText(root / "text.txt"), config(tmp_path / "s.zarr", 1024)
+    harvest(target, open_model(root), source)
+    for name in ("tokens/c.3.0", "layer_4/c.7.0", "norm_1/c.9"):
+        path = target.store / name
+        path.write_bytes(path.read_bytes()[:-1])
+    assert len(repair(target.store)) == 3
+    harvest(target, open_model(root), source)
+    assert tree(target.store) == reference[1024]
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_stop_at_a_boundary_and_the_command_goes_on(
+    root: Path, tmp_path: Path, signum: signal.Signals, code: int
+) -> None:
+    command = [sys.executable, "-m", "harvest", f"model.path={root / 'model'}", "model.dtype=float32", "text=tiny"]
+    command += ["layer=1", "tokens=40000", "context=16", "unit=64", "batch=1", f"store={tmp_path / 's.zarr'}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any(line.startswith("unit ") for line in iter(process.stderr.readline, ""))
+        process.send_signal(signum)
+        rest = process.stderr.read()
+    assert process.returncode == code
+    assert "the same command again continues from here" in rest
+    done = Store.open(tmp_path / "s.zarr")
+    assert 0 < len(done.missing([1])) < done.units
+    assert not list((tmp_path / "s.zarr").rglob("*.tmp"))

@@ -1,0 +1,238 @@
+"""Residuals are the ones that the whole model computes for each document alone, for every family."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM
+
+from data.errors import PipelineError, SettingError
+from data.store import Store
+from data.text import FileText
+from harvest import lm as lm_module
+from harvest.lm import LanguageModel, ModelConfig, choose_isolation, forward_inputs, load, run, tap, truncate_checked_
+from harvest.loop import harvest
+from harvest.plan import HarvestConfig
+from tests.harvest.models import CONFIGS, VOCABULARY, save_model
+
+FAMILIES = tuple(CONFIGS)
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {family: save_model(root / family, family) for family in FAMILIES}
+
+
+def open_model(folder: Path) -> LanguageModel:
+    return load(ModelConfig(str(folder), dtype="float32"))
+
+
+def batch(seed: int = 0, rows: int = 3, context: int = 40) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
+    rng = np.random.default_rng(seed)
+    starts = rng.random((rows, context)) < 0.1
+    starts[:, 0] = True
+    tokens = np.where(starts, 2, rng.integers(4, VOCABULARY, (rows, context))).astype(np.uint32)
+    return tokens, starts
+
+
+def pieces(starts: NDArray[np.bool_]) -> list[slice]:
+    edges = [*np.flatnonzero(starts).tolist(), starts.size]
+    return [slice(a, b) for a, b in pairwise(edges)]
+
+
+def independent(folder: Path, tokens: NDArray[np.uint32], starts: NDArray[np.bool_], layer: int) -> torch.Tensor:
+    """(B*T, d) float32 residuals by transformers' own hidden states, each piece run alone through the whole model."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    out = []
+    for piece in pieces(starts):
+        ids = torch.from_numpy(tokens.ravel()[piece].astype(np.int64))[None]
+        with torch.no_grad():
+            out.append(model(input_ids=ids, output_hidden_states=True).hidden_states[layer + 1][0])
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packing_is_used_exactly_where_it_is_right(folders: dict[str, Path], family: str) -> None:
+    expected = "padded" if family == "qwen3_5" else "packed"
+    assert choose_isolation(open_model(folders[family])) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layer", [0, 2])
+def test_documents_do_not_see_each_other(folders: dict[str, Path], family: str, layer: int) -> None:
+    """In fp32, against each document run alone: the error is rounding, not another document."""
+    lm = open_model(folders[family])
+    lm.isolation = choose_isolation(lm)
+    tokens, starts = batch()
+    with tap(lm.blocks, [layer]) as taken:
+        for one in forward_inputs(tokens, starts, lm.isolation):
+            lm_module._forward(lm, one)
+            reference = independent(folders[family], tokens, starts, layer)
+            inside = one.source >= 0
+            found = taken[layer][inside]
+            torch.testing.assert_close(found, reference[one.source[inside]], rtol=1e-3, atol=1e-4)
+
+
+def test_the_probe_is_not_fooled_by_packing_without_positions(folders: dict[str, Path]) -> None:
+    """Had packing no masks, the same comparison would be far off: this is what it protects from."""
+    tokens, starts = batch()
+    model = AutoModelForCausalLM.from_pretrained(folders["llama"], dtype=torch.float32).eval()
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    with torch.no_grad():
+        mixed = model(input_ids=ids, output_hidden_states=True).hidden_states[3].flatten(0, 1)
+    reference = independent(folders["llama"], tokens, starts, 2)
+    assert (mixed - reference).norm() / reference.norm() > 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_stored_row_is_the_models(folders: dict[str, Path], tmp_path: Path, family: str) -> None:
+    (tmp_path / "text.txt").write_text("All work and no play. " * 100)
+    layers = (1, len(open_model(folders[family]).blocks) - 2)
+    config = HarvestConfig(tmp_path / "s.zarr", layers, tokens=300, context=30, batch=2, unit=60, chunk=10)
+    store = harvest(config, open_model(folders[family]), FileText(tmp_path / "text.txt"))
+    for unit in range(store.units):
+        tokens, starts = store.tokens(unit), store.piece_starts(unit)
+        for layer in layers:
+            expected = independent(folders[family], tokens, starts, layer)[store.permutation(unit)]
+            stored = torch.from_numpy(store.residuals(layer, unit)).view(torch.bfloat16).float()
+            # One bf16 rounding of the same number, or of one that fp32 noise put next to it.
+            torch.testing.assert_close(stored, expected, rtol=2**-7, atol=1e-3)
+
+
+def test_pieces_start_with_exactly_one_bos(folders: dict[str, Path], tmp_path: Path) -> None:
+    for number in range(9):
+        (tmp_path / f"{number}.txt").write_text(f"<bos> document {number} " * (number + 1))
+    config = HarvestConfig(tmp_path / "s.zarr", (1,), tokens=300, context=30, batch=2, unit=60)
+    store = harvest(config, open_model(folders["llama"]), FileText(tmp_path))
+    for unit in range(store.units):
+        np.testing.assert_array_equal(store.tokens(unit) == 2, store.piece_starts(unit))
+
+
+def test_text_that_spells_bos_stays_text(folders: dict[str, Path]) -> None:
+    (ids,) = open_model(folders["llama"]).encode(["a <bos> b"])
+    assert 2 not in ids
+    assert len(ids) > 4
+
+
+@pytest.mark.parametrize("family", ["gemma4", "gpt2", "qwen3_5"])
+def test_the_self_check_passes_and_truncates(folders: dict[str, Path], family: str) -> None:
+    lm = open_model(folders[family])
+    last = lm.n_layers - 1
+    passes = forward_inputs(*batch(), choose_isolation(lm))
+    truncate_checked_(lm, passes, [0, last])  # the last layer is compared behind the final norm
+    assert len(lm.blocks) == lm.n_layers
+    truncate_checked_(lm, passes, [0, 1])
+    assert len(lm.blocks) == 2
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_the_self_check_catches_a_layer_off_by_one(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, shift: int
+) -> None:
+    lm = open_model(folders["gemma4"])
+    monkeypatch.setattr(lm_module, "tap", _shifted(shift))
+    monkeypatch.setattr(LanguageModel, "truncate_", lambda self, deepest: None)
+    with pytest.raises(PipelineError, match="self-check failed: layer 2"):
+        truncate_checked_(lm, forward_inputs(*batch(), "packed"), [2])
+
+
+def _shifted(shift: int) -> Callable[..., AbstractContextManager[dict[int, torch.Tensor]]]:
+    """A tap that takes each layer's neighbour for it."""
+
+    @contextmanager
+    def wrong(blocks: torch.nn.ModuleList, layers: list[int]) -> Iterator[dict[int, torch.Tensor]]:
+        taken: dict[int, torch.Tensor] = {}
+        (layer,) = layers
+        handle = blocks[layer + shift].register_forward_hook(lambda _m, _i, output: taken.update({layer: output}))
+        yield taken
+        handle.remove()
+
+    return wrong
+
+
+def test_the_self_check_catches_a_wrong_shape(folders: dict[str, Path]) -> None:
+    lm = open_model(folders["llama"])
+    (one,) = forward_inputs(*batch(), "packed")
+    with pytest.raises(PipelineError, match=r"shape \(3, 20, 32\)"):
+        lm_module._scatter(torch.zeros(3, 20, 32), one, torch.empty(120, 32))
+    assert lm.d_model == 32
+
+
+def test_hooks_are_gone_after_an_error(folders: dict[str, Path]) -> None:
+    lm = open_model(folders["llama"])
+    with pytest.raises(RuntimeError, match="in between"), tap(lm.blocks, [0, 1]):
+        raise RuntimeError("in between")
+    assert not any(block._forward_hooks for block in lm.blocks)
+
+
+def test_padded_passes_cost_no_more_than_the_batch_each() -> None:
+    tokens, starts = batch(rows=4, context=64)
+    passes = forward_inputs(tokens, starts, "padded")
+    sources = torch.cat([one.source.flatten() for one in passes])
+    assert sorted(sources[sources >= 0].tolist()) == list(range(tokens.size))
+    assert max(one.ids.numel() for one in passes) <= tokens.size
+    assert sum(one.ids.numel() for one in passes) < 2 * tokens.size
+
+
+def test_incomplete_and_damaged_models_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(folders["llama"], folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SettingError, match=r"lacks 1 weights, e\.g\. model.layers.1.mlp.up_proj.weight"):
+        open_model(folder)
+    data = (folders["llama"] / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(SettingError, match="damaged|not a loadable"):
+        open_model(folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SettingError, match="not a loadable causal language model"):
+        open_model(tmp_path / "empty")
+
+
+def test_another_model_on_the_same_store_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("All work and no play. " * 100)
+    config = HarvestConfig(tmp_path / "s.zarr", (1,), tokens=200, context=20, batch=2, unit=40)
+    harvest(config, open_model(folders["llama"]), FileText(tmp_path / "text.txt"))
+    with pytest.raises(
+        PipelineError, match=r"model.architecture is 'LlamaForCausalLM' there and 'GPT2LMHeadModel' here"
+    ):
+        harvest(config, open_model(folders["gpt2"]), FileText(tmp_path / "text.txt"))
+    assert Store.open(config.store).complete(1)
+
+
+def test_a_layer_added_later_equals_one_harvested_at_once(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("All work and no play. " * 100)
+    source = FileText(tmp_path / "text.txt")
+    one = HarvestConfig(tmp_path / "one.zarr", (1, 3), tokens=200, context=20, batch=2, unit=40)
+    two = dataclasses.replace(one, store=tmp_path / "two.zarr", layers=(1,))
+    together = harvest(one, open_model(folders["gemma4"]), source)
+    harvest(two, open_model(folders["gemma4"]), source)
+    later = harvest(dataclasses.replace(two, layers=(3,)), open_model(folders["gemma4"]), source)
+    for unit in range(together.units):
+        for layer in (1, 3):
+            np.testing.assert_array_equal(together.residuals(layer, unit), later.residuals(layer, unit))
+    assert later.layers == [1, 3]
+
+
+def test_run_takes_no_cache_and_no_head(folders: dict[str, Path]) -> None:
+    lm = open_model(folders["gemma4"])
+    assert not hasattr(lm.decoder, "lm_head")
+    rows = run(lm, forward_inputs(*batch(), "packed"), [1])[1]
+    assert rows.shape == (120, 32)
+    assert rows.dtype == torch.bfloat16
