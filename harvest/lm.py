@@ -110,7 +110,7 @@ def load(config: ModelConfig) -> LanguageModel:
     Raises:
         SettingError: the folder holds no complete causal language model with a tokenizer that has a BOS token.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -123,10 +123,11 @@ def load(config: ModelConfig) -> LanguageModel:
             use_safetensors=True,
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = load_tokenizer(folder)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SettingError(f"model.path={config.path} is not a loadable causal language model: {first}") from error
+        raise SettingError(
+            f"model.path={config.path} is not a loadable causal language model: {_first_line(error)}"
+        ) from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
@@ -145,7 +146,7 @@ def load(config: ModelConfig) -> LanguageModel:
         "revision": config.revision,
         "architecture": type(model).__name__,
         "weights": _digest_files(folder, "*.safetensors"),
-        "tokenizer": durable.digest(tokenizer.backend_tokenizer.to_str().encode()),
+        "tokenizer": tokenizer_digest(tokenizer),
         "bos": bos,
         "dtype": config.dtype,
         "d_model": text.hidden_size,
@@ -163,6 +164,29 @@ def load(config: ModelConfig) -> LanguageModel:
         max_context=getattr(text, "max_position_embeddings", None) or 2**31,
         identity=identity,
     )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        SettingError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise SettingError(f"{folder} has no loadable tokenizer: {_first_line(error)}") from error
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of everything that decides which ids a text gets."""
+    return durable.digest(tokenizer.backend_tokenizer.to_str().encode())
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _digest_files(folder: Path, pattern: str) -> str:

@@ -1,0 +1,114 @@
+"""Where in the held-out text chosen latents fire most: contexts with an activation for every token."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analyze.subject import Subject, Unit
+from data.errors import PipelineError, SettingError
+from harvest import lm
+
+_BEFORE, _AFTER = 24, 8  # tokens around the peak
+
+
+class Context(NamedTuple):
+    """A stretch of one document piece around a latent's activation."""
+
+    document: int
+    peak: float  # the largest activation in it
+    tokens: list[int]
+    activations: list[float]  # one per token
+
+
+def choose(fired: NDArray[np.int64], count: int) -> list[int]:
+    """`count` latents spread evenly over the ranking by density, so that none is picked for its looks."""
+    alive = np.flatnonzero(fired)
+    ranked = alive[np.argsort(-fired[alive], kind="stable")]
+    at = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)
+    return [int(latent) for latent in ranked[at]]
+
+
+def firing_counts(subject: Subject, limit: int) -> NDArray[np.int64]:
+    """(F,) held-out rows, BOS left out, in which each latent fires."""
+    counts = np.zeros(subject.sae.d_sae, np.int64)
+    for unit in subject.held_out(limit):
+        kept = subject.sae.encode(unit.rows[np.flatnonzero(unit.position > 0)])
+        counts += np.bincount(kept.indices[kept.values > 0].cpu().numpy(), minlength=len(counts))
+    return counts
+
+
+def top_contexts(subject: Subject, latents: Sequence[int], each: int, limit: int) -> dict[int, list[Context]]:
+    """The `each` contexts with the largest activations of each latent, one per document, BOS left out."""
+    best: dict[int, dict[int, Context]] = {latent: {} for latent in latents}
+    for unit in subject.held_out(limit):
+        dense = _activations(subject, unit, latents)
+        tokens = subject.store.tokens(unit.number).ravel()
+        starts = subject.store.piece_starts(unit.number).ravel()
+        dense[starts] = 0.0
+        for column, latent in enumerate(latents):
+            _merge(best[latent], dense[:, column], tokens, starts, subject.store.document(unit.number).ravel(), each)
+    return {latent: sorted(found.values(), key=lambda c: -c.peak)[:each] for latent, found in best.items()}
+
+
+def _activations(subject: Subject, unit: Unit, latents: Sequence[int]) -> NDArray[np.float32]:
+    """(tokens of the unit, latents) activations in the order of the text."""
+    column = np.full(subject.sae.d_sae, -1)
+    column[list(latents)] = np.arange(len(latents))
+    values, indices = (tensor.cpu().numpy() for tensor in subject.sae.encode(unit.rows))
+    row, slot = np.nonzero(column[indices] >= 0)
+    dense = np.zeros((subject.store.tokens(unit.number).size, len(latents)), np.float32)
+    dense[unit.local[row], column[indices[row, slot]]] = values[row, slot]
+    return dense
+
+
+def _merge(
+    best: dict[int, Context],
+    activations: NDArray[np.float32],
+    tokens: NDArray[np.uint32],
+    starts: NDArray[np.bool_],
+    document: NDArray[np.uint32],
+    each: int,
+) -> None:
+    """Take the unit's strongest places into `best` (by document), several times `each` to have enough documents."""
+    strongest = np.argsort(-activations, kind="stable")[: 8 * each]
+    for at in strongest[activations[strongest] > 0]:
+        owner, peak = int(document[at]), float(activations[at])
+        if owner in best and best[owner].peak >= peak:
+            continue
+        piece = np.flatnonzero(starts[: at + 1])[-1]
+        behind = starts[at + 1 : at + 1 + _AFTER]
+        end = at + 1 + (int(np.argmax(behind)) if behind.any() else len(behind))
+        span = slice(max(piece + 1, at - _BEFORE), end)
+        best[owner] = Context(owner, peak, tokens[span].tolist(), activations[span].tolist())
+
+
+def token_names(subject: Subject, model_path: str | None) -> Callable[[int], str] | None:
+    """What each token id says, or None if the model's tokenizer is not at hand.
+
+    Raises:
+        SettingError: `model_path` was asked for and its tokenizer is not the one that the store was made with.
+    """
+    recorded: dict[str, Any] = subject.store.manifest["model"]
+    path = model_path or (lm.EMBEDDED if recorded["id"] == "tiny" else recorded["id"])
+    try:
+        tokenizer = lm.load_tokenizer(lm.resolve(path, recorded["revision"]))
+    except PipelineError:
+        if model_path is not None:
+            raise
+        return None
+    if lm.tokenizer_digest(tokenizer) != recorded["tokenizer"]:
+        if model_path is None:
+            return None
+        raise SettingError(f"the tokenizer of model.path={model_path} is not the one that made {subject.store.path}")
+    return lambda token: visible(tokenizer.decode([token]))
+
+
+def visible(text: str) -> str:
+    """Text in which line breaks, tabs and other control and direction characters show as marks."""
+    marks = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
+    return "".join(marks.get(c, "�" if unicodedata.category(c) in ("Cc", "Cf", "Co", "Cs") else c) for c in text)

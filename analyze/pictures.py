@@ -1,0 +1,74 @@
+"""Pictures for the report, as SVG text: the same figures give the same bytes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+_COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed")
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's own font
+    "svg.hashsalt": "report",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.prop_cycle": mpl.cycler(color=_COLOURS),
+}
+
+
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str, *, log: bool = False
+) -> str:
+    """Lines by name, each of (x, y) points."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _empty(x_label, y_label)
+        for name, points in series.items():
+            xs, ys = zip(*points, strict=True) if points else ((), ())
+            axes.plot(xs, ys, label=name, linewidth=1.5, marker="o" if len(points) < 20 else None, markersize=4)
+        if log:
+            axes.set_xscale("log")
+        if len(series) > 1:
+            axes.legend(frameon=False)
+        return _svg(figure)
+
+
+def histogram(counts: Sequence[float], edges: Sequence[float], x_label: str, y_label: str) -> str:
+    """Bars of a histogram that has been counted already."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _empty(x_label, y_label)
+        axes.stairs(counts, edges, fill=True, color=_COLOURS[0], alpha=0.8)
+        return _svg(figure)
+
+
+def bars(names: Sequence[str], values: Sequence[float], x_label: str, y_label: str) -> str:
+    """One bar per name. The axis starts at the foot of the lowest bar's tenth, not at 0, when all are high."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _empty(x_label, y_label)
+        axes.bar(names, values, color=_COLOURS[0], alpha=0.8)
+        low = min(values)
+        axes.set_ylim(bottom=int(low * 10) / 10 if low > 0.2 else min(0.0, low))
+        axes.tick_params(axis="x", labelrotation=45)
+        return _svg(figure)
+
+
+def _empty(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.2, 3.0), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    metadata: dict[str, Any] = {"Date": None, "Creator": None, "Type": None, "Format": None}
+    figure.savefig(text, format="svg", transparent=True, metadata=metadata)
+    return text.getvalue()[text.getvalue().index("<svg") :]

@@ -1,0 +1,149 @@
+"""One page that tells a run's story from the run's own files: no network, and nothing in it but text and pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from analyze import contexts, pictures
+from analyze.quality import quality, write
+from analyze.subject import Subject
+from data import durable
+from data.journal import read_metrics
+
+FEATURES, CONTEXTS = 20, 5  # shown: latents, contexts of each
+
+
+def report(subject: Subject, limit: int, model_path: str | None) -> Path:
+    """Write run/report.html; measure the quality first if that was not done.
+
+    Args:
+        limit: held-out rows to look for contexts in, and to measure on.
+        model_path: where the model's tokenizer is, if the store's own record of it does not lead there.
+    """
+    measured = subject.run / "quality.json"
+    if not measured.exists():
+        write(subject, quality(subject, limit))
+    figures = json.loads(measured.read_bytes())
+    metrics = read_metrics(subject.run / "metrics.jsonl")
+    environment = Environment(loader=PackageLoader("analyze"), autoescape=True, undefined=StrictUndefined)
+    page = environment.get_template("report.html").render(
+        name=subject.run.name,
+        run=_run_facts(subject),
+        store=_store_facts(subject),
+        figures=figures,
+        final=[record for record in metrics if record["split"] == "held_out"][-1],
+        pictures={name: Markup(svg) for name, svg in _pictures(figures, metrics).items()},  # ours, no foreign text
+        features=_features(subject, limit, model_path),
+    )
+    path = subject.run / "report.html"
+    durable.write(path, [page.encode()])
+    return path
+
+
+def _run_facts(subject: Subject) -> dict[str, Any]:
+    settings = subject.config["settings"]
+    sae, optim = settings["sae"], settings["optim"]
+    return {
+        "SAE": f"TopK, {sae['d_sae']:,} latents, k = {sae['k']}",
+        "AuxK": f"coefficient {sae['aux_coef']}, k_aux {sae['k_aux']}, {sae['aux_norm']} normalisation, "
+        f"dead after {sae['dead_after']:,} tokens",
+        "optimizer": f"Adam, {optim['lr']:g} to {optim['lr_floor']:g}, batch {settings['batch']:,}",
+        "trained on": f"{settings['tokens']:,} tokens in {subject.config['steps']:,} steps, seed {settings['seed']}",
+        "rows left out": ("BOS" if subject.policy.drop_bos else "no BOS")
+        + (f", and those above {subject.policy.max_norm:g} median norms" if subject.policy.max_norm else ""),
+        "environment": ", ".join(f"{key} {value}" for key, value in subject.config["environment"].items()),
+    }
+
+
+def _store_facts(subject: Subject) -> dict[str, Any]:
+    manifest = subject.store.manifest
+    model = manifest["model"]
+    text = manifest["text"]
+    return {
+        "model": f"{model['id']} ({model['architecture']}, {model['n_layers']} layers, width {model['d_model']}), "
+        f"run in {model['dtype']}",
+        "weights": model["weights"],
+        "site": f"resid_post of layer {subject.layer}",
+        "text": ", ".join(f"{key} {value}" for key, value in text.items() if not isinstance(value, dict)),
+        "tokens": f"{subject.store.rows:,} in rows of {subject.store.context:,}, documents {manifest['isolation']}",
+        "store": f"{subject.store.path}, {subject.store.units} units, codec {manifest['codec']}",
+    }
+
+
+def _pictures(figures: dict[str, Any], metrics: list[dict[str, Any]]) -> dict[str, str]:
+    train = [record for record in metrics if record["split"] == "train"]
+    held = [record for record in metrics if record["split"] == "held_out"]
+    ve, tokens = "variance_explained", "training tokens"
+    drawn = {
+        "variance_explained": pictures.curves(
+            {
+                "training batches": [(r["tokens"], r[ve]) for r in train],
+                "held out": [(r["tokens"], r[ve]) for r in held],
+            },
+            tokens,
+            "variance explained",
+        ),
+        "mse": pictures.curves({"training batches": [(r["tokens"], r["mse"]) for r in train]}, tokens, "MSE"),
+        "dead": pictures.curves(
+            {"dead": [(r["tokens"], 100 * r["dead_share"]) for r in train]}, tokens, "dead latents, %"
+        ),
+        "lr": pictures.curves({"lr": [(r["tokens"], r["lr"]) for r in train]}, tokens, "learning rate"),
+        "coverage": pictures.curves(
+            {"fired": [(p["rows"], 100 * p["share"]) for p in figures["coverage"]]},
+            "held-out rows",
+            "latents that fired, %",
+            log=True,
+        ),
+        "position": pictures.bars(
+            [_span(group) for group in figures["by_position"]],
+            [group["centred"] for group in figures["by_position"]],
+            "position in the document",
+            "variance explained",
+        ),
+        "norm": pictures.bars(
+            [f"{number}" for number in range(1, len(figures["by_norm_decile"]) + 1)],
+            [group["centred"] for group in figures["by_norm_decile"]],
+            "decile of the row's norm",
+            "variance explained",
+        ),
+    }
+    if density := figures["density"]["log10"]:
+        drawn["density"] = pictures.histogram(**density, x_label="log10 of the share of rows", y_label="latents")
+    if activations := figures["activations"]:
+        drawn["activations"] = pictures.histogram(
+            **activations, x_label="log10 of the activation", y_label="kept values"
+        )
+    return drawn
+
+
+def _span(group: dict[str, Any]) -> str:
+    return str(group["from"]) if group["from"] == group["to"] else f"{group['from']}-{group['to']}"
+
+
+def _features(subject: Subject, limit: int, model_path: str | None) -> dict[str, Any]:
+    """Latents with their contexts, tokens as text where the tokenizer is at hand, each with its shade from 0 to 1."""
+    fired = contexts.firing_counts(subject, limit)
+    chosen = contexts.choose(fired, FEATURES)
+    found = contexts.top_contexts(subject, chosen, CONTEXTS, limit)
+    say = contexts.token_names(subject, model_path)
+    shown = []
+    for latent in chosen:
+        peak = max((context.peak for context in found[latent]), default=1.0)
+        lines = [
+            {
+                "document": context.document,
+                "peak": context.peak,
+                "tokens": [
+                    {"text": say(token) if say else f"{token} ", "value": value, "shade": value / peak}
+                    for token, value in zip(context.tokens, context.activations, strict=True)
+                ],
+            }
+            for context in found[latent]
+        ]
+        shown.append({"latent": latent, "rows": int(fired[latent]), "contexts": lines})
+    return {"latents": shown, "as_ids": say is None}

@@ -1,0 +1,112 @@
+"""What a study looks at: a finished run's SAE, and the held-out rows of the store that it was trained from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+
+from data.errors import MismatchError, StoreError
+from data.moments import Moments
+from data.reader import Policy, Selection, held_out_units
+from data.store import Store
+from train import export, sae
+from train.run import CONFIG
+
+
+class Unit(NamedTuple):
+    """All finite rows of one held-out unit, BOS and outliers too, in stored order."""
+
+    number: int
+    rows: torch.Tensor  # (n, d) float32, raw
+    local: NDArray[np.int64]  # (n,) each row's token, as flat position in the unit's spine
+    document: NDArray[np.uint32]  # (n,)
+    position: NDArray[np.int64]  # (n,) tokens since its piece's BOS, which is 0
+    norm: NDArray[np.float32]  # (n,)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained SAE with everything that its figures depend on."""
+
+    run: Path
+    config: dict[str, Any]  # config.yaml of the run
+    store: Store
+    sae: sae.SAE  # on raw rows
+    layer: int
+    policy: Policy
+
+    @classmethod
+    def open(cls, run: Path, store: Path | None, device: torch.device) -> Subject:
+        """The subject of a finished run.
+
+        Args:
+            store: where the store is now, if it has moved since.
+
+        Raises:
+            StoreError: the run is missing or unfinished, or its store is not there.
+            MismatchError: the store at that place is another one.
+        """
+        if not (run / CONFIG).is_file():
+            raise StoreError(f"no run at {run}; train one with `python -m train store=... run={run}`")
+        config = yaml.safe_load((run / CONFIG).read_bytes())
+        if not (run / export.FILE).is_file():
+            raise StoreError(f"run {run} is not finished: {export.FILE} is missing; run its `python -m train` again")
+        settings = config["settings"]
+        place = store or Path(config["store_path"])
+        if not place.exists():
+            raise StoreError(f"the store of {run} was at {place} and is not there now; give its place as store=")
+        opened = Store.open(place)
+        if opened.identity != settings["store"]["identity"]:
+            was_is = {"store": (settings["store"]["identity"], opened.identity)}
+            raise MismatchError(f"run {run}", was_is, "Give the store it was trained from as store=.")
+        policy = Policy(**settings["policy"])
+        return cls(run, config, opened, sae.load(run / export.FILE, device), settings["layer"], policy)
+
+    @property
+    def device(self) -> torch.device:
+        return self.sae.b_dec.device
+
+    @cached_property
+    def selection(self) -> Selection:
+        """Which rows the run's policy keeps."""
+        return Selection(self.store, self.layer, self.policy)
+
+    @cached_property
+    def moments(self) -> Moments:
+        """The training rows' mean and variance, as training used them."""
+        return self.store.moments(self.layer, self.selection.train_units, bos=not self.policy.drop_bos)
+
+    def held_out(self, limit: int) -> Iterator[Unit]:
+        """Held-out units, until at least `limit` rows were given."""
+        given = 0
+        for number in held_out_units(self.store):
+            unit = self._unit(number)
+            yield unit
+            given += len(unit.rows)
+            if given >= limit:
+                return
+
+    def _unit(self, number: int) -> Unit:
+        norm = self.store.norms(self.layer, number)
+        finite = np.flatnonzero(np.isfinite(norm))
+        local = (self.store.token_index(number) - np.uint64(number * self.store.unit_tokens)).astype(np.int64)[finite]
+        bits = torch.from_numpy(self.store.residuals(self.layer, number)[finite])
+        starts = self.store.piece_starts(number).ravel()
+        at = np.arange(len(starts))
+        since = at - np.maximum.accumulate(np.where(starts, at, 0))
+        return Unit(
+            number=number,
+            rows=bits.view(torch.bfloat16).to(self.device).float(),
+            local=local,
+            document=self.store.document(number).ravel()[local],
+            position=since[local],
+            norm=norm[finite],
+        )
