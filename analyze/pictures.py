@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed")
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's own font
     "svg.hashsalt": "report",
     "font.family": "sans-serif",
@@ -20,7 +22,7 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
-    "axes.prop_cycle": mpl.cycler(color=_COLOURS),
+    "axes.prop_cycle": cycler(color=_COLOURS),
 }
 
 
@@ -35,6 +37,9 @@ def curves(
             axes.plot(xs, ys, label=name, linewidth=1.5, marker="o" if len(points) < 20 else None, markersize=4)
         if log:
             axes.set_xscale("log")
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if len(series) > 1:
             axes.legend(frameon=False)
         return _svg(figure)

@@ -28,7 +28,7 @@ from data import durable
 from data.errors import StoreError
 from data.moments import Moments
 
-BATCH_ROWS = 4096  # the reference's batch, in which it counts coverage
+BATCH_ROWS = 4096  # the reference's batch
 _DEAD_SPANS = (1_000_000, 10_000_000, 100_000_000)  # tokens
 _DECODER_BLOCK = 2048  # decoder rows whose cosines with all others are held at a time
 _HISTOGRAM_BINS = 40
@@ -197,8 +197,8 @@ def _reconstruction(rows: Rows, d_model: int) -> dict[str, float]:
 
 
 def _coverage(latents: Latents, rows: int) -> list[dict[str, float]]:
-    """Share of latents that have fired within the first n rows, for n doubling from one batch to all rows."""
-    spans = [BATCH_ROWS << power for power in range(40) if BATCH_ROWS << power < rows]
+    """Share of latents that have fired within the first n rows, for n doubling from 256 to all rows."""
+    spans = [n for power in range(8, 40) if (n := 1 << power) < rows]
     return [{"rows": n, "share": float((latents.first < n).mean())} for n in [*spans, rows]]
 
 

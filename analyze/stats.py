@@ -18,7 +18,7 @@ class Interval(NamedTuple):
 def sums_by(group: ArrayLike, *values: NDArray[np.float64]) -> list[NDArray[np.float64]]:
     """Each of `values` (n,) summed by group (n,), one sum per group that occurs."""
     _, dense = np.unique(group, return_inverse=True)
-    return [np.bincount(dense, value) for value in values]
+    return [np.bincount(dense, value).astype(np.float64) for value in values]
 
 
 def bootstrap_ratio(

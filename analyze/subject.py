@@ -61,7 +61,7 @@ class Subject:
             raise StoreError(f"run {run} is not finished: {export.FILE} is missing; run its `python -m train` again")
         settings = config["settings"]
         place = store or Path(config["store_path"])
-        if not place.exists():
+        if store is None and not place.exists():
             raise StoreError(f"the store of {run} was at {place} and is not there now; give its place as store=")
         opened = Store.open(place)
         if opened.identity != settings["store"]["identity"]:

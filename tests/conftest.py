@@ -23,7 +23,9 @@ BOS = 2
 def make_manifest(d_model: int, *, tokens: int, context: int, unit: int, chunk: int, codec: str = "blosc") -> dict:
     """The part of a manifest that a store itself needs."""
     shape = {"tokens": tokens, "context": context, "unit": unit, "chunk": chunk, "codec": codec}
-    return {"model": {"d_model": d_model, "id": "made up"}, "seed": 7, **shape}
+    model = {"d_model": d_model, "id": "nobody/none", "revision": "main", "architecture": "None", "n_layers": 5}
+    model |= {"dtype": "float32", "weights": "0", "tokenizer": "0"}
+    return {"model": model, "text": {"kind": "made up"}, "isolation": "packed", "seed": 7, **shape}
 
 
 def make_spine(rows: int, context: int, rng: np.random.Generator) -> tuple[NDArray, NDArray]:

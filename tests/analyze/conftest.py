@@ -1,0 +1,75 @@
+"""A finished run on a store whose text the tests choose, without training: the SAE is made by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from numpy.typing import NDArray
+
+from analyze.subject import Subject
+from data import durable
+from data.store import Store
+from tests.conftest import make_store
+from train import export, sae
+from train.run import CONFIG
+
+N, D, F, K, LAYER = 2048, 12, 40, 4, 3
+
+
+class Made(NamedTuple):
+    """A run and what it was made of."""
+
+    run: Path
+    store: Store
+    rows: NDArray[np.float64]  # (N, D) residuals in spine order, as stored
+    sae: sae.SAE  # on raw rows
+
+
+def make_run(root: Path, bits: NDArray[np.uint16], max_norm: float | None = 10.0) -> Made:
+    store = make_store(root / "s.zarr", bits, context=32, unit=128, chunk=32, layer=LAYER)
+    rows = torch.from_numpy(bits).view(torch.bfloat16).double().numpy()
+    run = root / "run"
+    run.mkdir()
+    config = sae.SAEConfig(d_sae=F, k=K, k_aux=4, dead_after=1000)
+    made = sae.initial(config, torch.from_numpy(rows.mean(0)).float(), seed=0)
+    made.b_enc.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(0))
+    export.write_final(made, 1.0, run)
+    settings = {
+        "store": {"identity": store.identity},
+        "layer": LAYER,
+        "tokens": 1024,
+        "batch": 64,
+        "seed": 0,
+        "policy": {"drop_bos": True, "max_norm": max_norm},
+        "sae": {**vars(config)},
+        "optim": {"lr": 1e-3, "lr_floor": 1e-4},
+    }
+    whole = {"settings": settings, "store_path": str(store.path), "sae_name": "made", "scale": 1.0, "steps": 16}
+    durable.write(run / CONFIG, [yaml.safe_dump({**whole, "environment": {"torch": "x"}}).encode()])
+    figures = {"variance_explained": 0.5, "mse": 1.0, "dead": 1, "dead_share": 0.025, "lr": 1e-3}
+    lines = [{"split": split, "step": 16, "tokens": 1024, **figures} for split in ("train", "held_out")]
+    durable.write(run / "metrics.jsonl", [json.dumps(line).encode() + b"\n" for line in lines])
+    return Made(run, store, rows, made)
+
+
+def random_rows() -> NDArray[np.uint16]:
+    """Rows with a large mean and an outlier, as residuals have."""
+    values = torch.randn(N, D, generator=torch.Generator().manual_seed(4)) * torch.linspace(0.5, 3, D) + 5
+    values[[300, 900, 1500]] *= 100
+    return values.bfloat16().view(torch.uint16).numpy()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return make_run(tmp_path_factory.mktemp("analyze"), random_rows())
+
+
+@pytest.fixture
+def subject(made: Made) -> Subject:
+    return Subject.open(made.run, None, torch.device("cpu"))

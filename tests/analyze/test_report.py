@@ -1,0 +1,151 @@
+"""The report says what the run's files say, shows where latents really fire, and lets no text become markup."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from analyze import contexts
+from analyze import report as report_module
+from analyze.contexts import choose, firing_counts, top_contexts, visible
+from analyze.report import report
+from analyze.subject import Subject
+from data.errors import PipelineError
+from data.reader import held_out_units
+from tests.analyze.conftest import F, Made, make_run, random_rows
+from tests.analyze.test_quality import dense
+from tests.conftest import BOS
+
+
+def test_latents_are_chosen_evenly_and_alive() -> None:
+    fired = np.array([0, 5, 9, 1, 0, 7, 3])
+    assert choose(fired, 3) == [2, 1, 3]  # most, middle, least frequent
+    assert choose(fired, 99) == [2, 5, 1, 6, 3]
+    assert choose(np.zeros(3, np.int64), 5) == []
+
+
+def test_contexts_hold_the_activations_of_their_tokens(subject: Subject, made: Made) -> None:
+    fired = firing_counts(subject, 10**6)
+    latents = choose(fired, 6)
+    found = top_contexts(subject, latents, each=3, limit=10**6)
+    held = held_out_units(made.store)
+    tokens = np.concatenate([made.store.tokens(unit).ravel() for unit in held])
+    document = np.concatenate([made.store.document(unit).ravel() for unit in held])
+    _, f = dense(made, np.concatenate([made.rows[unit * 128 : (unit + 1) * 128] for unit in held]))
+    f[tokens == BOS] = 0
+    np.testing.assert_array_equal(fired, (f > 0).sum(0))
+    for latent in latents:
+        by_document = {d: f[document == d, latent].max() for d in np.unique(document)}
+        best = sorted((peak for peak in by_document.values() if peak > 0), reverse=True)[:3]
+        assert [context.peak for context in found[latent]] == pytest.approx(best, rel=1e-5)
+        for context in found[latent]:
+            assert max(context.activations) == context.peak
+            at = int(
+                np.flatnonzero((document == context.document) & np.isclose(f[:, latent], context.peak, rtol=1e-5))[0]
+            )
+            inside = context.activations.index(context.peak)
+            span = slice(at - inside, at - inside + len(context.tokens))
+            assert context.tokens == tokens[span].tolist()
+            assert context.activations == pytest.approx(f[span, latent].tolist(), rel=1e-4, abs=1e-6)
+            assert BOS not in context.tokens
+            assert set(document[span]) == {context.document}
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href")]
+
+
+HOSTILE = [
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    '" onmouseover="x',
+    "\u202egnp",
+    "{{ 7*7 }}",
+    "\x00",
+]
+
+
+def hostile_name(token: int) -> str:
+    return visible(HOSTILE[token % len(HOSTILE)])
+
+
+def test_token_text_stays_text(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contexts, "token_names", lambda *_: hostile_name)
+    text = report(subject, 10**6, None).read_text()
+    page = _Page()
+    page.feed(text)
+    assert "script" not in page.tags
+    assert "img" not in page.tags
+    assert not re.search(r"<[^>]*onmouseover", text)
+    assert "&lt;/script&gt;" in text
+    assert "{{ 7*7 }}" in text
+    assert "\u202e" not in text
+    assert "\x00" not in text
+    assert all(link.startswith("#") for link in page.links)
+    assert "http://" not in re.sub(r"http://www\.w3\.org/\S+", "", text)
+
+
+def test_the_report_says_what_the_files_say(subject: Subject, made: Made) -> None:
+    text = report(subject, 10**6, None).read_text()
+    figures = json.loads((made.run / "quality.json").read_bytes())
+    assert f"<b>{figures['variance_explained']['as trained']['centred']:.4f}</b>" in text
+    assert "1 of 40 at the end of training" in text  # the last held-out line of metrics.jsonl
+    assert text.count("<svg") == len(
+        report_module._pictures(figures, report_module.read_metrics(made.run / "metrics.jsonl"))
+    )
+    assert text.count("<section>") == min(20, F - figures["silent"])
+    assert "shown as ids" in text  # this store's model has no tokenizer anywhere
+
+
+def test_control_characters_are_shown_as_marks() -> None:
+    assert visible("a\nb\t\x1b\u202e\u200b") == "a⏎b⇥���"
+    assert visible("é 😀 ي") == "é 😀 ي"
+
+
+def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "analyze", *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_command_and_its_errors(made: Made, tmp_path: Path) -> None:
+    done = analyze("study=quality", f"run={made.run}")
+    assert done.returncode == 0, done.stderr
+    assert "variance explained, centred" in done.stdout
+    cases = {
+        (): "run= is missing",
+        (f"run={tmp_path}",): f"no run at {tmp_path}",
+        (f"run={made.run}", f"store={tmp_path / 'none'}"): "no activation store",
+        (f"run={made.run}", "study.rows=0"): "study.rows=0 must be at least 1",
+    }
+    for arguments, message in cases.items():
+        failed = analyze(*arguments)
+        assert failed.returncode == 2
+        assert message in failed.stderr
+        assert "Traceback" not in failed.stderr
+
+
+def test_other_stores_and_broken_runs_are_refused(made: Made, tmp_path: Path) -> None:
+    other = make_run(tmp_path, random_rows()[:1024])
+    with pytest.raises(PipelineError, match="was made with other settings: store is"):
+        Subject.open(made.run, other.store.path, torch.device("cpu"))
+    final = other.run / "sae_final.pt"
+    final.write_bytes(final.read_bytes()[:100])
+    with pytest.raises(PipelineError, match=r"sae_final\.pt cannot be read"):
+        Subject.open(other.run, None, torch.device("cpu"))
+    final.unlink()
+    with pytest.raises(PipelineError, match="is not finished"):
+        Subject.open(other.run, None, torch.device("cpu"))
