@@ -103,7 +103,9 @@ class Store:
             cls(path, wanted)._write_group({})
         store = cls.open(path)
         if unequal := differences(store.manifest, wanted):
-            raise MismatchError(f"store {path}", unequal, "Use those settings, or another store=.")
+            if store._spine:
+                raise MismatchError(f"store {path}", unequal, "Use those settings, or another store=.")
+            store = cls(path, wanted)  # without a commit there is nothing to protect
         durable.make_directory(path / "commits" / "spine")
         durable.make_directory(path / "commits" / "residuals")
         if store.spine_end is None:

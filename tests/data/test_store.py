@@ -48,6 +48,13 @@ def test_a_changed_setting_is_refused_with_both_values(store: Store) -> None:
         Store.open_or_create(store.path, {**store.manifest, "tokens": 2000})
 
 
+def test_a_store_without_a_commit_takes_new_settings(tmp_path: Path) -> None:
+    manifest = make_manifest(4, tokens=64, context=16, unit=64, chunk=16)
+    Store.open_or_create(tmp_path / "s.zarr", manifest)
+    Store.open_or_create(tmp_path / "s.zarr", {**manifest, "tokens": 128})
+    assert Store.open(tmp_path / "s.zarr").manifest["tokens"] == 128
+
+
 def test_other_folders_are_no_stores(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no activation store"):
         Store.open(tmp_path / "none")

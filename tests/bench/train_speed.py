@@ -1,0 +1,122 @@
+"""How much of the encoder product's speed training keeps: `python -m tests.bench.train_speed [--out FILE]`.
+
+Training needs at least the product of its rows with W_enc. So the figure is a share: tokens/s of whole training steps
+(scaling, top k, losses, all gradients, Adam, projection, dead counters, logging) over tokens/s of that product alone
+into a preallocated output, same shapes, same threads, in alternating blocks of one process, so that a busy machine
+slows both. Reading is not part of it: batches are in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import train  # noqa: F401  # before torch: it says how OpenMP threads wait
+
+# isort: split
+import numpy as np
+import torch
+from torch import Tensor
+
+from train.loop import TrainConfig, Trainer
+from train.sae import SAEConfig
+
+_STEPS = 1_000_000  # the schedule's length; the bench ends long before
+
+
+class InMemory:
+    """Normal rows: the surface of data.reader.Reader."""
+
+    def __init__(self, d: int, batch: int, batches: int = 4) -> None:
+        draw = torch.Generator().manual_seed(0)
+        self._batches = [torch.randn(batch, d, generator=draw).bfloat16() for _ in range(batches)]
+        self.rows, self.d_model = _STEPS * batch, d
+        self.mean_norm = float(self._batches[0].float().norm(dim=1).mean())
+        self.mean, self.variance = np.zeros(d), np.ones(d)
+
+    def batches(self, start: int) -> Iterator[Tensor]:
+        return cycle(self._batches)
+
+
+def seconds(step: Callable[[], object], repeats: int) -> float:
+    """Mean seconds of one `step`."""
+    began = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    return (time.perf_counter() - began) / repeats
+
+
+@torch.no_grad()
+def measure(d: int, d_sae: int, k: int, batch: int, blocks: int, steps: int) -> dict[str, Any]:
+    """Alternate blocks of training steps and of bare products."""
+    reader = InMemory(d, batch)
+    trainer = Trainer(TrainConfig(layer=0, batch=batch, sae=SAEConfig(d_sae=d_sae, k=k)), reader, torch.device("cpu"))
+    rows, x, out = reader.batches(0), next(reader.batches(0)).float(), torch.empty(batch, d_sae)
+
+    def train_step() -> None:
+        trainer.step_(next(rows))
+
+    def product() -> None:
+        torch.mm(x, trainer.state.sae.W_enc, out=out)
+
+    seconds(train_step, 2), seconds(product, 2)  # warm caches and the allocator
+    pairs = [(seconds(train_step, steps), seconds(product, steps)) for _ in range(blocks)]
+    return {
+        "train_tokens_per_s": batch / statistics.median(whole for whole, _ in pairs),
+        "encoder_tokens_per_s": batch / statistics.median(bare for _, bare in pairs),
+        "share": statistics.median(bare / whole for whole, bare in pairs),
+        "share_lowest": min(bare / whole for whole, bare in pairs),
+        "share_highest": max(bare / whole for whole, bare in pairs),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    models = [line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
+    return {
+        "cpu": models[0].split(":", 1)[1].strip() if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_1min": round(os.getloadavg()[0], 2),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.train_speed")
+    for name, default in (("d", 384), ("d_sae", 4096), ("k", 32), ("batch", 2048), ("blocks", 7), ("steps", 5)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--threads", type=int, help="CPU threads; by default torch's choice")
+    parser.add_argument("--out", type=Path, help="write the result there as JSON")
+    given = vars(parser.parse_args())
+    out, threads = given.pop("out"), given.pop("threads")
+    if threads:
+        torch.set_num_threads(threads)
+    result = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), "shape": given}
+    result |= measure(**given)
+    print(f"{'d':>6} {'d_sae':>7} {'k':>4} {'batch':>6} {'train tokens/s':>15} {'encoder tokens/s':>17} {'share':>7}")
+    print(
+        f"{given['d']:>6} {given['d_sae']:>7} {given['k']:>4} {given['batch']:>6} "
+        f"{result['train_tokens_per_s']:>15,.0f} {result['encoder_tokens_per_s']:>17,.0f} {result['share']:>7.3f}"
+    )
+    if out:
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""`python -m train` on a small store: names, numbers, errors, signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from data.errors import SettingError
+from data.journal import read_metrics
+from data.store import Cursor, SpineEnd, Store
+from tests.train import killing
+from train import __main__ as command
+from train import checkpoint
+from train.sae import load
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SMALL = ["sae=tiny", "optim=tiny", "sae.d_sae=32", "sae.k=2", "batch=64", "device=cpu"]
+UNIT, CONTEXT, D = 512, 32, 8
+
+
+def make_store(path, units=8, layers=(3, 5)):
+    """A store of planted rows, with BOS rows that would spoil any fit."""
+    manifest = {
+        "model": {"d_model": D},
+        "context": CONTEXT,
+        "unit": UNIT,
+        "chunk": 128,
+        "codec": "none",
+        "seed": 0,
+        "tokens": units * UNIT,
+    }
+    store, reader = Store.open_or_create(path, manifest), killing.planted()
+    for unit in range(units):
+        tokens = np.ones((UNIT // CONTEXT, CONTEXT), np.uint32)
+        document = np.arange(UNIT // CONTEXT, dtype=np.uint32)[:, None] + unit * (UNIT // CONTEXT) + 0 * tokens
+        store.commit_spine(unit, tokens, document.astype(np.uint32), Cursor(unit, 0))
+    store.close_spine(SpineEnd(units * UNIT // CONTEXT, units))
+    store.declare_layers(layers)
+    for unit in range(units):
+        rows = {layer: reader.draw(1000 * layer + unit, UNIT) for layer in layers}
+        for drawn in rows.values():
+            drawn[::CONTEXT] = 1000.0
+        store.commit_residuals(unit, {layer: drawn.view(torch.uint16).numpy() for layer, drawn in rows.items()})
+    return path
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("stores") / "small.zarr")
+
+
+def start(*arguments, cwd):
+    """Start the command as users do."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command_line = [sys.executable, "-m", "train", *arguments]
+    return subprocess.Popen(command_line, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Run the command in this process (a new one takes seconds to start), in an empty directory: exit code, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def called(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train", *arguments])
+        code = 0
+        try:
+            command.main()
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, capsys.readouterr().err
+
+    return called
+
+
+def test_trains_says_so_and_is_finished_the_second_time(store, tmp_path, call):
+    code, err = call(f"store={store}", *SMALL, "optim.lr=0.02")
+    assert code == 0, err
+    folder = tmp_path / "runs" / "small_tiny_L3"
+    assert f"wrote {folder.relative_to(tmp_path) / 'sae_final.pt'}: held-out variance explained" in err
+    assert load(folder / "sae_final.pt").d_sae == 32
+    recorded = yaml.safe_load((folder / "config.yaml").read_text())
+    assert recorded["settings"]["layer"] == 3
+    assert recorded["settings"]["tokens"] == 3456  # 7 of 8 units, without BOS, whole batches
+    assert recorded["store_path"] == str(store)
+    assert read_metrics(folder / "metrics.jsonl")[-1]["rows"] == UNIT - UNIT // CONTEXT
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"], "Hydra left something behind"
+    code, err = call(f"store={store}", *SMALL, "optim.lr=0.02")
+    assert (code, "is finished" in err) == (0, True)
+    code, err = call(f"store={store}", *SMALL, "optim.lr=0.03")
+    assert code == 2
+    assert "optim.lr is 0.02 there and 0.03 here" in err
+
+
+def test_sigterm_saves_and_exits_143(store, tmp_path):
+    process = start(f"store={store}", *SMALL, "run=r", "tokens=6.4e7", cwd=tmp_path)
+    metrics = tmp_path / "r" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert "the same command again continues from here" in err
+    assert checkpoint.latest(tmp_path / "r" / "checkpoint")[0].step > 0
+
+
+def test_multirun_names_its_arms_and_never_leaves_runs(store, tmp_path, call):
+    code, err = call("-m", f"store={store}", *SMALL, "tokens=128", "sae.aux_coef=0,0.125")
+    assert code == 0, err
+    names = {f"{','.join(SMALL)},tokens=128,sae.aux_coef={value}" for value in ("0", "0.125")}
+    assert {path.name for path in (tmp_path / "runs" / "small_tiny_L3").iterdir()} == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "store= is missing"),
+        (["store=/nowhere"], "no activation store at /nowhere"),
+        (["{store}", "layer=4"], "layer 4 is not in"),
+        (["{store}", "layer=x"], "layer=x must be a whole number"),
+        (["{store}", "tokens=1e9.5"], "tokens=1e9.5 must be a whole number"),
+        (["{store}", "tokens=100.5"], "tokens=100.5 must be a whole number"),
+        (["{store}", "tokens=0"], "tokens=0 must be at least 1"),
+        (["{store}", "tokens=-5"], "tokens=-5 must be at least 1"),
+        (["{store}", "tokens=1B"], "tokens=1B must be a whole number"),
+        (["{store}", "batch=0"], "batch=0 must be at least 1"),
+        (["{store}", "seed=null"], "seed=None must be a whole number"),
+        (["{store}", "max_norm=0.5"], "max_norm=0.5"),
+        (["{store}", "max_norm=far"], "max_norm=far must be a number"),
+        (["{store}", "device=tpu"], "device=tpu must be cpu or cuda"),
+        (["{store}", "sae.k=64"], "sae.k=64 must be at most sae.d_sae=32"),
+        (["{store}", "sae.k=null"], "sae.k=None must be a whole number"),
+        (["{store}", "+sae.kk=64"], "sae.kk is not a setting"),
+        (["{store}", "sae.aux_norm=l2"], "sae.aux_norm='l2' must be one of raw, variance"),
+        (["{store}", "optim.lr=1e-5"], "optim.lr_floor"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, named, store, tmp_path, call):
+    code, err = call(*SMALL, *(item.replace("{store}", f"store={store}") for item in arguments))
+    assert code == 2
+    assert named in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("text", "number"), [(1e9, 10**9), (4096, 4096), (2.0, 2)])
+def test_whole_numbers_may_be_written_as_floats(text, number):
+    assert command.whole("tokens", text) == number
+
+
+@pytest.mark.parametrize("value", [1.5, "1B", True, None, float("nan"), float("inf"), [1]])
+def test_whole_refuses_the_rest(value):
+    with pytest.raises(SettingError, match="tokens="):
+        command.whole("tokens", value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "a=/../../etc",
+        "a=..",
+        "..",
+        ".",
+        "../x",
+        "a=b/c",
+        "a=b\x00c",
+        "a=~",
+        "a=$(touch x)",
+        "ä=1",
+        "x" * 400,
+        "",
+        ".hid",
+    ],
+)
+def test_arm_names_stay_one_component(override, tmp_path):
+    name = command.arm_name([override])
+    assert name
+    assert set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._=,-")
+    assert not name.startswith(".")
+    assert (tmp_path / name).resolve().parent == tmp_path.resolve()
+    (tmp_path / name).mkdir()
+
+
+def test_arm_names_that_had_to_be_changed_stay_apart():
+    assert command.arm_name(["a=b/c"]) != command.arm_name(["a=b-c"])
+    assert command.arm_name(["a=b/c"]) != command.arm_name(["a=b:c"])
+    assert command.arm_name(["store=x/y", "optim.lr=1e-4"]) == "optim.lr=1e-4"
+
+
+def test_configuration_files_are_the_dataclasses_defaults():
+    """The reference's values stand in two places; they must not drift apart."""
+    group = REPOSITORY / "conf"
+    sae = yaml.safe_load((group / "sae" / "topk_32k.yaml").read_text())
+    assert sae.pop("name") == "topk_32k"
+    assert command.build(command.SAEConfig, "sae", sae) == command.SAEConfig()
+    adam = yaml.safe_load((group / "optim" / "adam.yaml").read_text())
+    assert command.build(command.OptimConfig, "optim", adam) == command.OptimConfig()
+    defaults = command.TrainConfig(layer=0)
+    whole = yaml.safe_load((group / "train.yaml").read_text())
+    for name in ("tokens", "batch", "seed", "log_every", "eval_every", "eval_rows", "checkpoint_every"):
+        assert whole[name] == getattr(defaults, name), name
+    assert (whole["drop_bos"], whole["max_norm"]) == (defaults.policy.drop_bos, defaults.policy.max_norm)

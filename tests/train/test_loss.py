@@ -1,0 +1,112 @@
+"""Losses and gradients against float64 autograd, and the defects that other trainers shipped."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.train.reference import random_sae, reference_losses
+from train.loss import losses
+from train.sae import SAEConfig
+
+D, D_SAE, K, N = 12, 64, 4, 50
+CONFIG = SAEConfig(d_sae=D_SAE, k=K, k_aux=8, aux_coef=0.5)
+
+
+def rows(seed=9, dtype=torch.float64):
+    return torch.randn(N, D, generator=torch.Generator().manual_seed(seed), dtype=dtype) + 0.5
+
+
+def dead_latents(count):
+    return torch.randperm(D_SAE, generator=torch.Generator().manual_seed(3))[:count].sort().values
+
+
+def assert_equal_to_autograd(sae, x, dead, config, rtol):
+    result = losses(sae, x, dead, config, 1.7)
+    total, aux, gradients = reference_losses(sae, x, dead, config, 1.7)
+    torch.testing.assert_close(result.loss.double(), total, rtol=rtol, atol=0)
+    torch.testing.assert_close(result.aux.double(), aux, rtol=rtol, atol=0)
+    for name, wanted in gradients.items():
+        largest = float(wanted.abs().max())
+        torch.testing.assert_close(result.gradients[name].double(), wanted, rtol=0, atol=rtol * largest, msg=name)
+
+
+@pytest.mark.parametrize("aux_norm", ["raw", "variance"])
+@pytest.mark.parametrize("dead", [0, 1, 5, 8, 20])  # none, fewer than k_aux, as many, more
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+def test_gradients_equal_autograd(aux_norm, dead, dtype, rtol):
+    config = replace(CONFIG, aux_norm=aux_norm)
+    assert_equal_to_autograd(random_sae(D, D_SAE, K, dtype=dtype), rows(dtype=dtype), dead_latents(dead), config, rtol)
+
+
+@pytest.mark.parametrize("aux_norm", ["raw", "variance"])
+def test_gradients_where_fewer_than_k_are_positive(aux_norm):
+    sae = random_sae(D, D_SAE, K)
+    sae.b_enc.sub_(7.0)
+    result = losses(sae, rows(), dead_latents(20), CONFIG, 1.7)
+    positive = (result.kept.values > 0).sum(1)
+    assert positive.min() < K
+    assert positive.max() > 0
+    assert_equal_to_autograd(sae, rows(), dead_latents(20), replace(CONFIG, aux_norm=aux_norm), 1e-12)
+
+
+def test_gradients_of_tied_latents_go_to_the_kept_ones_only():
+    sae = random_sae(D, D_SAE, K)
+    sae.W_enc.copy_(sae.W_enc[:, :1].expand(-1, D_SAE).clone())
+    sae.b_enc.zero_()
+    result = losses(sae, rows(), dead_latents(0), CONFIG, 1.0)
+    used = torch.zeros(D_SAE, dtype=torch.bool)
+    used[result.kept.indices[result.kept.values > 0]] = True
+    assert not result.gradients["W_dec"][~used].any()
+    assert bool((result.kept.values == result.kept.values[:, :1]).all())
+
+
+def test_aux_reaches_encoder_and_decoder_of_dead_latents():
+    """sparsify 1.3.3 had an encoder gradient of exactly 0 here."""
+    sae, dead = random_sae(D, D_SAE, K), dead_latents(8)
+    without = losses(sae, rows(), dead, replace(CONFIG, aux_coef=0.0), 1.0).gradients
+    with_aux = losses(sae, rows(), dead, CONFIG, 1.0).gradients
+    for name in ("W_enc", "W_dec", "b_enc"):
+        change = (with_aux[name] - without[name]).abs()
+        per_latent = change.sum(0) if name == "W_enc" else change.reshape(D_SAE, -1).sum(1)
+        assert bool((per_latent[dead] > 0).all()), name
+        per_latent[dead] = 0
+        assert not per_latent.any(), name
+
+
+def test_aux_does_not_push_on_the_living():
+    """The error is a constant to AuxK: through x_hat it would move the living latents and b_dec's output path."""
+    sae, dead = random_sae(D, D_SAE, K), dead_latents(8)
+    sae.W_enc.T[dead] = 0.0
+    sae.b_enc[dead] = -1.0  # the dead are silent, so AuxK has no path of its own
+    without = losses(sae, rows(), dead, replace(CONFIG, aux_coef=0.0), 1.0).gradients
+    for name, gradient in losses(sae, rows(), dead, CONFIG, 1.0).gradients.items():
+        torch.testing.assert_close(gradient, without[name], rtol=1e-12, atol=1e-15)
+
+
+def test_b_dec_is_counted_once():
+    """A zero code must give back b_dec, once, and rows equal to b_dec must give the pre-activation b_enc."""
+    sae = random_sae(D, D_SAE, K)
+    sae.b_enc.fill_(-1.0)
+    x = sae.b_dec.expand(3, D)
+    torch.testing.assert_close(sae(x), x)
+    result = losses(sae, x, dead_latents(0), CONFIG, 1.0)
+    assert float(result.error.abs().max()) == 0.0
+    assert float(result.kept.values.max()) == 0.0
+
+
+def test_variance_norm_divides_by_the_right_variances():
+    """Rows and weights scaled together leave the normalised losses alone."""
+    sae, x, dead = random_sae(D, D_SAE, K), rows(), dead_latents(8)
+    config = replace(CONFIG, aux_norm="variance")
+    one, ten = losses(sae, x, dead, config, 1.7), losses(sae.folded(0.1), 10 * x, dead, config, 170.0)
+    torch.testing.assert_close(one.loss, ten.loss)
+    torch.testing.assert_close(one.aux, ten.aux)
+
+
+def test_aux_of_a_perfect_reconstruction_is_zero_not_nan():
+    sae, dead = random_sae(D, D_SAE, K), dead_latents(3)
+    sae.b_enc.fill_(-1.0)
+    result = losses(sae, sae.b_dec.expand(3, D), dead, replace(CONFIG, aux_norm="variance"), 1.0)
+    assert float(result.aux) == 0.0
+    assert all(bool(gradient.isfinite().all()) for gradient in result.gradients.values())

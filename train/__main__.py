@@ -1,0 +1,130 @@
+"""python -m train store=PATH [layer=21] [run=runs/NAME] [sae=...] [optim=...]: the one file here that knows Hydra."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from data import durable
+from data.errors import SettingError, run_command
+from data.reader import Policy, Reader, held_out
+from data.store import Store
+from train.loop import Stream, TrainConfig, train
+from train.optim import OptimConfig
+from train.sae import SAEConfig
+
+_ARM_BYTES = 150  # of a directory's name; file systems allow 255
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+def main(cfg: DictConfig) -> None:
+    run_command(lambda: run(cfg))
+
+
+def run(cfg: DictConfig) -> None:
+    """Turn the configuration into objects, and train."""
+    settings: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    if not settings["store"]:
+        raise SettingError("store= is missing; give the path of an activation store, e.g. store=activations/tiny.zarr")
+    device = torch_device(settings["device"])
+    name = settings["sae"].pop("name", "sae")
+    optim, sae = build(OptimConfig, "optim", settings["optim"]), build(SAEConfig, "sae", settings["sae"])
+    policy = Policy(bool(settings["drop_bos"]), number("max_norm", settings["max_norm"]))
+    store = Store.open(Path(settings["store"]))
+    layer = first_layer(store) if settings["layer"] is None else whole("layer", settings["layer"])
+    counts = ("seed", "batch", "log_every", "eval_every", "eval_rows", "checkpoint_every")
+    config = TrainConfig(
+        layer=layer,
+        tokens=None if settings["tokens"] is None else whole("tokens", settings["tokens"], least=1),
+        policy=policy,
+        sae=sae,
+        optim=optim,
+        **{key: whole(key, settings[key]) for key in counts},
+    )
+    reader = Reader(store, layer, batch=config.batch, seed=config.seed, policy=policy)
+    stream = Stream(
+        store.identity, reader, lambda: (part.rows for part in held_out(store, layer, policy, config.batch))
+    )
+    facts = {"store_path": str(store.path), "sae_name": name}
+    train(config, stream, run_directory(settings["run"], f"{store.path.stem}_{name}_L{layer}"), device, facts)
+
+
+def build(kind: type[Any], group: str, values: dict[str, Any]) -> Any:
+    """A frozen configuration from a group's plain values: whole numbers may be written as 1e7."""
+    known = kind.__dataclass_fields__
+    if unknown := sorted(values.keys() - known.keys()):
+        raise SettingError(f"{group}.{unknown[0]} is not a setting; {group} has {', '.join(known)}")
+    typed = {
+        key: value
+        if value is None or known[key].type == "str"
+        else (number if known[key].type == "float" else whole)(f"{group}.{key}", value)
+        for key, value in values.items()
+    }
+    return kind(**typed)
+
+
+def whole(name: str, value: Any, least: int | None = None) -> int:
+    """A whole number, also when it is written as 1e9."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
+        raise SettingError(f"{name}={value} must be a whole number; 1e6 is one, 1.5 is not")
+    if least is not None and value < least:
+        raise SettingError(f"{name}={value} must be at least {least}")
+    return int(value)
+
+
+def number(name: str, value: Any) -> float | None:
+    """A number, or None."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise SettingError(f"{name}={value} must be a number")
+    return None if value is None else float(value)
+
+
+def torch_device(name: str | None) -> torch.device:
+    """The device asked for; by default the first CUDA device, else the CPU."""
+    cuda = torch.cuda.is_available()
+    if name not in (None, "cpu", "cuda"):
+        raise SettingError(f"device={name} must be cpu or cuda")
+    if name == "cuda" and not cuda:
+        raise SettingError("device=cuda, but torch finds no CUDA device; use device=cpu")
+    return torch.device(name or ("cuda" if cuda else "cpu"))
+
+
+def first_layer(store: Store) -> int:
+    """The default layer."""
+    if not store.layers:
+        raise SettingError(f"{store.path} has no layer yet; finish it with `python -m harvest store={store.path}`")
+    return store.layers[0]
+
+
+def run_directory(asked: str | None, name: str) -> Path:
+    """Where the run lives: as asked, or under runs/ by store, dictionary and layer, and by its arm in a multirun."""
+    if asked:
+        return Path(asked)
+    hydra_config = HydraConfig.get()
+    folder = Path("runs") / file_name(name)
+    if hydra_config.mode == RunMode.MULTIRUN:
+        folder /= arm_name(hydra_config.overrides.task)
+    return folder
+
+
+def arm_name(overrides: Sequence[str]) -> str:
+    """A directory name made of a job's overrides; `store` is left out, because the parent directory names it."""
+    return file_name(",".join(item for item in overrides if not item.startswith("store=")) or "default")
+
+
+def file_name(text: str) -> str:
+    """`text` as one path component. Where something had to be changed, a digest keeps different texts apart."""
+    safe = re.sub(r"[^A-Za-z0-9._=,-]", "-", text)[:_ARM_BYTES].lstrip(".")
+    return safe if safe == text else f"{safe}-{durable.digest(text.encode())[:8]}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Checkpoints: what a killed run needs to end with the same bits as one that was not killed.
+
+checkpoint/step_00001000.safetensors holds the state's tensors, step_00001000.json the rest, the tensors' digest and its
+own. Both are written once under a new name, tensors first; the two newest pairs stay. A pair that is torn or flipped
+is passed over for the one before it.
+
+No random state is kept, because nothing is drawn after the initial weights: a batch is a pure function of (seed, step).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
+
+from data import durable, records
+from data.durable import Written
+from data.errors import StoreError
+
+_KEEP = 2
+_RECORD = re.compile(r"step_(\d{10})\.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One moment of a run."""
+
+    step: int  # optimizer steps done
+    metrics_bytes: int  # length of metrics.jsonl
+    settings: str  # digest of the run's settings, store included
+    tensors: dict[str, Tensor]  # the state's tensors by name
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint durably, then drop all but the two newest."""
+    name = f"step_{checkpoint.step:010d}"
+    (folder / f"{name}.json").unlink(missing_ok=True)  # there only if it was passed over as damaged
+    contiguous = {key: tensor.cpu().contiguous() for key, tensor in checkpoint.tensors.items()}
+    written = durable.write(folder / f"{name}.safetensors", [safetensors.torch.save(contiguous)])
+    body = {
+        "step": checkpoint.step,
+        "metrics_bytes": checkpoint.metrics_bytes,
+        "settings": checkpoint.settings,
+        "tensors": list(written),
+    }
+    records.create(folder / f"{name}.json", body)
+    _drop_old(folder)
+
+
+def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint, if any, and the names of newer damaged ones that were passed over."""
+    passed_over: list[str] = []
+    for path in _newest_first(folder):
+        try:
+            return _read(path), passed_over
+        except StoreError:
+            passed_over.append(path.stem)
+    return None, passed_over
+
+
+def _read(path: Path) -> Checkpoint:
+    body = records.read(path)
+    data = path.with_suffix(".safetensors")
+    found = durable.digest_file(data) if data.exists() else None
+    if found != Written(*body["tensors"]):
+        raise StoreError(f"{data} is missing or not what was written")
+    tensors = safetensors.torch.load_file(data)
+    return Checkpoint(body["step"], body["metrics_bytes"], body["settings"], tensors)
+
+
+def _newest_first(folder: Path) -> Iterator[Path]:
+    yield from sorted((p for p in folder.glob("*.json") if _RECORD.fullmatch(p.name)), reverse=True)
+
+
+def _drop_old(folder: Path) -> None:
+    """Remove all but the newest records, then every tensor file without a record."""
+    kept = list(_newest_first(folder))
+    for path in kept[_KEEP:]:
+        path.unlink(missing_ok=True)
+    stems = {path.stem for path in kept[:_KEEP]}
+    for path in folder.glob("*.safetensors"):
+        if path.stem not in stems:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,85 @@
+"""How well an SAE reconstructs rows: one accumulator for training batches and for held-out rows.
+
+Sums are float64. With e = x - x_hat on raw rows x (n, d) and mu (d,) the store's mean of the training rows:
+
+    mse                         mean of e^2 over all n d elements
+    variance_explained          1 - sum(e^2) / sum((x - mu)^2): centred per dimension, the figure to quote
+    variance_explained_scalar   1 - mse / x.var(): one variance over all elements, as the reference has it; nearly
+                                uncentred, so higher
+    l0                          kept latents per row with a value above 0
+    coverage                    share of latents that fired on these rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from train.kernels import Kept
+from train.sae import SAE
+
+
+class Fidelity:
+    """Sums over rows, from which every figure above follows."""
+
+    def __init__(self, mean: Tensor, d_sae: int, scale: float) -> None:
+        """Start empty.
+
+        Args:
+            mean: (d,) float64, mu times `scale`.
+            scale: what the rows that `add` sees are multiplied by; figures are of raw rows.
+        """
+        self._mean, self._scale = mean, scale
+        self._rows = 0
+        # sums of: squared error, squares about mu, elements, squared elements, active latents
+        self._sums = torch.zeros(5, dtype=torch.float64, device=mean.device)
+        self._fired = torch.zeros(d_sae, dtype=torch.bool, device=mean.device)
+
+    def add(self, x: Tensor, error: Tensor, kept: Kept) -> None:
+        """Count (n, d) scaled rows, their errors, and the latents kept for them."""
+        rows, active = x.double(), kept.values > 0
+        self._rows += len(x)
+        self._sums += torch.stack(
+            [
+                error.double().square().sum(),
+                (rows - self._mean).square().sum(),
+                rows.sum(),
+                rows.square().sum(),
+                active.sum(),
+            ]
+        )
+        self._fired[kept.indices[active]] = True
+
+    def figures(self) -> dict[str, float]:
+        """The figures, by name."""
+        # Device sync: six numbers.
+        squared_error, about_mean, total, squares, active = self._sums.tolist()
+        elements = self._rows * len(self._mean)
+        variance = (squares - total**2 / elements) / (elements - 1)
+        return {
+            "mse": squared_error / elements / self._scale**2,
+            "variance_explained": 1 - squared_error / about_mean,
+            "variance_explained_scalar": 1 - squared_error / elements / variance,
+            "l0": active / self._rows,
+            "coverage": int(self._fired.sum()) / len(self._fired),
+        }
+
+
+def evaluate(sae: SAE, rows: Iterable[Tensor], mean: Tensor, scale: float, limit: int | None) -> dict[str, float]:
+    """Figures of `sae`, which works on scaled rows, over at least the first `limit` raw rows (None: all of them).
+
+    Args:
+        rows: (n, d) batches, on any device.
+        mean: as in `Fidelity`.
+    """
+    fidelity, seen = Fidelity(mean, sae.d_sae, scale), 0
+    for batch in rows:
+        x = batch.to(mean.device).float() * scale
+        kept = sae.encode(x)
+        fidelity.add(x, x - sae.decode(kept), kept)
+        seen += len(x)
+        if limit is not None and seen >= limit:
+            break
+    return {"rows": seen, **fidelity.figures()}

@@ -1,0 +1,27 @@
+"""sae_final.pt: the trained SAE on raw rows, in the reference's format."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import torch
+
+from data import durable
+from train.sae import SAE
+
+FILE = "sae_final.pt"
+
+
+def write_final(sae: SAE, scale: float, run: Path) -> Path:
+    """Write run/sae_final.pt durably: a dict W_enc (d, F), W_dec (F, d), b_enc, b_dec, k that opens with weights_only.
+
+    Args:
+        sae: trained on rows times `scale`, its decoder directions just projected to norm 1.
+    """
+    folded = sae.folded(scale)
+    content = {name: tensor.detach().cpu().contiguous() for name, tensor in folded.tensors().items()}
+    buffer = io.BytesIO()
+    torch.save({**content, "k": sae.k}, buffer)
+    durable.write(run / FILE, [buffer.getbuffer()])
+    return run / FILE
