@@ -17,6 +17,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from train import dead
 from train.kernels import Kept
 from train.sae import SAE
 
@@ -50,7 +51,7 @@ class Fidelity:
                 active.sum(),
             ]
         )
-        self._fired[kept.indices[active]] = True
+        self._fired |= dead.fired(kept, len(self._fired))
 
     def figures(self) -> dict[str, float]:
         """The figures, by name."""
