@@ -8,7 +8,7 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
 demo: .venv/installed  ## the whole pipeline on the embedded model, to a report
 	$(BIN)/python -m harvest model=tiny text=tiny tokens=4e5 context=256 store=activations/tiny.zarr
-	$(BIN)/python -m train sae=tiny optim=tiny store=activations/tiny.zarr run=runs/demo
+	$(BIN)/python -m train sae=tiny optim=tiny batch=512 store=activations/tiny.zarr run=runs/demo
 	$(BIN)/python -m analyze study=quality run=runs/demo
 	$(BIN)/python -m analyze study=report run=runs/demo
 

@@ -28,6 +28,12 @@ CRC_BYTES = 4
 NAMES = ("blosc", "none")
 
 
+def require_known(name: str) -> None:
+    """Raise SettingError for a codec that there is not."""
+    if name not in NAMES:
+        raise SettingError(f"codec={name!r} is unknown; choose one of {', '.join(NAMES)}")
+
+
 @dataclass(frozen=True)
 class Codec:
     """A chain [little-endian bytes, compressor, crc32c] for elements of `typesize` bytes."""
@@ -36,8 +42,7 @@ class Codec:
     typesize: int  # bytes per element: the shuffle's stride
 
     def __post_init__(self) -> None:
-        if self.name not in NAMES:
-            raise SettingError(f"codec={self.name!r} is unknown; choose one of {', '.join(NAMES)}")
+        require_known(self.name)
 
     def _blosc(self) -> Blosc:
         return Blosc(cname="zstd", clevel=1, shuffle=Blosc.SHUFFLE, blocksize=BLOCK_BYTES)

@@ -8,7 +8,7 @@ from data.errors import SettingError
 
 
 def whole(name: str, value: Any) -> int:
-    """`value` as an integer: 1e9 arrives as a float and is one; 1e9.5 arrives as text, 0.5 is none.
+    """`value` as an integer: 1e9 arrives as a float and is one; 1e9.5 arrives as text, 0.5 is no whole number.
 
     Raises:
         SettingError: it is not a whole number.
@@ -17,7 +17,7 @@ def whole(name: str, value: Any) -> int:
         return value
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    raise SettingError(f"{name}={value} is not a whole number such as 21, 200000 or 2e5")
+    raise SettingError(f"{name}={value} must be a whole number, such as 21, 200000 or 2e5")
 
 
 def optional_whole(name: str, value: Any) -> int | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from data.codec import require_known
 from data.errors import SettingError, StoreError
 
 UNIT_TOKENS = 65_536  # 335 MB a layer at width 2560; larger shards gain nothing and peak at 3x their size in memory
@@ -35,6 +36,7 @@ class HarvestConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise SettingError(f"{name}={value} must be at least {least}")
+        require_known(self.codec)
         if not self.layers:
             raise SettingError("layer=[] asks for nothing; give a layer number or a list of them")
         if len(set(self.layers)) != len(self.layers) or min(self.layers) < 0:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from data import durable
 from data.errors import SettingError, run_command
 from data.reader import Policy, Reader, held_out
+from data.settings import optional_whole, whole
 from data.store import Store
 from train.loop import Stream, TrainConfig, train
 from train.optim import OptimConfig
@@ -43,7 +44,7 @@ def run(cfg: DictConfig) -> None:
     counts = ("seed", "batch", "log_every", "eval_every", "eval_rows", "checkpoint_every")
     config = TrainConfig(
         layer=layer,
-        tokens=None if settings["tokens"] is None else whole("tokens", settings["tokens"], least=1),
+        tokens=optional_whole("tokens", settings["tokens"]),
         policy=policy,
         sae=sae,
         optim=optim,
@@ -69,15 +70,6 @@ def build(kind: type[Any], group: str, values: dict[str, Any]) -> Any:
         for key, value in values.items()
     }
     return kind(**typed)
-
-
-def whole(name: str, value: Any, least: int | None = None) -> int:
-    """A whole number, also when it is written as 1e9."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
-        raise SettingError(f"{name}={value} must be a whole number; 1e6 is one, 1.5 is not")
-    if least is not None and value < least:
-        raise SettingError(f"{name}={value} must be at least {least}")
-    return int(value)
 
 
 def number(name: str, value: Any) -> float | None:

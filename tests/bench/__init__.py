@@ -1,0 +1,3 @@
+"""Benchmarks: each a ratio within one run."""
+
+import data as data  # before torch: it says how OpenMP threads wait

@@ -16,9 +16,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import harvest  # noqa: F401  # before torch: it says how OpenMP threads wait
-
-# isort: split
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma4TextConfig
 
@@ -26,8 +23,9 @@ from data.store import Store
 from data.text import TinyText
 from data.tiny import MODEL_DIR
 from harvest.lm import LanguageModel, ModelConfig, forward_inputs, load, run
-from harvest.loop import harvest as harvest_all
+from harvest.loop import harvest
 from harvest.plan import HarvestConfig
+from tests.bench.outcome import finish
 
 
 def save_model(folder: Path, width: int, layers: int) -> None:
@@ -78,7 +76,7 @@ def measure(width: int, depth: int, tokens: int, context: int, rounds: int, devi
             )
             config = HarvestConfig(folder / f"{number}.zarr", layers, tokens, context)
             began = time.perf_counter()
-            store = harvest_all(config, lm, TinyText())
+            store = harvest(config, lm, TinyText())
             pairs.append((time.perf_counter() - began, bare(store, lm, layers)))
             shutil.rmtree(config.store)
         whole, alone = zip(*pairs[1:], strict=True)  # the first round warms caches
@@ -95,10 +93,8 @@ def measure(width: int, depth: int, tokens: int, context: int, rounds: int, devi
 
 
 def main() -> None:
-    from tests.bench.outcome import finish
-
     parser = argparse.ArgumentParser(prog="python -m tests.bench.harvest_speed")
-    for name, default in (("width", 256), ("depth", 12), ("tokens", 16_384), ("context", 512), ("rounds", 5)):
+    for name, default in (("width", 256), ("depth", 12), ("tokens", 32_768), ("context", 512), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="write the result there as JSON")

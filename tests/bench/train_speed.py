@@ -9,24 +9,18 @@ slows both. Reading is not part of it: batches are in memory.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import train  # noqa: F401  # before torch: it says how OpenMP threads wait
-
-# isort: split
 import numpy as np
 import torch
 from torch import Tensor
 
+from tests.bench.outcome import finish
 from train.loop import TrainConfig, Trainer
 from train.sae import SAEConfig
 
@@ -79,24 +73,6 @@ def measure(d: int, d_sae: int, k: int, batch: int, blocks: int, steps: int) -> 
     }
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on besides the code."""
-    models = [line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
-    return {
-        "cpu": models[0].split(":", 1)[1].strip() if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_1min": round(os.getloadavg()[0], 2),
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-    }
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.train_speed")
     for name, default in (("d", 384), ("d_sae", 4096), ("k", 32), ("batch", 2048), ("blocks", 7), ("steps", 5)):
@@ -107,15 +83,7 @@ def main() -> None:
     out, threads = given.pop("out"), given.pop("threads")
     if threads:
         torch.set_num_threads(threads)
-    result = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), "shape": given}
-    result |= measure(**given)
-    print(f"{'d':>6} {'d_sae':>7} {'k':>4} {'batch':>6} {'train tokens/s':>15} {'encoder tokens/s':>17} {'share':>7}")
-    print(
-        f"{given['d']:>6} {given['d_sae']:>7} {given['k']:>4} {given['batch']:>6} "
-        f"{result['train_tokens_per_s']:>15,.0f} {result['encoder_tokens_per_s']:>17,.0f} {result['share']:>7.3f}"
-    )
-    if out:
-        out.write_text(json.dumps(result, indent=1) + "\n")
+    finish(given, measure(**given), out)
 
 
 if __name__ == "__main__":

@@ -142,5 +142,5 @@ def test_damage_stops_the_reader(store: Store) -> None:
     data[5] ^= 1
     path.write_bytes(data)
     stream = reader(store)
-    with pytest.raises(StoreError, match=f"c.{unit}.0, chunk 0: crc32c"):
+    with pytest.raises(StoreError, match=rf"c\.{unit}\.0, chunk 0: crc32c"):
         list(islice(stream.batches(0), stream.rows // stream.batch))

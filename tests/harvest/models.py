@@ -1,4 +1,4 @@
-"""Tiny random models of five families, saved as a Hugging Face folder with a tokenizer of their own."""
+"""Tiny random models of six kinds, saved as a Hugging Face folder with a tokenizer of their own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    Gemma4Config,
     Gemma4TextConfig,
+    Gemma4VisionConfig,
     GPT2Config,
     LlamaConfig,
     PreTrainedTokenizerFast,
@@ -28,17 +30,38 @@ _COMMON: dict[str, Any] = {
 }
 _HYBRID = ["sliding_attention", "sliding_attention", "full_attention"]
 
+_GEMMA4 = Gemma4TextConfig(
+    **_COMMON,
+    num_hidden_layers=6,
+    head_dim=16,
+    global_head_dim=32,
+    sliding_window=8,
+    num_kv_shared_layers=2,
+    hidden_size_per_layer_input=8,
+    vocab_size_per_layer_input=VOCABULARY,
+    layer_types=_HYBRID * 2,
+)
+
 CONFIGS = {
-    "gemma4": Gemma4TextConfig(
-        **_COMMON,
-        num_hidden_layers=6,
-        head_dim=16,
-        global_head_dim=32,
-        sliding_window=8,
-        num_kv_shared_layers=2,
-        hidden_size_per_layer_input=8,
-        vocab_size_per_layer_input=VOCABULARY,
-        layer_types=_HYBRID * 2,
+    "gemma4": _GEMMA4,
+    # As Gemma 4 E4B is published: the text model inside one that also sees. Loading its text class by name would
+    # give random weights.
+    "gemma4_multimodal": Gemma4Config(
+        text_config=_GEMMA4,
+        vision_config=Gemma4VisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+        ),
+        audio_config=None,
+        image_token_id=290,
+        video_token_id=291,
+        audio_token_id=292,
+        boi_token_id=293,
+        eoi_token_id=294,
     ),
     "gemma3": Gemma3TextConfig(
         **_COMMON, num_hidden_layers=4, head_dim=16, sliding_window=8, layer_types=[*_HYBRID, "full_attention"]
@@ -63,7 +86,7 @@ def save_model(folder: Path, family: str) -> Path:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.get_decoder().named_parameters():
             if parameter.ndim == 2 and "embed" not in name:
                 parameter.mul_(4.0)
     model.save_pretrained(folder)

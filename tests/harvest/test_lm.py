@@ -198,7 +198,7 @@ def test_incomplete_and_damaged_models_are_refused(folders: dict[str, Path], tmp
         open_model(folder)
     data = (folders["llama"] / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(SettingError, match="damaged|not a loadable"):
+    with pytest.raises(SettingError, match=r"damaged|not a loadable"):
         open_model(folder)
     (tmp_path / "empty").mkdir()
     with pytest.raises(SettingError, match="not a loadable causal language model"):

@@ -1,0 +1,189 @@
+"""The command line: what it makes of settings, and one clear line for each that cannot be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from data.errors import SettingError, StoreError, run_command
+from data.store import Store
+from data.text import FileText, HubText, TinyText
+from harvest.__main__ import command, default_store, harvest_config, text_source
+from harvest.plan import HarvestConfig, plan, require_room, size
+
+
+def settings(*overrides: str) -> dict[str, Any]:
+    with initialize_config_module("conf", version_base="1.3"):
+        plain = OmegaConf.to_container(compose("harvest", list(overrides)), resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def tiny(store: Path, *overrides: str) -> dict[str, Any]:
+    return settings("model=tiny", "text=tiny", "tokens=3000", "context=64", "layer=5", f"store={store}", *overrides)
+
+
+@pytest.fixture(scope="module")
+def harvested(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("command") / "s.zarr"
+    command(tiny(store))
+    return store
+
+
+def test_settings_become_the_configuration() -> None:
+    config = harvest_config(settings("layer=[27,21]", "tokens=1e9"))
+    assert (config.layers, config.tokens, config.context) == ((21, 27), 10**9, 1024)
+    assert (config.unit_tokens, config.chunk_rows) == (65_536, 1024)
+    assert harvest_config(settings("layer=3")).layers == (3,)
+    assert harvest_config(settings("model=tiny")).layers == (5, 8)
+    assert harvest_config(settings()).store == Path("activations/gemma-4-E4B_fineweb_edu.zarr")
+    assert default_store({"path": "embedded"}, {"path": "books/a.txt"}) == "activations/tiny_a.zarr"
+
+
+def test_text_groups_become_sources(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    assert isinstance(text_source(settings("text=tiny")["text"]), TinyText)
+    assert isinstance(text_source(settings()["text"]), HubText)
+    assert text_source(settings(f"text.path={tmp_path}")["text"]) == FileText(tmp_path, "text")
+
+
+def test_small_stores_get_small_units() -> None:
+    for tokens in (1, 5000, 200_000, 10**7, 10**9):
+        config = HarvestConfig(Path("s"), (1,), tokens, context=100)
+        assert config.unit_tokens % 100 == 0
+        assert config.unit_tokens % config.chunk_rows == 0
+        if tokens >= 5000:
+            assert -(-tokens // config.unit_tokens) >= 32  # so that a held-out share exists
+
+
+def test_status_plan_verify_and_repair(harvested: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for action, expected in {
+        "status": "layer 5: 47 of 47 units",
+        "plan": "3,008 tokens in 47 rows and 47 units, layers 5",
+        "verify": "a recomputed unit is the same",
+        "repair": "0 units to make again",
+    }.items():
+        command(tiny(harvested, f"action={action}"))
+        assert expected in capsys.readouterr().out
+
+
+def test_verify_names_what_is_damaged(harvested: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = shutil.copytree(harvested, tmp_path / "s.zarr")
+    path = store / "norm_5" / "c.3"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(SystemExit) as exit_code:
+        run_command(lambda: command(tiny(store, "action=verify")))
+    assert exit_code.value.code == 2
+    assert f"{path} does not hold the bytes that were committed" in capsys.readouterr().err
+
+
+def test_verify_catches_rows_of_another_model(harvested: Path, tmp_path: Path) -> None:
+    """Digests alone would agree: the record is made anew for other rows."""
+    from data import records
+
+    store = Store.open(shutil.copytree(harvested, tmp_path / "s.zarr"))
+    (store.path / "commits" / "residuals").joinpath("00000000.5.json").unlink()
+    again = Store.open(store.path)
+    for unit in range(1, store.units):
+        (store.path / "commits" / "residuals" / f"{unit:08d}.5.json").unlink()
+    again = Store.open(store.path)
+    for unit in range(store.units):
+        rows = store.residuals(5, unit)
+        again.commit_residuals(unit, {5: rows[store.permutation(unit).argsort()] ^ 1})
+    assert records.read(store.path / "commits" / "residuals" / "00000000.5.json")["rows"] == 64
+    with pytest.raises(StoreError, match="differs in 64 of 64 rows when recomputed"):
+        command(tiny(store.path, "action=verify"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["tokens=0"], "tokens=0 must be at least 1"),
+        (["tokens=-3"], "tokens=-3 must be at least 1"),
+        (["tokens=1e9.5"], "tokens=1e9.5 must be a whole number"),
+        (["tokens=2.5"], "tokens=2.5 must be a whole number"),
+        (["tokens=1B"], "tokens=1B must be a whole number"),
+        (["layer=12"], "layer=12 is out of range: tiny has layers 0 to 11"),
+        (["layer=-1"], r"layer=\[-1\] must be different numbers from 0 on"),
+        (["layer=[5,5]"], r"layer=\[5, 5\] must be different numbers"),
+        (["layer=[]"], "asks for nothing"),
+        (["layer=top"], "layer=top must be a whole number"),
+        (["context=1"], "context=1 must be at least 2"),
+        (["context=2048"], "context=2048 is more than the model's 1024 positions"),
+        (["unit=100"], "unit=100 must be a multiple of context=64"),
+        (["batch=0"], "batch=0 must be at least 1"),
+        (["codec.name=zip"], "codec='zip' is unknown; choose one of blosc, none"),
+        (["action=dance"], "action=dance is unknown; choose one of run, plan"),
+        (["model.path=/no/such/folder"], "model.path=/no/such/folder is no folder"),
+        (["model.path=nobody/nothing"], "cannot be had from the Hugging Face hub .*model=tiny text=tiny"),
+        (["model.dtype=float8"], "model.dtype=float8 must be bfloat16 or float32"),
+        (["text.path=/no/such/file"], "text.path=/no/such/file does not exist"),
+        (["device=cuda"], "device=cuda needs a CUDA GPU"),
+    ],
+)
+def test_bad_settings_are_one_line(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises((SettingError, StoreError), match=message) as error:
+        command(tiny(tmp_path / "s.zarr", *overrides))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_a_changed_setting_loses_nothing(harvested: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in harvested.rglob("*") if path.is_file()}
+    for override, values in {
+        "seed=1": "seed is 0 there and 1 here",
+        "context=128": "context is 64 there and 128",
+    }.items():
+        with pytest.raises(StoreError, match=values):
+            command(tiny(harvested, override))
+    assert {path: path.stat().st_mtime_ns for path in harvested.rglob("*") if path.is_file()} == before
+
+
+def test_empty_text_is_refused_and_leaves_the_place_free(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(StoreError, match="the text ends before one row of context=64 tokens is full"):
+        command(tiny(tmp_path / "s.zarr", f"text.path={tmp_path / 'empty.txt'}"))
+    command(tiny(tmp_path / "s.zarr"))
+    assert Store.open(tmp_path / "s.zarr").complete(5)
+
+
+def test_text_that_ends_early_closes_the_store_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.dumps({"body": f"line {number} of a short text"}) for number in range(100)]
+    (tmp_path / "short.jsonl").write_text("\n".join(lines))
+    overrides = [f"text.path={tmp_path / 'short.jsonl'}", "text.field=body", "unit=320"]
+    command(tiny(tmp_path / "s.zarr", "tokens=1e6", *overrides))
+    store = Store.open(tmp_path / "s.zarr")
+    assert f"the text ended at {store.rows:,} of 1,000,000 tokens" in capsys.readouterr().err
+    assert 0 < store.rows < 5000
+    assert store.rows % 320  # the last unit is ragged
+    assert store.complete(5)
+    command(tiny(tmp_path / "s.zarr", "tokens=1e6", *overrides))
+    assert "is complete" in capsys.readouterr().err
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**9, 10**9 - 10**5, 10**5))
+    with pytest.raises(StoreError, match=r"needs about \d+ kB and its disk has 100 kB free"):
+        command(tiny(tmp_path / "deep" / "s.zarr"))
+    assert not (tmp_path / "deep").exists()
+
+
+def test_the_plan_is_what_a_store_takes(harvested: Path) -> None:
+    planned = plan(HarvestConfig(harvested, (5,), 3000, context=64), 64, [5])
+    store = Store.open(harvested)
+    assert (planned.rows, planned.units) == (store.spine_rows, store.units)
+    taken = sum(path.stat().st_size for path in harvested.glob("layer_5/c.*"))
+    assert taken == pytest.approx(planned.raw_bytes / 1.45, rel=0.25)
+    require_room(planned, harvested)
+
+
+def test_sizes_are_said_as_people_say_them() -> None:
+    assert [size(n) for n in (0, 999, 1000, 5.12e12)] == ["0 B", "999 B", "1 kB", "5.12 TB"]
