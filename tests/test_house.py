@@ -1,0 +1,134 @@
+"""The rules of the house, and the promises of its front door."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("data", "harvest", "train", "analyze")
+# What each package may import of the others: data is the bottom, analyze the top.
+BELOW = {"data": set(), "harvest": {"data"}, "train": {"data"}, "analyze": {"data", "harvest", "train"}}
+PRODUCT = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+OURS = [*PRODUCT, *sorted((ROOT / "tests").rglob("*.py"))]
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level packages that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+def test_imports_point_down() -> None:
+    assert len(PRODUCT) > 20
+    for path in PRODUCT:
+        package = path.relative_to(ROOT).parts[0]
+        others = imports(path) & set(PACKAGES) - {package}
+        assert others <= BELOW[package], f"{path} imports {others}"
+
+
+def test_only_entry_points_know_hydra() -> None:
+    knowing = [path for path in PRODUCT if imports(path) & {"hydra", "omegaconf"}]
+    assert {path.name for path in knowing} == {"__main__.py"}
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_fit(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < 80, f"{path}: {node.name}"
+
+
+def test_nothing_unpickles_or_trusts_remote_code() -> None:
+    for path in PRODUCT:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            options = {keyword.arg: keyword.value for keyword in node.keywords}
+            name = ast.unparse(node.func)
+            if name.endswith("torch.load"):
+                assert ast.unparse(options["weights_only"]) == "True", path
+            if name.endswith("from_pretrained"):
+                assert ast.unparse(options["trust_remote_code"]) == "False", path
+        assert not imports(path) & {"pickle", "dill", "cloudpickle", "joblib"}, path
+
+
+def options() -> Iterator[tuple[str, str]]:
+    """Every command with every option of every group it composes."""
+    groups = {"harvest": ("model", "text", "codec"), "train": ("sae", "optim"), "analyze": ("study", "model")}
+    for command, names in groups.items():
+        for group in names:
+            yield from ((command, f"{group}={path.stem}") for path in sorted((ROOT / "conf" / group).glob("*.yaml")))
+
+
+def test_every_configuration_composes() -> None:
+    from hydra import compose, initialize_config_module
+
+    with initialize_config_module("conf", version_base="1.3"):
+        every = list(options())
+        assert {override.split("=")[0] for _, override in every} == {
+            path.name for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "__pycache__"
+        }
+        for command, override in every:
+            assert compose(config_name=command, overrides=[override])
+
+
+def test_packages_import_from_anywhere(tmp_path: Path) -> None:
+    code = "import harvest, train, analyze, data, conf, data.tiny; print(data.tiny.MODEL_DIR.is_dir())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+
+
+# -- README ------------------------------------------------------------------------------------------------------
+
+
+def readme_commands() -> list[list[str]]:
+    """The command lines of README's `sh` blocks."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line) for line in lines if line and not line.startswith("#")]
+
+
+def test_readme_commands_run(tmp_path: Path) -> None:
+    """Those on the embedded model for real, one after another; those that need a network or a GPU must compose."""
+    ran = 0
+    for command in readme_commands():
+        if command[0] in ("make", "git", "cd"):
+            if command[0] == "make":
+                assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
+            continue
+        assert command[:2] == ["python", "-m"], command
+        embedded = any("tiny" in word or word == "run=runs/demo" for word in command)
+        arguments = command[1:] if embedded else [*command[1:], "--cfg", "job"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (command, done.stderr)
+        ran += embedded
+    assert ran == 4
+
+
+def test_readme_names_files_that_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    named = re.findall(r"`((?:data|harvest|train|analyze|conf|tests)/[\w/.-]+)`", text)
+    assert named
+    for name in named:
+        assert (ROOT / name).exists(), name
