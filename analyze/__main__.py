@@ -7,29 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from analyze.quality import markdown, quality, write
 from analyze.report import report
 from analyze.subject import Subject
 from data.errors import SettingError, run_command
-from data.settings import whole
+from data.settings import torch_device, whole
 
 
 def command(settings: dict[str, Any]) -> None:
     """Run one study and say where its results are."""
     if not settings["run"]:
         raise SettingError("run= is missing; give the directory of a finished training run, e.g. run=runs/demo")
-    device = settings["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise SettingError(f"device={device} needs a CUDA GPU, and torch sees none; use device=cpu")
+    device = torch_device(settings["device"])
     study = settings["study"]
     limit = whole("study.rows", study["rows"])
     if limit < 1:
         raise SettingError(f"study.rows={limit} must be at least 1")
     store = Path(settings["store"]) if settings["store"] else None
-    subject = Subject.open(Path(settings["run"]), store, torch.device(device))
+    subject = Subject.open(Path(settings["run"]), store, device)
     if study["name"] == "quality":
         figures = quality(subject, limit)
         write(subject, figures)

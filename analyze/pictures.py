@@ -59,7 +59,7 @@ def bars(names: Sequence[str], values: Sequence[float], x_label: str, y_label: s
         figure, axes = _empty(x_label, y_label)
         axes.bar(names, values, color=_COLOURS[0], alpha=0.8)
         low = min(values)
-        axes.set_ylim(bottom=int(low * 10) / 10 if low > 0.2 else min(0.0, low))
+        axes.set_ylim(int(low * 10) / 10 if low > 0.2 else min(0.0, low), 1.0 if max(values) <= 1 else None)
         axes.tick_params(axis="x", labelrotation=45)
         return _svg(figure)
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from data import text
 from data.errors import PipelineError, SettingError, run_command
-from data.settings import optional_whole, whole
+from data.settings import optional_whole, torch_device, whole
 from data.verify import repair
 from harvest.lm import EMBEDDED, ModelConfig, load
 from harvest.loop import check_layers, harvest, status, verify
@@ -60,8 +59,7 @@ def text_source(group: dict[str, Any]) -> text.TextSource:
 
 def model_config(group: dict[str, Any], device: str | None) -> ModelConfig:
     """The model that a `model` group names, on the asked or the best device."""
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    return ModelConfig(str(group["path"]), str(group["revision"]), group["dtype"], device or best)
+    return ModelConfig(str(group["path"]), str(group["revision"]), group["dtype"], str(torch_device(device)))
 
 
 def command(settings: dict[str, Any]) -> None:

@@ -124,6 +124,12 @@ def test_readme_commands_run(tmp_path: Path) -> None:
         assert done.returncode == 0, (command, done.stderr)
         ran += embedded
     assert ran == 4
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    check = "\nprint(float(1 - (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()))"
+    shown = subprocess.run(
+        [sys.executable, "-W", "error", "-c", example + check], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert float(shown.stdout) > 0.9
 
 
 def test_readme_names_files_that_exist() -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -16,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from data import durable
 from data.errors import SettingError, run_command
 from data.reader import Policy, Reader, held_out
-from data.settings import optional_whole, whole
+from data.settings import optional_whole, torch_device, whole
 from data.store import Store
 from train.loop import Stream, TrainConfig, train
 from train.optim import OptimConfig
@@ -77,16 +76,6 @@ def number(name: str, value: Any) -> float | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise SettingError(f"{name}={value} must be a number")
     return None if value is None else float(value)
-
-
-def torch_device(name: str | None) -> torch.device:
-    """The device asked for; by default the first CUDA device, else the CPU."""
-    cuda = torch.cuda.is_available()
-    if name not in (None, "cpu", "cuda"):
-        raise SettingError(f"device={name} must be cpu or cuda")
-    if name == "cuda" and not cuda:
-        raise SettingError("device=cuda, but torch finds no CUDA device; use device=cpu")
-    return torch.device(name or ("cuda" if cuda else "cpu"))
 
 
 def first_layer(store: Store) -> int:

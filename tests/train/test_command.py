@@ -136,7 +136,7 @@ def test_multirun_names_its_arms_and_never_leaves_runs(store, tmp_path, call):
         (["{store}", "seed=null"], "seed=None must be a whole number"),
         (["{store}", "max_norm=0.5"], "max_norm=0.5"),
         (["{store}", "max_norm=far"], "max_norm=far must be a number"),
-        (["{store}", "device=tpu"], "device=tpu must be cpu or cuda"),
+        (["{store}", "device=tpu"], "device=tpu must be cpu, cuda or cuda:N"),
         (["{store}", "sae.k=64"], "sae.k=64 must be at most sae.d_sae=32"),
         (["{store}", "sae.k=null"], "sae.k=None must be a whole number"),
         (["{store}", "+sae.kk=64"], "sae.kk is not a setting"),
