@@ -117,12 +117,18 @@ class Reader:
         self._keep: dict[int, NDArray[np.uint8]] = {}  # unit -> packed bits: 125 MB for a billion rows
         chunks: list[tuple[int, int, int]] = []  # (unit, chunk, kept rows)
         norm_sum = 0.0
-        for unit in selection.train_units:
+
+        def select(unit: int) -> tuple[NDArray[np.uint8], list[int], float]:
             keep, total = selection.kept(unit)
-            norm_sum += total
-            self._keep[unit] = np.packbits(keep)
-            sums = np.add.reduceat(keep, np.arange(0, len(keep), self._chunk), dtype=np.int64)
-            chunks += [(unit, number, int(kept)) for number, kept in enumerate(sums)]
+            per_chunk = np.add.reduceat(keep, np.arange(0, len(keep), self._chunk), dtype=np.int64)
+            return np.packbits(keep), per_chunk.tolist(), total
+
+        with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="select") as pool:
+            selected = pool.map(select, selection.train_units)
+            for unit, (packed, per_chunk, total) in zip(selection.train_units, selected, strict=True):
+                self._keep[unit] = packed
+                chunks += [(unit, number, kept) for number, kept in enumerate(per_chunk)]
+                norm_sum += total
         self._chunks = np.array(chunks, np.int64)
         self.rows = int(self._chunks[:, 2].sum())
         if self.rows == 0:

@@ -213,8 +213,9 @@ def _check(store: Store, lm: LanguageModel, layers: tuple[int, ...]) -> None:
     batch = slice(0, _CHECKED_ROWS)
     passes = forward_inputs(store.tokens(0)[batch], store.piece_starts(0)[batch], lm.isolation)
     truncate_checked_(lm, passes, layers)
+    missing = store.missing(layers)
     for unit in range(store.units):
-        committed = [layer for layer in layers if layer not in store.missing(layers).get(unit, [])]
+        committed = [layer for layer in layers if layer not in missing.get(unit, [])]
         if committed:
             require_same(store, lm, unit, committed)
             return
@@ -238,7 +239,8 @@ def verify(path: Path, lm: LanguageModel) -> list[str]:
     if wrong:
         return wrong
     store = Store.open(path)
-    committed = [unit for unit in range(store.units) if not store.missing(store.layers).get(unit)]
+    missing = store.missing(store.layers)
+    committed = [unit for unit in range(store.units) if unit not in missing]
     if committed and store.layers:
         lm.isolation = store.manifest["isolation"]
         lm.truncate_(max(store.layers))
