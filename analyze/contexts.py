@@ -74,13 +74,19 @@ def _merge(
     document: NDArray[np.uint32],
     each: int,
 ) -> None:
-    """Take the unit's strongest places into `best` (by document), several times `each` to have enough documents."""
-    strongest = np.argsort(-activations, kind="stable")[: 8 * each]
-    for at in strongest[activations[strongest] > 0]:
-        owner, peak = int(document[at]), float(activations[at])
-        if owner in best and best[owner].peak >= peak:
+    """Take the strongest places of the unit's `each` strongest documents into `best` (by document)."""
+    pieces = np.flatnonzero(starts)
+    peaks = np.maximum.reduceat(activations, pieces)
+    seen: set[int] = set()
+    for number in np.argsort(-peaks, kind="stable"):
+        piece, peak = int(pieces[number]), float(peaks[number])
+        owner = int(document[piece])
+        if peak <= 0 or len(seen) == each:
+            return
+        if owner in seen or (owner in best and best[owner].peak >= peak):
             continue
-        piece = np.flatnonzero(starts[: at + 1])[-1]
+        seen.add(owner)
+        at = piece + int(np.argmax(activations[piece : pieces[number + 1] if number + 1 < len(pieces) else None]))
         behind = starts[at + 1 : at + 1 + _AFTER]
         end = at + 1 + (int(np.argmax(behind)) if behind.any() else len(behind))
         span = slice(max(piece + 1, at - _BEFORE), end)

@@ -26,6 +26,7 @@ from analyze.stats import bootstrap_ratio, sums_by
 from analyze.subject import Subject, Unit
 from data import durable
 from data.errors import StoreError
+from data.kinds import BOS, ORDINARY
 from data.moments import Moments
 
 BATCH_ROWS = 4096  # the reference's batch
@@ -39,7 +40,7 @@ class Rows(NamedTuple):
 
     squared_error: NDArray[np.float64]  # |e|^2
     about_mean: NDArray[np.float64]  # |x - mu|^2
-    about_batch: NDArray[np.float64]  # |x - mean_b(x)|^2
+    about_batch: NDArray[np.float64]  # |x - mean_b(x)|^2, the mean over those that the run's policy keeps
     squared: NDArray[np.float64]  # |x|^2
     dot: NDArray[np.float64]  # x . x_hat
     squared_hat: NDArray[np.float64]  # |x_hat|^2
@@ -47,6 +48,7 @@ class Rows(NamedTuple):
     document: NDArray[np.uint32]
     position: NDArray[np.int64]
     norm: NDArray[np.float32]
+    kind: NDArray[np.int8]
 
 
 @dataclass
@@ -55,7 +57,6 @@ class Latents:
 
     fired: NDArray[np.int64]  # (F,) rows
     first: NDArray[np.int64]  # (F,) row in which it first fired; the number of rows if never
-    largest: NDArray[np.float32]  # (F,) activation
 
 
 def quality(subject: Subject, limit: int) -> dict[str, Any]:
@@ -65,19 +66,21 @@ def quality(subject: Subject, limit: int) -> dict[str, Any]:
         limit: held-out rows to measure on, in whole units.
     """
     rows, latents, spread, activations = _measure(subject, limit)
-    kept = _policy(subject, rows)
+    kept = np.isin(rows.kind, subject.policy.kinds)
     if not kept.any():
         raise StoreError(f"no held-out row of {subject.store.path} passes the run's policy {subject.policy}")
     subsets = {
         "as trained": kept,
         "all rows": np.ones(len(kept), bool),
-        "without BOS": rows.position > 0,
-        "without BOS and outliers": (rows.position > 0) & (rows.norm <= subject.selection.norm_limit),
+        "without BOS": rows.kind != BOS,
+        "without BOS and outliers": rows.kind == ORDINARY,
     }
     return {
         "rows": int(kept.sum()),
         "documents": len(np.unique(rows.document[kept])),
         "variance_explained": {name: _variance_explained(rows, mask) for name, mask in subsets.items() if mask.any()},
+        "batch_mean": float(1 - rows.squared_error[kept].sum() / rows.about_batch[kept].sum()),
+        "mean_of_ratios": float(np.mean(1 - rows.squared_error[kept] / rows.about_batch[kept])),
         "variance_of_error": 1 - spread[0].m2.sum() / spread[1].m2.sum(),
         "scalar": _scalar(rows, kept, spread[1]),
         **_reconstruction(_take(rows, kept), subject.store.d_model),
@@ -97,7 +100,7 @@ def quality(subject: Subject, limit: int) -> dict[str, Any]:
 def _measure(subject: Subject, limit: int) -> tuple[Rows, Latents, tuple[Moments, Moments], NDArray[np.float32]]:
     d_sae, d_model = subject.sae.d_sae, subject.sae.d_model
     never = np.iinfo(np.int64).max
-    latents = Latents(np.zeros(d_sae, np.int64), np.full(d_sae, never), np.zeros(d_sae, np.float32))
+    latents = Latents(np.zeros(d_sae, np.int64), np.full(d_sae, never))
     error_moments, row_moments = Moments.empty(d_model), Moments.empty(d_model)
     parts: list[Rows] = []
     sample: list[NDArray[np.float32]] = []
@@ -108,8 +111,9 @@ def _measure(subject: Subject, limit: int) -> tuple[Rows, Latents, tuple[Moments
             x = part.rows.double()
             kept = subject.sae.encode(part.rows)
             error = x - subject.sae.decode(kept).double()
-            parts.append(_row_figures(part, x, error, mean, (kept.values > 0).sum(1)))
-            mask = _policy(subject, parts[-1])
+            mask = np.isin(part.kind, subject.policy.kinds)
+            batch_mean = x[torch.from_numpy(mask).to(x.device)].mean(0) if mask.any() else mean
+            parts.append(_row_figures(part, x, error, mean, batch_mean, (kept.values > 0).sum(1)))
             values, indices = (t.cpu().numpy()[mask] for t in kept)
             seen += _count(latents, values, indices, seen)
             sample.append(values[:64][values[:64] > 0])
@@ -126,23 +130,20 @@ def _batches(unit: Unit) -> Iterator[Unit]:
         yield Unit._make([unit.number, *(column[part] for column in unit[1:])])
 
 
-def _row_figures(unit: Unit, x: Tensor, error: Tensor, mean: Tensor, l0: Tensor) -> Rows:
+def _row_figures(unit: Unit, x: Tensor, error: Tensor, mean: Tensor, batch_mean: Tensor, l0: Tensor) -> Rows:
     hat = x - error
     figures = (
         error.square().sum(1),
         (x - mean).square().sum(1),
-        (x - x.mean(0)).square().sum(1),
+        (x - batch_mean).square().sum(1),
         x.square().sum(1),
         (x * hat).sum(1),
         hat.square().sum(1),
         l0,
     )
-    return Rows._make([*(figure.cpu().numpy() for figure in figures), unit.document, unit.position, unit.norm])
-
-
-def _policy(subject: Subject, rows: Rows) -> NDArray[np.bool_]:
-    inside = rows.norm <= subject.selection.norm_limit
-    return inside & (rows.position > 0) if subject.policy.drop_bos else inside
+    return Rows._make(
+        [*(figure.cpu().numpy() for figure in figures), unit.document, unit.position, unit.norm, unit.kind]
+    )
 
 
 def _count(latents: Latents, values: NDArray[np.float32], indices: NDArray[np.int64], seen: int) -> int:
@@ -152,7 +153,6 @@ def _count(latents: Latents, values: NDArray[np.float32], indices: NDArray[np.in
     latent = indices[active]
     latents.fired += np.bincount(latent, minlength=len(latents.fired))
     np.minimum.at(latents.first, latent, row)
-    np.maximum.at(latents.largest, latent, values[active])
     return len(values)
 
 
@@ -167,13 +167,10 @@ def _variance_explained(every: Rows, mask: NDArray[np.bool_]) -> dict[str, Any]:
     rows = _take(every, mask)
     error, total = sums_by(rows.document, rows.squared_error, rows.about_mean)
     unexplained = bootstrap_ratio(error, total)
-    ratios = rows.squared_error / np.maximum(rows.about_batch, np.finfo(np.float64).tiny)
     return {
         "rows": int(mask.sum()),
         "centred": 1 - error.sum() / total.sum(),
         "centred_95": [1 - unexplained.high, 1 - unexplained.low],
-        "batch_mean": 1 - rows.squared_error.sum() / rows.about_batch.sum(),
-        "mean_of_ratios": float(np.mean(1 - ratios)),
     }
 
 
@@ -289,7 +286,9 @@ def markdown(subject: Subject, figures: dict[str, Any]) -> list[str]:
         f"[{low:.4f}, {high:.4f}] |",
     ]
     named = {
-        "variance_of_error": "variance explained, by variance of the error",
+        "batch_mean": "variance explained, about the batch's mean (sparsify)",
+        "mean_of_ratios": "variance explained, mean of the rows' ratios (SAELens, legacy)",
+        "variance_of_error": "variance explained, by variance of the error (dictionary_learning)",
         "scalar": "variance explained, scalar (the reference SAE's definition)",
         "mse_per_element": "MSE per element",
         "l0": "L0",
@@ -299,10 +298,9 @@ def markdown(subject: Subject, figures: dict[str, Any]) -> list[str]:
     }
     lines += [f"| {text} | {figures[key]:.4f} |" for key, text in named.items()]
     lines += [f"| latents silent on all held-out rows | {figures['silent']:,} of {figures['d_sae']:,} |", ""]
-    lines += ["| rows | number | centred | batch mean | mean of ratios |", "|---|---|---|---|---|"]
+    lines += ["| rows | number | centred |", "|---|---|---|"]
     lines += [
-        f"| {name} | {row['rows']:,} | {row['centred']:.4f} | {row['batch_mean']:.4f} | {row['mean_of_ratios']:.4f} |"
-        for name, row in figures["variance_explained"].items()
+        f"| {name} | {row['rows']:,} | {row['centred']:.4f} |" for name, row in figures["variance_explained"].items()
     ]
     lines += ["", "| first rows | latents that fired |", "|---|---|"]
     return [*lines, *(f"| {point['rows']:,} | {point['share']:.1%} |" for point in figures["coverage"])]

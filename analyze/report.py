@@ -13,6 +13,7 @@ from analyze import contexts, pictures
 from analyze.quality import quality, write
 from analyze.subject import Subject
 from data import durable
+from data.errors import StoreError
 from data.journal import read_metrics
 
 FEATURES, CONTEXTS = 20, 5  # shown: latents, contexts of each
@@ -28,7 +29,10 @@ def report(subject: Subject, limit: int, model_path: str | None) -> Path:
     measured = subject.run / "quality.json"
     if not measured.exists():
         write(subject, quality(subject, limit))
-    figures = json.loads(measured.read_bytes())
+    try:
+        figures = json.loads(measured.read_bytes())
+    except ValueError as error:
+        raise StoreError(f"{measured} is not JSON; delete it, and it is measured again") from error
     metrics = read_metrics(subject.run / "metrics.jsonl")
     environment = Environment(loader=PackageLoader("analyze"), autoescape=True, undefined=StrictUndefined)
     page = environment.get_template("report.html").render(
@@ -55,7 +59,7 @@ def _run_facts(subject: Subject) -> dict[str, Any]:
         "optimizer": f"Adam, {optim['lr']:g} to {optim['lr_floor']:g}, batch {settings['batch']:,}",
         "trained on": f"{settings['tokens']:,} tokens in {subject.config['steps']:,} steps, seed {settings['seed']}",
         "rows left out": ("BOS" if subject.policy.drop_bos else "no BOS")
-        + (f", and those above {subject.policy.max_norm:g} median norms" if subject.policy.max_norm else ""),
+        + (", and others above ten median norms" if subject.policy.drop_outliers else ""),
         "environment": ", ".join(f"{key} {value}" for key, value in subject.config["environment"].items()),
     }
 

@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 
 from data.errors import MismatchError, StoreError
+from data.kinds import NON_FINITE
 from data.moments import Moments
-from data.reader import Policy, Selection, held_out_units
+from data.reader import Policy, held_out_units, require_complete, training_units
 from data.store import Store
 from train import export, sae
-from train.run import CONFIG
+from train.run import CONFIG, read_config
 
 
 class Unit(NamedTuple):
@@ -30,6 +30,7 @@ class Unit(NamedTuple):
     document: NDArray[np.uint32]  # (n,)
     position: NDArray[np.int64]  # (n,) tokens since its piece's BOS, which is 0
     norm: NDArray[np.float32]  # (n,)
+    kind: NDArray[np.int8]  # (n,) see data/kinds.py
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Subject:
         """
         if not (run / CONFIG).is_file():
             raise StoreError(f"no run at {run}; train one with `python -m train store=... run={run}`")
-        config = yaml.safe_load((run / CONFIG).read_bytes())
+        config = read_config(run)
         if not (run / export.FILE).is_file():
             raise StoreError(f"run {run} is not finished: {export.FILE} is missing; run its `python -m train` again")
         settings = config["settings"]
@@ -75,14 +76,10 @@ class Subject:
         return self.sae.b_dec.device
 
     @cached_property
-    def selection(self) -> Selection:
-        """Which rows the run's policy keeps."""
-        return Selection(self.store, self.layer, self.policy)
-
-    @cached_property
     def moments(self) -> Moments:
         """The training rows' mean and variance, as training used them."""
-        return self.store.moments(self.layer, self.selection.train_units, bos=not self.policy.drop_bos)
+        require_complete(self.store, self.layer)
+        return self.store.moments(self.layer, training_units(self.store), self.policy.kinds)
 
     def held_out(self, limit: int) -> Iterator[Unit]:
         """Held-out units, until at least `limit` rows were given."""
@@ -95,9 +92,9 @@ class Subject:
                 return
 
     def _unit(self, number: int) -> Unit:
-        norm = self.store.norms(self.layer, number)
-        finite = np.flatnonzero(np.isfinite(norm))
-        local = (self.store.token_index(number) - np.uint64(number * self.store.unit_tokens)).astype(np.int64)[finite]
+        kind = self.store.kinds(self.layer, number)
+        finite = np.flatnonzero(kind != NON_FINITE)
+        local = self.store.permutation(number)[finite]
         bits = torch.from_numpy(self.store.residuals(self.layer, number)[finite])
         starts = self.store.piece_starts(number).ravel()
         at = np.arange(len(starts))
@@ -108,5 +105,6 @@ class Subject:
             local=local,
             document=self.store.document(number).ravel()[local],
             position=since[local],
-            norm=norm[finite],
+            norm=self.store.norms(self.layer, number)[finite],
+            kind=kind[finite],
         )

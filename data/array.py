@@ -110,12 +110,16 @@ class UnitArray:
             try:
                 self.codec.decode(path.read_bytes(), out)
             except (OSError, StoreError, RuntimeError, ValueError) as error:
-                raise StoreError(f"{path} cannot be read: {error}") from error
+                raise StoreError(f"{path} cannot be read: {error}; {_way_out(root)}") from error
         else:
             with Shard(self, root, unit) as shard:
                 for chunk in range(count):
                     shard.read(chunk, out[chunk * step : (chunk + 1) * step])
         return out[: self.rows(unit)]
+
+
+def _way_out(root: Path) -> str:
+    return f"`python -m harvest action=repair store={root}` drops damaged units, and harvesting again redoes them"
 
 
 def _padded(rows: NDArray[Any], length: int) -> NDArray[Any]:
@@ -132,11 +136,11 @@ class Shard:
     def __init__(self, array: UnitArray, root: Path, unit: int) -> None:
         assert array.chunk is not None
         self._array = array
-        self._path = root / array.key(unit)
+        self._path, self._root = root / array.key(unit), root
         try:
             self._file = os.open(self._path, os.O_RDONLY)
         except OSError as error:
-            raise StoreError(f"{self._path} cannot be read: {error.strerror}") from error
+            raise StoreError(f"{self._path} cannot be read: {error.strerror}; {_way_out(root)}") from error
         try:
             self._index = self._read_index(array.unit // array.chunk)
         except BaseException:
@@ -155,7 +159,9 @@ class Shard:
         data = os.pread(self._file, nbytes, max(size - nbytes, 0))
         table, crc = data[:-CRC_BYTES], int.from_bytes(data[-CRC_BYTES:], "little")
         if len(data) != nbytes or google_crc32c.value(table) != crc:
-            raise StoreError(f"{self._path}: the shard's index is damaged or cut off ({size} bytes)")
+            raise StoreError(
+                f"{self._path}: the shard's index is damaged or cut off ({size} bytes); {_way_out(self._root)}"
+            )
         return np.frombuffer(table, "<u8").reshape(chunks, 2)
 
     def read(self, chunk: int, out: NDArray[Any]) -> None:
@@ -163,8 +169,8 @@ class Shard:
         offset, nbytes = self._index[chunk]
         if offset == ABSENT:
             raise StoreError(f"{self._path}: chunk {chunk} is absent")
-        data = os.pread(self._file, int(nbytes), int(offset))
         try:
+            data = os.pread(self._file, int(nbytes), int(offset))
             self._array.codec.decode(data, out)
-        except (StoreError, RuntimeError, ValueError) as error:
-            raise StoreError(f"{self._path}, chunk {chunk}: {error}") from error
+        except (OSError, StoreError, RuntimeError, ValueError) as error:
+            raise StoreError(f"{self._path}, chunk {chunk}: {error}; {_way_out(self._root)}") from error

@@ -68,13 +68,13 @@ class Codec:
         Raises:
             StoreError: the checksum or the decoded size is wrong.
         """
-        view = memoryview(data)
-        body, crc = bytes(view[:-CRC_BYTES]), int.from_bytes(view[-CRC_BYTES:], "little")
+        view = np.frombuffer(data, np.uint8)
+        body, crc = view[:-CRC_BYTES], int.from_bytes(view[-CRC_BYTES:].tobytes(), "little")
         if len(view) <= CRC_BYTES or google_crc32c.value(body) != crc:
             raise StoreError("crc32c does not match: the bytes on disk are not the ones that were written")
         if self.name == "blosc":
             self._blosc().decode(body, out)
         elif len(body) == out.nbytes:
-            out[...] = np.frombuffer(body, out.dtype).reshape(out.shape)
+            out[...] = body.view(out.dtype).reshape(out.shape)
         else:
             raise StoreError(f"chunk of {len(body)} bytes where {out.nbytes} belong")

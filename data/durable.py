@@ -6,9 +6,11 @@ that its contents did not. Every lasting file of the pipeline goes through this 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +20,7 @@ from data.errors import StoreError
 
 Buffer = bytes | bytearray | memoryview
 
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.tmp")
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 
 class Written(NamedTuple):
@@ -65,16 +67,22 @@ def _write_temporary(path: Path, parts: Iterable[Buffer]) -> tuple[Path, Written
                 size += file.write(part)
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StoreError(
-            f"cannot write {path}: {error.strerror}; what was committed before is intact, "
-            "so free space or mend the disk and run the same command again"
-        ) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     return temporary, Written(size, state.hexdigest())
+
+
+@contextmanager
+def refusals(path: Path) -> Iterator[None]:
+    """What the disk refuses, said to the user."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"cannot write {path}: {error.strerror}; what was committed before is intact, "
+            "so free space or mend the disk and run the same command again"
+        ) from error
 
 
 def write(path: Path, parts: Iterable[Buffer]) -> Written:
@@ -83,22 +91,24 @@ def write(path: Path, parts: Iterable[Buffer]) -> Written:
     Raises:
         StoreError: the disk refused; the file that was there before is untouched.
     """
-    temporary, written = _write_temporary(path, parts)
-    os.replace(temporary, path)
-    sync_directory(path.parent)
+    with refusals(path):
+        temporary, written = _write_temporary(path, parts)
+        os.replace(temporary, path)
+        sync_directory(path.parent)
     return written
 
 
 def create(path: Path, data: bytes) -> bool:
     """Like `write`, but never replaces: False if `path` exists already (the first writer wins)."""
-    temporary, _ = _write_temporary(path, [data])
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
+    with refusals(path):
+        temporary, _ = _write_temporary(path, [data])
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_directory(path.parent)
     return True
 
 
@@ -113,29 +123,30 @@ def make_directory(path: Path) -> None:
         sync_directory(created.parent)
 
 
-def sweep(root: Path) -> int:
-    """Remove the temporaries that dead processes left under `root`; how many there were."""
-    swept = 0
-    for path in root.rglob(".*.tmp"):
-        match = _TEMPORARY.fullmatch(path.name)
-        if match and not _is_alive(int(match["pid"])):
-            path.unlink(missing_ok=True)
-            swept += 1
-    return swept
+@contextmanager
+def locked(folder: Path, busy: str) -> Iterator[None]:
+    """Hold `folder`, which is made if need be, for this process alone; the lock dies with the process.
+
+    Temporaries that a killed process left in it are removed: under the lock none can be in use.
+
+    Raises:
+        StoreError: another process on this machine holds it; `busy` is the message.
+    """
+    make_directory(folder)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreError(busy) from error
+        for path in folder.rglob(".*.tmp"):
+            if is_temporary(path):
+                path.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(handle)
 
 
 def is_temporary(path: Path) -> bool:
     """Whether `path` is the rest of a write that did not come to its end."""
     return _TEMPORARY.fullmatch(path.name) is not None
-
-
-def _is_alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return False  # ours are gone by the time anyone sweeps, so this one is a dead namesake's
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -44,8 +44,8 @@ class MismatchError(StoreError):
         self.differences = dict(differences)
 
 
-class Interrupted(Exception):
-    """The process was asked to stop and reached a boundary where nothing is lost."""
+class Interrupted(BaseException):
+    """The process was asked to stop and reached a boundary where nothing is lost. No sweep goes on after it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -94,12 +94,19 @@ def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[
     return found
 
 
-def run_command(command: Callable[[], None]) -> None:
-    """Run a command line's body; turn our exceptions into one line and an exit code."""
+def run_command(command: Callable[[], None], refusals: tuple[type[Exception], ...] = ()) -> None:
+    """Run a command line; turn our exceptions into one line and an exit code.
+
+    Args:
+        refusals: exceptions by which the settings' own parser refuses them; they exit like a `PipelineError`.
+    """
     try:
         command()
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except refusals as error:
+        print(f"error: {_one_line(str(error))}", file=sys.stderr, flush=True)
         sys.exit(2)
     except Interrupted as stop:
         print(f"stopped by {stop}; the same command again continues from here", file=sys.stderr, flush=True)
@@ -107,3 +114,18 @@ def run_command(command: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("stopped by SIGINT; the same command again continues from the last commit", file=sys.stderr)
         sys.exit(130)
+
+
+def _one_line(refusal: str) -> str:
+    """What the settings' parser says, without its search paths, and with the way out."""
+    text = refusal.split("Config search path:")[0]
+    if "To append to your config" in text:
+        return (
+            text.split("To append to your config")[0].strip().rstrip(".") + ": no such setting; --help lists them all"
+        )
+    if "override" in text and "See https://" in text:
+        return (
+            " ".join(text.split("See https://")[0].split())
+            + "; a value with signs or spaces needs quotes: \"run='a=b'\""
+        )
+    return " ".join(text.split())

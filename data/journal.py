@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from data.durable import refusals
 from data.errors import StoreError
 
 Record = Mapping[str, Any]
@@ -31,9 +32,11 @@ class Metrics:
                 f"{path} has {size} bytes where the checkpoint saw {keep_bytes}: it was cut by hand; restore it, "
                 "or delete the run directory to start over"
             )
-        self._file = path.open("r+b" if path.exists() else "w+b")
-        self._file.truncate(keep_bytes)
-        self._file.seek(keep_bytes)
+        self._path = path
+        with refusals(path):
+            self._file = path.open("r+b" if path.exists() else "w+b")
+            self._file.truncate(keep_bytes)
+            self._file.seek(keep_bytes)
 
     def write(self, record: Record) -> None:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
@@ -41,8 +44,9 @@ class Metrics:
 
     def sync(self) -> int:
         """Make every line durable; the file's length in bytes, for the checkpoint."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with refusals(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
@@ -51,9 +55,24 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a metrics.jsonl; a torn last line is left out."""
-    lines = path.read_bytes().split(b"\n")[:-1]
-    return [json.loads(line) for line in lines]
+    """All complete lines of a metrics.jsonl; a torn last line is left out.
+
+    Raises:
+        StoreError: there are none, or one is not JSON.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}; restore it") from error
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise StoreError(f"{path} line {number} is not JSON; restore the file") from error
+    if not records:
+        raise StoreError(f"{path} holds no complete line; restore it")
+    return records
 
 
 class Progress:

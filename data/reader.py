@@ -22,28 +22,22 @@ from numpy.typing import NDArray
 from data import order
 from data.array import Shard
 from data.errors import SettingError, StoreError
+from data.kinds import BOS, ORDINARY, OUTLIER
 from data.store import Store
-
-_MEDIAN_UNITS = 64  # units sampled for the median norm: 4 million rows at the default unit
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Which stored rows a reader serves. Rows with NaN or infinity never are."""
+    """Which stored rows a reader serves, by their kind (data/kinds.py). Rows with NaN or infinity never are."""
 
     drop_bos: bool = True  # leave out the BOS token of every piece
-    max_norm: float | None = 10.0  # leave out rows longer than this many median norms; None keeps them
+    drop_outliers: bool = True  # leave out other rows longer than ten median norms
 
-    def __post_init__(self) -> None:
-        if self.max_norm is not None and not self.max_norm > 1:
-            raise SettingError(f"max_norm={self.max_norm} must be greater than 1 (in median norms), or null")
-
-
-class HeldOut(NamedTuple):
-    """A run of held-out rows."""
-
-    rows: torch.Tensor  # (n, d) bfloat16
-    token_index: NDArray[np.uint64]  # (n,) flat spine index of each row
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """The kinds that are served."""
+        dropped = {kind for kind, drop in ((BOS, self.drop_bos), (OUTLIER, self.drop_outliers)) if drop}
+        return tuple(kind for kind in (BOS, OUTLIER, ORDINARY) if kind not in dropped)
 
 
 def held_out_units(store: Store) -> list[int]:
@@ -72,29 +66,10 @@ def require_complete(store: Store, layer: int) -> None:
         )
 
 
-class Selection:
-    """The rows of one layer that a policy keeps."""
-
-    def __init__(self, store: Store, layer: int, policy: Policy) -> None:
-        require_complete(store, layer)
-        self.store, self.layer, self.policy = store, layer, policy
-        held = set(held_out_units(store))
-        self.train_units = [unit for unit in range(store.units) if unit not in held]
-        self.norm_limit = np.inf
-        if policy.max_norm is not None:
-            sample = order.permutation(len(self.train_units), store.manifest["seed"])[:_MEDIAN_UNITS]
-            norms = (store.norms(layer, self.train_units[i]) for i in sample)
-            medians = [np.median(unit[np.isfinite(unit)]) for unit in norms if np.isfinite(unit).any()]
-            self.norm_limit = float(policy.max_norm * np.mean(medians)) if medians else 0.0
-
-    def kept(self, unit: int) -> tuple[NDArray[np.bool_], float]:
-        """(n,) which stored rows of `unit` are kept, and the sum of their norms."""
-        norms = self.store.norms(self.layer, unit)
-        keep = np.isfinite(norms) & (norms <= self.norm_limit)
-        if self.policy.drop_bos:
-            local = self.store.token_index(unit) - np.uint64(unit * self.store.unit_tokens)
-            keep &= ~self.store.piece_starts(unit).ravel()[local]
-        return keep, float(norms[keep].sum(dtype=np.float64))
+def training_units(store: Store) -> list[int]:
+    """All units but the held-out ones."""
+    held = set(held_out_units(store))
+    return [unit for unit in range(store.units) if unit not in held]
 
 
 class Reader:
@@ -111,30 +86,31 @@ class Reader:
             raise SettingError(f"batch={batch} must be at least 1 (rows)")
         self.batch, self.seed, self.window = batch, seed, window
         self.d_model = store.d_model
-        selection = Selection(store, layer, policy)
+        require_complete(store, layer)
         self._store, self._array = store, store.array(f"layer_{layer}")
         self._chunk: int = store.manifest["chunk"]
+        units = training_units(store)
+
+        def select(unit: int) -> tuple[NDArray[np.uint8], list[int], float]:
+            keep = np.isin(store.kinds(layer, unit), policy.kinds)
+            per_chunk = np.add.reduceat(keep, np.arange(0, len(keep), self._chunk), dtype=np.int64)
+            return np.packbits(keep), per_chunk.tolist(), float(store.norms(layer, unit)[keep].sum(dtype=np.float64))
+
         self._keep: dict[int, NDArray[np.uint8]] = {}  # unit -> packed bits: 125 MB for a billion rows
         chunks: list[tuple[int, int, int]] = []  # (unit, chunk, kept rows)
         norm_sum = 0.0
-
-        def select(unit: int) -> tuple[NDArray[np.uint8], list[int], float]:
-            keep, total = selection.kept(unit)
-            per_chunk = np.add.reduceat(keep, np.arange(0, len(keep), self._chunk), dtype=np.int64)
-            return np.packbits(keep), per_chunk.tolist(), total
-
         with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="select") as pool:
-            selected = pool.map(select, selection.train_units)
-            for unit, (packed, per_chunk, total) in zip(selection.train_units, selected, strict=True):
+            for unit, (packed, per_chunk, total) in zip(units, pool.map(select, units), strict=True):
                 self._keep[unit] = packed
                 chunks += [(unit, number, kept) for number, kept in enumerate(per_chunk)]
                 norm_sum += total
         self._chunks = np.array(chunks, np.int64)
         self.rows = int(self._chunks[:, 2].sum())
-        if self.rows == 0:
-            raise StoreError(f"no row of layer {layer} in {store.path} passes drop_bos and max_norm")
+        held = (np.isin(store.kinds(layer, unit), policy.kinds).any() for unit in held_out_units(store))
+        if self.rows == 0 or not any(held):
+            raise StoreError(f"no row of layer {layer} in {store.path} is left by drop_bos and drop_outliers")
         self.mean_norm = norm_sum / self.rows
-        moments = store.moments(layer, selection.train_units, bos=not policy.drop_bos)
+        moments = store.moments(layer, units, policy.kinds)
         self.mean, self.variance = moments.mean, moments.variance
 
     def batches(self, start: int) -> Iterator[torch.Tensor]:
@@ -211,12 +187,11 @@ class _Window(NamedTuple):
         return int(self.chunks[:, 2].sum())
 
 
-def held_out(store: Store, layer: int, policy: Policy, batch: int) -> Iterator[HeldOut]:
-    """All kept rows of the held-out units once, in stored order, at most `batch` at a time."""
-    selection = Selection(store, layer, policy)
+def held_out(store: Store, layer: int, policy: Policy, batch: int) -> Iterator[torch.Tensor]:
+    """All kept rows of the held-out units once, in stored order: (n, d) bfloat16, at most `batch` at a time."""
+    require_complete(store, layer)
     for unit in held_out_units(store):
-        keep, _ = selection.kept(unit)
+        keep = np.isin(store.kinds(layer, unit), policy.kinds)
         rows = torch.from_numpy(store.residuals(layer, unit)[keep]).view(torch.bfloat16)
-        index = store.token_index(unit)[keep].astype(np.uint64)
         for at in range(0, len(rows), batch):
-            yield HeldOut(rows[at : at + batch], index[at : at + batch])
+            yield rows[at : at + batch]

@@ -3,10 +3,10 @@
 What may never change (format 1): a Zarr v3 group of these arrays, cut into units along their first axis:
 
     tokens, document           (S, T) uint32          the spine: packed rows; which document a token comes from
-    token_index                (N,)   uint32 | uint64 row of a residual array -> flat index into the spine, N = S*T
+    token_index                (N,)   uint32 | uint64 row of every residual array -> flat index into the spine, N = S*T
     layer_L                    (N, d) bfloat16        residual stream after decoder layer L, rows permuted in their unit
     norm_L                     (N,)   float32         Euclidean norms of those rows
-    moments_L                  (units, 2, 2, d) float64   [BOS rows, others] x [mean, sum of squared deviations]
+    moments_L                  (units, 3, 2, d) float64   [BOS, outlier, ordinary] x [mean, sum of squared deviations]
 
 A unit is the unit of work, writing, commit, checksum, statistics and resume. Its objects are written first, then its
 record in commits/ is created; a reader believes records alone. The group's attributes hold the manifest, which is
@@ -31,13 +31,12 @@ from numpy.typing import NDArray
 
 from data import durable, order, records
 from data.array import UnitArray
-from data.bfloat16 import to_float32
 from data.durable import Written
 from data.errors import MismatchError, StoreError, differences
+from data.kinds import kinds_of, moments_of, norms_of
 from data.moments import Moments, merge_all
 
 FORMAT = 1
-_BLOCK_ROWS = 1024  # rows held as float64 at a time: 21 MB at width 2560
 _RESIDUAL_RECORD = re.compile(r"(?P<unit>\d{8})\.(?P<layers>\d+(_\d+)*)\.json")
 
 
@@ -103,7 +102,7 @@ class Store:
             cls(path, wanted)._write_group({})
         store = cls.open(path)
         if unequal := differences(store.manifest, wanted):
-            if store._spine:
+            if store._spine or store._residuals:
                 raise MismatchError(f"store {path}", unequal, "Use those settings, or another store=.")
             store = cls(path, wanted)  # without a commit there is nothing to protect
         durable.make_directory(path / "commits" / "spine")
@@ -150,6 +149,11 @@ class Store:
         return SpineEnd(**records.read(path)) if path.exists() else None
 
     @property
+    def spine_complete(self) -> bool:
+        """Whether the text's end is known and every unit of the spine has its record."""
+        return self.spine_end is not None and all(unit in self._spine for unit in range(self.units))
+
+    @property
     def spine_rows(self) -> int:
         """S: rows of the finished spine, or the planned ones while it is being written."""
         end = self.spine_end
@@ -182,13 +186,14 @@ class Store:
         if name in ("tokens", "document"):
             return UnitArray(name, "uint32", self.spine_rows, (self.context,), spine_unit, codec)
         if name == "token_index":
-            wide = "uint64" if self.rows > 2**32 else "uint32"
+            # By the tokens asked for, which unlike the rows reached are known from the start.
+            wide = "uint64" if self.manifest["tokens"] + self.context > 2**32 else "uint32"
             return UnitArray(name, wide, self.rows, (), self.unit_tokens, codec)
         kind = name.split("_")[0]
         if kind == "norm":
             return UnitArray(name, "float32", self.rows, (), self.unit_tokens, codec)
         if kind == "moments":
-            return UnitArray(name, "float64", self.units, (2, 2, self.d_model), 1, codec)
+            return UnitArray(name, "float64", self.units, (3, 2, self.d_model), 1, codec)
         assert kind == "layer", name
         chunk = self.manifest["chunk"]
         return UnitArray(name, "bfloat16", self.rows, (self.d_model,), self.unit_tokens, codec, chunk)
@@ -196,7 +201,7 @@ class Store:
     def _declare(self, layers: Sequence[int] = ()) -> None:
         """Write the Zarr metadata of the group and of every array, at their present shapes."""
         every = sorted({*self.layers, *layers})
-        names = ["tokens", "document", *(["token_index"] if every else [])]
+        names = ["tokens", "document", "token_index"]
         names += [f"{kind}_{layer}" for layer in every for kind in ("layer", "norm", "moments")]
         arrays = {name: self.array(name).metadata() for name in names}
         for name, metadata in arrays.items():
@@ -229,8 +234,10 @@ class Store:
 
     def commit_spine(self, unit: int, tokens: NDArray[np.uint32], document: NDArray[np.uint32], end: Cursor) -> None:
         """Commit one unit of packed rows, (R, T) each; `end` is the cursor behind its last token."""
+        index = order.permutation(tokens.size, self.manifest["seed"], unit) + unit * self.unit_tokens
+        index = index.astype(self.array("token_index").dtype)
         objects: dict[str, Written] = {}
-        for name, rows in (("tokens", tokens), ("document", document)):
+        for name, rows in (("tokens", tokens), ("document", document), ("token_index", index)):
             objects |= self._write(name, unit, rows)
         body = {"unit": unit, "rows": len(tokens), "cursor": list(end), "objects": objects}
         if not records.create(self.path / "commits" / "spine" / f"{unit:08d}.json", body):
@@ -265,11 +272,11 @@ class Store:
 
     def complete(self, layer: int) -> bool:
         """Whether every unit of `layer` is committed."""
-        return self.spine_end is not None and not self.missing([layer])
+        return self.spine_complete and not self.missing([layer])
 
     def permutation(self, unit: int) -> NDArray[np.int64]:
-        """(n,) where each stored row of a unit comes from, as flat positions inside the unit."""
-        return order.permutation(self.array("token_index").rows(unit), self.manifest["seed"], unit)
+        """(n,) the token of each stored row of a unit, as flat position in the unit's spine rows."""
+        return self.token_index(unit).astype(np.int64) - unit * self.unit_tokens
 
     def piece_starts(self, unit: int) -> NDArray[np.bool_]:
         """(R, T) which tokens of a unit begin a document's piece: these are its BOS tokens."""
@@ -288,28 +295,19 @@ class Store:
         bos = self.piece_starts(unit).ravel()[permutation]
         objects: dict[str, Written] = {}
         counts: dict[str, list[int]] = {}
-        non_finite: dict[str, int] = {}
-        if not any((layer, unit) in self._residuals for layer in self.layers):
-            index = (permutation + unit * self.unit_tokens).astype(self.array("token_index").dtype)
-            objects |= self._write("token_index", unit, index)
         for layer, unordered in rows.items():
             bits = unordered[permutation]
-            norms, groups, bad = _statistics(bits, bos)
+            norms = norms_of(bits)
+            moments = moments_of(bits, kinds_of(norms, bos))
             objects |= self._write(f"layer_{layer}", unit, bits)
             objects |= self._write(f"norm_{layer}", unit, norms)
-            stacked = np.array([[[group.mean, group.m2] for group in groups]])
+            stacked = np.array([[[of_kind.mean, of_kind.m2] for of_kind in moments]])
             objects |= self._write(f"moments_{layer}", unit, stacked)
-            counts[str(layer)] = [group.count for group in groups]
-            non_finite[str(layer)] = bad
-        body = {
-            "unit": unit,
-            "rows": len(bos),
-            "objects": objects,
-            "counts": counts,
-            "non_finite": non_finite,
-        }
+            counts[str(layer)] = [of_kind.count for of_kind in moments]
+        body = {"unit": unit, "rows": len(bos), "objects": objects, "counts": counts}
         name = f"{unit:08d}.{'_'.join(map(str, sorted(rows)))}.json"
-        records.create(self.path / "commits" / "residuals" / name, body)
+        if not records.create(self.path / "commits" / "residuals" / name, body):
+            raise StoreError(f"another process committed unit {unit} of {self.path}; stop one of the two")
         for layer in rows:
             self._residuals[layer, unit] = body
 
@@ -320,12 +318,11 @@ class Store:
 
     def non_finite(self, layer: int) -> int:
         """Rows of `layer` with NaN or infinity in the committed units."""
-        return sum(r["non_finite"][str(layer)] for (at, _), r in self._residuals.items() if at == layer)
+        return sum(r["rows"] - sum(r["counts"][str(layer)]) for (at, _), r in self._residuals.items() if at == layer)
 
     def token_index(self, unit: int) -> NDArray[Any]:
         """(n,) flat spine index of each stored row of a unit."""
-        self._require(self.layers[0] if self.layers else -1, unit)
-        return self.array("token_index").read(self.path, unit)
+        return self._read_spine("token_index", unit)
 
     def norms(self, layer: int, unit: int) -> NDArray[np.float32]:
         """(n,) Euclidean norms of a unit's stored rows."""
@@ -337,16 +334,19 @@ class Store:
         self._require(layer, unit)
         return self.array(f"layer_{layer}").read(self.path, unit)
 
-    def moments(self, layer: int, units: Sequence[int], bos: bool) -> Moments:
-        """Exact statistics of the finite rows of `units`, with or without the BOS rows."""
+    def kinds(self, layer: int, unit: int) -> NDArray[np.int8]:
+        """(n,) kind of each of a unit's stored rows: see data/kinds.py."""
+        return kinds_of(self.norms(layer, unit), self.piece_starts(unit).ravel()[self.permutation(unit)])
+
+    def moments(self, layer: int, units: Sequence[int], kinds: Sequence[int]) -> Moments:
+        """Exact statistics of the rows of `units` that are of one of `kinds`."""
         array = self.array(f"moments_{layer}")
         parts = []
         for unit in units:
             self._require(layer, unit)
             counts = self._residuals[layer, unit]["counts"][str(layer)]
             groups = array.read(self.path, unit)[0]
-            chosen = (0, 1) if bos else (1,)
-            parts += [Moments(counts[g], groups[g, 0], groups[g, 1]) for g in chosen]
+            parts += [Moments(counts[kind], groups[kind, 0], groups[kind, 1]) for kind in kinds]
         return merge_all(parts, self.d_model)
 
     def _require(self, layer: int, unit: int) -> None:
@@ -361,18 +361,3 @@ class Store:
 
 def _json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"
-
-
-def _statistics(bits: NDArray[np.uint16], bos: NDArray[np.bool_]) -> tuple[NDArray[np.float32], list[Moments], int]:
-    """Norms of all rows; moments of the finite [BOS, other] rows; how many rows are not finite."""
-    norms = np.empty(len(bits), np.float32)
-    groups = [Moments.empty(bits.shape[1]), Moments.empty(bits.shape[1])]
-    for at in range(0, len(bits), _BLOCK_ROWS):
-        block = slice(at, at + _BLOCK_ROWS)
-        rows = to_float32(bits[block]).astype(np.float64)
-        with np.errstate(over="ignore", invalid="ignore"):  # non-finite rows are counted, not warned about
-            norms[block] = np.sqrt(np.einsum("nd,nd->n", rows, rows))
-        finite = np.isfinite(norms[block])
-        for group, members in enumerate((finite & bos[block], finite & ~bos[block])):
-            groups[group] = groups[group].merge(Moments.of(rows[members]))
-    return norms, groups, int((~np.isfinite(norms)).sum())

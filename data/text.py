@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -69,7 +70,8 @@ class FileText:
         return [path for path in candidates if path.suffix in SUFFIXES and path.is_file()]
 
     def identity(self) -> dict[str, Any]:
-        files = {file.name: durable.digest_file(file).xxh3_128 for file in self._files()}
+        root = self.path if self.path.is_dir() else self.path.parent
+        files = {str(file.relative_to(root)): durable.digest_file(file).xxh3_128 for file in self._files()}
         return {"kind": "files", "field": self.field, "files": files}
 
     def documents(self, start: int) -> Iterator[str]:
@@ -121,23 +123,42 @@ class HubText:
     revision: str = "main"
 
     def identity(self) -> dict[str, Any]:
-        return {"kind": "hub", **{name: getattr(self, name) for name in self.__dataclass_fields__}}
+        settings = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {"kind": "hub", **settings, "revision": self._commit}
+
+    @cached_property
+    def _commit(self) -> str:
+        """The commit that `revision` names now: a branch's name would go on to mean other text."""
+        if Path(self.dataset).exists():
+            return self.revision
+        from huggingface_hub import HfApi
+
+        try:
+            return str(HfApi().dataset_info(self.dataset, revision=self.revision).sha)
+        except Exception as error:  # network, gate, unknown name: the hub's client has a dozen kinds
+            raise self._unreachable(error) from error
+
+    def _unreachable(self, error: Exception) -> StoreError:
+        return StoreError(
+            f"text.dataset={self.dataset} cannot be opened ({type(error).__name__}); check the name and the network, "
+            "use text.path=FILE, or text=tiny, which needs no network"
+        )
 
     def documents(self, start: int) -> Iterator[str]:
         import datasets
 
         try:
             stream = datasets.load_dataset(
-                self.dataset, self.config, split=self.split, revision=self.revision, streaming=True
+                self.dataset, self.config, split=self.split, revision=self._commit, streaming=True
             )
         except Exception as error:  # the hub's client raises its own, requests', and fsspec's kinds
-            raise StoreError(
-                f"text.dataset={self.dataset} cannot be opened ({type(error).__name__}: {error}); check the name "
-                "and the network, use text.path=FILE, or text=tiny, which needs no network"
-            ) from error
+            raise self._unreachable(error) from error
         if stream.column_names and self.field not in stream.column_names:
             raise SettingError(f"{self.dataset} has no text.field={self.field!r}; it has {stream.column_names}")
-        return (str(row[self.field]) for row in stream.skip(start))
+        for number, row in enumerate(stream.skip(start), start):
+            if not isinstance(row.get(self.field), str):
+                raise SettingError(f"document {number} of {self.dataset} has no text in text.field={self.field!r}")
+            yield row[self.field]
 
 
 def _decode(file: Path, data: bytes) -> str:

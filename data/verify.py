@@ -36,7 +36,18 @@ def _damaged_objects(store: Path, body: dict[str, Any]) -> Iterator[str]:
 
 
 def repair(store: Path) -> list[Path]:
-    """Drop the records of damaged units, so that the next harvest makes them again; which were dropped."""
+    """Drop the records of damaged units, so that the next harvest makes them again; which were dropped.
+
+    Raises:
+        StoreError: there is no store, or a harvest is writing it.
+    """
+    if not (store / "zarr.json").is_file():
+        raise StoreError(f"no activation store at {store}")
+    with durable.locked(store, f"{store} is being written; stop the harvest before repairing"):
+        return _repair(store)
+
+
+def _repair(store: Path) -> list[Path]:
     dropped = [record for record, _ in damage(store)]
     if any(record.parent.name == "spine" for record in dropped):
         (store / "commits" / "spine" / "end.json").unlink(missing_ok=True)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from data import text
-from data.errors import PipelineError, SettingError, run_command
+from data.errors import SettingError, run_command
 from data.settings import optional_whole, torch_device, whole
 from data.verify import repair
 from harvest.lm import EMBEDDED, ModelConfig, load
-from harvest.loop import check_layers, harvest, status, verify
-from harvest.plan import HarvestConfig, plan
+from harvest.loop import check_layers, harvest, share_done, status, verify
+from harvest.plan import HarvestConfig, plan, require_room
 
 ACTIONS = ("run", "plan", "status", "verify", "repair")
 
@@ -77,19 +78,16 @@ def command(settings: dict[str, Any]) -> None:
         dropped = repair(config.store)
         print("\n".join([*(f"dropped {record}" for record in dropped), f"{len(dropped)} units to make again"]))
         return
-    source = text_source(settings["text"])
     lm = load(model_config(settings["model"], settings["device"]))
-    if action == "plan":
+    if action == "verify":
+        print(verify(config.store, lm))
+    elif action == "plan":
         check_layers(config, lm)
-        print("\n".join(plan(config, lm.d_model, config.layers).lines()))
-    elif action == "verify":
-        if wrong := verify(config.store, lm):
-            raise PipelineError(
-                "\n".join([*wrong, f"`python -m harvest action=repair store={config.store}` drops them"])
-            )
-        print(f"{config.store}: every object holds the bytes that were committed; a recomputed unit is the same")
+        planned = plan(config, lm.d_model, config.layers, share_done(config))
+        print("\n".join(planned.lines()))
+        require_room(planned, config.store)
     else:
-        harvest(config, lm, source)
+        harvest(config, lm, text_source(settings["text"]))
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="harvest")
@@ -100,4 +98,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that its refusals come here, to be said in one line
+    run_command(main, (HydraException, OmegaConfBaseException))

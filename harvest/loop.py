@@ -6,14 +6,10 @@ of a spine unit, so that any unit can be made at any time, by anyone, with the s
 
 from __future__ import annotations
 
-import fcntl
-import os
 import random
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +20,7 @@ import transformers
 from numpy.typing import NDArray
 
 from data import durable, text
-from data.errors import PipelineError, SettingError, StopRequest, StoreError
+from data.errors import MismatchError, PipelineError, SettingError, StopRequest, StoreError, differences
 from data.journal import Progress, duration
 from data.store import SpineEnd, Store
 from data.verify import damage
@@ -82,12 +78,12 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: text.TextSource) -
     """
     check_layers(config, lm)
     lm.isolation = choose_isolation(lm)
-    planned = plan(config, lm.d_model, config.layers, _share_done(config))
+    planned = plan(config, lm.d_model, config.layers, share_done(config))
     _say(*planned.lines())
     require_room(planned, config.store)
-    store = Store.open_or_create(config.store, manifest(config, lm, source))
-    with only_writer(store), StopRequest() as stop:
-        durable.sweep(store.path)
+    busy = f"{config.store} is being written by another process; wait for it or stop it"
+    with durable.locked(config.store, busy), StopRequest() as stop:
+        store = Store.open_or_create(config.store, manifest(config, lm, source))
         write_spine(store, lm, source, stop)
         store.declare_layers(config.layers)
         todo = store.missing(config.layers)
@@ -98,7 +94,8 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: text.TextSource) -
     return store
 
 
-def _share_done(config: HarvestConfig) -> float:
+def share_done(config: HarvestConfig) -> float:
+    """Share of the asked layers' units that are committed already."""
     if not (config.store / "zarr.json").exists():
         return 0.0
     store = Store.open(config.store)
@@ -106,26 +103,9 @@ def _share_done(config: HarvestConfig) -> float:
     return 1 - lacking / max(1, store.units * len(config.layers))
 
 
-@contextmanager
-def only_writer(store: Store) -> Iterator[None]:
-    """Hold the store's lock, which dies with the process.
-
-    Raises:
-        StoreError: another process on this machine is writing the store.
-    """
-    handle = os.open(store.path, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise StoreError(f"{store.path} is being written by another process; wait for it or stop it") from error
-    finally:
-        os.close(handle)
-
-
 def write_spine(store: Store, lm: LanguageModel, source: text.TextSource, stop: StopRequest) -> None:
     """Commit the spine units that are missing, and the spine's end."""
-    if store.spine_end is not None:
+    if store.spine_complete:
         return
     planned, progress = store.spine_rows, Progress()
     unit_rows = store.unit_tokens // store.context
@@ -150,7 +130,8 @@ def write_spine(store: Store, lm: LanguageModel, source: text.TextSource, stop: 
         _say(
             f"the text ended at {written * store.context:,} of {planned * store.context:,} tokens: the store ends there"
         )
-    store.close_spine(SpineEnd(written, ended_early=ended))
+    if store.spine_end is None:
+        store.close_spine(SpineEnd(written, ended_early=ended))
 
 
 def compute_unit(store: Store, lm: LanguageModel, unit: int, layers: list[int]) -> dict[int, NDArray[np.uint16]]:
@@ -233,19 +214,28 @@ def require_same(store: Store, lm: LanguageModel, unit: int, layers: list[int]) 
             )
 
 
-def verify(path: Path, lm: LanguageModel) -> list[str]:
-    """Check every digest of the store, and one random unit through the model; what is wrong, a line each."""
-    wrong = [line for _, lines in damage(path) for line in lines]
-    if wrong:
-        return wrong
+def verify(path: Path, lm: LanguageModel) -> str:
+    """Check every digest of the store, and one random unit through the model; what was found to be right.
+
+    Raises:
+        StoreError: something is wrong; a line for each object.
+    """
+    if wrong := [line for _, lines in damage(path) for line in lines]:
+        raise StoreError("\n".join([*wrong, f"`python -m harvest action=repair store={path}` drops these units"]))
     store = Store.open(path)
+    if unequal := differences(store.manifest["model"], lm.identity):
+        raise MismatchError(f"store {path}", unequal, "Give the model it was made with as model= or model.path=.")
+    if not store.spine_complete:
+        raise StoreError(f"{path}: some units of its text have no record; run its `python -m harvest` again")
     missing = store.missing(store.layers)
     committed = [unit for unit in range(store.units) if unit not in missing]
-    if committed and store.layers:
-        lm.isolation = store.manifest["isolation"]
-        lm.truncate_(max(store.layers))
-        require_same(store, lm, random.choice(committed), store.layers)
-    return []
+    if not committed or not store.layers:
+        return f"{path}: every object holds the bytes that were committed; no unit has residuals yet"
+    lm.isolation = store.manifest["isolation"]
+    lm.truncate_(max(store.layers))
+    unit = random.choice(committed)
+    require_same(store, lm, unit, store.layers)
+    return f"{path}: every object holds the bytes that were committed; unit {unit}, recomputed, is the same"
 
 
 def status(path: Path) -> list[str]:
@@ -253,6 +243,8 @@ def status(path: Path) -> list[str]:
     store = Store.open(path)
     end = store.spine_end
     spine = f"{store.rows:,} tokens" + ("" if end else " planned, spine unfinished")
+    if end and not store.spine_complete:
+        spine += ", units of the text missing: harvest again"
     lines = [f"{path}: {spine}, {store.units} units, model {store.manifest['model']['id']}"]
     for layer in store.layers:
         lines.append(f"layer {layer}: {store.units - len(store.missing([layer]))} of {store.units} units")

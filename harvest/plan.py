@@ -75,7 +75,8 @@ class Plan:
         """The plan as text."""
         return [
             f"plan: {self.tokens:,} tokens in {self.rows:,} rows and {self.units:,} units, "
-            f"layers {', '.join(map(str, self.layers))}",
+            f"layers {', '.join(map(str, self.layers))}"
+            + ("; nothing can be held out of a single unit: for training, lower unit=" if self.units == 1 else ""),
             f"      {size(self.raw_bytes)} of residuals, about {size(self.expected_bytes)} still to write; "
             f"{size(self.free_bytes)} free",
         ]

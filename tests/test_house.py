@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -124,6 +125,11 @@ def test_readme_commands_run(tmp_path: Path) -> None:
         assert done.returncode == 0, (command, done.stderr)
         ran += embedded
     assert ran == 4
+    metrics = (tmp_path / "runs" / "demo" / "metrics.jsonl").read_text().splitlines()
+    final = json.loads(metrics[-1])
+    assert final["split"] == "held_out"
+    assert final["variance_explained"] >= 0.90
+    assert final["dead_share"] < 0.05
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     check = "\nprint(float(1 - (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()))"
     shown = subprocess.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +10,15 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from data import durable
 from data.errors import SettingError, run_command
 from data.reader import Policy, Reader, held_out
-from data.settings import optional_whole, torch_device, whole
+from data.settings import flag, optional_whole, torch_device, whole
 from data.store import Store
 from train.loop import Stream, TrainConfig, train
 from train.optim import OptimConfig
@@ -26,18 +29,23 @@ _ARM_BYTES = 150  # of a directory's name; file systems allow 255
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(cfg: DictConfig) -> None:
-    run_command(lambda: run(cfg))
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(settings, dict)
+    plain = {str(key): value for key, value in settings.items()}
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        run(plain)  # an arm that is refused must not end the sweep, as an exit would
+    else:
+        run_command(lambda: run(plain))
 
 
-def run(cfg: DictConfig) -> None:
-    """Turn the configuration into objects, and train."""
-    settings: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+def run(settings: dict[str, Any]) -> None:
+    """Turn the settings into objects, and train."""
     if not settings["store"]:
         raise SettingError("store= is missing; give the path of an activation store, e.g. store=activations/tiny.zarr")
     device = torch_device(settings["device"])
     name = settings["sae"].pop("name", "sae")
     optim, sae = build(OptimConfig, "optim", settings["optim"]), build(SAEConfig, "sae", settings["sae"])
-    policy = Policy(bool(settings["drop_bos"]), number("max_norm", settings["max_norm"]))
+    policy = Policy(*(flag(name, settings[name]) for name in ("drop_bos", "drop_outliers")))
     store = Store.open(Path(settings["store"]))
     layer = first_layer(store) if settings["layer"] is None else whole("layer", settings["layer"])
     counts = ("seed", "batch", "log_every", "eval_every", "eval_rows", "checkpoint_every")
@@ -50,9 +58,7 @@ def run(cfg: DictConfig) -> None:
         **{key: whole(key, settings[key]) for key in counts},
     )
     reader = Reader(store, layer, batch=config.batch, seed=config.seed, policy=policy)
-    stream = Stream(
-        store.identity, reader, lambda: (part.rows for part in held_out(store, layer, policy, config.batch))
-    )
+    stream = Stream(store.identity, reader, lambda: held_out(store, layer, policy, config.batch))
     facts = {"store_path": str(store.path), "sae_name": name}
     train(config, stream, run_directory(settings["run"], f"{store.path.stem}_{name}_L{layer}"), device, facts)
 
@@ -108,4 +114,5 @@ def file_name(text: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that its refusals come here, to be said in one line
+    run_command(main, (HydraException, OmegaConfBaseException))

@@ -74,6 +74,8 @@ class TrainConfig:
         for name in ("batch", "log_every", "eval_every", "eval_rows", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.batch < 2 and self.sae.aux_norm == "variance":
+            raise SettingError("batch=1 has no variance to divide by; raise it, or set sae.aux_norm=raw")
         if self.tokens is not None and self.tokens < self.batch:
             raise SettingError(f"tokens={self.tokens} is less than one batch={self.batch}; raise it or lower batch=")
 
@@ -209,7 +211,9 @@ def train(
         MismatchError: `folder` holds a run with other settings or another store.
         NonFiniteError: a loss was not finite.
     """
-    with run.locked(folder), _deterministic(), torch.no_grad(), StopRequest() as stop:
+    busy = f"another process is training in {folder}; wait for it, or choose another run="
+    with durable.locked(folder, busy), _deterministic(), torch.no_grad(), StopRequest() as stop:
+        durable.make_directory(folder / run.CHECKPOINTS)
         trainer = Trainer(config, stream.reader, device)
         tokens = trainer.steps * config.batch
         settings = {"store": {"identity": stream.identity}, **asdict(config), "tokens": tokens}
@@ -218,7 +222,7 @@ def train(
         for line in run.agree(folder, settings, shown, run.environment(device)):
             run.tell(line)
         saved = _resume(folder, records.digest(settings))
-        if (folder / export.FILE).exists():
+        if _is_finished(folder):
             run.tell(f"{folder} is finished: {folder / export.FILE} is there, nothing to do")
             return read_metrics(folder / run.METRICS)[-1]
         if saved:
@@ -234,6 +238,15 @@ def train(
             f"dead {final['dead_share']:.1%} of {config.sae.d_sae:,} latents"
         )
         return final
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether the final SAE is there; a damaged one is exported again from the last checkpoint."""
+    try:
+        sae.load(folder / export.FILE)
+    except StoreError:
+        return False
+    return True
 
 
 def _resume(folder: Path, settings: str) -> Checkpoint | None:

@@ -1,13 +1,10 @@
-"""A run's directory: its settings, its lock, and where a stopped run goes on."""
+"""A run's directory: its settings, and where a stopped run goes on."""
 
 from __future__ import annotations
 
-import fcntl
-import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +16,6 @@ from data import durable
 from data.errors import MismatchError, StoreError, differences
 
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoint"
-
-
-@contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Hold the run directory, which is created if need be, for this process alone. The lock dies with the process."""
-    durable.make_directory(run / CHECKPOINTS)
-    handle = os.open(run, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise StoreError(f"another process is training in {run}; wait for it, or choose another run=") from error
-    else:
-        durable.sweep(run)
-        yield
-    finally:
-        os.close(handle)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -60,22 +41,37 @@ def agree(run: Path, settings: Mapping[str, Any], facts: Mapping[str, Any], here
     Raises:
         MismatchError: the run was started with other settings.
     """
-    path = run / CONFIG
-    if not path.exists():
+    if not (run / CONFIG).exists():
+        foreign = [file.name for file in run.iterdir() if file.name != CHECKPOINTS and not durable.is_temporary(file)]
+        if foreign:
+            raise StoreError(f"{run} is no run and holds other files ({foreign[0]}); choose another run=")
         whole = {"settings": settings, **facts, "environment": here}
-        durable.write(path, [yaml.safe_dump(whole, sort_keys=False).encode()])
+        durable.write(run / CONFIG, [yaml.safe_dump(whole, sort_keys=False).encode()])
         return []
-    try:
-        recorded = yaml.safe_load(path.read_bytes())
-        old, there = recorded["settings"], recorded["environment"]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise StoreError(f"{path} is not what training wrote; restore it, or choose another run=") from error
+    recorded = read_config(run)
+    old, there = recorded["settings"], recorded["environment"]
     if unequal := differences(old, settings):
         raise MismatchError(f"run {run}", unequal, "Use those settings to go on, or another run=.")
     return [
         f"{key} was {was!r} and is now {now!r}: the run goes on, but its bits may differ from an undisturbed run's"
         for key, (was, now) in differences(there, here).items()
     ]
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """config.yaml of a run.
+
+    Raises:
+        StoreError: it is missing, or not what training wrote.
+    """
+    path = run / CONFIG
+    try:
+        recorded = yaml.safe_load(path.read_bytes())
+        if not isinstance(recorded["settings"], dict) or not isinstance(recorded["environment"], dict):
+            raise TypeError("settings")
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise StoreError(f"{path} is not what training wrote; restore it, or choose another run=") from error
+    return dict(recorded)
 
 
 def tell(line: str) -> None:

@@ -128,8 +128,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> SAE:
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a file that is not its own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StoreError(f"{path} cannot be read as an SAE ({reason}); train it again or restore the file") from error
+        way_out = f"`python -m train ... run={path.parent}` writes it again from the last checkpoint"
+        raise StoreError(f"{path} cannot be read as an SAE ({type(error).__name__}); {way_out}") from error
     return _checked(path, content)
 
 

@@ -31,7 +31,7 @@ class Made(NamedTuple):
     sae: sae.SAE  # on raw rows
 
 
-def make_run(root: Path, bits: NDArray[np.uint16], max_norm: float | None = 10.0) -> Made:
+def make_run(root: Path, bits: NDArray[np.uint16]) -> Made:
     store = make_store(root / "s.zarr", bits, context=32, unit=128, chunk=32, layer=LAYER)
     rows = torch.from_numpy(bits).view(torch.bfloat16).double().numpy()
     run = root / "run"
@@ -46,7 +46,7 @@ def make_run(root: Path, bits: NDArray[np.uint16], max_norm: float | None = 10.0
         "tokens": 1024,
         "batch": 64,
         "seed": 0,
-        "policy": {"drop_bos": True, "max_norm": max_norm},
+        "policy": {"drop_bos": True, "drop_outliers": True},
         "sae": {**vars(config)},
         "optim": {"lr": 1e-3, "lr_floor": 1e-4},
     }

@@ -31,12 +31,14 @@ class Reference:
         self.hat, self.f = dense(made, self.x)
         self.e = self.x - self.hat
         self.bos = tokens[flat] == BOS
-        norms = np.linalg.norm(self.x, axis=1)
-        train = [unit for unit in range(store.units) if unit not in units]
-        medians = [np.median(np.linalg.norm(made.rows[u * 128 : (u + 1) * 128], axis=1)) for u in train]
-        self.outlier = norms > 10 * np.mean(medians)
+        starts = np.flatnonzero(tokens == BOS)
+        self.position = flat - starts[np.searchsorted(starts, flat, side="right") - 1]
+        every = np.linalg.norm(made.rows, axis=1).reshape(-1, 128)
+        outlier = (every > 10 * np.median(every, axis=1, keepdims=True)).ravel() & (tokens != BOS)
+        self.outlier = outlier[flat]
         self.kept = ~self.bos & ~self.outlier
-        self.mu = made.rows[[t for t in range(len(tokens)) if t // 128 in train and tokens[t] != BOS]].mean(0)
+        held = np.isin(np.arange(len(tokens)) // 128, units)
+        self.mu = made.rows[~held & (tokens != BOS) & ~outlier].mean(0)
 
 
 def dense(made: Made, x: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -80,10 +82,9 @@ def test_variance_explained_by_every_definition(figures: dict[str, Any], referen
 def test_batch_definitions(figures: dict[str, Any], reference: Reference) -> None:
     error, batch = (reference.e**2).sum(1), np.empty(len(reference.x))
     for at in range(0, len(batch), 128):  # one batch a unit: units are smaller than 4,096 rows
-        part = reference.x[at : at + 128]
-        batch[at : at + 128] = ((part - part.mean(0)) ** 2).sum(1)
-    kept = reference.kept
-    found = figures["variance_explained"]["as trained"]
+        part, mask = reference.x[at : at + 128], reference.kept[at : at + 128]
+        batch[at : at + 128] = ((part - part[mask].mean(0)) ** 2).sum(1)
+    kept, found = reference.kept, figures
     assert found["batch_mean"] == pytest.approx(1 - error[kept].sum() / batch[kept].sum(), rel=1e-5)
     assert found["mean_of_ratios"] == pytest.approx((1 - error[kept] / batch[kept]).mean(), rel=1e-5)
 
@@ -111,7 +112,7 @@ def test_latents_are_counted(figures: dict[str, Any], reference: Reference) -> N
 
 def test_coverage_counts_the_first_rows() -> None:
     first = np.array([0, 255, 256, 511, 600, 900])
-    latents = study.Latents(np.array([1, 1, 1, 1, 1, 0]), first, np.zeros(6, np.float32))
+    latents = study.Latents(np.array([1, 1, 1, 1, 1, 0]), first)
     assert study._coverage(latents, 900) == [
         {"rows": 256, "share": 2 / 6},
         {"rows": 512, "share": 4 / 6},
@@ -119,9 +120,34 @@ def test_coverage_counts_the_first_rows() -> None:
     ]
 
 
+def test_latents_are_silent_for_a_span_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "_DEAD_SPANS", (300, 600, 10_000))
+    first = np.array([0, 255, 256, 511, 600, 900])
+    latents = study.Latents(np.array([1, 1, 1, 1, 1, 0]), first)
+    found = study._dead(latents, 900)
+    assert found == {"d_sae": 6, "silent": 1, "silent_for": {"300": 3, "600": 2}}
+
+
+def test_counting_goes_on_from_batch_to_batch() -> None:
+    latents = study.Latents(np.zeros(3, np.int64), np.full(3, 99))
+    values = np.array([[1.0, 0.0], [2.0, 3.0]], np.float32)
+    for seen, indices in ((0, [[0, 1], [0, 0]]), (2, [[1, 2], [0, 2]])):
+        assert study._count(latents, values, np.array(indices), seen) == 2
+    assert latents.fired.tolist() == [4, 1, 1]
+    assert latents.first.tolist() == [0, 2, 3]  # latent 1 is kept in row 0 with value 0: that is no firing
+
+
 def test_groups_add_up(figures: dict[str, Any], reference: Reference) -> None:
-    for groups in (figures["by_position"], figures["by_norm_decile"]):
+    error, total = (reference.e**2).sum(1), ((reference.x - reference.mu) ** 2).sum(1)
+    for groups, value in (
+        (figures["by_position"], reference.position),
+        (figures["by_norm_decile"], np.linalg.norm(reference.x, axis=1)),
+    ):
         assert sum(group["rows"] for group in groups) == reference.kept.sum()
+        for group in groups:
+            inside = reference.kept & (value >= group["from"] * (1 - 1e-6)) & (value <= group["to"] * (1 + 1e-6))
+            assert group["rows"] == inside.sum()
+            assert group["centred"] == pytest.approx(1 - error[inside].sum() / total[inside].sum(), rel=1e-5)
     assert figures["by_position"][0]["from"] == 1  # BOS, at 0, is left out by the policy
     deciles = [group["rows"] for group in figures["by_norm_decile"]]
     assert max(deciles) - min(deciles) <= 2
@@ -130,7 +156,13 @@ def test_groups_add_up(figures: dict[str, Any], reference: Reference) -> None:
 def test_the_interval_is_of_documents(figures: dict[str, Any], reference: Reference) -> None:
     low, high = figures["variance_explained"]["as trained"]["centred_95"]
     assert low < figures["variance_explained"]["as trained"]["centred"] < high
-    assert figures["documents"] == len(np.unique(reference.documents[reference.kept]))
+    kept = reference.kept
+    assert figures["documents"] == len(np.unique(reference.documents[kept]))
+    by_document = [np.flatnonzero(kept & (reference.documents == d)) for d in np.unique(reference.documents[kept])]
+    error, total = (reference.e**2).sum(1), ((reference.x - reference.mu) ** 2).sum(1)
+    sums = np.array([[error[rows].sum(), total[rows].sum()] for rows in by_document])
+    expected = bootstrap_ratio(sums[:, 0], sums[:, 1])
+    assert (1 - high, 1 - low) == pytest.approx(tuple(expected), rel=1e-5)
 
 
 def test_bootstrap_covers_a_planted_truth() -> None:

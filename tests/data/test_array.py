@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorstore
 import torch
 import zarr
 from numpy.typing import NDArray
@@ -53,7 +54,6 @@ def test_plain_zarr_reads_every_array_and_so_do_we(
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_tensorstore_reads_real_bfloat16(tmp_path: Path, random_bits: NDArray[np.uint16], codec: str) -> None:
-    tensorstore = pytest.importorskip("tensorstore")
     store = make_store(tmp_path / "s.zarr", random_bits, codec=codec)
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(store.path / "layer_3")}}
     opened = tensorstore.open(spec).result()
@@ -63,7 +63,6 @@ def test_tensorstore_reads_real_bfloat16(tmp_path: Path, random_bits: NDArray[np
 
 
 def test_zarrs_and_plain_zarr_agree_on_the_whole_store(tmp_path: Path, random_bits: NDArray[np.uint16]) -> None:
-    pytest.importorskip("zarrs")
     store = make_store(tmp_path / "s.zarr", random_bits)
     plain = zarr.open_group(store.path, mode="r")
     names = sorted(name for name, _ in plain.members())

@@ -85,17 +85,22 @@ def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path: Path, monkeypa
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_sweep_removes_what_dead_processes_left(tmp_path: Path) -> None:
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0)
-    os.waitpid(pid, 0)
-    dead, live = tmp_path / f".c.0.{pid}.tmp", tmp_path / f".c.1.{os.getppid()}.tmp"
-    dead.touch()
-    live.touch()
-    assert durable.sweep(tmp_path) == 1
-    assert live.exists()
-    assert not dead.exists()
+def test_the_lock_is_one_processes_and_clears_what_a_killed_one_left(tmp_path: Path) -> None:
+    left = tmp_path / "deep" / f".c.0.{os.getpid()}.tmp"
+    left.parent.mkdir()
+    left.touch()
+    with durable.locked(tmp_path, "held"):
+        assert not left.exists()
+        with pytest.raises(StoreError, match="held"), durable.locked(tmp_path, "held"):
+            raise AssertionError("two hold it")
+    with durable.locked(tmp_path, "held"):
+        pass
+
+
+def test_a_refused_rename_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(StoreError, match=r"cannot write .*/a: Is a directory"):
+        durable.write(tmp_path / "a", [b"x"])
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"[]", b"7", b'{"a":1,"checksum":"0"}'])

@@ -16,7 +16,7 @@ from data.reader import Policy, Reader, held_out, held_out_units
 from data.store import Store
 from tests.conftest import BOS, make_store
 
-EVERYTHING = Policy(drop_bos=False, max_norm=None)
+EVERYTHING = Policy(drop_bos=False, drop_outliers=False)
 N, CONTEXT, UNIT = 1008, 16, 64
 
 
@@ -77,17 +77,17 @@ def test_seeds_give_orders(store: Store) -> None:
 
 def test_held_out_rows_are_never_trained_on_and_all_evaluated(store: Store) -> None:
     runs = list(held_out(store, 3, EVERYTHING, batch=10))
-    found = [position for run in runs for position in positions(run.rows)]
-    assert found == [int(i) for run in runs for i in run.token_index]
+    found = [position for run in runs for position in positions(run)]
+    assert found == [int(i) for unit in held_out_units(store) for i in store.token_index(unit)]
     assert set(found) == set(range(N)) - trained(store)
     assert len(found) == len(set(found))
-    assert max(len(run.rows) for run in runs) == 10
+    assert max(len(run) for run in runs) == 10
 
 
 def test_bos_rows_are_dropped_and_the_statistics_follow(store: Store) -> None:
     tokens = np.concatenate([store.tokens(unit).ravel() for unit in range(store.units)])
     wanted = {position for position in trained(store) if tokens[position] != BOS}
-    stream = reader(store, Policy(drop_bos=True, max_norm=None), batch=1)
+    stream = reader(store, Policy(drop_bos=True, drop_outliers=False), batch=1)
     served = {positions(batch)[0] for batch in islice(stream.batches(0), stream.rows)}
     assert served == wanted
     rows = torch.from_numpy(numbered()[sorted(wanted)]).view(torch.bfloat16).double()
@@ -100,12 +100,17 @@ def test_outliers_and_non_finite_rows_are_dropped(tmp_path: Path) -> None:
     bits = numbered()
     bits[200], bits[201, 2], bits[202, 1] = to_bits(np.full(4, 5000, np.float32)), 0x7FC0, 0x7F80
     store = make_store(tmp_path / "o.zarr", bits, context=CONTEXT, unit=UNIT)
-    stream = reader(store, Policy(drop_bos=False, max_norm=10.0), batch=1)
+    stream = reader(store, Policy(drop_bos=False), batch=1)
     served = {positions(batch)[0] for batch in islice(stream.batches(0), stream.rows)}
     assert 200 // UNIT not in held_out_units(store)  # else this would test nothing
     assert served == trained(store) - {200, 201, 202}
     loose = reader(store, EVERYTHING, batch=1)
     assert loose.rows == stream.rows + 1  # the finite outlier
+    for each in (stream, loose):  # the statistics are those of the very rows that are served
+        rows = torch.cat(list(islice(each.batches(0), each.rows))).double()
+        np.testing.assert_allclose(each.mean, rows.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(each.variance, rows.var(0, correction=0), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(each.mean_norm, rows.norm(dim=1).mean(), rtol=1e-6)
 
 
 def test_a_ragged_last_unit_is_served_whole(tmp_path: Path) -> None:
@@ -123,8 +128,6 @@ def test_windows_mix_units(store: Store) -> None:
 def test_bad_settings_and_stores_are_refused(tmp_path: Path, store: Store) -> None:
     with pytest.raises(SettingError, match="batch=0"):
         reader(store, batch=0)
-    with pytest.raises(SettingError, match=r"max_norm=0.5"):
-        Policy(max_norm=0.5)
     with pytest.raises(StoreError, match=r"layer 4 is not in .*; it has \[3\]"):
         Reader(store, 4, batch=1, seed=0, policy=EVERYTHING)
     single = make_store(tmp_path / "one.zarr", numbered(64), context=CONTEXT, unit=UNIT)

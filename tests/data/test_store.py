@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from data.bfloat16 import to_float32
 from data.errors import MismatchError, StoreError
+from data.kinds import kinds_of
 from data.store import Cursor, Store
 from data.verify import damage, repair
 from tests.conftest import BOS, make_manifest, make_store
@@ -24,8 +25,8 @@ def test_moments_are_those_of_the_chosen_rows(store: Store, random_bits: NDArray
     rows = to_float32(random_bits).astype(np.float64)
     tokens = np.concatenate([store.tokens(unit).ravel() for unit in range(store.units)])
     every = list(range(store.units))
-    for bos, chosen in ((True, rows), (False, rows[tokens != BOS])):
-        moments = store.moments(3, every, bos=bos)
+    for kinds, chosen in (((0, 1, 2), rows), ((1, 2), rows[tokens != BOS]), ((0,), rows[tokens == BOS])):
+        moments = store.moments(3, every, kinds)
         assert moments.count == len(chosen)
         np.testing.assert_allclose(moments.mean, chosen.mean(0), rtol=1e-12)
         np.testing.assert_allclose(moments.variance, chosen.var(0), rtol=1e-12)
@@ -38,7 +39,7 @@ def test_non_finite_rows_are_counted_and_kept_out_of_the_moments(
     bits[[3, 70, 71], 5] = [0x7FC0, 0x7F80, 0xFF80]  # NaN, inf, -inf
     store = make_store(tmp_path / "n.zarr", bits)
     assert store.non_finite(3) == 3
-    moments = store.moments(3, range(store.units), bos=True)
+    moments = store.moments(3, range(store.units), (0, 1, 2))
     assert moments.count == len(bits) - 3
     assert np.isfinite(moments.variance).all()
 
@@ -91,7 +92,9 @@ def test_a_cut_object_is_noticed_on_open(store: Store, name: str) -> None:
         Store.open(store.path)
 
 
-@pytest.mark.parametrize("name", ["layer_3/c.2.0", "norm_3/c.2", "tokens/c.2.0", "commits/residuals/00000002.3.json"])
+@pytest.mark.parametrize(
+    "name", ["layer_3/c.2.0", "norm_3/c.2", "tokens/c.2.0", "token_index/c.2", "commits/residuals/00000002.3.json"]
+)
 def test_repair_drops_the_damaged_unit_alone(store: Store, name: str) -> None:
     assert not list(damage(store.path))
     path = store.path / name
@@ -101,7 +104,7 @@ def test_repair_drops_the_damaged_unit_alone(store: Store, name: str) -> None:
     dropped = repair(store.path)
     assert [record.name[:8] for record in dropped] == ["00000002"]
     again = Store.open(store.path)
-    if "tokens" in name:
+    if name.startswith("token"):
         assert again.spine_cursor()[0] == 2
         assert again.spine_end is None
     else:
@@ -126,3 +129,39 @@ def test_a_store_of_another_format_is_refused(store: Store) -> None:
     path.write_text(path.read_text().replace('"format": 1', '"format": 9'))
     with pytest.raises(StoreError, match="store format 9; this version reads 1"):
         Store.open(store.path)
+
+
+def test_a_layer_is_read_while_a_lower_one_is_added(store: Store, random_bits: NDArray[np.uint16]) -> None:
+    store.declare_layers([1, 3])
+    store.commit_residuals(0, {1: random_bits[:64]})
+    again = Store.open(store.path)
+    assert (again.complete(1), again.complete(3)) == (False, True)
+    np.testing.assert_array_equal(again.residuals(3, 5), random_bits[320:384][again.permutation(5)])
+
+
+def test_a_second_commit_of_a_unit_is_refused(store: Store, random_bits: NDArray[np.uint16]) -> None:
+    with pytest.raises(StoreError, match="another process committed unit 0"):
+        store.commit_residuals(0, {3: random_bits[:64]})
+
+
+def test_settings_may_not_change_while_any_record_is_left(store: Store) -> None:
+    for record in (store.path / "commits" / "spine").iterdir():
+        record.unlink()
+    with pytest.raises(MismatchError, match="seed is 7 there and 8 here"):
+        Store.open_or_create(store.path, {**store.manifest, "seed": 8})
+
+
+def test_positions_past_four_billion_get_wide_indices(tmp_path: Path) -> None:
+    for tokens, expected in ((2**32 - 16, "uint32"), (2**32, "uint64")):
+        manifest = make_manifest(4, tokens=tokens, context=16, unit=64, chunk=16)
+        store = Store.open_or_create(tmp_path / f"{tokens}.zarr", manifest)
+        assert store.array("token_index").data_type == expected
+
+
+def test_every_row_is_of_one_kind() -> None:
+    norms = np.array([1, 1, 1.2, 9.9, 10.1, 500, np.nan, np.inf], np.float32)
+    bos = np.array([1, 0, 0, 0, 0, 1, 0, 1], bool)
+    # the median of the finite norms is 5.55 here: nothing but the BOS at 500 is far from it
+    assert kinds_of(norms, bos).tolist() == [0, 2, 2, 2, 2, 0, 3, 3]
+    norms = np.concatenate([np.ones(10, np.float32), norms])
+    assert kinds_of(norms, np.concatenate([np.zeros(10, bool), bos]))[-5:].tolist() == [2, 1, 0, 3, 3]

@@ -88,6 +88,15 @@ def test_files_in_order_from_any_document(tmp_path: Path) -> None:
     assert source.identity() != before
 
 
+def test_identity_knows_files_of_one_name_apart(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.txt").write_text(folder)
+    before = FileText(tmp_path).identity()
+    (tmp_path / "one" / "x.txt").write_text("changed")
+    assert FileText(tmp_path).identity() != before
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -116,5 +125,8 @@ def test_hub_data_sets_stream_from_any_document(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": f"row {i}"}) for i in range(20)))
     source = HubText(str(tmp_path))
     assert list(source.documents(17)) == ["row 17", "row 18", "row 19"]
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
+    with pytest.raises(SettingError, match=r"document 1 of .* has no text"):
+        list(source.documents(0))
     with pytest.raises(StoreError, match="text=tiny, which needs no network"):
         list(HubText("nobody/nothing").documents(0))

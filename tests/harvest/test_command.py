@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -67,7 +69,7 @@ def test_status_plan_verify_and_repair(harvested: Path, capsys: pytest.CaptureFi
     for action, expected in {
         "status": "layer 5: 47 of 47 units",
         "plan": "3,008 tokens in 47 rows and 47 units, layers 5",
-        "verify": "a recomputed unit is the same",
+        "verify": ", recomputed, is the same",
         "repair": "0 units to make again",
     }.items():
         command(tiny(harvested, f"action={action}"))
@@ -133,6 +135,35 @@ def test_bad_settings_are_one_line(tmp_path: Path, overrides: list[str], message
         command(tiny(tmp_path / "s.zarr", *overrides))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "s.zarr").exists()
+
+
+def test_a_store_of_another_model_is_not_verified(harvested: Path) -> None:
+    with pytest.raises(StoreError, match=r"dtype is 'float32' there and 'bfloat16' here"):
+        command(tiny(harvested, "model.dtype=bfloat16", "action=verify"))
+
+
+def test_a_file_in_the_stores_place_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for action in ("run", "status", "verify", "repair"):
+        with pytest.raises(StoreError, match=str(tmp_path / "file")):
+            command(tiny(tmp_path / "file", f"action={action}"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("codec=zip", "Could not find 'codec/zip' Available options in 'codec': blosc none"),
+        ("lyer=3", "Could not override 'lyer': no such setting; --help lists them all"),
+        ("store=/tmp/a=b.zarr", "needs quotes"),
+    ],
+)
+def test_what_the_parser_refuses_is_one_line_too(argument: str, said: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "harvest", argument], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert said in done.stderr
 
 
 def test_a_changed_setting_loses_nothing(harvested: Path) -> None:

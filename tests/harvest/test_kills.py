@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from data import durable
 from data.errors import StoreError
 from data.store import Store
 from data.text import FileText
+from data.verify import repair
 from harvest.lm import LanguageModel, ModelConfig, load
 from harvest.loop import harvest
 from harvest.plan import HarvestConfig
@@ -182,25 +184,29 @@ def test_the_canary_refuses_to_go_on_with_other_bits(root: Path, tmp_path: Path)
 
 
 def test_a_second_writer_is_refused(root: Path, tmp_path: Path) -> None:
-    from harvest.loop import only_writer
-
     source, target = FileText(root / "text.txt"), config(tmp_path / "s.zarr")
     store = harvest(target, open_model(root), source)
-    with only_writer(store), pytest.raises(StoreError, match="being written by another process"):
+    with durable.locked(store.path, "held"), pytest.raises(StoreError, match="is being written by another process"):
         harvest(target, open_model(root), source)
+    with durable.locked(store.path, "held"), pytest.raises(StoreError, match="stop the harvest before repairing"):
+        repair(store.path)
 
 
 def test_damage_is_repaired_to_the_same_bytes(
     root: Path, tmp_path: Path, reference: dict[int, dict[str, bytes]]
 ) -> None:
-    from data.verify import repair
-
     source, target = FileText(root / "text.txt"), config(tmp_path / "s.zarr", 1024)
     harvest(target, open_model(root), source)
-    for name in ("tokens/c.3.0", "layer_4/c.7.0", "norm_1/c.9"):
+    for name in ("tokens/c.3.0", "layer_4/c.7.0", "norm_1/c.9", "token_index/c.11"):
         path = target.store / name
         path.write_bytes(path.read_bytes()[:-1])
-    assert len(repair(target.store)) == 3
+    assert len(repair(target.store)) == 4
+    (target.store / "commits" / "spine" / "00000005.json").unlink()  # lost, not damaged
+    assert not Store.open(target.store).complete(1)
+    harvest(target, open_model(root), source)
+    assert tree(target.store) == reference[1024]
+    (target.store / "commits" / "spine" / "00000015.json").unlink()  # with the text's end known
+    assert not Store.open(target.store).complete(1)
     harvest(target, open_model(root), source)
     assert tree(target.store) == reference[1024]
 

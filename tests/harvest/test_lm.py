@@ -18,6 +18,7 @@ from data.errors import PipelineError, SettingError
 from data.store import Store
 from data.text import FileText
 from harvest import lm as lm_module
+from harvest import loop as loop_module
 from harvest.lm import LanguageModel, ModelConfig, choose_isolation, forward_inputs, load, run, tap, truncate_checked_
 from harvest.loop import harvest
 from harvest.plan import HarvestConfig
@@ -83,8 +84,8 @@ def test_documents_do_not_see_each_other(folders: dict[str, Path], family: str, 
             torch.testing.assert_close(found, reference[one.source[inside]], rtol=1e-3, atol=1e-4)
 
 
-def test_the_probe_is_not_fooled_by_packing_without_positions(folders: dict[str, Path]) -> None:
-    """Had packing no masks, the same comparison would be far off: this is what it protects from."""
+def test_packing_without_positions_mixes_documents(folders: dict[str, Path]) -> None:
+    """The comparison above can fail: with nothing said about positions, it is far off."""
     tokens, starts = batch()
     model = AutoModelForCausalLM.from_pretrained(folders["llama"], dtype=torch.float32).eval()
     ids = torch.from_numpy(tokens.astype(np.int64))
@@ -236,3 +237,38 @@ def test_run_takes_no_cache_and_no_head(folders: dict[str, Path]) -> None:
     rows = run(lm, forward_inputs(*batch(), "packed"), [1])[1]
     assert rows.shape == (120, 32)
     assert rows.dtype == torch.bfloat16
+
+
+def test_a_model_that_gives_nan_is_stopped_and_one_bad_row_is_counted(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("All work and no play. " * 100)
+    config = HarvestConfig(tmp_path / "s.zarr", (1,), tokens=200, context=20, batch=2, unit=40)
+    lm = open_model(folders["llama"])
+    lm.blocks[1].mlp.down_proj.weight.data[0] = float("nan")
+    with pytest.raises(PipelineError, match=r"self-check failed|40 of 40 rows with NaN or infinity in unit 0"):
+        harvest(config, lm, FileText(tmp_path / "text.txt"))
+    rows = {1: np.zeros((4000, 8), np.uint16)}
+    rows[1][5, 3] = 0x7FC0
+    loop_module._require_finite(Store.open(config.store), 0, rows)
+    rows[1][:9, 3] = 0x7F80
+    with pytest.raises(PipelineError, match="layer 1 gave 9 of 4000 rows with NaN or infinity in unit 0"):
+        loop_module._require_finite(Store.open(config.store), 0, rows)
+
+
+def test_a_sink_does_not_hide_wrong_rows_from_the_self_check(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = open_model(folders["llama"])
+    monkeypatch.setattr(LanguageModel, "truncate_", lambda self, deepest: _spoil(self))
+    with pytest.raises(PipelineError, match="self-check failed: layer 1"):
+        truncate_checked_(lm, forward_inputs(*batch(), "packed"), [1])
+
+
+def _spoil(lm: LanguageModel) -> None:
+    """From now on one row of layer 1 is 2 % off; all others are right."""
+
+    def off(_module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        changed = output.clone()
+        changed[0, 3] *= 1.02
+        return changed
+
+    lm.blocks[1].register_forward_hook(off)

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from data import durable
 from data.errors import MismatchError, NonFiniteError, SettingError, StoreError
 from data.journal import read_metrics
 from tests.train import killing
 from tests.train.killing import METRICS, run
 from tests.train.planted import Planted, planted_stream
-from train import run as run_module
 from train.dead import dead_latents
 from train.loop import TrainConfig, Trainer, train
 from train.optim import OptimConfig
@@ -166,7 +166,7 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
 
 
 def test_second_process_in_one_run_is_refused(tmp_path):
-    with run_module.locked(tmp_path), pytest.raises(StoreError, match="another process is training"):
+    with durable.locked(tmp_path, "held"), pytest.raises(StoreError, match="another process is training"):
         run(tmp_path)
     run(tmp_path)
 
@@ -209,3 +209,19 @@ def test_default_length_is_one_pass():
     assert replace(config, tokens=16 * 100).steps(rows=1000) == 100
     with pytest.raises(SettingError, match="batch=16 is more than the 10 training rows"):
         config.steps(rows=10)
+
+
+def test_a_damaged_final_sae_is_written_again_from_the_checkpoint(tmp_path):
+    run(tmp_path)
+    final = tmp_path / "sae_final.pt"
+    whole = final.read_bytes()
+    final.write_bytes(whole[:100])
+    run(tmp_path)
+    assert final.read_bytes() == whole
+
+
+def test_a_folder_with_other_things_is_no_run(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("precious")
+    with pytest.raises(StoreError, match=r"is no run and holds other files \(metrics\.jsonl\)"):
+        run(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == "precious"
