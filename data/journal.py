@@ -38,6 +38,11 @@ class Metrics:
             self._file.truncate(keep_bytes)
             self._file.seek(keep_bytes)
 
+    @classmethod
+    def continued(cls, path: Path) -> Metrics:
+        """Open `path` behind its last complete line."""
+        return cls(path, path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0)
+
     def write(self, record: Record) -> None:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(clean, separators=(",", ":")).encode() + b"\n")

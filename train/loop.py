@@ -262,7 +262,10 @@ def _run(trainer: Trainer, stream: Stream, metrics: Metrics, stop: StopRequest, 
     """Steps N + 1 times, so that the last boundary, where there is no batch any more, is like the others."""
     config, state, steps = trainer.config, trainer.state, trainer.steps
     start, progress, began = state.step, Progress(), time.monotonic()
-    with closing(stream.reader.batches(start)) as batches:  # type: ignore[type-var]
+    with (
+        closing(stream.reader.batches(start)) as batches,  # type: ignore[type-var]
+        closing(Metrics.continued(folder / run.TIMINGS)) as timings,
+    ):
         while True:
             last, stopping = state.step == steps, stop.signum is not None
             fresh = state.step > start  # what was due at the boundary where a run goes on has been done there
@@ -278,6 +281,7 @@ def _run(trainer: Trainer, stream: Stream, metrics: Metrics, stop: StopRequest, 
             if record := trainer.step_(next(batches)):
                 metrics.write(record)
                 speed = (state.step - start) / (time.monotonic() - began)
+                timings.write({"step": state.step, "tokens_per_s": round(speed * config.batch)})
                 progress.show(_line(record, steps, speed, config.batch), last=state.step == steps)
 
 

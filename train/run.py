@@ -16,6 +16,7 @@ from data import durable
 from data.errors import MismatchError, StoreError, differences
 
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoint"
+TIMINGS = "timings.jsonl"  # apart from the metrics, which a run that was killed repeats byte for byte
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -225,3 +225,16 @@ def test_a_folder_with_other_things_is_no_run(tmp_path):
     with pytest.raises(StoreError, match=r"is no run and holds other files \(metrics\.jsonl\)"):
         run(tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == "precious"
+
+
+def test_speeds_are_kept_apart_and_go_on(tmp_path):
+    run(tmp_path)
+    logged = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["split"] == "train"]
+    timings = read_metrics(tmp_path / "timings.jsonl")
+    assert [line["step"] for line in timings] == logged
+    assert all(line["tokens_per_s"] > 0 for line in timings)
+    with (tmp_path / "timings.jsonl").open("ab") as file:
+        file.write(b'{"step": 9')  # a killed run's torn line
+    (tmp_path / "sae_final.pt").unlink()
+    run(tmp_path)
+    assert read_metrics(tmp_path / "timings.jsonl") == timings
