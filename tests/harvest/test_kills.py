@@ -137,9 +137,10 @@ def kill_by_the_clock(root: Path, folder: Path, expected: dict[str, bytes], kill
     while killed < kills:
         target = config(folder / f"{number}.zarr", 1024)
         number += 1
-        finished = False
+        finished, attempt = False, 0
         while not finished:
-            delay = rng.uniform(0.02, 0.5) * whole
+            attempt += 1
+            delay = rng.uniform(0.02, 0.5 + 0.05 * attempt) * whole  # grows, so that a slower machine comes to an end
 
             def dying_run(delay: float = delay, target: HarvestConfig = target) -> None:
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)  # its default action ends the process there and then
