@@ -116,7 +116,7 @@ def _measure(subject: Subject, limit: int) -> tuple[Rows, Latents, tuple[Moments
             parts.append(_row_figures(part, x, error, mean, batch_mean, (kept.values > 0).sum(1)))
             values, indices = (t.cpu().numpy()[mask] for t in kept)
             seen += _count(latents, values, indices, seen)
-            sample.append(values[:64][values[:64] > 0])
+            sample.append(values[:64][values[:64] > 0])  # for a histogram: all would be k values a row
             error_moments = error_moments.merge(Moments.of(error.cpu().numpy()[mask]))
             row_moments = row_moments.merge(Moments.of(x.cpu().numpy()[mask]))
     latents.first = np.minimum(latents.first, seen)

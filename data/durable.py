@@ -93,7 +93,11 @@ def write(path: Path, parts: Iterable[Buffer]) -> Written:
     """
     with refusals(path):
         temporary, written = _write_temporary(path, parts)
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink()
+            raise
         sync_directory(path.parent)
     return written
 

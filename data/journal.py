@@ -80,6 +80,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def tell(*lines: str) -> None:
+    """Lines to the user, beside the progress line."""
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
+
+
 class Progress:
     """One line that is redrawn on a terminal, and printed every `interval_s` seconds elsewhere."""
 

@@ -22,7 +22,7 @@ def damage(store: Path) -> Iterator[tuple[Path, list[str]]]:
         except StoreError as error:
             yield record, [str(error)]
             continue
-        if wrong := [line for line in _damaged_objects(store, body)]:
+        if wrong := list(_damaged_objects(store, body)):
             yield record, wrong
 
 
@@ -44,14 +44,8 @@ def repair(store: Path) -> list[Path]:
     if not (store / "zarr.json").is_file():
         raise StoreError(f"no activation store at {store}")
     with durable.locked(store, f"{store} is being written; stop the harvest before repairing"):
-        return _repair(store)
-
-
-def _repair(store: Path) -> list[Path]:
-    dropped = [record for record, _ in damage(store)]
-    if any(record.parent.name == "spine" for record in dropped):
-        (store / "commits" / "spine" / "end.json").unlink(missing_ok=True)
-    for record in dropped:
-        record.unlink(missing_ok=True)
-        durable.sync_directory(record.parent)
+        dropped = [record for record, _ in damage(store)]
+        for record in dropped:
+            record.unlink()
+            durable.sync_directory(record.parent)
     return dropped

@@ -7,7 +7,6 @@ of a spine unit, so that any unit can be made at any time, by anyone, with the s
 from __future__ import annotations
 
 import random
-import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from data import durable, text
 from data.errors import MismatchError, PipelineError, SettingError, StopRequest, StoreError, differences
-from data.journal import Progress, duration
+from data.journal import Progress, duration, tell
 from data.store import SpineEnd, Store
 from data.verify import damage
 from harvest.lm import LanguageModel, choose_isolation, forward_inputs, run, truncate_checked_
@@ -79,7 +78,7 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: text.TextSource) -
     check_layers(config, lm)
     lm.isolation = choose_isolation(lm)
     planned = plan(config, lm.d_model, config.layers, share_done(config))
-    _say(*planned.lines())
+    tell(*planned.lines())
     require_room(planned, config.store)
     busy = f"{config.store} is being written by another process; wait for it or stop it"
     with durable.locked(config.store, busy), StopRequest() as stop:
@@ -89,7 +88,7 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: text.TextSource) -
         todo = store.missing(config.layers)
         _check(store, lm, config.layers)
         if len(todo) < store.units:
-            _say(f"going on: {store.units - len(todo)} of {store.units} units are committed")
+            tell(f"going on: {store.units - len(todo)} of {store.units} units are committed")
         write_residuals(store, lm, todo, stop)
     return store
 
@@ -127,7 +126,7 @@ def write_spine(store: Store, lm: LanguageModel, source: text.TextSource, stop: 
     if written == 0:
         raise StoreError(f"the text ends before one row of context={store.context} tokens is full; give more text")
     if ended:
-        _say(
+        tell(
             f"the text ended at {written * store.context:,} of {planned * store.context:,} tokens: the store ends there"
         )
     if store.spine_end is None:
@@ -151,7 +150,7 @@ def compute_unit(store: Store, lm: LanguageModel, unit: int, layers: list[int]) 
 def write_residuals(store: Store, lm: LanguageModel, todo: dict[int, list[int]], stop: StopRequest) -> None:
     """Make and commit the units of `todo`; one is written while the next is made."""
     if not todo:
-        _say(f"{store.path} is complete: {store.units} units, {store.rows:,} rows a layer")
+        tell(f"{store.path} is complete: {store.units} units, {store.rows:,} rows a layer")
         return
     progress, began, done, written = Progress(), time.monotonic(), 0, 0
     pending: Future[None] | None = None
@@ -173,9 +172,9 @@ def write_residuals(store: Store, lm: LanguageModel, todo: dict[int, list[int]],
         pending.result()
     for layer in sorted({layer for layers in todo.values() for layer in layers}):
         if bad := store.non_finite(layer):
-            _say(f"layer {layer}: {bad} rows hold NaN or infinity; they are stored, counted and never served")
+            tell(f"layer {layer}: {bad} rows hold NaN or infinity; they are stored, counted and never served")
     spent = time.monotonic() - began
-    _say(f"{store.path} is complete: {done:,} tokens in {duration(spent)}, {done / spent:,.0f} tokens/s")
+    tell(f"{store.path} is complete: {done:,} tokens in {duration(spent)}, {done / spent:,.0f} tokens/s")
 
 
 def _require_finite(store: Store, unit: int, rows: dict[int, NDArray[np.uint16]]) -> None:
@@ -249,8 +248,3 @@ def status(path: Path) -> list[str]:
     for layer in store.layers:
         lines.append(f"layer {layer}: {store.units - len(store.missing([layer]))} of {store.units} units")
     return lines
-
-
-def _say(*lines: str) -> None:
-    for line in lines:
-        print(line, file=sys.stderr, flush=True)

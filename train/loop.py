@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data import durable, records
 from data.errors import NonFiniteError, SettingError, StopRequest, StoreError
-from data.journal import Metrics, Progress, duration, read_metrics
+from data.journal import Metrics, Progress, duration, read_metrics, tell
 from data.reader import Policy
 from train import checkpoint, dead, export, loss, run, sae
 from train.checkpoint import Checkpoint
@@ -220,20 +220,20 @@ def train(
         del settings["checkpoint_every"]
         shown = {**(facts or {}), "scale": trainer.scale, "steps": trainer.steps}
         for line in run.agree(folder, settings, shown, run.environment(device)):
-            run.tell(line)
+            tell(line)
         saved = _resume(folder, records.digest(settings))
         if _is_finished(folder):
-            run.tell(f"{folder} is finished: {folder / export.FILE} is there, nothing to do")
+            tell(f"{folder} is finished: {folder / export.FILE} is there, nothing to do")
             return read_metrics(folder / run.METRICS)[-1]
         if saved:
             trainer.restore(saved)
-            run.tell(f"going on from step {saved.step:,} of {trainer.steps:,}")
+            tell(f"going on from step {saved.step:,} of {trainer.steps:,}")
         with closing(Metrics(folder / run.METRICS, saved.metrics_bytes if saved else 0)) as metrics:
             durable.sync_directory(folder)
             _run(trainer, stream, metrics, stop, folder, records.digest(settings))
         path = export.write_final(trainer.state.sae, trainer.scale, folder)
         final = read_metrics(folder / run.METRICS)[-1]
-        run.tell(
+        tell(
             f"wrote {path}: held-out variance explained {final['variance_explained']:.4f}, "
             f"dead {final['dead_share']:.1%} of {config.sae.d_sae:,} latents"
         )
@@ -252,7 +252,7 @@ def _is_finished(folder: Path) -> bool:
 def _resume(folder: Path, settings: str) -> Checkpoint | None:
     saved, passed_over = checkpoint.latest(folder / run.CHECKPOINTS)
     for name in passed_over:
-        run.tell(f"checkpoint {name} is damaged and passed over")
+        tell(f"checkpoint {name} is damaged and passed over")
     if saved and saved.settings != settings:
         raise StoreError(f"{folder / run.CHECKPOINTS} holds checkpoints of another run; choose another run=")
     return saved

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,8 +72,3 @@ def read_config(run: Path) -> dict[str, Any]:
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise StoreError(f"{path} is not what training wrote; restore it, or choose another run=") from error
     return dict(recorded)
-
-
-def tell(line: str) -> None:
-    """One line to the user, beside the progress line."""
-    print(line, file=sys.stderr, flush=True)

@@ -101,6 +101,7 @@ def test_a_refused_rename_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     with pytest.raises(StoreError, match=r"cannot write .*/a: Is a directory"):
         durable.write(tmp_path / "a", [b"x"])
+    assert os.listdir(tmp_path) == ["a"]
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"[]", b"7", b'{"a":1,"checksum":"0"}'])
