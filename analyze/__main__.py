@@ -28,7 +28,7 @@ def command(settings: dict[str, Any]) -> None:
     limit = whole("study.rows", study["rows"])
     if limit < 1:
         raise SettingError(f"study.rows={limit} must be at least 1")
-    store = Path(settings["store"]) if settings["store"] else None
+    store = str(settings["store"]) if settings["store"] else None
     subject = Subject.open(Path(settings["run"]), store, device)
     if study["name"] == "quality":
         figures = quality(subject, limit)

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from analyze.subject import Subject, Unit
 from data.errors import PipelineError, SettingError
-from harvest import lm
+from harvest import checkpoint
+from harvest.tokens import Tokenizer
 
 _BEFORE, _AFTER = 24, 8  # tokens around the peak
 
@@ -100,18 +101,18 @@ def token_names(subject: Subject, model_path: str | None) -> Callable[[int], str
         SettingError: `model_path` was asked for and its tokenizer is not the one that the store was made with.
     """
     recorded: dict[str, Any] = subject.store.manifest["model"]
-    path = model_path or (lm.EMBEDDED if recorded["id"] == "tiny" else recorded["id"])
+    path = model_path or (checkpoint.EMBEDDED if recorded["id"] == "tiny" else recorded["id"])
     try:
-        tokenizer = lm.load_tokenizer(lm.resolve(path, recorded["revision"]))
+        tokenizer = Tokenizer.load(checkpoint.resolve(path, recorded["revision"]))
     except PipelineError:
         if model_path is not None:
             raise
         return None
-    if lm.tokenizer_digest(tokenizer) != recorded["tokenizer"]:
+    if tokenizer.digest != recorded["tokenizer"]:
         if model_path is None:
             return None
-        raise SettingError(f"the tokenizer of model.path={model_path} is not the one that made {subject.store.path}")
-    return lambda token: visible(tokenizer.decode([token]))
+        raise SettingError(f"the tokenizer of model.path={model_path} is not the one that made {subject.store.name}")
+    return lambda token: visible(tokenizer.inner.decode([token]))
 
 
 def visible(text: str) -> str:

@@ -68,7 +68,7 @@ def quality(subject: Subject, limit: int) -> dict[str, Any]:
     rows, latents, spread, activations = _measure(subject, limit)
     kept = np.isin(rows.kind, subject.policy.kinds)
     if not kept.any():
-        raise StoreError(f"no held-out row of {subject.store.path} passes the run's policy {subject.policy}")
+        raise StoreError(f"no held-out row of {subject.store.name} passes the run's policy {subject.policy}")
     subsets = {
         "as trained": kept,
         "all rows": np.ones(len(kept), bool),

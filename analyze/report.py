@@ -75,7 +75,7 @@ def _store_facts(subject: Subject) -> dict[str, Any]:
         "site": f"resid_post of layer {subject.layer}",
         "text": ", ".join(f"{key} {value}" for key, value in text.items() if not isinstance(value, dict)),
         "tokens": f"{subject.store.rows:,} in rows of {subject.store.context:,}, documents {manifest['isolation']}",
-        "store": f"{subject.store.path}, {subject.store.units} units, codec {manifest['codec']}",
+        "store": f"{subject.store.name}, {subject.store.units} units, codec {manifest['codec']}",
     }
 
 

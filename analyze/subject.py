@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from data import manifest, summary
 from data.errors import MismatchError, StoreError
 from data.kinds import NON_FINITE
 from data.moments import Moments
-from data.reader import Policy, held_out_units, require_complete, training_units
+from data.place import place_of
+from data.reader import Policy, held_out_units, require_complete
 from data.store import Store
 from train import export, sae
 from train.run import CONFIG, read_config
@@ -30,7 +32,7 @@ class Unit(NamedTuple):
     document: NDArray[np.uint32]  # (n,)
     position: NDArray[np.int64]  # (n,) tokens since its piece's BOS, which is 0
     norm: NDArray[np.float32]  # (n,)
-    kind: NDArray[np.int8]  # (n,) see data/kinds.py
+    kind: NDArray[np.uint8]  # (n,) see data/kinds.py
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Subject:
     policy: Policy
 
     @classmethod
-    def open(cls, run: Path, store: Path | None, device: torch.device) -> Subject:
+    def open(cls, run: Path, store: str | None, device: torch.device) -> Subject:
         """The subject of a finished run.
 
         Args:
@@ -61,9 +63,9 @@ class Subject:
         if not (run / export.FILE).is_file():
             raise StoreError(f"run {run} is not finished: {export.FILE} is missing; run its `python -m train` again")
         settings = config["settings"]
-        place = store or Path(config["store_path"])
-        if store is None and not place.exists():
-            raise StoreError(f"the store of {run} was at {place} and is not there now; give its place as store=")
+        place = place_of(store or str(config["store_path"]))
+        if store is None and not manifest.exists(place):
+            raise StoreError(f"the store of {run} was at {place.name} and is not there now; give its place as store=")
         opened = Store.open(place)
         if opened.identity != settings["store"]["identity"]:
             was_is = {"store": (settings["store"]["identity"], opened.identity)}
@@ -79,7 +81,7 @@ class Subject:
     def moments(self) -> Moments:
         """The training rows' mean and variance, as training used them."""
         require_complete(self.store, self.layer)
-        return self.store.moments(self.layer, training_units(self.store), self.policy.kinds)
+        return summary.read(self.store, self.layer).of(summary.TRAINING, self.policy.kinds)
 
     def held_out(self, limit: int) -> Iterator[Unit]:
         """Held-out units, until at least `limit` rows were given."""

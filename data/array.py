@@ -8,23 +8,27 @@ Rows past the array's end are zeros inside a chunk and absent chunks behind it, 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from data.codec import CRC_BYTES, Codec
+from data.durable import Buffer
 from data.errors import StoreError
+from data.place import Place
+
+if TYPE_CHECKING:
+    from data.quantised import StandardizedInt8
 
 ABSENT = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
-_NATIVE = {"bfloat16": "<u2", "float32": "<f4", "float64": "<f8", "uint32": "<u4", "uint64": "<u8"}
+_NATIVE = {"bfloat16": "<u2", "float32": "<f4", "float64": "<f8", "uint8": "|u1", "uint32": "<u4", "uint64": "<u8"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class UnitArray:
     unit: int  # rows per object
     codec_name: Any
     chunk: int | None = None  # rows per inner chunk; None: the object is one plain chunk
+    int8: StandardizedInt8 | None = None  # the statistics that the codec int8 needs
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:
@@ -45,15 +50,7 @@ class UnitArray:
 
     @cached_property
     def codec(self) -> Codec:
-        return Codec(self.codec_name, self.dtype.itemsize)
-
-    @property
-    def units(self) -> int:
-        return -(-self.length // self.unit)
-
-    def rows(self, unit: int) -> int:
-        """Rows of the array that lie in `unit`."""
-        return min(self.unit, self.length - unit * self.unit)
+        return Codec(self.codec_name, self.dtype.itemsize, self.int8)
 
     def key(self, unit: int) -> str:
         """The unit's object, relative to the store."""
@@ -79,48 +76,65 @@ class UnitArray:
             "attributes": {},
         }
 
-    def encode(self, rows: NDArray[Any], pool: ThreadPoolExecutor | None = None) -> Iterator[bytes]:
+    def encode(self, rows: NDArray[Any], pool: ThreadPoolExecutor | None = None) -> Iterator[Buffer]:
         """The bytes of one unit's object, in parts; `pool` compresses inner chunks side by side."""
         assert rows.dtype == self.dtype and rows.shape[1:] == self.inner and 0 < len(rows) <= self.unit
-        step = self.chunk or self.unit
-        chunks = (_padded(rows[at : at + step], step) for at in range(0, len(rows), step))
-        encoded = pool.map(self.codec.encode, chunks) if pool else map(self.codec.encode, chunks)
+        encoded = pool.map(self.codec.parts, self._chunks(rows)) if pool else map(self.codec.parts, self._chunks(rows))
         if self.chunk is None:
-            yield from encoded
+            for parts in encoded:
+                yield from parts
             return
         index = np.full((self.unit // self.chunk, 2), ABSENT, "<u8")
         offset = 0
-        for number, data in enumerate(encoded):
-            index[number] = offset, len(data)
-            offset += len(data)
-            yield data
+        for number, parts in enumerate(encoded):
+            nbytes = sum(map(len, parts))
+            index[number] = offset, nbytes
+            offset += nbytes
+            yield from parts
         table = index.tobytes()
         yield table + google_crc32c.value(table).to_bytes(CRC_BYTES, "little")
 
-    def read(self, root: Path, unit: int) -> NDArray[Any]:
-        """All rows of one unit.
+    def _chunks(self, rows: NDArray[Any]) -> Iterator[NDArray[Any]]:
+        step = self.chunk or self.unit
+        return (_padded(rows[at : at + step], step) for at in range(0, len(rows), step))
+
+    def stored(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """What reading will give back for one unit's rows: the same, from a codec that is lossless."""
+        if self.codec.lossless:
+            return rows
+        return np.concatenate([self.codec.stored(chunk) for chunk in self._chunks(rows)])[: len(rows)]
+
+    def read(self, place: Place, unit: int, rows: int) -> NDArray[Any]:
+        """All rows of one unit, of which there are `rows`.
 
         Raises:
             StoreError: the object is missing, cut, or does not match its checksum.
         """
         step = self.chunk or self.unit
-        count = -(-self.rows(unit) // step)
+        count = -(-rows // step)
         out = np.empty((count * step, *self.inner), self.dtype)
         if self.chunk is None:
-            path = root / self.key(unit)
-            try:
-                self.codec.decode(path.read_bytes(), out)
-            except (OSError, StoreError, RuntimeError, ValueError) as error:
-                raise StoreError(f"{path} cannot be read: {error}; {_way_out(root)}") from error
+            key = self.key(unit)
+            with explained(place, key):
+                self.codec.decode(place.read(key), out)
         else:
-            with Shard(self, root, unit) as shard:
+            with Shard(self, place, unit) as shard:
                 for chunk in range(count):
                     shard.read(chunk, out[chunk * step : (chunk + 1) * step])
-        return out[: self.rows(unit)]
+        return out[:rows]
 
 
-def _way_out(root: Path) -> str:
-    return f"`python -m harvest action=repair store={root}` drops damaged units, and harvesting again redoes them"
+@contextmanager
+def explained(place: Place, key: str, part: str = "") -> Iterator[None]:
+    """What goes wrong in reading an object, said with its name and the way out."""
+    try:
+        yield
+    except (OSError, StoreError, RuntimeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise StoreError(
+            f"{place.name}/{key}{part} cannot be read: {reason}; `python -m harvest action=repair store={place.name}` "
+            "drops damaged units, and harvesting again redoes them"
+        ) from error
 
 
 def _padded(rows: NDArray[Any], length: int) -> NDArray[Any]:
@@ -132,46 +146,41 @@ def _padded(rows: NDArray[Any], length: int) -> NDArray[Any]:
 
 
 class Shard:
-    """One shard file, open for reading single inner chunks by its index."""
+    """One shard, open for reading single inner chunks by its index."""
 
-    def __init__(self, array: UnitArray, root: Path, unit: int) -> None:
+    def __init__(self, array: UnitArray, place: Place, unit: int) -> None:
         assert array.chunk is not None
-        self._array = array
-        self._path, self._root = root / array.key(unit), root
-        try:
-            self._file = os.open(self._path, os.O_RDONLY)
-        except OSError as error:
-            raise StoreError(f"{self._path} cannot be read: {error.strerror}; {_way_out(root)}") from error
-        try:
-            self._index = self._read_index(array.unit // array.chunk)
-        except BaseException:
-            os.close(self._file)
-            raise
+        self._array, self._place, self._key = array, place, array.key(unit)
+        with explained(place, self._key):
+            self._blob = place.open(self._key)
+            try:
+                self._index = self._read_index(array.unit // array.chunk)
+            except BaseException:
+                self._blob.__exit__(None, None, None)
+                raise
 
     def __enter__(self) -> Shard:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._file)
+        self._blob.__exit__(None, None, None)
 
     def _read_index(self, chunks: int) -> NDArray[np.uint64]:
         nbytes = chunks * 16 + CRC_BYTES
-        size = os.fstat(self._file).st_size
-        data = os.pread(self._file, nbytes, max(size - nbytes, 0))
+        data = bytes(self._blob.read(max(self._blob.size - nbytes, 0), nbytes))
         table, crc = data[:-CRC_BYTES], int.from_bytes(data[-CRC_BYTES:], "little")
         if len(data) != nbytes or google_crc32c.value(table) != crc:
-            raise StoreError(
-                f"{self._path}: the shard's index is damaged or cut off ({size} bytes); {_way_out(self._root)}"
-            )
+            raise StoreError(f"the shard's index is damaged or cut off ({self._blob.size} bytes)")
         return np.frombuffer(table, "<u8").reshape(chunks, 2)
 
     def read(self, chunk: int, out: NDArray[Any]) -> None:
-        """Decode inner chunk number `chunk` into the C-contiguous `out` of a whole chunk's shape."""
+        """Decode inner chunk number `chunk` into the C-contiguous `out` of a whole chunk's shape.
+
+        Raises:
+            StoreError: it is absent or damaged.
+        """
         offset, nbytes = self._index[chunk]
-        if offset == ABSENT:
-            raise StoreError(f"{self._path}: chunk {chunk} is absent")
-        try:
-            data = os.pread(self._file, int(nbytes), int(offset))
-            self._array.codec.decode(data, out)
-        except (OSError, StoreError, RuntimeError, ValueError) as error:
-            raise StoreError(f"{self._path}, chunk {chunk}: {error}; {_way_out(self._root)}") from error
+        with explained(self._place, self._key, f", chunk {chunk},"):
+            if offset == ABSENT:
+                raise StoreError("it is absent")
+            self._array.codec.decode(self._blob.read(int(offset), int(nbytes)), out)

@@ -42,6 +42,11 @@ class MismatchError(StoreError):
         lines = (f"{key} is {old!r} there and {new!r} here" for key, (old, new) in differences.items())
         super().__init__(f"{where} was made with other settings: {'; '.join(lines)}. {way_out}")
         self.differences = dict(differences)
+        self._said = where, self.differences, way_out
+
+    def __reduce__(self) -> tuple[type[MismatchError], tuple[str, Mapping[str, tuple[Any, Any]], str]]:
+        """So that it comes back from a launcher's job in one piece: pickle would call us with the message alone."""
+        return type(self), self._said
 
 
 class Interrupted(BaseException):
@@ -65,7 +70,9 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         for signum in (signal.SIGINT, signal.SIGTERM):
-            self._former[signum] = signal.signal(signum, self._note)
+            # A launcher's own handler stays: submitit ignores SIGTERM, which Slurm sends before it requeues.
+            if signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler):
+                self._former[signum] = signal.signal(signum, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -119,6 +126,8 @@ def run_command(command: Callable[[], None], refusals: tuple[type[Exception], ..
 def _one_line(refusal: str) -> str:
     """What the settings' parser says, without its search paths, and with the way out."""
     text = refusal.split("Config search path:")[0]
+    if "hydra/launcher/submitit_" in text:
+        return "this launcher needs hydra-submitit-launcher: pip install 'residual-saes[slurm]'"
     if "To append to your config" in text:
         return (
             text.split("To append to your config")[0].strip().rstrip(".") + ": no such setting; --help lists them all"

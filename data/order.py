@@ -33,12 +33,14 @@ def permutation(n: int, *seeds: int) -> NDArray[np.int64]:
     return np.argsort(keys(n, *seeds), kind="stable")
 
 
-def held_out(units: int, seed: int, share: float = 0.05) -> NDArray[np.int64]:
-    """Sorted numbers of the units that are never trained on: `share` of them, at least one.
+def held_out(units: int, seed: int, share: float = 0.05, most: int = 64) -> NDArray[np.int64]:
+    """Sorted numbers of the units that are never trained on: `share` of them, at least one and at `most` 64.
+
+    64 units of 65,536 rows are the 4 million on which an SAE is measured; more would be kept for nothing.
 
     A pure function of (units, seed). Empty for a store of one unit, which cannot be split.
     """
     if units < 2:
         return np.empty(0, np.int64)
-    count = max(1, round(units * share))
+    count = min(most, max(1, round(units * share)))
     return np.sort(permutation(units, seed, 0x4E1D)[:count])

@@ -1,8 +1,10 @@
 """Shuffled, prefetched, resumable batches of residual rows.
 
-The order is a pure function of (seed, position): each pass over the store takes its inner chunks in a new random
+The order is a pure function of (seed, position): each round takes the inner chunks of its units in a new random
 order, gathers `window` of them, shuffles their rows together and cuts the stream into batches. Any batch can be
 asked for by number, so a trainer's whole cursor is one integer; threads and restarts cannot change a bit.
+A round is a pass over the store, one after another without end; in a ring (data/ring.py), whose shards are there for a
+while only, it is the next `span` training units, and the stream ends with the last of them.
 Rows were permuted inside their unit when they were written, so `window` chunks from as many units mix
 window x unit tokens' worth of documents (128 x 65,536 by default).
 """
@@ -10,6 +12,8 @@ window x unit tokens' worth of documents (128 x 65,536 by default).
 from __future__ import annotations
 
 import os
+import time
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,11 +23,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data import order
+from data import order, ring, summary
 from data.array import Shard
-from data.errors import SettingError, StoreError
+from data.errors import SettingError, StopRequest, StoreError
+from data.journal import tell
 from data.kinds import BOS, ORDINARY, OUTLIER
 from data.store import Store
+
+WINDOW = 128  # inner chunks that are shuffled together in memory: 0.67 GB at width 2560
+_POLL_S = 0.2  # between looks for what a harvest commits: 0.04 s each at 15,000 units
+_MARGIN = 1000  # a ring's reader counts on losing 1/1000 of the rows to come, and twice what it saw lost
 
 
 @dataclass(frozen=True)
@@ -46,10 +55,10 @@ def held_out_units(store: Store) -> list[int]:
     Raises:
         StoreError: the store has a single unit, so nothing can be held out.
     """
-    units = [int(unit) for unit in order.held_out(store.units, store.manifest["seed"])]
+    units = summary.parts(store)[summary.HELD_OUT]
     if not units:
         raise StoreError(
-            f"{store.path} has a single unit of {store.unit_tokens} tokens, so nothing can be held out; "
+            f"{store.name} has a single unit of {store.unit_tokens} tokens, so nothing can be held out; "
             "harvest more tokens, or again with a smaller unit="
         )
     return units
@@ -58,25 +67,27 @@ def held_out_units(store: Store) -> list[int]:
 def require_complete(store: Store, layer: int) -> None:
     """Raise StoreError unless every unit of `layer` is committed."""
     if layer not in store.layers:
-        raise StoreError(f"layer {layer} is not in {store.path}; it has {store.layers}")
+        raise StoreError(f"layer {layer} is not in {store.name}; it has {store.layers}")
     if not store.complete(layer):
         raise StoreError(
-            f"layer {layer} of {store.path} lacks {len(store.missing([layer]))} of {store.units} units; "
+            f"layer {layer} of {store.name} lacks {len(store.missing([layer]))} of {store.units} units; "
             "run the same `python -m harvest` command again to finish it"
         )
 
 
 def training_units(store: Store) -> list[int]:
     """All units but the held-out ones."""
-    held = set(held_out_units(store))
-    return [unit for unit in range(store.units) if unit not in held]
+    held_out_units(store)
+    return summary.parts(store)[summary.TRAINING]
 
 
 class Reader:
     """The shuffled training stream of one layer: every row that the policy keeps, held-out units excepted."""
 
-    def __init__(self, store: Store, layer: int, *, batch: int, seed: int, policy: Policy, window: int = 128) -> None:
-        """Read the side columns of every unit once, to know exactly which rows are kept.
+    def __init__(
+        self, store: Store, layer: int, *, batch: int, seed: int, policy: Policy, window: int = WINDOW
+    ) -> None:
+        """Nothing is read yet but the layer's summary: the records say how many rows of each chunk are kept.
 
         Args:
             batch: rows per batch.
@@ -86,38 +97,114 @@ class Reader:
             raise SettingError(f"batch={batch} must be at least 1 (rows)")
         self.batch, self.seed, self.window = batch, seed, window
         self.d_model = store.d_model
-        require_complete(store, layer)
         self._store, self._array = store, store.array(f"layer_{layer}")
+        self._layer, self._kinds, self._policy = layer, policy.kinds, policy
         self._chunk: int = store.manifest["chunk"]
-        units = training_units(store)
-
-        def select(unit: int) -> tuple[NDArray[np.uint8], list[int], float]:
-            keep = np.isin(store.kinds(layer, unit), policy.kinds)
-            per_chunk = np.add.reduceat(keep, np.arange(0, len(keep), self._chunk), dtype=np.int64)
-            return np.packbits(keep), per_chunk.tolist(), float(store.norms(layer, unit)[keep].sum(dtype=np.float64))
-
-        self._keep: dict[int, NDArray[np.uint8]] = {}  # unit -> packed bits: 125 MB for a billion rows
-        chunks: list[tuple[int, int, int]] = []  # (unit, chunk, kept rows)
-        norm_sum = 0.0
-        with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="select") as pool:
-            for unit, (packed, per_chunk, total) in zip(units, pool.map(select, units), strict=True):
-                self._keep[unit] = packed
-                chunks += [(unit, number, kept) for number, kept in enumerate(per_chunk)]
-                norm_sum += total
-        self._chunks = np.array(chunks, np.int64)
-        self.rows = int(self._chunks[:, 2].sum())
-        held = (np.isin(store.kinds(layer, unit), policy.kinds).any() for unit in held_out_units(store))
-        if self.rows == 0 or not any(held):
-            raise StoreError(f"no row of layer {layer} in {store.path} is left by drop_bos and drop_outliers")
-        self.mean_norm = norm_sum / self.rows
-        moments = store.moments(layer, units, policy.kinds)
+        training, found = training_units(store), ring.read(store.place)
+        self.span = found.span if found else None  # training units per round; None: all of them, in every round
+        self._rounds = [
+            training[at : at + (self.span or len(training))]
+            for at in range(0, len(training), self.span or len(training))
+        ]
+        self._ends: list[int] = []  # kept rows up to the end of each round that is there whole
+        if found:
+            _await_first(store, layer, found, self._rounds[0])
+        else:
+            require_complete(store, layer)
+        known = (
+            summary.make(store, layer, [self._rounds[0], held_out_units(store)])
+            if found
+            else summary.read(store, layer)
+        )
+        self._extend()
+        self.rows = self._kept_rows()
+        if self._ends[0] == 0 or known.of(summary.HELD_OUT, policy.kinds).count == 0:
+            raise StoreError(f"no row of layer {layer} in {store.name} is left by drop_bos and drop_outliers")
+        # In a ring those of the first round, for all of the run: the others are not there yet.
+        moments = known.of(summary.TRAINING, policy.kinds)
+        self.mean_norm = float(known.norm_sums[summary.TRAINING, list(policy.kinds)].sum()) / moments.count
         self.mean, self.variance = moments.mean, moments.variance
 
+    def _kept_rows(self) -> int:
+        """Rows of one pass: exactly, or in a ring as many as there will be for all that is known after one round.
+
+        How many rows are BOS is known from the spine. Of the others, those to come are taken to lose twice the share
+        that the first round lost to outliers and NaN, and 1/1000; a batch is left for the end.
+        """
+        ahead = [unit for units in self._rounds[1:] for unit in units]
+        if not ahead:
+            return self._ends[0]
+        candidates, to_come = self._candidates(self._rounds[0]), self._candidates(ahead)
+        lost = 2 * to_come * (candidates - self._ends[0]) // max(candidates, 1) + to_come // _MARGIN + self.batch
+        return max(self._ends[0], self._ends[0] + to_come - lost)
+
+    def _candidates(self, units: Sequence[int]) -> int:
+        """Rows of some units that are not dropped for being BOS."""
+        tokens = int(self._store.ledger.spine_rows[units].sum(dtype=np.int64)) * self._store.context
+        return tokens - int(self._store.ledger.pieces[units].sum()) * self._policy.drop_bos
+
+    def _kept(self, units: Sequence[int]) -> NDArray[np.int64]:
+        """(units, C) rows to serve of every inner chunk of some committed units."""
+        counts = self._store.ledger.layers[self._layer].chunks
+        # Kind by kind: of a billion tokens' million chunks at once, in 0.05 s where a loop over units takes 0.4.
+        kept: NDArray[np.int64] = np.sum([counts[units, :, kind] for kind in self._kinds], axis=0, dtype=np.int64)
+        return kept
+
+    def _chunks_of(self, number: int) -> NDArray[np.int64]:
+        """(chunks, 3) the inner chunks of a round that have rows to serve: unit, chunk, kept rows."""
+        units = self._units(number)
+        kept = self._kept(units)
+        at, chunk = np.nonzero(kept)
+        return np.stack([np.array(units)[at], chunk, kept[at, chunk]], 1)
+
+    def _units(self, number: int) -> list[int]:
+        return self._rounds[number if self.span else 0]
+
+    def _extend(self) -> None:
+        """Count the rows of the rounds that have become whole."""
+        there = self._store.committed(self._layer)
+        for number in range(len(self._ends), len(self._rounds)):
+            if not there[self._rounds[number]].all():
+                break
+            rows = int(self._kept(self._rounds[number]).sum())
+            if self.span and rows < self.batch and number + 1 < len(self._rounds):
+                raise SettingError(
+                    f"batch={self.batch} is more than the {rows} rows of {self.span} units, by which training follows "
+                    f"the ring {self._store.name}; lower it, or harvest with a larger max_bytes="
+                )
+            self._ends.append(rows + (self._ends[-1] if self._ends else 0))
+
+    def _whole(self, number: int) -> bool:
+        """Whether a round can be read now."""
+        if len(self._ends) <= number < len(self._rounds):
+            self._store.refresh()
+            self._extend()
+        return number < len(self._ends)
+
+    def has(self, number: int) -> bool:
+        """Whether all rows of batch `number` can be read now, or none will follow."""
+        while self.span and self._ends[-1] < (number + 1) * self.batch and len(self._ends) < len(self._rounds):
+            if not self._whole(len(self._ends)):
+                return False
+        return True
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """The round in which batch `number` begins, and after how many of its rows."""
+        position = number * self.batch
+        if self.span is None:
+            return divmod(position, self._ends[0])
+        at = bisect_right(self._ends, position)
+        return at, position - (self._ends[at - 1] if at else 0)
+
     def batches(self, start: int) -> Iterator[torch.Tensor]:
-        """Batches number `start`, `start` + 1, ... without end, each (batch, d) bfloat16 on the CPU."""
+        """Batches number `start`, `start` + 1, ..., each (batch, d) bfloat16 on the CPU; in a ring to its end.
+
+        Raises:
+            StoreError: a shard is damaged or freed; or, in a ring, is not made yet or was the last.
+        """
         parts: list[torch.Tensor] = []
         have = 0
-        for rows in self._windows(start * self.batch):
+        for rows in self._windows(*self.locate(start)):
             at = 0
             while at < len(rows):
                 part = rows[at : at + self.batch - have]
@@ -126,33 +213,53 @@ class Reader:
                     yield torch.cat(parts)
                     parts, have = [], 0
 
-    def _windows(self, position: int) -> Iterator[torch.Tensor]:
-        """Shuffled windows of rows from stream position `position` on; the next one is read meanwhile."""
+    def _windows(self, number: int, skip: int) -> Iterator[torch.Tensor]:
+        """Shuffled windows of rows from round `number` on, less its first `skip`; the next one is read meanwhile."""
         with (
             ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode") as decoders,
             ThreadPoolExecutor(1, thread_name_prefix="window") as ahead,
         ):
-            plan = self._plan(position)
+            plan = self._plan(number, skip)
             following = self._start(ahead, decoders, plan)
             while True:
-                current, following = following, self._start(ahead, decoders, plan)
+                # What was not there a window ago may be there now.
+                current = following or self._start(ahead, decoders, plan)
+                if current is None:
+                    raise self._given_out()
+                following = self._start(ahead, decoders, plan)
                 yield current.result()
 
     def _start(
-        self, ahead: ThreadPoolExecutor, decoders: ThreadPoolExecutor, plan: Iterator[_Window]
-    ) -> Future[torch.Tensor]:
-        return ahead.submit(self._load, next(plan), decoders)
+        self, ahead: ThreadPoolExecutor, decoders: ThreadPoolExecutor, plan: Iterator[_Window | None]
+    ) -> Future[torch.Tensor] | None:
+        window = next(plan)
+        return ahead.submit(self._load, window, decoders) if window else None
 
-    def _plan(self, position: int) -> Iterator[_Window]:
-        epoch, skip = divmod(position, self.rows)
+    def _plan(self, at: int, skip: int) -> Iterator[_Window | None]:
+        """Windows in their order; None, and the same again at the next asking, for one that is not there."""
+        chunks = None if self.span else self._chunks_of(0)
         while True:
-            shuffled = self._chunks[order.permutation(len(self._chunks), self.seed, epoch)]
-            for number, at in enumerate(range(0, len(shuffled), self.window)):
-                window = _Window(epoch, number, shuffled[at : at + self.window], skip)
+            while self.span and not self._whole(at):
+                yield None
+            units = self._chunks_of(at) if chunks is None else chunks
+            shuffled = units[order.permutation(len(units), self.seed, at)]
+            for number, first in enumerate(range(0, len(shuffled), self.window)):
+                window = _Window(at, number, shuffled[first : first + self.window], skip)
                 skip = max(0, skip - window.rows)
                 if window.rows > window.skip:
                     yield window
-            epoch += 1
+            at += 1
+
+    def _given_out(self) -> StoreError:
+        if len(self._ends) < len(self._rounds):
+            return StoreError(
+                f"{self._store.name} is not harvested that far; `python -m harvest` must be at work on it"
+            )
+        return StoreError(
+            f"the ring {self._store.name} ended after {self._ends[-1]:,} rows, and {self.rows:,} were counted on: more "
+            "rows than twice the share of the first units were outliers or not finite. Harvest again and train with "
+            f"tokens={self._ends[-1] // self.batch * self.batch} at most, or with drop_outliers=false"
+        )
 
     def _load(self, window: _Window, decoders: ThreadPoolExecutor) -> torch.Tensor:
         rows = torch.empty(window.rows, self.d_model, dtype=torch.bfloat16)
@@ -162,14 +269,19 @@ class Reader:
         for (unit, chunk, kept), end in zip(window.chunks.tolist(), ends.tolist(), strict=True):
             by_unit.setdefault(unit, []).append((chunk, end - kept, end))
         list(decoders.map(lambda item: self._fill(bits, *item), sorted(by_unit.items())))
-        shuffle = order.permutation(window.rows, self.seed, window.epoch, window.number)
+        shuffle = order.permutation(window.rows, self.seed, window.round, window.number)
         return rows[torch.from_numpy(shuffle[window.skip :])]
 
     def _fill(self, bits: NDArray[np.uint16], unit: int, wanted: Sequence[tuple[int, int, int]]) -> None:
         """Decode the wanted (chunk, first, end) of one unit into their places."""
-        keep = np.unpackbits(self._keep[unit], count=self._array.rows(unit)).view(np.bool_)
+        keep = np.isin(self._store.kinds(self._layer, unit), self._kinds)
         scratch = np.empty((self._chunk, self.d_model), np.uint16)
-        with Shard(self._array, self._store.path, unit) as shard:
+        try:
+            shard = Shard(self._array, self._store.place, unit)
+        except StoreError:
+            self._store.ledger.freed.refuse(self._array.key(unit))
+            raise
+        with shard:
             for chunk, first, end in wanted:
                 shard.read(chunk, scratch)
                 mask = keep[chunk * self._chunk : (chunk + 1) * self._chunk]
@@ -177,8 +289,8 @@ class Reader:
 
 
 class _Window(NamedTuple):
-    epoch: int
-    number: int  # within the epoch
+    round: int
+    number: int  # within the round
     chunks: NDArray[np.int64]  # (window, 3) unit, chunk, kept rows
     skip: int  # rows to leave out at its beginning, as already served
 
@@ -189,9 +301,89 @@ class _Window(NamedTuple):
 
 def held_out(store: Store, layer: int, policy: Policy, batch: int) -> Iterator[torch.Tensor]:
     """All kept rows of the held-out units once, in stored order: (n, d) bfloat16, at most `batch` at a time."""
-    require_complete(store, layer)
     for unit in held_out_units(store):
         keep = np.isin(store.kinds(layer, unit), policy.kinds)
         rows = torch.from_numpy(store.residuals(layer, unit)[keep]).view(torch.bfloat16)
         for at in range(0, len(rows), batch):
             yield rows[at : at + batch]
+
+
+def _await_first(store: Store, layer: int, found: ring.Record, first: Sequence[int]) -> None:
+    """Wait for what a run needs before its first step: the held-out units, and the first round's statistics."""
+    if layer not in found.layers:
+        raise StoreError(f"layer {layer} is not in the ring {store.name}; it has {found.layers}")
+    needed = [*found.held_out, *first]
+    if (there := store.committed(layer)[needed]).all():
+        return
+    tell(f"waiting for the harvest: {there.sum()} of the first {len(needed)} units of layer {layer} are there")
+    with StopRequest() as stop:
+        while not store.committed(layer)[needed].all():
+            stop.check()
+            time.sleep(_POLL_S)
+            store.refresh()
+
+
+class RingFollower:
+    """How a training run and a ring wait for each other: the registration of one reader."""
+
+    def __init__(self, reader: Reader, store: Store, layer: int, name: str, run: str) -> None:
+        """Nothing is registered yet.
+
+        Args:
+            name: of the registration, safe as a file's.
+            run: what users are told that the ring waits for.
+        """
+        assert reader.span is not None
+        self.span: int | None = reader.span
+        self._reader, self._store, self._name = reader, store, name
+        self._units = len(training_units(store))
+        self._said = ring.Follower(run, layer, reader.span, 0)
+
+    def require(self, rows: int) -> None:
+        """Raise SettingError if a run asks for more than one pass."""
+        if rows > self._reader.rows:
+            raise SettingError(
+                f"tokens={rows} is more than the {self._reader.rows} rows that one pass over the ring "
+                f"{self._store.name} surely has, and what was read is freed; lower it, or harvest without max_bytes="
+            )
+
+    def begin(self, batch: int) -> None:
+        """Register for everything from batch number `batch` on.
+
+        Raises:
+            StoreError: a part of it is gone.
+        """
+        self._said = self._said._replace(passed=self._passed(batch))
+        ring.register(self._store.place, self._name, self._said)
+
+    def round(self, batch: int) -> int:
+        """The round in which batch number `batch` begins."""
+        return self._reader.locate(batch)[0]
+
+    def wait(self, batch: int, stop: StopRequest) -> None:
+        """Come back when batch number `batch` can be read, or a signal came."""
+        told = False
+        while not self._reader.has(batch) and stop.signum is None:
+            if not told:
+                there = int(self._store.committed(self._said.layer).sum())
+                tell(
+                    f"waiting for the harvest: {there} of {self._store.units} units are there, not yet batch {batch:,}"
+                )
+            told = True
+            time.sleep(_POLL_S)
+
+    def release(self, batch: int) -> None:
+        """Say that nothing before batch number `batch` is needed any more."""
+        self._say(self._passed(batch))
+
+    def finish(self) -> None:
+        """Say that nothing is needed any more."""
+        self._say(self._units)
+
+    def _passed(self, batch: int) -> int:
+        return min(self.round(batch) * self._said.span, self._units)
+
+    def _say(self, passed: int) -> None:
+        if passed > self._said.passed:
+            self._said = self._said._replace(passed=passed)
+            ring.advance(self._store.place, self._name, self._said)

@@ -1,50 +1,50 @@
 """The activation store: the one contract between harvesting, training and analysis.
 
-What may never change (format 1): a Zarr v3 group of these arrays, cut into units along their first axis:
+What may never change (format 2): a Zarr v3 group of these arrays, cut into units along their first axis:
 
-    tokens, document           (S, T) uint32          the spine: packed rows; which document a token comes from
-    token_index                (N,)   uint32 | uint64 row of every residual array -> flat index into the spine, N = S*T
-    layer_L                    (N, d) bfloat16        residual stream after decoder layer L, rows permuted in their unit
-    norm_L                     (N,)   float32         Euclidean norms of those rows
-    moments_L                  (units, 3, 2, d) float64   [BOS, outlier, ordinary] x [mean, sum of squared deviations]
+    tokens, document   (S, T) uint32              the spine: packed rows; which document a token comes from
+    token_index        (N,)   uint32 | uint64     row of every residual array -> flat index into the spine, N = S*T
+    layer_L            (N, d) bfloat16            residual stream after decoder layer L, rows permuted in their unit
+    norm_L             (N,)   float32             Euclidean norms of those rows
+    kind_L             (N,)   uint8               what each row is: BOS, outlier, ordinary, not finite (data/kinds.py)
+    moments_L          (units, 3, 2, d) float64   [BOS, outlier, ordinary] x [mean, sum of squared deviations]
+    summary_L          (2, 3, 2, d) float64       the same of all [training, held-out] units together
 
 A unit is the unit of work, writing, commit, checksum, statistics and resume. Its objects are written first, then its
-record in commits/ is created; a reader believes records alone. The group's attributes hold the manifest, which is
-written once and compared on every later open.
+record in commits/ is created; a reader believes records alone. commits/manifest.json is written once and compared on
+every later open; the group's attributes repeat it.
 
-Shapes: S spine rows, T context, N = S*T tokens, d d_model, R spine rows per unit.
+Shapes: S spine rows, T context, N = S*T tokens, d d_model, R spine rows per unit, C inner chunks per unit.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data import durable, order, records
+from data import ledger, manifest, order, records
 from data.array import UnitArray
 from data.durable import Written
-from data.errors import MismatchError, StoreError, differences
-from data.kinds import kinds_of, moments_of, norms_of
-from data.moments import Moments, merge_all
+from data.errors import StoreError
+from data.ledger import LayerLedger, Ledger
+from data.moments import Moments
+from data.packing import Cursor
+from data.place import Place, place_of
 
-FORMAT = 1
-_RESIDUAL_RECORD = re.compile(r"(?P<unit>\d{8})\.(?P<layers>\d+(_\d+)*)\.json")
+if TYPE_CHECKING:  # the process that writes the spine goes without torch
+    from data.quantised import StandardizedInt8
+    from data.unit import Prepared
 
-
-class Cursor(NamedTuple):
-    """Where the text goes on: the next token to place in the spine."""
-
-    document: int  # number in the source's order
-    offset: int  # tokens of it that are placed already
+_END = "commits/spine/end.json"
+KINDS = 3  # BOS, OUTLIER, ORDINARY: the kinds that have statistics
 
 
 class SpineEnd(NamedTuple):
@@ -55,109 +55,72 @@ class SpineEnd(NamedTuple):
 
 
 class Store:
-    """A store on disk. Arrays are read by unit; nothing without a commit record is ever served."""
+    """A store. Arrays are read by unit; nothing without a commit record is ever served."""
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
-        self.path = path
-        self.manifest = dict(manifest)
+    def __init__(self, place: Place, manifest: Mapping[str, Any]) -> None:
+        self.place, self.manifest = place, dict(manifest)
         self.context: int = manifest["context"]
         self.d_model: int = manifest["model"]["d_model"]
         self.unit_tokens: int = manifest["unit"]
-        self._spine: dict[int, dict[str, Any]] = {}
-        self._residuals: dict[tuple[int, int], dict[str, Any]] = {}  # (layer, unit) -> record
-        self.refresh()
+        self._scales: dict[int, StandardizedInt8] = {}
+        self.spine_end = self._read_end()  # how the text ended, or None while the spine is being written
+        self.ledger = Ledger(place, self.units, self.chunks)
 
     # -- opening ------------------------------------------------------------------------------------------------
 
     @classmethod
-    def open(cls, path: Path) -> Store:
+    def open(cls, where: Path | str | Place) -> Store:
         """Open an existing store, checking that every committed object is there in full.
 
         Raises:
-            StoreError: there is none at `path`, it is of another format, or an object is missing or cut.
+            StoreError: there is none there, it is of another format, or an object is missing or cut.
         """
-        metadata = path / "zarr.json"
-        if not metadata.is_file():
-            raise StoreError(f"no activation store at {path}; make one with `python -m harvest store={path} ...`")
-        try:
-            manifest = json.loads(metadata.read_bytes())["attributes"]["manifest"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{metadata} is not the metadata of an activation store") from error
-        if manifest.get("format") != FORMAT:
-            raise StoreError(f"{path} has store format {manifest.get('format')!r}; this version reads {FORMAT}")
-        return cls(path, manifest)
+        place = place_of(where)
+        return cls(place, manifest.read(place))
 
     @classmethod
-    def open_or_create(cls, path: Path, manifest: Mapping[str, Any]) -> Store:
-        """Open the store at `path` if its manifest equals `manifest`; create it where there is none.
+    def open_or_create(cls, where: Path | str | Place, settings: Mapping[str, Any]) -> Store:
+        """Open the store there if its manifest equals `settings`; create it where there is none.
 
         Raises:
             MismatchError: it was made with other settings; the message names both values.
         """
-        wanted = {"format": FORMAT, **manifest}
-        if not (path / "zarr.json").exists():
-            if path.exists() and not all(durable.is_temporary(file) for file in path.iterdir()):
-                raise StoreError(f"{path} exists and is not an activation store; choose another store=")
-            durable.make_directory(path)
-            cls(path, wanted)._write_group({})
-        store = cls.open(path)
-        if unequal := differences(store.manifest, wanted):
-            if store._spine or store._residuals:
-                raise MismatchError(f"store {path}", unequal, "Use those settings, or another store=.")
-            store = cls(path, wanted)  # without a commit there is nothing to protect
-        durable.make_directory(path / "commits" / "spine")
-        durable.make_directory(path / "commits" / "residuals")
-        if store.spine_end is None:
-            store._declare()
-        return store
+        place = place_of(where)
+        return cls(place, manifest.agree(place, settings))
+
+    @property
+    def name(self) -> str:
+        """Its path or URL, as it was given."""
+        return self.place.name
 
     def refresh(self) -> None:
-        """Read the commit records again, and check that what they name is there in full."""
-        commits = self.path / "commits"
-        self._spine = {int(p.stem): records.read(p) for p in sorted((commits / "spine").glob("????????.json"))}
-        self._residuals, self._next_spine_unit = {}, 0
-        for path in sorted((commits / "residuals").glob("*.json")):
-            if match := _RESIDUAL_RECORD.fullmatch(path.name):
-                record = records.read(path)
-                for layer in match["layers"].split("_"):
-                    self._residuals[int(layer), int(match["unit"])] = record
-        for record in self._all_records():
-            for key, (size, _) in record["objects"].items():
-                self._check_size(key, size)
-        self.__dict__.pop("spine_end", None)
+        """Take in what other processes have committed."""
+        self.spine_end = self.spine_end or self._read_end()
+        self.ledger.refresh()
 
-    def _check_size(self, key: str, size: int) -> None:
-        path = self.path / key
-        found = path.stat().st_size if path.exists() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            raise StoreError(
-                f"{path} {state}; `python -m harvest action=repair store={self.path}` drops its unit's record, "
-                "and harvesting again redoes the unit"
-            )
-
-    def _all_records(self) -> list[dict[str, Any]]:
-        unique = {id(record): record for record in (*self._spine.values(), *self._residuals.values())}
-        return list(unique.values())
+    def _read_end(self) -> SpineEnd | None:
+        try:
+            return SpineEnd(**records.decode(self.place.read(_END), f"{self.name}/{_END}"))
+        except FileNotFoundError:
+            return None
 
     # -- shape --------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def spine_end(self) -> SpineEnd | None:
-        """How the text ended, or None while the spine is being written."""
-        path = self.path / "commits" / "spine" / "end.json"
-        return SpineEnd(**records.read(path)) if path.exists() else None
 
     @property
     def spine_complete(self) -> bool:
         """Whether the text's end is known and every unit of the spine has its record."""
-        return self.spine_end is not None and all(unit in self._spine for unit in range(self.units))
+        return self.spine_end is not None and bool(self.ledger.spine_rows[: self.units].all())
 
     @property
     def spine_rows(self) -> int:
         """S: rows of the finished spine, or the planned ones while it is being written."""
         end = self.spine_end
-        return end.rows if end else -(-self.manifest["tokens"] // self.context)
+        return end.rows if end else self.planned_rows
+
+    @property
+    def planned_rows(self) -> int:
+        """Rows that were asked for."""
+        return int(-(-self.manifest["tokens"] // self.context))
 
     @property
     def rows(self) -> int:
@@ -169,9 +132,14 @@ class Store:
         return -(-self.rows // self.unit_tokens)
 
     @property
+    def chunks(self) -> int:
+        """C: inner chunks per unit."""
+        return int(self.unit_tokens // self.manifest["chunk"])
+
+    @property
     def layers(self) -> list[int]:
         """Layers that have at least one committed unit."""
-        return sorted({layer for layer, _ in self._residuals})
+        return sorted(self.ledger.layers)
 
     @property
     def identity(self) -> str:
@@ -179,41 +147,58 @@ class Store:
         end = self.spine_end
         return records.digest({"manifest": self.manifest, "rows": end.rows if end else None})
 
+    def rows_of(self, unit: int) -> int:
+        """Tokens of a unit whose spine is committed."""
+        return int(self.ledger.spine_rows[unit]) * self.context
+
     def array(self, name: str) -> UnitArray:
         """The description of one array by name, e.g. `tokens`, `layer_21`."""
         codec = self.manifest["codec"]
+        lossless = "blosc" if codec == "int8" else codec
         spine_unit = self.unit_tokens // self.context
         if name in ("tokens", "document"):
-            return UnitArray(name, "uint32", self.spine_rows, (self.context,), spine_unit, codec)
+            return UnitArray(name, "uint32", self.spine_rows, (self.context,), spine_unit, lossless)
         if name == "token_index":
             # By the tokens asked for, which unlike the rows reached are known from the start.
             wide = "uint64" if self.manifest["tokens"] + self.context > 2**32 else "uint32"
-            return UnitArray(name, wide, self.rows, (), self.unit_tokens, codec)
-        kind = name.split("_")[0]
-        if kind == "norm":
-            return UnitArray(name, "float32", self.rows, (), self.unit_tokens, codec)
-        if kind == "moments":
-            return UnitArray(name, "float64", self.units, (3, 2, self.d_model), 1, codec)
+            return UnitArray(name, wide, self.rows, (), self.unit_tokens, lossless)
+        kind, layer = name.split("_")
+        if kind in ("norm", "kind"):
+            return UnitArray(name, "float32" if kind == "norm" else "uint8", self.rows, (), self.unit_tokens, lossless)
+        if kind in ("moments", "summary"):
+            length, unit = (self.units, 1) if kind == "moments" else (2, 2)
+            return UnitArray(name, "float64", length, (KINDS, 2, self.d_model), unit, lossless)
         assert kind == "layer", name
-        chunk = self.manifest["chunk"]
-        return UnitArray(name, "bfloat16", self.rows, (self.d_model,), self.unit_tokens, codec, chunk)
+        int8 = self._int8(int(layer)) if codec == "int8" else None
+        shape = (self.d_model,)
+        return UnitArray(name, "bfloat16", self.rows, shape, self.unit_tokens, codec, self.manifest["chunk"], int8)
 
-    def _declare(self, layers: Sequence[int] = ()) -> None:
-        """Write the Zarr metadata of the group and of every array, at their present shapes."""
-        every = sorted({*self.layers, *layers})
+    def _int8(self, layer: int) -> StandardizedInt8:
+        if layer not in self._scales:
+            from data import scales
+
+            self._scales[layer] = scales.read(self.place, layer)
+        return self._scales[layer]
+
+    def declare(self, layers: Iterable[int]) -> None:
+        """Write the Zarr metadata of the group and of every array, at their present shapes.
+
+        Nothing of ours reads it but `verify`: it is what other Zarr readers go by.
+        """
+        for key, text in self.metadata(layers).items():
+            self.place.write(key, [text])
+
+    def metadata(self, layers: Iterable[int]) -> dict[str, bytes]:
+        """The zarr.json of the group and of every array, by key."""
         names = ["tokens", "document", "token_index"]
-        names += [f"{kind}_{layer}" for layer in every for kind in ("layer", "norm", "moments")]
+        kinds = ("layer", "norm", "kind", "moments", "summary")
+        names += [f"{kind}_{layer}" for layer in sorted({*self.layers, *layers}) for kind in kinds]
         arrays = {name: self.array(name).metadata() for name in names}
-        for name, metadata in arrays.items():
-            durable.make_directory(self.path / name)
-            durable.write(self.path / name / "zarr.json", [_json(metadata)])
-        self._write_group(arrays)
-
-    def _write_group(self, arrays: Mapping[str, Any]) -> None:
         # Inline metadata spares readers a directory listing, in which commits/ would be no Zarr node.
         inline = {"kind": "inline", "must_understand": False, "metadata": arrays}
         group = {"zarr_format": 3, "node_type": "group", "attributes": {"manifest": self.manifest}}
-        durable.write(self.path / "zarr.json", [_json({**group, "consolidated_metadata": inline})])
+        texts = {f"{name}/zarr.json": _json(metadata) for name, metadata in arrays.items()}
+        return {**texts, "zarr.json": _json({**group, "consolidated_metadata": inline})}
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
@@ -223,14 +208,11 @@ class Store:
 
     def spine_cursor(self) -> tuple[int, Cursor]:
         """The first uncommitted spine unit, and where its text starts."""
-        while self._next_spine_unit in self._spine:
-            self._next_spine_unit += 1
-        unit = self._next_spine_unit
-        return unit, Cursor(*self._spine[unit - 1]["cursor"]) if unit else Cursor(0, 0)
-
-    def spine_written(self) -> int:
-        """Rows of the spine that are committed, wherever they lie."""
-        return sum(record["rows"] for record in self._spine.values())
+        unit = int(np.argmin(np.append(self.ledger.spine_rows, 0)))
+        if unit == 0:
+            return 0, Cursor(0, 0, None)
+        key = ledger.spine_key(unit - 1)
+        return unit, Cursor(*records.decode(self.place.read(key), f"{self.name}/{key}")["cursor"])
 
     def commit_spine(self, unit: int, tokens: NDArray[np.uint32], document: NDArray[np.uint32], end: Cursor) -> None:
         """Commit one unit of packed rows, (R, T) each; `end` is the cursor behind its last token."""
@@ -238,17 +220,16 @@ class Store:
         index = index.astype(self.array("token_index").dtype)
         objects: dict[str, Written] = {}
         for name, rows in (("tokens", tokens), ("document", document), ("token_index", index)):
-            objects |= self._write(name, unit, rows)
-        body = {"unit": unit, "rows": len(tokens), "cursor": list(end), "objects": objects}
-        if not records.create(self.path / "commits" / "spine" / f"{unit:08d}.json", body):
-            raise StoreError(f"another process committed spine unit {unit} of {self.path}; stop one of the two")
-        self._spine[unit] = body
+            objects |= self.write(name, unit, rows)
+        pieces = int(_starts(document).sum())
+        body = {"unit": unit, "rows": len(tokens), "pieces": pieces, "cursor": list(end), "objects": objects}
+        self.commit(ledger.spine_key(unit), body)
+        self.ledger.note_spine(unit, body)
 
     def close_spine(self, end: SpineEnd) -> None:
         """Fix the store's final shape."""
-        records.create(self.path / "commits" / "spine" / "end.json", end._asdict())
-        self.__dict__.pop("spine_end", None)
-        self._declare()
+        self.commit(_END, end._asdict())
+        self.spine_end = end
 
     def tokens(self, unit: int) -> NDArray[np.uint32]:
         """(R, T) token ids of a unit's spine rows."""
@@ -258,105 +239,156 @@ class Store:
         """(R, T) document numbers of a unit's spine rows."""
         return self._read_spine("document", unit)
 
-    def _read_spine(self, name: str, unit: int) -> NDArray[Any]:
-        if unit not in self._spine:
-            raise StoreError(f"unit {unit} of {self.path} is not committed; run `python -m harvest` again")
-        return self.array(name).read(self.path, unit)
+    def token_index(self, unit: int) -> NDArray[Any]:
+        """(n,) flat spine index of each stored row of a unit."""
+        return self._read_spine("token_index", unit)
 
-    # -- residuals ----------------------------------------------------------------------------------------------
-
-    def missing(self, layers: Sequence[int]) -> dict[int, list[int]]:
-        """Units that lack some of `layers`, with the layers that each lacks, in order."""
-        lacking = {u: [layer for layer in layers if (layer, u) not in self._residuals] for u in range(self.units)}
-        return {unit: needed for unit, needed in lacking.items() if needed}
-
-    def complete(self, layer: int) -> bool:
-        """Whether every unit of `layer` is committed."""
-        return self.spine_complete and not self.missing([layer])
+    def piece_starts(self, unit: int) -> NDArray[np.bool_]:
+        """(R, T) which tokens of a unit begin a document's piece: these are its BOS tokens."""
+        return _starts(self.document(unit))
 
     def permutation(self, unit: int) -> NDArray[np.int64]:
         """(n,) the token of each stored row of a unit, as flat position in the unit's spine rows."""
         return self.token_index(unit).astype(np.int64) - unit * self.unit_tokens
 
-    def piece_starts(self, unit: int) -> NDArray[np.bool_]:
-        """(R, T) which tokens of a unit begin a document's piece: these are its BOS tokens."""
-        document = self.document(unit)
-        starts = np.ones(document.shape, np.bool_)
-        starts[:, 1:] = document[:, 1:] != document[:, :-1]
-        return starts
+    def _read_spine(self, name: str, unit: int) -> NDArray[Any]:
+        if not (rows := int(self.ledger.spine_rows[unit])):
+            raise StoreError(f"unit {unit} of {self.name} is not committed; run `python -m harvest` again")
+        return self.array(name).read(self.place, unit, rows if name != "token_index" else rows * self.context)
 
-    def commit_residuals(self, unit: int, rows: Mapping[int, NDArray[np.uint16]]) -> None:
-        """Commit residuals of one unit for all of `rows`' layers at once.
+    # -- residuals ----------------------------------------------------------------------------------------------
+
+    def _layer(self, layer: int) -> LayerLedger:
+        return self.ledger.layers.get(layer) or LayerLedger.empty(len(self.ledger.spine_rows), self.chunks)
+
+    def committed(self, layer: int) -> NDArray[np.bool_]:
+        """(units,) which units of `layer` are there."""
+        return self._layer(layer).committed[: self.units]
+
+    def missing(self, layers: Sequence[int]) -> dict[int, list[int]]:
+        """Units that lack some of `layers`, with the layers that each lacks, in order."""
+        have = {layer: self.committed(layer) for layer in layers}
+        lacking = np.flatnonzero(~np.all(list(have.values()), axis=0))
+        return {int(unit): [layer for layer in layers if not have[layer][unit]] for unit in lacking}
+
+    def committed_meanwhile(self, unit: int, layers: Sequence[int]) -> bool:
+        """Whether another process has committed just these layers of a unit since the last `refresh`."""
+        if not self.place.exists(key := ledger.residual_key(unit, layers)):
+            return False
+        self.ledger.note_residuals(unit, records.decode(self.place.read(key), f"{self.name}/{key}"))
+        return True
+
+    def complete(self, layer: int) -> bool:
+        """Whether every unit of `layer` is committed."""
+        return self.spine_complete and bool(self.committed(layer).all())
+
+    def commit_residuals(self, unit: int, layers: Mapping[int, Prepared], batch: int | None = None) -> None:
+        """Commit one unit's rows of all of `layers` at once.
 
         Args:
-            rows: per layer, (n, d) bfloat16 bits in spine order; they are permuted here.
+            batch: packed rows per forward pass, if it was not the manifest's.
         """
-        permutation = self.permutation(unit)
-        bos = self.piece_starts(unit).ravel()[permutation]
         objects: dict[str, Written] = {}
-        counts: dict[str, list[int]] = {}
-        for layer, unordered in rows.items():
-            bits = unordered[permutation]
-            norms = norms_of(bits)
-            moments = moments_of(bits, kinds_of(norms, bos))
-            objects |= self._write(f"layer_{layer}", unit, bits)
-            objects |= self._write(f"norm_{layer}", unit, norms)
-            stacked = np.array([[[of_kind.mean, of_kind.m2] for of_kind in moments]])
-            objects |= self._write(f"moments_{layer}", unit, stacked)
-            counts[str(layer)] = [of_kind.count for of_kind in moments]
-        body = {"unit": unit, "rows": len(bos), "objects": objects, "counts": counts}
-        name = f"{unit:08d}.{'_'.join(map(str, sorted(rows)))}.json"
-        if not records.create(self.path / "commits" / "residuals" / name, body):
-            raise StoreError(f"another process committed unit {unit} of {self.path}; stop one of the two")
-        for layer in rows:
-            self._residuals[layer, unit] = body
+        entries: dict[str, dict[str, Any]] = {}
+        for layer, prepared in layers.items():
+            objects |= self.write(f"layer_{layer}", unit, prepared.bits)
+            objects |= self.write(f"norm_{layer}", unit, prepared.statistics.norms)
+            objects |= self.write(f"kind_{layer}", unit, prepared.statistics.kinds.astype(np.uint8))
+            objects |= self.write(f"moments_{layer}", unit, prepared.statistics.moments[None])
+            entries[str(layer)] = prepared.entry(self.chunks) | ({"batch": batch} if batch else {})
+        body = {"unit": unit, "rows": self.rows_of(unit), "objects": objects, "layers": entries}
+        self.commit(ledger.residual_key(unit, layers), body)
+        self.ledger.note_residuals(unit, body)
 
-    def declare_layers(self, layers: Sequence[int]) -> None:
-        """Make room for `layers`; the spine must be closed, because their arrays have its final length."""
-        assert self.spine_end is not None
-        self._declare(layers)
+    def batch_of(self, layer: int, unit: int) -> int:
+        """Packed rows per forward pass that a unit was made with."""
+        return int(self._layer(layer).batch[unit] or self.manifest["batch"])
 
-    def non_finite(self, layer: int) -> int:
-        """Rows of `layer` with NaN or infinity in the committed units."""
-        return sum(r["rows"] - sum(r["counts"][str(layer)]) for (at, _), r in self._residuals.items() if at == layer)
+    def batches(self, layer: int) -> NDArray[np.int32]:
+        """(units,) the same, where it was not the manifest's; else 0."""
+        return self._layer(layer).batch[: self.units]
 
-    def token_index(self, unit: int) -> NDArray[Any]:
-        """(n,) flat spine index of each stored row of a unit."""
-        return self._read_spine("token_index", unit)
+    def lost(self, layer: int, unit: int) -> float:
+        """Sum of squared errors of a unit's ORDINARY rows, by a codec that loses something."""
+        self._require(layer, unit)
+        return float(self._layer(layer).lost[unit])
+
+    def chunk_counts(self, layer: int, unit: int) -> NDArray[np.int32]:
+        """(C, 3) rows of each inner chunk of a unit that are BOS, OUTLIER, ORDINARY."""
+        self._require(layer, unit)
+        counts: NDArray[np.int32] = self._layer(layer).chunks[unit]
+        return counts
+
+    def norm_sums(self, layer: int, unit: int) -> NDArray[np.float64]:
+        """(3,) sums of the norms of a unit's BOS, OUTLIER, ORDINARY rows."""
+        self._require(layer, unit)
+        sums: NDArray[np.float64] = self._layer(layer).norm_sums[unit]
+        return sums
 
     def norms(self, layer: int, unit: int) -> NDArray[np.float32]:
         """(n,) Euclidean norms of a unit's stored rows."""
-        self._require(layer, unit)
-        return self.array(f"norm_{layer}").read(self.path, unit)
+        return self._read_rows(f"norm_{layer}", layer, unit)
 
     def residuals(self, layer: int, unit: int) -> NDArray[np.uint16]:
         """(n, d) bfloat16 bits of a unit's stored rows."""
-        self._require(layer, unit)
-        return self.array(f"layer_{layer}").read(self.path, unit)
+        try:
+            return self._read_rows(f"layer_{layer}", layer, unit)
+        except StoreError:
+            self.ledger.freed.refuse(self.array(f"layer_{layer}").key(unit))
+            raise
 
-    def kinds(self, layer: int, unit: int) -> NDArray[np.int8]:
+    def kinds(self, layer: int, unit: int) -> NDArray[np.uint8]:
         """(n,) kind of each of a unit's stored rows: see data/kinds.py."""
-        return kinds_of(self.norms(layer, unit), self.piece_starts(unit).ravel()[self.permutation(unit)])
+        return self._read_rows(f"kind_{layer}", layer, unit)
 
-    def moments(self, layer: int, units: Sequence[int], kinds: Sequence[int]) -> Moments:
-        """Exact statistics of the rows of `units` that are of one of `kinds`."""
-        array = self.array(f"moments_{layer}")
-        parts = []
-        for unit in units:
-            self._require(layer, unit)
-            counts = self._residuals[layer, unit]["counts"][str(layer)]
-            groups = array.read(self.path, unit)[0]
-            parts += [Moments(counts[kind], groups[kind, 0], groups[kind, 1]) for kind in kinds]
-        return merge_all(parts, self.d_model)
+    def _read_rows(self, name: str, layer: int, unit: int) -> NDArray[Any]:
+        self._require(layer, unit)
+        return self.array(name).read(self.place, unit, self.rows_of(unit))
 
     def _require(self, layer: int, unit: int) -> None:
-        if (layer, unit) not in self._residuals:
+        if not self._layer(layer).committed[unit]:
             have = ", ".join(map(str, self.layers)) or "none"
-            raise StoreError(f"unit {unit} of layer {layer} is not in {self.path} (layers there: {have})")
+            raise StoreError(f"unit {unit} of layer {layer} is not in {self.name} (layers there: {have})")
 
-    def _write(self, name: str, unit: int, rows: NDArray[Any]) -> dict[str, Written]:
+    # -- statistics ---------------------------------------------------------------------------------------------
+
+    def non_finite(self, layer: int) -> int:
+        """Rows of `layer` with NaN or infinity in the committed units."""
+        entry = self._layer(layer)
+        rows = self.ledger.spine_rows.astype(np.int64)[entry.committed].sum() * self.context
+        return int(rows - entry.chunks.sum(dtype=np.int64))
+
+    def unit_moments(self, layer: int, unit: int) -> list[Moments]:
+        """Exact statistics of a unit's BOS, OUTLIER and ORDINARY rows."""
+        counts = self.chunk_counts(layer, unit).sum(0, dtype=np.int64)
+        values = self.array(f"moments_{layer}").read(self.place, unit, 1)[0]
+        return [Moments(int(count), *of_kind) for count, of_kind in zip(counts, values, strict=True)]
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    def write(self, name: str, unit: int, rows: NDArray[Any]) -> dict[str, Written]:
+        """Write one unit's object of an array; nobody will read it before its record is there."""
         array = self.array(name)
-        return {array.key(unit): durable.write(self.path / array.key(unit), array.encode(rows, self._pool))}
+        return {array.key(unit): self.place.write(array.key(unit), array.encode(rows, self._pool))}
+
+    def commit(self, key: str, body: Mapping[str, Any]) -> None:
+        """Create a record. That another process was first is right if it says the same.
+
+        Raises:
+            StoreError: it says something else.
+        """
+        data = records.encode(body)
+        if not self.place.create(key, data) and self.place.read(key) != data:
+            raise StoreError(
+                f"{self.name}/{key} was committed by another process and says something else; the two do not compute "
+                "the same: stop one, and run `python -m harvest action=verify`"
+            )
+
+
+def _starts(document: NDArray[np.uint32]) -> NDArray[np.bool_]:
+    starts = np.ones(document.shape, np.bool_)
+    starts[:, 1:] = document[:, 1:] != document[:, :-1]
+    return starts
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

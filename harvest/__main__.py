@@ -7,17 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data import text
 from data.errors import SettingError, run_command
+from data.journal import tell
+from data.place import place_of
 from data.settings import optional_whole, torch_device, whole
+from data.sources import source_name, source_of
 from data.verify import repair
-from harvest.lm import EMBEDDED, ModelConfig, load
-from harvest.loop import check_layers, harvest, share_done, status, verify
-from harvest.plan import HarvestConfig, plan, require_room
+from harvest.checkpoint import EMBEDDED, read_config, resolve
+from harvest.cost import cost
+from harvest.lm import ModelConfig, load
+from harvest.look import status, verify
+from harvest.loop import harvest, probe, share_done
+from harvest.plan import Faults, HarvestConfig, Plan, plan, require_fit
 
 ACTIONS = ("run", "plan", "status", "verify", "repair")
 
@@ -29,37 +37,34 @@ def harvest_config(settings: dict[str, Any]) -> HarvestConfig:
         raise SettingError("layer= is not set, and this model's configuration has no default; give a layer number")
     listed = layers if isinstance(layers, list) else [layers]
     return HarvestConfig(
-        store=Path(settings["store"] or default_store(settings["model"], settings["text"])),
+        store=str(settings["store"] or default_store(settings["model"], settings["text"])),
         layers=tuple(sorted(whole("layer", layer) for layer in listed)),
-        tokens=whole("tokens", settings["tokens"]),
-        context=whole("context", settings["context"]),
-        seed=whole("seed", settings["seed"]),
-        batch=whole("batch", settings["batch"]),
-        unit=optional_whole("unit", settings["unit"]),
-        chunk=whole("chunk", settings["chunk"]),
         codec=settings["codec"]["name"],
+        unit=optional_whole("unit", settings["unit"]),
+        max_bytes=optional_whole("max_bytes", settings["max_bytes"]),
+        readers=whole("readers", settings["readers"]),
+        rank=of_job("rank", settings["rank"], "RANK", 0),
+        world=of_job("world", settings["world"], "WORLD_SIZE", 1),
+        faults=Faults(settings["oom"], whole("non_finite", settings["non_finite"])),
+        **{name: whole(name, settings[name]) for name in ("tokens", "context", "seed", "batch", "chunk")},
     )
 
 
-def default_store(model: dict[str, Any], source: dict[str, Any]) -> str:
-    """activations/MODEL_TEXT.zarr, after the folder, file or data set that each group names."""
+def of_job(name: str, value: Any, variable: str, alone: int) -> int:
+    """A process's place in its job: as set, or as its launcher says (torchrun, accelerate), or alone."""
+    return whole(name, int(os.environ.get(variable, alone)) if value is None else value)
+
+
+def default_store(model: dict[str, Any], group: dict[str, Any]) -> str:
+    """activations/MODEL_TEXT.zarr, after the folder, file or data sets that each group names."""
     model_name = "tiny" if model["path"] == EMBEDDED else Path(str(model["path"])).name
-    text_name = Path(source["path"]).stem if source["path"] is not None else source["name"]
-    return f"activations/{model_name}_{text_name}.zarr"
-
-
-def text_source(group: dict[str, Any]) -> text.TextSource:
-    """The source that a `text` group names: its path if it has one, else its data set, else the embedded problems."""
-    if group["path"] is not None:
-        return text.FileText(Path(group["path"]), group["field"])
-    if group["dataset"] is not None:
-        options = {name: group[name] for name in ("dataset", "config", "split", "field", "revision")}
-        return text.HubText(**options)
-    return text.TinyText()
+    return f"activations/{model_name}_{source_name(group)}.zarr"
 
 
 def model_config(group: dict[str, Any], device: str | None) -> ModelConfig:
-    """The model that a `model` group names, on the asked or the best device."""
+    """The model that a `model` group names, on the asked device or the best: of several GPUs this process's own."""
+    if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     return ModelConfig(str(group["path"]), str(group["revision"]), group["dtype"], str(torch_device(device)))
 
 
@@ -68,33 +73,49 @@ def command(settings: dict[str, Any]) -> None:
     action = settings["action"]
     if action not in ACTIONS:
         raise SettingError(f"action={action} is unknown; choose one of {', '.join(ACTIONS)}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SettingError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: this version harvests with one process a store")
     config = harvest_config(settings)
+    place = place_of(config.store)
     if action == "status":
-        print("\n".join(status(config.store)))
+        print("\n".join(status(place)))
         return
     if action == "repair":
-        dropped = repair(config.store)
-        print("\n".join([*(f"dropped {record}" for record in dropped), f"{len(dropped)} units to make again"]))
+        dropped = repair(place)
+        print("\n".join([*(f"dropped {record}" for record in dropped), f"{len(dropped)} to make again"]))
         return
-    lm = load(model_config(settings["model"], settings["device"]))
+    model = model_config(settings["model"], settings["device"])
     if action == "verify":
-        print(verify(config.store, lm))
-    elif action == "plan":
-        check_layers(config, lm)
-        planned = plan(config, lm.d_model, config.layers, share_done(config))
-        print("\n".join(planned.lines()))
-        require_room(planned, config.store)
-    else:
-        harvest(config, lm, text_source(settings["text"]))
+        print(verify(place, load(model)))
+        return
+    planned = planned_for(config, model)
+    lines = planned.lines()
+    if action == "plan":
+        print("\n".join(lines))
+        require_fit(planned, config.store)
+        print(planned.hours(probe(load(model), config), config.world))
+        return
+    tell(*lines)
+    require_fit(planned, config.store)
+    source = source_of(settings["text"], config.seed)
+    harvest(config, load(model), source)
+
+
+def planned_for(config: HarvestConfig, model: ModelConfig) -> Plan:
+    """The plan, from the model's configuration alone: nothing is loaded for it."""
+    architecture = read_config(resolve(model.path, model.revision))
+    done = share_done(config)
+    costs = cost(architecture, config.layers, model.dtype, config.batch, config.context)
+    return plan(config, costs, architecture.get_text_config().hidden_size, model.device, done)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="harvest")
 def main(cfg: DictConfig) -> None:
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
-    run_command(lambda: command({str(key): value for key, value in settings.items()}))
+    plain = {str(key): value for key, value in settings.items()}
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        command(plain)  # a launcher must see what went wrong, and would take an exit for an answer
+    else:
+        run_command(lambda: command(plain))
 
 
 if __name__ == "__main__":

@@ -1,27 +1,46 @@
-"""What a harvest will take, before anything runs: rows, bytes, disk."""
+"""What a harvest will take, before anything runs: rows, bytes, disk, memory, hours."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
+
+from data import order, ring
 from data.codec import require_known
 from data.errors import SettingError, StoreError
+from data.journal import duration
+from data.place import place_of
+from harvest.cost import Cost
 
 UNIT_TOKENS = 65_536  # 335 MB a layer at width 2560; larger shards gain nothing and peak at 3x their size in memory
 CHUNK_ROWS = 1024  # 5.2 MB at width 2560
-_EXPECTED_RATIO = {"blosc": 1.45, "none": 1.0}  # measured on residuals of two models
+_EXPECTED_RATIO = {"blosc": 1.45, "none": 1.0, "int8": 2.2}  # measured on residuals of two models
 _SPINE_BYTES = 3.0  # tokens, document and token_index per token, compressed
 
 
 @dataclass(frozen=True)
-class HarvestConfig:
-    """What is harvested into which store. Every field is recorded in the manifest but the path."""
+class Faults:
+    """What is done where the model or the machine fails."""
 
-    store: Path
+    oom: Literal["stop", "halve"] = "stop"  # out of memory: stop, or go on with half the batch, which changes bits
+    non_finite: int = 0  # rows with NaN or infinity that a unit may have and still be committed
+
+    def __post_init__(self) -> None:
+        if self.oom not in ("stop", "halve"):
+            raise SettingError(f"oom={self.oom} must be stop or halve")
+        if self.non_finite < 0:
+            raise SettingError(f"non_finite={self.non_finite} must be at least 0 (rows of a unit)")
+
+
+@dataclass(frozen=True)
+class HarvestConfig:
+    """What is harvested into which store, and how."""
+
+    store: Path | str  # folder, or URL of an object store
     layers: tuple[int, ...]
     tokens: int
     context: int = 1024  # tokens per packed row
@@ -29,13 +48,20 @@ class HarvestConfig:
     batch: int = 16  # packed rows per forward pass; fixed, because another composition changes bits
     unit: int | None = None  # tokens per unit; None: 65,536, less for small stores
     chunk: int = CHUNK_ROWS  # rows per inner chunk
-    codec: Literal["blosc", "none"] = "blosc"
+    codec: Literal["blosc", "none", "int8"] = "blosc"
+    rank: int = 0  # of this process among those that make the store; matters only where there are no locks
+    world: int = 1  # how many there are
+    faults: Faults = field(default_factory=Faults)  # decides no byte by itself
+    max_bytes: int | None = None  # of residuals on the disk at a time; None: all of them stay. Decides no byte either
+    readers: int = 1  # training runs that must have registered before any shard of such a ring is freed
 
     def __post_init__(self) -> None:
-        for name, least in (("tokens", 1), ("context", 2), ("batch", 1), ("chunk", 1), ("unit", 1)):
+        for name, least in (("tokens", 1), ("context", 2), ("batch", 1), ("chunk", 1), ("unit", 1), ("readers", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise SettingError(f"{name}={value} must be at least {least}")
+        if not 0 <= self.rank < self.world:
+            raise SettingError(f"rank={self.rank} must be from 0 to world - 1, and world={self.world}")
         require_known(self.codec)
         if not self.layers:
             raise SettingError("layer=[] asks for nothing; give a layer number or a list of them")
@@ -68,18 +94,35 @@ class Plan:
     units: int
     layers: tuple[int, ...]
     raw_bytes: int  # of all residuals as bfloat16
-    expected_bytes: int  # still to be written to disk
-    free_bytes: int
+    expected_bytes: int  # still to be written
+    ring_bytes: int | None  # residuals that are on the disk at a time, at most; None: all of them
+    disk_bytes: int  # room that is needed for what is still to be written
+    free_bytes: int | None  # None where that is unbounded or unknown
+    model: Cost
+    device_bytes: int | None  # memory of the device; None if unknown
 
     def lines(self) -> list[str]:
         """The plan as text."""
+        free = "room unknown" if self.free_bytes is None else f"{size(self.free_bytes)} free"
+        memory = "" if self.device_bytes is None else f" of {size(self.device_bytes)}"
         return [
             f"plan: {self.tokens:,} tokens in {self.rows:,} rows and {self.units:,} units, "
             f"layers {', '.join(map(str, self.layers))}"
             + ("; nothing can be held out of a single unit: for training, lower unit=" if self.units == 1 else ""),
-            f"      {size(self.raw_bytes)} of residuals, about {size(self.expected_bytes)} still to write; "
-            f"{size(self.free_bytes)} free",
+            f"      {size(self.raw_bytes)} of residuals, about {size(self.expected_bytes)} still to write; {free}"
+            + (f"; a ring of {size(self.ring_bytes)} needs {size(self.disk_bytes)}" if self.ring_bytes else ""),
+            f"      {self.model.flop / 1e9:.3g} GFLOP a token; about {size(self.model.peak_bytes)}{memory} on the "
+            f"device ({size(self.model.kept_bytes)} of weights in use)",
         ]
+
+    def hours(self, tokens_per_s: float, world: int) -> str:
+        """What the whole run will take at a measured speed of one process."""
+        rate = tokens_per_s * world
+        written = self.expected_bytes / self.tokens * rate
+        return (
+            f"      {tokens_per_s:,.0f} tokens/s in a short probe: {duration(self.tokens / rate)} with world={world}, "
+            f"writing {size(written)}/s"
+        )
 
 
 def size(count: float) -> str:
@@ -91,29 +134,65 @@ def size(count: float) -> str:
     return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
 
 
-def plan(config: HarvestConfig, d_model: int, layers: Sequence[int], done: float = 0.0) -> Plan:
-    """The plan for `layers`, of which the share `done` is on disk already."""
+def plan(config: HarvestConfig, model: Cost, d_model: int, device: str, done: float = 0.0) -> Plan:
+    """The plan for `config`, of which the share `done` is stored already."""
     rows = -(-config.tokens // config.context)
     tokens = rows * config.context
-    raw = tokens * d_model * 2 * len(layers)
+    layers = len(config.layers)
+    raw = tokens * d_model * 2 * layers
     # norms (4 bytes a row and layer) and the spine come on top
-    expected = raw / _EXPECTED_RATIO[config.codec] + tokens * (4 * len(layers) + _SPINE_BYTES)
-    existing = next(folder for folder in (config.store, *config.store.absolute().parents) if folder.exists())
+    residuals, beside = raw / _EXPECTED_RATIO[config.codec], tokens * (4 * layers + _SPINE_BYTES)
+    limit = _ring_bytes(config, d_model)
+    disk = residuals * (1 - done)
+    if limit is not None:
+        place = place_of(config.store)
+        there = sum(sum(place.sizes(f"layer_{layer}").values()) for layer in config.layers)
+        disk = min(disk, max(0, limit - there))
     return Plan(
         tokens=tokens,
         rows=rows,
         units=-(-tokens // config.unit_tokens),
-        layers=tuple(layers),
+        layers=config.layers,
         raw_bytes=raw,
-        expected_bytes=round(expected * (1 - done)),
-        free_bytes=shutil.disk_usage(existing).free,
+        expected_bytes=round((residuals + beside) * (1 - done)),
+        ring_bytes=limit,
+        disk_bytes=round(disk + beside * (1 - done)),
+        free_bytes=place_of(config.store).room(),
+        model=model,
+        device_bytes=_memory(device),
     )
 
 
-def require_room(planned: Plan, store: Path) -> None:
-    """Raise StoreError if the plan does not fit on the disk of `store`."""
-    if planned.expected_bytes > planned.free_bytes:
+def _ring_bytes(config: HarvestConfig, d_model: int) -> int | None:
+    """Most bytes of residuals at a time, as asked or as the store was made; refused if no training could follow."""
+    if config.max_bytes is None:
+        found = ring.read(place_of(config.store))
+        return found.max_bytes if found else None
+    held_out = len(order.held_out(-(-config.tokens // config.unit_tokens), config.seed))
+    each = ring.unit_bytes(config.unit_tokens, config.chunk_rows, d_model, len(config.layers))
+    ring.span_of(config.max_bytes, held_out, each)
+    return config.max_bytes
+
+
+def _memory(device: str) -> int | None:
+    """Bytes of the device that are free; of the host's memory for a CPU."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None
+
+
+def require_fit(planned: Plan, store: str | Path) -> None:
+    """Raise StoreError if the plan does not fit on the disk, SettingError if the model does not fit on the device."""
+    if planned.free_bytes is not None and planned.disk_bytes > planned.free_bytes:
         raise StoreError(
-            f"{store} needs about {size(planned.expected_bytes)} and its disk has {size(planned.free_bytes)} free; "
-            "give store= a larger disk, or take fewer tokens= or layers"
+            f"{store} needs about {size(planned.disk_bytes)} and its disk has {size(planned.free_bytes)} free; "
+            "give store= a larger disk, take fewer tokens= or layers, or codec=int8, or train beside it with max_bytes="
+        )
+    if planned.device_bytes is not None and planned.model.peak_bytes > planned.device_bytes:
+        raise SettingError(
+            f"the model needs about {size(planned.model.peak_bytes)} and the device has {size(planned.device_bytes)} "
+            "free; lower batch= or context=, take model.dtype=bfloat16 or another device="
         )

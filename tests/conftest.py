@@ -13,7 +13,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from data.store import Cursor, SpineEnd, Store
+from data import summary
+from data.packing import Cursor
+from data.store import SpineEnd, Store
+from data.unit import prepare
 
 torch.set_num_threads(1)
 
@@ -37,7 +40,7 @@ def make_spine(rows: int, context: int, rng: np.random.Generator) -> tuple[NDArr
 
 
 def make_store(
-    path: Path,
+    path: Path | str,
     residuals: NDArray[np.uint16],
     *,
     context: int = 16,
@@ -54,12 +57,21 @@ def make_store(
     store = Store.open_or_create(path, manifest)
     rows = unit // context
     for at in range(0, len(tokens), rows):
-        store.commit_spine(at // rows, tokens[at : at + rows], document[at : at + rows], Cursor(at, 0))
+        store.commit_spine(at // rows, tokens[at : at + rows], document[at : at + rows], Cursor(at, 0, None))
     store.close_spine(SpineEnd(len(tokens), ended_early=False))
-    store.declare_layers([layer])
     for number in range(store.units):
-        store.commit_residuals(number, {layer: residuals[number * unit : (number + 1) * unit]})
+        commit(store, number, {layer: residuals[number * unit : (number + 1) * unit]})
+    summary.write(store, layer)
+    store.declare([layer])
     return store
+
+
+def commit(store: Store, unit: int, layers: dict[int, NDArray[np.uint16]]) -> None:
+    """Commit (n, d) bfloat16 bits in spine order."""
+    permutation, starts = store.permutation(unit), store.piece_starts(unit).ravel()
+    rows = {layer: torch.from_numpy(bits).view(torch.bfloat16) for layer, bits in layers.items()}
+    arrays = {layer: store.array(f"layer_{layer}") for layer in layers}
+    store.commit_residuals(unit, {i: prepare(rows[i], permutation, starts, arrays[i]) for i in layers})
 
 
 @pytest.fixture

@@ -15,12 +15,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data import durable
+from data import durable, ring
 from data.errors import SettingError, run_command
-from data.reader import Policy, Reader, held_out
+from data.reader import Policy, Reader, RingFollower, held_out
 from data.settings import flag, optional_whole, torch_device, whole
 from data.store import Store
-from train.loop import Stream, TrainConfig, train
+from train.loop import Stream, TrainConfig, Whole, train
 from train.optim import OptimConfig
 from train.sae import SAEConfig
 
@@ -46,7 +46,7 @@ def run(settings: dict[str, Any]) -> None:
     name = settings["sae"].pop("name", "sae")
     optim, sae = build(OptimConfig, "optim", settings["optim"]), build(SAEConfig, "sae", settings["sae"])
     policy = Policy(*(flag(name, settings[name]) for name in ("drop_bos", "drop_outliers")))
-    store = Store.open(Path(settings["store"]))
+    store = Store.open(str(settings["store"]))
     layer = first_layer(store) if settings["layer"] is None else whole("layer", settings["layer"])
     counts = ("seed", "batch", "log_every", "eval_every", "eval_rows", "checkpoint_every")
     config = TrainConfig(
@@ -58,9 +58,12 @@ def run(settings: dict[str, Any]) -> None:
         **{key: whole(key, settings[key]) for key in counts},
     )
     reader = Reader(store, layer, batch=config.batch, seed=config.seed, policy=policy)
-    stream = Stream(store.identity, reader, lambda: held_out(store, layer, policy, config.batch))
-    facts = {"store_path": str(store.path), "sae_name": name}
-    train(config, stream, run_directory(settings["run"], f"{store.path.stem}_{name}_L{layer}"), device, facts)
+    folder = run_directory(settings["run"], f"{Path(store.name).stem}_{name}_L{layer}")
+    registration = file_name(str(folder.resolve()))
+    following = RingFollower(reader, store, layer, registration, str(folder)) if reader.span else Whole()
+    stream = Stream(store.identity, reader, lambda: held_out(store, layer, policy, config.batch), following)
+    facts = {"store_path": store.name, "sae_name": name}
+    train(config, stream, folder, device, facts)
 
 
 def build(kind: type[Any], group: str, values: dict[str, Any]) -> Any:
@@ -86,8 +89,11 @@ def number(name: str, value: Any) -> float | None:
 
 def first_layer(store: Store) -> int:
     """The default layer."""
+    found = ring.read(store.place)
+    if found:
+        return found.layers[0]
     if not store.layers:
-        raise SettingError(f"{store.path} has no layer yet; finish it with `python -m harvest store={store.path}`")
+        raise SettingError(f"{store.name} has no layer yet; finish it with `python -m harvest store={store.name}`")
     return store.layers[0]
 
 

@@ -47,7 +47,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         "settings": checkpoint.settings,
         "tensors": list(written),
     }
-    records.create(folder / f"{name}.json", body)
+    durable.create(folder / f"{name}.json", records.encode(body))
     _drop_old(folder)
 
 
@@ -62,8 +62,14 @@ def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, passed_over
 
 
+def oldest(folder: Path) -> int:
+    """The earliest step that training may still fall back to: its start, as long as no second checkpoint is there."""
+    kept = list(_newest_first(folder))
+    return int(kept[-1].stem.removeprefix("step_")) if len(kept) >= _KEEP else 0
+
+
 def _read(path: Path) -> Checkpoint:
-    body = records.read(path)
+    body = records.decode(path.read_bytes(), str(path))
     data = path.with_suffix(".safetensors")
     found = durable.digest_file(data) if data.exists() else None
     if found != Written(*body["tensors"]):

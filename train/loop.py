@@ -45,6 +45,60 @@ class Rows(Protocol):
         ...
 
 
+class Following(Protocol):
+    """How a run and the harvest that it follows wait for each other: data.reader.RingFollower."""
+
+    span: int | None  # units per round; None: the store is whole
+
+    def require(self, rows: int) -> None:
+        """Raise SettingError if there are not as many."""
+        ...
+
+    def begin(self, batch: int) -> None:
+        """Everything from batch number `batch` on is needed."""
+        ...
+
+    def round(self, batch: int) -> int:
+        """The round in which a batch begins; a checkpoint is saved in each."""
+        ...
+
+    def wait(self, batch: int, stop: StopRequest) -> None:
+        """Come back when a batch can be read, or a signal came."""
+        ...
+
+    def release(self, batch: int) -> None:
+        """Nothing before batch number `batch` is needed any more."""
+        ...
+
+    def finish(self) -> None:
+        """Nothing is needed any more."""
+        ...
+
+
+class Whole:
+    """Following nobody: the store is whole, and stays."""
+
+    span: int | None = None
+
+    def require(self, rows: int) -> None:
+        pass
+
+    def begin(self, batch: int) -> None:
+        pass
+
+    def round(self, batch: int) -> int:
+        return 0
+
+    def wait(self, batch: int, stop: StopRequest) -> None:
+        pass
+
+    def release(self, batch: int) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
 @dataclass(frozen=True)
 class Stream:
     """One layer's rows, as one run reads them."""
@@ -52,6 +106,7 @@ class Stream:
     identity: str  # digest of the store
     reader: Rows
     held_out: Callable[[], Iterator[Tensor]]  # (n, d) batches of all held-out rows
+    following: Following = field(default_factory=Whole)
 
 
 @dataclass(frozen=True)
@@ -216,22 +271,27 @@ def train(
         durable.make_directory(folder / run.CHECKPOINTS)
         trainer = Trainer(config, stream.reader, device)
         tokens = trainer.steps * config.batch
-        settings = {"store": {"identity": stream.identity}, **asdict(config), "tokens": tokens}
+        stream.following.require(tokens)
+        order = {"span": stream.following.span} if stream.following.span else {}
+        settings = {"store": {"identity": stream.identity, **order}, **asdict(config), "tokens": tokens}
         del settings["checkpoint_every"]
         shown = {**(facts or {}), "scale": trainer.scale, "steps": trainer.steps}
         for line in run.agree(folder, settings, shown, run.environment(device)):
             tell(line)
         saved = _resume(folder, records.digest(settings))
         if _is_finished(folder):
+            stream.following.finish()
             tell(f"{folder} is finished: {folder / export.FILE} is there, nothing to do")
             return read_metrics(folder / run.METRICS)[-1]
         if saved:
             trainer.restore(saved)
             tell(f"going on from step {saved.step:,} of {trainer.steps:,}")
+        stream.following.begin(checkpoint.oldest(folder / run.CHECKPOINTS))
         with closing(Metrics(folder / run.METRICS, saved.metrics_bytes if saved else 0)) as metrics:
             durable.sync_directory(folder)
             _run(trainer, stream, metrics, stop, folder, records.digest(settings))
         path = export.write_final(trainer.state.sae, trainer.scale, folder)
+        stream.following.finish()
         final = read_metrics(folder / run.METRICS)[-1]
         tell(
             f"wrote {path}: held-out variance explained {final['variance_explained']:.4f}, "
@@ -260,29 +320,40 @@ def _resume(folder: Path, settings: str) -> Checkpoint | None:
 
 def _run(trainer: Trainer, stream: Stream, metrics: Metrics, stop: StopRequest, folder: Path, settings: str) -> None:
     """Steps N + 1 times, so that the last boundary, where there is no batch any more, is like the others."""
-    config, state, steps = trainer.config, trainer.state, trainer.steps
+    config, state, steps, following = trainer.config, trainer.state, trainer.steps, stream.following
     start, progress, began = state.step, Progress(), time.monotonic()
     with (
         closing(stream.reader.batches(start)) as batches,  # type: ignore[type-var]
         closing(Metrics.continued(folder / run.TIMINGS)) as timings,
     ):
         while True:
-            last, stopping = state.step == steps, stop.signum is not None
+            last = state.step == steps
             fresh = state.step > start  # what was due at the boundary where a run goes on has been done there
+            entered = fresh and following.round(state.step) != following.round(state.step - 1)
+            due = fresh and (last or entered or state.step % config.checkpoint_every == 0)
             if fresh and (last or state.step % config.eval_every == 0):
                 metrics.write(trainer.evaluate(stream.held_out()))
-            if fresh and (last or stopping or state.step % config.checkpoint_every == 0):
-                moment = Checkpoint(state.step, metrics.sync(), settings, state.tensors())
-                checkpoint.save(folder / run.CHECKPOINTS, moment)
+            if due:
+                _save(state, following, metrics, folder, settings)
             if last:
                 break
-            if stopping:
+            following.wait(state.step, stop)  # behind the checkpoint, on which what is waited for may depend
+            if stop.signum is not None:
+                if fresh and not due:
+                    _save(state, following, metrics, folder, settings)
                 stop.check()
             if record := trainer.step_(next(batches)):
                 metrics.write(record)
                 speed = (state.step - start) / (time.monotonic() - began)
                 timings.write({"step": state.step, "tokens_per_s": round(speed * config.batch)})
                 progress.show(_line(record, steps, speed, config.batch), last=state.step == steps)
+
+
+def _save(state: State, following: Following, metrics: Metrics, folder: Path, settings: str) -> None:
+    """Save a checkpoint; what no kept one needs is free from then on."""
+    moment = Checkpoint(state.step, metrics.sync(), settings, state.tensors())
+    checkpoint.save(folder / run.CHECKPOINTS, moment)
+    following.release(checkpoint.oldest(folder / run.CHECKPOINTS))
 
 
 def _line(record: Mapping[str, Any], steps: int, steps_per_s: float, batch: int) -> str:

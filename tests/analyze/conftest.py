@@ -50,7 +50,7 @@ def make_run(root: Path, bits: NDArray[np.uint16]) -> Made:
         "sae": {**vars(config)},
         "optim": {"lr": 1e-3, "lr_floor": 1e-4},
     }
-    whole = {"settings": settings, "store_path": str(store.path), "sae_name": "made", "scale": 1.0, "steps": 16}
+    whole = {"settings": settings, "store_path": store.name, "sae_name": "made", "scale": 1.0, "steps": 16}
     durable.write(run / CONFIG, [yaml.safe_dump({**whole, "environment": {"torch": "x"}}).encode()])
     figures = {"variance_explained": 0.5, "mse": 1.0, "dead": 1, "dead_share": 0.025, "lr": 1e-3}
     lines = [{"split": split, "step": 16, "tokens": 1024, **figures} for split in ("train", "held_out")]

@@ -141,7 +141,7 @@ def test_the_command_and_its_errors(made: Made, tmp_path: Path) -> None:
 def test_other_stores_and_broken_runs_are_refused(made: Made, tmp_path: Path) -> None:
     other = make_run(tmp_path, random_rows()[:1024])
     with pytest.raises(PipelineError, match="was made with other settings: store is"):
-        Subject.open(made.run, other.store.path, torch.device("cpu"))
+        Subject.open(made.run, other.store.name, torch.device("cpu"))
     final = other.run / "sae_final.pt"
     final.write_bytes(final.read_bytes()[:100])
     with pytest.raises(PipelineError, match=r"sae_final\.pt cannot be read"):

@@ -1,106 +1,218 @@
-"""How much of the bare forward's speed a harvest keeps: `python -m tests.bench.harvest_speed [--out FILE]`.
+"""How much of the bare forward's speed a harvest keeps: `python -m tests.bench.harvest_speed [--shape e4b]`.
 
 A harvest needs at least the truncated forward passes of its batches. So the figure is a share: tokens/s of the whole
 harvest into a new store (text, tokens, checks at start, forward, permutation, statistics, compression, syncs, commits)
-over tokens/s of those passes alone, in alternating rounds of one process, so that a busy machine slows both.
-Loading the model is part of neither. The model is random, of Gemma 4's architecture, with the embedded tokenizer.
+over tokens/s of those passes alone, in alternating rounds of one process, so that a busy machine slows both. Beside it
+stands what each part would take by itself: whichever comes nearest to the whole is what limits it.
+
+The models are random and of Gemma 4's architecture, made on the device in its own type, with the embedded tokenizer
+and its texts: `small` for any machine, `e4b` in the true shape of Gemma 4 E4B, 15 GB at load, for a large accelerator.
+Making the model is part of nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import gc
 import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma4TextConfig
+from transformers import AutoModel, Gemma4TextConfig
 
+from data.sources import TinyText
 from data.store import Store
-from data.text import TinyText
 from data.tiny import MODEL_DIR
-from harvest.lm import LanguageModel, ModelConfig, forward_inputs, load, run
+from harvest.cost import cost, peak_flops
+from harvest.lm import LanguageModel, ModelConfig, find_blocks, forward_inputs, run
 from harvest.loop import harvest
 from harvest.plan import HarvestConfig
+from harvest.tokens import Tokenizer
 from tests.bench.outcome import finish
+from tests.harvest.models import E4B
+
+SMALL = Gemma4TextConfig(
+    vocab_size=1024,
+    vocab_size_per_layer_input=1024,
+    hidden_size=512,
+    intermediate_size=2048,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=64,
+    global_head_dim=128,
+    sliding_window=256,
+    num_kv_shared_layers=2,
+    hidden_size_per_layer_input=32,
+    layer_types=[*["sliding_attention"] * 3, "full_attention"] * 2,
+)
 
 
-def save_model(folder: Path, width: int, layers: int) -> None:
-    """A random Gemma 4 of `width` and `layers`, every sixth layer with full attention."""
-    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-    config = Gemma4TextConfig(
-        vocab_size=len(tokenizer),
-        vocab_size_per_layer_input=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=max(1, width // 256),
-        head_dim=64,
-        global_head_dim=128,
-        hidden_size_per_layer_input=32,
-        num_kv_shared_layers=layers // 3,
-        layer_types=["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(layers)],
-    )
+@dataclass(frozen=True)
+class Shape:
+    """What is harvested."""
+
+    config: Gemma4TextConfig
+    layers: tuple[int, ...]
+    tokens: int
+    context: int  # tokens
+    batch: int  # rows
+    unit: int  # tokens
+
+
+SHAPES = {
+    "small": Shape(SMALL, (3, 6), tokens=8_192, context=512, batch=8, unit=4_096),
+    "e4b": Shape(E4B, (21, 27), tokens=1_048_576, context=1_024, batch=16, unit=65_536),
+}
+
+
+def random_model(shape: Shape, device: str) -> LanguageModel:
+    """A model of this shape that was never on disk."""
+    dtype: Literal["float32", "bfloat16"] = "float32" if device == "cpu" else "bfloat16"
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with torch.device(device):
+        decoder = AutoModel.from_config(copy.deepcopy(shape.config), dtype=getattr(torch, dtype))
+    text = decoder.config
+    identity = {"id": "random", "revision": "main", "architecture": type(decoder).__name__, "weights": "random"}
+    identity |= {"config": "random", "tokenizer": "embedded", "dtype": dtype}
+    tokenizer = Tokenizer.load(MODEL_DIR)
+    measures = {"bos": tokenizer.bos, "d_model": text.hidden_size, "n_layers": text.num_hidden_layers}
+    return LanguageModel(
+        config=ModelConfig("random", dtype=dtype, device=device),
+        decoder=decoder.eval().requires_grad_(False),
+        blocks=find_blocks(decoder, text.num_hidden_layers),
+        tokenizer=tokenizer,
+        d_model=text.hidden_size,
+        vocabulary=text.vocab_size,
+        n_layers=text.num_hidden_layers,
+        max_context=text.max_position_embeddings,
+        identity=identity | measures,
+    )
 
 
-def bare(store: Store, lm: LanguageModel, layers: tuple[int, ...]) -> float:
-    """Seconds of the forward passes of every batch of the store, with the residuals taken and dropped."""
-    rows = store.manifest["batch"]
+def seconds_of(work: Callable[[], None], device: str) -> float:
+    """Seconds of `work`, with what it left queued on the device."""
     began = time.perf_counter()
-    for unit in range(store.units):
-        tokens, starts = store.tokens(unit), store.piece_starts(unit)
-        for at in range(0, len(tokens), rows):
-            run(lm, forward_inputs(tokens[at : at + rows], starts[at : at + rows], lm.isolation), layers)
-    if lm.config.device.startswith("cuda"):
+    work()
+    if device.startswith("cuda"):
         torch.cuda.synchronize()  # the last pass counts too
     return time.perf_counter() - began
 
 
-def measure(width: int, depth: int, tokens: int, context: int, rounds: int, device: str) -> dict[str, Any]:
-    """Alternate whole harvests and bare passes."""
-    folder = Path(tempfile.mkdtemp())
-    layers = (depth // 2, depth - 2)
+def forwards(store: Store, lm: LanguageModel, layers: tuple[int, ...]) -> None:
+    """The forward passes of every batch of the store, with the residuals taken and dropped."""
+    rows = store.manifest["batch"]
+    for unit in range(store.units):
+        tokens, starts = store.tokens(unit), store.piece_starts(unit)
+        for at in range(0, len(tokens), rows):
+            run(lm, forward_inputs(tokens[at : at + rows], starts[at : at + rows], lm.isolation), layers)
+
+
+def copies(lm: LanguageModel, shape: Shape) -> None:
+    """As many bytes as the store's residuals, from the device to pinned memory, a batch at a time."""
+    rows = shape.batch * shape.context
+    source = torch.zeros(rows, lm.d_model, dtype=torch.bfloat16, device=lm.config.device)
+    target = torch.empty_like(source, device="cpu", pin_memory=lm.config.device.startswith("cuda"))
+    for _ in range(shape.tokens // rows * len(shape.layers)):
+        target.copy_(source, non_blocking=True)
+
+
+@contextmanager
+def clocked(owner: type, name: str) -> Iterator[list[float]]:
+    """Notes the seconds of every call of the method `name`, in whatever thread."""
+    method, seconds = getattr(owner, name), list[float]()
+
+    def timed(*arguments: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return method(*arguments, **options)
+        finally:
+            seconds.append(time.perf_counter() - began)
+
+    setattr(owner, name, timed)
     try:
-        save_model(folder / "model", width, depth)
-        pairs = []
-        for number in range(rounds + 1):
-            lm = load(
-                ModelConfig(str(folder / "model"), dtype="float32" if device == "cpu" else "bfloat16", device=device)
-            )
-            config = HarvestConfig(folder / f"{number}.zarr", layers, tokens, context)
-            began = time.perf_counter()
-            store = harvest(config, lm, TinyText())
-            pairs.append((time.perf_counter() - began, bare(store, lm, layers)))
-            shutil.rmtree(config.store)
-        whole, alone = zip(*pairs[1:], strict=True)  # the first round warms caches
-        shares = [bare_s / whole_s for whole_s, bare_s in pairs[1:]]
-        return {
-            "harvest_tokens_per_s": store.rows / statistics.median(whole),
-            "forward_tokens_per_s": store.rows / statistics.median(alone),
-            "share": statistics.median(shares),
-            "share_lowest": min(shares),
-            "share_highest": max(shares),
-        }
+        yield seconds
+    finally:
+        setattr(owner, name, method)
+
+
+def one_round(shape: Shape, device: str, folder: Path) -> dict[str, float]:
+    """Seconds of a whole harvest and of its parts alone."""
+    lm = random_model(shape, device)
+    config = HarvestConfig(
+        folder / "bench.zarr", shape.layers, shape.tokens, shape.context, batch=shape.batch, unit=shape.unit
+    )
+    with clocked(Store, "commit_residuals") as commits:
+        began = time.perf_counter()
+        store = harvest(config, lm, TinyText())
+        whole = time.perf_counter() - began
+    found = {
+        "harvest_s": whole,
+        "forward_s": seconds_of(lambda: forwards(store, lm, shape.layers), device),
+        "copy_s": seconds_of(lambda: copies(lm, shape), device),
+        "write_s": sum(commits),
+    }
+    assert store.rows == shape.tokens
+    shutil.rmtree(config.store)
+    return found
+
+
+def measure(shape: Shape, rounds: int, device: str) -> dict[str, Any]:
+    """Whole harvests and their parts in turn; medians, and the share's range."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        every = []
+        for _ in range(rounds + 1):
+            every.append(one_round(shape, device, folder))
+            gc.collect()  # the next round's model needs the memory of this one's
+            if device.startswith("cuda"):
+                torch.cuda.empty_cache()
     finally:
         shutil.rmtree(folder)
+    every = every[1:]  # the first warms caches
+    median = {name: statistics.median(one[name] for one in every) for name in every[0]}
+    shares = [one["forward_s"] / one["harvest_s"] for one in every]
+    dtype = "float32" if device == "cpu" else "bfloat16"
+    flop = cost(shape.config, shape.layers, dtype, shape.batch, shape.context).flop * shape.tokens
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.startswith("cuda") else None
+    residuals = shape.tokens * shape.config.hidden_size * 2 * len(shape.layers)
+    parts = {name: median[name] / median["harvest_s"] for name in ("forward_s", "copy_s", "write_s")}
+    return {
+        **median,
+        "harvest_tokens_per_s": shape.tokens / median["harvest_s"],
+        "forward_tokens_per_s": shape.tokens / median["forward_s"],
+        "share": statistics.median(shares),
+        "share_lowest": min(shares),
+        "share_highest": max(shares),
+        "forward_tflop_per_s": flop / median["forward_s"] / 1e12,
+        "forward_mfu": flop / median["forward_s"] / peak if peak else None,
+        "harvest_mfu": flop / median["harvest_s"] / peak if peak else None,
+        "residuals_gb_per_s": residuals / median["harvest_s"] / 1e9,
+        "copy_of_harvest": parts["copy_s"],
+        "write_of_harvest": parts["write_s"],
+        "limited_by": max(parts, key=lambda name: parts[name]).removesuffix("_s"),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.harvest_speed")
-    for name, default in (("width", 256), ("depth", 12), ("tokens", 32_768), ("context", 512), ("rounds", 3)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="write the result there as JSON")
-    shape = vars(parser.parse_args())
-    out = shape.pop("out")
-    finish(shape, measure(**shape), out)
+    asked = parser.parse_args()
+    shape = SHAPES[asked.shape]
+    said = {name: getattr(shape, name) for name in ("layers", "tokens", "context", "batch", "unit")}
+    said = {"shape": asked.shape, **said, "rounds": asked.rounds, "device": asked.device}
+    finish(said, measure(shape, asked.rounds, asked.device), asked.out)
 
 
 if __name__ == "__main__":

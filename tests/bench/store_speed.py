@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from data.array import Shard, UnitArray
 from data.bfloat16 import to_bits
+from data.place import LocalPlace
 from tests.bench.outcome import finish
 
 
@@ -33,6 +34,7 @@ def seconds(action: Callable[[], object]) -> float:
 def measure(codec: str, rows: NDArray[np.uint16], chunk: int, rounds: int, root: Path) -> dict[str, float]:
     """GB/s of ours, and the ratio to zarr-python's, for writing and reading a shard of `rows`."""
     array = UnitArray(codec, "bfloat16", len(rows), rows.shape[1:], len(rows), codec, chunk)
+    place = LocalPlace(root)
     (root / codec).mkdir()
     (root / codec / "zarr.json").write_text(json.dumps(array.metadata()))
     theirs = zarr.open_array(root / codec, mode="r+")
@@ -44,7 +46,7 @@ def measure(codec: str, rows: NDArray[np.uint16], chunk: int, rounds: int, root:
             file.writelines(array.encode(rows))
 
     def read() -> None:
-        with Shard(array, root, 0) as shard:
+        with Shard(array, place, 0) as shard:
             for number in chunks:
                 shard.read(number, out)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path: Path, monkeypa
 
 
 def test_the_lock_is_one_processes_and_clears_what_a_killed_one_left(tmp_path: Path) -> None:
-    left = tmp_path / "deep" / f".c.0.{os.getpid()}.tmp"
+    left = tmp_path / "deep" / ".c.0.1234abcd.tmp"
     left.parent.mkdir()
     left.touch()
     with durable.locked(tmp_path, "held"):
@@ -104,14 +105,26 @@ def test_a_refused_rename_is_one_clear_line(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a"]
 
 
+def test_a_record_is_json_and_says_what_was_committed() -> None:
+    body = {"b": [1.5, "é"], "a": {"7": None}}
+    data = records.encode(body)
+    assert records.decode(data, "r") == body
+    assert json.loads(data) == {**body, "checksum": durable.digest(data[47:])}
+
+
 @pytest.mark.parametrize("damage", [b"", b"{}", b"[]", b"7", b'{"a":1,"checksum":"0"}'])
-def test_a_damaged_record_is_refused(tmp_path: Path, damage: bytes) -> None:
-    path = tmp_path / "r.json"
-    records.create(path, {"a": 1})
-    assert records.read(path) == {"a": 1}
-    path.write_bytes(damage)
+def test_a_damaged_record_is_refused(damage: bytes) -> None:
     with pytest.raises(StoreError, match="action=repair"):
-        records.read(path)
+        records.decode(damage, "r.json")
+
+
+def test_any_flipped_byte_of_a_record_is_noticed() -> None:
+    data = records.encode({"a": 1, "b": "x"})
+    for at in range(len(data)):
+        flipped = bytearray(data)
+        flipped[at] ^= 1
+        with pytest.raises(StoreError, match=r"r\.json"):
+            records.decode(bytes(flipped), "r.json")
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tiny random models of six kinds, saved as a Hugging Face folder with a tokenizer of their own."""
+"""Tiny random models of many kinds, saved as a Hugging Face folder with a tokenizer of their own; E4B's true shape."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Gemma3Config,
     Gemma3TextConfig,
+    Gemma4AudioConfig,
     Gemma4Config,
     Gemma4TextConfig,
     Gemma4VisionConfig,
     GPT2Config,
     LlamaConfig,
     PreTrainedTokenizerFast,
+    Qwen3_5Config,
     Qwen3_5TextConfig,
+    Qwen3_5VisionConfig,
+    SiglipVisionConfig,
 )
 
 VOCABULARY = 300
@@ -44,8 +50,8 @@ _GEMMA4 = Gemma4TextConfig(
 
 CONFIGS = {
     "gemma4": _GEMMA4,
-    # As Gemma 4 E4B is published: the text model inside one that also sees. Loading its text class by name would
-    # give random weights.
+    # As Gemma 4 E4B is published: the text model inside one that also sees and hears. Loading its text class by name
+    # would give random weights.
     "gemma4_multimodal": Gemma4Config(
         text_config=_GEMMA4,
         vision_config=Gemma4VisionConfig(
@@ -56,7 +62,13 @@ CONFIGS = {
             num_key_value_heads=1,
             head_dim=16,
         ),
-        audio_config=None,
+        audio_config=Gemma4AudioConfig(
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            output_proj_dims=32,
+            subsampling_conv_channels=[8, 8],
+        ),
         image_token_id=290,
         video_token_id=291,
         audio_token_id=292,
@@ -79,6 +91,56 @@ CONFIGS = {
         layer_types=["linear_attention", "linear_attention", "linear_attention", "full_attention"],
     ),
 }
+
+# Text decoders inside models that see, under two more orders of names.
+COMPOSITE = {
+    "gemma3": Gemma3Config(
+        text_config=CONFIGS["gemma3"],
+        vision_config=SiglipVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+        ),
+        mm_tokens_per_image=4,
+        image_token_index=290,
+        boi_token_index=291,
+        eoi_token_index=292,
+    ),
+    "qwen3_5": Qwen3_5Config(
+        text_config=CONFIGS["qwen3_5"],
+        vision_config=Qwen3_5VisionConfig(
+            depth=1, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=32, num_position_embeddings=16
+        ),
+    ),
+}
+
+# Gemma 4 E4B's text decoder as published.
+E4B = Gemma4TextConfig(
+    vocab_size=262_144,
+    vocab_size_per_layer_input=262_144,
+    hidden_size=2560,
+    intermediate_size=10_240,
+    num_hidden_layers=42,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=256,
+    global_head_dim=512,
+    sliding_window=512,
+    num_kv_shared_layers=18,
+    hidden_size_per_layer_input=256,
+    layer_types=[*["sliding_attention"] * 5, "full_attention"] * 7,
+)
+
+
+def save_composite(folder: Path, family: str) -> Path:
+    """A random model that sees, whole."""
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(COMPOSITE[family]).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
 
 
 def save_model(folder: Path, family: str) -> Path:

@@ -7,18 +7,20 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from data.errors import SettingError, StoreError, run_command
 from data.store import Store
-from data.text import FileText, HubText, TinyText
-from harvest.__main__ import command, default_store, harvest_config, text_source
-from harvest.plan import HarvestConfig, plan, require_room, size
+from data.unit import prepare
+from harvest.__main__ import command, default_store, harvest_config, model_config, planned_for
+from harvest.plan import HarvestConfig, require_fit, size
 
 
 def settings(*overrides: str) -> dict[str, Any]:
@@ -45,15 +47,19 @@ def test_settings_become_the_configuration() -> None:
     assert (config.unit_tokens, config.chunk_rows) == (65_536, 1024)
     assert harvest_config(settings("layer=3")).layers == (3,)
     assert harvest_config(settings("model=tiny")).layers == (5, 8)
-    assert harvest_config(settings()).store == Path("activations/gemma-4-E4B_fineweb_edu.zarr")
+    assert harvest_config(settings()).store == "activations/gemma-4-E4B_fineweb_edu.zarr"
     assert default_store({"path": "embedded"}, {"path": "books/a.txt"}) == "activations/tiny_a.zarr"
 
 
-def test_text_groups_become_sources(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("a")
-    assert isinstance(text_source(settings("text=tiny")["text"]), TinyText)
-    assert isinstance(text_source(settings()["text"]), HubText)
-    assert text_source(settings(f"text.path={tmp_path}")["text"]) == FileText(tmp_path, "text")
+def test_ranks_are_set_by_hand_or_by_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, third = harvest_config(settings()), harvest_config(settings("rank=2", "world=3"))
+    assert (alone.rank, alone.world, third.rank, third.world) == (0, 1, 2, 3)
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    launched = harvest_config(settings())
+    assert (launched.rank, launched.world) == (5, 8)
+    with pytest.raises(SettingError, match="rank=8 must be from 0 to world - 1, and world=8"):
+        harvest_config(settings("rank=8"))
 
 
 def test_small_stores_get_small_units() -> None:
@@ -70,7 +76,7 @@ def test_status_plan_verify_and_repair(harvested: Path, capsys: pytest.CaptureFi
         "status": "layer 5: 47 of 47 units",
         "plan": "3,008 tokens in 47 rows and 47 units, layers 5",
         "verify": ", recomputed, is the same",
-        "repair": "0 units to make again",
+        "repair": "0 to make again",
     }.items():
         command(tiny(harvested, f"action={action}"))
         assert expected in capsys.readouterr().out
@@ -88,20 +94,17 @@ def test_verify_names_what_is_damaged(harvested: Path, tmp_path: Path, capsys: p
 
 def test_verify_catches_rows_of_another_model(harvested: Path, tmp_path: Path) -> None:
     """Digests alone would agree: the record is made anew for other rows."""
-    from data import records
-
-    store = Store.open(shutil.copytree(harvested, tmp_path / "s.zarr"))
-    (store.path / "commits" / "residuals").joinpath("00000000.5.json").unlink()
-    again = Store.open(store.path)
-    for unit in range(1, store.units):
-        (store.path / "commits" / "residuals" / f"{unit:08d}.5.json").unlink()
-    again = Store.open(store.path)
+    path = shutil.copytree(harvested, tmp_path / "s.zarr")
+    store = Store.open(path)
+    for record in (path / "commits" / "residuals").iterdir():
+        record.unlink()
+    again = Store.open(path)
     for unit in range(store.units):
-        rows = store.residuals(5, unit)
-        again.commit_residuals(unit, {5: rows[store.permutation(unit).argsort()] ^ 1})
-    assert records.read(store.path / "commits" / "residuals" / "00000000.5.json")["rows"] == 64
+        permutation, starts = store.permutation(unit), store.piece_starts(unit).ravel()
+        rows = torch.from_numpy(store.residuals(5, unit)[permutation.argsort()] ^ 1).view(torch.bfloat16)
+        again.commit_residuals(unit, {5: prepare(rows, permutation, starts, store.array("layer_5"))})
     with pytest.raises(StoreError, match="differs in 64 of 64 rows when recomputed"):
-        command(tiny(store.path, "action=verify"))
+        command(tiny(path, "action=verify"))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +115,7 @@ def test_verify_catches_rows_of_another_model(harvested: Path, tmp_path: Path) -
         (["tokens=1e9.5"], "tokens=1e9.5 must be a whole number"),
         (["tokens=2.5"], "tokens=2.5 must be a whole number"),
         (["tokens=1B"], "tokens=1B must be a whole number"),
-        (["layer=12"], "layer=12 is out of range: tiny has layers 0 to 11"),
+        (["layer=12"], "layer=12 is out of range: .*layers 0 to 11"),
         (["layer=-1"], r"layer=\[-1\] must be different numbers from 0 on"),
         (["layer=[5,5]"], r"layer=\[5, 5\] must be different numbers"),
         (["layer=[]"], "asks for nothing"),
@@ -121,13 +124,16 @@ def test_verify_catches_rows_of_another_model(harvested: Path, tmp_path: Path) -
         (["context=2048"], "context=2048 is more than the model's 1024 positions"),
         (["unit=100"], "unit=100 must be a multiple of context=64"),
         (["batch=0"], "batch=0 must be at least 1"),
-        (["codec.name=zip"], "codec='zip' is unknown; choose one of blosc, none"),
+        (["codec.name=zip"], "codec='zip' is unknown; choose one of blosc, none, int8"),
         (["action=dance"], "action=dance is unknown; choose one of run, plan"),
         (["model.path=/no/such/folder"], "model.path=/no/such/folder is no folder"),
         (["model.path=nobody/nothing"], "cannot be had from the Hugging Face hub .*model=tiny text=tiny"),
         (["model.dtype=float8"], "model.dtype=float8 must be bfloat16 or float32"),
         (["text.path=/no/such/file"], "text.path=/no/such/file does not exist"),
         (["device=cuda"], "device=cuda needs a CUDA GPU"),
+        (["oom=shrug"], "oom=shrug must be stop or halve"),
+        (["non_finite=-1"], "non_finite=-1 must be at least 0"),
+        (["store=ftp://x/y"], "store=ftp://x/y is of an unknown kind"),
     ],
 )
 def test_bad_settings_are_one_line(tmp_path: Path, overrides: list[str], message: str) -> None:
@@ -153,7 +159,7 @@ def test_a_file_in_the_stores_place_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
-        ("codec=zip", "Could not find 'codec/zip' Available options in 'codec': blosc none"),
+        ("codec=zip", "Could not find 'codec/zip' Available options in 'codec': blosc int8 none"),
         ("lyer=3", "Could not override 'lyer': no such setting; --help lists them all"),
         ("store=/tmp/a=b.zarr", "needs quotes"),
     ],
@@ -208,12 +214,21 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(tmp_path: Path, m
 
 
 def test_the_plan_is_what_a_store_takes(harvested: Path) -> None:
-    planned = plan(HarvestConfig(harvested, (5,), 3000, context=64), 64, [5])
+    asked = tiny(harvested)
+    planned = planned_for(harvest_config(asked), model_config(asked["model"], "cpu"))
     store = Store.open(harvested)
     assert (planned.rows, planned.units) == (store.spine_rows, store.units)
     taken = sum(path.stat().st_size for path in harvested.glob("layer_5/c.*"))
     assert taken == pytest.approx(planned.raw_bytes / 1.45, rel=0.25)
-    require_room(planned, harvested)
+    assert planned.expected_bytes == 0  # it is all there
+    require_fit(planned, harvested)
+
+
+def test_a_model_that_does_not_fit_in_memory_is_refused(harvested: Path) -> None:
+    asked = tiny(harvested)
+    planned = planned_for(harvest_config(asked), model_config(asked["model"], "cpu"))
+    with pytest.raises(SettingError, match=r"the model needs about .* and the device has 1 MB free; lower batch="):
+        require_fit(replace(planned, device_bytes=10**6), harvested)
 
 
 def test_sizes_are_said_as_people_say_them() -> None:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from data import durable
 from data.errors import StoreError
+from data.place import LocalPlace
+from data.sources import FileText
 from data.store import Store
-from data.text import FileText
 from data.verify import repair
-from harvest.lm import LanguageModel, ModelConfig, load
+from harvest import loop, spine
+from harvest.lm import LanguageModel, ModelConfig, choose_isolation, load
 from harvest.loop import harvest
 from harvest.plan import HarvestConfig
 from tests.harvest.models import save_model
@@ -40,7 +43,7 @@ def open_model(root: Path) -> LanguageModel:
 
 
 def config(store: Path, tokens: int = 128) -> HarvestConfig:
-    return HarvestConfig(store, (1, 4), tokens=tokens, context=16, batch=2, unit=64, chunk=16)
+    return HarvestConfig(str(store), (1, 4), tokens=tokens, context=16, batch=2, unit=64, chunk=16)
 
 
 def tree(path: Path) -> dict[str, bytes]:
@@ -48,12 +51,23 @@ def tree(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
+def write_spine(target: HarvestConfig, lm: LanguageModel, source: FileText) -> Store:
+    """The first half of a harvest, in this process."""
+    lm.isolation = choose_isolation(lm)
+    store = Store.open_or_create(target.store, loop.manifest(target, lm, source))
+    with closing(store.place.claims(0, 1)):  # as in a harvest, what a killed one left half written goes
+        spine.write(store, source, lm.tokenizer)
+    return store
+
+
 @pytest.fixture(scope="module")
 def reference(root: Path) -> dict[int, dict[str, bytes]]:
     stores = {}
     for tokens in (128, 1024):
-        harvest(config(root / f"{tokens}.zarr", tokens), open_model(root), FileText(root / "text.txt"))
-        stores[tokens] = tree(root / f"{tokens}.zarr")
+        path = root / f"{tokens}.zarr"
+        write_spine(config(root / f"{tokens}.spine", tokens), open_model(root), FileText(root / "text.txt"))
+        harvest(config(path, tokens), open_model(root), FileText(root / "text.txt"))
+        stores[tokens] = tree(path)
     return stores
 
 
@@ -94,13 +108,31 @@ def kill_at(call: int) -> None:
         setattr(os, name, dying(getattr(os, name)))
 
 
+def test_a_kill_at_every_step_of_the_spine_changes_no_byte(root: Path, tmp_path: Path, reference: object) -> None:
+    lm, source = open_model(root), FileText(root / "text.txt")
+    expected = tree(root / "128.spine")
+    call, killed = 1, True
+    while killed:
+        target = config(tmp_path / f"{call}.zarr")
+
+        def dying_run(call: int = call, target: HarvestConfig = target) -> None:
+            kill_at(call)
+            write_spine(target, lm, source)
+
+        killed = os.WIFSIGNALED(in_child(dying_run))
+        assert in_child(lambda target=target: write_spine(target, lm, source)) == 0
+        assert tree(Path(target.store)) == expected, f"killed at step {call}"
+        call += 1
+    assert call > 40  # the steps were really met
+
+
 def test_a_kill_at_every_step_of_the_commit_changes_no_byte(
     root: Path, tmp_path: Path, reference: dict[int, dict[str, bytes]]
 ) -> None:
     lm, source = open_model(root), FileText(root / "text.txt")
     call, killed = 1, True
     while killed:
-        target = config(tmp_path / f"{call}.zarr")
+        target = config(shutil.copytree(root / "128.spine", tmp_path / f"{call}.zarr"))
 
         def dying_run(call: int = call, target: HarvestConfig = target) -> None:
             kill_at(call)
@@ -108,15 +140,15 @@ def test_a_kill_at_every_step_of_the_commit_changes_no_byte(
 
         killed = os.WIFSIGNALED(in_child(dying_run))
         assert in_child(lambda target=target: harvest(target, lm, source)) == 0
-        assert tree(target.store) == reference[128], f"killed at step {call}"
+        assert tree(Path(target.store)) == reference[128], f"killed at step {call}"
         call += 1
-    assert call > 100  # the steps were really met
+    assert call > 75
 
 
 def test_kills_at_random_moments_change_no_byte(
     root: Path, tmp_path: Path, reference: dict[int, dict[str, bytes]]
 ) -> None:
-    kill_by_the_clock(root, tmp_path, reference[1024], kills=24)
+    kill_by_the_clock(root, tmp_path, reference[1024], kills=30)
 
 
 @pytest.mark.long
@@ -131,11 +163,12 @@ def kill_by_the_clock(root: Path, folder: Path, expected: dict[str, bytes], kill
     """Kill harvests of one store after another's random delay until `kills` were killed at work."""
     lm, source = open_model(root), FileText(root / "text.txt")
     began = time.monotonic()
-    assert in_child(lambda: harvest(config(folder / "clock.zarr", 1024), lm, source)) == 0
+    timed = config(shutil.copytree(root / "1024.spine", folder / "clock.zarr"), 1024)
+    assert in_child(lambda: harvest(timed, lm, source)) == 0
     whole = time.monotonic() - began
     rng, killed, number = random.Random(seed), 0, 0
     while killed < kills:
-        target = config(folder / f"{number}.zarr", 1024)
+        target = config(shutil.copytree(root / "1024.spine", folder / f"{number}.zarr"), 1024)
         number += 1
         finished, attempt = False, 0
         while not finished:
@@ -149,34 +182,14 @@ def kill_by_the_clock(root: Path, folder: Path, expected: dict[str, bytes], kill
 
             finished = not os.WIFSIGNALED(in_child(dying_run))
             killed += not finished
-        assert tree(target.store) == expected
+        assert tree(Path(target.store)) == expected
 
 
-def test_a_write_cut_short_is_an_error_and_loses_nothing(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: dict[int, dict[str, bytes]]
+def test_the_canary_refuses_to_go_on_with_other_bits(
+    root: Path, tmp_path: Path, reference: dict[int, dict[str, bytes]]
 ) -> None:
-    lm, source, target = open_model(root), FileText(root / "text.txt"), config(tmp_path / "s.zarr")
-    calls = [0]
-    original = os.fsync
-
-    def full(handle: int) -> None:
-        calls[0] += 1
-        if calls[0] == 70:
-            raise OSError(28, "No space left on device")
-        original(handle)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(StoreError, match="No space left on device"):
-            harvest(target, lm, source)
-    harvest(target, open_model(root), source)
-    assert tree(target.store) == reference[128]
-
-
-def test_the_canary_refuses_to_go_on_with_other_bits(root: Path, tmp_path: Path) -> None:
-    source, target = FileText(root / "text.txt"), config(tmp_path / "s.zarr")
-    harvest(target, open_model(root), source)
-    (target.store / "commits" / "residuals" / "00000001.1_4.json").unlink()
+    source, target = FileText(root / "text.txt"), config(shutil.copytree(root / "128.zarr", tmp_path / "s.zarr"))
+    (tmp_path / "s.zarr" / "commits" / "residuals" / "00000001.1_4.json").unlink()
     changed = open_model(root)
     changed.blocks[0].mlp.down_proj.weight.data.mul_(1.5)  # its files, and so its identity, stay the same
     with pytest.raises(StoreError, match="rows when recomputed here"):
@@ -184,32 +197,22 @@ def test_the_canary_refuses_to_go_on_with_other_bits(root: Path, tmp_path: Path)
     assert Store.open(target.store).missing([1, 4]) == {1: [1, 4]}
 
 
-def test_a_second_writer_is_refused(root: Path, tmp_path: Path) -> None:
-    source, target = FileText(root / "text.txt"), config(tmp_path / "s.zarr")
-    store = harvest(target, open_model(root), source)
-    with durable.locked(store.path, "held"), pytest.raises(StoreError, match="is being written by another process"):
-        harvest(target, open_model(root), source)
-    with durable.locked(store.path, "held"), pytest.raises(StoreError, match="stop the harvest before repairing"):
-        repair(store.path)
-
-
 def test_damage_is_repaired_to_the_same_bytes(
     root: Path, tmp_path: Path, reference: dict[int, dict[str, bytes]]
 ) -> None:
-    source, target = FileText(root / "text.txt"), config(tmp_path / "s.zarr", 1024)
+    path = shutil.copytree(root / "1024.zarr", tmp_path / "s.zarr")
+    source, target = FileText(root / "text.txt"), config(path, 1024)
+    for name in ("tokens/c.3.0", "layer_4/c.7.0", "norm_1/c.9", "token_index/c.11", "summary_1/c.0.0.0.0"):
+        (path / name).write_bytes((path / name).read_bytes()[:-1])
+    assert len(repair(LocalPlace(path))) == 5
+    (path / "commits" / "spine" / "00000005.json").unlink()  # lost, not damaged
+    assert not Store.open(path).complete(1)
     harvest(target, open_model(root), source)
-    for name in ("tokens/c.3.0", "layer_4/c.7.0", "norm_1/c.9", "token_index/c.11"):
-        path = target.store / name
-        path.write_bytes(path.read_bytes()[:-1])
-    assert len(repair(target.store)) == 4
-    (target.store / "commits" / "spine" / "00000005.json").unlink()  # lost, not damaged
-    assert not Store.open(target.store).complete(1)
+    assert tree(path) == reference[1024]
+    (path / "commits" / "spine" / "00000015.json").unlink()  # with the text's end known
+    assert not Store.open(path).complete(1)
     harvest(target, open_model(root), source)
-    assert tree(target.store) == reference[1024]
-    (target.store / "commits" / "spine" / "00000015.json").unlink()  # with the text's end known
-    assert not Store.open(target.store).complete(1)
-    harvest(target, open_model(root), source)
-    assert tree(target.store) == reference[1024]
+    assert tree(path) == reference[1024]
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -220,7 +223,7 @@ def test_signals_stop_at_a_boundary_and_the_command_goes_on(
     command += ["layer=1", "tokens=40000", "context=16", "unit=64", "batch=1", f"store={tmp_path / 's.zarr'}"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        assert any(line.startswith("unit ") for line in iter(process.stderr.readline, ""))
+        assert any("units | " in line for line in iter(process.stderr.readline, ""))
         process.send_signal(signum)
         rest = process.stderr.read()
     assert process.returncode == code

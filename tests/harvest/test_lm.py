@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.gemma4 import modeling_gemma4
 
 from data.errors import PipelineError, SettingError
+from data.sources import FileText
 from data.store import Store
-from data.text import FileText
 from harvest import lm as lm_module
-from harvest import loop as loop_module
-from harvest.lm import LanguageModel, ModelConfig, choose_isolation, forward_inputs, load, run, tap, truncate_checked_
+from harvest.isolation import attention_mask
+from harvest.lm import (
+    LanguageModel,
+    ModelConfig,
+    OutOfMemory,
+    choose_isolation,
+    forward_inputs,
+    is_out_of_memory,
+    load,
+    run,
+    tap,
+    truncate_checked_,
+)
 from harvest.loop import harvest
 from harvest.plan import HarvestConfig
-from tests.harvest.models import CONFIGS, VOCABULARY, save_model
+from tests.harvest.models import COMPOSITE, CONFIGS, VOCABULARY, save_composite, save_model
 
 FAMILIES = tuple(CONFIGS)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -77,11 +93,12 @@ def test_documents_do_not_see_each_other(folders: dict[str, Path], family: str, 
     tokens, starts = batch()
     with tap(lm.blocks, [layer]) as taken:
         for one in forward_inputs(tokens, starts, lm.isolation):
-            lm_module._forward(lm, one)
+            lm_module._forward(lm, one, attention_mask(lm.decoder.config, one.positions))
             reference = independent(folders[family], tokens, starts, layer)
-            inside = one.source >= 0
-            found = taken[layer][inside]
-            torch.testing.assert_close(found, reference[one.source[inside]], rtol=1e-3, atol=1e-4)
+            found = taken[layer].flatten(0, 1)
+            if one.inside is not None:
+                found, reference = found[one.inside], reference[one.into]
+            torch.testing.assert_close(found, reference, rtol=1e-3, atol=1e-4)
 
 
 def test_packing_without_positions_mixes_documents(folders: dict[str, Path]) -> None:
@@ -120,7 +137,7 @@ def test_pieces_start_with_exactly_one_bos(folders: dict[str, Path], tmp_path: P
 
 
 def test_text_that_spells_bos_stays_text(folders: dict[str, Path]) -> None:
-    (ids,) = open_model(folders["llama"]).encode(["a <bos> b"])
+    (ids,) = open_model(folders["llama"]).tokenizer.encode(["a <bos> b"])
     assert 2 not in ids
     assert len(ids) > 4
 
@@ -165,7 +182,7 @@ def test_the_self_check_catches_a_wrong_shape(folders: dict[str, Path]) -> None:
     lm = open_model(folders["llama"])
     (one,) = forward_inputs(*batch(), "packed")
     with pytest.raises(PipelineError, match=r"shape \(3, 20, 32\)"):
-        lm_module._scatter(torch.zeros(3, 20, 32), one, torch.empty(120, 32))
+        lm_module._put(torch.zeros(3, 20, 32), one, torch.empty(120, 32))
     assert lm.d_model == 32
 
 
@@ -176,30 +193,120 @@ def test_hooks_are_gone_after_an_error(folders: dict[str, Path]) -> None:
     assert not any(block._forward_hooks for block in lm.blocks)
 
 
-def test_padded_passes_cost_no_more_than_the_batch_each() -> None:
-    tokens, starts = batch(rows=4, context=64)
-    passes = forward_inputs(tokens, starts, "padded")
-    sources = torch.cat([one.source.flatten() for one in passes])
-    assert sorted(sources[sources >= 0].tolist()) == list(range(tokens.size))
-    assert max(one.ids.numel() for one in passes) <= tokens.size
-    assert sum(one.ids.numel() for one in passes) < 2 * tokens.size
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_truncation_changes_no_bit(
+    folders: dict[str, Path], family: str, dtype: Literal["float32", "bfloat16"]
+) -> None:
+    """Cut deeper and deeper: above, at and below Gemma 4's layers that share keys and values (4 and 5 of 6)."""
+    lm = load(ModelConfig(str(folders[family]), dtype=dtype))
+    passes = forward_inputs(*batch(), choose_isolation(lm))
+
+    def residuals(layers: Sequence[int]) -> dict[int, torch.Tensor]:
+        return run(lm, passes, layers, {layer: torch.zeros(120, 32, dtype=getattr(torch, dtype)) for layer in layers})
+
+    whole = residuals(range(lm.n_layers))
+    for deepest in range(lm.n_layers - 1, -1, -1):
+        before = sum(parameter.numel() for parameter in lm.decoder.parameters())
+        lm.truncate_(deepest)
+        after = sum(parameter.numel() for parameter in lm.decoder.parameters())
+        assert after < before or deepest == lm.n_layers - 1
+        for layer, rows in residuals(range(deepest + 1)).items():
+            assert rows.abs().max() > 0
+            assert torch.equal(rows, whole[layer]), (deepest, layer)
+
+
+@pytest.mark.parametrize("family", ["gemma4", "gemma4_multimodal"])
+def test_inputs_of_layers_that_are_gone_are_gone(folders: dict[str, Path], family: str) -> None:
+    lm = open_model(folders[family])
+    lm.truncate_(2)
+    table: torch.Tensor = lm.decoder.embed_tokens_per_layer.weight
+    assert table.shape == (VOCABULARY, 3 * 8)
+    assert table.untyped_storage().nbytes() == table.numel() * 4  # and not a view of the whole
+
+
+def test_towers_are_never_built(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def built(*_: object) -> None:
+        raise AssertionError("a tower was built")
+
+    monkeypatch.setattr(modeling_gemma4.Gemma4VisionModel, "__init__", built)
+    monkeypatch.setattr(modeling_gemma4.Gemma4AudioModel, "__init__", built)
+    with pytest.raises(AssertionError, match="a tower was built"):
+        AutoModelForCausalLM.from_pretrained(folders["gemma4_multimodal"])
+    lm = open_model(folders["gemma4_multimodal"])
+    names = {name.split(".")[0] for name, _ in lm.decoder.named_parameters()}
+    assert names == {
+        "embed_tokens",
+        "embed_tokens_per_layer",
+        "layers",
+        "norm",
+        "per_layer_model_projection",
+        "per_layer_projection_norm",
+    }
+
+
+@pytest.mark.parametrize("family", COMPOSITE)
+def test_a_composites_text_decoder_is_the_wholes(tmp_path: Path, family: str) -> None:
+    folder = save_composite(tmp_path, family)
+    whole = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).get_decoder().state_dict()
+    ours = open_model(folder).decoder.state_dict()
+    assert ours.keys() == whole.keys()
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+def test_settings_beside_the_weights_are_part_of_the_identity(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(folders["gemma4_multimodal"], folder)
+
+    def changed(where: str, **values: object) -> dict[str, str]:
+        said = json.loads((folders["gemma4_multimodal"] / "config.json").read_text())
+        (said if where == "" else said[where]).update(values)
+        (folder / "config.json").write_text(json.dumps(said))
+        return open_model(folder).identity
+
+    first = changed("")
+    assert changed("", transformers_version="9.9.9", _name_or_path="elsewhere") == first
+    assert changed("text_config", dtype="float32") == first
+    assert changed("vision_config", hidden_act="relu") == first
+    other = changed("text_config", sliding_window=4)
+    assert {name for name in first if first[name] != other[name]} == {"config"}
+
+
+def test_out_of_memory_is_known_from_other_errors() -> None:
+    with pytest.raises(RuntimeError) as torchs:
+        torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(MemoryError) as numpys:
+        np.empty(2**60, np.uint8)
+    assert is_out_of_memory(torchs.value)
+    assert is_out_of_memory(numpys.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    with pytest.raises(RuntimeError) as shapes:
+        torch.ones(2) @ torch.ones(3)
+    assert not is_out_of_memory(shapes.value)
+    assert not is_out_of_memory(ValueError("out of memory"))
+    assert "unit 7: a batch of 16 rows" in str(OutOfMemory(unit=7, batch=16))
 
 
 def test_incomplete_and_damaged_models_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     folder = tmp_path / "model"
     shutil.copytree(folders["llama"], folder)
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SettingError, match=r"lacks 1 weights, e\.g\. model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(SettingError, match=r"lacks 1 weights, e\.g\. layers.1.mlp.up_proj.weight"):
         open_model(folder)
     data = (folders["llama"] / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(SettingError, match=r"damaged|not a loadable"):
+        open_model(folder)
+    shutil.copytree(folders["gemma4_multimodal"], folder, dirs_exist_ok=True)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.language_model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SettingError, match=r"lacks 1 weights, e\.g\. layers.1.mlp.up_proj.weight"):
+        open_model(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "siglip_vision_model"}))
+    with pytest.raises(SettingError, match="not a loadable causal language model but a siglip_vision_model"):
         open_model(folder)
     (tmp_path / "empty").mkdir()
     with pytest.raises(SettingError, match="not a loadable causal language model"):
@@ -239,19 +346,13 @@ def test_run_takes_no_cache_and_no_head(folders: dict[str, Path]) -> None:
     assert rows.dtype == torch.bfloat16
 
 
-def test_a_model_that_gives_nan_is_stopped_and_one_bad_row_is_counted(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_model_that_gives_nan_is_stopped(folders: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("All work and no play. " * 100)
     config = HarvestConfig(tmp_path / "s.zarr", (1,), tokens=200, context=20, batch=2, unit=40)
     lm = open_model(folders["llama"])
     lm.blocks[1].mlp.down_proj.weight.data[0] = float("nan")
-    with pytest.raises(PipelineError, match=r"self-check failed|40 of 40 rows with NaN or infinity in unit 0"):
+    with pytest.raises(PipelineError, match="self-check failed: layer 1"):
         harvest(config, lm, FileText(tmp_path / "text.txt"))
-    rows = {1: np.zeros((4000, 8), np.uint16)}
-    rows[1][5, 3] = 0x7FC0
-    loop_module._require_finite(Store.open(config.store), 0, rows)
-    rows[1][:9, 3] = 0x7F80
-    with pytest.raises(PipelineError, match="layer 1 gave 9 of 4000 rows with NaN or infinity in unit 0"):
-        loop_module._require_finite(Store.open(config.store), 0, rows)
 
 
 def test_a_sink_does_not_hide_wrong_rows_from_the_self_check(

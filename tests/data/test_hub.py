@@ -1,0 +1,322 @@
+"""A hub of our own, on this machine: it is slow, busy, cuts answers short, and the text stays the same.
+
+The checks run in processes of their own, since the hub's client reads its address when it is imported.
+"""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from io import BytesIO, StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import close_session
+
+from data import hub
+from data.documents import State
+from data.durable import digest
+from data.errors import PipelineError, SettingError, StoreError
+from data.hub import HubText
+
+ROWS = 40
+TEXTS = [f"row {i} " + chr(0x4E00 + i) * (2000 + i) for i in range(ROWS)]  # 250 kB: a footer is read with 64 kB
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """The part of the Hugging Face hub that a data set's readers ask for; files come by a redirect, as large ones do.
+
+    Each request to /api (or /cdn, where the bytes are) first takes the next of `faults` that begins so: an HTTP status
+    with headers, "cut" (half a body), or "drop" (no answer).
+    """
+
+    daemon_threads = True
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        super().__init__(("127.0.0.1", int(os.environ["HF_ENDPOINT"].rpartition(":")[2])), _Answers)
+        self.files = files
+        self.commit = digest(repr(files).encode())[:32] + "0" * 8  # clients keep what they saw of a commit
+        self.faults: list[tuple[str, Any]] = []
+        self.ranges: list[tuple[str, int, int]] = []  # (file, start, stop) of each request for bytes
+        self.whole = False  # whether ranges are ignored
+
+    def handle_error(self, *_: Any) -> None:
+        """A client that goes away is no error."""
+
+
+class _Answers(http.server.BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits 40 ms for the client's acknowledgement of its headers
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+    def do_GET(self) -> None:
+        for number, (begins, fault) in enumerate(self.server.faults):
+            if self.path.startswith(begins):
+                del self.server.faults[number]
+                if fault == "drop":
+                    self.close_connection = True
+                elif fault == "cut":
+                    self._bytes(cut=True)
+                elif fault is not None:
+                    self._say(fault[0], b"no", fault[1])
+                if fault is not None:
+                    return
+                break
+        self._answer()
+
+    do_HEAD = do_GET
+
+    def _answer(self) -> None:
+        path = self.path.split("?")[0]
+        files, commit = self.server.files, self.server.commit
+        if path in ("/api/datasets/me/data/revision/main", f"/api/datasets/me/data/revision/{commit}"):
+            self._json({"id": "me/data", "sha": commit, "siblings": [], "tags": [], "downloads": 0, "private": False})
+        elif path == f"/api/datasets/me/data/tree/{commit}/data":
+            self._json([{"type": "file", "path": f, "size": len(b), "oid": "b" * 40} for f, b in files.items()])
+        elif path == f"/api/datasets/me/data/tree/{commit}":
+            self._json([{"type": "directory", "path": "data", "oid": "c" * 40}])
+        elif path.removeprefix(f"/datasets/me/data/resolve/{commit}/") in files:
+            self._say(302, b"", {"Location": "/cdn/" + path.removeprefix(f"/datasets/me/data/resolve/{commit}/")})
+        elif path.startswith("/cdn/"):
+            self._bytes()
+        else:
+            missing = "EntryNotFound" if path.startswith("/datasets/me/data/") else "RepoNotFound"
+            self._say(404, b"", {"X-Error-Code": missing, "X-Repo-Commit": commit})
+
+    def _bytes(self, cut: bool = False) -> None:
+        name = self.path.removeprefix("/cdn/")
+        data = self.server.files[name]
+        if self.server.whole:
+            self._say(200, data)
+            return
+        first, last = (int(n) for n in self.headers["Range"].removeprefix("bytes=").split("-"))
+        if first >= len(data):
+            self._say(416, b"", {"Content-Range": f"bytes */{len(data)}"})
+            return
+        part = data[first : last + 1]
+        self.server.ranges.append((name, first, last + 1))
+        headers = {"Content-Range": f"bytes {first}-{first + len(part) - 1}/{len(data)}"}
+        self._say(206, part, headers, half=cut)
+
+    def _json(self, value: Any) -> None:
+        self._say(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _say(self, status: int, body: bytes, headers: dict[str, str] | None = None, half: bool = False) -> None:
+        self.send_response(status)
+        for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[: len(body) // 2] if half else body)
+        self.close_connection = half
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+def in_parquet(texts: list[str], rows_in_group: int) -> bytes:
+    import pyarrow
+    from pyarrow import parquet
+
+    file = BytesIO()
+    table = pyarrow.table({"n": range(len(texts)), "text": texts})
+    parquet.write_table(table, file, row_group_size=rows_in_group, compression="none", use_dictionary=False)
+    return file.getvalue()
+
+
+def two_files() -> dict[str, dict[str, bytes]]:
+    """The same rows as two files of each form."""
+    return {
+        "jsonl": {"data/train-0.jsonl": jsonl(TEXTS[:25]), "data/train-1.jsonl": jsonl(TEXTS[25:])},
+        "parquet": {
+            "data/train-0.parquet": in_parquet(TEXTS[:25], 4),
+            "data/train-1.parquet": in_parquet(TEXTS[25:], 100),
+        },
+    }
+
+
+@contextmanager
+def served(files: dict[str, bytes]) -> Iterator[tuple[Hub, list[float]]]:
+    """A hub, and the list of the waits that were not waited."""
+    slept: list[float] = []
+    hub.sleep = slept.append
+    hub.BLOCK_BYTES = 30_000
+    with Hub(files) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server, slept
+        server.shutdown()
+        close_session()  # or the next hub's requests go on over the connections to this one
+
+
+def texts(source: HubText, state: State = None) -> list[str]:
+    return [str(document.content) for document in source.documents(state)]
+
+
+def run_alone(check: Callable[[], None], tmp_path: Path) -> None:
+    """Run `check` in a process of its own, whose hub is at a free port of this machine."""
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as free:
+        port = free.server_port
+    hub_is = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    environment = {**os.environ, **hub_is, "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    code = f"from tests.data import test_hub; test_hub.{check.__name__}()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent.parent.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# -- checks, each in a process of its own --------------------------------------------------------------------------
+
+
+def check_restarts() -> None:
+    for files in two_files().values():
+        with served(files) as (server, slept):
+            source = HubText("me/data")
+            whole = list(source.documents(None))
+            assert [document.content for document in whole] == TEXTS
+            assert source.identity()["revision"] == server.commit
+            for number, document in enumerate(whole, 1):
+                stored = json.dumps(document.after)
+                assert len(stored) < 40
+                server.ranges.clear()
+                assert list(source.documents(json.loads(stored))) == whole[number:]
+                if 12 < number < 25:
+                    # Two probes for the size and the footer apart, the first file's first quarter is not asked for.
+                    size = len(next(iter(files.values())))
+                    starts = [start for name, start, stop in server.ranges if "-0." in name and stop - start > 4]
+                    assert starts and min(starts) > size // 4
+            assert not slept
+
+
+def check_every_request_may_fail() -> None:
+    faults: list[Any] = [(429, {"Retry-After": "33"}), (503, {}), "cut", "drop", (500, {"RateLimit": '"a";r=0;t=9'})]
+    for files in two_files().values():
+        with served(files) as (server, slept):
+            source = HubText("me/data")
+            assert texts(source) == TEXTS
+            requests = len(server.ranges)
+            assert requests > 7
+            for at in range(requests):
+                fault = faults[at % len(faults)]
+                slept.clear()
+                server.faults = [("/cdn/", None)] * at + [("/cdn/", fault)]
+                with redirect_stderr(StringIO()) as said:
+                    assert texts(source) == TEXTS, (at, fault)
+                assert not server.faults
+                headers = fault[1] if isinstance(fault, tuple) else {}
+                assert slept == [next(({"Retry-After": 33.0, "RateLimit": 9.0}[name] for name in headers), 2.0)]
+                assert said.getvalue().count("trying again in") == 1
+
+
+def check_what_is_said() -> None:
+    files = two_files()["jsonl"]
+    with served(files) as (server, slept):
+        server.faults = [
+            ("/api/datasets", (429, {})),
+            ("/api/datasets", "drop"),
+            ("/cdn/", (503, {})),
+            ("/cdn/", "cut"),
+        ]
+        with redirect_stderr(StringIO()) as said:
+            assert texts(HubText("me/data")) == TEXTS
+        assert slept == [2, 4, 2, 2] or slept == [2, 4, 2, 4], slept
+        lines = said.getvalue().splitlines()
+        assert lines[0] == "text: HTTP 429 from me/data, trying again in 2 s (1 of 8)"
+        assert lines[1].endswith("from me/data, trying again in 4 s (2 of 8)")
+        url = f"{os.environ['HF_ENDPOINT']}/datasets/me/data/resolve/{server.commit}/data/train-0.jsonl"
+        assert lines[2] == f"text: HTTP 503 from {url}, trying again in 2 s (1 of 8)"
+        assert len(lines) == 4
+
+
+def check_giving_up_and_going_on() -> None:
+    files = two_files()["parquet"]
+    with served(files) as (server, slept):
+        source = HubText("me/data")
+        stream = source.documents(None)
+        taken = [next(stream) for _ in range(10)]
+        server.faults = [("/cdn/", (503, {"Retry-After": "9999"} if i == 3 else {})) for i in range(9)]
+        caught = ""
+        try:
+            taken += stream
+        except StoreError as error:
+            caught = str(error)
+        assert "(HTTP 503, 9 times); everything committed stays: the same command again goes on" in caught
+        assert slept == [2, 4, 8, 600, 32, 64, 120, 120]
+        again = HubText("me/data")
+        assert [d.content for d in taken] + texts(again, taken[-1].after) == TEXTS
+
+
+def check_refusals() -> None:
+    with served(two_files()["jsonl"]) as (server, slept):
+        for status, code, message in (
+            (401, "GatedRepo", "is not open to you (HTTP 401): check its name, or accept its terms and set HF_TOKEN"),
+            (403, "GatedRepo", "is not open to you (HTTP 403)"),
+            (404, "RepoNotFound", "me/data cannot be opened (HTTP 404"),
+        ):
+            server.faults = [("/api/datasets", (status, {"X-Error-Code": code}))]
+            require_refusal(lambda: texts(HubText("me/data")), message)
+            source = HubText("me/data")
+            assert source.identity()
+            server.faults = [("/cdn/", (status, {}))]
+            require_refusal(lambda source=source: texts(source), f"HTTP {status}")
+        require_refusal(lambda: texts(HubText("nobody/nothing")), "text=tiny, which needs no network")
+        require_refusal(lambda: texts(HubText("me/data", split="test")), "no split=test; it has train")
+        require_refusal(lambda: texts(HubText("me/data", config="none")), "none")
+        server.whole = True
+        require_refusal(lambda: texts(HubText("me/data")), "is not served in parts")
+        assert not slept
+    with served({"data/train-0.csv": b"text\na\n"}):
+        require_refusal(lambda: texts(HubText("me/data")), "is neither .parquet nor .jsonl")
+    with served({"data/train-0.jsonl": b"", "data/train-1.jsonl": jsonl(TEXTS[:2])}):
+        assert texts(HubText("me/data")) == TEXTS[:2]
+
+
+def require_refusal(act: Callable[[], Any], message: str) -> None:
+    with pytest.raises(PipelineError) as caught:
+        act()
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [check_restarts, check_every_request_may_fail, check_what_is_said, check_giving_up_and_going_on, check_refusals],
+    ids=lambda check: check.__name__,
+)
+def test_against_a_hub(check: Callable[[], None], tmp_path: Path) -> None:
+    run_alone(check, tmp_path)
+
+
+# -- without a network ---------------------------------------------------------------------------------------------
+
+
+def test_without_network_the_way_out_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "sleep", lambda _: pytest.fail("waited for a network that is switched off"))
+    for act in (HubText("nobody/nothing").identity, lambda: texts(HubText("nobody/nothing"))):
+        with pytest.raises(StoreError, match="text=tiny, which needs no network"):
+            act()
+
+
+def test_our_own_errors_are_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "sleep", lambda _: pytest.fail("tried again"))
+
+    def refuse() -> None:
+        raise SettingError("no")
+
+    with pytest.raises(SettingError, match="no"):
+        hub.persistent("it", refuse)
