@@ -24,7 +24,7 @@ from torch import Tensor
 
 from analyze.stats import bootstrap_ratio, sums_by
 from analyze.subject import Subject, Unit
-from data import durable
+from data import durable, summary
 from data.errors import StoreError
 from data.kinds import BOS, ORDINARY
 from data.moments import Moments
@@ -297,6 +297,9 @@ def markdown(subject: Subject, figures: dict[str, Any]) -> list[str]:
         "shrinkage": "shrinkage (1 is none)",
     }
     lines += [f"| {text} | {figures[key]:.4f} |" for key, text in named.items()]
+    if (lost := summary.variance_lost(subject.store, subject.layer)) is not None:
+        codec = subject.store.manifest["codec"]
+        lines += [f"| variance of its rows that the store lost (codec {codec}) | {lost:.2e} |"]
     lines += [f"| latents silent on all held-out rows | {figures['silent']:,} of {figures['d_sae']:,} |", ""]
     lines += ["| rows | number | centred |", "|---|---|---|"]
     lines += [

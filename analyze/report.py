@@ -12,7 +12,7 @@ from markupsafe import Markup
 from analyze import contexts, pictures
 from analyze.quality import quality, write
 from analyze.subject import Subject
-from data import durable
+from data import durable, summary
 from data.errors import StoreError
 from data.journal import read_metrics
 
@@ -68,6 +68,7 @@ def _store_facts(subject: Subject) -> dict[str, Any]:
     manifest = subject.store.manifest
     model = manifest["model"]
     text = manifest["text"]
+    lost = summary.variance_lost(subject.store, subject.layer)
     return {
         "model": f"{model['id']} ({model['architecture']}, {model['n_layers']} layers, width {model['d_model']}), "
         f"run in {model['dtype']}",
@@ -75,7 +76,8 @@ def _store_facts(subject: Subject) -> dict[str, Any]:
         "site": f"resid_post of layer {subject.layer}",
         "text": ", ".join(f"{key} {value}" for key, value in text.items() if not isinstance(value, dict)),
         "tokens": f"{subject.store.rows:,} in rows of {subject.store.context:,}, documents {manifest['isolation']}",
-        "store": f"{subject.store.name}, {subject.store.units} units, codec {manifest['codec']}",
+        "store": f"{subject.store.name}, {subject.store.units} units, codec {manifest['codec']}"
+        + ("" if lost is None else f", which lost {lost:.2e} of the rows' variance"),
     }
 
 

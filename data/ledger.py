@@ -6,7 +6,7 @@ The records are the truth; this is read from them and only ever grows, so that a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,13 @@ def spine_key(unit: int) -> str:
 def residual_key(unit: int, layers: Iterable[int]) -> str:
     """The record of one commit of residuals."""
     return f"{RESIDUALS}/{unit:08d}.{'_'.join(map(str, sorted(layers)))}.json"
+
+
+def count_residuals(place: Place, layers: Iterable[int]) -> int:
+    """How many units of `layers` have a record, summed over the layers, by the records' names alone."""
+    asked = set(layers)
+    matches = (_RESIDUAL_RECORD.fullmatch(name) for name in place.names(RESIDUALS))
+    return sum(len(asked & {*map(int, match["layers"].split("_"))}) for match in matches if match)
 
 
 @dataclass
@@ -86,14 +93,19 @@ class Ledger:
 
     def refresh(self) -> None:
         """Take in the records that were not there the last time."""
-        for name in sorted(self._place.sizes(SPINE)):
-            if _SPINE_RECORD.fullmatch(name) and not self.spine_rows[unit := self._unit(name)]:
-                self.note_spine(unit, self._read(f"{SPINE}/{name}"))
-        for name in sorted(self._place.sizes(RESIDUALS)):
-            if match := _RESIDUAL_RECORD.fullmatch(name):
-                unit, layers = self._unit(name), [int(layer) for layer in match["layers"].split("_")]
-                if not all(layer in self.layers and self.layers[layer].committed[unit] for layer in layers):
-                    self.note_residuals(unit, self._read(f"{RESIDUALS}/{name}"))
+        units = {name: self._unit(name) for name in self._place.names(SPINE) if _SPINE_RECORD.fullmatch(name)}
+        fresh = sorted(name for name, unit in units.items() if not self.spine_rows[unit])
+        for name, body in zip(fresh, self._read(SPINE, fresh), strict=True):
+            self.note_spine(units[name], body)
+        fresh = sorted(name for name in self._place.names(RESIDUALS) if self._is_news(name))
+        for name, body in zip(fresh, self._read(RESIDUALS, fresh), strict=True):
+            self.note_residuals(int(name[:8]), body)
+
+    def _is_news(self, name: str) -> bool:
+        if not (match := _RESIDUAL_RECORD.fullmatch(name)):
+            return False
+        unit, layers = self._unit(name), map(int, match["layers"].split("_"))
+        return not all(layer in self.layers and self.layers[layer].committed[unit] for layer in layers)
 
     def _unit(self, name: str) -> int:
         unit = int(name[:8])
@@ -101,15 +113,17 @@ class Ledger:
             raise StoreError(f"{self._place.name} has a record of unit {unit}, and was planned with {self._shape[0]}")
         return unit
 
-    def _read(self, key: str) -> dict[str, Any]:
-        body = records.decode(self._place.read(key), f"{self._place.name}/{key}")
-        if self._sizes is not None:
-            for wrong in self._missing(body["objects"], self._sizes):
-                raise StoreError(
-                    f"{self._place.name}/{wrong}; `python -m harvest action=repair store={self._place.name}` drops its "
-                    "unit's record, and harvesting again redoes the unit"
-                )
-        return body
+    def _read(self, folder: str, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+        keys = [f"{folder}/{name}" for name in names]
+        for key, data in zip(keys, self._place.read_many(keys), strict=True):
+            body = records.decode(data, f"{self._place.name}/{key}")
+            if self._sizes is not None:
+                for wrong in self._missing(body["objects"], self._sizes):
+                    raise StoreError(
+                        f"{self._place.name}/{wrong}; `python -m harvest action=repair store={self._place.name}` "
+                        "drops its unit's record, and harvesting again redoes the unit"
+                    )
+            yield body
 
     def _missing(self, objects: Mapping[str, list[Any]], sizes: dict[str, dict[str, int]]) -> Iterator[str]:
         for key, (size, _) in objects.items():

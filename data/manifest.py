@@ -21,7 +21,7 @@ KEY = "commits/manifest.json"
 
 def exists(place: Place) -> bool:
     """Whether there is a store."""
-    return "manifest.json" in place.sizes("commits")
+    return "manifest.json" in place.names("commits")
 
 
 def read(place: Place) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def agree(place: Place, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _untouched(place: Place) -> bool:
     """Whether nothing was ever committed, and nobody is about to."""
-    if any(place.sizes(f"commits/{folder}") for folder in ("spine", "residuals", "scales", "summaries")):
+    if any(place.names(f"commits/{folder}") for folder in ("spine", "residuals", "scales", "summaries")):
         return False
     with closing(place.claims(0, 1)) as rights:
         return isinstance(rights, FileClaims) and rights.alone()

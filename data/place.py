@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -50,6 +50,14 @@ class Place(Protocol):
 
     def exists(self, key: str) -> bool:
         """Whether an object is there."""
+        ...
+
+    def read_many(self, keys: Iterable[str]) -> Iterator[bytes]:
+        """All of several objects, in their order."""
+        ...
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the finished objects directly in `folder`."""
         ...
 
     def sizes(self, folder: str) -> dict[str, int]:
@@ -124,10 +132,23 @@ class LocalPlace:
 
     def open(self, key: str) -> _File:
         # Joined as text: opening a store of a billion tokens reads 30,000 records, and half of that was pathlib.
-        return _File(f"{self.name}/{key}")
+        try:
+            return _File(f"{self.name}/{key}")
+        except NotADirectoryError as error:  # a file where the store would be
+            raise FileNotFoundError(error.errno, error.strerror) from error
 
     def exists(self, key: str) -> bool:
         return (self.path / key).exists()
+
+    def read_many(self, keys: Iterable[str]) -> Iterator[bytes]:
+        return map(self.read, keys)
+
+    def names(self, folder: str) -> list[str]:
+        try:
+            found = os.listdir(self.path / folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return [name for name in found if not name.startswith(".")]
 
     def sizes(self, folder: str) -> dict[str, int]:
         try:

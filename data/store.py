@@ -369,7 +369,9 @@ class Store:
     def write(self, name: str, unit: int, rows: NDArray[Any]) -> dict[str, Written]:
         """Write one unit's object of an array; nobody will read it before its record is there."""
         array = self.array(name)
-        return {array.key(unit): self.place.write(array.key(unit), array.encode(rows, self._pool))}
+        # Checksums alone are no work to share: they hold the interpreter, and threads only take turns.
+        pool = None if array.codec_name == "none" else self._pool
+        return {array.key(unit): self.place.write(array.key(unit), array.encode(rows, pool))}
 
     def commit(self, key: str, body: Mapping[str, Any]) -> None:
         """Create a record. That another process was first is right if it says the same.

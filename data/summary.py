@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data import order, records
+from data.kinds import ORDINARY
 from data.moments import Moments, merge_all
 from data.store import KINDS, Store
 
@@ -75,6 +76,15 @@ def make(store: Store, layer: int, of: Sequence[Sequence[int]] | None = None) ->
         counts[part] = [one.count for one in merged]
         moments[part] = [[one.mean, one.m2] for one in merged]
     return Summary(counts, norm_sums, moments)
+
+
+def variance_lost(store: Store, layer: int) -> float | None:
+    """Squared error of a lossy codec over the variance of the ordinary rows it stored; None for a lossless one."""
+    if store.manifest["codec"] != "int8":
+        return None
+    whole = read(store, layer)
+    spread = sum(float(whole.of(part, (ORDINARY,)).m2.sum()) for part in (TRAINING, HELD_OUT))
+    return sum(store.lost(layer, unit) for unit in range(store.units)) / spread
 
 
 def _key(layer: int) -> str:

@@ -42,7 +42,7 @@ def damage(place: Place) -> Iterator[tuple[str, list[str]]]:
 def _records(place: Place) -> Iterator[str]:
     yield manifest.KEY
     for folder in _FOLDERS:
-        yield from (f"{folder}/{name}" for name in sorted(place.sizes(folder)) if name.endswith(".json"))
+        yield from (f"{folder}/{name}" for name in sorted(place.names(folder)) if name.endswith(".json"))
 
 
 def _wrong_with_record(place: Place, key: str) -> Iterator[str]:
@@ -85,7 +85,7 @@ def repair(place: Place) -> list[str]:
     Raises:
         StoreError: there is no store, or a harvest is writing it.
     """
-    if not place.sizes("commits"):
+    if not place.names("commits"):
         raise StoreError(f"no activation store at {place.name}")
     with closing(place.claims(0, 1)) as rights:
         if isinstance(rights, FileClaims) and not rights.alone():

@@ -118,17 +118,8 @@ def layer_statistics(store: Store, layer: int) -> Iterator[str]:
         f"(|mean| > {_MASSIVE:g} median deviations): {', '.join(map(str, massive[:8])) or 'none'}"
         + (f" and {len(massive) - 8} more" if len(massive) > 8 else "")
     )
-    if (lost := variance_lost(store, layer)) is not None:
+    if (lost := summary.variance_lost(store, layer)) is not None:
         yield f"share of variance lost by codec={store.manifest['codec']}: {lost:.2e}"
-
-
-def variance_lost(store: Store, layer: int) -> float | None:
-    """Squared error of a lossy codec over the variance of the ordinary rows it stored; None for a lossless one."""
-    if store.manifest["codec"] != "int8":
-        return None
-    whole = summary.read(store, layer)
-    spread = sum(whole.of(part, (ORDINARY,)).m2.sum() for part in (summary.TRAINING, summary.HELD_OUT))
-    return float(sum(store.lost(layer, unit) for unit in range(store.units)) / spread)
 
 
 def effective_documents(store: Store) -> float:

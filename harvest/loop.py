@@ -20,7 +20,8 @@ from data.claims import Claims
 from data.documents import TextSource
 from data.errors import SettingError, StopRequest, StoreError
 from data.journal import duration, tell
-from data.manifest import agree, exists
+from data.ledger import count_residuals
+from data.manifest import agree
 from data.place import place_of
 from data.ring import Ring
 from data.sources import has_chats
@@ -133,12 +134,8 @@ def _join_ring(store: Store, config: HarvestConfig, rights: Claims) -> Ring | No
 
 def share_done(config: HarvestConfig) -> float:
     """Share of the asked layers' units that are committed already."""
-    place = place_of(config.store)
-    if not exists(place):
-        return 0.0
-    store = Store.open(place)
-    done = sum(int(store.committed(layer).sum()) for layer in config.layers)
-    return done / max(1, store.units * len(config.layers))
+    units = -(-config.tokens // config.unit_tokens)
+    return count_residuals(place_of(config.store), config.layers) / (units * len(config.layers))
 
 
 def probe(lm: LanguageModel, config: HarvestConfig) -> float:

@@ -144,13 +144,13 @@ def make(
     Args:
         ring: the store's, if it is one: units are made in its order, when it has room.
     """
-    progress, began, batch, done, tokens = Progress(), time.monotonic(), int(store.manifest["batch"]), 0, 0
+    progress, began, batch, tokens = Progress(), time.monotonic(), int(store.manifest["batch"]), 0
     with Writer(store, rights, faults, lm.config.device) as writer:
         for unit, lacking in _to_make(store, layers, rights, spine, stop, writer, ring):
             rows, batch = _computed(store, lm, unit, lacking, batch, stop, faults)
             stop.check()
             writer.submit(unit, rows, batch if batch != store.manifest["batch"] else None)
-            done, tokens = done + 1, tokens + store.rows_of(unit)
+            tokens += store.rows_of(unit)
             rate = tokens / (time.monotonic() - began)
             progress.show(_line(store, layers, tokens, rate, writer.written))
     for layer in layers:

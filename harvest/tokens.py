@@ -30,12 +30,13 @@ _PRIVATE = 0xF0000  # first code point of the two private planes
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """The tokenizer in a model's folder. Pickled, it is the folder's name: another process loads it again."""
+    """The tokenizer in a model's folder. Another process gets it without transformers, whose import takes seconds."""
 
     folder: Path
     bos: int  # the token that starts each piece
     digest: str  # of everything that decides which ids a text gets
-    inner: Any = field(repr=False)  # transformers' tokenizer
+    backend: Any = field(repr=False)  # of the package tokenizers
+    stand_in: bool = False  # whether `bos` is an EOS, for want of a BOS
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -52,10 +53,15 @@ class Tokenizer:
             raise SettingError(f"the tokenizer of {folder} has neither a BOS nor an EOS token to start pieces with")
         inner.backend_tokenizer.no_truncation()
         inner.backend_tokenizer.no_padding()
-        return cls(folder, bos, digest, inner)
+        return cls(folder, bos, digest, inner.backend_tokenizer, inner.bos_token_id is None)
 
-    def __reduce__(self) -> tuple[Any, tuple[Path]]:
-        return Tokenizer.load, (self.folder,)
+    def __reduce__(self) -> tuple[Any, tuple[Path, int, str, str, bool]]:
+        return _revived, (self.folder, self.bos, self.digest, self.backend.to_str(), self.stand_in)
+
+    @cached_property
+    def inner(self) -> Any:
+        """transformers' tokenizer, which knows the chat template."""
+        return load_tokenizer(self.folder)
 
     @cached_property
     def template_digest(self) -> str:
@@ -93,21 +99,20 @@ class Tokenizer:
 
     def _text_ids(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         """Ids of each text; what spells a special token becomes one only if `special`."""
-        backend = self.inner.backend_tokenizer
-        backend.encode_special_tokens = not special
-        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        self.backend.encode_special_tokens = not special
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     @cached_property
     def _own_bos(self) -> int | None:
         """BOS, unless it is an EOS that stands in for it: a template ends turns with that."""
-        return None if self.inner.bos_token_id is None else self.bos
+        return None if self.stand_in else self.bos
 
     # -- chats -------------------------------------------------------------------------------------------------------
 
     @cached_property
     def _special(self) -> dict[str, int]:
         """Special tokens by their spelling. Added tokens that are not special (`<think>` of Qwen) are words."""
-        added = self.inner.backend_tokenizer.get_added_tokens_decoder()
+        added = self.backend.get_added_tokens_decoder()
         return {token.content: number for number, token in added.items() if token.special and token.content}
 
     @cached_property
@@ -210,6 +215,12 @@ class Tokenizer:
                 f"the chat template of {self.folder} refuses the chat that begins {begins!r}: {_first_line(error)}; "
                 "drop such chats first, or name a column of plain text with field="
             ) from error
+
+
+def _revived(folder: Path, bos: int, digest: str, backend: str, stand_in: bool) -> Tokenizer:
+    from tokenizers import Tokenizer as Backend
+
+    return Tokenizer(folder, bos, digest, Backend.from_str(backend), stand_in)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -15,8 +15,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data import durable, ring
+from data import durable, ring, summary
 from data.errors import SettingError, run_command
+from data.journal import tell
 from data.reader import Policy, Reader, RingFollower, held_out
 from data.settings import flag, optional_whole, torch_device, whole
 from data.store import Store
@@ -62,7 +63,10 @@ def run(settings: dict[str, Any]) -> None:
     registration = file_name(str(folder.resolve()))
     following = RingFollower(reader, store, layer, registration, str(folder)) if reader.span else Whole()
     stream = Stream(store.identity, reader, lambda: held_out(store, layer, policy, config.batch), following)
-    facts = {"store_path": store.name, "sae_name": name}
+    facts: dict[str, Any] = {"store_path": store.name, "sae_name": name}
+    if store.complete(layer) and (lost := summary.variance_lost(store, layer)) is not None:
+        facts |= {"store_variance_lost": lost}
+        tell(f"{store.name} keeps rows as {store.manifest['codec']}, which lost {lost:.2e} of their variance")
     train(config, stream, folder, device, facts)
 
 

@@ -126,13 +126,25 @@ def test_a_kill_at_every_step_of_the_spine_changes_no_byte(root: Path, tmp_path:
     assert call > 40  # the steps were really met
 
 
+def test_a_kill_at_every_third_step_of_the_commit_changes_no_byte(
+    root: Path, tmp_path: Path, reference: dict[int, dict[str, bytes]]
+) -> None:
+    kill_by_the_step(root, tmp_path, reference[128], stride=3)
+
+
+@pytest.mark.long
 def test_a_kill_at_every_step_of_the_commit_changes_no_byte(
     root: Path, tmp_path: Path, reference: dict[int, dict[str, bytes]]
 ) -> None:
+    kill_by_the_step(root, tmp_path, reference[128], stride=1)
+
+
+def kill_by_the_step(root: Path, folder: Path, expected: dict[str, bytes], stride: int) -> None:
+    """Kill a harvest at every `stride`-th durable step, just before and just after in turns."""
     lm, source = open_model(root), FileText(root / "text.txt")
     call, killed = 1, True
     while killed:
-        target = config(shutil.copytree(root / "128.spine", tmp_path / f"{call}.zarr"))
+        target = config(shutil.copytree(root / "128.spine", folder / f"{call}.zarr"))
 
         def dying_run(call: int = call, target: HarvestConfig = target) -> None:
             kill_at(call)
@@ -140,8 +152,8 @@ def test_a_kill_at_every_step_of_the_commit_changes_no_byte(
 
         killed = os.WIFSIGNALED(in_child(dying_run))
         assert in_child(lambda target=target: harvest(target, lm, source)) == 0
-        assert tree(Path(target.store)) == reference[128], f"killed at step {call}"
-        call += 1
+        assert tree(Path(target.store)) == expected, f"killed at step {call}"
+        call += stride
     assert call > 75
 
 

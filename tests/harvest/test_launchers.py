@@ -97,6 +97,7 @@ def test_jobs_of_submitit(tmp_path: Path, one: dict[str, bytes]) -> None:
 
 
 @submitit
+@pytest.mark.long
 def test_what_a_job_refuses_comes_back_as_one_line(tmp_path: Path) -> None:
     """Exit code and message are those of the command without a launcher."""
     assert harvest(tmp_path, "store=s.zarr").returncode == 0

@@ -195,13 +195,12 @@ def test_models_without_a_chat_template_and_chats_it_refuses_are_named(tmp_path:
         strict.encode([chat("Hi")])
 
 
-def test_it_is_built_again_from_its_folder(tmp_path: Path) -> None:
+def test_another_process_gets_the_same(tmp_path: Path) -> None:
     other = with_template(tmp_path, TEMPLATES["trims"])
     again = pickle.loads(pickle.dumps(other))
     contents: list[Content] = ["text", chat("<bos>", "y")]
     assert again.encode(contents) == other.encode(contents)
     assert (again.digest, again.bos, again.template_digest) == (other.digest, other.bos, other.template_digest)
-    assert len(pickle.dumps(other)) < 1000
     assert other.template_digest != TINY.template_digest and other.digest == TINY.digest
 
 

@@ -14,7 +14,9 @@ import yaml
 
 from data.errors import SettingError
 from data.journal import read_metrics
-from data.store import Cursor, SpineEnd, Store
+from data.packing import Cursor
+from data.store import SpineEnd, Store
+from tests.conftest import commit
 from tests.train import killing
 from train import __main__ as command
 from train import checkpoint
@@ -40,14 +42,14 @@ def make_store(path, units=8, layers=(3, 5)):
     for unit in range(units):
         tokens = np.ones((UNIT // CONTEXT, CONTEXT), np.uint32)
         document = np.arange(UNIT // CONTEXT, dtype=np.uint32)[:, None] + unit * (UNIT // CONTEXT) + 0 * tokens
-        store.commit_spine(unit, tokens, document.astype(np.uint32), Cursor(unit, 0))
-    store.close_spine(SpineEnd(units * UNIT // CONTEXT, units))
-    store.declare_layers(layers)
+        store.commit_spine(unit, tokens, document.astype(np.uint32), Cursor(unit, 0, None))
+    store.close_spine(SpineEnd(units * UNIT // CONTEXT, ended_early=False))
     for unit in range(units):
         rows = {layer: reader.draw(1000 * layer + unit, UNIT) for layer in layers}
         for drawn in rows.values():
             drawn[::CONTEXT] = 1000.0
-        store.commit_residuals(unit, {layer: drawn.view(torch.uint16).numpy() for layer, drawn in rows.items()})
+        commit(store, unit, {layer: drawn.view(torch.uint16).numpy() for layer, drawn in rows.items()})
+    store.declare(layers)
     return path
 
 

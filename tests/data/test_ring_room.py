@@ -1,0 +1,177 @@
+"""The room of a ring: never more than it has, and nothing that waits for ever."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import ring
+from data.bfloat16 import to_bits
+from data.claims import Shares
+from data.errors import SettingError, StoreError
+from data.packing import Cursor
+from data.reader import Reader, RingFollower, held_out_units
+from data.store import SpineEnd, Store
+from tests.conftest import commit, make_manifest, make_spine, make_store
+from tests.data.test_reader import CONTEXT, EVERYTHING, UNIT, numbered
+from tests.data.test_ring import HUGE, training
+
+LAYERS, D = (1, 3), 4
+EACH = ring.unit_bytes(UNIT, 16, D, len(LAYERS))
+
+
+def spine_only(path: Path, units: int) -> Store:
+    manifest = make_manifest(D, tokens=units * UNIT, context=CONTEXT, unit=UNIT, chunk=16)
+    store = Store.open_or_create(str(path), manifest)
+    tokens, document = make_spine(units * UNIT // CONTEXT, CONTEXT, np.random.default_rng(0))
+    rows = UNIT // CONTEXT
+    for at in range(0, len(tokens), rows):
+        store.commit_spine(at // rows, tokens[at : at + rows], document[at : at + rows], Cursor(at, 0, None))
+    store.close_spine(SpineEnd(len(tokens), ended_early=False))
+    return store
+
+
+def on_disk(store: Store) -> int:
+    return sum(file.stat().st_size for layer in LAYERS for file in Path(store.name, f"layer_{layer}").glob("c.*"))
+
+
+class Rank:
+    """A harvesting process that takes a unit at one moment and commits it at a later one."""
+
+    def __init__(self, store: Store, readers: int) -> None:
+        self.store = Store.open(store.name)
+        joined = ring.join(self.store, LAYERS, held_out_units(store), store.place.claims(0, 1), None, readers)
+        assert joined is not None
+        self.ring, self.hand = joined, -1
+
+    def go_on(self, claimed: set[int]) -> bool:
+        if self.hand >= 0:
+            bits = to_bits(np.random.default_rng(self.hand).normal(size=(UNIT, D)).astype(np.float32))
+            commit(self.store, self.hand, dict.fromkeys(LAYERS, bits))
+            claimed.discard(self.hand)
+            self.hand = -1
+            return True
+        self.store.refresh()
+        for unit, _ in self.ring.ordered(self.store.missing(LAYERS)):
+            if not self.ring.room(unit):
+                break
+            if unit not in claimed:
+                self.ring.clear(unit)
+                self.hand = unit
+                claimed.add(unit)
+                return True
+        return False
+
+
+class Run:
+    """A training run with two checkpoints, saved in every round that it enters and now and then."""
+
+    def __init__(self, store: Store, layer: int, batch: int, window: int) -> None:
+        self.store = Store.open(store.name)
+        self.stream = Reader(self.store, layer, batch=batch, seed=layer, policy=EVERYTHING, window=window)
+        self.follower = RingFollower(self.stream, self.store, layer, f"run{layer}", f"runs/{layer}")
+        self.step, self.kept, self.steps = 0, deque([0, 0], maxlen=2), self.stream.rows // batch
+        self.follower.begin(0)
+        self.batches = self.stream.batches(0)
+
+    def go_on(self) -> bool:
+        if self.step == self.steps:
+            self.follower.finish()
+            return False
+        if not self.stream.has(self.step):
+            return False
+        next(self.batches)
+        self.step += 1
+        if self.follower.round(self.step) != self.follower.round(self.step - 1) or self.step % 7 == 0:
+            self.kept.append(self.step)
+            self.follower.release(self.kept[0])
+        return True
+
+
+@pytest.mark.parametrize("batch", [16, 50, 64])  # 64: a whole group of the smallest ring
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_smallest_ring_never_stands_still(tmp_path: Path, batch: int, seed: int) -> None:
+    """Two ranks and two runs, on two layers, at whatever pace: each goes on as long as the others do."""
+    store, rng = spine_only(tmp_path / "s.zarr", 20), random.Random(seed)
+    held = held_out_units(store)
+    least = (len(held) + ring.GROUPS) * EACH
+    with pytest.raises(SettingError, match=rf"the least is max_bytes={least}"):
+        ring.join(store, LAYERS, held, store.place.claims(0, 1), least - 1, 2)
+    ring.join(store, LAYERS, held, store.place.claims(0, 1), least, 2)
+    ranks, claimed = [Rank(store, 2) for _ in range(2)], set[int]()
+    while any(rank.go_on(claimed) for rank in ranks):
+        pass
+    assert on_disk(store) <= least
+    runs = [Run(store, layer, batch, window=3) for layer in LAYERS]
+    peak, moves = 0, 0
+    while any(run.step < run.steps for run in runs):
+        everybody: list[Callable[[], bool]] = [lambda r=rank: r.go_on(claimed) for rank in ranks]
+        everybody += [run.go_on for run in runs]
+        chosen = everybody[rng.randrange(4)]
+        for _ in range(rng.randrange(1, 30)):
+            chosen()
+            peak = max(peak, on_disk(store))
+        rng.shuffle(everybody)
+        moved = [move() for move in everybody]
+        assert any(moved) or all(run.step == run.steps for run in runs), "all wait for each other"
+        peak, moves = max(peak, on_disk(store)), moves + 1
+    while any(rank.go_on(claimed) for rank in ranks):
+        pass
+    store.refresh()
+    assert store.complete(LAYERS[0]) and store.complete(LAYERS[1])
+    assert least // 2 < peak <= least
+
+
+def test_the_span_is_a_third_of_the_ring_and_stays(tmp_path: Path) -> None:
+    store = spine_only(tmp_path / "s.zarr", 40)
+    held = held_out_units(store)
+    rights = store.place.claims(0, 1)
+    with closing(rights):
+        joined = ring.join(store, LAYERS, held, rights, (len(held) + 3 * 5 + 2) * EACH, 1)
+        assert joined is not None and joined.record.span == 5
+        larger = ring.join(store, LAYERS, held, rights, 30 * EACH, 1)
+        assert larger is not None and larger.record == joined.record._replace(max_bytes=30 * EACH)
+        same = ring.join(store, LAYERS, held, rights, None, 1)
+        assert same is not None and same.record == larger.record
+        with pytest.raises(SettingError, match="3 groups of 5 units"):
+            ring.join(store, LAYERS, held, rights, (len(held) + 15) * EACH - 1, 1)
+        with pytest.raises(StoreError, match=r"has layers \[1, 3\], and a ring holds the layers of one harvest"):
+            ring.join(store, [1], held, rights, None, 1)
+
+
+def test_rings_need_locks_and_a_store_of_their_own(tmp_path: Path) -> None:
+    whole = make_store(tmp_path / "w.zarr", numbered(), context=CONTEXT, unit=UNIT)
+    held = held_out_units(whole)
+    assert ring.join(whole, [3], held, whole.place.claims(0, 1), 1, 1) is None  # there is nothing to make any more
+    assert ring.join(whole, [3], held, whole.place.claims(0, 1), None, 1) is None
+    with pytest.raises(StoreError, match=r"has layers \[3\], and a ring holds"):
+        ring.join(whole, [5], held, whole.place.claims(0, 1), HUGE, 1)
+    with pytest.raises(SettingError, match="max_bytes= needs a folder on a file system with POSIX locks"):
+        ring.join(spine_only(tmp_path / "s.zarr", 20), LAYERS, [3], Shares(0, 1), HUGE, 1)
+    assert not Path(tmp_path / "s.zarr" / ring.KEY).exists()
+
+
+def test_what_a_killed_harvest_left_is_neither_counted_twice_nor_kept(tmp_path: Path) -> None:
+    store = spine_only(tmp_path / "s.zarr", 20)
+    held, rights = held_out_units(store), store.place.claims(0, 1)
+    making = ring.join(store, LAYERS, held, rights, (len(held) + ring.GROUPS) * EACH, 1)
+    assert making is not None
+    bits = dict.fromkeys(LAYERS, to_bits(np.ones((UNIT, D), np.float32)))
+    for unit in [*held, *training(store)[:2]]:
+        commit(store, unit, bits)
+    third = training(store)[2]
+    orphan = Path(store.name, f"layer_1/c.{third}.0")
+    orphan.write_bytes(bytes(EACH))
+    assert making.room(third)
+    making.clear(third)
+    assert not orphan.exists()
+    commit(store, third, bits)
+    assert not making.room(training(store)[16])
+    name, why = making.waits_for()
+    assert name == "" and why.startswith("0 of readers=1 have registered: start `python -m train store=")

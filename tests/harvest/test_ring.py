@@ -1,0 +1,332 @@
+"""Harvest and training round a small ring, as processes of their own, killed at any moment: the same bits."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from data import ring, summary
+from data.errors import SettingError, StoreError
+from data.place import LocalPlace
+from data.sources import FileText
+from data.store import Store
+from data.verify import damage, repair
+from harvest import look, loop, plan, spine
+from harvest.__main__ import command
+from harvest.cost import Cost
+from harvest.lm import LanguageModel, ModelConfig, choose_isolation, load
+from harvest.loop import harvest
+from harvest.plan import HarvestConfig
+from tests.harvest.models import save_model
+from train import checkpoint
+from train.__main__ import run as train
+from train.run import CHECKPOINTS, METRICS
+
+LAYERS, UNITS, UNIT, D = (1, 4), 40, 64, 32
+HELD_OUT = 2
+EACH = ring.unit_bytes(UNIT, 16, D, len(LAYERS))
+SPAN = 2
+RING = (HELD_OUT + ring.GROUPS * SPAN) * EACH  # the least that holds this span: a fifth of the store
+KILLS = 12
+WEIGHTS, HUGE = "sae_final.pt", 10**12
+CHILDREN: set[int] = set()  # that are running
+
+
+class Bench:
+    """A model, and a store that has its spine alone, of which each test takes a copy."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.spine = folder, folder / "spine.zarr"
+        save_model(folder / "model", "gemma4")
+        (folder / "text.txt").write_text("All work and no play makes nobody happy. " * 80)
+        lm, store = self.model(), Store.open_or_create(str(self.spine), self.manifest())
+        spine.write(store, self.source(), lm.tokenizer)
+
+    def model(self) -> LanguageModel:
+        lm = load(ModelConfig(str(self.folder / "model"), dtype="float32"))
+        lm.isolation = choose_isolation(lm)
+        return lm
+
+    def source(self) -> FileText:
+        return FileText(self.folder / "text.txt")
+
+    def manifest(self) -> dict[str, Any]:
+        return loop.manifest(config(self.spine), self.model(), self.source())
+
+    def harvest(self, store: Path, **changes: Any) -> None:
+        harvest(config(store, **changes), self.model(), self.source())
+
+
+def config(store: Path, **changes: Any) -> HarvestConfig:
+    fixed: dict[str, Any] = {"tokens": UNITS * UNIT, "context": 16, "batch": 4, "unit": UNIT, "chunk": 16}
+    return HarvestConfig(str(store), **{"layers": LAYERS, **fixed, "max_bytes": RING, **changes})
+
+
+def settings(store: Path, run: Path, layer: int = 4, **changes: Any) -> dict[str, Any]:
+    """A small run whose logs, evaluations and checkpoints are out of step with one another and with the ring."""
+    sae = {"d_sae": 48, "k": 4, "k_aux": 8, "dead_after": 300}
+    optim = {"lr": 0.01, "project_every": 3}
+    counts = {"batch": 16, "seed": 0, "log_every": 5, "eval_every": 37, "eval_rows": 60, "checkpoint_every": 17}
+    asked = {"store": str(store), "run": str(run), "layer": layer, "tokens": None, "device": "cpu"}
+    return {**asked, **counts, "drop_bos": True, "drop_outliers": True, "sae": sae, "optim": optim, **changes}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Short waits; and what a test that failed left running, and might wait for ever, ends with it."""
+    monkeypatch.setattr("data.reader._POLL_S", 0.01)
+    yield
+    for child in list(CHILDREN):
+        os.kill(child, signal.SIGKILL)
+        wait(child)
+
+
+@pytest.fixture(scope="module")
+def reference(bench: Bench) -> dict[int, dict[str, bytes]]:
+    """The bits of one run per layer, from a store that keeps everything and is taken in the same groups."""
+    store = Path(shutil.copytree(bench.spine, bench.folder / "whole.zarr"))
+    place = LocalPlace(store)
+    held_out = summary.parts(Store.open(place))[summary.HELD_OUT]
+    ring.write(place, ring.Record(HUGE, SPAN, list(LAYERS), held_out, 0))
+    assert wait(start(lambda: bench.harvest(store, max_bytes=HUGE))) == 0
+    for layer in LAYERS:
+        folder = bench.folder / f"run{layer}"
+        assert wait(start(lambda layer=layer, folder=folder: train(settings(store, folder, layer)))) == 0
+    assert ring.read(place).freed == 0
+    assert len(list((store / "layer_4").glob("c.*"))) == UNITS
+    return {layer: bits(bench.folder / f"run{layer}") for layer in LAYERS}
+
+
+def bits(run: Path) -> dict[str, bytes]:
+    """All that must be equal: the exported SAE, the last checkpoint and the metrics."""
+    newest = max((run / CHECKPOINTS).glob("*.safetensors"))
+    return {path.name: path.read_bytes() for path in (run / WEIGHTS, newest, run / METRICS)}
+
+
+def start(body: Callable[[], object], log: Path | None = None) -> int:
+    """Begin `body` in a forked process; its id."""
+    child = os.fork()
+    if child:
+        CHILDREN.add(child)
+        return child
+    code = 1
+    try:
+        with (log or Path(os.devnull)).open("a") as sys.stderr:
+            body()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def wait(child: int) -> int:
+    CHILDREN.discard(child)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def on_disk(store: Path) -> int:
+    """Bytes of all shards, of those being written too."""
+    total = 0
+    for layer in LAYERS:
+        for entry in os.scandir(store / f"layer_{layer}") if (store / f"layer_{layer}").exists() else ():
+            with suppress(FileNotFoundError):  # renamed or freed meanwhile
+                total += entry.stat().st_size * (entry.name != "zarr.json")
+    return total
+
+
+def together(bodies: Sequence[Callable[[], object]], store: Path, kills: int = 0, seed: int = 0) -> tuple[int, int]:
+    """Run processes side by side, each killed and started again at random moments; the peak of bytes, the kills."""
+    rng, peak, killed = random.Random(seed), 0, 0
+    running = {start(body): body for body in bodies}
+    due, deadline = time.monotonic() + rng.uniform(0.1, 0.6), time.monotonic() + 100
+    while running:
+        peak = max(peak, on_disk(store))
+        for child in list(running):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                CHILDREN.discard(child)
+                assert os.waitstatus_to_exitcode(status) == 0
+                del running[child]
+        assert time.monotonic() < deadline, "they wait for each other"
+        if killed < kills and running and time.monotonic() > due:
+            victim = rng.choice(list(running))
+            os.kill(victim, signal.SIGKILL)
+            wait(victim)
+            body = running.pop(victim)
+            if rng.random() < 0.5:
+                time.sleep(rng.uniform(0, 0.1))  # the other one is alone meanwhile
+            running[start(body)] = body
+            killed, due = killed + 1, time.monotonic() + rng.uniform(0.1, 0.9)
+        time.sleep(0.002)
+    return peak, killed
+
+
+def test_two_ranks_and_two_runs_round_a_small_ring(
+    bench: Bench, reference: dict[int, dict[str, bytes]], tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(bench.spine, tmp_path / "s.zarr"))
+
+    def make() -> None:
+        bench.harvest(store, readers=2)
+
+    def learn(layer: int) -> None:
+        while ring.read(LocalPlace(store)) is None:
+            time.sleep(0.01)
+        train(settings(store, tmp_path / f"run{layer}", layer))
+
+    peak, _ = together([make, make, *(lambda layer=layer: learn(layer) for layer in LAYERS)], store)
+    assert RING / 2 < peak <= RING
+    for layer in LAYERS:
+        assert bits(tmp_path / f"run{layer}") == reference[layer]
+    check_finished(bench, store)
+
+
+def check_finished(bench: Bench, store: Path) -> None:
+    """A finished ring is whole but for its freed shards, and looked at and repaired as any store."""
+    done = Store.open(str(store))
+    held = set(summary.parts(done)[summary.HELD_OUT])
+    record = ring.read(done.place)
+    there = {int(path.name.split(".")[1]) for path in (store / "layer_4").glob("c.*")}
+    assert 20 < record.freed < UNITS - HELD_OUT
+    assert there == held | {unit for unit in range(UNITS) if not record.is_freed(unit)}
+    assert all(done.complete(layer) for layer in LAYERS) and not list(damage(done.place))
+    whole = Store.open(str(bench.folder / "whole.zarr"))
+    for layer in LAYERS:
+        assert summary.read(done, layer).moments.tobytes() == summary.read(whole, layer).moments.tobytes()
+    assert any(f"{record.freed} of 38 training units freed; readers: " in line for line in look.status(done.place))
+    assert f"the shards of {record.freed} units are freed" in look.verify(done.place, bench.model())
+    assert repair(done.place) == []
+
+
+def test_killed_at_any_moment_the_bits_are_the_same(
+    bench: Bench, reference: dict[int, dict[str, bytes]], tmp_path: Path
+) -> None:
+    killed, number = 0, 0
+    while killed < KILLS:
+        store, run = tmp_path / f"{number}.zarr", tmp_path / f"run{number}"
+        shutil.copytree(bench.spine, store)
+
+        def make(store: Path = store) -> None:
+            bench.harvest(store)
+
+        def learn(store: Path = store, run: Path = run) -> None:
+            while ring.read(LocalPlace(store)) is None:
+                time.sleep(0.01)
+            train(settings(store, run))
+
+        peak, more = together([make, learn], store, KILLS - killed, seed=number)
+        assert bits(run) == reference[4], number
+        assert peak <= RING
+        killed, number = killed + more, number + 1
+
+
+def test_what_training_has_passed_is_what_its_oldest_checkpoint_has(
+    bench: Bench, reference: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every release, the units that are given up lie before the oldest checkpoint that is whole on the disk."""
+    store, run, seen = bench.folder / "whole.zarr", tmp_path / "run", []
+    copy = Path(shutil.copytree(store, tmp_path / "s.zarr"))
+    advance = ring.advance
+
+    def watched(place: LocalPlace, name: str, follower: ring.Follower) -> None:
+        kept = sorted(int(path.stem[5:]) for path in (run / CHECKPOINTS).glob("*.json"))
+        seen.append((follower.passed, kept, (run / WEIGHTS).exists()))
+        advance(place, name, follower)
+
+    monkeypatch.setattr(ring, "advance", watched)
+    train(settings(copy, run))
+    rows = Store.open(str(copy))
+    pieces = rows.ledger.pieces
+    training = summary.parts(rows)[summary.TRAINING]
+    ends = [sum(UNIT - int(pieces[unit]) for unit in training[:count]) for count in range(len(training) + 1)]
+    assert len(seen) > 10
+    *during, (everything, _, finished) = seen
+    assert everything == len(training) and finished
+    for passed, kept, finished in during:
+        assert len(kept) == 2 and not finished
+        assert ends[passed] <= kept[0] * 16 < ends[passed + SPAN]  # all of it, and no less than that
+    assert checkpoint.oldest(run / CHECKPOINTS) == kept_last(run)
+
+
+def kept_last(run: Path) -> int:
+    return min(int(path.stem[5:]) for path in (run / CHECKPOINTS).glob("*.json"))
+
+
+def test_with_one_checkpoint_nothing_is_given_up(tmp_path: Path) -> None:
+    """If it is damaged, training begins anew."""
+    assert checkpoint.oldest(tmp_path) == 0
+    for step in (3, 8, 9):
+        checkpoint.save(tmp_path, checkpoint.Checkpoint(step, 0, "", {}))
+        assert checkpoint.oldest(tmp_path) == {3: 0, 8: 3, 9: 8}[step]
+
+
+def test_a_run_that_lost_its_folder_is_refused(bench: Bench, reference: object, tmp_path: Path) -> None:
+    store, run = Path(shutil.copytree(bench.folder / "whole.zarr", tmp_path / "s.zarr")), tmp_path / "run"
+    train(settings(store, run))
+    record = ring.read(LocalPlace(store))
+    ring.write(LocalPlace(store), record._replace(freed=30))
+    train(settings(store, run))  # finished: it asks for nothing
+    shutil.rmtree(run)
+    with pytest.raises(StoreError, match=r"run needs training units 0 to 29 of .* which are freed"):
+        train(settings(store, run))
+    with pytest.raises(SettingError, match="tokens=20000 is more than the"):
+        train(settings(store, tmp_path / "other", tokens=20_000))
+
+
+def test_the_plan_asks_for_the_ring_alone(tmp_path: Path) -> None:
+    cost = Cost(*[0] * len(fields(Cost)))
+    large = {"tokens": 10**9, "unit": 65_536, "context": 1024, "chunk": 1024, "layers": (21, 27)}
+    for store, limit in ((tmp_path / "a", None), (tmp_path / "b", 5 * 10**11)):
+        planned = plan.plan(config(store, **large, max_bytes=limit), cost, 2560, "cpu")
+        assert planned.expected_bytes > 7 * 10**12
+        assert planned.disk_bytes == planned.expected_bytes if limit is None else 0 <= planned.disk_bytes - limit < 4e10
+        assert ("a ring of 500 GB" in planned.lines()[1]) == (limit is not None)
+    with pytest.raises(SettingError, match=r"cannot hold 64 held-out units and 3 groups of 1 units .*the least is"):
+        plan.plan(config(tmp_path, **large, max_bytes=10**10), cost, 2560, "cpu")
+    with pytest.raises(SettingError, match="readers=0 must be at least 1"):
+        config(tmp_path, readers=0)
+
+
+def composed(command: str, overrides: list[str]) -> dict[str, Any]:
+    with initialize_config_module("conf", version_base="1.3"):
+        settings = OmegaConf.to_container(compose(config_name=command, overrides=overrides), resolve=True)
+    assert isinstance(settings, dict)
+    return {str(key): value for key, value in settings.items()}
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    """With the settings that a user gives, on the embedded model; training starts when the harvest says that it may."""
+    store, limit, log = tmp_path / "s.zarr", 480_000, tmp_path / "log"
+    make = ["model=tiny", "text=tiny", "layer=3", "tokens=6e3", "context=64", "unit=512", "chunk=64", "batch=8"]
+    make = [*make, f"max_bytes={limit}", f"store={store}"]
+    learn = [f"store={store}", f"run={tmp_path / 'run'}", "sae.d_sae=32", "sae.k=4", "sae.k_aux=8", "batch=64"]
+    asked = composed("harvest", make), composed("train", learn)
+    harvesting, deadline = start(lambda: command(asked[0]), log), time.monotonic() + 100
+    while "ring full: " not in (log.read_text() if log.exists() else ""):
+        assert time.monotonic() < deadline, "it never waited"
+        time.sleep(0.02)
+    training = start(lambda: train(asked[1]))
+    assert wait(harvesting) == wait(training) == 0
+    said = log.read_text()
+    assert "a ring of 480 kB, freed behind its readers in groups of 2 units: training may start now" in said
+    assert "of 480 kB; 0 of readers=1 have registered: start `python -m train" in said
+    assert "s.zarr is complete" in said
+    assert sum(path.stat().st_size for path in (store / "layer_3").glob("c.*")) <= limit
+    assert (tmp_path / "run" / WEIGHTS).exists()
