@@ -68,6 +68,7 @@ class FileClaims:
             StoreError: the file system has no locks.
         """
         durable.make_directory(file.parent)
+        self._folder = folder
         self._handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if self._lock(PRESENCE, fcntl.LOCK_EX | fcntl.LOCK_NB):
@@ -117,6 +118,9 @@ class FileClaims:
         raise AssertionError("a lock ends with its process: there is nothing to take over")
 
     def close(self) -> None:
+        """Leave; the last to go removes what a killed one left half written meanwhile."""
+        if self.alone():
+            durable.sweep(self._folder)
         os.close(self._handle)
 
 

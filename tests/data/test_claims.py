@@ -59,9 +59,12 @@ def test_what_a_killed_process_left_half_written_goes_when_nobody_is_there(tmp_p
         left.touch()
         FileClaims(tmp_path / "commits" / "claims", tmp_path).close()
         assert left.exists()  # it may be the other's
+        ours = FileClaims(tmp_path / "commits" / "claims", tmp_path)
         other.kill()
-    FileClaims(tmp_path / "commits" / "claims", tmp_path).close()
-    assert not left.exists()
+        other.wait()
+        assert left.exists()
+        ours.close()  # the last to go
+        assert not left.exists()
 
 
 def test_repair_is_refused_beside_a_harvest(tmp_path: Path, random_bits: NDArray[np.uint16]) -> None:
