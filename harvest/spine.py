@@ -6,12 +6,15 @@ one that feeds the device.
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
+import subprocess
+import sys
 import time
+from contextlib import suppress
 from itertools import islice
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -80,9 +83,8 @@ class _Parent:
             raise Interrupted(signal.SIGTERM)
 
 
-def _work(line: Connection, name: str, source: TextSource, tokenizer: Tokenizer) -> NoReturn:
+def _work(line: Connection, name: str, source: TextSource, tokenizer: Tokenizer) -> None:
     """The writing process: answers with None, or with what a user is to be told of its failure."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says when to stop
     parent = _Parent(line)
     hub.sleep = parent.pause  # a server may ask for ten minutes of patience
     try:
@@ -92,7 +94,6 @@ def _work(line: Connection, name: str, source: TextSource, tokenizer: Tokenizer)
         line.send(str(error))
     except Interrupted:
         pass
-    raise SystemExit(0)
 
 
 class Spine:
@@ -103,7 +104,7 @@ class Spine:
     ) -> None:
         self._store, self._claims, self._stop = store, rights, stop
         self._job = source, tokenizer
-        self._writer: Any = None
+        self._writer: subprocess.Popen[bytes] | None = None
         self._line: Connection | None = None
         self._looked = 0.0
 
@@ -114,7 +115,7 @@ class Spine:
         if self._line is not None:
             self._line.close()
         if self._writer is not None:
-            self._writer.join()
+            self._writer.wait()
             self._claims.release(claims.SPINE)
 
     def ready(self, unit: int) -> bool:
@@ -151,12 +152,14 @@ class Spine:
             self._hear(self._line)
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks and a GPU's context
-        self._line, theirs = context.Pipe()
-        job = theirs, self._store.name, *self._job
-        self._writer = context.Process(target=_work, args=job, name="spine", daemon=True)
-        self._writer.start()
+        # A new interpreter: a fork would copy threads' locks and a GPU's context. And not by multiprocessing, which
+        # would run the parent's main module there again, and so import torch: 4 seconds of both cores.
+        self._line, theirs = Pipe()
+        command = [sys.executable, "-m", "harvest.spine", str(theirs.fileno())]
+        # In a group of its own, where Ctrl-C does not reach it: the parent says when to stop.
+        self._writer = subprocess.Popen(command, pass_fds=[theirs.fileno()], process_group=0)
         theirs.close()
+        self._line.send((self._store.name, *self._job))
 
     def _hear(self, line: Connection) -> None:
         try:
@@ -176,3 +179,8 @@ def tell_end(store: Store) -> None:
     if end is not None and end.ended_early:
         planned = store.planned_rows * store.context
         tell(f"the text ended at {store.rows:,} of {planned:,} tokens: the store ends there")
+
+
+if __name__ == "__main__":
+    with Connection(int(sys.argv[1])) as end, suppress(EOFError):  # the parent may be gone already
+        _work(end, *end.recv())
