@@ -91,7 +91,7 @@ def save_inputs(folder: Path, case: Case) -> None:
 
 def harvest_seconds(folder: Path, case: Case, tokens: int, layers: int) -> float:
     """Seconds of one harvest of ours."""
-    from data.text import FileText
+    from data.sources import FileText
     from harvest.lm import ModelConfig, load
     from harvest.loop import harvest
     from harvest.plan import HarvestConfig
