@@ -69,7 +69,8 @@ class FileClaims:
         """
         durable.make_directory(file.parent)
         self._folder = folder
-        self._handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        with durable.refusals(file):
+            self._handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if self._lock(PRESENCE, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 durable.sweep(folder)
@@ -84,7 +85,7 @@ class FileClaims:
 
     def _wait_for_room(self, folder: Path) -> None:
         if not self._lock(PRESENCE, fcntl.LOCK_SH | fcntl.LOCK_NB):
-            tell(f"{folder} is being repaired by another process: waiting for it")
+            tell(f"{folder} is being repaired or cleaned up by another process: waiting for it")
 
     def _lock(self, claim: int, how: int) -> bool:
         try:

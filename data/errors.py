@@ -89,6 +89,11 @@ class StopRequest:
             raise Interrupted(self.signum)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what a library's exception says, or its kind if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ between two nested mappings, with (recorded, wanted)."""
     found: dict[str, tuple[Any, Any]] = {}

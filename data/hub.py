@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from data import durable
 from data.documents import LINES, Column, Document, State, read_files
-from data.errors import PipelineError, SettingError, StoreError
+from data.errors import PipelineError, SettingError, StoreError, first_line
 from data.journal import tell
 
 T = TypeVar("T")
@@ -225,8 +225,7 @@ def _refusal(what: str, error: Exception) -> str:
     if status in (401, 403):
         return f"{what} is not open to you (HTTP {status}): check its name, or accept its terms and set HF_TOKEN"
     reason = f"HTTP {status}" if status else type(error).__name__
-    detail = next(iter(str(error).strip().splitlines()), "")
     return (
-        f"{what} cannot be opened ({reason}: {detail[:200]}); check the name and the network, use text.path=FILE, or "
-        "text=tiny, which needs no network"
+        f"{what} cannot be opened ({reason}: {first_line(error)[:200]}); check the name and the network, use "
+        "text.path=FILE, or text=tiny, which needs no network"
     )

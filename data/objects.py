@@ -18,7 +18,7 @@ import xxhash
 from data import durable
 from data.claims import Claims, Shares
 from data.durable import Buffer, Written
-from data.errors import SettingError, StoreError
+from data.errors import SettingError, StoreError, first_line
 
 SCHEMES = ("s3", "gs", "az")
 _CONNECTIONS = 32  # small objects read at a time: a request takes some 20 ms, and records are 30,000
@@ -35,8 +35,7 @@ def _as_os_error() -> Iterator[None]:
     except BaseError as error:
         if isinstance(error, FileNotFoundError):
             raise
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise OSError(5, first) from error
+        raise OSError(5, first_line(error)) from error
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from data import durable
-from data.errors import SettingError
+from data.errors import SettingError, first_line
 from data.tiny import MODEL_DIR
 
 EMBEDDED = "embedded"  # model.path of the model that ships with the package
@@ -56,7 +56,7 @@ def read_config(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise SettingError(f"{folder} is not a loadable causal language model: {_first_line(error)}") from error
+        raise SettingError(f"{folder} is not a loadable causal language model: {first_line(error)}") from error
     kind = config.get_text_config().model_type
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise SettingError(f"{folder} is not a loadable causal language model but a {kind}")
@@ -94,7 +94,7 @@ def load_decoder(folder: Path, whole: Any, dtype: str, device: str) -> nn.Module
             raise SettingError(
                 f"the weights in {folder} do not fit into the memory of device={device} as {dtype}"
             ) from error
-        raise SettingError(f"{folder} is not a loadable causal language model: {_first_line(error)}") from error
+        raise SettingError(f"{folder} is not a loadable causal language model: {first_line(error)}") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
@@ -106,10 +106,6 @@ def load_decoder(folder: Path, whole: Any, dtype: str, device: str) -> nn.Module
         raise SettingError(f"{folder} lacks {len(missing)} weights, e.g. {sorted(missing)[0]}; it is incomplete")
     loaded: nn.Module = decoder.eval().requires_grad_(False)
     return loaded
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def weights_digest(folder: Path) -> str:

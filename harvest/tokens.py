@@ -16,7 +16,7 @@ from typing import Any
 
 from data import durable
 from data.documents import Content
-from data.errors import SettingError
+from data.errors import SettingError, first_line
 
 # Templates that name today's date (Llama 3's) get this one, their own default: the store must not depend on the day.
 _TODAY = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
@@ -212,7 +212,7 @@ class Tokenizer:
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             begins = next((message["content"][:60] for message in chat), "")
             raise SettingError(
-                f"the chat template of {self.folder} refuses the chat that begins {begins!r}: {_first_line(error)}; "
+                f"the chat template of {self.folder} refuses the chat that begins {begins!r}: {first_line(error)}; "
                 "drop such chats first, or name a column of plain text with field="
             ) from error
 
@@ -234,7 +234,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise SettingError(f"{folder} has no loadable tokenizer: {_first_line(error)}") from error
+        raise SettingError(f"{folder} has no loadable tokenizer: {first_line(error)}") from error
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -248,7 +248,3 @@ def tokenizer_digest(tokenizer: Any) -> str:
             f"{type(tokenizer).__name__} has no fast form (tokenizer.json); convert it with transformers"
         )
     return durable.digest(tokenizer.backend_tokenizer.to_str().encode())
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -95,8 +95,7 @@ def measure(codec: str, rows: torch.Tensor, rounds: int, folder: Path) -> list[d
         taken = {"write": spent(lambda unit=unit: store.commit_residuals(unit, {LAYER: once}))}
         nbytes = sum(path.stat().st_size for path in objects_of(store, unit))
         taken["plain"] = spent(lambda nbytes=nbytes: plain(other, once, nbytes))
-        whole = lambda unit=unit + 1: store.commit_residuals(unit, {LAYER: prepared(unit)})  # noqa: E731
-        taken["prepare_and_write"] = spent(whole)
+        taken["prepare_and_write"] = spent(lambda unit=unit + 1: store.commit_residuals(unit, {LAYER: prepared(unit)}))
         for path in [*objects_of(store, unit), *objects_of(store, unit + 1), other]:
             path.unlink()
         os.sync()  # a round pays for its own writes only

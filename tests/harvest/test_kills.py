@@ -110,51 +110,58 @@ def kill_at(call: int) -> None:
 
 def test_a_kill_at_every_step_of_the_spine_changes_no_byte(root: Path, tmp_path: Path, reference: object) -> None:
     lm, source = open_model(root), FileText(root / "text.txt")
-    expected = tree(root / "128.spine")
-    call, killed = 1, True
-    while killed:
-        target = config(tmp_path / f"{call}.zarr")
-
-        def dying_run(call: int = call, target: HarvestConfig = target) -> None:
-            kill_at(call)
-            write_spine(target, lm, source)
-
-        killed = os.WIFSIGNALED(in_child(dying_run))
-        assert in_child(lambda target=target: write_spine(target, lm, source)) == 0
-        assert tree(Path(target.store)) == expected, f"killed at step {call}"
-        call += 1
-    assert call > 40  # the steps were really met
+    steps = kill_by_the_step(
+        lambda number: config(tmp_path / f"{number}.zarr"),
+        lambda target: write_spine(target, lm, source),
+        tree(root / "128.spine"),
+    )
+    assert steps > 40  # they were really met
 
 
 def test_a_kill_at_every_third_step_of_the_commit_changes_no_byte(
     root: Path, tmp_path: Path, reference: dict[int, dict[str, bytes]]
 ) -> None:
-    kill_by_the_step(root, tmp_path, reference[128], stride=3)
+    assert kill_commits(root, tmp_path, reference[128], stride=3) > 75
 
 
 @pytest.mark.long
 def test_a_kill_at_every_step_of_the_commit_changes_no_byte(
     root: Path, tmp_path: Path, reference: dict[int, dict[str, bytes]]
 ) -> None:
-    kill_by_the_step(root, tmp_path, reference[128], stride=1)
+    assert kill_commits(root, tmp_path, reference[128], stride=1) > 75
 
 
-def kill_by_the_step(root: Path, folder: Path, expected: dict[str, bytes], stride: int) -> None:
-    """Kill a harvest at every `stride`-th durable step, just before and just after in turns."""
+def kill_commits(root: Path, folder: Path, expected: dict[str, bytes], stride: int) -> int:
+    """Kill harvests that begin with their spine."""
     lm, source = open_model(root), FileText(root / "text.txt")
+    return kill_by_the_step(
+        lambda number: config(shutil.copytree(root / "128.spine", folder / f"{number}.zarr")),
+        lambda target: harvest(target, lm, source),
+        expected,
+        stride,
+    )
+
+
+def kill_by_the_step(
+    begin: Callable[[int], HarvestConfig],
+    act: Callable[[HarvestConfig], object],
+    expected: dict[str, bytes],
+    stride: int = 1,
+) -> int:
+    """Kill `act` at every `stride`-th durable step, just before and just after in turns; how many steps there are."""
     call, killed = 1, True
     while killed:
-        target = config(shutil.copytree(root / "128.spine", folder / f"{call}.zarr"))
+        target = begin(call)
 
         def dying_run(call: int = call, target: HarvestConfig = target) -> None:
             kill_at(call)
-            harvest(target, lm, source)
+            act(target)
 
         killed = os.WIFSIGNALED(in_child(dying_run))
-        assert in_child(lambda target=target: harvest(target, lm, source)) == 0
+        assert in_child(lambda target=target: act(target)) == 0
         assert tree(Path(target.store)) == expected, f"killed at step {call}"
         call += stride
-    assert call > 75
+    return call
 
 
 def test_kills_at_random_moments_change_no_byte(
