@@ -60,10 +60,10 @@ def _activations(subject: Subject, unit: Unit, latents: Sequence[int]) -> NDArra
     """(tokens of the unit, latents) activations in the order of the text."""
     column = np.full(subject.sae.d_sae, -1)
     column[list(latents)] = np.arange(len(latents))
-    values, indices = (tensor.cpu().numpy() for tensor in subject.sae.encode(unit.rows))
-    row, slot = np.nonzero(column[indices] >= 0)
+    values, indices, row = (tensor.cpu().numpy() for tensor in subject.sae.encode(unit.rows)[:3])
+    wanted = column[indices] >= 0
     dense = np.zeros((subject.store.tokens(unit.number).size, len(latents)), np.float32)
-    dense[unit.local[row], column[indices[row, slot]]] = values[row, slot]
+    dense[unit.local[row[wanted]], column[indices[wanted]]] = values[wanted]
     return dense
 
 

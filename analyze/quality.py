@@ -113,10 +113,13 @@ def _measure(subject: Subject, limit: int) -> tuple[Rows, Latents, tuple[Moments
             error = x - subject.sae.decode(kept).double()
             mask = np.isin(part.kind, subject.policy.kinds)
             batch_mean = x[torch.from_numpy(mask).to(x.device)].mean(0) if mask.any() else mean
-            parts.append(_row_figures(part, x, error, mean, batch_mean, (kept.values > 0).sum(1)))
-            values, indices = (t.cpu().numpy()[mask] for t in kept)
-            seen += _count(latents, values, indices, seen)
-            sample.append(values[:64][values[:64] > 0])  # for a histogram: all would be k values a row
+            parts.append(_row_figures(part, x, error, mean, batch_mean, kept.active()))
+            values, indices, row = (t.cpu().numpy() for t in kept[:3])
+            counted = mask[row] & (values > 0)
+            number = np.cumsum(mask) - 1  # of each row among those that the policy keeps
+            _count(latents, indices[counted], number[row[counted]] + seen)
+            sample.append(values[counted & (number[row] < 64)])  # for a histogram: all would be k values a row
+            seen += int(mask.sum())
             error_moments = error_moments.merge(Moments.of(error.cpu().numpy()[mask]))
             row_moments = row_moments.merge(Moments.of(x.cpu().numpy()[mask]))
     latents.first = np.minimum(latents.first, seen)
@@ -146,14 +149,10 @@ def _row_figures(unit: Unit, x: Tensor, error: Tensor, mean: Tensor, batch_mean:
     )
 
 
-def _count(latents: Latents, values: NDArray[np.float32], indices: NDArray[np.int64], seen: int) -> int:
-    """Count (n, k) kept latents of rows number `seen` on; n."""
-    active = values > 0
-    row = np.broadcast_to(np.arange(len(values))[:, None] + seen, values.shape)[active]
-    latent = indices[active]
-    latents.fired += np.bincount(latent, minlength=len(latents.fired))
-    np.minimum.at(latents.first, latent, row)
-    return len(values)
+def _count(latents: Latents, fired: NDArray[np.int64], row: NDArray[np.int64]) -> None:
+    """Count latents that fired, and the number of the row in which each did."""
+    latents.fired += np.bincount(fired, minlength=len(latents.fired))
+    np.minimum.at(latents.first, fired, row)
 
 
 # -- figures -----------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ def fired(kept: Kept, d_sae: int) -> Tensor:
 
 def count_(silent: Tensor, kept: Kept) -> None:
     """Add a batch to the counters (F,) of tokens since each latent fired, in place."""
-    silent.add_(len(kept.indices)).masked_fill_(fired(kept, len(silent)), 0)
+    silent.add_(len(kept.starts)).masked_fill_(fired(kept, len(silent)), 0)
 
 
 def dead_latents(silent: Tensor, dead_after: int) -> Tensor:

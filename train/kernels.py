@@ -18,6 +18,7 @@ atomics and index_add would have it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -28,36 +29,104 @@ from torch.nn.functional import embedding_bag
 
 _BLOCK_BYTES = 16 << 20  # of pre-activations at a time: what top k reads is then still in the last-level cache
 _GPU_BLOCK_BYTES = 1 << 30  # on CUDA, where only launches count
+_SAMPLE = 64  # rows by which encode_batch guesses its bound
 _GROUP = 8  # columns per group in the first stage: 4 costs 12 ms, 16 costs 11, 32 costs 13
 
 
 class Kept(NamedTuple):
-    """The k largest pre-activations of each row, after ReLU."""
+    """The active latents of n rows as p pairs (row, latent), row by row.
 
-    values: Tensor  # (n, k) float32, >= 0
-    indices: Tensor  # (n, k) int64, distinct in a row, in no particular order
+    TopK keeps k of each row, other activations as many as there are. What is summed over the pairs of a row is summed
+    over a bag; so `rows` and `starts` may name other bags than rows, as Matryoshka's nested dictionaries do.
+    """
+
+    values: Tensor  # (p,) float32 activations, >= 0
+    indices: Tensor  # (p,) int64 latents, distinct in a row, in no particular order
+    rows: Tensor  # (p,) int64, ascending
+    starts: Tensor  # (n,) int64, where each row's pairs begin
+
+    @classmethod
+    def even(cls, values: Tensor, indices: Tensor) -> Kept:
+        """Of (n, k) values and indices."""
+        n, k = indices.shape
+        at = torch.arange(n * k, device=indices.device)
+        return cls(values.reshape(-1), indices.reshape(-1), at // k, at[::k])
+
+    def active(self) -> Tensor:
+        """(n,) int64 latents above 0 in each row."""
+        return torch.zeros_like(self.starts).scatter_add_(0, self.rows, (self.values > 0).to(torch.int64))
 
 
 class Bags(NamedTuple):
-    """All n k (row, latent) pairs, grouped by latent."""
+    """All pairs, grouped by latent."""
 
-    order: Tensor  # (n k,) the pairs' flat positions, grouped by latent
-    rows: Tensor  # (n k,) row of each pair in that order
+    order: Tensor  # (p,) the pairs' positions, grouped by latent
     starts: Tensor  # (F,) where each latent's pairs begin
 
 
 def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Kept:
     """Keep the k largest of x @ W_enc + b_enc in each row, then ReLU; x is (n, d) and has b_dec subtracted."""
+    values, indices = x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64)
+    for rows, pre in _pre_activations(x, W_enc, b_enc):
+        values[rows], indices[rows] = topk(pre, k)
+    return Kept.even(values.relu_(), indices)
+
+
+def encode_above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> Kept:
+    """Keep what of x @ W_enc + b_enc exceeds `threshold`, () or (F,), or is NaN; values are not cut at 0."""
+    return _joined([_above(pre, threshold, rows.start) for rows, pre in _pre_activations(x, W_enc, b_enc)], len(x))
+
+
+def encode_batch(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Kept:
+    """Keep the n k largest of all of x @ W_enc + b_enc that are positive, or fewer if there are not so many.
+
+    What is below a bound that half as many again of a sample's values exceed is dropped block by block; should that
+    leave too few, all that is positive is looked at.
+    """
+    zero, found, bound = x.new_zeros(()), [], None
+    for rows, pre in _pre_activations(x, W_enc, b_enc):
+        if bound is None:
+            sample = pre[:_SAMPLE].reshape(-1)
+            rank = min(len(sample), 3 * k * min(len(pre), _SAMPLE) // 2)
+            bound = sample.topk(rank, sorted=False).values.amin().nan_to_num(0.0).clamp_min(0)
+        found.append(_above(pre, bound, rows.start))
+    kept = _joined(found, len(x))
+    if len(kept.values) < len(x) * k and bound is not None and bound > 0:
+        kept = encode_above(x, W_enc, b_enc, zero)
+    if len(kept.values) <= len(x) * k:
+        return kept
+    chosen = kept.values.topk(len(x) * k, sorted=False).indices.sort().values
+    values, indices, at = (part[chosen] for part in kept[:3])
+    return Kept(values, indices, at, _starts(at, len(x)))
+
+
+def _above(pre: Tensor, threshold: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, columns and rows of what exceeds `threshold`, or is NaN; `first` is the number of the first row."""
+    mask = (pre <= threshold).logical_not_()
+    # Device sync: nonzero must know how many there are. On the CPU numpy's is several times as fast.
+    flat = mask.view(-1).nonzero().view(-1) if pre.is_cuda else torch.from_numpy(np.flatnonzero(mask.numpy()))
+    rows = flat.div(pre.shape[1], rounding_mode="floor")
+    return pre.view(-1)[flat], flat - rows * pre.shape[1], rows + first
+
+
+def _joined(found: list[tuple[Tensor, Tensor, Tensor]], n: int) -> Kept:
+    values, indices, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Kept(values, indices, rows, _starts(rows, n))
+
+
+def _starts(rows: Tensor, n: int) -> Tensor:
+    return torch.searchsorted(rows, torch.arange(n, device=rows.device))
+
+
+def _pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows of x @ W_enc + b_enc, each valid until the next."""
     n, width = len(x), len(b_enc)
     block_bytes = _GPU_BLOCK_BYTES if x.is_cuda else _BLOCK_BYTES
     step = max(1, min(n, block_bytes // (width * x.element_size())))
     buffer = x.new_empty(step, width)
-    values, indices = x.new_empty(n, k), x.new_empty(n, k, dtype=torch.int64)
     for at in range(0, n, step):
         rows = slice(at, min(at + step, n))
-        pre = torch.addmm(b_enc, x[rows], W_enc, out=buffer[: rows.stop - at])
-        values[rows], indices[rows] = topk(pre, k)
-    return Kept(values.relu_(), indices)
+        yield rows, torch.addmm(b_enc, x[rows], W_enc, out=buffer[: rows.stop - at])
 
 
 def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -102,36 +171,31 @@ def _threshold_mask(x: NDArray[np.float32], k: int) -> NDArray[np.bool_]:
 
 
 def decode(kept: Kept, W_dec: Tensor) -> Tensor:
-    """(n, d) sums of the kept latents' directions; b_dec is the caller's."""
-    return embedding_bag(kept.indices, W_dec, mode="sum", per_sample_weights=kept.values)
+    """(bags, d) sums of the kept latents' directions; b_dec is the caller's."""
+    return embedding_bag(kept.indices, W_dec, kept.starts, mode="sum", per_sample_weights=kept.values)
 
 
 def values_gradient(upstream: Tensor, kept: Kept, W_dec: Tensor) -> Tensor:
-    """(n, k) gradient of the kept pre-activations: upstream (n, d) along each direction, where ReLU is open."""
-    n, k = kept.indices.shape
-    device = upstream.device
-    starts = torch.arange(0, n * k, k, device=device)
-    bag_of = torch.arange(n, device=device).repeat_interleave(k, output_size=n * k)
+    """(p,) each pair's direction times its bag's `upstream` (bags, d): the gradient of its value."""
     flat: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        upstream, W_dec, kept.indices.view(-1), starts, bag_of, 0
+        upstream, W_dec, kept.indices, kept.starts, kept.rows, 0
     )
-    return flat.view(n, k).mul_(kept.values > 0)
+    return flat
 
 
 def group_by_latent(indices: Tensor, d_sae: int) -> Bags:
-    """Sort the pairs of (n, k) `indices` by latent; the sort is stable, so that sums have one order."""
-    flat = indices.reshape(-1)
-    latents, order = flat.to(torch.int32).sort(stable=True)
-    every = torch.arange(d_sae, dtype=torch.int32, device=flat.device)
-    return Bags(order, order // indices.shape[1], torch.searchsorted(latents, every))
+    """Sort the pairs with latents `indices` (p,) by latent; the sort is stable, so that sums have one order."""
+    latents, order = indices.to(torch.int32).sort(stable=True)
+    every = torch.arange(d_sae, dtype=torch.int32, device=indices.device)
+    return Bags(order, torch.searchsorted(latents, every))
 
 
-def weight_gradient(rows: Tensor, weights: Tensor, bags: Bags) -> Tensor:
-    """(F, d) for each latent, the sum of `rows` (n, d) at its pairs, weighted by `weights` (n, k)."""
-    ordered = weights.reshape(-1)[bags.order]
-    return embedding_bag(bags.rows, rows, bags.starts, mode="sum", per_sample_weights=ordered)
+def weight_gradient(source: Tensor, weights: Tensor, rows: Tensor, bags: Bags) -> Tensor:
+    """(F, d) for each latent, the sum over its pairs of `source` (m, d) at `rows` (p,), times `weights` (p,)."""
+    order = bags.order
+    return embedding_bag(rows[order], source, bags.starts, mode="sum", per_sample_weights=weights[order])
 
 
 def latent_sums(weights: Tensor, indices: Tensor, d_sae: int) -> Tensor:
-    """(F,) sum of `weights` (n, k) over each latent's pairs."""
-    return weights.new_zeros(d_sae).scatter_add_(0, indices.reshape(-1), weights.reshape(-1))
+    """(F,) sum of `weights` (p,) over each latent's pairs."""
+    return weights.new_zeros(d_sae).scatter_add_(0, indices, weights)

@@ -23,7 +23,7 @@ from data import durable, records
 from data.errors import NonFiniteError, SettingError, StopRequest, StoreError
 from data.journal import Metrics, Progress, duration, read_metrics, tell
 from data.reader import Policy
-from train import checkpoint, dead, export, loss, run, sae
+from train import activations, checkpoint, dead, export, loss, run, sae
 from train.checkpoint import Checkpoint
 from train.evaluate import Fidelity, evaluate
 from train.loss import Losses
@@ -165,7 +165,9 @@ class Trainer:
         self.mean = torch.from_numpy(reader.mean).to(device) * self.scale
         self.mean_variance = float(reader.variance.mean()) * self.scale**2
         fresh = sae.initial(config.sae, self.mean.float(), config.seed)
-        self.state = State(0, fresh, Adam(fresh.tensors()), dead.never_fired(config.sae.d_sae, device))
+        self.activation = activations.activation(config.sae)
+        learned = {name: fresh.tensors()[name] for name in self.activation.learned}
+        self.state = State(0, fresh, Adam(learned), dead.never_fired(config.sae.d_sae, device))
 
     def restore(self, saved: Checkpoint) -> None:
         """Go back to a checkpoint, tensor by tensor into the memory that is there."""
@@ -183,13 +185,16 @@ class Trainer:
         x = batch.to(self.device).float() * self.scale
         # Device sync: nonzero must know how many latents are dead.
         dying = dead.dead_latents(state.silent, config.sae.dead_after)
-        result = loss.losses(state.sae, x, dying, config.sae, self.mean_variance)
+        if state.step == 0:
+            self.activation.begin_(state.sae, x - state.sae.b_dec)
+        result = loss.losses(self.activation, state.sae, x, dying, config.sae, self.mean_variance)
         # Device sync, once a step: one NaN would spoil every weight in one update.
         value = result.loss.item()
         if not math.isfinite(value):
             raise NonFiniteError(_blame(batch, state.step, value))
         lr = learning_rate(state.step, self.steps, config.optim)
         state.adam.step_(result.gradients, lr)
+        self.activation.after_(state.sae, result.kept)
         state.step += 1
         if state.step % config.optim.project_every == 0 or state.step == self.steps:
             state.sae.project_()

@@ -5,6 +5,7 @@ Shapes: n rows, d = d_model, F = d_sae, k = kept latents per row, D = dead laten
     e      = x - x_hat
     main   = mean(e^2)                                        aux_norm=raw       (per element, as the reference)
              mean(e^2) / mean_variance                        aux_norm=variance  (Gao et al.: fixed once)
+             with what the activation adds to it (train/activations.py)
     e_hat  = ReLU(pre, the k_aux largest of the dead) @ W_dec                    (no bias; e is a constant here)
     aux    = aux_coef * mean((e_hat - e)^2)                   aux_norm=raw
              aux_coef * mean((e_hat - e)^2) / mean((mean_n(e) - e)^2)            aux_norm=variance, NaN counts as 0
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from train import kernels
+from train.activations import Activation
 from train.kernels import Kept
 from train.sae import SAE, SAEConfig
 
@@ -44,7 +46,9 @@ class _Aux(NamedTuple):
     b_enc: Tensor  # (D,)
 
 
-def losses(sae: SAE, x: Tensor, dead: Tensor, config: SAEConfig, mean_variance: float) -> Losses:
+def losses(
+    activation: Activation, sae: SAE, x: Tensor, dead: Tensor, config: SAEConfig, mean_variance: float
+) -> Losses:
     """Loss and gradients of one batch.
 
     Args:
@@ -53,33 +57,17 @@ def losses(sae: SAE, x: Tensor, dead: Tensor, config: SAEConfig, mean_variance: 
         mean_variance: the rows' per-dimension variance, averaged over dimensions; used by aux_norm=variance alone.
     """
     centred = x - sae.b_dec
-    kept = kernels.encode(centred, sae.W_enc, sae.b_enc, sae.k)
-    error = centred - kernels.decode(kept, sae.W_dec)
-    denominator = 1.0 if config.aux_norm == "raw" else mean_variance
-    loss, gradients = error.square().mean() / denominator, _main(sae, centred, kept, error, denominator)
-    aux_loss = loss.new_zeros(())
+    main = activation.main(sae, centred, 1.0 if config.aux_norm == "raw" else mean_variance)
+    gradients, aux_loss = main.gradients, main.loss.new_zeros(())
     if len(dead) and config.aux_coef:
-        aux = _aux(sae, centred, error, dead, config)
+        aux = _aux(sae, centred, main.error, dead, config)
         gradients["W_enc"].T.index_add_(0, dead, aux.W_enc)
         gradients["W_dec"].index_add_(0, dead, aux.W_dec)
         gradients["b_enc"].index_add_(0, dead, aux.b_enc)
         aux_loss = aux.loss
     # b_dec is also subtracted from the encoder's input, for both losses.
     gradients["b_dec"].sub_(sae.W_enc @ gradients["b_enc"])
-    return Losses(loss + aux_loss, aux_loss, error, kept, gradients)
-
-
-def _main(sae: SAE, centred: Tensor, kept: Kept, error: Tensor, denominator: float) -> dict[str, Tensor]:
-    """Gradients of the main loss, but for b_dec's path through the encoder."""
-    upstream = error * (-2 / (error.numel() * denominator))  # d loss / d x_hat
-    values = kernels.values_gradient(upstream, kept, sae.W_dec)
-    bags = kernels.group_by_latent(kept.indices, sae.d_sae)
-    return {
-        "W_enc": kernels.weight_gradient(centred, values, bags).T,
-        "W_dec": kernels.weight_gradient(upstream, kept.values, bags),
-        "b_enc": kernels.latent_sums(values, kept.indices, sae.d_sae),
-        "b_dec": upstream.sum(0),
-    }
+    return Losses(main.loss + aux_loss, aux_loss, main.error, main.kept, gradients)
 
 
 def _aux(sae: SAE, centred: Tensor, error: Tensor, dead: Tensor, config: SAEConfig) -> _Aux:

@@ -1,4 +1,4 @@
-"""The TopK sparse autoencoder, and the file that holds a trained one.
+"""The sparse autoencoder, and the file that holds a trained one.
 
 Shapes: n rows, d = d_model, F = d_sae, k = kept latents per row.
 """
@@ -18,39 +18,52 @@ from train import kernels
 from train.kernels import Kept
 
 AUX_NORMS = ("raw", "variance")
-_FILE_TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec")
+ACTIVATIONS = ("topk", "batchtopk", "jumprelu", "matryoshka")  # train/activations.py
+WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec")
 
 
 @dataclass(frozen=True)
 class SAEConfig:
     """The dictionary and its loss. Defaults: caiovicentino/mechreward scripts/train_sae_qwen35.py (the reference)."""
 
+    activation: str = "topk"  # one of ACTIVATIONS
     d_sae: int = 32_768  # latents
-    k: int = 128  # latents kept per row
+    k: int = 128  # latents kept per row: exactly in topk, on average in the others
     aux_coef: float = 0.125  # weight of the AuxK loss; 0 turns it off. Gao et al. have 1/32 with aux_norm=variance
     k_aux: int = 512  # dead latents that reconstruct the error of each row
     aux_norm: str = "raw"  # "raw" as the reference, "variance" as Gao et al. (arXiv 2406.04093); see train/loss.py
     dead_after: int = 10_000_000  # tokens without firing that make a latent dead (Gao et al., section 2.4)
+    nested: int = 5  # matryoshka: dictionaries of the first F / 2^(nested - 1), ..., F / 2, F latents
+    l0_coef: float = 1.0  # jumprelu: weight of (L0 / k - 1)^2
+    bandwidth: float = 0.1  # jumprelu: of the threshold's gradient, in units of rows scaled to E||x|| = sqrt(d)
 
     def __post_init__(self) -> None:
-        for name in ("d_sae", "k", "k_aux", "dead_after"):
+        if self.activation not in ACTIVATIONS:
+            raise SettingError(f"sae.activation={self.activation!r} must be one of {', '.join(ACTIVATIONS)}")
+        for name in ("d_sae", "k", "k_aux", "dead_after", "nested"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise SettingError(f"sae.{name}={value!r} must be a whole number of at least 1")
         if self.k > self.d_sae:
             raise SettingError(f"sae.k={self.k} must be at most sae.d_sae={self.d_sae}: so many latents can be kept")
-        if not (math.isfinite(self.aux_coef) and self.aux_coef >= 0):
-            raise SettingError(f"sae.aux_coef={self.aux_coef} must be 0 or a positive number")
+        for name in ("aux_coef", "l0_coef"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise SettingError(f"sae.{name}={getattr(self, name)} must be 0 or a positive number")
+        if not (math.isfinite(self.bandwidth) and self.bandwidth > 0):
+            raise SettingError(f"sae.bandwidth={self.bandwidth} must be a positive number")
+        if self.activation == "matryoshka" and self.d_sae >> (self.nested - 1) < 1:
+            raise SettingError(f"sae.nested={self.nested} halvings leave nothing of sae.d_sae={self.d_sae}; lower it")
         if self.aux_norm not in AUX_NORMS:
             raise SettingError(f"sae.aux_norm={self.aux_norm!r} must be one of {', '.join(AUX_NORMS)}")
 
 
 @dataclass(frozen=True)
 class SAE:
-    """A TopK sparse autoencoder.
+    """A sparse autoencoder.
 
         pre   = (x - b_dec) @ W_enc + b_enc
-        f     = ReLU(pre where it is among the k largest of its row, else 0)
+        f     = ReLU(pre where it is among the k largest of its row, else 0)    TopK, which has no threshold
+                pre where it is above the threshold, else 0                     BatchTopK, JumpReLU, Matryoshka
         x_hat = f @ W_dec + b_dec
 
     Latent i reads along the column W_enc[:, i] and writes along the row W_dec[i], which has norm 1 ("decoder column" in
@@ -62,6 +75,7 @@ class SAE:
     b_enc: Tensor  # (F,)
     b_dec: Tensor  # (d,)
     k: int  # latents kept per row
+    threshold: Tensor | None = None  # (F,) at least 0
 
     @property
     def d_model(self) -> int:
@@ -72,8 +86,11 @@ class SAE:
         return len(self.b_enc)
 
     def encode(self, x: Tensor) -> Kept:
-        """The kept latents of (n, d) rows: values (n, k), 0 where fewer than k are positive, and indices (n, k)."""
-        return kernels.encode(x.to(self.W_enc.dtype) - self.b_dec, self.W_enc, self.b_enc, self.k)
+        """The kept latents of (n, d) rows; in TopK k a row, with value 0 where fewer are positive."""
+        centred = x.to(self.W_enc.dtype) - self.b_dec
+        if self.threshold is None:
+            return kernels.encode(centred, self.W_enc, self.b_enc, self.k)
+        return kernels.encode_above(centred, self.W_enc, self.b_enc, self.threshold)
 
     def decode(self, kept: Kept) -> Tensor:
         """(n, d) reconstruction from kept latents."""
@@ -87,8 +104,9 @@ class SAE:
         return SAE(**{name: tensor.to(device) for name, tensor in self.tensors().items()}, k=self.k)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The four parameters by name, in the order in which the optimizer and the files have them."""
-        return {name: getattr(self, name) for name in _FILE_TENSORS}
+        """The weights, and the threshold if there is one, in the order that the optimizer and the files have."""
+        threshold = {} if self.threshold is None else {"threshold": self.threshold}
+        return {**{name: getattr(self, name) for name in WEIGHTS}, **threshold}
 
     def project_(self) -> None:
         """Scale every decoder direction to norm 1, in place."""
@@ -98,10 +116,11 @@ class SAE:
     def folded(self, scale: float) -> SAE:
         """The same autoencoder on raw rows x, given that this one works on scale * x.
 
-        TopK and ReLU commute with a positive factor, so only the biases change: f and x_hat come out divided by
-        `scale`, as raw rows are.
+        TopK, ReLU and comparing commute with a positive factor, so only biases and threshold change: f and x_hat come
+        out divided by `scale`, as raw rows are.
         """
-        return SAE(self.W_enc, self.W_dec, self.b_enc / scale, self.b_dec / scale, self.k)
+        threshold = None if self.threshold is None else self.threshold / scale
+        return SAE(self.W_enc, self.W_dec, self.b_enc / scale, self.b_dec / scale, self.k, threshold)
 
 
 def initial(config: SAEConfig, b_dec: Tensor, seed: int) -> SAE:
@@ -111,7 +130,8 @@ def initial(config: SAEConfig, b_dec: Tensor, seed: int) -> SAE:
     """
     generator = torch.Generator().manual_seed(seed)
     W_dec = torch.randn(config.d_sae, len(b_dec), generator=generator).to(b_dec.device)
-    sae = SAE(W_dec.clone().T, W_dec, b_dec.new_zeros(config.d_sae), b_dec.clone(), config.k)
+    threshold = None if config.activation == "topk" else b_dec.new_zeros(config.d_sae)
+    sae = SAE(W_dec.clone().T, W_dec, b_dec.new_zeros(config.d_sae), b_dec.clone(), config.k, threshold)
     sae.project_()
     sae.W_enc.copy_(W_dec.T)
     return sae
@@ -134,17 +154,17 @@ def load(path: Path, device: torch.device | str = "cpu") -> SAE:
 
 
 def _checked(path: Path, content: Any) -> SAE:
-    if not isinstance(content, dict) or set(content) != {*_FILE_TENSORS, "k"}:
-        raise StoreError(f"{path} is not an SAE: expected the keys {', '.join(_FILE_TENSORS)}, k")
-    for name in _FILE_TENSORS:
+    if not isinstance(content, dict) or set(content) - {"threshold"} != {*WEIGHTS, "k"}:
+        raise StoreError(f"{path} is not an SAE: expected the keys {', '.join(WEIGHTS)}, k, and perhaps threshold")
+    for name in content.keys() - {"k"}:
         if not isinstance(content[name], Tensor):
             raise StoreError(f"{path}: {name} is not a tensor but {type(content[name]).__name__}")
-    k, tensors = int(content["k"]), {name: content[name].float() for name in _FILE_TENSORS}
+    k, tensors = int(content["k"]), {name: content[name].float() for name in content if name != "k"}
     d, d_sae = tensors["b_dec"].numel(), tensors["b_enc"].numel()
-    shapes = {"W_enc": (d, d_sae), "W_dec": (d_sae, d), "b_enc": (d_sae,), "b_dec": (d,)}
-    for name, shape in shapes.items():
-        if tuple(tensors[name].shape) != shape:
-            raise StoreError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, its biases say {shape}")
+    shapes = {"W_enc": (d, d_sae), "W_dec": (d_sae, d), "b_enc": (d_sae,), "b_dec": (d,), "threshold": (d_sae,)}
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise StoreError(f"{path}: {name} has shape {tuple(tensor.shape)}, its biases say {shapes[name]}")
     if not 1 <= k <= d_sae:
         raise StoreError(f"{path}: k is {k}, allowed is 1 to {d_sae}")
     return SAE(**tensors, k=k)

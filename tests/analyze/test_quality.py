@@ -130,11 +130,10 @@ def test_latents_are_silent_for_a_span_or_not(monkeypatch: pytest.MonkeyPatch) -
 
 def test_counting_goes_on_from_batch_to_batch() -> None:
     latents = study.Latents(np.zeros(3, np.int64), np.full(3, 99))
-    values = np.array([[1.0, 0.0], [2.0, 3.0]], np.float32)
-    for seen, indices in ((0, [[0, 1], [0, 0]]), (2, [[1, 2], [0, 2]])):
-        assert study._count(latents, values, np.array(indices), seen) == 2
+    for fired, row in (([0, 0, 0], [0, 1, 1]), ([1, 0, 2], [2, 3, 3])):
+        study._count(latents, np.array(fired), np.array(row))
     assert latents.fired.tolist() == [4, 1, 1]
-    assert latents.first.tolist() == [0, 2, 3]  # latent 1 is kept in row 0 with value 0: that is no firing
+    assert latents.first.tolist() == [0, 2, 3]
 
 
 def test_groups_add_up(figures: dict[str, Any], reference: Reference) -> None:

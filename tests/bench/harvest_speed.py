@@ -69,7 +69,7 @@ class Shape:
 
 
 SHAPES = {
-    "small": Shape(SMALL, (3, 6), tokens=32_768, context=512, batch=8, unit=4_096),
+    "small": Shape(SMALL, (3, 6), tokens=131_072, context=512, batch=8, unit=4_096),
     "e4b": Shape(E4B, (21, 27), tokens=1_048_576, context=1_024, batch=16, unit=65_536),
 }
 

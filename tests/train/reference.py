@@ -8,12 +8,61 @@ from torch import Tensor
 from train.sae import SAE, SAEConfig
 
 
-def random_sae(d: int, d_sae: int, k: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> SAE:
-    """An SAE with nothing special about it: no unit norms, no tied weights, no zero biases."""
+def random_sae(
+    d: int, d_sae: int, k: int, seed: int = 0, dtype: torch.dtype = torch.float64, threshold: float | None = None
+) -> SAE:
+    """An SAE with nothing special about it: no unit norms, no tied weights, no zero biases; thresholds around one."""
     draw = torch.Generator().manual_seed(seed)
     shapes = {"W_enc": (d_sae, d), "W_dec": (d_sae, d), "b_enc": (d_sae,), "b_dec": (d,)}
     tensors = {name: torch.randn(shape, generator=draw, dtype=dtype) for name, shape in shapes.items()}
+    if threshold is not None:
+        tensors["threshold"] = threshold + torch.rand(d_sae, generator=draw, dtype=dtype)
     return SAE(**{**tensors, "W_enc": tensors["W_enc"].T}, k=k)
+
+
+class Jump(torch.autograd.Function):
+    """z H(z - theta), with the pseudo-derivative at theta of arXiv 2407.14435, equation 11."""
+
+    @staticmethod
+    def forward(ctx, z, theta, bandwidth):
+        ctx.save_for_backward(z, theta)
+        ctx.bandwidth = bandwidth
+        return z * (z > theta)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        z, theta = ctx.saved_tensors
+        inside = ((z - theta).abs() < ctx.bandwidth / 2).double()
+        return upstream * (z > theta), -(theta / ctx.bandwidth * inside * upstream).sum(0), None
+
+
+class Step(torch.autograd.Function):
+    """H(z - theta), with the pseudo-derivative at theta of arXiv 2407.14435, equation 12."""
+
+    @staticmethod
+    def forward(ctx, z, theta, bandwidth):
+        ctx.save_for_backward(z, theta)
+        ctx.bandwidth = bandwidth
+        return (z > theta).double()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        z, theta = ctx.saved_tensors
+        inside = ((z - theta).abs() < ctx.bandwidth / 2).double()
+        return torch.zeros_like(z), -(inside / ctx.bandwidth * upstream).sum(0), None
+
+
+def activations_and_penalty(p: dict[str, Tensor], x: Tensor, config: SAEConfig) -> tuple[Tensor, Tensor]:
+    """(n, F) activations as training has them, and what JumpReLU adds to the loss."""
+    pre = (x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
+    none = torch.zeros((), dtype=torch.float64)
+    if config.activation == "topk":
+        return dense_activations(p, x, config.k), none
+    if config.activation == "jumprelu":
+        l0 = Step.apply(pre, p["threshold"], config.bandwidth).sum(1).mean()
+        return Jump.apply(pre, p["threshold"], config.bandwidth), config.l0_coef * (l0 / config.k - 1) ** 2
+    values, indices = pre.flatten().topk(len(x) * config.k)
+    return torch.zeros_like(pre).flatten().scatter(0, indices, values.relu()).view_as(pre), none
 
 
 def dense_activations(parameters: dict[str, Tensor], x: Tensor, k: int) -> Tensor:
@@ -27,8 +76,10 @@ def reference_losses(sae: SAE, x: Tensor, dead: Tensor, config: SAEConfig, mean_
     """Total loss, AuxK's part of it, and the gradients by name."""
     p = {name: tensor.double().detach().requires_grad_() for name, tensor in sae.tensors().items()}
     x = x.double()
-    error = x - (dense_activations(p, x, sae.k) @ p["W_dec"] + p["b_dec"])
-    main, aux = error.square().mean(), torch.zeros((), dtype=torch.float64)
+    f, penalty = activations_and_penalty(p, x, config)
+    error, aux = x - (f @ p["W_dec"] + p["b_dec"]), torch.zeros((), dtype=torch.float64)
+    prefixes = [config.d_sae >> level for level in range(config.nested if config.activation == "matryoshka" else 1)]
+    main = sum((x - (f[:, :m] @ p["W_dec"][:m] + p["b_dec"])).square().mean() for m in prefixes) / len(prefixes)
     if len(dead) and config.aux_coef:
         target = error.detach()
         pre = ((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"])[:, dead]
@@ -39,5 +90,6 @@ def reference_losses(sae: SAE, x: Tensor, dead: Tensor, config: SAEConfig, mean_
             aux = aux / (target - target.mean(0)).square().mean()
     if config.aux_norm == "variance":
         main = main / mean_variance
-    (main + aux).backward()
-    return (main + aux).detach(), aux.detach(), {name: tensor.grad for name, tensor in p.items()}
+    total = main + penalty + aux
+    total.backward()
+    return total.detach(), aux.detach(), {name: tensor.grad for name, tensor in p.items() if tensor.grad is not None}

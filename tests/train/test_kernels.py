@@ -49,8 +49,8 @@ def test_encode_is_the_same_in_blocks(monkeypatch):
     whole = kernels.encode(x, W_enc, b_enc, 4)
     monkeypatch.setattr(kernels, "_BLOCK_BYTES", 5 * 128 * 4)
     blocks = kernels.encode(x, W_enc, b_enc, 4)
-    assert torch.equal(whole.indices.sort(1).values, blocks.indices.sort(1).values)
-    torch.testing.assert_close(whole.values.sort(1).values, blocks.values.sort(1).values)
+    assert torch.equal(whole.indices.view(37, 4).sort(1).values, blocks.indices.view(37, 4).sort(1).values)
+    torch.testing.assert_close(whole.values.view(37, 4).sort(1).values, blocks.values.view(37, 4).sort(1).values)
 
 
 def test_gradient_kernels_equal_dense_ones():
@@ -58,19 +58,77 @@ def test_gradient_kernels_equal_dense_ones():
     upstream, W_dec, rows = draw(n, d), draw(d_sae, d, seed=1), draw(n, d, seed=2)
     values, indices = draw(n, d_sae, seed=3).topk(k, dim=1)
     values[:, -1] = 0.0
-    kept, dense = Kept(values, indices), torch.zeros(n, d_sae).scatter(1, indices, values)
+    kept, dense = Kept.even(values, indices), torch.zeros(n, d_sae).scatter(1, indices, values)
     torch.testing.assert_close(kernels.decode(kept, W_dec), dense @ W_dec)
-    wanted = (upstream @ W_dec.T).gather(1, indices) * (values > 0)
+    wanted = (upstream @ W_dec.T).gather(1, indices).view(-1)
     torch.testing.assert_close(kernels.values_gradient(upstream, kept, W_dec), wanted)
-    bags = kernels.group_by_latent(indices, d_sae)
-    torch.testing.assert_close(kernels.weight_gradient(rows, values, bags), dense.T @ rows)
-    torch.testing.assert_close(kernels.latent_sums(values, indices, d_sae), dense.sum(0))
+    bags = kernels.group_by_latent(kept.indices, d_sae)
+    torch.testing.assert_close(kernels.weight_gradient(rows, kept.values, kept.rows, bags), dense.T @ rows)
+    torch.testing.assert_close(kernels.latent_sums(kept.values, kept.indices, d_sae), dense.sum(0))
+    assert torch.equal(kept.active(), (dense > 0).sum(1))
+
+
+def dense_of(kept, n, d_sae):
+    return torch.zeros(n, d_sae).index_put((kept.rows, kept.indices), kept.values)
+
+
+@pytest.mark.parametrize("block", [1 << 20, 5 * 128 * 4])
+def test_encode_above_keeps_what_exceeds_each_latents_threshold(block, monkeypatch):
+    monkeypatch.setattr(kernels, "_BLOCK_BYTES", block)
+    x, W_enc, b_enc, threshold = draw(37, 8), draw(8, 128, seed=1), draw(128, seed=2), draw(128, seed=3) + 2
+    x[5], threshold[7] = 0.0, torch.inf
+    kept, pre = kernels.encode_above(x, W_enc, b_enc, threshold), x @ W_enc + b_enc
+    torch.testing.assert_close(dense_of(kept, 37, 128), pre * (pre > threshold))
+    assert torch.equal(kept.starts, torch.searchsorted(kept.rows, torch.arange(37)))
+    assert bool((kept.rows.diff() >= 0).all())
+
+
+@pytest.mark.parametrize("block", [1 << 20, 5 * 128 * 4])
+@pytest.mark.parametrize("k", [1, 8, 64])
+@pytest.mark.parametrize("uneven", [False, True])
+def test_encode_batch_keeps_the_largest_of_the_batch(block, k, uneven, monkeypatch):
+    """Also where the first rows, by which the bound is guessed, are unlike the others."""
+    monkeypatch.setattr(kernels, "_BLOCK_BYTES", block)
+    x, W_enc, b_enc = draw(90, 8), draw(8, 128, seed=1), draw(128, seed=2)
+    if uneven:
+        x[:70] *= 10
+        x = x if k == 8 else x.flip(0)
+    kept, pre = kernels.encode_batch(x, W_enc, b_enc, k), x @ W_enc + b_enc
+    positive = pre.clamp_min(0).view(-1)
+    wanted = positive.topk(90 * k)
+    torch.testing.assert_close(
+        dense_of(kept, 90, 128), torch.zeros(90 * 128).scatter(0, wanted.indices, wanted.values).view(90, 128)
+    )
+    assert torch.equal(kept.starts, torch.searchsorted(kept.rows, torch.arange(90)))
+
+
+def test_encode_batch_lets_no_nan_through_unseen():
+    x, W_enc, b_enc = draw(90, 8), draw(8, 128, seed=1), draw(128, seed=2)
+    x[80, 3] = torch.nan
+    assert bool(kernels.encode_batch(x, W_enc, b_enc, 4).values.isnan().any())
+
+
+def test_kernels_on_rows_with_no_pairs():
+    """Between others, at the beginning and at the end; and with no pair at all."""
+    W_dec, upstream = draw(16, 8), draw(6, 8, seed=1)
+    for rows in ([1, 1, 4], []):
+        at = torch.tensor(rows, dtype=torch.int64)
+        starts = torch.searchsorted(at, torch.arange(6))
+        kept = Kept(draw(len(rows), seed=2).abs(), torch.arange(len(rows)), at, starts)
+        dense = dense_of(kept, 6, 16)
+        torch.testing.assert_close(kernels.decode(kept, W_dec), dense @ W_dec)
+        wanted = (upstream @ W_dec.T)[kept.rows, kept.indices]
+        torch.testing.assert_close(kernels.values_gradient(upstream, kept, W_dec), wanted)
+        bags = kernels.group_by_latent(kept.indices, 16)
+        torch.testing.assert_close(kernels.weight_gradient(upstream, kept.values, kept.rows, bags), dense.T @ upstream)
+        assert torch.equal(kept.active(), (dense > 0).sum(1))
 
 
 def test_weight_gradient_repeats_its_bits():
     rows, values = draw(512, 16), draw(512, 8, seed=1)
-    indices = torch.randint(0, 32, (512, 8), generator=torch.Generator().manual_seed(2))
+    kept = Kept.even(values, torch.randint(0, 32, (512, 8), generator=torch.Generator().manual_seed(2)))
     first, second = (
-        kernels.weight_gradient(rows, values, kernels.group_by_latent(indices.clone(), 32)) for _ in range(2)
+        kernels.weight_gradient(rows, kept.values, kept.rows, kernels.group_by_latent(kept.indices.clone(), 32))
+        for _ in range(2)
     )
     assert torch.equal(first, second)

@@ -6,11 +6,16 @@ import pytest
 import torch
 
 from tests.train.reference import random_sae, reference_losses
-from train.loss import losses
+from train import loss
+from train.activations import activation
 from train.sae import SAEConfig
 
 D, D_SAE, K, N = 12, 64, 4, 50
 CONFIG = SAEConfig(d_sae=D_SAE, k=K, k_aux=8, aux_coef=0.5)
+
+
+def losses(sae, x, dead, config, mean_variance):
+    return loss.losses(activation(config), sae, x, dead, config, mean_variance)
 
 
 def rows(seed=9, dtype=torch.float64):
@@ -40,11 +45,35 @@ def test_gradients_equal_autograd(aux_norm, dead, dtype, rtol):
 
 
 @pytest.mark.parametrize("aux_norm", ["raw", "variance"])
+@pytest.mark.parametrize("dead", [0, 8])
+@pytest.mark.parametrize("silent", [0.0, 5.0])  # with 5, fewer than k a row are positive
+@pytest.mark.parametrize("changes", [{"activation": "batchtopk"}, {"activation": "matryoshka", "nested": 4}])
+def test_gradients_of_activations_over_a_batch(changes, silent, dead, aux_norm):
+    config = replace(CONFIG, aux_norm=aux_norm, **changes)
+    sae = random_sae(D, D_SAE, K, threshold=0.5)
+    sae.b_enc.sub_(silent)
+    assert_equal_to_autograd(sae, rows(), dead_latents(dead), config, 1e-12)
+    single = random_sae(D, D_SAE, K, threshold=0.5, dtype=torch.float32)
+    assert_equal_to_autograd(single, rows(dtype=torch.float32), dead_latents(dead), config, 2e-5)
+
+
+@pytest.mark.parametrize("aux_norm", ["raw", "variance"])
+@pytest.mark.parametrize("dead", [0, 8])
+@pytest.mark.parametrize("threshold", [0.0, 2.0, 50.0])  # many above, some, none
+def test_gradients_of_jumprelu(threshold, dead, aux_norm):
+    config = replace(CONFIG, aux_norm=aux_norm, activation="jumprelu", bandwidth=0.7, l0_coef=0.3)
+    sae = random_sae(D, D_SAE, K, threshold=threshold)
+    result = losses(sae, rows(), dead_latents(dead), config, 1.7)
+    assert bool(result.gradients["threshold"].any()) == (threshold < 50)
+    assert_equal_to_autograd(sae, rows(), dead_latents(dead), config, 1e-12)
+
+
+@pytest.mark.parametrize("aux_norm", ["raw", "variance"])
 def test_gradients_where_fewer_than_k_are_positive(aux_norm):
     sae = random_sae(D, D_SAE, K)
     sae.b_enc.sub_(7.0)
     result = losses(sae, rows(), dead_latents(20), CONFIG, 1.7)
-    positive = (result.kept.values > 0).sum(1)
+    positive = result.kept.active()
     assert positive.min() < K
     assert positive.max() > 0
     assert_equal_to_autograd(sae, rows(), dead_latents(20), replace(CONFIG, aux_norm=aux_norm), 1e-12)
@@ -58,7 +87,7 @@ def test_gradients_of_tied_latents_go_to_the_kept_ones_only():
     used = torch.zeros(D_SAE, dtype=torch.bool)
     used[result.kept.indices[result.kept.values > 0]] = True
     assert not result.gradients["W_dec"][~used].any()
-    assert bool((result.kept.values == result.kept.values[:, :1]).all())
+    assert bool((result.kept.values.view(N, K) == result.kept.values.view(N, K)[:, :1]).all())
 
 
 def test_aux_reaches_encoder_and_decoder_of_dead_latents():

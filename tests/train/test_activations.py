@@ -1,0 +1,86 @@
+"""Every activation finds planted directions, keeps k latents a row, and comes back from its file as it was trained."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.train import killing
+from tests.train.planted import Planted, planted_stream
+from train.loop import TrainConfig, Trainer, train
+from train.optim import OptimConfig
+from train.sae import SAEConfig, load
+
+EVERY = [
+    {"activation": "topk"},
+    {"activation": "batchtopk"},
+    {"activation": "jumprelu"},
+    {"activation": "matryoshka", "nested": 3},
+]
+
+
+@pytest.mark.parametrize("changes", EVERY, ids=lambda changes: changes["activation"])
+def test_recovers_planted_directions(changes, tmp_path):
+    """At least 95 % of them with a cosine of 0.95, by twice as many latents."""
+    reader = Planted(d=32, latents=48, active=3, batch=256, rows=256 * 600)
+    sae = SAEConfig(d_sae=96, k=3, aux_coef=1 / 32, k_aux=16, aux_norm="variance", dead_after=10_000, **changes)
+    config = TrainConfig(layer=0, batch=256, sae=sae, optim=OptimConfig(lr=0.01, lr_floor=0.001), log_every=100)
+    final = train(config, planted_stream(reader), tmp_path, killing.CPU)
+    found = load(tmp_path / "sae_final.pt")
+    cosines = (reader.directions @ found.W_dec.T).amax(1)
+    assert float((cosines >= 0.95).float().mean()) >= 0.95
+    assert final["variance_explained"] > 0.96
+    # On rows that training never saw, by the exported file alone.
+    x = reader.draw(-1, 2048)
+    kept = found.encode(x)
+    assert float(kept.active().float().mean()) == pytest.approx(3, rel=0.05)
+    error = (x.float() - found(x)).double().square().sum()
+    assert 1 - float(error / (x.double() - torch.from_numpy(reader.mean)).square().sum()) > 0.96
+
+
+@pytest.mark.parametrize("changes", EVERY[1:], ids=lambda changes: changes["activation"])
+def test_the_threshold_is_in_the_file_and_in_the_checkpoint(changes, tmp_path):
+    small = killing.config().sae
+    sae = SAEConfig(d_sae=small.d_sae, k=small.k, dead_after=small.dead_after, **changes)
+    killing.run(tmp_path / "whole", sae=sae)
+    with pytest.raises(KeyboardInterrupt):
+        killing.run(tmp_path / "twice", stopping_reader(), sae=sae)
+    killing.run(tmp_path / "twice", sae=sae)
+    assert killing.bits(tmp_path / "twice") == killing.bits(tmp_path / "whole")
+    assert torch.load(tmp_path / "whole" / "sae_final.pt", weights_only=True)["threshold"].shape == (small.d_sae,)
+
+
+def stopping_reader():
+    def spoil(number, rows):
+        if number == 13:
+            raise KeyboardInterrupt
+
+    return killing.planted(spoil=spoil)
+
+
+@pytest.mark.parametrize("changes", EVERY[1:], ids=lambda changes: changes["activation"])
+def test_the_threshold_starts_where_the_first_batch_keeps_k(changes):
+    reader = killing.planted()
+    trainer = Trainer(killing.config(sae=SAEConfig(d_sae=48, k=2, **changes)), reader, killing.CPU)
+    sae = trainer.state.sae
+    x = reader.draw(0, killing.BATCH).float() * trainer.scale
+    with torch.no_grad():
+        trainer.activation.begin_(sae, x - sae.b_dec)
+    kept = sae.encode(x)  # all that is above the smallest of them
+    assert len(kept.values) == 2 * killing.BATCH - 1
+
+
+def test_jumprelu_is_pulled_towards_its_l0():
+    """From a threshold far too low and one far too high."""
+    reader = Planted(d=16, latents=32, active=3, batch=128, rows=128 * 400)
+    sae = SAEConfig(activation="jumprelu", d_sae=32, k=3, dead_after=10_000)
+    config = TrainConfig(layer=0, batch=128, sae=sae, optim=OptimConfig(lr=0.01, lr_floor=0.01))
+    for factor in (0.3, 1.5):
+        trainer, l0 = Trainer(config, reader, killing.CPU), []
+        with torch.no_grad():
+            for number, batch in zip(range(300), reader.batches(0), strict=False):
+                trainer.step_(batch)
+                if number == 0:
+                    trainer.state.sae.threshold.mul_(factor)
+                l0.append(float(trainer.state.sae.encode(batch.float() * trainer.scale).active().float().mean()))
+        assert abs(l0[1] - 3) > 1
+        assert np.mean(l0[-20:]) == pytest.approx(3, rel=0.1)
