@@ -15,8 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 from analyze.quality import markdown, quality, write
 from analyze.report import report
 from analyze.subject import Subject
+from data.device import torch_device
 from data.errors import SettingError, run_command
-from data.settings import torch_device, whole
+from data.settings import whole
 
 
 def command(settings: dict[str, Any]) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from data.errors import SettingError
 
 
@@ -37,23 +35,3 @@ def flag(name: str, value: Any) -> bool:
 def optional_whole(name: str, value: Any) -> int | None:
     """Like `whole`, with None for a setting that is left open."""
     return None if value is None else whole(name, value)
-
-
-def torch_device(name: str | None) -> torch.device:
-    """The device asked for: cpu, cuda or cuda:N; None is the GPU if there is one.
-
-    Raises:
-        SettingError: there is no such device.
-    """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name is None:
-        return torch.device("cuda" if gpus else "cpu")
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError) as error:
-        raise SettingError(f"device={name} must be cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise SettingError(f"device={name} must be cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise SettingError(f"device={name} needs a CUDA GPU, and torch sees {gpus}; use device=cpu")
-    return device

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.device import own_device
 from data.errors import SettingError, run_command
 from data.journal import tell
 from data.place import place_of
-from data.settings import optional_whole, torch_device, whole
+from data.settings import optional_whole, whole
 from data.sources import source_name, source_of
 from data.verify import repair
 from harvest.checkpoint import EMBEDDED, read_config, resolve
@@ -63,9 +63,7 @@ def default_store(model: dict[str, Any], group: dict[str, Any]) -> str:
 
 def model_config(group: dict[str, Any], device: str | None) -> ModelConfig:
     """The model that a `model` group names, on the asked device or the best: of several GPUs this process's own."""
-    if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    return ModelConfig(str(group["path"]), str(group["revision"]), group["dtype"], str(torch_device(device)))
+    return ModelConfig(str(group["path"]), str(group["revision"]), group["dtype"], str(own_device(device)))
 
 
 def command(settings: dict[str, Any]) -> None:

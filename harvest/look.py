@@ -9,7 +9,7 @@ import numpy as np
 
 from data import order, ring, summary
 from data.errors import MismatchError, StoreError, differences
-from data.journal import duration
+from data.journal import duration, size
 from data.kinds import BOS, ORDINARY, OUTLIER
 from data.ledger import RESIDUALS
 from data.place import Place
@@ -18,7 +18,6 @@ from data.store import Store
 from data.verify import damage
 from harvest.lm import LanguageModel
 from harvest.loop import require_same
-from harvest.plan import size
 
 _SAMPLED = 8  # units whose documents are counted
 _RECENT = 20  # units from whose records' times the present rate is taken

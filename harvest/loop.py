@@ -19,7 +19,7 @@ from data import claims, ring, scales, summary
 from data.claims import Claims
 from data.documents import TextSource
 from data.errors import SettingError, StopRequest, StoreError
-from data.journal import duration, tell
+from data.journal import duration, size, tell
 from data.ledger import count_residuals
 from data.manifest import agree
 from data.place import place_of
@@ -28,7 +28,7 @@ from data.sources import has_chats
 from data.store import Store
 from harvest import residuals, spine
 from harvest.lm import LanguageModel, choose_isolation, forward_inputs, run, truncate_checked_
-from harvest.plan import HarvestConfig, size
+from harvest.plan import HarvestConfig
 from harvest.residuals import compute_unit, prepared
 from harvest.spine import Spine
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -11,8 +10,9 @@ import torch
 
 from data import order, ring
 from data.codec import require_known
+from data.device import free_bytes
 from data.errors import SettingError, StoreError
-from data.journal import duration
+from data.journal import duration, size
 from data.place import place_of
 from harvest.cost import Cost
 
@@ -125,15 +125,6 @@ class Plan:
         )
 
 
-def size(count: float) -> str:
-    """Bytes as people say them, in powers of ten."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 999.5 or unit == "TB":
-            break
-        count /= 1000
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-
-
 def plan(config: HarvestConfig, model: Cost, d_model: int, device: str, done: float = 0.0) -> Plan:
     """The plan for `config`, of which the share `done` is stored already."""
     rows = -(-config.tokens // config.context)
@@ -159,7 +150,7 @@ def plan(config: HarvestConfig, model: Cost, d_model: int, device: str, done: fl
         disk_bytes=round(disk + beside * (1 - done)),
         free_bytes=place_of(config.store).room(),
         model=model,
-        device_bytes=_memory(device),
+        device_bytes=free_bytes(torch.device(device)),
     )
 
 
@@ -172,16 +163,6 @@ def _ring_bytes(config: HarvestConfig, d_model: int) -> int | None:
     each = ring.unit_bytes(config.unit_tokens, config.chunk_rows, d_model, len(config.layers))
     ring.span_of(config.max_bytes, held_out, each)
     return config.max_bytes
-
-
-def _memory(device: str) -> int | None:
-    """Bytes of the device that are free; of the host's memory for a CPU."""
-    if device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return None
 
 
 def require_fit(planned: Plan, store: str | Path) -> None:

@@ -19,12 +19,12 @@ import torch
 from data import claims
 from data.claims import Claims
 from data.errors import PipelineError, StopRequest
-from data.journal import Progress, duration, tell
+from data.journal import Progress, duration, size, tell
 from data.ring import Ring
 from data.store import Store
 from data.unit import Prepared, prepare
 from harvest.lm import LanguageModel, OutOfMemory, forward_inputs, is_out_of_memory, run
-from harvest.plan import Faults, size
+from harvest.plan import Faults
 from harvest.spine import POLL_S, Spine
 
 IN_FLIGHT = 2  # units made and not yet committed: 0.67 GB a layer at width 2560

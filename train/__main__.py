@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +17,58 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data import durable, ring, summary
+from data.device import own_device
 from data.errors import SettingError, run_command
 from data.journal import tell
 from data.reader import Policy, Reader, RingFollower, held_out
-from data.settings import flag, optional_whole, torch_device, whole
+from data.settings import flag, optional_whole, whole
 from data.store import Store
-from train.loop import Stream, TrainConfig, Whole, train
+from train import parallel
+from train.loop import Arm, train
 from train.optim import OptimConfig
+from train.parallel import Group
 from train.sae import SAEConfig
+from train.stream import Stream, Whole
+from train.trainer import TrainConfig
 
 _ARM_BYTES = 150  # of a directory's name; file systems allow 255
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(cfg: DictConfig) -> None:
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        train_one(plain(cfg))  # an arm that is refused must not end the sweep, as an exit would
+    else:
+        run_command(lambda: train_one(plain(cfg)))
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """Hydra's settings as plain values."""
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
-    plain = {str(key): value for key, value in settings.items()}
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        run(plain)  # an arm that is refused must not end the sweep, as an exit would
+    return {str(key): value for key, value in settings.items()}
+
+
+def train_one(settings: dict[str, Any]) -> None:
+    """Train one arm; with the other processes, if torchrun or accelerate started several."""
+    device = own_device(settings["device"])
+    if parallel.world() > 1 and HydraConfig.get().mode == RunMode.RUN:
+        with Group(device) as group:
+            train(arm(settings), device, group)
     else:
-        run_command(lambda: run(plain))
+        train(arm(settings), device)
 
 
-def run(settings: dict[str, Any]) -> None:
-    """Turn the settings into objects, and train."""
+def arm(settings: dict[str, Any]) -> Arm:
+    """Turn the settings into objects."""
     if not settings["store"]:
         raise SettingError("store= is missing; give the path of an activation store, e.g. store=activations/tiny.zarr")
-    device = torch_device(settings["device"])
     name = settings["sae"].pop("name", "sae")
     optim, sae = build(OptimConfig, "optim", settings["optim"]), build(SAEConfig, "sae", settings["sae"])
     policy = Policy(*(flag(name, settings[name]) for name in ("drop_bos", "drop_outliers")))
-    store = Store.open(str(settings["store"]))
+    store = opened(str(settings["store"]))
     layer = first_layer(store) if settings["layer"] is None else whole("layer", settings["layer"])
-    counts = ("seed", "batch", "log_every", "eval_every", "eval_rows", "checkpoint_every")
+    counts = ("seed", "data_seed", "batch", "log_every", "eval_every", "eval_rows", "checkpoint_every")
     config = TrainConfig(
         layer=layer,
         tokens=optional_whole("tokens", settings["tokens"]),
@@ -58,16 +77,28 @@ def run(settings: dict[str, Any]) -> None:
         optim=optim,
         **{key: whole(key, settings[key]) for key in counts},
     )
-    reader = Reader(store, layer, batch=config.batch, seed=config.seed, policy=policy)
+    stream, reader = rows_of(store, layer, config.batch, config.data_seed, policy)
     folder = run_directory(settings["run"], f"{Path(store.name).stem}_{name}_L{layer}")
     registration = file_name(str(folder.resolve()))
     following = RingFollower(reader, store, layer, registration, str(folder)) if reader.span else Whole()
-    stream = Stream(store.identity, reader, lambda: held_out(store, layer, policy, config.batch), following)
     facts: dict[str, Any] = {"store_path": store.name, "sae_name": name}
     if store.complete(layer) and (lost := summary.variance_lost(store, layer)) is not None:
         facts |= {"store_variance_lost": lost}
         tell(f"{store.name} keeps rows as {store.manifest['codec']}, which lost {lost:.2e} of their variance")
-    train(config, stream, folder, device, facts)
+    return Arm(config, stream, folder, following, facts)
+
+
+@cache  # so that the arms of a sweep share the store's records
+def opened(path: str) -> Store:
+    """The store at `path`."""
+    return Store.open(path)
+
+
+@cache  # so that they share the reading
+def rows_of(store: Store, layer: int, batch: int, data_seed: int, policy: Policy) -> tuple[Stream, Reader]:
+    """One layer's rows in one order."""
+    reader = Reader(store, layer, batch=batch, seed=data_seed, policy=policy)
+    return Stream(store.identity, reader, lambda: held_out(store, layer, policy, batch)), reader
 
 
 def build(kind: type[Any], group: str, values: dict[str, Any]) -> Any:

@@ -14,15 +14,19 @@ def never_fired(d_sae: int, device: torch.device) -> Tensor:
     return torch.zeros(d_sae, dtype=torch.int64, device=device)
 
 
-def fired(kept: Kept, d_sae: int) -> Tensor:
-    """(F,) which latents fired in a batch: were kept and positive. Among the k largest with 0 or less is silence."""
+def firings(kept: Kept, d_sae: int) -> Tensor:
+    """(F,) times that each latent fired in a batch: was kept and positive. Among the k largest with 0 is silence."""
     positive = (kept.values > 0).to(kept.values.dtype)
-    return kernels.latent_sums(positive, kept.indices, d_sae) > 0  # sums, because indexing by a mask syncs the device
+    return kernels.latent_sums(positive, kept.indices, d_sae)  # sums, because indexing by a mask syncs the device
 
 
-def count_(silent: Tensor, kept: Kept) -> None:
-    """Add a batch to the counters (F,) of tokens since each latent fired, in place."""
-    silent.add_(len(kept.starts)).masked_fill_(fired(kept, len(silent)), 0)
+def count_(silent: Tensor, fired: Tensor, tokens: int) -> None:
+    """Add a batch of `tokens` rows to the counters (F,) of tokens since each latent fired, in place.
+
+    Args:
+        fired: (F,) times that each latent fired in it.
+    """
+    silent.add_(tokens).masked_fill_(fired > 0, 0)
 
 
 def dead_latents(silent: Tensor, dead_after: int) -> Tensor:

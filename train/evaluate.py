@@ -12,13 +12,14 @@ Sums are float64. With e = x - x_hat on raw rows x (n, d) and mu (d,) the store'
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from train import dead
 from train.kernels import Kept
+from train.parallel import Group
 from train.sae import SAE
 
 
@@ -51,7 +52,13 @@ class Fidelity:
                 active.sum(),
             ]
         )
-        self._fired |= dead.fired(kept, len(self._fired))
+        self._fired |= dead.firings(kept, len(self._fired)) > 0
+
+    def over_(self, group: Group) -> None:
+        """Count what the other processes saw too."""
+        self._rows *= group.world  # shares of a batch are equal
+        self._fired = group.sum_(self._fired.to(self._sums.dtype)) > 0
+        group.sum_(self._sums)
 
     def figures(self) -> dict[str, float]:
         """The figures, by name."""
@@ -68,19 +75,36 @@ class Fidelity:
         }
 
 
-def evaluate(sae: SAE, rows: Iterable[Tensor], mean: Tensor, scale: float, limit: int | None) -> dict[str, float]:
-    """Figures of `sae`, which works on scaled rows, over at least the first `limit` raw rows (None: all of them).
+class Evaluation:
+    """Figures of an SAE that works on scaled rows, over the first `limit` raw rows or some more (None: all of them)."""
 
-    Args:
-        rows: (n, d) batches, on any device.
-        mean: as in `Fidelity`.
-    """
-    fidelity, seen = Fidelity(mean, sae.d_sae, scale), 0
+    def __init__(self, sae: SAE, mean: Tensor, scale: float, limit: int | None) -> None:
+        """Args: mean: as in `Fidelity`."""
+        self._sae, self._scale, self._limit, self._rows = sae, scale, limit, 0
+        self._fidelity = Fidelity(mean, sae.d_sae, scale)
+        self._device = mean.device
+
+    @property
+    def wants_more(self) -> bool:
+        return self._limit is None or self._rows < self._limit
+
+    def add(self, batch: Tensor) -> None:
+        """Count (n, d) raw rows, on any device."""
+        x = batch.to(self._device).float() * self._scale
+        kept = self._sae.encode(x)
+        self._fidelity.add(x, x - self._sae.decode(kept), kept)
+        self._rows += len(x)
+
+    def figures(self) -> dict[str, float]:
+        """How many rows there were, and their figures."""
+        return {"rows": self._rows, **self._fidelity.figures()}
+
+
+def evaluate(evaluations: Sequence[Evaluation], rows: Iterable[Tensor]) -> None:
+    """Show the same (n, d) raw rows to all evaluations, until none wants more."""
     for batch in rows:
-        x = batch.to(mean.device).float() * scale
-        kept = sae.encode(x)
-        fidelity.add(x, x - sae.decode(kept), kept)
-        seen += len(x)
-        if limit is not None and seen >= limit:
+        wanting = [evaluation for evaluation in evaluations if evaluation.wants_more]
+        if not wanting:
             break
-    return {"rows": seen, **fidelity.figures()}
+        for evaluation in wanting:
+            evaluation.add(batch)

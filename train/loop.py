@@ -1,247 +1,194 @@
-"""Training one SAE on one layer's stream of rows.
+"""Training SAEs, one or many on one read of their rows.
 
-All that changes is in one State. A run that was killed and started again ends with the same bits, metrics included,
-as one that was not, within one recorded environment.
+All that changes in a run is in its State. A run that was killed and started again ends with the same bits, metrics
+included, as one that was not, within one recorded environment; and so does one that was trained beside others. For
+runs that share a stream are shown the same batches in turn, each takes those that it has not had, and nothing else is
+between them.
 """
 
 from __future__ import annotations
 
-import math
+import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from data import durable, records
-from data.errors import NonFiniteError, SettingError, StopRequest, StoreError
+from data.errors import Interrupted, PipelineError, StopRequest, StoreError
 from data.journal import Metrics, Progress, duration, read_metrics, tell
-from data.reader import Policy
-from train import activations, checkpoint, dead, export, loss, run, sae
+from train import checkpoint, export, run, sae
 from train.checkpoint import Checkpoint
-from train.evaluate import Fidelity, evaluate
-from train.loss import Losses
-from train.optim import Adam, OptimConfig, learning_rate
-from train.sae import SAE, SAEConfig
+from train.evaluate import evaluate
+from train.parallel import Group
+from train.stream import Following, Stream, Whole
+from train.trainer import TrainConfig, Trainer
 
-
-class Rows(Protocol):
-    """What training needs of data.reader.Reader."""
-
-    rows: int  # kept training rows in one pass
-    d_model: int
-    mean_norm: float  # E||x|| over them
-    mean: NDArray[np.float64]  # (d,)
-    variance: NDArray[np.float64]  # (d,)
-
-    def batches(self, start: int) -> Iterator[Tensor]:
-        """Batch number `start` and all later ones, each (batch, d)."""
-        ...
-
-
-class Following(Protocol):
-    """How a run and the harvest that it follows wait for each other: data.reader.RingFollower."""
-
-    span: int | None  # units per round; None: the store is whole
-
-    def require(self, rows: int) -> None:
-        """Raise SettingError if there are not as many."""
-        ...
-
-    def begin(self, batch: int) -> None:
-        """Everything from batch number `batch` on is needed."""
-        ...
-
-    def round(self, batch: int) -> int:
-        """The round in which a batch begins; a checkpoint is saved in each."""
-        ...
-
-    def wait(self, batch: int, stop: StopRequest) -> None:
-        """Come back when a batch can be read, or a signal came."""
-        ...
-
-    def release(self, batch: int) -> None:
-        """Nothing before batch number `batch` is needed any more."""
-        ...
-
-    def finish(self) -> None:
-        """Nothing is needed any more."""
-        ...
-
-
-class Whole:
-    """Following nobody: the store is whole, and stays."""
-
-    span: int | None = None
-
-    def require(self, rows: int) -> None:
-        pass
-
-    def begin(self, batch: int) -> None:
-        pass
-
-    def round(self, batch: int) -> int:
-        return 0
-
-    def wait(self, batch: int, stop: StopRequest) -> None:
-        pass
-
-    def release(self, batch: int) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
+Outcome = dict[str, Any] | PipelineError  # the final held-out record, or why there is none
 
 
 @dataclass(frozen=True)
-class Stream:
-    """One layer's rows, as one run reads them."""
+class Arm:
+    """A run to be trained: what decides its bits, and where it lives."""
 
-    identity: str  # digest of the store
-    reader: Rows
-    held_out: Callable[[], Iterator[Tensor]]  # (n, d) batches of all held-out rows
+    config: TrainConfig
+    stream: Stream
+    folder: Path
     following: Following = field(default_factory=Whole)
+    facts: Mapping[str, Any] = field(default_factory=dict)  # written to config.yaml beside the settings
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides a run's bits, with the store and the environment."""
+class Run:
+    """One arm while it is trained, from the lock on its directory to the final file.
 
-    layer: int
-    tokens: int | None = None  # kept rows to train on; None: one pass over the store, more: several passes
-    batch: int = 4096  # rows per optimizer step
-    seed: int = 0  # of the initial weights and of the order of rows
-    log_every: int = 10  # optimizer steps
-    eval_every: int = 5_000  # optimizer steps; the end is evaluated in any case
-    eval_rows: int = 262_144  # held-out rows per evaluation; all of them at the end
-    checkpoint_every: int = 1_000  # optimizer steps; decides no bit, so it may change between starts
-    policy: Policy = field(default_factory=Policy)
-    sae: SAEConfig = field(default_factory=SAEConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    In a group of processes, process 0 alone reads and writes the directory.
+    """
 
-    def __post_init__(self) -> None:
-        for name in ("batch", "log_every", "eval_every", "eval_rows", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.batch < 2 and self.sae.aux_norm == "variance":
-            raise SettingError("batch=1 has no variance to divide by; raise it, or set sae.aux_norm=raw")
-        if self.tokens is not None and self.tokens < self.batch:
-            raise SettingError(f"tokens={self.tokens} is less than one batch={self.batch}; raise it or lower batch=")
-
-    def steps(self, rows: int) -> int:
-        """Optimizer steps of the run; a last, incomplete batch is left out."""
-        if self.tokens is None and rows < self.batch:
-            raise SettingError(f"batch={self.batch} is more than the {rows} training rows; lower it, or set tokens=")
-        return (self.tokens or rows) // self.batch
-
-
-@dataclass
-class State:
-    """All that a step changes."""
-
-    step: int  # optimizer steps done
-    sae: SAE  # on scaled rows
-    adam: Adam
-    silent: Tensor  # (F,) tokens since each latent fired
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by name; a checkpoint holds them all, and `step`."""
-        return {**self.sae.tensors(), **self.adam.tensors(), "silent": self.silent}
-
-
-class Trainer:
-    """The pure part: one state, and what a batch does to it."""
-
-    def __init__(self, config: TrainConfig, reader: Rows, device: torch.device) -> None:
-        self.config, self.device = config, device
-        self.steps = config.steps(reader.rows)
-        self.scale = math.sqrt(reader.d_model) / float(reader.mean_norm)  # E||x|| -> sqrt(d), as Gao et al.
-        self.mean = torch.from_numpy(reader.mean).to(device) * self.scale
-        self.mean_variance = float(reader.variance.mean()) * self.scale**2
-        fresh = sae.initial(config.sae, self.mean.float(), config.seed)
-        self.activation = activations.activation(config.sae)
-        learned = {name: fresh.tensors()[name] for name in self.activation.learned}
-        self.state = State(0, fresh, Adam(learned), dead.never_fired(config.sae.d_sae, device))
-
-    def restore(self, saved: Checkpoint) -> None:
-        """Go back to a checkpoint, tensor by tensor into the memory that is there."""
-        for name, tensor in self.state.tensors().items():
-            tensor.copy_(saved.tensors[name])
-        self.state.step = saved.step
-
-    def step_(self, batch: Tensor) -> dict[str, Any] | None:
-        """One optimizer step on raw rows (batch, d); its record, if it is one to log.
+    def __init__(self, arm: Arm, device: torch.device, group: Group) -> None:
+        """Begin, or go on from the last checkpoint.
 
         Raises:
-            NonFiniteError: the loss is NaN or infinite; nothing was changed.
+            MismatchError: the directory holds a run with other settings or another store.
+            StoreError: it is in use, damaged, or holds something else.
         """
-        state, config = self.state, self.config
-        x = batch.to(self.device).float() * self.scale
-        # Device sync: nonzero must know how many latents are dead.
-        dying = dead.dead_latents(state.silent, config.sae.dead_after)
-        if state.step == 0:
-            self.activation.begin_(state.sae, x - state.sae.b_dec)
-        result = loss.losses(self.activation, state.sae, x, dying, config.sae, self.mean_variance)
-        # Device sync, once a step: one NaN would spoil every weight in one update.
-        value = result.loss.item()
-        if not math.isfinite(value):
-            raise NonFiniteError(_blame(batch, state.step, value))
-        lr = learning_rate(state.step, self.steps, config.optim)
-        state.adam.step_(result.gradients, lr)
-        self.activation.after_(state.sae, result.kept)
-        state.step += 1
-        if state.step % config.optim.project_every == 0 or state.step == self.steps:
-            state.sae.project_()
-        dead.count_(state.silent, result.kept)
-        if state.step % config.log_every == 0 or state.step in (1, self.steps):
-            return self._record(x, result, value, len(dying), lr)
-        return None
+        self.arm, self.group = arm, group
+        self.outcome: Outcome | None = None
+        with ExitStack() as stack:
+            if group.rank == 0:
+                busy = f"another process is training in {arm.folder}; wait for it, or choose another run="
+                stack.enter_context(durable.locked(arm.folder, busy))
+                durable.make_directory(arm.folder / run.CHECKPOINTS)
+            self.trainer = Trainer(arm.config, arm.stream.reader, device, group)
+            self._settings = self._agree(device) if group.rank == 0 else ""
+            if group.rank == 0:
+                self._open(stack)
+            self._share()
+            self._closing = stack.pop_all()
 
-    def _record(self, x: Tensor, result: Losses, value: float, dead_count: int, lr: float) -> dict[str, Any]:
-        """Figures of the batch just trained on, from before its update, on raw rows."""
-        fidelity = Fidelity(self.mean, self.config.sae.d_sae, self.scale)
-        fidelity.add(x, result.error, result.kept)
-        return {
-            "split": "train",
-            **self._position(),
-            "loss": value,
-            "aux_loss": result.aux.item(),  # Device sync, in steps that are logged
-            **fidelity.figures(),
-            "dead": dead_count,
-            "dead_share": dead_count / self.config.sae.d_sae,
-            "lr": lr,
-        }
+    def _agree(self, device: torch.device) -> str:
+        """Compare with what the directory holds; the settings' digest."""
+        arm, trainer = self.arm, self.trainer
+        tokens = trainer.steps * arm.config.batch
+        arm.following.require(tokens)
+        order = {"span": arm.following.span} if arm.following.span else {}
+        settings = {"store": {"identity": arm.stream.identity, **order}, **asdict(arm.config), "tokens": tokens}
+        del settings["checkpoint_every"]
+        shown = {**arm.facts, "scale": trainer.scale, "steps": trainer.steps}
+        for line in run.agree(arm.folder, settings, shown, run.environment(device, self.group.world)):
+            tell(line)
+        return records.digest(settings)
 
-    def evaluate(self, rows: Iterator[Tensor]) -> dict[str, Any]:
-        """Figures of held-out rows: all of them at the end, `eval_rows` before."""
-        state, limit = self.state, None if self.state.step == self.steps else self.config.eval_rows
-        figures = evaluate(state.sae, rows, self.mean, self.scale, limit)
-        dead_count = len(dead.dead_latents(state.silent, self.config.sae.dead_after))
-        share = dead_count / self.config.sae.d_sae
-        return {"split": "held_out", **self._position(), **figures, "dead": dead_count, "dead_share": share}
+    def _open(self, stack: ExitStack) -> None:
+        folder, following = self.arm.folder, self.arm.following
+        saved = _resume(folder, self._settings)
+        if _is_finished(folder):
+            following.finish()
+            tell(f"{folder} is finished: {folder / export.FILE} is there, nothing to do")
+            self.outcome = read_metrics(folder / run.METRICS)[-1]
+            return
+        if saved:
+            self.trainer.restore(saved)
+            tell(f"{folder}: going on from step {saved.step:,} of {self.trainer.steps:,}")
+        following.begin(checkpoint.oldest(folder / run.CHECKPOINTS))
+        metrics = Metrics(folder / run.METRICS, saved.metrics_bytes if saved else 0)
+        self._metrics = stack.enter_context(closing(metrics))
+        self._timings = stack.enter_context(closing(Metrics.continued(folder / run.TIMINGS)))
+        durable.sync_directory(folder)
 
-    def _position(self) -> dict[str, int]:
-        return {"step": self.state.step, "tokens": self.state.step * self.config.batch}
+    def _share(self) -> None:
+        """Let all processes begin with what process 0 found."""
+        state, device = self.trainer.state, self.trainer.device
+        step = torch.tensor([state.step], device=device)
+        self.group.from_first_([step, *state.tensors().values()])
+        state.step = self.start = self.saved = int(step)
+        if self.group.any(self.outcome is not None) and self.outcome is None:
+            self.outcome = {}
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.trainer.state.step
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it took a step here: what was due at the boundary where it goes on has been done there."""
+        return self.step > self.start
+
+    @property
+    def last(self) -> bool:
+        return self.step == self.trainer.steps
+
+    @property
+    def evaluation_due(self) -> bool:
+        return self.fresh and (self.last or self.step % self.arm.config.eval_every == 0)
+
+    @property
+    def save_due(self) -> bool:
+        round_of = self.arm.following.round
+        entered = self.fresh and round_of(self.step) != round_of(self.step - 1)
+        return self.fresh and (self.last or entered or self.step % self.arm.config.checkpoint_every == 0)
+
+    def save(self) -> None:
+        """Save a checkpoint unless this step's is there; what no kept one needs is free from then on."""
+        if self.group.rank == 0 and self.saved != self.step:
+            folder = self.arm.folder / run.CHECKPOINTS
+            moment = Checkpoint(self.step, self._metrics.sync(), self._settings, self.trainer.state.tensors())
+            checkpoint.save(folder, moment)
+            self.arm.following.release(checkpoint.oldest(folder))
+        self.saved = self.step
+
+    def note(self, record: dict[str, Any], speed: float | None = None) -> None:
+        """Write a record to the metrics, and its step's speed in tokens/s beside them."""
+        if self.group.rank == 0:
+            self._metrics.write(record)
+            if speed is not None:
+                self._timings.write({"step": self.step, "tokens_per_s": round(speed)})
+
+    def finish(self) -> None:
+        """Write the final file."""
+        final: dict[str, Any] = {}
+        if self.group.rank == 0:
+            path = export.write_final(self.trainer.state.sae, self.trainer.scale, self.arm.folder)
+            self.arm.following.finish()
+            final = read_metrics(self.arm.folder / run.METRICS)[-1]
+            tell(
+                f"wrote {path}: held-out variance explained {final['variance_explained']:.4f}, "
+                f"dead {final['dead_share']:.1%} of {self.arm.config.sae.d_sae:,} latents"
+            )
+        self.outcome = final
+        self.close()
+
+    def fail(self, error: PipelineError) -> None:
+        """Leave it at its last checkpoint."""
+        self.outcome = error
+        self.close()
+
+    def close(self) -> None:
+        """Close its files."""
+        self._closing.close()
 
 
-def _blame(batch: Tensor, number: int, value: float) -> str:
-    """Where a loss that is not finite comes from, and what to do."""
-    bad = (~torch.isfinite(batch).all(1)).nonzero()
-    if len(bad):
-        return (
-            f"batch {number} holds NaN or infinity, first in row {int(bad[0])} of {len(batch)} ({len(bad)} such rows); "
-            "stopped before the step; `python -m harvest action=verify` names the unit"
-        )
-    return (
-        f"the loss is {value} at batch {number} though all its {len(batch)} rows are finite: training diverged; "
-        "stopped before the step; start another run with a lower optim.lr="
-    )
+def _is_finished(folder: Path) -> bool:
+    """Whether the final SAE is there; a damaged one is exported again from the last checkpoint."""
+    try:
+        sae.load(folder / export.FILE)
+    except StoreError:
+        return False
+    return True
+
+
+def _resume(folder: Path, settings: str) -> Checkpoint | None:
+    saved, passed_over = checkpoint.latest(folder / run.CHECKPOINTS)
+    for name in passed_over:
+        tell(f"{folder}: checkpoint {name} is damaged and passed over")
+    if saved and saved.settings != settings:
+        raise StoreError(f"{folder / run.CHECKPOINTS} holds checkpoints of another run; choose another run=")
+    return saved
 
 
 @contextmanager
@@ -258,114 +205,136 @@ def _deterministic() -> Iterator[None]:
         fill.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]
 
 
-def train(
-    config: TrainConfig, stream: Stream, folder: Path, device: torch.device, facts: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Train, or go on training, in `folder`; the final held-out record.
-
-    Args:
-        facts: written to config.yaml beside the settings.
+def train(arm: Arm, device: torch.device, group: Group | None = None) -> dict[str, Any]:
+    """Train one arm, or go on training it; the final held-out record.
 
     Raises:
         Interrupted: a signal came; a checkpoint is saved.
-        MismatchError: `folder` holds a run with other settings or another store.
+        MismatchError: its directory holds a run with other settings or another store.
         NonFiniteError: a loss was not finite.
     """
-    busy = f"another process is training in {folder}; wait for it, or choose another run="
-    with durable.locked(folder, busy), _deterministic(), torch.no_grad(), StopRequest() as stop:
-        durable.make_directory(folder / run.CHECKPOINTS)
-        trainer = Trainer(config, stream.reader, device)
-        tokens = trainer.steps * config.batch
-        stream.following.require(tokens)
-        order = {"span": stream.following.span} if stream.following.span else {}
-        settings = {"store": {"identity": stream.identity, **order}, **asdict(config), "tokens": tokens}
-        del settings["checkpoint_every"]
-        shown = {**(facts or {}), "scale": trainer.scale, "steps": trainer.steps}
-        for line in run.agree(folder, settings, shown, run.environment(device)):
-            tell(line)
-        saved = _resume(folder, records.digest(settings))
-        if _is_finished(folder):
-            stream.following.finish()
-            tell(f"{folder} is finished: {folder / export.FILE} is there, nothing to do")
-            return read_metrics(folder / run.METRICS)[-1]
-        if saved:
-            trainer.restore(saved)
-            tell(f"going on from step {saved.step:,} of {trainer.steps:,}")
-        stream.following.begin(checkpoint.oldest(folder / run.CHECKPOINTS))
-        with closing(Metrics(folder / run.METRICS, saved.metrics_bytes if saved else 0)) as metrics:
-            durable.sync_directory(folder)
-            _run(trainer, stream, metrics, stop, folder, records.digest(settings))
-        path = export.write_final(trainer.state.sae, trainer.scale, folder)
-        stream.following.finish()
-        final = read_metrics(folder / run.METRICS)[-1]
-        tell(
-            f"wrote {path}: held-out variance explained {final['variance_explained']:.4f}, "
-            f"dead {final['dead_share']:.1%} of {config.sae.d_sae:,} latents"
-        )
-        return final
+    (outcome,) = train_together([arm], device, group)
+    if isinstance(outcome, PipelineError):
+        raise outcome
+    return outcome
 
 
-def _is_finished(folder: Path) -> bool:
-    """Whether the final SAE is there; a damaged one is exported again from the last checkpoint."""
+def train_together(arms: Sequence[Arm], device: torch.device, group: Group | None = None) -> list[Outcome]:
+    """Train arms whose streams have the same rhythm on one read; an arm that fails leaves the others alone.
+
+    Raises:
+        Interrupted: a signal came; checkpoints are saved.
+    """
+    group = group or Group()
+    with _deterministic(), torch.no_grad(), StopRequest() as stop, ExitStack() as stack:
+        opened = [_opened(arm, device, group, stack) for arm in arms]
+        live = [one for one in opened if isinstance(one, Run) and one.outcome is None]
+        if live:
+            _pass(live, stop, group)
+    return [one.outcome or {} if isinstance(one, Run) else one for one in opened]
+
+
+def _opened(arm: Arm, device: torch.device, group: Group, stack: ExitStack) -> Run | PipelineError:
     try:
-        sae.load(folder / export.FILE)
-    except StoreError:
-        return False
-    return True
+        one = Run(arm, device, group)
+    except PipelineError as error:
+        return error
+    stack.callback(one.close)
+    return one
 
 
-def _resume(folder: Path, settings: str) -> Checkpoint | None:
-    saved, passed_over = checkpoint.latest(folder / run.CHECKPOINTS)
-    for name in passed_over:
-        tell(f"checkpoint {name} is damaged and passed over")
-    if saved and saved.settings != settings:
-        raise StoreError(f"{folder / run.CHECKPOINTS} holds checkpoints of another run; choose another run=")
-    return saved
-
-
-def _run(trainer: Trainer, stream: Stream, metrics: Metrics, stop: StopRequest, folder: Path, settings: str) -> None:
+def _pass(runs: list[Run], stop: StopRequest, group: Group) -> None:
     """Steps N + 1 times, so that the last boundary, where there is no batch any more, is like the others."""
-    config, state, steps, following = trainer.config, trainer.state, trainer.steps, stream.following
-    start, progress, began = state.step, Progress(), time.monotonic()
-    with (
-        closing(stream.reader.batches(start)) as batches,  # type: ignore[type-var]
-        closing(Metrics.continued(folder / run.TIMINGS)) as timings,
-    ):
+    at = min(one.step for one in runs)
+    shown = _Shown(at, len(runs))
+    with ExitStack() as stack:
+        feeds = {
+            stream: stack.enter_context(closing(stream.reader.batches(at)))  # type: ignore[type-var]
+            for stream in dict.fromkeys(one.arm.stream for one in runs)
+        }
         while True:
-            last = state.step == steps
-            fresh = state.step > start  # what was due at the boundary where a run goes on has been done there
-            entered = fresh and following.round(state.step) != following.round(state.step - 1)
-            due = fresh and (last or entered or state.step % config.checkpoint_every == 0)
-            if fresh and (last or state.step % config.eval_every == 0):
-                metrics.write(trainer.evaluate(stream.held_out()))
-            if due:
-                _save(state, following, metrics, folder, settings)
-            if last:
-                break
-            following.wait(state.step, stop)  # behind the checkpoint, on which what is waited for may depend
-            if stop.signum is not None:
-                if fresh and not due:
-                    _save(state, following, metrics, folder, settings)
-                stop.check()
-            if record := trainer.step_(next(batches)):
-                metrics.write(record)
-                speed = (state.step - start) / (time.monotonic() - began)
-                timings.write({"step": state.step, "tokens_per_s": round(speed * config.batch)})
-                progress.show(_line(record, steps, speed, config.batch), last=state.step == steps)
+            _at_boundary([one for one in runs if one.step == at], group)
+            runs = [one for one in runs if one.outcome is None]
+            if not runs:
+                return
+            here = [one for one in runs if one.step == at]
+            for one in here:
+                one.arm.following.wait(at, stop)  # behind the checkpoint, on which what is waited for may depend
+            if group.any(stop.signum is not None):
+                for one in runs:
+                    one.save()
+                raise Interrupted(stop.signum or signal.SIGTERM)
+            batches = {stream: next(feeds[stream]) for stream in dict.fromkeys(one.arm.stream for one in runs)}
+            for one in here:
+                _step(one, batches[one.arm.stream], shown)
+            at += 1
+            shown.line()
 
 
-def _save(state: State, following: Following, metrics: Metrics, folder: Path, settings: str) -> None:
-    """Save a checkpoint; what no kept one needs is free from then on."""
-    moment = Checkpoint(state.step, metrics.sync(), settings, state.tensors())
-    checkpoint.save(folder / run.CHECKPOINTS, moment)
-    following.release(checkpoint.oldest(folder / run.CHECKPOINTS))
+def _at_boundary(runs: Sequence[Run], group: Group) -> None:
+    """Evaluate, save and finish what is due; runs that share their rows share the reading of the held-out ones."""
+    due: dict[Stream, list[Run]] = {}
+    for one in runs if group.rank == 0 else ():
+        if one.evaluation_due:
+            due.setdefault(one.arm.stream, []).append(one)
+    for stream, evaluated in due.items():
+        evaluations = [one.trainer.evaluation() for one in evaluated]
+        evaluate(evaluations, stream.held_out())
+        for one, evaluation in zip(evaluated, evaluations, strict=True):
+            one.note(one.trainer.held_out_record(evaluation))
+    for one in runs:
+        if one.save_due:
+            one.save()
+        if one.last:
+            one.finish()
 
 
-def _line(record: Mapping[str, Any], steps: int, steps_per_s: float, batch: int) -> str:
-    left = (steps - record["step"]) / steps_per_s
-    return (
-        f"step {record['step']:,}/{steps:,}  {record['tokens']:,} tokens  "
-        f"variance explained {record['variance_explained']:.4f}  mse {record['mse']:.4g}  l0 {record['l0']:.1f}  "
-        f"dead {record['dead_share']:.1%}  lr {record['lr']:.2g}  {steps_per_s * batch:,.0f} tokens/s  "
-        f"{duration(left)} left"
-    )
+def _step(one: Run, batch: Tensor, shown: _Shown) -> None:
+    try:
+        record = one.trainer.step_(batch)
+    except PipelineError as error:
+        one.fail(error)
+        if shown.arms > 1:  # alone, it is the caller's to say
+            tell(f"{one.arm.folder}: {error}")
+        return
+    if record:
+        speed = shown.speed(one.step) * one.arm.config.batch
+        one.note(record, speed)
+        shown.add(record, one.trainer.steps, speed)
+
+
+class _Shown:
+    """The progress line of one pass."""
+
+    def __init__(self, start: int, arms: int) -> None:
+        self.arms = arms
+        self._start, self._began, self._progress = start, time.monotonic(), Progress()
+        self._new: list[tuple[dict[str, Any], int, float]] = []
+
+    def speed(self, step: int) -> float:
+        """Steps per second since the pass began."""
+        return (step - self._start) / (time.monotonic() - self._began)
+
+    def add(self, record: dict[str, Any], steps: int, tokens_per_s: float) -> None:
+        self._new.append((record, steps, tokens_per_s))
+
+    def line(self) -> None:
+        """Show what the last step gave, if anything."""
+        if not self._new:
+            return
+        records = [record for record, _, _ in self._new]
+        record, steps, tokens_per_s = max(self._new, key=lambda new: new[1])
+        explained = sorted(one["variance_explained"] for one in records)
+        if len(records) == 1:
+            figures = f"variance explained {explained[0]:.4f}  mse {record['mse']:.4g}  l0 {record['l0']:.1f}"
+            figures += f"  dead {record['dead_share']:.1%}  lr {record['lr']:.2g}"
+        else:
+            figures = f"{len(records)} arms  variance explained {explained[0]:.4f} to {explained[-1]:.4f}"
+            figures += f"  dead up to {max(one['dead_share'] for one in records):.1%}"
+        left = (steps - record["step"]) / self.speed(record["step"])
+        self._progress.show(
+            f"step {record['step']:,}/{steps:,}  {record['tokens']:,} tokens  {figures}  "
+            f"{tokens_per_s:,.0f} tokens/s  {duration(left)} left",
+            last=record["step"] == steps,
+        )
+        self._new.clear()

@@ -24,6 +24,7 @@ from torch import Tensor
 from train import kernels
 from train.activations import Activation
 from train.kernels import Kept
+from train.parallel import Group
 from train.sae import SAE, SAEConfig
 
 
@@ -47,9 +48,15 @@ class _Aux(NamedTuple):
 
 
 def losses(
-    activation: Activation, sae: SAE, x: Tensor, dead: Tensor, config: SAEConfig, mean_variance: float
+    activation: Activation,
+    sae: SAE,
+    x: Tensor,
+    dead: Tensor,
+    config: SAEConfig,
+    mean_variance: float,
+    group: Group,
 ) -> Losses:
-    """Loss and gradients of one batch.
+    """Loss and gradients of one batch, or of this process's share of it: their means over `group` are the batch's.
 
     Args:
         x: (n, d) rows, scaled.
@@ -60,7 +67,7 @@ def losses(
     main = activation.main(sae, centred, 1.0 if config.aux_norm == "raw" else mean_variance)
     gradients, aux_loss = main.gradients, main.loss.new_zeros(())
     if len(dead) and config.aux_coef:
-        aux = _aux(sae, centred, main.error, dead, config)
+        aux = _aux(sae, centred, main.error, dead, config, group)
         gradients["W_enc"].T.index_add_(0, dead, aux.W_enc)
         gradients["W_dec"].index_add_(0, dead, aux.W_dec)
         gradients["b_enc"].index_add_(0, dead, aux.b_enc)
@@ -70,7 +77,7 @@ def losses(
     return Losses(main.loss + aux_loss, aux_loss, main.error, main.kept, gradients)
 
 
-def _aux(sae: SAE, centred: Tensor, error: Tensor, dead: Tensor, config: SAEConfig) -> _Aux:
+def _aux(sae: SAE, centred: Tensor, error: Tensor, dead: Tensor, config: SAEConfig, group: Group) -> _Aux:
     """AuxK: the dead latents learn to reconstruct what the living ones leave over."""
     W_enc, W_dec = sae.W_enc.T[dead], sae.W_dec[dead]  # (D, d) both
     pre = torch.addmm(sae.b_enc[dead], centred, W_enc.T)  # (n, D)
@@ -78,7 +85,7 @@ def _aux(sae: SAE, centred: Tensor, error: Tensor, dead: Tensor, config: SAEConf
     residual = activations @ W_dec - error  # (n, d)
     factor = torch.full_like(residual[0, 0], config.aux_coef)
     if config.aux_norm == "variance":
-        factor /= (error.mean(0) - error).square().mean()
+        factor /= group.mean_((group.mean_(error.mean(0)) - error).square().mean())
     loss = factor * residual.square().mean()
     finite = ~loss.isnan()
     upstream = residual * torch.where(finite, factor * (2 / residual.numel()), 0.0)  # d loss / d e_hat

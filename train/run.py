@@ -18,9 +18,10 @@ CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoint"
 TIMINGS = "timings.jsonl"  # apart from the metrics, which a run that was killed repeats byte for byte
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
     """What the bits of a run depend on besides its settings."""
     return {
+        **({"processes": processes} if processes > 1 else {}),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "cpu_threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

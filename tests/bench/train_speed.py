@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from tests.bench.outcome import finish
-from train.loop import TrainConfig, Trainer
 from train.sae import SAEConfig
+from train.trainer import TrainConfig, Trainer
 
 _STEPS = 1_000_000  # the schedule's length; the bench ends long before
 

@@ -17,10 +17,11 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from data.errors import SettingError, StoreError, run_command
+from data.journal import size
 from data.store import Store
 from data.unit import prepare
 from harvest.__main__ import command, default_store, harvest_config, model_config, planned_for
-from harvest.plan import HarvestConfig, require_fit, size
+from harvest.plan import HarvestConfig, require_fit
 
 
 def settings(*overrides: str) -> dict[str, Any]:

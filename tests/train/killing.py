@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from tests.train.planted import Planted, planted_stream
-from train.loop import TrainConfig, train
+from train.loop import Arm, train
 from train.optim import OptimConfig
 from train.run import CHECKPOINTS, METRICS
 from train.sae import SAEConfig
+from train.trainer import TrainConfig
 
 STEPS, BATCH = 20, 16
 SYSTEM_CALLS = ("fsync", "replace", "link", "unlink")
@@ -38,7 +39,7 @@ def planted(**changes: Any) -> Planted:
 
 def run(folder: Path, reader: Planted | None = None, **changes: Any) -> dict[str, Any]:
     """Train the small run in `folder`, or go on with it."""
-    return train(config(**changes), planted_stream(reader or planted()), folder, CPU)
+    return train(Arm(config(**changes), planted_stream(reader or planted()), folder), CPU)
 
 
 def bits(folder: Path) -> dict[str, bytes]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data.moments import Moments
-from train.loop import Stream
+from train.stream import Stream
 
 
 class Planted:

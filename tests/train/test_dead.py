@@ -6,19 +6,23 @@ from train import dead
 from train.kernels import Kept
 
 
+def count_(silent, kept):
+    dead.count_(silent, dead.firings(kept, len(silent)), len(kept.starts))
+
+
 def test_counters_count_tokens_and_reset_on_firing():
     silent = dead.never_fired(4, torch.device("cpu"))
     first = Kept.even(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[0, 1], [0, 2]]))
-    assert dead.fired(first, 4).tolist() == [True, True, False, False]
-    dead.count_(silent, first)
+    assert dead.firings(first, 4).tolist() == [2, 1, 0, 0]
+    count_(silent, first)
     assert silent.tolist() == [0, 0, 2, 2]
-    dead.count_(silent, Kept.even(torch.tensor([[1.0, 1.0]]), torch.tensor([[2, 0]])))
+    count_(silent, Kept.even(torch.tensor([[1.0, 1.0]]), torch.tensor([[2, 0]])))
     assert silent.tolist() == [0, 1, 0, 3]
 
 
 def test_kept_but_not_positive_is_silence():
     silent = torch.tensor([5, 5])
-    dead.count_(silent, Kept.even(torch.zeros(3, 2), torch.tensor([[0, 1]] * 3)))
+    count_(silent, Kept.even(torch.zeros(3, 2), torch.tensor([[0, 1]] * 3)))
     assert silent.tolist() == [8, 8]
 
 
@@ -30,5 +34,5 @@ def test_counters_do_not_overflow():
     """A billion tokens and more: int32 would wrap."""
     silent = dead.never_fired(1, torch.device("cpu"))
     silent += 2**31 - 1
-    dead.count_(silent, Kept.even(torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.int64)))
+    count_(silent, Kept.even(torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.int64)))
     assert silent.tolist() == [2**31 + 1]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.train.reference import dense_activations, random_sae
-from train.evaluate import evaluate
+from train.evaluate import Evaluation
+from train.evaluate import evaluate as evaluate_together
 
 
 def case(n=300, d=12, d_sae=64):
@@ -12,6 +13,12 @@ def case(n=300, d=12, d_sae=64):
     sae = random_sae(d, d_sae, 4, dtype=torch.float32)
     sae.b_enc.sub_(5.0)  # so that some rows have fewer than k active latents
     return sae, torch.randn(n, d, generator=draw) * 3 + 5, torch.randn(d, generator=draw).double() + 5
+
+
+def evaluate(sae, rows, mean, scale, limit):
+    alone = Evaluation(sae, mean, scale, limit)
+    evaluate_together([alone], rows)
+    return alone.figures()
 
 
 @pytest.mark.parametrize("batch", [7, 300])
@@ -47,3 +54,14 @@ def test_perfect_and_mean_predictions_score_one_and_zero():
     assert evaluate(sae, [x], mean, 1.0, None)["variance_explained"] == pytest.approx(0, abs=1e-6)
     sae.b_dec.copy_(x[0])
     assert evaluate(sae, [x[:1]], mean, 1.0, None)["variance_explained"] == 1
+
+
+def test_several_read_once_and_each_as_much_as_it_wants():
+    sae, x, mean = case()
+    read = []
+    rows = (read.append(number) or part for number, part in enumerate(x.split(50)))
+    few, many = Evaluation(sae, mean, 1.0, 60), Evaluation(random_sae(12, 64, 3, dtype=torch.float32), mean, 1.0, 200)
+    evaluate_together([few, many], rows)
+    assert read == [0, 1, 2, 3, 4]
+    assert few.figures() == evaluate(sae, x.split(50), mean, 1.0, 60)
+    assert many.figures()["rows"] == 200

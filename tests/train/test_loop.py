@@ -13,16 +13,17 @@ from tests.train import killing
 from tests.train.killing import METRICS, run
 from tests.train.planted import Planted, planted_stream
 from train.dead import dead_latents
-from train.loop import TrainConfig, Trainer, train
+from train.loop import Arm, train
 from train.optim import OptimConfig
 from train.sae import SAEConfig, load
+from train.trainer import TrainConfig, Trainer
 
 
 def test_recovers_planted_directions(tmp_path):
     reader = Planted(d=32, latents=48, active=3, batch=256, rows=256 * 800)
     sae = SAEConfig(d_sae=48, k=3, aux_coef=1 / 32, k_aux=16, aux_norm="variance", dead_after=10_000)
     config = TrainConfig(layer=0, batch=256, sae=sae, optim=OptimConfig(lr=0.01, lr_floor=0.001), log_every=100)
-    final = train(config, planted_stream(reader), tmp_path, killing.CPU)
+    final = train(Arm(config, planted_stream(reader), tmp_path), killing.CPU)
     found = load(tmp_path / "sae_final.pt")
     cosines = (reader.directions @ found.W_dec.T).amax(1)
     assert float(cosines.mean()) > 0.99

@@ -8,6 +8,7 @@ import torch
 from tests.train.reference import random_sae, reference_losses
 from train import loss
 from train.activations import activation
+from train.parallel import Group
 from train.sae import SAEConfig
 
 D, D_SAE, K, N = 12, 64, 4, 50
@@ -15,7 +16,7 @@ CONFIG = SAEConfig(d_sae=D_SAE, k=K, k_aux=8, aux_coef=0.5)
 
 
 def losses(sae, x, dead, config, mean_variance):
-    return loss.losses(activation(config), sae, x, dead, config, mean_variance)
+    return loss.losses(activation(config), sae, x, dead, config, mean_variance, Group())
 
 
 def rows(seed=9, dtype=torch.float64):

@@ -15,7 +15,7 @@ from data.journal import read_metrics
 from tests.train import killing
 from tests.train.killing import CHECKPOINTS, METRICS, bits, in_child, outcome, run
 from train import checkpoint
-from train.loop import Trainer
+from train.trainer import Trainer
 
 IN_DEFAULT_SUITE = 16  # failpoints, spread over the run
 

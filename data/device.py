@@ -1,0 +1,49 @@
+"""The device that a stage computes on, and its memory."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from data.errors import SettingError
+
+
+def torch_device(name: str | None) -> torch.device:
+    """The device asked for: cpu, cuda or cuda:N; None is the GPU if there is one.
+
+    Raises:
+        SettingError: there is no such device.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return torch.device("cuda" if gpus else "cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise SettingError(f"device={name} must be cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise SettingError(f"device={name} must be cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise SettingError(f"device={name} needs a CUDA GPU, and torch sees {gpus}; use device=cpu")
+    return device
+
+
+def own_device(name: str | None) -> torch.device:
+    """Like `torch_device`; of several GPUs, this process's own as its launcher numbers them (LOCAL_RANK)."""
+    if name is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    return torch_device(name)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of the device that is free, of the host for a CPU; None where that cannot be known."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        found = re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None

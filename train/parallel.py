@@ -1,0 +1,79 @@
+"""Data-parallel training: every process has all weights and takes its share of each batch's rows.
+
+`accelerate launch` and torchrun set RANK, WORLD_SIZE and LOCAL_RANK; nothing else of them is used. Losses, gradients
+and firings are added up over the processes, so that each makes the same step on the same weights, and dead latents are
+those that no process saw fire. Process 0 alone writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_TIMEOUT = timedelta(hours=6)  # process 0 evaluates and saves while the others wait
+
+
+def rank() -> int:
+    """This process's number in its job."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    """Processes of the job."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+class Group:
+    """The processes that train one SAE together; by default this one alone."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        """Join the others.
+
+        Args:
+            device: this process's own; None: there are no others.
+        """
+        self.rank, self.world, self._device = 0, 1, device
+        if device is not None:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._device is not None:
+            dist.destroy_process_group()
+
+    def share(self, batch: Tensor) -> Tensor:
+        """This process's rows of a batch (n, d)."""
+        return batch[self.rank :: self.world]
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replace `tensor` by its sum over the processes; it."""
+        if self.world > 1:
+            # W_enc's gradient is the transpose of a contiguous one, which is what a reduction must have.
+            dist.all_reduce(tensor if tensor.is_contiguous() else tensor.T)
+        return tensor
+
+    def mean_(self, tensor: Tensor) -> Tensor:
+        """Replace `tensor` by its mean over the processes; it."""
+        return self.sum_(tensor).div_(self.world) if self.world > 1 else tensor
+
+    def from_first_(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by process 0's."""
+        for tensor in tensors if self.world > 1 else ():
+            whole = tensor.contiguous()
+            dist.broadcast(whole, 0)
+            tensor.copy_(whole)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in any process."""
+        if self.world == 1:
+            return flag
+        # Device sync, once a step: all must stop at the same one.
+        return bool(self.sum_(torch.tensor([float(flag)], device=self._device)).item())

@@ -1,0 +1,90 @@
+"""What training needs of the rows it reads, and of the harvest that it may follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data.errors import StopRequest
+
+
+class Rows(Protocol):
+    """What training needs of data.reader.Reader."""
+
+    rows: int  # kept training rows in one pass
+    d_model: int
+    mean_norm: float  # E||x|| over them
+    mean: NDArray[np.float64]  # (d,)
+    variance: NDArray[np.float64]  # (d,)
+
+    def batches(self, start: int) -> Iterator[Tensor]:
+        """Batch number `start` and all later ones, each (batch, d), good until the next is asked for."""
+        ...
+
+
+class Following(Protocol):
+    """How a run and the harvest that it follows wait for each other: data.reader.RingFollower."""
+
+    span: int | None  # units per round; None: the store is whole
+
+    def require(self, rows: int) -> None:
+        """Raise SettingError if there are not as many."""
+        ...
+
+    def begin(self, batch: int) -> None:
+        """Everything from batch number `batch` on is needed."""
+        ...
+
+    def round(self, batch: int) -> int:
+        """The round in which a batch begins; a checkpoint is saved in each."""
+        ...
+
+    def wait(self, batch: int, stop: StopRequest) -> None:
+        """Come back when a batch can be read, or a signal came."""
+        ...
+
+    def release(self, batch: int) -> None:
+        """Nothing before batch number `batch` is needed any more."""
+        ...
+
+    def finish(self) -> None:
+        """Nothing is needed any more."""
+        ...
+
+
+class Whole:
+    """Following nobody: the store is whole, and stays."""
+
+    span: int | None = None
+
+    def require(self, rows: int) -> None:
+        pass
+
+    def begin(self, batch: int) -> None:
+        pass
+
+    def round(self, batch: int) -> int:
+        return 0
+
+    def wait(self, batch: int, stop: StopRequest) -> None:
+        pass
+
+    def release(self, batch: int) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """One layer's rows in one order; runs that share it share the reading."""
+
+    identity: str  # digest of the store
+    reader: Rows
+    held_out: Callable[[], Iterator[Tensor]]  # (n, d) batches of all held-out rows

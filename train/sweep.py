@@ -1,0 +1,90 @@
+"""Which arms of a sweep are trained on one read, and what they need of memory.
+
+Arms share a read if they take the same batches: same store, batch, data_seed and policy, whatever their layers. Of
+those, as many go into one pass as fit into the device's memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from data import device as devices
+from data.journal import size, tell
+from train.loop import Arm, Outcome, train_together
+
+_ROOM = 0.9  # of the free memory that is planned with
+_STATE = 3  # tensors of each parameter's size: itself, and Adam's two moments
+_ROW_BUFFERS = 8  # (batch, d) float32 at a time: rows, centred rows, reconstruction, error, gradient, ...
+
+
+def arm_bytes(arm: Arm) -> int:
+    """Memory that an arm holds all the time, on its device."""
+    d, d_sae = arm.stream.reader.d_model, arm.config.sae.d_sae
+    return 4 * _STATE * (2 * d * d_sae + d_sae + d) + 8 * d_sae
+
+
+def step_bytes(arm: Arm) -> int:
+    """Memory that an arm needs while it makes a step, which it leaves to the next one: gradients, pre-activations."""
+    d, d_sae, batch = arm.stream.reader.d_model, arm.config.sae.d_sae, arm.config.batch
+    pairs = 4 * 12 * batch * arm.config.sae.k
+    return 4 * (2 * d * d_sae + _ROW_BUFFERS * batch * d) + min(4 * batch * d_sae, 1 << 30) + pairs
+
+
+def passes(arms: Sequence[Arm], free: int | None) -> list[list[int]]:
+    """The arms' numbers, pass by pass, in their order.
+
+    Args:
+        free: bytes of memory for them; None: as much as they want.
+    """
+    found: list[list[int]] = []
+    for group in _sharing(arms):
+        room = None if free is None else int(_ROOM * free) - max(step_bytes(arms[number]) for number in group)
+        held, current = 0, list[int]()
+        for number in group:
+            held += arm_bytes(arms[number])
+            if current and room is not None and held > room:
+                found.append(current)
+                held, current = arm_bytes(arms[number]), []
+            current.append(number)
+        found.append(current)
+    return found
+
+
+def _sharing(arms: Sequence[Arm]) -> list[list[int]]:
+    """Numbers of the arms that take the same batches."""
+    groups: dict[object, list[int]] = {}
+    for number, arm in enumerate(arms):
+        config = arm.config
+        rhythm = arm.stream.identity, config.batch, config.data_seed, config.policy
+        groups.setdefault(rhythm, []).append(number)
+    return list(groups.values())
+
+
+def train_sweep(arms: Sequence[Arm], device: torch.device) -> list[Outcome]:
+    """Train all arms in as few passes as memory allows; their outcomes, in order.
+
+    Raises:
+        Interrupted: a signal came; checkpoints are saved.
+    """
+    planned = passes(arms, devices.free_bytes(device))
+    for line in announcement(arms, planned):
+        tell(line)
+    outcomes: dict[int, Outcome] = {}
+    for numbers in planned:
+        outcomes |= zip(numbers, train_together([arms[number] for number in numbers], device), strict=True)
+    return [outcomes[number] for number in range(len(arms))]
+
+
+def announcement(arms: Sequence[Arm], planned: Sequence[Sequence[int]]) -> list[str]:
+    """What will be trained together."""
+    heads = [f"{len(arms)} arms on one read of the store"]
+    if len(planned) > 1:
+        groups = len(_sharing(arms))
+        reason = "arms that differ in store, batch, data_seed or policy share no read" if groups > 1 else ""
+        if len(planned) > groups:
+            reason = ", and ".join(filter(None, [reason, "not all fit into memory at once"]))
+        counts = " + ".join(str(len(numbers)) for numbers in planned)
+        heads = [f"{len(arms)} arms in {len(planned)} passes of {counts}: {reason}"]
+    return [*heads, *(f"  {arm.folder}: {size(arm_bytes(arm))} of state" for arm in arms)]
