@@ -71,6 +71,7 @@ def arm(settings: dict[str, Any]) -> Arm:
     counts = ("seed", "data_seed", "batch", "log_every", "eval_every", "eval_rows", "checkpoint_every")
     config = TrainConfig(
         layer=layer,
+        matmul=settings["train"]["matmul"] or ("tf32" if own_device(settings["device"]).type == "cuda" else "fp32"),
         tokens=optional_whole("tokens", settings["tokens"]),
         policy=policy,
         sae=sae,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from train import kernels
-from train.kernels import Kept
+from train.kernels import Kept, Matmul
 from train.sae import SAE, WEIGHTS, SAEConfig
 
 _THRESHOLD_DECAY = 0.99  # of BatchTopK's running mean, over about the last 100 batches
@@ -55,13 +55,15 @@ class TopK:
     """The k largest pre-activations of each row, after ReLU (Gao et al., arXiv 2406.04093)."""
 
     k: int
+    matmul: Matmul
     learned: ClassVar[tuple[str, ...]] = WEIGHTS
 
     def begin_(self, sae: SAE, centred: Tensor) -> None:
         pass
 
     def main(self, sae: SAE, centred: Tensor, denominator: float) -> Main:
-        return reconstruction(sae, centred, kernels.encode(centred, sae.W_enc, sae.b_enc, self.k), denominator)
+        kept = kernels.encode(centred, sae.W_enc, sae.b_enc, self.k, self.matmul)
+        return reconstruction(sae, centred, kept, denominator)
 
     def after_(self, sae: SAE, kept: Kept) -> None:
         pass
@@ -75,10 +77,11 @@ class BatchTopK:
     """
 
     k: int
+    matmul: Matmul
     learned: ClassVar[tuple[str, ...]] = WEIGHTS
 
     def keep(self, sae: SAE, centred: Tensor) -> Kept:
-        return kernels.encode_batch(centred, sae.W_enc, sae.b_enc, self.k)
+        return kernels.encode_batch(centred, sae.W_enc, sae.b_enc, self.k, self.matmul)
 
     def begin_(self, sae: SAE, centred: Tensor) -> None:
         _threshold(sae).copy_(_smallest(self.keep(sae, centred)))
@@ -103,14 +106,15 @@ class JumpReLU:
     k: int
     l0_coef: float
     bandwidth: float
+    matmul: Matmul
     learned: ClassVar[tuple[str, ...]] = (*WEIGHTS, "threshold")
 
     def begin_(self, sae: SAE, centred: Tensor) -> None:
-        BatchTopK(self.k).begin_(sae, centred)
+        BatchTopK(self.k, self.matmul).begin_(sae, centred)
 
     def main(self, sae: SAE, centred: Tensor, denominator: float) -> Main:
         threshold, half = _threshold(sae), self.bandwidth / 2
-        pairs = kernels.encode_above(centred, sae.W_enc, sae.b_enc, threshold - half)
+        pairs = kernels.encode_above(centred, sae.W_enc, sae.b_enc, threshold - half, self.matmul)
         own = threshold[pairs.indices]
         active = ~(pairs.values <= own)  # NaN too, so that it cannot hide
         kept = pairs._replace(values=torch.where(active, pairs.values, 0.0))
@@ -140,13 +144,14 @@ class Matryoshka:
 
     k: int
     nested: int
+    matmul: Matmul
     learned: ClassVar[tuple[str, ...]] = WEIGHTS
 
     def begin_(self, sae: SAE, centred: Tensor) -> None:
-        BatchTopK(self.k).begin_(sae, centred)
+        BatchTopK(self.k, self.matmul).begin_(sae, centred)
 
     def main(self, sae: SAE, centred: Tensor, denominator: float) -> Main:
-        kept, levels = BatchTopK(self.k).keep(sae, centred), self.nested
+        kept, levels = BatchTopK(self.k, self.matmul).keep(sae, centred), self.nested
         ends = torch.tensor([sae.d_sae >> level for level in reversed(range(levels))], device=centred.device)
         # Bag `row * levels + j` holds the row's pairs that the j-th dictionary adds; bags ascend, as rows do.
         bags = kept.rows * levels + torch.searchsorted(ends, kept.indices, right=True)
@@ -171,20 +176,20 @@ class Matryoshka:
         return Main(errors.square().mean() / denominator, errors[:, -1], kept, gradients)
 
     def after_(self, sae: SAE, kept: Kept) -> None:
-        BatchTopK(self.k).after_(sae, kept)
+        BatchTopK(self.k, self.matmul).after_(sae, kept)
 
 
-def activation(config: SAEConfig) -> Activation:
-    """The one that `config` names."""
+def activation(config: SAEConfig, matmul: Matmul = "fp32") -> Activation:
+    """The one that `config` names; `matmul` is the precision of its encoder product in training."""
     match config.activation:
         case "topk":
-            return TopK(config.k)
+            return TopK(config.k, matmul)
         case "batchtopk":
-            return BatchTopK(config.k)
+            return BatchTopK(config.k, matmul)
         case "jumprelu":
-            return JumpReLU(config.k, config.l0_coef, config.bandwidth)
+            return JumpReLU(config.k, config.l0_coef, config.bandwidth, matmul)
         case _:
-            return Matryoshka(config.k, config.nested)
+            return Matryoshka(config.k, config.nested, matmul)
 
 
 def reconstruction(sae: SAE, centred: Tensor, kept: Kept, denominator: float) -> Main:

@@ -19,13 +19,16 @@ atomics and index_add would have it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import embedding_bag
+
+Matmul = Literal["fp32", "tf32", "bf16"]  # what the operands of the encoder product are rounded to
 
 _BLOCK_BYTES = 16 << 20  # of pre-activations at a time: what top k reads is then still in the last-level cache
 _GPU_BLOCK_BYTES = 1 << 30  # on CUDA, where only launches count
@@ -64,27 +67,28 @@ class Bags(NamedTuple):
     starts: Tensor  # (F,) where each latent's pairs begin
 
 
-def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Kept:
+def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, matmul: Matmul = "fp32") -> Kept:
     """Keep the k largest of x @ W_enc + b_enc in each row, then ReLU; x is (n, d) and has b_dec subtracted."""
     values, indices = x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64)
-    for rows, pre in _pre_activations(x, W_enc, b_enc):
+    for rows, pre in _pre_activations(x, W_enc, b_enc, matmul):
         values[rows], indices[rows] = topk(pre, k)
     return Kept.even(values.relu_(), indices)
 
 
-def encode_above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> Kept:
+def encode_above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, matmul: Matmul = "fp32") -> Kept:
     """Keep what of x @ W_enc + b_enc exceeds `threshold`, () or (F,), or is NaN; values are not cut at 0."""
-    return _joined([_above(pre, threshold, rows.start) for rows, pre in _pre_activations(x, W_enc, b_enc)], len(x))
+    blocks = _pre_activations(x, W_enc, b_enc, matmul)
+    return _joined([_above(pre, threshold, rows.start) for rows, pre in blocks], len(x))
 
 
-def encode_batch(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Kept:
+def encode_batch(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, matmul: Matmul = "fp32") -> Kept:
     """Keep the n k largest of all of x @ W_enc + b_enc that are positive, or fewer if there are not so many.
 
     What is below a bound that half as many again of a sample's values exceed is dropped block by block; should that
     leave too few, all that is positive is looked at.
     """
     zero, found, bound = x.new_zeros(()), [], None
-    for rows, pre in _pre_activations(x, W_enc, b_enc):
+    for rows, pre in _pre_activations(x, W_enc, b_enc, matmul):
         if bound is None:
             sample = pre[:_SAMPLE].reshape(-1)
             rank = min(len(sample), 3 * k * min(len(pre), _SAMPLE) // 2)
@@ -92,7 +96,7 @@ def encode_batch(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Kept:
         found.append(_above(pre, bound, rows.start))
     kept = _joined(found, len(x))
     if len(kept.values) < len(x) * k and bound is not None and bound > 0:
-        kept = encode_above(x, W_enc, b_enc, zero)
+        kept = encode_above(x, W_enc, b_enc, zero, matmul)
     if len(kept.values) <= len(x) * k:
         return kept
     chosen = kept.values.topk(len(x) * k, sorted=False).indices.sort().values
@@ -118,15 +122,39 @@ def _starts(rows: Tensor, n: int) -> Tensor:
     return torch.searchsorted(rows, torch.arange(n, device=rows.device))
 
 
-def _pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, matmul: Matmul) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of rows of x @ W_enc + b_enc, each valid until the next."""
     n, width = len(x), len(b_enc)
     block_bytes = _GPU_BLOCK_BYTES if x.is_cuda else _BLOCK_BYTES
     step = max(1, min(n, block_bytes // (width * x.element_size())))
     buffer = x.new_empty(step, width)
+    if matmul == "bf16":
+        x, W_enc = x.bfloat16(), W_enc.bfloat16()
     for at in range(0, n, step):
         rows = slice(at, min(at + step, n))
-        yield rows, torch.addmm(b_enc, x[rows], W_enc, out=buffer[: rows.stop - at])
+        out = buffer[: rows.stop - at]
+        if matmul == "bf16":
+            yield rows, _bf16_product(x[rows], W_enc, out).add_(b_enc)
+        else:
+            with _tf32(matmul == "tf32"):
+                torch.addmm(b_enc, x[rows], W_enc, out=out)
+            yield rows, out
+
+
+def _bf16_product(x: Tensor, W_enc: Tensor, out: Tensor) -> Tensor:
+    """x @ W_enc of bfloat16 operands into the float32 `out`; sums are float32, on the CPU rounded to bfloat16 after."""
+    return torch.mm(x, W_enc, out_dtype=torch.float32, out=out) if x.is_cuda else out.copy_(x @ W_enc)
+
+
+@contextmanager
+def _tf32(on: bool) -> Iterator[None]:
+    """Let CUDA round operands of float32 products to TF32's 10 bits, or forbid it; the former setting comes back."""
+    settings = torch.backends.cuda.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "tf32" if on else "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -58,12 +58,12 @@ class Run:
         """
         self.arm, self.group = arm, group
         self.outcome: Outcome | None = None
+        self.trainer = Trainer(arm.config, arm.stream.reader, device, group)
         with ExitStack() as stack:
             if group.rank == 0:
                 busy = f"another process is training in {arm.folder}; wait for it, or choose another run="
                 stack.enter_context(durable.locked(arm.folder, busy))
                 durable.make_directory(arm.folder / run.CHECKPOINTS)
-            self.trainer = Trainer(arm.config, arm.stream.reader, device, group)
             self._settings = self._agree(device) if group.rank == 0 else ""
             if group.rank == 0:
                 self._open(stack)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from data.reader import Policy
 from train import activations, dead, loss, sae
 from train.checkpoint import Checkpoint
 from train.evaluate import Evaluation, Fidelity
+from train.kernels import Matmul
 from train.loss import Losses
 from train.optim import Adam, OptimConfig, learning_rate
 from train.parallel import Group
@@ -37,6 +38,7 @@ class TrainConfig:
     eval_every: int = 5_000  # optimizer steps; the end is evaluated in any case
     eval_rows: int = 262_144  # held-out rows per evaluation; all of them at the end
     checkpoint_every: int = 1_000  # optimizer steps; decides no bit, so it may change between starts
+    matmul: Matmul = "fp32"  # of the encoder product; everything else is float32
     policy: Policy = field(default_factory=Policy)
     sae: SAEConfig = field(default_factory=SAEConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -45,6 +47,8 @@ class TrainConfig:
         for name in ("batch", "log_every", "eval_every", "eval_rows", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.matmul not in get_args(Matmul):
+            raise SettingError(f"train.matmul={self.matmul} must be one of {', '.join(get_args(Matmul))}")
         if self.batch < 2 and self.sae.aux_norm == "variance":
             raise SettingError("batch=1 has no variance to divide by; raise it, or set sae.aux_norm=raw")
         if self.tokens is not None and self.tokens < self.batch:
@@ -77,12 +81,14 @@ class Trainer:
     def __init__(self, config: TrainConfig, reader: Rows, device: torch.device, group: Group | None = None) -> None:
         self.config, self.device, self.group = config, device, group or Group()
         _require_divisible(config, self.group.world)
+        if config.matmul == "tf32" and device.type != "cuda":
+            raise SettingError("train.matmul=tf32 is a precision of CUDA GPUs; on a CPU take fp32 or bf16")
         self.steps = config.steps(reader.rows)
         self.scale = math.sqrt(reader.d_model) / float(reader.mean_norm)  # E||x|| -> sqrt(d), as Gao et al.
         self.mean = torch.from_numpy(reader.mean).to(device) * self.scale
         self.mean_variance = float(reader.variance.mean()) * self.scale**2
         fresh = sae.initial(config.sae, self.mean.float(), config.seed)
-        self.activation = activations.activation(config.sae)
+        self.activation = activations.activation(config.sae, config.matmul)
         learned = {name: fresh.tensors()[name] for name in self.activation.learned}
         self.state = State(0, fresh, Adam(learned), dead.never_fired(config.sae.d_sae, device))
 

@@ -132,3 +132,24 @@ def test_weight_gradient_repeats_its_bits():
         for _ in range(2)
     )
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("block", [1 << 20, 5 * 128 * 4])
+def test_bf16_rounds_the_operands_of_the_encoder_product_alone(block, monkeypatch):
+    monkeypatch.setattr(kernels, "_BLOCK_BYTES", block)
+    x, W_enc, b_enc = draw(37, 8), draw(8, 128, seed=1), 1000 + draw(128, seed=2)
+    kept = kernels.encode(x, W_enc, b_enc, 4, "bf16")
+    pre = (x.bfloat16() @ W_enc.bfloat16()).float() + b_enc
+    torch.testing.assert_close(kept.values.view(37, 4).sort(1).values, pre.topk(4).values.sort(1).values)
+    assert not torch.equal(kept.values, kernels.encode(x, W_enc, b_enc, 4).values)
+
+
+def test_tf32_is_on_for_the_encoder_product_alone(monkeypatch):
+    settings, seen = torch.backends.cuda.matmul, []
+    addmm = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *a, **o: seen.append(settings.fp32_precision) or addmm(*a, **o))
+    before = settings.fp32_precision
+    for matmul in ("fp32", "tf32"):
+        kernels.encode(draw(5, 8), draw(8, 128), draw(128), 4, matmul)
+        assert settings.fp32_precision == before
+    assert seen == ["ieee", "tf32"]

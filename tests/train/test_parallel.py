@@ -1,0 +1,118 @@
+"""Two processes that train one SAE make the steps of one, and stop together."""
+
+import os
+import signal
+import socket
+from dataclasses import replace
+
+import pytest
+import torch
+
+from data.errors import Interrupted, SettingError
+from data.journal import read_metrics
+from tests.train import killing
+from tests.train.killing import BATCH, CPU, config, in_child, outcome, planted
+from tests.train.planted import planted_stream
+from train import checkpoint
+from train.loop import Arm, train
+from train.parallel import Group
+from train.sae import load
+from train.trainer import Trainer
+
+WORLD = 2
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def together(folder, readers=None, **changes):
+    """Train the small run by two processes; how each ended."""
+    port = free_port()
+
+    def member(rank):
+        os.environ |= {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(WORLD),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        stream = planted_stream(readers[rank] if readers else planted())
+        with Group(CPU) as group:
+            try:
+                train(Arm(config(**changes), stream, folder), CPU, group)
+            except Interrupted as stopped:
+                os._exit(stopped.exit_code)
+
+    children = [in_child(lambda rank=rank: member(rank)) for rank in range(WORLD)]
+    return [outcome(child) for child in children]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The folders of one run by one process and by two."""
+    folder = tmp_path_factory.mktemp("both")
+    killing.run(folder / "one")
+    assert together(folder / "two") == [0, 0]
+    return folder / "one", folder / "two"
+
+
+def test_two_processes_make_the_steps_of_one(both):
+    one, two = (load(folder / "sae_final.pt").tensors() for folder in both)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_statistics_are_of_all_processes(both):
+    """Losses, dead latents, coverage and variance explained of whole batches: AuxK divides by a batch's variance."""
+    one, two = (read_metrics(folder / "metrics.jsonl") for folder in both)
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    assert max(line["dead"] for line in one) > 0
+    for single, shared in zip(one, two, strict=True):
+        assert single["dead"] == shared["dead"]
+        for name in single.keys() - {"split"}:
+            assert shared[name] == pytest.approx(single[name], rel=1e-3, abs=1e-6), (single["step"], name)
+
+
+def test_the_state_is_of_all_processes(both):
+    one, two = (checkpoint.latest(folder / "checkpoint")[0].tensors for folder in both)
+    assert torch.equal(one["silent"], two["silent"])
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name].double(), tensor.double(), rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_a_signal_to_one_stops_both_at_one_step_and_they_go_on(both, tmp_path):
+    folder = tmp_path / "run"
+    stopping = planted(spoil=lambda at, _: os.kill(os.getpid(), signal.SIGTERM) if at == 9 else None)
+    assert together(folder, [planted(), stopping]) == [143, 143]
+    saved, _ = checkpoint.latest(folder / "checkpoint")
+    assert saved.step == 10
+    assert together(folder) == [0, 0]
+    for name, tensor in load(both[1] / "sae_final.pt").tensors().items():
+        assert torch.equal(load(folder / "sae_final.pt").tensors()[name], tensor), "two processes repeat their bits"
+    assert together(folder) == [0, 0], "finished, and left alone"
+
+
+class Pair(Group):
+    """As a process of two sees it, without the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.world = 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"batch": BATCH - 1, "tokens": 200}, "batch=15 cannot be shared evenly by 2 processes"),
+        ({"activation": "batchtopk"}, "sae.activation=batchtopk looks at a whole batch"),
+        ({"activation": "jumprelu"}, "sae.activation=jumprelu looks at a whole batch"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(changes, named):
+    if "activation" in changes:
+        changes = {"sae": replace(config().sae, **changes)}
+    with pytest.raises(SettingError, match=named):
+        Trainer(config(**changes), planted(), CPU, Pair())
