@@ -1,4 +1,4 @@
-"""`python -m analyze study=NAME run=runs/NAME`: what a trained SAE is worth."""
+"""`python -m analyze study=NAME run=runs/NAME`: what a trained SAE is worth; `study=sweep runs=...`: which is best."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from analyze import arms, sweep_page
 from analyze.quality import markdown, quality, write
 from analyze.report import report
 from analyze.subject import Subject
+from analyze.sweep import sweep
 from data.device import torch_device
-from data.errors import SettingError, run_command
+from data.errors import SettingError, StoreError, run_command
 from data.settings import whole
 
 
 def command(settings: dict[str, Any]) -> None:
     """Run one study and say where its results are."""
+    if settings["study"]["name"] == "sweep":
+        return compare(settings)
+    if settings["runs"] is not None:
+        raise SettingError(f"runs= is for study=sweep; study={settings['study']['name']} takes one directory, as run=")
     if not settings["run"]:
         raise SettingError("run= is missing; give the directory of a finished training run, e.g. run=runs/demo")
     device = torch_device(settings["device"])
-    study = settings["study"]
-    limit = whole("study.rows", study["rows"])
-    if limit < 1:
-        raise SettingError(f"study.rows={limit} must be at least 1")
+    study, limit = settings["study"], row_limit(settings)
     store = str(settings["store"]) if settings["store"] else None
     subject = Subject.open(Path(settings["run"]), store, device)
     if study["name"] == "quality":
@@ -41,6 +44,42 @@ def command(settings: dict[str, Any]) -> None:
         print(f"wrote {path}: open it in a browser", file=sys.stderr)
 
 
+def compare(settings: dict[str, Any]) -> None:
+    """Compare the arms of a sweep; those that are damaged are told, and make the command fail in the end."""
+    if settings["run"] or not settings["runs"]:
+        raise SettingError("study=sweep takes runs=, the directories of several runs, e.g. runs=runs/SWEEP/*")
+    device, limit = torch_device(settings["device"]), row_limit(settings)
+    folders = arms.find(settings["runs"])
+    read, damaged = arms.read_all(folders)
+    figures = sweep(read, damaged, str(settings["store"]) if settings["store"] else None, limit, device)
+    out = Path(settings["out"]) if settings["out"] else arms.common_folder(folders)
+    page = sweep_page.write(out, figures, read)
+    print("\n".join(sweep_page.markdown(figures)), flush=True)
+    print(
+        f"\nwrote {page}: open it in a browser; beside it {sweep_page.JSON} and {sweep_page.MARKDOWN}", file=sys.stderr
+    )
+    if damaged:
+        raise StoreError(f"{len(damaged)} of {len(folders)} arms are damaged and left out: {', '.join(damaged)}")
+    if not any(layer["best"] for layer in figures["layers"]):
+        raise StoreError("no arm is finished, so nothing is compared; run their `python -m train` again")
+
+
+def row_limit(settings: dict[str, Any]) -> int:
+    """Held-out rows to measure on."""
+    limit = whole("study.rows", settings["study"]["rows"])
+    if limit < 1:
+        raise SettingError(f"study.rows={limit} must be at least 1")
+    return limit
+
+
+def verbatim(argument: str) -> str:
+    """`runs=` in the quotes that Hydra wants: commas and equals signs in an arm's name are no multirun."""
+    key, _, value = argument.partition("=")
+    if key != "runs" or value[:1] in ("", "'", '"', "["):
+        return argument
+    return "runs='" + value.replace("'", "\\'") + "'"
+
+
 @hydra.main(version_base="1.3", config_path="../conf", config_name="analyze")
 def main(cfg: DictConfig) -> None:
     settings = OmegaConf.to_container(cfg, resolve=True)
@@ -49,5 +88,6 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = map(verbatim, sys.argv[1:])
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that its refusals come here, to be said in one line
     run_command(main, (HydraException, OmegaConfBaseException))
