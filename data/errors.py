@@ -128,11 +128,20 @@ def run_command(command: Callable[[], None], refusals: tuple[type[Exception], ..
         sys.exit(130)
 
 
+# As Hydra names what it does not find, its plugin, and our extra.
+_LAUNCHERS = (
+    ("submitit_", "hydra-submitit-launcher", "slurm"),
+    ("joblib", "hydra-joblib-launcher", "joblib"),
+    ("ray'", "hydra-ray-launcher", "ray"),
+)
+
+
 def _one_line(refusal: str) -> str:
     """What the settings' parser says, without its search paths, and with the way out."""
     text = refusal.split("Config search path:")[0]
-    if "hydra/launcher/submitit_" in text:
-        return "this launcher needs hydra-submitit-launcher: pip install 'residual-saes[slurm]'"
+    for named, plugin, extra in _LAUNCHERS:
+        if f"hydra/launcher/{named}" in text:
+            return f"this launcher needs {plugin}: pip install 'residual-saes[{extra}]'"
     if "To append to your config" in text:
         return (
             text.split("To append to your config")[0].strip().rstrip(".") + ": no such setting; --help lists them all"

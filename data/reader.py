@@ -6,31 +6,30 @@ asked for by number, so a trainer's whole cursor is one integer; threads and res
 A round is a pass over the store, one after another without end; in a ring (data/ring.py), whose shards are there for a
 while only, it is the next `span` training units, and the stream ends with the last of them.
 Rows were permuted inside their unit when they were written, so `window` chunks from as many units mix
-window x unit tokens' worth of documents (128 x 65,536 by default).
+window x unit tokens' worth of documents (512 x 65,536 by default).
 """
 
 from __future__ import annotations
 
-import os
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data import order, ring, summary
-from data.array import Shard
+from data import order, ring, summary, windows
 from data.errors import SettingError, StopRequest, StoreError
 from data.journal import tell
 from data.kinds import BOS, ORDINARY, OUTLIER
 from data.store import Store
+from data.windows import Filler, Window
 
-WINDOW = 128  # inner chunks that are shuffled together in memory: 0.67 GB at width 2560
+# Inner chunks that are shuffled together in memory: 2.7 GB at width 2560. Of 1,024-token documents in units of 65,536,
+# 128 mix 8,234 in a batch and 512 mix 32,683 (`python -m tests.bench.reader_speed`).
+WINDOW = 512
 _POLL_S = 0.2  # between looks for what a harvest commits: 0.04 s each at 15,000 units
 _MARGIN = 1000  # a ring's reader counts on losing 1/1000 of the rows to come, and twice what it saw lost
 
@@ -85,20 +84,29 @@ class Reader:
     """The shuffled training stream of one layer: every row that the policy keeps, held-out units excepted."""
 
     def __init__(
-        self, store: Store, layer: int, *, batch: int, seed: int, policy: Policy, window: int = WINDOW
+        self,
+        store: Store,
+        layer: int,
+        *,
+        batch: int,
+        seed: int,
+        policy: Policy,
+        window: int = WINDOW,
+        pinned: bool = False,
     ) -> None:
         """Nothing is read yet but the layer's summary: the records say how many rows of each chunk are kept.
 
         Args:
             batch: rows per batch.
             window: inner chunks that are shuffled together in memory.
+            pinned: give batches in page-locked memory, from which a GPU copies by itself (`windows.to_device`).
         """
         if batch < 1:
             raise SettingError(f"batch={batch} must be at least 1 (rows)")
         self.batch, self.seed, self.window = batch, seed, window
         self.d_model = store.d_model
-        self._store, self._array = store, store.array(f"layer_{layer}")
-        self._layer, self._kinds, self._policy = layer, policy.kinds, policy
+        self._store = store
+        self._layer, self._kinds, self._policy, self._pinned = layer, policy.kinds, policy, pinned
         self._chunk: int = store.manifest["chunk"]
         training, found = training_units(store), ring.read(store.place)
         self.span = found.span if found else None  # training units per round; None: all of them, in every round
@@ -199,43 +207,18 @@ class Reader:
     def batches(self, start: int) -> Iterator[torch.Tensor]:
         """Batches number `start`, `start` + 1, ..., each (batch, d) bfloat16 on the CPU; in a ring to its end.
 
+        A batch is a view of its window, 2.7 GB by default at width 2560, of which there are two. It stays what it is
+        for as long as anybody has it, and so does the window: have done with a batch when you ask for the next.
+
         Raises:
             StoreError: a shard is damaged or freed; or, in a ring, is not made yet or was the last.
         """
-        parts: list[torch.Tensor] = []
-        have = 0
-        for rows in self._windows(*self.locate(start)):
-            at = 0
-            while at < len(rows):
-                part = rows[at : at + self.batch - have]
-                parts, have, at = [*parts, part], have + len(part), at + len(part)
-                if have == self.batch:
-                    yield torch.cat(parts)
-                    parts, have = [], 0
+        plan, chunks = self._plan(*self.locate(start)), max(map(len, self._rounds)) * self._store.chunks
+        filler = Filler(self._store, self._layer, self._kinds, self.seed, self._pinned)
+        rows = min(self.window, chunks) * self._chunk
+        yield from windows.batches(plan, filler, rows, self.batch, self._given_out)
 
-    def _windows(self, number: int, skip: int) -> Iterator[torch.Tensor]:
-        """Shuffled windows of rows from round `number` on, less its first `skip`; the next one is read meanwhile."""
-        with (
-            ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode") as decoders,
-            ThreadPoolExecutor(1, thread_name_prefix="window") as ahead,
-        ):
-            plan = self._plan(number, skip)
-            following = self._start(ahead, decoders, plan)
-            while True:
-                # What was not there a window ago may be there now.
-                current = following or self._start(ahead, decoders, plan)
-                if current is None:
-                    raise self._given_out()
-                following = self._start(ahead, decoders, plan)
-                yield current.result()
-
-    def _start(
-        self, ahead: ThreadPoolExecutor, decoders: ThreadPoolExecutor, plan: Iterator[_Window | None]
-    ) -> Future[torch.Tensor] | None:
-        window = next(plan)
-        return ahead.submit(self._load, window, decoders) if window else None
-
-    def _plan(self, at: int, skip: int) -> Iterator[_Window | None]:
+    def _plan(self, at: int, skip: int) -> Iterator[Window | None]:
         """Windows in their order; None, and the same again at the next asking, for one that is not there."""
         chunks = None if self.span else self._chunks_of(0)
         while True:
@@ -244,7 +227,7 @@ class Reader:
             units = self._chunks_of(at) if chunks is None else chunks
             shuffled = units[order.permutation(len(units), self.seed, at)]
             for number, first in enumerate(range(0, len(shuffled), self.window)):
-                window = _Window(at, number, shuffled[first : first + self.window], skip)
+                window = Window(at, number, shuffled[first : first + self.window], skip)
                 skip = max(0, skip - window.rows)
                 if window.rows > window.skip:
                     yield window
@@ -260,43 +243,6 @@ class Reader:
             "rows than twice the share of the first units were outliers or not finite. Harvest again and train with "
             f"tokens={self._ends[-1] // self.batch * self.batch} at most, or with drop_outliers=false"
         )
-
-    def _load(self, window: _Window, decoders: ThreadPoolExecutor) -> torch.Tensor:
-        rows = torch.empty(window.rows, self.d_model, dtype=torch.bfloat16)
-        bits = rows.view(torch.uint16).numpy()
-        ends = window.chunks[:, 2].cumsum()
-        by_unit: dict[int, list[tuple[int, int, int]]] = {}
-        for (unit, chunk, kept), end in zip(window.chunks.tolist(), ends.tolist(), strict=True):
-            by_unit.setdefault(unit, []).append((chunk, end - kept, end))
-        list(decoders.map(lambda item: self._fill(bits, *item), sorted(by_unit.items())))
-        shuffle = order.permutation(window.rows, self.seed, window.round, window.number)
-        return rows[torch.from_numpy(shuffle[window.skip :])]
-
-    def _fill(self, bits: NDArray[np.uint16], unit: int, wanted: Sequence[tuple[int, int, int]]) -> None:
-        """Decode the wanted (chunk, first, end) of one unit into their places."""
-        keep = np.isin(self._store.kinds(self._layer, unit), self._kinds)
-        scratch = np.empty((self._chunk, self.d_model), np.uint16)
-        try:
-            shard = Shard(self._array, self._store.place, unit)
-        except StoreError:
-            self._store.ledger.freed.refuse(self._array.key(unit))
-            raise
-        with shard:
-            for chunk, first, end in wanted:
-                shard.read(chunk, scratch)
-                mask = keep[chunk * self._chunk : (chunk + 1) * self._chunk]
-                np.compress(mask, scratch[: len(mask)], axis=0, out=bits[first:end])
-
-
-class _Window(NamedTuple):
-    round: int
-    number: int  # within the round
-    chunks: NDArray[np.int64]  # (window, 3) unit, chunk, kept rows
-    skip: int  # rows to leave out at its beginning, as already served
-
-    @property
-    def rows(self) -> int:
-        return int(self.chunks[:, 2].sum())
 
 
 def held_out(store: Store, layer: int, policy: Policy, batch: int) -> Iterator[torch.Tensor]:
@@ -359,6 +305,10 @@ class RingFollower:
     def round(self, batch: int) -> int:
         """The round in which batch number `batch` begins."""
         return self._reader.locate(batch)[0]
+
+    def has(self, batch: int) -> bool:
+        """Whether batch number `batch` can be read without waiting, or none will follow: for `windows.to_device`."""
+        return self._reader.has(batch)
 
     def wait(self, batch: int, stop: StopRequest) -> None:
         """Come back when batch number `batch` can be read, or a signal came."""

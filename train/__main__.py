@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from data import durable, ring, summary
 from data.device import own_device
 from data.errors import SettingError, run_command
 from data.journal import tell
-from data.reader import Policy, Reader, RingFollower, held_out
+from data.reader import Policy, RingFollower
 from data.settings import flag, optional_whole, whole
 from data.store import Store
 from train import parallel
@@ -28,7 +27,7 @@ from train.loop import Arm, train
 from train.optim import OptimConfig
 from train.parallel import Group
 from train.sae import SAEConfig
-from train.stream import Stream, Whole
+from train.stream import Whole, rows_of, store_at
 from train.trainer import TrainConfig
 
 _ARM_BYTES = 150  # of a directory's name; file systems allow 255
@@ -63,22 +62,22 @@ def arm(settings: dict[str, Any]) -> Arm:
     """Turn the settings into objects."""
     if not settings["store"]:
         raise SettingError("store= is missing; give the path of an activation store, e.g. store=activations/tiny.zarr")
-    name = settings["sae"].pop("name", "sae")
+    device, name = own_device(settings["device"]), settings["sae"].pop("name", "sae")
     optim, sae = build(OptimConfig, "optim", settings["optim"]), build(SAEConfig, "sae", settings["sae"])
     policy = Policy(*(flag(name, settings[name]) for name in ("drop_bos", "drop_outliers")))
-    store = opened(str(settings["store"]))
+    store = store_at(str(settings["store"]))
     layer = first_layer(store) if settings["layer"] is None else whole("layer", settings["layer"])
     counts = ("seed", "data_seed", "batch", "log_every", "eval_every", "eval_rows", "checkpoint_every")
     config = TrainConfig(
         layer=layer,
-        matmul=settings["train"]["matmul"] or ("tf32" if own_device(settings["device"]).type == "cuda" else "fp32"),
+        matmul=settings["train"]["matmul"] or ("tf32" if device.type == "cuda" else "fp32"),
         tokens=optional_whole("tokens", settings["tokens"]),
         policy=policy,
         sae=sae,
         optim=optim,
         **{key: whole(key, settings[key]) for key in counts},
     )
-    stream, reader = rows_of(store, layer, config.batch, config.data_seed, policy)
+    stream, reader = rows_of(store, layer, config.batch, config.data_seed, policy, device.type == "cuda")
     folder = run_directory(settings["run"], f"{Path(store.name).stem}_{name}_L{layer}")
     registration = file_name(str(folder.resolve()))
     following = RingFollower(reader, store, layer, registration, str(folder)) if reader.span else Whole()
@@ -89,19 +88,6 @@ def arm(settings: dict[str, Any]) -> Arm:
     return Arm(config, stream, folder, following, facts)
 
 
-@cache  # so that the arms of a sweep share the store's records
-def opened(path: str) -> Store:
-    """The store at `path`."""
-    return Store.open(path)
-
-
-@cache  # so that they share the reading
-def rows_of(store: Store, layer: int, batch: int, data_seed: int, policy: Policy) -> tuple[Stream, Reader]:
-    """One layer's rows in one order."""
-    reader = Reader(store, layer, batch=batch, seed=data_seed, policy=policy)
-    return Stream(store.identity, reader, lambda: held_out(store, layer, policy, batch)), reader
-
-
 def build(kind: type[Any], group: str, values: dict[str, Any]) -> Any:
     """A frozen configuration from a group's plain values: whole numbers may be written as 1e7."""
     known = kind.__dataclass_fields__
@@ -109,8 +95,8 @@ def build(kind: type[Any], group: str, values: dict[str, Any]) -> Any:
         raise SettingError(f"{group}.{unknown[0]} is not a setting; {group} has {', '.join(known)}")
     typed = {
         key: value
-        if value is None or known[key].type == "str"
-        else (number if known[key].type == "float" else whole)(f"{group}.{key}", value)
+        if value is None or known[key].type == "str" or (known[key].type == "float | str" and isinstance(value, str))
+        else _READ[known[key].type](f"{group}.{key}", value)
         for key, value in values.items()
     }
     return kind(**typed)
@@ -121,6 +107,9 @@ def number(name: str, value: Any) -> float | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise SettingError(f"{name}={value} must be a number")
     return None if value is None else float(value)
+
+
+_READ = {"int": whole, "int | None": whole, "float": number, "float | str": number, "bool": flag}
 
 
 def first_layer(store: Store) -> int:

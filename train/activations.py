@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from train import kernels
-from train.kernels import Kept, Matmul
+from train.kernels import Bags, Kept, Matmul
 from train.sae import SAE, WEIGHTS, SAEConfig
 
 _THRESHOLD_DECAY = 0.99  # of BatchTopK's running mean, over about the last 100 batches
@@ -29,6 +29,7 @@ class Main(NamedTuple):
     loss: Tensor  # ()
     error: Tensor  # (n, d) e = x - x_hat
     kept: Kept
+    bags: Bags  # its pairs by latent
     gradients: dict[str, Tensor]  # by parameter name; of b_dec, without its path through the encoder
 
 
@@ -124,10 +125,11 @@ class JumpReLU:
         slope = 2 * self.l0_coef * excess / (len(centred) * self.k)  # of the loss, per latent of a row
         inside = (pairs.values - own).abs() < half
         pull = torch.where(inside, (own * towards + slope) / -self.bandwidth, 0.0)
-        gradients = _gradients(sae, centred, kept, upstream, torch.where(active, towards, 0.0))
-        gradients["threshold"] = kernels.latent_sums(pull, pairs.indices, sae.d_sae)
+        bags = kernels.group_by_latent(kept.indices, sae.d_sae)
+        gradients = _gradients(sae, centred, kept, bags, upstream, torch.where(active, towards, 0.0))
+        gradients["threshold"] = kernels.latent_sums(pull, pairs.indices, sae.d_sae, bags)
         loss = error.square().mean() / denominator + self.l0_coef * excess.square()
-        return Main(loss, error, kept, gradients)
+        return Main(loss, error, kept, bags, gradients)
 
     def after_(self, sae: SAE, kept: Kept) -> None:
         _threshold(sae).clamp_min_(0.0)
@@ -170,10 +172,11 @@ class Matryoshka:
         gradients = {
             "W_enc": kernels.weight_gradient(centred, towards, rows, by_latent).T,
             "W_dec": kernels.weight_gradient(flat, values, bags, by_latent),
-            "b_enc": kernels.latent_sums(towards, indices, sae.d_sae),
+            "b_enc": kernels.latent_sums(towards, indices, sae.d_sae, by_latent),
             "b_dec": upstream[:, 0].sum(0),
         }
-        return Main(errors.square().mean() / denominator, errors[:, -1], kept, gradients)
+        kept = Kept(values, indices, rows, kept.starts)
+        return Main(errors.square().mean() / denominator, errors[:, -1], kept, by_latent, gradients)
 
     def after_(self, sae: SAE, kept: Kept) -> None:
         BatchTopK(self.k, self.matmul).after_(sae, kept)
@@ -196,7 +199,9 @@ def reconstruction(sae: SAE, centred: Tensor, kept: Kept, denominator: float) ->
     """mean(e^2) / denominator and its gradients; a kept value of 0 has none, as ReLU is shut there."""
     error, upstream = _error(sae, centred, kept, denominator)
     towards = kernels.values_gradient(upstream, kept, sae.W_dec) * (kept.values > 0)
-    return Main(error.square().mean() / denominator, error, kept, _gradients(sae, centred, kept, upstream, towards))
+    bags = kernels.group_by_latent(kept.indices, sae.d_sae)
+    gradients = _gradients(sae, centred, kept, bags, upstream, towards)
+    return Main(error.square().mean() / denominator, error, kept, bags, gradients)
 
 
 def _error(sae: SAE, centred: Tensor, kept: Kept, denominator: float) -> tuple[Tensor, Tensor]:
@@ -205,13 +210,14 @@ def _error(sae: SAE, centred: Tensor, kept: Kept, denominator: float) -> tuple[T
     return error, error * (-2 / (error.numel() * denominator))
 
 
-def _gradients(sae: SAE, centred: Tensor, kept: Kept, upstream: Tensor, values: Tensor) -> dict[str, Tensor]:
+def _gradients(
+    sae: SAE, centred: Tensor, kept: Kept, bags: Bags, upstream: Tensor, values: Tensor
+) -> dict[str, Tensor]:
     """By parameter, from those at x_hat (n, d) and at the pre-activations of the kept pairs (p,)."""
-    by_latent = kernels.group_by_latent(kept.indices, sae.d_sae)
     return {
-        "W_enc": kernels.weight_gradient(centred, values, kept.rows, by_latent).T,
-        "W_dec": kernels.weight_gradient(upstream, kept.values, kept.rows, by_latent),
-        "b_enc": kernels.latent_sums(values, kept.indices, sae.d_sae),
+        "W_enc": kernels.weight_gradient(centred, values, kept.rows, bags).T,
+        "W_dec": kernels.weight_gradient(upstream, kept.values, kept.rows, bags),
+        "b_enc": kernels.latent_sums(values, kept.indices, sae.d_sae, bags),
         "b_dec": upstream.sum(0),
     }
 

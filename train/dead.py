@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from train import kernels
-from train.kernels import Kept
+from train.kernels import Bags, Kept
+from train.optim import Adam
+from train.sae import SAE
+
+_TINY = 1e-30  # of a norm, so that an error of 0 gives a direction of 0
 
 
 def never_fired(d_sae: int, device: torch.device) -> Tensor:
@@ -14,10 +18,14 @@ def never_fired(d_sae: int, device: torch.device) -> Tensor:
     return torch.zeros(d_sae, dtype=torch.int64, device=device)
 
 
-def firings(kept: Kept, d_sae: int) -> Tensor:
-    """(F,) times that each latent fired in a batch: was kept and positive. Among the k largest with 0 is silence."""
+def firings(kept: Kept, d_sae: int, bags: Bags | None = None) -> Tensor:
+    """(F,) times that each latent fired in a batch: was kept and positive. Among the k largest with 0 is silence.
+
+    Args:
+        bags: the pairs grouped by latent, if that has been done.
+    """
     positive = (kept.values > 0).to(kept.values.dtype)
-    return kernels.latent_sums(positive, kept.indices, d_sae)  # sums, because indexing by a mask syncs the device
+    return kernels.latent_sums(positive, kept.indices, d_sae, bags)  # sums, because indexing by a mask syncs the device
 
 
 def count_(silent: Tensor, fired: Tensor, tokens: int) -> None:
@@ -32,3 +40,21 @@ def count_(silent: Tensor, fired: Tensor, tokens: int) -> None:
 def dead_latents(silent: Tensor, dead_after: int) -> Tensor:
     """(D,) indices of the latents that have been silent for at least `dead_after` tokens."""
     return (silent >= dead_after).nonzero().view(-1)
+
+
+def resample_(sae: SAE, adam: Adam, latents: Tensor, error: Tensor, draw: Tensor) -> None:
+    """Restart latents (D,) where the reconstruction is worst off: along the errors of random rows.
+
+    Each reads and writes along the error e of a row, with an encoder as long as the others' along their own
+    directions, no bias, and no memory of the optimizer's.
+
+    Args:
+        error: (n, d) of the batch.
+        draw: (D,) numbers of the rows.
+    """
+    directions = error[draw]
+    directions = directions / torch.linalg.vector_norm(directions, dim=1, keepdim=True).clamp_min_(_TINY)
+    along = (sae.W_enc.T * sae.W_dec).sum(1).mean()
+    sae.W_dec[latents], sae.W_enc.T[latents], sae.b_enc[latents] = directions, directions * along, 0.0
+    for name in ("W_dec", "W_enc", "b_enc"):
+        adam.forget_(name, latents)

@@ -40,7 +40,7 @@ class Fidelity:
         self._fired = torch.zeros(d_sae, dtype=torch.bool, device=mean.device)
 
     def add(self, x: Tensor, error: Tensor, kept: Kept) -> None:
-        """Count (n, d) scaled rows, their errors, and the latents kept for them."""
+        """Count (n, d) scaled rows, their errors in whatever orthogonal basis, and the latents kept for them."""
         rows, active = x.double(), kept.values > 0
         self._rows += len(x)
         self._sums += torch.stack(
@@ -78,9 +78,14 @@ class Fidelity:
 class Evaluation:
     """Figures of an SAE that works on scaled rows, over the first `limit` raw rows or some more (None: all of them)."""
 
-    def __init__(self, sae: SAE, mean: Tensor, scale: float, limit: int | None) -> None:
-        """Args: mean: as in `Fidelity`."""
-        self._sae, self._scale, self._limit, self._rows = sae, scale, limit, 0
+    def __init__(self, sae: SAE, mean: Tensor, scale: float, limit: int | None, basis: Tensor | None = None) -> None:
+        """Nothing is counted yet.
+
+        Args:
+            mean: as in `Fidelity`.
+            basis: (d, d) orthogonal, if the SAE works on scaled rows times that.
+        """
+        self._sae, self._scale, self._limit, self._rows, self._basis = sae, scale, limit, 0, basis
         self._fidelity = Fidelity(mean, sae.d_sae, scale)
         self._device = mean.device
 
@@ -90,10 +95,11 @@ class Evaluation:
 
     def add(self, batch: Tensor) -> None:
         """Count (n, d) raw rows, on any device."""
-        x = batch.to(self._device).float() * self._scale
+        rows = batch.to(self._device).float() * self._scale
+        x = rows if self._basis is None else rows @ self._basis
         kept = self._sae.encode(x)
-        self._fidelity.add(x, x - self._sae.decode(kept), kept)
-        self._rows += len(x)
+        self._fidelity.add(rows, x - self._sae.decode(kept), kept)
+        self._rows += len(rows)
 
     def figures(self) -> dict[str, float]:
         """How many rows there were, and their figures."""

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from data import durable
 from train.sae import SAE
@@ -13,13 +14,14 @@ from train.sae import SAE
 FILE = "sae_final.pt"
 
 
-def write_final(sae: SAE, scale: float, run: Path) -> Path:
+def write_final(sae: SAE, scale: float, run: Path, basis: Tensor | None = None) -> Path:
     """Write run/sae_final.pt durably: a dict W_enc (d, F), W_dec (F, d), b_enc, b_dec, k that opens with weights_only.
 
     Args:
         sae: trained on rows times `scale`, its decoder directions just projected to norm 1.
+        basis: (d, d) orthogonal, if the rows were multiplied by that too.
     """
-    folded = sae.folded(scale)
+    folded = sae.folded(scale, basis)
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in folded.tensors().items()}
     buffer = io.BytesIO()
     torch.save({**content, "k": sae.k}, buffer)

@@ -1,5 +1,7 @@
 """The sparse autoencoder's arithmetic: exact, deterministic, without autograd, the same functions on CPU and CUDA.
 
+On CUDA the sparse ones are train/triton_kernels.py's; what is said here of speed is of the CPU.
+
 Shapes: n rows, d = d_model, F = d_sae, k = kept latents per row.
 
 Each function is the fastest exact way found for its phase (one core, d 384, F 4,096, k 32, n 2,048, in ms):
@@ -164,6 +166,10 @@ def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     so strided, maxima are four times as fast as over neighbours. Of values equal to the k-th largest, which ones are
     kept is fixed for given bits, but unspecified. NaN counts as largest, so that it cannot hide.
     """
+    if x.is_cuda:  # only CUDA builds of torch bring Triton
+        from train import triton_kernels
+
+        return triton_kernels.topk(x, k)
     n, width = x.shape
     if width % _GROUP or 2 * k * _GROUP > width:
         indices = _largest(x, k)
@@ -179,7 +185,7 @@ def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _largest(x: Tensor, k: int) -> Tensor:
     """(n, k) columns of the k largest of each row."""
-    if x.device.type != "cpu" or x.dtype is not torch.float32:
+    if x.dtype is not torch.float32:
         return x.topk(k, dim=1, sorted=False).indices
     flat = np.flatnonzero(_threshold_mask(x.numpy(), k))
     return torch.from_numpy(flat).view(len(x), k) % x.shape[1]
@@ -200,11 +206,19 @@ def _threshold_mask(x: NDArray[np.float32], k: int) -> NDArray[np.bool_]:
 
 def decode(kept: Kept, W_dec: Tensor) -> Tensor:
     """(bags, d) sums of the kept latents' directions; b_dec is the caller's."""
+    if W_dec.is_cuda:
+        from train import triton_kernels
+
+        return triton_kernels.decode(kept.values, kept.indices, kept.starts, W_dec)
     return embedding_bag(kept.indices, W_dec, kept.starts, mode="sum", per_sample_weights=kept.values)
 
 
 def values_gradient(upstream: Tensor, kept: Kept, W_dec: Tensor) -> Tensor:
     """(p,) each pair's direction times its bag's `upstream` (bags, d): the gradient of its value."""
+    if W_dec.is_cuda:
+        from train import triton_kernels
+
+        return triton_kernels.values_gradient(upstream, kept.indices, kept.starts, W_dec)
     flat: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         upstream, W_dec, kept.indices, kept.starts, kept.rows, 0
     )
@@ -221,9 +235,22 @@ def group_by_latent(indices: Tensor, d_sae: int) -> Bags:
 def weight_gradient(source: Tensor, weights: Tensor, rows: Tensor, bags: Bags) -> Tensor:
     """(F, d) for each latent, the sum over its pairs of `source` (m, d) at `rows` (p,), times `weights` (p,)."""
     order = bags.order
+    if source.is_cuda:
+        from train import triton_kernels
+
+        return triton_kernels.weight_gradient(source, weights, order, rows[order], bags.starts, len(bags.starts))
     return embedding_bag(rows[order], source, bags.starts, mode="sum", per_sample_weights=weights[order])
 
 
-def latent_sums(weights: Tensor, indices: Tensor, d_sae: int) -> Tensor:
-    """(F,) sum of `weights` (p,) over each latent's pairs."""
+def latent_sums(weights: Tensor, indices: Tensor, d_sae: int, bags: Bags | None = None) -> Tensor:
+    """(F,) sum of `weights` (p,) over each latent's pairs, whose latents are `indices` (p,).
+
+    Args:
+        bags: the same pairs grouped by latent, if that has been done.
+    """
+    if weights.is_cuda:
+        order, starts = bags or group_by_latent(indices, d_sae)
+        from train import triton_kernels
+
+        return triton_kernels.latent_sums(weights, order, starts)
     return weights.new_zeros(d_sae).scatter_add_(0, indices, weights)

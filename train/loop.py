@@ -22,6 +22,7 @@ from torch import Tensor
 from data import durable, records
 from data.errors import Interrupted, PipelineError, StopRequest, StoreError
 from data.journal import Metrics, Progress, duration, read_metrics, tell
+from data.windows import to_device
 from train import checkpoint, export, run, sae
 from train.checkpoint import Checkpoint
 from train.evaluate import evaluate
@@ -49,7 +50,7 @@ class Run:
     In a group of processes, process 0 alone reads and writes the directory.
     """
 
-    def __init__(self, arm: Arm, device: torch.device, group: Group) -> None:
+    def __init__(self, arm: Arm, device: torch.device, group: Group, stop: StopRequest) -> None:
         """Begin, or go on from the last checkpoint.
 
         Raises:
@@ -66,7 +67,7 @@ class Run:
                 durable.make_directory(arm.folder / run.CHECKPOINTS)
             self._settings = self._agree(device) if group.rank == 0 else ""
             if group.rank == 0:
-                self._open(stack)
+                self._open(stack, stop)
             self._share()
             self._closing = stack.pop_all()
 
@@ -78,12 +79,17 @@ class Run:
         order = {"span": arm.following.span} if arm.following.span else {}
         settings = {"store": {"identity": arm.stream.identity, **order}, **asdict(arm.config), "tokens": tokens}
         del settings["checkpoint_every"]
-        shown = {**arm.facts, "scale": trainer.scale, "steps": trainer.steps}
+        shown = {**arm.facts, "scale": trainer.scale, "steps": trainer.steps, "lr": trainer.optim.lr}
+        if arm.config.optim.lr == "auto":
+            tell(
+                f"{arm.folder}: optim.lr=auto is {trainer.optim.lr:.3g} for {arm.config.sae.d_sae:,} latents and "
+                f"{trainer.steps:,} steps (docs/method.md)"
+            )
         for line in run.agree(arm.folder, settings, shown, run.environment(device, self.group.world)):
             tell(line)
         return records.digest(settings)
 
-    def _open(self, stack: ExitStack) -> None:
+    def _open(self, stack: ExitStack, stop: StopRequest) -> None:
         folder, following = self.arm.folder, self.arm.following
         saved = _resume(folder, self._settings)
         if _is_finished(folder):
@@ -91,10 +97,15 @@ class Run:
             tell(f"{folder} is finished: {folder / export.FILE} is there, nothing to do")
             self.outcome = read_metrics(folder / run.METRICS)[-1]
             return
+        following.begin(checkpoint.oldest(folder / run.CHECKPOINTS))
         if saved:
             self.trainer.restore(saved)
             tell(f"{folder}: going on from step {saved.step:,} of {self.trainer.steps:,}")
-        following.begin(checkpoint.oldest(folder / run.CHECKPOINTS))
+        elif needed := self.trainer.rows_to_begin:
+            following.wait(min(-(-needed // self.arm.config.batch), self.trainer.steps) - 1, stop)
+            stop.check()
+            with closing(self.arm.stream.reader.batches(0)) as first:  # type: ignore[type-var]
+                self.trainer.begin_(first)
         metrics = Metrics(folder / run.METRICS, saved.metrics_bytes if saved else 0)
         self._metrics = stack.enter_context(closing(metrics))
         self._timings = stack.enter_context(closing(Metrics.continued(folder / run.TIMINGS)))
@@ -153,7 +164,8 @@ class Run:
         """Write the final file."""
         final: dict[str, Any] = {}
         if self.group.rank == 0:
-            path = export.write_final(self.trainer.state.sae, self.trainer.scale, self.arm.folder)
+            state = self.trainer.state
+            path = export.write_final(state.sae, self.trainer.scale, self.arm.folder, state.basis)
             self.arm.following.finish()
             final = read_metrics(self.arm.folder / run.METRICS)[-1]
             tell(
@@ -227,16 +239,16 @@ def train_together(arms: Sequence[Arm], device: torch.device, group: Group | Non
     """
     group = group or Group()
     with _deterministic(), torch.no_grad(), StopRequest() as stop, ExitStack() as stack:
-        opened = [_opened(arm, device, group, stack) for arm in arms]
+        opened = [_opened(arm, device, group, stop, stack) for arm in arms]
         live = [one for one in opened if isinstance(one, Run) and one.outcome is None]
         if live:
             _pass(live, stop, group)
     return [one.outcome or {} if isinstance(one, Run) else one for one in opened]
 
 
-def _opened(arm: Arm, device: torch.device, group: Group, stack: ExitStack) -> Run | PipelineError:
+def _opened(arm: Arm, device: torch.device, group: Group, stop: StopRequest, stack: ExitStack) -> Run | PipelineError:
     try:
-        one = Run(arm, device, group)
+        one = Run(arm, device, group, stop)
     except PipelineError as error:
         return error
     stack.callback(one.close)
@@ -249,7 +261,7 @@ def _pass(runs: list[Run], stop: StopRequest, group: Group) -> None:
     shown = _Shown(at, len(runs))
     with ExitStack() as stack:
         feeds = {
-            stream: stack.enter_context(closing(stream.reader.batches(at)))  # type: ignore[type-var]
+            stream: stack.enter_context(closing(_feed(stream, runs, at)))  # type: ignore[type-var]
             for stream in dict.fromkeys(one.arm.stream for one in runs)
         }
         while True:
@@ -269,6 +281,13 @@ def _pass(runs: list[Run], stop: StopRequest, group: Group) -> None:
                 _step(one, batches[one.arm.stream], shown)
             at += 1
             shown.line()
+
+
+def _feed(stream: Stream, runs: Sequence[Run], at: int) -> Iterator[Tensor]:
+    """The stream's batches from number `at` on, on the device on which its runs are trained."""
+    first = next(one for one in runs if one.arm.stream is stream)
+    following = first.arm.following
+    return to_device(stream.reader.batches(at), first.trainer.device, lambda ahead: following.has(at + ahead))
 
 
 def _at_boundary(runs: Sequence[Run], group: Group) -> None:

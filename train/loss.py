@@ -23,7 +23,7 @@ from torch import Tensor
 
 from train import kernels
 from train.activations import Activation
-from train.kernels import Kept
+from train.kernels import Bags, Kept
 from train.parallel import Group
 from train.sae import SAE, SAEConfig
 
@@ -35,6 +35,7 @@ class Losses(NamedTuple):
     aux: Tensor  # () AuxK's part of it
     error: Tensor  # (n, d) e = x - x_hat
     kept: Kept
+    bags: Bags  # its pairs by latent
     gradients: dict[str, Tensor]  # by parameter name, each of its parameter's shape
 
 
@@ -74,7 +75,7 @@ def losses(
         aux_loss = aux.loss
     # b_dec is also subtracted from the encoder's input, for both losses.
     gradients["b_dec"].sub_(sae.W_enc @ gradients["b_enc"])
-    return Losses(main.loss + aux_loss, aux_loss, main.error, main.kept, gradients)
+    return Losses(main.loss + aux_loss, aux_loss, main.error, main.kept, main.bags, gradients)
 
 
 def _aux(sae: SAE, centred: Tensor, error: Tensor, dead: Tensor, config: SAEConfig, group: Group) -> _Aux:

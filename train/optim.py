@@ -10,35 +10,50 @@ Left out, because measurement found no use for them (embedded model, layers 5 an
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from data.errors import SettingError
 
-_BETAS = (0.9, 0.999)  # Gao et al., appendix A.3
+DECAYS = ("cosine", "linear")
 # Gradients of a mean over rows and dimensions are tiny: with the usual 1e-8 a latent that fires rarely would learn
 # nothing. openai/sparse_autoencoder train.py has this value.
 _EPS = 6.25e-10
+# lr=auto, from the best rates of docs/method.md.
+_AUTO_LR, _AUTO_STEPS, _AUTO_D_SAE = 1e-2, 146, 4096
+_AUTO_BY_STEPS, _AUTO_BY_D_SAE = 0.39, 0.5
+_AUTO_LEAST, _AUTO_MOST = 1e-4, 2e-2
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """Adam's schedule. Defaults: caiovicentino/mechreward scripts/train_sae_qwen35.py (the reference)."""
 
-    lr: float = 2e-4  # after warm-up
+    lr: float | str = 2e-4  # after warm-up; "auto" goes by the dictionary and the run's length
     lr_floor: float = 6e-5  # at the last step
     warmup_steps: int | None = None  # optimizer steps; None: 5 % of the run, at most 5,000
     project_every: int = 10  # optimizer steps between projections of the decoder to norm 1
+    decay: str = "cosine"  # from lr to lr_floor: one of DECAYS
+    beta1: float = 0.9  # Gao et al., appendix A.3
+    beta2: float = 0.999
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise SettingError(f"optim.lr={self.lr} must be a positive number")
-        if not 0 <= self.lr_floor <= self.lr:
+        if isinstance(self.lr, str):
+            if self.lr != "auto":
+                raise SettingError(f"optim.lr={self.lr} must be a positive number, or auto")
+        elif not (math.isfinite(self.lr) and self.lr > 0):
+            raise SettingError(f"optim.lr={self.lr} must be a positive number, or auto")
+        if self.decay not in DECAYS:
+            raise SettingError(f"optim.decay={self.decay} must be one of {', '.join(DECAYS)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SettingError(f"optim.{name}={getattr(self, name)} must be at least 0 and below 1")
+        if self.lr_floor < 0 or (not isinstance(self.lr, str) and self.lr_floor > self.lr):
             raise SettingError(
                 f"optim.lr_floor={self.lr_floor} must be between 0 and optim.lr={self.lr}; set both, "
-                f"for example optim.lr={self.lr} optim.lr_floor={0.3 * self.lr:.2g}"
+                f"for example optim.lr={self.lr} optim.lr_floor={0.3 * float(self.lr):.2g}"
             )
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise SettingError(f"optim.warmup_steps={self.warmup_steps} must be 0 or more, or null for 5 % of the run")
@@ -46,22 +61,37 @@ class OptimConfig:
             raise SettingError(f"optim.project_every={self.project_every} must be at least 1 (optimizer steps)")
 
 
+def resolved(config: OptimConfig, d_sae: int, steps: int) -> OptimConfig:
+    """With lr as a number: what `auto` means for a dictionary and a run's length in steps."""
+    if config.lr != "auto":
+        return config
+    lr = _AUTO_LR * (steps / _AUTO_STEPS) ** -_AUTO_BY_STEPS * (d_sae / _AUTO_D_SAE) ** -_AUTO_BY_D_SAE
+    return replace(config, lr=min(max(lr, _AUTO_LEAST), _AUTO_MOST))
+
+
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """The rate of step 0 ... steps - 1: linear warm-up to `lr`, then a cosine that reaches `lr_floor` at the last."""
+    """The rate of step 0 ... steps - 1: linear warm-up to `lr`, then a decay that reaches `lr_floor` at the last.
+
+    Args:
+        config: resolved.
+    """
+    lr = float(config.lr)
     warmup = min(5_000, steps // 20) if config.warmup_steps is None else config.warmup_steps
     if step < warmup:
-        return config.lr * (step + 1) / warmup
+        return lr * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - 1 - warmup)
-    return config.lr_floor + 0.5 * (config.lr - config.lr_floor) * (1 + math.cos(math.pi * progress))
+    left = 1 - progress if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr_floor + (lr - config.lr_floor) * left
 
 
 class Adam:
     """torch's fused Adam on hand-made gradients, with its state by name."""
 
-    def __init__(self, parameters: dict[str, Tensor]) -> None:
+    def __init__(self, parameters: dict[str, Tensor], config: OptimConfig) -> None:
         """Start at step 0; `parameters` are changed in place by `step_`."""
         self._parameters = parameters
-        self._adam = torch.optim.Adam(list(parameters.values()), betas=_BETAS, eps=_EPS, fused=True)
+        betas = config.beta1, config.beta2
+        self._adam = torch.optim.Adam(list(parameters.values()), betas=betas, eps=_EPS, fused=True)
         for parameter in parameters.values():
             self._adam.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
@@ -76,6 +106,12 @@ class Adam:
             parameter.grad = gradients[name]
         self._adam.step()
         self._adam.zero_grad()
+
+    def forget_(self, name: str, latents: Tensor) -> None:
+        """Set both moments of some latents' share of a parameter to 0."""
+        for kind in ("exp_avg", "exp_avg_sq"):
+            moment = self._adam.state[self._parameters[name]][kind]
+            (moment.T if name == "W_enc" else moment)[latents] = 0.0
 
     def tensors(self) -> dict[str, Tensor]:
         """Both moments and the step count of every parameter: what a checkpoint must hold."""

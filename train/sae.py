@@ -18,6 +18,7 @@ from train import kernels
 from train.kernels import Kept
 
 AUX_NORMS = ("raw", "variance")
+INITS = ("random", "rows")
 ACTIVATIONS = ("topk", "batchtopk", "jumprelu", "matryoshka")  # train/activations.py
 WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec")
 
@@ -33,6 +34,9 @@ class SAEConfig:
     k_aux: int = 512  # dead latents that reconstruct the error of each row
     aux_norm: str = "raw"  # "raw" as the reference, "variance" as Gao et al. (arXiv 2406.04093); see train/loss.py
     dead_after: int = 10_000_000  # tokens without firing that make a latent dead (Gao et al., section 2.4)
+    init: str = "random"  # decoder directions at the start: one of INITS
+    rotate: bool = False  # train in the rows' principal axes, where Adam scales each by itself; the file is on raw rows
+    resample: bool = False  # restart dead latents from what is left over, in the first 80 % of the run
     nested: int = 5  # matryoshka: dictionaries of the first F / 2^(nested - 1), ..., F / 2, F latents
     l0_coef: float = 1.0  # jumprelu: weight of (L0 / k - 1)^2
     bandwidth: float = 0.1  # jumprelu: of the threshold's gradient, in units of rows scaled to E||x|| = sqrt(d)
@@ -40,6 +44,8 @@ class SAEConfig:
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
             raise SettingError(f"sae.activation={self.activation!r} must be one of {', '.join(ACTIVATIONS)}")
+        if self.init not in INITS:
+            raise SettingError(f"sae.init={self.init!r} must be one of {', '.join(INITS)}")
         for name in ("d_sae", "k", "k_aux", "dead_after", "nested"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -113,14 +119,20 @@ class SAE:
         norms = torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True)
         self.W_dec.div_(norms.clamp_min_(torch.finfo(norms.dtype).tiny))
 
-    def folded(self, scale: float) -> SAE:
-        """The same autoencoder on raw rows x, given that this one works on scale * x.
+    def folded(self, scale: float, basis: Tensor | None = None) -> SAE:
+        """The same autoencoder on raw rows x, given that this one works on scale * x, or on scale * x @ basis.
 
         TopK, ReLU and comparing commute with a positive factor, so only biases and threshold change: f and x_hat come
         out divided by `scale`, as raw rows are.
+
+        Args:
+            basis: (d, d) orthogonal.
         """
+        W_enc, W_dec, b_dec = self.W_enc, self.W_dec, self.b_dec
+        if basis is not None:
+            W_enc, W_dec, b_dec = basis @ W_enc, W_dec @ basis.T, basis @ b_dec
         threshold = None if self.threshold is None else self.threshold / scale
-        return SAE(self.W_enc, self.W_dec, self.b_enc / scale, self.b_dec / scale, self.k, threshold)
+        return SAE(W_enc, W_dec, self.b_enc / scale, b_dec / scale, self.k, threshold)
 
 
 def initial(config: SAEConfig, b_dec: Tensor, seed: int) -> SAE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.errors import StopRequest
+from data.reader import Policy, Reader, held_out
+from data.store import Store
 
 
 class Rows(Protocol):
@@ -44,6 +47,10 @@ class Following(Protocol):
         """The round in which a batch begins; a checkpoint is saved in each."""
         ...
 
+    def has(self, batch: int) -> bool:
+        """Whether a batch can be read now."""
+        ...
+
     def wait(self, batch: int, stop: StopRequest) -> None:
         """Come back when a batch can be read, or a signal came."""
         ...
@@ -71,6 +78,9 @@ class Whole:
     def round(self, batch: int) -> int:
         return 0
 
+    def has(self, batch: int) -> bool:
+        return True
+
     def wait(self, batch: int, stop: StopRequest) -> None:
         pass
 
@@ -88,3 +98,22 @@ class Stream:
     identity: str  # digest of the store
     reader: Rows
     held_out: Callable[[], Iterator[Tensor]]  # (n, d) batches of all held-out rows
+
+
+@cache  # so that the arms of a sweep share the store's records
+def store_at(path: str) -> Store:
+    """The store at `path`, opened once."""
+    return Store.open(path)
+
+
+@cache  # so that they share the reading
+def rows_of(
+    store: Store, layer: int, batch: int, data_seed: int, policy: Policy, pinned: bool
+) -> tuple[Stream, Reader]:
+    """One layer's rows in one order.
+
+    Args:
+        pinned: into memory from which a GPU copies by itself.
+    """
+    reader = Reader(store, layer, batch=batch, seed=data_seed, policy=policy, pinned=pinned)
+    return Stream(store.identity, reader, lambda: held_out(store, layer, policy, batch)), reader

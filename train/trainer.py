@@ -6,23 +6,27 @@ Nothing here touches a disk. A step is a pure function of the state and the batc
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from data import order
 from data.errors import NonFiniteError, SettingError
 from data.reader import Policy
-from train import activations, dead, loss, sae
+from train import activations, dead, loss, sae, start
 from train.checkpoint import Checkpoint
 from train.evaluate import Evaluation, Fidelity
 from train.kernels import Matmul
 from train.loss import Losses
-from train.optim import Adam, OptimConfig, learning_rate
+from train.optim import Adam, OptimConfig, learning_rate, resolved
 from train.parallel import Group
 from train.sae import SAE, SAEConfig
 from train.stream import Rows
+
+_RESAMPLE_UNTIL = 0.8  # of the run: what restarts later has no time to learn
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,14 @@ class State:
     sae: SAE  # on scaled rows
     adam: Adam
     silent: Tensor  # (F,) tokens since each latent fired
+    restarted: Tensor | None = None  # (F,) tokens since each latent was resampled
+    basis: Tensor | None = None  # (d, d) orthogonal; the SAE works on scaled rows times this
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name; a checkpoint holds them all, and `step`."""
-        return {**self.sae.tensors(), **self.adam.tensors(), "silent": self.silent}
+        more = {"restarted": self.restarted, "basis": self.basis}
+        there = {name: tensor for name, tensor in more.items() if tensor is not None}
+        return {**self.sae.tensors(), **self.adam.tensors(), "silent": self.silent, **there}
 
 
 class Trainer:
@@ -89,14 +97,39 @@ class Trainer:
         self.mean_variance = float(reader.variance.mean()) * self.scale**2
         fresh = sae.initial(config.sae, self.mean.float(), config.seed)
         self.activation = activations.activation(config.sae, config.matmul)
+        self.optim = resolved(config.optim, config.sae.d_sae, self.steps)
         learned = {name: fresh.tensors()[name] for name in self.activation.learned}
-        self.state = State(0, fresh, Adam(learned), dead.never_fired(config.sae.d_sae, device))
+        silent = dead.never_fired(config.sae.d_sae, device)
+        self.state = State(0, fresh, Adam(learned, self.optim), silent)
+        if config.sae.resample:
+            self.state.restarted = torch.zeros_like(silent)
+        if config.sae.rotate:
+            self.state.basis = torch.eye(reader.d_model, device=device)
 
     def restore(self, saved: Checkpoint) -> None:
         """Go back to a checkpoint, tensor by tensor into the memory that is there."""
         for name, tensor in self.state.tensors().items():
             tensor.copy_(saved.tensors[name])
         self.state.step = saved.step
+
+    @property
+    def rows_to_begin(self) -> int:
+        """How many rows `begin_` wants; 0 if there is nothing to begin with."""
+        config, run = self.config.sae, self.steps * self.config.batch
+        wanted = config.rotate or config.init == "rows"
+        return min(start.rows_needed(len(self.mean), config.d_sae), run) if wanted else 0
+
+    def begin_(self, batches: Iterator[Tensor]) -> None:
+        """Start from the first of `batches`, which the first steps see too: basis, directions, the encoder's scale."""
+        state, config = self.state, self.config.sae
+        rows = start.sample(batches, self.rows_to_begin).to(self.device) * self.scale
+        centred = rows - state.sae.b_dec
+        if state.basis is not None:
+            state.basis.copy_(start.principal_axes(centred))
+            centred, b_dec = centred @ state.basis, state.sae.b_dec @ state.basis
+            state.sae.b_dec.copy_(b_dec)
+        if config.init == "rows":
+            start.from_rows_(state.sae, centred)
 
     def step_(self, batch: Tensor) -> dict[str, Any] | None:
         """One optimizer step on raw rows (batch, d); its record, if it is one to log.
@@ -105,7 +138,8 @@ class Trainer:
             NonFiniteError: the loss is NaN or infinite; nothing was changed.
         """
         state, config = self.state, self.config
-        x = self.group.share(batch).to(self.device).float() * self.scale
+        rows = self.group.share(batch).to(self.device).float() * self.scale
+        x = rows if state.basis is None else rows @ state.basis
         # Device sync: nonzero must know how many latents are dead.
         dying = dead.dead_latents(state.silent, config.sae.dead_after)
         if state.step == 0:
@@ -117,21 +151,38 @@ class Trainer:
             raise NonFiniteError(_blame(batch, state.step, value))
         for gradient in result.gradients.values():
             self.group.mean_(gradient)
-        lr = learning_rate(state.step, self.steps, config.optim)
+        lr = learning_rate(state.step, self.steps, self.optim)
         state.adam.step_(result.gradients, lr)
         self.activation.after_(state.sae, result.kept)
         state.step += 1
-        if state.step % config.optim.project_every == 0 or state.step == self.steps:
+        fired = self.group.sum_(dead.firings(result.kept, config.sae.d_sae, result.bags))
+        dead.count_(state.silent, fired, len(batch))
+        if state.restarted is not None:
+            self._resample(result.error, len(batch))
+        if state.step % self.optim.project_every == 0 or state.step == self.steps:
             state.sae.project_()
-        dead.count_(state.silent, self.group.sum_(dead.firings(result.kept, config.sae.d_sae)), len(batch))
         if state.step % config.log_every == 0 or state.step in (1, self.steps):
-            return self._record(x, result, value, len(dying), lr)
+            return self._record(rows, result, value, len(dying), lr)
         return None
 
-    def _record(self, x: Tensor, result: Losses, value: float, dead_count: int, lr: float) -> dict[str, Any]:
+    def _resample(self, error: Tensor, tokens: int) -> None:
+        """Restart the latents that have been dead since they were last restarted, until 80 % of the run."""
+        state, after = self.state, self.config.sae.dead_after
+        assert state.restarted is not None
+        state.restarted.add_(tokens)
+        if state.step >= _RESAMPLE_UNTIL * self.steps:
+            return
+        latents = dead.dead_latents(torch.minimum(state.silent, state.restarted), after)
+        if len(latents):
+            drawn = order.permutation(max(len(error), len(latents)), self.config.seed, state.step) % len(error)
+            draw = torch.from_numpy(drawn[: len(latents)]).to(error.device)
+            dead.resample_(state.sae, state.adam, latents, error, draw)
+            state.restarted[latents] = 0
+
+    def _record(self, rows: Tensor, result: Losses, value: float, dead_count: int, lr: float) -> dict[str, Any]:
         """Figures of the batch just trained on, from before its update, on raw rows."""
         fidelity = Fidelity(self.mean, self.config.sae.d_sae, self.scale)
-        fidelity.add(x, result.error, result.kept)
+        fidelity.add(rows, result.error, result.kept)
         fidelity.over_(self.group)
         return {
             "split": "train",
@@ -147,7 +198,7 @@ class Trainer:
     def evaluation(self) -> Evaluation:
         """Of held-out rows: all of them at the end, `eval_rows` before."""
         limit = None if self.state.step == self.steps else self.config.eval_rows
-        return Evaluation(self.state.sae, self.mean, self.scale, limit)
+        return Evaluation(self.state.sae, self.mean, self.scale, limit, self.state.basis)
 
     def held_out_record(self, evaluation: Evaluation) -> dict[str, Any]:
         """The record of a finished evaluation."""
@@ -163,6 +214,8 @@ class Trainer:
 def _require_divisible(config: TrainConfig, world: int) -> None:
     if config.batch % world:
         raise SettingError(f"batch={config.batch} cannot be shared evenly by {world} processes; make it a multiple")
+    if world > 1 and config.sae.resample:
+        raise SettingError(f"sae.resample draws rows of a whole batch, so {world} processes cannot share it; use one")
     if world > 1 and config.sae.activation != "topk":
         raise SettingError(
             f"sae.activation={config.sae.activation} looks at a whole batch, so {world} processes cannot share it; "

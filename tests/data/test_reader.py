@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from itertools import islice
+import hashlib
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from data import order, windows
 from data.bfloat16 import to_bits
 from data.errors import SettingError, StoreError
 from data.reader import Policy, Reader, held_out, held_out_units
@@ -147,3 +153,85 @@ def test_damage_stops_the_reader(store: Store) -> None:
     stream = reader(store)
     with pytest.raises(StoreError, match=rf"c\.{unit}\.0, chunk 0, cannot be read: crc32c"):
         list(islice(stream.batches(0), stream.rows // stream.batch))
+
+
+# -- the order, said once more and plainly -------------------------------------------------------------------------
+
+
+def in_order(store: Store, policy: Policy, window: int, seed: int) -> Iterator[NDArray[np.uint16]]:
+    """The stream's rows, one by one: chunks shuffled, `window` of them gathered, their kept rows shuffled."""
+    chunk, held = store.manifest["chunk"], held_out_units(store)
+    found = []
+    for unit in range(store.units):
+        rows, kept = store.residuals(3, unit), np.isin(store.kinds(3, unit), policy.kinds)
+        parts = [rows[at : at + chunk][kept[at : at + chunk]] for at in range(0, len(rows), chunk)]
+        found += [part for part in parts if len(part) and unit not in held]
+    for number in count():
+        shuffled = [found[at] for at in order.permutation(len(found), seed, number)]
+        for at in range(0, len(shuffled), window):
+            rows = np.concatenate(shuffled[at : at + window])
+            yield from rows[order.permutation(len(rows), seed, number, at // window)]
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> list[Store]:
+    """Every codec, inner chunks of several blocks and of part of one, ragged ends, rows that are dropped."""
+    folder, bits = tmp_path_factory.mktemp("several"), numbered(1264)
+    bits[::97], bits[50::501] = to_bits(np.full(4, 9000, np.float32)), 0x7FC0
+    return [
+        make_store(folder / "none", bits, unit=128, chunk=64, codec="none"),
+        make_store(folder / "blosc", bits[:1008], unit=64, chunk=16),
+        make_store(folder / "ragged", bits[: 1264 - 48], unit=64, chunk=32, codec="none"),
+    ]
+
+
+@given(
+    which=st.integers(0, 2),
+    policy=st.builds(Policy, st.booleans(), st.booleans()),
+    batch=st.integers(1, 200),
+    window=st.integers(1, 40),
+    start=st.integers(0, 3000),
+    threads=st.integers(1, 5),
+    ahead=st.integers(1, 3),
+    block=st.integers(1, 700),
+    kept=st.booleans(),
+)
+@settings(deadline=None, max_examples=60, derandomize=True)
+def test_the_order_is_a_function_of_seed_and_step(
+    several: list[Store],
+    which: int,
+    policy: Policy,
+    batch: int,
+    window: int,
+    start: int,
+    threads: int,
+    ahead: int,
+    block: int,
+    kept: bool,
+) -> None:
+    """Whatever threads read it, however far ahead, in whatever blocks, from wherever, and whoever keeps the batches."""
+    store, start = several[which], start // batch
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("THREADS", threads), ("AHEAD", ahead), ("_BLOCK_BYTES", block)):
+            patch.setattr(windows, name, value)
+        with closing(reader(store, policy, batch, window).batches(start)) as batches:
+            got = [one if kept else one.clone() for one in islice(batches, 8)]
+    expected = np.stack(list(islice(in_order(store, policy, window, 5), start * batch, (start + 8) * batch)))
+    np.testing.assert_array_equal(torch.cat(got).view(torch.uint16).numpy(), expected)
+
+
+def test_the_order_is_that_of_every_version(several: list[Store]) -> None:
+    """Digests of the reader as it was before rows went straight to their places."""
+    digest = hashlib.sha256()
+    for store in several:
+        for batch in islice(reader(store, Policy(), batch=33).batches(2), 90):
+            digest.update(batch.view(torch.uint16).numpy().tobytes())
+    assert digest.hexdigest() == "88ca190e304487f7d472fe20ff063143efc36ac9d56275dd6b141b20e258ec73"
+
+
+def test_two_readers_of_one_store_do_not_disturb_each_other(store: Store) -> None:
+    one, other = reader(store, seed=1), reader(store, seed=2)
+    apart = [[batch.clone() for batch in islice(each.batches(0), 60)] for each in (one, other)]
+    side_by_side = list(zip(islice(one.batches(0), 60), islice(other.batches(0), 60), strict=True))
+    assert all(map(torch.equal, apart[0], (a for a, _ in side_by_side)))
+    assert all(map(torch.equal, apart[1], (b for _, b in side_by_side)))

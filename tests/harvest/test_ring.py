@@ -32,7 +32,7 @@ from harvest.loop import harvest
 from harvest.plan import HarvestConfig
 from tests.harvest.models import save_model
 from train import checkpoint
-from train.__main__ import run as train
+from train.__main__ import train_one as train
 from train.run import CHECKPOINTS, METRICS
 
 LAYERS, UNITS, UNIT, D = (1, 4), 40, 64, 32
@@ -79,8 +79,23 @@ def settings(store: Path, run: Path, layer: int = 4, **changes: Any) -> dict[str
     """A small run whose logs, evaluations and checkpoints are out of step with one another and with the ring."""
     sae = {"d_sae": 48, "k": 4, "k_aux": 8, "dead_after": 300}
     optim = {"lr": 0.01, "project_every": 3}
-    counts = {"batch": 16, "seed": 0, "log_every": 5, "eval_every": 37, "eval_rows": 60, "checkpoint_every": 17}
-    asked = {"store": str(store), "run": str(run), "layer": layer, "tokens": None, "device": "cpu"}
+    counts = {
+        "batch": 16,
+        "seed": 0,
+        "data_seed": 0,
+        "log_every": 5,
+        "eval_every": 37,
+        "eval_rows": 60,
+        "checkpoint_every": 17,
+    }
+    asked = {
+        "store": str(store),
+        "run": str(run),
+        "layer": layer,
+        "tokens": None,
+        "device": "cpu",
+        "train": {"matmul": None},
+    }
     return {**asked, **counts, "drop_bos": True, "drop_outliers": True, "sae": sae, "optim": optim, **changes}
 
 

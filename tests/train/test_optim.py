@@ -52,7 +52,7 @@ def test_adam_follows_its_formula_whatever_the_memory_layout():
     wanted = {name: tensor.double().clone() for name, tensor in parameters.items()}
     first = {name: torch.zeros_like(tensor) for name, tensor in wanted.items()}
     second = {name: torch.zeros_like(tensor) for name, tensor in wanted.items()}
-    adam = Adam(parameters)
+    adam = Adam(parameters, OptimConfig())
     for step in range(1, 6):
         gradients = {"a": torch.randn(6, 5, generator=draw).T * 1e-6, "b": torch.randn(7, generator=draw)}
         adam.step_(gradients, lr=0.01)

@@ -1,0 +1,61 @@
+"""Where training starts from, if it starts from rows: a basis, decoder directions, the encoder's scale.
+
+Shapes: n rows, d = d_model, F = d_sae.
+
+Measured on MiniLM's activations, d 384, F 4,096, k 32, 300,000 tokens (docs/method.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from train import kernels
+from train.sae import SAE
+
+_ROWS_PER_AXIS = 10  # rows for each dimension, from which the principal axes are estimated
+
+
+def rows_needed(d: int, d_sae: int) -> int:
+    """Rows for `principal_axes` and `from_rows_`."""
+    return max(_ROWS_PER_AXIS * d, d_sae)
+
+
+def sample(batches: Iterator[Tensor], rows: int) -> Tensor:
+    """(rows, d) float32, the first of the batches; fewer if there are not so many."""
+    parts, have = list[Tensor](), 0
+    for batch in batches:
+        parts.append(batch[: rows - have].float())
+        have += len(parts[-1])
+        if have == rows:
+            break
+    return torch.cat(parts)
+
+
+def principal_axes(centred: Tensor) -> Tensor:
+    """(d, d) orthogonal, the principal axes of rows (n, d) about their mean, as columns."""
+    covariance = centred.T.double() @ centred.double() / len(centred)
+    axes: Tensor = torch.linalg.eigh(covariance).eigenvectors
+    return axes.to(centred.dtype)
+
+
+def from_rows_(sae: SAE, centred: Tensor) -> None:
+    """Set the decoder's directions to those of rows about their mean, and the encoder to the same, scaled.
+
+    The scale is the one by which the first reconstructions are the best multiple of themselves, <x, x_hat> / |x_hat|^2:
+    TopK keeps the same latents whatever it is. Directions for which there is no row stay random.
+
+    Args:
+        centred: (n, d) rows less b_dec.
+    """
+    norms = torch.linalg.vector_norm(centred, dim=1)
+    directions = centred[norms > 0][: sae.d_sae]
+    sae.W_dec[: len(directions)] = directions
+    sae.project_()
+    sae.W_enc.copy_(sae.W_dec.T)
+    few = centred[:4096]
+    x_hat = kernels.decode(kernels.encode(few, sae.W_enc, sae.b_enc, sae.k), sae.W_dec)
+    scale = (few * x_hat).sum() / x_hat.square().sum()
+    sae.W_enc.mul_(torch.where(scale.isfinite() & (scale > 0), scale, 1.0))
