@@ -9,19 +9,22 @@ No random state is kept, because nothing is drawn after the initial weights: a b
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from data import durable, records
-from data.durable import Written
+from data.durable import Buffer, Written
 from data.errors import StoreError
 
 _KEEP = 2
+_DTYPES = {torch.float32: "F32", torch.int64: "I64"}  # those of a state
 _RECORD = re.compile(r"step_(\d{10})\.json")
 
 
@@ -39,8 +42,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint durably, then drop all but the two newest."""
     name = f"step_{checkpoint.step:010d}"
     (folder / f"{name}.json").unlink(missing_ok=True)  # there only if it was passed over as damaged
-    contiguous = {key: tensor.cpu().contiguous() for key, tensor in checkpoint.tensors.items()}
-    written = durable.write(folder / f"{name}.safetensors", [safetensors.torch.save(contiguous)])
+    written = durable.write(folder / f"{name}.safetensors", _safetensors(checkpoint.tensors))
     body = {
         "step": checkpoint.step,
         "metrics_bytes": checkpoint.metrics_bytes,
@@ -49,6 +51,23 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     }
     durable.create(folder / f"{name}.json", records.encode(body))
     _drop_old(folder)
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[Buffer]:
+    """The parts of a safetensors file (https://github.com/huggingface/safetensors#format), one tensor in memory a time.
+
+    The library's own `save` holds all of them twice: 4 GB more for 32,768 latents at width 2560.
+    """
+    header, at = dict[str, object](), 0
+    for name, tensor in tensors.items():
+        span = [at, at + tensor.nbytes]
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+        at = span[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        yield tensor.cpu().contiguous().view(-1).numpy().data.cast("B")
 
 
 def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:

@@ -33,7 +33,8 @@ class SAEConfig:
     aux_coef: float = 0.125  # weight of the AuxK loss; 0 turns it off. Gao et al. have 1/32 with aux_norm=variance
     k_aux: int = 512  # dead latents that reconstruct the error of each row
     aux_norm: str = "raw"  # "raw" as the reference, "variance" as Gao et al. (arXiv 2406.04093); see train/loss.py
-    dead_after: int = 10_000_000  # tokens without firing that make a latent dead (Gao et al., section 2.4)
+    # Tokens without firing that make a latent dead (Gao et al., section 2.4); None: 1/20 of the run, at most 10 million.
+    dead_after: int | None = 10_000_000
     init: str = "random"  # decoder directions at the start: one of INITS
     rotate: bool = False  # train in the rows' principal axes, where Adam scales each by itself; the file is on raw rows
     resample: bool = False  # restart dead latents from what is left over, in the first 80 % of the run
@@ -48,6 +49,8 @@ class SAEConfig:
             raise SettingError(f"sae.init={self.init!r} must be one of {', '.join(INITS)}")
         for name in ("d_sae", "k", "k_aux", "dead_after", "nested"):
             value = getattr(self, name)
+            if value is None and name == "dead_after":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise SettingError(f"sae.{name}={value!r} must be a whole number of at least 1")
         if self.k > self.d_sae:

@@ -26,6 +26,7 @@ from train.parallel import Group
 from train.sae import SAE, SAEConfig
 from train.stream import Rows
 
+_DEAD_AFTER = 10_000_000  # tokens, at most
 _RESAMPLE_UNTIL = 0.8  # of the run: what restarts later has no time to learn
 
 
@@ -98,6 +99,7 @@ class Trainer:
         fresh = sae.initial(config.sae, self.mean.float(), config.seed)
         self.activation = activations.activation(config.sae, config.matmul)
         self.optim = resolved(config.optim, config.sae.d_sae, self.steps)
+        self.dead_after = config.sae.dead_after or max(1, min(_DEAD_AFTER, self.steps * config.batch // 20))
         learned = {name: fresh.tensors()[name] for name in self.activation.learned}
         silent = dead.never_fired(config.sae.d_sae, device)
         self.state = State(0, fresh, Adam(learned, self.optim), silent)
@@ -141,7 +143,7 @@ class Trainer:
         rows = self.group.share(batch).to(self.device).float() * self.scale
         x = rows if state.basis is None else rows @ state.basis
         # Device sync: nonzero must know how many latents are dead.
-        dying = dead.dead_latents(state.silent, config.sae.dead_after)
+        dying = dead.dead_latents(state.silent, self.dead_after)
         if state.step == 0:
             self.activation.begin_(state.sae, x - state.sae.b_dec)
         result = loss.losses(self.activation, state.sae, x, dying, config.sae, self.mean_variance, self.group)
@@ -167,12 +169,12 @@ class Trainer:
 
     def _resample(self, error: Tensor, tokens: int) -> None:
         """Restart the latents that have been dead since they were last restarted, until 80 % of the run."""
-        state, after = self.state, self.config.sae.dead_after
+        state = self.state
         assert state.restarted is not None
         state.restarted.add_(tokens)
         if state.step >= _RESAMPLE_UNTIL * self.steps:
             return
-        latents = dead.dead_latents(torch.minimum(state.silent, state.restarted), after)
+        latents = dead.dead_latents(torch.minimum(state.silent, state.restarted), self.dead_after)
         if len(latents):
             drawn = order.permutation(max(len(error), len(latents)), self.config.seed, state.step) % len(error)
             draw = torch.from_numpy(drawn[: len(latents)]).to(error.device)
@@ -202,7 +204,7 @@ class Trainer:
 
     def held_out_record(self, evaluation: Evaluation) -> dict[str, Any]:
         """The record of a finished evaluation."""
-        dead_count = len(dead.dead_latents(self.state.silent, self.config.sae.dead_after))
+        dead_count = len(dead.dead_latents(self.state.silent, self.dead_after))
         share = dead_count / self.config.sae.d_sae
         figures = evaluation.figures()
         return {"split": "held_out", **self._position(), **figures, "dead": dead_count, "dead_share": share}
