@@ -15,6 +15,8 @@ from analyze.subject import Subject
 from data import durable, summary
 from data.errors import StoreError
 from data.journal import read_metrics
+from train.optim import OptimConfig
+from train.sae import SAEConfig
 
 FEATURES, CONTEXTS = 20, 5  # shown: latents, contexts of each
 
@@ -50,17 +52,25 @@ def report(subject: Subject, limit: int, model_path: str | None) -> Path:
 
 
 def _run_facts(subject: Subject) -> dict[str, Any]:
-    settings = subject.config["settings"]
-    sae, optim = settings["sae"], settings["optim"]
+    config, settings = subject.config, subject.config["settings"]
+    # Runs from before a setting was there have what is now its default.
+    sae, optim = {**vars(SAEConfig()), **settings["sae"]}, {**vars(OptimConfig()), **settings["optim"]}
+    start = f"decoder from {'rows' if sae['init'] == 'rows' else 'random directions'}, seed {settings['seed']}"
+    if sae["rotate"]:
+        start += ", in the rows' principal axes"
+    aux = f"AuxK with coefficient {sae['aux_coef']}, k_aux {sae['k_aux']}, {sae['aux_norm']} normalisation"
+    revived = [aux if sae["aux_coef"] else "", "restarted along errors" if sae["resample"] else ""]
+    kept = "" if sae["activation"] == "topk" else " on average"
     return {
-        "SAE": f"TopK, {sae['d_sae']:,} latents, k = {sae['k']}",
-        "AuxK": f"coefficient {sae['aux_coef']}, k_aux {sae['k_aux']}, {sae['aux_norm']} normalisation, "
-        f"dead after {sae['dead_after']:,} tokens",
-        "optimizer": f"Adam, {optim['lr']:g} to {optim['lr_floor']:g}, batch {settings['batch']:,}",
-        "trained on": f"{settings['tokens']:,} tokens in {subject.config['steps']:,} steps, seed {settings['seed']}",
+        "SAE": f"{sae['activation']}, {sae['d_sae']:,} latents, k = {sae['k']}{kept}",
+        "start": start,
+        "dead latents": f"after {config.get('dead_after', sae['dead_after']):,} tokens: {', '.join(filter(None, revived)) or 'left alone'}",
+        "optimizer": f"Adam ({optim['beta1']}, {optim['beta2']}), {config.get('lr', optim['lr']):.3g} to {optim['lr_floor']:g} "
+        f"({optim['decay']}), batch {settings['batch']:,}, encoder product in {settings.get('matmul', 'fp32')}",
+        "trained on": f"{settings['tokens']:,} tokens in {config['steps']:,} steps, data seed {settings.get('data_seed', settings['seed'])}",
         "rows left out": ("BOS" if subject.policy.drop_bos else "no BOS")
         + (", and others above ten median norms" if subject.policy.drop_outliers else ""),
-        "environment": ", ".join(f"{key} {value}" for key, value in subject.config["environment"].items()),
+        "environment": ", ".join(f"{key} {value}" for key, value in config["environment"].items()),
     }
 
 

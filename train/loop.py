@@ -79,7 +79,8 @@ class Run:
         order = {"span": arm.following.span} if arm.following.span else {}
         settings = {"store": {"identity": arm.stream.identity, **order}, **asdict(arm.config), "tokens": tokens}
         del settings["checkpoint_every"]
-        shown = {**arm.facts, "scale": trainer.scale, "steps": trainer.steps, "lr": trainer.optim.lr}
+        found = {"lr": trainer.optim.lr, "dead_after": trainer.dead_after}
+        shown = {**arm.facts, "scale": trainer.scale, "steps": trainer.steps, **found}
         if arm.config.optim.lr == "auto":
             tell(
                 f"{arm.folder}: optim.lr=auto is {trainer.optim.lr:.3g} for {arm.config.sae.d_sae:,} latents and "

@@ -17,6 +17,7 @@ from data import durable
 from data.store import Store
 from tests.conftest import make_store
 from train import export, sae
+from train.optim import OptimConfig
 from train.run import CONFIG
 
 N, D, F, K, LAYER = 2048, 12, 40, 4, 3
@@ -46,11 +47,14 @@ def make_run(root: Path, bits: NDArray[np.uint16]) -> Made:
         "tokens": 1024,
         "batch": 64,
         "seed": 0,
+        "data_seed": 0,
+        "matmul": "fp32",
         "policy": {"drop_bos": True, "drop_outliers": True},
         "sae": {**vars(config)},
-        "optim": {"lr": 1e-3, "lr_floor": 1e-4},
+        "optim": {**vars(OptimConfig(lr=1e-3, lr_floor=1e-4))},
     }
     whole = {"settings": settings, "store_path": store.name, "sae_name": "made", "scale": 1.0, "steps": 16}
+    whole |= {"lr": 1e-3, "dead_after": 1000}
     durable.write(run / CONFIG, [yaml.safe_dump({**whole, "environment": {"torch": "x"}}).encode()])
     figures = {"variance_explained": 0.5, "mse": 1.0, "dead": 1, "dead_share": 0.025, "lr": 1e-3}
     lines = [{"split": split, "step": 16, "tokens": 1024, **figures} for split in ("train", "held_out")]
