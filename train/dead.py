@@ -46,7 +46,7 @@ def resample_(sae: SAE, adam: Adam, latents: Tensor, error: Tensor, draw: Tensor
     """Restart latents (D,) where the reconstruction is worst off: along the errors of random rows.
 
     Each reads and writes along the error e of a row, with an encoder as long as the others' along their own
-    directions, no bias, and no memory of the optimizer's.
+    directions, no bias, and the optimizer's moments of a latent that it knows nothing of.
 
     Args:
         error: (n, d) of the batch.
@@ -57,4 +57,4 @@ def resample_(sae: SAE, adam: Adam, latents: Tensor, error: Tensor, draw: Tensor
     along = (sae.W_enc.T * sae.W_dec).sum(1).mean()
     sae.W_dec[latents], sae.W_enc.T[latents], sae.b_enc[latents] = directions, directions * along, 0.0
     for name in ("W_dec", "W_enc", "b_enc"):
-        adam.forget_(name, latents)
+        adam.restart_(name, latents)

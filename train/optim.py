@@ -107,11 +107,16 @@ class Adam:
         self._adam.step()
         self._adam.zero_grad()
 
-    def forget_(self, name: str, latents: Tensor) -> None:
-        """Set both moments of some latents' share of a parameter to 0."""
-        for kind in ("exp_avg", "exp_avg_sq"):
-            moment = self._adam.state[self._parameters[name]][kind]
-            (moment.T if name == "W_enc" else moment)[latents] = 0.0
+    def restart_(self, name: str, latents: Tensor) -> None:
+        """Set some latents' moments of a parameter to 0 and to the mean of all latents' second moments.
+
+        With a second moment of 0 their first step would be the largest there is, and most of them would die again
+        (docs/method.md).
+        """
+        state = self._adam.state[self._parameters[name]]
+        first, second = (state[kind].T if name == "W_enc" else state[kind] for kind in ("exp_avg", "exp_avg_sq"))
+        first[latents] = 0.0
+        second[latents] = second.mean(0)
 
     def tensors(self) -> dict[str, Tensor]:
         """Both moments and the step count of every parameter: what a checkpoint must hold."""
