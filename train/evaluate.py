@@ -12,6 +12,7 @@ Sums are float64. With e = x - x_hat on raw rows x (n, d) and mu (d,) the store'
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -68,8 +69,9 @@ class Fidelity:
         variance = (squares - total**2 / elements) / (elements - 1)
         return {
             "mse": squared_error / elements / self._scale**2,
-            "variance_explained": 1 - squared_error / about_mean,
-            "variance_explained_scalar": 1 - squared_error / elements / variance,
+            # Rows that are all the same have no variance to explain.
+            "variance_explained": 1 - squared_error / about_mean if about_mean else math.nan,
+            "variance_explained_scalar": 1 - squared_error / elements / variance if variance else math.nan,
             "l0": active / self._rows,
             "coverage": int(self._fired.sum()) / len(self._fired),
         }

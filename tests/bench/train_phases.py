@@ -1,0 +1,400 @@
+"""Where a training step's time goes: `python -m tests.bench.train_phases [--device cuda] [--out FILE]`.
+
+The functions that train.trainer.Trainer.step_ calls are wrapped, and the step is cut where one of them begins or ends:
+every moment is of exactly one phase. `other` is what none of them is: the wait for the loss, the schedule, the step's
+own lines. Blocks of ten steps, one of which has the log's figures, alternate with blocks without clocks; figures are
+medians over the blocks, so the phases' sum falls short of the step by what a busy machine took, now here, now there.
+On CUDA a cut is an event, so that nothing waits for it; a phase then has the time that the GPU waited for its launch.
+
+`limit` is what the same run's large copy and large square product would take, on the same threads: the bytes that the
+phase must move over the copy's bandwidth or its operations over the product's rate, whichever is more. `of limit` is
+limit over time, 1 is best. Gathers count every pair's row of float32; of a table that fits into a cache they move
+faster than the copy, so that theirs may be above 1. The others count what they must read and write once.
+
+Rows are normal ones in memory, so all latents fire about equally often: the worst case for caches. With --store they
+are a store's, read as by `python -m train`: d is the store's, and the wait for data is real. Left out: AuxK and
+resampling, as no latent is dead within so few steps; evaluation, checkpoints. `--sae rows_32k --optim rows` rotates.
+
+`--grid` instead: ms per step and memory against d_sae and k, beside a dense TopK step by autograd: x @ W_enc, topk,
+scatter, dense @ W_dec, backward, torch's fused Adam, unit norm every tenth step, no counters. Both alternate in one
+process. Memory is each one's peak beyond its rows in a process of its own, on a GPU its tensors', after 20 and after
+200 steps: what it gains between is growth with tokens. state_MB is train.sweep.arm_bytes. --picture F.svg draws it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import count, pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, cast
+from unittest import mock
+
+import matplotlib as mpl
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from data.reader import Policy, Reader
+from data.store import Store
+from data.windows import to_device
+from tests.bench.outcome import finish
+from tests.bench.precision import as_in_training, settings
+from tests.bench.sweep_speed import memory
+from tests.bench.train_speed import InMemory, seconds
+from train.kernels import Matmul
+from train.loop import Arm
+from train.optim import OptimConfig
+from train.sae import SAEConfig, initial
+from train.stream import Rows, Stream
+from train.sweep import arm_bytes
+from train.trainer import TrainConfig, Trainer
+
+PHASES = ["data wait", "scaling, centring", "rotation", "encoder product", "top k", "decode", "error, loss"]
+PHASES += ["gradient of kept values", "sort", "weight gradients", "b_dec, b_enc gradients", "Adam", "projection"]
+PHASES += ["counters", "figures to log", "other"]
+# By function: the phase inside; and by the phase that it is called in, the one after, if that is another.
+WATCHED: dict[str, tuple[str, dict[str, str]]] = {
+    "train.dead.dead_latents": ("counters", {"scaling, centring": "other"}),
+    "train.loss.losses": ("scaling, centring", {}),
+    "train.activations.TopK.main": ("error, loss", {"scaling, centring": "b_dec, b_enc gradients"}),
+    "train.kernels.encode": ("top k", {}),
+    "train.kernels.decode": ("decode", {}),
+    "train.kernels.values_gradient": ("gradient of kept values", {}),
+    "train.kernels.group_by_latent": ("sort", {}),
+    "train.activations._gradients": ("b_dec, b_enc gradients", {}),
+    "train.kernels.weight_gradient": ("weight gradients", {}),
+    "train.optim.Adam.step_": ("Adam", {}),
+    "train.dead.firings": ("counters", {}),
+    "train.dead.count_": ("counters", {}),
+    "torch.Tensor.__matmul__": ("rotation", {}),
+    "train.sae.SAE.project_": ("projection", {}),
+    "train.trainer.Trainer._record": ("figures to log", {}),
+}
+BLOCK = 10  # steps
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is trained, and where."""
+
+    d: int
+    d_sae: int
+    k: int
+    batch: int
+    sae: str  # a file of conf/sae
+    optim: str  # a file of conf/optim
+    matmul: Matmul
+    device: str
+    threads: int
+
+    def config(self) -> TrainConfig:
+        sae = SAEConfig(**settings("sae", self.sae, d_sae=self.d_sae, k=self.k))
+        optim = OptimConfig(**settings("optim", self.optim))
+        return TrainConfig(layer=0, batch=self.batch, matmul=self.matmul, log_every=BLOCK, sae=sae, optim=optim)
+
+    def trainer(self, reader: Rows) -> Trainer:
+        """One that has begun, under train.loop's own rules."""
+        as_in_training(True)
+        trainer = Trainer(self.config(), reader, torch.device(self.device))
+        if trainer.rows_to_begin:
+            trainer.begin_(reader.batches(0))
+        return trainer
+
+
+class Clock:
+    """Time from cut to cut, each piece of the phase that its first cut names."""
+
+    def __init__(self, cuda: bool) -> None:
+        self.phase, self._cuda, self._cuts = "other", cuda, list[tuple[str, Any]]()
+
+    def cut(self, phase: str) -> None:
+        self.phase = phase
+        if self._cuda:
+            self._cuts.append((phase, event := torch.cuda.Event(enable_timing=True)))  # type: ignore[no-untyped-call]
+            event.record()
+        else:
+            self._cuts.append((phase, time.perf_counter()))
+
+    def milliseconds(self) -> dict[str, float]:
+        """A step's of each phase, in the block of steps since this was asked last."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        found = dict.fromkeys(PHASES, 0.0)
+        for (phase, began), (_, ended) in pairwise(self._cuts):
+            found[phase] += (began.elapsed_time(ended) if self._cuda else (ended - began) * 1e3) / BLOCK
+        self._cuts.clear()
+        return found
+
+    def within(self, phase: str, call: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        """Make a call, with a cut before and one behind."""
+        before = self.phase
+        self.cut(phase)
+        result = call(*given, **named)
+        self.cut(before)
+        return result
+
+    def around(self, target: str) -> Callable[..., Any]:
+        """The function that a name of WATCHED stands for, with its cuts."""
+        function, (inside, behind) = resolve_name(target), WATCHED[target]
+
+        def call(*given: Any, **named: Any) -> Any:
+            before = self.phase
+            if inside == "rotation" and before != "scaling, centring":
+                return function(*given, **named)
+            result = self.within(inside, function, *given, **named)
+            if before in behind:
+                self.cut(behind[before])
+            return result
+
+        return call
+
+
+@contextmanager
+def watched(clock: Clock) -> Iterator[None]:
+    """Cut steps by their functions within the block."""
+    blocks = resolve_name("train.kernels._pre_activations")
+
+    def product(*given: Any) -> Iterator[Any]:  # a generator: what counts is the time to its next block
+        return iter(partial(clock.within, "encoder product", partial(next, blocks(*given), None)), None)
+
+    with ExitStack() as stack:
+        for target in WATCHED:
+            stack.enter_context(mock.patch(target, clock.around(target)))
+        stack.enter_context(mock.patch("train.kernels._pre_activations", product))
+        yield
+
+
+def limits(device: torch.device, precisions: set[str]) -> dict[str, float]:
+    """Bytes that a copy moves in a ms, and operations that a square product makes in it, by precision."""
+    cuda, setting = device.type == "cuda", torch.backends.cuda.matmul
+    before = setting.fp32_precision
+
+    def fastest(call: Callable[[], object]) -> float:
+        wait: Callable[[], object] = torch.cuda.synchronize if cuda else lambda: None
+        return 1e3 * min(seconds(lambda: (call(), wait()), 1) for _ in range(4))  # the first warms up
+
+    source = torch.randn(1 << (28 if cuda else 26), device=device)
+    found = {"copy": 2 * source.nbytes / fastest(partial(torch.empty_like(source).copy_, source))}
+    for name in precisions:
+        kind, side = torch.bfloat16 if name == "bf16" else torch.float32, 8192 if cuda else 2048
+        a = torch.randn(side, side, device=device).to(kind)
+        setting.fp32_precision = "tf32" if name == "tf32" else "ieee"
+        found[name] = 2 * side**3 / fastest(partial(torch.mm, a, a, out=torch.empty_like(a)))
+    setting.fp32_precision = before
+    return found
+
+
+def needs(shape: Shape) -> dict[str, tuple[float, float, str]]:
+    """Of each phase, per step: bytes that must move, operations, and their precision."""
+    n, d, F, every = shape.batch, shape.d, shape.d_sae, shape.config().optim.project_every
+    pairs, table, rows, gathered = n * shape.k, 4.0 * F * d, 4.0 * n * d, 4.0 * n * shape.k * d
+    return {
+        "scaling, centring": (1.5 * rows, 0, "fp32"),  # bfloat16 in, float32 out
+        "rotation": (2 * rows, 2.0 * n * d * d, "fp32"),
+        "encoder product": (rows + table + 4.0 * n * F, 2.0 * n * d * F, shape.matmul),
+        "top k": (4.0 * n * F, 0, "fp32"),
+        "decode": (gathered + rows, 0, "fp32"),
+        "error, loss": (4 * rows, 0, "fp32"),  # x, x_hat; e, its gradient
+        "gradient of kept values": (gathered + rows, 0, "fp32"),
+        "sort": (16.0 * pairs, 0, "fp32"),
+        "weight gradients": (2 * (gathered + table), 0, "fp32"),
+        "b_dec, b_enc gradients": (rows + 12.0 * pairs + table, 0, "fp32"),  # b_dec's other path reads W_enc
+        "Adam": (2 * 7 * table, 0, "fp32"),
+        "projection": (2 * table / every, 0, "fp32"),
+        "counters": (12.0 * pairs + 24.0 * F, 0, "fp32"),
+        "figures to log": (2 * rows / BLOCK, 0, "fp32"),
+    }
+
+
+def tabled(took: Mapping[str, float], required: Mapping[str, Any], limit: Mapping[str, float]) -> dict[str, Any]:
+    """A row for each phase that took time."""
+    found: dict[str, Any] = {}
+    for phase in (phase for phase in PHASES if took[phase]):
+        found[phase] = {"ms": took[phase], "share": took[phase] / sum(took.values())}
+        if phase in required:
+            nbytes, operations, precision = required[phase]
+            least, by = max((nbytes / limit["copy"], "copy"), (operations / limit[precision], f"{precision} product"))
+            found[phase] |= {"limit_ms": least, "of_limit": least / took[phase], "limited_by": by}
+    return found
+
+
+@torch.no_grad()
+def phases(shape: Shape, store: Path | None, layer: int, blocks: int) -> dict[str, Any]:
+    """Alternate blocks of steps with clocks and without."""
+    device, reader = torch.device(shape.device), cast("Rows", InMemory(shape.d, shape.batch))
+    if store:
+        how: Any = {"batch": shape.batch, "policy": Policy(), "pinned": device.type == "cuda"}
+        reader = Reader(Store.open(store), layer, seed=0, **how)
+        shape = replace(shape, d=reader.d_model)
+    trainer, clock, precisions = shape.trainer(reader), Clock(device.type == "cuda"), {"fp32", str(shape.matmul)}
+    with closing(to_device(reader.batches(0), device)) as feed:  # type: ignore[type-var]
+
+        def block() -> dict[str, float]:
+            for _ in range(BLOCK):
+                clock.cut("data wait")
+                batch = next(feed)
+                clock.cut("scaling, centring")
+                trainer.step_(batch)
+            clock.cut("other")
+            return clock.milliseconds()
+
+        block()  # warms caches and the allocator
+        every, plain, measured = list[dict[str, float]](), list[float](), list[dict[str, float]]()
+        for _ in range(blocks):
+            measured.append(limits(device, precisions))
+            with watched(clock):
+                every.append(block())
+            plain.append(sum(block().values()))
+    took, limit = medians(every), medians(measured)
+    found = {"sum_ms": sum(took.values()), "step_ms": statistics.median(sum(one.values()) for one in every)}
+    found |= {"step_without_clocks_ms": statistics.median(plain), "copy_GB_per_s": limit["copy"] / 1e6}
+    found |= {f"{name}_GFLOP_per_s": limit[name] / 1e6 for name in sorted(precisions)}
+    return {"phases": tabled(took, needs(shape), limit), **found}
+
+
+def medians(found: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(one[name] for one in found) for name in found[0]}
+
+
+def show_phases(figures: dict[str, Any]) -> None:
+    print(f"{'':>24}  {'ms':>9}  {'share':>6}  {'limit ms':>9}  {'of limit':>8}")
+    for phase, row in figures["phases"].items():
+        known = "  {limit_ms:9.3f}  {of_limit:8.2f}  {limited_by}".format(**row) if "limit_ms" in row else ""
+        print(f"{phase:>24}  {row['ms']:9.3f}  {row['share']:6.1%}{known}")
+    for name in ("sum_ms", "step_ms", "step_without_clocks_ms"):
+        print(f"{name:>24}  {figures[name]:9.3f}  {figures[name] / figures['step_ms']:6.1%}")
+    print("  ".join(f"{name} {value:,.1f}" for name, value in figures.items() if name.endswith("_per_s")))
+
+
+def dense(shape: Shape) -> Callable[[Tensor], object]:
+    """A TopK SAE as it is written down with autograd; like ours it waits for its loss."""
+    start = initial(shape.config().sae, torch.zeros(shape.d, device=shape.device), 0).tensors()
+    weights = {name: tensor.contiguous().requires_grad_() for name, tensor in start.items()}
+    adam, taken = torch.optim.Adam(weights.values(), lr=1e-3, fused=True), count(1)
+
+    def step(batch: Tensor) -> None:
+        as_in_training(False)
+        x = batch.to(shape.device).float()
+        with torch.enable_grad():
+            pre = (x - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
+            kept = pre.topk(shape.k, dim=1)
+            f = torch.zeros_like(pre).scatter(1, kept.indices, kept.values.relu())
+            loss = (f @ weights["W_dec"] + weights["b_dec"] - x).square().mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+        loss.item()
+        adam.step()
+        adam.zero_grad()
+        if next(taken) % BLOCK == 0:
+            weights["W_dec"].div_(torch.linalg.vector_norm(weights["W_dec"], dim=1, keepdim=True))
+        as_in_training(True)
+
+    return step
+
+
+SIDES = {"ours": lambda shape: shape.trainer(InMemory(shape.d, shape.batch)).step_, "dense": dense}
+
+
+@torch.no_grad()
+def peaks(side: str, shape: Shape, after: list[int]) -> dict[str, float]:
+    """Peak MB of this fresh process after so many steps, beyond what it had before the first."""
+    torch.set_num_threads(shape.threads)
+    rows, cuda, found = InMemory(shape.d, shape.batch).batches(0), shape.device == "cuda", dict[str, float]()
+    SIDES[side](replace(shape, d=8, d_sae=64, k=2))(next(InMemory(8, 16).batches(0)))  # imports what torch imports late
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
+    peak = torch.cuda.max_memory_allocated if cuda else partial(memory, "VmHWM")
+    base, step = (0 if cuda else memory("VmRSS")), SIDES[side](shape)
+    for number in range(1, max(after) + 1):
+        step(next(rows))
+        if number in after:
+            found[f"{side}_peak_MB_{number}"] = (peak() - base) / 1e6
+    return found
+
+
+@torch.no_grad()
+def speeds(shape: Shape, blocks: int) -> dict[str, float]:
+    """ms per step of both, in turns; of the ratio dense / ours the range too."""
+    torch.set_num_threads(shape.threads)
+    rows, steps = InMemory(shape.d, shape.batch).batches(0), {name: make(shape) for name, make in SIDES.items()}
+    took = []
+    for _ in range(blocks + 1):
+        ms = {f"{name}_ms": seconds(lambda step=step: step(next(rows)), BLOCK) * 1e3 for name, step in steps.items()}  # type: ignore[misc]
+        took.append({**ms, "ratio": ms["dense_ms"] / ms["ours_ms"]})
+    ratios = [one["ratio"] for one in took[1:]]  # the first warmed caches and the allocator
+    return {**medians(took[1:]), "ratio_lowest": min(ratios), "ratio_highest": max(ratios)}
+
+
+def grid(shape: Shape, sizes: list[Shape], after: list[int], blocks: int) -> list[dict[str, float]]:
+    """A row for each size; every measurement in a process of its own."""
+    rows, stream = [], Stream("", InMemory(shape.d, 1), lambda: iter(()))
+    for one in dict.fromkeys(sizes):
+        row = {"d_sae": one.d_sae, "k": one.k, "state_MB": arm_bytes(Arm(one.config(), stream, Path())) / 1e6}
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+            for task in (partial(speeds, one, blocks), *(partial(peaks, side, one, after) for side in SIDES)):
+                row |= pool.submit(task).result()
+        rows.append(row)
+        print("  ".join(f"{name} {value:,.4g}" for name, value in row.items()), flush=True)
+    return rows
+
+
+def picture(rows: list[dict[str, float]], shape: Shape, path: Path) -> None:
+    """ms per step against d_sae and against k, and memory against d_sae, as SVG."""
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "grid", "axes.spines.top": False, "axes.spines.right": False}
+    peak = next(name.removeprefix("ours_") for name in reversed(rows[0]) if name.startswith("ours_peak"))
+    with mpl.rc_context({**style, "font.size": 10, "axes.grid": True, "grid.alpha": 0.25}):
+        figure = Figure(figsize=(9.6, 3.0), layout="constrained")
+        for axes, (x, y) in zip(figure.subplots(1, 3), (("d_sae", "ms"), ("k", "ms"), ("d_sae", peak)), strict=True):
+            fixed = "k" if x == "d_sae" else "d_sae"
+            points = sorted((row for row in rows if row[fixed] == getattr(shape, fixed)), key=lambda row: row[x])
+            lines = {"ours": f"ours_{y}", "dense": f"dense_{y}", **({"state": "state_MB"} if y == peak else {})}
+            for (name, key), colour in zip(lines.items(), ("#2563eb", "#d97706", "#059669"), strict=False):
+                axes.plot([p[x] for p in points], [p[key] for p in points], "o-", label=name, color=colour, lw=1.5)
+            axes.set(xlabel=f"{x} ({fixed} {getattr(shape, fixed):,})", ylabel="MB" if y == peak else "ms per step")
+            axes.set(ylim=(0, None), xticks=[p[x] for p in points])
+            axes.legend(frameon=False)
+        figure.savefig(path, format="svg", transparent=True, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.train_phases")
+    whole = {"d": 384, "d_sae": 4096, "k": 32, "batch": 2048, "threads": 1, "blocks": 5, "layer": 21}
+    for name, default in whole.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--sae", default="topk_32k", help="a file of conf/sae; d_sae and k are this command's")
+    parser.add_argument("--optim", default="adam", help="a file of conf/optim")
+    parser.add_argument("--matmul", default="fp32", choices=["fp32", "tf32", "bf16"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--grid", action="store_true", help="cost against d_sae and k instead")
+    for name, sizes in (("grid_d_sae", [2048, 4096, 8192]), ("grid_k", [16, 32, 64]), ("memory_steps", [20, 200])):
+        parser.add_argument(f"--{name}", type=int, nargs="+", default=sizes)
+    for name, said in (
+        ("store", "take --layer of it"),
+        ("picture", "draw the grid there"),
+        ("out", "write it there"),
+    ):
+        parser.add_argument(f"--{name}", type=Path, help=said)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    shape = Shape(**{name: getattr(asked, name) for name in Shape.__dataclass_fields__})
+    if asked.grid:
+        wanted = [*(replace(shape, d_sae=n) for n in asked.grid_d_sae), *(replace(shape, k=n) for n in asked.grid_k)]
+        figures: dict[str, Any] = {"grid": grid(shape, wanted, asked.memory_steps, asked.blocks)}
+        if asked.picture:
+            picture(figures["grid"], shape, asked.picture)
+    else:
+        figures = phases(shape, asked.store, asked.layer, asked.blocks)
+        show_phases(figures)
+    with redirect_stdout(None):  # the table has it
+        finish({**asdict(shape), "store": str(asked.store), "blocks": asked.blocks}, figures, asked.out)
+
+
+if __name__ == "__main__":
+    main()
