@@ -33,7 +33,7 @@ class SAEConfig:
     aux_coef: float = 0.125  # weight of the AuxK loss; 0 turns it off. Gao et al. have 1/32 with aux_norm=variance
     k_aux: int = 512  # dead latents that reconstruct the error of each row
     aux_norm: str = "raw"  # "raw" as the reference, "variance" as Gao et al. (arXiv 2406.04093); see train/loss.py
-    # Tokens without firing that make a latent dead (Gao et al., section 2.4); None: 1/20 of the run, at most 10 million.
+    # Tokens without firing that make a latent dead (Gao et al., section 2.4); None: 1/20 of the run, at most 10e6.
     dead_after: int | None = 10_000_000
     init: str = "random"  # decoder directions at the start: one of INITS
     rotate: bool = False  # train in the rows' principal axes, where Adam scales each by itself; the file is on raw rows

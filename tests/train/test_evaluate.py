@@ -68,7 +68,7 @@ def test_several_read_once_and_each_as_much_as_it_wants():
 
 
 def test_rows_that_are_all_the_same_have_no_variance_to_explain():
-    sae, x, mean = case()
+    sae, _, mean = case()
     found = evaluate(sae, [mean.float().expand(9, 12)], mean.float().double(), 1.0, None)
     assert found["variance_explained"] != found["variance_explained"]
     assert found["mse"] > 0
