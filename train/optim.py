@@ -22,9 +22,9 @@ DECAYS = ("cosine", "linear")
 # nothing. openai/sparse_autoencoder train.py has this value.
 _EPS = 6.25e-10
 # lr=auto, from the best rates of docs/method.md.
-_AUTO_LR, _AUTO_STEPS, _AUTO_D_SAE = 1e-2, 146, 4096
-_AUTO_BY_STEPS, _AUTO_BY_D_SAE = 0.39, 0.5
-_AUTO_LEAST, _AUTO_MOST = 1e-4, 2e-2
+_AUTO_LR, _AUTO_STEPS, _AUTO_D_SAE = 1.2e-2, 146, 4096
+_AUTO_BY_STEPS, _AUTO_BY_D_SAE = 0.4, 0.25
+_AUTO_LEAST, _AUTO_MOST = 1e-4, 1.5e-2
 
 
 @dataclass(frozen=True)

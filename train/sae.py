@@ -33,11 +33,12 @@ class SAEConfig:
     aux_coef: float = 0.125  # weight of the AuxK loss; 0 turns it off. Gao et al. have 1/32 with aux_norm=variance
     k_aux: int = 512  # dead latents that reconstruct the error of each row
     aux_norm: str = "raw"  # "raw" as the reference, "variance" as Gao et al. (arXiv 2406.04093); see train/loss.py
-    # Tokens without firing that make a latent dead (Gao et al., section 2.4); None: 1/20 of the run, at most 10e6.
+    # Tokens without firing that make a latent dead (Gao et al., section 2.4); None: 1/25 of the run, at most 10e6.
     dead_after: int | None = 10_000_000
     init: str = "random"  # decoder directions at the start: one of INITS
     rotate: bool = False  # train in the rows' principal axes, where Adam scales each by itself; the file is on raw rows
-    resample: bool = False  # restart dead latents from what is left over, in the first 80 % of the run
+    # Restart latents silent for three times as long, along what is left over, in the first 80 % of the run.
+    resample: bool = False
     nested: int = 5  # matryoshka: dictionaries of the first F / 2^(nested - 1), ..., F / 2, F latents
     l0_coef: float = 1.0  # jumprelu: weight of (L0 / k - 1)^2
     bandwidth: float = 0.1  # jumprelu: of the threshold's gradient, in units of rows scaled to E||x|| = sqrt(d)

@@ -15,6 +15,7 @@ from torch import Tensor
 from train import kernels
 from train.sae import SAE
 
+_LEAST_VARIANCE = 1e-3  # of the mean, by which an axis is whitened: below that it is mostly noise
 _ROWS_PER_AXIS = 10  # rows for each dimension, from which the principal axes are estimated
 
 
@@ -41,10 +42,10 @@ def principal_axes(centred: Tensor) -> Tensor:
     return axes.to(centred.dtype)
 
 
-def from_rows_(sae: SAE, centred: Tensor) -> None:
+def from_rows_(sae: SAE, centred: Tensor, whiten: bool) -> None:
     """Set the decoder's directions to those of rows about their mean, and the encoder to the same, scaled.
 
-    The scale is the one by which the first reconstructions are the best multiple of themselves, <x, x_hat> / |x_hat|^2:
+    `whiten` divides each axis by the fourth root of its variance first: half of whitening. The scale is the one by which the first reconstructions are the best multiple of themselves, <x, x_hat> / |x_hat|^2:
     TopK keeps the same latents whatever it is. Directions for which there is no row stay random.
 
     Args:
@@ -52,6 +53,9 @@ def from_rows_(sae: SAE, centred: Tensor) -> None:
     """
     norms = torch.linalg.vector_norm(centred, dim=1)
     directions = centred[norms > 0][: sae.d_sae]
+    if whiten:
+        variances = centred.square().mean(0)
+        directions = directions * variances.clamp_min(_LEAST_VARIANCE * variances.mean()).pow(-0.25)
     sae.W_dec[: len(directions)] = directions
     sae.project_()
     sae.W_enc.copy_(sae.W_dec.T)

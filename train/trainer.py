@@ -27,6 +27,7 @@ from train.sae import SAE, SAEConfig
 from train.stream import Rows
 
 _DEAD_AFTER = 10_000_000  # tokens, at most
+_RESAMPLE_AFTER = 3  # times dead_after without firing: AuxK is tried first
 _RESAMPLE_UNTIL = 0.8  # of the run: what restarts later has no time to learn
 
 
@@ -99,7 +100,7 @@ class Trainer:
         fresh = sae.initial(config.sae, self.mean.float(), config.seed)
         self.activation = activations.activation(config.sae, config.matmul)
         self.optim = resolved(config.optim, config.sae.d_sae, self.steps)
-        self.dead_after = config.sae.dead_after or max(1, min(_DEAD_AFTER, self.steps * config.batch // 20))
+        self.dead_after = config.sae.dead_after or max(1, min(_DEAD_AFTER, self.steps * config.batch // 25))
         learned = {name: fresh.tensors()[name] for name in self.activation.learned}
         silent = dead.never_fired(config.sae.d_sae, device)
         self.state = State(0, fresh, Adam(learned, self.optim), silent)
@@ -131,7 +132,7 @@ class Trainer:
             centred, b_dec = centred @ state.basis, state.sae.b_dec @ state.basis
             state.sae.b_dec.copy_(b_dec)
         if config.init == "rows":
-            start.from_rows_(state.sae, centred)
+            start.from_rows_(state.sae, centred, whiten=state.basis is not None)
 
     def step_(self, batch: Tensor) -> dict[str, Any] | None:
         """One optimizer step on raw rows (batch, d); its record, if it is one to log.
@@ -174,7 +175,8 @@ class Trainer:
         state.restarted.add_(tokens)
         if state.step >= _RESAMPLE_UNTIL * self.steps:
             return
-        latents = dead.dead_latents(torch.minimum(state.silent, state.restarted), self.dead_after)
+        quiet = torch.minimum(state.silent, state.restarted)
+        latents = dead.dead_latents(quiet, _RESAMPLE_AFTER * self.dead_after)
         if len(latents):
             drawn = order.permutation(max(len(error), len(latents)), self.config.seed, state.step) % len(error)
             draw = torch.from_numpy(drawn[: len(latents)]).to(error.device)
