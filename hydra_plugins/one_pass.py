@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
+from hydra.core.utils import JobReturn, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 if TYPE_CHECKING:
+    from data.errors import PipelineError
     from train.loop import Arm
 
 
@@ -28,6 +29,8 @@ class OnePass(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Compose the jobs, and train their arms; what became of each."""
         from data.device import own_device
+        from data.errors import PipelineError
+        from data.journal import tell
         from train import parallel
         from train.sweep import train_sweep
 
@@ -36,21 +39,29 @@ class OnePass(Launcher):
         jobs = [self._prepare(list(job_overrides[number]), initial_job_idx + number) for number in share]
         by_device: dict[str | None, list[JobReturn]] = {}
         for job in jobs:
-            if job.status == JobStatus.COMPLETED:
+            if not isinstance(job.return_value, PipelineError):
                 by_device.setdefault(job.cfg["device"], []).append(job)  # type: ignore[index]
         for name, ours in by_device.items():
             outcomes = train_sweep([job.return_value for job in ours], own_device(name))
             for job, outcome in zip(ours, outcomes, strict=True):
                 job.return_value = outcome
-                job.status = JobStatus.FAILED if isinstance(outcome, Exception) else JobStatus.COMPLETED
+        failed = [job for job in jobs if isinstance(job.return_value, PipelineError)]
+        for job in failed[1:]:
+            tell(f"{' '.join(job.overrides or [])}: {job.return_value}")
+        if failed:
+            raise failed[0].return_value  # Hydra would say it in lines of its own
         return jobs
 
     def _prepare(self, overrides: list[str], number: int) -> JobReturn:
         """Compose one job; its Arm, or why it is refused, stands where its result will."""
+        from data.errors import PipelineError
         from train.__main__ import arm, plain
 
-        def task(cfg: DictConfig) -> Arm:
-            return arm(plain(cfg))
+        def task(cfg: DictConfig) -> Arm | PipelineError:
+            try:
+                return arm(plain(cfg))
+            except PipelineError as error:
+                return error
 
         config = self._context.config_loader.load_sweep_config(self._config, overrides)
         with open_dict(config):

@@ -98,6 +98,20 @@ def test_every_configuration_composes() -> None:
             assert compose(config_name=command, overrides=[override])
 
 
+def test_every_setting_can_be_set() -> None:
+    """What a configuration object has, its group has: else `sae.NAME=...` would be refused."""
+    from hydra import compose, initialize_config_module
+
+    from train.optim import OptimConfig
+    from train.sae import SAEConfig
+
+    with initialize_config_module("conf", version_base="1.3"):
+        for group, kind in (("sae", SAEConfig), ("optim", OptimConfig)):
+            for path in sorted((ROOT / "conf" / group).glob("*.yaml")):
+                found = compose(config_name="train", overrides=[f"{group}={path.stem}"])[group]
+                assert set(found) - {"name"} == set(kind.__dataclass_fields__), path
+
+
 def test_packages_import_from_anywhere(tmp_path: Path) -> None:
     code = "import harvest, train, analyze, data, conf, data.tiny; print(data.tiny.MODEL_DIR.is_dir())"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)

@@ -281,7 +281,8 @@ def _pass(runs: list[Run], stop: StopRequest, group: Group) -> None:
             for one in here:
                 _step(one, batches[one.arm.stream], shown)
             at += 1
-            shown.line()
+            if group.rank == 0:
+                shown.line()
 
 
 def _feed(stream: Stream, runs: Sequence[Run], at: int) -> Iterator[Tensor]:

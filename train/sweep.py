@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from data import device as devices
+from data.errors import SettingError
 from data.journal import size, tell
 from train.loop import Arm, Outcome, train_together
 
@@ -66,8 +67,14 @@ def train_sweep(arms: Sequence[Arm], device: torch.device) -> list[Outcome]:
     """Train all arms in as few passes as memory allows; their outcomes, in order.
 
     Raises:
+        SettingError: two arms have one directory.
         Interrupted: a signal came; checkpoints are saved.
     """
+    folders = [arm.folder.resolve() for arm in arms]
+    if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
+        raise SettingError(
+            f"several arms have run={twice}; leave run= out of a multirun, and each gets a folder of its own"
+        )
     planned = passes(arms, devices.free_bytes(device))
     for line in announcement(arms, planned):
         tell(line)
@@ -79,7 +86,7 @@ def train_sweep(arms: Sequence[Arm], device: torch.device) -> list[Outcome]:
 
 def announcement(arms: Sequence[Arm], planned: Sequence[Sequence[int]]) -> list[str]:
     """What will be trained together."""
-    heads = [f"{len(arms)} arms on one read of the store"]
+    heads = [f"{len(arms)} arm{'s' * (len(arms) > 1)} on one read of the store"]
     if len(planned) > 1:
         groups = len(_sharing(arms))
         reason = "arms that differ in store, batch, data_seed or policy share no read" if groups > 1 else ""

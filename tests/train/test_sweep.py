@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from data.errors import Interrupted, MismatchError, NonFiniteError
+from data.errors import Interrupted, MismatchError, NonFiniteError, SettingError
 from data.journal import read_metrics
 from tests.train import killing
 from tests.train.killing import BATCH, CPU, STEPS, bits, config, in_child, outcome, planted
@@ -179,6 +179,12 @@ def test_arms_that_take_other_batches_share_no_read(tmp_path):
     assert line == (
         "5 arms in 3 passes of 3 + 1 + 1: arms that differ in store, batch, data_seed or policy share no read"
     )
+
+
+def test_arms_of_one_directory_are_refused(tmp_path):
+    (arm,) = arms(tmp_path, planted_stream(planted()), ["base"])
+    with pytest.raises(SettingError, match="several arms have run=.*; leave run= out"):
+        train_sweep([arm, replace(arm, config=config(seed=1))], CPU)
 
 
 def test_state_is_counted_right(tmp_path):
