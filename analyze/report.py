@@ -61,13 +61,15 @@ def _run_facts(subject: Subject) -> dict[str, Any]:
     aux = f"AuxK with coefficient {sae['aux_coef']}, k_aux {sae['k_aux']}, {sae['aux_norm']} normalisation"
     revived = [aux if sae["aux_coef"] else "", "restarted along errors" if sae["resample"] else ""]
     kept = "" if sae["activation"] == "topk" else " on average"
+    dead_after, lr = config.get("dead_after", sae["dead_after"]), config.get("lr", optim["lr"])
+    data_seed = settings.get("data_seed", settings["seed"])
     return {
         "SAE": f"{sae['activation']}, {sae['d_sae']:,} latents, k = {sae['k']}{kept}",
         "start": start,
-        "dead latents": f"after {config.get('dead_after', sae['dead_after']):,} tokens: {', '.join(filter(None, revived)) or 'left alone'}",
-        "optimizer": f"Adam ({optim['beta1']}, {optim['beta2']}), {config.get('lr', optim['lr']):.3g} to {optim['lr_floor']:g} "
+        "dead latents": f"after {dead_after:,} tokens: {', '.join(filter(None, revived)) or 'left alone'}",
+        "optimizer": f"Adam ({optim['beta1']}, {optim['beta2']}), {lr:.3g} to {optim['lr_floor']:g} "
         f"({optim['decay']}), batch {settings['batch']:,}, encoder product in {settings.get('matmul', 'fp32')}",
-        "trained on": f"{settings['tokens']:,} tokens in {config['steps']:,} steps, data seed {settings.get('data_seed', settings['seed'])}",
+        "trained on": f"{settings['tokens']:,} tokens in {config['steps']:,} steps, data seed {data_seed}",
         "rows left out": ("BOS" if subject.policy.drop_bos else "no BOS")
         + (", and others above ten median norms" if subject.policy.drop_outliers else ""),
         "environment": ", ".join(f"{key} {value}" for key, value in config["environment"].items()),
