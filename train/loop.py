@@ -105,8 +105,7 @@ class Run:
         elif needed := self.trainer.rows_to_begin:
             following.wait(min(-(-needed // self.arm.config.batch), self.trainer.steps) - 1, stop)
             stop.check()
-            with closing(self.arm.stream.reader.batches(0)) as first:  # type: ignore[type-var]
-                self.trainer.begin_(first)
+            self.trainer.begin_(self.arm.stream.first(needed))
         metrics = Metrics(folder / run.METRICS, saved.metrics_bytes if saved else 0)
         self._metrics = stack.enter_context(closing(metrics))
         self._timings = stack.enter_context(closing(Metrics.continued(folder / run.TIMINGS)))

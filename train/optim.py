@@ -50,10 +50,12 @@ class OptimConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise SettingError(f"optim.{name}={getattr(self, name)} must be at least 0 and below 1")
-        if self.lr_floor < 0 or (not isinstance(self.lr, str) and self.lr_floor > self.lr):
+        if not (math.isfinite(self.lr_floor) and self.lr_floor >= 0):
+            raise SettingError(f"optim.lr_floor={self.lr_floor} must be 0 or a positive number")
+        if not isinstance(self.lr, str) and self.lr_floor > self.lr:
             raise SettingError(
                 f"optim.lr_floor={self.lr_floor} must be between 0 and optim.lr={self.lr}; set both, "
-                f"for example optim.lr={self.lr} optim.lr_floor={0.3 * float(self.lr):.2g}"
+                f"for example optim.lr={self.lr} optim.lr_floor={0.3 * self.lr:.2g}"
             )
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise SettingError(f"optim.warmup_steps={self.warmup_steps} must be 0 or more, or null for 5 % of the run")

@@ -7,8 +7,6 @@ Measured on MiniLM's activations, d 384, F 4,096, k 32, 300,000 tokens (docs/met
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -24,20 +22,10 @@ def rows_needed(d: int, d_sae: int) -> int:
     return max(_ROWS_PER_AXIS * d, d_sae)
 
 
-def sample(batches: Iterator[Tensor], rows: int) -> Tensor:
-    """(rows, d) float32, the first of the batches; fewer if there are not so many."""
-    parts, have = list[Tensor](), 0
-    for batch in batches:
-        parts.append(batch[: rows - have].float())
-        have += len(parts[-1])
-        if have == rows:
-            break
-    return torch.cat(parts)
-
-
 def principal_axes(centred: Tensor) -> Tensor:
     """(d, d) orthogonal, the principal axes of rows (n, d) about their mean, as columns."""
-    covariance = centred.T.double() @ centred.double() / len(centred)
+    rows = centred.double()
+    covariance = rows.T @ rows / len(rows)
     axes: Tensor = torch.linalg.eigh(covariance).eigenvectors
     return axes.to(centred.dtype)
 
@@ -45,8 +33,9 @@ def principal_axes(centred: Tensor) -> Tensor:
 def from_rows_(sae: SAE, centred: Tensor, whiten: bool) -> None:
     """Set the decoder's directions to those of rows about their mean, and the encoder to the same, scaled.
 
-    `whiten` divides each axis by the fourth root of its variance first: half of whitening. The scale is the one by which the first reconstructions are the best multiple of themselves, <x, x_hat> / |x_hat|^2:
-    TopK keeps the same latents whatever it is. Directions for which there is no row stay random.
+    `whiten` divides each axis by the fourth root of its variance first: half of whitening. The scale is the one by
+    which the first reconstructions are the best multiple of themselves, <x, x_hat> / |x_hat|^2: TopK keeps the same
+    latents whatever it is. Directions for which there is no row stay random.
 
     Args:
         centred: (n, d) rows less b_dec.

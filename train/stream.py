@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -98,6 +100,23 @@ class Stream:
     identity: str  # digest of the store
     reader: Rows
     held_out: Callable[[], Iterator[Tensor]]  # (n, d) batches of all held-out rows
+    _first: list[Tensor] = field(default_factory=list)  # what `first` found, for the other arms of a sweep
+
+    def first(self, rows: int) -> Tensor:
+        """(rows, d) the first rows of the stream; read once, however many runs ask."""
+        if not self._first or len(self._first[0]) < rows:
+            self._first[:] = [first_rows(self.reader, rows)]
+        return self._first[0][:rows]
+
+
+def first_rows(reader: Rows, rows: int) -> Tensor:
+    """(rows, d) the first rows of a reader's stream."""
+    parts, have = list[Tensor](), 0
+    with closing(reader.batches(0)) as batches:  # type: ignore[type-var]
+        while have < rows:
+            parts.append(next(batches)[: rows - have].clone())
+            have += len(parts[-1])
+    return torch.cat(parts)
 
 
 @cache  # so that the arms of a sweep share the store's records

@@ -6,7 +6,6 @@ Nothing here touches a disk. A step is a pure function of the state and the batc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -26,6 +25,7 @@ from train.parallel import Group
 from train.sae import SAE, SAEConfig
 from train.stream import Rows
 
+_VERIFY = "`python -m harvest action=verify` names the unit"
 _DEAD_AFTER = 10_000_000  # tokens, at most
 _RESAMPLE_AFTER = 3  # times dead_after without firing: AuxK is tried first
 _RESAMPLE_UNTIL = 0.8  # of the run: what restarts later has no time to learn
@@ -122,10 +122,16 @@ class Trainer:
         wanted = config.rotate or config.init == "rows"
         return min(start.rows_needed(len(self.mean), config.d_sae), run) if wanted else 0
 
-    def begin_(self, batches: Iterator[Tensor]) -> None:
-        """Start from the first of `batches`, which the first steps see too: basis, directions, the encoder's scale."""
+    def begin_(self, first: Tensor) -> None:
+        """Start from the stream's first raw rows (rows_to_begin, d): basis, directions, the encoder's scale.
+
+        Raises:
+            NonFiniteError: some are NaN or infinite.
+        """
         state, config = self.state, self.config.sae
-        rows = start.sample(batches, self.rows_to_begin).to(self.device) * self.scale
+        if bad := len(first) - int(torch.isfinite(first).all(1).sum()):
+            raise NonFiniteError(f"{bad} of the {len(first)} rows to begin with hold NaN or infinity; {_VERIFY}")
+        rows = first.to(self.device).float() * self.scale
         centred = rows - state.sae.b_dec
         if state.basis is not None:
             state.basis.copy_(start.principal_axes(centred))
@@ -233,7 +239,7 @@ def _blame(batch: Tensor, number: int, value: float) -> str:
     if len(bad):
         return (
             f"batch {number} holds NaN or infinity, first in row {int(bad[0])} of {len(batch)} ({len(bad)} such rows); "
-            "stopped before the step; `python -m harvest action=verify` names the unit"
+            f"stopped before the step; {_VERIFY}"
         )
     return (
         f"the loss is {value} at batch {number} though all its {len(batch)} rows are finite: training diverged; "

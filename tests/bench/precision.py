@@ -43,6 +43,7 @@ from train.evaluate import evaluate
 from train.kernels import Kept, Matmul
 from train.optim import OptimConfig
 from train.sae import SAEConfig
+from train.stream import first_rows
 from train.trainer import TrainConfig, Trainer
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -116,7 +117,7 @@ def trained(precision: str, config: TrainConfig, rows: InFile, held_out: Tensor,
     """Held-out variance explained of one run."""
     trainer = Trainer(config, rows, device)
     if trainer.rows_to_begin:
-        trainer.begin_(rows.batches(0))
+        trainer.begin_(first_rows(rows, trainer.rows_to_begin))
     with products(precision, device.type == "cuda")[1]:
         for batch in islice(rows.batches(0), trainer.steps):
             trainer.step_(batch)

