@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,11 +25,14 @@ from data.journal import tell
 T = TypeVar("T")
 
 TRIES = 8  # after the first: with the waits below, six minutes and six seconds
+FIRST_TRIES = 2  # after the first, while nothing answers and no text ever came: six seconds tell a machine is offline
 LONGEST_S = 120.0  # cap of our own waits, which double from 2 s
 LONGEST_ASKED_S = 600.0  # cap of the waits that a server asks for
 TIMEOUT_S = 60.0  # of connecting, and of each silence while bytes arrive
 BLOCK_BYTES = 8 << 20  # least size of a request
 sleep: Callable[[float], None] = time.sleep  # replaced where waiting has to end early
+
+_text_came = threading.Event()  # whether this process has had bytes of any file from the hub
 
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that later requests may not meet
 
@@ -151,6 +155,7 @@ class _Ranges(io.RawIOBase):
         hf_raise_for_status(response)
         if response.status_code != 206 or described is None:
             raise StoreError(f"{self._url} is not served in parts; download it and use text.path=FILE")
+        _text_came.set()
         size, data = int(described[1]), bytes(response.content)
         if len(data) != min(stop, size) - start:
             raise _Cut(f"{len(data)} of {min(stop, size) - start} bytes")
@@ -161,8 +166,10 @@ def persistent(what: str, request: Callable[[], T]) -> T:
     """What `request` returns; it is made again, later and later, while its errors are such as pass.
 
     Raises:
-        StoreError: it was refused for good, or `TRIES` tries more did not help.
+        StoreError: it was refused for good, or `TRIES` tries more did not help; `FIRST_TRIES` where nothing answers
+            and no text has come before.
     """
+    answered = False
     for number in range(1, TRIES + 2):
         try:
             return request()
@@ -172,20 +179,28 @@ def persistent(what: str, request: Callable[[], T]) -> T:
             trouble = _passing(error)
             if trouble is None:
                 raise StoreError(_refusal(what, error)) from error
-            reason, asked = trouble
-            if number > TRIES:
-                raise StoreError(
-                    f"{what} cannot be reached ({reason}, {TRIES + 1} times); everything committed stays: the same "
-                    "command again goes on from there"
-                ) from error
+            reason, asked, an_answer = trouble
+            answered = answered or an_answer
+            tries = TRIES if answered or _text_came.is_set() else FIRST_TRIES
+            if number > tries:
+                raise StoreError(f"{what} cannot be reached ({reason}, {number} times); {_way_out()}") from error
             wait = max(min(2.0**number, LONGEST_S), min(asked, LONGEST_ASKED_S))
-            tell(f"text: {reason} from {what}, trying again in {wait:.0f} s ({number} of {TRIES})")
+            tell(f"text: {reason} from {what}, trying again in {wait:.0f} s ({number} of {tries})")
             sleep(wait)
     raise AssertionError("the last try returns or raises")
 
 
-def _passing(error: BaseException) -> tuple[str, float] | None:
-    """What passes by itself, and the seconds that the server asks to wait; None for an error that stays."""
+def _way_out() -> str:
+    if _text_came.is_set():
+        return "everything committed stays: the same command again goes on from there"
+    return "check the network; or give text.path=FILES, or text=tiny, which needs no network"
+
+
+def _passing(error: BaseException) -> tuple[str, float, bool] | None:
+    """What passes by itself, the seconds that the server asks to wait, and whether it was a server that answered.
+
+    None for an error that stays.
+    """
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     for cause in _causes(error):
@@ -194,11 +209,11 @@ def _passing(error: BaseException) -> tuple[str, float] | None:
         response = getattr(cause, "response", None)
         if response is not None:
             passes = response.status_code in _PASSING
-            return (f"HTTP {response.status_code}", _asked_s(response.headers)) if passes else None
+            return (f"HTTP {response.status_code}", _asked_s(response.headers), True) if passes else None
         # By name: the hub's client has changed its HTTP library twice, and kept the name of its base.
         network = any(kind.__name__ in ("RequestError", "RequestException") for kind in type(cause).__mro__)
         if network or isinstance(cause, ConnectionError | TimeoutError):
-            return type(cause).__name__.lstrip("_"), 0.0
+            return type(cause).__name__.lstrip("_"), 0.0, False
     return None
 
 

@@ -43,11 +43,21 @@ def decode(data: bytes, name: str) -> dict[str, Any]:
     Raises:
         StoreError: it is not a record, or not the one that was written.
     """
-    if not data.startswith(_HEAD) or data[_BODY - 2 : _BODY] != b'",':
-        raise StoreError(f"{name} is not a commit record; {_WAY_OUT}")
-    if durable.digest(data[_BODY:]).encode() != data[len(_HEAD) : _BODY - 2]:
-        raise StoreError(f"{name} does not match its own checksum; {_WAY_OUT}")
+    if wrong := fault(data):
+        raise StoreError(f"{name} {wrong}; {_way_out(name)}")
     return dict(json.loads("{" + data[_BODY:].decode("ascii")))
 
 
-_WAY_OUT = "`python -m harvest action=repair store=...` drops it, and harvesting again redoes its unit"
+def fault(data: bytes) -> str | None:
+    """What is wrong with the bytes of a record; None if they are what was written."""
+    if not data.startswith(_HEAD) or data[_BODY - 2 : _BODY] != b'",':
+        return "is not a commit record"
+    if durable.digest(data[_BODY:]).encode() != data[len(_HEAD) : _BODY - 2]:
+        return "does not match its own checksum"
+    return None
+
+
+def _way_out(name: str) -> str:
+    store, _, _ = name.rpartition("/commits/")
+    command = f"`python -m harvest action=repair store={store}`" if store else "`action=repair` of its store"
+    return f"{command} drops it, and harvesting again redoes its unit"

@@ -1,7 +1,7 @@
 """Finding and dropping what a disk has damaged.
 
-Dropping a record is all that a repair needs: a unit without one is made again by the next harvest, and all that is
-not a unit's follows from what is.
+Dropping a record is all that a repair of a unit needs: without one it is made again by the next harvest. What follows
+from the records is written again at once.
 """
 
 from __future__ import annotations
@@ -47,13 +47,14 @@ def _records(place: Place) -> Iterator[str]:
 
 def _wrong_with_record(place: Place, key: str) -> Iterator[str]:
     try:
-        body = records.decode(place.read(key), f"{place.name}/{key}")
-    except StoreError as error:
-        yield str(error)
+        data = place.read(key)
     except OSError as error:
         yield f"{place.name}/{key} cannot be read: {error.strerror or error}"
+        return
+    if wrong := records.fault(data):
+        yield f"{place.name}/{key} {wrong}"
     else:
-        yield from _damaged_objects(place, body)
+        yield from _damaged_objects(place, records.decode(data, key))
 
 
 def _damaged_objects(place: Place, body: dict[str, Any]) -> Iterator[str]:
@@ -80,22 +81,50 @@ def _wrong_with_text(place: Place, key: str, text: bytes) -> str | None:
 
 
 def repair(place: Place) -> list[str]:
-    """Drop the records of damaged units, so that the next harvest makes them again; which were dropped.
+    """Drop damaged records, so that the next harvest makes their units again, and write again what follows from others.
+
+    Gives the keys of both; `is_derived` tells them apart.
 
     Raises:
         StoreError: there is no store, or a harvest is writing it.
     """
-    if not place.names("commits"):
-        raise StoreError(f"no activation store at {place.name}")
+    require_store(place)
     with closing(place.claims(0, 1)) as rights:
         if isinstance(rights, FileClaims) and not rights.alone():
             raise StoreError(f"{place.name} is being written; stop the harvest before repairing")
-        dropped = [key for key, _ in damage(place)]
-        for key in dropped:
-            place.delete(key)
-        if manifest.KEY in dropped:
+        damaged = [key for key, _ in damage(place)]
+        metadata = {key for key in damaged if _is_metadata(key)}
+        for key in damaged:
+            if key not in metadata:
+                place.delete(key)
+        if manifest.KEY in damaged:
             _restore_manifest(place)
-    return dropped
+        if metadata:  # then all records are whole
+            _restore_metadata(place, metadata)
+    return damaged
+
+
+def require_store(place: Place) -> None:
+    """Raise StoreError if there is no store at all; one whose manifest is lost is one that can be repaired."""
+    if not place.names("commits"):
+        raise StoreError(
+            f"no activation store at {place.name}; make one with `python -m harvest store={place.name} ...`"
+        )
+
+
+def is_derived(key: str) -> bool:
+    """Whether a repair writes it again by itself, because it follows from what else is there."""
+    return key == manifest.KEY or _is_metadata(key)
+
+
+def _is_metadata(key: str) -> bool:
+    return key.rpartition("/")[2] == "zarr.json"
+
+
+def _restore_metadata(place: Place, keys: set[str]) -> None:
+    for key, text in Store.open(place).metadata(()).items():
+        if key in keys:
+            place.write(key, [text])
 
 
 def _restore_manifest(place: Place) -> None:

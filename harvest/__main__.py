@@ -19,13 +19,13 @@ from data.journal import tell
 from data.place import place_of
 from data.settings import optional_whole, whole
 from data.sources import source_name, source_of
-from data.verify import repair
+from data.verify import is_derived, repair, require_store
 from harvest.checkpoint import EMBEDDED, read_config, resolve
 from harvest.cost import cost
 from harvest.lm import ModelConfig, load
 from harvest.look import status, verify
 from harvest.loop import harvest, probe, share_done
-from harvest.plan import Faults, HarvestConfig, Plan, plan, require_fit
+from harvest.plan import Faults, HarvestConfig, Plan, plan, require_fit, require_free
 
 ACTIONS = ("run", "plan", "status", "verify", "repair")
 
@@ -77,13 +77,14 @@ def command(settings: dict[str, Any]) -> None:
         print("\n".join(status(place)))
         return
     if action == "repair":
-        dropped = repair(place)
-        print("\n".join([*(f"dropped {record}" for record in dropped), f"{len(dropped)} to make again"]))
+        print("\n".join(repaired(repair(place))))
         return
     model = model_config(settings["model"], settings["device"])
     if action == "verify":
+        require_store(place)  # before the minutes that a model may take to load
         print(verify(place, load(model)))
         return
+    require_free(place)
     planned = planned_for(config, model)
     lines = planned.lines()
     if action == "plan":
@@ -95,6 +96,13 @@ def command(settings: dict[str, Any]) -> None:
     require_fit(planned, config.store)
     source = source_of(settings["text"], config.seed)
     harvest(config, load(model), source)
+
+
+def repaired(keys: list[str]) -> list[str]:
+    """What a repair did, and what is left to do, in lines."""
+    dropped = sum(not is_derived(key) for key in keys)
+    done = [f"{'wrote again' if is_derived(key) else 'dropped'} {key}" for key in keys]
+    return [*done, f"{dropped} to make again" + (": run the same `python -m harvest` again" if dropped else "")]
 
 
 def planned_for(config: HarvestConfig, model: ModelConfig) -> Plan:

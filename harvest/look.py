@@ -15,7 +15,7 @@ from data.ledger import RESIDUALS
 from data.place import Place
 from data.reader import WINDOW
 from data.store import Store
-from data.verify import damage
+from data.verify import damage, require_store
 from harvest.lm import LanguageModel
 from harvest.loop import require_same
 
@@ -28,8 +28,9 @@ def verify(place: Place, lm: LanguageModel) -> str:
     """Check every digest of the store, and one random unit through the model; what was found to be right.
 
     Raises:
-        StoreError: something is wrong; a line for each object.
+        StoreError: there is no store, or something is wrong; a line for each object.
     """
+    require_store(place)
     if wrong := [line for _, lines in damage(place) for line in lines]:
         raise StoreError("\n".join([*wrong, f"`python -m harvest action=repair store={place.name}` drops these"]))
     store = Store.open(place)

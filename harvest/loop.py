@@ -111,7 +111,9 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Sto
             _finish(store, config.layers)
     spent = time.monotonic() - began
     if tokens:
-        tell(f"{store.name} is complete: {tokens:,} tokens in {duration(spent)}, {tokens / spent:,.0f} tokens/s")
+        share = f", {tokens:,} of them made here" if tokens < store.rows else ""
+        speed = f"{duration(spent)}, {tokens / spent:,.0f} tokens/s"
+        tell(f"{store.name} is complete: {store.rows:,} tokens{share} in {speed}")
     else:
         tell(f"{store.name} is complete: {store.units} units, {store.rows:,} rows a layer")
     return store
@@ -135,7 +137,8 @@ def _join_ring(store: Store, config: HarvestConfig, rights: Claims) -> Ring | No
 def share_done(config: HarvestConfig) -> float:
     """Share of the asked layers' units that are committed already."""
     units = -(-config.tokens // config.unit_tokens)
-    return count_residuals(place_of(config.store), config.layers) / (units * len(config.layers))
+    # A store that was made with other settings, which is refused later, may have more units than are asked for.
+    return min(1.0, count_residuals(place_of(config.store), config.layers) / (units * len(config.layers)))
 
 
 def probe(lm: LanguageModel, config: HarvestConfig) -> float:

@@ -89,11 +89,17 @@ def _work(line: Connection, name: str, source: TextSource, tokenizer: Tokenizer)
     hub.sleep = parent.pause  # a server may ask for ten minutes of patience
     try:
         write(Store.open(name), source, tokenizer, parent)
-        line.send(None)
+        _answer(line, None)
     except PipelineError as error:
-        line.send(str(error))
+        _answer(line, str(error))
     except Interrupted:
         pass
+
+
+def _answer(line: Connection, failure: str | None) -> None:
+    """To a parent that has left already there is nothing to say: what is committed, its next start will find."""
+    with suppress(BrokenPipeError, ConnectionResetError):
+        line.send(failure)
 
 
 class Spine:

@@ -114,8 +114,10 @@ def test_a_record_is_json_and_says_what_was_committed() -> None:
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"[]", b"7", b'{"a":1,"checksum":"0"}'])
 def test_a_damaged_record_is_refused(damage: bytes) -> None:
-    with pytest.raises(StoreError, match="action=repair"):
+    with pytest.raises(StoreError, match=r"`action=repair` of its store drops it"):
         records.decode(damage, "r.json")
+    with pytest.raises(StoreError, match=r"`python -m harvest action=repair store=gs://b/s.zarr` drops it"):
+        records.decode(damage, "gs://b/s.zarr/commits/spine/00000001.json")
 
 
 def test_any_flipped_byte_of_a_record_is_noticed() -> None:

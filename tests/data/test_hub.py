@@ -262,6 +262,27 @@ def check_giving_up_and_going_on() -> None:
         assert [d.content for d in taken] + texts(again, taken[-1].after) == TEXTS
 
 
+def check_an_absent_hub_is_given_up_soon() -> None:
+    files = two_files()["jsonl"]
+    with served(files) as (server, slept):
+        server.faults = [("/api/datasets", "drop")] * 9
+        with redirect_stderr(StringIO()) as said:
+            require_refusal(
+                lambda: texts(HubText("me/data")),
+                ", 3 times); check the network; or give text.path=FILES, or text=tiny, which needs no network",
+            )
+        assert slept == [2, 4]
+        assert "(2 of 2)" in said.getvalue()
+        server.faults, answers = [("/api/datasets", (503, {}))] * 9, len(slept)  # it is there, and busy
+        require_refusal(lambda: texts(HubText("me/data")), "(HTTP 503, 9 times); check the network; or give text.path")
+        assert len(slept) == answers + 8
+        server.faults = []
+        assert texts(HubText("me/data")) == TEXTS
+        server.faults, answers = [("/api/datasets", "drop")] * 9, len(slept)
+        require_refusal(lambda: texts(HubText("me/data")), ", 9 times); everything committed stays")
+        assert len(slept) == answers + 8
+
+
 def check_refusals() -> None:
     with served(two_files()["jsonl"]) as (server, slept):
         for status, code, message in (
@@ -295,7 +316,14 @@ def require_refusal(act: Callable[[], Any], message: str) -> None:
 
 @pytest.mark.parametrize(
     "check",
-    [check_restarts, check_every_request_may_fail, check_what_is_said, check_giving_up_and_going_on, check_refusals],
+    [
+        check_restarts,
+        check_every_request_may_fail,
+        check_what_is_said,
+        check_giving_up_and_going_on,
+        check_an_absent_hub_is_given_up_soon,
+        check_refusals,
+    ],
     ids=lambda check: check.__name__,
 )
 def test_against_a_hub(check: Callable[[], None], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -91,6 +92,41 @@ def test_verify_names_what_is_damaged(harvested: Path, tmp_path: Path, capsys: p
         run_command(lambda: command(tiny(store, "action=verify")))
     assert exit_code.value.code == 2
     assert f"{path} does not hold the bytes that were committed" in capsys.readouterr().err
+    record = store / "commits" / "spine" / "00000003.json"
+    record.write_bytes(record.read_bytes()[:-2])
+    with pytest.raises(StoreError, match=f"{record} does not match its own checksum\n") as error:
+        command(tiny(store, "action=verify"))
+    assert str(error.value).count("action=repair") == 1
+    with pytest.raises(StoreError, match=f"`python -m harvest action=repair store={store}` drops it"):
+        Store.open(store)
+    command(tiny(store, "action=repair"))
+    assert capsys.readouterr().out.endswith("\n2 to make again: run the same `python -m harvest` again\n")
+    command(tiny(store))
+    (store / "zarr.json").write_text("{")
+    command(tiny(store, "action=repair"))
+    assert capsys.readouterr().out == "wrote again zarr.json\n0 to make again\n"
+    command(tiny(store, "action=verify"))
+
+
+def test_where_no_store_is_that_is_said(tmp_path: Path) -> None:
+    for action in ("status", "verify", "repair"):
+        with pytest.raises(StoreError, match=f"^no activation store at {tmp_path}/none; make one with [^\n]*$"):
+            command(tiny(tmp_path / "none", f"action={action}", "model.path=/no/such/folder"))
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_was_made_here_is_told_from_what_was_there(
+    harvested: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = shutil.copytree(harvested, tmp_path / "s.zarr")
+    for unit in (3, 9):
+        (store / "commits" / "residuals" / f"{unit:08d}.5.json").unlink()
+    command(tiny(store))
+    said = capsys.readouterr().err
+    assert re.search(r"is complete: 3,008 tokens, 128 of them made here in \d+s, [\d,]+ tokens/s\n", said), said
+    command(tiny(tmp_path / "whole.zarr"))
+    said = capsys.readouterr().err
+    assert re.search(r"is complete: 3,008 tokens in \d+s, [\d,]+ tokens/s\n", said), said
 
 
 def test_verify_catches_rows_of_another_model(harvested: Path, tmp_path: Path) -> None:
@@ -151,7 +187,7 @@ def test_a_store_of_another_model_is_not_verified(harvested: Path) -> None:
 
 def test_a_file_in_the_stores_place_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    for action in ("run", "status", "verify", "repair"):
+    for action in ("run", "plan", "status", "verify", "repair"):
         with pytest.raises(StoreError, match=str(tmp_path / "file")):
             command(tiny(tmp_path / "file", f"action={action}"))
     assert (tmp_path / "file").read_text() == "mine"
@@ -223,6 +259,9 @@ def test_the_plan_is_what_a_store_takes(harvested: Path) -> None:
     assert taken == pytest.approx(planned.raw_bytes / 1.45, rel=0.25)
     assert planned.expected_bytes == 0  # it is all there
     require_fit(planned, harvested)
+    larger = tiny(harvested, "unit=128")  # of another unit, the store has more units than are asked for
+    planned = planned_for(harvest_config(larger), model_config(asked["model"], "cpu"))
+    assert (planned.expected_bytes, planned.disk_bytes) == (0, 0)
 
 
 def test_a_model_that_does_not_fit_in_memory_is_refused(harvested: Path) -> None:

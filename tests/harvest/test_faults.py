@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 
+from data import hub
 from data.documents import Document, State
 from data.errors import MismatchError, PipelineError, StoreError
 from data.place import LocalPlace
 from data.reader import Policy, Reader
 from data.sources import FileText
 from data.store import Store
-from data.verify import damage, repair
+from data.verify import damage, is_derived, repair
 from harvest import loop, residuals, spine
 from harvest.lm import LanguageModel, ModelConfig, OutOfMemory, choose_isolation, load
 from harvest.loop import harvest
@@ -169,6 +171,9 @@ def test_a_flipped_byte_anywhere_is_found_by_verify_and_mended(root: Path, tmp_p
         ((record, lines),) = damage(place)
         assert record == key or any(f"/{key} " in line for line in lines), f"byte {at}"
     assert repair(place) == [record]
+    if is_derived(key):
+        assert not list(damage(place))
+        assert (path / key).read_bytes() == whole
     if key in ("layer_1/c.2.0", "commits/manifest.json", "commits/spine/end.json", "zarr.json"):
         finish(root, config(path))
 
@@ -320,6 +325,16 @@ def test_a_text_that_raises_in_the_middle_goes_on_where_it_was(root: Path, tmp_p
     assert 0 < Store.open(tmp_path / "s.zarr").ledger.spine_rows.astype(bool).sum() < 8
     harvest(config(tmp_path / "s.zarr"), open_model(root), breaking)
     assert tree(tmp_path / "s.zarr") == tree(whole.name)
+
+
+def test_a_parent_that_left_is_told_nothing(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, tokenizer = FileText(root / "text.jsonl"), open_model(root).tokenizer
+    monkeypatch.setattr(hub, "sleep", hub.sleep)  # the writing process sets its own
+    for store in (root / "done.zarr", tmp_path / "none.zarr"):  # all is written, and: it fails
+        ours, theirs = Pipe()
+        ours.close()
+        with theirs:
+            spine._work(theirs, str(store), source, tokenizer)
 
 
 def test_clocks_that_jump_change_nothing(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
