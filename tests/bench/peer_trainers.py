@@ -6,22 +6,19 @@ TopKTrainer.update, the body of its trainSAE; ours runs Trainer.step_. All train
 
 Settings are each library's own, but for: the learning rate, which is searched for all; warm-up, 5 % of the run, since
 1,000 steps would be longer than it; the decay that each offers (SAELens, dictionary_learning: linearly to 0 in the last
-fifth; sparsify-adam: linearly to 0; signum has none; ours: its cosine); no logs and no checkpoints. Rows are scaled
-as each recommends: SAELens and ours to E||x|| = sqrt(d), dictionary_learning to E||x||^2 = 1, sparsify not at all (its
-loss is scale-free). AuxK stays as each has it: none acts within the first 1,000 steps, and sparsify's is off.
+fifth; sparsify-adam and ours: linearly to 0; signum has none); no logs and no checkpoints. Rows are scaled as each
+recommends: SAELens and ours to E||x|| = sqrt(d), dictionary_learning to E||x||^2 = 1, sparsify not at all (its loss is
+scale-free). The peers' AuxK stays as each has it: none acts within the first 1,000 steps, and sparsify's is off.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import resource
 import statistics
 import tempfile
 import time
-from ast import literal_eval
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import cycle, islice
@@ -181,34 +178,42 @@ class Meter:
 
 
 def ours(task: Task, rows: Rows, meter: Meter) -> Trained:
-    """train.loop.Trainer, under the settings that `python -m train` runs it with."""
-    loop, sae, optim = (import_module(f"train.{name}") for name in ("loop", "sae", "optim"))
-    groups: dict[str, dict[str, Any]] = {
-        "sae": {"d_sae": task.d_sae, "k": task.k},
-        "optim": {"lr": task.lr, "lr_floor": 0.0},
-    }
+    """train.trainer.Trainer, under the settings of `sae=rows_32k optim=rows` but for the rate."""
+    import yaml
+
+    from train.optim import OptimConfig
+    from train.sae import SAEConfig
+    from train.trainer import TrainConfig, Trainer
+
+    conf = Path(__file__).parents[2] / "conf"
+    names = {"sae": "rows_32k.yaml", "optim": "rows.yaml"}
+    groups: dict[str, Any] = {group: yaml.safe_load((conf / group / name).read_text()) for group, name in names.items()}
+    del groups["sae"]["defaults"], groups["sae"]["name"]
+    groups["sae"] |= {"d_sae": task.d_sae, "k": task.k, "k_aux": task.d_sae // 16}
+    groups["optim"]["lr"] = task.lr
     for setting in task.ours:
         name, _, value = setting.partition("=")
         group, _, field = name.partition(".")
-        with suppress(ValueError, SyntaxError):
-            value = literal_eval(value)
-        groups[group][field] = value
-    config = loop.TrainConfig(
+        groups[group][field] = yaml.safe_load(value)
+    config = TrainConfig(
         layer=0,
         tokens=task.steps * task.batch,
         batch=task.batch,
         seed=task.seed,
         log_every=task.steps,
-        sae=sae.SAEConfig(**groups["sae"]),
-        optim=optim.OptimConfig(**groups["optim"]),
+        sae=SAEConfig(**groups["sae"]),
+        optim=OptimConfig(**groups["optim"]),
     )
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # as train.loop sets it
     with torch.no_grad():
-        trainer = loop.Trainer(config, rows, torch.device("cpu"))
+        trainer = Trainer(config, rows, torch.device("cpu"))
+        if needed := trainer.rows_to_begin:
+            first = islice(rows.ordered(task.batch, task.seed), -(-needed // task.batch))
+            trainer.begin_(torch.cat(list(first))[:needed])
         for batch in meter:
             trainer.step_(batch)
-    final = trainer.state.sae.folded(trainer.scale)
+    final = trainer.state.sae.folded(trainer.scale, trainer.state.basis)
 
     def apply(x: Tensor) -> tuple[Tensor, Tensor]:
         kept = final.encode(x)
@@ -348,7 +353,7 @@ def _fired(indices: Tensor, values: Tensor, d_sae: int) -> Tensor:
 
 # By name: the module that must be there, and the function that trains.
 TRAINERS: dict[str, tuple[str, Callable[[Task, Rows, Meter], Trained]]] = {
-    "ours": ("train.loop", ours),
+    "ours": ("train.trainer", ours),
     "saelens": ("sae_lens", saelens),
     "saelens-sparse": ("sae_lens", saelens),
     "sparsify-signum": ("sparsify.trainer", sparsify),
@@ -366,11 +371,7 @@ def work(task: Task) -> dict[str, Any]:
     meter = Meter(task, rows.ordered(task.batch, task.seed))
     before = _memory("VmRSS", reset_peak=True)
     trained = train(task, rows, meter)
-    memory = {
-        "peak_growth_MiB": _memory("VmHWM") - before,
-        "peak_whole_MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
-    figures = {**meter.figures(), **memory}
+    figures = {**meter.figures(), "peak_growth_MiB": _memory("VmHWM") - before}
     return {**figures, **quality(task, rows, trained)} if task.quality else figures
 
 

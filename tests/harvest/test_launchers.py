@@ -61,6 +61,7 @@ def start(folder: Path, rank: int, world: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=folder, env=environment())
 
 
+@pytest.mark.long
 def test_by_hand(tmp_path: Path, one: dict[str, bytes]) -> None:
     """Every rank exits with 0, and only when the store is whole."""
     ranks = [start(tmp_path, rank, 3) for rank in range(3)]
@@ -68,6 +69,7 @@ def test_by_hand(tmp_path: Path, one: dict[str, bytes]) -> None:
     assert contents(tmp_path / "s.zarr") == one
 
 
+@pytest.mark.long
 def test_the_others_make_what_a_killed_rank_leaves(tmp_path: Path, one: dict[str, bytes]) -> None:
     first, second = start(tmp_path, 0, 2), start(tmp_path, 1, 2)
     wait_until(lambda: len(list((tmp_path / "s.zarr" / "layer_5").glob("**/*"))) > 2, first)

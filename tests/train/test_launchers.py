@@ -71,6 +71,7 @@ def test_the_basic_launcher_agrees(one_pass, tmp_path):
     assert_same_arms(sweep(tmp_path, "hydra/launcher=basic"), one_pass, tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="hydra-submitit-launcher is not installed")
 def test_jobs_of_submitit_agree(one_pass, tmp_path):
     make_store(tmp_path / "s.zarr")

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -104,11 +105,19 @@ def test_a_stop_saves_every_arm_and_each_may_go_on_alone(alone, tmp_path):
         assert bits(arm.folder) == alone[arm.folder.name]
 
 
-def assert_survives_kills(alone, folder, draw, kills):
+@pytest.fixture(scope="module")
+def span(tmp_path_factory):
+    """Seconds that all arms take together."""
+    folder, began = tmp_path_factory.mktemp("timed"), time.monotonic()
+    assert outcome(in_child(lambda: train_together(arms(folder, planted_stream(planted())), CPU))) == 0
+    return time.monotonic() - began
+
+
+def assert_survives_kills(alone, folder, draw, kills, span):
     body = lambda: train_together(arms(folder, planted_stream(planted())), CPU)  # noqa: E731
     done = 0
     for _ in range(kills):
-        if killing.kill_after(draw.uniform(0, 0.6), body) == 0:
+        if killing.kill_after(draw.uniform(0, 0.5 * span), body) == 0:
             break
         done += 1
     assert outcome(in_child(body)) == 0
@@ -117,16 +126,16 @@ def assert_survives_kills(alone, folder, draw, kills):
     return done
 
 
-def test_killed_together(alone, tmp_path):
+def test_killed_together(alone, span, tmp_path):
     draw = random.Random(0)
-    assert sum(assert_survives_kills(alone, tmp_path / str(n), draw, 4) for n in range(2)) >= 3
+    assert sum(assert_survives_kills(alone, tmp_path / str(n), draw, 4, span) for n in range(3)) >= 3
 
 
 @pytest.mark.long
-def test_killed_together_many_times(alone, tmp_path):
+def test_killed_together_many_times(alone, span, tmp_path):
     draw, kills, number = random.Random(1), 0, 0
     while kills < 100:
-        kills += assert_survives_kills(alone, tmp_path / str(number), draw, 6)
+        kills += assert_survives_kills(alone, tmp_path / str(number), draw, 6, span)
         number += 1
 
 
