@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed")
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's own font
     "svg.hashsalt": "report",
     "font.family": "sans-serif",
@@ -30,8 +30,8 @@ def curves(
     series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str, *, log: bool = False
 ) -> str:
     """Lines by name, each of (x, y) points."""
-    with mpl.rc_context(_STYLE):
-        figure, axes = _empty(x_label, y_label)
+    with mpl.rc_context(STYLE):
+        figure, axes = empty(x_label, y_label)
         for name, points in series.items():
             xs, ys = zip(*points, strict=True) if points else ((), ())
             axes.plot(xs, ys, label=name, linewidth=1.5, marker="o" if len(points) < 20 else None, markersize=4)
@@ -42,29 +42,29 @@ def curves(
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if len(series) > 1:
             axes.legend(frameon=False)
-        return _svg(figure)
+        return svg(figure)
 
 
 def histogram(counts: Sequence[float], edges: Sequence[float], x_label: str, y_label: str) -> str:
     """Bars of a histogram that has been counted already."""
-    with mpl.rc_context(_STYLE):
-        figure, axes = _empty(x_label, y_label)
+    with mpl.rc_context(STYLE):
+        figure, axes = empty(x_label, y_label)
         axes.stairs(counts, edges, fill=True, color=_COLOURS[0], alpha=0.8)
-        return _svg(figure)
+        return svg(figure)
 
 
 def bars(names: Sequence[str], values: Sequence[float], x_label: str, y_label: str) -> str:
     """One bar per name. The axis starts at the foot of the lowest bar's tenth, not at 0, when all are high."""
-    with mpl.rc_context(_STYLE):
-        figure, axes = _empty(x_label, y_label)
+    with mpl.rc_context(STYLE):
+        figure, axes = empty(x_label, y_label)
         axes.bar(names, values, color=_COLOURS[0], alpha=0.8)
         low = min(values)
         axes.set_ylim(int(low * 10) / 10 if low > 0.2 else min(0.0, low), 1.0 if max(values) <= 1 else None)
         axes.tick_params(axis="x", labelrotation=45)
-        return _svg(figure)
+        return svg(figure)
 
 
-def _empty(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+def empty(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(5.2, 3.0), layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel(x_label)
@@ -72,7 +72,7 @@ def _empty(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     text = io.StringIO()
     metadata: dict[str, Any] = {"Date": None, "Creator": None, "Type": None, "Format": None}
     figure.savefig(text, format="svg", transparent=True, metadata=metadata)

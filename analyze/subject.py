@@ -35,6 +35,28 @@ class Unit(NamedTuple):
     kind: NDArray[np.uint8]  # (n,) see data/kinds.py
 
 
+def open_store(run: Path, was_at: str, identity: str, store: str | None) -> Store:
+    """The store that a run was trained from.
+
+    Args:
+        was_at: its place then.
+        identity: its digest then.
+        store: its place now, if it has moved since.
+
+    Raises:
+        StoreError: it is not there.
+        MismatchError: the store at that place is another one.
+    """
+    place = place_of(store or was_at)
+    if store is None and not manifest.exists(place):
+        raise StoreError(f"the store of {run} was at {place.name} and is not there now; give its place as store=")
+    opened = Store.open(place)
+    if opened.identity != identity:
+        was_is = {"store": (identity, opened.identity)}
+        raise MismatchError(f"run {run}", was_is, "Give the store it was trained from as store=.")
+    return opened
+
+
 @dataclass(frozen=True)
 class Subject:
     """A trained SAE with everything that its figures depend on."""
@@ -63,13 +85,7 @@ class Subject:
         if not (run / export.FILE).is_file():
             raise StoreError(f"run {run} is not finished: {export.FILE} is missing; run its `python -m train` again")
         settings = config["settings"]
-        place = place_of(store or str(config["store_path"]))
-        if store is None and not manifest.exists(place):
-            raise StoreError(f"the store of {run} was at {place.name} and is not there now; give its place as store=")
-        opened = Store.open(place)
-        if opened.identity != settings["store"]["identity"]:
-            was_is = {"store": (settings["store"]["identity"], opened.identity)}
-            raise MismatchError(f"run {run}", was_is, "Give the store it was trained from as store=.")
+        opened = open_store(run, str(config["store_path"]), settings["store"]["identity"], store)
         policy = Policy(**settings["policy"])
         return cls(run, config, opened, sae.load(run / export.FILE, device), settings["layer"], policy)
 

@@ -23,12 +23,10 @@ from numpy.typing import NDArray
 from analyze.arms import SEEDS, Arm, common_folder, exact, varying
 from analyze.quality import BATCH_ROWS
 from analyze.stats import sums_by
-from analyze.subject import Subject
-from data import manifest
+from analyze.subject import Subject, open_store
 from data.device import free_bytes
-from data.errors import MismatchError, StoreError
+from data.errors import StoreError
 from data.journal import Progress
-from data.place import place_of
 from data.reader import Policy, held_out_units
 from data.store import Store
 from train import export, sae
@@ -70,7 +68,8 @@ def sweep(
         limit: held-out rows to measure on, in whole units.
     """
     finished = [arm for arm in arms if arm.finished]
-    opened = open_store(finished[0], store) if finished else None
+    any_run = finished[0] if finished else None
+    opened = open_store(any_run.run, any_run.store_path, any_run.identity, store) if any_run else None
     keys = varying(arms)
     layers = [_layer(layer, arms, damaged, opened, keys, limit, device) for layer in sorted({a.layer for a in arms})]
     return {
@@ -83,18 +82,6 @@ def sweep(
         "layers": [layer for layer in layers if layer["arms"]],
         "damaged": damaged,
     }
-
-
-def open_store(arm: Arm, store: str | None) -> Store:
-    """The store of a sweep, opened once for all arms; the same refusals as `Subject.open` has for one run."""
-    place = place_of(store or arm.store_path)
-    if store is None and not manifest.exists(place):
-        raise StoreError(f"the store of {arm.run} was at {place.name} and is not there now; give its place as store=")
-    opened = Store.open(place)
-    if opened.identity != arm.identity:
-        was_is = {"store": (arm.identity, opened.identity)}
-        raise MismatchError(f"run {arm.run}", was_is, "Give the store it was trained from as store=.")
-    return opened
 
 
 def _layer(

@@ -15,11 +15,11 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, NullLoca
 
 from analyze.arms import SEEDS, Arm, exact, short
 from analyze.contexts import visible
-from analyze.pictures import _STYLE, _empty, _svg
+from analyze.pictures import STYLE, empty, svg
 
 _LINES = ("#2563eb", "#d97706", "#059669", "#7c3aed", "#dc2626", "#0891b2", "#be185d", "#4d7c0f")
 # Text from directories and settings is not TeX: a dollar sign in it is a dollar sign.
-_SWEEP_STYLE: Any = {**_STYLE, "text.parse_math": False, "axes.prop_cycle": cycler(color=_LINES)}
+_SWEEP_STYLE: Any = {**STYLE, "text.parse_math": False, "axes.prop_cycle": cycler(color=_LINES)}
 _MANY_TICKS = 8  # values of the swept setting that all get a tick
 _POINTS = 400  # of a training curve: 25,000 records of each arm would make the page 10 MB
 _NO_AXIS = (*SEEDS, "layer", "log_every", "eval_every", "eval_rows")  # settings that no sweep is about
@@ -93,7 +93,7 @@ def against(points: Sequence[Point], x_label: str, y_label: str) -> str:
     """Every arm at its value of the swept setting; lines go through the mean of arms that share line and value."""
     place, log, ticks = _scale([point.x for point in points])
     with _style():
-        figure, axes = _empty(x_label, y_label)
+        figure, axes = empty(x_label, y_label)
         for number, line in enumerate(dict.fromkeys(point.line for point in points)):
             colour, own = _LINES[number % len(_LINES)], [point for point in points if point.line == line]
             xs, ys = [place(point.x) for point in own], [point.y for point in own]
@@ -107,7 +107,7 @@ def against(points: Sequence[Point], x_label: str, y_label: str) -> str:
         _set_scale(axes, log, ticks)
         if any(point.line for point in points):
             axes.legend(frameon=False, fontsize=8)
-        return _svg(figure)
+        return svg(figure)
 
 
 def _scale(values: Sequence[Any]) -> tuple[Callable[[Any], float], bool, list[tuple[float, str]]]:
@@ -137,7 +137,7 @@ def over_tokens(arms: Sequence[tuple[str, Arm]], bottom: float, top: float) -> s
     """Variance explained of training batches, faint, and of held-out rows, with marks, by name."""
     shades = mpl.colormaps["viridis"](np.linspace(0, 0.7, max(len(arms), 2)))
     with _style():
-        figure, axes = _empty("training tokens", "variance explained")
+        figure, axes = empty("training tokens", "variance explained")
         handles = []
         for (_, arm), shade in zip(arms, shades, strict=False):
             train, held = arm.of("train", "variance_explained"), arm.of("held_out", "variance_explained")
@@ -152,7 +152,7 @@ def over_tokens(arms: Sequence[tuple[str, Arm]], bottom: float, top: float) -> s
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         # A name that begins with an underscore is left out of a legend.
         axes.legend(handles, [f" {name}" for name, _ in arms], frameon=False, fontsize=8, loc="lower right")
-        return _svg(figure)
+        return svg(figure)
 
 
 def settled_range(arms: Sequence[Arm]) -> tuple[float, float]:

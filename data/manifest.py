@@ -57,8 +57,7 @@ def agree(place: Place, settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     wanted = {"format": FORMAT, **settings}
     if not exists(place):
-        if not place.empty():
-            raise StoreError(f"{place.name} exists and is not an activation store; choose another store=")
+        require_free(place)
         place.create(KEY, records.encode(wanted))  # if another process was first, its manifest is compared below
     found = read(place)
     if (unequal := differences(found, wanted)) and _untouched(place):
@@ -67,6 +66,13 @@ def agree(place: Place, settings: Mapping[str, Any]) -> dict[str, Any]:
     if unequal:
         raise MismatchError(f"store {place.name}", unequal, "Use those settings, or another store=.")
     return found
+
+
+def require_free(place: Place) -> None:
+    """Raise StoreError if something lies there that is not a store."""
+    # In this order: another process that begins the store at this moment creates its manifest first.
+    if not place.empty() and not exists(place):
+        raise StoreError(f"{place.name} exists and is not an activation store; choose another store=")
 
 
 def _untouched(place: Place) -> bool:

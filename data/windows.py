@@ -19,24 +19,19 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-import google_crc32c
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from data import order
-from data.array import ABSENT, Shard, explained
-from data.codec import CRC_BYTES
+from data.array import Shard
 from data.errors import StoreError
-from data.place import LocalPlace
 from data.store import Store
 
 AHEAD = 1  # windows that are filled while one is served
 # Per reader, and as many again in a second one. 16 decode 16 GB/s of blosc and ask a bucket for 1 GB/s; idle ones cost
 # nothing. Where training shares the cores it is held up for the second that a window takes, once a window.
 THREADS = min(16, os.cpu_count() or 1)
-# Bytes read, checked and put in their places at a time: in a core's 1 MB of second-level cache. 128 rows of width 2560.
-_BLOCK_BYTES = 128 * 5120
 _PAGE = 4096
 
 
@@ -94,51 +89,6 @@ class Blocks:
         return memory[first : first + rows * d * 2].view(np.uint16).reshape(rows, d)
 
 
-class _Shard(Shard):
-    """A shard whose rows go to places of their own."""
-
-    def scatter(self, chunk: int, places: NDArray[np.int64], out: NDArray[np.uint16], memory: threading.local) -> None:
-        """Decode inner chunk number `chunk` and put its row i at out[places[i]].
-
-        Args:
-            memory: where a thread keeps what it decodes into.
-
-        Raises:
-            StoreError: it is absent or damaged; some rows may be there even so.
-        """
-        if self._array.codec_name == "none":
-            self._scatter_plain(chunk, places, out)
-            return
-        if not hasattr(memory, "rows"):
-            memory.rows = np.empty((len(places), out.shape[1]), np.uint16)
-        self.read(chunk, memory.rows)
-        out[places] = memory.rows
-
-    def _scatter_plain(self, chunk: int, places: NDArray[np.int64], out: NDArray[np.uint16]) -> None:
-        """Block by block, so that what is read is still in the cache when it is checked and moved."""
-        offset, nbytes = map(int, self._index[chunk])
-        each = out.shape[1] * out.itemsize
-        # A bucket is asked for the whole chunk: a request takes 20 ms.
-        step = max(1, _BLOCK_BYTES // each) if isinstance(self._place, LocalPlace) else len(places)
-        with explained(self._place, self._key, f", chunk {chunk},"):
-            if offset == ABSENT:
-                raise StoreError("it is absent")
-            if nbytes != len(places) * each + CRC_BYTES:
-                raise StoreError(f"chunk of {nbytes - CRC_BYTES} bytes where {len(places) * each} belong")
-            crc = 0
-            for at in range(0, len(places), step):
-                there = places[at : at + step]
-                last = at + step >= len(places)
-                data = self._blob.read(offset + at * each, len(there) * each + last * CRC_BYTES)
-                if len(data) != len(there) * each + last * CRC_BYTES:
-                    raise StoreError("the file is cut off")
-                rows = np.frombuffer(data, np.uint8, len(there) * each)
-                crc = google_crc32c.extend(crc, rows)
-                out[there] = rows.view(np.uint16).reshape(len(there), -1)
-            if crc != int.from_bytes(data[-CRC_BYTES:], "little"):
-                raise StoreError("crc32c does not match: the bytes on disk are not the ones that were written")
-
-
 class Filler:
     """How a window is read: the rows of one layer that are of some kinds."""
 
@@ -177,7 +127,7 @@ class Filler:
         """Put the wanted inner chunks' rows of one unit, (chunk, places of its kept rows) each, into their places."""
         kinds = self._store.kinds(self._layer, unit)
         try:
-            shard = _Shard(self._array, self._store.place, unit)
+            shard = Shard(self._array, self._store.place, unit)
         except StoreError:
             self._store.ledger.freed.refuse(self._array.key(unit))
             raise

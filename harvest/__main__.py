@@ -13,6 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data import manifest
 from data.device import own_device
 from data.errors import SettingError, run_command
 from data.journal import tell
@@ -25,7 +26,7 @@ from harvest.cost import cost
 from harvest.lm import ModelConfig, load
 from harvest.look import status, verify
 from harvest.loop import harvest, probe, share_done
-from harvest.plan import Faults, HarvestConfig, Plan, plan, require_fit, require_free
+from harvest.plan import Faults, HarvestConfig, Plan, plan, require_fit
 
 ACTIONS = ("run", "plan", "status", "verify", "repair")
 
@@ -84,7 +85,7 @@ def command(settings: dict[str, Any]) -> None:
         require_store(place)  # before the minutes that a model may take to load
         print(verify(place, load(model)))
         return
-    require_free(place)
+    manifest.require_free(place)
     planned = planned_for(config, model)
     lines = planned.lines()
     if action == "plan":

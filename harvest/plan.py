@@ -8,12 +8,12 @@ from typing import Literal
 
 import torch
 
-from data import manifest, order, ring
+from data import order, ring
 from data.codec import require_known
 from data.device import free_bytes
 from data.errors import SettingError, StoreError
 from data.journal import duration, size
-from data.place import Place, place_of
+from data.place import place_of
 from harvest.cost import Cost
 
 UNIT_TOKENS = 65_536  # 335 MB a layer at width 2560; larger shards gain nothing and peak at 3x their size in memory
@@ -163,13 +163,6 @@ def _ring_bytes(config: HarvestConfig, d_model: int) -> int | None:
     each = ring.unit_bytes(config.unit_tokens, config.chunk_rows, d_model, len(config.layers))
     ring.span_of(config.max_bytes, held_out, each)
     return config.max_bytes
-
-
-def require_free(place: Place) -> None:
-    """Raise StoreError if something lies there that is not a store: a harvest would be refused."""
-    # In this order: another process that begins the store at this moment creates its manifest first.
-    if not place.empty() and not manifest.exists(place):
-        raise StoreError(f"{place.name} exists and is not an activation store; choose another store=")
 
 
 def require_fit(planned: Plan, store: str | Path) -> None:

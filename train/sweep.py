@@ -22,8 +22,9 @@ _ROW_BUFFERS = 8  # (batch, d) float32 at a time: rows, centred rows, reconstruc
 
 def arm_bytes(arm: Arm) -> int:
     """Memory that an arm holds all the time, on its device."""
-    d, d_sae = arm.stream.reader.d_model, arm.config.sae.d_sae
-    return 4 * _STATE * (2 * d * d_sae + d_sae + d) + 8 * d_sae
+    d, sae = arm.stream.reader.d_model, arm.config.sae
+    counters = 8 * sae.d_sae * (1 + sae.resample)
+    return 4 * _STATE * (2 * d * sae.d_sae + sae.d_sae + d) + counters + 4 * d * d * sae.rotate
 
 
 def step_bytes(arm: Arm) -> int:

@@ -13,7 +13,6 @@ gradients of weights, the pairs are sorted and bags are latents. Bags may be emp
     bag_sums           p d 4           10.7 GB   gathered, from the L2 cache: see _slice
     values_gradient    p d 4           10.7 GB   the same
     latent_sums        p 12            12.6 MB
-    adam_              F d 28           2.3 GB   four tensors read, three written
 
 All choices of blocks and warps are reasoned and NOT measured: no GPU was at hand, only the code that Triton 3.9 makes
 for sm_80 and sm_90 (16-byte loads, no spilled registers). tests/bench/kernel_speed.py measures where there is one.
@@ -36,7 +35,6 @@ _PAIRS = 8  # pairs that a program of bag_sums reads at once: 8 independent 16-b
 _SLICE_BYTES = 20 << 20  # of a table that is gathered from at a time; an H100's L2 is two halves of 25 MB
 _ROW_BYTES = 512  # of a row that a warp reads at once, 16 per thread
 _LOWEST = tl.constexpr(-(2**31))  # key of no column
-_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _NAN = tl.constexpr(2**31 - 2)  # key of NaN; one less than the largest, so that something lies above it
 
 
@@ -326,75 +324,3 @@ def _dots_kernel(upstream, indices, starts, table, shares, n, pairs, d, P: tl.co
         cells = table + index[:, None] * d + columns[None, :]
         tile = tl.load(cells, mask=live[:, None] & (columns < d)[None, :], other=0.0).to(tl.float32)
         tl.store(shares + block * pairs + pair, tl.sum(tile * slope[None, :], axis=1), mask=live)
-
-
-# -- Adam --------------------------------------------------------------------------------------------------------
-
-
-def adam_(
-    parameter: Tensor,
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 6.25e-10,
-    remove_parallel: bool = False,
-    unit_norm: bool = False,
-) -> None:
-    """One step of torch.optim.Adam on a matrix with a latent per row, in place, everything read and written once.
-
-    Args:
-        parameter, gradient, exp_avg, exp_avg_sq: (F, d) float32, contiguous; the gradient stays as it is.
-        step: 1 in the first step.
-        remove_parallel: first take out of each row's gradient what lies along the parameter's row.
-        unit_norm: scale each row to norm 1 afterwards, as SAE.project_ does.
-    """
-    tensors, (latents, d) = (parameter, gradient, exp_avg, exp_avg_sq), parameter.shape
-    assert all(tensor.is_contiguous() and tensor.shape == parameter.shape for tensor in tensors)
-    block = triton.next_power_of_2(d)
-    warps = min(16, max(1, block // 512))  # 16 values of four tensors per thread: 64 registers
-    # Differences taken in float64: 1 - 0.999 in float32 is off by 1.3e-5 of itself.
-    rates = (lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5, 1 - betas[0], betas[1], 1 - betas[1], eps)
-    switches = {"REMOVE": remove_parallel, "UNIT": unit_norm}
-    _launch(_adam_kernel, (latents,), *tensors, d, *rates, warps=warps, **switches, BLOCK=block)
-
-
-@_jit
-def _adam_kernel(
-    parameter,  # these four are (F, d)
-    gradient,
-    exp_avg,
-    exp_avg_sq,
-    d,
-    scale,  # lr / (1 - beta1^step)
-    correction,  # sqrt(1 - beta2^step)
-    fresh1,  # 1 - beta1
-    beta2,
-    fresh2,  # 1 - beta2
-    eps,
-    REMOVE: tl.constexpr,
-    UNIT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One latent. Quotients and roots are rounded as torch's are; memory is the limit, so that is free."""
-    columns = tl.arange(0, BLOCK)
-    inside = columns < d
-    cells = tl.program_id(0).to(tl.int64) * d + columns
-    w = tl.load(parameter + cells, mask=inside, other=0.0)
-    g = tl.load(gradient + cells, mask=inside, other=0.0)
-    m = tl.load(exp_avg + cells, mask=inside, other=0.0)
-    v = tl.load(exp_avg_sq + cells, mask=inside, other=0.0)
-    if REMOVE:
-        g -= w * (tl.sum(g * w, axis=0) / tl.maximum(tl.sum(w * w, axis=0), _TINY))
-    m += fresh1 * (g - m)
-    v = beta2 * v + fresh2 * (g * g)
-    w -= scale * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + correction) + eps)
-    if UNIT:
-        norm = tl.maximum(tl.sqrt_rn(tl.sum(w * w, axis=0)), _TINY)  # what is outside stays 0
-        w = tl.div_rn(w, tl.zeros_like(w) + norm)
-    tl.store(parameter + cells, w, mask=inside)
-    tl.store(exp_avg + cells, m, mask=inside)
-    tl.store(exp_avg_sq + cells, v, mask=inside)

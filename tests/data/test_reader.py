@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from data import order, windows
+from data import array, order, windows
 from data.bfloat16 import to_bits
 from data.errors import SettingError, StoreError
 from data.reader import Policy, Reader, held_out, held_out_units
@@ -212,8 +212,9 @@ def test_the_order_is_a_function_of_seed_and_step(
     """Whatever threads read it, however far ahead, in whatever blocks, from wherever, and whoever keeps the batches."""
     store, start = several[which], start // batch
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("THREADS", threads), ("AHEAD", ahead), ("_BLOCK_BYTES", block)):
-            patch.setattr(windows, name, value)
+        patch.setattr(windows, "THREADS", threads)
+        patch.setattr(windows, "AHEAD", ahead)
+        patch.setattr(array, "_SCATTER_BYTES", block)
         with closing(reader(store, policy, batch, window).batches(start)) as batches:
             got = [one if kept else one.clone() for one in islice(batches, 8)]
     expected = np.stack(list(islice(in_order(store, policy, window, 5), start * batch, (start + 8) * batch)))
