@@ -4,44 +4,74 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from analyze import arms, sweep_page
+from analyze import arms, gsm8k, sweep_page
+from analyze import study as studies
 from analyze.quality import markdown, quality, write
 from analyze.report import report
+from analyze.study import Outcome, Study
 from analyze.subject import Subject
 from analyze.sweep import sweep
 from data.device import torch_device
 from data.errors import SettingError, StoreError, run_command
 from data.settings import whole
+from harvest.lm import ModelConfig
+
+OF_PROBLEMS: dict[str, Callable[[Study], Outcome]] = {"gsm8k": gsm8k.gsm8k}
+"""Studies of the model's answers to word problems."""
+OF_TEXT: dict[str, Callable[[Study], Outcome]] = {}
+"""Studies of the store's own text."""
 
 
 def command(settings: dict[str, Any]) -> None:
     """Run one study and say where its results are."""
-    if settings["study"]["name"] == "sweep":
+    name = settings["study"]["name"]
+    if name == "sweep":
         return compare(settings)
     if settings["runs"] is not None:
-        raise SettingError(f"runs= is for study=sweep; study={settings['study']['name']} takes one directory, as run=")
+        raise SettingError(f"runs= is for study=sweep; study={name} takes one directory, as run=")
     if not settings["run"]:
         raise SettingError("run= is missing; give the directory of a finished training run, e.g. run=runs/demo")
     device = torch_device(settings["device"])
-    study, limit = settings["study"], row_limit(settings)
     store = str(settings["store"]) if settings["store"] else None
     subject = Subject.open(Path(settings["run"]), store, device)
-    if study["name"] == "quality":
-        figures = quality(subject, limit)
+    if name == "quality":
+        figures = quality(subject, row_limit(settings))
         write(subject, figures)
         print("\n".join(markdown(subject, figures)))
         print(f"\nwrote {subject.run / 'quality.json'} and quality.md", file=sys.stderr)
-    else:
-        path = report(subject, limit, settings["model"]["path"])
+    elif name == "report":
+        path = report(subject, row_limit(settings), settings["model"]["path"])
         print(f"wrote {path}: open it in a browser", file=sys.stderr)
+    else:
+        study = study_of(settings, subject, device)
+        found = OF_PROBLEMS[name] if name in OF_PROBLEMS else OF_TEXT[name]
+        outcome = study.perform(found, gsm8k.inputs(study) if name in OF_PROBLEMS else {})
+        print("\n".join(studies.markdown(name, outcome)))
+        print(f"\nresults are in {study.folder}", file=sys.stderr)
+
+
+def study_of(settings: dict[str, Any], subject: Subject, device: torch.device) -> Study:
+    """The study that the settings ask for; the model is by default the one that the store was harvested with."""
+    recorded, asked = subject.store.manifest["model"], settings["model"]
+    model = ModelConfig(
+        path=subject.model_path(asked["path"]),
+        revision=asked["revision"] if asked["path"] else recorded["revision"],
+        dtype=asked["dtype"] or recorded["dtype"],
+        device=str(device),
+    )
+    options = {key: value for key, value in settings["study"].items() if key != "name"}
+    problems = str(settings["problems"]) if settings["problems"] else None
+    return Study(settings["study"]["name"], subject, options, model, problems, settings["answers"])
 
 
 def compare(settings: dict[str, Any]) -> None:

@@ -101,7 +101,7 @@ def token_names(subject: Subject, model_path: str | None) -> Callable[[int], str
         SettingError: `model_path` was asked for and its tokenizer is not the one that the store was made with.
     """
     recorded: dict[str, Any] = subject.store.manifest["model"]
-    path = model_path or (checkpoint.EMBEDDED if recorded["id"] == "tiny" else recorded["id"])
+    path = subject.model_path(model_path)
     try:
         tokenizer = Tokenizer.load(checkpoint.resolve(path, recorded["revision"]))
     except PipelineError:

@@ -1,11 +1,19 @@
-"""Statistics that the studies share."""
+"""Statistics that the studies share: intervals, tests, effect sizes. scipy's where scipy has them.
+
+Everything random takes a seed and is a pure function of it. p values of permutations count the data themselves among
+the permutations, (1 + #{null >= observed}) / (1 + draws), and so are never 0 (Phipson and Smyth, 2010).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+Floats = NDArray[np.float64]
 
 
 class Interval(NamedTuple):
@@ -15,15 +23,16 @@ class Interval(NamedTuple):
     high: float
 
 
-def sums_by(group: ArrayLike, *values: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+# -- resampling --------------------------------------------------------------------------------------------------
+
+
+def sums_by(group: ArrayLike, *values: Floats) -> list[Floats]:
     """Each of `values` (n,) summed by group (n,), one sum per group that occurs."""
     _, dense = np.unique(group, return_inverse=True)
     return [np.bincount(dense, value).astype(np.float64) for value in values]
 
 
-def bootstrap_ratio(
-    numerator: NDArray[np.float64], denominator: NDArray[np.float64], draws: int = 1000, seed: int = 0
-) -> Interval:
+def bootstrap_ratio(numerator: Floats, denominator: Floats, draws: int = 1000, seed: int = 0) -> Interval:
     """Percentile interval of sum(numerator) / sum(denominator) over resampled clusters (Efron and Tibshirani, ch. 13).
 
     Rows of one document resemble each other, so documents are what is resampled.
@@ -37,5 +46,169 @@ def bootstrap_ratio(
     for draw in range(draws):
         times = np.bincount(rng.integers(0, n, n), minlength=n)
         ratios[draw] = (times @ numerator) / (times @ denominator)
-    low, high = np.quantile(ratios, [0.025, 0.975])
+    return percentiles(ratios)
+
+
+def bootstrap(
+    statistic: Callable[[NDArray[np.int64]], float], n: int, draws: int = 1000, seed: int = 0
+) -> tuple[Interval, Floats]:
+    """Percentile interval of a statistic over resampled cases, and its (draws,) values.
+
+    Args:
+        statistic: given (n,) indices of cases, drawn with replacement. A draw for which it is NaN (one class is
+            missing, say) is left out of the interval.
+        n: how many cases there are.
+    """
+    rng = np.random.default_rng(seed)
+    values = np.array([statistic(rng.integers(0, n, n)) for _ in range(draws)], dtype=np.float64)
+    return percentiles(values), values
+
+
+def percentiles(values: Floats) -> Interval:
+    """The middle 95 % of `values`, NaN left out; NaN if nothing is left."""
+    finite = values[~np.isnan(values)]
+    if not len(finite):
+        return Interval(np.nan, np.nan)
+    low, high = np.quantile(finite, [0.025, 0.975])
     return Interval(float(low), float(high))
+
+
+def permutation_p(observed: float, null: ArrayLike) -> float:
+    """One-sided p value of `observed` among `null` (draws,), which permutations of the same data gave."""
+    values = np.asarray(null, np.float64)
+    return float((1 + np.sum(values >= observed)) / (1 + len(values)))
+
+
+# -- shares and counts -------------------------------------------------------------------------------------------
+
+
+def wilson(right: int, total: int) -> Interval:
+    """Wilson's score interval of the share `right` / `total`; (0, 1) of nothing."""
+    if total == 0:
+        return Interval(0.0, 1.0)
+    found = stats.binomtest(right, total).proportion_ci(method="wilson")
+    return Interval(float(found.low), float(found.high))
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Exact two-sided p value that `gained` and `lost` of paired outcomes differ by chance; 1 if none changed."""
+    return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def overlap_p(total: int, first: int, second: int, shared: int) -> float:
+    """P(at least `shared` in common) of two sets of `first` and `second` drawn from `total` (hypergeometric)."""
+    return float(stats.hypergeom.sf(shared - 1, total, first, second))
+
+
+# -- many tests at once ------------------------------------------------------------------------------------------
+
+
+def holm(p: ArrayLike) -> Floats:
+    """p values adjusted for the family-wise error of all of them (Holm, 1979), in their own order."""
+    values = np.asarray(p, np.float64)
+    order = np.argsort(values, kind="stable")
+    steps = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.minimum(steps, 1.0)
+    return adjusted
+
+
+def benjamini_hochberg(p: ArrayLike) -> Floats:
+    """q values: p values adjusted for the false discovery rate (Benjamini and Hochberg, 1995), in their own order."""
+    values = np.asarray(p, np.float64)
+    return np.asarray(stats.false_discovery_control(values), np.float64) if len(values) else values
+
+
+# -- two groups --------------------------------------------------------------------------------------------------
+
+
+def hedges_g(x: Floats, label: NDArray[np.bool_]) -> Floats:
+    """Standardised difference of means, label minus the rest, by column.
+
+    Cohen's d with the pooled standard deviation, times Hedges' correction J = 1 - 3 / (4 (n1 + n0) - 9). A column
+    without spread has 0.
+
+    Args:
+        x: (n, ...) cases.
+        label: (n,); both values occur, one of them at least twice.
+    """
+    one, other = x[label], x[~label]
+    within = (len(one) - 1) * _variance(one) + (len(other) - 1) * _variance(other)
+    freedom = len(x) - 2
+    spread = np.sqrt(within / freedom)
+    difference = one.mean(0) - other.mean(0)
+    g = np.divide(difference, spread, out=np.zeros_like(difference), where=spread > 0)
+    return np.asarray(g * (1 - 3 / (4 * len(x) - 9)), np.float64)
+
+
+def _variance(x: Floats) -> Floats:
+    return x.var(0, ddof=1) if len(x) > 1 else np.zeros(x.shape[1:])
+
+
+def hedges_g_of_labels(x: Floats, labels: NDArray[np.bool_]) -> Floats:
+    """`hedges_g` of every column for many labellings at once, by two matrix products: (L, columns).
+
+    Args:
+        x: (n, columns) cases.
+        labels: (L, n) labellings, as of permutations.
+    """
+    x = x - x.mean(0)  # differences of sums of squares lose digits far from 0
+    n, weight = len(x), labels.astype(np.float64)
+    n1 = weight.sum(1, keepdims=True)
+    n0 = n - n1
+    sum1, total = weight @ x, x.sum(0)
+    mean1, mean0 = sum1 / n1, (total - sum1) / n0
+    within = np.maximum(np.square(x).sum(0) - n1 * mean1**2 - n0 * mean0**2, 0)
+    spread = np.sqrt(within / (n - 2))
+    difference = mean1 - mean0
+    # A constant column has rounding for a spread.
+    g = np.divide(difference, spread, out=np.zeros_like(difference), where=spread > 1e-12 * np.abs(x).max(0))
+    return np.asarray(g * (1 - 3 / (4 * n - 9)), np.float64)
+
+
+def auroc(score: ArrayLike, label: NDArray[np.bool_]) -> float:
+    """P(a labelled case scores above another one), ties half: Mann and Whitney's U over its pairs. NaN of one class."""
+    ranks = stats.rankdata(np.asarray(score, np.float64))
+    n1, n0 = int(label.sum()), int((~label).sum())
+    if not n1 or not n0:
+        return float("nan")
+    return float((ranks[label].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
+
+
+def auroc_interval(score: ArrayLike, label: NDArray[np.bool_], draws: int = 1000, seed: int = 0) -> Interval:
+    """Bootstrap interval of `auroc` over cases."""
+    values = np.asarray(score, np.float64)
+    return bootstrap(lambda cases: auroc(values[cases], label[cases]), len(values), draws, seed)[0]
+
+
+# -- rank correlation --------------------------------------------------------------------------------------------
+
+
+def spearman(x: ArrayLike, y: ArrayLike) -> float:
+    """Rank correlation, ties averaged; NaN if one of the two is constant."""
+    return _correlation(stats.rankdata(x), stats.rankdata(y))
+
+
+def partial_spearman(x: ArrayLike, y: ArrayLike, given: ArrayLike) -> float:
+    """Rank correlation of x and y with the ranks of `given` regressed out of both."""
+    ranks = [stats.rankdata(values) for values in (x, y, given)]
+    third = ranks[2] - ranks[2].mean()
+    if not third.any():
+        return _correlation(ranks[0], ranks[1])
+    rest = [r - r.mean() - third * ((r @ third) / (third @ third)) for r in ranks[:2]]
+    return _correlation(rest[0], rest[1])
+
+
+def spearman_cap(share: float) -> float:
+    """What `spearman` against yes/no labels is at most, without ties in the score: sqrt(3 p (1 - p)).
+
+    Args:
+        share: p, of the labels that are yes.
+    """
+    return float(np.sqrt(3 * share * (1 - share)))
+
+
+def _correlation(x: Floats, y: Floats) -> float:
+    x, y = x - x.mean(), y - y.mean()
+    scale = float(np.sqrt((x @ x) * (y @ y)))
+    return float(x @ y) / scale if scale > 1e-12 * len(x) else float("nan")

@@ -19,6 +19,7 @@ from data.moments import Moments
 from data.place import place_of
 from data.reader import Policy, held_out_units, require_complete
 from data.store import Store
+from harvest.checkpoint import EMBEDDED
 from train import export, sae
 from train.run import CONFIG, read_config
 
@@ -92,6 +93,11 @@ class Subject:
     @property
     def device(self) -> torch.device:
         return self.sae.b_dec.device
+
+    def model_path(self, asked: str | None) -> str:
+        """Where the language model is: as asked, else where the store's own record leads."""
+        recorded = str(self.store.manifest["model"]["id"])
+        return asked or (EMBEDDED if recorded == "tiny" else recorded)
 
     @cached_property
     def moments(self) -> Moments:

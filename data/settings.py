@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from data.errors import SettingError
+
+T = TypeVar("T")
 
 
 def whole(name: str, value: Any) -> int:
@@ -35,3 +38,37 @@ def flag(name: str, value: Any) -> bool:
 def optional_whole(name: str, value: Any) -> int | None:
     """Like `whole`, with None for a setting that is left open."""
     return None if value is None else whole(name, value)
+
+
+def number(name: str, value: Any) -> float:
+    """`value` as a float.
+
+    Raises:
+        SettingError: it is no number.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise SettingError(f"{name}={value} must be a number")
+    return float(value)
+
+
+_READ = {"int": whole, "float": number, "bool": flag}
+
+
+def build(kind: type[T], group: str, values: Mapping[str, Any]) -> T:
+    """A frozen dataclass from a group's plain values: whole numbers may be written as 1e7.
+
+    Raises:
+        SettingError: a value is unknown, or of another type than its field.
+    """
+    known: dict[str, Any] = kind.__dataclass_fields__  # type: ignore[attr-defined]
+    if unknown := sorted(values.keys() - known.keys()):
+        raise SettingError(f"{group}.{unknown[0]} is not a setting; {group} has {', '.join(known)}")
+    return kind(**{key: _typed(f"{group}.{key}", known[key].type.split(" | "), value) for key, value in values.items()})
+
+
+def _typed(name: str, types: list[str], value: Any) -> Any:
+    if value is None and "None" not in types:
+        raise SettingError(f"{name}=null must be given a value")
+    if value is None or (isinstance(value, str) and "str" in types) or types[0] not in _READ:
+        return value
+    return _READ[types[0]](name, value)

@@ -14,8 +14,13 @@ from data.errors import SettingError, first_line
 from data.tiny import MODEL_DIR
 
 EMBEDDED = "embedded"  # model.path of the model that ships with the package
-# Text decoders inside multimodal checkpoints, in the two orders of names that are about, are named as if alone.
-_TEXT_NAMES = {r"^(?:model\.)?language_model\.(?:model\.)?": ""}
+# Text decoders inside multimodal checkpoints, in the two orders of names that are about, are named as if alone: by
+# themselves, and below a head.
+_DECODER_NAMES = {r"^(?:model\.)?language_model\.(?:model\.)?": ""}
+_CAUSAL_NAMES = {
+    r"^language_model\.lm_head\.": "lm_head.",
+    r"^(?:model\.)?language_model\.(?:model\.)?": "model.",
+}
 # What config.json says that no residual depends on.
 _NOISE = {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
@@ -63,28 +68,29 @@ def read_config(folder: Path) -> Any:
     return config
 
 
-def load_decoder(folder: Path, whole: Any, dtype: str, device: str) -> nn.Module:
-    """The text decoder, all its layers, in `dtype` straight onto `device`.
+def load_decoder(folder: Path, whole: Any, dtype: str, device: str, *, head: bool = False) -> nn.Module:
+    """The text decoder, all its layers, in `dtype` straight onto `device`; with its language-model head if `head`.
 
-    Neither a head nor what sees or hears is built or read.
+    What sees or hears is neither built nor read, nor is a head that is not asked for.
 
     Raises:
         SettingError: it does not fit, or is damaged or incomplete.
     """
-    from transformers import AutoModel
+    from transformers import AutoModel, AutoModelForCausalLM
     from transformers.utils import logging
 
     text = whole.get_text_config()
+    names = _CAUSAL_NAMES if head else _DECODER_NAMES
     said = logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # it would list every tensor that is left out on purpose
     try:
-        decoder, report = AutoModel.from_pretrained(
+        loaded, report = (AutoModelForCausalLM if head else AutoModel).from_pretrained(
             folder,
             config=text,
             dtype=getattr(torch, dtype),  # not .to(): that would round the rotary frequencies too
             device_map=device,
-            key_mapping=None if text is whole else _TEXT_NAMES,
+            key_mapping=None if text is whole else names,
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
@@ -104,8 +110,8 @@ def load_decoder(folder: Path, whole: Any, dtype: str, device: str) -> nn.Module
     # transformers only logs these, and makes them up at random.
     if missing := report["missing_keys"]:
         raise SettingError(f"{folder} lacks {len(missing)} weights, e.g. {sorted(missing)[0]}; it is incomplete")
-    loaded: nn.Module = decoder.eval().requires_grad_(False)
-    return loaded
+    found: nn.Module = loaded.eval().requires_grad_(False)
+    return found
 
 
 def weights_digest(folder: Path) -> str:

@@ -60,7 +60,7 @@ class ModelConfig:
 
 @dataclass
 class LanguageModel:
-    """A text decoder without its head."""
+    """A text decoder, without its head unless that was asked for."""
 
     config: ModelConfig
     decoder: nn.Module
@@ -72,6 +72,7 @@ class LanguageModel:
     max_context: int  # tokens
     identity: dict[str, Any]  # what the manifest records of it
     isolation: Isolation = "packed"
+    causal: Any = None  # transformers' model of `decoder` and its head, where the head was asked for
 
     def truncate_(self, deepest: int) -> None:
         """Drop every layer above `deepest` and what only these read, and give the memory back.
@@ -120,10 +121,11 @@ def narrow_per_layer_inputs_(decoder: nn.Module, layers: int) -> None:
     config.num_hidden_layers = layers  # by which the decoder shapes both
 
 
-def load(config: ModelConfig) -> LanguageModel:
+def load(config: ModelConfig, *, head: bool = False) -> LanguageModel:
     """Load the text decoder, all layers of it, in its own dtype straight onto its device.
 
-    Neither a head nor what sees or hears is built or read. The weights' digest is taken while they load.
+    What sees or hears is neither built nor read, nor is the head unless asked for. The weights' digest is taken while
+    they load.
 
     Raises:
         SettingError: the folder holds no complete causal language model with a tokenizer that has a BOS token.
@@ -133,7 +135,8 @@ def load(config: ModelConfig) -> LanguageModel:
     tokenizer = Tokenizer.load(folder)
     with ThreadPoolExecutor(1, thread_name_prefix="digest") as pool:
         weights = pool.submit(weights_digest, folder)
-        decoder = load_decoder(folder, whole, config.dtype, config.device)
+        loaded: Any = load_decoder(folder, whole, config.dtype, config.device, head=head)
+    decoder = loaded.get_decoder() if head else loaded
     text: Any = decoder.config
     identity = {
         "id": "tiny" if config.path == EMBEDDED else folder.name if folder == Path(config.path) else config.path,
@@ -157,6 +160,7 @@ def load(config: ModelConfig) -> LanguageModel:
         n_layers=text.num_hidden_layers,
         max_context=getattr(text, "max_position_embeddings", None) or 2**31,
         identity=identity,
+        causal=loaded if head else None,
     )
 
 
@@ -301,7 +305,7 @@ def truncate_checked_(lm: LanguageModel, passes: Sequence[Inputs], layers: Seque
     for layer in layers:
         rows = harvested[layer]
         if layer == lm.n_layers - 1:
-            rows = _final_norm(lm.decoder)(rows.to(getattr(torch, lm.config.dtype)))
+            rows = final_norm(lm.decoder)(rows.to(getattr(torch, lm.config.dtype)))
         # Row by row: one attention sink at 1000 times the norm would hide every other row in a common sum.
         norms = reference[layer].float().norm(dim=1)
         wrong = float(((rows.float() - reference[layer].float()).norm(dim=1) / norms).max())
@@ -312,8 +316,9 @@ def truncate_checked_(lm: LanguageModel, passes: Sequence[Inputs], layers: Seque
             )
 
 
-def _final_norm(decoder: nn.Module) -> nn.Module:
+def final_norm(decoder: nn.Module) -> nn.Module:
+    """The norm between the last layer and the head, by the names that families give it."""
     for name in ("norm", "ln_f", "final_layernorm", "final_layer_norm"):
         if isinstance(module := getattr(decoder, name, None), nn.Module):
             return module
-    raise PipelineError(f"{type(decoder).__name__} has no final norm by a known name: the last layer cannot be checked")
+    raise PipelineError(f"{type(decoder).__name__} has no final norm by a known name")

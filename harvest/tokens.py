@@ -82,15 +82,18 @@ class Tokenizer:
                 "(Gemma's end in -it), or name a column of plain text with field="
             ) from error
 
-    def encode(self, contents: list[Content]) -> list[list[int]]:
+    def encode(self, contents: list[Content], *, reply: bool = False) -> list[list[int]]:
         """Token ids of documents, without BOS.
+
+        Args:
+            reply: chats end with the beginning of the model's turn.
 
         Raises:
             SettingError: a chat, and the model has no chat template, or one that refuses it.
         """
         texts = [content for content in contents if isinstance(content, str)]
         chats = [content for content in contents if not isinstance(content, str)]
-        plain, rendered = iter(self._text_ids(texts)), iter(self._chat_ids(chats) if chats else [])
+        plain, rendered = iter(self._text_ids(texts)), iter(self._chat_ids(chats, reply) if chats else [])
         found = [next(plain if isinstance(content, str) else rendered) for content in contents]
         assert not any(self._own_bos in ids for ids in found), "a document must not encode to BOS"
         return found
@@ -155,7 +158,7 @@ class Tokenizer:
         tail = next((n for n in longest if text[last - n : last] in beginnings), 0)
         return found | set(range(first, first + head)) | set(range(last - tail, last))
 
-    def _chat_ids(self, chats: Sequence[Sequence[dict[str, str]]]) -> list[list[int]]:
+    def _chat_ids(self, chats: Sequence[Sequence[dict[str, str]]], reply: bool) -> list[list[int]]:
         """Ids of chats as the template renders them, without BOS.
 
         What a message says is masked with private characters while the template runs, so that special tokens in the
@@ -164,7 +167,7 @@ class Tokenizer:
         """
         pieces, wholes = [], []
         for chat in chats:
-            parts = self._rendered(chat)
+            parts = self._rendered(chat, reply)
             pieces.append(parts)
             wholes.append("".join(parts))
         special = set(self._special.values())
@@ -182,7 +185,7 @@ class Tokenizer:
             ids = ids[1:]
         return [token for token in ids if token != self._own_bos]
 
-    def _rendered(self, chat: Sequence[dict[str, str]]) -> list[str]:
+    def _rendered(self, chat: Sequence[dict[str, str]], reply: bool) -> list[str]:
         """The rendered text in parts: text, special token, text, ..., text."""
         used = set(chain.from_iterable(message["content"] for message in chat))
         suspects = [self._suspect(message["content"]) for message in chat]
@@ -195,7 +198,7 @@ class Tokenizer:
             else message
             for message, places in zip(chat, suspects, strict=True)
         ]
-        text = self._render(masked) if chat else ""
+        text = self._render(masked, reply) if chat else ""
         unmask = str.maketrans({hidden: letter for letter, hidden in mask.items()})
         parts, behind = [], 0
         for start, stop in self._spelled(text):
@@ -203,12 +206,15 @@ class Tokenizer:
             behind = stop
         return [*parts, text[behind:].translate(unmask)]
 
-    def _render(self, chat: Sequence[dict[str, str]]) -> str:
+    def _render(self, chat: Sequence[dict[str, str]], reply: bool) -> str:
         from jinja2 import TemplateError
 
         template = self._template if "strftime_now" not in self._template else _CALENDAR + self._template
         try:
-            return str(self.inner.apply_chat_template(list(chat), chat_template=template, tokenize=False))
+            rendered = self.inner.apply_chat_template(
+                list(chat), chat_template=template, tokenize=False, add_generation_prompt=reply
+            )
+            return str(rendered)
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             begins = next((message["content"][:60] for message in chat), "")
             raise SettingError(

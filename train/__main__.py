@@ -20,7 +20,7 @@ from data.device import own_device
 from data.errors import SettingError, run_command
 from data.journal import tell
 from data.reader import Policy, RingFollower
-from data.settings import flag, optional_whole, whole
+from data.settings import build, flag, optional_whole, whole
 from data.store import Store
 from train import parallel
 from train.loop import Arm, train
@@ -86,30 +86,6 @@ def arm(settings: dict[str, Any]) -> Arm:
         facts |= {"store_variance_lost": lost}
         tell(f"{store.name} keeps rows as {store.manifest['codec']}, which lost {lost:.2e} of their variance")
     return Arm(config, stream, folder, following, facts)
-
-
-def build(kind: type[Any], group: str, values: dict[str, Any]) -> Any:
-    """A frozen configuration from a group's plain values: whole numbers may be written as 1e7."""
-    known = kind.__dataclass_fields__
-    if unknown := sorted(values.keys() - known.keys()):
-        raise SettingError(f"{group}.{unknown[0]} is not a setting; {group} has {', '.join(known)}")
-    typed = {
-        key: value
-        if value is None or known[key].type == "str" or (known[key].type == "float | str" and isinstance(value, str))
-        else _READ[known[key].type](f"{group}.{key}", value)
-        for key, value in values.items()
-    }
-    return kind(**typed)
-
-
-def number(name: str, value: Any) -> float | None:
-    """A number, or None."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise SettingError(f"{name}={value} must be a number")
-    return None if value is None else float(value)
-
-
-_READ = {"int": whole, "int | None": whole, "float": number, "float | str": number, "bool": flag}
 
 
 def first_layer(store: Store) -> int:

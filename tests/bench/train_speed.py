@@ -38,7 +38,7 @@ class InMemory:
         self.mean, self.variance = np.zeros(d), np.ones(d)
 
     def batches(self, start: int) -> Iterator[Tensor]:
-        return cycle(self._batches)
+        yield from cycle(self._batches)
 
 
 def seconds(step: Callable[[], object], repeats: int) -> float:
