@@ -201,20 +201,23 @@ def gsm8k(study: Study) -> Outcome:
         "unparsable": sum(one.unparsable for one in found),
         "truncated": sum(not one.finished for one in found),
     }
-    shares = {name: {"count": n, "share": n / total, "interval": wilson(n, total)} for name, n in counts.items()}
+    intervals = {name: wilson(count, total) for name, count in counts.items()}
     figures = {
         "answers": total,
-        **shares,
+        **{
+            name: {"count": count, "share": count / total, "interval": intervals[name]}
+            for name, count in counts.items()
+        },
         "right": [one.problem.id for one in found if one.correct],
         "wrong": [one.problem.id for one in found if not one.correct],
     }
-    rows = [
-        (name, str(one["count"]), f"{one['share']:.1%}", f"{one['interval'].low:.1%} to {one['interval'].high:.1%}")
-        for name, one in shares.items()
-    ]
-    right = shares["strict"]
+    said = {
+        name: (f"{count / total:.1%}", f"{intervals[name].low:.1%} to {intervals[name].high:.1%}")
+        for name, count in counts.items()
+    }
+    rows = [(name, str(count), *said[name]) for name, count in counts.items()]
     summary = [
-        f"{right['count']} of {total} answers are right by the strict grading: {right['share']:.1%}, 95 % interval "
-        f"{right['interval'].low:.1%} to {right['interval'].high:.1%} (Wilson)."
+        f"{counts['strict']} of {total} answers are right by the strict grading: {said['strict'][0]}, 95 % interval "
+        f"{said['strict'][1]} (Wilson)."
     ]
     return Outcome(figures, summary, [Table("Graded answers", ("", "answers", "share", "95 %"), rows)])
