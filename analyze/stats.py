@@ -123,35 +123,26 @@ def benjamini_hochberg(p: ArrayLike) -> Floats:
 
 
 def hedges_g(x: Floats, label: NDArray[np.bool_]) -> Floats:
-    """Standardised difference of means, label minus the rest, by column.
-
-    Cohen's d with the pooled standard deviation, times Hedges' correction J = 1 - 3 / (4 (n1 + n0) - 9). A column
-    without spread has 0.
-
-    Args:
-        x: (n, ...) cases.
-        label: (n,); both values occur, one of them at least twice.
-    """
-    one, other = x[label], x[~label]
-    within = (len(one) - 1) * _variance(one) + (len(other) - 1) * _variance(other)
-    freedom = len(x) - 2
-    spread = np.sqrt(within / freedom)
-    difference = one.mean(0) - other.mean(0)
-    g = np.divide(difference, spread, out=np.zeros_like(difference), where=spread > 0)
-    return np.asarray(g * (1 - 3 / (4 * len(x) - 9)), np.float64)
-
-
-def _variance(x: Floats) -> Floats:
-    return x.var(0, ddof=1) if len(x) > 1 else np.zeros(x.shape[1:])
-
-
-def hedges_g_of_labels(x: Floats, labels: NDArray[np.bool_]) -> Floats:
-    """`hedges_g` of every column for many labellings at once, by two matrix products: (L, columns).
+    """Standardised difference of means, labelled minus others, by column: see `hedges_g_of_labels`.
 
     Args:
         x: (n, columns) cases.
-        labels: (L, n) labellings, as of permutations.
+        label: (n,).
     """
+    return np.asarray(hedges_g_of_labels(x, label[None])[0], np.float64)
+
+
+def hedges_g_of_labels(x: Floats, labels: NDArray[np.bool_]) -> Floats:
+    """Hedges' g of every column for many labellings at once, by two matrix products: (L, columns).
+
+    Cohen's d, the difference of means over the pooled standard deviation, times the correction for small samples
+    J = 1 - 3 / (4 n - 9) (Hedges, 1981, with n cases in all). A column without spread has 0.
+
+    Args:
+        x: (n, columns) cases.
+        labels: (L, n) labellings, as of permutations; each has both values, and n is at least 3.
+    """
+    nothing = 1e-12 * np.abs(x).max(0)  # the spread that rounding gives a constant column
     x = x - x.mean(0)  # differences of sums of squares lose digits far from 0
     n, weight = len(x), labels.astype(np.float64)
     n1 = weight.sum(1, keepdims=True)
@@ -161,8 +152,7 @@ def hedges_g_of_labels(x: Floats, labels: NDArray[np.bool_]) -> Floats:
     within = np.maximum(np.square(x).sum(0) - n1 * mean1**2 - n0 * mean0**2, 0)
     spread = np.sqrt(within / (n - 2))
     difference = mean1 - mean0
-    # A constant column has rounding for a spread.
-    g = np.divide(difference, spread, out=np.zeros_like(difference), where=spread > 1e-12 * np.abs(x).max(0))
+    g = np.divide(difference, spread, out=np.zeros_like(difference), where=spread > nothing)
     return np.asarray(g * (1 - 3 / (4 * n - 9)), np.float64)
 
 

@@ -13,8 +13,14 @@ import yaml
 from numpy.typing import NDArray
 
 from analyze.subject import Subject
+from analyze.study import Study
 from data import durable
+from data.sources import TinyText
 from data.store import Store
+from harvest.checkpoint import EMBEDDED
+from harvest.lm import ModelConfig, load
+from harvest.loop import harvest
+from harvest.plan import HarvestConfig
 from tests.conftest import make_store
 from train import export, sae
 from train.optim import OptimConfig
@@ -35,15 +41,20 @@ class Made(NamedTuple):
 def make_run(root: Path, bits: NDArray[np.uint16]) -> Made:
     store = make_store(root / "s.zarr", bits, context=32, unit=128, chunk=32, layer=LAYER)
     rows = torch.from_numpy(bits).view(torch.bfloat16).double().numpy()
-    run = root / "run"
-    run.mkdir()
     config = sae.SAEConfig(d_sae=F, k=K, k_aux=4, dead_after=1000)
     made = sae.initial(config, torch.from_numpy(rows.mean(0)).float(), seed=0)
     made.b_enc.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(0))
+    write_run(root / "run", store, LAYER, config, made)
+    return Made(root / "run", store, rows, made)
+
+
+def write_run(run: Path, store: Store, layer: int, config: sae.SAEConfig, made: sae.SAE) -> None:
+    """The files of a finished run, as training leaves them."""
+    run.mkdir()
     export.write_final(made, 1.0, run)
     settings = {
         "store": {"identity": store.identity},
-        "layer": LAYER,
+        "layer": layer,
         "tokens": 1024,
         "batch": 64,
         "seed": 0,
@@ -59,7 +70,6 @@ def make_run(root: Path, bits: NDArray[np.uint16]) -> Made:
     figures = {"variance_explained": 0.5, "mse": 1.0, "dead": 1, "dead_share": 0.025, "lr": 1e-3}
     lines = [{"split": split, "step": 16, "tokens": 1024, **figures} for split in ("train", "held_out")]
     durable.write(run / "metrics.jsonl", [json.dumps(line).encode() + b"\n" for line in lines])
-    return Made(run, store, rows, made)
 
 
 def random_rows() -> NDArray[np.uint16]:
@@ -77,3 +87,39 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 @pytest.fixture
 def subject(made: Made) -> Subject:
     return Subject.open(made.run, None, torch.device("cpu"))
+
+
+# -- the embedded model ------------------------------------------------------------------------------------------
+
+TINY_LAYER = 5
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on layer 5 of the embedded model: 16,384 tokens of its problems, an SAE whose latents are 256 of its rows."""
+    root = tmp_path_factory.mktemp("tiny")
+    config = HarvestConfig(root / "s.zarr", (TINY_LAYER,), 16_384, context=128, unit=2048, chunk=128)
+    store = harvest(config, load(ModelConfig(EMBEDDED, dtype="float32")), TinyText())
+    bits = torch.from_numpy(np.concatenate([store.residuals(TINY_LAYER, unit) for unit in range(store.units)]))
+    rows = bits.view(torch.bfloat16).float()
+    mean = rows.mean(0)
+    chosen = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:256]] - mean
+    unit = chosen / chosen.norm(dim=1, keepdim=True)
+    shape = sae.SAEConfig(d_sae=256, k=8, k_aux=16, dead_after=1000)
+    made = sae.SAE(unit.T.contiguous(), unit, torch.zeros(256), mean, 8)
+    guess = made(rows[:2048]) - mean
+    made.W_enc.mul_(((rows[:2048] - mean) * guess).sum() / guess.square().sum())  # as well as one scale can do
+    write_run(root / "run", store, TINY_LAYER, shape, made)
+    return root / "run"
+
+
+@pytest.fixture
+def tiny_study(tiny_run: Path):
+    """Makes a study of that run: `tiny_study(name, **options)`, with 64 tiny problems unless told otherwise."""
+
+    def of(name: str, problems: str = "tiny", answers: dict | None = None, **options: object) -> Study:
+        subject = Subject.open(tiny_run, None, torch.device("cpu"))
+        asked = {"questions": 64, "new_tokens": 64, "batch": 64, **(answers or {})}
+        return Study(name, subject, options, ModelConfig(EMBEDDED, dtype="float32"), problems, asked)
+
+    return of

@@ -1,0 +1,113 @@
+"""The shared statistics against published answers, scipy, and the definitions written out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats as reference
+
+from analyze import stats
+
+
+def test_wilson_against_its_formula() -> None:
+    n, p, z = 50, 0.48, 1.959963984540054
+    middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = stats.wilson(24, 50)
+    assert (low, high) == pytest.approx([(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)])
+    assert stats.wilson(0, 0) == (0, 1)
+    assert stats.wilson(0, 10)[0] == 0
+
+
+def test_mcnemar_of_the_reference_cards_table() -> None:
+    assert stats.mcnemar(3, 9) == pytest.approx(0.146, abs=5e-4)  # +15
+    assert stats.mcnemar(1, 1) == 1
+    assert stats.mcnemar(0, 0) == 1
+    assert stats.mcnemar(5, 0) == pytest.approx(2 * 0.5**5)
+
+
+def test_overlap_of_the_reference_cards_recovery_sets() -> None:
+    assert stats.overlap_p(25, 5, 5, 3) == pytest.approx(0.038, abs=5e-4)
+    assert stats.overlap_p(25, 5, 5, 0) == 1
+    draws = np.random.default_rng(0).permuted(np.tile(np.arange(12), (20_000, 1)), axis=1)
+    shared = (draws[:, :5] < 4).sum(1)  # 5 of 12, among which 4 are marked
+    assert stats.overlap_p(12, 4, 5, 2) == pytest.approx((shared >= 2).mean(), abs=0.015)
+
+
+def test_holm_and_benjamini_hochberg_of_a_worked_example() -> None:
+    p = [0.04, 0.01, 0.03, 0.005]
+    np.testing.assert_allclose(stats.holm(p), [0.06, 0.03, 0.06, 0.02])
+    np.testing.assert_allclose(stats.benjamini_hochberg(p), [0.04, 0.02, 0.04, 0.02])
+    assert len(stats.holm([])) == len(stats.benjamini_hochberg([])) == 0
+
+
+def test_hedges_g_of_a_worked_example() -> None:
+    one, other = np.array([2.0, 4.0, 6.0]), np.array([1.0, 2.0, 3.0, 2.0])
+    pooled = np.sqrt((2 * 4.0 + 3 * (2 / 3)) / 5)
+    x, label = np.concatenate([one, other])[:, None], np.array([True] * 3 + [False] * 4)
+    assert stats.hedges_g(x, label)[0] == pytest.approx((4 - 2) / pooled * (1 - 3 / 19))
+
+
+def test_hedges_g_of_many_labels_against_the_definition() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal([1e6, 0, 3], [1, 1e-2, 5], size=(40, 3))
+    x = np.column_stack([x, np.full(40, 7.1)])  # without spread
+    labels = rng.random((30, 40)) < 0.3
+    found = stats.hedges_g_of_labels(x, labels)
+    for label, row in zip(labels, found, strict=True):
+        one, other = x[label, :3], x[~label, :3]
+        within = (len(one) - 1) * one.var(0, ddof=1) + (len(other) - 1) * other.var(0, ddof=1)
+        expected = (one.mean(0) - other.mean(0)) / np.sqrt(within / 38) * (1 - 3 / 151)
+        np.testing.assert_allclose(row[:3], expected, atol=1e-6)
+    assert not found[:, 3].any()
+
+
+def test_auroc_is_the_share_of_pairs() -> None:
+    rng = np.random.default_rng(0)
+    score, label = rng.integers(0, 6, 40), rng.random(40) < 0.4
+    pairs = [(a > b) + 0.5 * (a == b) for a in score[label] for b in score[~label]]
+    assert stats.auroc(score, label) == pytest.approx(np.mean(pairs))
+    assert np.isnan(stats.auroc(score, np.ones(40, bool)))
+    low, high = stats.auroc_interval(score, label)
+    assert low < stats.auroc(score, label) < high
+
+
+def test_rank_correlations() -> None:
+    rng = np.random.default_rng(0)
+    x, noise, length = rng.normal(size=200), rng.normal(size=200), rng.normal(size=200)
+    assert stats.spearman(x, x + noise) == pytest.approx(reference.spearmanr(x, x + noise).statistic)
+    assert np.isnan(stats.spearman(x, np.ones(200)))
+    assert stats.spearman(x + 3 * length, noise + 3 * length) > 0.7
+    assert abs(stats.partial_spearman(x + 3 * length, noise + 3 * length, length)) < 0.2
+    assert stats.partial_spearman(x, x + noise, np.ones(200)) == pytest.approx(stats.spearman(x, x + noise))
+
+
+def test_the_cap_of_spearman_is_reached_by_a_perfect_score() -> None:
+    right = np.arange(100) < 89
+    assert stats.spearman_cap(0.89) == pytest.approx(0.542, abs=5e-4)
+    assert stats.spearman(np.arange(100)[::-1], right) == pytest.approx(stats.spearman_cap(0.89), abs=1e-3)
+
+
+def test_permutation_p_counts_the_data_themselves() -> None:
+    assert stats.permutation_p(5.0, np.arange(9)) == pytest.approx((1 + 4) / 10)
+    assert stats.permutation_p(50.0, np.arange(9)) == pytest.approx(1 / 10)
+
+
+def test_intervals_cover_the_truth_about_95_times_in_100() -> None:
+    rng = np.random.default_rng(1)
+    covered = 0
+    for trial in range(200):
+        x = rng.exponential(size=60)
+        low, high = stats.bootstrap(lambda cases, x=x: x[cases].mean(), 60, draws=300, seed=trial)[0]
+        covered += low <= 1 <= high
+    assert 0.88 <= covered / 200 <= 0.98  # percentile intervals of 60 skewed values cover a little less
+
+
+def test_bootstraps_of_ratio_and_of_statistic_agree_and_repeat() -> None:
+    rng = np.random.default_rng(2)
+    a, b = rng.random(30), rng.random(30) + 1
+    ratio = stats.bootstrap_ratio(a, b, seed=3)
+    interval, values = stats.bootstrap(lambda cases: a[cases].sum() / b[cases].sum(), 30, seed=3)
+    assert ratio == pytest.approx(interval)
+    assert len(values) == 1000
+    assert stats.bootstrap_ratio(a, b, seed=4) != ratio
+    assert np.isnan(stats.percentiles(np.array([np.nan])).low)
