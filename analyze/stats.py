@@ -49,6 +49,16 @@ def bootstrap_ratio(numerator: Floats, denominator: Floats, draws: int = 1000, s
     return percentiles(ratios)
 
 
+def bootstrap_ratios(numerators: Floats, denominator: Floats, draws: int = 1000, seed: int = 0) -> list[Interval]:
+    """`bootstrap_ratio` of every column of numerators (clusters, columns), over the same resampled clusters."""
+    rng, n = np.random.default_rng(seed), len(numerators)
+    ratios = np.empty((draws, numerators.shape[1]))
+    for draw in range(draws):
+        times = np.bincount(rng.integers(0, n, n), minlength=n)
+        ratios[draw] = (times @ numerators) / (times @ denominator)
+    return [percentiles(column) for column in ratios.T]
+
+
 def bootstrap(
     statistic: Callable[[NDArray[np.int64]], float], n: int, draws: int = 1000, seed: int = 0
 ) -> tuple[Interval, Floats]:

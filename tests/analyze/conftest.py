@@ -12,8 +12,8 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
-from analyze.subject import Subject
 from analyze.study import Study
+from analyze.subject import Subject
 from data import durable
 from data.sources import TinyText
 from data.store import Store
@@ -96,7 +96,7 @@ TINY_LAYER = 5
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on layer 5 of the embedded model: 16,384 tokens of its problems, an SAE whose latents are 256 of its rows."""
+    """A run on layer 5 of the embedded model, 16,384 tokens of its problems; the SAE has 256 of its rows for latents."""
     root = tmp_path_factory.mktemp("tiny")
     config = HarvestConfig(root / "s.zarr", (TINY_LAYER,), 16_384, context=128, unit=2048, chunk=128)
     store = harvest(config, load(ModelConfig(EMBEDDED, dtype="float32")), TinyText())

@@ -111,3 +111,12 @@ def test_bootstraps_of_ratio_and_of_statistic_agree_and_repeat() -> None:
     assert len(values) == 1000
     assert stats.bootstrap_ratio(a, b, seed=4) != ratio
     assert np.isnan(stats.percentiles(np.array([np.nan])).low)
+
+
+def test_bootstrap_ratios_are_bootstrap_ratio_column_by_column() -> None:
+    rng = np.random.default_rng(0)
+    numerators, denominator = rng.normal(size=(30, 3)), rng.uniform(1, 4, 30)
+    found = stats.bootstrap_ratios(numerators, denominator, draws=50, seed=3)
+    for column, interval in zip(numerators.T, found, strict=True):
+        assert interval == pytest.approx(stats.bootstrap_ratio(column, denominator, draws=50, seed=3))
+        assert interval.low < interval.high
