@@ -14,11 +14,6 @@ faster than the copy, so that theirs may be above 1. The others count what they 
 Rows are normal ones in memory, so all latents fire about equally often: the worst case for caches. With --store they
 are a store's, read as by `python -m train`: d is the store's, and the wait for data is real. Left out: AuxK and
 resampling, as no latent is dead within so few steps; evaluation, checkpoints. `--sae rows_32k --optim rows` rotates.
-
-`--grid` instead: ms per step and memory against d_sae and k, beside a dense TopK step by autograd: x @ W_enc, topk,
-scatter, dense @ W_dec, backward, torch's fused Adam, unit norm every tenth step, no counters. Both alternate in one
-process. Memory is each one's peak beyond its rows in a process of its own, on a GPU its tensors', after 20 and after
-200 steps: what it gains between is growth with tokens. state_MB is train.sweep.arm_bytes. --picture F.svg draws it.
 """
 
 from __future__ import annotations
@@ -27,35 +22,27 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import count, pairwise
-from multiprocessing import get_context
+from itertools import pairwise
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, cast
 from unittest import mock
 
-import matplotlib as mpl
 import torch
-from matplotlib.figure import Figure
-from torch import Tensor
 
 from data.reader import Policy, Reader
 from data.store import Store
 from data.windows import to_device
 from tests.bench.outcome import finish
 from tests.bench.precision import as_in_training, settings
-from tests.bench.sweep_speed import memory
 from tests.bench.train_speed import InMemory, seconds
 from train.kernels import Matmul
-from train.loop import Arm
 from train.optim import OptimConfig
-from train.sae import SAEConfig, initial
-from train.stream import Rows, Stream, first_rows
-from train.sweep import arm_bytes
+from train.sae import SAEConfig
+from train.stream import Rows, first_rows
 from train.trainer import TrainConfig, Trainer
 
 PHASES = ["data wait", "scaling, centring", "rotation", "encoder product", "top k", "decode", "error, loss"]
@@ -275,123 +262,32 @@ def show_phases(figures: dict[str, Any]) -> None:
     print("  ".join(f"{name} {value:,.1f}" for name, value in figures.items() if name.endswith("_per_s")))
 
 
-def dense(shape: Shape) -> Callable[[Tensor], object]:
-    """A TopK SAE as it is written down with autograd; like ours it waits for its loss."""
-    start = initial(shape.config().sae, torch.zeros(shape.d, device=shape.device), 0).tensors()
-    weights = {name: tensor.contiguous().requires_grad_() for name, tensor in start.items()}
-    adam, taken = torch.optim.Adam(weights.values(), lr=1e-3, fused=True), count(1)
-
-    def step(batch: Tensor) -> None:
-        as_in_training(False)
-        x = batch.to(shape.device).float()
-        with torch.enable_grad():
-            pre = (x - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
-            kept = pre.topk(shape.k, dim=1)
-            f = torch.zeros_like(pre).scatter(1, kept.indices, kept.values.relu())
-            loss = (f @ weights["W_dec"] + weights["b_dec"] - x).square().mean()
-            loss.backward()  # type: ignore[no-untyped-call]
-        loss.item()
-        adam.step()
-        adam.zero_grad()
-        if next(taken) % BLOCK == 0:
-            weights["W_dec"].div_(torch.linalg.vector_norm(weights["W_dec"], dim=1, keepdim=True))
-        as_in_training(True)
-
-    return step
-
-
-SIDES = {"ours": lambda shape: shape.trainer(InMemory(shape.d, shape.batch)).step_, "dense": dense}
-
-
-@torch.no_grad()
-def peaks(side: str, shape: Shape, after: list[int]) -> dict[str, float]:
-    """Peak MB of this fresh process after so many steps, beyond what it had before the first."""
-    torch.set_num_threads(shape.threads)
-    rows, cuda, found = InMemory(shape.d, shape.batch).batches(0), shape.device == "cuda", dict[str, float]()
-    SIDES[side](replace(shape, d=8, d_sae=64, k=2))(next(InMemory(8, 16).batches(0)))  # imports what torch imports late
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
-    peak = torch.cuda.max_memory_allocated if cuda else partial(memory, "VmHWM")
-    base, step = (0 if cuda else memory("VmRSS")), SIDES[side](shape)
-    for number in range(1, max(after) + 1):
-        step(next(rows))
-        if number in after:
-            found[f"{side}_peak_MB_{number}"] = (peak() - base) / 1e6
-    return found
-
-
-@torch.no_grad()
-def speeds(shape: Shape, blocks: int) -> dict[str, float]:
-    """ms per step of both, in turns; of the ratio dense / ours the range too."""
-    torch.set_num_threads(shape.threads)
-    rows, steps = InMemory(shape.d, shape.batch).batches(0), {name: make(shape) for name, make in SIDES.items()}
-    took = []
-    for _ in range(blocks + 1):
-        ms = {f"{name}_ms": seconds(lambda step=step: step(next(rows)), BLOCK) * 1e3 for name, step in steps.items()}  # type: ignore[misc]
-        took.append({**ms, "ratio": ms["dense_ms"] / ms["ours_ms"]})
-    ratios = [one["ratio"] for one in took[1:]]  # the first warmed caches and the allocator
-    return {**medians(took[1:]), "ratio_lowest": min(ratios), "ratio_highest": max(ratios)}
-
-
-def grid(shape: Shape, sizes: list[Shape], after: list[int], blocks: int) -> list[dict[str, float]]:
-    """A row for each size; every measurement in a process of its own."""
-    rows, stream = [], Stream("", InMemory(shape.d, 1), lambda: iter(()))
-    for one in dict.fromkeys(sizes):
-        row = {"d_sae": one.d_sae, "k": one.k, "state_MB": arm_bytes(Arm(one.config(), stream, Path())) / 1e6}
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-            for task in (partial(speeds, one, blocks), *(partial(peaks, side, one, after) for side in SIDES)):
-                row |= pool.submit(task).result()
-        rows.append(row)
-        print("  ".join(f"{name} {value:,.4g}" for name, value in row.items()), flush=True)
-    return rows
-
-
-def picture(rows: list[dict[str, float]], shape: Shape, path: Path) -> None:
-    """ms per step against d_sae and against k, and memory against d_sae, as SVG."""
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "grid", "axes.spines.top": False, "axes.spines.right": False}
-    peak = next(name.removeprefix("ours_") for name in reversed(rows[0]) if name.startswith("ours_peak"))
-    with mpl.rc_context({**style, "font.size": 10, "axes.grid": True, "grid.alpha": 0.25}):
-        figure = Figure(figsize=(9.6, 3.0), layout="constrained")
-        for axes, (x, y) in zip(figure.subplots(1, 3), (("d_sae", "ms"), ("k", "ms"), ("d_sae", peak)), strict=True):
-            fixed = "k" if x == "d_sae" else "d_sae"
-            points = sorted((row for row in rows if row[fixed] == getattr(shape, fixed)), key=lambda row: row[x])
-            lines = {"ours": f"ours_{y}", "dense": f"dense_{y}", **({"state": "state_MB"} if y == peak else {})}
-            for (name, key), colour in zip(lines.items(), ("#2563eb", "#d97706", "#059669"), strict=False):
-                axes.plot([p[x] for p in points], [p[key] for p in points], "o-", label=name, color=colour, lw=1.5)
-            axes.set(xlabel=f"{x} ({fixed} {getattr(shape, fixed):,})", ylabel="MB" if y == peak else "ms per step")
-            axes.set(ylim=(0, None), xticks=[p[x] for p in points])
-            axes.legend(frameon=False)
-        figure.savefig(path, format="svg", transparent=True, metadata={"Date": None})
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.train_phases")
-    whole = {"d": 384, "d_sae": 4096, "k": 32, "batch": 2048, "threads": 1, "blocks": 5, "layer": 21}
-    for name, default in whole.items():
+def arguments(prog: str) -> argparse.ArgumentParser:
+    """A command line that names a shape."""
+    parser = argparse.ArgumentParser(prog=f"python -m tests.bench.{prog}")
+    for name, default in {"d": 384, "d_sae": 4096, "k": 32, "batch": 2048, "threads": 1, "blocks": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--sae", default="topk_32k", help="a file of conf/sae; d_sae and k are this command's")
     parser.add_argument("--optim", default="adam", help="a file of conf/optim")
     parser.add_argument("--matmul", default="fp32", choices=["fp32", "tf32", "bf16"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--grid", action="store_true", help="cost against d_sae and k instead")
-    for name, sizes in (("grid_d_sae", [2048, 4096, 8192]), ("grid_k", [16, 32, 64]), ("memory_steps", [20, 200])):
-        parser.add_argument(f"--{name}", type=int, nargs="+", default=sizes)
-    for name, said in (
-        ("store", "take --layer of it"),
-        ("picture", "draw the grid there"),
-        ("out", "write it there"),
-    ):
-        parser.add_argument(f"--{name}", type=Path, help=said)
+    parser.add_argument("--out", type=Path, help="write it there")
+    return parser
+
+
+def asked_shape(asked: argparse.Namespace) -> Shape:
+    return Shape(**{name: getattr(asked, name) for name in Shape.__dataclass_fields__})
+
+
+def main() -> None:
+    parser = arguments("train_phases")
+    parser.add_argument("--store", type=Path, help="take --layer of it")
+    parser.add_argument("--layer", type=int, default=21)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    shape = Shape(**{name: getattr(asked, name) for name in Shape.__dataclass_fields__})
-    if asked.grid:
-        wanted = [*(replace(shape, d_sae=n) for n in asked.grid_d_sae), *(replace(shape, k=n) for n in asked.grid_k)]
-        figures: dict[str, Any] = {"grid": grid(shape, wanted, asked.memory_steps, asked.blocks)}
-        if asked.picture:
-            picture(figures["grid"], shape, asked.picture)
-    else:
-        figures = phases(shape, asked.store, asked.layer, asked.blocks)
-        show_phases(figures)
+    shape = asked_shape(asked)
+    figures = phases(shape, asked.store, asked.layer, asked.blocks)
+    show_phases(figures)
     with redirect_stdout(None):  # the table has it
         finish({**asdict(shape), "store": str(asked.store), "blocks": asked.blocks}, figures, asked.out)
 
