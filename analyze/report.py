@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from analyze import contexts, pictures
+from analyze import contexts, pictures, study
 from analyze.quality import quality, write
 from analyze.subject import Subject
 from data import durable, summary
@@ -19,6 +19,17 @@ from train.optim import OptimConfig
 from train.sae import SAEConfig
 
 FEATURES, CONTEXTS = 20, 5  # shown: latents, contexts of each
+_ORDER = [
+    "splice",
+    "gsm8k",
+    "contrast",
+    "steering",
+    "stage_gate",
+    "logit_lens",
+    "reason_score",
+    "catalogue",
+    "stability",
+]
 
 
 def report(subject: Subject, limit: int, model_path: str | None) -> Path:
@@ -45,6 +56,7 @@ def report(subject: Subject, limit: int, model_path: str | None) -> Path:
         final=[record for record in metrics if record["split"] == "held_out"][-1],
         pictures={name: Markup(svg) for name, svg in _pictures(figures, metrics).items()},  # ours, no foreign text
         features=_features(subject, limit, model_path),
+        studies=_studies(subject),
     )
     path = subject.run / "report.html"
     durable.write(path, [page.encode()])
@@ -137,6 +149,21 @@ def _pictures(figures: dict[str, Any], metrics: list[dict[str, Any]]) -> dict[st
             **activations, x_label="log10 of the activation", y_label="kept values"
         )
     return drawn
+
+
+def _studies(subject: Subject) -> dict[str, dict[str, Any]]:
+    """What the run's studies found, in the order in which one reads them."""
+    found = study.done(subject)
+    order = sorted(found, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
+    return {
+        name: {
+            "summary": found[name].summary,
+            "tables": found[name].tables,
+            "pictures": [(picture.caption, Markup(picture.svg)) for picture in found[name].pictures.values()],
+            "file": f"{study.FOLDER}/{name}/{name}.json",
+        }
+        for name in order
+    }
 
 
 def _span(group: dict[str, Any]) -> str:

@@ -140,6 +140,21 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def done(subject: Subject) -> dict[str, Outcome]:
+    """Studies of the run by name that were done with its present SAE; others are told and left out."""
+    sae = durable.digest_file(subject.run / export.FILE).xxh3_128
+    found = {}
+    for path in sorted((subject.run / FOLDER).glob("*/*.json")):
+        if path.stem != path.parent.name or (read := read_outcome(path)) is None:
+            continue
+        settings, outcome = read
+        if settings.get("sae") == sae:
+            found[path.stem] = outcome
+        else:
+            tell(f"{path} is of another SAE than the run's and is left out; do study={path.stem} again")
+    return found
+
+
 def read_outcome(path: Path) -> tuple[dict[str, Any], Outcome] | None:
     """A study's settings and its outcome from NAME.json and the pictures beside it; None if they are not whole."""
     try:

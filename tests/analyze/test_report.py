@@ -12,14 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 
 from analyze import contexts
 from analyze import report as report_module
+from analyze.__main__ import command
 from analyze.contexts import choose, firing_counts, top_contexts, visible
 from analyze.report import report
+from analyze.study import Outcome, Picture, Study, Table, done
 from analyze.subject import Subject
 from data.errors import PipelineError
 from data.reader import held_out_units
+from harvest.lm import ModelConfig
 from tests.analyze.conftest import F, Made, make_run, random_rows
 from tests.analyze.test_quality import dense
 from tests.conftest import BOS
@@ -117,25 +122,69 @@ def test_control_characters_are_shown_as_marks() -> None:
     assert visible("é 😀 ي") == "é 😀 ي"
 
 
+def outcome_of(said: str) -> Outcome:
+    table = Table(said, ("a", said), [("1", said)])
+    return Outcome({"d": float("nan")}, [said], [table], {"drawn": Picture(said, "<svg id='drawn'></svg>")})
+
+
+def test_studies_are_on_the_page_as_text(subject: Subject) -> None:
+    model = ModelConfig("nobody/none")
+    for name in ("stability", "contrast"):
+        Study(name, subject, {}, model).perform(lambda _: outcome_of("<b>found</b> | it"), {})
+    text = report(subject, 10**6, None).read_text()
+    assert text.index("Study: contrast") < text.index("Study: stability")
+    assert text.count("&lt;b&gt;found&lt;/b&gt; | it") == 2 * 5
+    assert "<b>found" not in text
+    assert text.count("<svg id='drawn'></svg>") == 2
+    assert 'href="studies/contrast/contrast.json"' in text
+    markdown = (subject.run / "studies" / "contrast" / "contrast.md").read_text()
+    assert "| 1 | <b>found</b> \\| it |" in markdown
+    assert json.loads((subject.run / "studies" / "contrast" / "contrast.json").read_bytes())["figures"] == {"d": None}
+
+
+def test_studies_of_another_sae_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path, random_rows()[:1024]).run
+    subject = Subject.open(run, None, torch.device("cpu"))
+    Study("contrast", subject, {}, ModelConfig("nobody/none")).perform(lambda _: outcome_of("old"), {})
+    assert list(done(subject)) == ["contrast"]
+    final = torch.load(run / "sae_final.pt", weights_only=True)
+    torch.save({**final, "b_dec": final["b_dec"] + 1}, run / "sae_final.pt")
+    subject = Subject.open(run, None, torch.device("cpu"))
+    assert done(subject) == {}
+    assert "contrast.json is of another SAE" in capsys.readouterr().err
+    Study("contrast", subject, {}, ModelConfig("nobody/none")).perform(lambda _: outcome_of("new"), {})
+    assert done(subject)["contrast"].summary == ["new"]
+
+
 def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "analyze", *arguments], capture_output=True, text=True, check=False)
 
 
-def test_the_command_and_its_errors(made: Made, tmp_path: Path) -> None:
+def test_the_command(made: Made) -> None:
     done = analyze("study=quality", f"run={made.run}")
     assert done.returncode == 0, done.stderr
     assert "variance explained, centred" in done.stdout
+    failed = analyze("study=quality", f"run={made.run}", "study.rows=0")
+    assert failed.returncode == 2
+    assert failed.stderr == "error: study.rows=0 must be at least 1\n"
+
+
+def test_what_cannot_be_studied_is_said(made: Made, tmp_path: Path) -> None:
     cases = {
         (): "run= is missing",
         (f"run={tmp_path}",): f"no run at {tmp_path}",
         (f"run={made.run}", f"store={tmp_path / 'none'}"): "no activation store",
-        (f"run={made.run}", "study.rows=0"): "study.rows=0 must be at least 1",
+        ("study=gsm8k", f"run={made.run}"): "problems= is missing; give a .jsonl",
+        ("study=gsm8k", f"run={made.run}", "problems=tiny"): "model.path=nobody/none cannot be had",
+        ("study=gsm8k", f"run={made.run}", "problems=tiny", "model.path=nowhere"): "model.path=nowhere is no folder",
+        ("study=gsm8k", f"run={made.run}", "model.dtype=int4"): "model.dtype=int4 must be bfloat16 or float32",
+        ("study=gsm8k", f"runs={made.run}"): "runs= is for study=sweep",
     }
-    for arguments, message in cases.items():
-        failed = analyze(*arguments)
-        assert failed.returncode == 2
-        assert message in failed.stderr
-        assert "Traceback" not in failed.stderr
+    with initialize_config_module("conf", version_base="1.3"):
+        for arguments, message in cases.items():
+            settings = OmegaConf.to_container(compose("analyze", list(arguments)), resolve=True)
+            with pytest.raises(PipelineError, match=re.escape(message)):
+                command(settings)
 
 
 def test_other_stores_and_broken_runs_are_refused(made: Made, tmp_path: Path) -> None:
