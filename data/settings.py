@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from data.errors import SettingError
@@ -49,6 +49,20 @@ def number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise SettingError(f"{name}={value} must be a number")
     return float(value)
+
+
+def names(name: str, value: Any, known: Iterable[str]) -> list[str]:
+    """One of `known`, or a list of them, or `all`.
+
+    Raises:
+        SettingError: one is not known.
+    """
+    allowed = list(known)
+    asked = allowed if value == "all" else list(dict.fromkeys(value)) if isinstance(value, list) else [value]
+    for one in asked:
+        if one not in allowed:
+            raise SettingError(f"{name}={one} must be one of {', '.join(allowed)}, or all")
+    return asked
 
 
 _READ = {"int": whole, "float": number, "bool": flag}

@@ -81,11 +81,18 @@ def arm(settings: dict[str, Any]) -> Arm:
     folder = run_directory(settings["run"], f"{Path(store.name).stem}_{name}_L{layer}")
     registration = file_name(str(folder.resolve()))
     following = RingFollower(reader, store, layer, registration, str(folder)) if reader.span else Whole()
-    facts: dict[str, Any] = {"store_path": store.name, "sae_name": name}
+    facts: dict[str, Any] = {"store_path": store.name, "sae_name": name, "source": source_of(store)}
     if store.complete(layer) and (lost := summary.variance_lost(store, layer)) is not None:
         facts |= {"store_variance_lost": lost}
         tell(f"{store.name} keeps rows as {store.manifest['codec']}, which lost {lost:.2e} of their variance")
     return Arm(config, stream, folder, following, facts)
+
+
+def source_of(store: Store) -> dict[str, Any]:
+    """What the store was harvested from, for those who use the SAE without it."""
+    text = store.manifest["text"]
+    said = text["dataset"] if text["kind"] == "hub" else ", ".join(text.get("sources", [text["kind"]]))
+    return {"model": store.manifest["model"]["id"], "text": said, "context": store.context}
 
 
 def first_layer(store: Store) -> int:

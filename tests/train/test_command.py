@@ -30,7 +30,8 @@ UNIT, CONTEXT, D = 512, 32, 8
 def make_store(path, units=8, layers=(3, 5)):
     """A store of planted rows, with BOS rows that would spoil any fit."""
     manifest = {
-        "model": {"d_model": D},
+        "model": {"d_model": D, "id": "nobody/none"},
+        "text": {"kind": "made up"},
         "context": CONTEXT,
         "unit": UNIT,
         "chunk": 128,

@@ -1,0 +1,201 @@
+"""Exports compute what the run's SAE computes: by our own readers, and in the libraries themselves where they are.
+
+The libraries (`pip install 'residual-saes[interop]'`) may live in an environment of their own, whose interpreter
+INTEROP_PYTHON names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from data.errors import PipelineError
+from train.export import FILE
+from train.export.__main__ import command
+from train.export.formats import FORMATS, About
+from train.run import CONFIG
+from train.sae import SAE, load
+
+D, F, K = 12, 40, 4
+ABOUT = About("google/gemma-4-E4B", 21, 1024, "fineweb")
+
+
+def made(kind: str) -> SAE:
+    draw = torch.Generator().manual_seed(0)
+    W_dec = torch.randn(F, D, generator=draw)
+    W_dec /= W_dec.norm(dim=1, keepdim=True)
+    W_enc = W_dec.T.clone() + 0.1 * torch.randn(D, F, generator=draw)
+    b_enc, b_dec = 0.1 * torch.randn(F, generator=draw), torch.randn(D, generator=draw)
+    threshold = None if kind == "topk" else torch.rand(F, generator=draw)
+    return SAE(W_enc.contiguous(), W_dec, b_enc, b_dec, K, threshold)
+
+
+def rows() -> torch.Tensor:
+    return 2 * torch.randn(200, D, generator=torch.Generator().manual_seed(1)) + 1
+
+
+def written(folder: Path, name: str, sae: SAE) -> Path:
+    for file, content in FORMATS[name].write(sae, ABOUT).items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(content)
+    return folder / "layers.21" if name == "sparsify" else folder
+
+
+CASES = [
+    (name, kind) for name in FORMATS for kind in ("topk", "thresholds") if (name, kind) != ("sparsify", "thresholds")
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_what_is_written_reads_back_as_the_same_function(tmp_path: Path, name: str, kind: str) -> None:
+    sae, x = made(kind), rows()
+    again = FORMATS[name].read(written(tmp_path, name, sae))
+    torch.testing.assert_close(again(x), sae(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again.W_dec.norm(dim=1), torch.ones(F), rtol=0, atol=1e-6)
+
+
+# -- the libraries themselves ------------------------------------------------------------------------------------
+
+LOADERS = {
+    "saelens": """
+from sae_lens import SAE
+sae = SAE.load_from_disk(folder)
+f = sae.encode(x); x_hat = sae.decode(f)
+assert sae.cfg.metadata.hook_name == "blocks.21.hook_resid_post", sae.cfg.metadata
+""",
+    "sparsify": """
+from sparsify import SparseCoder
+sae = SparseCoder.load_from_disk(folder)
+top = sae.encode(x)
+f = torch.zeros(len(x), sae.num_latents).scatter(1, top.top_indices, top.top_acts)
+x_hat = sae.decode(top.top_acts, top.top_indices)
+""",
+    "dictionary_learning": """
+from dictionary_learning.utils import load_dictionary
+sae, config = load_dictionary(folder, "cpu")
+f = sae.encode(x); x_hat = sae.decode(f)
+assert config["trainer"]["layer"] == 21
+""",
+}
+PACKAGES = {"saelens": "sae_lens", "sparsify": "sparsify", "dictionary_learning": "dictionary_learning"}
+PYTHON = os.environ.get("INTEROP_PYTHON", sys.executable)
+
+
+def has(package: str) -> bool:
+    found = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
+    return subprocess.run([PYTHON, "-c", found], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("name", "kind"), [case for case in CASES if case[0] in LOADERS])
+def test_the_library_computes_the_same(tmp_path: Path, name: str, kind: str) -> None:
+    if not has(PACKAGES[name]):
+        pytest.skip(f"{PACKAGES[name]} is not installed: pip install 'residual-saes[interop]', or set INTEROP_PYTHON")
+    sae, x = made(kind), rows()
+    np.save(tmp_path / "x.npy", x.numpy())
+    folder = written(tmp_path / "export", name, sae)
+    code = "import sys, numpy as np, torch; folder = sys.argv[1]; x = torch.from_numpy(np.load('x.npy'))\n"
+    code += f"torch.set_grad_enabled(False){LOADERS[name]}np.savez('found.npz', f=f.numpy(), x_hat=x_hat.numpy())"
+    subprocess.run([PYTHON, "-c", code, str(folder)], check=True, cwd=tmp_path)
+    with np.load(tmp_path / "found.npz") as found:
+        kept = sae.encode(x)
+        dense = torch.zeros(len(x), F)
+        dense[kept.rows, kept.indices] = kept.values
+        np.testing.assert_allclose(found["f"], dense.numpy(), atol=1e-5)
+        np.testing.assert_allclose(found["x_hat"], sae(x).numpy(), atol=1e-5)
+
+
+# -- other people's ----------------------------------------------------------------------------------------------
+
+
+def test_decoders_that_are_not_unit_are_made_so_where_that_is_exact(tmp_path: Path) -> None:
+    """SAELens' TopK that selects by norm, and its ReLU SAEs, whose biases and decoders are free."""
+    plain, x = made("topk"), rows()
+    scales = torch.linspace(0.5, 3, F)
+    free = SAE(plain.W_enc, plain.W_dec * scales[:, None], plain.b_enc, plain.b_dec, K)
+    folder = written(tmp_path, "saelens", free)
+    config = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps({**config, "rescale_acts_by_decoder_norm": True}))
+    found = FORMATS["saelens"].read(folder)
+    pre = ((x - free.b_dec) @ free.W_enc + free.b_enc) * scales
+    top = pre.topk(K, dim=1)
+    f = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
+    torch.testing.assert_close(found(x), f @ (free.W_dec / scales[:, None]) + free.b_dec, rtol=1e-5, atol=1e-5)
+
+    config |= {"architecture": "standard", "apply_b_dec_to_input": False}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    found = FORMATS["saelens"].read(folder)
+    relu = (x @ free.W_enc + free.b_enc).relu()
+    torch.testing.assert_close(found(x), relu @ free.W_dec + free.b_dec, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "change", "said"),
+    [
+        ("saelens", "cfg.json", {"architecture": "gated"}, "architecture gated; what can be taken is topk, jumprelu"),
+        ("saelens", "cfg.json", {"normalize_activations": "layer_norm"}, "normalize_activations=layer_norm"),
+        ("sparsify", "cfg.json", {"transcode": True}, "transcode=true"),
+        ("sparsify", "cfg.json", {"activation": "groupmax"}, "activation groupmax; what can be taken is topk"),
+    ],
+)
+def test_what_cannot_be_taken_is_one_line(tmp_path: Path, name: str, file: str, change: dict, said: str) -> None:
+    folder = written(tmp_path, name, made("topk"))
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**config, **change}))
+    with pytest.raises(PipelineError, match=re.escape(said)):
+        FORMATS[name].read(folder)
+    (folder / file).write_text("{")
+    with pytest.raises(PipelineError, match=re.escape(f"{folder / file} cannot be read")):
+        FORMATS[name].read(folder)
+
+
+# -- the command -------------------------------------------------------------------------------------------------
+
+
+def export(*overrides: str) -> None:
+    with initialize_config_module("conf", version_base="1.3"):
+        command(OmegaConf.to_container(compose("export", list(overrides)), resolve=True))
+
+
+def a_run(folder: Path, sae: SAE) -> Path:
+    folder.mkdir()
+    torch.save({**sae.tensors(), "k": sae.k}, folder / FILE)
+    source = {"model": ABOUT.model, "context": ABOUT.context, "text": ABOUT.text}
+    config = {"settings": {"layer": 21}, "environment": {}, "source": source}
+    (folder / CONFIG).write_text(yaml.safe_dump(config))
+    return folder
+
+
+def test_the_command_writes_all_of_them(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run", made("topk"))
+    export(f"run={run}")
+    assert sorted(path.name for path in (run / "export").iterdir()) == sorted(FORMATS)
+    x = rows()
+    for name, chosen in FORMATS.items():
+        folder = run / "export" / name
+        again = chosen.read(folder / "layers.21" if name == "sparsify" else folder)
+        torch.testing.assert_close(again(x), load(run / FILE)(x), rtol=1e-5, atol=1e-5)
+    export(f"run={run}", "to=[saelens]", f"out={tmp_path / 'elsewhere'}")
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["saelens"]
+
+
+def test_its_refusals(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run", made("thresholds"))
+    for overrides, said in [
+        ((), "run= is missing"),
+        ((f"run={run}", "to=onnx"), "to=onnx must be one of saelens, sparsify"),
+        ((f"run={run}", "to=sparsify"), "sparsify knows TopK alone, and this SAE has thresholds; to=saelens takes it"),
+        ((f"run={tmp_path / 'none'}",), "is not what training wrote"),
+    ]:
+        with pytest.raises(PipelineError, match=re.escape(said)):
+            export(*overrides)
