@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from analyze import arms, gsm8k, sweep_page
+from analyze import arms, gsm8k, imported, sweep_page
 from analyze import study as studies
 from analyze.quality import markdown, quality, write
 from analyze.report import report
@@ -23,7 +23,7 @@ from analyze.subject import Subject
 from analyze.sweep import sweep
 from data.device import torch_device
 from data.errors import SettingError, StoreError, run_command
-from data.settings import whole
+from data.settings import optional_whole, whole
 from harvest.lm import ModelConfig
 
 OF_PROBLEMS: dict[str, Callable[[Study], Outcome]] = {"gsm8k": gsm8k.gsm8k}
@@ -43,7 +43,11 @@ def command(settings: dict[str, Any]) -> None:
         raise SettingError("run= is missing; give the directory of a finished training run, e.g. run=runs/demo")
     device = torch_device(settings["device"])
     store = str(settings["store"]) if settings["store"] else None
-    subject = Subject.open(Path(settings["run"]), store, device)
+    run, layer = str(settings["run"]), optional_whole("layer", settings["layer"])
+    foreign = imported.is_foreign(run)
+    if layer is not None and not foreign:
+        raise SettingError(f"layer={layer} is for SAEs of other libraries; run={run} knows its own layer")
+    subject = Subject.open(imported.run_of(run, store, layer) if foreign else Path(run), store, device)
     if name == "quality":
         figures = quality(subject, row_limit(settings))
         write(subject, figures)
