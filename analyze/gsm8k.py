@@ -176,9 +176,10 @@ def _of_solutions(tokenizer: Tokenizer, labelled: Sequence[Solution], asking: As
     found = []
     for one in labelled:
         prompt = PROMPTS[asking.prompt](tokenizer, one.problem.question)
-        ids = tokenizer.encode([" " + one.text])[0][: asking.new_tokens]
-        last = problems.flexible(one.text)
-        found.append(Answer(one.problem, one.source, prompt, ids, one.text, one.correct, last, last, True))
+        ids, last = tokenizer.encode([" " + one.text])[0], problems.flexible(one.text)
+        whole = len(ids) <= asking.new_tokens
+        ids = ids[: asking.new_tokens]
+        found.append(Answer(one.problem, one.source, prompt, ids, one.text, one.correct, last, last, whole))
     return found
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import optimize, stats
 
 Floats = NDArray[np.float64]
 
@@ -41,21 +41,21 @@ def bootstrap_ratio(numerator: Floats, denominator: Floats, draws: int = 1000, s
         numerator: (clusters,) sums within each cluster.
         denominator: (clusters,) likewise.
     """
-    rng, n = np.random.default_rng(seed), len(numerator)
-    ratios = np.empty(draws)
-    for draw in range(draws):
-        times = np.bincount(rng.integers(0, n, n), minlength=n)
-        ratios[draw] = (times @ numerator) / (times @ denominator)
-    return percentiles(ratios)
+    return bootstrap_ratios(numerator[:, None], denominator, draws, seed)[0]
 
 
-def bootstrap_ratios(numerators: Floats, denominator: Floats, draws: int = 1000, seed: int = 0) -> list[Interval]:
-    """`bootstrap_ratio` of every column of numerators (clusters, columns), over the same resampled clusters."""
+def bootstrap_ratios(numerators: Floats, denominators: Floats, draws: int = 1000, seed: int = 0) -> list[Interval]:
+    """`bootstrap_ratio` of every column, over the same resampled clusters.
+
+    Args:
+        numerators: (clusters, columns).
+        denominators: likewise, or (clusters,) for all columns.
+    """
     rng, n = np.random.default_rng(seed), len(numerators)
     ratios = np.empty((draws, numerators.shape[1]))
     for draw in range(draws):
         times = np.bincount(rng.integers(0, n, n), minlength=n)
-        ratios[draw] = (times @ numerators) / (times @ denominator)
+        ratios[draw] = (times @ numerators) / (times @ denominators)
     return [percentiles(column) for column in ratios.T]
 
 
@@ -108,6 +108,25 @@ def mcnemar(gained: int, lost: int) -> float:
 def overlap_p(total: int, first: int, second: int, shared: int) -> float:
     """P(at least `shared` in common) of two sets of `first` and `second` drawn from `total` (hypergeometric)."""
     return float(stats.hypergeom.sf(shared - 1, total, first, second))
+
+
+def detectable_change(pairs: int, discordant: float, power: float = 0.8, level: float = 0.05) -> float:
+    """The smallest change of a share that McNemar's two-sided test finds with probability `power`; NaN if none is.
+
+    Connor (1987), solved for the change: sqrt(n) delta = z_level sqrt(psi) + z_power sqrt(psi - delta^2).
+
+    Args:
+        pairs: n, cases that are seen both ways.
+        discordant: psi, the share of them whose outcome changes, to either side; no change is larger than this.
+    """
+    at_level, at_power = stats.norm.isf(level / 2), stats.norm.isf(1 - power)
+
+    def short(delta: float) -> float:
+        return float(
+            at_level * np.sqrt(discordant) + at_power * np.sqrt(discordant - delta**2) - np.sqrt(pairs) * delta
+        )
+
+    return float(optimize.brentq(short, 0.0, discordant)) if short(discordant) < 0 else float("nan")
 
 
 # -- many tests at once ------------------------------------------------------------------------------------------

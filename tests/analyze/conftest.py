@@ -96,7 +96,7 @@ TINY_LAYER = 5
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on layer 5 of the embedded model, 16,384 tokens of its problems; the SAE has 256 of its rows for latents."""
+    """A run on layer 5 of the embedded model, 16,384 tokens of its problems; its latents are 256 of their rows."""
     root = tmp_path_factory.mktemp("tiny")
     config = HarvestConfig(root / "s.zarr", (TINY_LAYER,), 16_384, context=128, unit=2048, chunk=128)
     store = harvest(config, load(ModelConfig(EMBEDDED, dtype="float32")), TinyText())

@@ -184,7 +184,9 @@ def test_labelled_solutions_need_no_generation(tiny_study, tmp_path: Path, monke
     monkeypatch.setattr(gsm8k, "generate", None)
     study = tiny_study("gsm8k", problems=str(file))
     found = gsm8k.answers(study)
-    assert [(one.correct, one.source) for one in found] == [(True, "a"), (False, "b")]
+    assert [(one.correct, one.source, one.finished) for one in found] == [(True, "a", True), (False, "b", True)]
+    cut = gsm8k.answers(tiny_study("gsm8k", problems=str(file), answers={"new_tokens": 3}))
+    assert [(len(one.ids), one.finished) for one in cut] == [(3, False), (2, True)]
     assert study.lm.tokenizer.inner.decode(found[0].sequence) == "<bos>Question: 1 + 1?\nAnswer: 1 + 1 = 2\nA: 2"
 
 

@@ -115,8 +115,24 @@ def test_bootstraps_of_ratio_and_of_statistic_agree_and_repeat() -> None:
 
 def test_bootstrap_ratios_are_bootstrap_ratio_column_by_column() -> None:
     rng = np.random.default_rng(0)
-    numerators, denominator = rng.normal(size=(30, 3)), rng.uniform(1, 4, 30)
-    found = stats.bootstrap_ratios(numerators, denominator, draws=50, seed=3)
-    for column, interval in zip(numerators.T, found, strict=True):
-        assert interval == pytest.approx(stats.bootstrap_ratio(column, denominator, draws=50, seed=3))
-        assert interval.low < interval.high
+    numerators, denominators = rng.normal(size=(30, 3)), rng.uniform(1, 4, (30, 3))
+    every = stats.bootstrap_ratios(numerators, denominators, draws=50, seed=3)
+    first = stats.bootstrap_ratios(numerators, denominators[:, 0], draws=50, seed=3)
+    for column in range(3):
+        for found, by in ((every[column], column), (first[column], 0)):
+            one = stats.bootstrap_ratio(numerators[:, column], denominators[:, by], draws=50, seed=3)
+            assert found == pytest.approx(one) and found.low < found.high
+
+
+def test_detectable_change_is_found_as_often_as_it_says() -> None:
+    """The published figures, and McNemar's test on drawn pairs."""
+    found = [stats.detectable_change(pairs, 0.2) for pairs in (50, 200, 1319)]
+    assert found == pytest.approx([0.17, 0.088, 0.034], abs=5e-3)
+    assert [f"{100 * one:.0f}" for one in found[:1]] + [f"{100 * one:.1f}" for one in found[1:]] == ["17", "8.8", "3.4"]
+    rng, pairs, share = np.random.default_rng(0), 400, 0.3
+    change = stats.detectable_change(pairs, share)
+    drawn = rng.multinomial(pairs, [(share + change) / 2, (share - change) / 2, 1 - share], size=4000)
+    z = (drawn[:, 0] - drawn[:, 1]) / np.sqrt(drawn[:, 0] + drawn[:, 1])
+    assert np.mean(np.abs(z) > 1.96) == pytest.approx(0.8, abs=0.03)
+    assert np.isnan(stats.detectable_change(10, 0.1))  # one pair that changes proves nothing
+    assert np.isnan(stats.detectable_change(100, 0.0))

@@ -1,0 +1,32 @@
+"""The held-out text as the language model read it: pieces of documents, each behind its own BOS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analyze.subject import Subject
+from data.reader import held_out_units
+
+
+class Piece(NamedTuple):
+    """A document's stretch of one packed row. The model sees nothing of its neighbours."""
+
+    ids: list[int]  # with BOS
+    document: int
+    kind: NDArray[np.uint8]  # (t,) of its rows in the SAE's layer: see data/kinds.py
+
+
+def held_out(subject: Subject) -> Iterator[Piece]:
+    """Every piece of the held-out units, unit by unit, in the order of the text."""
+    for unit in held_out_units(subject.store):
+        tokens = subject.store.tokens(unit).ravel()
+        document = subject.store.document(unit).ravel()
+        kind = np.empty(len(tokens), np.uint8)
+        kind[subject.store.permutation(unit)] = subject.store.kinds(subject.layer, unit)
+        starts = np.flatnonzero(subject.store.piece_starts(unit))
+        for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+            yield Piece(tokens[start:end].tolist(), int(document[start]), kind[start:end])

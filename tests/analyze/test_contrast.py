@@ -1,0 +1,289 @@
+"""The contrast of right and wrong answers: what is averaged, what is compared, what is found, and what is written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import sparse
+
+from analyze import contrast, gsm8k
+from analyze.contrast import Means, Options, answer_means, caa, compare
+from analyze.contrast_findings import figures, lists, summary
+from analyze.study import Study
+from data.errors import Interrupted, SettingError, StopRequest
+from data.tiny import problems as tiny
+
+LAYERS, D, F = 4, 20, 60
+
+
+def made_up(n: int = 90, *, seed: int = 0, each: int = 1) -> Means:
+    """Answers that say nothing of their labels, `each` to a question."""
+    rng = np.random.default_rng(seed)
+    return Means(
+        hidden=rng.normal(size=(n, LAYERS, D)).astype(np.float32),
+        features=sparse.csr_array((rng.random((n, F)) * (rng.random((n, F)) < 0.3)).astype(np.float32)),
+        length=rng.integers(20, 200, n),
+        finished=rng.random(n) < 0.9,
+        correct=rng.random(n) < 0.6,
+        question=np.repeat([f"q{i}" for i in range(-(-n // each))], each)[:n],
+    )
+
+
+def compared(means: Means, **options: int):
+    stop = StopRequest()
+    return compare(means, ["generated"] * len(means.correct), Options(**{"permutations": 199, **options}), stop)
+
+
+# -- means -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def study(tiny_study) -> Study:
+    return tiny_study("contrast", permutations=99)
+
+
+@pytest.fixture
+def answers(study: Study) -> list[gsm8k.Answer]:
+    found = gsm8k.answers(study)
+    return [*found, replace(found[3], ids=[], text="")]
+
+
+def test_means_are_those_of_each_answer_read_alone(study: Study, answers: list[gsm8k.Answer]) -> None:
+    found = answer_means(study, answers, StopRequest())
+    lm, sae, layer = study.lm, study.subject.sae, study.subject.layer
+    assert found.hidden.shape == (65, lm.n_layers, lm.d_model)
+    for number in (0, 3, 17, 64):
+        one = answers[number]
+        with torch.no_grad():
+            states = lm.decoder(torch.tensor([one.sequence]), output_hidden_states=True).hidden_states
+        # The last entry has gone through the final norm.
+        alone = (
+            torch.stack(states[1:-1])[:, 0, len(one.prompt_ids) :] if one.ids else torch.stack(states[1:-1])[:, 0, -1:]
+        )
+        np.testing.assert_allclose(found.hidden[number, :-1], alone.mean(1), rtol=1e-3, atol=1e-4)
+        dense = torch.zeros(alone.shape[1], sae.d_sae)
+        kept = sae.encode(alone[layer])
+        dense[kept.rows, kept.indices] = kept.values
+        np.testing.assert_allclose(found.features[[number]].toarray()[0], dense.mean(0), rtol=1e-3, atol=1e-3)
+    assert (found.correct == [one.correct for one in answers]).all()
+    assert (found.length == [len(one.ids) for one in answers]).all()
+    assert found.question[64] == found.question[3] == answers[3].problem.id
+
+
+def test_every_answer_is_read_once_and_never_again(
+    study: Study, answers: list[gsm8k.Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = replace(study, model=replace(study.model))  # its own model, to be counted
+    read: list[int] = []
+    study.lm.decoder.register_forward_pre_hook(
+        lambda _module, _args, kwargs: read.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+    )
+    for path in study.folder.glob("means-*"):
+        path.unlink()
+    first = answer_means(study, answers, StopRequest())
+    assert sum(read) == len(answers)
+    again = answer_means(study, answers, StopRequest())
+    assert sum(read) == len(answers)
+    assert (again.hidden == first.hidden).all() and (again.features != first.features).nnz == 0
+    torch.from_numpy(again.hidden[:, 2])  # without a warning that it cannot be written to
+
+    answer_means(study, answers[:5], StopRequest())  # other answers
+    assert sum(read) == len(answers) + 5
+    next(study.folder.glob("means-*.npz")).write_bytes(b"damaged")
+    for some in (answers, answers[:5]):
+        assert answer_means(study, some, StopRequest()).hidden.shape[0] == len(some)
+    assert sum(read) in (2 * len(answers) + 5, len(answers) + 10)
+
+
+def test_means_of_nothing_and_of_too_long_answers_are_refused(study: Study, answers: list[gsm8k.Answer]) -> None:
+    with pytest.raises(SettingError, match="no answer"):
+        answer_means(study, [], StopRequest())
+    with pytest.raises(SettingError, match="context"):
+        answer_means(study, [replace(answers[0], ids=[5] * (study.lm.max_context + 1))], StopRequest())
+
+
+def test_a_request_to_stop_is_heard(study: Study, answers: list[gsm8k.Answer]) -> None:
+    stop = StopRequest()
+    stop.signum = 15
+    with pytest.raises(Interrupted):
+        answer_means(study, answers[:7], stop)
+    with pytest.raises(Interrupted):
+        compare(made_up(), ["generated"] * 90, Options(), stop)
+
+
+def test_caa_is_the_difference_of_means_with_norm_one() -> None:
+    means = made_up()
+    x = means.hidden[:, 1].astype(np.float64)
+    expected = x[means.correct].mean(0) - x[~means.correct].mean(0)
+    found = caa(means.hidden[:, 1], means.correct)
+    np.testing.assert_allclose(found, expected / np.linalg.norm(expected))
+
+
+# -- what is compared --------------------------------------------------------------------------------------------
+
+
+def test_answers_without_tokens_are_left_out_and_questions_without_both_labels_if_they_have_several() -> None:
+    means = made_up(60)
+    means.length[7] = 0
+    kept, paired = contrast.comparable(means)
+    assert not paired and set(range(60)) - set(kept) == {7}
+
+    means = made_up(60, each=3)
+    means.correct[:] = np.tile([True, False, True], 20)
+    means.correct[3:6] = True
+    means.length[7] = 0  # the only wrong one of its question
+    kept, paired = contrast.comparable(means)
+    assert paired and set(range(60)) - set(kept) == {3, 4, 5, 6, 7, 8}
+
+
+def test_too_few_of_a_kind_are_refused() -> None:
+    means = made_up(60)
+    means.correct[:] = np.arange(60) < 56
+    with pytest.raises(SettingError, match="56 right and 4 wrong"):
+        contrast.comparable(means)
+
+
+@pytest.mark.parametrize("option", ["permutations", "min_firing", "seed"])
+def test_options_that_cannot_be_are_refused(option: str) -> None:
+    with pytest.raises(SettingError, match=f"study.{option}=-1"):
+        Options(**{option: -1})
+
+
+# -- what is found -----------------------------------------------------------------------------------------------
+
+
+def test_a_planted_direction_and_planted_features_are_found_where_they_are() -> None:
+    means = made_up(200)
+    means.hidden[:, 2, [3, 11]] += 2 * means.correct[:, None]
+    dense = means.features.toarray()
+    dense[means.correct, 5] += 1
+    dense[~means.correct, 8] += 1
+    means = means._replace(features=sparse.csr_array(dense))
+    found = compared(means)
+    said = figures(found)
+    for kind in ("raw", "adjusted"):
+        peak = said[kind]["peak"]
+        assert peak["layer"] == 2 and peak["p"] == 1 / 200
+        assert {one["dimension"] for one in peak["dimensions"][:2]} == {3, 11}
+        assert [one["p_family"] <= 0.05 for one in peak["dimensions"]] == [True] * 2 + [False] * 8
+        assert said[kind]["p_of_layer"][2] == 1 / 200
+        assert said["features"][kind]["p"] == 1 / 200
+    assert tuple(said["peak_rank"]["rank_interval"]) == (1, 1)
+    assert said["peak_rank"]["share_of_peaks"][2] > 0.95
+    chosen = lists(found)
+    assert (chosen["helpful"][0]["feature"], chosen["harmful"][0]["feature"]) == (5, 8)
+    top = chosen["helpful"][0]
+    assert max(top["p"], top["q"], top["q_adjusted"]) < 0.01 and top["d"] > 1
+    assert top["mean_right"] == pytest.approx(dense[means.correct, 5].mean())
+    assert top["fired"] == (dense[:, 5] > 0).sum()
+    assert "layer 2 with" in summary(said)[0] and "which exceeds" in summary(said)[0]
+
+
+def test_with_shuffled_labels_nothing_is_found() -> None:
+    said = figures(compared(made_up(200, seed=3)))
+    assert said["raw"]["peak"]["p"] > 0.05 and said["features"]["raw"]["p"] > 0.05
+    assert "does not exceed" in summary(said)[0]
+    assert abs(said["halves"][0]["carried"]) < 0.2
+    low, high = said["peak_rank"]["rank_interval"]
+    assert (low, high) != (1, 1)
+
+
+def test_what_length_explains_is_gone_at_equal_length() -> None:
+    means = made_up(200)
+    longer = np.log(means.length) - np.log(means.length).mean()
+    means = means._replace(correct=longer + np.random.default_rng(0).normal(0, 0.5, 200) > 0)
+    means.hidden[:, 1] += longer[:, None].astype(np.float32)
+    said = figures(compared(means))
+    assert said["raw"]["peak"]["p"] <= 0.01 < 0.05 < said["adjusted"]["peak"]["p"]
+    assert said["covariates"]["log length"]["d"] > 1 and said["covariates"]["log length"]["p"] <= 0.01
+
+
+def test_what_questions_explain_is_gone_within_them() -> None:
+    """Questions of which more answers are right look different; their answers among themselves do not."""
+    means, rng = made_up(240, each=4), np.random.default_rng(0)
+    rights = rng.integers(1, 4, 60)
+    means.correct[:] = np.concatenate([rng.permutation(np.arange(4) < right) for right in rights])
+    means.hidden[:, 1] += 3 * np.repeat(rights, 4)[:, None]
+    within, across = (figures(compared(one)) for one in (means, means._replace(question=np.arange(240).astype(str))))
+    assert within["within_questions"] and not across["within_questions"]
+    assert across["raw"]["peak"]["p"] == 1 / 200
+    assert min(within[kind]["peak"]["p"] for kind in ("raw", "adjusted")) > 0.05
+    means.hidden[:, 3, 4] += means.correct
+    assert figures(compared(means))["adjusted"]["peak"]["layer"] == 3
+
+
+def test_covariates_are_what_differs() -> None:
+    means = made_up(60)._replace(finished=np.ones(60, bool))
+    writers = ["a", "b", "c"] * 20
+    found = compare(means, writers, Options(permutations=19), StopRequest())
+    assert list(found.covariates) == ["log length", "by b", "by c"]
+    assert found.covariates["by b"].tolist() == [0, 1, 0] * 20
+
+
+def test_features_that_hardly_fire_are_not_tested() -> None:
+    means = made_up()
+    dense = means.features.toarray()
+    dense[:, 10:] = 0
+    dense[:4, 20] = dense[:5, 21] = 1
+    found = compared(means._replace(features=sparse.csr_array(dense)))
+    assert found.features.ids.tolist() == [*range(10), 21]
+    none = compared(means._replace(features=sparse.csr_array((90, F), dtype=np.float32)))
+    assert "No SAE feature" in " ".join(summary(figures(none)))
+    assert lists(none)["helpful"] == []
+
+
+# -- the whole study ---------------------------------------------------------------------------------------------
+
+
+def performed(study: Study):
+    return study.perform(contrast.contrast, gsm8k.inputs(study))
+
+
+def test_the_study_leaves_directions_lists_and_pictures(study: Study) -> None:
+    outcome = performed(study)
+    found = gsm8k.answers(study)
+    means = answer_means(study, found, StopRequest())
+    d = np.load(study.folder / "cohens_d.npy")
+    for layer in range(study.lm.n_layers):
+        vector = torch.load(study.folder / f"steering_vec_L{layer}.pt", weights_only=True)
+        assert vector.shape == (study.lm.d_model,) and vector.dtype == torch.float32
+        assert float(vector.norm()) == pytest.approx(1)
+        np.testing.assert_allclose(vector, caa(means.hidden[:, layer], means.correct), atol=1e-6)
+        assert outcome.figures["raw"]["top"][layer] == pytest.approx(np.sort(np.abs(d[layer]))[-10:].mean(), rel=1e-5)
+    written = json.loads((study.folder / f"contrastive_features_L{study.subject.layer}.json").read_text())
+    assert written["layer"] == study.subject.layer
+    for key, sign in (("helpful", 1), ("harmful", -1)):
+        values = [sign * one["d"] for one in written[key]]
+        assert values == sorted(values, reverse=True) and values[-1] > 0
+        assert [np.sign(one["mean_right"] - one["mean_wrong"]) for one in written[key]] == [sign] * len(values)
+    assert set(outcome.pictures) == {"contrast", "contrast_adjusted"}
+    assert all(picture.svg.startswith("<svg") for picture in outcome.pictures.values())
+    json.loads((study.folder / "contrast.json").read_text())
+
+    before = (study.folder / "contrast.json").read_bytes()
+    (study.folder / "contrast.json").unlink()
+    performed(study)
+    assert (study.folder / "contrast.json").read_bytes() == before
+
+
+def test_labelled_solutions_are_compared_within_questions(tiny_study, tmp_path: Path) -> None:
+    lines = []
+    for one, _ in zip(tiny.problems("heldout"), range(12), strict=False):
+        right, wrong = tiny.solution(one), f"{one.steps}\n#### {one.answer + 1}"
+        labelled = {"a": {"solution": right, "is_correct": True}, "b": {"solution": wrong, "is_correct": False}}
+        labelled |= {"c": {"solution": wrong + "0", "is_correct": False}}
+        lines.append(json.dumps({"question": one.question, "ground_truth": str(one.answer), **labelled}))
+    path = tmp_path / "labelled.jsonl"
+    path.write_text("\n".join(lines))
+    study = tiny_study("contrast", str(path), permutations=99)
+    outcome = performed(study)
+    assert outcome.figures["within_questions"]
+    assert (outcome.figures["answers"], outcome.figures["right"]) == (36, 12)
+    assert outcome.figures["adjusted"] is None  # who wrote it says whether it is right
+    assert "nothing is adjusted" in outcome.summary[1]
+    assert set(outcome.pictures) == {"contrast"}
