@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from analyze import problems
-from analyze.causal import generate
+from analyze.causal import Generation, generate
 from analyze.problems import Problem, Solution
 from analyze.stats import wilson
 from analyze.study import Outcome, Study, Table, dumped, made
@@ -20,6 +22,7 @@ from data import durable
 from data.errors import SettingError, StopRequest
 from data.journal import Progress
 from data.settings import build
+from harvest.lm import LanguageModel
 from harvest.tokens import Tokenizer
 
 STOPS = ("Question:", "</s>", "<|im_end|>")  # lm-evaluation-harness'
@@ -114,7 +117,8 @@ def answers(study: Study, stop: StopRequest | None = None) -> list[Answer]:
     if labelled:
         return _of_solutions(study.lm.tokenizer, labelled, asking)
     asked = [one for one in found if isinstance(one, Problem)]
-    key = {"weights": study.identity["weights"], "dtype": study.model.dtype, **inputs(study)}
+    device = torch.device(study.model.device).type  # sums round otherwise on another kind
+    key = {"weights": study.identity["weights"], "dtype": study.model.dtype, "device": device, **inputs(study)}
     folder = made(study.folder.parent / "gsm8k")
     path = folder / f"answers-{durable.digest(dumped(key).encode())[:12]}.jsonl"
     kept = [_revived(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -122,7 +126,9 @@ def answers(study: Study, stop: StopRequest | None = None) -> list[Answer]:
     for at in range(len(kept), len(asked), asking.batch):
         if stop is not None:
             stop.check()
-        kept += _generated(study, asked[at : at + asking.batch], asking)
+        batch = asked[at : at + asking.batch]
+        prompts = [PROMPTS[asking.prompt](study.lm.tokenizer, one.question) for one in batch]
+        kept += written(study.lm, list(zip(batch, prompts, strict=True)), asking)
         durable.write(path, ["".join(dumped_line(asdict(one)) for one in kept).encode()])
         right = sum(one.correct for one in kept)
         progress.show(f"{len(kept)}/{len(asked)} answered | {right} right", last=len(kept) == len(asked))
@@ -147,23 +153,25 @@ def _asking(study: Study) -> Asking:
     return build(Asking, "answers", study.answers)
 
 
-def _generated(study: Study, asked: Sequence[Problem], asking: Asking) -> list[Answer]:
-    lm = study.lm
-    prompts = [PROMPTS[asking.prompt](lm.tokenizer, one.question) for one in asked]
-    if (longest := max(map(len, prompts)) + asking.new_tokens) > lm.max_context:
+def written(lm: LanguageModel, asked: Sequence[tuple[Problem, list[int]]], asking: Asking) -> list[Answer]:
+    """The model's own completions of problems with their prompts, in one batch, graded.
+
+    Raises:
+        SettingError: a prompt leaves no room for an answer.
+    """
+    if (longest := max(len(prompt) for _, prompt in asked) + asking.new_tokens) > lm.max_context:
         raise SettingError(
             f"answers.new_tokens={asking.new_tokens} behind a prompt of {longest - asking.new_tokens} tokens pass the "
             f"model's context of {lm.max_context}; lower it"
         )
-    written = generate(lm, prompts, asking.new_tokens, STOPS)
+    found = generate(lm, [prompt for _, prompt in asked], asking.new_tokens, STOPS)
     return [
-        graded(lm.tokenizer, one, prompt, generation.ids, generation.finished)
-        for one, prompt, generation in zip(asked, prompts, written, strict=True)
+        _graded(lm.tokenizer, one, prompt, generation) for (one, prompt), generation in zip(asked, found, strict=True)
     ]
 
 
-def graded(tokenizer: Tokenizer, one: Problem, prompt: list[int], ids: list[int], finished: bool) -> Answer:
-    """A completion with its grades."""
+def _graded(tokenizer: Tokenizer, one: Problem, prompt: list[int], completion: Generation) -> Answer:
+    ids, finished = completion
     text: str = tokenizer.inner.decode(ids, skip_special_tokens=True)
     for stop in STOPS:
         text = text.split(stop)[0]
