@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,20 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from analyze import arms, gsm8k, imported, sweep_page
+from analyze import (
+    arms,
+    catalogue,
+    contrast,
+    gsm8k,
+    imported,
+    logit_lens,
+    reason_score,
+    splice,
+    stability,
+    stage_gate,
+    steering,
+    sweep_page,
+)
 from analyze import study as studies
 from analyze.quality import markdown, quality, write
 from analyze.report import report
@@ -26,10 +39,23 @@ from data.errors import SettingError, StoreError, run_command
 from data.settings import optional_whole, whole
 from harvest.lm import ModelConfig
 
-OF_PROBLEMS: dict[str, Callable[[Study], Outcome]] = {"gsm8k": gsm8k.gsm8k}
-"""Studies of the model's answers to word problems."""
-OF_TEXT: dict[str, Callable[[Study], Outcome]] = {}
-"""Studies of the store's own text."""
+
+def _nothing(_: Study) -> dict[str, Any]:
+    return {}
+
+
+# What does each study, and what its result depends on beside the run and the study's own settings.
+STUDIES: dict[str, tuple[Callable[[Study], Outcome], Callable[[Study], Mapping[str, Any]]]] = {
+    "gsm8k": (gsm8k.gsm8k, gsm8k.inputs),
+    "contrast": (contrast.contrast, gsm8k.inputs),
+    "steering": (steering.steering, gsm8k.inputs),
+    "stage_gate": (stage_gate.stage_gate, gsm8k.inputs),
+    "splice": (splice.splice, _nothing),
+    "logit_lens": (logit_lens.logit_lens, _nothing),
+    "reason_score": (reason_score.reason_score, _nothing),
+    "catalogue": (catalogue.catalogue, _nothing),
+    "stability": (stability.stability, stability.inputs),
+}
 
 
 def command(settings: dict[str, Any]) -> None:
@@ -58,8 +84,8 @@ def command(settings: dict[str, Any]) -> None:
         print(f"wrote {path}: open it in a browser", file=sys.stderr)
     else:
         study = study_of(settings, subject, device)
-        found = OF_PROBLEMS[name] if name in OF_PROBLEMS else OF_TEXT[name]
-        outcome = study.perform(found, gsm8k.inputs(study) if name in OF_PROBLEMS else {})
+        perform, inputs = STUDIES[name]
+        outcome = study.perform(perform, inputs(study))
         print("\n".join(studies.markdown(name, outcome)))
         print(f"\nresults are in {study.folder}", file=sys.stderr)
 

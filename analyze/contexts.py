@@ -14,7 +14,7 @@ from data.errors import PipelineError, SettingError
 from harvest import checkpoint
 from harvest.tokens import Tokenizer
 
-_BEFORE, _AFTER = 24, 8  # tokens around the peak
+BEFORE, AFTER = 24, 8  # tokens around the peak
 
 
 class Context(NamedTuple):
@@ -88,9 +88,9 @@ def _merge(
             continue
         seen.add(owner)
         at = piece + int(np.argmax(activations[piece : pieces[number + 1] if number + 1 < len(pieces) else None]))
-        behind = starts[at + 1 : at + 1 + _AFTER]
+        behind = starts[at + 1 : at + 1 + AFTER]
         end = at + 1 + (int(np.argmax(behind)) if behind.any() else len(behind))
-        span = slice(max(piece + 1, at - _BEFORE), end)
+        span = slice(max(piece + 1, at - BEFORE), end)
         best[owner] = Context(owner, peak, tokens[span].tolist(), activations[span].tolist())
 
 

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analyze.directions import nearest
 from analyze.stats import bootstrap_ratio, sums_by
 from analyze.subject import Subject, Unit
 from data import durable, summary
@@ -31,7 +32,6 @@ from data.moments import Moments
 
 BATCH_ROWS = 4096  # the reference's batch
 _DEAD_SPANS = (1_000_000, 10_000_000, 100_000_000)  # tokens
-_DECODER_BLOCK = 2048  # decoder rows whose cosines with all others are held at a time
 _HISTOGRAM_BINS = 40
 
 
@@ -222,12 +222,7 @@ def _histogram(values: NDArray[Any]) -> dict[str, list[float]]:
 
 def _decoder_cosine(W_dec: Tensor) -> dict[str, float]:
     """Each latent's largest cosine with another latent's direction."""
-    unit = W_dec / W_dec.norm(dim=1, keepdim=True)
-    largest = torch.empty(len(unit))
-    for at in range(0, len(unit), _DECODER_BLOCK):
-        cosines = unit[at : at + _DECODER_BLOCK] @ unit.T
-        cosines[torch.arange(len(cosines)), torch.arange(len(cosines)) + at] = -1.0
-        largest[at : at + _DECODER_BLOCK] = cosines.max(1).values.cpu()
+    largest = nearest(W_dec, W_dec, 1, itself=False)[0]
     return {"median": float(largest.median()), "max": float(largest.max()), "above_0.9": float((largest > 0.9).sum())}
 
 

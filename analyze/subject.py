@@ -109,13 +109,14 @@ class Subject:
         """Held-out units, until at least `limit` rows were given."""
         given = 0
         for number in held_out_units(self.store):
-            unit = self._unit(number)
+            unit = self.unit(number)
             yield unit
             given += len(unit.rows)
             if given >= limit:
                 return
 
-    def _unit(self, number: int) -> Unit:
+    def unit(self, number: int) -> Unit:
+        """Unit `number`, held out or not."""
         kind = self.store.kinds(self.layer, number)
         finite = np.flatnonzero(kind != NON_FINITE)
         local = self.store.permutation(number)[finite]

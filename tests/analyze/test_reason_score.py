@@ -1,0 +1,280 @@
+"""ReasonScore finds what fires around the words, agrees with its definition, and random words get what is chance."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import sparse, stats
+
+from analyze import word_score
+from analyze.reason_score import WORDS, Options, reason_score
+from analyze.study import dumped
+from analyze.word_score import FORMULAS, Scorer, entropies, halves, mark, matched
+from analyze.words import Corpus, Word, draw_vocabularies, look_alikes, occurrences, windows, words_of
+from data import durable
+from data.errors import SettingError, StopRequest
+from data.reader import held_out_units
+from harvest import checkpoint
+from harvest.tokens import Tokenizer
+
+BOS, TOKENS, LATENTS = 2, 60, 40
+WORDS_HERE = [Word("a", ((10,), (11, 12))), Word("b", ((13,),)), Word("never", ((999,),))]
+
+
+def made_corpus(n: int, rng: np.random.Generator, plant: float = 0.0) -> Corpus:
+    """Pieces of 20 tokens, each latent at home with one token; latent 0 fires around WORDS_HERE, `plant` of the times.
+
+    Every fifth token is twice as frequent as the others.
+    """
+    share = np.where(np.arange(10, TOKENS) % 5, 1.0, 2.0)
+    tokens = rng.choice(np.arange(10, TOKENS), n, p=share / share.sum())
+    tokens[::20] = BOS
+    document = np.arange(n) // 20
+    kept = (tokens != BOS) & (rng.random(n) > 0.02)
+    dense = rng.exponential(size=(n, LATENTS)) * (rng.random((n, LATENTS)) < 0.1)
+    dense[np.arange(n), (tokens - 10) % LATENTS] += 1
+    corpus = Corpus(tokens, document, document, kept, sparse.csr_matrix((n, LATENTS), dtype=np.float32))
+    around = np.concatenate(mark(corpus, WORDS_HERE, FORMULAS["published"]).of_word)
+    dense[around[rng.random(len(around)) < plant], 0] += 3
+    return corpus._replace(active=sparse.csr_matrix((dense * kept[:, None]).astype(np.float32)))
+
+
+def naive(corpus: Corpus, words: list[Word], before: int, after: int, head_only: bool, normalised: bool) -> list[float]:
+    """The definition, token by token and latent by latent."""
+    f, n = corpus.active.toarray().astype(np.float64), len(corpus.tokens)
+    inside: set[int] = set()
+    of_word = []
+    for word in words:
+        mine: set[int] = set()
+        for phrase in word.phrases:
+            ids = list(phrase[:1] if head_only else phrase)
+            for at in range(n - len(ids) + 1):
+                if (
+                    corpus.tokens[at : at + len(ids)].tolist() == ids
+                    and len(set(corpus.piece[at : at + len(ids)])) == 1
+                ):
+                    for near in range(max(0, at - before), min(n, at + len(ids) + after)):
+                        if corpus.kept[near] and corpus.piece[near] == corpus.piece[at]:
+                            mine.add(near)
+        of_word.append(mine)
+        inside |= mine
+    others = [at for at in range(n) if corpus.kept[at] and at not in inside]
+    plus, minus = f[sorted(inside)].mean(0), f[others].mean(0)
+    found = []
+    for latent in range(f.shape[1]):
+        means = [f[sorted(mine), latent].mean() if mine else 0.0 for mine in of_word]
+        entropy = -sum(m / sum(means) * math.log(m / sum(means)) for m in means if m)
+        entropy /= math.log(len(words)) if normalised else 1
+        found.append(plus[latent] / plus.sum() * entropy**0.7 - minus[latent] / minus.sum())
+    return found
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_scores_are_the_definitions(name: str) -> None:
+    corpus = made_corpus(2000, np.random.default_rng(0), plant=0.5)
+    formula = FORMULAS[name]
+    scores = Scorer(corpus, formula).of(mark(corpus, WORDS_HERE, formula))
+    np.testing.assert_allclose(scores, naive(corpus, WORDS_HERE, *formula), rtol=1e-4, atol=1e-7)
+
+
+def test_the_formulas_are_the_papers_and_the_ports() -> None:
+    assert FORMULAS["published"] == (1, 2, False, True)
+    assert FORMULAS["mechreward"] == (2, 3, True, False)
+    assert len(WORDS) == 10
+
+
+def test_entropy_is_1_where_all_words_are_alike_and_0_where_one_is() -> None:
+    means = np.array([[2.0, 5.0, 0.0], [2.0, 0.0, 0.0], [2.0, 0.0, 0.0]])
+    np.testing.assert_allclose(entropies(means, True), [1, 0, 0], atol=1e-12)
+    np.testing.assert_allclose(entropies(means, False), [math.log(3), 0, 0], atol=1e-12)
+
+
+def test_windows_end_with_their_document() -> None:
+    tokens = np.array([BOS, 5, 6, 7, BOS, 6, 7, 8, 9, 6])
+    piece = np.array([1, 1, 1, 1, 2, 2, 2, 2, 2, 2])
+    corpus = Corpus(tokens, piece, piece, tokens != BOS, None)
+    assert occurrences(corpus, [6, 7]).tolist() == [2, 5]
+    assert occurrences(corpus, [7, BOS]).tolist() == []  # it would stand in two
+    assert windows(corpus, np.array([2]), 2, 1, 2).tolist() == [1, 2, 3]
+    assert windows(corpus, np.array([5, 9]), 1, 1, 2).tolist() == [5, 6, 7, 8, 9]
+
+
+def test_a_planted_latent_tops_and_only_it_is_significant() -> None:
+    corpus = made_corpus(8000, np.random.default_rng(1), plant=1.0)
+    formula, tested = FORMULAS["published"], np.arange(LATENTS)
+    marked = mark(corpus, WORDS_HERE, formula)
+    with StopRequest() as stop:
+        scores, null = matched(
+            Scorer(corpus, formula),
+            WORDS_HERE,
+            marked,
+            tested,
+            np.random.default_rng(0),
+            bos=BOS,
+            draws=1500,
+            top=5,
+            stop=stop,
+        )
+    assert int(np.argmax(scores)) == 0
+    assert null.p[0] < 0.01  # some draws name tokens that stand beside the words, never both words
+    assert null.draws == LATENTS / 0.05 < 1500
+    # Words of these frequencies are all that the null has, so latents of other tokens are where chance puts them.
+    assert np.mean(null.p[1:] < 0.05) < 0.2
+    assert (scores[0] > null.leading[:, 0]).all()
+
+
+def test_halves_are_of_whole_documents() -> None:
+    corpus = made_corpus(4000, np.random.default_rng(5), plant=0.8)
+    formula = FORMULAS["published"]
+    found = halves(corpus, WORDS_HERE, formula, np.arange(LATENTS))
+    side = np.array([int(durable.digest(str(one).encode())[:8], 16) % 2 for one in corpus.document])
+    assert 0.4 < side.mean() < 0.6
+    parts = [Corpus._make(column[side == half] for column in corpus) for half in (0, 1)]
+    scores = [naive(part, WORDS_HERE, *formula) for part in parts]
+    assert found["spearman"] == pytest.approx(stats.spearmanr(*scores).statistic, abs=1e-3)
+    tops = [set(np.argsort(-np.array(score))[:20].tolist()) for score in scores]
+    assert found["shared"] == len(tops[0] & tops[1])
+    assert found["shared_by_chance"] == 20 * 20 / LATENTS
+    alone = corpus._replace(tokens=np.where(side == 0, 50, corpus.tokens))  # no word in one half
+    assert halves(alone, WORDS_HERE, formula, np.arange(LATENTS))["spearman"] is None
+
+
+def test_p_values_of_random_words_are_uniform() -> None:
+    """Where the words are themselves drawn at random, a share p of the p values is at most p."""
+    rng, found = np.random.default_rng(2), []
+    formula = FORMULAS["published"]
+    corpus = made_corpus(3000, rng)
+    scorer = Scorer(corpus, formula)
+    with StopRequest() as stop:
+        for _ in range(25):
+            words = [Word(str(one), ((int(one),),)) for one in rng.choice(np.arange(10, TOKENS), 3, replace=False)]
+            _, null = matched(
+                scorer,
+                words,
+                mark(corpus, words, formula),
+                np.arange(LATENTS),
+                rng,
+                bos=BOS,
+                draws=200,
+                top=1,
+                stop=stop,
+            )
+            found.append(null.p)
+    p = np.concatenate(found)
+    for level in (0.05, 0.2, 0.5):
+        assert np.mean(p <= level) == pytest.approx(level, abs=0.02 + 0.2 * level)
+
+
+def test_more_draws_for_some_are_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A latent that was compared with every vocabulary has the p value that it has if all latents are."""
+    corpus = made_corpus(3000, np.random.default_rng(3), plant=0.3)
+    formula, found = FORMULAS["published"], []
+    for first in (100, 10**6):
+        monkeypatch.setattr(word_score, "_FIRST", first)
+        with StopRequest() as stop:
+            marked = mark(corpus, WORDS_HERE, formula)
+            rng, every = np.random.default_rng(0), np.arange(LATENTS)
+            scorer = Scorer(corpus, formula)
+            found.append(matched(scorer, WORDS_HERE, marked, every, rng, bos=BOS, draws=700, top=1, stop=stop)[1])
+    staged, whole = found
+    further = np.flatnonzero(staged.p < 1 / 101)
+    assert 0 < len(further) < LATENTS
+    np.testing.assert_array_equal(staged.p[further], whole.p[further])
+    settled = np.setdiff1d(every, further)
+    of_101 = staged.p[settled] * 101
+    np.testing.assert_allclose(of_101, np.round(of_101))  # these were compared with 100
+    np.testing.assert_allclose(staged.p, whole.p, atol=0.15)
+    assert staged.leading.shape == (100, 1) and whole.leading.shape == (700, 1)
+
+
+def test_look_alikes_are_as_frequent_and_never_the_words() -> None:
+    rng = np.random.default_rng(4)
+    tokens = np.repeat(np.arange(100, 400), rng.integers(1, 60, 300))
+    corpus = Corpus(tokens, tokens * 0, tokens * 0, np.ones(len(tokens), bool), None)
+    counts = np.bincount(tokens)
+    alike = look_alikes(corpus, [30, 0, 5, 10**6], {100, 101}, rng)
+    assert [len(one) for one in alike] == [50, 0, 37, 10]
+    assert not {100, 101} & set(np.concatenate(alike).tolist())
+    for frequency, found in ((30, alike[0]), (5, alike[2])):
+        assert np.abs(np.log(counts[found] / frequency)).max() <= math.log(2)
+    assert counts[alike[3]].min() >= np.sort(counts)[-12]
+    drawn = draw_vocabularies(alike, 300, rng)
+    assert (drawn[:, 1] == -1).all()
+    for word in (0, 2, 3):
+        assert set(drawn[:, word].tolist()) <= set(alike[word].tolist())
+    assert all(len(set(row)) == 4 for row in drawn.tolist())
+    with pytest.raises(SettingError, match="give fewer words"):
+        look_alikes(corpus, [3], set(range(100, 395)), rng)
+
+
+def test_words_are_spelled_as_they_are_meant() -> None:
+    tokenizer = Tokenizer.load(checkpoint.resolve("embedded", "main"))
+    more, but, many = words_of(tokenizer, ["more", "But", " How many"])
+    texts = [tokenizer.inner.decode(list(ids)) for ids in more.phrases]
+    assert sorted(texts) == [" More", " more", "More", "more"]
+    assert [tokenizer.inner.decode(list(ids)) for ids in but.phrases] == ["But"]
+    assert [tokenizer.inner.decode(list(ids)) for ids in many.phrases] == [" How many"]
+
+
+SETTINGS = {"rows": 1e5, "words": ["more", "left", " How many"], "formula": "published", "draws": 1000, "top": 20}
+
+
+def test_the_study_of_the_embedded_model(tiny_study) -> None:
+    study = tiny_study("reason_score", **SETTINGS)
+    outcome = reason_score(study)
+    figures = json.loads(dumped(outcome.figures))
+    corpus = whole_corpus(study.subject)
+    tokenizer = Tokenizer.load(checkpoint.resolve("embedded", "main"))
+    expected = naive(corpus, words_of(tokenizer, SETTINGS["words"]), *FORMULAS["published"])
+    for one in figures["features"]:
+        assert one["score"] == pytest.approx(expected[one["feature"]], rel=1e-3, abs=1e-6)
+    scores = [one["score"] for one in figures["features"]]
+    assert scores[:20] == sorted(scores[:20], reverse=True)
+    assert sum(one["q"] <= 0.05 for one in figures["features"]) == figures["significant"]
+    assert all(one["occurrences"] > 0 for one in figures["words"])
+    assert 0 < figures["halves"]["spearman"] <= 1
+    assert len(figures["contexts"]) == 10
+    assert outcome.pictures["scores"].svg.startswith("<svg")
+    assert reason_score(study).figures["features"] == outcome.figures["features"]
+
+
+def whole_corpus(subject) -> Corpus:
+    """The held-out text and activations, put together row by row."""
+    store, parts = subject.store, []
+    for number, unit in zip(held_out_units(store), subject.held_out(10**9), strict=True):
+        tokens, starts = store.tokens(number).ravel(), store.piece_starts(number).ravel()
+        pre = (unit.rows - subject.sae.b_dec) @ subject.sae.W_enc + subject.sae.b_enc
+        values, indices = (tensor.numpy() for tensor in pre.topk(subject.sae.k))
+        f = np.zeros((len(tokens), subject.sae.d_sae))
+        kept = np.zeros(len(tokens), bool)
+        for row, place in enumerate(unit.local):
+            if unit.kind[row] == 2:  # ordinary: neither BOS nor an outlier
+                kept[place] = True
+                f[place, indices[row]] = np.maximum(values[row], 0)
+        piece = np.cumsum(starts) + 10**6 * number
+        parts.append((tokens.astype(np.int64), piece, piece, kept, f))
+    *columns, f = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Corpus(*columns, sparse.csr_matrix(f))
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"words": ["xylophone", "zither"]}, r"none of the words 'xylophone', 'zither'.*study\.words"),
+        ({"words": ["more"]}, "at least two"),
+        ({"words": "more"}, "list"),
+        ({"formula": "other"}, "published, mechreward"),
+        ({"rows": 0}, "at least 1"),
+        ({"draws": 0}, "at least 1"),
+    ],
+)
+def test_refusals(tiny_study, setting: dict, says: str) -> None:
+    with pytest.raises(SettingError, match=says):
+        reason_score(tiny_study("reason_score", **{**SETTINGS, **setting}))
+
+
+def test_by_default_the_words_are_the_papers() -> None:
+    assert Options(rows=1, words=None, formula="published", draws=1, top=1).names == list(WORDS)

@@ -1,0 +1,233 @@
+"""The dense reward is its definition, orders completions as planted, knows no neighbours, and TRL trains on it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from analyze.reward import DenseReward
+from data.errors import MismatchError, SettingError, StoreError
+from data.tiny import MODEL_DIR
+from data.tiny.problems import problems, prompt, solution
+from harvest.checkpoint import EMBEDDED
+from harvest.lm import LanguageModel, ModelConfig, load, tap
+from tests.analyze.conftest import TINY_LAYER
+from train.sae import SAE
+
+FLOAT32 = ModelConfig(EMBEDDED, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return load(FLOAT32)
+
+
+def texts(lm: LanguageModel, count: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts with BOS, and solutions, as ids."""
+    some = [one for one, _ in zip(problems("heldout"), range(count), strict=False)]
+    prompts = [[lm.tokenizer.bos, *ids] for ids in lm.tokenizer.encode([prompt(one) for one in some])]
+    return prompts, lm.tokenizer.encode([" " + solution(one) for one in some])
+
+
+def residual(lm: LanguageModel, ids: list[int]) -> torch.Tensor:
+    with tap(lm.blocks, [TINY_LAYER]) as taken, torch.inference_mode():
+        lm.decoder(input_ids=torch.tensor([ids]), use_cache=False)
+    return taken[TINY_LAYER][0].float()
+
+
+def random_sae(d: int, k: int = 8, f: int = 96) -> SAE:
+    generator = torch.Generator().manual_seed(3)
+    W = torch.randn(f, d, generator=generator)
+    W /= W.norm(dim=1, keepdim=True)
+    return SAE(W.T.contiguous(), W, torch.zeros(f), torch.zeros(d), k)
+
+
+def test_rewards_are_the_definition(lm: LanguageModel) -> None:
+    sae = random_sae(lm.d_model)
+    weights = torch.randn(sae.d_sae, generator=torch.Generator().manual_seed(0))
+    reward = DenseReward(lm, sae, TINY_LAYER, weights)
+    prompts, completions = texts(lm, 4)
+    for ids, before, found in zip(completions, prompts, reward.token_rewards(prompts, completions), strict=True):
+        h = residual(lm, before + ids)[len(before) :].double().numpy()
+        pre = (h - sae.b_dec.numpy()) @ sae.W_enc.double().numpy() + sae.b_enc.numpy()
+        expected = []
+        for row in pre:
+            top = np.argsort(-row)[: sae.k]
+            expected.append(sum(max(row[i], 0) * float(weights[i]) for i in top))
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4)
+    pooled = reward([prompt(one) for one, _ in zip(problems("heldout"), range(4), strict=False)], [""] * 4, completions)
+    tokens = reward.token_rewards(prompts, completions)
+    assert pooled == pytest.approx([float(one.mean()) for one in tokens], abs=1e-6)
+
+
+def test_a_planted_reward_orders_completions(lm: LanguageModel) -> None:
+    """A latent that reads the direction of one token's residuals pays completions by how often they hold it."""
+    prompts, completions = texts(lm, 60)
+    (token,) = lm.tokenizer.encode([" left"])[0]
+    rows = torch.cat(
+        [residual(lm, before + ids)[len(before) :] for before, ids in zip(prompts, completions, strict=True)]
+    )
+    here = torch.tensor([one for ids in completions for one in ids]) == token
+    assert here.sum() > 10
+    direction = rows[here].mean(0) - rows[~here].mean(0)
+    unit = torch.cat([direction[None], -direction[None]]) / direction.norm()
+    middle = (rows[here].mean(0) + rows[~here].mean(0)) / 2
+    sae = SAE(unit.T.contiguous(), unit, torch.zeros(2), middle, 1)
+    pay = DenseReward(lm, sae, TINY_LAYER, torch.tensor([1.0, 0.0]))
+    question = "Question: Tina had 9 pears and gave 4 to Leo. How many pears are left?\nAnswer:"
+    written = [" There are 9 - 4 = 5 pears", " There are 9 - 4 = 5 left", " There are 5 left left left"]
+    found = pay([question] * 3, written, lm.tokenizer.encode(written))
+    assert found[0] < found[1] < found[2]
+    fine = DenseReward(lm, sae, TINY_LAYER, torch.tensor([-1.0, 0.0]))
+    assert fine([question] * 3, written, lm.tokenizer.encode(written)) == [-one for one in found]
+
+
+def test_batch_mates_change_nothing(lm: LanguageModel) -> None:
+    """To the last bit, whatever is rewarded beside a completion, and in any order."""
+    reward = DenseReward(lm, random_sae(lm.d_model), TINY_LAYER, torch.linspace(-1, 1, 96))
+    prompts, completions = texts(lm, 12)
+    together = reward.token_rewards(prompts, completions)
+    order = np.random.default_rng(0).permutation(12)
+    shuffled = reward.token_rewards([prompts[i] for i in order], [completions[i] for i in order])
+    for at, number in enumerate(order):
+        assert torch.equal(shuffled[at], together[number])
+        assert torch.equal(reward.token_rewards([prompts[number]], [completions[number]])[0], together[number])
+
+
+def test_bos_stands_once_and_ends_do_not_count(lm: LanguageModel) -> None:
+    reward = DenseReward(lm, random_sae(lm.d_model), TINY_LAYER, torch.linspace(-1, 1, 96))
+    inner = lm.tokenizer.inner
+    text, (ids,) = "Question: 3 + 4?\nAnswer:", lm.tokenizer.encode([" 7"])
+    chat = [{"role": "user", "content": "How many are 3 + 4?"}]
+    rendered = inner.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    plain, with_bos = reward([text, inner.bos_token + text], ["", ""], [ids, ids])
+    assert plain == with_bos
+    as_chat, as_text = reward([chat, rendered], ["", ""], [ids, ids])
+    assert as_chat == as_text != plain
+    ended = [[*ids, inner.eos_token_id], [*ids, inner.eos_token_id, inner.pad_token_id, inner.pad_token_id]]
+    assert reward([text, text], ["", ""], ended) == [plain, plain]
+    assert reward([text], [""], [[inner.eos_token_id]]) == [0.0]
+
+
+def test_the_truncated_model_pays_the_same(lm: LanguageModel) -> None:
+    short = load(FLOAT32)
+    short.truncate_(TINY_LAYER)
+    prompts, completions = texts(lm, 3)
+    sae, weights = random_sae(lm.d_model), torch.linspace(-1, 1, 96)
+    whole, cut = (DenseReward(one, sae, TINY_LAYER, weights).token_rewards(prompts, completions) for one in (lm, short))
+    assert all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
+
+
+# -- from a run --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tiny_run: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny run with chosen features."""
+    copy = tmp_path / "run"
+    shutil.copytree(tiny_run, copy, ignore=shutil.ignore_patterns("studies"))
+    write_features(copy, {"layer": TINY_LAYER, "helpful": [{"feature": 3, "d": 1.0}], "harmful": [{"feature": 5}]})
+    return copy
+
+
+def write_features(run: Path, content: object) -> Path:
+    path = run / "studies" / "contrast" / f"contrastive_features_L{TINY_LAYER}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_from_run_takes_the_features_that_contrast_chose(run: Path) -> None:
+    reward = DenseReward.from_run(run, FLOAT32)
+    assert reward.layer == TINY_LAYER and len(reward.lm.blocks) == TINY_LAYER + 1
+    assert torch.nonzero(reward.weights).ravel().tolist() == [3, 5]
+    assert reward.weights[[3, 5]].tolist() == [1, -1]
+    assert reward.__name__ == "dense_reward"
+
+
+def test_refusals(run: Path, lm: LanguageModel) -> None:
+    with pytest.raises(StoreError, match="no run at"):
+        DenseReward.from_run(run / "other", FLOAT32)
+    path = write_features(run, {"helpful": [{"feature": 256}], "harmful": []})
+    with pytest.raises(StoreError, match="feature 256, the SAE has 256"):
+        DenseReward.from_run(run, FLOAT32)
+    write_features(run, {"layer": 8, "helpful": [], "harmful": []})
+    with pytest.raises(MismatchError, match="layer"):
+        DenseReward.from_run(run, FLOAT32)
+    write_features(run, {"layer": TINY_LAYER, "helpful": [], "harmful": []})
+    with pytest.raises(StoreError, match="no feature"):
+        DenseReward.from_run(run, FLOAT32)
+    write_features(run, {"helpful": [3]})
+    with pytest.raises(StoreError, match="helpful"):
+        DenseReward.from_run(run, FLOAT32)
+    path.unlink()
+    with pytest.raises(StoreError, match="study=contrast"):
+        DenseReward.from_run(run, FLOAT32)
+    sae = random_sae(lm.d_model)
+    with pytest.raises(SettingError, match="wide"):
+        DenseReward(lm, random_sae(7), TINY_LAYER, torch.zeros(96))
+    with pytest.raises(SettingError, match="layer 12"):
+        DenseReward(lm, sae, 12, torch.zeros(96))
+    with pytest.raises(SettingError, match="96 latents"):
+        DenseReward(lm, sae, TINY_LAYER, torch.zeros(95))
+    with pytest.raises(SettingError, match="max_completion_length"):
+        DenseReward(lm, sae, TINY_LAYER, torch.zeros(96)).token_rewards([[2]], [[9] * lm.max_context])
+
+
+def test_features_of_another_model_are_refused(run: Path) -> None:
+    done = {"settings": {"weights": "another"}, "figures": {}, "summary": [], "tables": [], "pictures": {}}
+    (run / "studies" / "contrast" / "contrast.json").write_text(json.dumps(done))
+    with pytest.raises(MismatchError, match="weights"):
+        DenseReward.from_run(run, FLOAT32)
+
+
+# -- TRL ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")  # transformers', at TRL's own use
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="the extra `grpo` is not installed")
+def test_grpo_trains_on_it(lm: LanguageModel, tmp_path: Path) -> None:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    reward = DenseReward(lm, random_sae(lm.d_model), TINY_LAYER, torch.linspace(-1, 1, 96))
+    some = [
+        {"prompt": prompt(one), "answer": one.answer} for one, _ in zip(problems("heldout"), range(4), strict=False)
+    ]
+    config = GRPOConfig(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        num_generations=2,
+        max_completion_length=24,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        seed=0,
+    )
+    policy = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    trainer = GRPOTrainer(
+        model=policy,
+        reward_funcs=reward,
+        args=config,
+        train_dataset=Dataset.from_list(some),
+        processing_class=AutoTokenizer.from_pretrained(MODEL_DIR),
+    )
+    trainer.train()
+    logged = [line for line in trainer.state.log_history if "rewards/dense_reward/mean" in line]
+    assert len(logged) == 2
+    assert all(np.isfinite(line["rewards/dense_reward/mean"]) for line in logged)
+    assert any(line["rewards/dense_reward/std"] > 0 for line in logged)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
