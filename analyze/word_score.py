@@ -124,7 +124,7 @@ class Null(NamedTuple):
     """What random vocabularies of the words' frequencies score."""
 
     p: Floats  # (F,) share of them that score at least as much, the words counted; 1 where not tested
-    draws: int  # most of them that a latent was compared with
+    draws: int  # those that a latent is compared with for as long as it may be significant
     first: int  # those that all were compared with
     leading: Floats  # (first, top) the largest scores of each of these among the tested latents, falling
     frequency_ratio: float  # median frequency of what stood for a word, over the word's
@@ -177,16 +177,17 @@ def matched(
         exceeding[latents] += (found >= observed[latents]).sum(0)
         compared[latents] += len(block)
         at += len(block)
-        progress.show(f"{at:,}/{wanted:,} random vocabularies | {len(latents):,} latents", last=at == wanted)
         if at <= first:
             leading.append(-np.sort(-found, axis=1)[:, :top])
         if at == first:
             latents = np.flatnonzero((1 + exceeding <= _PROMISING * (1 + compared)) & (compared > 0))
             active, means = corpus.active[:, latents], of_token[:, latents]
+        last = at == wanted or not len(latents)
+        progress.show(f"{at:,}/{wanted:,} random vocabularies | {len(latents):,} latents", last=last)
     stood = np.array([*map(len, starts), 0])[column[:first]]
     ratio = stood[:, np.flatnonzero(marked.frequency)] / np.array([f for f in marked.frequency if f])
     p = np.where(compared > 0, (1 + exceeding) / (1 + compared), 1.0)
-    return observed, Null(p, at, first, np.concatenate(leading), float(np.median(ratio)))
+    return observed, Null(p, wanted, first, np.concatenate(leading), float(np.median(ratio)))
 
 
 def _union(n: int, places: Sequence[Places]) -> Places:
