@@ -15,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from analyze import (
-    arms,
     catalogue,
     contrast,
     gsm8k,
@@ -26,14 +25,14 @@ from analyze import (
     stability,
     stage_gate,
     steering,
-    sweep_page,
 )
 from analyze import study as studies
 from analyze.quality import markdown, quality, write
 from analyze.report import report
 from analyze.study import Outcome, Study
 from analyze.subject import Subject
-from analyze.sweep import sweep
+from analyze.sweep import arms, sweep
+from analyze.sweep import page as sweep_page
 from data.device import torch_device
 from data.errors import SettingError, StoreError, run_command
 from data.settings import optional_whole, whole

@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analyze import catalogue as study
-from analyze import feature_table, inverted_index
-from analyze.feature_state import BINS, Largest, State
-from analyze.inverted_index import Index, Postings
+from analyze.catalogue import index as inverted_index
+from analyze.catalogue import table as feature_table
+from analyze.catalogue.index import Index, Postings
+from analyze.catalogue.state import BINS, Largest, State
 from analyze.study import Outcome, Study
 from analyze.subject import Subject
 from data.errors import Interrupted, SettingError, StopRequest, StoreError

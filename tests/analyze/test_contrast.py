@@ -13,7 +13,7 @@ from scipy import sparse
 
 from analyze import contrast, gsm8k
 from analyze.contrast import Means, Options, answer_means, caa, compare
-from analyze.contrast_findings import figures, lists, summary
+from analyze.contrast.findings import figures, lists, summary
 from analyze.study import Study
 from data.errors import Interrupted, SettingError, StopRequest
 from data.tiny import problems as tiny

@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy import stats as reference
 
-from analyze import effects, stats
-from analyze.effects import Design
+from analyze import stats
+from analyze.contrast import effects
+from analyze.contrast.effects import Design
 
 
 def design(correct, question=None, covariates=None, *, paired=False, shuffles=99, seed=0) -> Design:

@@ -13,11 +13,11 @@ from omegaconf import OmegaConf
 
 from analyze import head, logit_lens
 from analyze.causal import unembedded
-from analyze.heat_map import heat_map
 from analyze.logit_lens import Options, Reading
+from analyze.logit_lens.heat_map import heat_map
+from analyze.logit_lens.token_classes import CLASSES, class_of, classes
 from analyze.stats import bootstrap_ratio
 from analyze.subject import Subject
-from analyze.token_classes import CLASSES, class_of, classes
 from data.errors import PipelineError, SettingError, StopRequest
 from data.reader import held_out_units
 from data.settings import build

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from scipy import sparse, stats
 
-from analyze import word_score
 from analyze.reason_score import WORDS, Options, reason_score
+from analyze.reason_score import score as word_score
+from analyze.reason_score.score import FORMULAS, Scorer, entropies, halves, mark, matched
+from analyze.reason_score.words import Corpus, Word, draw_vocabularies, look_alikes, occurrences, windows, words_of
 from analyze.study import dumped
-from analyze.word_score import FORMULAS, Scorer, entropies, halves, mark, matched
-from analyze.words import Corpus, Word, draw_vocabularies, look_alikes, occurrences, windows, words_of
 from data import durable
 from data.errors import SettingError, StopRequest
 from data.reader import held_out_units

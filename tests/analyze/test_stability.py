@@ -14,8 +14,9 @@ import torch
 import yaml
 from scipy import sparse
 
-from analyze import matching, stability
-from analyze.matching import NONE
+from analyze import stability
+from analyze.stability import matching
+from analyze.stability.matching import NONE
 from analyze.study import Outcome, Study
 from analyze.subject import Subject
 from data import summary

@@ -9,11 +9,11 @@ import pytest
 import torch
 from scipy import optimize, sparse
 
-from analyze import gsm8k, probe, stats
+from analyze import gsm8k, stats
 from analyze.contrast import Means
-from analyze.discrimination import Scored, measured, permuted, resampled, three
-from analyze.stage_gate import SCORE, Options, choose, in_discovery, judge, log_probabilities, stage_gate
+from analyze.stage_gate import SCORE, Options, choose, in_discovery, judge, log_probabilities, probe, stage_gate
 from analyze.stage_gate import verdict as verdict_of
+from analyze.stage_gate.discrimination import Scored, measured, permuted, resampled, three
 from analyze.study import dumped
 from data.errors import SettingError, StopRequest
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from analyze import steer
 from analyze.causal import edited, generate, unembedded
 from analyze.gsm8k import PROMPTS
 from analyze.problems import read
+from analyze.steering import hook as steer
 from harvest.checkpoint import EMBEDDED
 from harvest.lm import LanguageModel, ModelConfig, load, tap
 from tests.harvest.models import save_model

@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from analyze import steer, steering, steering_page
+from analyze import steering
 from analyze.gsm8k import Answer, Asking, answers, written
 from analyze.problems import problem
 from analyze.steering import Options
-from analyze.steering_table import Reply, Row, Steer, nulls, overlaps
+from analyze.steering import hook as steer
+from analyze.steering import page as steering_page
+from analyze.steering.table import Reply, Row, Steer, nulls, overlaps
 from analyze.study import Study, dumped
 from data.errors import Interrupted, SettingError, StopRequest
 from data.journal import Progress

@@ -14,10 +14,10 @@ import yaml
 from numpy.typing import NDArray
 
 from analyze import sweep as study
-from analyze import sweep_page
-from analyze.arms import find, read_all
 from analyze.stats import bootstrap_ratio
 from analyze.sweep import Measured, compare, sweep
+from analyze.sweep import page as sweep_page
+from analyze.sweep.arms import find, read_all
 from data import summary
 from data.packing import Cursor
 from data.reader import held_out_units

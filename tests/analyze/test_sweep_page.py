@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from analyze import sweep_page, sweep_pictures
 from analyze.__main__ import command, verbatim
-from analyze.arms import Arm, find, labels, read_all, short, varying
+from analyze.sweep import page as sweep_page
+from analyze.sweep import plot as sweep_pictures
+from analyze.sweep.arms import Arm, find, labels, read_all, short, varying
 from data.errors import PipelineError, SettingError, StoreError
 from tests.analyze.test_sweep import Planted, by_name, make_arm, planted_sae, planted_store, run_sweep
 from train import export

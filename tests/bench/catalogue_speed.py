@@ -27,9 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analyze import catalogue, feature_table
+from analyze import catalogue
 from analyze.catalogue import Options
-from analyze.feature_table import Content
+from analyze.catalogue import table as feature_table
+from analyze.catalogue.table import Content
 from analyze.subject import Subject
 from data import durable
 from data.errors import StopRequest

@@ -81,7 +81,7 @@ def test_a_disk_that_refuses_at_any_step_loses_nothing(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     source, refused, at = FileText(root / "text.jsonl"), True, 0
-    step = {"fsync": 23, "replace": 13, "link": 3}[call]  # samples: kills meet every step
+    step = {"fsync": 47, "replace": 29, "link": 5}[call]  # samples: kills meet every step
     original: Callable[..., Any] = getattr(os, call)
     while refused:
         at += step

@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 from analyze import gsm8k, head
 from analyze.causal import logits
 from analyze.contrast import Means, answer_means, caa
-from analyze.discrimination import Scored, measured
 from analyze.gsm8k import Answer
 from analyze.intervals import said
 from analyze.pictures import STYLE, empty, svg
-from analyze.probe import cross_validated
+from analyze.stage_gate.discrimination import Scored, measured
+from analyze.stage_gate.probe import cross_validated
 from analyze.stats import Floats, auroc, hedges_g, percentiles, permutation_p, spearman, spearman_cap
 from analyze.study import Outcome, Picture, Study, Table, dumped
 from data import durable

@@ -11,10 +11,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from analyze import sweep_pictures as pictures
-from analyze.arms import Arm, labels, short
 from analyze.contexts import visible
-from analyze.sweep_pictures import Point, said
+from analyze.sweep import plot as pictures
+from analyze.sweep.arms import Arm, labels, short
+from analyze.sweep.plot import Point, said
 from data import durable
 
 JSON, MARKDOWN, PAGE = "sweep.json", "sweep.md", "sweep.html"

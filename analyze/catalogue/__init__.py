@@ -1,7 +1,7 @@
 """What every latent is: density, moments, strongest contexts and quantiles, histogram, logits, neighbours.
 
 For all latents in one pass over stored rows, without a language-model pass. Every unit is encoded once and its pairs
-of latent and token are kept as a file of the inverted index (analyze/inverted_index.py), by which the study goes on
+of latent and token are kept as a file of the inverted index (analyze/catalogue/index.py), by which the study goes on
 where it was stopped; the rest follows from the index: a state of 4 kB a latent (feature_state.py), and the
 table (feature_table.py). In the study's folder:
 
@@ -21,10 +21,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from analyze import contexts, directions, feature_table, inverted_index, pictures
-from analyze.feature_state import SEED, State
-from analyze.feature_table import Content, Ranked
-from analyze.inverted_index import Index
+from analyze import contexts, directions, pictures
+from analyze.catalogue import index as inverted_index
+from analyze.catalogue import table as feature_table
+from analyze.catalogue.index import Index
+from analyze.catalogue.state import SEED, State
+from analyze.catalogue.table import Content, Ranked
 from analyze.study import Outcome, Picture, Study, Table
 from analyze.subject import Subject
 from data import durable

@@ -2,7 +2,7 @@
 
 The other run may differ in seed, settings, size or layer; both read the same tokens. A latent's partner is the other
 run's latent with the largest correlation of activations, chosen on half of the documents; the correlation that counts
-is that on the other half (analyze/matching.py). Beside it stands the cosine of decoder directions, each latent's
+is that on the other half (see `matching`). Beside it stands the cosine of decoder directions, each latent's
 largest (their mean is MMCS; Sharkey, Braun and Millidge, 2022).
 
 Nulls: a random dictionary (directions normal with the second moments of the other run's decoder, encoder = decoder
@@ -24,8 +24,9 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
-from analyze import directions, matching, pictures
-from analyze.matching import NONE, Codes, Measured
+from analyze import directions, pictures
+from analyze.stability import matching
+from analyze.stability.matching import NONE, Codes, Measured
 from analyze.stats import percentiles
 from analyze.study import Outcome, Picture, Study, Table
 from analyze.subject import Subject, Unit

@@ -13,9 +13,9 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from analyze.arms import SEEDS, Arm, exact, short
 from analyze.contexts import visible
 from analyze.pictures import STYLE, empty, svg
+from analyze.sweep.arms import SEEDS, Arm, exact, short
 
 _LINES = ("#2563eb", "#d97706", "#059669", "#7c3aed", "#dc2626", "#0891b2", "#be185d", "#4d7c0f")
 # Text from directories and settings is not TeX: a dollar sign in it is a dollar sign.

@@ -23,10 +23,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
-from analyze import effects, gsm8k
+from analyze import gsm8k
 from analyze.causal import residuals
-from analyze.contrast_findings import TOP, Features, Findings, Layer, figures, lists, pictures, summary, tables
-from analyze.effects import Design
+from analyze.contrast import effects
+from analyze.contrast.effects import Design
+from analyze.contrast.findings import TOP, Features, Findings, Layer, figures, lists, pictures, summary, tables
 from analyze.gsm8k import Answer
 from analyze.stats import Floats
 from analyze.study import Outcome, Study, dumped, made

@@ -21,11 +21,11 @@ class Steer(NamedTuple):
     kind: str  # `v`, or which control
     vector: Floats  # (d,), unit norm
     scale: float
-    positions: str  # see analyze.steer
+    positions: str  # see analyze.steering.hook
 
 
 class Reply(NamedTuple):
-    """The model's answer to a question. The last three as in analyze.steer.Effect, where that was measured."""
+    """The model's answer to a question. The last three as in analyze.steering.hook.Effect, where that was measured."""
 
     id: str  # the problem's
     ids: list[int]  # tokens
@@ -107,7 +107,7 @@ class Null(NamedTuple):
 
 
 def nulls(rows: Sequence[Row], layer: int, inert_from: int) -> list[Null]:
-    """The hook at scale 0, and `prompt` alone at layers from `inert_from` on (see analyze.steer.prompt_inert_from)."""
+    """The hook at scale 0, and `prompt` alone at layers from `inert_from` on (see hook.prompt_inert_from)."""
     exact = [row for row in rows if row.kind == "scale 0"]
     if layer >= inert_from:
         exact += [row for row in rows if row.positions == "prompt" and row.kind in ("v", "positions")]

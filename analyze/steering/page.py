@@ -12,7 +12,7 @@ import numpy as np
 
 from analyze.pictures import STYLE, empty, svg
 from analyze.stats import detectable_change, holm
-from analyze.steering_table import Null, Overlap, Rank, Row, nulls, overlaps
+from analyze.steering.table import Null, Overlap, Rank, Row, nulls, overlaps
 from analyze.study import Outcome, Picture, Table
 
 LEVEL = 0.05
@@ -29,7 +29,7 @@ class Page:
     ids: Mapping[str, Sequence[str]]  # of the questions, by part: train, dev, test
     answers: tuple[int, int]  # right and wrong ones that made v
     layer: int
-    inert_from: int  # see analyze.steer.prompt_inert_from
+    inert_from: int  # see analyze.steering.hook.prompt_inert_from
     seed: int
 
     def of(self, *kinds: str) -> list[Row]:

@@ -4,7 +4,7 @@ h_l is the residual stream behind layer l, before the final norm, the last layer
 is the model's own prediction. A prompt is the first tokens of a held-out document's longest piece, one per document.
 Positions are those behind which a token follows, the BOS left out. Of each, with p_l the lens' distribution:
 
-    mass        p_l of all ids of a class of text (analyze/token_classes.py)
+    mass        p_l of all ids of a class of text (analyze/logit_lens/token_classes.py)
     CE          -ln p_l(next token), nats
     KL          KL(p_last || p_l), nats: as the tuned lens is measured (Belrose et al., arXiv 2303.08112)
     rank        of the last layer's top token in p_l, from 1; its mean is the geometric one, as a few ranks are huge
@@ -29,15 +29,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyze import head, logit_lens_page, pieces
+from analyze import head, pieces
 from analyze.causal import residuals, unembedded
 from analyze.contexts import visible
-from analyze.heat_map import heat_map
+from analyze.logit_lens import page as logit_lens_page
+from analyze.logit_lens.heat_map import heat_map
+from analyze.logit_lens.token_classes import CLASSES, classes
 from analyze.pieces import Piece
 from analyze.stats import Floats, Interval, bootstrap, bootstrap_ratios, percentiles
 from analyze.study import Outcome, Picture, Study
 from analyze.subject import Subject
-from analyze.token_classes import CLASSES, classes
 from data.errors import SettingError, StopRequest, StoreError
 from data.journal import Progress
 from data.settings import build

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.contrast_pictures import over_layers
-from analyze.effects import Design, Halves, Tested, family_wise_p
+from analyze.contrast.effects import Design, Halves, Tested, family_wise_p
+from analyze.contrast.plot import over_layers
 from analyze.stats import Floats, benjamini_hochberg, percentiles, permutation_p
 from analyze.study import Picture, Table
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.inverted_index import Postings
+from analyze.catalogue.index import Postings
 from data import order
 
 BINS = 64  # of an activation histogram

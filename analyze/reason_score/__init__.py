@@ -20,10 +20,10 @@ import numpy as np
 
 from analyze.contexts import Context, top_contexts, visible
 from analyze.pictures import STYLE, empty, svg
+from analyze.reason_score.score import ALPHA, FORMULAS, LEVEL, Null, Scorer, halves, mark, matched
+from analyze.reason_score.words import read_corpus, words_of
 from analyze.stats import Floats, benjamini_hochberg, percentiles, permutation_p
 from analyze.study import Outcome, Picture, Study, Table
-from analyze.word_score import ALPHA, FORMULAS, LEVEL, Null, Scorer, halves, mark, matched
-from analyze.words import read_corpus, words_of
 from data.errors import MismatchError, SettingError, StopRequest
 from data.settings import build
 from harvest import checkpoint

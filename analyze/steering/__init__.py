@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from analyze.contrast import answer_means, caa
 from analyze.gsm8k import Answer, Asking, answers, dumped_line, written
 from analyze.stats import Floats
-from analyze.steer import POSITIONS, effects, prompt_inert_from, steered
-from analyze.steering_page import Page
-from analyze.steering_table import Reply, Row, Steer
+from analyze.steering.hook import POSITIONS, effects, prompt_inert_from, steered
+from analyze.steering.page import Page
+from analyze.steering.table import Reply, Row, Steer
 from analyze.study import Outcome, Study, dumped
 from data import durable
 from data.errors import SettingError, StopRequest
@@ -40,7 +40,7 @@ class Options:
 
     layer: int | None = None  # null: the run's own
     scales: Sequence[float] = (2, 5, 10, 15, -5)  # times the unit vector
-    positions: str = "all"  # see analyze.steer
+    positions: str = "all"  # see analyze.steering.hook
     n_random: int = 20
     n_shuffled: int = 5
     train: float = 0.3  # share of the questions

@@ -34,9 +34,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from analyze.catalogue.index import BLOCK, Index, Postings
+from analyze.catalogue.state import Places, State, rank_within
 from analyze.contexts import AFTER, BEFORE
-from analyze.feature_state import Places, State, rank_within
-from analyze.inverted_index import BLOCK, Index, Postings
 from data import durable
 from data.errors import StopRequest
 from data.journal import Progress

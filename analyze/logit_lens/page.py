@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 from analyze.intervals import Line, bands, said
+from analyze.logit_lens.token_classes import CLASSES
 from analyze.study import Picture, Table
-from analyze.token_classes import CLASSES
 
 
 def summary(figures: dict[str, Any]) -> list[str]:

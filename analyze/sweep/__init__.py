@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analyze.arms import SEEDS, Arm, common_folder, exact, varying
 from analyze.quality import BATCH_ROWS
 from analyze.stats import sums_by
 from analyze.subject import Subject, open_store
+from analyze.sweep.arms import SEEDS, Arm, common_folder, exact, varying
 from data.device import free_bytes
 from data.errors import StoreError
 from data.journal import Progress

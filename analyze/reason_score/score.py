@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.stats import Floats, overlap_p, spearman
-from analyze.words import (
+from analyze.reason_score.words import (
     Corpus,
     Places,
     Word,
@@ -22,6 +21,7 @@ from analyze.words import (
     sums_over,
     windows,
 )
+from analyze.stats import Floats, overlap_p, spearman
 from data import durable
 from data.errors import StopRequest
 from data.journal import Progress
