@@ -88,6 +88,7 @@ def test_torchrun(tmp_path: Path, one: dict[str, bytes]) -> None:
 
 
 @submitit
+@pytest.mark.long
 def test_jobs_of_submitit(tmp_path: Path, one: dict[str, bytes]) -> None:
     """Two jobs; nothing is left beside the store but their logs, in one known place."""
     done = harvest(tmp_path, "-m", "hydra/launcher=local", "store=s.zarr", "rank=range(0,2)", "world=2")
