@@ -92,7 +92,8 @@ def source_of(store: Store) -> dict[str, Any]:
     """What the store was harvested from, for those who use the SAE without it."""
     text = store.manifest["text"]
     said = text["dataset"] if text["kind"] == "hub" else ", ".join(text.get("sources", [text["kind"]]))
-    return {"model": store.manifest["model"]["id"], "text": said, "context": store.context}
+    model = {key: store.manifest["model"].get(key) for key in ("revision", "weights")}
+    return {"model": store.manifest["model"]["id"], **model, "text": said, "context": store.context}
 
 
 def first_layer(store: Store) -> int:

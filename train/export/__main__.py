@@ -13,10 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data import durable
-from data.errors import SettingError, StoreError, run_command
+from data.errors import SettingError, run_command
 from data.settings import names
 from train import export, sae
-from train.export.formats import FORMATS, About
+from train.export.formats import FORMATS, about
 from train.run import read_config
 
 
@@ -27,13 +27,10 @@ def command(settings: dict[str, Any]) -> None:
     run = Path(settings["run"])
     asked = names("to", settings["to"], FORMATS)
     config, trained = read_config(run), sae.load(run / export.FILE)
-    source = config.get("source")
-    if source is None:
-        raise StoreError(f"{run} does not say what it was trained on: it is of an earlier version; train it again")
-    about = About(source["model"], config["settings"]["layer"], source["context"], source["text"])
+    what = about(run, config)
     for name in asked:
         folder = (Path(settings["out"]) if settings["out"] else run / "export") / name
-        for file, content in FORMATS[name].write(trained, about).items():
+        for file, content in FORMATS[name].write(trained, what).items():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             durable.write(folder / file, [content])
             print(f"wrote {folder / file}", file=sys.stderr)

@@ -38,6 +38,18 @@ class About(NamedTuple):
     text: str
 
 
+def about(run: Path, config: Mapping[str, Any]) -> About:
+    """What config.yaml of a run says of it.
+
+    Raises:
+        StoreError: it is of a version that did not write that down.
+    """
+    source = config.get("source")
+    if source is None:
+        raise StoreError(f"{run} does not say what it was trained on: it is of an earlier version; train it again")
+    return About(source["model"], config["settings"]["layer"], source["context"], source["text"])
+
+
 class Format(NamedTuple):
     """A peer's files."""
 

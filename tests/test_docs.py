@@ -1,0 +1,183 @@
+"""What docs/ promises: its commands compose, its code runs, its messages are ours, its figures are counted."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data import order
+from data.bfloat16 import to_float32
+from data.kinds import ORDINARY
+from harvest.cost import Cost, cost, peak_flops
+from harvest.plan import HarvestConfig, plan
+from tests.conftest import make_store
+from tests.harvest.models import E4B
+from tests.test_house import PRODUCT, ROOT, one_job
+
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+
+
+def commands(text: str) -> list[list[str]]:
+    """Every `python -m` or torchrun line of a page's indented and fenced blocks, as words."""
+    text = re.sub(r"```python\n.*?```", "", text, flags=re.DOTALL).replace("\\\n", " ")
+    lines = [line.strip() for line in text.splitlines() if not line.startswith(("|", "`"))]
+    words = [
+        shlex.split(line.split("  #")[0]) for line in lines if re.match(r"(python|torchrun|accelerate)\b.* -m ", line)
+    ]
+    return [found[found.index("-m") :] for found in words]
+
+
+def test_there_are_commands() -> None:
+    found = {path.name: len(commands(path.read_text())) for path in DOCS}
+    assert found["reproduce.md"] >= 12 and found["training.md"] >= 2 and found["clusters.md"] >= 4
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_commands_compose(path: Path) -> None:
+    from hydra import compose, initialize_config_module
+
+    for _, module, *words in commands(path.read_text()):
+        if module.startswith("tests.") or "..." in words:
+            assert (ROOT / f"{module.replace('.', '/')}.py").exists() or not module.startswith("tests."), module
+            continue
+        words = [re.sub(r"range\((\d+),\d+\)", r"\1", word) for word in words]
+        overrides = [word for word in one_job(words) if not word.startswith("hydra")]  # launchers may not be installed
+        with initialize_config_module("conf", version_base="1.3"):
+            assert compose(config_name=module.split(".")[-1], overrides=overrides), words
+
+
+# -- docs/store.md -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The store that the page's code opens, and its rows in the text's order."""
+    rng = np.random.default_rng(5)
+    bits = rng.integers(0x3C00, 0x4200, (4096, 8)).astype(np.uint16)
+    (tmp_path / "activations").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return make_store("activations/tiny.zarr", bits, context=64, unit=1024, chunk=128, layer=5), bits
+
+
+def test_the_stores_code_runs(small: Any) -> None:
+    store, bits = small
+    in_text = to_float32(bits)
+    spine = np.concatenate([store.tokens(unit) for unit in range(4)]).ravel()
+    first, second, third = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "store.md").read_text(), re.DOTALL)
+
+    found = run(first)
+    index = store.token_index(0)
+    np.testing.assert_array_equal(found["x"], in_text[index])
+    np.testing.assert_array_equal(found["tokens"], spine[index])
+
+    found = run(second)
+    kinds = np.empty(1024, np.uint8)
+    kinds[store.permutation(1)] = store.kinds(5, 1)
+    np.testing.assert_array_equal(found["x"], in_text[1024:2048][kinds == ORDINARY])
+    np.testing.assert_array_equal(found["tokens"], spine[1024:2048])
+    np.testing.assert_array_equal(found["document"], store.document(1).ravel())
+
+    found = run(third)
+    np.testing.assert_array_equal(found["bits"], bits[found["index"]])
+
+
+def run(code: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    exec(code, found)
+    return found
+
+
+def test_the_stores_table_is_the_stores(small: Any) -> None:
+    store, _ = small
+    text = (ROOT / "docs" / "store.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| \((.*?)\) \| \w+", text, re.MULTILINE))
+    types = dict(re.findall(r"^\| `(\w+)` \| \(.*?\) \| (\w+)", text, re.MULTILINE))
+    sizes = {"S": 64, "T": 64, "N": 4096, "d": 8, "U": 4}
+    metadata = {key.split("/")[0]: value for key, value in store.metadata([5]).items() if "/" in key}
+    assert {name.replace("_L", "_5") for name in rows} == set(metadata)
+    for name, shape in rows.items():
+        array = store.array(name.replace("_L", "_5"))
+        wanted: list[int] = [sizes.get(size) or int(size) for size in shape.replace(" ", "").split(",") if size]
+        assert [array.length, *array.inner] == wanted, name
+        assert array.data_type == types[name], name
+
+
+# -- docs/troubleshooting.md -------------------------------------------------------------------------------------
+
+
+def texts() -> list[str]:
+    """Every text of the product's code, with a mark where a value is put in."""
+    found = []
+    for path in PRODUCT:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = [str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values]
+                found.append("".join(parts))
+    return found
+
+
+def test_every_message_is_one_of_ours() -> None:
+    quoted = re.findall(r"^\| `((?:\\`|[^`])*)` \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(quoted) >= 25
+    ours = texts()
+    for message in quoted:
+        fixed = [part.strip(" ()") for part in message.replace("\\`", "`").split("...")]
+        pattern = re.compile(".*".join(re.escape(part) for part in fixed if part), re.DOTALL)
+        assert sum(map(len, fixed)) > 10, message
+        assert any(pattern.search(text) for text in ours), message
+
+
+# -- docs/reproduce.md -------------------------------------------------------------------------------------------
+
+
+def row(label: str) -> list[str]:
+    """The cells of a row of docs/reproduce.md."""
+    (line,) = re.findall(rf"^\| {re.escape(label)} \|.*$", (ROOT / "docs" / "reproduce.md").read_text(), re.MULTILINE)
+    return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
+def test_reproducing_is_counted() -> None:
+    costs = [cost(E4B, layers, "bfloat16", 16, 512) for layers in ([21], [21, 27])]
+    assert row("GFLOP a token, matrix products")[:2] == [f"{one.matmul_flop / 1e9:.2f}" for one in costs]
+    assert row("GFLOP a token, attention, context 512")[:2] == [f"{one.attention_flop / 1e9:.2f}" for one in costs]
+    weights = [f"{one.loaded_bytes / 1e9:.1f}, {one.kept_bytes / 1e9:.1f}" for one in costs]
+    assert row("weights while loading, then in use, GB")[:2] == weights
+    for share in (0.5, 0.3, 0.1):
+        hours = [1e9 * one.flop / (peak_flops("H100") * share) / 3600 for one in costs]
+        assert row(f"{share:.0%}".replace("%", " %")) == [f"{each:.1f}" for each in hours]
+    speed = 0.3 * peak_flops("H100") / costs[1].flop
+    assert f"{round(speed, -3):,.0f} tokens/s, which write {speed * 7.07e12 / 1e9 / 1e9:.2f} GB/s" in text()
+
+
+def text() -> str:
+    return (ROOT / "docs" / "reproduce.md").read_text()
+
+
+def test_bytes_and_minutes_are_counted(tmp_path: Path) -> None:
+    def planned(layers: tuple[int, ...], codec: Any) -> Any:
+        return plan(HarvestConfig(tmp_path / "s", layers, 10**9, 512, codec=codec), Cost(*[1] * 7), 2560, "cpu")
+
+    plans = {codec: [planned(layers, codec) for layers in ((21,), (21, 27))] for codec in ("blosc", "int8")}
+    assert row("residuals, TB")[:2] == [f"{one.raw_bytes / 1e12:.2f}" for one in plans["blosc"]]
+    for codec, both in plans.items():
+        assert row(f"on the disk, TB, `codec={codec}`")[:2] == [f"{one.disk_bytes / 1e12:.2f}" for one in both]
+    units, out = plans["blosc"][0].units, len(order.held_out(15_259, 0))
+    steps = (10**9 - out * 65_536) // 4096
+    assert f"{out} of {units:,} units" in text() and f"{steps:,} steps" in text()
+    minutes = {
+        "encoder product, tf32": 1e9 * 2 * 2560 * 32_768 / (989e12 / 2) / 60,
+        "decoding and two gradients of k rows": 1e9 * 3 * 128 * 2560 * 4 / 3.35e12 / 60,
+        "reading": plans["blosc"][0].disk_bytes / 3e9 / 60,
+    }
+    for label, each in minutes.items():
+        assert row(label)[1] == f"{each:.1f}", label
+    for share, centred in ((0.5, "0.878"), (0.7, "0.797")):
+        assert f"{1 - 0.061 / (1 - share):.3f}" == centred and centred in text()

@@ -1,0 +1,362 @@
+"""A published run: its card's figures are the run's, its code runs, foreign text cannot break it; no upload unasked."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers
+import yaml
+from hydra import compose, initialize_config_module
+from markdown_it import MarkdownIt
+from omegaconf import OmegaConf
+
+from analyze.quality import quality
+from analyze.quality import write as write_quality
+from analyze.subject import Subject
+from data import durable
+from data.errors import PipelineError, run_command
+from data.tiny import MODEL_DIR
+from tests.analyze.conftest import make_run, random_rows
+from tests.train.test_formats import PYTHON, a_run, has, made
+from train import publish
+from train.export import FILE
+from train.export.formats import FORMATS
+from train.publish.__main__ import command
+from train.publish.card import escaped
+from train.run import CONFIG, METRICS
+from train.sae import SAE, load
+
+REPO, TOKEN = "somebody/an-sae", "hf_SecretSecretSecretSecret"
+HOSTILE = "</summary><script>alert(1)</script> | [x](http://evil.example) `a` **b** $$c$$ \\(d\\) <!-- \n# big\n| row |"
+
+
+def publishes(run: Path, *overrides: str) -> Path:
+    with initialize_config_module("conf", version_base="1.3"):
+        settings = OmegaConf.to_container(compose("publish", [f"run={run}", f"repo={REPO}", *overrides]), resolve=True)
+    command(settings)
+    return run / "publish"
+
+
+def finished(folder: Path, sae: SAE, **settings: Any) -> Path:
+    """The least that is a finished run."""
+    run = a_run(folder, sae)
+    config = yaml.safe_load((run / CONFIG).read_text())
+    (run / CONFIG).write_text(yaml.safe_dump({**config, "settings": {**config["settings"], **settings}}))
+    record = {"split": "held_out", "step": 3, "tokens": 30, "variance_explained": 0.8123, "dead": 2}
+    (run / METRICS).write_text(json.dumps(record) + "\n")
+    return run
+
+
+def with_study(run: Path, summary: str, cell: str = "1", sae: str | None = None, name: str = "splice") -> None:
+    folder = run / "studies" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = sae or durable.digest_file(run / FILE).xxh3_128
+    found = {"settings": {"sae": digest}, "summary": [summary]}
+    found["tables"] = [["caption " + cell, ["head", "value"], [[cell, "2"]]]]
+    (folder / f"{name}.json").write_text(json.dumps(found))
+    (folder / "means.npz").write_bytes(b"big")
+
+
+def card(run: Path) -> str:
+    return (run / "publish" / "README.md").read_text()
+
+
+# -- the card ----------------------------------------------------------------------------------------------------
+
+
+def test_a_bare_run_says_what_is_absent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = finished(tmp_path / "run", made("topk"))
+    folder = publishes(run)
+    said = capsys.readouterr().out
+    assert "nothing was uploaded; upload=true does" in said and REPO in said
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert files == {
+        "README.md",
+        "config.json",
+        "config.yaml",
+        "metrics.jsonl",
+        "sae.safetensors",
+        "sae_final.pt",
+        "saelens/cfg.json",
+        "saelens/sae_weights.safetensors",
+    }
+    assert all(re.search(rf"[kM]?B +{re.escape(str(folder / file))}$", said, re.MULTILINE) for file in files)
+    text = card(run)
+    head = yaml.safe_load(text.split("---\n")[1])
+    assert head["base_model"] == "google/gemma-4-E4B" and head["license"] == "apache-2.0"
+    assert {"sparse-autoencoder", "interpretability"} <= set(head["tags"]) and "datasets" not in head
+    assert "0.8123" in text and "| batch | not recorded tokens |" in text
+    assert "the run has no quality.json" in text and "No study was done" in text
+    assert durable.digest_file(run / FILE).xxh3_128 in text
+    x = torch.randn(50, 12, generator=torch.Generator().manual_seed(2))
+    for again in (
+        load(folder / FILE),
+        FORMATS["saelens"].read(folder / "saelens"),
+        FORMATS["safetensors"].read(folder),
+    ):
+        torch.testing.assert_close(again(x), load(run / FILE)(x), rtol=1e-5, atol=1e-5)
+
+
+def test_every_figure_of_quality_is_there_with_its_definition(tmp_path: Path) -> None:
+    run = make_run(tmp_path, random_rows()).run
+    figures = quality(subject := Subject.open(run, None, torch.device("cpu")), 10_000)
+    write_quality(subject, figures)
+    config = yaml.safe_load((run / CONFIG).read_text())
+    source = {
+        "model": "google/gemma-4-E4B",
+        "context": 32,
+        "revision": "main",
+        "weights": "w123",
+        "text": "HuggingFaceFW/fineweb",
+    }
+    (run / CONFIG).write_text(yaml.safe_dump({**config, "source": source, "store_path": "/home/me/secret/s.zarr"}))
+    publishes(run)
+    text = card(run)
+    for name, subset in figures["variance_explained"].items():
+        low, high = subset["centred_95"]
+        row = f"| centred, {name} | 1 - sum \\|e\\|² / sum \\|x - μ\\|², the figure to quote | {subset['centred']:.4f}"
+        assert f"{row} [{low:.4f}, {high:.4f}] ({subset['rows']:,} rows) |" in text
+    for key in ("batch_mean", "mean_of_ratios", "variance_of_error", "scalar"):
+        assert re.search(rf"\| {key.replace('_', ' ')} \| .* \| {figures[key]:.4f} \|", text), key
+    assert f"| latents silent on all these rows | {figures['silent']:,} |" in text
+    assert yaml.safe_load(text.split("---\n")[1])["datasets"] == ["HuggingFaceFW/fineweb"]
+    kept = yaml.safe_load((run / "publish" / CONFIG).read_text())
+    assert kept["store_path"] == "s.zarr" and kept["settings"] == config["settings"]
+    assert "secret" not in text
+
+
+def test_studies_are_told_in_their_own_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = finished(tmp_path / "run", made("topk"))
+    with_study(run, "Loss rises by 0.31 [0.30, 0.32], p < 0.05.")
+    with_study(run, "Of another SAE.", sae="0" * 32, name="steering")
+    folder = publishes(run)
+    text = card(run)
+    assert "- Loss rises by 0.31 [0.30, 0.32], p &lt; 0.05.\n" in text and "w123" in text
+    assert "Of another SAE" not in text and "steering.json is of another SAE" in capsys.readouterr().err
+    assert [path.name for path in (folder / "studies").rglob("*") if path.is_file()] == ["splice.json"]
+
+
+def test_foreign_text_cannot_break_the_page(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run", made("topk"))
+    config = yaml.safe_load((run / CONFIG).read_text())
+    config["source"] |= {"model": f"a/b\n---\n{HOSTILE}", "text": HOSTILE}
+    (run / CONFIG).write_text(yaml.safe_dump(config))
+    plain = finished(tmp_path / "plain", made("topk"))
+    with_study(run, HOSTILE, HOSTILE)
+    with_study(plain, "summary", "cell")
+    publishes(run), publishes(plain)
+    (mine, words), (theirs, _) = parsed(card(run)), parsed(card(plain))
+    assert mine == theirs and len(mine) > 300
+    said = " ".join(HOSTILE.split())
+    assert said in words  # the study's summary and its cell, as they were written
+    assert not re.search(r"<script|\]\(http|://evil|\$\$", card(run))
+    assert set(yaml.safe_load(card(run).split("---\n")[1])) == {"license", "library_name", "tags"}
+
+
+def parsed(text: str) -> tuple[list[str], list[str]]:
+    """The elements that Markdown makes of a card, without their words; and those words."""
+    reader = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    elements, words = [], []
+    for token in reader.parse(text.split("---\n", 2)[2]):
+        elements.append(token.type)
+        if token.type == "html_block":
+            elements += re.findall(r"<[^>]*>?", token.content)
+        whole = ""
+        for child in token.children or []:
+            if child.type in ("text", "text_special"):
+                whole += child.content
+            else:
+                elements.append(child.type)
+        words.append(whole)
+    return elements, words
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("- a", "\\- a"),
+        ("-5", "-5"),
+        ("---", "\\---"),
+        ("1. a", "1\\. a"),
+        ("0.5 [0.4, 0.6]", "0.5 [0.4, 0.6]"),
+        ("# a", "\\# a"),
+        ("[ ] a", "\\[ ] a"),
+        ("[a]: b", "\\[a]: b"),
+        ("_a_ b_c", "\\_a\\_ b_c"),
+        ("a\u202eb\x00\r\n c", "a\ufffdb\ufffd c"),
+        ("WWW.a.b c@d", "WWW&#46;a.b c&#64;d"),
+    ],
+)
+def test_escaping(text: str, shown: str) -> None:
+    assert escaped(text) == shown
+
+
+# -- its code ----------------------------------------------------------------------------------------------------
+
+
+def blocks(text: str) -> Iterator[str]:
+    yield from re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("kind", ["topk", "thresholds"])
+def test_the_cards_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """On the embedded model and the folder, in the place of the Hub's."""
+    draw = torch.Generator().manual_seed(0)
+    W_dec = torch.nn.functional.normalize(torch.randn(96, 64, generator=draw), dim=1)
+    threshold = None if kind == "topk" else torch.rand(96, generator=draw)
+    sae = SAE(W_dec.T.contiguous(), W_dec, torch.zeros(96), torch.randn(64, generator=draw), 8, threshold)
+    run = finished(tmp_path / "run", sae, layer=5, policy={"drop_bos": True})
+    folder = publishes(run)
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+        of_the_model = auto.from_pretrained
+        monkeypatch.setattr(auto, "from_pretrained", lambda name, of=of_the_model, **options: of(MODEL_DIR, **options))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, file: folder / {REPO: file}[repo])
+    code, _ = blocks(card(run))
+    found: dict[str, Any] = {}
+    exec(code, found)
+    layers = []
+    decoder = found["model"].get_decoder()
+    hook = decoder.layers[5].register_forward_hook(lambda _, __, output: layers.append(output))
+    with torch.no_grad():
+        decoder(found["ids"])
+    hook.remove()
+    (output,) = layers
+    torch.testing.assert_close(found["x"], (output[0] if isinstance(output, tuple) else output)[0, 1:].float())
+    assert len(found["x"]) > 3
+    torch.testing.assert_close(found["x_hat"], sae(found["x"]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["topk", "thresholds"])
+def test_saelens_loads_it_by_its_name(tmp_path: Path, kind: str) -> None:
+    if not has("sae_lens"):
+        pytest.skip("sae_lens is not installed: pip install 'residual-saes[interop]', or set INTEROP_PYTHON")
+    run = finished(tmp_path / "run", made(kind))
+    folder = publishes(run)
+    _, code = blocks(card(run))
+    x = torch.randn(50, 12, generator=torch.Generator().manual_seed(2))
+    torch.save({"x": x, "x_hat": load(run / FILE)(x)}, tmp_path / "rows.pt")
+    hub = f"""
+import torch, sae_lens.loading.pretrained_sae_loaders as loaders
+from pathlib import Path
+def local(repo_id, filename, **_):
+    assert repo_id == {REPO!r}
+    if not (path := Path({str(folder)!r}, filename)).exists():
+        raise loaders.EntryNotFoundError(filename)
+    return str(path)
+loaders.hf_hub_download = local
+rows = torch.load("rows.pt", weights_only=True); x = rows["x"]
+"""
+    check = 'torch.testing.assert_close(x_hat, rows["x_hat"], rtol=1e-4, atol=1e-4)'
+    subprocess.run([PYTHON, "-c", f"{hub}\n{code}\n{check}"], check=True, cwd=tmp_path)
+
+
+# -- the upload --------------------------------------------------------------------------------------------------
+
+
+class Hub(NamedTuple):
+    """What was asked of it."""
+
+    calls: list[tuple[str, dict[str, Any]]]
+    public: list[bool]  # whether the repository is: the last
+    fails: list[Exception]  # with what it fails: the first
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    found = Hub([], [False], [])
+
+    class FakeApi:
+        def create_repo(self, repo_id: str, **options: Any) -> None:
+            found.calls.append(("create_repo", {"repo_id": repo_id, **options}))
+
+        def model_info(self, repo_id: str) -> Any:
+            return type("Info", (), {"private": not found.public[-1]})
+
+        def upload_folder(self, **options: Any) -> None:
+            if found.fails:
+                raise found.fails[0]
+            found.calls.append(("upload_folder", options))
+
+    monkeypatch.setattr(publish, "HfApi", FakeApi)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return found
+
+
+def test_upload_is_asked_for(tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    run = finished(tmp_path / "run", made("topk"))
+    publishes(run)
+    assert hub.calls == []
+    folder = publishes(run, "upload=true")
+    assert [name for name, _ in hub.calls] == ["create_repo", "upload_folder"]
+    (_, made_with), (_, sent) = hub.calls
+    assert made_with == {"repo_id": REPO, "private": True, "exist_ok": True}
+    assert sent["repo_id"] == REPO and sent["folder_path"] == folder and sent["commit_message"] == "Publish run"
+    assert set(sent["allow_patterns"]) == {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    hub.public[0] = True
+    with pytest.raises(PipelineError, match="public; to publish in it set private=false"):
+        publishes(run, "upload=true")
+    assert len(hub.calls) == 3  # nothing more was sent
+    publishes(run, "upload=true", "private=false")
+    assert hub.calls[3][1]["private"] is False and hub.calls[-1][0] == "upload_folder"
+    assert TOKEN not in "".join(capsys.readouterr()) + json.dumps(hub.calls, default=str)
+
+
+@pytest.mark.parametrize(("status", "said"), [(None, "check the network"), (403, "HTTP 403"), (500, "HTTP 500")])
+def test_no_token_in_what_is_said(
+    tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str], status: int | None, said: str
+) -> None:
+    error = ConnectionError(f"Authorization: Bearer {TOKEN}")
+    if status:
+        error.response = type("Answer", (), {"status_code": status})()
+    hub.fails.append(error)
+    run = finished(tmp_path / "run", made("topk"))
+    with pytest.raises(SystemExit) as stopped:
+        run_command(lambda: publishes(run, "upload=true") and None)
+    heard = capsys.readouterr()
+    assert stopped.value.code == 2 and said in heard.err and heard.err.count("\n") == 1
+    assert TOKEN not in heard.out + heard.err
+    assert not any(TOKEN.encode() in path.read_bytes() for path in run.rglob("*") if path.is_file())
+
+
+def test_refusals(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = finished(tmp_path / "run", made("topk"))
+    for repo in ("null", "alone", "a/b/c", "a/b--c", "a/../b", "'a b/c'", "a/b.git", "-a/b", "a/" + "b" * 99, "'ä/b'"):
+        with pytest.raises(PipelineError, match="repo="):
+            publishes(run, f"repo={repo}", "upload=true")
+    for overrides, said in [
+        (("run=null",), "run= is missing"),
+        (("upload=maybe",), "upload=maybe must be true or false"),
+        ((f"run={tmp_path / 'none'}",), "is not what training wrote"),
+    ]:
+        with pytest.raises(PipelineError, match=re.escape(said)):
+            publishes(run, *overrides)
+    monkeypatch.setattr(publish, "get_token", lambda: None)
+    with pytest.raises(PipelineError, match="set HF_TOKEN"):
+        publishes(run, "upload=true")
+    assert not (run / "publish").exists() and hub.calls == []
+    publishes(run)
+    (run / "publish" / "notes.txt").write_text("mine")
+    with pytest.raises(PipelineError, match=r"notes\.txt is not of what is published"):
+        publishes(run)
+    (run / FILE).unlink()
+    with pytest.raises(PipelineError, match="no SAE at"):
+        publishes(run)
+
+
+def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run", made("topk"))
+    (run / METRICS).write_text(json.dumps({"split": "train", "step": 1}) + "\n")
+    with pytest.raises(PipelineError, match="the run is not finished"):
+        publishes(run)
+    with_study(run, "x")
+    (run / METRICS).write_text(json.dumps({"split": "held_out"}) + "\n")
+    (run / "studies" / "splice" / "splice.json").write_text("{")
+    with pytest.raises(PipelineError, match="cannot be read as JSON"):
+        publishes(run)
