@@ -17,6 +17,7 @@ demo: .venv/installed  ## the whole pipeline on the embedded model, to a report
 	$(BIN)/python -m analyze study=steering run=runs/demo $(ANSWERS) study.scales=[5,-5] study.n_random=8 study.n_shuffled=3
 	$(BIN)/python -m analyze study=logit_lens run=runs/demo study.target=digit
 	$(BIN)/python -m analyze study=catalogue run=runs/demo
+	$(BIN)/python -m analyze study=browser run=runs/demo
 	$(BIN)/python -m analyze study=report run=runs/demo
 
 test: .venv/installed  ## the whole test suite, under 5 minutes on two cores

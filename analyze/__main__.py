@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from analyze import (
+    browser,
     catalogue,
     contrast,
     gsm8k,
@@ -27,6 +28,7 @@ from analyze import (
     steering,
 )
 from analyze import study as studies
+from analyze.browser.serve import serve
 from analyze.quality import markdown, quality, write
 from analyze.report import report
 from analyze.study import Outcome, Study
@@ -54,12 +56,15 @@ STUDIES: dict[str, tuple[Callable[[Study], Outcome], Callable[[Study], Mapping[s
     "reason_score": (reason_score.reason_score, _nothing),
     "catalogue": (catalogue.catalogue, _nothing),
     "stability": (stability.stability, stability.inputs),
+    "browser": (browser.browser, browser.inputs),
 }
 
 
 def command(settings: dict[str, Any]) -> None:
     """Run one study and say where its results are."""
-    name = settings["study"]["name"]
+    name, action = settings["study"]["name"], settings["action"]
+    if action not in ("run", "serve") or (action == "serve" and name != "browser"):
+        raise SettingError(f"action={action} with study={name} is not known; it is run, or serve with study=browser")
     if name == "sweep":
         return compare(settings)
     if settings["runs"] is not None:
@@ -87,6 +92,8 @@ def command(settings: dict[str, Any]) -> None:
         outcome = study.perform(perform, inputs(study))
         print("\n".join(studies.markdown(name, outcome)))
         print(f"\nresults are in {study.folder}", file=sys.stderr)
+        if action == "serve":
+            serve(study.folder, whole("port", settings["port"]))
 
 
 def study_of(settings: dict[str, Any], subject: Subject, device: torch.device) -> Study:

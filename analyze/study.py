@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from analyze.subject import Subject
 from data import durable
@@ -24,6 +26,7 @@ from harvest.lm import LanguageModel, ModelConfig
 from train import export
 
 FOLDER = "studies"  # in a run's directory
+FEATURES = "features.parquet"  # of a study that has something to say of every latent
 
 
 class Table(NamedTuple):
@@ -108,6 +111,13 @@ class Study:
         outcome = study(self)
         _write(self.folder, self.name, settings, outcome)
         return outcome
+
+
+def write_features(path: Path, columns: Mapping[str, Any]) -> None:
+    """A Parquet file of one row per latent; `feature` says which."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(dict(columns)), sink, compression="zstd")
+    durable.write(path, [memoryview(sink.getvalue())])
 
 
 def made(folder: Path) -> Path:

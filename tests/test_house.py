@@ -154,7 +154,12 @@ def test_readme_commands_run(tmp_path: Path) -> None:
             continue
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [sys.executable, *shorter(command[1:])], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+            [sys.executable, *shorter(command[1:])],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, (command, done.stderr)
         ran += 1

@@ -27,10 +27,21 @@ from analyze import gsm8k
 from analyze.causal import residuals
 from analyze.contrast import effects
 from analyze.contrast.effects import Design
-from analyze.contrast.findings import TOP, Features, Findings, Layer, figures, lists, pictures, summary, tables
+from analyze.contrast.findings import (
+    TOP,
+    Features,
+    Findings,
+    Layer,
+    figures,
+    lists,
+    of_features,
+    pictures,
+    summary,
+    tables,
+)
 from analyze.gsm8k import Answer
 from analyze.stats import Floats
-from analyze.study import Outcome, Study, dumped, made
+from analyze.study import FEATURES, Outcome, Study, dumped, made, write_features
 from data import durable
 from data.errors import NonFiniteError, SettingError, StopRequest
 from data.journal import Progress, tell
@@ -168,7 +179,7 @@ def contrast(study: Study) -> Outcome:
     """Cohen's d of every dimension at every layer and of every feature, each against shuffled labels.
 
     Leaves cohens_d.npy (layers, d), of every layer steering_vec_L{layer}.pt (`caa` of the same answers), and
-    contrastive_features_L{layer}.json.
+    contrastive_features_L{layer}.json, and features.parquet with the figures of every feature that was tested.
     """
     options = build(Options, "study", study.options)
     with StopRequest() as stop:
@@ -181,6 +192,8 @@ def contrast(study: Study) -> Outcome:
     durable.write(study.folder / "cohens_d.npy", [buffer.getbuffer()])
     chosen = {"layer": at, **lists(found), "options": vars(options)}
     durable.write(study.folder / f"contrastive_features_L{at}.json", [dumped(chosen).encode()])
+    if of_all := of_features(found):
+        write_features(study.folder / FEATURES, of_all)
     known = {**figures(found), "options": vars(options)}
     return Outcome(known, summary(known), tables(known), pictures(found))
 

@@ -131,17 +131,22 @@ def _of_features(found: tuple[Tested, Floats] | None) -> dict[str, Any] | None:
     return {**_against(tested.top, tested.null_top), "below_5_percent_fdr": below}
 
 
-def lists(found: Findings) -> dict[str, Any]:
-    """The features that fire most for right answers and for wrong ones, by d; each with its own figures."""
+def of_features(found: Findings) -> dict[str, Any]:
+    """Columns of figures of every feature that was tested; none if none was."""
     features = found.features
-    known = {**_counts(found), "tested": len(features.ids), "helpful": [], "harmful": []}
     if features.raw is None or features.means is None:
-        return known
-    d = features.raw[0].d
+        return {}
     table = {"feature": features.ids, "fired": features.fired, **_columns("", features.raw)}
     table |= {"mean_right": features.means[0], "mean_wrong": features.means[1]}
-    if features.adjusted:
-        table |= _columns("_adjusted", features.adjusted)
+    return table | (_columns("_adjusted", features.adjusted) if features.adjusted else {})
+
+
+def lists(found: Findings) -> dict[str, Any]:
+    """The features that fire most for right answers and for wrong ones, by d; each with its own figures."""
+    known = {**_counts(found), "tested": len(found.features.ids), "helpful": [], "harmful": []}
+    if not (table := of_features(found)):
+        return known
+    d = table["d"]
 
     def ends(sign: int) -> list[dict[str, Any]]:
         best = np.argsort(-sign * d, kind="stable")[:TOP]

@@ -23,7 +23,7 @@ from analyze.pictures import STYLE, empty, svg
 from analyze.reason_score.score import ALPHA, FORMULAS, LEVEL, Null, Scorer, halves, mark, matched
 from analyze.reason_score.words import read_corpus, words_of
 from analyze.stats import Floats, benjamini_hochberg, percentiles, permutation_p
-from analyze.study import Outcome, Picture, Study, Table
+from analyze.study import FEATURES, Outcome, Picture, Study, Table, write_features
 from data.errors import MismatchError, SettingError, StopRequest
 from data.settings import build
 from harvest import checkpoint
@@ -127,6 +127,8 @@ def reason_score(study: Study) -> Outcome:
         ],
         "contexts": {one: [_told(context, name) for context in contexts[one]] for one in shown},
     }
+    of_all = {"score": scores, "p": null.p, "q": q, "density": density}
+    write_features(study.folder / FEATURES, {"feature": tested, **{key: of_all[key][tested] for key in of_all}})
     caption = f"ReasonScore of the first {options.top} latents beside random vocabularies of the same frequencies"
     picture = Picture(caption, _picture(figures["null"], scores[rank[: options.top]]))
     return Outcome(figures, _summary(figures), _tables(figures, contexts, name), {"scores": picture})

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from scipy import sparse
@@ -28,7 +27,7 @@ from analyze import directions, pictures
 from analyze.stability import matching
 from analyze.stability.matching import NONE, Codes, Measured
 from analyze.stats import percentiles
-from analyze.study import Outcome, Picture, Study, Table
+from analyze.study import Outcome, Picture, Study, Table, write_features
 from analyze.subject import Subject, Unit
 from data import durable
 from data.errors import SettingError, StopRequest, StoreError
@@ -282,9 +281,7 @@ def _outcome(
     if assigned:
         columns["assigned"] = pa.array(assigned[0], mask=assigned[0] == NONE)
         columns["assigned_correlation"] = pa.array(assigned[1].r, mask=~alive)
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), sink, compression="zstd")
-    durable.write(study.folder / FILE, [memoryview(sink.getvalue())])
+    write_features(study.folder / FILE, columns)
     figures: dict[str, Any] = {
         "other": str(theirs.run),
         "layers": [study.subject.layer, theirs.layer],

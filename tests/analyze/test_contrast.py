@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from scipy import sparse
@@ -261,6 +262,9 @@ def test_the_study_leaves_directions_lists_and_pictures(study: Study) -> None:
         values = [sign * one["d"] for one in written[key]]
         assert values == sorted(values, reverse=True) and values[-1] > 0
         assert [np.sign(one["mean_right"] - one["mean_wrong"]) for one in written[key]] == [sign] * len(values)
+    every = pq.read_table(study.folder / "features.parquet").to_pylist()
+    assert len(every) == written["tested"]
+    assert [one for one in every if one["feature"] == written["helpful"][0]["feature"]] == [written["helpful"][0]]
     assert set(outcome.pictures) == {"contrast", "contrast_adjusted"}
     assert all(picture.svg.startswith("<svg") for picture in outcome.pictures.values())
     json.loads((study.folder / "contrast.json").read_text())

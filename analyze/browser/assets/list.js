@@ -1,0 +1,110 @@
+"use strict";
+// All features: searched, sorted, a hundred at a time.
+
+const ROWS = 100;
+
+const list = {
+  order: null, // features as they are sorted and filtered now
+  key: null, // what they were sorted and filtered by
+  haystacks: null, // of each feature its words in small letters
+};
+
+function sortOf(state) {
+  const text = state.get("sort") || "feature";
+  const descending = text.startsWith("-");
+  const key = descending ? text.slice(1) : text;
+  const known = key === "feature" || meta().columns.some((column) => column.key === key);
+  return known ? { key, descending } : { key: "feature", descending: false };
+}
+
+const meta = () => arrived.get("meta");
+const table = () => arrived.get("table");
+
+function words(feature) {
+  const { words: texts, strongest, raised } = table();
+  return { strongest: strongest[feature].map((at) => texts[at]), raised: raised[feature].map((at) => texts[at]) };
+}
+
+function matching(query, alive) {
+  const density = table().columns.density;
+  const every = [...density.keys()].filter((feature) => !alive || density[feature] > 0);
+  const text = query.trim().toLowerCase();
+  if (!text) return every;
+  list.haystacks ??= density.map((_, feature) => Object.values(words(feature)).flat().join("\n").toLowerCase());
+  const number = /^\d+$/.test(text) ? Number(text) : -1;
+  return every.filter((feature) => feature === number || list.haystacks[feature].includes(text));
+}
+
+// Features that have no figure come last either way; of equals the lower number comes first.
+function ordered(features, { key, descending }) {
+  if (key === "feature") return descending ? features.reverse() : features;
+  const values = table().columns[key];
+  const sign = descending ? -1 : 1;
+  return features.sort((a, b) => {
+    if (values[a] === null || values[b] === null) return (values[a] === null) - (values[b] === null) || a - b;
+    return sign * (values[a] - values[b]) || a - b;
+  });
+}
+
+function arrange(state) {
+  const sort = sortOf(state);
+  const query = state.get("q") || "";
+  const key = JSON.stringify([sort, query, state.get("alive")]);
+  if (list.key === key) return;
+  list.order = ordered(matching(query, state.get("alive") === "1"), sort);
+  const exact = /^\d+$/.test(query.trim()) ? list.order.indexOf(Number(query)) : -1;
+  if (exact > 0) list.order.unshift(...list.order.splice(exact, 1));
+  list.key = key;
+}
+
+function heads(state) {
+  const sort = sortOf(state);
+  const sortable = [{ key: "feature", label: "feature", about: "its number" }, ...meta().columns];
+  const cells = sortable.map(({ key, label, about }) => {
+    const active = key === sort.key;
+    // Numbers are looked at from the largest on, and so is every column that was looked at the other way round.
+    const next = key === "feature" ? (active && !sort.descending ? "-feature" : "feature") : active && sort.descending ? key : `-${key}`;
+    const button = el("button", { type: "button", title: about, "data-sort": next }, label, active ? (sort.descending ? " ↓" : " ↑") : "");
+    return el("th", { scope: "col", class: "number", "aria-sort": active ? (sort.descending ? "descending" : "ascending") : "none" }, button);
+  });
+  cells.splice(1, 0, el("th", { scope: "col" }, "strongest at"));
+  cells.push(el("th", { scope: "col" }, "raises"));
+  return cells;
+}
+
+function row(feature) {
+  const { strongest, raised } = words(feature);
+  const cells = meta().columns.map(({ key }) => el("td", { class: "number" }, figure(key, table().columns[key][feature])));
+  return el(
+    "tr",
+    {},
+    el("td", { class: "number" }, featureLink(feature)),
+    el("td", { class: "words" }, ...strongest.map(word)),
+    ...cells,
+    el("td", { class: "words" }, ...raised.map(word)),
+  );
+}
+
+function showList(state) {
+  arrange(state);
+  const last = Math.max(0, Math.ceil(list.order.length / ROWS) - 1);
+  const page = Math.min(Math.max(0, Number.parseInt(state.get("page") || "1", 10) - 1 || 0), last);
+  const from = page * ROWS;
+  const shown = list.order.slice(from, from + ROWS);
+  const head = document.querySelector("#features thead tr");
+  const focused = document.activeElement?.closest("#features th");
+  const at = focused ? [...head.children].indexOf(focused) : -1;
+  head.replaceChildren(...heads(state));
+  if (at >= 0) head.children[at].querySelector("button")?.focus();
+  document.querySelector("#features tbody").replaceChildren(...shown.map(row));
+  const input = document.getElementById("q");
+  if (input !== document.activeElement) input.value = state.get("q") || "";
+  document.getElementById("alive").checked = state.get("alive") === "1";
+  document.getElementById("found").textContent = `${list.order.length.toLocaleString("en")} of ${meta().features.toLocaleString("en")} features`;
+  document.getElementById("page").textContent = shown.length ? `${(from + 1).toLocaleString("en")} to ${(from + shown.length).toLocaleString("en")}` : "none";
+  for (const [id, target, off] of [["before", page, page === 0], ["after", page + 2, page === last]]) {
+    const button = document.getElementById(id);
+    button.disabled = off;
+    button.dataset.page = target;
+  }
+}

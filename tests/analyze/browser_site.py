@@ -1,0 +1,132 @@
+"""A feature browser of a small run whose tokens' texts are hostile, for the tests of its data and of its page."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from analyze import browser as package
+from analyze import catalogue
+from analyze.browser import PAGE, browser, inputs
+from analyze.browser.serve import server
+from analyze.catalogue.table import Ranked
+from analyze.study import FEATURES, Outcome, Study, write_features
+from analyze.subject import Subject
+from harvest.lm import ModelConfig
+from tests.analyze.conftest import F, Made, make_run, random_rows
+from train import export
+from train.sae import SAE
+
+HOSTILE = [
+    "<script>document.title='caught'</script>", "</script><script>document.title='caught'</script>",
+    "<img src=x onerror=\"document.title='caught'\">", "\u2028\u2029", "\u202egnp.exe\u2066", "\0\x1b[31m\x7f",
+    "\N{WOMAN}\u200d\N{PERSONAL COMPUTER}", " مرحبا", " שלום", '"\');//', "__proto__", "constructor", "\ud800",
+    "&lt;b&gt;", "${7*7}", "a\nb\r\tc", "%3Cb%3E", "", "  ", "z\u0337\u0321a\u0334l\u0336g\u0337o", "#feature=1",
+    "javascript:document.title='caught'",
+]  # fmt: skip
+
+
+class Built(NamedTuple):
+    """A browser and what it was made from."""
+
+    folder: Path
+    outcome: Outcome
+    made: Made
+    order: torch.Tensor  # (F,) of our latents in the other run
+
+
+def say(token: int) -> str:
+    """A text for every token id, each another: hostile, then its number. Not made visible: the page must stand it."""
+    return f"{HOSTILE[token % len(HOSTILE)]}{token}"
+
+
+def build(root: Path) -> Built:
+    """The folder; with the same latents in another order as another run, and with figures of two studies."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalogue, "_logits", _logits)
+        made = make_run(root, random_rows())
+        of_run(made.run)
+        order = torch.randperm(F, generator=torch.Generator().manual_seed(1))
+        same = made.sae
+        shuffled = SAE(same.W_enc[:, order], same.W_dec[order], same.b_enc[order], same.b_dec, same.k)
+        other = copied(made.run, root / "ot'her <b>&", shuffled)
+        of_run(other)
+        (study_of(other).folder / PAGE).touch()  # so that there is something to lead to
+        findings(made.run)
+        patch.setattr(package.contexts, "token_names", lambda *_: say)
+        study = study_of(made.run, others=[str(other)], contexts=3, samples=2)
+        return Built(study.folder, study.perform(browser, inputs(study)), made, order)
+
+
+def _logits(study: Study, *_: object) -> tuple[tuple[Ranked, Ranked], None]:
+    ids = np.arange(F * 4).reshape(F, 4) % 50
+    scores = np.linspace(2, 1, F * 4, dtype=np.float32).reshape(F, 4)
+    return (Ranked(scores, ids), Ranked(-scores, ids[::-1])), None
+
+
+def study_of(run: Path, name: str = "browser", **options: Any) -> Study:
+    return Study(name, Subject.open(run, None, torch.device("cpu")), options, ModelConfig("nowhere/none"))
+
+
+def of_run(run: Path) -> None:
+    """Make the run's catalogue."""
+    options = {"rows": 1e6, "part": "all", "top": 4, "quantiles": 5, "each": 3, "logits": 4}
+    study_of(run, "catalogue", **options).perform(catalogue.catalogue, {})
+
+
+def copied(run: Path, to: Path, weights: SAE) -> Path:
+    """The same run with other weights, and no studies."""
+    to.mkdir()
+    for file in run.iterdir():
+        if file.is_file():
+            (to / file.name).write_bytes(file.read_bytes())
+    export.write_final(weights, 1.0, to)
+    return to
+
+
+def findings(run: Path) -> None:
+    """The tables of contrast and stability, as those studies leave them."""
+
+    def leave(name: str, figures: dict[str, Any]) -> Path:
+        study = study_of(run, name)
+        study.perform(lambda _: Outcome(figures, []), {})
+        return study.folder
+
+    tested = {"feature": np.array([7, 3]), "d": np.array([1.5, -0.5]), "q": np.array([0.01, 0.2])}
+    write_features(leave("contrast", {}) / FEATURES, tested)
+    r = pa.array([None if at % 2 else at / F for at in range(F)], pa.float64())
+    matches = pa.table({"feature": np.arange(F), "correlation": r})
+    pq.write_table(matches, leave("stability", {"other": "runs/<i>b"}) / "matches.parquet")
+
+
+def read(folder: Path, name: str) -> Any:
+    """What a data file hands to the page."""
+    text = (folder / "data" / f"{name}.js").read_bytes().decode("ascii")
+    found = re.fullmatch(r'loaded\("([\w/]+)",(.*)\);\n', text)
+    assert found and found[1] == name
+    return json.loads(found[2])
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The page's address on a server that runs meanwhile."""
+    with server(folder, 0) as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            assert running.server_address[0] == "127.0.0.1"
+            yield f"http://127.0.0.1:{running.server_port}/{PAGE}"
+        finally:
+            running.shutdown()
+            thread.join()

@@ -1,0 +1,185 @@
+"""The feature browser's folder against the catalogue and brute force."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from analyze.browser import PAGE, browser, columns, inputs
+from analyze.browser.joins import TOP as PARTNERS
+from analyze.browser.pages import CHUNK
+from analyze.browser.script import script, short
+from analyze.browser.serve import server
+from analyze.browser.tokens import TOP
+from analyze.study import Outcome, Study
+from analyze.subject import Subject
+from data.errors import SettingError, StoreError
+from tests.analyze.browser_site import HOSTILE, Built, build, copied, findings, of_run, read, say, served, study_of
+from tests.analyze.conftest import F
+from tests.analyze.test_catalogue import Truth
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return build(tmp_path_factory.mktemp("browser"))
+
+
+# -- data --------------------------------------------------------------------------------------------------------
+
+
+def test_pages_are_the_catalogue(built: Built) -> None:
+    rows = pq.read_table(built.made.run / "studies/catalogue/features.parquet").to_pylist()
+    found = read(built.folder, "features/000")
+    assert len(rows) == F <= CHUNK and len(found["features"]) == F
+    words, shown = found["words"], 0
+
+    def check(context: list[Any], row: dict[str, Any]) -> None:
+        document, position, peak, tokens, pairs = context
+        assert (document, position, peak) == (row["document"], row["position"], row["peak"])
+        assert [words[at] for at in tokens] == [say(token) for token in row["tokens"]]
+        values = dict(zip(pairs[::2], pairs[1::2], strict=True))
+        for at, value in enumerate(row["activations"]):
+            assert values.get(at, 0) == pytest.approx(value, rel=1e-3) and (at in values) == (value != 0)
+
+    for own, row in zip(found["features"], rows, strict=True):
+        assert own["count"] == row["count"]
+        for key in ("mean", "std"):
+            assert own[key] == (None if row[key] is None else pytest.approx(row[key], rel=1e-3))
+        for context, there in zip(own["top"], row["top"][:3], strict=True):
+            check(context, there)
+            shown += 1
+        quantiles = [quantile for quantile, _ in own["quantiles"]]
+        assert quantiles == sorted({one["quantile"] for one in row["quantiles"]}, reverse=True)
+        for quantile, kept in own["quantiles"]:
+            there = [one for one in row["quantiles"] if one["quantile"] == quantile][:2]
+            for context, one in zip(kept, there, strict=True):
+                check(context, one)
+        if own["histogram"]:
+            first, *counts = own["histogram"]
+            assert [0] * first + counts == row["histogram"][: first + len(counts)] and sum(counts) == row["count"]
+        assert [(words[at], r) for at, r in own["raised"]] == [
+            (say(one["token"]), pytest.approx(one["logit"], rel=1e-3)) for one in row["raised"]
+        ]
+        assert [one[0] for one in own["neighbours"]] == [one["feature"] for one in row["neighbours"]]
+    assert shown > 90
+
+
+def test_the_list(built: Built) -> None:
+    table, meta = read(built.folder, "table"), read(built.folder, "meta")
+    rows = pq.read_table(built.made.run / "studies/catalogue/features.parquet").to_pylist()
+    assert [one["key"] for one in meta["columns"]] == list(table["columns"]) == built.outcome.figures["columns"]
+    assert built.outcome.figures["columns"] == ["density", "max", "d", "d_q", "stability"]
+    for row in rows:
+        at = row["feature"]
+        assert table["columns"]["density"][at] == pytest.approx(row["density"], rel=1e-3)
+        peaks = dict.fromkeys(say(one["tokens"][one["peak"]]) for one in row["top"])
+        assert [table["words"][one] for one in table["strongest"][at]] == list(peaks)[:3]
+        assert table["columns"]["d"][at] == {7: 1.5, 3: -0.5}.get(at)
+        assert table["columns"]["stability"][at] == (None if at % 2 else pytest.approx(at / F, rel=1e-3))
+
+
+def test_figures_of_another_sae_are_left_out(built: Built) -> None:
+    subject = Subject.open(built.made.run, None, torch.device("cpu"))
+    assert [one.key for one in columns.of_studies(subject, {"stability": Outcome({}, [])})] == ["stability"]
+    assert columns.of_studies(subject, {"reason_score": Outcome({}, [])}) == []  # its table is not there
+
+
+def test_tokens_against_brute_force(built: Built) -> None:
+    truth, every, shard = Truth(built.made), read(built.folder, "tokens"), read(built.folder, "tokens/000")
+    inside = ~truth.starts
+    ids, occurrences = np.unique(truth.tokens[inside], return_counts=True)
+    assert sorted(every["ids"]) == ids.tolist() and every["occurrences"] == sorted(occurrences, reverse=True)
+    for at in (0, 1, len(shard) - 1):
+        token = every["ids"][at]
+        f = truth.f[inside & (truth.tokens == token)]
+        assert every["occurrences"][at] == len(f) and every["texts"][at] == say(token)
+        flat = np.array(shard[at]).reshape(-1, 4)
+        best = np.sort(f.mean(0))[::-1][: min(TOP, (f > 0).any(0).sum())]
+        np.testing.assert_allclose(flat[:, 1], best, rtol=2e-3)
+        for feature, mean, share, mass in flat:
+            one = f[:, int(feature)]
+            expected = [one.mean(), (one > 0).mean(), one.sum() / truth.f[:, int(feature)].sum()]
+            np.testing.assert_allclose([mean, share, mass], expected, rtol=2e-3)
+
+
+def test_other_runs_against_brute_force(built: Built) -> None:
+    f = Truth(built.made).f
+    norm = np.linalg.norm(f, axis=0)
+    cosine = (f.T @ f) / np.maximum(np.outer(norm, norm), 1e-30)
+    place = {int(latent): at for at, latent in enumerate(built.order)}
+    checked = 0
+    for number, own in enumerate(read(built.folder, "features/000")["features"]):
+        (partners,) = own["others"]
+        if own["count"]:
+            assert partners[0] == [place[number], pytest.approx(1, abs=1e-4)]
+            expected = np.sort(cosine[number])[::-1][: len(partners)]
+            np.testing.assert_allclose([r for _, r in partners], expected, rtol=2e-3, atol=1e-6)
+            checked += len(partners) == PARTNERS
+    assert checked > 20
+    (other,) = read(built.folder, "meta")["others"]
+    page = "../../../ot%27her%20%3Cb%3E%26/studies/browser/index.html"
+    assert other == {"name": "ot'her <b>&", "layer": 3, "page": page}
+
+
+def test_scripts_are_ascii_and_numbers_short() -> None:
+    made = script("a", {"x": [*HOSTILE, 0.1]})
+    assert made.isascii() and b"<" not in made and b"\n" not in made[:-1]
+    assert json.loads(made[len('loaded("a",') : -3])["x"][:-1] == HOSTILE
+    assert short([1 / 3, 2.0, float("nan"), 1234567.0]) == [0.3333, 2, None, 1235000]
+    with pytest.raises(ValueError):
+        script("a", float("nan"))
+
+
+def test_done_again_only_if_something_changed(built: Built, tmp_path: Path) -> None:
+    run = copied(built.made.run, tmp_path / "run", built.made.sae)
+    of_run(run)
+    times: list[int] = []
+
+    def counted(study: Study) -> Outcome:
+        times.append(1)
+        return browser(study)
+
+    def again() -> int:
+        study = study_of(run)
+        study.perform(counted, inputs(study))
+        return len(times)
+
+    assert (again(), again()) == (1, 1)
+    assert read(run / "studies/browser", "meta")["as_ids"]  # there is no tokenizer at nowhere/none
+    (run / "studies/browser" / PAGE).unlink()
+    assert again() == 2
+    findings(run)
+    assert again() == 3
+    stale = run / "studies/browser/data/features/999.js"
+    stale.touch()
+    (run / "studies/browser/browser.json").unlink()
+    assert again() == 4 and not stale.exists()
+
+
+def test_refusals(built: Built, tmp_path: Path) -> None:
+    bare = copied(built.made.run, tmp_path / "bare", built.made.sae)
+    with pytest.raises(StoreError, match=r"no catalogue; run `python -m analyze study=catalogue run="):
+        inputs(study_of(bare))
+    with pytest.raises(StoreError, match="no catalogue"):
+        inputs(study_of(built.made.run, others=[str(bare)]))
+    for wrong in ({"contexts": 0}, {"samples": -1}, {"others": "runs/b"}, {"others": [""]}, {"rows": 0}):
+        with pytest.raises(SettingError, match=f"study.{next(iter(wrong))}"):
+            inputs(study_of(built.made.run, **wrong))
+
+
+def test_serving_is_of_this_machine_alone(built: Built, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="study=browser"):
+        server(tmp_path, 0)
+    with served(built.folder) as url:
+        port = int(url.split(":")[2].split("/")[0])
+        with pytest.raises(SettingError, match="cannot be had"):
+            server(built.folder, port)
+        with urllib.request.urlopen(url) as page:
+            assert b"<title>SAE features</title>" in page.read()

@@ -1,0 +1,204 @@
+"""The feature browser's page in a real Chromium, from the disk and served, with hostile text in every place."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+from analyze.browser import PAGE
+from analyze.browser.script import script
+from tests.analyze import chromium
+from tests.analyze.browser_site import Built, build, read, say, served
+from tests.analyze.chromium import Chromium
+from tests.analyze.conftest import F
+
+pytestmark = pytest.mark.skipif(chromium.FOUND is None, reason="no Chromium on this machine's PATH")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return build(tmp_path_factory.mktemp("browser"))
+
+
+@pytest.fixture(scope="module")
+def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    with Chromium(tmp_path_factory.mktemp("profile")) as one:
+        yield one
+
+
+@pytest.fixture(params=["file", "http"])
+def url(request: pytest.FixtureRequest, built: Built) -> Iterator[str]:
+    if request.param == "file":
+        yield (built.folder / PAGE).as_uri()
+        return
+    with served(built.folder) as address:
+        yield address
+
+
+def texts(chrome: Chromium, selector: str) -> list[str]:
+    found: list[str] = chrome.js(f"[...document.querySelectorAll({selector!r})].map((one) => one.textContent)")
+    return found
+
+
+def quiet(chrome: Chromium, url: str) -> None:
+    """Nothing was complained of, asked for from elsewhere, or run that came as text."""
+    assert chrome.troubles == []
+    base = url.rsplit("/", 1)[0]
+    assert chrome.requests and all(one.startswith((base, "data:,")) for one in chrome.requests)
+    assert "caught" not in chrome.js("document.title")
+    assert chrome.js("document.querySelectorAll('main script, main img, main b, main i').length") == 0
+
+
+def test_a_visit(chrome: Chromium, url: str, built: Built) -> None:
+    """List, sort, search, feature, next, back: by keys and clicks."""
+    table, page = read(built.folder, "table"), read(built.folder, "features/000")
+    density = table["columns"]["density"]
+    chrome.open(url)
+    assert texts(chrome, "#features tbody td:first-child") == [str(at) for at in range(F)]
+    assert not any("features/" in one for one in chrome.requests)  # chunks come when they are asked for
+    expected = [table["words"][one] for row in table["strongest"] for one in row]
+    assert [text.encode("utf-16", "surrogatepass") for text in texts(chrome, "td:nth-child(2) .word")] == [
+        text.encode("utf-16", "surrogatepass") for text in expected
+    ]
+    chrome.js("document.querySelector('th:nth-child(3) button').focus()")
+    chrome.press("Enter")
+    chrome.until("location.hash.includes('sort=-density') && document.querySelector('[aria-sort=descending]')")
+    by_density = sorted(range(F), key=lambda at: -density[at])
+    assert texts(chrome, "#features tbody td:first-child") == list(map(str, by_density))
+    assert chrome.js("document.querySelector('[aria-sort=descending]').textContent") == "density ↓"
+    assert chrome.js("document.activeElement.textContent") == "density ↓"  # the focus stays on what was pressed
+    chrome.press("/")
+    chrome.until("document.activeElement.id === 'q'")
+    for key in "zalg":
+        chrome.press(key)
+    chrome.press("Escape")
+    chrome.js(
+        "document.getElementById('q').value = ' 7 '; document.getElementById('q').dispatchEvent(new Event('input'))"
+    )
+    chrome.until("location.hash.includes('q=') && document.querySelector('#features tbody a')?.textContent === '7'")
+    chrome.js("document.querySelector('#features tbody a').click()")
+    chrome.until("document.documentElement.dataset.view === 'feature'")
+    assert chrome.js("document.activeElement.textContent") == "Feature 7"
+    assert chrome.js("document.querySelectorAll('.side h3').length") == 4  # logits, neighbours and the other run
+    if url.startswith("file:"):
+        there = built.made.run.parent / "ot'her <b>&/studies/browser" / PAGE
+        led = chrome.js("document.querySelector('.side > :last-child a').href")
+        assert unquote(led) == f"file://{there}#feature={page['features'][7]['others'][0][0][0]}"
+    own = page["features"][7]
+    lines = texts(chrome, ".context")
+    for context, line in zip(own["top"], lines, strict=False):
+        whole = "".join(page["words"][at] for at in context[3])
+        assert line.encode("utf-16", "surrogatepass") == whole.encode("utf-16", "surrogatepass")
+    shaded = chrome.js(
+        "[...document.querySelector('.context').querySelectorAll('span')].map((one) => [one.title, one.className])"
+    )
+    assert len(shaded) == len(own["top"][0][4]) // 2 and sum(kind == "peak" for _, kind in shaded) == 1
+    assert chrome.js("document.querySelectorAll('svg rect').length") == len(own["histogram"]) - 1
+    chrome.press("Escape")
+    chrome.until("document.documentElement.dataset.view === 'list' && location.hash.includes('q=')")
+    assert chrome.js("document.activeElement.textContent") == "7"  # on the row that one comes from
+    quiet(chrome, url)
+
+
+def test_keys_and_tokens(chrome: Chromium, built: Built) -> None:
+    every, url = read(built.folder, "tokens"), (built.folder / PAGE).as_uri()
+    chrome.open(f"{url}#sort=-density")
+    order = texts(chrome, "#features tbody td:first-child")
+    chrome.press("j")
+    chrome.press("j")
+    assert chrome.js("document.activeElement.textContent") == order[1]
+    chrome.press("Enter")
+    chrome.until(f"document.getElementById('feature-title')?.textContent === 'Feature {order[1]}'")
+    for key, at in (("j", 2), ("k", 1), ("ArrowLeft", 0), ("k", 0)):
+        chrome.press(key)
+        chrome.until(f"document.getElementById('feature-title').textContent === 'Feature {order[at]}'")
+    chrome.press("t")
+    chrome.until("document.activeElement.id === 'token-q'")
+    wanted = say(every["ids"][5])
+    chrome.js(f"document.getElementById('token-q').value = {json.dumps(wanted)}")
+    chrome.js("document.getElementById('token-q').dispatchEvent(new Event('input'))")
+    chrome.until("document.querySelector('#token tbody tr')")
+    feature, mean, *_ = read(built.folder, "tokens/000")[5]
+    assert texts(chrome, "#token tbody tr:first-child td")[:1] == [str(feature)]
+    assert float(texts(chrome, "#token tbody tr:first-child td")[1]) == pytest.approx(mean, rel=1e-2)
+    assert texts(chrome, "#token .word")[0] == wanted
+    quiet(chrome, url)
+
+
+def test_a_file_that_is_missing_is_said(chrome: Chromium, built: Built) -> None:
+    page = built.folder / "data/features/000.js"
+    kept = page.read_bytes()
+    page.unlink()
+    try:
+        chrome.open((built.folder / PAGE).as_uri() + "#feature=1")
+        assert texts(chrome, "#error") == ["data/features/000.js cannot be read"]
+    finally:
+        page.write_bytes(kept)
+    for wrong in ("#feature=40", "#feature=-1", "#feature=x"):
+        chrome.open((built.folder / PAGE).as_uri() + wrong)
+        assert texts(chrome, "#error")[0].startswith("there is no feature") and chrome.troubles == []
+
+
+def test_pages_of_a_long_list_and_features_without_a_figure(chrome: Chromium, built: Built, tmp_path: Path) -> None:
+    for asset in built.folder.glob("*.*"):
+        (tmp_path / asset.name).write_bytes(asset.read_bytes())
+    (tmp_path / "data").mkdir()
+    known = [None if at % 5 == 0 else at % 7 for at in range(250)]
+    density = [0 if at < 20 else 0.5 for at in range(250)]
+    table = {"words": ["Ab"], "strongest": [[0] if at == 240 else [] for at in range(250)], "raised": [[]] * 250}
+    meta = read(built.folder, "meta") | {
+        "features": 250,
+        "columns": [{"key": key, "label": key, "about": ""} for key in "xy"],
+    }
+    meta["columns"][1]["key"] = "density"
+    (tmp_path / "data/meta.js").write_bytes(script("meta", meta))
+    (tmp_path / "data/table.js").write_bytes(script("table", table | {"columns": {"x": known, "density": density}}))
+    page = (tmp_path / PAGE).as_uri()
+    for sort, sign in (("x", 1), ("-x", -1)):
+        expected = sorted(range(250), key=lambda at: (known[at] is None, sign * (known[at] or 0), at))
+        found = []
+        for number in (1, 2, 3):
+            chrome.open(f"{page}#sort={sort}&page={number}")
+            found += texts(chrome, "#features tbody td:first-child")
+        assert found == list(map(str, expected))
+    assert chrome.js("document.getElementById('after').disabled && !document.getElementById('before').disabled")
+    for state, count in (("alive=1", 230), ("q=AB", 1), ("q=240", 1), ("q=nothing", 0), ("sort=__proto__&page=99", 50)):
+        chrome.open(f"{page}#{state}")
+        shown = len(texts(chrome, "#features tbody tr"))
+        assert shown == min(count, 100) and chrome.troubles == []
+        if count not in (50,):
+            assert texts(chrome, "#found") == [f"{count} of 250 features"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast_is_enough_in_light_and_dark(chrome: Chromium, built: Built, scheme: str) -> None:
+    """WCAG AA: 4.5 to 1, of text on what is behind it, the darkest shade included."""
+    chrome.tell("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    chrome.open((built.folder / PAGE).as_uri() + "#feature=7")
+    seen = chrome.js(
+        "['body', '#about', 'nav a', '.word', '.value', '.context .peak'].map((at) => { const one = getComputedStyle("
+        "document.querySelector(at)); return [at, one.color, one.backgroundColor]; })"
+    )
+    paper = colour(seen[0][2])[:3]
+    assert (luminance(paper) > 0.5) == (scheme == "light")
+    for name, ink, behind in seen:
+        *rgb, alpha = colour(behind)
+        under = [alpha * a + (1 - alpha) * b for a, b in zip(rgb, paper, strict=True)]
+        low, high = sorted((luminance(colour(ink)[:3]), luminance(under)))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, name
+
+
+def colour(said: str) -> list[float]:
+    """Red, green, blue, opacity of rgb(...) or rgba(...)."""
+    found = [float(one) for one in re.findall(r"[\d.]+", said)]
+    return [*found, 1.0][:4]
+
+
+def luminance(rgb: list[float]) -> float:
+    linear = [one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in (c / 255 for c in rgb)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
