@@ -28,6 +28,7 @@ _ORDER = [
     "logit_lens",
     "reason_score",
     "catalogue",
+    "browser",
     "stability",
 ]
 

@@ -79,3 +79,11 @@ def random_bits() -> NDArray[np.uint16]:
     """(1000, 24) bfloat16 bits of normal rows."""
     values = torch.randn(1008, 24, generator=torch.Generator().manual_seed(1))
     return values.bfloat16().view(torch.uint16).numpy()
+
+
+_LONGEST = ("test_house.py", "test_kills.py", "test_faults.py", "test_lm.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no process waits for another one in the end."""
+    items.sort(key=lambda item: item.path.name not in _LONGEST)

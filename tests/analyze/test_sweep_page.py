@@ -44,7 +44,16 @@ def folder(planted: Planted, tmp_path: Path) -> Path:
 def asked(runs: Any, **changes: Any) -> dict[str, Any]:
     """Settings of the command."""
     study = {"name": "sweep", "rows": 1e6}
-    return {"study": study, "run": None, "runs": runs, "out": None, "store": None, "device": "cpu", **changes}
+    return {
+        "study": study,
+        "run": None,
+        "runs": runs,
+        "out": None,
+        "action": "run",
+        "store": None,
+        "device": "cpu",
+        **changes,
+    }
 
 
 # -- which runs --------------------------------------------------------------------------------------------------

@@ -79,6 +79,7 @@ def test_the_others_make_what_a_killed_rank_leaves(tmp_path: Path, one: dict[str
     assert contents(tmp_path / "s.zarr") == one
 
 
+@pytest.mark.long
 def test_torchrun(tmp_path: Path, one: dict[str, bytes]) -> None:
     """Ranks come from RANK and WORLD_SIZE; `accelerate launch` sets the same two."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *arguments("store=s.zarr")]
