@@ -98,7 +98,10 @@ class Asking:
 
 def inputs(study: Study) -> dict[str, Any]:
     """What answers depend on, for `Study.perform`."""
-    found = _read(study)
+    return _inputs(study, _read(study))
+
+
+def _inputs(study: Study, found: Sequence[Problem | Solution]) -> dict[str, Any]:
     asked = [asdict(one) for one in found]
     return {"problems": durable.digest(dumped(asked).encode()), "answers": asdict(_asking(study))}
 
@@ -118,7 +121,7 @@ def answers(study: Study, stop: StopRequest | None = None) -> list[Answer]:
         return _of_solutions(study.lm.tokenizer, labelled, asking)
     asked = [one for one in found if isinstance(one, Problem)]
     device = torch.device(study.model.device).type  # sums round otherwise on another kind
-    key = {"weights": study.identity["weights"], "dtype": study.model.dtype, "device": device, **inputs(study)}
+    key = {"weights": study.identity["weights"], "dtype": study.model.dtype, "device": device, **_inputs(study, found)}
     folder = made(study.folder.parent / "gsm8k")
     path = folder / f"answers-{durable.digest(dumped(key).encode())[:12]}.jsonl"
     kept = [_revived(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -194,12 +194,6 @@ def auroc(score: ArrayLike, label: NDArray[np.bool_]) -> float:
     return float((ranks[label].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
 
 
-def auroc_interval(score: ArrayLike, label: NDArray[np.bool_], draws: int = 1000, seed: int = 0) -> Interval:
-    """Bootstrap interval of `auroc` over cases."""
-    values = np.asarray(score, np.float64)
-    return bootstrap(lambda cases: auroc(values[cases], label[cases]), len(values), draws, seed)[0]
-
-
 # -- rank correlation --------------------------------------------------------------------------------------------
 
 

@@ -1,12 +1,12 @@
 """What every latent is: density, moments, strongest contexts and quantiles, histogram, logits, neighbours.
 
 For all latents in one pass over stored rows, without a language-model pass. Every unit is encoded once and its pairs
-of latent and token are kept as a file of the inverted index (analyze/catalogue/index.py), by which the study goes on
-where it was stopped; the rest follows from the index: a state of 4 kB a latent (feature_state.py), and the
-table (feature_table.py). In the study's folder:
+of latent and token are kept as a file of the inverted index (index.py), by which the study goes on where it was
+stopped; the rest follows from the index: a state of 4 kB a latent (state.py), and the table (table.py). In the study's
+folder:
 
     features.parquet            one row per latent
-    index/unit_NNNNNN.parquet   where latents fire: `inverted_index.Index.open(folder / "index").search(latent)`
+    index/unit_NNNNNN.parquet   where latents fire: `index.Index.open(folder / "index").search(latent)`
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from analyze.catalogue import table as feature_table
 from analyze.catalogue.index import Index
 from analyze.catalogue.state import SEED, State
 from analyze.catalogue.table import Content, Ranked
-from analyze.study import Outcome, Picture, Study, Table
+from analyze.study import FEATURES, Outcome, Picture, Study, Table
 from analyze.subject import Subject
 from data import durable
 from data.errors import PipelineError, SettingError, StopRequest, StoreError
@@ -35,7 +35,7 @@ from data.journal import Progress, duration
 from data.reader import held_out_units, require_complete
 from data.settings import build
 
-FILE, FOLDER = "features.parquet", "index"
+FILE, FOLDER = FEATURES, "index"
 PARTS = ("held_out", "all")
 _SAMPLE = 3  # random places kept per place shown: with 10 quantiles of 5, one in 2,000 quantiles is left with fewer
 _NEIGHBOURS = 10
