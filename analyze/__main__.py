@@ -19,7 +19,6 @@ from analyze import (
     catalogue,
     contrast,
     gsm8k,
-    imported,
     logit_lens,
     reason_score,
     splice,
@@ -29,6 +28,7 @@ from analyze import (
 )
 from analyze import study as studies
 from analyze.browser.serve import serve
+from analyze.interop import imported
 from analyze.quality import markdown, quality, write
 from analyze.report import report
 from analyze.study import Outcome, Study

@@ -10,7 +10,7 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from analyze import imported
+from analyze.interop import imported
 from analyze.__main__ import command
 from analyze.quality import quality
 from analyze.subject import Subject

@@ -1,0 +1,1 @@
+"""What other projects read of a run, and other people's SAEs as runs of ours."""
