@@ -10,8 +10,8 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from analyze.interop import imported
 from analyze.__main__ import command
+from analyze.interop import imported
 from analyze.quality import quality
 from analyze.subject import Subject
 from data.errors import PipelineError
