@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from data import durable
 
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed")
 STYLE: Any = {
@@ -76,4 +79,16 @@ def svg(figure: Figure) -> str:
     text = io.StringIO()
     metadata: dict[str, Any] = {"Date": None, "Creator": None, "Type": None, "Format": None}
     figure.savefig(text, format="svg", transparent=True, metadata=metadata)
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    return _own_ids(text.getvalue()[text.getvalue().index("<svg") :])
+
+
+def _own_ids(text: str) -> str:
+    """The picture with ids that no other one has, so that many fit into one page; those that nothing refers to go."""
+    own = durable.digest(text.encode())[:8]
+    used = set(re.findall(r"#([\w.-]+)", text))
+
+    def renamed(found: re.Match[str]) -> str:
+        return f' id="{own}-{found[1]}"' if found[1] in used else ""
+
+    text = re.sub(r' id="([^"]*)"', renamed, text)
+    return re.sub(r'(href="#|url\(#)', rf"\g<1>{own}-", text)

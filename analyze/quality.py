@@ -33,6 +33,17 @@ from data.moments import Moments
 BATCH_ROWS = 4096  # the reference's batch
 _DEAD_SPANS = (1_000_000, 10_000_000, 100_000_000)  # tokens
 _HISTOGRAM_BINS = 40
+NAMED = {  # figures of all rows together that are one number, as people read them
+    "scalar": "variance explained, scalar (the reference SAE's definition)",
+    "batch_mean": "variance explained, about the batch's mean (sparsify)",
+    "mean_of_ratios": "variance explained, mean of the rows' ratios (SAELens, legacy)",
+    "variance_of_error": "variance explained, by variance of the error (dictionary_learning)",
+    "mse_per_element": "MSE per element",
+    "l0": "L0, latents per token",
+    "cosine": "cosine of row and reconstruction",
+    "l2_ratio": "norm of reconstruction / norm of row",
+    "shrinkage": "shrinkage (1 is none)",
+}
 
 
 class Rows(NamedTuple):
@@ -270,7 +281,7 @@ def markdown(subject: Subject, figures: dict[str, Any]) -> list[str]:
     lines = [
         f"# Quality of {subject.run.name}",
         "",
-        f"TopK SAE, {figures['d_sae']:,} latents, k = {subject.sae.k}, on layer {subject.layer} of {model}. "
+        f"SAE of {figures['d_sae']:,} latents, L0 {figures['l0']:.1f}, on layer {subject.layer} of {model}. "
         f"Measured on {figures['rows']:,} held-out rows of {figures['documents']:,} documents; brackets are 95 % "
         "intervals from resampling documents.",
         "",
@@ -279,18 +290,7 @@ def markdown(subject: Subject, figures: dict[str, Any]) -> list[str]:
         f"| variance explained, centred | {figures['variance_explained']['as trained']['centred']:.4f} "
         f"[{low:.4f}, {high:.4f}] |",
     ]
-    named = {
-        "batch_mean": "variance explained, about the batch's mean (sparsify)",
-        "mean_of_ratios": "variance explained, mean of the rows' ratios (SAELens, legacy)",
-        "variance_of_error": "variance explained, by variance of the error (dictionary_learning)",
-        "scalar": "variance explained, scalar (the reference SAE's definition)",
-        "mse_per_element": "MSE per element",
-        "l0": "L0",
-        "cosine": "cosine",
-        "l2_ratio": "norm ratio",
-        "shrinkage": "shrinkage (1 is none)",
-    }
-    lines += [f"| {text} | {figures[key]:.4f} |" for key, text in named.items()]
+    lines += [f"| {text} | {figures[key]:.4f} |" for key, text in NAMED.items()]
     if (lost := summary.variance_lost(subject.store, subject.layer)) is not None:
         codec = subject.store.manifest["codec"]
         lines += [f"| variance of its rows that the store lost (codec {codec}) | {lost:.2e} |"]

@@ -9,9 +9,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from analyze import contexts, pictures, study
-from analyze.quality import quality, write
+from analyze import browser, contexts, pictures, study
+from analyze.quality import NAMED, quality, write
 from analyze.subject import Subject
+from analyze.sweep import page as sweep_page
 from data import durable, summary
 from data.errors import StoreError
 from data.journal import read_metrics
@@ -28,9 +29,17 @@ _ORDER = [
     "logit_lens",
     "reason_score",
     "catalogue",
-    "browser",
     "stability",
 ]
+_FILES = ("browser", "saebench", "delphi", "neuronpedia")  # what these say is where their files are
+_REFERENCE = {  # what the model card of the public TopK SAE of layer 21 of Gemma 4 E4B states
+    "scalar": "0.939, of one training batch",
+    "mse_per_element": "about 0.181",
+    "l0": "128",
+    "coverage": "62.0 %",
+    "dead": "0 of 32,768",
+}
+_COVERAGE_ROWS = 4096  # in which the reference counts coverage: one batch
 
 
 def report(subject: Subject, limit: int, model_path: str | None) -> Path:
@@ -48,16 +57,19 @@ def report(subject: Subject, limit: int, model_path: str | None) -> Path:
     except ValueError as error:
         raise StoreError(f"{measured} is not JSON; delete it, and it is measured again") from error
     metrics = read_metrics(subject.run / "metrics.jsonl")
+    final = [record for record in metrics if record["split"] == "held_out"][-1]
     environment = Environment(loader=PackageLoader("analyze"), autoescape=True, undefined=StrictUndefined)
     page = environment.get_template("report.html").render(
         name=subject.run.name,
         run=_run_facts(subject),
         store=_store_facts(subject),
         figures=figures,
-        final=[record for record in metrics if record["split"] == "held_out"][-1],
+        quality=_quality(figures, final),
+        final=final,
         pictures={name: Markup(svg) for name, svg in _pictures(figures, metrics).items()},  # ours, no foreign text
         features=_features(subject, limit, model_path),
         studies=_studies(subject),
+        sweep=_sweep(subject),
     )
     path = subject.run / "report.html"
     durable.write(path, [page.encode()])
@@ -104,6 +116,25 @@ def _store_facts(subject: Subject) -> dict[str, Any]:
         "store": f"{subject.store.name}, {subject.store.units} units, codec {manifest['codec']}"
         + ("" if lost is None else f", which lost {lost:.2e} of the rows' variance"),
     }
+
+
+def _quality(figures: dict[str, Any], final: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(figure, of this run, of the reference SAE)."""
+    rows = [(label, f"{figures[key]:.4f}", _REFERENCE.get(key, "")) for key, label in NAMED.items()]
+    if seen := [point["share"] for point in figures["coverage"] if point["rows"] == _COVERAGE_ROWS]:
+        label = f"latents that fire within {_COVERAGE_ROWS:,} tokens"
+        rows.append((label, f"{100 * seen[0]:.1f} %", _REFERENCE["coverage"]))
+    dead = f"{final['dead']:,} of {figures['d_sae']:,}"
+    rows.append(("dead latents at the end of training", dead, _REFERENCE["dead"]))
+    often, cosine = figures["density"], figures["decoder_cosine"]
+    return [
+        *rows,
+        (f"latents silent on all {figures['rows']:,} held-out tokens", f"{figures['silent']:,}", ""),
+        ("latents that fire on more than 1 % of tokens", f"{often['above_1_percent']:,}", ""),
+        ("latents that fire on more than 10 %", f"{often['above_10_percent']:,}", ""),
+        ("cosine of each latent with its nearest other: median", f"{cosine['median']:.3f}", ""),
+        ("the same, largest", f"{cosine['max']:.3f}", ""),
+    ]
 
 
 def _pictures(figures: dict[str, Any], metrics: list[dict[str, Any]]) -> dict[str, str]:
@@ -155,15 +186,33 @@ def _pictures(figures: dict[str, Any], metrics: list[dict[str, Any]]) -> dict[st
 def _studies(subject: Subject) -> dict[str, dict[str, Any]]:
     """What the run's studies found, in the order in which one reads them."""
     found = study.done(subject)
-    order = sorted(found, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
+    order = sorted(
+        found, key=lambda name: (name in _FILES, _ORDER.index(name) if name in _ORDER else len(_ORDER), name)
+    )
     return {
         name: {
+            "finds": name not in _FILES and found[name].summary,
             "summary": found[name].summary,
             "tables": found[name].tables,
             "pictures": [(picture.caption, Markup(picture.svg)) for picture in found[name].pictures.values()],
             "file": f"{study.FOLDER}/{name}/{name}.json",
+            "page": f"{study.FOLDER}/{name}/{browser.PAGE}" if name == "browser" else None,
         }
         for name in order
+    }
+
+
+def _sweep(subject: Subject) -> dict[str, Any] | None:
+    """What `study=sweep` said of the sweep that the run is an arm of; None if it is none, or was not compared."""
+    run = subject.run.absolute()
+    found = sweep_page.read(run.parent, subject.layer)
+    if found is None or run.name not in found.arms:
+        return None
+    return {
+        "verdict": found.verdict,
+        "picture": (found.caption, Markup(found.svg)),
+        "file": f"../{sweep_page.JSON}",
+        "page": f"../{sweep_page.PAGE}",
     }
 
 

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -17,16 +17,45 @@ from analyze.sweep.arms import Arm, labels, short
 from analyze.sweep.plot import Point, said
 from data import durable
 
-JSON, MARKDOWN, PAGE = "sweep.json", "sweep.md", "sweep.html"
+JSON, MARKDOWN, PAGE, PICTURE = "sweep.json", "sweep.md", "sweep.html", "sweep_layer_{}.svg"
+
+Drawn = list[tuple[str, str]]  # (caption, SVG)
+
+
+class Shown(NamedTuple):
+    """What the files say of one layer."""
+
+    arms: list[str]
+    verdict: list[str]
+    caption: str
+    svg: str
 
 
 def write(folder: Path, figures: dict[str, Any], arms: Sequence[Arm]) -> Path:
-    """Write sweep.json, sweep.md and sweep.html into `folder`; the page's path."""
+    """Write sweep.json, sweep.md, sweep.html and each layer's first picture into `folder`; the page's path."""
     durable.make_directory(folder)
-    durable.write(folder / JSON, [json.dumps(figures, indent=1, allow_nan=False).encode() + b"\n"])
+    drawn = [_pictures(one, [arm for arm in arms if arm.layer == one["layer"]], figures) for one in figures["layers"]]
+    layers = []
+    for layer, shown in zip(figures["layers"], drawn, strict=True):
+        caption, svg = shown[0]
+        durable.write(folder / PICTURE.format(layer["layer"]), [svg.encode()])
+        layers.append({**layer, "picture": caption})
+    said_of_all = json.dumps({**figures, "layers": layers}, indent=1, allow_nan=False)
+    durable.write(folder / JSON, [said_of_all.encode() + b"\n"])
     durable.write(folder / MARKDOWN, ["\n".join(markdown(figures)).encode() + b"\n"])
-    durable.write(folder / PAGE, [_page(folder, figures, arms).encode()])
+    durable.write(folder / PAGE, [_page(folder, figures, drawn).encode()])
     return folder / PAGE
+
+
+def read(folder: Path, layer: int) -> Shown | None:
+    """What `write` left of a layer in `folder`; None if there is nothing whole."""
+    try:
+        layers = json.loads((folder / JSON).read_bytes())["layers"]
+        (one,) = (one for one in layers if one["layer"] == layer)
+        svg = (folder / PICTURE.format(layer)).read_text()
+        return Shown([arm["name"] for arm in one["arms"]], verdict(one, _labels(one)), one["picture"], svg)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def markdown(figures: dict[str, Any]) -> list[str]:
@@ -159,13 +188,12 @@ def _with_interval(arm: dict[str, Any], key: str, digits: int = 4) -> str:
 # -- the page ----------------------------------------------------------------------------------------------------
 
 
-def _page(folder: Path, figures: dict[str, Any], arms: Sequence[Arm]) -> str:
+def _page(folder: Path, figures: dict[str, Any], drawn: Sequence[Drawn]) -> str:
     environment = Environment(loader=PackageLoader("analyze"), autoescape=True, undefined=StrictUndefined)
     layers = []
-    for layer in figures["layers"]:
+    for layer, shown in zip(figures["layers"], drawn, strict=True):
         name_of = _labels(layer)
         heads, rows = table(figures, layer)
-        drawn = _pictures(layer, [arm for arm in arms if arm.layer == layer["layer"]], figures["settings"], name_of)
         layers.append(
             {
                 "layer": layer["layer"],
@@ -175,7 +203,7 @@ def _page(folder: Path, figures: dict[str, Any], arms: Sequence[Arm]) -> str:
                     {"cells": row, "run": visible(arm["run"]), "class": _class(arm, layer)}
                     for row, arm in zip(rows, layer["arms"], strict=True)
                 ],
-                "pictures": [(caption, Markup(svg)) for caption, svg in drawn],  # ours; matplotlib escapes its texts
+                "pictures": [(caption, Markup(svg)) for caption, svg in shown],  # ours; matplotlib escapes texts
             }
         )
     return environment.get_template("sweep.html").render(
@@ -195,10 +223,9 @@ def _class(arm: dict[str, Any], layer: dict[str, Any]) -> str:
     return "" if arm["finished"] else "unfinished"
 
 
-def _pictures(
-    layer: dict[str, Any], arms: Sequence[Arm], keys: Sequence[str], name_of: Callable[[str], str]
-) -> list[tuple[str, str]]:
-    """(caption, SVG): three figures against the swept setting, then curves, a picture for each line of those."""
+def _pictures(layer: dict[str, Any], arms: Sequence[Arm], figures: dict[str, Any]) -> Drawn:
+    """Three figures against the swept setting, then curves, a picture for each line of those."""
+    keys, name_of = figures["settings"], _labels(layer)
     standing = {arm["name"]: arm for arm in layer["arms"]}
     shown = [arm for arm in arms if arm.name in standing]
     axes = pictures.layout(shown, keys)

@@ -102,14 +102,14 @@ class Chromium:
             assert time.monotonic() < end, f"never came true: {expression}"
             time.sleep(0.01)
 
-    def open(self, url: str) -> None:
-        """Go to a page of the feature browser, and wait until it is shown. What was noted before is forgotten."""
+    def open(self, url: str, ready: str = "document.documentElement?.dataset.view !== undefined") -> None:
+        """Go to a page and wait until it is shown, by default one of the feature browser's. Notes are forgotten."""
         self.tell("Page.navigate", url="about:blank")
         self.until("location.href === 'about:blank'")
         self.troubles.clear()
         self.requests.clear()
         self.tell("Page.navigate", url=url)
-        self.until("document.documentElement?.dataset.view !== undefined")
+        self.until(ready)
 
     def press(self, key: str) -> None:
         """A key of the keyboard, into whatever has the focus."""

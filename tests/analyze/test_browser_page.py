@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
@@ -13,6 +12,7 @@ import pytest
 from analyze.browser import PAGE
 from analyze.browser.script import script
 from tests.analyze import chromium
+from tests.analyze.accessibility import audit
 from tests.analyze.browser_site import Built, build, read, say, served
 from tests.analyze.chromium import Chromium
 from tests.analyze.conftest import F
@@ -176,29 +176,7 @@ def test_pages_of_a_long_list_and_features_without_a_figure(chrome: Chromium, bu
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_contrast_is_enough_in_light_and_dark(chrome: Chromium, built: Built, scheme: str) -> None:
-    """WCAG AA: 4.5 to 1, of text on what is behind it, the darkest shade included."""
-    chrome.tell("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-    chrome.open((built.folder / PAGE).as_uri() + "#feature=7")
-    seen = chrome.js(
-        "['body', '#about', 'nav a', '.word', '.value', '.context .peak'].map((at) => { const one = getComputedStyle("
-        "document.querySelector(at)); return [at, one.color, one.backgroundColor]; })"
-    )
-    paper = colour(seen[0][2])[:3]
-    assert (luminance(paper) > 0.5) == (scheme == "light")
-    for name, ink, behind in seen:
-        *rgb, alpha = colour(behind)
-        under = [alpha * a + (1 - alpha) * b for a, b in zip(rgb, paper, strict=True)]
-        low, high = sorted((luminance(colour(ink)[:3]), luminance(under)))
-        assert (high + 0.05) / (low + 0.05) >= 4.5, name
-
-
-def colour(said: str) -> list[float]:
-    """Red, green, blue, opacity of rgb(...) or rgba(...)."""
-    found = [float(one) for one in re.findall(r"[\d.]+", said)]
-    return [*found, 1.0][:4]
-
-
-def luminance(rgb: list[float]) -> float:
-    linear = [one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in (c / 255 for c in rgb)]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+@pytest.mark.parametrize("view", ["", "#feature=7", "#tokens=", "#tokens=script&id=0", "#q=nothing%20at%20all"])
+def test_everybody_can_read_it(chrome: Chromium, built: Built, view: str, scheme: str) -> None:
+    chrome.open((built.folder / PAGE).as_uri() + view)
+    assert audit(chrome, scheme) == []

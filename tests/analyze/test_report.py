@@ -22,11 +22,15 @@ from analyze.contexts import choose, firing_counts, top_contexts, visible
 from analyze.report import report
 from analyze.study import Outcome, Picture, Study, Table, done
 from analyze.subject import Subject
+from analyze.sweep import page as sweep_page
+from analyze.sweep import sweep
+from analyze.sweep.arms import read_all
 from data.errors import PipelineError
 from data.reader import held_out_units
 from harvest.lm import ModelConfig
 from tests.analyze.conftest import F, Made, make_run, random_rows
 from tests.analyze.test_quality import dense
+from tests.analyze.test_sweep import make_arm, planted_sae, planted_store
 from tests.conftest import BOS
 
 
@@ -69,9 +73,11 @@ class _Page(HTMLParser):
         super().__init__()
         self.tags: list[str] = []
         self.links: list[str] = []
+        self.ids: list[str] = []
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        self.ids += [value or "" for name, value in attributes if name == "id"]
         self.links += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href")]
 
 
@@ -101,7 +107,8 @@ def test_token_text_stays_text(subject: Subject, monkeypatch: pytest.MonkeyPatch
     assert "{{ 7*7 }}" in text
     assert "\u202e" not in text
     assert "\x00" not in text
-    assert all(link.startswith("#") for link in page.links)
+    assert set(page.links) <= {f"#{name}" for name in page.ids} | {"quality.json", "metrics.jsonl"}
+    assert len(page.ids) == len(set(page.ids)) > 10  # also those of pictures
     assert "http://" not in re.sub(r"http://www\.w3\.org/\S+", "", text)
 
 
@@ -115,6 +122,37 @@ def test_the_report_says_what_the_files_say(subject: Subject, made: Made) -> Non
     )
     assert text.count("<section>") == min(20, F - figures["silent"])
     assert "shown as ids" in text  # this store's model has no tokenizer anywhere
+
+
+def test_the_reference_stands_beside_the_run(subject: Subject, made: Made) -> None:
+    text = report(subject, 10**6, None).read_text()
+    figures = json.loads((made.run / "quality.json").read_bytes())
+    rows = dict(re.findall(r"<tr><td>([^<]*)</td><td class=\"number\">([^<]*)</td><td class=\"number\">0.939", text))
+    assert rows == {"variance explained, scalar (the reference SAE&#39;s definition)": f"{figures['scalar']:.4f}"}
+    assert '<td>dead latents at the end of training</td><td class="number">1 of 40</td>' in text
+    assert "within 4,096 tokens" not in text  # fewer are held out here
+    figures["coverage"].append({"rows": 4096, "share": 0.25})
+    shown = report_module._quality(figures, {"dead": 1})
+    assert ("latents that fire within 4,096 tokens", "25.0 %", "62.0 %") in shown
+
+
+def test_the_sweep_of_an_arm_is_shown(tmp_path: Path) -> None:
+    planted = planted_store(tmp_path / "s.zarr")
+    settings = [{"optim.lr": lr, "optim.lr_floor": lr / 10} for lr in (1e-3, 1e-2)]
+    for name, changes, noise in zip("ab", settings, (0.0, 0.1), strict=True):
+        make_arm(tmp_path / "sweep", name, planted, planted_sae(planted, noise=noise), **changes)
+    run = tmp_path / "sweep/b"
+    subject = Subject.open(run, None, torch.device("cpu"))
+    assert report_module._sweep(subject) is None
+    read, damaged = read_all([run.parent / name for name in "ab"])
+    figures = sweep(read, damaged, None, 10**6, torch.device("cpu"))
+    sweep_page.write(run.parent, figures, read)
+    text = report(subject, 10**6, None).read_text()
+    assert "Best: a, variance explained" in text and 'href="../sweep.json"' in text and 'href="../sweep.html"' in text
+    assert (run.parent / f"sweep_layer_{subject.layer}.svg").read_text() in text
+    assert "Variance explained on held-out rows, with its interval" in text
+    run.rename(tmp_path / "sweep/c")  # not one of the arms that were compared
+    assert report_module._sweep(Subject.open(tmp_path / "sweep/c", None, torch.device("cpu"))) is None
 
 
 def test_control_characters_are_shown_as_marks() -> None:
@@ -133,7 +171,8 @@ def test_studies_are_on_the_page_as_text(subject: Subject) -> None:
         Study(name, subject, {}, model).perform(lambda _: outcome_of("<b>found</b> | it"), {})
     text = report(subject, 10**6, None).read_text()
     assert text.index("Study: contrast") < text.index("Study: stability")
-    assert text.count("&lt;b&gt;found&lt;/b&gt; | it") == 2 * 5
+    # Verdict at the top, summary, picture's name, caption and link, table's name, summary, header and cell.
+    assert text.count("&lt;b&gt;found&lt;/b&gt; | it") == 2 * 9
     assert "<b>found" not in text
     assert text.count("<svg id='drawn'></svg>") == 2
     assert 'href="studies/contrast/contrast.json"' in text

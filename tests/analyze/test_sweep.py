@@ -85,7 +85,8 @@ def make_arm(root: Path, name: str, planted: Planted, made: sae.SAE | None, **ch
         (settings.setdefault(group, {}) if group else settings)[last] = value
     whole = {"settings": settings, "store_path": planted.store.name, "steps": 16, "environment": {"torch": "x"}}
     (run / CONFIG).write_text(yaml.safe_dump(whole, sort_keys=False))
-    ve = {"variance_explained": 0.5, "mse": 1.0, "l0": 3.0, "coverage": 0.75, "dead_share": 0.125}
+    ve = {"variance_explained": 0.5, "mse": 1.0, "l0": 3.0, "coverage": 0.75, "dead": 1, "dead_share": 0.125}
+    ve["lr"] = dotted["optim.lr"]
     steps = (1, 8, 16) if made else (1, 8)
     lines = [
         {"split": split, "step": step, "tokens": 64 * step, **ve} for step in steps for split in ("train", "held_out")

@@ -56,8 +56,10 @@ function section(title, ...children) {
   return el("div", {}, el("h3", {}, title), ...children);
 }
 
-function pairsTable(caption, rows) {
-  return section(caption, rows.length ? el("table", {}, el("tbody", {}, ...rows)) : el("p", { class: "soft" }, "none"));
+function pairsTable(caption, heads, rows) {
+  if (!rows.length) return section(caption, el("p", { class: "soft" }, "none"));
+  const [of, score] = heads.map((text, at) => el("th", { scope: "col", class: at ? "number" : null }, text));
+  return section(caption, el("table", {}, el("thead", {}, el("tr", {}, of, score)), el("tbody", {}, ...rows)));
 }
 
 function scored(cell, value) {
@@ -65,20 +67,20 @@ function scored(cell, value) {
 }
 
 function likeIt(own) {
-  const tables = [pairsTable("Nearest directions (cosine)", own.neighbours.map(([feature, cosine]) => scored(featureLink(feature), cosine)))];
+  const tables = [pairsTable("Nearest directions", ["feature", "cosine"], own.neighbours.map(([feature, cosine]) => scored(featureLink(feature), cosine)))];
   meta().others.forEach((other, at) => {
     const rows = own.others[at].map(([feature, cosine]) => {
       const link = other.page ? el("a", { href: `${other.page}${where({ feature })}` }, feature) : feature;
       return scored(link, cosine);
     });
-    tables.push(pairsTable(`Fires like it in ${other.name}, layer ${other.layer} (cosine)`, rows));
+    tables.push(pairsTable(`Fires like it in ${other.name}, layer ${other.layer}`, ["feature", "cosine"], rows));
   });
   return tables;
 }
 
 function logits(own, texts) {
-  const kinds = [["Raises (logit)", own.raised], ["Lowers (logit)", own.lowered]];
-  return kinds.filter(([, found]) => found).map(([name, found]) => pairsTable(name, found.map(([at, value]) => scored(word(texts[at]), value))));
+  const kinds = [["Raises", own.raised], ["Lowers", own.lowered]];
+  return kinds.filter(([, found]) => found).map(([name, found]) => pairsTable(name, ["token", "logit"], found.map(([at, value]) => scored(word(texts[at]), value))));
 }
 
 function facts(number, own) {

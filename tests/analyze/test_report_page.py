@@ -1,0 +1,122 @@
+"""The report in a real Chromium: nothing asked for, nothing run, readable by keyboard, in the dark and on paper."""
+
+from __future__ import annotations
+
+import base64
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from analyze import contexts
+from analyze.report import report
+from analyze.study import Outcome, Picture, Study, Table
+from analyze.subject import Subject
+from harvest.lm import ModelConfig
+from tests.analyze import chromium
+from tests.analyze.accessibility import audit
+from tests.analyze.browser_site import HOSTILE, say
+from tests.analyze.chromium import Chromium
+from tests.analyze.conftest import make_run, random_rows
+
+pytestmark = pytest.mark.skipif(chromium.FOUND is None, reason="no Chromium on this machine's PATH")
+READY = "document.readyState === 'complete'"
+WORD = "onpaper"  # of a table that is folded on the screen
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The report of a run whose tokens, and a study's every text, are hostile."""
+    run = make_run(tmp_path_factory.mktemp("report"), random_rows()).run
+    subject = Subject.open(run, None, torch.device("cpu"))
+    lines = [text.encode("utf-8", "replace").decode() for text in HOSTILE]
+    long = Table(" ".join(lines), tuple(lines), [(WORD, *lines[1:])] * 20)
+    drawn = Picture(lines[0], '<svg width="3000" height="9"><text y="9">wide</text></svg>')
+    outcome = Outcome({}, lines, [long], {"drawn": drawn})
+    Study("contrast", subject, {}, ModelConfig("nobody/none")).perform(lambda _: outcome, {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contexts, "token_names", lambda *_: lambda token: contexts.visible(say(token)))
+        return report(subject, 10**6, None).as_uri()
+
+
+@pytest.fixture(scope="module")
+def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    with Chromium(tmp_path_factory.mktemp("profile")) as one:
+        yield one
+
+
+def test_it_is_inert_and_alone(chrome: Chromium, page: str) -> None:
+    chrome.open(page, READY)
+    assert chrome.troubles == []
+    assert [one for one in chrome.requests if not one.startswith("data:")] == [page]
+    assert chrome.js("document.title") == "run: SAE report"
+    assert chrome.js("document.querySelectorAll('script, main img, main b b, iframe, object').length") == 0
+    assert "<script>document.title='caught'</script>" in chrome.js("document.querySelector('.verdict').textContent")
+
+
+def test_its_links_lead_somewhere(chrome: Chromium, page: str) -> None:
+    chrome.open(page, READY)
+    links = chrome.js("[...document.querySelectorAll('a')].map((one) => one.href)")
+    assert len(links) > 15
+    for link in links:
+        path, _, name = link.removeprefix("file://").partition("#")
+        assert Path(path).exists()
+        assert not name or chrome.js(f"document.getElementById({name!r}) !== null")
+    sources = chrome.js("[...document.querySelectorAll('figure')].map((one) => one.querySelector('a')?.href)")
+    assert sources and all(re.search(r"\.jsonl?$", source) for source in sources)  # every picture has its figures
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everybody_can_read_it(chrome: Chromium, page: str, scheme: str) -> None:
+    chrome.open(page, READY)
+    assert audit(chrome, scheme) == []
+
+
+def test_values_show_when_one_points_at_a_token(chrome: Chromium, page: str) -> None:
+    chrome.open(page, READY)
+    by_line = chrome.js(
+        "[...document.querySelectorAll('.context')].map((line) => [...line.querySelectorAll('span')].map((one) =>"
+        " [Number(one.title), Number(one.style.getPropertyValue('--shade'))]))"
+    )
+    values = [value for line in by_line for value, _ in line]
+    assert len(values) > 20 and min(values) > 0
+    assert len({shade for line in by_line for _, shade in line}) > 3
+    assert all([shade for _, shade in sorted(line)] == sorted(shade for _, shade in line) for line in by_line)
+
+
+def test_it_fits_a_narrow_window(chrome: Chromium, page: str) -> None:
+    chrome.tell("Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=False)
+    try:
+        chrome.open(page, READY)
+        assert chrome.js("document.documentElement.scrollWidth <= innerWidth")
+    finally:
+        chrome.tell("Emulation.clearDeviceMetricsOverride")
+
+
+def test_paper_shows_what_the_screen_folds(chrome: Chromium, page: str) -> None:
+    chrome.open(page, READY)
+    assert not chrome.js("document.querySelector('details').open")
+    shown = "document.querySelector('details table').checkVisibility()"
+    assert not chrome.js(shown)
+    chrome.tell("Emulation.setEmulatedMedia", media="print")
+    try:
+        assert chrome.js(shown)
+        assert chrome.js("getComputedStyle(document.querySelector('nav')).display") == "none"
+    finally:
+        chrome.tell("Emulation.setEmulatedMedia", media="")
+    printed = base64.b64decode(chrome.tell("Page.printToPDF")["data"])
+    pages = len(re.findall(rb"/Type\s*/Page\b", printed)) or len(re.findall(rb"/Type\s*/Page\b", _unpacked(printed)))
+    assert pages >= 3
+
+
+def _unpacked(pdf: bytes) -> bytes:
+    found = []
+    for stream in re.findall(rb"stream\r?\n(.*?)endstream", pdf, re.DOTALL):
+        try:
+            found.append(zlib.decompress(stream))
+        except zlib.error:
+            continue
+    return b"".join(found)
