@@ -48,11 +48,16 @@ def make_store(
     chunk: int = 16,
     codec: str = "blosc",
     layer: int = 3,
+    spine: tuple[NDArray[np.uint32], NDArray[np.uint32]] | None = None,
 ) -> Store:
-    """A complete store whose layer `layer` holds `residuals` ((N, d) bfloat16 bits in spine order)."""
+    """A complete store whose layer `layer` holds `residuals` ((N, d) bfloat16 bits in spine order).
+
+    Args:
+        spine: its tokens and documents, (rows, context) each; by default random ones.
+    """
     n, d = residuals.shape
     rng = np.random.default_rng(0)
-    tokens, document = make_spine(n // context, context, rng)
+    tokens, document = spine or make_spine(n // context, context, rng)
     manifest = make_manifest(d, tokens=n, context=context, unit=unit, chunk=chunk, codec=codec)
     store = Store.open_or_create(path, manifest)
     rows = unit // context

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from analyze import catalogue
 from analyze.browser import PAGE, browser, columns, inputs
 from analyze.browser.joins import TOP as PARTNERS
 from analyze.browser.pages import CHUNK
@@ -20,10 +21,13 @@ from analyze.browser.serve import server
 from analyze.browser.tokens import TOP
 from analyze.study import Outcome, Study
 from analyze.subject import Subject
+from data import summary
 from data.errors import SettingError, StoreError
 from tests.analyze.browser_site import HOSTILE, Built, build, copied, findings, of_run, read, say, served, study_of
-from tests.analyze.conftest import F
+from tests.analyze.conftest import D, F, make_run, random_rows, write_run
 from tests.analyze.test_catalogue import Truth
+from tests.conftest import commit
+from train.sae import SAE, SAEConfig
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +111,32 @@ def test_tokens_against_brute_force(built: Built) -> None:
             one = f[:, int(feature)]
             expected = [one.mean(), (one > 0).mean(), one.sum() / truth.f[:, int(feature)].sum()]
             np.testing.assert_allclose([mean, share, mass], expected, rtol=2e-3)
+
+
+def test_another_layer_is_joined_token_by_token(tmp_path: Path) -> None:
+    """Layer 4 is layer 3 with its dimensions in another order, and so is its SAE, whose latents are too."""
+    bits = random_rows()
+    made = make_run(tmp_path, bits)
+    dims, order = (torch.randperm(n, generator=torch.Generator().manual_seed(2)) for n in (D, F))
+    for unit in range(made.store.units):
+        commit(made.store, unit, {4: bits[unit * 128 : (unit + 1) * 128, dims.numpy()]})
+    summary.write(made.store, 4)
+    W_enc, W_dec = made.sae.W_enc[dims][:, order], made.sae.W_dec[order][:, dims]
+    above = SAE(W_enc.contiguous(), W_dec.contiguous(), made.sae.b_enc[order], made.sae.b_dec[dims], made.sae.k)
+    write_run(tmp_path / "above", made.store, 4, SAEConfig(d_sae=F, k=made.sae.k, k_aux=4, dead_after=1000), above)
+    for run in (made.run, tmp_path / "above"):
+        study_of(run, "catalogue", part="all", rows=1e6, logits=0).perform(catalogue.catalogue, {})
+    study = study_of(made.run, others=[str(tmp_path / "above")])
+    study.perform(browser, inputs(study))
+    (other,) = read(study.folder, "meta")["others"]
+    assert (other["name"], other["layer"]) == ("above", 4)
+    place, checked = {int(latent): at for at, latent in enumerate(order)}, 0
+    for number, own in enumerate(read(study.folder, "features/000")["features"]):
+        if own["count"]:
+            feature, cosine = own["others"][0][0]
+            assert feature == place[number] and cosine == pytest.approx(1, abs=1e-3)
+            checked += 1
+    assert checked > 30
 
 
 def test_other_runs_against_brute_force(built: Built) -> None:
