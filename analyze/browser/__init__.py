@@ -33,8 +33,8 @@ from analyze import catalogue, contexts
 from analyze import study as studies
 from analyze.browser import columns, joins, pages, tokens
 from analyze.browser.columns import Column
-from analyze.browser.joins import Other, Partners
-from analyze.browser.pages import CHUNK, Say
+from analyze.browser.joins import Other
+from analyze.browser.pages import CHUNK, Say, Shown
 from analyze.browser.script import script, short
 from analyze.study import FOLDER, Outcome, Study, made
 from data import durable
@@ -93,14 +93,16 @@ def browser(study: Study) -> Outcome:
         partners = [joins.partners(index, other.index, options.rows, stop) for other in others]
         site = Site(study.folder)
         file = pq.ParquetFile(subject.run / FOLDER / "catalogue" / catalogue.FILE)
-        table, known = _features(site, file, say, options, partners, stop)
+        studied = columns.of_studies(subject, studies.done(subject))
+        of_page = Shown(say, options.contexts, options.samples, partners, studied)
+        table, known = _features(site, file, of_page, stop)
         tallies = tokens.tally(subject.store, index, stop)
         ids = tokens.ranked(tallies.occurrences)
         for number, shard in enumerate(tokens.shards(tallies, ids)):
             site.write(f"tokens/{number:03d}", shard)
         site.write("tokens", {"ids": ids.tolist(), "texts": list(map(say, ids.tolist())),
                               "occurrences": tallies.occurrences[ids].tolist()})  # fmt: skip
-        shown = [*known, *columns.of_studies(subject, studies.done(subject))]
+        shown = [*known, *studied]
         site.write("table", {**table, "columns": {one.key: short(one.values) for one in shown}})
         site.write("meta", _meta(study, file, shown, others, as_ids=names is None))
         site.finish()
@@ -152,15 +154,13 @@ class Site:
         self.files += 1
 
 
-def _features(
-    site: Site, file: pq.ParquetFile, say: Say, options: Options, partners: list[Partners], stop: StopRequest
-) -> tuple[dict[str, Any], list[Column]]:
+def _features(site: Site, file: pq.ParquetFile, shown: Shown, stop: StopRequest) -> tuple[dict[str, Any], list[Column]]:
     """Write the latents' pages; the list's texts, and its columns that the catalogue knows."""
-    words, progress, total = pages.Words(say), Progress(), file.metadata.num_rows
+    words, progress, total = pages.Words(shown.say), Progress(), file.metadata.num_rows
     strongest, raised, density, largest = list[list[int]](), list[list[int]](), list[Any](), list[Any]()
     for number, block in enumerate(pages.blocks(file)):
         stop.check()
-        site.write(f"features/{number:03d}", pages.page(block, say, (options.contexts, options.samples), partners))
+        site.write(f"features/{number:03d}", pages.page(block, shown))
         here = pages.heads(block, words)
         strongest, raised = strongest + here[0], raised + here[1]
         density += block.column("density").to_pylist()

@@ -1,8 +1,9 @@
 """The latents' own pages, in files of CHUNK: contexts, samples, histogram, logits, neighbours.
 
 A file is {words, features}: `words` are the texts of the tokens in it, to which everything else refers by number. A
-feature is {count, mean, std, histogram, top, quantiles, raised, lowered, neighbours, others}:
+feature is {figures, count, mean, std, histogram, top, quantiles, raised, lowered, neighbours, others}:
 
+    figures            as the list's columns: density, largest activation, those of other studies
     histogram          [the first bin that is not empty, counts from there on]
     top                [context]
     quantiles          [[quantile, [context]]], of the largest activations first
@@ -23,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from analyze.browser.columns import Column
 from analyze.browser.joins import Partners
 from analyze.browser.script import short
 
@@ -102,32 +104,45 @@ class Words:
         return list(self._text)
 
 
-def page(table: pa.Table, say: Say, shown: tuple[int, int], others: list[Partners]) -> dict[str, Any]:
-    """One file.
+class Shown(NamedTuple):
+    """What the pages show, and what they say beside the catalogue."""
 
-    Args:
-        shown: contexts with the largest activations, and samples of each quantile, at most.
-        others: of each of the other runs, all latents' partners.
-    """
-    words, (largest, each) = Words(say), shown
+    say: Say
+    contexts: int  # with the largest activations, at most
+    samples: int  # of each quantile, at most
+    others: list[Partners]  # of each of the other runs
+    studied: list[Column]  # what other studies say of all latents
+
+
+def page(table: pa.Table, shown: Shown) -> dict[str, Any]:
+    """One file, of a block of latents."""
+    words = Words(shown.say)
     top, quantiles = contexts_of(table, "top"), contexts_of(table, "quantiles")
-    columns = ["feature", "count", "mean", "std", "histogram", "raised", "lowered", "neighbours"]
+    columns = ["feature", "density", "max", "count", "mean", "std", "histogram", "raised", "lowered", "neighbours"]
     features = []
     for number, row in enumerate(table.select(columns).to_pylist()):
-        at = range(*top.begins[number : number + 2])[:largest]
+        at = range(*top.begins[number : number + 2])[: shown.contexts]
         features.append(
             {
+                "figures": _figures(row, shown.studied),
                 "count": row["count"],
                 **{key: None if row[key] is None else short([row[key]])[0] for key in ("mean", "std")},
                 "histogram": _trimmed(row["histogram"]),
                 "top": [_context(top, one, words) for one in at],
-                "quantiles": _samples(quantiles, number, each, words),
+                "quantiles": _samples(quantiles, number, shown.samples, words),
                 **{key: _logits(row[key], words) for key in ("raised", "lowered")},
                 "neighbours": [[one["feature"], *short([one["cosine"]])] for one in row["neighbours"]],
-                "others": [[[feature, *short([r])] for feature, r in partners[row["feature"]]] for partners in others],
+                "others": [
+                    [[feature, *short([r])] for feature, r in partners[row["feature"]]] for partners in shown.others
+                ],
             }
         )
     return {"words": words.texts, "features": features}
+
+
+def _figures(row: dict[str, Any], studied: list[Column]) -> list[float | None]:
+    known = [row["density"], row["max"], *(one.values[row["feature"]] for one in studied)]
+    return short(np.array(known, np.float64))  # None becomes NaN, and then null
 
 
 def _trimmed(histogram: list[int]) -> list[int]:

@@ -54,6 +54,7 @@ def test_pages_are_the_catalogue(built: Built) -> None:
 
     for own, row in zip(found["features"], rows, strict=True):
         assert own["count"] == row["count"]
+        assert own["figures"] == [column[row["feature"]] for column in read(built.folder, "table")["columns"].values()]
         for key in ("mean", "std"):
             assert own[key] == (None if row[key] is None else pytest.approx(row[key], rel=1e-3))
         for context, there in zip(own["top"], row["top"][:3], strict=True):

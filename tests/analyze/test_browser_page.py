@@ -130,6 +130,19 @@ def test_keys_and_tokens(chrome: Chromium, built: Built) -> None:
     quiet(chrome, url)
 
 
+def test_a_feature_needs_its_own_file_alone(chrome: Chromium, built: Built) -> None:
+    url = (built.folder / PAGE).as_uri()
+    chrome.open(f"{url}#feature=7")
+    assert sorted(one.split("data/")[1] for one in chrome.requests if "/data/" in one) == ["features/000.js", "meta.js"]
+    known = [figure for figure in read(built.folder, "features/000")["features"][7]["figures"] if figure is not None]
+    assert len(known) > 2 and float(texts(chrome, "dd")[1]) == pytest.approx(known[1], rel=1e-2)
+    chrome.press("j")
+    chrome.until("document.getElementById('feature-title').textContent === 'Feature 8'")
+    chrome.press("Escape")
+    chrome.until("document.querySelectorAll('#features tbody tr').length > 0")
+    quiet(chrome, url)
+
+
 def test_a_file_that_is_missing_is_said(chrome: Chromium, built: Built) -> None:
     page = built.folder / "data/features/000.js"
     kept = page.read_bytes()

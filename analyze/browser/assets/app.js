@@ -16,8 +16,8 @@ async function show() {
   const root = document.documentElement;
   const error = document.getElementById("error");
   try {
-    if (!meta() || !table()) throw new Error("data/meta.js or data/table.js cannot be read");
-    const render = view === "list" ? () => showList(state) : await { feature: showFeature, tokens: showTokens }[view](state);
+    if (!meta()) throw new Error("data/meta.js cannot be read");
+    const render = await { list: showList, feature: showFeature, tokens: showTokens }[view](state);
     if (mine !== turn) return; // something else was asked for meanwhile
     error.hidden = true;
     render();

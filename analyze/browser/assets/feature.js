@@ -83,8 +83,8 @@ function logits(own, texts) {
   return kinds.filter(([, found]) => found).map(([name, found]) => pairsTable(name, ["token", "logit"], found.map(([at, value]) => scored(word(texts[at]), value))));
 }
 
-function facts(number, own) {
-  const figures = meta().columns.map(({ key, label, about }) => [label, figure(key, table().columns[key][number]), about]);
+function facts(own) {
+  const figures = meta().columns.map(({ key, label, about }, at) => [label, figure(key, own.figures[at]), about]);
   figures.push(["fires in", `${said(own.count)} of ${said(meta().rows)} rows`, "rows of the catalogue"]);
   figures.push(["mean ± std", `${said(own.mean)} ± ${said(own.std)}`, "of its activations where it fires"]);
   return el("dl", { class: "facts" }, ...figures.map(([name, value, about]) => el("div", { title: about }, el("dt", {}, name), el("dd", {}, value))));
@@ -108,13 +108,13 @@ function steps(number) {
 async function showFeature(state) {
   const number = Number(state.get("feature"));
   if (!Number.isInteger(number) || number < 0 || number >= meta().features) throw new Error(`there is no feature ${state.get("feature")}`);
-  arrange(new URLSearchParams(lastList.slice(1)));
-  const { chunk } = meta();
+  if (table()) arrange(new URLSearchParams(lastList.slice(1))); // not waited for: a feature's page needs its own file alone
+  const { chunk, columns } = meta();
   const page = await load(`features/${padded(Math.floor(number / chunk))}`);
   const own = page.features[number % chunk];
-  const largest = table().columns.max[number] || 1;
+  const largest = own.figures[columns.findIndex(({ key }) => key === "max")] || 1;
   const lines = (contexts) => el("ul", { class: "places" }, ...contexts.map((one) => context(one, page.words, largest)));
-  const parts = [steps(number), el("h2", { id: "feature-title", tabindex: "-1" }, `Feature ${number}`), facts(number, own)];
+  const parts = [steps(number), el("h2", { id: "feature-title", tabindex: "-1" }, `Feature ${number}`), facts(own)];
   if (own.count) {
     parts.push(section("Activations, four bins an octave", histogram(own.histogram)));
     parts.push(el("div", { class: "side" }, ...logits(own, page.words), ...likeIt(own)));

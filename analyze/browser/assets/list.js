@@ -85,7 +85,12 @@ function row(feature) {
   );
 }
 
-function showList(state) {
+async function showList(state) {
+  await load("table");
+  return () => renderList(state);
+}
+
+function renderList(state) {
   arrange(state);
   const last = Math.max(0, Math.ceil(list.order.length / ROWS) - 1);
   const page = Math.min(Math.max(0, Number.parseInt(state.get("page") || "1", 10) - 1 || 0), last);

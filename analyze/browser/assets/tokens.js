@@ -18,7 +18,7 @@ function tokensLike(query, texts) {
 }
 
 async function showTokens(state) {
-  const every = await load("tokens");
+  const [every] = await Promise.all([load("tokens"), load("table")]);
   const query = state.get("tokens") || "";
   const found = query ? tokensLike(query, every.texts) : [...every.texts.keys()].slice(0, MATCHES);
   const asked = state.get("id") === null ? -1 : every.ids.indexOf(Number(state.get("id")));

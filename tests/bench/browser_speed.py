@@ -1,0 +1,180 @@
+"""The feature browser at full size in a real Chromium: `python -m tests.bench.browser_speed`.
+
+32,768 latents and a vocabulary of 262,144 tokens, as of Gemma 4, on random rows; the list has every column. The pages
+are made by `study=catalogue` and `study=browser` (with logits by chance: there is no model) and opened from the disk,
+whose files lie in the cache, each round in a Chromium that has opened nothing before. Milliseconds until what was asked
+for is painted, from
+
+    list      the address is opened (first paint; the list itself)
+    first     the address of a feature is opened, nothing before it
+    feature   a link to it is followed, to a file that was not loaded yet; and to one that was
+    sort, search, token   a column, a word, a token is asked for in the list that is open
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from analyze import browser, catalogue
+from analyze.browser import PAGE, pages
+from analyze.catalogue.table import Ranked
+from analyze.stability import FILE as MATCHES
+from analyze.study import FEATURES, Outcome, Study, write_features
+from analyze.subject import Subject
+from data import durable
+from harvest.lm import ModelConfig
+from tests.analyze.chromium import FOUND, Chromium
+from tests.analyze.conftest import write_run
+from tests.bench.outcome import finish
+from tests.conftest import BOS, make_store
+from train import sae
+from train.sae import SAEConfig
+
+VOCABULARY, WIDTH, K, LAYER, CONTEXT = 262_144, 32, 32, 21, 512
+LOGITS = 10
+FOLLOWED = 12  # features that are opened in a round
+# An input or address, then the time at which what it asks for is there and painted.
+_ASK = """
+(async () => {
+  const began = performance.now();
+  %s
+  while (!(%s)) await new Promise((next) => setTimeout(next, 0));
+  await new Promise((next) => requestAnimationFrame(() => setTimeout(next)));
+  return performance.now() - began;
+})()
+"""
+
+
+def text(token: int) -> str:
+    """A word of 2 to 11 letters, with a space before most."""
+    letters = "".join("etaoinshrdlucmfwypvbgkqjxz"[(token * 2_654_435_761 >> at) % 26] for at in range(2 + token % 10))
+    return f" {letters}" if token % 3 else letters
+
+
+def built(root: Path, tokens: int, d_sae: int) -> tuple[Path, dict[str, Any]]:
+    """The folder of pages, and what making it took."""
+    draw = np.random.default_rng(0)
+    bits = torch.from_numpy(draw.standard_normal((tokens, WIDTH), np.float32)).bfloat16().view(torch.uint16).numpy()
+    zipf = (VOCABULARY ** draw.random(tokens)).astype(np.uint32)  # token r about as often as 1 / r
+    rows = np.where(np.arange(tokens) % CONTEXT == 0, BOS, np.maximum(zipf, BOS + 1)).astype(np.uint32)
+    document = np.arange(tokens, dtype=np.uint32) // CONTEXT
+    spine = rows.reshape(-1, CONTEXT), document.reshape(-1, CONTEXT)
+    store = make_store(root / "s.zarr", bits, context=CONTEXT, unit=65_536, chunk=1024, layer=LAYER, spine=spine)
+    config = SAEConfig(d_sae=d_sae, k=K, k_aux=K, dead_after=1000)
+    write_run(root / "run", store, LAYER, config, sae.initial(config, torch.zeros(WIDTH), seed=0))
+
+    def study(name: str, **options: Any) -> Study:
+        return Study(name, Subject.open(root / "run", None, torch.device("cpu")), options, ModelConfig("nowhere/none"))
+
+    ids = draw.integers(VOCABULARY, size=(2, d_sae, LOGITS))
+    scores = -np.sort(-draw.standard_normal((2, d_sae, LOGITS)).astype(np.float32))
+    catalogue._logits = lambda *_: ((Ranked(scores[0], ids[0]), Ranked(-scores[1], ids[1])), None)
+    browser.contexts.token_names = lambda *_: text
+    began = time.perf_counter()
+    study("catalogue", part="all", rows=tokens).perform(catalogue.catalogue, {})
+    catalogued = time.perf_counter() - began
+    every = {"feature": np.arange(d_sae)}
+    tables = {"contrast": (FEATURES, "d", "q"), "reason_score": (FEATURES, "score", "q")}
+    for name, (file, *columns) in {**tables, "stability": (MATCHES, "correlation")}.items():
+        of = study(name)
+        of.perform(lambda _: Outcome({}, []), {})
+        write_features(of.folder / file, every | {column: draw.random(d_sae) for column in columns})
+    shown = study("browser")
+    outcome = shown.perform(browser.browser, browser.inputs(shown))
+    made = {key: outcome.figures[key] for key in ("files", "bytes", "seconds", "columns")}
+    table = (shown.folder / "data/table.js").stat().st_size
+    return shown.folder, {
+        "catalogue_s": catalogued,
+        **made,
+        "tokens_that_occur": outcome.figures["tokens"],
+        "table_bytes": table,
+    }
+
+
+def asked(chrome: Chromium, act: str, there: str) -> float:
+    took: float = chrome.js(_ASK % (act, there))
+    return took
+
+
+def opened(chrome: Chromium, url: str) -> dict[str, float]:
+    """Milliseconds from the navigation to the first paint, and until the page was there."""
+    chrome.open(url)
+    found: dict[str, float] = chrome.js(
+        "(async () => { let paint; while (!(paint = performance.getEntriesByName('first-contentful-paint')[0]))"
+        " await new Promise((next) => setTimeout(next, 5));"
+        " return {paint: paint.startTime, there: Number(document.documentElement.dataset.first)}; })()"
+    )
+    return found
+
+
+def a_round(folder: Path, features: list[int]) -> dict[str, list[float]]:
+    """Every figure once, or once for each feature."""
+    url, title = (folder / PAGE).as_uri(), "document.getElementById('feature-title')?.textContent"
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as profile, Chromium(Path(profile)) as chrome:
+        first = opened(chrome, f"{url}#feature={features[0]}")
+        found |= {"first_paint": [first["paint"]], "first": [max(first.values())]}
+    with tempfile.TemporaryDirectory() as profile, Chromium(Path(profile)) as chrome:
+        shown = opened(chrome, url)
+        found |= {"list_paint": [shown["paint"]], "list": [max(shown.values())]}
+        new, again = list[float](), list[float]()
+        for feature in features[1:]:
+            for at, times in ((feature, new), (feature ^ 1, again)):  # the other one is in the same file
+                times.append(asked(chrome, f"location.hash = '#feature={at}'", f"{title} === 'Feature {at}'"))
+        found |= {"feature": new, "feature_again": again}
+        in_list = "document.documentElement.dataset.view === 'list'"
+        sort = f"{in_list} && document.querySelector('[aria-sort=descending]')"
+        found["sort"] = [asked(chrome, "location.hash = '#sort=-density'", sort)]
+        hits = "document.getElementById('found').textContent"
+        search = f"const was = {hits}; location.hash = '#q={text(5).strip()[:2]}'"
+        found["search"] = [asked(chrome, search, f"{hits} !== was")]
+        rows = "document.querySelector('#token tbody tr')"
+        found["token"] = [asked(chrome, f"location.hash = '#tokens={text(3).strip()}'", rows)]
+        assert chrome.troubles == [], chrome.troubles
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=262_144)
+    parser.add_argument("--d-sae", type=int, default=32_768)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where to make it and keep it")
+    parser.add_argument("--out", type=Path)
+    asked_for = parser.parse_args()
+    assert FOUND, "no Chromium on this machine's PATH"
+    root = asked_for.folder or Path(tempfile.mkdtemp())
+    durable.make_directory(root)
+    try:
+        kept = root / "made.json"
+        if not kept.exists():
+            folder, made = built(root, asked_for.tokens, asked_for.d_sae)
+            kept.write_text(json.dumps(made))
+        folder, made = root / "run/studies/browser", json.loads(kept.read_text())
+        draw = np.random.default_rng(1)
+        rounds = []
+        for _ in range(asked_for.rounds):
+            chunks = draw.choice(asked_for.d_sae // pages.CHUNK, FOLLOWED + 1, replace=False)
+            features = chunks * pages.CHUNK + draw.integers(pages.CHUNK, size=len(chunks))
+            rounds.append(a_round(folder, features.tolist()))
+    finally:
+        if not asked_for.folder:
+            shutil.rmtree(root)
+    times = {name: [ms for one in rounds for ms in one[name]] for name in rounds[0]}
+    figures = {f"{name}_ms": float(np.median(every)) for name, every in times.items()}
+    figures |= {f"{name}_ms_range": [round(min(every), 1), round(max(every), 1)] for name, every in times.items()}
+    shape = {"tokens": asked_for.tokens, "d_sae": asked_for.d_sae, "k": K, "vocabulary": VOCABULARY, **made}
+    finish(shape | {"rounds": asked_for.rounds}, figures, asked_for.out)
+
+
+if __name__ == "__main__":
+    main()
