@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load ends this at once, without a traceback
+
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -28,7 +33,7 @@ from analyze import (
 )
 from analyze import study as studies
 from analyze.browser.serve import serve
-from analyze.interop import imported
+from analyze.interop import delphi, imported, neuronpedia, saebench
 from analyze.quality import markdown, quality, write
 from analyze.report import report
 from analyze.study import Outcome, Study
@@ -36,7 +41,7 @@ from analyze.subject import Subject
 from analyze.sweep import arms, sweep
 from analyze.sweep import page as sweep_page
 from data.device import torch_device
-from data.errors import SettingError, StoreError, run_command
+from data.errors import SettingError, StoreError, run_command, run_main
 from data.settings import optional_whole, whole
 from harvest.lm import ModelConfig
 
@@ -57,6 +62,9 @@ STUDIES: dict[str, tuple[Callable[[Study], Outcome], Callable[[Study], Mapping[s
     "catalogue": (catalogue.catalogue, _nothing),
     "stability": (stability.stability, stability.inputs),
     "browser": (browser.browser, browser.inputs),
+    "delphi": (delphi.delphi, delphi.inputs),
+    "neuronpedia": (neuronpedia.neuronpedia, neuronpedia.inputs),
+    "saebench": (saebench.saebench, saebench.inputs),
 }
 
 
@@ -156,4 +164,4 @@ def main(cfg: DictConfig) -> None:
 if __name__ == "__main__":
     sys.argv[1:] = map(verbatim, sys.argv[1:])
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that its refusals come here, to be said in one line
-    run_command(main, (HydraException, OmegaConfBaseException))
+    run_main(main, (HydraException, OmegaConfBaseException))

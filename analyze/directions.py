@@ -32,7 +32,7 @@ def nearest(of: Tensor, among: Tensor, count: int, *, itself: bool = True) -> tu
     Returns:
         cosines (F, count) in descending order, and the rows' numbers.
     """
-    of, among = unit(of), unit(among)
+    of, among = (unit(of),) * 2 if among is of else (unit(of), unit(among))  # one copy: 0.3 GB at 32,768 x 2,560
     step = max(1, _BLOCK_BYTES // (4 * len(among)))
     found = []
     for at in range(0, len(of), step):

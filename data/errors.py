@@ -106,27 +106,41 @@ def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[
     return found
 
 
-def run_command(command: Callable[[], None], refusals: tuple[type[Exception], ...] = ()) -> None:
-    """Run a command line; turn our exceptions into one line and an exit code.
+def run_main(main: Callable[[], None], refusals: tuple[type[Exception], ...]) -> None:
+    """Run a command line: `main` parses the settings and hands what they ask for to `run_command`.
 
     Args:
-        refusals: exceptions by which the settings' own parser refuses them; they exit like a `PipelineError`.
+        refusals: exceptions by which the parser refuses settings; they exit like a `PipelineError`.
     """
+    try:
+        _run(main)
+    except refusals as error:
+        print(f"error: {_one_line(str(error))}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Do what a command line asks for; turn our exceptions into one line and an exit code."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `__main__` left it: until now nothing could be lost
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    _run(command)
+
+
+def _run(command: Callable[[], None]) -> None:
     try:
         command()
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-    except refusals as error:
-        print(f"error: {_one_line(str(error))}", file=sys.stderr, flush=True)
-        sys.exit(2)
     except Interrupted as stop:
-        print(f"stopped by {stop}; the same command again continues from here", file=sys.stderr, flush=True)
+        print(f"stopped by {stop}; {_KEPT}", file=sys.stderr, flush=True)
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
-        print("stopped by SIGINT; the same command again continues from the last commit", file=sys.stderr)
+        print(f"stopped by SIGINT; {_KEPT}", file=sys.stderr)
         sys.exit(130)
 
+
+_KEPT = "what was finished is kept, and the same command again goes on"
 
 # As Hydra names what it does not find, its plugin, and our extra.
 _LAUNCHERS = (

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load ends this at once, without a traceback
+
 import os
 from pathlib import Path
 from typing import Any
@@ -15,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data import manifest
 from data.device import own_device
-from data.errors import SettingError, run_command
+from data.errors import SettingError, run_command, run_main
 from data.journal import tell
 from data.place import place_of
 from data.settings import optional_whole, whole
@@ -127,4 +132,4 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that its refusals come here, to be said in one line
-    run_command(main, (HydraException, OmegaConfBaseException))
+    run_main(main, (HydraException, OmegaConfBaseException))

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load ends this at once, without a traceback
+
 import os
 import re
 from collections.abc import Sequence
@@ -17,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data import durable, ring, summary
 from data.device import own_device
-from data.errors import SettingError, run_command
+from data.errors import SettingError, run_command, run_main
 from data.journal import tell
 from data.reader import Policy, RingFollower
 from data.settings import build, flag, optional_whole, whole
@@ -130,4 +135,4 @@ def file_name(text: str) -> str:
 
 if __name__ == "__main__":
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that its refusals come here, to be said in one line
-    run_command(main, (HydraException, OmegaConfBaseException))
+    run_main(main, (HydraException, OmegaConfBaseException))

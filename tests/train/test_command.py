@@ -111,7 +111,7 @@ def test_sigterm_saves_and_exits_143(store, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
-    assert "the same command again continues from here" in err
+    assert "the same command again goes on" in err
     assert checkpoint.latest(tmp_path / "r" / "checkpoint")[0].step > 0
 
 

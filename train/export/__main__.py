@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load ends this at once, without a traceback
+
 import os
 import sys
 from pathlib import Path
@@ -13,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data import durable
-from data.errors import SettingError, run_command
+from data.errors import SettingError, run_command, run_main
 from data.settings import names
 from train import export, sae
 from train.export.formats import FORMATS, about
@@ -45,4 +50,4 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that its refusals come here, to be said in one line
-    run_command(main, (HydraException, OmegaConfBaseException))
+    run_main(main, (HydraException, OmegaConfBaseException))

@@ -74,8 +74,9 @@ def _pickled(state: Mapping[str, Tensor]) -> bytes:
 # -- SAELens -----------------------------------------------------------------------------------------------------
 
 
-def _to_saelens(sae: SAE, about: About) -> dict[str, bytes]:
-    config = {
+def saelens_config(sae: SAE, about: About) -> dict[str, Any]:
+    """SAELens' cfg.json."""
+    return {
         "architecture": "topk" if sae.threshold is None else "jumprelu",
         **({"k": sae.k, "rescale_acts_by_decoder_norm": False} if sae.threshold is None else {}),
         "d_in": sae.d_model,
@@ -95,7 +96,10 @@ def _to_saelens(sae: SAE, about: About) -> dict[str, bytes]:
             "prepend_bos": True,
         },
     }
-    return {"cfg.json": _json(config), "sae_weights.safetensors": _tensors(**sae.tensors())}
+
+
+def _to_saelens(sae: SAE, about: About) -> dict[str, bytes]:
+    return {"cfg.json": _json(saelens_config(sae, about)), "sae_weights.safetensors": _tensors(**sae.tensors())}
 
 
 def _from_saelens(folder: Path) -> SAE:

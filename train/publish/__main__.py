@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load ends this at once, without a traceback
+
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data.errors import SettingError, run_command
+from data.errors import SettingError, run_command, run_main
 from data.journal import size
 from data.settings import flag
 from train import publish
@@ -46,4 +51,4 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that its refusals come here, to be said in one line
-    run_command(main, (HydraException, OmegaConfBaseException))
+    run_main(main, (HydraException, OmegaConfBaseException))

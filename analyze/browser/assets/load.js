@@ -33,6 +33,9 @@ function load(name) {
   return awaited.get(name);
 }
 
+// A feature's page does without the list; everything else begins with it, before the other scripts are read.
+if (!location.hash.includes("feature=")) load("table").catch(() => {}); // which says so when it is needed
+
 const padded = (number) => String(number).padStart(3, "0");
 
 // An element; children that are no elements become text, and nothing is ever markup.
