@@ -1,15 +1,16 @@
-"""What docs/ promises: its commands compose, its code runs, its messages are ours, its figures are counted."""
+"""What docs/ promises: its settings exist, its code runs, its messages are ours, its figures are counted."""
 
 from __future__ import annotations
 
 import ast
 import re
-import shlex
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from data import order
 from data.bfloat16 import to_float32
@@ -18,38 +19,57 @@ from harvest.cost import Cost, cost, peak_flops
 from harvest.plan import HarvestConfig, plan
 from tests.conftest import make_store
 from tests.harvest.models import E4B
-from tests.test_house import PRODUCT, ROOT, one_job
+from tests.test_docs_run import lines, parsed, pieces
+from tests.test_house import PRODUCT, ROOT
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 
 
-def commands(text: str) -> list[list[str]]:
-    """Every `python -m` or torchrun line of a page's indented and fenced blocks, as words."""
-    text = re.sub(r"```python\n.*?```", "", text, flags=re.DOTALL).replace("\\\n", " ")
-    lines = [line.strip() for line in text.splitlines() if not line.startswith(("|", "`"))]
-    words = [
-        shlex.split(line.split("  #")[0]) for line in lines if re.match(r"(python|torchrun|accelerate)\b.* -m ", line)
-    ]
-    return [found[found.index("-m") :] for found in words]
+PAGES = [ROOT / "README.md", *DOCS]
 
 
-def test_there_are_commands() -> None:
-    found = {path.name: len(commands(path.read_text())) for path in DOCS}
-    assert found["reproduce.md"] >= 12 and found["training.md"] >= 2 and found["clusters.md"] >= 4
+def flat(config: Mapping[str, Any], above: str) -> Iterator[str]:
+    """Dotted names of all settings and of their groups."""
+    for name, value in config.items():
+        yield above + name
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{above}{name}.")
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
-def test_commands_compose(path: Path) -> None:
-    from hydra import compose, initialize_config_module
+def all_settings() -> set[str]:
+    """The name of every setting and group in conf/. A source of text is called NAME."""
+    found = {"hydra/launcher"}
+    for path in sorted((ROOT / "conf").rglob("*.yaml")):
+        group = path.relative_to(ROOT / "conf").parent.as_posix().replace("/", ".")
+        above = {".": "", "text": "text.sources.NAME."}.get(group, f"{group}.")
+        found |= {group, *flat(yaml.safe_load(path.read_text()), above)}
+    return found
 
-    for _, module, *words in commands(path.read_text()):
-        if module.startswith("tests.") or "..." in words:
-            assert (ROOT / f"{module.replace('.', '/')}.py").exists() or not module.startswith("tests."), module
-            continue
-        words = [re.sub(r"range\((\d+),\d+\)", r"\1", word) for word in words]
-        overrides = [word for word in one_job(words) if not word.startswith("hydra")]  # launchers may not be installed
-        with initialize_config_module("conf", version_base="1.3"):
-            assert compose(config_name=module.split(".")[-1], overrides=overrides), words
+
+def test_settings_that_are_named_exist() -> None:
+    """`name=` and `name=value` in the text of a page; tests/test_docs_run.py runs what stands in commands."""
+    known, seen = all_settings(), set()
+    for page in PAGES:
+        for line in lines(page.read_text()):
+            if not parsed(line) and not re.search(r"[\n(]", line):
+                names = re.findall(r"(?:^|\s)([a-z][\w./]*)=", line)
+                seen |= {(re.sub(r"^text\.sources\.\w+", "text.sources.NAME", name), page.name) for name in names}
+    assert len(seen) > 50
+    # A message of ours says `messages=`, which is text.messages= or a source's.
+    unknown = {one for one in seen if one[0] not in known} - {("messages", "troubleshooting.md")}
+    assert not unknown
+
+
+def test_benchmarks_and_their_flags_are_there() -> None:
+    found = 0
+    for page in PAGES:
+        for _, code in pieces(page.read_text()):
+            for module, flags in re.findall(r"python -m ((?:tests|data)\.[\w.]+)([^\n#]*)", code):
+                source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+                for flag in re.findall(r"--([\w-]+)", flags):
+                    assert re.search(rf'("|--){flag}"', source), (page.name, flag)
+                found += 1
+    assert found > 20
 
 
 # -- docs/store.md -----------------------------------------------------------------------------------------------

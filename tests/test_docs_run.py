@@ -1,0 +1,361 @@
+"""Every command of README.md and docs/, run in small: in the order of its page, in one directory per page.
+
+A command is `python -m harvest|train|analyze|train.export|train.publish` with settings, in a block or in a sentence,
+also behind torchrun and accelerate. It runs in this process, as `python -m` would run it (new ones take seconds to
+start), on the embedded model. `smaller` says what is changed for that; all else stays as it is written, so that a
+setting, study or value of another name fails here. What stands for something else is taken as follows:
+
+- torchrun, accelerate: this process is rank 0 of as many as they would start; alone where the ranks meet (one run).
+- `hydra/launcher=NAME`: its settings must compose; the jobs are then run by Hydra's basic launcher, one by one.
+- s3://: moto's server on loopback. The other rank of a bucket never comes, so there is no patience with it.
+- the process that reads the text is this one; the pages of `action=serve` must be there, and are not served.
+- `...` after a command is what OMITTED says.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import logging
+import os
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.request import Request, urlopen
+
+import pytest
+
+import analyze.browser.serve
+from data import objects
+from data.store import Store
+from data.tiny import MODEL_DIR, problems
+from harvest import residuals, spine
+from tests.test_house import ROOT
+from train import stream
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+# What one word of a command becomes, by patterns of the whole word.
+SUBSTITUTES = {
+    r"layer=\[21,27\]": "layer=[5,8]",  # layers that make and that share keys and values, as these do
+    r"layer=21": "layer=5",
+    r"layer=27": "layer=8",
+    r"layer=12": "layer=6",
+    r"(runs=.*)_L21": r"\1_L5",  # a directory that is named after its layer
+    r"tokens=(1e9|1e6|4e5)": "tokens=2048",
+    r"rank=range\(0,\d+\)": "rank=range(0,1)",
+    r"optim\.lr=1e-4,2e-4,4e-4": "optim.lr=1e-4,4e-4",
+    r"sae\.aux_coef=0,0\.03125,0\.125": "sae.aux_coef=0,0.125",
+    r"device=cuda:\d": "device=cpu",
+    r"model\.path=(DIR|models/mine)": "model.path=models/mine model.dtype=float32",
+    r"text\.path=FILES": "text.path=books",
+    r"text=\[fineweb_edu,openthoughts\]": "text=[fineweb_edu,openthoughts] text.sources.fineweb_edu.dataset=hub/web "
+    "text.sources.fineweb_edu.config=null text.sources.openthoughts.dataset=hub/chats",
+    r"answers\.questions=100": "answers.questions=20",
+    r"hydra/launcher=\w+": "hydra/launcher=basic",
+    r"hydra\.launcher\..*": "",
+}
+# What is added to a command, by its module or a word of it, unless it sets the same thing.
+ADDED = {
+    "harvest": "model=tiny text=tiny tokens=2048 context=128 unit=512 batch=4 device=cpu",
+    "train": "sae.d_sae=64 sae.k=4 sae.k_aux=8 batch=256 device=cpu",
+    "analyze": "device=cpu",
+    "study=contrast": "answers.questions=20 answers.new_tokens=22 study.permutations=19 study.min_firing=1",
+    "study=steering": "answers.questions=12 answers.new_tokens=5 study.scales=[5] study.n_random=1 study.n_shuffled=1",
+    "study=splice": "study.tokens=100",
+}
+# Steering writes every answer a dozen times. Labelled solutions make its vector, so that answers may be short.
+REPLACED = {"study=steering": ("problems=gsm8k/test.jsonl", "problems=gsm8k/solutions.jsonl")}
+OMITTED = {  # what `...` stands for
+    "harvest": "layer=5 store=activations/e4b.zarr",
+    "train": "layer=5 store=activations/e4b.zarr run=runs/omitted",
+}
+# What is no command of ours: a module that is named and not run, and benchmarks, which tests/test_docs.py looks up.
+OTHER = re.compile(r"python -m ((harvest|train|analyze)(\.export)?|(tests|data)\..*)")
+# Pages that go on from a store and a run, which others make.
+BEGINNING = {"harvest": "layer=[21,27] tokens=1e9", "train": "layer=21 run=runs/e4b_L21"}
+CONTINUED = ("store.md", "studies.md", "training.md")
+
+
+class Command(NamedTuple):
+    """One command of a page."""
+
+    said: str  # as it is written
+    world: int  # processes that torchrun or accelerate would start; 0: neither is there
+    module: str
+    words: list[str]
+
+
+def pieces(text: str) -> Iterator[tuple[str, str]]:
+    """The code of a page in its order: (language of a fenced block, its text), and ("", line or inline code)."""
+    text = text.replace("\\\n", " ")
+    text = re.sub(r"`(?:\\`|[^`])*\\`(?:\\`|[^`])*`", "", text)  # messages that quote a command
+    pattern = r"^```(\w+)\n(.*?)^```|^ {4}(\S[^\n]*)|(?<!`)`([^`]+)`"
+    for language, block, indented, inline in re.findall(pattern, text, re.MULTILINE | re.DOTALL):
+        yield language, block or indented or " ".join(inline.split())
+
+
+def lines(text: str) -> Iterator[str]:
+    """What is said to a shell on a page, and its Python blocks whole."""
+    for language, code in pieces(text):
+        if language == "python":
+            yield code
+        elif language in ("", "sh"):
+            yield from (line.split("  #")[0].strip() for line in code.splitlines())
+
+
+def parsed(line: str) -> Command | None:
+    """The command that a line is, if it is one of ours with something to do."""
+    started = r"(?:python|(?:torchrun|accelerate launch) \S+ (\d+))"  # with the number of processes
+    found = re.fullmatch(started + r" -m (harvest|train|analyze|train\.export|train\.publish) (.*)", line)
+    return Command(line, int(found[1] or 0), found[2], shlex.split(found[3])) if found else None
+
+
+def commands(text: str) -> list[Command]:
+    return [command for line in lines(text) if "\n" not in line and (command := parsed(line))]
+
+
+def smaller(command: Command) -> list[str]:
+    """The command's words for the embedded model."""
+    words: list[str] = []
+    for word in command.words:
+        changed = OMITTED[command.module] if word == "..." else word
+        for pattern, substitute in SUBSTITUTES.items():
+            if re.fullmatch(pattern, word):
+                changed = re.sub(pattern, substitute, word)
+        # A word with a space in it stays one.
+        words += changed.split() if changed != word else [word]
+    for key in command.words:
+        old, new = REPLACED.get(key, ("", ""))
+        words = [new if word == old else word for word in words]
+    for key in (command.module, *command.words):
+        words += [more for more in ADDED.get(key, "").split() if not sets(words, more.partition("=")[0])]
+    return words
+
+
+def sets(words: list[str], name: str) -> bool:
+    """Whether a setting, or `text.path` and `model.path` in the place of its group, is among the words."""
+    return any(word.startswith((f"{name}=", f"{name}.path=")) for word in words)
+
+
+# -- what the pages find in their directory ----------------------------------------------------------------------
+
+
+def furnish(folder: Path) -> None:
+    """The files that the pages take for granted: texts, chats, problems, a model, a data set's folder."""
+    some = list(islice(problems.problems("heldout"), 60))
+    texts = [problems.document(one) for one in some]
+    chats = [[turn("human", one.question), turn("gpt", problems.solution(one))] for one in some]
+    write_lines(folder / "gsm8k/test.jsonl", [{"question": p.question, "answer": problems.solution(p)} for p in some])
+    write_lines(folder / "gsm8k/solutions.jsonl", [labelled(one) for one in some])
+    write_lines(folder / "notes.jsonl", [{"body": text} for text in texts])
+    write_lines(folder / "books/second.jsonl", [{"text": text} for text in texts[30:]])
+    (folder / "books/first.txt").write_text("\n\n".join(texts[:30]))
+    write_lines(folder / "hub/web/train.jsonl", [{"text": text} for text in texts])
+    write_lines(folder / "hub/chats/train.jsonl", [{"conversations": chat} for chat in chats])
+    shutil.copytree(MODEL_DIR, folder / "models/mine")
+
+
+def labelled(one: problems.Problem) -> dict[str, Any]:
+    right, wrong = f"#### {one.answer}", f"#### {one.answer + 7}"
+    solutions = {"a": {"solution": right, "is_correct": True}, "b": {"solution": wrong, "is_correct": False}}
+    return {"question": one.question, "ground_truth": str(one.answer), **solutions}
+
+
+def turn(who: str, text: str) -> dict[str, str]:
+    return {"from": who, "value": text}
+
+
+def write_lines(path: Path, rows: list[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A furnished directory to stand in, in a process that plays the parts of others (see the module)."""
+    furnish(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # as the commands set it themselves, for good
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # 0.2 s a model in a large process
+    monkeypatch.setattr(residuals, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(spine.Spine, "_start", write_spine)
+    monkeypatch.setattr(analyze.browser.serve, "serve", require_site)
+    return tmp_path
+
+
+def write_spine(process: spine.Spine) -> None:
+    spine.write(process._store, *process._job, process._stop)
+
+
+def require_site(folder: Path, _port: int) -> None:
+    assert (folder / "index.html").is_file()
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Callable[[pytest.MonkeyPatch], None]]:
+    """Sets the environment for a bucket `my-bucket` on a server that is started when it is first asked for."""
+    moto_server = pytest.importorskip("moto.server", reason="moto is not installed")
+    pytest.importorskip("obstore", reason="obstore is not installed")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    url = f"http://127.0.0.1:{server._server.server_port}"
+    urlopen(Request(f"{url}/my-bucket", method="PUT"))
+
+    def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+        keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}
+        for name, value in {"AWS_ENDPOINT_URL": url, **keys}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(objects, "RETRIES", {"max_retries": 1, "retry_timeout": timedelta(seconds=2)})
+
+    yield environment
+    server.stop()
+
+
+# -- running -----------------------------------------------------------------------------------------------------
+
+
+class Shell:
+    """Runs commands in this process, and looks at what came of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._patch, self._capsys = monkeypatch, capsys
+
+    def run(self, command: Command) -> None:
+        require_launcher(command)
+        words = smaller(command)
+        if "study=browser" in words:
+            self.run(command._replace(words=["study=catalogue", *(w for w in words if w.startswith("run="))]))
+        stream.store_at.cache_clear()  # a new process has seen no store
+        stream.rows_of.cache_clear()
+        with self._patch.context() as patch:
+            if command.world:
+                meet = command.module == "train" and "-m" not in words
+                patch.setenv("RANK", "0")
+                patch.setenv("WORLD_SIZE", "1" if meet else str(command.world))
+            patch.setattr(sys, "argv", [command.module, *words])
+            before = self._capsys.readouterr()  # of the command before
+            code = called(command.module)
+        out, err = self._capsys.readouterr()
+        assert code in (None, 0), f"{command.said}\nas {' '.join(words)}\n{before.err[-300:]}{err}"
+        require_outcome(command, words, out, err)
+
+
+def called(module: str) -> Any:
+    """What `python -m MODULE` exits with."""
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+def require_launcher(command: Command) -> None:
+    """The launcher's settings compose, where it is installed."""
+    from hydra import compose, initialize_config_module
+
+    asked = [word for word in command.words if word.startswith("hydra")]
+    if not asked or ("ray" in asked[0] and not importlib.util.find_spec("hydra_plugins.hydra_ray_launcher")):
+        return
+    with initialize_config_module("conf", version_base="1.3"):
+        assert compose(command.module, asked, return_hydra_config=True).hydra.launcher._target_
+
+
+def require_outcome(command: Command, words: list[str], out: str, err: str) -> None:
+    """The command's main result is there, and it says so."""
+    if "--help" in words:
+        assert "== Config ==" in out
+    elif command.module == "harvest":
+        require_harvest(words, out, err)
+    elif command.module == "train.publish":
+        (folder,) = {Path(path).parent for path in re.findall(r"\S+/publish/\S+\.md", out)}
+        assert (folder / "README.md").is_file() and "nothing was uploaded" in out
+    else:
+        said = re.findall(r"(?:wrote|results are in) (\S+?)[:;,]?(?:\s|$)", err)
+        said = said or re.findall(r"(\S+) is finished", err)  # as other ranks of it say
+        assert said and all(Path(path).exists() for path in said), (command.said, err)
+        if command.module == "analyze" and "results are in" in err:
+            assert {f"{Path(said[-1]).name}{end}" for end in (".json", ".md")} <= set(os.listdir(said[-1]))
+        if command.module == "train" and not command.world:
+            arms = 1
+            for word in words:
+                arms *= len(word.split(",")) if "-m" in words else 1
+            assert len(said) == arms, (command.said, err)
+
+
+def require_harvest(words: list[str], out: str, err: str) -> None:
+    action = next((word.removeprefix("action=") for word in words if word.startswith("action=")), "run")
+    results = {"plan": "in a short probe", "status": " units, ", "verify": "recomputed, is the same"}
+    if action != "run":
+        assert {**results, "repair": " to make again"}[action] in out
+        return
+    complete = re.findall(r"^(\S+) is complete: ", err, re.MULTILINE)
+    assert complete, err
+    store = Store.open(complete[-1])
+    asked = next((word.removeprefix("layer=") for word in words if word.startswith("layer=")), "[5,8]")
+    assert all(store.complete(int(layer)) for layer in asked.strip("[]").split(","))
+
+
+def begin(shell: Shell) -> None:
+    """The store and the run that a page goes on from, under both names that pages have for them."""
+    for module, settings in BEGINNING.items():
+        shell.run(Command("the page's beginning", 0, module, f"{settings} store=activations/e4b.zarr".split()))
+    shutil.copytree("activations/e4b.zarr", "activations/tiny.zarr")
+    shutil.copytree("runs/e4b_L21", "runs/demo")
+
+
+# The module that a launcher's plugin has loaded is not the one that is run, which is all the same.
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_run(
+    page: Path,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    shell, text = Shell(monkeypatch, capsys), page.read_text()
+    if "s3://" in text and any("s3://" in command.said for command in commands(text)):
+        request.getfixturevalue("s3")(monkeypatch)
+    if page.name in CONTINUED:
+        begin(shell)
+    for line in lines(text):
+        if command := parsed(line):
+            if "reference:sae_final.pt" in line:
+                shutil.copy("runs/reference/sae_final.pt", here)
+            shell.run(command)
+        elif "\n" in line and page.name != "store.md":  # whose code tests/test_docs.py runs on a store of its own
+            run_block(line)
+        elif line.startswith("python -c "):
+            exec(shlex.split(line)[2].replace("1000", "2"), {})
+
+
+def run_block(code: str) -> None:
+    """A page's Python. Of training by GRPO, which takes minutes, what comes before the trainer; the rest compiles."""
+    compile(code, "block", "exec")
+    code = "".join(line for line in code.splitlines(keepends=True) if "trl" not in line and "GRPO" not in line)
+    found: dict[str, Any] = {}
+    exec(code.replace('"google/gemma-4-E4B", device="cuda"', '"embedded", dtype="float32"'), found)
+    if "reward" in found:
+        assert found["reward"](["Question: 3 + 4?"], [""], [[9, 8]]) != [0.0]
+    if "x_hat" in found:
+        assert found["x_hat"].shape == found["x"].shape
+
+
+def test_commands_are_found() -> None:
+    """Were fewer found than there are, the test above would pass for nothing."""
+    found = {str(page.relative_to(ROOT)): len(commands(page.read_text())) for page in PAGES}
+    least = {"README.md": 20, "harvest.md": 20, "reproduce.md": 12, "clusters.md": 7, "training.md": 5, "studies.md": 2}
+    assert all(found[name if name == "README.md" else f"docs/{name}"] >= count for name, count in least.items()), found
+    for page in PAGES:
+        asked = [line for line in lines(page.read_text()) if re.match(r"(python|torchrun|accelerate) [^\n]*-m ", line)]
+        assert all(parsed(line) or OTHER.fullmatch(line) for line in asked), (page.name, asked)
