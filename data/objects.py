@@ -74,7 +74,7 @@ class ObjectPlace:
                 self.name, client_options={"allow_http": plain}, retry_config=RETRIES
             )
         except (obstore.exceptions.BaseError, ValueError) as error:
-            raise SettingError(f"store={url} cannot be opened: {error}") from error
+            raise SettingError(f"store={url} cannot be opened: {first_line(error)}") from error
 
     def read(self, key: str) -> bytes:
         with _as_os_error():

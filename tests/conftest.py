@@ -86,7 +86,7 @@ def random_bits() -> NDArray[np.uint16]:
     return values.bfloat16().view(torch.uint16).numpy()
 
 
-_LONGEST = ("test_house.py", "test_kills.py", "test_faults.py", "test_lm.py")
+_LONGEST = ("test_docs_run.py", "test_house.py", "test_kills.py", "test_faults.py", "test_lm.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -112,14 +112,15 @@ def first_layer(store: Store) -> int:
 
 
 def run_directory(asked: str | None, name: str) -> Path:
-    """Where the run lives: as asked, or under runs/ by store, dictionary and layer, and by its arm in a multirun."""
+    """Where the run lives: as asked, or under runs/ by store, dictionary and layer, and there by its arm.
+
+    A run that is no arm is `default`, beside the arms of a sweep that may be there or come later.
+    """
     if asked:
         return Path(asked)
     hydra_config = HydraConfig.get()
-    folder = Path("runs") / file_name(name)
-    if hydra_config.mode == RunMode.MULTIRUN:
-        folder /= arm_name(hydra_config.overrides.task)
-    return folder
+    swept = hydra_config.overrides.task if hydra_config.mode == RunMode.MULTIRUN else []
+    return Path("runs") / file_name(name) / arm_name(swept)
 
 
 def arm_name(overrides: Sequence[str]) -> str:

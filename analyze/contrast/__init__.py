@@ -43,7 +43,7 @@ from analyze.gsm8k import Answer
 from analyze.stats import Floats
 from analyze.study import FEATURES, Outcome, Study, dumped, made, write_features
 from data import durable
-from data.errors import NonFiniteError, SettingError, StopRequest
+from data.errors import NonFiniteError, SettingError, StopRequest, StoreError
 from data.journal import Progress, tell
 from data.settings import build
 from train.kernels import latent_sums
@@ -105,10 +105,15 @@ def caa(hidden: ArrayLike, correct: NDArray[np.bool_]) -> Floats:
     Args:
         hidden: (n, d) one layer's means.
         correct: (n,); both values occur.
+
+    Raises:
+        StoreError: the means are equal.
     """
     x = np.asarray(hidden, np.float64)
     difference = x[correct].mean(0) - x[~correct].mean(0)
-    return np.asarray(difference / np.linalg.norm(difference), np.float64)
+    if not (length := np.linalg.norm(difference)):
+        raise StoreError("right and wrong answers have the same mean, so no direction tells them apart; more problems=")
+    return np.asarray(difference / length, np.float64)
 
 
 def _measured(study: Study, answers: Sequence[Answer], stop: StopRequest) -> tuple[NDArray[np.float32], Any]:

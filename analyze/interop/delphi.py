@@ -19,9 +19,10 @@ its own caches windows cross from one document into the next, and so they do her
 with the BOS before each document (on which nothing fires), so that a border can be seen; pieces as rows of their own
 would have to be filled up, and what they are filled with would be sampled as text on which a latent does not fire.
 
-Memory is that of the tokens (4 bytes each), of one file's activations (2 bytes), and of what a unit has for a file's
-latents. At 32,768 latents, 4e6 tokens and k = 128: 16 MB, 32 MB on average, 3 MB on average and 200 MB at worst; and
-on the disk 8 bytes for each of 5.1e8 places and 32 times the tokens, 4.6 GB.
+Memory is that of the tokens (4 bytes each), of a file's activations (2 bytes each), and of what a unit has for a file's
+latents (about 150 bytes a place while it is read). At 32,768 latents, 4e6 tokens and k = 128 that is 16 MB, 32 MB and
+40 MB on average; were all of a unit's 8.4e6 places in one file, 1.3 GB. The disk takes 8 bytes for each of 5.1e8 places
+and 32 times the tokens, 4.6 GB; at 1.2e7 places a second on one core, 45 seconds.
 """
 
 from __future__ import annotations
@@ -272,16 +273,13 @@ def _model(study: Study) -> str:
     return str(resolve(path, study.model.revision)) if path == EMBEDDED else path
 
 
-def _summary(study: Study, figures: dict[str, Any]) -> list[str]:
-    run, hook, name = study.subject.run, figures["hookpoint"], study.subject.run.resolve().name
-    context, model = figures["context"], shlex.quote(_model(study))
+def _summary(study: Study, figures: Mapping[str, Any]) -> list[str]:
+    context, folder = figures["context"], study.folder / LATENTS
     lines = [
-        f"{study.folder / LATENTS} has the {figures['pairs']:,} places where {figures['features']:,} latents fire in "
+        f"{folder} has the {figures['pairs']:,} places where {figures['features']:,} latents fire in "
         f"{figures['rows']:,} rows of {context:,} tokens, as delphi caches them: {figures['splits']:,} files, "
         f"{figures['bytes'] / 1e6:,.1f} MB, made in {duration(figures['seconds'])}.",
-        f"Explain latents with `python -m train.export run={run} to=sparsify`, then `mkdir -p results && ln -s "
-        f"{shlex.quote(str(study.folder.resolve()))} results/{name} && python -m delphi {model} {run}/export/sparsify "
-        f"--hookpoints {hook} --name {name}`, which finds the cache and makes none.",
+        _next(study, figures["hookpoint"]),
     ]
     if context % _EXAMPLE:
         lines.append(
@@ -291,3 +289,20 @@ def _summary(study: Study, figures: dict[str, Any]) -> list[str]:
     if figures["activations"] != "float16":
         lines.append(f"Activations are single precision: some are beyond the {_LARGEST:,.0f} of half precision.")
     return lines
+
+
+def _next(study: Study, hook: str) -> str:
+    """What to do with the cache. delphi's command line loads the SAE, too, and knows those of sparsify."""
+    run = study.subject.run
+    if study.subject.sae.threshold is not None:
+        return (
+            f"Read it with delphi's `LatentDataset(raw_dir={str(study.folder / LATENTS)!r}, ...)`: its command line "
+            "wants an SAE of sparsify, which knows TopK alone."
+        )
+    said = (run, study.folder.resolve(), run.resolve().name, _model(study), run / "export" / "sparsify")
+    at, folder, name, model, exported = (shlex.quote(str(one)) for one in said)
+    return (
+        f"Explain latents with `python -m train.export run={at} to=sparsify`, then `mkdir -p results && ln -s {folder} "
+        f"results/{name} && python -m delphi {model} {exported} --hookpoints {hook} --name {name}`, which finds the "
+        "cache and makes none."
+    )

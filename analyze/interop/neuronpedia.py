@@ -19,8 +19,9 @@ Columns that are not written keep the defaults of its tables. Conventions are th
     dataIndex        ours: document:position in the store
 
 Numbers have DIGITS significant digits. PostgreSQL has no text with NUL or half a surrogate pair: they become U+FFFD.
-Files are the same bytes for the same catalogue. Memory is that of one row group of the catalogue (1,024 latents, some
-100 MB) and one batch; 32,768 latents with 70 contexts each are 2.3 million activations.
+Files are the same bytes for the same catalogue. Memory is that of one row group of the catalogue (1,024 latents, 70
+contexts each: some 200 MB as they are written) and of what a unit of its index has for them (about 60 bytes a place).
+8,192 latents of 2,560 dimensions with 570,000 contexts took 61 seconds on one core and 125 MB, 85 of them vectors.
 """
 
 from __future__ import annotations
@@ -343,6 +344,7 @@ def bin_of(value: Any, largest: Any) -> Any:
 def histograms(index: Index, first: int, largest: NDArray[np.float32], stop: StopRequest) -> NDArray[np.int64]:
     """(f, BINS) of the latents from `first` on, one for each of `largest`: how many activations are in each bin."""
     counts = np.zeros(len(largest) * BINS, np.int64)
+    largest = np.where(largest > 0, largest, np.float32(1))  # of those that never fire, if the index agrees
     for unit in index.units:
         stop.check()
         block = index.block(unit, first // BLOCK)

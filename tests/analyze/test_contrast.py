@@ -16,7 +16,7 @@ from analyze import contrast, gsm8k
 from analyze.contrast import Means, Options, answer_means, caa, compare
 from analyze.contrast.findings import figures, lists, summary
 from analyze.study import Study
-from data.errors import Interrupted, SettingError, StopRequest
+from data.errors import Interrupted, SettingError, StopRequest, StoreError
 from data.tiny import problems as tiny
 
 LAYERS, D, F = 4, 20, 60
@@ -123,6 +123,11 @@ def test_caa_is_the_difference_of_means_with_norm_one() -> None:
     expected = x[means.correct].mean(0) - x[~means.correct].mean(0)
     found = caa(means.hidden[:, 1], means.correct)
     np.testing.assert_allclose(found, expected / np.linalg.norm(expected))
+
+
+def test_equal_means_give_no_direction() -> None:
+    with pytest.raises(StoreError, match="the same mean, so no direction"):
+        caa(np.ones((4, 3)), np.array([True, True, False, False]))
 
 
 # -- what is compared --------------------------------------------------------------------------------------------

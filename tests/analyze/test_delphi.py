@@ -113,6 +113,17 @@ def test_what_lies_beside(done: Done) -> None:
     assert config["model_name"] == "nowhere/none"
 
 
+def test_the_next_command(done: Done) -> None:
+    """It is delphi's where delphi can load the SAE."""
+    said = " ".join(done.outcome.summary)
+    assert "to=sparsify" in said and f"python -m delphi nowhere/none {done.study.subject.run}/export/sparsify" in said
+    sae = done.study.subject.sae
+    other = SAE(sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec, sae.k, torch.zeros(F))
+    study = replace(done.study, subject=replace(done.study.subject, sae=other))
+    said = " ".join(package._summary(study, {**done.outcome.figures, "context": 48}))
+    assert "to=sparsify" not in said and "LatentDataset(" in said and "--example_ctx_len" in said
+
+
 @pytest.mark.parametrize(("factor", "kind"), [(1e5, np.float32), (1e-10, np.float16)])
 def test_nothing_is_clipped_or_lost(made: Made, tmp_path: Path, factor: float, kind: type) -> None:
     """Beyond half precision: too large keeps single precision, too small still fires."""

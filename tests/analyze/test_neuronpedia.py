@@ -22,10 +22,11 @@ import torch
 from analyze import catalogue
 from analyze.catalogue import index, table
 from analyze.interop import neuronpedia as package
-from analyze.interop.neuronpedia import BINS, INTERVALS, inputs, neuronpedia, storable, texts
+from analyze.interop.delphi import index_of
+from analyze.interop.neuronpedia import BINS, INTERVALS, histograms, inputs, neuronpedia, storable, texts
 from analyze.study import Outcome, Study
 from analyze.subject import Subject
-from data.errors import SettingError, StoreError
+from data.errors import SettingError, StopRequest, StoreError
 from harvest.checkpoint import EMBEDDED, resolve
 from harvest.lm import ModelConfig
 from harvest.tokens import Tokenizer
@@ -128,6 +129,9 @@ def test_histograms_are_of_dense_activations(done: Done) -> None:
         heights, edges = np.histogram(fires, BINS, (0, fires.max())) if len(fires) else (np.empty(0), np.empty(1))
         assert own["freq_hist_data_bar_heights"] == heights.tolist()
         assert own["freq_hist_data_bar_values"] == close(((edges[1:] + edges[:-1]) / 2).tolist())
+    # Places of latents that never fire, as the table has it, are counted, so that the difference is found.
+    unknown = histograms(index_of(done.study.subject), 0, np.full(16, np.nan, np.float32), StopRequest())
+    assert unknown.sum(1).tolist() == (f[:, :16] > 0).sum(0).tolist()
 
 
 def test_activations_are_the_contexts(done: Done) -> None:
