@@ -101,6 +101,11 @@ class Study:
             "dtype": self.model.dtype,
         }
 
+    def needs(self, file: str | Path) -> None:
+        """Without this file of its folder the study is not done, whatever NAME.json says."""
+        if not (self.folder / file).is_file():
+            (self.folder / f"{self.name}.json").unlink(missing_ok=True)
+
     def perform(self, study: Callable[[Study], Outcome], inputs: Mapping[str, Any]) -> Outcome:
         """What `study` finds; from its files if it was done with the same settings on the same `inputs`."""
         settings = json.loads(dumped({**self.identity, **inputs, "options": dict(self.options)}))

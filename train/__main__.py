@@ -31,6 +31,7 @@ from train import parallel
 from train.loop import Arm, train
 from train.optim import OptimConfig
 from train.parallel import Group
+from train.run import source_of
 from train.sae import SAEConfig
 from train.stream import Whole, rows_of, store_at
 from train.trainer import TrainConfig
@@ -91,14 +92,6 @@ def arm(settings: dict[str, Any]) -> Arm:
         facts |= {"store_variance_lost": lost}
         tell(f"{store.name} keeps rows as {store.manifest['codec']}, which lost {lost:.2e} of their variance")
     return Arm(config, stream, folder, following, facts)
-
-
-def source_of(store: Store) -> dict[str, Any]:
-    """What the store was harvested from, for those who use the SAE without it."""
-    text = store.manifest["text"]
-    said = text["dataset"] if text["kind"] == "hub" else ", ".join(text.get("sources", [text["kind"]]))
-    model = {key: store.manifest["model"].get(key) for key in ("revision", "weights")}
-    return {"model": store.manifest["model"]["id"], **model, "text": said, "context": store.context}
 
 
 def first_layer(store: Store) -> int:

@@ -13,6 +13,7 @@ import yaml
 
 from data import durable
 from data.errors import MismatchError, StoreError, differences
+from data.store import Store
 
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoint"
 TIMINGS = "timings.jsonl"  # apart from the metrics, which a run that was killed repeats byte for byte
@@ -29,6 +30,18 @@ def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "numpy": np.__version__,
     }
+
+
+def source_of(store: Store) -> dict[str, Any]:
+    """What a store was harvested from, for those who use an SAE without it."""
+    model = {key: store.manifest["model"].get(key) for key in ("revision", "weights")}
+    return {"model": store.manifest["model"]["id"], **model, "text": text_of(store), "context": store.context}
+
+
+def text_of(store: Store) -> str:
+    """What a store's text is called."""
+    text = store.manifest["text"]
+    return str(text["dataset"]) if text["kind"] == "hub" else ", ".join(text.get("sources", [text["kind"]]))
 
 
 def agree(run: Path, settings: Mapping[str, Any], facts: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

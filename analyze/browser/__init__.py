@@ -70,10 +70,8 @@ def inputs(study: Study) -> Mapping[str, Any]:
         StoreError: this run or another one has no catalogue.
     """
     subject, options = study.subject, build(Options, "study", study.options)
-    joins.index_of(subject)
-    if not (study.folder / PAGE).is_file():
-        (study.folder / f"{study.name}.json").unlink(missing_ok=True)  # it says of a page that is gone that it is done
-    read = [subject.run / FOLDER / "catalogue" / catalogue.FILE, *columns.files(subject)]
+    study.needs(PAGE)
+    read = [catalogue.files(subject).table, *columns.files(subject)]
     others = [joins.open_other(subject, run).subject.run / export.FILE for run in options.others]
     return {"files": {str(path): durable.digest_file(path).xxh3_128 for path in (*read, *others)}}
 
@@ -85,18 +83,18 @@ def browser(study: Study) -> Outcome:
         StoreError: this run or another one has no catalogue.
     """
     options, subject, began = build(Options, "study", study.options), study.subject, time.perf_counter()
-    index = joins.index_of(subject)
+    made_from = catalogue.files(subject)
     others = [joins.open_other(subject, run) for run in options.others]
     names = _names(study)
     say: Say = names or (lambda token: f"#{token}")
     with StopRequest() as stop:
-        partners = [joins.partners(index, other.index, options.rows, stop) for other in others]
+        partners = [joins.partners(made_from.places, other.index, options.rows, stop) for other in others]
         site = Site(study.folder)
-        file = pq.ParquetFile(subject.run / FOLDER / "catalogue" / catalogue.FILE)
+        file = pq.ParquetFile(made_from.table)
         studied = columns.of_studies(subject, studies.done(subject))
         of_page = Shown(say, options.contexts, options.samples, partners, studied)
         table, known = _features(site, file, of_page, stop)
-        tallies = tokens.tally(subject.store, index, stop)
+        tallies = tokens.tally(subject.store, made_from.places, stop)
         ids = tokens.ranked(tallies.occurrences)
         for number, shard in enumerate(tokens.shards(tallies, ids)):
             site.write(f"tokens/{number:03d}", shard)

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from analyze import catalogue
-from analyze import study as studies
 from analyze.catalogue.index import Index
 from analyze.subject import Subject
 from data.errors import StopRequest, StoreError
@@ -40,18 +39,6 @@ class Other:
     index: Index
 
 
-def index_of(subject: Subject) -> Index:
-    """The index of a run's catalogue.
-
-    Raises:
-        StoreError: the run has no catalogue of its present SAE.
-    """
-    folder = subject.run / studies.FOLDER / "catalogue"
-    if "catalogue" not in studies.done(subject) or not (folder / catalogue.FILE).is_file():
-        raise StoreError(f"{subject.run} has no catalogue; run `python -m analyze study=catalogue run={subject.run}`")
-    return Index.open(folder / catalogue.FOLDER)
-
-
 def open_other(subject: Subject, run: str) -> Other:
     """A run on the same store.
 
@@ -59,7 +46,7 @@ def open_other(subject: Subject, run: str) -> Other:
         StoreError: it is missing, unfinished, of another store, or has no catalogue.
     """
     other = Subject.open(Path(run), subject.store.name, subject.device)
-    return Other(other, index_of(other))
+    return Other(other, catalogue.files(other).places)
 
 
 def partners(ours: Index, theirs: Index, rows: int, stop: StopRequest) -> Partners:

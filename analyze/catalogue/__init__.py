@@ -14,14 +14,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from analyze import contexts, directions, pictures
+from analyze import study as studies
 from analyze.catalogue import index as inverted_index
 from analyze.catalogue import table as feature_table
 from analyze.catalogue.index import Index
@@ -40,6 +41,25 @@ PARTS = ("held_out", "all")
 _SAMPLE = 3  # random places kept per place shown: with 10 quantiles of 5, one in 2,000 quantiles is left with fewer
 _NEIGHBOURS = 10
 _SHOWN, _SHOWN_TOKENS = 20, 5  # in the study's own table: latents, and of each contexts, tokens, neighbours
+
+
+class Files(NamedTuple):
+    """A run's catalogue as it was left."""
+
+    table: Path
+    places: Index  # of the units that the table is of: a catalogue that was stopped while it grew left more
+
+
+def files(subject: Subject) -> Files:
+    """What the study has left.
+
+    Raises:
+        StoreError: the run has no catalogue of its present SAE.
+    """
+    folder, done = subject.run / studies.FOLDER / "catalogue", studies.done(subject).get("catalogue")
+    if done is None or not (folder / FILE).is_file():
+        raise StoreError(f"{subject.run} has no catalogue; run `python -m analyze study=catalogue run={subject.run}`")
+    return Files(folder / FILE, replace(Index.open(folder / FOLDER), units=done.figures["units"]))
 
 
 @dataclass(frozen=True)

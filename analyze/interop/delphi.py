@@ -34,7 +34,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -45,17 +45,15 @@ import torch
 from numpy.typing import NDArray
 
 from analyze import catalogue
-from analyze import study as studies
-from analyze.browser import joins
 from analyze.catalogue.index import BLOCK, Index
-from analyze.study import FOLDER, Outcome, Study, made
+from analyze.study import Outcome, Study, made
 from analyze.subject import Subject
 from data import durable
 from data.errors import SettingError, StopRequest, StoreError
 from data.journal import Progress, duration
 from data.settings import build
-from data.store import Store
 from harvest.checkpoint import EMBEDDED, resolve
+from train.run import text_of
 
 LATENTS, CONFIG = "latents", "config.json"
 _EXAMPLE = 32  # tokens of a window: delphi's example_ctx_len, unless told otherwise
@@ -90,10 +88,9 @@ def inputs(study: Study) -> Mapping[str, Any]:
     Raises:
         StoreError: the run has no catalogue.
     """
-    table = table_of(study.subject)
-    if not (study.folder / LATENTS / hookpoint(study.subject) / CONFIG).is_file():
-        (study.folder / f"{study.name}.json").unlink(missing_ok=True)  # it says of a cache that is gone that it is done
-    return {"catalogue": durable.digest_file(table).xxh3_128, "units": list(index_of(study.subject).units)}
+    study.needs(Path(LATENTS, hookpoint(study.subject), CONFIG))
+    table, index = catalogue.files(study.subject)
+    return {"catalogue": durable.digest_file(table).xxh3_128, "units": index.units}
 
 
 def delphi(study: Study) -> Outcome:
@@ -139,28 +136,6 @@ def delphi(study: Study) -> Outcome:
 # -- what the catalogue has --------------------------------------------------------------------------------------
 
 
-def table_of(subject: Subject) -> Path:
-    """The catalogue's table.
-
-    Raises:
-        StoreError: the run has no catalogue of its present SAE.
-    """
-    joins.index_of(subject)
-    return subject.run / FOLDER / "catalogue" / catalogue.FILE
-
-
-def index_of(subject: Subject) -> Index:
-    """The index of just the units that the table is of: a catalogue that was stopped while it grew left more.
-
-    Raises:
-        StoreError: the run has no catalogue of its present SAE.
-    """
-    index = joins.index_of(subject)
-    read = studies.read_outcome(subject.run / FOLDER / "catalogue" / "catalogue.json")
-    assert read is not None, "index_of finds a catalogue that is done"
-    return replace(index, units=read[1].figures["units"])
-
-
 def hookpoint(subject: Subject) -> str:
     """The name of the layer whose output the SAE is of, as sparsify's files have it."""
     return f"layers.{subject.layer}"
@@ -168,8 +143,8 @@ def hookpoint(subject: Subject) -> str:
 
 def cache_of(subject: Subject) -> Cache:
     """All that the files are made of, but the places."""
-    store, index = subject.store, index_of(subject)
-    said = pq.read_table(table_of(subject), columns=["count", "max"])
+    store, (table, index) = subject.store, catalogue.files(subject)
+    said = pq.read_table(table, columns=["count", "max"])
     largest = np.nanmax(said.column("max").to_numpy(), initial=0)
     tokens = [store.tokens(unit) for unit in index.units]
     rows = np.cumsum([0, *map(len, tokens)])[:-1].tolist()
@@ -230,7 +205,7 @@ def _beside(folder: Path, subject: Subject, cache: Cache, stop: StopRequest) -> 
     torch.save({hook: torch.from_numpy(cache.count.copy())}, buffer)
     durable.write(made(folder / "log") / "hookpoint_firing_counts.pt", [buffer.getvalue()])
     path = made(folder / "neighbours") / f"{hook}-decoder_similarity.json"
-    durable.write(path, _neighbours(pq.ParquetFile(table_of(subject)), stop))
+    durable.write(path, _neighbours(pq.ParquetFile(catalogue.files(subject).table), stop))
 
 
 def _neighbours(table: pq.ParquetFile, stop: StopRequest) -> Iterator[bytes]:
@@ -260,12 +235,6 @@ def _config(study: Study, cache: Cache, splits: int) -> bytes:
         "model_name": _model(study),
     }
     return json.dumps(said, indent=4).encode()
-
-
-def text_of(store: Store) -> str:
-    """The name of the text that a store was harvested from."""
-    text = store.manifest["text"]
-    return str(text["dataset"]) if text["kind"] == "hub" else ", ".join(text.get("sources", [text["kind"]]))
 
 
 def _model(study: Study) -> str:

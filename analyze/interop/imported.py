@@ -17,7 +17,7 @@ from data.reader import Policy
 from data.store import Store
 from train import export, sae
 from train.export.formats import FORMATS
-from train.run import CONFIG
+from train.run import CONFIG, source_of
 from train.sae import SAE, SAEConfig
 
 FOLDER = Path("runs", "imported")
@@ -72,6 +72,7 @@ def run_of(named: str, store: str | None, layer: int | None) -> Path:
         run.mkdir(parents=True, exist_ok=True)
         export.write_final(found, 1.0, run)
         facts: dict[str, Any] = {"store_path": opened.name, "sae_name": kind, "environment": {}, "imported": named}
+        facts["source"] = source_of(opened)
         durable.write(run / CONFIG, [yaml.safe_dump({"settings": settings, **facts}, sort_keys=False).encode()])
     return run
 

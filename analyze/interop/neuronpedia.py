@@ -42,9 +42,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from analyze import catalogue
 from analyze.browser.pages import Contexts, contexts_of
 from analyze.catalogue.index import BLOCK, Index
-from analyze.interop.delphi import index_of, table_of, text_of
 from analyze.study import Outcome, Study, made
 from data import durable
 from data.errors import PipelineError, SettingError, StopRequest, StoreError
@@ -52,6 +52,7 @@ from data.journal import Progress, duration
 from data.settings import build
 from harvest import checkpoint
 from harvest.tokens import Tokenizer
+from train.run import text_of
 
 SOURCE = "source.jsonl"
 BINS, INTERVALS = 50, 10  # of SAEDashboard's histogram; its parts of the activations
@@ -146,12 +147,11 @@ def inputs(study: Study) -> Mapping[str, Any]:
     Raises:
         StoreError: the run has no catalogue.
     """
-    table, names = table_of(study.subject), names_of(study)
-    if not (study.folder / names.model / names.source / SOURCE).is_file():
-        (study.folder / f"{study.name}.json").unlink(missing_ok=True)  # it says of files that are gone that it is done
+    (table, index), names = catalogue.files(study.subject), names_of(study)
+    study.needs(Path(names.model, names.source, SOURCE))
     return {
         "catalogue": durable.digest_file(table).xxh3_128,
-        "units": list(index_of(study.subject).units),
+        "units": index.units,
         "names": names._asdict(),
         "as_ids": texts(study) is None,
     }
@@ -171,7 +171,7 @@ def neuronpedia(study: Study) -> Outcome:
                 shutil.rmtree(old)  # under other names, or with more batches
         target = made(folder / names.model / names.source)
         clean = functools.cache(lambda token: storable(say(token) if say else f"#{token}"))
-        export = Export(study, names, clean, index_of(study.subject), options.vectors)
+        export = Export(study, names, clean, catalogue.files(study.subject).places, options.vectors)
         with StopRequest() as stop:
             figures = _batches(target, export, stop)
         for name, row in _metadata(export).items():
@@ -257,7 +257,7 @@ def _batches(target: Path, export: Export, stop: StopRequest) -> dict[str, Any]:
 
 def _latents(export: Export, stop: StopRequest) -> Iterator[tuple[Row, list[Row]]]:
     """Every latent's line with those of its contexts."""
-    path, sae = table_of(export.study.subject), export.study.subject.sae
+    path, sae = catalogue.files(export.study.subject).table, export.study.subject.sae
     file = pq.ParquetFile(path)
     rows = int(file.schema_arrow.metadata[b"rows"])
     for group in range(file.num_row_groups):

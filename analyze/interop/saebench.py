@@ -111,14 +111,6 @@ def _details(found: Mapping[str, Floats]) -> list[dict[str, float]]:
     return [{"index": at, **dict(zip(found, row, strict=True))} for at, row in enumerate(zip(*columns, strict=True))]
 
 
-def _about(subject: Subject) -> About:
-    """What the SAE was trained on; of other libraries' SAEs, what it is measured on."""
-    if "source" in subject.config:
-        return about(subject.run, subject.config)
-    model, text = (subject.store.manifest[name] for name in ("model", "text"))
-    return About(model["id"], subject.layer, subject.store.context, text.get("dataset", text["kind"]))
-
-
 def _sae_config(subject: Subject, known: About) -> dict[str, Any]:
     """The configuration as SAELens has it, of which SAEBench's plots read architecture, d_sae and training_tokens."""
     trained = subject.config["settings"].get("tokens")
@@ -188,8 +180,7 @@ def _write(path: Path, results: Mapping[str, Any]) -> None:
 
 def inputs(study: Study) -> Mapping[str, Any]:
     """What the file depends on beside the settings, for `Study.perform`."""
-    if not (study.folder / file_of(study.subject)).is_file():
-        (study.folder / f"{study.name}.json").unlink(missing_ok=True)  # it says of a file that is gone that it is done
+    study.needs(file_of(study.subject))
     losses = study.subject.run / studies.FOLDER / "splice" / "splice.json"
     return {
         "splice": durable.digest_file(losses).xxh3_128 if losses.is_file() else None,
@@ -205,7 +196,8 @@ def saebench(study: Study) -> Outcome:
         StoreError: no held-out row passes the run's policy.
     """
     options, subject = build(Options, "study", study.options), study.subject
-    found, model, known = saebench_metrics.measure(subject, options.rows), spliced(subject), _about(subject)
+    known, model = about(subject.run, subject.config), spliced(subject)
+    found = saebench_metrics.measure(subject, options.rows)
     tell(f"each latent's largest cosine with another one, of {subject.sae.d_sae:,}")
     features = saebench_metrics.of_latents(subject.sae, found.latents, len(found.error))
     raw: Metrics = {

@@ -24,7 +24,7 @@ from harvest.plan import HarvestConfig
 from tests.conftest import make_store
 from train import export, sae
 from train.optim import OptimConfig
-from train.run import CONFIG
+from train.run import CONFIG, source_of
 
 N, D, F, K, LAYER = 2048, 12, 40, 4, 3
 
@@ -65,7 +65,7 @@ def write_run(run: Path, store: Store, layer: int, config: sae.SAEConfig, made: 
         "optim": {**vars(OptimConfig(lr=1e-3, lr_floor=1e-4))},
     }
     whole = {"settings": settings, "store_path": store.name, "sae_name": "made", "scale": 1.0, "steps": 16}
-    whole |= {"lr": 1e-3, "dead_after": 1000}
+    whole |= {"lr": 1e-3, "dead_after": 1000, "source": source_of(store)}
     durable.write(run / CONFIG, [yaml.safe_dump({**whole, "environment": {"torch": "x"}}).encode()])
     figures = {"variance_explained": 0.5, "mse": 1.0, "dead": 1, "dead_share": 0.025, "lr": 1e-3}
     lines = [{"split": split, "step": 16, "tokens": 1024, **figures} for split in ("train", "held_out")]

@@ -22,7 +22,6 @@ import torch
 from analyze import catalogue
 from analyze.catalogue import index, table
 from analyze.interop import neuronpedia as package
-from analyze.interop.delphi import index_of
 from analyze.interop.neuronpedia import BINS, INTERVALS, histograms, inputs, neuronpedia, storable, texts
 from analyze.study import Outcome, Study
 from analyze.subject import Subject
@@ -130,7 +129,7 @@ def test_histograms_are_of_dense_activations(done: Done) -> None:
         assert own["freq_hist_data_bar_heights"] == heights.tolist()
         assert own["freq_hist_data_bar_values"] == close(((edges[1:] + edges[:-1]) / 2).tolist())
     # Places of latents that never fire, as the table has it, are counted, so that the difference is found.
-    unknown = histograms(index_of(done.study.subject), 0, np.full(16, np.nan, np.float32), StopRequest())
+    unknown = histograms(catalogue.files(done.study.subject).places, 0, np.full(16, np.nan, np.float32), StopRequest())
     assert unknown.sum(1).tolist() == (f[:, :16] > 0).sum(0).tolist()
 
 
