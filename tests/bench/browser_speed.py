@@ -2,8 +2,8 @@
 
 32,768 latents and a vocabulary of 262,144 tokens, as of Gemma 4, on random rows; the list has every column. The pages
 are made by `study=catalogue` and `study=browser` (with logits by chance: there is no model) and opened from the disk,
-whose files lie in the cache, each round in a Chromium that has opened nothing before. Milliseconds until what was asked
-for is painted, from
+whose files lie in the cache, each round in a Chromium that was started a moment ago and has opened nothing.
+Milliseconds until what was asked for is painted, from
 
     list      the address is opened (first paint; the list itself)
     first     the address of a feature is opened, nothing before it
@@ -41,6 +41,7 @@ from train.sae import SAEConfig
 
 VOCABULARY, WIDTH, K, LAYER, CONTEXT = 262_144, 32, 32, 21, 512
 LOGITS = 10
+SETTLE_S = 1.5  # until Chromium is busy with nothing but the page; its own start takes both cores
 FOLLOWED = 12  # features that are opened in a round
 # An input or address, then the time at which what it asks for is there and painted.
 _ASK = """
@@ -107,6 +108,7 @@ def asked(chrome: Chromium, act: str, there: str) -> float:
 
 def opened(chrome: Chromium, url: str) -> dict[str, float]:
     """Milliseconds from the navigation to the first paint, and until the page was there."""
+    time.sleep(SETTLE_S)
     chrome.open(url)
     found: dict[str, float] = chrome.js(
         "(async () => { let paint; while (!(paint = performance.getEntriesByName('first-contentful-paint')[0]))"
