@@ -22,7 +22,7 @@ would have to be filled up, and what they are filled with would be sampled as te
 Memory is that of the tokens (4 bytes each), of a file's activations (2 bytes each), and of what a unit has for a file's
 latents (about 150 bytes a place while it is read). At 32,768 latents, 4e6 tokens and k = 128 that is 16 MB, 32 MB and
 40 MB on average; were all of a unit's 8.4e6 places in one file, 1.3 GB. The disk takes 8 bytes for each of 5.1e8 places
-and 32 times the tokens, 4.6 GB; at 1.2e7 places a second on one core, 45 seconds.
+and 32 times the tokens, 4.6 GB.
 """
 
 from __future__ import annotations
