@@ -34,7 +34,7 @@ def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
 
 def source_of(store: Store) -> dict[str, Any]:
     """What a store was harvested from, for those who use an SAE without it."""
-    model = {key: store.manifest["model"].get(key) for key in ("revision", "weights")}
+    model = {key: store.manifest["model"].get(key) for key in ("revision", "weights", "n_layers")}
     return {"model": store.manifest["model"]["id"], **model, "text": text_of(store), "context": store.context}
 
 

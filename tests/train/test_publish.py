@@ -234,6 +234,16 @@ def test_the_cards_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ki
     torch.testing.assert_close(found["x_hat"], sae(found["x"]), rtol=1e-5, atol=1e-5)
 
 
+def test_the_last_layers_rows_are_not_in_hidden_states(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run", made("topk"), layer=11)
+    for layers, said in ((12, True), (13, False), (None, False)):
+        config = yaml.safe_load((run / CONFIG).read_text())
+        config["source"]["n_layers"] = layers
+        (run / CONFIG).write_text(yaml.safe_dump(config))
+        publishes(run)
+        assert ("the final norm applied" in card(run)) == said
+
+
 @pytest.mark.parametrize("kind", ["topk", "thresholds"])
 def test_saelens_loads_it_by_its_name(tmp_path: Path, kind: str) -> None:
     if not has("sae_lens"):

@@ -61,6 +61,7 @@ def card(facts: Facts, files: Sequence[str]) -> str:
         topk=facts.sae.threshold is None,
         kind=_kind(facts),
         d_sae=f"{facts.sae.d_sae:,}",
+        last=_of(facts.config, "source.n_layers") == facts.about.layer + 1,
         drop_bos=_of(facts.config, "settings.policy.drop_bos"),
         specs=_specs(facts),
         final=_final(facts.held_out),
