@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load ends this at once, without a traceback
 
 import os
@@ -59,7 +59,7 @@ STUDIES: dict[str, tuple[Callable[[Study], Outcome], Callable[[Study], Mapping[s
     "splice": (splice.splice, _nothing),
     "logit_lens": (logit_lens.logit_lens, _nothing),
     "reason_score": (reason_score.reason_score, _nothing),
-    "catalogue": (catalogue.catalogue, _nothing),
+    "catalogue": (catalogue.catalogue, catalogue.inputs),
     "stability": (stability.stability, stability.inputs),
     "browser": (browser.browser, browser.inputs),
     "delphi": (delphi.delphi, delphi.inputs),

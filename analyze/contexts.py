@@ -94,8 +94,11 @@ def _merge(
         best[owner] = Context(owner, peak, tokens[span].tolist(), activations[span].tolist())
 
 
-def token_names(subject: Subject, model_path: str | None) -> Callable[[int], str] | None:
+def token_names(subject: Subject, model_path: str | None, *, raw: bool = False) -> Callable[[int], str] | None:
     """What each token id says, or None if the model's tokenizer is not at hand.
+
+    Args:
+        raw: as it is, and not with marks for what cannot be seen.
 
     Raises:
         SettingError: `model_path` was asked for and its tokenizer is not the one that the store was made with.
@@ -112,7 +115,8 @@ def token_names(subject: Subject, model_path: str | None) -> Callable[[int], str
         if model_path is None:
             return None
         raise SettingError(f"the tokenizer of model.path={model_path} is not the one that made {subject.store.name}")
-    return lambda token: visible(tokenizer.inner.decode([token]))
+    decode: Callable[[int], str] = lambda token: str(tokenizer.inner.decode([token]))  # noqa: E731
+    return decode if raw else lambda token: visible(decode(token))
 
 
 def visible(text: str) -> str:

@@ -83,12 +83,14 @@ def svg(figure: Figure) -> str:
 
 
 def _own_ids(text: str) -> str:
-    """The picture with ids that no other one has, so that many fit into one page; those that nothing refers to go."""
+    """The picture with ids that no different one has, for a page of many; those that nothing refers to go."""
     own = durable.digest(text.encode())[:8]
     used = set(re.findall(r"#([\w.-]+)", text))
 
     def renamed(found: re.Match[str]) -> str:
         return f' id="{own}-{found[1]}"' if found[1] in used else ""
 
-    text = re.sub(r' id="([^"]*)"', renamed, text)
-    return re.sub(r'(href="#|url\(#)', rf"\g<1>{own}-", text)
+    def of_tag(tag: re.Match[str]) -> str:
+        return re.sub(r'(href="#|url\(#)', rf"\g<1>{own}-", re.sub(r' id="([^"]*)"', renamed, tag[0]))
+
+    return re.sub(r"<[^>]*>", of_tag, text)  # labels are left as they are

@@ -68,8 +68,8 @@ def read(source: str, limit: int) -> list[Problem] | list[Solution]:
         StoreError: a line of it is none of these.
     """
     if source == TINY:
-        drawn = islice(tiny.problems("heldout"), limit)
-        return [problem(one.question, str(one.answer)) for one in drawn]
+        drawn = (problem(one.question, str(one.answer)) for one in islice(tiny.problems("heldout"), 2 * limit))
+        return list(islice({one.id: one for one in drawn}.values(), limit))
     path = Path(source)
     if not path.is_file():
         raise SettingError(f"problems={source} is no file; give a .jsonl of {{question, answer}}, or problems=tiny")

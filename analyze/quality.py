@@ -270,7 +270,8 @@ def _group(rows: Rows, mask: NDArray[np.bool_]) -> dict[str, float]:
 
 def write(subject: Subject, figures: dict[str, Any]) -> None:
     """Write quality.json and quality.md into the run's directory."""
-    durable.write(subject.run / "quality.json", [json.dumps(figures, indent=1).encode() + b"\n"])
+    whole = {"sae": subject.digest, **figures}
+    durable.write(subject.run / "quality.json", [json.dumps(whole, indent=1).encode() + b"\n"])
     durable.write(subject.run / "quality.md", ["\n".join(markdown(subject, figures)).encode() + b"\n"])
 
 

@@ -49,13 +49,7 @@ def report(subject: Subject, limit: int, model_path: str | None) -> Path:
         limit: held-out rows to look for contexts in, and to measure on.
         model_path: where the model's tokenizer is, if the store's own record of it does not lead there.
     """
-    measured = subject.run / "quality.json"
-    if not measured.exists():
-        write(subject, quality(subject, limit))
-    try:
-        figures = json.loads(measured.read_bytes())
-    except ValueError as error:
-        raise StoreError(f"{measured} is not JSON; delete it, and it is measured again") from error
+    figures = _figures(subject, limit)
     metrics = read_metrics(subject.run / "metrics.jsonl")
     final = [record for record in metrics if record["split"] == "held_out"][-1]
     environment = Environment(loader=PackageLoader("analyze"), autoescape=True, undefined=StrictUndefined)
@@ -74,6 +68,21 @@ def report(subject: Subject, limit: int, model_path: str | None) -> Path:
     path = subject.run / "report.html"
     durable.write(path, [page.encode()])
     return path
+
+
+def _figures(subject: Subject, limit: int) -> dict[str, Any]:
+    """What study=quality found of the run's present SAE; measured now if it was not done."""
+    measured = subject.run / "quality.json"
+    if measured.exists():
+        try:
+            found: dict[str, Any] = json.loads(measured.read_bytes())
+        except ValueError as error:
+            raise StoreError(f"{measured} is not JSON; delete it, and it is measured again") from error
+        if found.get("sae") == subject.digest:
+            return found
+    found = quality(subject, limit)
+    write(subject, found)
+    return found
 
 
 def _run_facts(subject: Subject) -> dict[str, Any]:
@@ -196,17 +205,23 @@ def _studies(subject: Subject) -> dict[str, dict[str, Any]]:
             "tables": found[name].tables,
             "pictures": [(picture.caption, Markup(picture.svg)) for picture in found[name].pictures.values()],
             "file": f"{study.FOLDER}/{name}/{name}.json",
-            "page": f"{study.FOLDER}/{name}/{browser.PAGE}" if name == "browser" else None,
+            "page": _page(subject, name),
         }
         for name in order
     }
+
+
+def _page(subject: Subject, name: str) -> str | None:
+    """Where the study's own pages are, if it has some."""
+    page = f"{study.FOLDER}/{name}/{browser.PAGE}"
+    return page if (subject.run / page).is_file() else None
 
 
 def _sweep(subject: Subject) -> dict[str, Any] | None:
     """What `study=sweep` said of the sweep that the run is an arm of; None if it is none, or was not compared."""
     run = subject.run.absolute()
     found = sweep_page.read(run.parent, subject.layer)
-    if found is None or run.name not in found.arms:
+    if found is None or found.saes.get(run.name) != subject.digest:
         return None
     return {
         "verdict": found.verdict,

@@ -7,7 +7,9 @@ per picture, and what the study itself leaves there. The same command again find
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +25,6 @@ from data.errors import MismatchError, SettingError
 from data.journal import tell
 from harvest import lm as language_model
 from harvest.lm import LanguageModel, ModelConfig
-from train import export
 
 FOLDER = "studies"  # in a run's directory
 FEATURES = "features.parquet"  # of a study that has something to say of every latent
@@ -52,6 +53,7 @@ class Outcome:
     summary: list[str]  # sentences: the verdict first, each figure with its null or interval
     tables: list[Table] = field(default_factory=list)
     pictures: dict[str, Picture] = field(default_factory=dict)  # by file name without .svg
+    files: list[str] = field(default_factory=list)  # of the study's folder, without which it is not done
 
 
 @dataclass(frozen=True)
@@ -94,17 +96,17 @@ class Study:
         """What results depend on beside the study's own settings: the SAE, the model and how it is run."""
         recorded = self.subject.store.manifest["model"]
         return {
-            "sae": durable.digest_file(self.subject.run / export.FILE).xxh3_128,
+            "sae": self.subject.digest,
             "layer": self.subject.layer,
             "store": self.subject.store.identity,
             "weights": recorded["weights"],
             "dtype": self.model.dtype,
         }
 
-    def needs(self, file: str | Path) -> None:
-        """Without this file of its folder the study is not done, whatever NAME.json says."""
-        if not (self.folder / file).is_file():
-            (self.folder / f"{self.name}.json").unlink(missing_ok=True)
+    def locked(self) -> AbstractContextManager[None]:
+        """Keeps other processes from writing the study's files meanwhile."""
+        busy = f"{self.folder} is being written by another process; wait for it, or stop it"
+        return durable.locked(self.folder, busy)
 
     def perform(self, study: Callable[[Study], Outcome], inputs: Mapping[str, Any]) -> Outcome:
         """What `study` finds; from its files if it was done with the same settings on the same `inputs`."""
@@ -116,6 +118,19 @@ class Study:
         outcome = study(self)
         _write(self.folder, self.name, settings, outcome)
         return outcome
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `folder` when all went well; until then the old one stays."""
+    fresh = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)  # of one that was killed
+    try:
+        yield made(fresh)
+        shutil.rmtree(folder, ignore_errors=True)
+        fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def write_features(path: Path, columns: Mapping[str, Any]) -> None:
@@ -157,13 +172,12 @@ def _plain(value: Any) -> Any:
 
 def done(subject: Subject) -> dict[str, Outcome]:
     """Studies of the run by name that were done with its present SAE; others are told and left out."""
-    sae = durable.digest_file(subject.run / export.FILE).xxh3_128
     found = {}
     for path in sorted((subject.run / FOLDER).glob("*/*.json")):
         if path.stem != path.parent.name or (read := read_outcome(path)) is None:
             continue
         settings, outcome = read
-        if settings.get("sae") == sae:
+        if settings.get("sae") == subject.digest:
             found[path.stem] = outcome
         else:
             tell(f"{path} is of another SAE than the run's and is left out; do study={path.stem} again")
@@ -181,14 +195,17 @@ def read_outcome(path: Path) -> tuple[dict[str, Any], Outcome] | None:
         tables = [
             Table(caption, tuple(header), [tuple(row) for row in rows]) for caption, header, rows in found["tables"]
         ]
-        return found["settings"], Outcome(found["figures"], found["summary"], tables, drawn)
+        files = list(found.get("files", []))
+        return found["settings"], Outcome(found["figures"], found["summary"], tables, drawn, files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def _read(path: Path, settings: dict[str, Any]) -> Outcome | None:
     found = read_outcome(path)
-    return found[1] if found and found[0] == settings else None
+    if found is None or found[0] != settings:
+        return None
+    return found[1] if all((path.parent / name).is_file() for name in found[1].files) else None
 
 
 def _write(folder: Path, name: str, settings: dict[str, Any], outcome: Outcome) -> None:
@@ -202,6 +219,7 @@ def _write(folder: Path, name: str, settings: dict[str, Any], outcome: Outcome) 
         "summary": outcome.summary,
         "tables": outcome.tables,
         "pictures": {stem: picture.caption for stem, picture in outcome.pictures.items()},
+        "files": outcome.files,
         "figures": outcome.figures,
     }
     durable.write(folder / f"{name}.json", [dumped(said).encode()])

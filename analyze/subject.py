@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data import manifest, summary
+from data import durable, manifest, summary
 from data.errors import MismatchError, StoreError
 from data.kinds import NON_FINITE
 from data.moments import Moments
@@ -93,6 +93,11 @@ class Subject:
     @property
     def device(self) -> torch.device:
         return self.sae.b_dec.device
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the SAE's file: what studies are told apart by."""
+        return durable.digest_file(self.run / export.FILE).xxh3_128
 
     def model_path(self, asked: str | None) -> str:
         """Where the language model is: as asked, else where the store's own record leads."""

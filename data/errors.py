@@ -112,8 +112,10 @@ def run_main(main: Callable[[], None], refusals: tuple[type[Exception], ...]) ->
     Args:
         refusals: exceptions by which the parser refuses settings; they exit like a `PipelineError`.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `__main__` left it while libraries were loaded
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        _run(main)
+        run_command(main)
     except refusals as error:
         print(f"error: {_one_line(str(error))}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -121,12 +123,6 @@ def run_main(main: Callable[[], None], refusals: tuple[type[Exception], ...]) ->
 
 def run_command(command: Callable[[], None]) -> None:
     """Do what a command line asks for; turn our exceptions into one line and an exit code."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `__main__` left it: until now nothing could be lost
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    _run(command)
-
-
-def _run(command: Callable[[], None]) -> None:
     try:
         command()
     except PipelineError as error:

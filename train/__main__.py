@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load ends this at once, without a traceback
 
 import os
@@ -105,15 +105,14 @@ def first_layer(store: Store) -> int:
 
 
 def run_directory(asked: str | None, name: str) -> Path:
-    """Where the run lives: as asked, or under runs/ by store, dictionary and layer, and there by its arm.
-
-    A run that is no arm is `default`, beside the arms of a sweep that may be there or come later.
-    """
+    """Where the run lives: as asked, or under runs/ by store, dictionary and layer, and by its arm in a multirun."""
     if asked:
         return Path(asked)
     hydra_config = HydraConfig.get()
-    swept = hydra_config.overrides.task if hydra_config.mode == RunMode.MULTIRUN else []
-    return Path("runs") / file_name(name) / arm_name(swept)
+    folder = Path("runs") / file_name(name)
+    if hydra_config.mode == RunMode.MULTIRUN:
+        folder /= arm_name(hydra_config.overrides.task)
+    return folder
 
 
 def arm_name(overrides: Sequence[str]) -> str:

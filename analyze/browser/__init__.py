@@ -29,7 +29,7 @@ from urllib.parse import quote
 import numpy as np
 import pyarrow.parquet as pq
 
-from analyze import catalogue, contexts
+from analyze import catalogue
 from analyze import study as studies
 from analyze.browser import columns, joins, pages, tokens
 from analyze.browser.columns import Column
@@ -38,10 +38,9 @@ from analyze.browser.pages import CHUNK, Say, Shown
 from analyze.browser.script import script, short
 from analyze.study import FOLDER, Outcome, Study, made
 from data import durable
-from data.errors import PipelineError, SettingError, StopRequest
+from data.errors import SettingError, StopRequest
 from data.journal import Progress, duration
 from data.settings import build
-from train import export
 
 PAGE = "index.html"
 
@@ -70,10 +69,13 @@ def inputs(study: Study) -> Mapping[str, Any]:
         StoreError: this run or another one has no catalogue.
     """
     subject, options = study.subject, build(Options, "study", study.options)
-    study.needs(PAGE)
-    read = [catalogue.files(subject).table, *columns.files(subject)]
-    others = [joins.open_other(subject, run).subject.run / export.FILE for run in options.others]
-    return {"files": {str(path): durable.digest_file(path).xxh3_128 for path in (*read, *others)}}
+    every = [catalogue.files(subject), *(joins.open_other(subject, run).files for run in options.others)]
+    read = [*columns.files(subject), *(one.table for one in every)]
+    return {
+        "files": {str(path): durable.digest_file(path).xxh3_128 for path in read},
+        "units": [one.places.units for one in every],
+        "as_ids": catalogue.names(study) is None,
+    }
 
 
 def browser(study: Study) -> Outcome:
@@ -85,10 +87,10 @@ def browser(study: Study) -> Outcome:
     options, subject, began = build(Options, "study", study.options), study.subject, time.perf_counter()
     made_from = catalogue.files(subject)
     others = [joins.open_other(subject, run) for run in options.others]
-    names = _names(study)
+    names = catalogue.names(study)
     say: Say = names or (lambda token: f"#{token}")
-    with StopRequest() as stop:
-        partners = [joins.partners(made_from.places, other.index, options.rows, stop) for other in others]
+    with study.locked(), StopRequest() as stop:
+        partners = [joins.partners(made_from.places, other.files.places, options.rows, stop) for other in others]
         site = Site(study.folder)
         file = pq.ParquetFile(made_from.table)
         studied = columns.of_studies(subject, studies.done(subject))
@@ -114,15 +116,7 @@ def browser(study: Study) -> Outcome:
         "seconds": time.perf_counter() - began,
         "file": PAGE,
     }
-    return Outcome(figures, _summary(study, figures, as_ids=names is None))
-
-
-def _names(study: Study) -> Say | None:
-    """What token ids say, if the tokenizer is at hand."""
-    try:
-        return contexts.token_names(study.subject, study.model.path)
-    except PipelineError:
-        return None
+    return Outcome(figures, _summary(study, figures, as_ids=names is None), files=[PAGE])
 
 
 class Site:

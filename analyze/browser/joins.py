@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from analyze import catalogue
+from analyze.catalogue import Files
 from analyze.catalogue.index import Index
 from analyze.subject import Subject
 from data.errors import StopRequest, StoreError
@@ -36,7 +37,7 @@ class Other:
     """Another run with its catalogue."""
 
     subject: Subject
-    index: Index
+    files: Files
 
 
 def open_other(subject: Subject, run: str) -> Other:
@@ -46,7 +47,7 @@ def open_other(subject: Subject, run: str) -> Other:
         StoreError: it is missing, unfinished, of another store, or has no catalogue.
     """
     other = Subject.open(Path(run), subject.store.name, subject.device)
-    return Other(other, catalogue.files(other).places)
+    return Other(other, catalogue.files(other))
 
 
 def partners(ours: Index, theirs: Index, rows: int, stop: StopRequest) -> Partners:

@@ -54,11 +54,12 @@ def files(subject: Subject) -> Files:
     """What the study has left.
 
     Raises:
-        StoreError: the run has no catalogue of its present SAE.
+        StoreError: the run has no catalogue of its present SAE, or some of its files are gone.
     """
     folder, done = subject.run / studies.FOLDER / "catalogue", studies.done(subject).get("catalogue")
-    if done is None or not (folder / FILE).is_file():
-        raise StoreError(f"{subject.run} has no catalogue; run `python -m analyze study=catalogue run={subject.run}`")
+    if done is None or not all((folder / name).is_file() for name in done.files):
+        lacks = "no catalogue" if done is None else "a catalogue of which files are gone"
+        raise StoreError(f"{subject.run} has {lacks}; run `python -m analyze study=catalogue run={subject.run}`")
     return Files(folder / FILE, replace(Index.open(folder / FOLDER), units=done.figures["units"]))
 
 
@@ -76,8 +77,9 @@ class Options:
     def __post_init__(self) -> None:
         if self.part not in PARTS:
             raise SettingError(f"study.part={self.part} must be one of {', '.join(PARTS)}")
+        if self.rows < 1:
+            raise SettingError(f"study.rows={self.rows} must be at least 1")
         for name, least, most in (
-            ("rows", 1, 2**62),
             ("top", 1, 1000),
             ("quantiles", 1, 100),
             ("each", 0, 100),
@@ -85,6 +87,11 @@ class Options:
         ):
             if not least <= getattr(self, name) <= most:
                 raise SettingError(f"study.{name}={getattr(self, name)} must be from {least} to {most}")
+
+
+def inputs(study: Study) -> dict[str, Any]:
+    """What the catalogue depends on beside the settings, for `Study.perform`."""
+    return {"as_ids": names(study) is None}
 
 
 def catalogue(study: Study) -> Outcome:
@@ -103,7 +110,7 @@ def catalogue(study: Study) -> Outcome:
             state=state,
             neighbours=neighbours(subject),
             logits=raised_lowered,
-            names=_names(study),
+            names=names(study),
             quantiles=options.quantiles,
             each=options.each,
         )
@@ -193,10 +200,10 @@ def _logits(study: Study, count: int, stop: StopRequest) -> tuple[tuple[Ranked, 
     return (raised, lowered), None
 
 
-def _names(study: Study) -> Callable[[int], str] | None:
+def names(study: Study, *, raw: bool = False) -> Callable[[int], str] | None:
     """What token ids say, if the tokenizer is at hand."""
     try:
-        return contexts.token_names(study.subject, study.model.path)
+        return contexts.token_names(study.subject, study.model.path, raw=raw)
     except PipelineError:
         return None
 
@@ -230,7 +237,8 @@ def _outcome(study: Study, content: Content, encoded: dict[str, float], refusal:
             "Largest activation of each latent", _histogram(np.log10(state.largest[alive]), "log10 largest activation")
         ),
     }
-    return Outcome(figures, _summary(figures), [shown], drawn if alive.any() else {})
+    left = [FILE, *(str(Path(FOLDER, content.index.path(unit).name)) for unit in content.index.units)]
+    return Outcome(figures, _summary(figures), [shown], drawn if alive.any() else {}, left)
 
 
 def _clipped(state: State) -> float:

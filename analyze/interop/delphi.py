@@ -30,10 +30,8 @@ from __future__ import annotations
 import io
 import json
 import shlex
-import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -46,7 +44,7 @@ from numpy.typing import NDArray
 
 from analyze import catalogue
 from analyze.catalogue.index import BLOCK, Index
-from analyze.study import Outcome, Study, made
+from analyze.study import Outcome, Study, made, replacing
 from analyze.subject import Subject
 from data import durable
 from data.errors import SettingError, StopRequest, StoreError
@@ -76,6 +74,7 @@ class Cache:
     """What is written."""
 
     index: Index
+    table: Path
     tokens: NDArray[np.uint32]  # (R, T)
     count: NDArray[np.int64]  # (F,) places where each latent fires
     activation: np.dtype[Any]
@@ -88,7 +87,6 @@ def inputs(study: Study) -> Mapping[str, Any]:
     Raises:
         StoreError: the run has no catalogue.
     """
-    study.needs(Path(LATENTS, hookpoint(study.subject), CONFIG))
     table, index = catalogue.files(study.subject)
     return {"catalogue": durable.digest_file(table).xxh3_128, "units": index.units}
 
@@ -104,18 +102,16 @@ def delphi(study: Study) -> Outcome:
     if splits > subject.sae.d_sae:
         raise SettingError(f"study.splits={splits} must be at most the number of latents, {subject.sae.d_sae}")
     folder, hook = study.folder, hookpoint(subject)
-    with durable.locked(folder, f"{folder} is being written by another process; wait for it, or stop it"):
-        with suppress(FileNotFoundError):
-            shutil.rmtree(folder / LATENTS)  # delphi takes every file that lies there
+    with study.locked(), StopRequest() as stop:
         cache, written, progress = cache_of(subject), 0, Progress()
         bounds = [subject.sae.d_sae * number // splits for number in range(splits + 1)]
-        target = made(folder / LATENTS / hook)
-        with StopRequest() as stop:
+        with replacing(folder / LATENTS) as fresh:  # delphi takes every file that lies there
+            target = made(fresh / hook)
             for number, (first, end) in enumerate(pairwise(bounds)):
                 path = target / f"{first}_{end - 1}.safetensors"
                 written += durable.write(path, _file(cache, first, end, stop)).bytes
                 progress.show(f"file {number + 1}/{splits}", last=number + 1 == splits)
-            _beside(folder, subject, cache, stop)
+            beside = _beside(folder, subject, cache, stop)
             durable.write(target / CONFIG, [_config(study, cache, splits)])
     figures = {
         "hookpoint": hook,
@@ -130,7 +126,7 @@ def delphi(study: Study) -> Outcome:
         "seconds": time.perf_counter() - began,
         "folder": LATENTS,
     }
-    return Outcome(figures, _summary(study, figures))
+    return Outcome(figures, _summary(study, figures), files=[str(Path(LATENTS, hook, CONFIG)), *beside])
 
 
 # -- what the catalogue has --------------------------------------------------------------------------------------
@@ -149,7 +145,7 @@ def cache_of(subject: Subject) -> Cache:
     tokens = [store.tokens(unit) for unit in index.units]
     rows = np.cumsum([0, *map(len, tokens)])[:-1].tolist()
     kind = np.dtype(np.float16 if largest <= _LARGEST else np.float32)
-    return Cache(index, np.concatenate(tokens), said.column("count").to_numpy(), kind, rows)
+    return Cache(index, table, np.concatenate(tokens), said.column("count").to_numpy(), kind, rows)
 
 
 # -- files -------------------------------------------------------------------------------------------------------
@@ -177,7 +173,7 @@ def _file(cache: Cache, first: int, end: int, stop: StopRequest) -> Iterator[byt
             places = np.divmod(block.token[span], context)
             columns = (places[0] + row, places[1], block.feature[span] - first)
             yield np.stack(columns, axis=1).astype(wide).tobytes()
-            activations.append(np.maximum(block.value[span], _SMALLEST).astype(cache.activation).tobytes())
+            activations.append(_kept(block.value[span], cache.activation).tobytes())
             written += len(columns[0])
     if written != pairs:
         raise StoreError(
@@ -185,6 +181,11 @@ def _file(cache: Cache, first: int, end: int, stop: StopRequest) -> Iterator[byt
             f"counts {pairs:,}: they do not belong together; run `python -m analyze study=catalogue` again"
         )
     yield from activations
+
+
+def _kept(values: NDArray[np.float32], kind: np.dtype[Any]) -> NDArray[Any]:
+    """Activations in the file's precision, all above 0."""
+    return np.maximum(values, _SMALLEST).astype(kind) if kind == np.float16 else values
 
 
 def _header(tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> bytes:
@@ -199,13 +200,14 @@ def _header(tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> byt
     return len(text).to_bytes(8, "little") + text
 
 
-def _beside(folder: Path, subject: Subject, cache: Cache, stop: StopRequest) -> None:
-    """Firing counts and neighbours, where delphi looks for them."""
+def _beside(folder: Path, subject: Subject, cache: Cache, stop: StopRequest) -> list[str]:
+    """Firing counts and neighbours, where delphi looks for them; their places in the folder."""
     hook, buffer = hookpoint(subject), io.BytesIO()
     torch.save({hook: torch.from_numpy(cache.count.copy())}, buffer)
     durable.write(made(folder / "log") / "hookpoint_firing_counts.pt", [buffer.getvalue()])
     path = made(folder / "neighbours") / f"{hook}-decoder_similarity.json"
-    durable.write(path, _neighbours(pq.ParquetFile(catalogue.files(subject).table), stop))
+    durable.write(path, _neighbours(pq.ParquetFile(cache.table), stop))
+    return ["log/hookpoint_firing_counts.pt", str(path.relative_to(folder))]
 
 
 def _neighbours(table: pq.ParquetFile, stop: StopRequest) -> Iterator[bytes]:

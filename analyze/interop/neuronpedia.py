@@ -1,6 +1,6 @@
 """The catalogue as files that Neuronpedia imports: a source with its features and their activations.
 
-In the study's folder what its route `api/admin/import` reads below `v1/` of its bucket:
+In the study's folder what its route `api/admin/import` reads of its bucket, below v1/:
 
     MODEL/LAYER-SET/release.jsonl, model.jsonl, sourceset.jsonl   a line each; source.jsonl too, written last
     MODEL/LAYER-SET/features/batch-N.jsonl.gz                     a line per latent: columns of its table Neuron
@@ -30,7 +30,6 @@ import gzip
 import json
 import re
 import shlex
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -44,16 +43,14 @@ from numpy.typing import NDArray
 from analyze import catalogue
 from analyze.browser.pages import Contexts, contexts_of
 from analyze.catalogue.index import BLOCK, Index
-from analyze.study import Outcome, Study, made
+from analyze.study import Outcome, Study, made, replacing
 from data import durable
-from data.errors import PipelineError, SettingError, StopRequest, StoreError
+from data.errors import SettingError, StopRequest, StoreError
 from data.journal import Progress, duration
 from data.settings import build
-from harvest import checkpoint
-from harvest.tokens import Tokenizer
 from train.run import text_of
 
-SOURCE = "source.jsonl"
+ROOT, SOURCE = "v1", "source.jsonl"
 BINS, INTERVALS = 50, 10  # of SAEDashboard's histogram; its parts of the activations
 DIGITS = 6
 _BATCH, _FILES = 256, 1000  # latents of a file; files that the importer finds: it asks S3 for one list of keys
@@ -136,6 +133,7 @@ class Export:
     study: Study
     names: Names
     say: Say
+    table: Path
     index: Index
     vectors: bool
 
@@ -146,13 +144,12 @@ def inputs(study: Study) -> Mapping[str, Any]:
     Raises:
         StoreError: the run has no catalogue.
     """
-    (table, index), names = catalogue.files(study.subject), names_of(study)
-    study.needs(Path(names.model, names.source, SOURCE))
+    table, index = catalogue.files(study.subject)
     return {
         "catalogue": durable.digest_file(table).xxh3_128,
         "units": index.units,
-        "names": names._asdict(),
-        "as_ids": texts(study) is None,
+        "names": names_of(study)._asdict(),
+        "as_ids": catalogue.names(study) is None,
     }
 
 
@@ -163,20 +160,16 @@ def neuronpedia(study: Study) -> Outcome:
         StoreError: the run has no catalogue.
     """
     options, began, names = build(Options, "study", study.options), time.perf_counter(), names_of(study)
-    folder, say = study.folder, texts(study)
-    with durable.locked(folder, f"{folder} is being written by another process; wait for it, or stop it"):
-        for old in folder.iterdir():
-            if old.is_dir():
-                shutil.rmtree(old)  # under other names, or with more batches
-        target = made(folder / names.model / names.source)
+    say, left = catalogue.names(study, raw=True), Path(ROOT, names.model, names.source)
+    with study.locked(), replacing(study.folder / ROOT) as fresh, StopRequest() as stop:
+        target = made(fresh / names.model / names.source)
         clean = functools.cache(lambda token: storable(say(token) if say else f"#{token}"))
-        export = Export(study, names, clean, catalogue.files(study.subject).places, options.vectors)
-        with StopRequest() as stop:
-            figures = _batches(target, export, stop)
+        export = Export(study, names, clean, *catalogue.files(study.subject), options.vectors)
+        figures = _batches(target, export, stop)
         for name, row in _metadata(export).items():
             durable.write(target / f"{name}.jsonl", [line(row)])
-        figures |= {"seconds": time.perf_counter() - began, "folder": str(target.relative_to(folder))}
-    return Outcome({**figures, **names._asdict()}, _summary(study, names, figures, as_ids=say is None))
+    figures |= {"seconds": time.perf_counter() - began, "folder": str(left), **names._asdict()}
+    return Outcome(figures, _summary(study, names, figures, as_ids=say is None), files=[str(left / SOURCE)])
 
 
 # -- names and text ----------------------------------------------------------------------------------------------
@@ -195,17 +188,6 @@ def names_of(study: Study) -> Names:
 
 def _slug(text: str, otherwise: str) -> str:
     return re.sub("[^a-z0-9]+", "-", text.lower())[:100].strip("-") or otherwise
-
-
-def texts(study: Study) -> Say | None:
-    """What token ids say, as it is, if the store's tokenizer is at hand."""
-    try:
-        tokenizer = Tokenizer.load(checkpoint.resolve(study.model.path, study.model.revision))
-    except PipelineError:
-        return None
-    if tokenizer.digest != study.subject.store.manifest["model"]["tokenizer"]:
-        return None
-    return lambda token: str(tokenizer.inner.decode([token]))
 
 
 def storable(text: str) -> str:
@@ -256,7 +238,7 @@ def _batches(target: Path, export: Export, stop: StopRequest) -> dict[str, Any]:
 
 def _latents(export: Export, stop: StopRequest) -> Iterator[tuple[Row, list[Row]]]:
     """Every latent's line with those of its contexts."""
-    path, sae = catalogue.files(export.study.subject).table, export.study.subject.sae
+    path, sae = export.table, export.study.subject.sae
     file = pq.ParquetFile(path)
     rows = int(file.schema_arrow.metadata[b"rows"])
     for group in range(file.num_row_groups):
@@ -382,9 +364,9 @@ def _summary(study: Study, names: Names, figures: Mapping[str, Any], *, as_ids: 
         f"{study.folder / figures['folder']} has {figures['features']:,} features and {figures['activations']:,} "
         f"activations for Neuronpedia: {figures['files']:,} files, {figures['bytes'] / 1e6:,.1f} MB, made in "
         f"{duration(figures['seconds'])}.",
-        f"Neuronpedia imports from the bucket of its lib/utils/s3.ts: `aws s3 sync {shlex.quote(str(study.folder))} "
-        f"s3://BUCKET/v1 {only}`, then, with its web application running, "
-        f"`curl 'http://localhost:3000/api/admin/import?{asked}'`.",
+        "Neuronpedia imports from the bucket of its lib/utils/s3.ts: "
+        f"`aws s3 sync {shlex.quote(str(study.folder / ROOT))} s3://BUCKET/v1 {only}`, then, with its web application "
+        f"running, `curl 'http://localhost:3000/api/admin/import?{asked}'`.",
     ]
     if names.author == "anonymous":
         lines.append("The author is anonymous: give study.author=.")

@@ -48,7 +48,7 @@ class Options:
     rows: int = 4_000_000  # held-out rows at most, in whole units
 
     def __post_init__(self) -> None:
-        if not 1 <= self.rows < 2**62:
+        if self.rows < 1:
             raise SettingError(f"study.rows={self.rows} must be at least 1")
 
 
@@ -180,7 +180,6 @@ def _write(path: Path, results: Mapping[str, Any]) -> None:
 
 def inputs(study: Study) -> Mapping[str, Any]:
     """What the file depends on beside the settings, for `Study.perform`."""
-    study.needs(file_of(study.subject))
     losses = study.subject.run / studies.FOLDER / "splice" / "splice.json"
     return {
         "splice": durable.digest_file(losses).xxh3_128 if losses.is_file() else None,
@@ -228,7 +227,8 @@ def saebench(study: Study) -> Outcome:
     _write(study.folder / file_of(subject), results)
     figures = {key: results[key] for key in ("eval_config", "eval_id", "eval_result_unstructured")}
     figures |= {"metrics": metrics, "file": file_of(subject)}
-    return Outcome(figures, _summary(figures, losses=model is not None), [_table(metrics)])
+    left = [str(file_of(subject))]
+    return Outcome(figures, _summary(figures, losses=model is not None), [_table(metrics)], files=left)
 
 
 def _summary(figures: Mapping[str, Any], *, losses: bool) -> list[str]:

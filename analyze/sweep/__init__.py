@@ -24,6 +24,7 @@ from analyze.quality import BATCH_ROWS
 from analyze.stats import sums_by
 from analyze.subject import Subject, open_store
 from analyze.sweep.arms import SEEDS, Arm, common_folder, exact, varying
+from data import durable
 from data.device import free_bytes
 from data.errors import StoreError
 from data.journal import Progress
@@ -140,6 +141,7 @@ def _figures(
         "run": str(arm.run),
         "settings": {key: arm.settings.get(key) for key in keys},
         "finished": arm.finished,
+        "sae": durable.digest_file(arm.run / export.FILE).xxh3_128 if arm.finished else None,
         "step": arm.step,
         "steps": arm.steps,
         "tokens": arm.step * int(arm.settings["batch"]),

@@ -25,7 +25,7 @@ Drawn = list[tuple[str, str]]  # (caption, SVG)
 class Shown(NamedTuple):
     """What the files say of one layer."""
 
-    arms: list[str]
+    saes: dict[str, str | None]  # digest of each arm's SAE
     verdict: list[str]
     caption: str
     svg: str
@@ -53,7 +53,8 @@ def read(folder: Path, layer: int) -> Shown | None:
         layers = json.loads((folder / JSON).read_bytes())["layers"]
         (one,) = (one for one in layers if one["layer"] == layer)
         svg = (folder / PICTURE.format(layer)).read_text()
-        return Shown([arm["name"] for arm in one["arms"]], verdict(one, _labels(one)), one["picture"], svg)
+        saes = {arm["name"]: arm["sae"] for arm in one["arms"]}
+        return Shown(saes, verdict(one, _labels(one)), one["picture"], svg)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

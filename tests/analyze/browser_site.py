@@ -16,8 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from analyze import browser as package
-from analyze import catalogue
+from analyze import catalogue, contexts
 from analyze.browser import PAGE, browser, inputs
 from analyze.browser.serve import server
 from analyze.catalogue.table import Ranked
@@ -64,7 +63,7 @@ def build(root: Path) -> Built:
         of_run(other)
         (study_of(other).folder / PAGE).touch()  # so that there is something to lead to
         findings(made.run)
-        patch.setattr(package.contexts, "token_names", lambda *_: say)
+        patch.setattr(contexts, "token_names", lambda *_, **__: say)
         study = study_of(made.run, others=[str(other)], contexts=3, samples=2)
         return Built(study.folder, study.perform(browser, inputs(study)), made, order)
 

@@ -383,7 +383,7 @@ def test_the_outcome_says_what_is_missing(done: tuple[Path, Outcome], made: Made
 
 
 def test_texts_stand_beside_their_tokens(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "_names", lambda _: lambda token: f"t{token}")
+    monkeypatch.setattr(study, "names", lambda _: lambda token: f"t{token}")
     study.catalogue(study_of(made, tmp_path))
     rows = pq.read_table(tmp_path / "studies" / "catalogue" / study.FILE).to_pylist()
     contexts = [one for row in rows for one in row["top"] + row["quantiles"]]
@@ -393,7 +393,7 @@ def test_texts_stand_beside_their_tokens(made: Made, tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"part": "some"}, "held_out, all"), ({"rows": 0}, "from 1"), ({"quantiles": 0}, "from 1"), ({"k": 1}, "setting")],
+    [({"part": "some"}, "held_out, all"), ({"rows": 0}, "at least 1"), ({"quantiles": 0}, "from 1"), ({"k": 1}, "setting")],
 )
 def test_wrong_settings(made: Made, options: dict[str, Any], said: str) -> None:
     with pytest.raises(SettingError, match=said):

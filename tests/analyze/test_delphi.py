@@ -170,7 +170,8 @@ def test_a_cache_that_changes_or_is_gone_is_made_anew(made: Made, tmp_path: Path
     pq.write_table(said.set_column(1, "count", [counts]), there)
     with pytest.raises(StoreError, match="do not belong together"):
         delphi(study)
-    assert not list((study.folder / "latents" / HOOK).iterdir())
+    assert len(list((study.folder / "latents" / HOOK).iterdir())) == 3  # what was there stays
+    assert not list(study.folder.glob("*.new"))
 
 
 def test_refusals(made: Made, tmp_path: Path) -> None:

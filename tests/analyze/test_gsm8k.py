@@ -120,6 +120,13 @@ def test_a_question_cannot_smuggle_in_a_turn() -> None:
 # -- answers -----------------------------------------------------------------------------------------------------
 
 
+def test_no_tiny_problem_comes_twice() -> None:
+    found = problems.read("tiny", 1319)
+    assert len(found) == len({one.id for one in found}) == 1319
+    drawn = list(dict.fromkeys(tiny_problem("heldout", n).question for n in range(1400)))
+    assert len(set(drawn[:1319])) < 1400 and [one.question for one in found] == drawn[:1319]
+
+
 def test_answers_are_kept_and_used_again(tiny_study, monkeypatch: pytest.MonkeyPatch) -> None:
     study = tiny_study("gsm8k", answers={"questions": 12, "batch": 5})
     first = gsm8k.answers(study)

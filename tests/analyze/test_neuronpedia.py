@@ -22,7 +22,7 @@ import torch
 from analyze import catalogue
 from analyze.catalogue import index, table
 from analyze.interop import neuronpedia as package
-from analyze.interop.neuronpedia import BINS, INTERVALS, histograms, inputs, neuronpedia, storable, texts
+from analyze.interop.neuronpedia import BINS, INTERVALS, histograms, inputs, neuronpedia, storable
 from analyze.study import Outcome, Study
 from analyze.subject import Subject
 from data.errors import SettingError, StopRequest, StoreError
@@ -91,11 +91,11 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
             patch.setattr(module, "BLOCK", 16)  # row groups of 16 latents, so that 40 are in several
         patch.setattr(catalogue, "_logits", browser_site._logits)
         browser_site.of_run(run)
-        patch.setattr(package, "texts", lambda _: say)
+        patch.setattr(catalogue, "names", lambda *_, **__: say)
         patch.setattr(package, "_BATCH", BATCH)
         study = study_of(run)
         outcome = study.perform(neuronpedia, inputs(study))
-    folder = study.folder / "none" / f"{LAYER}-a-run-l3-res-40"
+    folder = study.folder / "v1/none" / f"{LAYER}-a-run-l3-res-40"
     rows = pq.read_table(run / "studies/catalogue/features.parquet").to_pylist()
     return Done(made, study, outcome, rows, batches(folder / "features"), batches(folder / "activations"), folder)
 
@@ -177,7 +177,7 @@ def test_files_without_activations_are_not_written_and_all_are_the_same_again(do
     first = {path: path.read_bytes() for path in done.folder.rglob("*") if path.is_file()}
     assert all(found[4:8] == b"\0\0\0\0" for path, found in first.items() if path.suffix == ".gz")  # no time of day
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(package, "texts", lambda _: say)
+        patch.setattr(catalogue, "names", lambda *_, **__: say)
         patch.setattr(package, "_BATCH", BATCH)
         patch.setattr(package, "BLOCK", 16)
         neuronpedia(done.study)
@@ -244,8 +244,9 @@ def test_refusals(done: Done) -> None:
 def test_texts_are_the_tokenizers(done: Done) -> None:
     tokenizer = Tokenizer.load(resolve(EMBEDDED, "main"))
     for digest in (tokenizer.digest, "another"):
-        store = SimpleNamespace(manifest={"model": {"tokenizer": digest}})
-        found = texts(replace(done.study, model=ModelConfig(EMBEDDED), subject=SimpleNamespace(store=store)))
+        store = SimpleNamespace(manifest={"model": {"tokenizer": digest, "revision": "main"}}, name="s")
+        subject = SimpleNamespace(store=store, model_path=lambda asked: asked)
+        found = catalogue.names(replace(done.study, model=ModelConfig(EMBEDDED), subject=subject), raw=True)
         assert (found is None) == (digest == "another")
         assert found is None or found(tokenizer.inner("a\n")["input_ids"][-1]) == "\n"
 

@@ -61,8 +61,8 @@ def text(token: int) -> str:
     return f" {letters}" if token % 3 else letters
 
 
-def built(root: Path, tokens: int, d_sae: int) -> tuple[Path, dict[str, Any]]:
-    """The folder of pages, and what making it took."""
+def built(root: Path, tokens: int, d_sae: int) -> dict[str, Any]:
+    """Make the pages; what that took."""
     draw = np.random.default_rng(0)
     bits = torch.from_numpy(draw.standard_normal((tokens, WIDTH), np.float32)).bfloat16().view(torch.uint16).numpy()
     zipf = (VOCABULARY ** draw.random(tokens)).astype(np.uint32)  # token r about as often as 1 / r
@@ -79,7 +79,7 @@ def built(root: Path, tokens: int, d_sae: int) -> tuple[Path, dict[str, Any]]:
     ids = draw.integers(VOCABULARY, size=(2, d_sae, LOGITS))
     scores = -np.sort(-draw.standard_normal((2, d_sae, LOGITS)).astype(np.float32))
     catalogue._logits = lambda *_: ((Ranked(scores[0], ids[0]), Ranked(-scores[1], ids[1])), None)
-    browser.contexts.token_names = lambda *_: text
+    catalogue.contexts.token_names = lambda *_, **__: text
     began = time.perf_counter()
     study("catalogue", part="all", rows=tokens).perform(catalogue.catalogue, {})
     catalogued = time.perf_counter() - began
@@ -93,7 +93,9 @@ def built(root: Path, tokens: int, d_sae: int) -> tuple[Path, dict[str, Any]]:
     outcome = shown.perform(browser.browser, browser.inputs(shown))
     made = {key: outcome.figures[key] for key in ("files", "bytes", "seconds", "columns")}
     table = (shown.folder / "data/table.js").stat().st_size
-    return shown.folder, {
+    return {
+        "tokens": tokens,
+        "d_sae": d_sae,
         "catalogue_s": catalogued,
         **made,
         "tokens_that_occur": outcome.figures["tokens"],
@@ -159,9 +161,10 @@ def main() -> None:
     try:
         kept = root / "made.json"
         if not kept.exists():
-            folder, made = built(root, asked_for.tokens, asked_for.d_sae)
+            made = built(root, asked_for.tokens, asked_for.d_sae)
             kept.write_text(json.dumps(made))
         folder, made = root / "run/studies/browser", json.loads(kept.read_text())
+        assert (made["tokens"], made["d_sae"]) == (asked_for.tokens, asked_for.d_sae), f"{root} is of another size"
         draw = np.random.default_rng(1)
         rounds = []
         for _ in range(asked_for.rounds):
@@ -174,7 +177,7 @@ def main() -> None:
     times = {name: [ms for one in rounds for ms in one[name]] for name in rounds[0]}
     figures = {f"{name}_ms": float(np.median(every)) for name, every in times.items()}
     figures |= {f"{name}_ms_range": [round(min(every), 1), round(max(every), 1)] for name, every in times.items()}
-    shape = {"tokens": asked_for.tokens, "d_sae": asked_for.d_sae, "k": K, "vocabulary": VOCABULARY, **made}
+    shape = {"width": WIDTH, "k": K, "vocabulary": VOCABULARY, **made}
     finish(shape | {"rounds": asked_for.rounds}, figures, asked_for.out)
 
 

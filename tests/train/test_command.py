@@ -86,7 +86,7 @@ def call(tmp_path, monkeypatch, capsys):
 def test_trains_says_so_and_is_finished_the_second_time(store, tmp_path, call):
     code, err = call(f"store={store}", *SMALL, "optim.lr=0.02")
     assert code == 0, err
-    folder = tmp_path / "runs" / "small_tiny_L3" / "default"
+    folder = tmp_path / "runs" / "small_tiny_L3"
     assert f"wrote {folder.relative_to(tmp_path) / 'sae_final.pt'}: held-out variance explained" in err
     assert load(folder / "sae_final.pt").d_sae == 32
     recorded = yaml.safe_load((folder / "config.yaml").read_text())

@@ -32,6 +32,11 @@ from train.run import CONFIG, METRICS, read_config
 
 FOLDER = "publish"  # in a run's directory, unless it is to be elsewhere
 QUALITY, STUDIES = "quality.json", "studies"  # as analyze leaves them in a run's directory
+_FILES = (
+    "browser",
+    "delphi",
+    "neuronpedia",
+)  # studies that say where their files lie: no findings, and nobody's business
 _BLOCK_BYTES = 1 << 22
 
 Content = bytes | Path  # of a file; a path is copied
@@ -111,10 +116,10 @@ def contents(run: Path, repo: str) -> dict[str, Content]:
 
 
 def _studies(run: Path, digest: str) -> dict[str, dict[str, Any]]:
-    """What analyze/study.py left of the studies that were done with this SAE, by name; others are told."""
+    """What analyze/study.py left of the findings that were done with this SAE, by name; others are told."""
     found = {}
     for path in sorted((run / STUDIES).glob("*/*.json")):
-        if path.stem != path.parent.name:
+        if path.stem != path.parent.name or path.stem in _FILES:
             continue
         study = _read_json(path)
         if not {"settings", "summary", "tables"} <= study.keys():
