@@ -55,11 +55,11 @@ def names(name: str, value: Any, known: Iterable[str]) -> list[str]:
     """One of `known`, or a list of them, or `all`.
 
     Raises:
-        SettingError: one is not known.
+        SettingError: one is not known, or none is named.
     """
     allowed = list(known)
     asked = allowed if value == "all" else list(dict.fromkeys(value)) if isinstance(value, list) else [value]
-    for one in asked:
+    for one in asked or ["[]"]:
         if one not in allowed:
             raise SettingError(f"{name}={one} must be one of {', '.join(allowed)}, or all")
     return asked

@@ -393,7 +393,12 @@ def test_texts_stand_beside_their_tokens(made: Made, tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"part": "some"}, "held_out, all"), ({"rows": 0}, "at least 1"), ({"quantiles": 0}, "from 1"), ({"k": 1}, "setting")],
+    [
+        ({"part": "some"}, "held_out, all"),
+        ({"rows": 0}, "at least 1"),
+        ({"quantiles": 0}, "from 1"),
+        ({"k": 1}, "setting"),
+    ],
 )
 def test_wrong_settings(made: Made, options: dict[str, Any], said: str) -> None:
     with pytest.raises(SettingError, match=said):

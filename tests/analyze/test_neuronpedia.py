@@ -211,10 +211,10 @@ def test_settings(done: Done, tmp_path: Path) -> None:
     browser_site.of_run(run)
     first, study = study_of(run), study_of(run, **asked)
     first.perform(neuronpedia, inputs(first))
-    assert (study.folder / "none").is_dir()
+    assert (study.folder / "v1/none").is_dir()
     summary = study.perform(neuronpedia, inputs(study)).summary
-    assert [one.name for one in study.folder.iterdir() if one.is_dir()] == ["gemma-4-e4b"]
-    folder = study.folder / "gemma-4-e4b" / "3-ours_res-32k"
+    assert [one.name for one in (study.folder / "v1").iterdir()] == ["gemma-4-e4b"]
+    folder = study.folder / "v1/gemma-4-e4b" / "3-ours_res-32k"
     features = batches(folder / "features")
     assert {(one["hasVector"], one["hookName"], len(one["vector"])) for one in features} == {(False, None, 0)}
     assert batches(folder / "activations")[0]["tokens"][0].startswith("#")  # no tokenizer: their ids

@@ -25,9 +25,9 @@ from data.errors import PipelineError, run_command
 from data.tiny import MODEL_DIR
 from tests.analyze.conftest import make_run, random_rows
 from tests.train.test_formats import PYTHON, a_run, has, made
-from train import publish
 from train.export import FILE
 from train.export.formats import FORMATS
+from train.publish import release
 from train.publish.__main__ import command
 from train.publish.card import escaped
 from train.run import CONFIG, METRICS
@@ -142,6 +142,18 @@ def test_studies_are_told_in_their_own_words(tmp_path: Path, capsys: pytest.Capt
     assert "- Loss rises by 0.31 [0.30, 0.32], p &lt; 0.05.\n" in text
     assert "Of another SAE" not in text and "steering.json is of another SAE" in capsys.readouterr().err
     assert [path.name for path in (folder / "studies").rglob("*") if path.is_file()] == ["splice.json"]
+
+
+def test_no_local_path_is_published_and_what_is_no_longer_found_goes(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run", made("topk"))
+    with_study(run, f"files are in {tmp_path}", name="delphi")
+    with_study(run, "a finding", name="contrast")
+    folder = publishes(run)
+    text = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert str(tmp_path).encode() not in text and b"a finding" in text
+    (run / "studies/contrast/contrast.json").unlink()
+    publishes(run)
+    assert not list(folder.glob("studies/*/*")) and "a finding" not in card(run)
 
 
 def test_foreign_text_cannot_break_the_page(tmp_path: Path) -> None:
@@ -295,7 +307,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
                 raise found.fails[0]
             found.calls.append(("upload_folder", options))
 
-    monkeypatch.setattr(publish, "HfApi", FakeApi)
+    monkeypatch.setattr(release, "HfApi", FakeApi)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     return found
 
@@ -348,7 +360,7 @@ def test_refusals(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> 
     ]:
         with pytest.raises(PipelineError, match=re.escape(said)):
             publishes(run, *overrides)
-    monkeypatch.setattr(publish, "get_token", lambda: None)
+    monkeypatch.setattr(release, "get_token", lambda: None)
     with pytest.raises(PipelineError, match="set HF_TOKEN"):
         publishes(run, "upload=true")
     assert not (run / "publish").exists() and hub.calls == []

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from data import durable
-from train.sae import SAE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from train.sae import SAE
 
 FILE = "sae_final.pt"
 
@@ -21,6 +23,8 @@ def write_final(sae: SAE, scale: float, run: Path, basis: Tensor | None = None) 
         sae: trained on rows times `scale`, its decoder directions just projected to norm 1.
         basis: (d, d) orthogonal, if the rows were multiplied by that too.
     """
+    import torch  # here, so that `python -m train.export` is soon where Ctrl-C is quiet
+
     folded = sae.folded(scale, basis)
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in folded.tensors().items()}
     buffer = io.BytesIO()

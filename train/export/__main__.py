@@ -36,7 +36,7 @@ def command(settings: dict[str, Any]) -> None:
     for name in asked:
         folder = (Path(settings["out"]) if settings["out"] else run / "export") / name
         for file, content in FORMATS[name].write(trained, what).items():
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            durable.make_directory((folder / file).parent)
             durable.write(folder / file, [content])
             print(f"wrote {folder / file}", file=sys.stderr)
 

@@ -19,26 +19,26 @@ from omegaconf.errors import OmegaConfBaseException
 from data.errors import SettingError, run_command, run_main
 from data.journal import size
 from data.settings import flag
-from train import publish
+from train.publish import release
 
 
 def command(settings: dict[str, Any]) -> None:
     """Write the folder, say what is in it, and upload it if that was asked."""
     if not settings["run"]:
         raise SettingError("run= is missing; give the directory of a finished training run, e.g. run=runs/demo")
-    run, repo = Path(settings["run"]), publish.require_repository(settings["repo"])
+    run, repo = Path(settings["run"]), release.require_repository(settings["repo"])
     upload, private = flag("upload", settings["upload"]), flag("private", settings["private"])
     if upload:
-        publish.require_token()  # before gigabytes are written
-    folder = Path(settings["out"]) if settings["out"] else run / publish.FOLDER
-    files = publish.prepare(run, repo, folder)
+        release.require_token()  # before gigabytes are written
+    folder = Path(settings["out"]) if settings["out"] else run / release.FOLDER
+    files = release.prepare(run, repo, folder)
     for name, count in files.items():
         print(f"{size(count):>8}  {folder / name}")
     what = f"{len(files)} files, {size(sum(files.values()))}, for {repo} ({'private' if private else 'public'})"
     if not upload:
         print(f"{what}: nothing was uploaded; upload=true does")
         return
-    publish.upload(folder, files, repo, private)
+    release.upload(folder, files, repo, private)
     print(f"{what}: uploaded to https://huggingface.co/{repo}")
 
 
