@@ -32,6 +32,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 .venv/installed: pyproject.toml constraints.txt
+	@echo "installing into .venv, which takes a minute or two"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@

@@ -83,6 +83,8 @@ def command(settings: dict[str, Any]) -> None:
     store = str(settings["store"]) if settings["store"] else None
     run, layer = str(settings["run"]), optional_whole("layer", settings["layer"])
     foreign = imported.is_foreign(run)
+    if not foreign and (kind := run.partition(":")[0]) != run and not Path(run).exists():
+        raise SettingError(f"run={run} is no directory, and {kind}: is none of {', '.join(imported.READERS)}")
     if layer is not None and not foreign:
         raise SettingError(f"layer={layer} is for SAEs of other libraries; run={run} knows its own layer")
     subject = Subject.open(imported.run_of(run, store, layer) if foreign else Path(run), store, device)

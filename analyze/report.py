@@ -17,6 +17,7 @@ from data import durable, summary
 from data.errors import StoreError
 from data.journal import read_metrics
 from train.optim import OptimConfig
+from train.run import METRICS
 from train.sae import SAEConfig
 
 FEATURES, CONTEXTS = 20, 5  # shown: latents, contexts of each
@@ -49,8 +50,10 @@ def report(subject: Subject, limit: int, model_path: str | None) -> Path:
         limit: held-out rows to look for contexts in, and to measure on.
         model_path: where the model's tokenizer is, if the store's own record of it does not lead there.
     """
+    if not (subject.run / METRICS).is_file():
+        raise StoreError(f"{subject.run} was not trained here and has no curves to report; study=quality measures it")
     figures = _figures(subject, limit)
-    metrics = read_metrics(subject.run / "metrics.jsonl")
+    metrics = read_metrics(subject.run / METRICS)
     final = [record for record in metrics if record["split"] == "held_out"][-1]
     environment = Environment(loader=PackageLoader("analyze"), autoescape=True, undefined=StrictUndefined)
     page = environment.get_template("report.html").render(

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from data import durable, manifest, summary
-from data.errors import MismatchError, StoreError
+from data.errors import MismatchError, SettingError, StoreError
 from data.kinds import NON_FINITE
 from data.moments import Moments
 from data.place import place_of
@@ -21,7 +21,7 @@ from data.reader import Policy, held_out_units, require_complete
 from data.store import Store
 from harvest.checkpoint import EMBEDDED
 from train import export, sae
-from train.run import CONFIG, read_config
+from train.run import read_config
 
 
 class Unit(NamedTuple):
@@ -80,8 +80,6 @@ class Subject:
             StoreError: the run is missing or unfinished, or its store is not there.
             MismatchError: the store at that place is another one.
         """
-        if not (run / CONFIG).is_file():
-            raise StoreError(f"no run at {run}; train one with `python -m train store=... run={run}`")
         config = read_config(run)
         if not (run / export.FILE).is_file():
             raise StoreError(f"run {run} is not finished: {export.FILE} is missing; run its `python -m train` again")
@@ -89,6 +87,22 @@ class Subject:
         opened = open_store(run, str(config["store_path"]), settings["store"]["identity"], store)
         policy = Policy(**settings["policy"])
         return cls(run, config, opened, sae.load(run / export.FILE, device), settings["layer"], policy)
+
+    def beside(self, run: str) -> Subject:
+        """Another run on the same store, to compare with.
+
+        Raises:
+            SettingError: it is this one.
+            StoreError: it is missing, unfinished, or of another store.
+        """
+        if Path(run).resolve() == self.run.resolve():
+            raise SettingError(f"{run} is the run itself; name another one to compare it with")
+        try:
+            return Subject.open(Path(run), self.store.name, self.device)
+        except MismatchError as error:
+            raise StoreError(
+                f"{run} is of another store than {self.run}, {self.store.name}: runs are compared on the same rows"
+            ) from error
 
     @property
     def device(self) -> torch.device:

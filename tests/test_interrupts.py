@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from data.errors import Interrupted, StoreError, run_command, run_main
+
 # Runs a module as `python -m` does, and interrupts itself when that asks for what is slow.
 _INTERRUPTED = """
 import os, runpy, signal, sys
@@ -18,7 +20,7 @@ class Interrupt:
             os.kill(os.getpid(), signal.SIGINT)
 
 sys.meta_path.insert(0, Interrupt())
-runpy.run_module(sys.argv[1], run_name="__main__", alter_sys=True)
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
 
 
@@ -32,3 +34,47 @@ def test_an_early_interrupt_is_quiet(module: str) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # whoever runs the tests
     )
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_an_interrupt_that_is_ignored_stays_so() -> None:
+    """As a job's that a script has started behind `&`."""
+    done = subprocess.run(
+        [sys.executable, "-c", _INTERRUPTED, "train.export", "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    assert done.returncode == 0 and "saelens" in done.stdout
+
+
+def test_a_command_can_be_interrupted_again(capsys: pytest.CaptureFixture[str]) -> None:
+    former = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            run_main(lambda: signal.raise_signal(signal.SIGINT), ())
+    finally:
+        signal.signal(signal.SIGINT, former)
+    assert stopped.value.code == 130 and "stopped by SIGINT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("run", [run_command, lambda command: run_main(command, (KeyError,))])
+def test_exit_codes(run, capsys: pytest.CaptureFixture[str]) -> None:
+    def raises(error: BaseException) -> int:
+        def command() -> None:
+            raise error
+
+        with pytest.raises(SystemExit) as stopped:
+            run(command)
+        return stopped.value.code
+
+    assert raises(StoreError("lost")) == 2 and capsys.readouterr().err == "error: lost\n"
+    assert raises(Interrupted(signal.SIGTERM)) == 143
+    with pytest.raises(ZeroDivisionError):
+        run(lambda: 1 / 0)
+
+
+def test_a_parsers_refusal_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run_main(lambda: {}["key"], (KeyError,))
+    assert stopped.value.code == 2 and capsys.readouterr().err == "error: 'key'\n"

@@ -79,6 +79,8 @@ def read_config(run: Path) -> dict[str, Any]:
         StoreError: it is missing, or not what training wrote.
     """
     path = run / CONFIG
+    if not path.is_file():
+        raise StoreError(f"no run at {run}; train one with `python -m train store=... run={run}`")
     try:
         recorded = yaml.safe_load(path.read_bytes())
         if not isinstance(recorded["settings"], dict) or not isinstance(recorded["environment"], dict):

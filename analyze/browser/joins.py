@@ -13,7 +13,6 @@ Shapes: n tokens, F and G latents.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,9 +43,10 @@ def open_other(subject: Subject, run: str) -> Other:
     """A run on the same store.
 
     Raises:
+        SettingError: it is the run itself.
         StoreError: it is missing, unfinished, of another store, or has no catalogue.
     """
-    other = Subject.open(Path(run), subject.store.name, subject.device)
+    other = subject.beside(run)
     return Other(other, catalogue.files(other))
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from analyze import contexts, directions, pictures
@@ -57,10 +58,23 @@ def files(subject: Subject) -> Files:
         StoreError: the run has no catalogue of its present SAE, or some of its files are gone.
     """
     folder, done = subject.run / studies.FOLDER / "catalogue", studies.done(subject).get("catalogue")
-    if done is None or not all((folder / name).is_file() for name in done.files):
-        lacks = "no catalogue" if done is None else "a catalogue of which files are gone"
-        raise StoreError(f"{subject.run} has {lacks}; run `python -m analyze study=catalogue run={subject.run}`")
+    lacks = None
+    if done is None:
+        lacks = "no catalogue; run"
+    elif not all((folder / name).is_file() for name in done.files):
+        lacks = "a catalogue of which files are gone; run"
+    elif not _is_table(folder / FILE):
+        lacks = f"a damaged {FILE}; delete it, and run"
+    if done is None or lacks:
+        raise StoreError(f"{subject.run} has {lacks} `python -m analyze study=catalogue run={subject.run}`")
     return Files(folder / FILE, replace(Index.open(folder / FOLDER), units=done.figures["units"]))
+
+
+def _is_table(path: Path) -> bool:
+    try:
+        return bool(pq.read_schema(path).names)
+    except (OSError, pa.ArrowInvalid):
+        return False
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ def line(row: Row) -> bytes:
     """A line of JSON, as the importer can read it."""
     text = json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # The importer replaces \u0000 wherever it reads so, behind another backslash, too, where it is no NUL.
-    return text.replace("\\\\u0000", "\\u005cu0000").encode() + b"\n"
+    return storable(text).replace("\\\\u0000", "\\u005cu0000").encode() + b"\n"
 
 
 def _digits(values: Any) -> list[float]:

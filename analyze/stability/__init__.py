@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,11 +28,9 @@ from analyze.stability.matching import NONE, Codes, Measured
 from analyze.stats import percentiles
 from analyze.study import Outcome, Picture, Study, Table, write_features
 from analyze.subject import Subject, Unit
-from data import durable
 from data.errors import SettingError, StopRequest, StoreError
 from data.journal import Progress
 from data.settings import build
-from train import export
 from train.sae import SAE
 
 FILE = "matches.parquet"
@@ -81,16 +78,16 @@ def other_of(study: Study) -> Subject:
 
     Raises:
         StoreError: it is missing, unfinished, or of another store.
-        SettingError: it is not given.
+        SettingError: it is the run itself.
     """
     options = build(Options, "study", study.options)
     assert options.other is not None
-    return Subject.open(Path(options.other), study.subject.store.name, study.subject.device)
+    return study.subject.beside(options.other)
 
 
 def inputs(study: Study) -> Mapping[str, Any]:
     """What the result depends on beside the settings, for `Study.perform`."""
-    return {"other_sae": durable.digest_file(other_of(study).run / export.FILE).xxh3_128}
+    return {"other_sae": other_of(study).digest}
 
 
 def stability(study: Study) -> Outcome:

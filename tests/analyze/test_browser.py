@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from analyze import catalogue
+from analyze import catalogue, contexts
 from analyze.browser import PAGE, browser, columns, inputs
 from analyze.browser.joins import TOP as PARTNERS
 from analyze.browser.pages import CHUNK
@@ -203,6 +203,42 @@ def test_refusals(built: Built, tmp_path: Path) -> None:
     for wrong in ({"contexts": 0}, {"samples": -1}, {"others": "runs/b"}, {"others": [""]}, {"rows": 0}):
         with pytest.raises(SettingError, match=f"study.{next(iter(wrong))}"):
             inputs(study_of(built.made.run, **wrong))
+
+
+def test_files_of_the_catalogue_that_are_gone_or_damaged(built: Built, tmp_path: Path) -> None:
+    run = copied(built.made.run, tmp_path / "run", built.made.sae)
+    of_run(run)
+    whole = catalogue.files(study_of(run).subject)
+    assert whole.places.units == list(range(16))
+    whole.table.write_bytes(b"x")
+    with pytest.raises(StoreError, match=r"a damaged features\.parquet; delete it, and run `python -m analyze"):
+        inputs(study_of(run))
+    whole.table.unlink()
+    with pytest.raises(StoreError, match="a catalogue of which files are gone; run"):
+        inputs(study_of(run))
+    of_run(run)
+    whole.places.path(3).unlink()
+    with pytest.raises(StoreError, match="a catalogue of which files are gone; run"):
+        inputs(study_of(run))
+    of_run(run)  # as the message says
+    assert inputs(study_of(run))
+    with pytest.raises(SettingError, match="is the run itself"):
+        inputs(study_of(run, others=[str(run)]))
+
+
+def test_what_the_pages_depend_on(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another catalogue of the other run, a tokenizer that is at hand now: the pages are made again."""
+    runs = [copied(built.made.run, tmp_path / name, built.made.sae) for name in "ab"]
+    for run in runs:
+        of_run(run)
+    study = study_of(runs[0], others=[str(runs[1])])
+    seen = [inputs(study)]
+    study_of(runs[1], "catalogue", rows=1, part="all", logits=0).perform(catalogue.catalogue, {})
+    seen.append(inputs(study))
+    monkeypatch.setattr(contexts, "token_names", lambda *_, **__: say)
+    seen.append(inputs(study))
+    assert len({str(one) for one in seen}) == 3
+    assert [one["as_ids"] for one in seen] == [True, True, False]
 
 
 def test_serving_is_of_this_machine_alone(built: Built, tmp_path: Path) -> None:

@@ -89,6 +89,8 @@ def test_a_visit(chrome: Chromium, url: str, built: Built) -> None:
         there = built.made.run.parent / "ot'her <b>&/studies/browser" / PAGE
         led = chrome.js("document.querySelector('.side > :last-child a').href")
         assert unquote(led) == f"file://{there}#feature={page['features'][7]['others'][0][0][0]}"
+    else:
+        assert chrome.js("document.querySelectorAll('.side > :last-child a').length") == 0
     own = page["features"][7]
     lines = texts(chrome, ".context")
     for context, line in zip(own["top"], lines, strict=False):

@@ -391,15 +391,10 @@ def test_texts_stand_beside_their_tokens(made: Made, tmp_path: Path, monkeypatch
     assert all(one["text"] == [f"t{token}" for token in one["tokens"]] for one in contexts)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"part": "some"}, "held_out, all"),
-        ({"rows": 0}, "at least 1"),
-        ({"quantiles": 0}, "from 1"),
-        ({"k": 1}, "setting"),
-    ],
-)
+WRONG = [({"part": "some"}, "held_out, all"), ({"rows": 0}, "least 1"), ({"quantiles": 0}, "from 1"), ({"k": 1}, "set")]
+
+
+@pytest.mark.parametrize(("options", "said"), WRONG)
 def test_wrong_settings(made: Made, options: dict[str, Any], said: str) -> None:
     with pytest.raises(SettingError, match=said):
         study.catalogue(study_of(made, **options))

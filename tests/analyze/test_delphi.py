@@ -159,6 +159,7 @@ def test_a_cache_that_changes_or_is_gone_is_made_anew(made: Made, tmp_path: Path
     (study.folder / "latents" / HOOK / "config.json").unlink()
     study.perform(delphi, inputs(study))
     assert (study.folder / "latents" / HOOK / "config.json").is_file()
+    depends = inputs(study)
     # A catalogue of more, stopped before its table: the index has units that the table is not of.
     before = cache_of(study.subject)
     catalogue.read(study.subject, catalogue.Options(part="all"), run / "studies/catalogue/index", StopRequest())
@@ -168,6 +169,7 @@ def test_a_cache_that_changes_or_is_gone_is_made_anew(made: Made, tmp_path: Path
     said = pq.read_table(there)
     counts = (said.column("count").to_numpy() + 1).tolist()
     pq.write_table(said.set_column(1, "count", [counts]), there)
+    assert inputs(study)["catalogue"] != depends["catalogue"] and inputs(study)["units"] == depends["units"]
     with pytest.raises(StoreError, match="do not belong together"):
         delphi(study)
     assert len(list((study.folder / "latents" / HOOK).iterdir())) == 3  # what was there stays

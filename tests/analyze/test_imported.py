@@ -72,7 +72,8 @@ def test_the_command_and_its_refusals(
         ),
         (("run=saelens:/nowhere", f"store={made.store.name}"), "/nowhere/cfg.json cannot be read"),
         ((f"run={made.run}", "layer=3"), "layer=3 is for SAEs of other libraries"),
-        ((f"run='{named}'", f"store={made.store.name}", "study=report"), "metrics.jsonl cannot be read"),
+        ((f"run='{named}'", f"store={made.store.name}", "study=report"), "was not trained here and has no curves"),
+        (("run=saelenz:x", f"store={made.store.name}"), "saelenz: is none of saelens, "),
     ]:
         with pytest.raises(PipelineError, match=re.escape(said)):
             analyze(*overrides)

@@ -223,10 +223,13 @@ def test_settings(done: Done, tmp_path: Path) -> None:
     (folder / "source.jsonl").unlink()
     study.perform(neuronpedia, inputs(study))
     assert (folder / "source.jsonl").is_file()
+    depends = inputs(study)
+    assert depends["names"] != inputs(first)["names"]
     there = run / "studies/catalogue/features.parquet"
     rows = pq.read_table(there)
     more = (rows.column("count").to_numpy() + 1).tolist()
     pq.write_table(rows.set_column(1, "count", [more]), there)
+    assert inputs(study)["catalogue"] != depends["catalogue"] and inputs(study)["units"] == depends["units"]
     with pytest.raises(StoreError, match="do not belong together"):
         neuronpedia(study)
 

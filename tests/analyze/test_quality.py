@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from analyze import quality as study
 from analyze.stats import bootstrap_ratio
 from analyze.subject import Subject
+from data import durable
 from data.reader import held_out_units
 from tests.analyze.conftest import F, K, Made
 from tests.conftest import BOS
@@ -184,7 +185,9 @@ def test_decoder_cosine_ignores_the_latent_itself() -> None:
 
 
 def test_files_are_written(figures: dict[str, Any], made: Made) -> None:
-    assert json.loads((made.run / "quality.json").read_bytes()) == json.loads(json.dumps(figures))
+    written = json.loads((made.run / "quality.json").read_bytes())
+    assert written.pop("sae") == durable.digest_file(made.run / "sae_final.pt").xxh3_128
+    assert written == json.loads(json.dumps(figures))
     text = (made.run / "quality.md").read_text()
     assert f"{figures['variance_explained']['as trained']['centred']:.4f}" in text
     assert f"of {F}" in text

@@ -151,6 +151,9 @@ def test_the_sweep_of_an_arm_is_shown(tmp_path: Path) -> None:
     assert "Best: a, variance explained" in text and 'href="../sweep.json"' in text and 'href="../sweep.html"' in text
     assert (run.parent / f"sweep_layer_{subject.layer}.svg").read_text() in text
     assert "Variance explained on held-out rows, with its interval" in text
+    final = torch.load(run / "sae_final.pt", weights_only=True)
+    torch.save({**final, "b_dec": final["b_dec"] + 1}, run / "sae_final.pt")  # another one than was compared
+    assert report_module._sweep(Subject.open(run, None, torch.device("cpu"))) is None
     run.rename(tmp_path / "sweep/c")  # not one of the arms that were compared
     assert report_module._sweep(Subject.open(tmp_path / "sweep/c", None, torch.device("cpu"))) is None
 
@@ -179,6 +182,16 @@ def test_studies_are_on_the_page_as_text(subject: Subject) -> None:
     markdown = (subject.run / "studies" / "contrast" / "contrast.md").read_text()
     assert "| 1 | <b>found</b> \\| it |" in markdown
     assert json.loads((subject.run / "studies" / "contrast" / "contrast.json").read_bytes())["figures"] == {"d": None}
+
+
+def test_quality_of_another_sae_is_measured_again(tmp_path: Path) -> None:
+    run = make_run(tmp_path, random_rows()[:1024]).run
+    first = report(Subject.open(run, None, torch.device("cpu")), 10**6, None).read_text()
+    final = torch.load(run / "sae_final.pt", weights_only=True)
+    torch.save({**final, "b_dec": final["b_dec"] + 1}, run / "sae_final.pt")
+    second = report(Subject.open(run, None, torch.device("cpu")), 10**6, None).read_text()
+    headlines = [re.findall(r"<b>([\d.-]+)</b>", text)[0] for text in (first, second)]
+    assert headlines[0] != headlines[1]
 
 
 def test_studies_of_another_sae_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,6 +92,8 @@ def test_it_fits_a_narrow_window(chrome: Chromium, page: str) -> None:
     try:
         chrome.open(page, READY)
         assert chrome.js("document.documentElement.scrollWidth <= innerWidth")
+        heights = chrome.js("[...document.querySelectorAll('.fits tr')].map((row) => row.offsetHeight)")
+        assert len(heights) > 10 and max(heights) < 150  # words are not broken letter by letter
     finally:
         chrome.tell("Emulation.clearDeviceMetricsOverride")
 

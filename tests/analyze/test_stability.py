@@ -20,7 +20,7 @@ from analyze.stability.matching import NONE
 from analyze.study import Outcome, Study
 from analyze.subject import Subject
 from data import summary
-from data.errors import MismatchError, SettingError, StoreError
+from data.errors import SettingError, StoreError
 from harvest.lm import ModelConfig
 from tests.analyze.conftest import LAYER, Made, make_run, random_rows
 from tests.conftest import commit
@@ -227,8 +227,10 @@ def test_what_cannot_be_compared(made: Made, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="at least 1"):
         stability.stability(study(other="x", rows=0))
     elsewhere = other_run(made, tmp_path, made.sae, store={"identity": "0" * 32})
-    with pytest.raises(MismatchError):
+    with pytest.raises(StoreError, match="is of another store than"):
         stability.stability(study(other=str(elsewhere)))
+    with pytest.raises(SettingError, match="is the run itself"):
+        stability.stability(study(other=f"{made.run}/../{made.run.name}"))
 
 
 def test_a_retrained_run_is_compared_again(made: Made, tmp_path: Path) -> None:

@@ -65,6 +65,16 @@ def test_what_is_written_reads_back_as_the_same_function(tmp_path: Path, name: s
     torch.testing.assert_close(again.W_dec.norm(dim=1), torch.ones(F), rtol=0, atol=1e-6)
 
 
+def test_the_only_hookpoint_of_sparsifys_folder_is_taken(tmp_path: Path) -> None:
+    sae = made("topk")
+    written(tmp_path, "sparsify", sae)
+    torch.testing.assert_close(FORMATS["sparsify"].read(tmp_path).W_enc, sae.W_enc)
+    (tmp_path / "layers.21").rename(tmp_path / "layers.5")
+    written(tmp_path, "sparsify", sae)
+    with pytest.raises(PipelineError, match=r"several hookpoints \(layers\.21, layers\.5\)"):
+        FORMATS["sparsify"].read(tmp_path)
+
+
 # -- the libraries themselves ------------------------------------------------------------------------------------
 
 LOADERS = {
@@ -196,7 +206,7 @@ def test_its_refusals(tmp_path: Path) -> None:
         ((), "run= is missing"),
         ((f"run={run}", "to=onnx"), "to=onnx must be one of saelens, sparsify"),
         ((f"run={run}", "to=sparsify"), "sparsify knows TopK alone, and this SAE has thresholds; to=saelens takes it"),
-        ((f"run={tmp_path / 'none'}",), "is not what training wrote"),
+        ((f"run={tmp_path / 'none'}",), "no run at"),
     ]:
         with pytest.raises(PipelineError, match=re.escape(said)):
             export(*overrides)

@@ -142,6 +142,11 @@ def _to_sparsify(sae: SAE, about: About) -> dict[str, bytes]:
 
 
 def _from_sparsify(folder: Path) -> SAE:
+    inside = sorted(path.parent for path in folder.glob("*/cfg.json"))
+    if inside and not (folder / "cfg.json").exists():
+        which = ", ".join(one.name for one in inside)
+        _refuse(len(inside) > 1, folder, f"several hookpoints ({which})", "one of them")
+        (folder,) = inside
     config, tensors = _read_json(folder / "cfg.json"), _read_tensors(folder / "sae.safetensors")
     kind = config.get("activation", "topk")
     _refuse(kind != "topk", folder, f"activation {kind}", "topk")

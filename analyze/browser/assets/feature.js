@@ -70,7 +70,8 @@ function likeIt(own) {
   const tables = [pairsTable("Nearest directions", ["feature", "cosine"], own.neighbours.map(([feature, cosine]) => scored(featureLink(feature), cosine)))];
   meta().others.forEach((other, at) => {
     const rows = own.others[at].map(([feature, cosine]) => {
-      const link = other.page ? el("a", { href: `${other.page}${where({ feature })}` }, feature) : feature;
+      // Other runs' pages lie outside this folder: a server that has this folder alone does not have them.
+      const link = other.page && location.protocol === "file:" ? el("a", { href: `${other.page}${where({ feature })}` }, feature) : feature;
       return scored(link, cosine);
     });
     tables.push(pairsTable(`Fires like it in ${other.name}, layer ${other.layer}`, ["feature", "cosine"], rows));
