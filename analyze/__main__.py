@@ -42,7 +42,7 @@ from analyze.sweep import arms, sweep
 from analyze.sweep import page as sweep_page
 from data.device import torch_device
 from data.errors import SettingError, StoreError, run_command, run_main
-from data.settings import optional_whole, whole
+from data.settings import described, optional_whole, whole
 from harvest.lm import ModelConfig
 
 
@@ -73,6 +73,9 @@ def command(settings: dict[str, Any]) -> None:
     name, action = settings["study"]["name"], settings["action"]
     if action not in ("run", "serve") or (action == "serve" and name != "browser"):
         raise SettingError(f"action={action} with study={name} is not known; it is run, or serve with study=browser")
+    port = whole("port", settings["port"])
+    if not 0 <= port < 2**16:
+        raise SettingError(f"port={port} must be from 0 to 65535; 0 takes one that is free")
     if name == "sweep":
         return compare(settings)
     if settings["runs"] is not None:
@@ -103,7 +106,7 @@ def command(settings: dict[str, Any]) -> None:
         print("\n".join(studies.markdown(name, outcome)))
         print(f"\nresults are in {study.folder}", file=sys.stderr)
         if action == "serve":
-            serve(study.folder, whole("port", settings["port"]))
+            serve(study.folder, port)
 
 
 def study_of(settings: dict[str, Any], subject: Subject, device: torch.device) -> Study:
@@ -166,4 +169,4 @@ def main(cfg: DictConfig) -> None:
 if __name__ == "__main__":
     sys.argv[1:] = map(verbatim, sys.argv[1:])
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that its refusals come here, to be said in one line
-    run_main(main, (HydraException, OmegaConfBaseException))
+    run_main(main, (HydraException, OmegaConfBaseException), lambda: described("analyze", sys.argv[1:]))

@@ -12,6 +12,7 @@ Anything else that reaches the top is a defect of ours and keeps its traceback.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -106,16 +107,17 @@ def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[
     return found
 
 
-def run_main(main: Callable[[], None], refusals: tuple[type[Exception], ...]) -> None:
+def run_main(main: Callable[[], None], refusals: tuple[type[Exception], ...], described: Callable[[], str]) -> None:
     """Run a command line: `main` parses the settings and hands what they ask for to `run_command`.
 
     Args:
         refusals: exceptions by which the parser refuses settings; they exit like a `PipelineError`.
+        described: what --help says.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `__main__` left it while libraries were loaded
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        run_command(main)
+        run_command((lambda: print(described())) if {"--help", "-h"} & {*sys.argv[1:]} else main)
     except refusals as error:
         print(f"error: {_one_line(str(error))}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -128,6 +130,9 @@ def run_command(command: Callable[[], None]) -> None:
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
+        sys.exit(128 + signal.SIGPIPE)
     except Interrupted as stop:
         print(f"stopped by {stop}; {_KEPT}", file=sys.stderr, flush=True)
         sys.exit(stop.exit_code)

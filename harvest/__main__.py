@@ -8,6 +8,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load ends this at once, without a traceback
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from data.device import own_device
 from data.errors import SettingError, run_command, run_main
 from data.journal import tell
 from data.place import place_of
-from data.settings import optional_whole, whole
+from data.settings import described, optional_whole, whole
 from data.sources import source_name, source_of
 from data.verify import is_derived, repair, require_store
 from harvest.checkpoint import EMBEDDED, read_config, resolve
@@ -132,4 +133,4 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that its refusals come here, to be said in one line
-    run_main(main, (HydraException, OmegaConfBaseException))
+    run_main(main, (HydraException, OmegaConfBaseException), lambda: described("harvest", sys.argv[1:]))

@@ -10,7 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -110,6 +110,24 @@ def test_every_setting_can_be_set() -> None:
             for path in sorted((ROOT / "conf" / group).glob("*.yaml")):
                 found = compose(config_name="train", overrides=[f"{group}={path.stem}"])[group]
                 assert set(found) - {"name"} == set(kind.__dataclass_fields__), path
+
+
+@pytest.mark.parametrize("command", ["harvest", "train", "analyze", "export", "publish"])
+def test_help_has_every_setting_with_what_it_is(command: str) -> None:
+    from hydra import compose, initialize_config_module
+
+    from data.settings import described
+
+    chosen = {"analyze": ["study=steering"], "train": ["sae=rows_32k"]}.get(command, [])
+    shown = described(command, chosen)
+    with initialize_config_module("conf", version_base="1.3"):
+        config = compose(command, chosen)
+    for name, value in config.items():
+        for key in [name, *(value if isinstance(value, Mapping) else ())]:
+            assert key == "name" or re.search(rf"^ *(text\.)?{key}[:.=]", shown, re.MULTILINE), key
+    assert "hydra" not in shown and "defaults" not in shown
+    for option in chosen:
+        assert f"{option} " in shown and f"{option.replace('=', ':  # ')}\n" in shown
 
 
 def test_packages_import_from_anywhere(tmp_path: Path) -> None:

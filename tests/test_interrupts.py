@@ -52,13 +52,13 @@ def test_a_command_can_be_interrupted_again(capsys: pytest.CaptureFixture[str]) 
     former = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         with pytest.raises(SystemExit) as stopped:
-            run_main(lambda: signal.raise_signal(signal.SIGINT), ())
+            run_main(lambda: signal.raise_signal(signal.SIGINT), (), str)
     finally:
         signal.signal(signal.SIGINT, former)
     assert stopped.value.code == 130 and "stopped by SIGINT" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("run", [run_command, lambda command: run_main(command, (KeyError,))])
+@pytest.mark.parametrize("run", [run_command, lambda command: run_main(command, (KeyError,), str)])
 def test_exit_codes(run, capsys: pytest.CaptureFixture[str]) -> None:
     def raises(error: BaseException) -> int:
         def command() -> None:
@@ -76,5 +76,5 @@ def test_exit_codes(run, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_parsers_refusal_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        run_main(lambda: {}["key"], (KeyError,))
+        run_main(lambda: {}["key"], (KeyError,), str)
     assert stopped.value.code == 2 and capsys.readouterr().err == "error: 'key'\n"

@@ -9,6 +9,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from data.device import own_device
 from data.errors import SettingError, run_command, run_main
 from data.journal import tell
 from data.reader import Policy, RingFollower
-from data.settings import build, flag, optional_whole, whole
+from data.settings import build, described, flag, optional_whole, whole
 from data.store import Store
 from train import parallel
 from train.loop import Arm, train
@@ -128,4 +129,4 @@ def file_name(text: str) -> str:
 
 if __name__ == "__main__":
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that its refusals come here, to be said in one line
-    run_main(main, (HydraException, OmegaConfBaseException))
+    run_main(main, (HydraException, OmegaConfBaseException), lambda: described("train", sys.argv[1:]))

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data import durable
 from data.errors import SettingError, run_command, run_main
-from data.settings import names
+from data.settings import described, names
 from train import export, sae
 from train.export.formats import FORMATS, about
 from train.run import read_config
@@ -50,4 +50,4 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that its refusals come here, to be said in one line
-    run_main(main, (HydraException, OmegaConfBaseException))
+    run_main(main, (HydraException, OmegaConfBaseException), lambda: described("export", sys.argv[1:]))
