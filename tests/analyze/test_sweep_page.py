@@ -50,6 +50,7 @@ def asked(runs: Any, **changes: Any) -> dict[str, Any]:
         "runs": runs,
         "out": None,
         "action": "run",
+        "port": 0,
         "store": None,
         "device": "cpu",
         **changes,
