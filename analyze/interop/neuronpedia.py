@@ -19,7 +19,8 @@ Columns that are not written keep the defaults of its tables. Conventions are th
     dataIndex        ours: document:position in the store
 
 Numbers have DIGITS significant digits. PostgreSQL has no text with NUL or half a surrogate pair: they become U+FFFD.
-Files are the same bytes for the same catalogue. Memory is that of one row group of the catalogue (1,024 latents, 70
+Files are the same bytes for the same catalogue. Ids follow from names and places in it, and the importer keeps what is
+there: another catalogue needs another study.set=. Memory is that of one row group of the catalogue (1,024 latents, 70
 contexts each: some 200 MB as they are written) and of what a unit of its index has for them (about 60 bytes a place).
 """
 
