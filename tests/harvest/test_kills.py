@@ -128,7 +128,7 @@ def test_a_kill_at_every_sixteenth_step_of_the_commit_changes_no_byte(
 def test_a_kill_at_every_step_of_the_commit_changes_no_byte(
     root: Path, tmp_path: Path, reference: dict[int, dict[str, bytes]]
 ) -> None:
-    assert kill_commits(root, tmp_path, reference[128], stride=1) > 75
+    assert kill_commits(root, tmp_path, reference[128], stride=1) > 65
 
 
 def kill_commits(root: Path, folder: Path, expected: dict[str, bytes], stride: int) -> int:
@@ -148,16 +148,20 @@ def kill_by_the_step(
     expected: dict[str, bytes],
     stride: int = 1,
 ) -> int:
-    """Kill `act` at every `stride`-th durable step, just before and just after in turns; how many steps there are."""
-    call, killed = 1, True
-    while killed:
+    """Kill `act` at every `stride`-th durable step, just before and just after in turns; how many steps there are.
+
+    Of a harvest of two units that is 71 to 81, by what its threads do at the same time. So the last steps are those that
+    three runs, one after the other, do not come to.
+    """
+    call, unharmed = 1, 0
+    while unharmed < (3 if stride == 1 else 1):
         target = begin(call)
 
         def dying_run(call: int = call, target: HarvestConfig = target) -> None:
             kill_at(call)
             act(target)
 
-        killed = os.WIFSIGNALED(in_child(dying_run))
+        unharmed = 0 if os.WIFSIGNALED(in_child(dying_run)) else unharmed + 1
         assert in_child(lambda target=target: act(target)) == 0
         assert tree(Path(target.store)) == expected, f"killed at step {call}"
         call += stride
