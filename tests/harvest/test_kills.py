@@ -150,7 +150,7 @@ def kill_by_the_step(
 ) -> int:
     """Kill `act` at every `stride`-th durable step, just before and just after in turns; how many steps there are.
 
-    Of a harvest of two units that is 71 to 81, by what its threads do at the same time. So the last steps are those that
+    A harvest of two units has 71 to 81, by what its threads do at the same time. So the last steps are those that
     three runs, one after the other, do not come to.
     """
     call, unharmed = 1, 0
