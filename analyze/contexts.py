@@ -115,8 +115,8 @@ def token_names(subject: Subject, model_path: str | None, *, raw: bool = False) 
         if model_path is None:
             return None
         raise SettingError(f"the tokenizer of model.path={model_path} is not the one that made {subject.store.name}")
-    decode: Callable[[int], str] = lambda token: str(tokenizer.inner.decode([token]))  # noqa: E731
-    return decode if raw else lambda token: visible(decode(token))
+    shown = str if raw else visible
+    return lambda token: shown(tokenizer.inner.decode([token]))
 
 
 def visible(text: str) -> str:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from analyze.directions import nearest
-from analyze.stats import bootstrap_ratio, sums_by
+from analyze.stats import variance_explained
 from analyze.subject import Subject, Unit
 from data import durable, summary
 from data.errors import StoreError
@@ -175,13 +175,8 @@ def _take(rows: Rows, mask: NDArray[np.bool_]) -> Rows:
 
 def _variance_explained(every: Rows, mask: NDArray[np.bool_]) -> dict[str, Any]:
     rows = _take(every, mask)
-    error, total = sums_by(rows.document, rows.squared_error, rows.about_mean)
-    unexplained = bootstrap_ratio(error, total)
-    return {
-        "rows": int(mask.sum()),
-        "centred": 1 - error.sum() / total.sum(),
-        "centred_95": [1 - unexplained.high, 1 - unexplained.low],
-    }
+    centred, interval = variance_explained(rows.document, rows.squared_error, rows.about_mean)
+    return {"rows": int(mask.sum()), "centred": centred, "centred_95": list(interval)}
 
 
 def _scalar(rows: Rows, kept: NDArray[np.bool_], spread: Moments) -> float:

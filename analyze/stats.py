@@ -59,6 +59,13 @@ def bootstrap_ratios(numerators: Floats, denominators: Floats, draws: int = 1000
     return [percentiles(column) for column in ratios.T]
 
 
+def variance_explained(document: ArrayLike, squared_error: Floats, about_mean: Floats) -> tuple[float, Interval]:
+    """1 - sum |e|^2 / sum |x - mu|^2 over rows (n,), and its interval over documents."""
+    error, total = sums_by(document, squared_error, about_mean)
+    unexplained = bootstrap_ratio(error, total)
+    return float(1 - error.sum() / total.sum()), Interval(1 - unexplained.high, 1 - unexplained.low)
+
+
 def bootstrap(
     statistic: Callable[[NDArray[np.int64]], float], n: int, draws: int = 1000, seed: int = 0
 ) -> tuple[Interval, Floats]:

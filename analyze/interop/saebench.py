@@ -25,7 +25,7 @@ from analyze import study as studies
 from analyze.interop import saebench_metrics
 from analyze.interop.saebench_metrics import DEFINITIONS, Measured, Metrics
 from analyze.intervals import said
-from analyze.stats import Floats
+from analyze.stats import Floats, variance_explained
 from analyze.study import Outcome, Study, Table, made
 from analyze.subject import Subject
 from data import durable
@@ -144,6 +144,7 @@ def _unstructured(subject: Subject, found: Measured, model: Spliced | None) -> d
     """What SAEBench has no field for, with the definitions' names."""
     centred = "1 - sum |x - x_hat|^2 / sum |x - mu|^2, mu the training rows' mean; 95 % interval over documents"
     losses = "study=splice at all positions, tokens behind a BOS in their own document; 95 % intervals over documents"
+    value, interval = variance_explained(found.document, found.error, found.about_mean)
     return {
         "definitions": {
             "eval_result_metrics": DEFINITIONS,
@@ -153,7 +154,7 @@ def _unstructured(subject: Subject, found: Measured, model: Spliced | None) -> d
             "variance_explained_centred": centred,
             "losses": losses,
         },
-        "variance_explained_centred": saebench_metrics.variance_explained(found),
+        "variance_explained_centred": {"value": value, "interval": interval},
         "variance": float(found.about_mean.mean()),
         "explained_variance_divisor": saebench_metrics.divisor(found.sums, subject.sae.d_model),
         "mse_per_element": float(found.error.mean() / subject.sae.d_model),

@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from analyze.directions import nearest
-from analyze.stats import Floats, bootstrap_ratio, sums_by
+from analyze.stats import Floats
 from analyze.subject import Subject
 from data.errors import StopRequest, StoreError
 from data.journal import Progress
@@ -248,10 +248,3 @@ def of_dictionary(found: Mapping[str, Floats]) -> dict[str, float]:
         "average_max_decoder_cosine_sim": float(found["max_decoder_cosine_sim"].mean()),
         "frac_alive": float((density > 0).mean()),
     }
-
-
-def variance_explained(found: Measured) -> dict[str, Any]:
-    """Centred per dimension about the training rows' mean, as study=quality has it."""
-    error, total = sums_by(found.document, found.error, found.about_mean)
-    unexplained = bootstrap_ratio(error, total)
-    return {"value": float(1 - error.sum() / total.sum()), "interval": (1 - unexplained.high, 1 - unexplained.low)}
