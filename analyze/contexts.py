@@ -1,4 +1,6 @@
-"""Where in the held-out text chosen latents fire most: contexts with an activation for every token."""
+"""Where in the held-out text chosen latents fire most: contexts with an activation for every
+token.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 
 from analyze.subject import Subject, Unit
 from data.errors import PipelineError, SettingError
-from harvest import checkpoint
+from harvest import model_folder as checkpoint
 from harvest.tokens import Tokenizer
 
 BEFORE, AFTER = 24, 8  # tokens around the peak
@@ -27,7 +29,9 @@ class Context(NamedTuple):
 
 
 def choose(fired: NDArray[np.int64], count: int) -> list[int]:
-    """`count` latents spread evenly over the ranking by density, so that none is picked for its looks."""
+    """`count` latents spread evenly over the ranking by density, so that none is picked for its
+    looks.
+    """
     alive = np.flatnonzero(fired)
     ranked = alive[np.argsort(-fired[alive], kind="stable")]
     at = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)
@@ -43,8 +47,12 @@ def firing_counts(subject: Subject, limit: int) -> NDArray[np.int64]:
     return counts
 
 
-def top_contexts(subject: Subject, latents: Sequence[int], each: int, limit: int) -> dict[int, list[Context]]:
-    """The `each` contexts with the largest activations of each latent, one per document, BOS left out."""
+def top_contexts(
+    subject: Subject, latents: Sequence[int], each: int, limit: int
+) -> dict[int, list[Context]]:
+    """The `each` contexts with the largest activations of each latent, one per document, BOS left
+    out.
+    """
     best: dict[int, dict[int, Context]] = {latent: {} for latent in latents}
     for unit in subject.held_out(limit):
         dense = _activations(subject, unit, latents)
@@ -52,8 +60,18 @@ def top_contexts(subject: Subject, latents: Sequence[int], each: int, limit: int
         starts = subject.store.piece_starts(unit.number).ravel()
         dense[starts] = 0.0
         for column, latent in enumerate(latents):
-            _merge(best[latent], dense[:, column], tokens, starts, subject.store.document(unit.number).ravel(), each)
-    return {latent: sorted(found.values(), key=lambda c: -c.peak)[:each] for latent, found in best.items()}
+            _merge(
+                best[latent],
+                dense[:, column],
+                tokens,
+                starts,
+                subject.store.document(unit.number).ravel(),
+                each,
+            )
+    return {
+        latent: sorted(found.values(), key=lambda c: -c.peak)[:each]
+        for latent, found in best.items()
+    }
 
 
 def _activations(subject: Subject, unit: Unit, latents: Sequence[int]) -> NDArray[np.float32]:
@@ -75,7 +93,9 @@ def _merge(
     document: NDArray[np.uint32],
     each: int,
 ) -> None:
-    """Take the strongest places of the unit's `each` strongest documents into `best` (by document)."""
+    """Take the strongest places of the unit's `each` strongest documents into `best` (by
+    document).
+    """
     pieces = np.flatnonzero(starts)
     peaks = np.maximum.reduceat(activations, pieces)
     seen: set[int] = set()
@@ -87,21 +107,26 @@ def _merge(
         if owner in seen or (owner in best and best[owner].peak >= peak):
             continue
         seen.add(owner)
-        at = piece + int(np.argmax(activations[piece : pieces[number + 1] if number + 1 < len(pieces) else None]))
+        at = piece + int(
+            np.argmax(activations[piece : pieces[number + 1] if number + 1 < len(pieces) else None])
+        )
         behind = starts[at + 1 : at + 1 + AFTER]
         end = at + 1 + (int(np.argmax(behind)) if behind.any() else len(behind))
         span = slice(max(piece + 1, at - BEFORE), end)
         best[owner] = Context(owner, peak, tokens[span].tolist(), activations[span].tolist())
 
 
-def token_names(subject: Subject, model_path: str | None, *, raw: bool = False) -> Callable[[int], str] | None:
+def token_names(
+    subject: Subject, model_path: str | None, *, raw: bool = False
+) -> Callable[[int], str] | None:
     """What each token id says, or None if the model's tokenizer is not at hand.
 
     Args:
         raw: as it is, and not with marks for what cannot be seen.
 
     Raises:
-        SettingError: `model_path` was asked for and its tokenizer is not the one that the store was made with.
+        SettingError: `model_path` was asked for and its tokenizer is not the one that the store was
+            made with.
     """
     recorded: dict[str, Any] = subject.store.manifest["model"]
     path = subject.model_path(model_path)
@@ -114,7 +139,9 @@ def token_names(subject: Subject, model_path: str | None, *, raw: bool = False) 
     if tokenizer.digest != recorded["tokenizer"]:
         if model_path is None:
             return None
-        raise SettingError(f"the tokenizer of model.path={model_path} is not the one that made {subject.store.name}")
+        raise SettingError(
+            f"the tokenizer of model.path={model_path} is not the one that made {subject.store.name}"
+        )
     shown = str if raw else visible
     return lambda token: shown(tokenizer.inner.decode([token]))
 
@@ -122,4 +149,7 @@ def token_names(subject: Subject, model_path: str | None, *, raw: bool = False) 
 def visible(text: str) -> str:
     """Text in which line breaks, tabs and other control and direction characters show as marks."""
     marks = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
-    return "".join(marks.get(c, "�" if unicodedata.category(c) in ("Cc", "Cf", "Co", "Cs") else c) for c in text)
+    return "".join(
+        marks.get(c, "�" if unicodedata.category(c) in ("Cc", "Cf", "Co", "Cs") else c)
+        for c in text
+    )

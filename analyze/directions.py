@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from harvest.lm import LanguageModel, final_norm
+from harvest.model import LanguageModel, final_norm
 
 _BLOCK_BYTES = 1 << 28  # of products held at a time
 _VOCABULARY_BLOCK = 16_384  # token ids whose unembeddings are float32 at a time: 168 MB at d = 2560
@@ -32,7 +32,9 @@ def nearest(of: Tensor, among: Tensor, count: int, *, itself: bool = True) -> tu
     Returns:
         cosines (F, count) in descending order, and the rows' numbers.
     """
-    of, among = (unit(of),) * 2 if among is of else (unit(of), unit(among))  # one copy: 0.3 GB at 32,768 x 2,560
+    of, among = (
+        (unit(of),) * 2 if among is of else (unit(of), unit(among))
+    )  # one copy: 0.3 GB at 32,768 x 2,560
     step = max(1, _BLOCK_BYTES // (4 * len(among)))
     found = []
     for at in range(0, len(of), step):
@@ -47,8 +49,8 @@ def nearest(of: Tensor, among: Tensor, count: int, *, itself: bool = True) -> tu
 def gain(norm: nn.Module, d_model: int, device: torch.device | str) -> Tensor:
     """(d,) what a norm multiplies each dimension by, whichever way its family writes its weight.
 
-    Gemma 3 multiplies by 1 + weight, others by weight. So it is read off: a vector of ones has root mean square 1, and
-    an RMS norm returns just its factors (to its epsilon).
+    Gemma 3 multiplies by 1 + weight, others by weight. So it is read off: a vector of ones has root
+    mean square 1, and an RMS norm returns just its factors (to its epsilon).
     """
     if isinstance(norm, nn.LayerNorm):
         assert isinstance(norm.weight, Tensor)
@@ -62,17 +64,20 @@ def gain(norm: nn.Module, d_model: int, device: torch.device | str) -> Tensor:
 def logits(
     lm: LanguageModel, W_dec: Tensor, count: int, progress: Callable[[int, int], None]
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The token ids whose logits a latent raises and lowers most: W_dec through final norm weight and unembedding.
+    """The token ids whose logits a latent raises and lowers most: W_dec through final norm weight
+    and unembedding.
 
-    Per unit of activation, before the norm's division by the residual's size and before a softcap: both are common to
-    all tokens, and neither changes the order. Norms that centre (LayerNorm) centre the direction, too.
+    Per unit of activation, before the norm's division by the residual's size and before a softcap:
+    both are common to all tokens, and neither changes the order. Norms that centre (LayerNorm)
+    centre the direction, too.
 
     Args:
         count: of each sign.
         progress: called with token ids done and V.
 
     Returns:
-        (logits, ids) of the largest in descending order and of the smallest in ascending order; (F, count) each.
+        (logits, ids) of the largest in descending order and of the smallest in ascending order; (F,
+            count) each.
     """
     head, norm = lm.causal.get_output_embeddings(), final_norm(lm.decoder)
     device = head.weight.device
@@ -81,7 +86,11 @@ def logits(
         directions = directions - directions.mean(1, keepdim=True)
     directions = directions * gain(norm, directions.shape[1], device)
     best = [
-        (directions.new_empty(len(directions), 0), torch.empty(len(directions), 0, dtype=torch.int64)) for _ in "+-"
+        (
+            directions.new_empty(len(directions), 0),
+            torch.empty(len(directions), 0, dtype=torch.int64),
+        )
+        for _ in "+-"
     ]
     for at in range(0, len(head.weight), _VOCABULARY_BLOCK):
         unembedding = head.weight[at : at + _VOCABULARY_BLOCK].float()

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analyze.subject import Subject
-from data.reader import held_out_units
+from data.rows.split import held_out_units
 
 
 class Piece(NamedTuple):
@@ -17,7 +17,7 @@ class Piece(NamedTuple):
 
     ids: list[int]  # with BOS
     document: int
-    kind: NDArray[np.uint8]  # (t,) of its rows in the SAE's layer: see data/kinds.py
+    kind: NDArray[np.uint8]  # (t,) of its rows in the SAE's layer: see data/store/kinds.py
 
 
 def held_out(subject: Subject) -> Iterator[Piece]:

@@ -1,4 +1,6 @@
-"""Word problems with their answers: GSM8K's files, the embedded model's own, and solutions that somebody labelled."""
+"""Word problems with their answers: GSM8K's files, the embedded model's own, and solutions that
+somebody labelled.
+"""
 
 from __future__ import annotations
 
@@ -57,30 +59,42 @@ def flexible(text: str) -> str | None:
 
 
 def read(source: str, limit: int) -> list[Problem] | list[Solution]:
-    """The first `limit` problems of a source; of labelled solutions, all of the first `limit` problems.
+    """The first `limit` problems of a source; of labelled solutions, all of the first `limit`
+    problems.
 
     Args:
-        source: `tiny`; a .jsonl of {question, answer}, where an answer's number may stand behind `#### `; or a .jsonl
-            of {question, ground_truth, NAME: {solution, is_correct}, ...}.
+        source: `tiny`; a .jsonl of {question, answer}, where an answer's number may stand behind
+            `#### `; or a .jsonl of {question, ground_truth, NAME: {solution, is_correct}, ...}.
 
     Raises:
         SettingError: there is no such file.
         StoreError: a line of it is none of these.
     """
     if source == TINY:
-        drawn = (problem(one.question, str(one.answer)) for one in islice(tiny.problems("heldout"), 2 * limit))
+        drawn = (
+            problem(one.question, str(one.answer))
+            for one in islice(tiny.problems("heldout"), 2 * limit)
+        )
         return list(islice({one.id: one for one in drawn}.values(), limit))
     path = Path(source)
     if not path.is_file():
-        raise SettingError(f"problems={source} is no file; give a .jsonl of {{question, answer}}, or problems=tiny")
+        raise SettingError(
+            f"problems={source} is no file; give a .jsonl of {{question, answer}}, or problems=tiny"
+        )
     plain: dict[str, Problem] = {}
     labelled: dict[str, list[Solution]] = {}
     for where, line in _lines(path):
         if len(plain) == limit or (len(labelled) == limit and not plain):
             break
         question, answer = line.get("question"), line.get("answer", line.get("ground_truth"))
-        if not isinstance(question, str) or not isinstance(answer, str | int | float) or isinstance(answer, bool):
-            raise StoreError(f"{where}: a problem has a text `question` and an `answer` (or `ground_truth`)")
+        if (
+            not isinstance(question, str)
+            or not isinstance(answer, str | int | float)
+            or isinstance(answer, bool)
+        ):
+            raise StoreError(
+                f"{where}: a problem has a text `question` and an `answer` (or `ground_truth`)"
+            )
         one = problem(question, strict(str(answer)) or flexible(str(answer)) or "")
         if not one.answer:
             raise StoreError(f"{where}: there is no number in its answer {str(answer)[-60:]!r}")
@@ -89,10 +103,14 @@ def read(source: str, limit: int) -> list[Problem] | list[Solution]:
         else:
             plain.setdefault(one.id, one)
     if plain and labelled:
-        raise StoreError(f"{path} has lines with labelled solutions and lines without; split it in two")
+        raise StoreError(
+            f"{path} has lines with labelled solutions and lines without; split it in two"
+        )
     if not plain and not labelled:
         raise StoreError(f"{path} holds no problem")
-    return [one for found in labelled.values() for one in found] if labelled else list(plain.values())
+    return (
+        [one for found in labelled.values() for one in found] if labelled else list(plain.values())
+    )
 
 
 def problem(question: str, answer: str) -> Problem:

@@ -1,12 +1,15 @@
-"""A dense reward from SAE features: what each token of a completion, and the completion as a whole, is worth.
+"""A dense reward from SAE features: what each token of a completion, and the completion as a whole,
+is worth.
 
     r_t = sum_i w_i f_i(h_t)        R = mean over the completion's tokens of r_t
 
-f_i(h_t) are the SAE's latents of the residual h_t that the model has at token t, w_i is 1 for features of right answers
-and -1 for those of wrong ones (the lists that `study=contrast` leaves). The model that reads is frozen and none of the
-policy's: it reads prompt and completion once, up to the SAE's layer. Each sequence is read alone. In a batch other
-matrix shapes round otherwise, TopK makes a jump of that where two latents are nearly equal, and a completion's reward
-would depend on its neighbours; and one of 500 tokens keeps a GPU busy anyway (2.7 TFLOP in Gemma 4 E4B to layer 27).
+f_i(h_t) are the SAE's latents of the residual h_t that the model has at token t, w_i is 1 for
+features of right answers and -1 for those of wrong ones (the lists that `study=contrast` leaves).
+The model that reads is frozen and none of the policy's: it reads prompt and completion once, up to
+the SAE's layer. Each sequence is read alone. In a batch other matrix shapes round otherwise, TopK
+makes a jump of that where two latents are nearly equal, and a completion's reward would depend on
+its neighbours; and one of 500 tokens keeps a GPU busy anyway (2.7 TFLOP in Gemma 4 E4B to layer
+27).
 
     from trl import GRPOTrainer
     reward = DenseReward.from_run(Path("runs/demo"), ModelConfig("embedded", dtype="float32"))
@@ -24,15 +27,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analyze.causal import residuals
+from analyze.language_model import residuals
 from analyze.study import FOLDER, read_outcome
-from data.documents import Content
 from data.errors import MismatchError, NonFiniteError, SettingError, StoreError
-from harvest import lm as language_model
-from harvest.lm import LanguageModel, ModelConfig
-from train import export
+from data.text.documents import Content
+from harvest import model as language_model
+from harvest.model import LanguageModel, ModelConfig
+from train import sae_file
 from train.run import CONFIG, read_config
-from train.sae import SAE, load
+from train.sae import SAE
+from train.sae_file import load
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,13 @@ class DenseReward:
                 "that the SAE was trained on"
             )
         if not 0 <= self.layer < len(self.lm.blocks):
-            raise SettingError(f"layer {self.layer} is not among the model's layers 0 to {len(self.lm.blocks) - 1}")
+            raise SettingError(
+                f"layer {self.layer} is not among the model's layers 0 to {len(self.lm.blocks) - 1}"
+            )
         if self.weights.shape != (self.sae.d_sae,):
-            raise SettingError(f"weights have the shape {tuple(self.weights.shape)}, the SAE {self.sae.d_sae} latents")
+            raise SettingError(
+                f"weights have the shape {tuple(self.weights.shape)}, the SAE {self.sae.d_sae} latents"
+            )
 
     @classmethod
     def from_run(cls, run: Path, model: ModelConfig, features: Path | None = None) -> DenseReward:
@@ -63,8 +71,8 @@ class DenseReward:
 
         Args:
             model: the one that the run's store was harvested with, anywhere.
-            features: {helpful: [{feature}, ...], harmful: [{feature}, ...]}; by default the run's own
-                studies/contrast/contrastive_features_L{layer}.json.
+            features: {helpful: [{feature}, ...], harmful: [{feature}, ...]}; by default the run's
+                own studies/contrast/contrastive_features_L{layer}.json.
 
         Raises:
             StoreError: the run is not finished, or the features are not there or no such file.
@@ -72,20 +80,26 @@ class DenseReward:
             SettingError: the model does not fit the SAE.
         """
         if not (run / CONFIG).is_file():
-            raise StoreError(f"no run at {run}; train one with `python -m train store=... run={run}`")
+            raise StoreError(
+                f"no run at {run}; train one with `python -m train store=... run={run}`"
+            )
         layer = int(read_config(run)["settings"]["layer"])
-        sae = load(run / export.FILE, model.device)
+        sae = load(run / sae_file.FILE, model.device)
         path = features or run / FOLDER / "contrast" / f"contrastive_features_L{layer}.json"
         weights = _weights(path, layer, sae.d_sae)
         lm = language_model.load(model)
         contrast = read_outcome(path.parent / "contrast.json")
         if contrast and (chosen := contrast[0]["weights"]) != lm.identity["weights"]:
             unequal = {"weights": (chosen, lm.identity["weights"])}
-            raise MismatchError(f"features {path}", unequal, "Give the model that they were chosen with.")
+            raise MismatchError(
+                f"features {path}", unequal, "Give the model that they were chosen with."
+            )
         lm.truncate_(layer)
         return cls(lm, sae, layer, weights)
 
-    def token_rewards(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[Tensor]:
+    def token_rewards(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+    ) -> list[Tensor]:
         """Of each completion its tokens' rewards (t,) float32.
 
         Args:
@@ -96,17 +110,24 @@ class DenseReward:
             SettingError: prompt and completion do not fit in the model's context.
             NonFiniteError: a residual is NaN or infinite.
         """
-        return [self._of_one([*prompt], [*ids]) for prompt, ids in zip(prompts, completions, strict=True)]
+        return [
+            self._of_one([*prompt], [*ids])
+            for prompt, ids in zip(prompts, completions, strict=True)
+        ]
 
     def __call__(
-        self, prompts: Sequence[Content], completions: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any
+        self,
+        prompts: Sequence[Content],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        **_: Any,
     ) -> list[float]:
-        """R of each completion, 0 of one without a token of its own. Tokens that end a text, and padding, count for
-        nothing, as in the means by which the features were chosen.
+        """R of each completion, 0 of one without a token of its own. Tokens that end a text, and
+        padding, count for nothing, as in the means by which the features were chosen.
 
         Args:
-            prompts: texts, in which spelled special tokens are such, or chats; BOS is put before either if it is not
-                there.
+            prompts: texts, in which spelled special tokens are such, or chats; BOS is put before
+                either if it is not there.
             completions: as text; not used, for texts may not encode to the ids that were sampled.
             completion_ids: of the model's own tokenizer.
         """
@@ -158,20 +179,33 @@ def _weights(path: Path, layer: int, d_sae: int) -> Tensor:
     """(F,) 1 for helpful features, -1 for harmful ones."""
     try:
         found = json.loads(path.read_bytes())
-        signed = {sign: [int(one["feature"]) for one in found[key]] for key, sign in (("helpful", 1), ("harmful", -1))}
+        signed = {
+            sign: [int(one["feature"]) for one in found[key]]
+            for key, sign in (("helpful", 1), ("harmful", -1))
+        }
         at = int(found.get("layer", layer))
     except FileNotFoundError as error:
         run = path.parent.parent.parent
-        raise StoreError(f"no features at {path}; `python -m analyze study=contrast run={run}` writes them") from error
+        raise StoreError(
+            f"no features at {path}; `python -m analyze study=contrast run={run}` writes them"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{path} does not hold features as {{helpful: [{{feature}}], harmful: [...]}}") from error
+        raise StoreError(
+            f"{path} does not hold features as {{helpful: [{{feature}}], harmful: [...]}}"
+        ) from error
     if at != layer:
-        raise MismatchError(f"features {path}", {"layer": (at, layer)}, "Give those of the run's own layer.")
+        raise MismatchError(
+            f"features {path}", {"layer": (at, layer)}, "Give those of the run's own layer."
+        )
     if not any(signed.values()):
-        raise StoreError(f"{path} names no feature, so nothing is rewarded; run `study=contrast` with more answers")
+        raise StoreError(
+            f"{path} names no feature, so nothing is rewarded; run `study=contrast` with more answers"
+        )
     weights = torch.zeros(d_sae)
     for sign, features in signed.items():
         if wrong := [one for one in features if not 0 <= one < d_sae]:
-            raise StoreError(f"{path} names feature {wrong[0]}, the SAE has {d_sae} latents; choose them again")
+            raise StoreError(
+                f"{path} names feature {wrong[0]}, the SAE has {d_sae} latents; choose them again"
+            )
         weights[features] += sign
     return weights

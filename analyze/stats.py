@@ -1,7 +1,8 @@
 """Statistics that the studies share: intervals, tests, effect sizes. scipy's where scipy has them.
 
-Everything random takes a seed and is a pure function of it. p values of permutations count the data themselves among
-the permutations, (1 + #{null >= observed}) / (1 + draws), and so are never 0 (Phipson and Smyth, 2010).
+Everything random takes a seed and is a pure function of it. p values of permutations count the data
+themselves among the permutations, (1 + #{null >= observed}) / (1 + draws), and so are never 0
+(Phipson and Smyth, 2010).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Interval(NamedTuple):
     high: float
 
 
-# -- resampling --------------------------------------------------------------------------------------------------
+# -- resampling ------------------------------------------------------------------------------------
 
 
 def sums_by(group: ArrayLike, *values: Floats) -> list[Floats]:
@@ -32,8 +33,11 @@ def sums_by(group: ArrayLike, *values: Floats) -> list[Floats]:
     return [np.bincount(dense, value).astype(np.float64) for value in values]
 
 
-def bootstrap_ratio(numerator: Floats, denominator: Floats, draws: int = 1000, seed: int = 0) -> Interval:
-    """Percentile interval of sum(numerator) / sum(denominator) over resampled clusters (Efron and Tibshirani, ch. 13).
+def bootstrap_ratio(
+    numerator: Floats, denominator: Floats, draws: int = 1000, seed: int = 0
+) -> Interval:
+    """Percentile interval of sum(numerator) / sum(denominator) over resampled clusters (Efron and
+    Tibshirani, ch. 13).
 
     Rows of one document resemble each other, so documents are what is resampled.
 
@@ -44,7 +48,9 @@ def bootstrap_ratio(numerator: Floats, denominator: Floats, draws: int = 1000, s
     return bootstrap_ratios(numerator[:, None], denominator, draws, seed)[0]
 
 
-def bootstrap_ratios(numerators: Floats, denominators: Floats, draws: int = 1000, seed: int = 0) -> list[Interval]:
+def bootstrap_ratios(
+    numerators: Floats, denominators: Floats, draws: int = 1000, seed: int = 0
+) -> list[Interval]:
     """`bootstrap_ratio` of every column, over the same resampled clusters.
 
     Args:
@@ -59,7 +65,9 @@ def bootstrap_ratios(numerators: Floats, denominators: Floats, draws: int = 1000
     return [percentiles(column) for column in ratios.T]
 
 
-def variance_explained(document: ArrayLike, squared_error: Floats, about_mean: Floats) -> tuple[float, Interval]:
+def variance_explained(
+    document: ArrayLike, squared_error: Floats, about_mean: Floats
+) -> tuple[float, Interval]:
     """1 - sum |e|^2 / sum |x - mu|^2 over rows (n,), and its interval over documents."""
     error, total = sums_by(document, squared_error, about_mean)
     unexplained = bootstrap_ratio(error, total)
@@ -72,8 +80,8 @@ def bootstrap(
     """Percentile interval of a statistic over resampled cases, and its (draws,) values.
 
     Args:
-        statistic: given (n,) indices of cases, drawn with replacement. A draw for which it is NaN (one class is
-            missing, say) is left out of the interval.
+        statistic: given (n,) indices of cases, drawn with replacement. A draw for which it is NaN
+            (one class is missing, say) is left out of the interval.
         n: how many cases there are.
     """
     rng = np.random.default_rng(seed)
@@ -91,12 +99,14 @@ def percentiles(values: Floats) -> Interval:
 
 
 def permutation_p(observed: float, null: ArrayLike) -> float:
-    """One-sided p value of `observed` among `null` (draws,), which permutations of the same data gave."""
+    """One-sided p value of `observed` among `null` (draws,), which permutations of the same data
+    gave.
+    """
     values = np.asarray(null, np.float64)
     return float((1 + np.sum(values >= observed)) / (1 + len(values)))
 
 
-# -- shares and counts -------------------------------------------------------------------------------------------
+# -- shares and counts -----------------------------------------------------------------------------
 
 
 def wilson(right: int, total: int) -> Interval:
@@ -108,39 +118,52 @@ def wilson(right: int, total: int) -> Interval:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Exact two-sided p value that `gained` and `lost` of paired outcomes differ by chance; 1 if none changed."""
+    """Exact two-sided p value that `gained` and `lost` of paired outcomes differ by chance; 1 if
+    none changed.
+    """
     return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def overlap_p(total: int, first: int, second: int, shared: int) -> float:
-    """P(at least `shared` in common) of two sets of `first` and `second` drawn from `total` (hypergeometric)."""
+    """P(at least `shared` in common) of two sets of `first` and `second` drawn from `total`
+    (hypergeometric).
+    """
     return float(stats.hypergeom.sf(shared - 1, total, first, second))
 
 
-def detectable_change(pairs: int, discordant: float, power: float = 0.8, level: float = 0.05) -> float:
-    """The smallest change of a share that McNemar's two-sided test finds with probability `power`; NaN if none is.
+def detectable_change(
+    pairs: int, discordant: float, power: float = 0.8, level: float = 0.05
+) -> float:
+    """The smallest change of a share that McNemar's two-sided test finds with probability `power`;
+    NaN if none is.
 
-    Connor (1987), solved for the change: sqrt(n) delta = z_level sqrt(psi) + z_power sqrt(psi - delta^2).
+    Connor (1987), solved for the change: sqrt(n) delta = z_level sqrt(psi) + z_power sqrt(psi -
+    delta^2).
 
     Args:
         pairs: n, cases that are seen both ways.
-        discordant: psi, the share of them whose outcome changes, to either side; no change is larger than this.
+        discordant: psi, the share of them whose outcome changes, to either side; no change is
+            larger than this.
     """
     at_level, at_power = stats.norm.isf(level / 2), stats.norm.isf(1 - power)
 
     def short(delta: float) -> float:
         return float(
-            at_level * np.sqrt(discordant) + at_power * np.sqrt(discordant - delta**2) - np.sqrt(pairs) * delta
+            at_level * np.sqrt(discordant)
+            + at_power * np.sqrt(discordant - delta**2)
+            - np.sqrt(pairs) * delta
         )
 
     return float(optimize.brentq(short, 0.0, discordant)) if short(discordant) < 0 else float("nan")
 
 
-# -- many tests at once ------------------------------------------------------------------------------------------
+# -- many tests at once ----------------------------------------------------------------------------
 
 
 def holm(p: ArrayLike) -> Floats:
-    """p values adjusted for the family-wise error of all of them (Holm, 1979), in their own order."""
+    """p values adjusted for the family-wise error of all of them (Holm, 1979), in their own
+    order.
+    """
     values = np.asarray(p, np.float64)
     order = np.argsort(values, kind="stable")
     steps = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
@@ -150,12 +173,14 @@ def holm(p: ArrayLike) -> Floats:
 
 
 def benjamini_hochberg(p: ArrayLike) -> Floats:
-    """q values: p values adjusted for the false discovery rate (Benjamini and Hochberg, 1995), in their own order."""
+    """q values: p values adjusted for the false discovery rate (Benjamini and Hochberg, 1995), in
+    their own order.
+    """
     values = np.asarray(p, np.float64)
     return np.asarray(stats.false_discovery_control(values), np.float64) if len(values) else values
 
 
-# -- two groups --------------------------------------------------------------------------------------------------
+# -- two groups ------------------------------------------------------------------------------------
 
 
 def hedges_g(x: Floats, label: NDArray[np.bool_]) -> Floats:
@@ -171,8 +196,9 @@ def hedges_g(x: Floats, label: NDArray[np.bool_]) -> Floats:
 def hedges_g_of_labels(x: Floats, labels: NDArray[np.bool_]) -> Floats:
     """Hedges' g of every column for many labellings at once, by two matrix products: (L, columns).
 
-    Cohen's d, the difference of means over the pooled standard deviation, times the correction for small samples
-    J = 1 - 3 / (4 n - 9) (Hedges, 1981, with n cases in all). A column without spread has 0.
+    Cohen's d, the difference of means over the pooled standard deviation, times the correction for
+    small samples J = 1 - 3 / (4 n - 9) (Hedges, 1981, with n cases in all). A column without spread
+    has 0.
 
     Args:
         x: (n, columns) cases.
@@ -193,7 +219,9 @@ def hedges_g_of_labels(x: Floats, labels: NDArray[np.bool_]) -> Floats:
 
 
 def auroc(score: ArrayLike, label: NDArray[np.bool_]) -> float:
-    """P(a labelled case scores above another one), ties half: Mann and Whitney's U over its pairs. NaN of one class."""
+    """P(a labelled case scores above another one), ties half: Mann and Whitney's U over its pairs.
+    NaN of one class.
+    """
     ranks = stats.rankdata(np.asarray(score, np.float64))
     n1, n0 = int(label.sum()), int((~label).sum())
     if not n1 or not n0:
@@ -201,7 +229,7 @@ def auroc(score: ArrayLike, label: NDArray[np.bool_]) -> float:
     return float((ranks[label].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
 
 
-# -- rank correlation --------------------------------------------------------------------------------------------
+# -- rank correlation ------------------------------------------------------------------------------
 
 
 def spearman(x: ArrayLike, y: ArrayLike) -> float:
@@ -220,7 +248,8 @@ def partial_spearman(x: ArrayLike, y: ArrayLike, given: ArrayLike) -> float:
 
 
 def spearman_cap(share: float) -> float:
-    """What `spearman` against yes/no labels is at most, without ties in the score: sqrt(3 p (1 - p)).
+    """What `spearman` against yes/no labels is at most, without ties in the score: sqrt(3 p (1 -
+    p)).
 
     Args:
         share: p, of the labels that are yes.

@@ -1,7 +1,8 @@
 """One study of a run: what it needs, where its results go, and what was done already.
 
-Results of study NAME lie in RUN/studies/NAME: NAME.json (every figure, with seeds, settings and ids), NAME.md, a .svg
-per picture, and what the study itself leaves there. The same command again finds them and does nothing.
+Results of study NAME lie in RUN/studies/NAME: NAME.json (every figure, with seeds, settings and
+ids), NAME.md, a .svg per picture, and what the study itself leaves there. The same command again
+finds them and does nothing.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from analyze.subject import Subject
 from data import durable
 from data.errors import MismatchError, SettingError
 from data.journal import tell
-from harvest import lm as language_model
-from harvest.lm import LanguageModel, ModelConfig
+from harvest import model as language_model
+from harvest.model import LanguageModel, ModelConfig
 
 FOLDER = "studies"  # in a run's directory
 FEATURES = "features.parquet"  # of a study that has something to say of every latent
@@ -53,7 +54,9 @@ class Outcome:
     summary: list[str]  # sentences: the verdict first, each figure with its null or interval
     tables: list[Table] = field(default_factory=list)
     pictures: dict[str, Picture] = field(default_factory=dict)  # by file name without .svg
-    files: list[str] = field(default_factory=list)  # of the study's folder, without which it is not done
+    files: list[str] = field(
+        default_factory=list
+    )  # of the study's folder, without which it is not done
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,9 @@ class Study:
     options: Mapping[str, Any]  # of conf/study/NAME.yaml, without its name
     model: ModelConfig
     problems: str | None = None  # see analyze.problems.read
-    answers: Mapping[str, Any] = field(default_factory=dict)  # how problems are answered: see analyze.gsm8k
+    answers: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # how problems are answered: see analyze.gsm8k
 
     @property
     def folder(self) -> Path:
@@ -74,7 +79,8 @@ class Study:
 
     @cached_property
     def lm(self) -> LanguageModel:
-        """The whole language model that the store was harvested with, its head too, loaded on first use.
+        """The whole language model that the store was harvested with, its head too, loaded on first
+        use.
 
         Raises:
             MismatchError: model= is another one.
@@ -84,16 +90,22 @@ class Study:
         recorded = self.subject.store.manifest["model"]
         same = ("weights", "config", "tokenizer")
         if unequal := {
-            key: (recorded[key], loaded.identity[key]) for key in same if recorded[key] != loaded.identity[key]
+            key: (recorded[key], loaded.identity[key])
+            for key in same
+            if recorded[key] != loaded.identity[key]
         }:
             raise MismatchError(
-                f"store {self.subject.store.name}", unequal, "Give the model that it was harvested with, as model.path="
+                f"store {self.subject.store.name}",
+                unequal,
+                "Give the model that it was harvested with, as model.path=",
             )
         return loaded
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What results depend on beside the study's own settings: the SAE, the model and how it is run."""
+        """What results depend on beside the study's own settings: the SAE, the model and how it is
+        run.
+        """
         recorded = self.subject.store.manifest["model"]
         return {
             "sae": self.subject.digest,
@@ -109,7 +121,9 @@ class Study:
         return durable.locked(self.folder, busy)
 
     def perform(self, study: Callable[[Study], Outcome], inputs: Mapping[str, Any]) -> Outcome:
-        """What `study` finds; from its files if it was done with the same settings on the same `inputs`."""
+        """What `study` finds; from its files if it was done with the same settings on the same
+        `inputs`.
+        """
         settings = json.loads(dumped({**self.identity, **inputs, "options": dict(self.options)}))
         path = self.folder / f"{self.name}.json"
         if (done := _read(path, settings)) is not None:
@@ -122,7 +136,9 @@ class Study:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `folder` when all went well; until then the old one stays."""
+    """A new folder that takes the place of `folder` when all went well; until then the old one
+    stays.
+    """
     fresh = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)  # of one that was killed
     try:
@@ -171,7 +187,9 @@ def _plain(value: Any) -> Any:
 
 
 def done(subject: Subject) -> dict[str, Outcome]:
-    """Studies of the run by name that were done with its present SAE; others are told and left out."""
+    """Studies of the run by name that were done with its present SAE; others are told and left
+    out.
+    """
     found = {}
     for path in sorted((subject.run / FOLDER).glob("*/*.json")):
         if path.stem != path.parent.name or (read := read_outcome(path)) is None:
@@ -180,12 +198,16 @@ def done(subject: Subject) -> dict[str, Outcome]:
         if settings.get("sae") == subject.digest:
             found[path.stem] = outcome
         else:
-            tell(f"{path} is of another SAE than the run's and is left out; do study={path.stem} again")
+            tell(
+                f"{path} is of another SAE than the run's and is left out; do study={path.stem} again"
+            )
     return found
 
 
 def read_outcome(path: Path) -> tuple[dict[str, Any], Outcome] | None:
-    """A study's settings and its outcome from NAME.json and the pictures beside it; None if they are not whole."""
+    """A study's settings and its outcome from NAME.json and the pictures beside it; None if they
+    are not whole.
+    """
     try:
         found = json.loads(path.read_bytes())
         drawn = {
@@ -193,7 +215,8 @@ def read_outcome(path: Path) -> tuple[dict[str, Any], Outcome] | None:
             for name, caption in found["pictures"].items()
         }
         tables = [
-            Table(caption, tuple(header), [tuple(row) for row in rows]) for caption, header, rows in found["tables"]
+            Table(caption, tuple(header), [tuple(row) for row in rows])
+            for caption, header, rows in found["tables"]
         ]
         files = list(found.get("files", []))
         return found["settings"], Outcome(found["figures"], found["summary"], tables, drawn, files)
@@ -229,9 +252,18 @@ def markdown(name: str, outcome: Outcome) -> list[str]:
     """The outcome as lines of Markdown: summary, then tables."""
     lines = [f"# {name}", "", *outcome.summary]
     for table in outcome.tables:
-        lines += ["", table.caption, "", _row(table.header), _row(["---"] * len(table.header)), *map(_row, table.rows)]
+        lines += [
+            "",
+            table.caption,
+            "",
+            _row(table.header),
+            _row(["---"] * len(table.header)),
+            *map(_row, table.rows),
+        ]
     return lines
 
 
 def _row(cells: Any) -> str:
-    return "| " + " | ".join(cell.replace("\\", "\\\\").replace("|", "\\|") for cell in cells) + " |"
+    return (
+        "| " + " | ".join(cell.replace("\\", "\\\\").replace("|", "\\|") for cell in cells) + " |"
+    )

@@ -1,4 +1,6 @@
-"""What a study looks at: a finished run's SAE, and the held-out rows of the store that it was trained from."""
+"""What a study looks at: a finished run's SAE, and the held-out rows of the store that it was
+trained from.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data import durable, manifest, summary
+from data import durable
 from data.errors import MismatchError, SettingError, StoreError
-from data.kinds import NON_FINITE
-from data.moments import Moments
-from data.place import place_of
-from data.reader import Policy, held_out_units, require_complete
-from data.store import Store
-from harvest.checkpoint import EMBEDDED
-from train import export, sae
+from data.rows import split, summary
+from data.rows.split import Policy, held_out_units, require_complete
+from data.store import manifest
+from data.store.kinds import NON_FINITE
+from data.store.moments import Moments
+from data.store.place import place_of
+from data.store.store import Store
+from harvest.model_folder import EMBEDDED
+from train import sae, sae_file
 from train.run import read_config
 
 
@@ -33,7 +37,7 @@ class Unit(NamedTuple):
     document: NDArray[np.uint32]  # (n,)
     position: NDArray[np.int64]  # (n,) tokens since its piece's BOS, which is 0
     norm: NDArray[np.float32]  # (n,)
-    kind: NDArray[np.uint8]  # (n,) see data/kinds.py
+    kind: NDArray[np.uint8]  # (n,) see data/store/kinds.py
 
 
 def open_store(run: Path, was_at: str, identity: str, store: str | None) -> Store:
@@ -50,7 +54,9 @@ def open_store(run: Path, was_at: str, identity: str, store: str | None) -> Stor
     """
     place = place_of(store or was_at)
     if store is None and not manifest.exists(place):
-        raise StoreError(f"the store of {run} was at {place.name} and is not there now; give its place as store=")
+        raise StoreError(
+            f"the store of {run} was at {place.name} and is not there now; give its place as store="
+        )
     opened = Store.open(place)
     if opened.identity != identity:
         was_is = {"store": (identity, opened.identity)}
@@ -81,12 +87,21 @@ class Subject:
             MismatchError: the store at that place is another one.
         """
         config = read_config(run)
-        if not (run / export.FILE).is_file():
-            raise StoreError(f"run {run} is not finished: {export.FILE} is missing; run its `python -m train` again")
+        if not (run / sae_file.FILE).is_file():
+            raise StoreError(
+                f"run {run} is not finished: {sae_file.FILE} is missing; run its `python -m train` again"
+            )
         settings = config["settings"]
         opened = open_store(run, str(config["store_path"]), settings["store"]["identity"], store)
         policy = Policy(**settings["policy"])
-        return cls(run, config, opened, sae.load(run / export.FILE, device), settings["layer"], policy)
+        return cls(
+            run,
+            config,
+            opened,
+            sae_file.load(run / sae_file.FILE, device),
+            settings["layer"],
+            policy,
+        )
 
     def beside(self, run: str) -> Subject:
         """Another run on the same store, to compare with.
@@ -111,7 +126,7 @@ class Subject:
     @cached_property
     def digest(self) -> str:
         """Of the SAE's file: what studies are told apart by."""
-        return durable.digest_file(self.run / export.FILE).xxh3_128
+        return durable.digest_file(self.run / sae_file.FILE).xxh3_128
 
     def model_path(self, asked: str | None) -> str:
         """Where the language model is: as asked, else where the store's own record leads."""
@@ -122,7 +137,7 @@ class Subject:
     def moments(self) -> Moments:
         """The training rows' mean and variance, as training used them."""
         require_complete(self.store, self.layer)
-        return summary.read(self.store, self.layer).of(summary.TRAINING, self.policy.kinds)
+        return summary.read(self.store, self.layer).of(split.TRAINING, self.policy.kinds)
 
     def held_out(self, limit: int) -> Iterator[Unit]:
         """Held-out units, until at least `limit` rows were given."""

@@ -32,7 +32,9 @@ def torch_device(name: str | None) -> torch.device:
 
 
 def own_device(name: str | None) -> torch.device:
-    """Like `torch_device`; of several GPUs, this process's own as its launcher numbers them (LOCAL_RANK)."""
+    """Like `torch_device`; of several GPUs, this process's own as its launcher numbers them
+    (LOCAL_RANK).
+    """
     if name is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     return torch_device(name)
@@ -43,7 +45,9 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
-        found = re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        found = re.search(
+            r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE
+        )
     except OSError:
         return None
     return int(found[1]) * 1024 if found else None

@@ -1,7 +1,7 @@
 """Files that survive a power cut: written beside their place, synced, renamed, directory synced.
 
-No Zarr library and no tensor library syncs what it writes; a rename without the syncs can survive a crash
-that its contents did not. Every lasting file of the pipeline goes through this module.
+No Zarr library and no tensor library syncs what it writes; a rename without the syncs can survive a
+crash that its contents did not. Every lasting file of the pipeline goes through this module.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from data.errors import StoreError
 
 Buffer = bytes | bytearray | memoryview
 
-# Bytes written before the disk is told to begin on them. Left alone it idles until the sync, and then we do: a unit of
-# 335 MB took 0.24 s so, and takes 0.17 (`python -m tests.bench.write_path`).
+# Bytes written before the disk is told to begin on them. Left alone it idles until the sync, and
+# then we do: a unit of 335 MB took 0.24 s so, and takes 0.17 (`python -m tests.bench.write_path`).
 _WRITE_BACK = 1 << 22
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
@@ -82,7 +82,8 @@ def _write_temporary(path: Path, parts: Iterable[Buffer]) -> tuple[Path, Written
 
 def _begin_write_back(handle: int, offset: int, nbytes: int) -> None:
     """Have the disk begin on part of a file, without waiting for it."""
-    # The advice drops only pages that are on the disk already: right after being written they all stay cached.
+    # The advice drops only pages that are on the disk already: right after being written they all
+    # stay cached.
     if hasattr(os, "posix_fadvise"):  # not on macOS
         with suppress(OSError):  # of a file system that takes no advice
             os.posix_fadvise(handle, offset, nbytes, os.POSIX_FADV_DONTNEED)
@@ -148,7 +149,8 @@ def make_directory(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, busy: str) -> Iterator[None]:
-    """Hold `folder`, which is made if need be, for this process alone; the lock dies with the process.
+    """Hold `folder`, which is made if need be, for this process alone; the lock dies with the
+    process.
 
     Temporaries that a killed process left in it are removed: under the lock none can be in use.
 
@@ -169,7 +171,9 @@ def locked(folder: Path, busy: str) -> Iterator[None]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the temporaries that killed processes left in `folder`, which nobody else may be writing."""
+    """Remove the temporaries that killed processes left in `folder`, which nobody else may be
+    writing.
+    """
     # Not `rglob`, which takes three times as long for the 200,000 objects of a billion tokens.
     for parent, _, names in os.walk(folder):
         for name in names:

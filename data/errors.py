@@ -12,10 +12,8 @@ Anything else that reaches the top is a defect of ours and keeps its traceback.
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
@@ -39,19 +37,29 @@ class NonFiniteError(PipelineError):
 class MismatchError(StoreError):
     """Recorded settings differ from the ones asked for."""
 
-    def __init__(self, where: str, differences: Mapping[str, tuple[Any, Any]], way_out: str) -> None:
-        lines = (f"{key} is {old!r} there and {new!r} here" for key, (old, new) in differences.items())
+    def __init__(
+        self, where: str, differences: Mapping[str, tuple[Any, Any]], way_out: str
+    ) -> None:
+        lines = (
+            f"{key} is {old!r} there and {new!r} here" for key, (old, new) in differences.items()
+        )
         super().__init__(f"{where} was made with other settings: {'; '.join(lines)}. {way_out}")
         self.differences = dict(differences)
         self._said = where, self.differences, way_out
 
-    def __reduce__(self) -> tuple[type[MismatchError], tuple[str, Mapping[str, tuple[Any, Any]], str]]:
-        """So that it comes back from a launcher's job in one piece: pickle would call us with the message alone."""
+    def __reduce__(
+        self,
+    ) -> tuple[type[MismatchError], tuple[str, Mapping[str, tuple[Any, Any]], str]]:
+        """So that it comes back from a launcher's job in one piece: pickle would call us with the
+        message alone.
+        """
         return type(self), self._said
 
 
 class Interrupted(BaseException):
-    """The process was asked to stop and reached a boundary where nothing is lost. No sweep goes on after it."""
+    """The process was asked to stop and reached a boundary where nothing is lost. No sweep goes on
+    after it.
+    """
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -71,7 +79,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         for signum in (signal.SIGINT, signal.SIGTERM):
-            # A launcher's own handler stays: submitit ignores SIGTERM, which Slurm sends before it requeues.
+            # A launcher's own handler stays: submitit ignores SIGTERM, which Slurm sends before it
+            # requeues.
             if signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler):
                 self._former[signum] = signal.signal(signum, self._note)
         return self
@@ -95,7 +104,9 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def differences(
+    recorded: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ between two nested mappings, with (recorded, wanted)."""
     found: dict[str, tuple[Any, Any]] = {}
     for key in sorted(recorded.keys() | wanted.keys()):
@@ -105,65 +116,3 @@ def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[
         elif old != new:
             found[key] = (old, new)
     return found
-
-
-def run_main(main: Callable[[], None], refusals: tuple[type[Exception], ...], described: Callable[[], str]) -> None:
-    """Run a command line: `main` parses the settings and hands what they ask for to `run_command`.
-
-    Args:
-        refusals: exceptions by which the parser refuses settings; they exit like a `PipelineError`.
-        described: what --help says.
-    """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `__main__` left it while libraries were loaded
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        run_command((lambda: print(described())) if {"--help", "-h"} & {*sys.argv[1:]} else main)
-    except refusals as error:
-        print(f"error: {_one_line(str(error))}", file=sys.stderr, flush=True)
-        sys.exit(2)
-
-
-def run_command(command: Callable[[], None]) -> None:
-    """Do what a command line asks for; turn our exceptions into one line and an exit code."""
-    try:
-        command()
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except BrokenPipeError:  # whoever reads has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
-        sys.exit(128 + signal.SIGPIPE)
-    except Interrupted as stop:
-        print(f"stopped by {stop}; {_KEPT}", file=sys.stderr, flush=True)
-        sys.exit(stop.exit_code)
-    except KeyboardInterrupt:
-        print(f"stopped by SIGINT; {_KEPT}", file=sys.stderr)
-        sys.exit(130)
-
-
-_KEPT = "what was finished is kept, and the same command again goes on"
-
-# As Hydra names what it does not find, its plugin, and our extra.
-_LAUNCHERS = (
-    ("submitit_", "hydra-submitit-launcher", "slurm"),
-    ("joblib", "hydra-joblib-launcher", "joblib"),
-    ("ray'", "hydra-ray-launcher", "ray"),
-)
-
-
-def _one_line(refusal: str) -> str:
-    """What the settings' parser says, without its search paths, and with the way out."""
-    text = refusal.split("Config search path:")[0]
-    for named, plugin, extra in _LAUNCHERS:
-        if f"hydra/launcher/{named}" in text:
-            return f"this launcher needs {plugin}: pip install 'residual-saes[{extra}]'"
-    if "To append to your config" in text:
-        return (
-            text.split("To append to your config")[0].strip().rstrip(".") + ": no such setting; --help lists them all"
-        )
-    if "override" in text and "See https://" in text:
-        return (
-            " ".join(text.split("See https://")[0].split())
-            + "; a value with signs or spaces needs quotes: \"run='a=b'\""
-        )
-    return " ".join(text.split())

@@ -1,7 +1,7 @@
 """What a run says while it works: one progress line, and metrics.jsonl.
 
-metrics.jsonl is part of a run's state: a checkpoint stores its length, and resuming cuts it back to that length,
-so the file of a run that was killed equals the file of one that was not.
+metrics.jsonl is part of a run's state: a checkpoint stores its length, and resuming cuts it back to
+that length, so the file of a run that was killed equals the file of one that was not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ Record = Mapping[str, Any]
 
 
 class Metrics:
-    """An append-only file of JSON lines; floats keep all their digits, NaN and infinity become null."""
+    """An append-only file of JSON lines; floats keep all their digits, NaN and infinity become
+    null.
+    """
 
     def __init__(self, path: Path, keep_bytes: int = 0) -> None:
         """Open `path`, cut to its first `keep_bytes` bytes (0 starts anew)."""
@@ -44,7 +46,10 @@ class Metrics:
         return cls(path, path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0)
 
     def write(self, record: Record) -> None:
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        clean = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in record.items()
+        }
         self._file.write(json.dumps(clean, separators=(",", ":")).encode() + b"\n")
 
     def sync(self) -> int:

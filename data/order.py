@@ -1,8 +1,8 @@
 """Deterministic orders: pure functions of integers, the same on every machine and library version.
 
 NumPy does not promise that `Generator.permutation` keeps its stream between versions, and a store
-outlives versions; so the keys come from SplitMix64 (Steele, Lea, Flood 2014, https://doi.org/10.1145/2714064.2660195)
-and the order from sorting them.
+outlives versions; so the keys come from SplitMix64 (Steele, Lea, Flood 2014,
+https://doi.org/10.1145/2714064.2660195) and the order from sorting them.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ def permutation(n: int, *seeds: int) -> NDArray[np.int64]:
 
 
 def held_out(units: int, seed: int, share: float = 0.05, most: int = 64) -> NDArray[np.int64]:
-    """Sorted numbers of the units that are never trained on: `share` of them, at least one and at `most` 64.
+    """Sorted numbers of the units that are never trained on: `share` of them, at least one and at
+    `most` 64.
 
-    64 units of 65,536 rows are the 4 million on which an SAE is measured; more would be kept for nothing.
+    64 units of 65,536 rows are the 4 million on which an SAE is measured; more would be kept for
+    nothing.
 
     A pure function of (units, seed). Empty for a store of one unit, which cannot be split.
     """

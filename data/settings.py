@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from data.errors import SettingError
@@ -13,7 +11,8 @@ T = TypeVar("T")
 
 
 def whole(name: str, value: Any) -> int:
-    """`value` as an integer: 1e9 arrives as a float and is one; 1e9.5 arrives as text, 0.5 is no whole number.
+    """`value` as an integer: 1e9 arrives as a float and is one; 1e9.5 arrives as text, 0.5 is no
+    whole number.
 
     Raises:
         SettingError: it is not a whole number.
@@ -60,48 +59,17 @@ def names(name: str, value: Any, known: Iterable[str]) -> list[str]:
         SettingError: one is not known, or none is named.
     """
     allowed = list(known)
-    asked = allowed if value == "all" else list(dict.fromkeys(value)) if isinstance(value, list) else [value]
+    asked = (
+        allowed
+        if value == "all"
+        else list(dict.fromkeys(value))
+        if isinstance(value, list)
+        else [value]
+    )
     for one in asked or ["[]"]:
         if one not in allowed:
             raise SettingError(f"{name}={one} must be one of {', '.join(allowed)}, or all")
     return asked
-
-
-def described(command: str, arguments: Sequence[str]) -> str:
-    """Every setting of a command with what it is: conf/COMMAND.yaml, the options of its groups, and those chosen.
-
-    Args:
-        arguments: of the command line; GROUP=NAME among them chooses.
-    """
-    conf = resources.files("conf")
-    head, _, rest = (conf / f"{command}.yaml").read_text().partition("defaults:\n")
-    defaults, _, settings = rest.partition("\n\n")
-    parts = [head.strip(), settings.split("\nhydra:")[0].strip()]
-    for group, default in re.findall(r"^  - (\w+): (\w+)", defaults, re.MULTILINE):
-        names = sorted(one.name for one in (conf / group).iterdir() if one.name.endswith(".yaml"))
-        texts = {name.removesuffix(".yaml"): (conf / group / name).read_text() for name in names}
-        parts.append("\n".join(f"{group}={name:<18} {_said(text)[0]}".rstrip() for name, text in texts.items()))
-        chosen = [text.partition("=")[2] for text in arguments if text.startswith(f"{group}=")] or [default]
-        parts += _chosen(group, chosen[-1], texts)
-    return "\n\n".join(parts)
-
-
-def _chosen(group: str, name: str, texts: Mapping[str, str]) -> list[str]:
-    """The settings of one option of a group, behind those of the one that it builds on."""
-    if name not in texts:
-        return []
-    package = re.search(r"^# @package (\S+)", texts[name])
-    bases = re.findall(r"^  - (?!_self_)(\w+)$", texts[name], re.MULTILINE)
-    lines = [f"  {line}".rstrip() for line in _said(texts[name])[1]]
-    own = ["\n".join([f"{package[1] if package else group}:  # {name}", *lines])] if lines else []
-    return [*(text for base in bases for text in _chosen(group, base, texts)), *own]
-
-
-def _said(text: str) -> tuple[str, list[str]]:
-    """What a file says of itself in its comment, and the lines of its settings."""
-    comments = [line for line in text.splitlines() if line.startswith("#") and not line.startswith("# @package")]
-    settings = re.sub(r"^(#.*|name:.*|defaults:\n(  - .*\n)+)\n?", "", text, flags=re.MULTILINE)
-    return " ".join(["#", *(line.removeprefix("#").strip() for line in comments)]), settings.strip().splitlines()
 
 
 _READ = {"int": whole, "float": number, "bool": flag}
@@ -116,7 +84,12 @@ def build(kind: type[T], group: str, values: Mapping[str, Any]) -> T:
     known: dict[str, Any] = kind.__dataclass_fields__  # type: ignore[attr-defined]
     if unknown := sorted(values.keys() - known.keys()):
         raise SettingError(f"{group}.{unknown[0]} is not a setting; {group} has {', '.join(known)}")
-    return kind(**{key: _typed(f"{group}.{key}", known[key].type.split(" | "), value) for key, value in values.items()})
+    return kind(
+        **{
+            key: _typed(f"{group}.{key}", known[key].type.split(" | "), value)
+            for key, value in values.items()
+        }
+    )
 
 
 def _typed(name: str, types: list[str], value: Any) -> Any:

@@ -1,7 +1,9 @@
-"""What a model costs to run to a layer, from its configuration alone: parameters, bytes, floating-point operations.
+"""What a model costs to run to a layer, from its configuration alone: parameters, bytes,
+floating-point operations.
 
-The decoder is built without memory (on torch's `meta` device) and counted, so that any family has its true numbers
-without a formula of its own, and a plan can be made before any weight is downloaded.
+The decoder is built without memory (on torch's `meta` device) and counted, so that any family has
+its true numbers without a formula of its own, and a plan can be made before any weight is
+downloaded.
 
 Shapes: B rows, T context, d d_model, f the widest layer inside a block.
 """
@@ -17,9 +19,10 @@ import torch
 from torch import nn
 
 from data.errors import SettingError
-from harvest.lm import find_blocks, narrow_per_layer_inputs_
+from harvest.model import find_blocks, narrow_per_layer_inputs_
 
-# Dense bfloat16, without sparsity, FLOP/s: the vendors' data sheets. The first name found in the device's own counts.
+# Dense bfloat16, without sparsity, FLOP/s: the vendors' data sheets. The first name found in the
+# device's own counts.
 _PEAK = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -45,9 +48,13 @@ class Cost:
     kept: int  # of them to the deepest layer, embedding tables included
     loaded_bytes: int  # weights on the device until the self-check at start is done
     kept_bytes: int  # weights on the device afterwards
-    activation_bytes: int  # beside the weights, at the peak of one forward pass of B rows; an estimate
+    activation_bytes: (
+        int  # beside the weights, at the peak of one forward pass of B rows; an estimate
+    )
     matmul_flop: float  # per token: two for each weight of a matrix product to the deepest layer
-    attention_flop: float  # per token: scores and sums over what a token of a row of one document sees
+    attention_flop: (
+        float  # per token: scores and sums over what a token of a row of one document sees
+    )
 
     @property
     def flop(self) -> float:
@@ -73,7 +80,9 @@ def cost(config: Any, layers: Sequence[int], dtype: str, batch: int, context: in
     """
     text = config.get_text_config()
     if max(layers) >= text.num_hidden_layers:
-        raise SettingError(f"layer={max(layers)} is out of range: there are layers 0 to {text.num_hidden_layers - 1}")
+        raise SettingError(
+            f"layer={max(layers)} is out of range: there are layers 0 to {text.num_hidden_layers - 1}"
+        )
     decoder = _empty(text)
     blocks = find_blocks(decoder, text.num_hidden_layers)
     parameters = _parameters(decoder)
@@ -89,7 +98,9 @@ def cost(config: Any, layers: Sequence[int], dtype: str, batch: int, context: in
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device by the name that it gives itself; None if it is not known."""
+    """Dense bfloat16 FLOP/s of a device by the name that it gives itself; None if it is not
+    known.
+    """
     return next((peak for name, peak in _PEAK.items() if name.lower() in device_name.lower()), None)
 
 
@@ -106,7 +117,9 @@ def _parameters(decoder: nn.Module) -> int:
 
 
 def _matrices(decoder: nn.Module) -> list[nn.Parameter]:
-    """Weights that tokens are multiplied by: all with two sides or (experts) three, but no tables."""
+    """Weights that tokens are multiplied by: all with two sides or (experts) three, but no
+    tables.
+    """
     modules = (module for module in decoder.modules() if not isinstance(module, nn.Embedding))
     return [p for module in modules for p in module.parameters(recurse=False) if p.ndim in (2, 3)]
 
@@ -123,29 +136,43 @@ def _active_share(text: Any) -> float:
 
 
 def _attention_flop(block: nn.Module, text: Any, context: int) -> float:
-    """Per token, for a row of one document; 0 for layers that keep a state instead (linear attention)."""
+    """Per token, for a row of one document; 0 for layers that keep a state instead (linear
+    attention).
+    """
     for module in block.modules():
         if type(module).__name__.endswith("Attention"):
-            # Gemma 4 has two widths, so the module is asked first; the projections around it are counted as weights.
-            width = getattr(module, "head_dim", None) or text.hidden_size // text.num_attention_heads
+            # Gemma 4 has two widths, so the module is asked first; the projections around it are
+            # counted as weights.
+            width = (
+                getattr(module, "head_dim", None) or text.hidden_size // text.num_attention_heads
+            )
             window = min(getattr(module, "sliding_window", None) or context, context)
-            seen = window - window * (window - 1) / (2 * context)  # mean over the row of min(position + 1, window)
+            seen = window - window * (window - 1) / (
+                2 * context
+            )  # mean over the row of min(position + 1, window)
             return float(4 * seen * width * text.num_attention_heads)
     return 0.0
 
 
-def _activation_bytes(decoder: nn.Module, blocks: nn.Module, layers: int, size: int, tokens: int, context: int) -> int:
-    """The higher of two peaks, inside a gated MLP and where the inputs of every layer are prepared (Gemma 4).
+def _activation_bytes(
+    decoder: nn.Module, blocks: nn.Module, layers: int, size: int, tokens: int, context: int
+) -> int:
+    """The higher of two peaks, inside a gated MLP and where the inputs of every layer are prepared
+    (Gemma 4).
 
-    An estimate of what eager kernels hold at once; measured on the classes themselves, it is within a third.
+    An estimate of what eager kernels hold at once; measured on the classes themselves, it is within
+    a third.
     """
     config: Any = decoder.config
     d = config.hidden_size
     widest = max(max(p.shape) for p in _matrices(blocks) if p.ndim == 2)
     table = getattr(decoder, "embed_tokens_per_layer", None)
     inputs = 0 if table is None else table.embedding_dim
-    in_block = size * (3 * widest + 3 * d + inputs)  # the gate, what it multiplies, their product; three of the stream
+    in_block = size * (
+        3 * widest + 3 * d + inputs
+    )  # the gate, what it multiplies, their product; three of the stream
     in_inputs = inputs * (2 * size + 8)  # table, projection, and the norm's two of them in float32
-    # Taken states in the model's type and in bfloat16; two masks of one byte, and one in the scores' type.
+    # Taken states in the model's type and in bfloat16; two masks of one byte, and one in the
+    # scores' type.
     kept = layers * d * (size + 2) + context * (2 + size)
     return int(tokens * (max(in_block, in_inputs) + kept))

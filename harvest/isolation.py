@@ -1,6 +1,8 @@
-"""Keeping documents apart: how a (B, T) batch of packed pieces becomes forward passes and attention masks.
+"""Keeping documents apart: how a (B, T) batch of packed pieces becomes forward passes and attention
+masks.
 
-Shapes: B packed rows, T context; b rows and t positions of one pass; n tokens of the batch that a pass computes.
+Shapes: B packed rows, T context; b rows and t positions of one pass; n tokens of the batch that a
+    pass computes.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ from numpy.typing import NDArray
 
 Isolation = Literal["packed", "padded"]
 Mask = torch.Tensor | dict[str, torch.Tensor | None] | None
-# What one more pass costs beside its tokens, in tokens: with it, padding adds 5 to 11 % at 16 rows of 1,024 in 5 to 10
-# passes; filling each pass to the batch's size in 2 or 3 passes added 27 to 103 %.
+# What one more pass costs beside its tokens, in tokens: with it, padding adds 5 to 11 % at 16 rows
+# of 1,024 in 5 to 10 passes; filling each pass to the batch's size in 2 or 3 passes added 27 to 103
+# %.
 _PASS_TOKENS = 256
 
 
@@ -22,9 +25,15 @@ class Inputs(NamedTuple):
     """One forward pass."""
 
     ids: torch.Tensor  # (b, t) int64
-    positions: torch.Tensor | None  # (b, t) int64, starting anew at every piece; None where rows are single pieces
-    inside: torch.Tensor | None  # (n,) int64: the tokens among the b*t that are no padding; None: all of them
-    into: torch.Tensor | None  # (n,) int64: their flat places in the (B, T) batch; None: in order, the whole batch
+    positions: (
+        torch.Tensor | None
+    )  # (b, t) int64, starting anew at every piece; None where rows are single pieces
+    inside: (
+        torch.Tensor | None
+    )  # (n,) int64: the tokens among the b*t that are no padding; None: all of them
+    into: (
+        torch.Tensor | None
+    )  # (n,) int64: their flat places in the (B, T) batch; None: in order, the whole batch
 
     @property
     def tokens(self) -> int:
@@ -32,22 +41,31 @@ class Inputs(NamedTuple):
         return self.ids.numel() if self.into is None else self.into.numel()
 
 
-def forward_inputs(tokens: NDArray[np.uint32], starts: NDArray[np.bool_], isolation: Isolation) -> list[Inputs]:
-    """The forward passes for a (B, T) batch whose pieces begin where `starts` is true: a pure function."""
+def forward_inputs(
+    tokens: NDArray[np.uint32], starts: NDArray[np.bool_], isolation: Isolation
+) -> list[Inputs]:
+    """The forward passes for a (B, T) batch whose pieces begin where `starts` is true: a pure
+    function.
+    """
     ids = torch.from_numpy(tokens.astype(np.int64))
     flat = np.flatnonzero(starts)
     lengths = np.diff([*flat, tokens.size])
     if isolation == "packed":
         positions = np.arange(tokens.size) - np.repeat(flat, lengths)
         return [Inputs(ids, torch.from_numpy(positions.reshape(tokens.shape)), None, None)]
-    return [_padded(ids.flatten(), flat[group], lengths[group]) for group in groups(lengths, tokens.size)]
+    return [
+        _padded(ids.flatten(), flat[group], lengths[group])
+        for group in groups(lengths, tokens.size)
+    ]
 
 
 def groups(lengths: NDArray[np.int64], most: int) -> list[NDArray[np.int64]]:
-    """Share pieces of these `lengths` out to padded passes of at most `most` tokens each, at the least cost.
+    """Share pieces of these `lengths` out to padded passes of at most `most` tokens each, at the
+    least cost.
 
-    The cost of a pass is its longest piece times its pieces, and `_PASS_TOKENS` for itself. Some best partition takes
-    neighbours in order of length, so dynamic programming over the sorted pieces finds it.
+    The cost of a pass is its longest piece times its pieces, and `_PASS_TOKENS` for itself. Some
+    best partition takes neighbours in order of length, so dynamic programming over the sorted
+    pieces finds it.
     """
     longest_first = np.argsort(-lengths, kind="stable")
     ordered, count = lengths[longest_first], len(lengths)
@@ -75,22 +93,31 @@ def _padded(ids: torch.Tensor, starts: NDArray[np.int64], lengths: NDArray[np.in
 
 
 def attention_mask(config: Any, positions: torch.Tensor | None) -> Mask:
-    """What the decoder of text `config` is to be given as `attention_mask`, made without waiting for the device.
+    """What the decoder of text `config` is to be given as `attention_mask`, made without waiting
+    for the device.
 
-    Left to itself, transformers looks at the positions' values to see whether rows are packed, and so waits for the
-    device once per kind of mask in every pass. Its decoders take a boolean (b, 1, t, t) mask as it is, or one per kind
-    of layer. True is "seen": the same piece, not later, and within the window.
+    Left to itself, transformers looks at the positions' values to see whether rows are packed, and
+    so waits for the device once per kind of mask in every pass. Its decoders take a boolean (b, 1,
+    t, t) mask as it is, or one per kind of layer. True is "seen": the same piece, not later, and
+    within the window.
 
-    SDPA with this mask was chosen over FlashAttention's variable lengths, which end at head widths of 256 (Gemma 4
-    has 512), and over FlexAttention, which needs compilation, and its bits depend on what the compiler chose.
+    SDPA with this mask was chosen over FlashAttention's variable lengths, which end at head widths
+    of 256 (Gemma 4 has 512), and over FlexAttention, which needs compilation, and its bits depend
+    on what the compiler chose.
 
     Returns:
-        None where transformers must decide by itself: other attention than SDPA, or layers of an unknown kind.
+        None where transformers must decide by itself: other attention than SDPA, or layers of an
+            unknown kind.
     """
     kinds = set(getattr(config, "layer_types", None) or ())
     if positions is None:
-        # Single pieces: a missing mask means causal, which is wrong only for windows and kinds that we do not know.
-        return dict.fromkeys(kinds) if kinds and kinds <= {"full_attention", "linear_attention"} else None
+        # Single pieces: a missing mask means causal, which is wrong only for windows and kinds that
+        # we do not know.
+        return (
+            dict.fromkeys(kinds)
+            if kinds and kinds <= {"full_attention", "linear_attention"}
+            else None
+        )
     if (
         config._attn_implementation != "sdpa"
         or not kinds <= {"full_attention", "sliding_attention"}

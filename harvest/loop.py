@@ -1,13 +1,14 @@
 """Stage one: text -> tokens -> residuals -> store.
 
-The spine (which token stands where) is committed by one reader of the text. Residuals are then a pure function of a
-spine unit, so that any unit can be made at any time, by anyone, with the same bits.
+The spine (which token stands where) is committed by one reader of the text. Residuals are then a
+pure function of a spine unit, so that any unit can be made at any time, by anyone, with the same
+bits.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -15,30 +16,34 @@ import numpy as np
 import torch
 import transformers
 
-from data import claims, ring, scales, summary
-from data.claims import Claims
-from data.documents import TextSource
-from data.errors import SettingError, StopRequest, StoreError
-from data.journal import duration, size, tell
-from data.ledger import count_residuals
-from data.manifest import agree
-from data.place import place_of
-from data.ring import Ring
-from data.sources import has_chats
-from data.store import Store
-from harvest import residuals, spine
-from harvest.lm import LanguageModel, choose_isolation, forward_inputs, run, truncate_checked_
-from harvest.plan import HarvestConfig
-from harvest.residuals import compute_unit, prepared
-from harvest.spine import Spine
-
-_PROBES = 3  # passes that are timed; the first also warms up
-_CHECKED_ROWS = 2  # the reference keeps the hidden states of all layers: 0.44 GB at 43 x 2 x 1,024 x 2,560 in bfloat16
+from data.errors import PipelineError, StopRequest
+from data.journal import Progress, duration, size, tell
+from data.rows import split, summary
+from data.store import claims, freed, ring, scales
+from data.store.claims import Claims
+from data.store.manifest import agree
+from data.store.place import place_of
+from data.store.ring import Ring
+from data.store.store import Store
+from data.text.documents import TextSource
+from data.text.sources import has_chats
+from harvest import spine
+from harvest.forward import compute_unit
+from harvest.model import LanguageModel
+from harvest.model_folder import is_out_of_memory
+from harvest.plan import Faults, HarvestConfig, check_layers
+from harvest.selfcheck import check, choose_isolation
+from harvest.spine import POLL_S, Spine
+from harvest.writer import Writer
 
 
 def environment(device: str) -> dict[str, Any]:
     """What bits depend on besides the settings."""
-    found = {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__}
+    found = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+    }
     if device.startswith("cuda"):
         return {**found, "device": torch.cuda.get_device_name(device)}
     return {**found, "device": "cpu", "threads": torch.get_num_threads()}
@@ -63,19 +68,9 @@ def manifest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> di
     }
 
 
-def check_layers(config: HarvestConfig, lm: LanguageModel) -> None:
-    """Raise SettingError for layers or a context that the model does not have."""
-    beyond = [layer for layer in config.layers if layer >= lm.n_layers]
-    if beyond:
-        raise SettingError(
-            f"layer={beyond[0]} is out of range: {lm.identity['id']} has layers 0 to {lm.n_layers - 1}; choose layer="
-        )
-    if config.context > lm.max_context:
-        raise SettingError(f"context={config.context} is more than the model's {lm.max_context} positions")
-
-
 def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Store:
-    """Bring the store to what `config` asks for, from wherever it stands, beside whoever else is at work on it.
+    """Bring the store to what `config` asks for, from wherever it stands, beside whoever else is at
+    work on it.
 
     Raises:
         MismatchError: the store there was made with other settings.
@@ -93,8 +88,8 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Sto
         store = Store.open_or_create(place, settings)
         with Spine(store, rights, source, lm.tokenizer, stop) as text:
             # A ring needs the text's end: which units are held out follows from how many there are.
-            text.wait(0 if config.max_bytes is None and ring.read(place) is None else None)
-            _check(store, lm, config.layers)
+            text.wait(0 if config.max_bytes is None and freed.read(place) is None else None)
+            check(store, lm, config.layers)
             before = store.units - len(store.missing(config.layers))
             if before:
                 tell(f"going on: {before} of {store.units} units are committed")
@@ -103,7 +98,7 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Sto
             with rights.held(claims.METADATA):
                 store.declare(config.layers)
             joined = _join_ring(store, config, rights)
-            tokens = residuals.make(store, lm, config.layers, rights, text, stop, config.faults, joined)
+            tokens = make(store, lm, config.layers, rights, text, stop, config.faults, joined)
             if joined:
                 joined.sweep()
         spine.tell_end(store)
@@ -123,7 +118,7 @@ def _join_ring(store: Store, config: HarvestConfig, rights: Claims) -> Ring | No
     """The ring that the store is or becomes; None if it keeps everything."""
     if not store.spine_complete:
         return None
-    held_out = summary.parts(store)[summary.HELD_OUT]
+    held_out = split.parts(store)[split.HELD_OUT]
     joined = ring.join(store, config.layers, held_out, rights, config.max_bytes, config.readers)
     if joined:
         record = joined.record
@@ -134,30 +129,6 @@ def _join_ring(store: Store, config: HarvestConfig, rights: Claims) -> Ring | No
     return joined
 
 
-def share_done(config: HarvestConfig) -> float:
-    """Share of the asked layers' units that are committed already."""
-    units = -(-config.tokens // config.unit_tokens)
-    # A store that was made with other settings, which is refused later, may have more units than are asked for.
-    return min(1.0, count_residuals(place_of(config.store), config.layers) / (units * len(config.layers)))
-
-
-def probe(lm: LanguageModel, config: HarvestConfig) -> float:
-    """Tokens per second of the forward pass to the deepest layer, on random tokens in single pieces."""
-    check_layers(config, lm)
-    lm.truncate_(max(config.layers))
-    tokens = np.random.default_rng(0).integers(0, lm.vocabulary, (config.batch, config.context), dtype=np.uint32)
-    starts = np.zeros(tokens.shape, np.bool_)
-    starts[:, 0] = True
-    passes = forward_inputs(tokens, starts, "packed")
-    speeds = []
-    for _ in range(_PROBES):
-        began = time.monotonic()
-        rows = run(lm, passes, config.layers)
-        rows[config.layers[0]][-1].cpu()  # waits for the device: the work must be done to be timed
-        speeds.append(tokens.size / (time.monotonic() - began))
-    return max(speeds)
-
-
 def _finish(store: Store, layers: Sequence[int]) -> None:
     """What can be said of whole layers only: their statistics, and the final shapes."""
     for layer in layers:
@@ -166,7 +137,9 @@ def _finish(store: Store, layers: Sequence[int]) -> None:
 
 
 def _freeze_scales(store: Store, lm: LanguageModel, layers: Sequence[int]) -> None:
-    """The statistics that a lossy codec needs before its first row: those of unit 0, whoever makes them."""
+    """The statistics that a lossy codec needs before its first row: those of unit 0, whoever makes
+    them.
+    """
     if lacking := [layer for layer in layers if not scales.exist(store.place, layer)]:
         rows = compute_unit(store, lm, 0, lacking, store.manifest["batch"])
         bos = torch.from_numpy(store.piece_starts(0).ravel())
@@ -174,28 +147,162 @@ def _freeze_scales(store: Store, lm: LanguageModel, layers: Sequence[int]) -> No
             scales.freeze(store.place, layer, one, bos.to(one.device))
 
 
-def _check(store: Store, lm: LanguageModel, layers: Sequence[int]) -> None:
-    """The self-check of every start, and on a store that has units the recomputation of one of them."""
-    batch = slice(0, _CHECKED_ROWS)
-    passes = forward_inputs(store.tokens(0)[batch], store.piece_starts(0)[batch], lm.isolation)
-    truncate_checked_(lm, passes, layers)
-    have = {layer: store.committed(layer) for layer in layers}
-    some = np.flatnonzero(np.any(list(have.values()), axis=0))
-    if found := ring.read(store.place):
-        some = np.intersect1d(some, found.held_out)  # others may be freed while this one is recomputed
-    if len(some):
-        unit = int(some[0])
-        require_same(store, lm, unit, [layer for layer in layers if have[layer][unit]])
+# -- units --------
 
 
-def require_same(store: Store, lm: LanguageModel, unit: int, layers: Sequence[int]) -> None:
-    """Recompute one committed unit; raise StoreError unless the store holds the very same bits."""
+class OutOfMemory(PipelineError):
+    """A batch of `batch` packed rows of unit `unit` did not fit in memory; nothing of the unit was
+    written.
+    """
+
+    def __init__(self, unit: int, batch: int) -> None:
+        super().__init__(
+            f"unit {unit}: a batch of {batch} rows does not fit in memory; what was committed before is intact. Go on "
+            "with oom=halve (smaller batches may change bits, and are recorded), or begin another store= with less "
+            "batch= or context="
+        )
+        self.unit, self.batch = unit, batch
+
+
+_PATIENCE_S = 60.0  # without a commit by another rank, where no lock says whether it lives
+_PATIENCE_UNITS = 10  # or this many times what a unit takes here, if that is longer
+
+
+def make(
+    store: Store,
+    lm: LanguageModel,
+    layers: Sequence[int],
+    rights: Claims,
+    spine: Spine,
+    stop: StopRequest,
+    faults: Faults,
+    ring: Ring | None = None,
+) -> int:
+    """Make and commit units until every one of `layers` is whole; how many tokens were made here.
+
+    Args:
+        ring: the store's, if it is one: units are made in its order, when it has room.
+    """
+    progress, began, batch, tokens = Progress(), time.monotonic(), int(store.manifest["batch"]), 0
+    with Writer(store, rights, faults, lm.config.device) as writer:
+        for unit, lacking in _to_make(store, layers, rights, spine, stop, writer, ring):
+            rows, batch = _computed(store, lm, unit, lacking, batch, stop, faults)
+            stop.check()
+            writer.submit(unit, rows, batch if batch != store.manifest["batch"] else None)
+            tokens += store.rows_of(unit)
+            rate = tokens / (time.monotonic() - began)
+            progress.show(_line(store, layers, tokens, rate, writer.written))
     for layer in layers:
-        batch = store.batch_of(layer, unit)
-        again = prepared(store, unit, compute_unit(store, lm, unit, [layer], batch))[layer]
-        wrong = int((store.residuals(layer, unit) != again.stored).any(1).sum())
-        if wrong:
-            raise StoreError(
-                f"unit {unit} of layer {layer} in {store.name} differs in {wrong} of {len(again.stored)} rows when "
-                "recomputed here; go on where the store was begun, or harvest into another store="
+        if bad := store.non_finite(layer):
+            tell(
+                f"layer {layer}: {bad} rows hold NaN or infinity; they are stored, counted and never served"
             )
+    return tokens
+
+
+def _computed(
+    store: Store,
+    lm: LanguageModel,
+    unit: int,
+    layers: list[int],
+    batch: int,
+    stop: StopRequest,
+    faults: Faults,
+) -> tuple[dict[int, torch.Tensor], int]:
+    """A unit's rows, and the batch that they were made with."""
+    while True:
+        try:
+            return compute_unit(store, lm, unit, layers, batch, stop), batch
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if faults.oom == "stop" or batch == 1:
+                raise OutOfMemory(unit, batch) from error
+        batch //= 2
+        tell(
+            f"unit {unit}: out of memory; going on with batch={batch}, which is recorded, since bits may differ"
+        )
+        if lm.config.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+
+def _to_make(
+    store: Store,
+    layers: Sequence[int],
+    rights: Claims,
+    spine: Spine,
+    stop: StopRequest,
+    writer: Writer,
+    ring: Ring | None,
+) -> Iterator[tuple[int, list[int]]]:
+    """Units that are ours to make, with the layers that each lacks, until there are none that
+    anybody has to make.
+    """
+    others, told = _Others(rights), set[str]()
+    while True:
+        took, missing = 0, store.missing(layers)
+        for unit, lacking in ring.ordered(missing) if ring else missing.items():
+            stop.check()
+            if not spine.ready(unit):
+                break
+            if ring and not ring.room(unit):
+                _tell_full(ring, told)
+                break
+            if unit in writer.holds or not rights.take(claims.unit(unit)):
+                continue
+            if store.committed_meanwhile(unit, lacking):
+                rights.release(claims.unit(unit))
+                continue
+            if ring:
+                ring.clear(unit)
+            began = time.monotonic()
+            yield unit, lacking
+            others.unit_s, took = time.monotonic() - began, took + 1
+        if not took:
+            writer.wait(0)
+            spine.follow()
+            if store.spine_complete and not store.missing(layers):
+                return
+            stop.check()
+            others.wait(store, layers)
+
+
+def _tell_full(ring: Ring, told: set[str]) -> None:
+    """Say whom the full ring waits for, of each once."""
+    who, why = ring.waits_for()
+    if who not in told:
+        told.add(who)
+        tell(
+            f"ring full: {size(sum(ring.sizes().values()))} of {size(ring.record.max_bytes)}; {why}"
+        )
+
+
+class _Others:
+    """Waiting for what other ranks have in hand; where no lock says whether they live, their
+    silence does.
+    """
+
+    def __init__(self, rights: Claims) -> None:
+        self._claims, self.unit_s = rights, 0.0
+        self._missing, self._since = -1, time.monotonic()
+
+    def wait(self, store: Store, layers: Sequence[int]) -> None:
+        missing = len(store.missing(layers))
+        if missing != self._missing:
+            self._missing, self._since = missing, time.monotonic()
+        silence = time.monotonic() - self._since
+        if not self._claims.exact and silence > max(_PATIENCE_S, _PATIENCE_UNITS * self.unit_s):
+            tell(
+                f"no other rank has committed anything for {duration(silence)}: taking over their {missing} units"
+            )
+            self._claims.take_over()
+        time.sleep(POLL_S)
+
+
+def _line(store: Store, layers: Sequence[int], tokens: int, rate: float, written: int) -> str:
+    have = int(np.min([store.committed(layer).sum() for layer in layers]))
+    left = duration((store.units - have) * store.unit_tokens / rate)
+    return (
+        f"{have}/{store.units} units | {tokens:,} tokens here | {rate:,.0f} tokens/s | "
+        f"{size(written)} at {size(written * rate / max(tokens, 1))}/s | ETA {left}"
+    )

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
-from data import order, ring
-from data.codec import require_known
+from data import order
 from data.device import free_bytes
 from data.errors import SettingError, StoreError
 from data.journal import duration, size
-from data.place import place_of
+from data.store import freed, ring
+from data.store.codec import require_known
+from data.store.ledger import count_residuals
+from data.store.place import place_of
 from harvest.cost import Cost
+from harvest.forward import run
+from harvest.isolation import forward_inputs
+from harvest.model import LanguageModel
 
-UNIT_TOKENS = 65_536  # 335 MB a layer at width 2560; larger shards gain nothing and peak at 3x their size in memory
+# 335 MB a layer at width 2560; larger shards gain nothing and peak at 3x their size in memory
+UNIT_TOKENS = 65_536
 CHUNK_ROWS = 1024  # 5.2 MB at width 2560
 _EXPECTED_RATIO = {"blosc": 1.45, "none": 1.0, "int8": 2.2}  # measured on residuals of two models
 _SPINE_BYTES = 3.0  # tokens, document and token_index per token, compressed
@@ -26,7 +34,9 @@ _SPINE_BYTES = 3.0  # tokens, document and token_index per token, compressed
 class Faults:
     """What is done where the model or the machine fails."""
 
-    oom: Literal["stop", "halve"] = "stop"  # out of memory: stop, or go on with half the batch, which changes bits
+    oom: Literal["stop", "halve"] = (
+        "stop"  # out of memory: stop, or go on with half the batch, which changes bits
+    )
     non_finite: int = 0  # rows with NaN or infinity that a unit may have and still be committed
 
     def __post_init__(self) -> None:
@@ -49,30 +59,49 @@ class HarvestConfig:
     unit: int | None = None  # tokens per unit; None: 65,536, less for small stores
     chunk: int = CHUNK_ROWS  # rows per inner chunk
     codec: Literal["blosc", "none", "int8"] = "blosc"
-    rank: int = 0  # of this process among those that make the store; matters only where there are no locks
+    rank: int = (
+        0  # of this process among those that make the store; matters only where there are no locks
+    )
     world: int = 1  # how many there are
     faults: Faults = field(default_factory=Faults)  # decides no byte by itself
-    max_bytes: int | None = None  # of residuals on the disk at a time; None: all of them stay. Decides no byte either
-    readers: int = 1  # training runs that must have registered before any shard of such a ring is freed
+    max_bytes: int | None = (
+        None  # of residuals on the disk at a time; None: all of them stay. Decides no byte either
+    )
+    readers: int = (
+        1  # training runs that must have registered before any shard of such a ring is freed
+    )
 
     def __post_init__(self) -> None:
-        for name, least in (("tokens", 1), ("context", 2), ("batch", 1), ("chunk", 1), ("unit", 1), ("readers", 1)):
+        for name, least in (
+            ("tokens", 1),
+            ("context", 2),
+            ("batch", 1),
+            ("chunk", 1),
+            ("unit", 1),
+            ("readers", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise SettingError(f"{name}={value} must be at least {least}")
         if not 0 <= self.rank < self.world:
-            raise SettingError(f"rank={self.rank} must be from 0 to world - 1, and world={self.world}")
+            raise SettingError(
+                f"rank={self.rank} must be from 0 to world - 1, and world={self.world}"
+            )
         require_known(self.codec)
         if not self.layers:
             raise SettingError("layer=[] asks for nothing; give a layer number or a list of them")
         if len(set(self.layers)) != len(self.layers) or min(self.layers) < 0:
             raise SettingError(f"layer={list(self.layers)} must be different numbers from 0 on")
         if self.unit is not None and self.unit % self.context:
-            raise SettingError(f"unit={self.unit} must be a multiple of context={self.context} (tokens)")
+            raise SettingError(
+                f"unit={self.unit} must be a multiple of context={self.context} (tokens)"
+            )
 
     @property
     def unit_tokens(self) -> int:
-        """Tokens per unit: by default such that a store has at least 32 of them, for the held-out share."""
+        """Tokens per unit: by default such that a store has at least 32 of them, for the held-out
+        share.
+        """
         if self.unit is not None:
             return self.unit
         rows = max(1, min(UNIT_TOKENS, self.tokens // 32) // self.context)
@@ -108,9 +137,17 @@ class Plan:
         return [
             f"plan: {self.tokens:,} tokens in {self.rows:,} rows and {self.units:,} units, "
             f"layers {', '.join(map(str, self.layers))}"
-            + ("; nothing can be held out of a single unit: for training, lower unit=" if self.units == 1 else ""),
+            + (
+                "; nothing can be held out of a single unit: for training, lower unit="
+                if self.units == 1
+                else ""
+            ),
             f"      {size(self.raw_bytes)} of residuals, about {size(self.expected_bytes)} still to write; {free}"
-            + (f"; a ring of {size(self.ring_bytes)} needs {size(self.disk_bytes)}" if self.ring_bytes else ""),
+            + (
+                f"; a ring of {size(self.ring_bytes)} needs {size(self.disk_bytes)}"
+                if self.ring_bytes
+                else ""
+            ),
             f"      {self.model.flop / 1e9:.3g} GFLOP a token; about {size(self.model.peak_bytes)}{memory} on the "
             f"device ({size(self.model.kept_bytes)} of weights in use)",
         ]
@@ -155,9 +192,11 @@ def plan(config: HarvestConfig, model: Cost, d_model: int, device: str, done: fl
 
 
 def _ring_bytes(config: HarvestConfig, d_model: int) -> int | None:
-    """Most bytes of residuals at a time, as asked or as the store was made; refused if no training could follow."""
+    """Most bytes of residuals at a time, as asked or as the store was made; refused if no training
+    could follow.
+    """
     if config.max_bytes is None:
-        found = ring.read(place_of(config.store))
+        found = freed.read(place_of(config.store))
         return found.max_bytes if found else None
     held_out = len(order.held_out(-(-config.tokens // config.unit_tokens), config.seed))
     each = ring.unit_bytes(config.unit_tokens, config.chunk_rows, d_model, len(config.layers))
@@ -166,7 +205,9 @@ def _ring_bytes(config: HarvestConfig, d_model: int) -> int | None:
 
 
 def require_fit(planned: Plan, store: str | Path) -> None:
-    """Raise StoreError if the plan does not fit on the disk, SettingError if the model does not fit on the device."""
+    """Raise StoreError if the plan does not fit on the disk, SettingError if the model does not fit
+    on the device.
+    """
     if planned.free_bytes is not None and planned.disk_bytes > planned.free_bytes:
         raise StoreError(
             f"{store} needs about {size(planned.disk_bytes)} and its disk has {size(planned.free_bytes)} free; "
@@ -177,3 +218,50 @@ def require_fit(planned: Plan, store: str | Path) -> None:
             f"the model needs about {size(planned.model.peak_bytes)} and the device has {size(planned.device_bytes)} "
             "free; lower batch= or context=, take model.dtype=bfloat16 or another device="
         )
+
+
+_PROBES = 3  # passes that are timed; the first also warms up
+
+
+def check_layers(config: HarvestConfig, lm: LanguageModel) -> None:
+    """Raise SettingError for layers or a context that the model does not have."""
+    beyond = [layer for layer in config.layers if layer >= lm.n_layers]
+    if beyond:
+        raise SettingError(
+            f"layer={beyond[0]} is out of range: {lm.identity['id']} has layers 0 to {lm.n_layers - 1}; choose layer="
+        )
+    if config.context > lm.max_context:
+        raise SettingError(
+            f"context={config.context} is more than the model's {lm.max_context} positions"
+        )
+
+
+def share_done(config: HarvestConfig) -> float:
+    """Share of the asked layers' units that are committed already."""
+    units = -(-config.tokens // config.unit_tokens)
+    # A store that was made with other settings, which is refused later, may have more units than
+    # are asked for.
+    return min(
+        1.0, count_residuals(place_of(config.store), config.layers) / (units * len(config.layers))
+    )
+
+
+def probe(lm: LanguageModel, config: HarvestConfig) -> float:
+    """Tokens per second of the forward pass to the deepest layer, on random tokens in single
+    pieces.
+    """
+    check_layers(config, lm)
+    lm.truncate_(max(config.layers))
+    tokens = np.random.default_rng(0).integers(
+        0, lm.vocabulary, (config.batch, config.context), dtype=np.uint32
+    )
+    starts = np.zeros(tokens.shape, np.bool_)
+    starts[:, 0] = True
+    passes = forward_inputs(tokens, starts, "packed")
+    speeds = []
+    for _ in range(_PROBES):
+        began = time.monotonic()
+        rows = run(lm, passes, config.layers)
+        rows[config.layers[0]][-1].cpu()  # waits for the device: the work must be done to be timed
+        speeds.append(tokens.size / (time.monotonic() - began))
+    return max(speeds)

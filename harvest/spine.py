@@ -1,7 +1,8 @@
-"""The spine: which token stands where. One process reads the text; all that make residuals follow what it commits.
+"""The spine: which token stands where. One process reads the text; all that make residuals follow
+what it commits.
 
-Reading, tokenising and packing run ahead in a process of their own, so that neither waits for the interpreter of the
-one that feeds the device.
+Reading, tokenising and packing run ahead in a process of their own, so that neither waits for the
+interpreter of the one that feeds the device.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from data import claims, hub, packing
-from data.claims import Claims
-from data.documents import TextSource
 from data.errors import Interrupted, PipelineError, StopRequest, StoreError
 from data.journal import tell
-from data.store import SpineEnd, Store
+from data.store import claims
+from data.store.claims import Claims
+from data.store.store import SpineEnd, Store
+from data.text import hub, packing
+from data.text.documents import TextSource
 from harvest.tokens import Tokenizer
 
-POLL_S = 0.1  # between looks for what other processes commit; a look lists all records, 40 ms for 30,000
+POLL_S = (
+    0.1  # between looks for what other processes commit; a look lists all records, 40 ms for 30,000
+)
 
 
 def write(store: Store, source: TextSource, tokenizer: Tokenizer, stop: Any = None) -> None:
@@ -44,12 +48,16 @@ def write(store: Store, source: TextSource, tokenizer: Tokenizer, stop: Any = No
     if store.spine_end is None:
         rows = int(store.ledger.spine_rows.sum())
         if rows == 0:
-            raise StoreError(f"the text ends before one row of context={store.context} tokens is full; give more text")
+            raise StoreError(
+                f"the text ends before one row of context={store.context} tokens is full; give more text"
+            )
         store.close_spine(SpineEnd(rows, ended_early=rows < store.planned_rows))
 
 
 def _fill_gap(store: Store, source: TextSource, tokenizer: Tokenizer, stop: Any) -> bool:
-    """Write from the first missing unit to the next that is there; whether the text came to its end."""
+    """Write from the first missing unit to the next that is there; whether the text came to its
+    end.
+    """
     unit, cursor = store.spine_cursor()
     documents = packing.tokenized(source.documents(cursor.state), tokenizer.encode)
     rows = packing.pack(documents, cursor, store.context, tokenizer.bos)
@@ -60,7 +68,10 @@ def _fill_gap(store: Store, source: TextSource, tokenizer: Tokenizer, stop: Any)
         wanted = min(unit_rows, store.spine_rows - unit * unit_rows)
         block = list(islice(rows, wanted))
         if block:
-            tokens, document = np.stack([row.tokens for row in block]), np.stack([row.document for row in block])
+            tokens, document = (
+                np.stack([row.tokens for row in block]),
+                np.stack([row.document for row in block]),
+            )
             store.commit_spine(unit, tokens, document, block[-1].end)
         if len(block) < wanted:
             return True
@@ -69,7 +80,9 @@ def _fill_gap(store: Store, source: TextSource, tokenizer: Tokenizer, stop: Any)
 
 
 class _Parent:
-    """Stops the writing process when the one that started it is gone or closes its end of the line."""
+    """Stops the writing process when the one that started it is gone or closes its end of the
+    line.
+    """
 
     def __init__(self, line: Connection) -> None:
         self._line = line
@@ -97,16 +110,25 @@ def _work(line: Connection, name: str, source: TextSource, tokenizer: Tokenizer)
 
 
 def _answer(line: Connection, failure: str | None) -> None:
-    """To a parent that has left already there is nothing to say: what is committed, its next start will find."""
+    """To a parent that has left already there is nothing to say: what is committed, its next start
+    will find.
+    """
     with suppress(BrokenPipeError, ConnectionResetError):
         line.send(failure)
 
 
 class Spine:
-    """The spine as one of many processes sees it. A context manager: leaving it ends the writing process."""
+    """The spine as one of many processes sees it. A context manager: leaving it ends the writing
+    process.
+    """
 
     def __init__(
-        self, store: Store, rights: Claims, source: TextSource, tokenizer: Tokenizer, stop: StopRequest
+        self,
+        store: Store,
+        rights: Claims,
+        source: TextSource,
+        tokenizer: Tokenizer,
+        stop: StopRequest,
     ) -> None:
         self._store, self._claims, self._stop = store, rights, stop
         self._job = source, tokenizer
@@ -158,8 +180,9 @@ class Spine:
             self._hear(self._line)
 
     def _start(self) -> None:
-        # A new interpreter: a fork would copy threads' locks and a GPU's context. And not by multiprocessing, which
-        # would run the parent's main module there again, and so import torch: 4 seconds of both cores.
+        # A new interpreter: a fork would copy threads' locks and a GPU's context. And not by
+        # multiprocessing, which would run the parent's main module there again, and so import
+        # torch: 4 seconds of both cores.
         self._line, theirs = Pipe()
         command = [sys.executable, "-m", "harvest.spine", str(theirs.fileno())]
         # In a group of its own, where Ctrl-C does not reach it: the parent says when to stop.

@@ -1,7 +1,7 @@
 """Documents into token ids, with a model's own tokenizer and chat template, and without the model.
 
-What a document says never becomes a special token: text that spells one (`<bos>`) stays text. In a chat only the
-template puts special tokens.
+What a document says never becomes a special token: text that spells one (`<bos>`) stays text. In a
+chat only the template puts special tokens.
 """
 
 from __future__ import annotations
@@ -15,11 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from data import durable
-from data.documents import Content
 from data.errors import SettingError, first_line
+from data.text.documents import Content
 
-# Templates that name today's date (Llama 3's) get this one, their own default: the store must not depend on the day.
-_TODAY = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
+# Templates that name today's date (Llama 3's) get this one, their own default: the store must not
+# depend on the day.
+_TODAY = {
+    "%d": "26",
+    "%b": "Jul",
+    "%B": "July",
+    "%m": "07",
+    "%Y": "2024",
+    "%y": "24",
+    "%A": "Friday",
+    "%a": "Fri",
+}
 _CALENDAR = (
     "{% macro strftime_now(format) -%}{{ format"
     + "".join(f" | replace('{field}', '{value}')" for field, value in _TODAY.items())
@@ -30,7 +40,9 @@ _PRIVATE = 0xF0000  # first code point of the two private planes
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """The tokenizer in a model's folder. Another process gets it without transformers, whose import takes seconds."""
+    """The tokenizer in a model's folder. Another process gets it without transformers, whose import
+    takes seconds.
+    """
 
     folder: Path
     bos: int  # the token that starts each piece
@@ -50,7 +62,9 @@ class Tokenizer:
         # Models whose tokenizer has no BOS (Qwen) put their end-of-text token before a document.
         bos = inner.bos_token_id if inner.bos_token_id is not None else inner.eos_token_id
         if bos is None:
-            raise SettingError(f"the tokenizer of {folder} has neither a BOS nor an EOS token to start pieces with")
+            raise SettingError(
+                f"the tokenizer of {folder} has neither a BOS nor an EOS token to start pieces with"
+            )
         inner.backend_tokenizer.no_truncation()
         inner.backend_tokenizer.no_padding()
         return cls(folder, bos, digest, inner.backend_tokenizer, inner.bos_token_id is None)
@@ -93,34 +107,48 @@ class Tokenizer:
         """
         texts = [content for content in contents if isinstance(content, str)]
         chats = [content for content in contents if not isinstance(content, str)]
-        plain, rendered = iter(self._text_ids(texts)), iter(self._chat_ids(chats, reply) if chats else [])
+        plain, rendered = (
+            iter(self._text_ids(texts)),
+            iter(self._chat_ids(chats, reply) if chats else []),
+        )
         found = [next(plain if isinstance(content, str) else rendered) for content in contents]
         assert not any(self._own_bos in ids for ids in found), "a document must not encode to BOS"
         return found
 
-    # -- text --------------------------------------------------------------------------------------------------------
+    # -- text --------------------------------------------------------------------------------------
 
     def _text_ids(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         """Ids of each text; what spells a special token becomes one only if `special`."""
         self.backend.encode_special_tokens = not special
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [
+            encoding.ids
+            for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
 
     @cached_property
     def _own_bos(self) -> int | None:
         """BOS, unless it is an EOS that stands in for it: a template ends turns with that."""
         return None if self.stand_in else self.bos
 
-    # -- chats -------------------------------------------------------------------------------------------------------
+    # -- chats -------------------------------------------------------------------------------------
 
     @cached_property
     def _special(self) -> dict[str, int]:
-        """Special tokens by their spelling. Added tokens that are not special (`<think>` of Qwen) are words."""
+        """Special tokens by their spelling. Added tokens that are not special (`<think>` of Qwen)
+        are words.
+        """
         added = self.backend.get_added_tokens_decoder()
-        return {token.content: number for number, token in added.items() if token.special and token.content}
+        return {
+            token.content: number
+            for number, token in added.items()
+            if token.special and token.content
+        }
 
     @cached_property
     def _beginnings(self) -> re.Pattern[str]:
-        return re.compile("|".join(sorted({re.escape(spelling[0]) for spelling in self._special})) or "(?!)")
+        return re.compile(
+            "|".join(sorted({re.escape(spelling[0]) for spelling in self._special})) or "(?!)"
+        )
 
     @cached_property
     def _lengths(self) -> list[int]:
@@ -129,11 +157,17 @@ class Tokenizer:
     @cached_property
     def _partial(self) -> tuple[set[str], set[str]]:
         """Beginnings and ends of special tokens' spellings."""
-        inner = [(spelling[:at], spelling[at:]) for spelling in self._special for at in range(1, len(spelling))]
+        inner = [
+            (spelling[:at], spelling[at:])
+            for spelling in self._special
+            for at in range(1, len(spelling))
+        ]
         return {beginning for beginning, _ in inner}, {end for _, end in inner}
 
     def _spelled(self, text: str) -> Iterator[tuple[int, int]]:
-        """Where `text` spells special tokens: (start, stop), the leftmost and the longest, as tokenizers match them."""
+        """Where `text` spells special tokens: (start, stop), the leftmost and the longest, as
+        tokenizers match them.
+        """
         behind = 0
         for found in self._beginnings.finditer(text):
             at = found.start()
@@ -146,7 +180,8 @@ class Tokenizer:
                     break
 
     def _suspect(self, text: str) -> set[int]:
-        """Places in a message that could become part of a special token: whole spellings, and halves at its ends.
+        """Places in a message that could become part of a special token: whole spellings, and
+        halves at its ends.
 
         Templates trim, so ends are those of the text without the white space around it.
         """
@@ -161,9 +196,10 @@ class Tokenizer:
     def _chat_ids(self, chats: Sequence[Sequence[dict[str, str]]], reply: bool) -> list[list[int]]:
         """Ids of chats as the template renders them, without BOS.
 
-        What a message says is masked with private characters while the template runs, so that special tokens in the
-        rendered text are the template's. If the whole text, unmasked, encodes to just these, that is the encoding;
-        else its parts between them are encoded one by one, as text.
+        What a message says is masked with private characters while the template runs, so that
+        special tokens in the rendered text are the template's. If the whole text, unmasked, encodes
+        to just these, that is the encoding; else its parts between them are encoded one by one, as
+        text.
         """
         pieces, wholes = [], []
         for chat in chats:
@@ -177,7 +213,9 @@ class Tokenizer:
             if [token for token in ids if token in special] != expected:
                 between = self._text_ids(parts[0::2])
                 tokens = ([[token] for token in expected] + [[]]) if parts else []
-                encoded[number] = list(chain.from_iterable(a + b for a, b in zip(between, tokens, strict=True)))
+                encoded[number] = list(
+                    chain.from_iterable(a + b for a, b in zip(between, tokens, strict=True))
+                )
         return [self._without_bos(ids) for ids in encoded]
 
     def _without_bos(self, ids: list[int]) -> list[int]:
@@ -189,11 +227,20 @@ class Tokenizer:
         """The rendered text in parts: text, special token, text, ..., text."""
         used = set(chain.from_iterable(message["content"] for message in chat))
         suspects = [self._suspect(message["content"]) for message in chat]
-        letters = {message["content"][at] for message, places in zip(chat, suspects, strict=True) for at in places}
+        letters = {
+            message["content"][at]
+            for message, places in zip(chat, suspects, strict=True)
+            for at in places
+        }
         free = (chr(code) for code in count(_PRIVATE) if chr(code) not in used)
         mask = dict(zip(sorted(letters), free, strict=False))
         masked = [
-            {**message, "content": "".join(mask[c] if at in places else c for at, c in enumerate(message["content"]))}
+            {
+                **message,
+                "content": "".join(
+                    mask[c] if at in places else c for at, c in enumerate(message["content"])
+                ),
+            }
             if places
             else message
             for message, places in zip(chat, suspects, strict=True)
@@ -209,7 +256,9 @@ class Tokenizer:
     def _render(self, chat: Sequence[dict[str, str]], reply: bool) -> str:
         from jinja2 import TemplateError
 
-        template = self._template if "strftime_now" not in self._template else _CALENDAR + self._template
+        template = (
+            self._template if "strftime_now" not in self._template else _CALENDAR + self._template
+        )
         try:
             rendered = self.inner.apply_chat_template(
                 list(chat), chat_template=template, tokenize=False, add_generation_prompt=reply

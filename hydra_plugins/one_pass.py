@@ -1,7 +1,9 @@
-"""Hydra's launcher of `python -m train -m ...`: all arms of a sweep on one read of the store, in this process.
+"""Hydra's launcher of `python -m train -m ...`: all arms of a sweep on one read of the store, in
+this process.
 
-It stands in this package because Hydra takes plugins from no other, without an __init__.py because Hydra's own plugins
-share the package. Every command of Hydra's imports it, so what it needs is imported when it launches.
+It stands in this package because Hydra takes plugins from no other, without an __init__.py because
+Hydra's own plugins share the package. Every command of Hydra's imports it, so what it needs is
+imported when it launches.
 """
 
 from __future__ import annotations
@@ -16,17 +18,23 @@ from omegaconf import DictConfig, open_dict
 
 if TYPE_CHECKING:
     from data.errors import PipelineError
-    from train.loop import Arm
+    from train.arm import Arm
 
 
 class OnePass(Launcher):
-    """Trains a sweep's arms together; under torchrun or accelerate, each process its share of them on its own GPU."""
+    """Trains a sweep's arms together; under torchrun or accelerate, each process its share of them
+    on its own GPU.
+    """
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
         """Take what Hydra gives; the task function, which trains a single arm, is not needed."""
         self._context, self._config = hydra_context, config
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
         """Compose the jobs, and train their arms; what became of each."""
         from data.device import own_device
         from data.errors import PipelineError
@@ -36,7 +44,9 @@ class OnePass(Launcher):
 
         setup_globals()
         share = range(parallel.rank(), len(job_overrides), parallel.world())
-        jobs = [self._prepare(list(job_overrides[number]), initial_job_idx + number) for number in share]
+        jobs = [
+            self._prepare(list(job_overrides[number]), initial_job_idx + number) for number in share
+        ]
         by_device: dict[str | None, list[JobReturn]] = {}
         for job in jobs:
             if not isinstance(job.return_value, PipelineError):
@@ -54,12 +64,13 @@ class OnePass(Launcher):
 
     def _prepare(self, overrides: list[str], number: int) -> JobReturn:
         """Compose one job; its Arm, or why it is refused, stands where its result will."""
+        from conf.command import current_job, plain
         from data.errors import PipelineError
-        from train.__main__ import arm, plain
+        from train.command import arm
 
         def task(cfg: DictConfig) -> Arm | PipelineError:
             try:
-                return arm(plain(cfg))
+                return arm(plain(cfg), current_job())
             except PipelineError as error:
                 return error
 

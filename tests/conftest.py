@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is wrong
+from conf.command import ENVIRONMENT
+
+# Offline: a test that reaches for the network is wrong.
+os.environ.update({**ENVIRONMENT, **os.environ, "HF_HUB_OFFLINE": "1"})
 
 from pathlib import Path
 
@@ -13,26 +16,36 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from data import summary
-from data.packing import Cursor
-from data.store import SpineEnd, Store
-from data.unit import prepare
+from data.rows import summary
+from data.store.store import SpineEnd, Store
+from data.store.unit import prepare
+from data.text.packing import Cursor
 
 torch.set_num_threads(1)
 
 BOS = 2
 
 
-def make_manifest(d_model: int, *, tokens: int, context: int, unit: int, chunk: int, codec: str = "blosc") -> dict:
+def make_manifest(
+    d_model: int, *, tokens: int, context: int, unit: int, chunk: int, codec: str = "blosc"
+) -> dict:
     """The part of a manifest that a store itself needs."""
     shape = {"tokens": tokens, "context": context, "unit": unit, "chunk": chunk, "codec": codec}
-    model = {"d_model": d_model, "id": "nobody/none", "revision": "main", "architecture": "None", "n_layers": 5}
+    model = {
+        "d_model": d_model,
+        "id": "nobody/none",
+        "revision": "main",
+        "architecture": "None",
+        "n_layers": 5,
+    }
     model |= {"dtype": "float32", "weights": "0", "tokenizer": "0"}
     return {"model": model, "text": {"kind": "made up"}, "isolation": "packed", "seed": 7, **shape}
 
 
 def make_spine(rows: int, context: int, rng: np.random.Generator) -> tuple[NDArray, NDArray]:
-    """Random packed rows: a new document, with its BOS, at random places and at every row's start."""
+    """Random packed rows: a new document, with its BOS, at random places and at every row's
+    start.
+    """
     starts = rng.random((rows, context)) < 0.1
     starts[:, 0] = True
     tokens = np.where(starts, BOS, rng.integers(3, 200, (rows, context))).astype(np.uint32)
@@ -62,7 +75,9 @@ def make_store(
     store = Store.open_or_create(path, manifest)
     rows = unit // context
     for at in range(0, len(tokens), rows):
-        store.commit_spine(at // rows, tokens[at : at + rows], document[at : at + rows], Cursor(at, 0, None))
+        store.commit_spine(
+            at // rows, tokens[at : at + rows], document[at : at + rows], Cursor(at, 0, None)
+        )
     store.close_spine(SpineEnd(len(tokens), ended_early=False))
     for number in range(store.units):
         commit(store, number, {layer: residuals[number * unit : (number + 1) * unit]})
@@ -76,7 +91,9 @@ def commit(store: Store, unit: int, layers: dict[int, NDArray[np.uint16]]) -> No
     permutation, starts = store.permutation(unit), store.piece_starts(unit).ravel()
     rows = {layer: torch.from_numpy(bits).view(torch.bfloat16) for layer, bits in layers.items()}
     arrays = {layer: store.array(f"layer_{layer}") for layer in layers}
-    store.commit_residuals(unit, {i: prepare(rows[i], permutation, starts, arrays[i]) for i in layers})
+    store.commit_residuals(
+        unit, {i: prepare(rows[i], permutation, starts, arrays[i]) for i in layers}
+    )
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""What docs/ promises: its settings exist, its code runs, its messages are ours, its figures are counted."""
+"""What docs/ promises: its settings exist, its code runs, its messages are ours, its figures are
+counted.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ import pytest
 import yaml
 
 from data import order
-from data.bfloat16 import to_float32
-from data.kinds import ORDINARY
+from data.store.kinds import ORDINARY
+from data.store.zarr_bfloat16 import to_float32
 from harvest.cost import Cost, cost, peak_flops
 from harvest.plan import HarvestConfig, plan
 from tests.conftest import make_store
@@ -47,13 +49,18 @@ def all_settings() -> set[str]:
 
 
 def test_settings_that_are_named_exist() -> None:
-    """`name=` and `name=value` in the text of a page; tests/test_docs_run.py runs what stands in commands."""
+    """`name=` and `name=value` in the text of a page; tests/test_docs_run.py runs what stands in
+    commands.
+    """
     known, seen = all_settings(), set()
     for page in PAGES:
         for line in lines(page.read_text()):
             if not parsed(line) and not re.search(r"[\n(]", line):
                 names = re.findall(r"(?:^|\s)([a-z][\w./]*)=", line)
-                seen |= {(re.sub(r"^text\.sources\.\w+", "text.sources.NAME", name), page.name) for name in names}
+                seen |= {
+                    (re.sub(r"^text\.sources\.\w+", "text.sources.NAME", name), page.name)
+                    for name in names
+                }
     assert len(seen) > 50
     # A message of ours says `messages=`, which is text.messages= or a source's.
     unknown = {one for one in seen if one[0] not in known} - {("messages", "troubleshooting.md")}
@@ -72,7 +79,7 @@ def test_benchmarks_and_their_flags_are_there() -> None:
     assert found > 20
 
 
-# -- docs/store.md -----------------------------------------------------------------------------------------------
+# -- docs/store.md ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -82,14 +89,18 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     bits = rng.integers(0x3C00, 0x4200, (4096, 8)).astype(np.uint16)
     (tmp_path / "activations").mkdir()
     monkeypatch.chdir(tmp_path)
-    return make_store("activations/tiny.zarr", bits, context=64, unit=1024, chunk=128, layer=5), bits
+    return make_store(
+        "activations/tiny.zarr", bits, context=64, unit=1024, chunk=128, layer=5
+    ), bits
 
 
 def test_the_stores_code_runs(small: Any) -> None:
     store, bits = small
     in_text = to_float32(bits)
     spine = np.concatenate([store.tokens(unit) for unit in range(4)]).ravel()
-    first, second, third = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "store.md").read_text(), re.DOTALL)
+    first, second, third = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "store.md").read_text(), re.DOTALL
+    )
 
     found = run(first)
     index = store.token_index(0)
@@ -119,16 +130,20 @@ def test_the_stores_table_is_the_stores(small: Any) -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| \((.*?)\) \| \w+", text, re.MULTILINE))
     types = dict(re.findall(r"^\| `(\w+)` \| \(.*?\) \| (\w+)", text, re.MULTILINE))
     sizes = {"S": 64, "T": 64, "N": 4096, "d": 8, "U": 4}
-    metadata = {key.split("/")[0]: value for key, value in store.metadata([5]).items() if "/" in key}
+    metadata = {
+        key.split("/")[0]: value for key, value in store.metadata([5]).items() if "/" in key
+    }
     assert {name.replace("_L", "_5") for name in rows} == set(metadata)
     for name, shape in rows.items():
         array = store.array(name.replace("_L", "_5"))
-        wanted: list[int] = [sizes.get(size) or int(size) for size in shape.replace(" ", "").split(",") if size]
+        wanted: list[int] = [
+            sizes.get(size) or int(size) for size in shape.replace(" ", "").split(",") if size
+        ]
         assert [array.length, *array.inner] == wanted, name
         assert array.data_type == types[name], name
 
 
-# -- docs/troubleshooting.md -------------------------------------------------------------------------------------
+# -- docs/troubleshooting.md -----------------------------------------------------------------------
 
 
 def texts() -> list[str]:
@@ -139,13 +154,20 @@ def texts() -> list[str]:
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
             elif isinstance(node, ast.JoinedStr):
-                parts = [str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values]
+                parts = [
+                    str(part.value) if isinstance(part, ast.Constant) else "\0"
+                    for part in node.values
+                ]
                 found.append("".join(parts))
     return found
 
 
 def test_every_message_is_one_of_ours() -> None:
-    quoted = re.findall(r"^\| `((?:\\`|[^`])*)` \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    quoted = re.findall(
+        r"^\| `((?:\\`|[^`])*)` \|",
+        (ROOT / "docs" / "troubleshooting.md").read_text(),
+        re.MULTILINE,
+    )
     assert len(quoted) >= 25
     ours = texts()
     for message in quoted:
@@ -155,26 +177,35 @@ def test_every_message_is_one_of_ours() -> None:
         assert any(pattern.search(text) for text in ours), message
 
 
-# -- docs/reproduce.md -------------------------------------------------------------------------------------------
+# -- docs/reproduce.md -----------------------------------------------------------------------------
 
 
 def row(label: str) -> list[str]:
     """The cells of a row of docs/reproduce.md."""
-    (line,) = re.findall(rf"^\| {re.escape(label)} \|.*$", (ROOT / "docs" / "reproduce.md").read_text(), re.MULTILINE)
+    (line,) = re.findall(
+        rf"^\| {re.escape(label)} \|.*$", (ROOT / "docs" / "reproduce.md").read_text(), re.MULTILINE
+    )
     return [cell.strip() for cell in line.split("|")[2:-1]]
 
 
 def test_reproducing_is_counted() -> None:
     costs = [cost(E4B, layers, "bfloat16", 16, 512) for layers in ([21], [21, 27])]
-    assert row("GFLOP a token, matrix products")[:2] == [f"{one.matmul_flop / 1e9:.2f}" for one in costs]
-    assert row("GFLOP a token, attention, context 512")[:2] == [f"{one.attention_flop / 1e9:.2f}" for one in costs]
+    assert row("GFLOP a token, matrix products")[:2] == [
+        f"{one.matmul_flop / 1e9:.2f}" for one in costs
+    ]
+    assert row("GFLOP a token, attention, context 512")[:2] == [
+        f"{one.attention_flop / 1e9:.2f}" for one in costs
+    ]
     weights = [f"{one.loaded_bytes / 1e9:.1f}, {one.kept_bytes / 1e9:.1f}" for one in costs]
     assert row("weights while loading, then in use, GB")[:2] == weights
     for share in (0.5, 0.3, 0.1):
         hours = [1e9 * one.flop / (peak_flops("H100") * share) / 3600 for one in costs]
         assert row(f"{share:.0%}".replace("%", " %")) == [f"{each:.1f}" for each in hours]
     speed = 0.3 * peak_flops("H100") / costs[1].flop
-    assert f"{round(speed, -3):,.0f} tokens/s, which write {speed * 7.07e12 / 1e9 / 1e9:.2f} GB/s" in text()
+    assert (
+        f"{round(speed, -3):,.0f} tokens/s, which write {speed * 7.07e12 / 1e9 / 1e9:.2f} GB/s"
+        in text()
+    )
 
 
 def text() -> str:
@@ -183,12 +214,22 @@ def text() -> str:
 
 def test_bytes_and_minutes_are_counted(tmp_path: Path) -> None:
     def planned(layers: tuple[int, ...], codec: Any) -> Any:
-        return plan(HarvestConfig(tmp_path / "s", layers, 10**9, 512, codec=codec), Cost(*[1] * 7), 2560, "cpu")
+        return plan(
+            HarvestConfig(tmp_path / "s", layers, 10**9, 512, codec=codec),
+            Cost(*[1] * 7),
+            2560,
+            "cpu",
+        )
 
-    plans = {codec: [planned(layers, codec) for layers in ((21,), (21, 27))] for codec in ("blosc", "int8")}
+    plans = {
+        codec: [planned(layers, codec) for layers in ((21,), (21, 27))]
+        for codec in ("blosc", "int8")
+    }
     assert row("residuals, TB")[:2] == [f"{one.raw_bytes / 1e12:.2f}" for one in plans["blosc"]]
     for codec, both in plans.items():
-        assert row(f"on the disk, TB, `codec={codec}`")[:2] == [f"{one.disk_bytes / 1e12:.2f}" for one in both]
+        assert row(f"on the disk, TB, `codec={codec}`")[:2] == [
+            f"{one.disk_bytes / 1e12:.2f}" for one in both
+        ]
     units, out = plans["blosc"][0].units, len(order.held_out(15_259, 0))
     steps = (10**9 - out * 65_536) // 4096
     assert f"{out} of {units:,} units" in text() and f"{steps:,} steps" in text()

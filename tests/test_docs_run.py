@@ -1,14 +1,20 @@
-"""Every command of README.md and docs/, run in small: in the order of its page, in one directory per page.
+"""Every command of README.md and docs/, run in small: in the order of its page, in one directory
+per page.
 
-A command is `python -m harvest|train|analyze|train.export|train.publish` with settings, in a block or in a sentence,
-also behind torchrun and accelerate. It runs in this process, as `python -m` would run it (new ones take seconds to
-start), on the embedded model. `smaller` says what is changed for that; all else stays as it is written, so that a
-setting, study or value of another name fails here. What stands for something else is taken as follows:
+A command is `python -m harvest|train|analyze|train.export|train.publish` with settings, in a block
+or in a sentence, also behind torchrun and accelerate. It runs in this process, as `python -m` would
+run it (new ones take seconds to start), on the embedded model. `smaller` says what is changed for
+that; all else stays as it is written, so that a setting, study or value of another name fails here.
+What stands for something else is taken as follows:
 
-- torchrun, accelerate: this process is rank 0 of as many as they would start; alone where the ranks meet (one run).
-- `hydra/launcher=NAME`: its settings must compose; the jobs are then run by Hydra's basic launcher, one by one.
-- s3://: moto's server on loopback. The other rank of a bucket never comes, so there is no patience with it.
-- the process that reads the text is this one; the pages of `action=serve` must be there, and are not served.
+- torchrun, accelerate: this process is rank 0 of as many as they would start; alone where the ranks
+meet (one run).
+- `hydra/launcher=NAME`: its settings must compose; the jobs are then run by Hydra's basic launcher,
+one by one.
+- s3://: moto's server on loopback. The other rank of a bucket never comes, so there is no patience
+with it.
+- the process that reads the text is this one; the pages of `action=serve` must be there, and are
+not served.
 - `...` after a command is what OMITTED says.
 """
 
@@ -33,11 +39,12 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-import analyze.browser.serve
-from data import objects
-from data.store import Store
-from data.tiny import MODEL_DIR, problems
-from harvest import residuals, spine
+import analyze.pages.browser.serve
+from data.store import bucket as objects
+from data.store.store import Store
+from data.tiny import problems
+from data.tiny.embedded import MODEL_DIR
+from harvest import loop, spine
 from tests.test_house import ROOT
 from train import stream
 
@@ -45,7 +52,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # What one word of a command becomes, by patterns of the whole word.
 SUBSTITUTES = {
-    r"layer=\[21,27\]": "layer=[5,8]",  # layers that make and that share keys and values, as these do
+    # layers that make and that share keys and values, as these do
+    r"layer=\[21,27\]": "layer=[5,8]",
     r"layer=21": "layer=5",
     r"layer=27": "layer=8",
     r"layer=12": "layer=6",
@@ -72,13 +80,15 @@ ADDED = {
     "study=steering": "answers.questions=12 answers.new_tokens=5 study.scales=[5] study.n_random=1 study.n_shuffled=1",
     "study=splice": "study.tokens=100",
 }
-# Steering writes every answer a dozen times. Labelled solutions make its vector, so that answers may be short.
+# Steering writes every answer a dozen times. Labelled solutions make its vector, so that answers
+# may be short.
 REPLACED = {"study=steering": ("problems=gsm8k/test.jsonl", "problems=gsm8k/solutions.jsonl")}
 OMITTED = {  # what `...` stands for
     "harvest": "layer=5 store=activations/e4b.zarr",
     "train": "layer=5 store=activations/e4b.zarr run=runs/omitted",
 }
-# What is no command of ours: a module that is named and not run, and benchmarks, which tests/test_docs.py looks up.
+# What is no command of ours: a module that is named and not run, and benchmarks, which
+# tests/test_docs.py looks up.
 OTHER = re.compile(r"python -m ((harvest|train|analyze)(\.export)?|(tests|data)\..*)")
 # Pages that go on from a store and a run, which others make.
 BEGINNING = {"harvest": "layer=[21,27] tokens=1e9", "train": "layer=21 run=runs/e4b_L21"}
@@ -95,7 +105,9 @@ class Command(NamedTuple):
 
 
 def pieces(text: str) -> Iterator[tuple[str, str]]:
-    """The code of a page in its order: (language of a fenced block, its text), and ("", line or inline code)."""
+    """The code of a page in its order: (language of a fenced block, its text), and ("", line or
+    inline code).
+    """
     text = text.replace("\\\n", " ")
     text = re.sub(r"`(?:\\`|[^`])*\\`(?:\\`|[^`])*`", "", text)  # messages that quote a command
     pattern = r"^```(\w+)\n(.*?)^```|^ {4}(\S[^\n]*)|(?<!`)`([^`]+)`"
@@ -115,7 +127,9 @@ def lines(text: str) -> Iterator[str]:
 def parsed(line: str) -> Command | None:
     """The command that a line is, if it is one of ours with something to do."""
     started = r"(?:python|(?:torchrun|accelerate launch) \S+ (\d+))"  # with the number of processes
-    found = re.fullmatch(started + r" -m (harvest|train|analyze|train\.export|train\.publish) (.*)", line)
+    found = re.fullmatch(
+        started + r" -m (harvest|train|analyze|train\.export|train\.publish) (.*)", line
+    )
     return Command(line, int(found[1] or 0), found[2], shlex.split(found[3])) if found else None
 
 
@@ -137,24 +151,33 @@ def smaller(command: Command) -> list[str]:
         old, new = REPLACED.get(key, ("", ""))
         words = [new if word == old else word for word in words]
     for key in (command.module, *command.words):
-        words += [more for more in ADDED.get(key, "").split() if not sets(words, more.partition("=")[0])]
+        words += [
+            more for more in ADDED.get(key, "").split() if not sets(words, more.partition("=")[0])
+        ]
     return words
 
 
 def sets(words: list[str], name: str) -> bool:
-    """Whether a setting, or `text.path` and `model.path` in the place of its group, is among the words."""
+    """Whether a setting, or `text.path` and `model.path` in the place of its group, is among the
+    words.
+    """
     return any(word.startswith((f"{name}=", f"{name}.path=")) for word in words)
 
 
-# -- what the pages find in their directory ----------------------------------------------------------------------
+# -- what the pages find in their directory --------------------------------------------------------
 
 
 def furnish(folder: Path) -> None:
-    """The files that the pages take for granted: texts, chats, problems, a model, a data set's folder."""
+    """The files that the pages take for granted: texts, chats, problems, a model, a data set's
+    folder.
+    """
     some = list(islice(problems.problems("heldout"), 60))
     texts = [problems.document(one) for one in some]
     chats = [[turn("human", one.question), turn("gpt", problems.solution(one))] for one in some]
-    write_lines(folder / "gsm8k/test.jsonl", [{"question": p.question, "answer": problems.solution(p)} for p in some])
+    write_lines(
+        folder / "gsm8k/test.jsonl",
+        [{"question": p.question, "answer": problems.solution(p)} for p in some],
+    )
     write_lines(folder / "gsm8k/solutions.jsonl", [labelled(one) for one in some])
     write_lines(folder / "notes.jsonl", [{"body": text} for text in texts])
     write_lines(folder / "books/second.jsonl", [{"text": text} for text in texts[30:]])
@@ -166,7 +189,10 @@ def furnish(folder: Path) -> None:
 
 def labelled(one: problems.Problem) -> dict[str, Any]:
     right, wrong = f"#### {one.answer}", f"#### {one.answer + 7}"
-    solutions = {"a": {"solution": right, "is_correct": True}, "b": {"solution": wrong, "is_correct": False}}
+    solutions = {
+        "a": {"solution": right, "is_correct": True},
+        "b": {"solution": wrong, "is_correct": False},
+    }
     return {"question": one.question, "ground_truth": str(one.answer), **solutions}
 
 
@@ -181,14 +207,16 @@ def write_lines(path: Path, rows: list[Any]) -> None:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A furnished directory to stand in, in a process that plays the parts of others (see the module)."""
+    """A furnished directory to stand in, in a process that plays the parts of others (see the
+    module).
+    """
     furnish(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # as the commands set it themselves, for good
     monkeypatch.setattr(gc, "collect", lambda: 0)  # 0.2 s a model in a large process
-    monkeypatch.setattr(residuals, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(loop, "_PATIENCE_S", 0.0)
     monkeypatch.setattr(spine.Spine, "_start", write_spine)
-    monkeypatch.setattr(analyze.browser.serve, "serve", require_site)
+    monkeypatch.setattr(analyze.pages.browser.serve, "serve", require_site)
     return tmp_path
 
 
@@ -202,7 +230,9 @@ def require_site(folder: Path, _port: int) -> None:
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[Callable[[pytest.MonkeyPatch], None]]:
-    """Sets the environment for a bucket `my-bucket` on a server that is started when it is first asked for."""
+    """Sets the environment for a bucket `my-bucket` on a server that is started when it is first
+    asked for.
+    """
     moto_server = pytest.importorskip("moto.server", reason="moto is not installed")
     pytest.importorskip("obstore", reason="obstore is not installed")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -215,13 +245,15 @@ def s3() -> Iterator[Callable[[pytest.MonkeyPatch], None]]:
         keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}
         for name, value in {"AWS_ENDPOINT_URL": url, **keys}.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(objects, "RETRIES", {"max_retries": 1, "retry_timeout": timedelta(seconds=2)})
+        monkeypatch.setattr(
+            objects, "RETRIES", {"max_retries": 1, "retry_timeout": timedelta(seconds=2)}
+        )
 
     yield environment
     server.stop()
 
 
-# -- running -----------------------------------------------------------------------------------------------------
+# -- running ---------------------------------------------------------------------------------------
 
 
 class Shell:
@@ -234,7 +266,11 @@ class Shell:
         require_launcher(command)
         words = smaller(command)
         if "study=browser" in words:
-            self.run(command._replace(words=["study=catalogue", *(w for w in words if w.startswith("run="))]))
+            self.run(
+                command._replace(
+                    words=["study=catalogue", *(w for w in words if w.startswith("run="))]
+                )
+            )
         stream.store_at.cache_clear()  # a new process has seen no store
         stream.rows_of.cache_clear()
         with self._patch.context() as patch:
@@ -264,7 +300,9 @@ def require_launcher(command: Command) -> None:
     from hydra import compose, initialize_config_module
 
     asked = [word for word in command.words if word.startswith("hydra")]
-    if not asked or ("ray" in asked[0] and not importlib.util.find_spec("hydra_plugins.hydra_ray_launcher")):
+    if not asked or (
+        "ray" in asked[0] and not importlib.util.find_spec("hydra_plugins.hydra_ray_launcher")
+    ):
         return
     with initialize_config_module("conf", version_base="1.3"):
         assert compose(command.module, asked, return_hydra_config=True).hydra.launcher._target_
@@ -284,7 +322,9 @@ def require_outcome(command: Command, words: list[str], out: str, err: str) -> N
         said = said or re.findall(r"(\S+) is finished", err)  # as other ranks of it say
         assert said and all(Path(path).exists() for path in said), (command.said, err)
         if command.module == "analyze" and "results are in" in err:
-            assert {f"{Path(said[-1]).name}{end}" for end in (".json", ".md")} <= set(os.listdir(said[-1]))
+            assert {f"{Path(said[-1]).name}{end}" for end in (".json", ".md")} <= set(
+                os.listdir(said[-1])
+            )
         if command.module == "train" and not command.world:
             arms = 1
             for word in words:
@@ -293,22 +333,34 @@ def require_outcome(command: Command, words: list[str], out: str, err: str) -> N
 
 
 def require_harvest(words: list[str], out: str, err: str) -> None:
-    action = next((word.removeprefix("action=") for word in words if word.startswith("action=")), "run")
-    results = {"plan": "in a short probe", "status": " units, ", "verify": "recomputed, is the same"}
+    action = next(
+        (word.removeprefix("action=") for word in words if word.startswith("action=")), "run"
+    )
+    results = {
+        "plan": "in a short probe",
+        "status": " units, ",
+        "verify": "recomputed, is the same",
+    }
     if action != "run":
         assert {**results, "repair": " to make again"}[action] in out
         return
     complete = re.findall(r"^(\S+) is complete: ", err, re.MULTILINE)
     assert complete, err
     store = Store.open(complete[-1])
-    asked = next((word.removeprefix("layer=") for word in words if word.startswith("layer=")), "[5,8]")
+    asked = next(
+        (word.removeprefix("layer=") for word in words if word.startswith("layer=")), "[5,8]"
+    )
     assert all(store.complete(int(layer)) for layer in asked.strip("[]").split(","))
 
 
 def begin(shell: Shell) -> None:
     """The store and the run that a page goes on from, under both names that pages have for them."""
     for module, settings in BEGINNING.items():
-        shell.run(Command("the page's beginning", 0, module, f"{settings} store=activations/e4b.zarr".split()))
+        shell.run(
+            Command(
+                "the page's beginning", 0, module, f"{settings} store=activations/e4b.zarr".split()
+            )
+        )
     shutil.copytree("activations/e4b.zarr", "activations/tiny.zarr")
     shutil.copytree("runs/e4b_L21", "runs/demo")
 
@@ -333,16 +385,22 @@ def test_commands_run(
             if "reference:sae_final.pt" in line:
                 shutil.copy("runs/reference/sae_final.pt", here)
             shell.run(command)
-        elif "\n" in line and page.name != "store.md":  # whose code tests/test_docs.py runs on a store of its own
+        elif (
+            "\n" in line and page.name != "store.md"
+        ):  # whose code tests/test_docs.py runs on a store of its own
             run_block(line)
         elif line.startswith("python -c "):
             exec(shlex.split(line)[2].replace("1000", "2"), {})
 
 
 def run_block(code: str) -> None:
-    """A page's Python. Of training by GRPO, which takes minutes, what comes before the trainer; the rest compiles."""
+    """A page's Python. Of training by GRPO, which takes minutes, what comes before the trainer; the
+    rest compiles.
+    """
     compile(code, "block", "exec")
-    code = "".join(line for line in code.splitlines(keepends=True) if "trl" not in line and "GRPO" not in line)
+    code = "".join(
+        line for line in code.splitlines(keepends=True) if "trl" not in line and "GRPO" not in line
+    )
     found: dict[str, Any] = {}
     exec(code.replace('"google/gemma-4-E4B", device="cuda"', '"embedded", dtype="float32"'), found)
     if "reward" in found:
@@ -354,8 +412,22 @@ def run_block(code: str) -> None:
 def test_commands_are_found() -> None:
     """Were fewer found than there are, the test above would pass for nothing."""
     found = {str(page.relative_to(ROOT)): len(commands(page.read_text())) for page in PAGES}
-    least = {"README.md": 20, "harvest.md": 20, "reproduce.md": 12, "clusters.md": 7, "training.md": 5, "studies.md": 2}
-    assert all(found[name if name == "README.md" else f"docs/{name}"] >= count for name, count in least.items()), found
+    least = {
+        "README.md": 20,
+        "harvest.md": 20,
+        "reproduce.md": 12,
+        "clusters.md": 7,
+        "training.md": 5,
+        "studies.md": 2,
+    }
+    assert all(
+        found[name if name == "README.md" else f"docs/{name}"] >= count
+        for name, count in least.items()
+    ), found
     for page in PAGES:
-        asked = [line for line in lines(page.read_text()) if re.match(r"(python|torchrun|accelerate) [^\n]*-m ", line)]
+        asked = [
+            line
+            for line in lines(page.read_text())
+            if re.match(r"(python|torchrun|accelerate) [^\n]*-m ", line)
+        ]
         assert all(parsed(line) or OTHER.fullmatch(line) for line in asked), (page.name, asked)

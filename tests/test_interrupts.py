@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from data.errors import Interrupted, StoreError, run_command, run_main
+from conf.command import run_command, run_main
+from data.errors import Interrupted, StoreError
 
 # Runs a module as `python -m` does, and interrupts itself when that asks for what is slow.
 _INTERRUPTED = """
@@ -31,7 +32,9 @@ def test_an_early_interrupt_is_quiet(module: str) -> None:
         capture_output=True,
         text=True,
         check=False,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # whoever runs the tests
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # whoever runs the tests
     )
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 

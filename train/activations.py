@@ -1,11 +1,14 @@
-"""The activations: which latents each one keeps while training, the loss of its reconstruction, and its gradients.
+"""The activations: which latents each one keeps while training, the loss of its reconstruction, and
+its gradients.
 
-Shapes: n rows, d = d_model, F = d_sae, k = kept latents per row (on average, but for TopK), p kept pairs.
+Shapes: n rows, d = d_model, F = d_sae, k = kept latents per row (on average, but for TopK), p kept
+    pairs.
 
     e = x - x_hat;  main = mean(e^2) / denominator
 
-BatchTopK and its kin keep by a comparison among the rows of a batch, which a single row does not have. So they train a
-threshold beside the weights, and the trained SAE keeps what is above it (train/sae.py).
+BatchTopK and its kin keep by a comparison among the rows of a batch, which a single row does not
+have. So they train a threshold beside the weights, and the trained SAE keeps what is above it
+(train/sae.py).
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ class Main(NamedTuple):
     error: Tensor  # (n, d) e = x - x_hat
     kept: Kept
     bags: Bags  # its pairs by latent
-    gradients: dict[str, Tensor]  # by parameter name; of b_dec, without its path through the encoder
+    gradients: dict[
+        str, Tensor
+    ]  # by parameter name; of b_dec, without its path through the encoder
 
 
 class Activation(Protocol):
@@ -72,9 +77,11 @@ class TopK:
 
 @dataclass(frozen=True)
 class BatchTopK:
-    """The n k largest positive pre-activations of a batch of n rows (Bussmann et al., arXiv 2412.06410).
+    """The n k largest positive pre-activations of a batch of n rows (Bussmann et al., arXiv
+    2412.06410).
 
-    The threshold is one for all latents: the running mean of the smallest value that a batch kept (section 3 there).
+    The threshold is one for all latents: the running mean of the smallest value that a batch kept
+    (section 3 there).
     """
 
     k: int
@@ -96,12 +103,14 @@ class BatchTopK:
 
 @dataclass(frozen=True)
 class JumpReLU:
-    """Every pre-activation above its latent's own threshold theta (Rajamanoharan et al., arXiv 2407.14435).
+    """Every pre-activation above its latent's own threshold theta (Rajamanoharan et al., arXiv
+    2407.14435).
 
         loss = main + l0_coef (L0 / k - 1)^2          L0: mean latents above their threshold (appendix there: a target)
 
-    theta learns by the paper's pseudo-derivatives, a rectangle of width `bandwidth` around it:
-    d f / d theta = -theta / bandwidth and d L0 / d theta = -1 / bandwidth for each pre-activation inside, 0 outside.
+    theta learns by the paper's pseudo-derivatives, a rectangle of width `bandwidth` around it: d f
+    / d theta = -theta / bandwidth and d L0 / d theta = -1 / bandwidth for each pre-activation
+    inside, 0 outside.
     """
 
     k: int
@@ -122,11 +131,15 @@ class JumpReLU:
         error, upstream = _error(sae, centred, kept, denominator)
         towards = kernels.values_gradient(upstream, kept, sae.W_dec)
         excess = active.to(error.dtype).sum() / (len(centred) * self.k) - 1
-        slope = 2 * self.l0_coef * excess / (len(centred) * self.k)  # of the loss, per latent of a row
+        slope = (
+            2 * self.l0_coef * excess / (len(centred) * self.k)
+        )  # of the loss, per latent of a row
         inside = (pairs.values - own).abs() < half
         pull = torch.where(inside, (own * towards + slope) / -self.bandwidth, 0.0)
         bags = kernels.group_by_latent(kept.indices, sae.d_sae)
-        gradients = _gradients(sae, centred, kept, bags, upstream, torch.where(active, towards, 0.0))
+        gradients = _gradients(
+            sae, centred, kept, bags, upstream, torch.where(active, towards, 0.0)
+        )
         gradients["threshold"] = kernels.latent_sums(pull, pairs.indices, sae.d_sae, bags)
         loss = error.square().mean() / denominator + self.l0_coef * excess.square()
         return Main(loss, error, kept, bags, gradients)
@@ -137,7 +150,8 @@ class JumpReLU:
 
 @dataclass(frozen=True)
 class Matryoshka:
-    """BatchTopK whose first F / 2^j latents must reconstruct alone, for every j < nested (arXiv 2503.17547).
+    """BatchTopK whose first F / 2^j latents must reconstruct alone, for every j < nested (arXiv
+    2503.17547).
 
         loss = mean over j of mean((x - x_hat of the first F / 2^j latents)^2) / denominator
 
@@ -154,8 +168,11 @@ class Matryoshka:
 
     def main(self, sae: SAE, centred: Tensor, denominator: float) -> Main:
         kept, levels = BatchTopK(self.k, self.matmul).keep(sae, centred), self.nested
-        ends = torch.tensor([sae.d_sae >> level for level in reversed(range(levels))], device=centred.device)
-        # Bag `row * levels + j` holds the row's pairs that the j-th dictionary adds; bags ascend, as rows do.
+        ends = torch.tensor(
+            [sae.d_sae >> level for level in reversed(range(levels))], device=centred.device
+        )
+        # Bag `row * levels + j` holds the row's pairs that the j-th dictionary adds; bags ascend,
+        # as rows do.
         bags = kept.rows * levels + torch.searchsorted(ends, kept.indices, right=True)
         bags, order = bags.sort(stable=True)
         values, indices, rows = (part[order] for part in kept[:3])
@@ -196,7 +213,9 @@ def activation(config: SAEConfig, matmul: Matmul = "fp32") -> Activation:
 
 
 def reconstruction(sae: SAE, centred: Tensor, kept: Kept, denominator: float) -> Main:
-    """mean(e^2) / denominator and its gradients; a kept value of 0 has none, as ReLU is shut there."""
+    """mean(e^2) / denominator and its gradients; a kept value of 0 has none, as ReLU is shut
+    there.
+    """
     error, upstream = _error(sae, centred, kept, denominator)
     towards = kernels.values_gradient(upstream, kept, sae.W_dec) * (kept.values > 0)
     bags = kernels.group_by_latent(kept.indices, sae.d_sae)
@@ -213,7 +232,9 @@ def _error(sae: SAE, centred: Tensor, kept: Kept, denominator: float) -> tuple[T
 def _gradients(
     sae: SAE, centred: Tensor, kept: Kept, bags: Bags, upstream: Tensor, values: Tensor
 ) -> dict[str, Tensor]:
-    """By parameter, from those at x_hat (n, d) and at the pre-activations of the kept pairs (p,)."""
+    """By parameter, from those at x_hat (n, d) and at the pre-activations of the kept pairs
+    (p,).
+    """
     return {
         "W_enc": kernels.weight_gradient(centred, values, kept.rows, bags).T,
         "W_dec": kernels.weight_gradient(upstream, kept.values, kept.rows, bags),

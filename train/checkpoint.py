@@ -1,10 +1,11 @@
 """Checkpoints: what a killed run needs to end with the same bits as one that was not killed.
 
-checkpoint/step_00001000.safetensors holds the state's tensors, step_00001000.json the rest, the tensors' digest and its
-own. Both are written once under a new name, tensors first; the two newest pairs stay. A pair that is torn or flipped
-is passed over for the one before it.
+checkpoint/step_00001000.safetensors holds the state's tensors, step_00001000.json the rest, the
+tensors' digest and its own. Both are written once under a new name, tensors first; the two newest
+pairs stay. A pair that is torn or flipped is passed over for the one before it.
 
-No random state is kept, because nothing is drawn after the initial weights: a batch is a pure function of (seed, step).
+No random state is kept, because nothing is drawn after the initial weights: a batch is a pure
+function of (seed, step).
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from data import durable, records
+from data import durable
 from data.durable import Buffer, Written
 from data.errors import StoreError
+from data.store import records
 
 _KEEP = 2
 _DTYPES = {torch.float32: "F32", torch.int64: "I64"}  # those of a state
@@ -54,14 +56,19 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[Buffer]:
-    """The parts of a safetensors file (https://github.com/huggingface/safetensors#format), one tensor in memory a time.
+    """The parts of a safetensors file (https://github.com/huggingface/safetensors#format), one
+    tensor in memory a time.
 
     The library's own `save` holds all of them twice: 4 GB more for 32,768 latents at width 2560.
     """
     header, at = dict[str, object](), 0
     for name, tensor in tensors.items():
         span = [at, at + tensor.nbytes]
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": span,
+        }
         at = span[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -71,7 +78,9 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[Buffer]:
 
 
 def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint, if any, and the names of newer damaged ones that were passed over."""
+    """The newest whole checkpoint, if any, and the names of newer damaged ones that were passed
+    over.
+    """
     passed_over: list[str] = []
     for path in _newest_first(folder):
         try:
@@ -82,7 +91,9 @@ def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def oldest(folder: Path) -> int:
-    """The earliest step that training may still fall back to: its start, as long as no second checkpoint is there."""
+    """The earliest step that training may still fall back to: its start, as long as no second
+    checkpoint is there.
+    """
     kept = list(_newest_first(folder))
     return int(kept[-1].stem.removeprefix("step_")) if len(kept) >= _KEEP else 0
 

@@ -19,17 +19,21 @@ def never_fired(d_sae: int, device: torch.device) -> Tensor:
 
 
 def firings(kept: Kept, d_sae: int, bags: Bags | None = None) -> Tensor:
-    """(F,) times that each latent fired in a batch: was kept and positive. Among the k largest with 0 is silence.
+    """(F,) times that each latent fired in a batch: was kept and positive. Among the k largest with
+    0 is silence.
 
     Args:
         bags: the pairs grouped by latent, if that has been done.
     """
     positive = (kept.values > 0).to(kept.values.dtype)
-    return kernels.latent_sums(positive, kept.indices, d_sae, bags)  # sums, because indexing by a mask syncs the device
+    return kernels.latent_sums(
+        positive, kept.indices, d_sae, bags
+    )  # sums, because indexing by a mask syncs the device
 
 
 def count_(silent: Tensor, fired: Tensor, tokens: int) -> None:
-    """Add a batch of `tokens` rows to the counters (F,) of tokens since each latent fired, in place.
+    """Add a batch of `tokens` rows to the counters (F,) of tokens since each latent fired, in
+    place.
 
     Args:
         fired: (F,) times that each latent fired in it.
@@ -45,16 +49,22 @@ def dead_latents(silent: Tensor, dead_after: int) -> Tensor:
 def resample_(sae: SAE, adam: Adam, latents: Tensor, error: Tensor, draw: Tensor) -> None:
     """Restart latents (D,) where the reconstruction is worst off: along the errors of random rows.
 
-    Each reads and writes along the error e of a row, with an encoder as long as the others' along their own
-    directions, no bias, and the optimizer's moments of a latent that it knows nothing of.
+    Each reads and writes along the error e of a row, with an encoder as long as the others' along
+    their own directions, no bias, and the optimizer's moments of a latent that it knows nothing of.
 
     Args:
         error: (n, d) of the batch.
         draw: (D,) numbers of the rows.
     """
     directions = error[draw]
-    directions = directions / torch.linalg.vector_norm(directions, dim=1, keepdim=True).clamp_min_(_TINY)
+    directions = directions / torch.linalg.vector_norm(directions, dim=1, keepdim=True).clamp_min_(
+        _TINY
+    )
     along = (sae.W_enc.T * sae.W_dec).sum(1).mean()
-    sae.W_dec[latents], sae.W_enc.T[latents], sae.b_enc[latents] = directions, directions * along, 0.0
+    sae.W_dec[latents], sae.W_enc.T[latents], sae.b_enc[latents] = (
+        directions,
+        directions * along,
+        0.0,
+    )
     for name in ("W_dec", "W_enc", "b_enc"):
         adam.restart_(name, latents)

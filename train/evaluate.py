@@ -1,6 +1,7 @@
 """How well an SAE reconstructs rows: one accumulator for training batches and for held-out rows.
 
-Sums are float64. With e = x - x_hat on raw rows x (n, d) and mu (d,) the store's mean of the training rows:
+Sums are float64. With e = x - x_hat on raw rows x (n, d) and mu (d,) the store's mean of the
+training rows:
 
     mse                         mean of e^2 over all n d elements
     variance_explained          1 - sum(e^2) / sum((x - mu)^2): centred per dimension, the figure to quote
@@ -41,7 +42,9 @@ class Fidelity:
         self._fired = torch.zeros(d_sae, dtype=torch.bool, device=mean.device)
 
     def add(self, x: Tensor, error: Tensor, kept: Kept) -> None:
-        """Count (n, d) scaled rows, their errors in whatever orthogonal basis, and the latents kept for them."""
+        """Count (n, d) scaled rows, their errors in whatever orthogonal basis, and the latents kept
+        for them.
+        """
         rows, active = x.double(), kept.values > 0
         self._rows += len(x)
         self._sums += torch.stack(
@@ -71,16 +74,22 @@ class Fidelity:
             "mse": squared_error / elements / self._scale**2,
             # Rows that are all the same have no variance to explain.
             "variance_explained": 1 - squared_error / about_mean if about_mean else math.nan,
-            "variance_explained_scalar": 1 - squared_error / elements / variance if variance else math.nan,
+            "variance_explained_scalar": 1 - squared_error / elements / variance
+            if variance
+            else math.nan,
             "l0": active / self._rows,
             "coverage": int(self._fired.sum()) / len(self._fired),
         }
 
 
 class Evaluation:
-    """Figures of an SAE that works on scaled rows, over the first `limit` raw rows or some more (None: all of them)."""
+    """Figures of an SAE that works on scaled rows, over the first `limit` raw rows or some more
+    (None: all of them).
+    """
 
-    def __init__(self, sae: SAE, mean: Tensor, scale: float, limit: int | None, basis: Tensor | None = None) -> None:
+    def __init__(
+        self, sae: SAE, mean: Tensor, scale: float, limit: int | None, basis: Tensor | None = None
+    ) -> None:
         """Nothing is counted yet.
 
         Args:

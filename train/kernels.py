@@ -1,10 +1,12 @@
-"""The sparse autoencoder's arithmetic: exact, deterministic, without autograd, the same functions on CPU and CUDA.
+"""The sparse autoencoder's arithmetic: exact, deterministic, without autograd, the same functions
+on CPU and CUDA.
 
 On CUDA the sparse ones are train/triton_kernels.py's; what is said here of speed is of the CPU.
 
 Shapes: n rows, d = d_model, F = d_sae, k = kept latents per row.
 
-Each function is the fastest exact way found for its phase (one core, d 384, F 4,096, k 32, n 2,048, in ms):
+Each function is the fastest exact way found for its phase (one core, d 384, F 4,096, k 32, n 2,048,
+in ms):
 
     phase                       here                                              ms     otherwise
     encoder product             addmm into one reused buffer, block by block   72     88 (new output, linear)
@@ -14,8 +16,8 @@ Each function is the fastest exact way found for its phase (one core, d 384, F 4
     gradient of one weight      embedding_bag over rows, a bag per latent         2.0    45 (dense), 69 (index_add)
     sort of the n k pairs       once for both weights                             0.6
 
-embedding_bag sums each bag in one thread and in index order, so no result depends on which thread ran when, as
-atomics and index_add would have it.
+embedding_bag sums each bag in one thread and in index order, so no result depends on which thread
+ran when, as atomics and index_add would have it.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from torch.nn.functional import embedding_bag
 
 Matmul = Literal["fp32", "tf32", "bf16"]  # what the operands of the encoder product are rounded to
 
-_BLOCK_BYTES = 16 << 20  # of pre-activations at a time: what top k reads is then still in the last-level cache
+_BLOCK_BYTES = (
+    16 << 20
+)  # of pre-activations at a time: what top k reads is then still in the last-level cache
 _GPU_BLOCK_BYTES = 1 << 30  # on CUDA, where only launches count
 _SAMPLE = 64  # rows by which encode_batch guesses its bound
 _GROUP = 8  # columns per group in the first stage: 4 costs 12 ms, 16 costs 11, 32 costs 13
@@ -41,8 +45,9 @@ _GROUP = 8  # columns per group in the first stage: 4 costs 12 ms, 16 costs 11, 
 class Kept(NamedTuple):
     """The active latents of n rows as p pairs (row, latent), row by row.
 
-    TopK keeps k of each row, other activations as many as there are. What is summed over the pairs of a row is summed
-    over a bag; so `rows` and `starts` may name other bags than rows, as Matryoshka's nested dictionaries do.
+    TopK keeps k of each row, other activations as many as there are. What is summed over the pairs
+    of a row is summed over a bag; so `rows` and `starts` may name other bags than rows, as
+    Matryoshka's nested dictionaries do.
     """
 
     values: Tensor  # (p,) float32 activations, >= 0
@@ -59,7 +64,9 @@ class Kept(NamedTuple):
 
     def active(self) -> Tensor:
         """(n,) int64 latents above 0 in each row."""
-        return torch.zeros_like(self.starts).scatter_add_(0, self.rows, (self.values > 0).to(torch.int64))
+        return torch.zeros_like(self.starts).scatter_add_(
+            0, self.rows, (self.values > 0).to(torch.int64)
+        )
 
 
 class Bags(NamedTuple):
@@ -70,24 +77,31 @@ class Bags(NamedTuple):
 
 
 def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, matmul: Matmul = "fp32") -> Kept:
-    """Keep the k largest of x @ W_enc + b_enc in each row, then ReLU; x is (n, d) and has b_dec subtracted."""
+    """Keep the k largest of x @ W_enc + b_enc in each row, then ReLU; x is (n, d) and has b_dec
+    subtracted.
+    """
     values, indices = x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64)
     for rows, pre in _pre_activations(x, W_enc, b_enc, matmul):
         values[rows], indices[rows] = topk(pre, k)
     return Kept.even(values.relu_(), indices)
 
 
-def encode_above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, matmul: Matmul = "fp32") -> Kept:
-    """Keep what of x @ W_enc + b_enc exceeds `threshold`, () or (F,), or is NaN; values are not cut at 0."""
+def encode_above(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, matmul: Matmul = "fp32"
+) -> Kept:
+    """Keep what of x @ W_enc + b_enc exceeds `threshold`, () or (F,), or is NaN; values are not cut
+    at 0.
+    """
     blocks = _pre_activations(x, W_enc, b_enc, matmul)
     return _joined([_above(pre, threshold, rows.start) for rows, pre in blocks], len(x))
 
 
 def encode_batch(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, matmul: Matmul = "fp32") -> Kept:
-    """Keep the n k largest of all of x @ W_enc + b_enc that are positive, or fewer if there are not so many.
+    """Keep the n k largest of all of x @ W_enc + b_enc that are positive, or fewer if there are not
+    so many.
 
-    What is below a bound that half as many again of a sample's values exceed is dropped block by block; should that
-    leave too few, all that is positive is looked at.
+    What is below a bound that half as many again of a sample's values exceed is dropped block by
+    block; should that leave too few, all that is positive is looked at.
     """
     zero, found, bound = x.new_zeros(()), [], None
     for rows, pre in _pre_activations(x, W_enc, b_enc, matmul):
@@ -107,10 +121,17 @@ def encode_batch(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, matmul: Matmul
 
 
 def _above(pre: Tensor, threshold: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, columns and rows of what exceeds `threshold`, or is NaN; `first` is the number of the first row."""
+    """Values, columns and rows of what exceeds `threshold`, or is NaN; `first` is the number of the
+    first row.
+    """
     mask = (pre <= threshold).logical_not_()
-    # Device sync: nonzero must know how many there are. On the CPU numpy's is several times as fast.
-    flat = mask.view(-1).nonzero().view(-1) if pre.is_cuda else torch.from_numpy(np.flatnonzero(mask.numpy()))
+    # Device sync: nonzero must know how many there are. On the CPU numpy's is several times as
+    # fast.
+    flat = (
+        mask.view(-1).nonzero().view(-1)
+        if pre.is_cuda
+        else torch.from_numpy(np.flatnonzero(mask.numpy()))
+    )
     rows = flat.div(pre.shape[1], rounding_mode="floor")
     return pre.view(-1)[flat], flat - rows * pre.shape[1], rows + first
 
@@ -124,7 +145,9 @@ def _starts(rows: Tensor, n: int) -> Tensor:
     return torch.searchsorted(rows, torch.arange(n, device=rows.device))
 
 
-def _pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, matmul: Matmul) -> Iterator[tuple[slice, Tensor]]:
+def _pre_activations(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, matmul: Matmul
+) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of rows of x @ W_enc + b_enc, each valid until the next."""
     n, width = len(x), len(b_enc)
     block_bytes = _GPU_BLOCK_BYTES if x.is_cuda else _BLOCK_BYTES
@@ -144,13 +167,19 @@ def _pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, matmul: Matmul) ->
 
 
 def _bf16_product(x: Tensor, W_enc: Tensor, out: Tensor) -> Tensor:
-    """x @ W_enc of bfloat16 operands into the float32 `out`; sums are float32, on the CPU rounded to bfloat16 after."""
-    return torch.mm(x, W_enc, out_dtype=torch.float32, out=out) if x.is_cuda else out.copy_(x @ W_enc)
+    """x @ W_enc of bfloat16 operands into the float32 `out`; sums are float32, on the CPU rounded
+    to bfloat16 after.
+    """
+    return (
+        torch.mm(x, W_enc, out_dtype=torch.float32, out=out) if x.is_cuda else out.copy_(x @ W_enc)
+    )
 
 
 @contextmanager
 def _tf32(on: bool) -> Iterator[None]:
-    """Let CUDA round operands of float32 products to TF32's 10 bits, or forbid it; the former setting comes back."""
+    """Let CUDA round operands of float32 products to TF32's 10 bits, or forbid it; the former
+    setting comes back.
+    """
     settings = torch.backends.cuda.matmul
     before, settings.fp32_precision = settings.fp32_precision, "tf32" if on else "ieee"
     try:
@@ -162,9 +191,10 @@ def _tf32(on: bool) -> Iterator[None]:
 def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row of (n, F), exactly, in no particular order: values and indices.
 
-    They lie in the k groups of columns with the largest maxima. Group g holds columns g, g + F/8, g + 2F/8, ...:
-    so strided, maxima are four times as fast as over neighbours. Of values equal to the k-th largest, which ones are
-    kept is fixed for given bits, but unspecified. NaN counts as largest, so that it cannot hide.
+    They lie in the k groups of columns with the largest maxima. Group g holds columns g, g + F/8, g
+    + 2F/8, ...: so strided, maxima are four times as fast as over neighbours. Of values equal to
+    the k-th largest, which ones are kept is fixed for given bits, but unspecified. NaN counts as
+    largest, so that it cannot hide.
     """
     if x.is_cuda:  # only CUDA builds of torch bring Triton
         from train import triton_kernels
@@ -192,7 +222,9 @@ def _largest(x: Tensor, k: int) -> Tensor:
 
 
 def _threshold_mask(x: NDArray[np.float32], k: int) -> NDArray[np.bool_]:
-    """(n, F) true at the k largest of each row, by a partition (five times as fast as torch.topk's selection)."""
+    """(n, F) true at the k largest of each row, by a partition (five times as fast as torch.topk's
+    selection).
+    """
     width = x.shape[1]
     threshold = np.partition(x, width - k, axis=1)[:, width - k, None]
     mask = x >= threshold
@@ -210,11 +242,15 @@ def decode(kept: Kept, W_dec: Tensor) -> Tensor:
         from train import triton_kernels
 
         return triton_kernels.decode(kept.values, kept.indices, kept.starts, W_dec)
-    return embedding_bag(kept.indices, W_dec, kept.starts, mode="sum", per_sample_weights=kept.values)
+    return embedding_bag(
+        kept.indices, W_dec, kept.starts, mode="sum", per_sample_weights=kept.values
+    )
 
 
 def values_gradient(upstream: Tensor, kept: Kept, W_dec: Tensor) -> Tensor:
-    """(p,) each pair's direction times its bag's `upstream` (bags, d): the gradient of its value."""
+    """(p,) each pair's direction times its bag's `upstream` (bags, d): the gradient of its
+    value.
+    """
     if W_dec.is_cuda:
         from train import triton_kernels
 
@@ -226,20 +262,28 @@ def values_gradient(upstream: Tensor, kept: Kept, W_dec: Tensor) -> Tensor:
 
 
 def group_by_latent(indices: Tensor, d_sae: int) -> Bags:
-    """Sort the pairs with latents `indices` (p,) by latent; the sort is stable, so that sums have one order."""
+    """Sort the pairs with latents `indices` (p,) by latent; the sort is stable, so that sums have
+    one order.
+    """
     latents, order = indices.to(torch.int32).sort(stable=True)
     every = torch.arange(d_sae, dtype=torch.int32, device=indices.device)
     return Bags(order, torch.searchsorted(latents, every))
 
 
 def weight_gradient(source: Tensor, weights: Tensor, rows: Tensor, bags: Bags) -> Tensor:
-    """(F, d) for each latent, the sum over its pairs of `source` (m, d) at `rows` (p,), times `weights` (p,)."""
+    """(F, d) for each latent, the sum over its pairs of `source` (m, d) at `rows` (p,), times
+    `weights` (p,).
+    """
     order = bags.order
     if source.is_cuda:
         from train import triton_kernels
 
-        return triton_kernels.weight_gradient(source, weights, order, rows[order], bags.starts, len(bags.starts))
-    return embedding_bag(rows[order], source, bags.starts, mode="sum", per_sample_weights=weights[order])
+        return triton_kernels.weight_gradient(
+            source, weights, order, rows[order], bags.starts, len(bags.starts)
+        )
+    return embedding_bag(
+        rows[order], source, bags.starts, mode="sum", per_sample_weights=weights[order]
+    )
 
 
 def latent_sums(weights: Tensor, indices: Tensor, d_sae: int, bags: Bags | None = None) -> Tensor:

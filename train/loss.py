@@ -10,8 +10,9 @@ Shapes: n rows, d = d_model, F = d_sae, k = kept latents per row, D = dead laten
     aux    = aux_coef * mean((e_hat - e)^2)                   aux_norm=raw
              aux_coef * mean((e_hat - e)^2) / mean((mean_n(e) - e)^2)            aux_norm=variance, NaN counts as 0
 
-AuxK works on its dead columns by dense products. By gathers it would cost less only once 64 % of the dictionary were
-dead (d 2560, F 32,768, k_aux 512: 5 x 1,154 ms x share against 1,154 ms x share + 4 x (114 + 137 + 2 x 244) ms).
+AuxK works on its dead columns by dense products. By gathers it would cost less only once 64 % of
+the dictionary were dead (d 2560, F 32,768, k_aux 512: 5 x 1,154 ms x share against 1,154 ms x share
++ 4 x (114 + 137 + 2 x 244) ms).
 """
 
 from __future__ import annotations
@@ -57,12 +58,14 @@ def losses(
     mean_variance: float,
     group: Group,
 ) -> Losses:
-    """Loss and gradients of one batch, or of this process's share of it: their means over `group` are the batch's.
+    """Loss and gradients of one batch, or of this process's share of it: their means over `group`
+    are the batch's.
 
     Args:
         x: (n, d) rows, scaled.
         dead: (D,) indices of the dead latents.
-        mean_variance: the rows' per-dimension variance, averaged over dimensions; used by aux_norm=variance alone.
+        mean_variance: the rows' per-dimension variance, averaged over dimensions; used by
+            aux_norm=variance alone.
     """
     centred = x - sae.b_dec
     main = activation.main(sae, centred, 1.0 if config.aux_norm == "raw" else mean_variance)
@@ -78,7 +81,9 @@ def losses(
     return Losses(main.loss + aux_loss, aux_loss, main.error, main.kept, main.bags, gradients)
 
 
-def _aux(sae: SAE, centred: Tensor, error: Tensor, dead: Tensor, config: SAEConfig, group: Group) -> _Aux:
+def _aux(
+    sae: SAE, centred: Tensor, error: Tensor, dead: Tensor, config: SAEConfig, group: Group
+) -> _Aux:
     """AuxK: the dead latents learn to reconstruct what the living ones leave over."""
     W_enc, W_dec = sae.W_enc.T[dead], sae.W_dec[dead]  # (D, d) both
     pre = torch.addmm(sae.b_enc[dead], centred, W_enc.T)  # (n, D)
@@ -89,13 +94,19 @@ def _aux(sae: SAE, centred: Tensor, error: Tensor, dead: Tensor, config: SAEConf
         factor /= group.mean_((group.mean_(error.mean(0)) - error).square().mean())
     loss = factor * residual.square().mean()
     finite = ~loss.isnan()
-    upstream = residual * torch.where(finite, factor * (2 / residual.numel()), 0.0)  # d loss / d e_hat
+    upstream = residual * torch.where(
+        finite, factor * (2 / residual.numel()), 0.0
+    )  # d loss / d e_hat
     inner = (upstream @ W_dec.T) * (activations > 0)  # (n, D)
-    return _Aux(torch.where(finite, loss, 0.0), inner.T @ centred, activations.T @ upstream, inner.sum(0))
+    return _Aux(
+        torch.where(finite, loss, 0.0), inner.T @ centred, activations.T @ upstream, inner.sum(0)
+    )
 
 
 def _keep_largest(pre: Tensor, k: int) -> Tensor:
-    """`pre` (n, D) with all but the k largest of each row set to 0; all of it if there are no more than k."""
+    """`pre` (n, D) with all but the k largest of each row set to 0; all of it if there are no more
+    than k.
+    """
     if pre.shape[1] <= k:
         return pre
     values, indices = kernels.topk(pre, k)

@@ -1,10 +1,13 @@
 """Adam, and its learning rate as a pure function of the step.
 
-Left out, because measurement found no use for them (embedded model, layers 5 and 8, 544 steps, lr 1e-2):
-- clipping the global gradient norm at 1.0, as the reference does on unscaled rows: with rows scaled to E||x|| = sqrt(d)
-  the norm is 0.55 at the first step and 0.02 later, so it never acts. A batch that is not finite stops the run instead.
-- removing the gradient along each decoder direction before Adam (Gao et al., appendix A): held-out variance explained
-  .9759 and .9606 with it, .9756 and .9605 without; projecting at every step instead of every tenth, .9752 and .9600.
+Left out, because measurement found no use for them (embedded model, layers 5 and 8, 544 steps, lr
+1e-2): - clipping the global gradient norm at 1.0, as the reference does on unscaled rows: with rows
+scaled to E||x|| = sqrt(d)
+  the norm is 0.55 at the first step and 0.02 later, so it never acts. A batch that is not finite
+  stops the run instead.
+- removing the gradient along each decoder direction before Adam (Gao et al., appendix A): held-out
+  variance explained .9759 and .9606 with it, .9756 and .9605 without; projecting at every step
+  instead of every tenth, .9752 and .9600.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ from torch import Tensor
 from data.errors import SettingError
 
 DECAYS = ("cosine", "linear")
-# Gradients of a mean over rows and dimensions are tiny: with the usual 1e-8 a latent that fires rarely would learn
-# nothing. openai/sparse_autoencoder train.py has this value.
+# Gradients of a mean over rows and dimensions are tiny: with the usual 1e-8 a latent that fires
+# rarely would learn nothing. openai/sparse_autoencoder train.py has this value.
 _EPS = 6.25e-10
 # lr=auto, from the best rates of docs/method.md.
 _AUTO_LR, _AUTO_STEPS, _AUTO_D_SAE = 1.2e-2, 146, 4096
@@ -29,7 +32,9 @@ _AUTO_LEAST, _AUTO_MOST = 1e-4, 1.5e-2
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Adam's schedule. Defaults: caiovicentino/mechreward scripts/train_sae_qwen35.py (the reference)."""
+    """Adam's schedule. Defaults: caiovicentino/mechreward scripts/train_sae_qwen35.py (the
+    reference).
+    """
 
     lr: float | str = 2e-4  # after warm-up; "auto" goes by the dictionary and the run's length
     lr_floor: float = 6e-5  # at the last step
@@ -49,7 +54,9 @@ class OptimConfig:
             raise SettingError(f"optim.decay={self.decay} must be one of {', '.join(DECAYS)}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise SettingError(f"optim.{name}={getattr(self, name)} must be at least 0 and below 1")
+                raise SettingError(
+                    f"optim.{name}={getattr(self, name)} must be at least 0 and below 1"
+                )
         if not (math.isfinite(self.lr_floor) and self.lr_floor >= 0):
             raise SettingError(f"optim.lr_floor={self.lr_floor} must be 0 or a positive number")
         if not isinstance(self.lr, str) and self.lr_floor > self.lr:
@@ -58,21 +65,30 @@ class OptimConfig:
                 f"for example optim.lr={self.lr} optim.lr_floor={0.3 * self.lr:.2g}"
             )
         if self.warmup_steps is not None and self.warmup_steps < 0:
-            raise SettingError(f"optim.warmup_steps={self.warmup_steps} must be 0 or more, or null for 5 % of the run")
+            raise SettingError(
+                f"optim.warmup_steps={self.warmup_steps} must be 0 or more, or null for 5 % of the run"
+            )
         if self.project_every < 1:
-            raise SettingError(f"optim.project_every={self.project_every} must be at least 1 (optimizer steps)")
+            raise SettingError(
+                f"optim.project_every={self.project_every} must be at least 1 (optimizer steps)"
+            )
 
 
 def resolved(config: OptimConfig, d_sae: int, steps: int) -> OptimConfig:
     """With lr as a number: what `auto` means for a dictionary and a run's length in steps."""
     if config.lr != "auto":
         return config
-    lr = _AUTO_LR * (steps / _AUTO_STEPS) ** -_AUTO_BY_STEPS * (d_sae / _AUTO_D_SAE) ** -_AUTO_BY_D_SAE
+    lr = (
+        _AUTO_LR
+        * (steps / _AUTO_STEPS) ** -_AUTO_BY_STEPS
+        * (d_sae / _AUTO_D_SAE) ** -_AUTO_BY_D_SAE
+    )
     return replace(config, lr=min(max(lr, _AUTO_LEAST), _AUTO_MOST))
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """The rate of step 0 ... steps - 1: linear warm-up to `lr`, then a decay that reaches `lr_floor` at the last.
+    """The rate of step 0 ... steps - 1: linear warm-up to `lr`, then a decay that reaches
+    `lr_floor` at the last.
 
     Args:
         config: resolved.
@@ -110,13 +126,16 @@ class Adam:
         self._adam.zero_grad()
 
     def restart_(self, name: str, latents: Tensor) -> None:
-        """Set some latents' moments of a parameter to 0 and to the mean of all latents' second moments.
+        """Set some latents' moments of a parameter to 0 and to the mean of all latents' second
+        moments.
 
-        With a second moment of 0 their first step would be the largest there is, and most of them would die again
-        (docs/method.md).
+        With a second moment of 0 their first step would be the largest there is, and most of them
+        would die again (docs/method.md).
         """
         state = self._adam.state[self._parameters[name]]
-        first, second = (state[kind].T if name == "W_enc" else state[kind] for kind in ("exp_avg", "exp_avg_sq"))
+        first, second = (
+            state[kind].T if name == "W_enc" else state[kind] for kind in ("exp_avg", "exp_avg_sq")
+        )
         first[latents] = 0.0
         second[latents] = second.mean(0)
 

@@ -1,8 +1,8 @@
 """Data-parallel training: every process has all weights and takes its share of each batch's rows.
 
-`accelerate launch` and torchrun set RANK, WORLD_SIZE and LOCAL_RANK; nothing else of them is used. Losses, gradients
-and firings are added up over the processes, so that each makes the same step on the same weights, and dead latents are
-those that no process saw fire. Process 0 alone writes.
+`accelerate launch` and torchrun set RANK, WORLD_SIZE and LOCAL_RANK; nothing else of them is used.
+Losses, gradients and firings are added up over the processes, so that each makes the same step on
+the same weights, and dead latents are those that no process saw fire. Process 0 alone writes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Group:
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace `tensor` by its sum over the processes; it."""
         if self.world > 1:
-            # W_enc's gradient is the transpose of a contiguous one, which is what a reduction must have.
+            # W_enc's gradient is the transpose of a contiguous one, which is what a reduction must
+            # have.
             dist.all_reduce(tensor if tensor.is_contiguous() else tensor.T)
         return tensor
 

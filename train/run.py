@@ -13,17 +13,21 @@ import yaml
 
 from data import durable
 from data.errors import MismatchError, StoreError, differences
-from data.store import Store
+from data.store.store import Store
 
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoint"
-TIMINGS = "timings.jsonl"  # apart from the metrics, which a run that was killed repeats byte for byte
+TIMINGS = (
+    "timings.jsonl"  # apart from the metrics, which a run that was killed repeats byte for byte
+)
 
 
 def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
     """What the bits of a run depend on besides its settings."""
     return {
         **({"processes": processes} if processes > 1 else {}),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.machine(),
         "cpu_threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
@@ -35,16 +39,27 @@ def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
 def source_of(store: Store) -> dict[str, Any]:
     """What a store was harvested from, for those who use an SAE without it."""
     model = {key: store.manifest["model"].get(key) for key in ("revision", "weights", "n_layers")}
-    return {"model": store.manifest["model"]["id"], **model, "text": text_of(store), "context": store.context}
+    return {
+        "model": store.manifest["model"]["id"],
+        **model,
+        "text": text_of(store),
+        "context": store.context,
+    }
 
 
 def text_of(store: Store) -> str:
     """What a store's text is called."""
     text = store.manifest["text"]
-    return str(text["dataset"]) if text["kind"] == "hub" else ", ".join(text.get("sources", [text["kind"]]))
+    return (
+        str(text["dataset"])
+        if text["kind"] == "hub"
+        else ", ".join(text.get("sources", [text["kind"]]))
+    )
 
 
-def agree(run: Path, settings: Mapping[str, Any], facts: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+def agree(
+    run: Path, settings: Mapping[str, Any], facts: Mapping[str, Any], here: Mapping[str, Any]
+) -> list[str]:
     """Write config.yaml in a new run; in an old one, compare with it. Lines to tell the user.
 
     Args:
@@ -56,9 +71,15 @@ def agree(run: Path, settings: Mapping[str, Any], facts: Mapping[str, Any], here
         MismatchError: the run was started with other settings.
     """
     if not (run / CONFIG).exists():
-        foreign = [file.name for file in run.iterdir() if file.name != CHECKPOINTS and not durable.is_temporary(file)]
+        foreign = [
+            file.name
+            for file in run.iterdir()
+            if file.name != CHECKPOINTS and not durable.is_temporary(file)
+        ]
         if foreign:
-            raise StoreError(f"{run} is no run and holds other files ({foreign[0]}); choose another run=")
+            raise StoreError(
+                f"{run} is no run and holds other files ({foreign[0]}); choose another run="
+            )
         whole = {"settings": settings, **facts, "environment": here}
         durable.write(run / CONFIG, [yaml.safe_dump(whole, sort_keys=False).encode()])
         return []
@@ -83,8 +104,12 @@ def read_config(run: Path) -> dict[str, Any]:
         raise StoreError(f"no run at {run}; train one with `python -m train store=... run={run}`")
     try:
         recorded = yaml.safe_load(path.read_bytes())
-        if not isinstance(recorded["settings"], dict) or not isinstance(recorded["environment"], dict):
+        if not isinstance(recorded["settings"], dict) or not isinstance(
+            recorded["environment"], dict
+        ):
             raise TypeError("settings")
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise StoreError(f"{path} is not what training wrote; restore it, or choose another run=") from error
+        raise StoreError(
+            f"{path} is not what training wrote; restore it, or choose another run="
+        ) from error
     return dict(recorded)

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from data.errors import SettingError, StoreError
+from data.errors import SettingError
 from train import kernels
 from train.kernels import Kept
 
@@ -25,27 +23,40 @@ WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec")
 
 @dataclass(frozen=True)
 class SAEConfig:
-    """The dictionary and its loss. Defaults: caiovicentino/mechreward scripts/train_sae_qwen35.py (the reference)."""
+    """The dictionary and its loss. Defaults: caiovicentino/mechreward scripts/train_sae_qwen35.py
+    (the reference).
+    """
 
     activation: str = "topk"  # one of ACTIVATIONS
     d_sae: int = 32_768  # latents
     k: int = 128  # latents kept per row: exactly in topk, on average in the others
-    aux_coef: float = 0.125  # weight of the AuxK loss; 0 turns it off. Gao et al. have 1/32 with aux_norm=variance
+    # weight of the AuxK loss; 0 turns it off. Gao et al. have 1/32 with aux_norm=variance
+    aux_coef: float = 0.125
     k_aux: int = 512  # dead latents that reconstruct the error of each row
-    aux_norm: str = "raw"  # "raw" as the reference, "variance" as Gao et al. (arXiv 2406.04093); see train/loss.py
-    # Tokens without firing that make a latent dead (Gao et al., section 2.4); None: 1/25 of the run, at most 10e6.
+    # "raw" as the reference, "variance" as Gao et al. (arXiv 2406.04093); see train/loss.py
+    aux_norm: str = "raw"
+    # Tokens without firing that make a latent dead (Gao et al., section 2.4); None: 1/25 of the
+    # run, at most 10e6.
     dead_after: int | None = 10_000_000
     init: str = "random"  # decoder directions at the start: one of INITS
-    rotate: bool = False  # train in the rows' principal axes, where Adam scales each by itself; the file is on raw rows
-    # Restart latents silent for three times as long, along what is left over, in the first 80 % of the run.
+    # train in the rows' principal axes, where Adam scales each by itself; the file is on raw rows
+    rotate: bool = False
+    # Restart latents silent for three times as long, along what is left over, in the first 80 % of
+    # the run.
     resample: bool = False
-    nested: int = 5  # matryoshka: dictionaries of the first F / 2^(nested - 1), ..., F / 2, F latents
+    nested: int = (
+        5  # matryoshka: dictionaries of the first F / 2^(nested - 1), ..., F / 2, F latents
+    )
     l0_coef: float = 1.0  # jumprelu: weight of (L0 / k - 1)^2
-    bandwidth: float = 0.1  # jumprelu: of the threshold's gradient, in units of rows scaled to E||x|| = sqrt(d)
+    bandwidth: float = (
+        0.1  # jumprelu: of the threshold's gradient, in units of rows scaled to E||x|| = sqrt(d)
+    )
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
-            raise SettingError(f"sae.activation={self.activation!r} must be one of {', '.join(ACTIVATIONS)}")
+            raise SettingError(
+                f"sae.activation={self.activation!r} must be one of {', '.join(ACTIVATIONS)}"
+            )
         if self.init not in INITS:
             raise SettingError(f"sae.init={self.init!r} must be one of {', '.join(INITS)}")
         for name in ("d_sae", "k", "k_aux", "dead_after", "nested"):
@@ -55,16 +66,24 @@ class SAEConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise SettingError(f"sae.{name}={value!r} must be a whole number of at least 1")
         if self.k > self.d_sae:
-            raise SettingError(f"sae.k={self.k} must be at most sae.d_sae={self.d_sae}: so many latents can be kept")
+            raise SettingError(
+                f"sae.k={self.k} must be at most sae.d_sae={self.d_sae}: so many latents can be kept"
+            )
         for name in ("aux_coef", "l0_coef"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise SettingError(f"sae.{name}={getattr(self, name)} must be 0 or a positive number")
+                raise SettingError(
+                    f"sae.{name}={getattr(self, name)} must be 0 or a positive number"
+                )
         if not (math.isfinite(self.bandwidth) and self.bandwidth > 0):
             raise SettingError(f"sae.bandwidth={self.bandwidth} must be a positive number")
         if self.activation == "matryoshka" and self.d_sae >> (self.nested - 1) < 1:
-            raise SettingError(f"sae.nested={self.nested} halvings leave nothing of sae.d_sae={self.d_sae}; lower it")
+            raise SettingError(
+                f"sae.nested={self.nested} halvings leave nothing of sae.d_sae={self.d_sae}; lower it"
+            )
         if self.aux_norm not in AUX_NORMS:
-            raise SettingError(f"sae.aux_norm={self.aux_norm!r} must be one of {', '.join(AUX_NORMS)}")
+            raise SettingError(
+                f"sae.aux_norm={self.aux_norm!r} must be one of {', '.join(AUX_NORMS)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -76,11 +95,13 @@ class SAE:
                 pre where it is above the threshold, else 0                     BatchTopK, JumpReLU, Matryoshka
         x_hat = f @ W_dec + b_dec
 
-    Latent i reads along the column W_enc[:, i] and writes along the row W_dec[i], which has norm 1 ("decoder column" in
-    papers that write the decoder transposed).
+    Latent i reads along the column W_enc[:, i] and writes along the row W_dec[i], which has norm 1
+    ("decoder column" in papers that write the decoder transposed).
     """
 
-    W_enc: Tensor  # (d, F); while training, the transpose of a contiguous (F, d): its gradient comes latent by latent
+    # (d, F); while training, the transpose of a contiguous (F, d): its gradient comes latent by
+    # latent
+    W_enc: Tensor
     W_dec: Tensor  # (F, d)
     b_enc: Tensor  # (F,)
     b_dec: Tensor  # (d,)
@@ -96,7 +117,9 @@ class SAE:
         return len(self.b_enc)
 
     def encode(self, x: Tensor) -> Kept:
-        """The kept latents of (n, d) rows; in TopK k a row, with value 0 where fewer are positive."""
+        """The kept latents of (n, d) rows; in TopK k a row, with value 0 where fewer are
+        positive.
+        """
         centred = x.to(self.W_enc.dtype) - self.b_dec
         if self.threshold is None:
             return kernels.encode(centred, self.W_enc, self.b_enc, self.k)
@@ -114,7 +137,9 @@ class SAE:
         return SAE(**{name: tensor.to(device) for name, tensor in self.tensors().items()}, k=self.k)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The weights, and the threshold if there is one, in the order that the optimizer and the files have."""
+        """The weights, and the threshold if there is one, in the order that the optimizer and the
+        files have.
+        """
         threshold = {} if self.threshold is None else {"threshold": self.threshold}
         return {**{name: getattr(self, name) for name in WEIGHTS}, **threshold}
 
@@ -124,10 +149,11 @@ class SAE:
         self.W_dec.div_(norms.clamp_min_(torch.finfo(norms.dtype).tiny))
 
     def folded(self, scale: float, basis: Tensor | None = None) -> SAE:
-        """The same autoencoder on raw rows x, given that this one works on scale * x, or on scale * x @ basis.
+        """The same autoencoder on raw rows x, given that this one works on scale * x, or on scale *
+        x @ basis.
 
-        TopK, ReLU and comparing commute with a positive factor, so only biases and threshold change: f and x_hat come
-        out divided by `scale`, as raw rows are.
+        TopK, ReLU and comparing commute with a positive factor, so only biases and threshold
+        change: f and x_hat come out divided by `scale`, as raw rows are.
 
         Args:
             basis: (d, d) orthogonal.
@@ -140,47 +166,17 @@ class SAE:
 
 
 def initial(config: SAEConfig, b_dec: Tensor, seed: int) -> SAE:
-    """The SAE before its first step: random unit directions, encoder = decoder transposed, no encoder bias.
+    """The SAE before its first step: random unit directions, encoder = decoder transposed, no
+    encoder bias.
 
     A pure function of (config, b_dec, seed): drawn on the CPU, whatever the device.
     """
     generator = torch.Generator().manual_seed(seed)
     W_dec = torch.randn(config.d_sae, len(b_dec), generator=generator).to(b_dec.device)
     threshold = None if config.activation == "topk" else b_dec.new_zeros(config.d_sae)
-    sae = SAE(W_dec.clone().T, W_dec, b_dec.new_zeros(config.d_sae), b_dec.clone(), config.k, threshold)
+    sae = SAE(
+        W_dec.clone().T, W_dec, b_dec.new_zeros(config.d_sae), b_dec.clone(), config.k, threshold
+    )
     sae.project_()
     sae.W_enc.copy_(W_dec.T)
     return sae
-
-
-def load(path: Path, device: torch.device | str = "cpu") -> SAE:
-    """The SAE in a sae_final.pt, on raw rows.
-
-    Raises:
-        StoreError: the file is missing, unreadable, or not the four tensors and k.
-    """
-    if not path.is_file():
-        raise StoreError(f"no SAE at {path}; train one with `python -m train store=... run={path.parent}`")
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for a file that is not its own
-        way_out = f"`python -m train ... run={path.parent}` writes it again from the last checkpoint"
-        raise StoreError(f"{path} cannot be read as an SAE ({type(error).__name__}); {way_out}") from error
-    return _checked(path, content)
-
-
-def _checked(path: Path, content: Any) -> SAE:
-    if not isinstance(content, dict) or set(content) - {"threshold"} != {*WEIGHTS, "k"}:
-        raise StoreError(f"{path} is not an SAE: expected the keys {', '.join(WEIGHTS)}, k, and perhaps threshold")
-    for name in content.keys() - {"k"}:
-        if not isinstance(content[name], Tensor):
-            raise StoreError(f"{path}: {name} is not a tensor but {type(content[name]).__name__}")
-    k, tensors = int(content["k"]), {name: content[name].float() for name in content if name != "k"}
-    d, d_sae = tensors["b_dec"].numel(), tensors["b_enc"].numel()
-    shapes = {"W_enc": (d, d_sae), "W_dec": (d_sae, d), "b_enc": (d_sae,), "b_dec": (d,), "threshold": (d_sae,)}
-    for name, tensor in tensors.items():
-        if tuple(tensor.shape) != shapes[name]:
-            raise StoreError(f"{path}: {name} has shape {tuple(tensor.shape)}, its biases say {shapes[name]}")
-    if not 1 <= k <= d_sae:
-        raise StoreError(f"{path}: k is {k}, allowed is 1 to {d_sae}")
-    return SAE(**tensors, k=k)

@@ -1,4 +1,5 @@
-"""Where training starts from, if it starts from rows: a basis, decoder directions, the encoder's scale.
+"""Where training starts from, if it starts from rows: a basis, decoder directions, the encoder's
+scale.
 
 Shapes: n rows, d = d_model, F = d_sae.
 
@@ -31,11 +32,13 @@ def principal_axes(centred: Tensor) -> Tensor:
 
 
 def from_rows_(sae: SAE, centred: Tensor, whiten: bool) -> None:
-    """Set the decoder's directions to those of rows about their mean, and the encoder to the same, scaled.
+    """Set the decoder's directions to those of rows about their mean, and the encoder to the same,
+    scaled.
 
-    `whiten` divides each axis by the fourth root of its variance first: half of whitening. The scale is the one by
-    which the first reconstructions are the best multiple of themselves, <x, x_hat> / |x_hat|^2: TopK keeps the same
-    latents whatever it is. Directions for which there is no row stay random.
+    `whiten` divides each axis by the fourth root of its variance first: half of whitening. The
+    scale is the one by which the first reconstructions are the best multiple of themselves, <x,
+    x_hat> / |x_hat|^2: TopK keeps the same latents whatever it is. Directions for which there is no
+    row stay random.
 
     Args:
         centred: (n, d) rows less b_dec.

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.errors import StopRequest
-from data.reader import Policy, Reader, held_out
-from data.store import Store
+from data.rows.reader import Reader
+from data.rows.split import Policy, held_out
+from data.store.store import Store
 
 
 class Rows(Protocol):
@@ -28,7 +29,9 @@ class Rows(Protocol):
     variance: NDArray[np.float64]  # (d,)
 
     def batches(self, start: int) -> Iterator[Tensor]:
-        """Batch number `start` and all later ones, each (batch, d), good until the next is asked for."""
+        """Batch number `start` and all later ones, each (batch, d), good until the next is asked
+        for.
+        """
         ...
 
 
@@ -100,7 +103,9 @@ class Stream:
     identity: str  # digest of the store
     reader: Rows
     held_out: Callable[[], Iterator[Tensor]]  # (n, d) batches of all held-out rows
-    _first: list[Tensor] = field(default_factory=list)  # what `first` found, for the other arms of a sweep
+    _first: list[Tensor] = field(
+        default_factory=list
+    )  # what `first` found, for the other arms of a sweep
 
     def first(self, rows: int) -> Tensor:
         """(rows, d) the first rows of the stream; read once, however many runs ask."""

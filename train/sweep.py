@@ -1,7 +1,7 @@
 """Which arms of a sweep are trained on one read, and what they need of memory.
 
-Arms share a read if they take the same batches: same store, batch, data_seed and policy, whatever their layers. Of
-those, as many go into one pass as fit into the device's memory.
+Arms share a read if they take the same batches: same store, batch, data_seed and policy, whatever
+their layers. Of those, as many go into one pass as fit into the device's memory.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import torch
 from data import device as devices
 from data.errors import SettingError
 from data.journal import size, tell
-from train.loop import Arm, Outcome, train_together
+from train.arm import Arm, Outcome
+from train.loop import train_together
 
 _ROOM = 0.9  # of the free memory that is planned with
 _STATE = 3  # tensors of each parameter's size: itself, and Adam's two moments
-_ROW_BUFFERS = 8  # (batch, d) float32 at a time: rows, centred rows, reconstruction, error, gradient, ...
+_ROW_BUFFERS = (
+    8  # (batch, d) float32 at a time: rows, centred rows, reconstruction, error, gradient, ...
+)
 
 
 def arm_bytes(arm: Arm) -> int:
@@ -28,7 +31,9 @@ def arm_bytes(arm: Arm) -> int:
 
 
 def step_bytes(arm: Arm) -> int:
-    """Memory that an arm needs while it makes a step, which it leaves to the next one: gradients, pre-activations."""
+    """Memory that an arm needs while it makes a step, which it leaves to the next one: gradients,
+    pre-activations.
+    """
     d, d_sae, batch = arm.stream.reader.d_model, arm.config.sae.d_sae, arm.config.batch
     pairs = 4 * 12 * batch * arm.config.sae.k
     return 4 * (2 * d * d_sae + _ROW_BUFFERS * batch * d) + min(4 * batch * d_sae, 1 << 30) + pairs
@@ -42,7 +47,11 @@ def passes(arms: Sequence[Arm], free: int | None) -> list[list[int]]:
     """
     found: list[list[int]] = []
     for group in _sharing(arms):
-        room = None if free is None else int(_ROOM * free) - max(step_bytes(arms[number]) for number in group)
+        room = (
+            None
+            if free is None
+            else int(_ROOM * free) - max(step_bytes(arms[number]) for number in group)
+        )
         held, current = 0, list[int]()
         for number in group:
             held += arm_bytes(arms[number])
@@ -81,7 +90,9 @@ def train_sweep(arms: Sequence[Arm], device: torch.device) -> list[Outcome]:
         tell(line)
     outcomes: dict[int, Outcome] = {}
     for numbers in planned:
-        outcomes |= zip(numbers, train_together([arms[number] for number in numbers], device), strict=True)
+        outcomes |= zip(
+            numbers, train_together([arms[number] for number in numbers], device), strict=True
+        )
     return [outcomes[number] for number in range(len(arms))]
 
 
@@ -90,7 +101,11 @@ def announcement(arms: Sequence[Arm], planned: Sequence[Sequence[int]]) -> list[
     heads = [f"{len(arms)} arm{'s' * (len(arms) > 1)} on one read of the store"]
     if len(planned) > 1:
         groups = len(_sharing(arms))
-        reason = "arms that differ in store, batch, data_seed or policy share no read" if groups > 1 else ""
+        reason = (
+            "arms that differ in store, batch, data_seed or policy share no read"
+            if groups > 1
+            else ""
+        )
         if len(planned) > groups:
             reason = ", and ".join(filter(None, [reason, "not all fit into memory at once"]))
         counts = " + ".join(str(len(numbers)) for numbers in planned)

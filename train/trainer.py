@@ -1,6 +1,7 @@
 """One SAE in training: its settings, all that changes, and what a batch does to it.
 
-Nothing here touches a disk. A step is a pure function of the state and the batch, within one recorded environment.
+Nothing here touches a disk. A step is a pure function of the state and the batch, within one
+recorded environment.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from data import order
 from data.errors import NonFiniteError, SettingError
-from data.reader import Policy
+from data.rows.split import Policy
 from train import activations, dead, loss, sae, start
 from train.checkpoint import Checkpoint
 from train.evaluate import Evaluation, Fidelity
@@ -36,14 +37,18 @@ class TrainConfig:
     """Everything that decides a run's bits, with the store and the environment."""
 
     layer: int
-    tokens: int | None = None  # kept rows to train on; None: one pass over the store, more: several passes
+    tokens: int | None = (
+        None  # kept rows to train on; None: one pass over the store, more: several passes
+    )
     batch: int = 4096  # rows per optimizer step
     seed: int = 0  # of the initial weights
     data_seed: int = 0  # of the order of rows; runs that share it share the reading
     log_every: int = 10  # optimizer steps
     eval_every: int = 5_000  # optimizer steps; the end is evaluated in any case
     eval_rows: int = 262_144  # held-out rows per evaluation; all of them at the end
-    checkpoint_every: int = 1_000  # optimizer steps; decides no bit, so it may change between starts
+    checkpoint_every: int = (
+        1_000  # optimizer steps; decides no bit, so it may change between starts
+    )
     matmul: Matmul = "fp32"  # of the encoder product; everything else is float32
     policy: Policy = field(default_factory=Policy)
     sae: SAEConfig = field(default_factory=SAEConfig)
@@ -54,16 +59,24 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise SettingError(f"{name}={getattr(self, name)} must be at least 1")
         if self.matmul not in get_args(Matmul):
-            raise SettingError(f"train.matmul={self.matmul} must be one of {', '.join(get_args(Matmul))}")
+            raise SettingError(
+                f"train.matmul={self.matmul} must be one of {', '.join(get_args(Matmul))}"
+            )
         if self.batch < 2 and self.sae.aux_norm == "variance":
-            raise SettingError("batch=1 has no variance to divide by; raise it, or set sae.aux_norm=raw")
+            raise SettingError(
+                "batch=1 has no variance to divide by; raise it, or set sae.aux_norm=raw"
+            )
         if self.tokens is not None and self.tokens < self.batch:
-            raise SettingError(f"tokens={self.tokens} is less than one batch={self.batch}; raise it or lower batch=")
+            raise SettingError(
+                f"tokens={self.tokens} is less than one batch={self.batch}; raise it or lower batch="
+            )
 
     def steps(self, rows: int) -> int:
         """Optimizer steps of the run; a last, incomplete batch is left out."""
         if self.tokens is None and rows < self.batch:
-            raise SettingError(f"batch={self.batch} is more than the {rows} training rows; lower it, or set tokens=")
+            raise SettingError(
+                f"batch={self.batch} is more than the {rows} training rows; lower it, or set tokens="
+            )
         return (self.tokens or rows) // self.batch
 
 
@@ -88,19 +101,27 @@ class State:
 class Trainer:
     """The pure part: one state, and what a batch does to it."""
 
-    def __init__(self, config: TrainConfig, reader: Rows, device: torch.device, group: Group | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, reader: Rows, device: torch.device, group: Group | None = None
+    ) -> None:
         self.config, self.device, self.group = config, device, group or Group()
         _require_divisible(config, self.group.world)
         if config.matmul == "tf32" and device.type != "cuda":
-            raise SettingError("train.matmul=tf32 is a precision of CUDA GPUs; on a CPU take fp32 or bf16")
+            raise SettingError(
+                "train.matmul=tf32 is a precision of CUDA GPUs; on a CPU take fp32 or bf16"
+            )
         self.steps = config.steps(reader.rows)
-        self.scale = math.sqrt(reader.d_model) / float(reader.mean_norm)  # E||x|| -> sqrt(d), as Gao et al.
+        self.scale = math.sqrt(reader.d_model) / float(
+            reader.mean_norm
+        )  # E||x|| -> sqrt(d), as Gao et al.
         self.mean = torch.from_numpy(reader.mean).to(device) * self.scale
         self.mean_variance = float(reader.variance.mean()) * self.scale**2
         fresh = sae.initial(config.sae, self.mean.float(), config.seed)
         self.activation = activations.activation(config.sae, config.matmul)
         self.optim = resolved(config.optim, config.sae.d_sae, self.steps)
-        self.dead_after = config.sae.dead_after or max(1, min(_DEAD_AFTER, self.steps * config.batch // 25))
+        self.dead_after = config.sae.dead_after or max(
+            1, min(_DEAD_AFTER, self.steps * config.batch // 25)
+        )
         learned = {name: fresh.tensors()[name] for name in self.activation.learned}
         silent = dead.never_fired(config.sae.d_sae, device)
         self.state = State(0, fresh, Adam(learned, self.optim), silent)
@@ -123,14 +144,17 @@ class Trainer:
         return min(start.rows_needed(len(self.mean), config.d_sae), run) if wanted else 0
 
     def begin_(self, first: Tensor) -> None:
-        """Start from the stream's first raw rows (rows_to_begin, d): basis, directions, the encoder's scale.
+        """Start from the stream's first raw rows (rows_to_begin, d): basis, directions, the
+        encoder's scale.
 
         Raises:
             NonFiniteError: some are NaN or infinite.
         """
         state, config = self.state, self.config.sae
         if bad := len(first) - int(torch.isfinite(first).all(1).sum()):
-            raise NonFiniteError(f"{bad} of the {len(first)} rows to begin with hold NaN or infinity; {_VERIFY}")
+            raise NonFiniteError(
+                f"{bad} of the {len(first)} rows to begin with hold NaN or infinity; {_VERIFY}"
+            )
         rows = first.to(self.device).float() * self.scale
         centred = rows - state.sae.b_dec
         if state.basis is not None:
@@ -153,7 +177,9 @@ class Trainer:
         dying = dead.dead_latents(state.silent, self.dead_after)
         if state.step == 0:
             self.activation.begin_(state.sae, x - state.sae.b_dec)
-        result = loss.losses(self.activation, state.sae, x, dying, config.sae, self.mean_variance, self.group)
+        result = loss.losses(
+            self.activation, state.sae, x, dying, config.sae, self.mean_variance, self.group
+        )
         # Device sync, once a step: one NaN would spoil every weight in one update.
         value = self.group.mean_(result.loss).item()
         if not math.isfinite(value):
@@ -175,7 +201,9 @@ class Trainer:
         return None
 
     def _resample(self, error: Tensor, tokens: int) -> None:
-        """Restart the latents that have been dead since they were last restarted, until 80 % of the run."""
+        """Restart the latents that have been dead since they were last restarted, until 80 % of the
+        run.
+        """
         state = self.state
         assert state.restarted is not None
         state.restarted.add_(tokens)
@@ -184,12 +212,16 @@ class Trainer:
         quiet = torch.minimum(state.silent, state.restarted)
         latents = dead.dead_latents(quiet, _RESAMPLE_AFTER * self.dead_after)
         if len(latents):
-            drawn = order.permutation(max(len(error), len(latents)), self.config.seed, state.step) % len(error)
+            drawn = order.permutation(
+                max(len(error), len(latents)), self.config.seed, state.step
+            ) % len(error)
             draw = torch.from_numpy(drawn[: len(latents)]).to(error.device)
             dead.resample_(state.sae, state.adam, latents, error, draw)
             state.restarted[latents] = 0
 
-    def _record(self, rows: Tensor, result: Losses, value: float, dead_count: int, lr: float) -> dict[str, Any]:
+    def _record(
+        self, rows: Tensor, result: Losses, value: float, dead_count: int, lr: float
+    ) -> dict[str, Any]:
         """Figures of the batch just trained on, from before its update, on raw rows."""
         fidelity = Fidelity(self.mean, self.config.sae.d_sae, self.scale)
         fidelity.add(rows, result.error, result.kept)
@@ -198,7 +230,9 @@ class Trainer:
             "split": "train",
             **self._position(),
             "loss": value,
-            "aux_loss": self.group.mean_(result.aux).item(),  # Device sync, in steps that are logged
+            "aux_loss": self.group.mean_(
+                result.aux
+            ).item(),  # Device sync, in steps that are logged
             **fidelity.figures(),
             "dead": dead_count,
             "dead_share": dead_count / self.config.sae.d_sae,
@@ -215,7 +249,13 @@ class Trainer:
         dead_count = len(dead.dead_latents(self.state.silent, self.dead_after))
         share = dead_count / self.config.sae.d_sae
         figures = evaluation.figures()
-        return {"split": "held_out", **self._position(), **figures, "dead": dead_count, "dead_share": share}
+        return {
+            "split": "held_out",
+            **self._position(),
+            **figures,
+            "dead": dead_count,
+            "dead_share": share,
+        }
 
     def _position(self) -> dict[str, int]:
         return {"step": self.state.step, "tokens": self.state.step * self.config.batch}
@@ -223,9 +263,13 @@ class Trainer:
 
 def _require_divisible(config: TrainConfig, world: int) -> None:
     if config.batch % world:
-        raise SettingError(f"batch={config.batch} cannot be shared evenly by {world} processes; make it a multiple")
+        raise SettingError(
+            f"batch={config.batch} cannot be shared evenly by {world} processes; make it a multiple"
+        )
     if world > 1 and config.sae.resample:
-        raise SettingError(f"sae.resample draws rows of a whole batch, so {world} processes cannot share it; use one")
+        raise SettingError(
+            f"sae.resample draws rows of a whole batch, so {world} processes cannot share it; use one"
+        )
     if world > 1 and config.sae.activation != "topk":
         raise SettingError(
             f"sae.activation={config.sae.activation} looks at a whole batch, so {world} processes cannot share it; "

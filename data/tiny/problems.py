@@ -1,9 +1,9 @@
 """Arithmetic word problems in the manner of GSM8K: a question, worked steps, `#### N`.
 
-The contract: `problem(split, index, seed)` is a pure function, the same on every platform and in every
-process; no equation (an operation and its operands, `3 + 4` and `4 + 3` taken as one) occurs in both
-splits, not even as one step of several. So a right answer to a held-out problem was worked out, never
-remembered.
+The contract: `problem(split, index, seed)` is a pure function, the same on every platform and in
+every process; no equation (an operation and its operands, `3 + 4` and `4 + 3` taken as one) occurs
+in both splits, not even as one step of several. So a right answer to a held-out problem was worked
+out, never remembered.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,9 @@ HELDOUT_ONE_IN = 5
 
 
 class Operation(NamedTuple):
-    """One step of a plan: `left op right`; left is the first operand or the result of the step before."""
+    """One step of a plan: `left op right`; left is the first operand or the result of the step
+    before.
+    """
 
     op: Literal["+", "-", "*"]
     smallest: int  # of the right operand
@@ -45,7 +47,9 @@ PLANS: dict[str, Plan] = {
     "subtract_add": Plan((12, 79), (Operation("-", 3, 59), Operation("+", 3, 39))),
     "multiply_add": Plan((3, 24), (Operation("*", 2, 4), Operation("+", 3, 19))),
     "multiply_subtract": Plan((3, 24), (Operation("*", 2, 4), Operation("-", 3, 19))),
-    "three_steps": Plan((3, 24), (Operation("*", 2, 4), Operation("+", 3, 19), Operation("-", 3, 19))),
+    "three_steps": Plan(
+        (3, 24), (Operation("*", 2, 4), Operation("+", 3, 19), Operation("-", 3, 19))
+    ),
 }
 """The ranges are what sets the difficulty: measured so that the tiny model gets every kind partly right."""
 
@@ -63,7 +67,9 @@ class Equation(NamedTuple):
 
     @property
     def key(self) -> tuple[str, int, int]:
-        """What a split owns: the operation and its operands, sorted where their order does not matter."""
+        """What a split owns: the operation and its operands, sorted where their order does not
+        matter.
+        """
         swap = self.op != "-" and self.left > self.right
         return (self.op, self.right, self.left) if swap else (self.op, self.left, self.right)
 
@@ -104,7 +110,9 @@ def document(problem: Problem) -> str:
 
 
 def problem(split: Split, index: int, seed: int = 0) -> Problem:
-    """The problem at `index` (from 0) of a split's endless list: a pure function of its arguments."""
+    """The problem at `index` (from 0) of a split's endless list: a pure function of its
+    arguments.
+    """
     identity = f"{split}-{seed}-{index}"
     rng = Random(identity)  # Random seeds itself from a string by SHA-512: the same everywhere
     kind = rng.choice(KINDS)
@@ -140,7 +148,9 @@ def draw_equations(rng: Random, plan: Plan, split: Split) -> list[Equation]:
 
 
 def draw_equation(rng: Random, left: int, operation: Operation, split: Split) -> Equation | None:
-    """An equation of the split that starts from `left` and leaves at least 1, or None if there is none."""
+    """An equation of the split that starts from `left` and leaves at least 1, or None if there is
+    none.
+    """
     op, smallest, largest = operation
     rights = range(smallest, min(largest, left - 1 if op == "-" else largest) + 1)
     equations = (Equation(left, op, right, RESULT[op](left, right)) for right in rights)

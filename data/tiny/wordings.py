@@ -1,8 +1,8 @@
 """How the arithmetic of each kind of problem is told: names, things, questions and worked steps.
 
-In the templates `{a}`, `{b}`, `{c}`, `{d}` are the operands in the order of use and `{x}`, `{y}`, `{z}` the
-results of the first, second and third operation; `{name}` and `{friend}` are two people and `{things}` is
-what is counted.
+In the templates `{a}`, `{b}`, `{c}`, `{d}` are the operands in the order of use and `{x}`, `{y}`,
+`{z}` the results of the first, second and third operation; `{name}` and `{friend}` are two people
+and `{things}` is what is counted.
 """
 
 from typing import NamedTuple

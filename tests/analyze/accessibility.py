@@ -1,10 +1,13 @@
-"""What every page owes those who read it by ear, by keyboard or with weak eyes: an audit of a page in Chromium."""
+"""What every page owes those who read it by ear, by keyboard or with weak eyes: an audit of a page
+in Chromium.
+"""
 
 from __future__ import annotations
 
 from tests.analyze.chromium import Chromium
 
-# Of text on what is behind it, WCAG 2.2, 1.4.3: 4.5 to 1, large text 3 to 1. What a CSS filter changes is left out.
+# Of text on what is behind it, WCAG 2.2, 1.4.3: 4.5 to 1, large text 3 to 1. What a CSS filter
+# changes is left out.
 _AUDIT = r"""
 (() => {
   const found = [];
@@ -68,7 +71,9 @@ _AUDIT = r"""
 
 def audit(chrome: Chromium, scheme: str = "light") -> list[str]:
     """What is wrong with the page that is open, a line each."""
-    chrome.tell("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    chrome.tell(
+        "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}]
+    )
     lines: list[str] = chrome.js(_AUDIT)
     if (chrome.js("matchMedia('(prefers-color-scheme: dark)').matches")) != (scheme == "dark"):
         lines.append(f"the page is not {scheme}")

@@ -1,4 +1,6 @@
-"""A feature browser of a small run whose tokens' texts are hostile, for the tests of its data and of its page."""
+"""A feature browser of a small run whose tokens' texts are hostile, for the tests of its data and
+of its page.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from analyze import catalogue, contexts
-from analyze.browser import PAGE, browser, inputs
-from analyze.browser.serve import server
-from analyze.catalogue.table import Ranked
+from analyze import contexts
+from analyze.pages.browser.serve import server
+from analyze.pages.browser.site import PAGE, browser, inputs
+from analyze.studies.catalogue import study as catalogue
+from analyze.studies.catalogue.table import Ranked
 from analyze.study import FEATURES, Outcome, Study, write_features
 from analyze.subject import Subject
-from harvest.lm import ModelConfig
+from harvest.model import ModelConfig
 from tests.analyze.conftest import F, Made, make_run, random_rows
-from train import export
+from train import sae_file
 from train.sae import SAE
 
 HOSTILE = [
@@ -46,19 +49,25 @@ class Built(NamedTuple):
 
 
 def say(token: int) -> str:
-    """A text for every token id, each another: hostile, then its number. Not made visible: the page must stand it."""
+    """A text for every token id, each another: hostile, then its number. Not made visible: the page
+    must stand it.
+    """
     return f"{HOSTILE[token % len(HOSTILE)]}{token}"
 
 
 def build(root: Path) -> Built:
-    """The folder; with the same latents in another order as another run, and with figures of two studies."""
+    """The folder; with the same latents in another order as another run, and with figures of two
+    studies.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(catalogue, "_logits", _logits)
         made = make_run(root, random_rows())
         of_run(made.run)
         order = torch.randperm(F, generator=torch.Generator().manual_seed(1))
         same = made.sae
-        shuffled = SAE(same.W_enc[:, order], same.W_dec[order], same.b_enc[order], same.b_dec, same.k)
+        shuffled = SAE(
+            same.W_enc[:, order], same.W_dec[order], same.b_enc[order], same.b_dec, same.k
+        )
         other = copied(made.run, root / "ot'her <b>&", shuffled)
         of_run(other)
         (study_of(other).folder / PAGE).touch()  # so that there is something to lead to
@@ -75,7 +84,9 @@ def _logits(study: Study, *_: object) -> tuple[tuple[Ranked, Ranked], None]:
 
 
 def study_of(run: Path, name: str = "browser", **options: Any) -> Study:
-    return Study(name, Subject.open(run, None, torch.device("cpu")), options, ModelConfig("nowhere/none"))
+    return Study(
+        name, Subject.open(run, None, torch.device("cpu")), options, ModelConfig("nowhere/none")
+    )
 
 
 def of_run(run: Path) -> None:
@@ -90,7 +101,7 @@ def copied(run: Path, to: Path, weights: SAE) -> Path:
     for file in run.iterdir():
         if file.is_file():
             (to / file.name).write_bytes(file.read_bytes())
-    export.write_final(weights, 1.0, to)
+    sae_file.write_final(weights, 1.0, to)
     return to
 
 

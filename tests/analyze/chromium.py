@@ -1,4 +1,6 @@
-"""A headless Chromium, told what to do over two pipes: JSON messages that end in NUL (--remote-debugging-pipe)."""
+"""A headless Chromium, told what to do over two pipes: JSON messages that end in NUL
+(--remote-debugging-pipe).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-FOUND = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FOUND = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 WAIT_S = 30
 
 # Chromium reads from descriptor 3 and writes to 4; ours may have any numbers.
@@ -31,8 +35,19 @@ class Chromium:
         assert FOUND is not None
         theirs_in, self._to = os.pipe()
         self._from, theirs_out = os.pipe()
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-        flags += [f"--user-data-dir={profile}", "--disable-dev-shm-usage", "--remote-debugging-pipe", "about:blank"]
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--disable-background-networking",
+        ]
+        flags += [
+            f"--user-data-dir={profile}",
+            "--disable-dev-shm-usage",
+            "--remote-debugging-pipe",
+            "about:blank",
+        ]
         self._process = subprocess.Popen(
             [sys.executable, "-c", _START, str(theirs_in), str(theirs_out), FOUND, *flags],
             pass_fds=(theirs_in, theirs_out),
@@ -44,7 +59,9 @@ class Chromium:
         self.troubles: list[str] = []  # what the console and the security policy complain of
         self.requests: list[str] = []
         target = self.tell("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.tell("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self.tell("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Runtime", "Log", "Network", "Page"):
             self.tell(f"{domain}.enable")
 
@@ -91,7 +108,9 @@ class Chromium:
 
     def js(self, expression: str) -> Any:
         """The value of an expression in the page."""
-        found = self.tell("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        found = self.tell(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
@@ -102,8 +121,12 @@ class Chromium:
             assert time.monotonic() < end, f"never came true: {expression}"
             time.sleep(0.01)
 
-    def open(self, url: str, ready: str = "document.documentElement?.dataset.view !== undefined") -> None:
-        """Go to a page and wait until it is shown, by default one of the feature browser's. Notes are forgotten."""
+    def open(
+        self, url: str, ready: str = "document.documentElement?.dataset.view !== undefined"
+    ) -> None:
+        """Go to a page and wait until it is shown, by default one of the feature browser's. Notes
+        are forgotten.
+        """
         self.tell("Page.navigate", url="about:blank")
         self.until("location.href === 'about:blank'")
         self.troubles.clear()

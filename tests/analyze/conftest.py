@@ -1,4 +1,6 @@
-"""A finished run on a store whose text the tests choose, without training: the SAE is made by hand."""
+"""A finished run on a store whose text the tests choose, without training: the SAE is made by
+hand.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,14 @@ from numpy.typing import NDArray
 from analyze.study import Study
 from analyze.subject import Subject
 from data import durable
-from data.sources import TinyText
-from data.store import Store
-from harvest.checkpoint import EMBEDDED
-from harvest.lm import ModelConfig, load
+from data.store.store import Store
+from data.text.sources import TinyText
 from harvest.loop import harvest
+from harvest.model import ModelConfig, load
+from harvest.model_folder import EMBEDDED
 from harvest.plan import HarvestConfig
 from tests.conftest import make_store
-from train import export, sae
+from train import sae, sae_file
 from train.optim import OptimConfig
 from train.run import CONFIG, source_of
 
@@ -51,7 +53,7 @@ def make_run(root: Path, bits: NDArray[np.uint16]) -> Made:
 def write_run(run: Path, store: Store, layer: int, config: sae.SAEConfig, made: sae.SAE) -> None:
     """The files of a finished run, as training leaves them."""
     run.mkdir()
-    export.write_final(made, 1.0, run)
+    sae_file.write_final(made, 1.0, run)
     settings = {
         "store": {"identity": store.identity},
         "layer": layer,
@@ -64,17 +66,28 @@ def write_run(run: Path, store: Store, layer: int, config: sae.SAEConfig, made: 
         "sae": {**vars(config)},
         "optim": {**vars(OptimConfig(lr=1e-3, lr_floor=1e-4))},
     }
-    whole = {"settings": settings, "store_path": store.name, "sae_name": "made", "scale": 1.0, "steps": 16}
+    whole = {
+        "settings": settings,
+        "store_path": store.name,
+        "sae_name": "made",
+        "scale": 1.0,
+        "steps": 16,
+    }
     whole |= {"lr": 1e-3, "dead_after": 1000, "source": source_of(store)}
     durable.write(run / CONFIG, [yaml.safe_dump({**whole, "environment": {"torch": "x"}}).encode()])
     figures = {"variance_explained": 0.5, "mse": 1.0, "dead": 1, "dead_share": 0.025, "lr": 1e-3}
-    lines = [{"split": split, "step": 16, "tokens": 1024, **figures} for split in ("train", "held_out")]
+    lines = [
+        {"split": split, "step": 16, "tokens": 1024, **figures} for split in ("train", "held_out")
+    ]
     durable.write(run / "metrics.jsonl", [json.dumps(line).encode() + b"\n" for line in lines])
 
 
 def random_rows() -> NDArray[np.uint16]:
     """Rows with a large mean and an outlier, as residuals have."""
-    values = torch.randn(N, D, generator=torch.Generator().manual_seed(4)) * torch.linspace(0.5, 3, D) + 5
+    values = (
+        torch.randn(N, D, generator=torch.Generator().manual_seed(4)) * torch.linspace(0.5, 3, D)
+        + 5
+    )
     values[[300, 900, 1500]] *= 100
     return values.bfloat16().view(torch.uint16).numpy()
 
@@ -89,37 +102,53 @@ def subject(made: Made) -> Subject:
     return Subject.open(made.run, None, torch.device("cpu"))
 
 
-# -- the embedded model ------------------------------------------------------------------------------------------
+# -- the embedded model ----------------------------------------------------------------------------
 
 TINY_LAYER = 5
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on layer 5 of the embedded model, 16,384 tokens of its problems; its latents are 256 of their rows."""
+    """A run on layer 5 of the embedded model, 16,384 tokens of its problems; its latents are 256 of
+    their rows.
+    """
     root = tmp_path_factory.mktemp("tiny")
-    config = HarvestConfig(root / "s.zarr", (TINY_LAYER,), 16_384, context=128, unit=2048, chunk=128)
+    config = HarvestConfig(
+        root / "s.zarr", (TINY_LAYER,), 16_384, context=128, unit=2048, chunk=128
+    )
     store = harvest(config, load(ModelConfig(EMBEDDED, dtype="float32")), TinyText())
-    bits = torch.from_numpy(np.concatenate([store.residuals(TINY_LAYER, unit) for unit in range(store.units)]))
+    bits = torch.from_numpy(
+        np.concatenate([store.residuals(TINY_LAYER, unit) for unit in range(store.units)])
+    )
     rows = bits.view(torch.bfloat16).float()
     mean = rows.mean(0)
-    chosen = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:256]] - mean
+    chosen = (
+        rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:256]] - mean
+    )
     unit = chosen / chosen.norm(dim=1, keepdim=True)
     shape = sae.SAEConfig(d_sae=256, k=8, k_aux=16, dead_after=1000)
     made = sae.SAE(unit.T.contiguous(), unit, torch.zeros(256), mean, 8)
     guess = made(rows[:2048]) - mean
-    made.W_enc.mul_(((rows[:2048] - mean) * guess).sum() / guess.square().sum())  # as well as one scale can do
+    made.W_enc.mul_(
+        ((rows[:2048] - mean) * guess).sum() / guess.square().sum()
+    )  # as well as one scale can do
     write_run(root / "run", store, TINY_LAYER, shape, made)
     return root / "run"
 
 
 @pytest.fixture
 def tiny_study(tiny_run: Path):
-    """Makes a study of that run: `tiny_study(name, **options)`, with 64 tiny problems unless told otherwise."""
+    """Makes a study of that run: `tiny_study(name, **options)`, with 64 tiny problems unless told
+    otherwise.
+    """
 
-    def of(name: str, problems: str = "tiny", answers: dict | None = None, **options: object) -> Study:
+    def of(
+        name: str, problems: str = "tiny", answers: dict | None = None, **options: object
+    ) -> Study:
         subject = Subject.open(tiny_run, None, torch.device("cpu"))
         asked = {"questions": 64, "new_tokens": 64, "batch": 64, **(answers or {})}
-        return Study(name, subject, options, ModelConfig(EMBEDDED, dtype="float32"), problems, asked)
+        return Study(
+            name, subject, options, ModelConfig(EMBEDDED, dtype="float32"), problems, asked
+        )
 
     return of

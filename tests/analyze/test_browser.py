@@ -12,18 +12,31 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from analyze import catalogue, contexts
-from analyze.browser import PAGE, browser, columns, inputs
-from analyze.browser.joins import TOP as PARTNERS
-from analyze.browser.pages import CHUNK
-from analyze.browser.script import script, short
-from analyze.browser.serve import server
-from analyze.browser.tokens import TOP
+from analyze import contexts
+from analyze.pages.browser import columns
+from analyze.pages.browser.joins import TOP as PARTNERS
+from analyze.pages.browser.pages import CHUNK
+from analyze.pages.browser.script import script, short
+from analyze.pages.browser.serve import server
+from analyze.pages.browser.site import PAGE, browser, inputs
+from analyze.pages.browser.tokens import TOP
+from analyze.studies.catalogue import study as catalogue
 from analyze.study import Outcome, Study
 from analyze.subject import Subject
-from data import summary
 from data.errors import SettingError, StoreError
-from tests.analyze.browser_site import HOSTILE, Built, build, copied, findings, of_run, read, say, served, study_of
+from data.rows import summary
+from tests.analyze.browser_site import (
+    HOSTILE,
+    Built,
+    build,
+    copied,
+    findings,
+    of_run,
+    read,
+    say,
+    served,
+    study_of,
+)
 from tests.analyze.conftest import D, F, make_run, random_rows, write_run
 from tests.analyze.test_catalogue import Truth
 from tests.conftest import commit
@@ -35,7 +48,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     return build(tmp_path_factory.mktemp("browser"))
 
 
-# -- data --------------------------------------------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------
 
 
 def test_pages_are_the_catalogue(built: Built) -> None:
@@ -50,11 +63,15 @@ def test_pages_are_the_catalogue(built: Built) -> None:
         assert [words[at] for at in tokens] == [say(token) for token in row["tokens"]]
         values = dict(zip(pairs[::2], pairs[1::2], strict=True))
         for at, value in enumerate(row["activations"]):
-            assert values.get(at, 0) == pytest.approx(value, rel=1e-3) and (at in values) == (value != 0)
+            assert values.get(at, 0) == pytest.approx(value, rel=1e-3) and (at in values) == (
+                value != 0
+            )
 
     for own, row in zip(found["features"], rows, strict=True):
         assert own["count"] == row["count"]
-        assert own["figures"] == [column[row["feature"]] for column in read(built.folder, "table")["columns"].values()]
+        assert own["figures"] == [
+            column[row["feature"]] for column in read(built.folder, "table")["columns"].values()
+        ]
         for key in ("mean", "std"):
             assert own[key] == (None if row[key] is None else pytest.approx(row[key], rel=1e-3))
         for context, there in zip(own["top"], row["top"][:3], strict=True):
@@ -68,18 +85,26 @@ def test_pages_are_the_catalogue(built: Built) -> None:
                 check(context, one)
         if own["histogram"]:
             first, *counts = own["histogram"]
-            assert [0] * first + counts == row["histogram"][: first + len(counts)] and sum(counts) == row["count"]
+            assert [0] * first + counts == row["histogram"][: first + len(counts)] and sum(
+                counts
+            ) == row["count"]
         assert [(words[at], r) for at, r in own["raised"]] == [
             (say(one["token"]), pytest.approx(one["logit"], rel=1e-3)) for one in row["raised"]
         ]
-        assert [one[0] for one in own["neighbours"]] == [one["feature"] for one in row["neighbours"]]
+        assert [one[0] for one in own["neighbours"]] == [
+            one["feature"] for one in row["neighbours"]
+        ]
     assert shown > 90
 
 
 def test_the_list(built: Built) -> None:
     table, meta = read(built.folder, "table"), read(built.folder, "meta")
     rows = pq.read_table(built.made.run / "studies/catalogue/features.parquet").to_pylist()
-    assert [one["key"] for one in meta["columns"]] == list(table["columns"]) == built.outcome.figures["columns"]
+    assert (
+        [one["key"] for one in meta["columns"]]
+        == list(table["columns"])
+        == built.outcome.figures["columns"]
+    )
     assert built.outcome.figures["columns"] == ["density", "max", "d", "d_q", "stability"]
     for row in rows:
         at = row["feature"]
@@ -87,20 +112,32 @@ def test_the_list(built: Built) -> None:
         peaks = dict.fromkeys(say(one["tokens"][one["peak"]]) for one in row["top"])
         assert [table["words"][one] for one in table["strongest"][at]] == list(peaks)[:3]
         assert table["columns"]["d"][at] == {7: 1.5, 3: -0.5}.get(at)
-        assert table["columns"]["stability"][at] == (None if at % 2 else pytest.approx(at / F, rel=1e-3))
+        assert table["columns"]["stability"][at] == (
+            None if at % 2 else pytest.approx(at / F, rel=1e-3)
+        )
 
 
 def test_figures_of_another_sae_are_left_out(built: Built) -> None:
     subject = Subject.open(built.made.run, None, torch.device("cpu"))
-    assert [one.key for one in columns.of_studies(subject, {"stability": Outcome({}, [])})] == ["stability"]
-    assert columns.of_studies(subject, {"reason_score": Outcome({}, [])}) == []  # its table is not there
+    assert [one.key for one in columns.of_studies(subject, {"stability": Outcome({}, [])})] == [
+        "stability"
+    ]
+    assert (
+        columns.of_studies(subject, {"reason_score": Outcome({}, [])}) == []
+    )  # its table is not there
 
 
 def test_tokens_against_brute_force(built: Built) -> None:
-    truth, every, shard = Truth(built.made), read(built.folder, "tokens"), read(built.folder, "tokens/000")
+    truth, every, shard = (
+        Truth(built.made),
+        read(built.folder, "tokens"),
+        read(built.folder, "tokens/000"),
+    )
     inside = ~truth.starts
     ids, occurrences = np.unique(truth.tokens[inside], return_counts=True)
-    assert sorted(every["ids"]) == ids.tolist() and every["occurrences"] == sorted(occurrences, reverse=True)
+    assert sorted(every["ids"]) == ids.tolist() and every["occurrences"] == sorted(
+        occurrences, reverse=True
+    )
     for at in (0, 1, len(shard) - 1):
         token = every["ids"][at]
         f = truth.f[inside & (truth.tokens == token)]
@@ -115,7 +152,9 @@ def test_tokens_against_brute_force(built: Built) -> None:
 
 
 def test_another_layer_is_joined_token_by_token(tmp_path: Path) -> None:
-    """Layer 4 is layer 3 with its dimensions in another order, and so is its SAE, whose latents are too."""
+    """Layer 4 is layer 3 with its dimensions in another order, and so is its SAE, whose latents are
+    too.
+    """
     bits = random_rows()
     made = make_run(tmp_path, bits)
     dims, order = (torch.randperm(n, generator=torch.Generator().manual_seed(2)) for n in (D, F))
@@ -123,8 +162,20 @@ def test_another_layer_is_joined_token_by_token(tmp_path: Path) -> None:
         commit(made.store, unit, {4: bits[unit * 128 : (unit + 1) * 128, dims.numpy()]})
     summary.write(made.store, 4)
     W_enc, W_dec = made.sae.W_enc[dims][:, order], made.sae.W_dec[order][:, dims]
-    above = SAE(W_enc.contiguous(), W_dec.contiguous(), made.sae.b_enc[order], made.sae.b_dec[dims], made.sae.k)
-    write_run(tmp_path / "above", made.store, 4, SAEConfig(d_sae=F, k=made.sae.k, k_aux=4, dead_after=1000), above)
+    above = SAE(
+        W_enc.contiguous(),
+        W_dec.contiguous(),
+        made.sae.b_enc[order],
+        made.sae.b_dec[dims],
+        made.sae.k,
+    )
+    write_run(
+        tmp_path / "above",
+        made.store,
+        4,
+        SAEConfig(d_sae=F, k=made.sae.k, k_aux=4, dead_after=1000),
+        above,
+    )
     for run in (made.run, tmp_path / "above"):
         study_of(run, "catalogue", part="all", rows=1e6, logits=0).perform(catalogue.catalogue, {})
     study = study_of(made.run, others=[str(tmp_path / "above")])
@@ -196,11 +247,19 @@ def test_done_again_only_if_something_changed(built: Built, tmp_path: Path) -> N
 
 def test_refusals(built: Built, tmp_path: Path) -> None:
     bare = copied(built.made.run, tmp_path / "bare", built.made.sae)
-    with pytest.raises(StoreError, match=r"no catalogue; run `python -m analyze study=catalogue run="):
+    with pytest.raises(
+        StoreError, match=r"no catalogue; run `python -m analyze study=catalogue run="
+    ):
         inputs(study_of(bare))
     with pytest.raises(StoreError, match="no catalogue"):
         inputs(study_of(built.made.run, others=[str(bare)]))
-    for wrong in ({"contexts": 0}, {"samples": -1}, {"others": "runs/b"}, {"others": [""]}, {"rows": 0}):
+    for wrong in (
+        {"contexts": 0},
+        {"samples": -1},
+        {"others": "runs/b"},
+        {"others": [""]},
+        {"rows": 0},
+    ):
         with pytest.raises(SettingError, match=f"study.{next(iter(wrong))}"):
             inputs(study_of(built.made.run, **wrong))
 
@@ -211,7 +270,9 @@ def test_files_of_the_catalogue_that_are_gone_or_damaged(built: Built, tmp_path:
     whole = catalogue.files(study_of(run).subject)
     assert whole.places.units == list(range(16))
     whole.table.write_bytes(b"x")
-    with pytest.raises(StoreError, match=r"a damaged features\.parquet; delete it, and run `python -m analyze"):
+    with pytest.raises(
+        StoreError, match=r"a damaged features\.parquet; delete it, and run `python -m analyze"
+    ):
         inputs(study_of(run))
     whole.table.unlink()
     with pytest.raises(StoreError, match="a catalogue of which files are gone; run"):
@@ -226,8 +287,12 @@ def test_files_of_the_catalogue_that_are_gone_or_damaged(built: Built, tmp_path:
         inputs(study_of(run, others=[str(run)]))
 
 
-def test_what_the_pages_depend_on(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another catalogue of the other run, a tokenizer that is at hand now: the pages are made again."""
+def test_what_the_pages_depend_on(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another catalogue of the other run, a tokenizer that is at hand now: the pages are made
+    again.
+    """
     runs = [copied(built.made.run, tmp_path / name, built.made.sae) for name in "ab"]
     for run in runs:
         of_run(run)

@@ -1,4 +1,6 @@
-"""The feature browser's page in a real Chromium, from the disk and served, with hostile text in every place."""
+"""The feature browser's page in a real Chromium, from the disk and served, with hostile text in
+every place.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from urllib.parse import unquote
 
 import pytest
 
-from analyze.browser import PAGE
-from analyze.browser.script import script
+from analyze.pages.browser.script import script
+from analyze.pages.browser.site import PAGE
 from tests.analyze import chromium
 from tests.analyze.accessibility import audit
 from tests.analyze.browser_site import Built, build, read, say, served
@@ -41,7 +43,9 @@ def url(request: pytest.FixtureRequest, built: Built) -> Iterator[str]:
 
 
 def texts(chrome: Chromium, selector: str) -> list[str]:
-    found: list[str] = chrome.js(f"[...document.querySelectorAll({selector!r})].map((one) => one.textContent)")
+    found: list[str] = chrome.js(
+        f"[...document.querySelectorAll({selector!r})].map((one) => one.textContent)"
+    )
     return found
 
 
@@ -51,7 +55,9 @@ def quiet(chrome: Chromium, url: str) -> None:
     base = url.rsplit("/", 1)[0]
     assert chrome.requests and all(one.startswith((base, "data:,")) for one in chrome.requests)
     assert "caught" not in chrome.js("document.title")
-    assert chrome.js("document.querySelectorAll('main script, main img, main b, main i').length") == 0
+    assert (
+        chrome.js("document.querySelectorAll('main script, main img, main b, main i').length") == 0
+    )
 
 
 def test_a_visit(chrome: Chromium, url: str, built: Built) -> None:
@@ -60,18 +66,24 @@ def test_a_visit(chrome: Chromium, url: str, built: Built) -> None:
     density = table["columns"]["density"]
     chrome.open(url)
     assert texts(chrome, "#features tbody td:first-child") == [str(at) for at in range(F)]
-    assert not any("features/" in one for one in chrome.requests)  # chunks come when they are asked for
+    assert not any(
+        "features/" in one for one in chrome.requests
+    )  # chunks come when they are asked for
     expected = [table["words"][one] for row in table["strongest"] for one in row]
-    assert [text.encode("utf-16", "surrogatepass") for text in texts(chrome, "td:nth-child(2) .word")] == [
-        text.encode("utf-16", "surrogatepass") for text in expected
-    ]
+    assert [
+        text.encode("utf-16", "surrogatepass") for text in texts(chrome, "td:nth-child(2) .word")
+    ] == [text.encode("utf-16", "surrogatepass") for text in expected]
     chrome.js("document.querySelector('th:nth-child(3) button').focus()")
     chrome.press("Enter")
-    chrome.until("location.hash.includes('sort=-density') && document.querySelector('[aria-sort=descending]')")
+    chrome.until(
+        "location.hash.includes('sort=-density') && document.querySelector('[aria-sort=descending]')"
+    )
     by_density = sorted(range(F), key=lambda at: -density[at])
     assert texts(chrome, "#features tbody td:first-child") == list(map(str, by_density))
     assert chrome.js("document.querySelector('[aria-sort=descending]').textContent") == "density ↓"
-    assert chrome.js("document.activeElement.textContent") == "density ↓"  # the focus stays on what was pressed
+    assert (
+        chrome.js("document.activeElement.textContent") == "density ↓"
+    )  # the focus stays on what was pressed
     chrome.press("/")
     chrome.until("document.activeElement.id === 'q'")
     for key in "zalg":
@@ -80,11 +92,15 @@ def test_a_visit(chrome: Chromium, url: str, built: Built) -> None:
     chrome.js(
         "document.getElementById('q').value = ' 7 '; document.getElementById('q').dispatchEvent(new Event('input'))"
     )
-    chrome.until("location.hash.includes('q=') && document.querySelector('#features tbody a')?.textContent === '7'")
+    chrome.until(
+        "location.hash.includes('q=') && document.querySelector('#features tbody a')?.textContent === '7'"
+    )
     chrome.js("document.querySelector('#features tbody a').click()")
     chrome.until("document.documentElement.dataset.view === 'feature'")
     assert chrome.js("document.activeElement.textContent") == "Feature 7"
-    assert chrome.js("document.querySelectorAll('.side h3').length") == 4  # logits, neighbours and the other run
+    assert (
+        chrome.js("document.querySelectorAll('.side h3').length") == 4
+    )  # logits, neighbours and the other run
     if url.startswith("file:"):
         there = built.made.run.parent / "ot'her <b>&/studies/browser" / PAGE
         led = chrome.js("document.querySelector('.side > :last-child a').href")
@@ -99,7 +115,9 @@ def test_a_visit(chrome: Chromium, url: str, built: Built) -> None:
     shaded = chrome.js(
         "[...document.querySelector('.context').querySelectorAll('span')].map((one) => [one.title, one.className])"
     )
-    assert len(shaded) == len(own["top"][0][4]) // 2 and sum(kind == "peak" for _, kind in shaded) == 1
+    assert (
+        len(shaded) == len(own["top"][0][4]) // 2 and sum(kind == "peak" for _, kind in shaded) == 1
+    )
     assert chrome.js("document.querySelectorAll('svg rect').length") == len(own["histogram"]) - 1
     chrome.press("Escape")
     chrome.until("document.documentElement.dataset.view === 'list' && location.hash.includes('q=')")
@@ -118,7 +136,9 @@ def test_keys_and_tokens(chrome: Chromium, built: Built) -> None:
     chrome.until(f"document.getElementById('feature-title')?.textContent === 'Feature {order[1]}'")
     for key, at in (("j", 2), ("k", 1), ("ArrowLeft", 0), ("k", 0)):
         chrome.press(key)
-        chrome.until(f"document.getElementById('feature-title').textContent === 'Feature {order[at]}'")
+        chrome.until(
+            f"document.getElementById('feature-title').textContent === 'Feature {order[at]}'"
+        )
     chrome.press("t")
     chrome.until("document.activeElement.id === 'token-q'")
     wanted = say(every["ids"][5])
@@ -127,7 +147,9 @@ def test_keys_and_tokens(chrome: Chromium, built: Built) -> None:
     chrome.until("document.querySelector('#token tbody tr')")
     feature, mean, *_ = read(built.folder, "tokens/000")[5]
     assert texts(chrome, "#token tbody tr:first-child td")[:1] == [str(feature)]
-    assert float(texts(chrome, "#token tbody tr:first-child td")[1]) == pytest.approx(mean, rel=1e-2)
+    assert float(texts(chrome, "#token tbody tr:first-child td")[1]) == pytest.approx(
+        mean, rel=1e-2
+    )
     assert texts(chrome, "#token .word")[0] == wanted
     quiet(chrome, url)
 
@@ -135,8 +157,15 @@ def test_keys_and_tokens(chrome: Chromium, built: Built) -> None:
 def test_a_feature_needs_its_own_file_alone(chrome: Chromium, built: Built) -> None:
     url = (built.folder / PAGE).as_uri()
     chrome.open(f"{url}#feature=7")
-    assert sorted(one.split("data/")[1] for one in chrome.requests if "/data/" in one) == ["features/000.js", "meta.js"]
-    known = [figure for figure in read(built.folder, "features/000")["features"][7]["figures"] if figure is not None]
+    assert sorted(one.split("data/")[1] for one in chrome.requests if "/data/" in one) == [
+        "features/000.js",
+        "meta.js",
+    ]
+    known = [
+        figure
+        for figure in read(built.folder, "features/000")["features"][7]["figures"]
+        if figure is not None
+    ]
     assert len(known) > 2 and float(texts(chrome, "dd")[1]) == pytest.approx(known[1], rel=1e-2)
     chrome.press("j")
     chrome.until("document.getElementById('feature-title').textContent === 'Feature 8'")
@@ -156,33 +185,53 @@ def test_a_file_that_is_missing_is_said(chrome: Chromium, built: Built) -> None:
         page.write_bytes(kept)
     for wrong in ("#feature=40", "#feature=-1", "#feature=x"):
         chrome.open((built.folder / PAGE).as_uri() + wrong)
-        assert texts(chrome, "#error")[0].startswith("there is no feature") and chrome.troubles == []
+        assert (
+            texts(chrome, "#error")[0].startswith("there is no feature") and chrome.troubles == []
+        )
 
 
-def test_pages_of_a_long_list_and_features_without_a_figure(chrome: Chromium, built: Built, tmp_path: Path) -> None:
+def test_pages_of_a_long_list_and_features_without_a_figure(
+    chrome: Chromium, built: Built, tmp_path: Path
+) -> None:
     for asset in built.folder.glob("*.*"):
         (tmp_path / asset.name).write_bytes(asset.read_bytes())
     (tmp_path / "data").mkdir()
     known = [None if at % 5 == 0 else at % 7 for at in range(250)]
     density = [0 if at < 20 else 0.5 for at in range(250)]
-    table = {"words": ["Ab"], "strongest": [[0] if at == 240 else [] for at in range(250)], "raised": [[]] * 250}
+    table = {
+        "words": ["Ab"],
+        "strongest": [[0] if at == 240 else [] for at in range(250)],
+        "raised": [[]] * 250,
+    }
     meta = read(built.folder, "meta") | {
         "features": 250,
         "columns": [{"key": key, "label": key, "about": ""} for key in "xy"],
     }
     meta["columns"][1]["key"] = "density"
     (tmp_path / "data/meta.js").write_bytes(script("meta", meta))
-    (tmp_path / "data/table.js").write_bytes(script("table", table | {"columns": {"x": known, "density": density}}))
+    (tmp_path / "data/table.js").write_bytes(
+        script("table", table | {"columns": {"x": known, "density": density}})
+    )
     page = (tmp_path / PAGE).as_uri()
     for sort, sign in (("x", 1), ("-x", -1)):
-        expected = sorted(range(250), key=lambda at: (known[at] is None, sign * (known[at] or 0), at))
+        expected = sorted(
+            range(250), key=lambda at: (known[at] is None, sign * (known[at] or 0), at)
+        )
         found = []
         for number in (1, 2, 3):
             chrome.open(f"{page}#sort={sort}&page={number}")
             found += texts(chrome, "#features tbody td:first-child")
         assert found == list(map(str, expected))
-    assert chrome.js("document.getElementById('after').disabled && !document.getElementById('before').disabled")
-    for state, count in (("alive=1", 230), ("q=AB", 1), ("q=240", 1), ("q=nothing", 0), ("sort=__proto__&page=99", 50)):
+    assert chrome.js(
+        "document.getElementById('after').disabled && !document.getElementById('before').disabled"
+    )
+    for state, count in (
+        ("alive=1", 230),
+        ("q=AB", 1),
+        ("q=240", 1),
+        ("q=nothing", 0),
+        ("sort=__proto__&page=99", 50),
+    ):
         chrome.open(f"{page}#{state}")
         shown = len(texts(chrome, "#features tbody tr"))
         assert shown == min(count, 100) and chrome.troubles == []
@@ -191,7 +240,9 @@ def test_pages_of_a_long_list_and_features_without_a_figure(chrome: Chromium, bu
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("view", ["", "#feature=7", "#tokens=", "#tokens=script&id=0", "#q=nothing%20at%20all"])
+@pytest.mark.parametrize(
+    "view", ["", "#feature=7", "#tokens=", "#tokens=script&id=0", "#q=nothing%20at%20all"]
+)
 def test_everybody_can_read_it(chrome: Chromium, built: Built, view: str, scheme: str) -> None:
     chrome.open((built.folder / PAGE).as_uri() + view)
     assert audit(chrome, scheme) == []

@@ -1,4 +1,6 @@
-"""The catalogue against brute force over dense activations, a cut-off against a whole run, and other readers."""
+"""The catalogue against brute force over dense activations, a cut-off against a whole run, and
+other readers.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analyze import catalogue as study
-from analyze.catalogue import index as inverted_index
-from analyze.catalogue import table as feature_table
-from analyze.catalogue.index import Index, Postings
-from analyze.catalogue.state import BINS, Largest, State
+from analyze.studies.catalogue import index as inverted_index
+from analyze.studies.catalogue import study
+from analyze.studies.catalogue import table as feature_table
+from analyze.studies.catalogue.index import Index, Postings
+from analyze.studies.catalogue.state import BINS, Largest, State
 from analyze.study import Outcome, Study
 from analyze.subject import Subject
 from data.errors import Interrupted, SettingError, StopRequest, StoreError
-from data.reader import Policy, held_out_units
-from harvest.lm import ModelConfig
+from data.rows.split import Policy, held_out_units
+from harvest.model import ModelConfig
 from tests.analyze.conftest import Made
 from tests.analyze.test_quality import dense
 from tests.conftest import BOS
@@ -75,7 +77,7 @@ def table(done: tuple[Path, Outcome]) -> list[dict[str, Any]]:
     return rows
 
 
-# -- figures -----------------------------------------------------------------------------------------------------
+# -- figures ---------------------------------------------------------------------------------------
 
 
 def test_counts_and_moments(table: list[dict[str, Any]], truth: Truth) -> None:
@@ -89,7 +91,11 @@ def test_counts_and_moments(table: list[dict[str, Any]], truth: Truth) -> None:
             assert row["std"] == pytest.approx(fires.std(), rel=1e-3, abs=1e-5)
             assert row["max"] == pytest.approx(fires.max(), rel=1e-5)
         else:
-            assert row["mean"] is row["std"] is row["max"] is None and not row["top"] and not row["quantiles"]
+            assert (
+                row["mean"] is row["std"] is row["max"] is None
+                and not row["top"]
+                and not row["quantiles"]
+            )
 
 
 def test_histograms(done: tuple[Path, Outcome], table: list[dict[str, Any]], truth: Truth) -> None:
@@ -107,13 +113,16 @@ def test_histograms(done: tuple[Path, Outcome], table: list[dict[str, Any]], tru
 
 def test_sums_far_beyond_the_edges_are_clipped() -> None:
     state = State(1, scale=1.0, top=1, sample=1)
-    found = Postings(*(np.array([0, 0, 0], np.uint32) for _ in range(4)), np.array([1e-30, 1.0, 1e30], np.float32))
+    found = Postings(
+        *(np.array([0, 0, 0], np.uint32) for _ in range(4)),
+        np.array([1e-30, 1.0, 1e30], np.float32),
+    )
     state.update(0, UNIT, found, 3)
     assert state.histogram[0, [0, -1]].tolist() == [1, 1] and state.histogram.sum() == 3
     assert state.edges[np.flatnonzero(state.histogram[0])[1]] == 1.0
 
 
-# -- contexts ----------------------------------------------------------------------------------------------------
+# -- contexts --------------------------------------------------------------------------------------
 
 
 def check_context(one: dict[str, Any], feature: int, at: int, truth: Truth) -> None:
@@ -124,7 +133,11 @@ def check_context(one: dict[str, Any], feature: int, at: int, truth: Truth) -> N
     span = [at]
     while not truth.starts[span[0] - 1] and at - span[0] < feature_table.BEFORE:
         span.insert(0, span[0] - 1)
-    while span[-1] + 1 < len(truth.tokens) and not truth.starts[span[-1] + 1] and span[-1] - at < feature_table.AFTER:
+    while (
+        span[-1] + 1 < len(truth.tokens)
+        and not truth.starts[span[-1] + 1]
+        and span[-1] - at < feature_table.AFTER
+    ):
         span.append(span[-1] + 1)
     assert one["tokens"] == truth.tokens[span].tolist()
     assert one["peak"] == span.index(at)
@@ -153,7 +166,10 @@ def test_quantile_samples_lie_in_their_quantiles(table: list[dict[str, Any]], tr
     for row in table:
         f = truth.f[:, row["feature"]]
         fires = np.sort(f[f > 0])
-        by_part = [[one["value"] for one in row["quantiles"] if one["quantile"] == part] for part in range(PARTS)]
+        by_part = [
+            [one["value"] for one in row["quantiles"] if one["quantile"] == part]
+            for part in range(PARTS)
+        ]
         for part, values in enumerate(by_part):
             assert len(values) <= EACH
             for value in values:
@@ -161,7 +177,9 @@ def test_quantile_samples_lie_in_their_quantiles(table: list[dict[str, Any]], tr
                 assert rank * PARTS // len(fires) == part
         full += sum(len(values) == EACH for values in by_part) if len(fires) >= 40 else 0
         for one in row["quantiles"]:
-            (at,) = np.flatnonzero((truth.document == one["document"]) & (truth.position == one["position"]) & (f > 0))
+            (at,) = np.flatnonzero(
+                (truth.document == one["document"]) & (truth.position == one["position"]) & (f > 0)
+            )
             check_context(one, row["feature"], int(at), truth)
             seen.add((row["feature"], int(at)))
     assert len(seen) == sum(len(row["quantiles"]) for row in table)  # none twice
@@ -183,7 +201,7 @@ def test_samples_are_uniform_over_where_a_latent_fires() -> None:
     assert 0.01 < shares.std() < 0.06  # binomial: 0.034, and not the same places for every latent
 
 
-# -- the index ---------------------------------------------------------------------------------------------------
+# -- the index -------------------------------------------------------------------------------------
 
 
 def test_search_finds_every_place(done: tuple[Path, Outcome], truth: Truth) -> None:
@@ -201,7 +219,9 @@ def test_search_finds_every_place(done: tuple[Path, Outcome], truth: Truth) -> N
 
 
 def test_what_counts_as_firing(made: Made, truth: Truth) -> None:
-    """Outliers where the policy keeps them, BOS even then not, and nothing at 0 where TopK finds fewer than k."""
+    """Outliers where the policy keeps them, BOS even then not, and nothing at 0 where TopK finds
+    fewer than k.
+    """
     subject = Subject.open(made.run, None, torch.device("cpu"))
     few = replace(subject.sae, b_enc=subject.sae.b_enc - 2)
     kept = replace(subject, sae=few, policy=Policy(drop_bos=False, drop_outliers=False))
@@ -219,14 +239,26 @@ def test_row_groups_hold_blocks_of_latents(tmp_path: Path, monkeypatch: pytest.M
     """More latents than a block, some blocks empty, the last one short."""
     monkeypatch.setattr(inverted_index, "BLOCK", 4)
     feature = np.array([0, 3, 3, 9, 9], np.uint32)
-    found = Postings(feature, *(np.arange(5, dtype=np.uint32) for _ in range(3)), np.arange(1, 6, dtype=np.float32))
+    found = Postings(
+        feature,
+        *(np.arange(5, dtype=np.uint32) for _ in range(3)),
+        np.arange(1, 6, dtype=np.float32),
+    )
     index = Index(tmp_path, [2], 10, UNIT)
     inverted_index.write(index.path(2), found, "x", rows=7, d_sae=10, unit_tokens=UNIT)
     assert Index.open(tmp_path) == index
     assert inverted_index.rows_of(index.path(2), "x") == 7
     assert inverted_index.rows_of(index.path(2), "y") is None
-    assert [index.search(number).value.tolist() for number in (0, 3, 5, 9)] == [[1], [2, 3], [], [4, 5]]
-    assert pq.read_table(index.path(2), filters=[("feature", "==", 9)])["token"].to_pylist() == [3, 4]
+    assert [index.search(number).value.tolist() for number in (0, 3, 5, 9)] == [
+        [1],
+        [2, 3],
+        [],
+        [4, 5],
+    ]
+    assert pq.read_table(index.path(2), filters=[("feature", "==", 9)])["token"].to_pylist() == [
+        3,
+        4,
+    ]
 
 
 def test_no_index_is_said(tmp_path: Path) -> None:
@@ -234,7 +266,7 @@ def test_no_index_is_said(tmp_path: Path) -> None:
         Index.open(tmp_path)
 
 
-# -- going on, and order -----------------------------------------------------------------------------------------
+# -- going on, and order ---------------------------------------------------------------------------
 
 
 class StopAfter(StopRequest):
@@ -251,7 +283,10 @@ class StopAfter(StopRequest):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.parquet"))}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*.parquet"))
+    }
 
 
 def test_a_catalogue_that_was_cut_off_goes_on(
@@ -260,7 +295,9 @@ def test_a_catalogue_that_was_cut_off_goes_on(
     expected, encoded = contents(done[0]), list[int]()
     plain = inverted_index.encode
     monkeypatch.setattr(
-        inverted_index, "encode", lambda subject, unit: encoded.append(unit.number) or plain(subject, unit)
+        inverted_index,
+        "encode",
+        lambda subject, unit: encoded.append(unit.number) or plain(subject, unit),
     )
     cut = study_of(made, tmp_path)
     for number in (0, 3, 5, 11):
@@ -272,7 +309,9 @@ def test_a_catalogue_that_was_cut_off_goes_on(
     monkeypatch.setattr(study, "StopRequest", lambda: StopAfter(10**6))
     study.catalogue(cut)
     assert contents(cut.folder) == expected
-    assert sorted(encoded) == sorted([*range(made.store.units), 2])  # each once, and the damaged one again
+    assert sorted(encoded) == sorted(
+        [*range(made.store.units), 2]
+    )  # each once, and the damaged one again
 
 
 def test_files_of_another_sae_are_not_taken(made: Made, tmp_path: Path) -> None:
@@ -280,10 +319,14 @@ def test_files_of_another_sae_are_not_taken(made: Made, tmp_path: Path) -> None:
     study.catalogue(first)
     before = contents(first.folder)
     other = replace(first.subject.sae, b_enc=first.subject.sae.b_enc + 0.3)
-    again = replace(first, subject=replace(first.subject, sae=other), options={**OPTIONS, "rows": 1})
+    again = replace(
+        first, subject=replace(first.subject, sae=other), options={**OPTIONS, "rows": 1}
+    )
     study.catalogue(again)
     assert len(contents(again.folder)) == 2  # nothing of the former index is left
-    assert contents(again.folder)["index/unit_000000.parquet"] != before["index/unit_000000.parquet"]
+    assert (
+        contents(again.folder)["index/unit_000000.parquet"] != before["index/unit_000000.parquet"]
+    )
 
 
 def test_the_order_of_units_does_not_matter(done: tuple[Path, Outcome]) -> None:
@@ -316,7 +359,9 @@ def units(draw: st.DrawFn) -> list[Postings]:
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(units(), st.booleans(), st.integers(1, 6), st.randoms())
-def test_the_largest_are_those_of_a_sort(found: list[Postings], distinct: bool, count: int, random: Any) -> None:
+def test_the_largest_are_those_of_a_sort(
+    found: list[Postings], distinct: bool, count: int, random: Any
+) -> None:
     kept = Largest(3, count, distinct=distinct)
     every = list(enumerate(found))
     random.shuffle(every)
@@ -338,7 +383,7 @@ def test_the_largest_are_those_of_a_sort(found: list[Postings], distinct: bool, 
         assert list(zip(key[key > 0].tolist(), token[key > 0].tolist(), strict=True)) == expected
 
 
-# -- weights -----------------------------------------------------------------------------------------------------
+# -- weights ---------------------------------------------------------------------------------------
 
 
 def test_neighbours(table: list[dict[str, Any]], made: Made) -> None:
@@ -352,7 +397,7 @@ def test_neighbours(table: list[dict[str, Any]], made: Made) -> None:
         assert [one["cosine"] for one in row["neighbours"]] == pytest.approx(expected, abs=1e-6)
 
 
-# -- the study ---------------------------------------------------------------------------------------------------
+# -- the study -------------------------------------------------------------------------------------
 
 
 def test_other_readers_take_the_table(done: tuple[Path, Outcome], truth: Truth) -> None:
@@ -372,7 +417,9 @@ def test_held_out_rows_by_default(made: Made, tmp_path: Path) -> None:
         assert len(study.units_of(part.subject, study.Options(part="all", rows=rows))) == expected
 
 
-def test_the_outcome_says_what_is_missing(done: tuple[Path, Outcome], made: Made, tmp_path: Path) -> None:
+def test_the_outcome_says_what_is_missing(
+    done: tuple[Path, Outcome], made: Made, tmp_path: Path
+) -> None:
     figures, summary = done[1].figures, " ".join(done[1].summary)
     assert "no logits: study.logits=0" in summary
     assert f"{figures['silent']:,} latents never fire" in summary
@@ -382,7 +429,9 @@ def test_the_outcome_says_what_is_missing(done: tuple[Path, Outcome], made: Made
     assert len(done[1].tables[0].rows) == 20
 
 
-def test_texts_stand_beside_their_tokens(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_stand_beside_their_tokens(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(study, "names", lambda _: lambda token: f"t{token}")
     study.catalogue(study_of(made, tmp_path))
     rows = pq.read_table(tmp_path / "studies" / "catalogue" / study.FILE).to_pylist()
@@ -391,7 +440,12 @@ def test_texts_stand_beside_their_tokens(made: Made, tmp_path: Path, monkeypatch
     assert all(one["text"] == [f"t{token}" for token in one["tokens"]] for one in contexts)
 
 
-WRONG = [({"part": "some"}, "held_out, all"), ({"rows": 0}, "least 1"), ({"quantiles": 0}, "from 1"), ({"k": 1}, "set")]
+WRONG = [
+    ({"part": "some"}, "held_out, all"),
+    ({"rows": 0}, "least 1"),
+    ({"quantiles": 0}, "from 1"),
+    ({"k": 1}, "set"),
+]
 
 
 @pytest.mark.parametrize(("options", "said"), WRONG)

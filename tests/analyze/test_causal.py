@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from analyze import causal
-from harvest.checkpoint import EMBEDDED
-from harvest.lm import LanguageModel, ModelConfig, load
+from analyze import language_model
+from analyze import language_model as causal
+from harvest.model import LanguageModel, ModelConfig, load
+from harvest.model_folder import EMBEDDED
 from tests.harvest.models import COMPOSITE, CONFIGS, save_composite, save_model
 
 
@@ -23,39 +24,56 @@ def lm() -> LanguageModel:
 @pytest.fixture
 def sequences(lm: LanguageModel) -> list[list[int]]:
     rng = np.random.default_rng(0)
-    return [[lm.tokenizer.bos, *rng.integers(6, lm.vocabulary, n).tolist()] for n in (40, 3, 17, 40, 1)]
+    return [
+        [lm.tokenizer.bos, *rng.integers(6, lm.vocabulary, n).tolist()] for n in (40, 3, 17, 40, 1)
+    ]
 
 
 def hidden_states(lm: LanguageModel, one: list[int]) -> tuple[torch.Tensor, ...]:
     with torch.inference_mode():
-        return lm.causal(torch.tensor([one]), output_hidden_states=True, use_cache=False).hidden_states
+        return lm.causal(
+            torch.tensor([one]), output_hidden_states=True, use_cache=False
+        ).hidden_states
 
 
-def test_batches_hold_every_sequence_once_and_no_more_tokens_than_allowed(sequences: list[list[int]]) -> None:
+def test_batches_hold_every_sequence_once_and_no_more_tokens_than_allowed(
+    sequences: list[list[int]],
+) -> None:
     seen = []
-    for numbers, ids in causal.batches(sequences, 90):
+    for numbers, ids in language_model.batches(sequences, 90):
         seen += numbers
         assert ids.numel() <= 90
         for number, row in zip(numbers, ids, strict=True):
             assert row[: len(sequences[number])].tolist() == sequences[number]
             assert not row[len(sequences[number]) :].any()
     assert sorted(seen) == list(range(5))
-    assert [len(numbers) for numbers, _ in causal.batches(sequences, 10)] == [1, 1, 1, 2]  # one is always taken
+    assert [len(numbers) for numbers, _ in language_model.batches(sequences, 10)] == [
+        1,
+        1,
+        1,
+        2,
+    ]  # one is always taken
 
 
-def test_residuals_are_transformers_hidden_states(lm: LanguageModel, sequences: list[list[int]]) -> None:
-    found = dict(causal.residuals(lm, sequences, [0, 5, 10]))
+def test_residuals_are_transformers_hidden_states(
+    lm: LanguageModel, sequences: list[list[int]]
+) -> None:
+    found = dict(language_model.residuals(lm, sequences, [0, 5, 10]))
     assert sorted(found) == list(range(5))
     for number, one in enumerate(sequences):
         states = hidden_states(lm, one)
         for layer in (0, 5, 10):
-            torch.testing.assert_close(found[number][layer], states[layer + 1][0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                found[number][layer], states[layer + 1][0], rtol=1e-5, atol=1e-5
+            )
 
 
-def test_a_sequence_is_not_changed_by_its_batch(lm: LanguageModel, sequences: list[list[int]]) -> None:
-    together = dict(causal.residuals(lm, sequences, [11]))
+def test_a_sequence_is_not_changed_by_its_batch(
+    lm: LanguageModel, sequences: list[list[int]]
+) -> None:
+    together = dict(language_model.residuals(lm, sequences, [11]))
     for number, one in enumerate(sequences):
-        ((_, alone),) = causal.residuals(lm, [one], [11])
+        ((_, alone),) = language_model.residuals(lm, [one], [11])
         torch.testing.assert_close(together[number][11], alone[11], rtol=1e-5, atol=1e-5)
 
 
@@ -63,67 +81,88 @@ def test_a_sequence_is_not_changed_by_its_batch(lm: LanguageModel, sequences: li
 def test_unembedded_states_are_the_models_logits(family: str, tmp_path: Path) -> None:
     other = load(ModelConfig(str(save_model(tmp_path, family)), dtype="float32"), head=True)
     one = [other.tokenizer.bos, 7, 9, 11, 8]
-    ((_, expected),) = causal.logits(other, [one])
+    ((_, expected),) = language_model.logits(other, [one])
     last = other.n_layers - 1
-    ((_, states),) = causal.residuals(other, [one], [last])
-    torch.testing.assert_close(causal.unembedded(other, states[last]), expected, rtol=1e-4, atol=1e-4)
+    ((_, states),) = language_model.residuals(other, [one], [last])
+    torch.testing.assert_close(
+        language_model.unembedded(other, states[last]), expected, rtol=1e-4, atol=1e-4
+    )
     normed = hidden_states(other, one)[-1][0]
-    torch.testing.assert_close(causal.unembedded(other, normed, normed=True), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        language_model.unembedded(other, normed, normed=True), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("family", ["gemma4_multimodal", *COMPOSITE])
-def test_a_model_that_sees_gives_its_text_model_with_its_own_weights(family: str, tmp_path: Path) -> None:
+def test_a_model_that_sees_gives_its_text_model_with_its_own_weights(
+    family: str, tmp_path: Path
+) -> None:
     folder = (save_composite if family in COMPOSITE else save_model)(tmp_path, family)
     other = load(ModelConfig(str(folder), dtype="float32"), head=True)
     kind = AutoModelForImageTextToText if family in COMPOSITE else AutoModelForCausalLM
     whole = kind.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32).eval()
     ids = torch.tensor([[other.tokenizer.bos, 7, 9, 11]])
     with torch.inference_mode():
-        torch.testing.assert_close(other.causal(ids).logits, whole(ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            other.causal(ids).logits, whole(ids).logits, rtol=1e-4, atol=1e-4
+        )
 
 
-def test_an_edit_is_seen_above_and_taken_back(lm: LanguageModel, sequences: list[list[int]]) -> None:
+def test_an_edit_is_seen_above_and_taken_back(
+    lm: LanguageModel, sequences: list[list[int]]
+) -> None:
     def first() -> torch.Tensor:
-        return next(causal.logits(lm, sequences))[1]
+        return next(language_model.logits(lm, sequences))[1]
 
     before = first()
-    with causal.edited(lm.blocks[4], lambda states: states):
+    with language_model.edited(lm.blocks[4], lambda states: states):
         assert torch.equal(first(), before)
-    with causal.edited(lm.blocks[4], lambda states: states + 1):
+    with language_model.edited(lm.blocks[4], lambda states: states + 1):
         assert not torch.allclose(first(), before)
-    with pytest.raises(ZeroDivisionError), causal.edited(lm.blocks[4], lambda states: states + 1 / 0):
+    with (
+        pytest.raises(ZeroDivisionError),
+        language_model.edited(lm.blocks[4], lambda states: states + 1 / 0),
+    ):
         first()
     assert torch.equal(first(), before)
 
 
-def plainly(lm: LanguageModel, prompt: list[int], new_tokens: int, ends: set[int]) -> causal.Generation:
+def plainly(
+    lm: LanguageModel, prompt: list[int], new_tokens: int, ends: set[int]
+) -> causal.Generation:
     """Greedy decoding without cache, batch or transformers' generate."""
     ids = list(prompt)
     for _ in range(new_tokens):
         with torch.inference_mode():
             token = int(lm.causal(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
         if token in ends:
-            return causal.Generation(ids[len(prompt) :], True)
+            return language_model.Generation(ids[len(prompt) :], True)
         ids.append(token)
-    return causal.Generation(ids[len(prompt) :], False)
+    return language_model.Generation(ids[len(prompt) :], False)
 
 
 def test_generation_is_greedy_decoding(lm: LanguageModel) -> None:
-    questions = ["Question: Anna has 3 pens and buys 4 more. How many pens does Anna have now?\nAnswer:", "Hello", ""]
+    questions = [
+        "Question: Anna has 3 pens and buys 4 more. How many pens does Anna have now?\nAnswer:",
+        "Hello",
+        "",
+    ]
     prompts = [[lm.tokenizer.bos, *ids] for ids in lm.tokenizer.encode(questions)]
-    found = causal.generate(lm, prompts, 24)
+    found = language_model.generate(lm, prompts, 24)
     assert found == [plainly(lm, prompt, 24, {1, 5}) for prompt in prompts]
     assert found[0].finished
-    assert not causal.generate(lm, prompts[:1], 4)[0].finished
+    assert not language_model.generate(lm, prompts[:1], 4)[0].finished
 
 
 def test_a_stop_string_ends_a_text(lm: LanguageModel) -> None:
-    (prompt,) = lm.tokenizer.encode(["Question: Anna has 3 pens and buys 4 more. How many pens?\nAnswer:"])
+    (prompt,) = lm.tokenizer.encode(
+        ["Question: Anna has 3 pens and buys 4 more. How many pens?\nAnswer:"]
+    )
     prompt = [lm.tokenizer.bos, *prompt]
-    (whole,) = causal.generate(lm, [prompt], 24)
-    ends, beside = causal.generate(lm, [prompt, prompt[:9]], 24, ["####"])
+    (whole,) = language_model.generate(lm, [prompt], 24)
+    ends, beside = language_model.generate(lm, [prompt, prompt[:9]], 24, ["####"])
     assert ends.finished
     assert ends.ids == whole.ids[: len(ends.ids)]
     text = lm.tokenizer.inner.decode(ends.ids)
     assert "####" in text and "####" not in lm.tokenizer.inner.decode(ends.ids[:-1])
-    assert beside == causal.generate(lm, [prompt[:9]], 24, ["####"])[0]
+    assert beside == language_model.generate(lm, [prompt[:9]], 24, ["####"])[0]

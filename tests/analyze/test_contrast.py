@@ -1,4 +1,6 @@
-"""The contrast of right and wrong answers: what is averaged, what is compared, what is found, and what is written."""
+"""The contrast of right and wrong answers: what is averaged, what is compared, what is found, and
+what is written.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,10 @@ import pytest
 import torch
 from scipy import sparse
 
-from analyze import contrast, gsm8k
-from analyze.contrast import Means, Options, answer_means, caa, compare
-from analyze.contrast.findings import figures, lists, summary
+from analyze.studies import gsm8k
+from analyze.studies.contrast import study as contrast
+from analyze.studies.contrast.study import Means, Options, answer_means, caa, compare
+from analyze.studies.contrast.words import figures, lists, summary
 from analyze.study import Study
 from data.errors import Interrupted, SettingError, StopRequest, StoreError
 from data.tiny import problems as tiny
@@ -27,7 +30,9 @@ def made_up(n: int = 90, *, seed: int = 0, each: int = 1) -> Means:
     rng = np.random.default_rng(seed)
     return Means(
         hidden=rng.normal(size=(n, LAYERS, D)).astype(np.float32),
-        features=sparse.csr_array((rng.random((n, F)) * (rng.random((n, F)) < 0.3)).astype(np.float32)),
+        features=sparse.csr_array(
+            (rng.random((n, F)) * (rng.random((n, F)) < 0.3)).astype(np.float32)
+        ),
         length=rng.integers(20, 200, n),
         finished=rng.random(n) < 0.9,
         correct=rng.random(n) < 0.6,
@@ -37,10 +42,12 @@ def made_up(n: int = 90, *, seed: int = 0, each: int = 1) -> Means:
 
 def compared(means: Means, **options: int):
     stop = StopRequest()
-    return compare(means, ["generated"] * len(means.correct), Options(**{"permutations": 199, **options}), stop)
+    return compare(
+        means, ["generated"] * len(means.correct), Options(**{"permutations": 199, **options}), stop
+    )
 
 
-# -- means -------------------------------------------------------------------------------------------------------
+# -- means -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -54,23 +61,31 @@ def answers(study: Study) -> list[gsm8k.Answer]:
     return [*found, replace(found[3], ids=[], text="")]
 
 
-def test_means_are_those_of_each_answer_read_alone(study: Study, answers: list[gsm8k.Answer]) -> None:
+def test_means_are_those_of_each_answer_read_alone(
+    study: Study, answers: list[gsm8k.Answer]
+) -> None:
     found = answer_means(study, answers, StopRequest())
     lm, sae, layer = study.lm, study.subject.sae, study.subject.layer
     assert found.hidden.shape == (65, lm.n_layers, lm.d_model)
     for number in (0, 3, 17, 64):
         one = answers[number]
         with torch.no_grad():
-            states = lm.decoder(torch.tensor([one.sequence]), output_hidden_states=True).hidden_states
+            states = lm.decoder(
+                torch.tensor([one.sequence]), output_hidden_states=True
+            ).hidden_states
         # The last entry has gone through the final norm.
         alone = (
-            torch.stack(states[1:-1])[:, 0, len(one.prompt_ids) :] if one.ids else torch.stack(states[1:-1])[:, 0, -1:]
+            torch.stack(states[1:-1])[:, 0, len(one.prompt_ids) :]
+            if one.ids
+            else torch.stack(states[1:-1])[:, 0, -1:]
         )
         np.testing.assert_allclose(found.hidden[number, :-1], alone.mean(1), rtol=1e-3, atol=1e-4)
         dense = torch.zeros(alone.shape[1], sae.d_sae)
         kept = sae.encode(alone[layer])
         dense[kept.rows, kept.indices] = kept.values
-        np.testing.assert_allclose(found.features[[number]].toarray()[0], dense.mean(0), rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(
+            found.features[[number]].toarray()[0], dense.mean(0), rtol=1e-3, atol=1e-3
+        )
     assert (found.correct == [one.correct for one in answers]).all()
     assert (found.length == [len(one.ids) for one in answers]).all()
     assert found.question[64] == found.question[3] == answers[3].problem.id
@@ -101,11 +116,15 @@ def test_every_answer_is_read_once_and_never_again(
     assert sum(read) in (2 * len(answers) + 5, len(answers) + 10)
 
 
-def test_means_of_nothing_and_of_too_long_answers_are_refused(study: Study, answers: list[gsm8k.Answer]) -> None:
+def test_means_of_nothing_and_of_too_long_answers_are_refused(
+    study: Study, answers: list[gsm8k.Answer]
+) -> None:
     with pytest.raises(SettingError, match="no answer"):
         answer_means(study, [], StopRequest())
     with pytest.raises(SettingError, match="context"):
-        answer_means(study, [replace(answers[0], ids=[5] * (study.lm.max_context + 1))], StopRequest())
+        answer_means(
+            study, [replace(answers[0], ids=[5] * (study.lm.max_context + 1))], StopRequest()
+        )
 
 
 def test_a_request_to_stop_is_heard(study: Study, answers: list[gsm8k.Answer]) -> None:
@@ -130,10 +149,12 @@ def test_equal_means_give_no_direction() -> None:
         caa(np.ones((4, 3)), np.array([True, True, False, False]))
 
 
-# -- what is compared --------------------------------------------------------------------------------------------
+# -- what is compared ------------------------------------------------------------------------------
 
 
-def test_answers_without_tokens_are_left_out_and_questions_without_both_labels_if_they_have_several() -> None:
+def test_answers_without_tokens_are_left_out_and_questions_without_both_labels_if_they_have_several() -> (
+    None
+):
     means = made_up(60)
     means.length[7] = 0
     kept, paired = contrast.comparable(means)
@@ -160,7 +181,7 @@ def test_options_that_cannot_be_are_refused(option: str) -> None:
         Options(**{option: -1})
 
 
-# -- what is found -----------------------------------------------------------------------------------------------
+# -- what is found ---------------------------------------------------------------------------------
 
 
 def test_a_planted_direction_and_planted_features_are_found_where_they_are() -> None:
@@ -206,16 +227,23 @@ def test_what_length_explains_is_gone_at_equal_length() -> None:
     means.hidden[:, 1] += longer[:, None].astype(np.float32)
     said = figures(compared(means))
     assert said["raw"]["peak"]["p"] <= 0.01 < 0.05 < said["adjusted"]["peak"]["p"]
-    assert said["covariates"]["log length"]["d"] > 1 and said["covariates"]["log length"]["p"] <= 0.01
+    assert (
+        said["covariates"]["log length"]["d"] > 1 and said["covariates"]["log length"]["p"] <= 0.01
+    )
 
 
 def test_what_questions_explain_is_gone_within_them() -> None:
-    """Questions of which more answers are right look different; their answers among themselves do not."""
+    """Questions of which more answers are right look different; their answers among themselves do
+    not.
+    """
     means, rng = made_up(240, each=4), np.random.default_rng(0)
     rights = rng.integers(1, 4, 60)
     means.correct[:] = np.concatenate([rng.permutation(np.arange(4) < right) for right in rights])
     means.hidden[:, 1] += 3 * np.repeat(rights, 4)[:, None]
-    within, across = (figures(compared(one)) for one in (means, means._replace(question=np.arange(240).astype(str))))
+    within, across = (
+        figures(compared(one))
+        for one in (means, means._replace(question=np.arange(240).astype(str)))
+    )
     assert within["within_questions"] and not across["within_questions"]
     assert across["raw"]["peak"]["p"] == 1 / 200
     assert min(within[kind]["peak"]["p"] for kind in ("raw", "adjusted")) > 0.05
@@ -243,7 +271,7 @@ def test_features_that_hardly_fire_are_not_tested() -> None:
     assert lists(none)["helpful"] == []
 
 
-# -- the whole study ---------------------------------------------------------------------------------------------
+# -- the whole study -------------------------------------------------------------------------------
 
 
 def performed(study: Study):
@@ -260,16 +288,24 @@ def test_the_study_leaves_directions_lists_and_pictures(study: Study) -> None:
         assert vector.shape == (study.lm.d_model,) and vector.dtype == torch.float32
         assert float(vector.norm()) == pytest.approx(1)
         np.testing.assert_allclose(vector, caa(means.hidden[:, layer], means.correct), atol=1e-6)
-        assert outcome.figures["raw"]["top"][layer] == pytest.approx(np.sort(np.abs(d[layer]))[-10:].mean(), rel=1e-5)
-    written = json.loads((study.folder / f"contrastive_features_L{study.subject.layer}.json").read_text())
+        assert outcome.figures["raw"]["top"][layer] == pytest.approx(
+            np.sort(np.abs(d[layer]))[-10:].mean(), rel=1e-5
+        )
+    written = json.loads(
+        (study.folder / f"contrastive_features_L{study.subject.layer}.json").read_text()
+    )
     assert written["layer"] == study.subject.layer
     for key, sign in (("helpful", 1), ("harmful", -1)):
         values = [sign * one["d"] for one in written[key]]
         assert values == sorted(values, reverse=True) and values[-1] > 0
-        assert [np.sign(one["mean_right"] - one["mean_wrong"]) for one in written[key]] == [sign] * len(values)
+        assert [np.sign(one["mean_right"] - one["mean_wrong"]) for one in written[key]] == [
+            sign
+        ] * len(values)
     every = pq.read_table(study.folder / "features.parquet").to_pylist()
     assert len(every) == written["tested"]
-    assert [one for one in every if one["feature"] == written["helpful"][0]["feature"]] == [written["helpful"][0]]
+    assert [one for one in every if one["feature"] == written["helpful"][0]["feature"]] == [
+        written["helpful"][0]
+    ]
     assert set(outcome.pictures) == {"contrast", "contrast_adjusted"}
     assert all(picture.svg.startswith("<svg") for picture in outcome.pictures.values())
     json.loads((study.folder / "contrast.json").read_text())
@@ -284,9 +320,14 @@ def test_labelled_solutions_are_compared_within_questions(tiny_study, tmp_path: 
     lines = []
     for one, _ in zip(tiny.problems("heldout"), range(12), strict=False):
         right, wrong = tiny.solution(one), f"{one.steps}\n#### {one.answer + 1}"
-        labelled = {"a": {"solution": right, "is_correct": True}, "b": {"solution": wrong, "is_correct": False}}
+        labelled = {
+            "a": {"solution": right, "is_correct": True},
+            "b": {"solution": wrong, "is_correct": False},
+        }
         labelled |= {"c": {"solution": wrong + "0", "is_correct": False}}
-        lines.append(json.dumps({"question": one.question, "ground_truth": str(one.answer), **labelled}))
+        lines.append(
+            json.dumps({"question": one.question, "ground_truth": str(one.answer), **labelled})
+        )
     path = tmp_path / "labelled.jsonl"
     path.write_text("\n".join(lines))
     study = tiny_study("contrast", str(path), permutations=99)

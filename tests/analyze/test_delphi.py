@@ -1,6 +1,7 @@
 """The cache for delphi against dense activations, and what delphi itself reads of it.
 
-delphi (`pip install eai-delphi`) may live in an environment of its own, whose interpreter INTEROP_PYTHON names.
+delphi (`pip install eai-delphi`) may live in an environment of its own, whose interpreter
+INTEROP_PYTHON names.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load, load_file
 
-from analyze import catalogue
-from analyze.catalogue import index, table
-from analyze.interop import delphi as package
-from analyze.interop.delphi import cache_of, delphi, inputs
+from analyze.peers import delphi as package
+from analyze.peers.delphi import cache_of, delphi, inputs
+from analyze.studies.catalogue import index, table
+from analyze.studies.catalogue import study as catalogue
 from analyze.study import Outcome, Study
 from analyze.subject import Subject
 from data.errors import SettingError, StopRequest, StoreError
-from harvest.lm import ModelConfig
+from harvest.model import ModelConfig
 from tests.analyze.browser_site import copied
 from tests.analyze.conftest import LAYER, F, Made
 from tests.analyze.test_catalogue import UNIT, Truth
@@ -52,7 +53,9 @@ class Done(NamedTuple):
 
 
 def study_of(run: Path, name: str = "delphi", **options: Any) -> Study:
-    return Study(name, Subject.open(run, None, torch.device("cpu")), options, ModelConfig("nowhere/none"))
+    return Study(
+        name, Subject.open(run, None, torch.device("cpu")), options, ModelConfig("nowhere/none")
+    )
 
 
 def catalogued(run: Path, part: str = "held_out") -> Path:
@@ -101,22 +104,33 @@ def test_what_lies_beside(done: Done) -> None:
     counts = torch.load(done.study.folder / "log" / "hookpoint_firing_counts.pt", weights_only=True)
     assert list(counts) == [HOOK] and counts[HOOK].dtype == torch.int64
     np.testing.assert_array_equal(counts[HOOK], (done.f > 0).sum(0))
-    near = json.loads((done.study.folder / "neighbours" / f"{HOOK}-decoder_similarity.json").read_text())
+    near = json.loads(
+        (done.study.folder / "neighbours" / f"{HOOK}-decoder_similarity.json").read_text()
+    )
     cosines = (done.study.subject.sae.W_dec @ done.study.subject.sae.W_dec.T).fill_diagonal_(-2)
     assert list(near) == [str(latent) for latent in range(F)]
     for latent in range(F):
         best = cosines[latent].sort(descending=True)
         assert [one for _, one in near[str(latent)]] == best.indices[:10].tolist()
-        np.testing.assert_allclose([cosine for cosine, _ in near[str(latent)]], best.values[:10], rtol=1e-5)
+        np.testing.assert_allclose(
+            [cosine for cosine, _ in near[str(latent)]], best.values[:10], rtol=1e-5
+        )
     config = json.loads((done.folder / "config.json").read_text())
-    assert (config["cache_ctx_len"], config["n_tokens"], config["n_splits"]) == (CONTEXT, len(done.f), 3)
+    assert (config["cache_ctx_len"], config["n_tokens"], config["n_splits"]) == (
+        CONTEXT,
+        len(done.f),
+        3,
+    )
     assert config["model_name"] == "nowhere/none"
 
 
 def test_the_next_command(done: Done) -> None:
     """It is delphi's where delphi can load the SAE."""
     said = " ".join(done.outcome.summary)
-    assert "to=sparsify" in said and f"python -m delphi nowhere/none {done.study.subject.run}/export/sparsify" in said
+    assert (
+        "to=sparsify" in said
+        and f"python -m delphi nowhere/none {done.study.subject.run}/export/sparsify" in said
+    )
     sae = done.study.subject.sae
     other = SAE(sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec, sae.k, torch.zeros(F))
     study = replace(done.study, subject=replace(done.study.subject, sae=other))
@@ -131,23 +145,36 @@ def test_nothing_is_clipped_or_lost(made: Made, tmp_path: Path, factor: float, k
     scaled = SAE(sae.W_enc * factor, sae.W_dec, sae.b_enc * factor, sae.b_dec, sae.k)
     study = study_of(catalogued(copied(made.run, tmp_path / "run", scaled), "all"))
     outcome, f = delphi(study), Truth(made).f * factor
-    assert outcome.figures["splits"] == 3 and ("single precision" in " ".join(outcome.summary)) == (kind == np.float32)
+    assert outcome.figures["splits"] == 3 and ("single precision" in " ".join(outcome.summary)) == (
+        kind == np.float32
+    )
     dense = np.zeros_like(f)
     for path in (study.folder / "latents" / HOOK).glob("*.safetensors"):
         found = load_file(path)
         row, position, latent = found["locations"].astype(np.int64).T
         assert found["activations"].dtype == kind
-        dense[row * CONTEXT + position, latent + int(path.stem.split("_")[0])] = found["activations"]
+        dense[row * CONTEXT + position, latent + int(path.stem.split("_")[0])] = found[
+            "activations"
+        ]
     assert np.isfinite(dense).all() and np.array_equal(dense > 0, f > 0)
     np.testing.assert_allclose(dense, f, rtol=1e-5, atol=2.0**-24)
 
 
 def test_many_rows_have_wide_locations(done: Done) -> None:
     cache = cache_of(done.study.subject)
-    more = replace(cache, tokens=np.zeros((2**16 + 1, CONTEXT), np.uint32), rows=[row + 2**16 for row in cache.rows])
-    few, many = (load(b"".join(package._file(one, 0, F, StopRequest())))["locations"] for one in (cache, more))
+    more = replace(
+        cache,
+        tokens=np.zeros((2**16 + 1, CONTEXT), np.uint32),
+        rows=[row + 2**16 for row in cache.rows],
+    )
+    few, many = (
+        load(b"".join(package._file(one, 0, F, StopRequest())))["locations"]
+        for one in (cache, more)
+    )
     assert (few.dtype, many.dtype) == (np.uint16, np.uint32)
-    np.testing.assert_array_equal(many - few, np.array([2**16, 0, 0])[None].repeat(len(few), axis=0))
+    np.testing.assert_array_equal(
+        many - few, np.array([2**16, 0, 0])[None].repeat(len(few), axis=0)
+    )
 
 
 def test_a_cache_that_changes_or_is_gone_is_made_anew(made: Made, tmp_path: Path) -> None:
@@ -162,14 +189,19 @@ def test_a_cache_that_changes_or_is_gone_is_made_anew(made: Made, tmp_path: Path
     depends = inputs(study)
     # A catalogue of more, stopped before its table: the index has units that the table is not of.
     before = cache_of(study.subject)
-    catalogue.read(study.subject, catalogue.Options(part="all"), run / "studies/catalogue/index", StopRequest())
+    catalogue.read(
+        study.subject, catalogue.Options(part="all"), run / "studies/catalogue/index", StopRequest()
+    )
     assert cache_of(study.subject).index.units == before.index.units
     np.testing.assert_array_equal(cache_of(study.subject).tokens, before.tokens)
     there = run / "studies/catalogue/features.parquet"
     said = pq.read_table(there)
     counts = (said.column("count").to_numpy() + 1).tolist()
     pq.write_table(said.set_column(1, "count", [counts]), there)
-    assert inputs(study)["catalogue"] != depends["catalogue"] and inputs(study)["units"] == depends["units"]
+    assert (
+        inputs(study)["catalogue"] != depends["catalogue"]
+        and inputs(study)["units"] == depends["units"]
+    )
     with pytest.raises(StoreError, match="do not belong together"):
         delphi(study)
     assert len(list((study.folder / "latents" / HOOK).iterdir())) == 3  # what was there stays
@@ -178,15 +210,20 @@ def test_a_cache_that_changes_or_is_gone_is_made_anew(made: Made, tmp_path: Path
 
 def test_refusals(made: Made, tmp_path: Path) -> None:
     run = copied(made.run, tmp_path / "run", made.sae)
-    with pytest.raises(StoreError, match="has no catalogue; run `python -m analyze study=catalogue"):
+    with pytest.raises(
+        StoreError, match="has no catalogue; run `python -m analyze study=catalogue"
+    ):
         inputs(study_of(run))
     catalogued(run)
-    for splits, said in ((0, "splits=0 must be at least 1"), (41, "splits=41 must be at most the number of latents")):
+    for splits, said in (
+        (0, "splits=0 must be at least 1"),
+        (41, "splits=41 must be at most the number of latents"),
+    ):
         with pytest.raises(SettingError, match=said):
             delphi(study_of(run, splits=splits))
 
 
-# -- delphi itself -----------------------------------------------------------------------------------------------
+# -- delphi itself ---------------------------------------------------------------------------------
 
 PYTHON = os.environ.get("INTEROP_PYTHON", sys.executable)
 WINDOW = 16
@@ -221,14 +258,22 @@ print(json.dumps([list(records(None)), list(records(json.loads(sys.argv[4]))), l
 
 
 def test_delphi_reads_the_same_examples(done: Done) -> None:
-    found = (
-        f"import importlib.util as of, sys; sys.exit(not all(map(of.find_spec, {('delphi', 'asyncer', 'blobfile')})))"
-    )
+    found = f"import importlib.util as of, sys; sys.exit(not all(map(of.find_spec, {('delphi', 'asyncer', 'blobfile')})))"
     if subprocess.run([PYTHON, "-c", found], check=False).returncode:
         pytest.skip("eai-delphi is not installed: pip install eai-delphi, or set INTEROP_PYTHON")
     wanted = [39, 0, 12, 13, 14, 25, 26]  # on both sides of the files' borders
-    asked = [PYTHON, "-c", SCRIPT, done.study.folder / "latents", HOOK, str(WINDOW), json.dumps(wanted)]
-    said = subprocess.run(asked, check=True, capture_output=True, cwd=done.study.folder, text=True).stdout
+    asked = [
+        PYTHON,
+        "-c",
+        SCRIPT,
+        done.study.folder / "latents",
+        HOOK,
+        str(WINDOW),
+        json.dumps(wanted),
+    ]
+    said = subprocess.run(
+        asked, check=True, capture_output=True, cwd=done.study.folder, text=True
+    ).stdout
     every, some, near = json.loads(said.splitlines()[-1])
     alive = np.flatnonzero((done.f > 0).any(0)).tolist()
     assert sorted(record["latent"] for record in every) == alive
@@ -247,6 +292,8 @@ def test_delphi_reads_the_same_examples(done: Done) -> None:
         assert record["frequency"] == pytest.approx((own > 0).mean())
         silent = {tuple(row) for row in texts[~own.any(1)].tolist()}
         assert {tuple(row) for row in record["not_active"]} <= silent
-    saved = json.loads((done.study.folder / "neighbours" / f"{HOOK}-decoder_similarity.json").read_text())
+    saved = json.loads(
+        (done.study.folder / "neighbours" / f"{HOOK}-decoder_similarity.json").read_text()
+    )
     assert all(record["neighbours"] == saved[str(record["latent"])] for record in near)
     assert any(record["not_active"] for record in near)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from analyze import directions
-from harvest import lm as language_model
-from harvest.lm import ModelConfig
+from harvest import model as language_model
+from harvest.model import ModelConfig
 
 
 @pytest.mark.parametrize("block", [1 << 28, 1])  # bytes: everything at once, and row by row
@@ -17,7 +17,9 @@ def test_nearest_directions(block: int, monkeypatch: pytest.MonkeyPatch) -> None
     draw = torch.Generator().manual_seed(0)
     of, among = torch.randn(7, 5, generator=draw), torch.randn(9, 5, generator=draw)
     values, ids = directions.nearest(of, among, 3)
-    expected = torch.nn.functional.cosine_similarity(of[:, None], among[None], dim=2).sort(dim=1, descending=True)
+    expected = torch.nn.functional.cosine_similarity(of[:, None], among[None], dim=2).sort(
+        dim=1, descending=True
+    )
     torch.testing.assert_close(values, expected.values[:, :3])
     assert ids.tolist() == expected.indices[:, :3].tolist()
     themselves, others = directions.nearest(of, of, 1), directions.nearest(of, of, 1, itself=False)
@@ -28,7 +30,9 @@ def test_nearest_directions(block: int, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("block", [1 << 28, 1])
 def test_logits_of_the_embedded_model(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the model's own modules: final norm of the direction, head, the norm's common factor taken out."""
+    """By the model's own modules: final norm of the direction, head, the norm's common factor taken
+    out.
+    """
     monkeypatch.setattr(directions, "_BLOCK_BYTES", block)
     monkeypatch.setattr(directions, "_VOCABULARY_BLOCK", 100)
     lm = language_model.load(ModelConfig("embedded", dtype="float32"), head=True)
@@ -36,7 +40,9 @@ def test_logits_of_the_embedded_model(block: int, monkeypatch: pytest.MonkeyPatc
     (raised, best), (lowered, worst) = directions.logits(lm, W_dec, 4, lambda done, total: None)
     with torch.inference_mode():
         size = W_dec.square().mean(1, keepdim=True).sqrt()
-        expected = lm.causal.get_output_embeddings()(language_model.final_norm(lm.decoder)(W_dec)) * size
+        expected = (
+            lm.causal.get_output_embeddings()(language_model.final_norm(lm.decoder)(W_dec)) * size
+        )
     values, ids = expected.sort(dim=1, descending=True)
     assert best.tolist() == ids[:, :4].tolist()
     assert worst.tolist() == ids.flip(1)[:, :4].tolist()
@@ -57,7 +63,9 @@ class _OnePlus(nn.Module):
 
 def test_gain_is_what_the_norm_multiplies_by() -> None:
     weight = torch.linspace(-0.5, 2, 8)
-    torch.testing.assert_close(directions.gain(_OnePlus(weight), 8, "cpu"), 1 + weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        directions.gain(_OnePlus(weight), 8, "cpu"), 1 + weight, rtol=1e-5, atol=1e-6
+    )
     layer = nn.LayerNorm(8)
     with torch.no_grad():
         layer.weight.copy_(weight)

@@ -1,4 +1,6 @@
-"""Effects and their nulls against definitions written out, and against data whose truth is planted or empty."""
+"""Effects and their nulls against definitions written out, and against data whose truth is planted
+or empty.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +11,20 @@ from scipy import sparse
 from scipy import stats as reference
 
 from analyze import stats
-from analyze.contrast import effects
-from analyze.contrast.effects import Design
+from analyze.studies.contrast import effects
+from analyze.studies.contrast.effects import Design
 
 
 def design(correct, question=None, covariates=None, *, paired=False, shuffles=99, seed=0) -> Design:
     n = len(correct)
     question = np.arange(n) if question is None else question
     covariates = np.empty((n, 0)) if covariates is None else covariates
-    return Design.of(np.asarray(correct, bool), question, covariates, paired=paired, shuffles=shuffles, seed=seed)
+    return Design.of(
+        np.asarray(correct, bool), question, covariates, paired=paired, shuffles=shuffles, seed=seed
+    )
 
 
-# -- definitions -------------------------------------------------------------------------------------------------
+# -- definitions -----------------------------------------------------------------------------------
 
 
 def test_shuffling_stays_within_blocks_and_is_uniform() -> None:
@@ -34,14 +38,20 @@ def test_shuffling_stays_within_blocks_and_is_uniform() -> None:
 
 
 @pytest.mark.parametrize("paired", [False, True])
-def test_adjusted_effect_is_that_of_least_squares_and_its_null_is_freedmans_and_lanes(paired: bool) -> None:
+def test_adjusted_effect_is_that_of_least_squares_and_its_null_is_freedmans_and_lanes(
+    paired: bool,
+) -> None:
     rng = np.random.default_rng(1)
     question = np.repeat(np.arange(8), 7)
     block = question if paired else np.zeros(56, int)
-    correct = rng.permuted(np.tile([True, False, False, True, False, False, True], (8, 1)), axis=1).ravel()
+    correct = rng.permuted(
+        np.tile([True, False, False, True, False, False, True], (8, 1)), axis=1
+    ).ravel()
     # The second is a question's own, so that only rounding is left of it within questions.
     own = np.log(question + 7.0)
-    covariates = np.column_stack([rng.normal(size=56) + correct, own, rng.random(56) < 0.5]).astype(float)
+    covariates = np.column_stack([rng.normal(size=56) + correct, own, rng.random(56) < 0.5]).astype(
+        float
+    )
     x = rng.normal(3, 2, size=(56, 5)) + covariates[:, :1] + question[:, None]
     made = design(correct, question, covariates, paired=paired, shuffles=4)
     assert made.adjusted is not None
@@ -51,11 +61,15 @@ def test_adjusted_effect_is_that_of_least_squares_and_its_null_is_freedmans_and_
     whole = np.column_stack([reduced, correct])
     hat = reduced @ np.linalg.pinv(reduced)
     for row, order in zip(found, made.orders, strict=True):
-        shuffled = hat @ x + (x - hat @ x)[np.argsort(order)]  # orders say where labels go, and this moves the rest
+        shuffled = (
+            hat @ x + (x - hat @ x)[np.argsort(order)]
+        )  # orders say where labels go, and this moves the rest
         coefficients = np.linalg.pinv(whole) @ shuffled
         freedom = 56 - np.linalg.matrix_rank(whole)
         spread = np.sqrt(np.square(shuffled - whole @ coefficients).sum(0) / freedom)
-        np.testing.assert_allclose(row, coefficients[-1] / spread * (1 - 3 / (4 * freedom - 1)), rtol=1e-8)
+        np.testing.assert_allclose(
+            row, coefficients[-1] / spread * (1 - 3 / (4 * freedom - 1)), rtol=1e-8
+        )
 
 
 def test_without_covariates_and_blocks_an_adjusted_effect_is_cohens_d() -> None:
@@ -98,7 +112,9 @@ def test_top_of_resampled_cases_is_that_of_their_effects() -> None:
     times = effects.drawn(np.arange(20), 6, rng)
     for found, often in zip(effects.drawn_top(x, correct, times, 4), times, strict=True):
         cases = np.repeat(np.arange(20), often)
-        assert found == pytest.approx(np.sort(np.abs(stats.hedges_g(x[cases], correct[cases])))[-4:].mean())
+        assert found == pytest.approx(
+            np.sort(np.abs(stats.hedges_g(x[cases], correct[cases])))[-4:].mean()
+        )
 
 
 def test_columns_in_parts_are_columns_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +125,11 @@ def test_columns_in_parts_are_columns_at_once(monkeypatch: pytest.MonkeyPatch) -
 
     def found(values: object) -> list:
         tested = effects.tested(values, made.raw, 10)
-        return [*tested, *effects.halves(values, splits, 10), effects.drawn_top(values, made.correct, made.orders, 10)]
+        return [
+            *tested,
+            *effects.halves(values, splits, 10),
+            effects.drawn_top(values, made.correct, made.orders, 10),
+        ]
 
     at_once = found(x)
     monkeypatch.setattr(effects, "_COLUMNS", 7)
@@ -129,7 +149,7 @@ def test_family_wise_p_counts_the_null() -> None:
     np.testing.assert_allclose(effects.family_wise_p(sizes, null), expected)
 
 
-# -- halves ------------------------------------------------------------------------------------------------------
+# -- halves ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("paired", [False, True])
@@ -169,17 +189,22 @@ def test_halves_agree_on_what_is_planted_and_on_nothing_else() -> None:
     one = effects.halves(x, effects.Splits(*(part[:1] for part in splits)), 5)
     best = [np.argsort(-np.abs(d))[:5] for d in g]
     assert one.shared == len(set(best[0]) & set(best[1])) / 5
-    there = [np.mean(np.sign(d[chosen]) * other[chosen]) for d, other, chosen in zip(g, g[::-1], best, strict=True)]
+    there = [
+        np.mean(np.sign(d[chosen]) * other[chosen])
+        for d, other, chosen in zip(g, g[::-1], best, strict=True)
+    ]
     assert one.carried == pytest.approx(np.mean(there))
 
 
-# -- nulls -------------------------------------------------------------------------------------------------------
+# -- nulls -----------------------------------------------------------------------------------------
 
 LAYERS, N, D = 3, 30, 20
 
 
 def null_data(kind: str, rng: np.random.Generator) -> tuple[NDArray[np.float64], Design]:
-    """Correlated columns in which the labels say nothing that covariates or questions do not say."""
+    """Correlated columns in which the labels say nothing that covariates or questions do not
+    say.
+    """
     question, correct = np.arange(N), rng.permutation(N) < rng.integers(8, 22)
     covariates = rng.normal(size=(N, 2))
     x = rng.normal(size=(LAYERS, N, D)) + rng.normal(size=(LAYERS, N, 1))
@@ -188,27 +213,40 @@ def null_data(kind: str, rng: np.random.Generator) -> tuple[NDArray[np.float64],
         x += covariates[:, 0][:, None]
     if kind == "paired":
         question = np.repeat(np.arange(10), 3)
-        correct = np.concatenate([rng.permutation([True, False, rng.random() < 0.5]) for _ in range(10)])
+        correct = np.concatenate(
+            [rng.permutation([True, False, rng.random() < 0.5]) for _ in range(10)]
+        )
         x += 2 * rng.normal(size=(LAYERS, 10, D))[:, question]
     seed = int(rng.integers(2**31))
     return x, design(correct, question, covariates, paired=kind == "paired", seed=seed)
 
 
 def false_positives(kind: str, effect: str, sets: int, seed: int) -> tuple[int, int]:
-    """In how many of `sets` the peak's top |d|, and the largest |d|, are beyond 95 % of the joint null."""
+    """In how many of `sets` the peak's top |d|, and the largest |d|, are beyond 95 % of the joint
+    null.
+    """
     rng, counts = np.random.default_rng(seed), np.zeros(2, int)
     for _ in range(sets):
         x, made = null_data(kind, rng)
         found = [effects.tested(one, getattr(made, effect), 5) for one in x]
         top = max(one.top for one in found), np.max([one.null_top for one in found], axis=0)
-        largest = max(np.abs(one.d).max() for one in found), np.max([one.null_max for one in found], axis=0)
+        largest = (
+            max(np.abs(one.d).max() for one in found),
+            np.max([one.null_max for one in found], axis=0),
+        )
         counts += [stats.permutation_p(*top) <= 0.05, stats.permutation_p(*largest) <= 0.05]
     return int(counts[0]), int(counts[1])
 
 
 @pytest.mark.parametrize(
     ("kind", "effect"),
-    [("plain", "raw"), ("plain", "adjusted"), ("confounded", "adjusted"), ("paired", "raw"), ("paired", "adjusted")],
+    [
+        ("plain", "raw"),
+        ("plain", "adjusted"),
+        ("confounded", "adjusted"),
+        ("paired", "raw"),
+        ("paired", "adjusted"),
+    ],
 )
 def test_where_there_is_nothing_five_percent_are_found(kind: str, effect: str) -> None:
     low, high = reference.binom.interval(0.99, 250, 0.05)
@@ -229,12 +267,14 @@ def test_a_planted_direction_is_found_at_its_layer_and_only_there() -> None:
         assert effect is not None
         found = [effects.tested(one, effect, 2) for one in x]
         assert np.argmax([one.top for one in found]) == 3
-        p = effects.family_wise_p(np.abs([one.d for one in found]), np.max([one.null_max for one in found], axis=0))
+        p = effects.family_wise_p(
+            np.abs([one.d for one in found]), np.max([one.null_max for one in found], axis=0)
+        )
         assert set(zip(*np.nonzero(p <= 0.01), strict=True)) == {(3, 4), (3, 9)}
         assert found[3].d[4] > 1 and found[3].d[9] < -1
 
 
-# -- features ----------------------------------------------------------------------------------------------------
+# -- features --------------------------------------------------------------------------------------
 
 
 def sparse_columns(n: int, fired: list[int], rng: np.random.Generator) -> sparse.csc_array:
@@ -251,7 +291,9 @@ def p_of(x: sparse.csc_array, made: Design) -> NDArray[np.float64]:
 def test_rank_p_of_dense_columns_is_mann_and_whitneys() -> None:
     rng = np.random.default_rng(8)
     x, correct = sparse_columns(70, [64, 66, 68, 69, 70] * 8, rng), rng.random(70) < 0.5
-    exact = reference.mannwhitneyu(x.toarray()[correct], x.toarray()[~correct], axis=0, method="asymptotic")
+    exact = reference.mannwhitneyu(
+        x.toarray()[correct], x.toarray()[~correct], axis=0, method="asymptotic"
+    )
     np.testing.assert_allclose(p_of(x, design(correct, shuffles=999)), exact.pvalue, atol=0.03)
 
 
@@ -268,9 +310,15 @@ def test_rank_p_of_rare_firing_is_exact_where_the_normal_approximation_is_not() 
     assert normal < exact / 40
 
 
-@pytest.mark.parametrize(("n", "wrong", "fired", "both"), [(37, 17, 9, 2), (50, 20, 16, 3), (61, 30, 12, 3)])
-def test_rank_p_counts_what_is_as_far_out_as_what_was_seen(n: int, wrong: int, fired: int, both: int) -> None:
-    """Of columns that fire or do not, it is a hypergeometric count; rounding must not part what is equal."""
+@pytest.mark.parametrize(
+    ("n", "wrong", "fired", "both"), [(37, 17, 9, 2), (50, 20, 16, 3), (61, 30, 12, 3)]
+)
+def test_rank_p_counts_what_is_as_far_out_as_what_was_seen(
+    n: int, wrong: int, fired: int, both: int
+) -> None:
+    """Of columns that fire or do not, it is a hypergeometric count; rounding must not part what is
+    equal.
+    """
     correct, x = np.arange(n) >= wrong, np.zeros((n, 1))
     x[:both] = x[wrong : wrong + fired - both] = 1
     seen = reference.hypergeom(n, wrong, fired)
@@ -291,7 +339,10 @@ def test_false_discoveries_are_rare_among_features_that_say_nothing() -> None:
 
 def test_planted_features_are_discovered_also_at_equal_length() -> None:
     rng = np.random.default_rng(11)
-    length, x = rng.normal(size=120), sparse_columns(120, rng.integers(5, 120, size=100).tolist(), rng).toarray()
+    length, x = (
+        rng.normal(size=120),
+        sparse_columns(120, rng.integers(5, 120, size=100).tolist(), rng).toarray(),
+    )
     correct = length + rng.normal(size=120) > 0
     x[:, 3] = correct * rng.random(120) + 0.2 * rng.random(120)  # of the label
     x[:, 8] = np.exp(length)  # of the length alone
@@ -300,7 +351,11 @@ def test_planted_features_are_discovered_also_at_equal_length() -> None:
     fired = np.diff(columns.indptr)
     assert made.adjusted is not None
     raw, adjusted = (
-        set(np.flatnonzero(stats.benjamini_hochberg(effects.rank_p(columns, fired, correct, effect)) <= 0.05))
+        set(
+            np.flatnonzero(
+                stats.benjamini_hochberg(effects.rank_p(columns, fired, correct, effect)) <= 0.05
+            )
+        )
         for effect in (made.within, made.adjusted)
     )
     assert raw >= {3, 8}

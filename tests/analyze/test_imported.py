@@ -10,9 +10,9 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from analyze.__main__ import command
-from analyze.interop import imported
-from analyze.quality import quality
+from analyze.command import command
+from analyze.peers import imported
+from analyze.studies.quality import quality
 from analyze.subject import Subject
 from data.errors import PipelineError
 from tests.analyze.conftest import LAYER, Made
@@ -72,7 +72,10 @@ def test_the_command_and_its_refusals(
         ),
         (("run=saelens:/nowhere", f"store={made.store.name}"), "/nowhere/cfg.json cannot be read"),
         ((f"run={made.run}", "layer=3"), "layer=3 is for SAEs of other libraries"),
-        ((f"run='{named}'", f"store={made.store.name}", "study=report"), "was not trained here and has no curves"),
+        (
+            (f"run='{named}'", f"store={made.store.name}", "study=report"),
+            "was not trained here and has no curves",
+        ),
         (("run=saelenz:x", f"store={made.store.name}"), "saelenz: is none of saelens, "),
     ]:
         with pytest.raises(PipelineError, match=re.escape(said)):

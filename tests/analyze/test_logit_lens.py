@@ -1,4 +1,6 @@
-"""The logit lens against transformers' own states and logits, planted directions, and the definitions written out."""
+"""The logit lens against transformers' own states and logits, planted directions, and the
+definitions written out.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +13,26 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from analyze import head, logit_lens
-from analyze.causal import unembedded
-from analyze.logit_lens import Options, Reading
-from analyze.logit_lens.heat_map import heat_map
-from analyze.logit_lens.token_classes import CLASSES, class_of, classes
+from analyze import language_model
+from analyze.language_model import unembedded
 from analyze.stats import bootstrap_ratio
+from analyze.studies.logit_lens import study as logit_lens
+from analyze.studies.logit_lens.heat_map import heat_map
+from analyze.studies.logit_lens.study import Options, Reading
+from analyze.studies.logit_lens.token_classes import CLASSES, class_of, classes
 from analyze.subject import Subject
 from data.errors import PipelineError, SettingError, StopRequest
-from data.reader import held_out_units
+from data.rows.split import held_out_units
 from data.settings import build
-from harvest.checkpoint import EMBEDDED
-from harvest.lm import LanguageModel, ModelConfig, final_norm, load
+from harvest.model import LanguageModel, ModelConfig, final_norm, load
+from harvest.model_folder import EMBEDDED
 
 DIGIT = CLASSES.index("digit")
-TEXTS = ("Question: Tina needs 25 beans and has 14.\nAnswer: 25 - 14 = 11", "3 + 4 = 7.\n#### 7", "Noah had 9 cards")
+TEXTS = (
+    "Question: Tina needs 25 beans and has 14.\nAnswer: 25 - 14 = 11",
+    "3 + 4 = 7.\n#### 7",
+    "Noah had 9 cards",
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +47,7 @@ def sequences(lm: LanguageModel) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def kinds(lm: LanguageModel) -> np.ndarray:
-    return classes(lm.tokenizer, head.width(lm))
+    return classes(lm.tokenizer, language_model.width(lm))
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +60,16 @@ def read(lm: LanguageModel, sequences: list[list[int]], kinds: np.ndarray) -> Re
 
 
 def naive(lm: LanguageModel, one: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(L, t, V) logits from transformers' own hidden states, of which the last is normed already; its logits (t, V)."""
+    """(L, t, V) logits from transformers' own hidden states, of which the last is normed already;
+    its logits (t, V).
+    """
     with torch.inference_mode():
         output = lm.causal(torch.tensor([one]), output_hidden_states=True, use_cache=False)
         norm, weight = final_norm(lm.decoder), lm.causal.lm_head.weight
-        states = [*(norm(state[0]) for state in output.hidden_states[1:-1]), output.hidden_states[-1][0]]
+        states = [
+            *(norm(state[0]) for state in output.hidden_states[1:-1]),
+            output.hidden_states[-1][0],
+        ]
         raw = torch.stack(states).double() @ weight.double().T
     return 30 * np.tanh(raw.numpy() / 30), output.logits[0].double().numpy()
 
@@ -67,19 +79,23 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
-# -- the lens ----------------------------------------------------------------------------------------------------
+# -- the lens --------------------------------------------------------------------------------------
 
 
-def test_the_last_layers_lens_is_the_models_own_logits(lm: LanguageModel, sequences: list[list[int]]) -> None:
+def test_the_last_layers_lens_is_the_models_own_logits(
+    lm: LanguageModel, sequences: list[list[int]]
+) -> None:
     for one in sequences:
         lens, own = naive(lm, one)
         assert abs(own).max() < 30  # softcapped
         np.testing.assert_allclose(lens[-1], own, atol=1e-4)
         with torch.inference_mode():
-            last = lm.causal(torch.tensor([one]), output_hidden_states=True, use_cache=False).hidden_states[-1]
+            last = lm.causal(
+                torch.tensor([one]), output_hidden_states=True, use_cache=False
+            ).hidden_states[-1]
         np.testing.assert_allclose(unembedded(lm, last, normed=True)[0], own, atol=1e-4)
         assert abs(unembedded(lm, last)[0].numpy() - own).max() > 0.5  # as it is when normed twice
-        assert head.check(lm, one) < 1e-6
+        assert language_model.check(lm, one) < 1e-6
 
 
 def test_every_figure_is_what_its_definition_says(
@@ -96,7 +112,9 @@ def test_every_figure_is_what_its_definition_says(
         np.testing.assert_allclose(reading.top_p[:, at], p.max(-1), atol=2e-5)
         ce = -np.log(np.take_along_axis(p, np.array(one[2:])[None, :, None], -1))[..., 0]
         np.testing.assert_allclose(reading.ce[:, at], ce, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(reading.kl[:, at], (p[-1] * np.log(p[-1] / p)).sum(-1), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            reading.kl[:, at], (p[-1] * np.log(p[-1] / p)).sum(-1), rtol=1e-4, atol=1e-4
+        )
         best = p[-1].argmax(-1)
         ranks = (p > np.take_along_axis(p, best[None, :, None], -1)).sum(-1) + 1
         assert (reading.rank[:, at] == ranks).all()
@@ -116,13 +134,19 @@ def test_the_null_is_the_lens_with_its_unembedding_in_other_orders(
         other = p[:, :, order]  # row i of the unembedding is now that of order[i]
         for kind in range(len(CLASSES)):
             expected = other[:, :, kinds == kind].sum(-1)
-            np.testing.assert_allclose(reading.shuffled_mass[:, kind, number], expected.mean(1), atol=2e-5)
+            np.testing.assert_allclose(
+                reading.shuffled_mass[:, kind, number], expected.mean(1), atol=2e-5
+            )
             if kind == DIGIT:
-                np.testing.assert_allclose(reading.shuffled_target[:, :, number], expected, atol=2e-5)
+                np.testing.assert_allclose(
+                    reading.shuffled_target[:, :, number], expected, atol=2e-5
+                )
         ce = -np.log(np.take_along_axis(other, reading.following[None, :, None], -1))[..., 0]
         np.testing.assert_allclose(reading.shuffled_ce[:, number], ce.mean(1), rtol=1e-4)
     share = np.bincount(kinds, minlength=len(CLASSES)) / len(kinds)
-    np.testing.assert_allclose(reading.shuffled_mass.mean((0, 2)), share, atol=0.08)  # the base rate
+    np.testing.assert_allclose(
+        reading.shuffled_mass.mean((0, 2)), share, atol=0.08
+    )  # the base rate
 
 
 def _as_read(sequences: list[list[int]]) -> list[list[int]]:
@@ -133,7 +157,9 @@ def test_the_lens_finds_planted_directions(lm: LanguageModel, kinds: np.ndarray)
     """A state that the final norm turns into a token's own unembedding row."""
     weight = lm.causal.lm_head.weight
     planted = torch.arange(6, len(weight))
-    planted = planted[(weight[planted] @ weight.T).argmax(1) == planted]  # some rows are shadowed by longer ones
+    planted = planted[
+        (weight[planted] @ weight.T).argmax(1) == planted
+    ]  # some rows are shadowed by longer ones
     assert len(planted) > 100
     states = 5 * weight[planted] / final_norm(lm.decoder).weight
     null = logit_lens.shuffled(kinds, "cpu")
@@ -151,8 +177,8 @@ def test_blocks_of_positions_change_nothing(
     reading: Reading,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(head, "_BLOCK_BYTES", 4 * head.width(lm) * 3)
-    assert [part.stop - part.start for part in head.blocks(lm, 8)] == [3, 3, 2]
+    monkeypatch.setattr(language_model, "_BLOCK_BYTES", 4 * language_model.width(lm) * 3)
+    assert [part.stop - part.start for part in language_model.blocks(lm, 8)] == [3, 3, 2]
     for whole, blocked in zip(reading, read(lm, sequences, kinds), strict=True):
         np.testing.assert_allclose(whole, blocked, rtol=1e-4, atol=1e-4)
 
@@ -169,16 +195,25 @@ def test_a_head_with_a_step_of_its_own_is_refused(
 
     monkeypatch.setattr(lm.causal, "forward", scaled)
     with pytest.raises(PipelineError, match="otherwise than by final norm"):
-        head.check(lm, sequences[0])
+        language_model.check(lm, sequences[0])
 
 
-# -- classes and commitment --------------------------------------------------------------------------------------
+# -- classes and commitment ------------------------------------------------------------------------
 
 
 def test_every_token_has_one_class(lm: LanguageModel, kinds: np.ndarray) -> None:
     expected = {
         "english": [" the", "Ans", "a", "'s", "don\u2019t", "twenty-one", "THE"],
-        "other": [" дом", "é", "naïve", "の", "٣", "½", "\N{REPLACEMENT CHARACTER}", " a\N{REPLACEMENT CHARACTER}"],
+        "other": [
+            " дом",
+            "é",
+            "naïve",
+            "の",
+            "٣",
+            "½",
+            "\N{REPLACEMENT CHARACTER}",
+            " a\N{REPLACEMENT CHARACTER}",
+        ],
         "digit": ["7", " 42", "1,000", "3.14", ".5"],
         "code": [
             "",
@@ -203,7 +238,9 @@ def test_every_token_has_one_class(lm: LanguageModel, kinds: np.ndarray) -> None
     assert len(kinds) == 512 and set(kinds) == set(range(len(CLASSES)))
     decode = lm.tokenizer.inner.decode
     assert sorted(decode([token]) for token in np.flatnonzero(kinds == DIGIT)) == list("0123456789")
-    assert classes(lm.tokenizer, 600)[590] == CLASSES.index("code")  # rows of an embedding without a token
+    assert classes(lm.tokenizer, 600)[590] == CLASSES.index(
+        "code"
+    )  # rows of an embedding without a token
 
 
 def test_commitment_is_from_where_on_the_class_has_half() -> None:
@@ -227,7 +264,11 @@ def made_reading(target: np.ndarray, prompt: np.ndarray) -> Reading:
     flat = [rng.random((layers, n)).astype(np.float32) for _ in range(3)]
     top, rank = rng.integers(0, 3, (layers, n)), rng.integers(1, 9, (layers, n))
     orders = logit_lens.ORDERS
-    null = np.repeat(target[:, :, None], orders, 2), np.zeros((layers, 4, orders)), np.zeros((layers, orders))
+    null = (
+        np.repeat(target[:, :, None], orders, 2),
+        np.zeros((layers, 4, orders)),
+        np.zeros((layers, orders)),
+    )
     return Reading(prompt, np.zeros(n, np.int64), top, flat[0], flat[1], flat[2], rank, mass, *null)
 
 
@@ -236,14 +277,18 @@ def test_commitment_of_prompts_has_intervals_over_prompts() -> None:
     target = np.array([[0, 0, 1, 0, 1, 0], [0, 1, 1, 0, 1, 0], [1, 1, 1, 0, 1, 0]], np.float32)
     found = logit_lens._committed(made_reading(target, prompt), 1)
     assert found["mean_layer"]["value"] == pytest.approx((2 + 1 + 0 + 0) / 4)
-    assert found["median_layer"]["value"] == pytest.approx(np.median([1, 0]))  # the third prompt never commits
+    assert found["median_layer"]["value"] == pytest.approx(
+        np.median([1, 0])
+    )  # the third prompt never commits
     assert found["never"]["value"] == pytest.approx(2 / 6)
     assert found["never"]["interval"] == pytest.approx((0, 1))  # all prompt 0, or all prompt 2
     assert found["positions_by_layer"].tolist() == [2, 1, 1]
     assert found["shuffled"]["never"]["value"] == pytest.approx(2 / 6)
     nothing = logit_lens._committed(made_reading(0 * target, prompt), 1)
     assert math.isnan(nothing["mean_layer"]["value"]) and nothing["never"]["value"] == 1
-    assert logit_lens._null(np.array([1, np.nan, 3]))["value"] == 2  # an order in which nothing commits
+    assert (
+        logit_lens._null(np.array([1, np.nan, 3]))["value"] == 2
+    )  # an order in which nothing commits
 
 
 def test_means_by_layer_and_their_intervals(reading: Reading) -> None:
@@ -253,8 +298,12 @@ def test_means_by_layer_and_their_intervals(reading: Reading) -> None:
         ce = np.bincount(reading.prompt, reading.ce[layer])
         assert rows[layer]["ce"]["value"] == pytest.approx(reading.ce[layer].mean())
         by_reading = np.argsort([np.argmax(reading.prompt == n) for n in range(3)])
-        assert rows[layer]["ce"]["interval"] == pytest.approx(bootstrap_ratio(ce[by_reading], counts[by_reading]))
-        assert rows[layer]["rank"]["value"] == pytest.approx(np.exp(np.log(reading.rank[layer]).mean()))
+        assert rows[layer]["ce"]["interval"] == pytest.approx(
+            bootstrap_ratio(ce[by_reading], counts[by_reading])
+        )
+        assert rows[layer]["rank"]["value"] == pytest.approx(
+            np.exp(np.log(reading.rank[layer]).mean())
+        )
         agrees = (reading.top[layer] == reading.top[-1]).mean()
         assert rows[layer]["agrees"]["value"] == pytest.approx(agrees)
         low, high = rows[layer]["digit"]["interval"]
@@ -264,7 +313,7 @@ def test_means_by_layer_and_their_intervals(reading: Reading) -> None:
     assert rows[-1]["ce"]["value"] < rows[-1]["shuffled"]["ce"]["interval"][0]
 
 
-# -- the study ---------------------------------------------------------------------------------------------------
+# -- the study -------------------------------------------------------------------------------------
 
 
 def test_prompts_are_the_longest_pieces_of_different_documents(tiny_run: Path) -> None:
@@ -278,8 +327,12 @@ def test_prompts_are_the_longest_pieces_of_different_documents(tiny_run: Path) -
                 assert tokens[row][inside][0] == 2
                 longest[int(number)] = max(longest.get(int(number), 0), int(inside.sum()))
     found = logit_lens.prompts(subject, 1000)
-    assert {piece.document: len(piece.ids) for piece in found} == {n: t for n, t in longest.items() if t > 2}
-    assert [piece.document for piece in logit_lens.prompts(subject, 5)] == [piece.document for piece in found[:5]]
+    assert {piece.document: len(piece.ids) for piece in found} == {
+        n: t for n, t in longest.items() if t > 2
+    }
+    assert [piece.document for piece in logit_lens.prompts(subject, 5)] == [
+        piece.document for piece in found[:5]
+    ]
 
 
 def test_the_study_of_the_embedded_model(tiny_study) -> None:
@@ -291,7 +344,9 @@ def test_the_study_of_the_embedded_model(tiny_study) -> None:
     # The model knows when a digit comes, and the null, which is as peaked, does not.
     assert last["digit"]["value"] == pytest.approx(figures["next_token_share"]["digit"], abs=0.05)
     assert last["digit"]["value"] > 2 * last["shuffled"]["digit"]["interval"][1]
-    assert figures["commitment"]["never"]["value"] == pytest.approx(1 - last["digit"]["value"], abs=0.1)
+    assert figures["commitment"]["never"]["value"] == pytest.approx(
+        1 - last["digit"]["value"], abs=0.1
+    )
     assert last["ce"]["value"] < figures["layers"][0]["ce"]["value"] / 4
     assert outcome.summary[0].startswith("Positions that commit to digit do so at layer ")
     assert len(outcome.tables[0].rows) == 12

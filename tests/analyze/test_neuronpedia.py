@@ -1,4 +1,6 @@
-"""The files for Neuronpedia against the catalogue, dense activations, its importer's steps and a PostgreSQL."""
+"""The files for Neuronpedia against the catalogue, dense activations, its importer's steps and a
+PostgreSQL.
+"""
 
 from __future__ import annotations
 
@@ -19,22 +21,23 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from analyze import catalogue
-from analyze.catalogue import index, table
-from analyze.interop import neuronpedia as package
-from analyze.interop.neuronpedia import BINS, INTERVALS, histograms, inputs, neuronpedia, storable
+from analyze.peers import neuronpedia as package
+from analyze.peers.neuronpedia import BINS, INTERVALS, histograms, inputs, neuronpedia, storable
+from analyze.studies.catalogue import index, table
+from analyze.studies.catalogue import study as catalogue
 from analyze.study import Outcome, Study
 from analyze.subject import Subject
 from data.errors import SettingError, StopRequest, StoreError
-from harvest.checkpoint import EMBEDDED, resolve
-from harvest.lm import ModelConfig
+from harvest.model import ModelConfig
+from harvest.model_folder import EMBEDDED, resolve
 from harvest.tokens import Tokenizer
 from tests.analyze import browser_site
 from tests.analyze.conftest import LAYER, F, Made, make_run, random_rows
 from tests.analyze.test_catalogue import Truth
 
 BATCH, DEAD = 16, range(16, 32)  # latents of a file; those of the second never fire
-# Its tables' columns as its prisma/schema.prisma has them, as far as they are written, with their types in PostgreSQL.
+# Its tables' columns as its prisma/schema.prisma has them, as far as they are written, with their
+# types in PostgreSQL.
 NEURON = {
     "modelId": "text", "layer": "text", "index": "text", "sourceSetName": "text", "creatorId": "text",
     "maxActApprox": "double precision", "hasVector": "boolean", "vector": "double precision[]", "hookName": "text",
@@ -52,7 +55,9 @@ ACTIVATION = {
 
 
 def say(token: int) -> str:
-    """Hostile texts; some spell an escape of NUL, behind one backslash or two, which the importer must leave."""
+    """Hostile texts; some spell an escape of NUL, behind one backslash or two, which the importer
+    must leave.
+    """
     return ("", "\\u0000", "\\\\u0000\n", "\0")[token % 4] + browser_site.say(token)
 
 
@@ -72,7 +77,9 @@ def study_of(run: Path, **options: Any) -> Study:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines as the importer reads them: it replaces what looks like an escaped NUL, and splits at line feeds."""
+    """The lines as the importer reads them: it replaces what looks like an escaped NUL, and splits
+    at line feeds.
+    """
     text = gzip.decompress(path.read_bytes()).decode()
     return [json.loads(line) for line in text.replace("\\u0000", " ").strip().split("\n")]
 
@@ -88,7 +95,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     run = browser_site.copied(made.run, made.run.parent / "A Run_L3", made.sae)
     with pytest.MonkeyPatch.context() as patch:
         for module in (index, table, package):
-            patch.setattr(module, "BLOCK", 16)  # row groups of 16 latents, so that 40 are in several
+            patch.setattr(
+                module, "BLOCK", 16
+            )  # row groups of 16 latents, so that 40 are in several
         patch.setattr(catalogue, "_logits", browser_site._logits)
         browser_site.of_run(run)
         patch.setattr(catalogue, "names", lambda *_, **__: say)
@@ -97,7 +106,15 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
         outcome = study.perform(neuronpedia, inputs(study))
     folder = study.folder / "v1/none" / f"{LAYER}-a-run-l3-res-40"
     rows = pq.read_table(run / "studies/catalogue/features.parquet").to_pylist()
-    return Done(made, study, outcome, rows, batches(folder / "features"), batches(folder / "activations"), folder)
+    return Done(
+        made,
+        study,
+        outcome,
+        rows,
+        batches(folder / "features"),
+        batches(folder / "activations"),
+        folder,
+    )
 
 
 def close(values: Any) -> Any:
@@ -108,7 +125,11 @@ def test_features_are_the_catalogue(done: Done) -> None:
     assert [row["index"] for row in done.features] == [str(latent) for latent in range(F)]
     for own, row in zip(done.features, done.table, strict=True):
         assert list(own) == list(done.features[0]) and set(own) == set(NEURON)
-        assert (own["modelId"], own["layer"], own["sourceSetName"]) == ("none", "3-a-run-l3-res-40", "a-run-l3-res-40")
+        assert (own["modelId"], own["layer"], own["sourceSetName"]) == (
+            "none",
+            "3-a-run-l3-res-40",
+            "a-run-l3-res-40",
+        )
         assert own["frac_nonzero"] == row["density"]
         assert own["maxActApprox"] == own["vectorDefaultSteerStrength"] == close(row["max"] or 0)
         for name, column in (("pos", "raised"), ("neg", "lowered")):
@@ -125,11 +146,21 @@ def test_histograms_are_of_dense_activations(done: Done) -> None:
     f = Truth(done.made).f
     for own in done.features:
         fires = f[:, int(own["index"])][f[:, int(own["index"])] > 0]
-        heights, edges = np.histogram(fires, BINS, (0, fires.max())) if len(fires) else (np.empty(0), np.empty(1))
+        heights, edges = (
+            np.histogram(fires, BINS, (0, fires.max()))
+            if len(fires)
+            else (np.empty(0), np.empty(1))
+        )
         assert own["freq_hist_data_bar_heights"] == heights.tolist()
         assert own["freq_hist_data_bar_values"] == close(((edges[1:] + edges[:-1]) / 2).tolist())
-    # Places of latents that never fire, as the table has it, are counted, so that the difference is found.
-    unknown = histograms(catalogue.files(done.study.subject).places, 0, np.full(16, np.nan, np.float32), StopRequest())
+    # Places of latents that never fire, as the table has it, are counted, so that the difference is
+    # found.
+    unknown = histograms(
+        catalogue.files(done.study.subject).places,
+        0,
+        np.full(16, np.nan, np.float32),
+        StopRequest(),
+    )
     assert unknown.sum(1).tolist() == (f[:, :16] > 0).sum(0).tolist()
 
 
@@ -147,7 +178,10 @@ def test_activations_are_the_contexts(done: Done) -> None:
                 assert own["qualifyingTokenIndex"] == context["peak"]
                 assert own["values"][context["peak"]] == close(context["value"])
                 assert own["dataIndex"] == f"{context['document']}:{context['position']}"
-                assert (own["maxValue"], own["minValue"]) == (max(own["values"]), min(own["values"]))
+                assert (own["maxValue"], own["minValue"]) == (
+                    max(own["values"]),
+                    min(own["values"]),
+                )
                 assert own["maxValueTokenIndex"] == own["values"].index(own["maxValue"])
                 low, high, share = own["binMin"], own["binMax"], own["binContains"]
                 if part == "top":
@@ -157,12 +191,18 @@ def test_activations_are_the_contexts(done: Done) -> None:
                 edges = np.linspace(0, row["max"], INTERVALS + 1)
                 assert (low, high) == (close(edges[number]), close(edges[number + 1]))
                 assert low <= context["value"] <= high * (1 + 1e-5)
-                inside = (f >= edges[number]) & ((f < edges[number + 1]) | (number == INTERVALS - 1))
+                inside = (f >= edges[number]) & (
+                    (f < edges[number + 1]) | (number == INTERVALS - 1)
+                )
                 assert share == close(inside.mean())
     assert next(given, None) is None
     numbers = [one["binMin"] for one in done.activations if one["binMin"] >= 0]
     assert 0 in numbers and len(set(numbers)) > 20
-    assert len({one["id"] for one in done.activations}) == len(done.activations) == done.outcome.figures["activations"]
+    assert (
+        len({one["id"] for one in done.activations})
+        == len(done.activations)
+        == done.outcome.figures["activations"]
+    )
 
 
 def test_files_without_activations_are_not_written_and_all_are_the_same_again(done: Done) -> None:
@@ -175,7 +215,9 @@ def test_files_without_activations_are_not_written_and_all_are_the_same_again(do
         "batch-2.jsonl.gz",
     ]
     first = {path: path.read_bytes() for path in done.folder.rglob("*") if path.is_file()}
-    assert all(found[4:8] == b"\0\0\0\0" for path, found in first.items() if path.suffix == ".gz")  # no time of day
+    assert all(
+        found[4:8] == b"\0\0\0\0" for path, found in first.items() if path.suffix == ".gz"
+    )  # no time of day
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(catalogue, "names", lambda *_, **__: say)
         patch.setattr(package, "_BATCH", BATCH)
@@ -185,7 +227,9 @@ def test_files_without_activations_are_not_written_and_all_are_the_same_again(do
 
 
 def test_the_importer_loses_no_text(done: Done) -> None:
-    raw = b"".join(gzip.decompress(path.read_bytes()) for path in done.folder.rglob("*.gz")).decode()
+    raw = b"".join(
+        gzip.decompress(path.read_bytes()) for path in done.folder.rglob("*.gz")
+    ).decode()
     assert "\\u0000" not in raw and "\0" not in raw and "u005cu0000" in raw
     shown = {text for one in done.activations for text in one["tokens"]}
     assert shown == {storable(say(token)) for row in done.table for one in row["top"] + row["quantiles"]
@@ -195,18 +239,36 @@ def test_the_importer_loses_no_text(done: Done) -> None:
 
 def test_lines_belong_together(done: Done) -> None:
     release, model, sourceset, source = (
-        json.loads((done.folder / f"{name}.jsonl").read_bytes()) for name in ("release", "model", "sourceset", "source")
+        json.loads((done.folder / f"{name}.jsonl").read_bytes())
+        for name in ("release", "model", "sourceset", "source")
     )
-    assert sourceset["releaseName"] == release["name"] and source["modelId"] == sourceset["modelId"] == model["id"]
-    assert source["setName"] == sourceset["name"] and source["id"] == f"{LAYER}-{sourceset['name']}" == done.folder.name
+    assert (
+        sourceset["releaseName"] == release["name"]
+        and source["modelId"] == sourceset["modelId"] == model["id"]
+    )
+    assert (
+        source["setName"] == sourceset["name"]
+        and source["id"] == f"{LAYER}-{sourceset['name']}" == done.folder.name
+    )
     assert (source["num_prompts"], source["num_tokens_in_prompt"]) == (64, 32)
-    owners = {one["creatorId"] for one in (release, model, sourceset, source, *done.features, *done.activations)}
-    assert len(owners) == 1 and f"modelId=none&sourceId={source['id']}" in " ".join(done.outcome.summary)
+    owners = {
+        one["creatorId"]
+        for one in (release, model, sourceset, source, *done.features, *done.activations)
+    }
+    assert len(owners) == 1 and f"modelId=none&sourceId={source['id']}" in " ".join(
+        done.outcome.summary
+    )
 
 
 def test_settings(done: Done, tmp_path: Path) -> None:
     """Files under former names go; files that are gone are made again."""
-    asked = {"model": "gemma-4-e4b", "set": "ours_res-32k", "release": "ours", "author": "A. N.", "vectors": False}
+    asked = {
+        "model": "gemma-4-e4b",
+        "set": "ours_res-32k",
+        "release": "ours",
+        "author": "A. N.",
+        "vectors": False,
+    }
     run = browser_site.copied(done.study.subject.run, tmp_path / "run", done.made.sae)
     browser_site.of_run(run)
     first, study = study_of(run), study_of(run, **asked)
@@ -216,10 +278,20 @@ def test_settings(done: Done, tmp_path: Path) -> None:
     assert [one.name for one in (study.folder / "v1").iterdir()] == ["gemma-4-e4b"]
     folder = study.folder / "v1/gemma-4-e4b" / "3-ours_res-32k"
     features = batches(folder / "features")
-    assert {(one["hasVector"], one["hookName"], len(one["vector"])) for one in features} == {(False, None, 0)}
-    assert batches(folder / "activations")[0]["tokens"][0].startswith("#")  # no tokenizer: their ids
-    said = {name: json.loads((folder / f"{name}.jsonl").read_bytes()) for name in ("release", "sourceset")}
-    assert said["release"]["name"] == said["sourceset"]["releaseName"] == "ours" and "shown as ids" in summary[-1]
+    assert {(one["hasVector"], one["hookName"], len(one["vector"])) for one in features} == {
+        (False, None, 0)
+    }
+    assert batches(folder / "activations")[0]["tokens"][0].startswith(
+        "#"
+    )  # no tokenizer: their ids
+    said = {
+        name: json.loads((folder / f"{name}.jsonl").read_bytes())
+        for name in ("release", "sourceset")
+    }
+    assert (
+        said["release"]["name"] == said["sourceset"]["releaseName"] == "ours"
+        and "shown as ids" in summary[-1]
+    )
     (folder / "source.jsonl").unlink()
     study.perform(neuronpedia, inputs(study))
     assert (folder / "source.jsonl").is_file()
@@ -229,7 +301,10 @@ def test_settings(done: Done, tmp_path: Path) -> None:
     rows = pq.read_table(there)
     more = (rows.column("count").to_numpy() + 1).tolist()
     pq.write_table(rows.set_column(1, "count", [more]), there)
-    assert inputs(study)["catalogue"] != depends["catalogue"] and inputs(study)["units"] == depends["units"]
+    assert (
+        inputs(study)["catalogue"] != depends["catalogue"]
+        and inputs(study)["units"] == depends["units"]
+    )
     with pytest.raises(StoreError, match="do not belong together"):
         neuronpedia(study)
 
@@ -247,9 +322,13 @@ def test_refusals(done: Done) -> None:
 def test_texts_are_the_tokenizers(done: Done) -> None:
     tokenizer = Tokenizer.load(resolve(EMBEDDED, "main"))
     for digest in (tokenizer.digest, "another"):
-        store = SimpleNamespace(manifest={"model": {"tokenizer": digest, "revision": "main"}}, name="s")
+        store = SimpleNamespace(
+            manifest={"model": {"tokenizer": digest, "revision": "main"}}, name="s"
+        )
         subject = SimpleNamespace(store=store, model_path=lambda asked: asked)
-        found = catalogue.names(replace(done.study, model=ModelConfig(EMBEDDED), subject=subject), raw=True)
+        found = catalogue.names(
+            replace(done.study, model=ModelConfig(EMBEDDED), subject=subject), raw=True
+        )
         assert (found is None) == (digest == "another")
         assert found is None or found(tokenizer.inner("a\n")["input_ids"][-1]) == "\n"
 
@@ -258,17 +337,22 @@ def _key(row: dict[str, Any]) -> str:
     return str(row.get("id", row["index"]))
 
 
-# -- PostgreSQL --------------------------------------------------------------------------------------------------
+# -- PostgreSQL ------------------------------------------------------------------------------------
 
 
 def test_postgresql_takes_all(done: Done) -> None:
-    """The importer's own statement, in tables of the columns' types: what comes out is what went in."""
+    """The importer's own statement, in tables of the columns' types: what comes out is what went
+    in.
+    """
     if not (shutil.which("initdb") and shutil.which("postgres")):
         pytest.skip("PostgreSQL is not installed: no initdb and postgres in PATH")
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         statements = []
-        for table, columns, rows in (("Neuron", NEURON, done.features), ("Activation", ACTIVATION, done.activations)):
+        for table, columns, rows in (
+            ("Neuron", NEURON, done.features),
+            ("Activation", ACTIVATION, done.activations),
+        ):
             (root / f"{table}.json").write_text(json.dumps(rows, ensure_ascii=False))
             typed, names = (
                 ", ".join(f'"{one}" {kind}' for one, kind in columns.items()),
@@ -283,11 +367,23 @@ def test_postgresql_takes_all(done: Done) -> None:
                 f"TO '{root}/{table}.hex'",
             ]
         # PostgreSQL refuses to run as root.
-        other: dict[str, Any] = {"user": "nobody", "group": "nogroup", "extra_groups": []} if not os.getuid() else {}
+        other: dict[str, Any] = (
+            {"user": "nobody", "group": "nogroup", "extra_groups": []} if not os.getuid() else {}
+        )
         if other:
             shutil.chown(root, "nobody", "nogroup")
         options = {"check": True, "capture_output": True, "cwd": root, **other}
-        made = ["initdb", "-D", root / "data", "-E", "UTF8", "--locale=C", "-A", "trust", "--no-sync"]
+        made = [
+            "initdb",
+            "-D",
+            root / "data",
+            "-E",
+            "UTF8",
+            "--locale=C",
+            "-A",
+            "trust",
+            "--no-sync",
+        ]
         subprocess.run(made, **options)
         asked = ["postgres", "--single", "-F", "-D", root / "data", "postgres"]
         subprocess.run(asked, input="\n".join(statements).encode(), **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from analyze import pictures
+from analyze import drawing as pictures
 
 
 def parts(svg: str) -> tuple[list[str], list[str]]:
@@ -14,13 +14,16 @@ def parts(svg: str) -> tuple[list[str], list[str]]:
 
 def test_ids_are_a_pictures_own_and_lead_somewhere() -> None:
     curves = [
-        pictures.curves({"a": [(x, x * scale) for x in range(5)], "b": [(0, 1), (4, 2)]}, "x", "y") for scale in (1, 2)
+        pictures.curves({"a": [(x, x * scale) for x in range(5)], "b": [(0, 1), (4, 2)]}, "x", "y")
+        for scale in (1, 2)
     ]
     (ids, used), (others, _) = parts(curves[0]), parts(curves[1])
     assert "clip-path" in curves[0] and len(used) > 5
     assert set(used) == set(ids) and len(ids) == len(set(ids))
     assert not set(ids) & set(others)
-    assert curves[0] == pictures.curves({"a": [(x, x) for x in range(5)], "b": [(0, 1), (4, 2)]}, "x", "y")
+    assert curves[0] == pictures.curves(
+        {"a": [(x, x) for x in range(5)], "b": [(0, 1), (4, 2)]}, "x", "y"
+    )
 
 
 def test_labels_are_left_as_they_are() -> None:

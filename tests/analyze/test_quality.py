@@ -1,4 +1,6 @@
-"""Every figure against its definition, written again in numpy over the whole held-out matrix at once."""
+"""Every figure against its definition, written again in numpy over the whole held-out matrix at
+once.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from analyze import quality as study
 from analyze.stats import bootstrap_ratio
+from analyze.studies import quality as study
 from analyze.subject import Subject
 from data import durable
-from data.reader import held_out_units
+from data.rows.split import held_out_units
 from tests.analyze.conftest import F, K, Made
 from tests.conftest import BOS
 
@@ -25,9 +27,13 @@ class Reference:
     def __init__(self, made: Made) -> None:
         store = made.store
         units = held_out_units(store)
-        flat = np.concatenate([store.permutation(unit) + unit * store.unit_tokens for unit in units])
+        flat = np.concatenate(
+            [store.permutation(unit) + unit * store.unit_tokens for unit in units]
+        )
         tokens = np.concatenate([store.tokens(unit).ravel() for unit in range(store.units)])
-        self.documents = np.concatenate([store.document(unit).ravel() for unit in range(store.units)])[flat]
+        self.documents = np.concatenate(
+            [store.document(unit).ravel() for unit in range(store.units)]
+        )[flat]
         self.x = made.rows[flat]
         self.hat, self.f = dense(made, self.x)
         self.e = self.x - self.hat
@@ -67,7 +73,9 @@ def centred(reference: Reference, mask: NDArray[np.bool_]) -> float:
     return 1 - (reference.e[mask] ** 2).sum() / ((reference.x[mask] - reference.mu) ** 2).sum()
 
 
-def test_variance_explained_by_every_definition(figures: dict[str, Any], reference: Reference) -> None:
+def test_variance_explained_by_every_definition(
+    figures: dict[str, Any], reference: Reference
+) -> None:
     kept, x, e = reference.kept, reference.x[reference.kept], reference.e[reference.kept]
     assert figures["rows"] == kept.sum()
     subsets = figures["variance_explained"]
@@ -75,8 +83,12 @@ def test_variance_explained_by_every_definition(figures: dict[str, Any], referen
     for name, mask in expected.items():
         assert subsets[name]["centred"] == pytest.approx(centred(reference, mask), rel=1e-5)
     assert subsets["without BOS and outliers"]["centred"] == subsets["as trained"]["centred"]
-    assert subsets["all rows"]["centred"] != pytest.approx(subsets["as trained"]["centred"], abs=1e-3)
-    assert figures["variance_of_error"] == pytest.approx(1 - e.var(0).sum() / x.var(0).sum(), rel=1e-5)
+    assert subsets["all rows"]["centred"] != pytest.approx(
+        subsets["as trained"]["centred"], abs=1e-3
+    )
+    assert figures["variance_of_error"] == pytest.approx(
+        1 - e.var(0).sum() / x.var(0).sum(), rel=1e-5
+    )
     assert figures["scalar"] == pytest.approx(1 - (e**2).mean() / x.var(ddof=1), rel=1e-5)
 
 
@@ -87,7 +99,9 @@ def test_batch_definitions(figures: dict[str, Any], reference: Reference) -> Non
         batch[at : at + 128] = ((part - part[mask].mean(0)) ** 2).sum(1)
     kept, found = reference.kept, figures
     assert found["batch_mean"] == pytest.approx(1 - error[kept].sum() / batch[kept].sum(), rel=1e-5)
-    assert found["mean_of_ratios"] == pytest.approx((1 - error[kept] / batch[kept]).mean(), rel=1e-5)
+    assert found["mean_of_ratios"] == pytest.approx(
+        (1 - error[kept] / batch[kept]).mean(), rel=1e-5
+    )
 
 
 def test_reconstruction_figures(figures: dict[str, Any], reference: Reference) -> None:
@@ -97,7 +111,9 @@ def test_reconstruction_figures(figures: dict[str, Any], reference: Reference) -
     assert figures["mse_per_element"] == pytest.approx((e**2).mean(), rel=1e-5)
     assert figures["mse_per_row"] == pytest.approx((e**2).sum(1).mean(), rel=1e-5)
     assert figures["l0"] == (reference.f[kept] > 0).sum(1).mean()
-    assert figures["cosine"] == pytest.approx(((x * hat).sum(1) / norms[0] / norms[1]).mean(), rel=1e-5)
+    assert figures["cosine"] == pytest.approx(
+        ((x * hat).sum(1) / norms[0] / norms[1]).mean(), rel=1e-5
+    )
     assert figures["l2_ratio"] == pytest.approx((norms[1] / norms[0]).mean(), rel=1e-5)
     assert figures["shrinkage"] == pytest.approx((hat**2).sum() / (x * hat).sum(), rel=1e-5)
 
@@ -145,9 +161,15 @@ def test_groups_add_up(figures: dict[str, Any], reference: Reference) -> None:
     ):
         assert sum(group["rows"] for group in groups) == reference.kept.sum()
         for group in groups:
-            inside = reference.kept & (value >= group["from"] * (1 - 1e-6)) & (value <= group["to"] * (1 + 1e-6))
+            inside = (
+                reference.kept
+                & (value >= group["from"] * (1 - 1e-6))
+                & (value <= group["to"] * (1 + 1e-6))
+            )
             assert group["rows"] == inside.sum()
-            assert group["centred"] == pytest.approx(1 - error[inside].sum() / total[inside].sum(), rel=1e-5)
+            assert group["centred"] == pytest.approx(
+                1 - error[inside].sum() / total[inside].sum(), rel=1e-5
+            )
     assert figures["by_position"][0]["from"] == 1  # BOS, at 0, is left out by the policy
     deciles = [group["rows"] for group in figures["by_norm_decile"]]
     assert max(deciles) - min(deciles) <= 2
@@ -158,7 +180,10 @@ def test_the_interval_is_of_documents(figures: dict[str, Any], reference: Refere
     assert low < figures["variance_explained"]["as trained"]["centred"] < high
     kept = reference.kept
     assert figures["documents"] == len(np.unique(reference.documents[kept]))
-    by_document = [np.flatnonzero(kept & (reference.documents == d)) for d in np.unique(reference.documents[kept])]
+    by_document = [
+        np.flatnonzero(kept & (reference.documents == d))
+        for d in np.unique(reference.documents[kept])
+    ]
     error, total = (reference.e**2).sum(1), ((reference.x - reference.mu) ** 2).sum(1)
     sums = np.array([[error[rows].sum(), total[rows].sum()] for rows in by_document])
     expected = bootstrap_ratio(sums[:, 0], sums[:, 1])
@@ -180,7 +205,9 @@ def test_decoder_cosine_ignores_the_latent_itself() -> None:
     W_dec[3] = torch.tensor([0.6, 0.8, 0.0, 0.0])
     found = study._decoder_cosine(W_dec)
     assert found["max"] == pytest.approx(0.8)
-    assert found["median"] == pytest.approx(0.6)  # of 0.6, 0.8, 0, 0.8: torch takes the lower middle
+    assert found["median"] == pytest.approx(
+        0.6
+    )  # of 0.6, 0.8, 0, 0.8: torch takes the lower middle
     assert found["above_0.9"] == 0
 
 

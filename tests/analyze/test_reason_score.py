@@ -1,4 +1,6 @@
-"""ReasonScore finds what fires around the words, agrees with its definition, and random words get what is chance."""
+"""ReasonScore finds what fires around the words, agrees with its definition, and random words get
+what is chance.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,23 @@ import numpy as np
 import pytest
 from scipy import sparse, stats
 
-from analyze.reason_score import WORDS, Options, reason_score
-from analyze.reason_score import score as word_score
-from analyze.reason_score.score import FORMULAS, Scorer, entropies, halves, mark, matched
-from analyze.reason_score.words import Corpus, Word, draw_vocabularies, look_alikes, occurrences, windows, words_of
+from analyze.studies.reason_score import score as word_score
+from analyze.studies.reason_score.corpus import (
+    Corpus,
+    Word,
+    draw_vocabularies,
+    look_alikes,
+    occurrences,
+    windows,
+    words_of,
+)
+from analyze.studies.reason_score.score import FORMULAS, Scorer, entropies, halves, mark, matched
+from analyze.studies.reason_score.study import WORDS, Options, reason_score
 from analyze.study import dumped
 from data import durable
 from data.errors import SettingError, StopRequest
-from data.reader import held_out_units
-from harvest import checkpoint
+from data.rows.split import held_out_units
+from harvest import model_folder as checkpoint
 from harvest.tokens import Tokenizer
 
 BOS, TOKENS, LATENTS = 2, 60, 40
@@ -25,7 +35,8 @@ WORDS_HERE = [Word("a", ((10,), (11, 12))), Word("b", ((13,),)), Word("never", (
 
 
 def made_corpus(n: int, rng: np.random.Generator, plant: float = 0.0) -> Corpus:
-    """Pieces of 20 tokens, each latent at home with one token; latent 0 fires around WORDS_HERE, `plant` of the times.
+    """Pieces of 20 tokens, each latent at home with one token; latent 0 fires around WORDS_HERE,
+    `plant` of the times.
 
     Every fifth token is twice as frequent as the others.
     """
@@ -36,13 +47,17 @@ def made_corpus(n: int, rng: np.random.Generator, plant: float = 0.0) -> Corpus:
     kept = (tokens != BOS) & (rng.random(n) > 0.02)
     dense = rng.exponential(size=(n, LATENTS)) * (rng.random((n, LATENTS)) < 0.1)
     dense[np.arange(n), (tokens - 10) % LATENTS] += 1
-    corpus = Corpus(tokens, document, document, kept, sparse.csr_matrix((n, LATENTS), dtype=np.float32))
+    corpus = Corpus(
+        tokens, document, document, kept, sparse.csr_matrix((n, LATENTS), dtype=np.float32)
+    )
     around = np.concatenate(mark(corpus, WORDS_HERE, FORMULAS["published"]).of_word)
     dense[around[rng.random(len(around)) < plant], 0] += 3
     return corpus._replace(active=sparse.csr_matrix((dense * kept[:, None]).astype(np.float32)))
 
 
-def naive(corpus: Corpus, words: list[Word], before: int, after: int, head_only: bool, normalised: bool) -> list[float]:
+def naive(
+    corpus: Corpus, words: list[Word], before: int, after: int, head_only: bool, normalised: bool
+) -> list[float]:
     """The definition, token by token and latent by latent."""
     f, n = corpus.active.toarray().astype(np.float64), len(corpus.tokens)
     inside: set[int] = set()
@@ -121,7 +136,8 @@ def test_a_planted_latent_tops_and_only_it_is_significant() -> None:
     assert int(np.argmax(scores)) == 0
     assert null.p[0] < 0.01  # some draws name tokens that stand beside the words, never both words
     assert null.draws == LATENTS / 0.05 < 1500
-    # Words of these frequencies are all that the null has, so latents of other tokens are where chance puts them.
+    # Words of these frequencies are all that the null has, so latents of other tokens are where
+    # chance puts them.
     assert np.mean(null.p[1:] < 0.05) < 0.2
     assert (scores[0] > null.leading[:, 0]).all()
 
@@ -150,7 +166,10 @@ def test_p_values_of_random_words_are_uniform() -> None:
     scorer = Scorer(corpus, formula)
     with StopRequest() as stop:
         for _ in range(25):
-            words = [Word(str(one), ((int(one),),)) for one in rng.choice(np.arange(10, TOKENS), 3, replace=False)]
+            words = [
+                Word(str(one), ((int(one),),))
+                for one in rng.choice(np.arange(10, TOKENS), 3, replace=False)
+            ]
             _, null = matched(
                 scorer,
                 words,
@@ -169,7 +188,9 @@ def test_p_values_of_random_words_are_uniform() -> None:
 
 
 def test_more_draws_for_some_are_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A latent that was compared with every vocabulary has the p value that it has if all latents are."""
+    """A latent that was compared with every vocabulary has the p value that it has if all latents
+    are.
+    """
     corpus = made_corpus(3000, np.random.default_rng(3), plant=0.3)
     formula, found = FORMULAS["published"], []
     for first in (100, 10**6):
@@ -178,7 +199,11 @@ def test_more_draws_for_some_are_those_of_all(monkeypatch: pytest.MonkeyPatch) -
             marked = mark(corpus, WORDS_HERE, formula)
             rng, every = np.random.default_rng(0), np.arange(LATENTS)
             scorer = Scorer(corpus, formula)
-            found.append(matched(scorer, WORDS_HERE, marked, every, rng, bos=BOS, draws=700, top=1, stop=stop)[1])
+            found.append(
+                matched(
+                    scorer, WORDS_HERE, marked, every, rng, bos=BOS, draws=700, top=1, stop=stop
+                )[1]
+            )
     staged, whole = found
     further = np.flatnonzero(staged.p < 1 / 101)
     assert 0 < len(further) < LATENTS
@@ -219,7 +244,13 @@ def test_words_are_spelled_as_they_are_meant() -> None:
     assert [tokenizer.inner.decode(list(ids)) for ids in many.phrases] == [" How many"]
 
 
-SETTINGS = {"rows": 1e5, "words": ["more", "left", " How many"], "formula": "published", "draws": 1000, "top": 20}
+SETTINGS = {
+    "rows": 1e5,
+    "words": ["more", "left", " How many"],
+    "formula": "published",
+    "draws": 1000,
+    "top": 20,
+}
 
 
 def test_the_study_of_the_embedded_model(tiny_study) -> None:
@@ -263,7 +294,10 @@ def whole_corpus(subject) -> Corpus:
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ({"words": ["xylophone", "zither"]}, r"none of the words 'xylophone', 'zither'.*study\.words"),
+        (
+            {"words": ["xylophone", "zither"]},
+            r"none of the words 'xylophone', 'zither'.*study\.words",
+        ),
         ({"words": ["more"]}, "at least two"),
         ({"words": "more"}, "list"),
         ({"formula": "other"}, "published, mechreward"),

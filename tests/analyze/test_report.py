@@ -1,4 +1,6 @@
-"""The report says what the run's files say, shows where latents really fire, and lets no text become markup."""
+"""The report says what the run's files say, shows where latents really fire, and lets no text
+become markup.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,18 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from analyze import contexts
-from analyze import report as report_module
-from analyze.__main__ import command
+from analyze.command import command
 from analyze.contexts import choose, firing_counts, top_contexts, visible
-from analyze.report import report
+from analyze.pages import report as report_module
+from analyze.pages.report import report
+from analyze.studies.sweep import words as sweep_page
+from analyze.studies.sweep.arms import read_all
+from analyze.studies.sweep.study import sweep
 from analyze.study import Outcome, Picture, Study, Table, done
 from analyze.subject import Subject
-from analyze.sweep import page as sweep_page
-from analyze.sweep import sweep
-from analyze.sweep.arms import read_all
 from data.errors import PipelineError
-from data.reader import held_out_units
-from harvest.lm import ModelConfig
+from data.rows.split import held_out_units
+from harvest.model import ModelConfig
 from tests.analyze.conftest import F, Made, make_run, random_rows
 from tests.analyze.test_quality import dense
 from tests.analyze.test_sweep import make_arm, planted_sae, planted_store
@@ -58,12 +60,17 @@ def test_contexts_hold_the_activations_of_their_tokens(subject: Subject, made: M
         for context in found[latent]:
             assert max(context.activations) == context.peak
             at = int(
-                np.flatnonzero((document == context.document) & np.isclose(f[:, latent], context.peak, rtol=1e-5))[0]
+                np.flatnonzero(
+                    (document == context.document)
+                    & np.isclose(f[:, latent], context.peak, rtol=1e-5)
+                )[0]
             )
             inside = context.activations.index(context.peak)
             span = slice(at - inside, at - inside + len(context.tokens))
             assert context.tokens == tokens[span].tolist()
-            assert context.activations == pytest.approx(f[span, latent].tolist(), rel=1e-4, abs=1e-6)
+            assert context.activations == pytest.approx(
+                f[span, latent].tolist(), rel=1e-4, abs=1e-6
+            )
             assert BOS not in context.tokens
             assert set(document[span]) == {context.document}
 
@@ -78,7 +85,9 @@ class _Page(HTMLParser):
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.ids += [value or "" for name, value in attributes if name == "id"]
-        self.links += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href")]
+        self.links += [
+            value or "" for name, value in attributes if name in ("src", "href", "xlink:href")
+        ]
 
 
 HOSTILE = [
@@ -127,8 +136,14 @@ def test_the_report_says_what_the_files_say(subject: Subject, made: Made) -> Non
 def test_the_reference_stands_beside_the_run(subject: Subject, made: Made) -> None:
     text = report(subject, 10**6, None).read_text()
     figures = json.loads((made.run / "quality.json").read_bytes())
-    rows = dict(re.findall(r"<tr><td>([^<]*)</td><td class=\"number\">([^<]*)</td><td class=\"number\">0.939", text))
-    assert rows == {"variance explained, scalar (the reference SAE&#39;s definition)": f"{figures['scalar']:.4f}"}
+    rows = dict(
+        re.findall(
+            r"<tr><td>([^<]*)</td><td class=\"number\">([^<]*)</td><td class=\"number\">0.939", text
+        )
+    )
+    assert rows == {
+        "variance explained, scalar (the reference SAE&#39;s definition)": f"{figures['scalar']:.4f}"
+    }
     assert '<td>dead latents at the end of training</td><td class="number">1 of 40</td>' in text
     assert "within 4,096 tokens" not in text  # fewer are held out here
     figures["coverage"].append({"rows": 4096, "share": 0.25})
@@ -148,14 +163,22 @@ def test_the_sweep_of_an_arm_is_shown(tmp_path: Path) -> None:
     figures = sweep(read, damaged, None, 10**6, torch.device("cpu"))
     sweep_page.write(run.parent, figures, read)
     text = report(subject, 10**6, None).read_text()
-    assert "Best: a, variance explained" in text and 'href="../sweep.json"' in text and 'href="../sweep.html"' in text
+    assert (
+        "Best: a, variance explained" in text
+        and 'href="../sweep.json"' in text
+        and 'href="../sweep.html"' in text
+    )
     assert (run.parent / f"sweep_layer_{subject.layer}.svg").read_text() in text
     assert "Variance explained on held-out rows, with its interval" in text
     final = torch.load(run / "sae_final.pt", weights_only=True)
-    torch.save({**final, "b_dec": final["b_dec"] + 1}, run / "sae_final.pt")  # another one than was compared
+    torch.save(
+        {**final, "b_dec": final["b_dec"] + 1}, run / "sae_final.pt"
+    )  # another one than was compared
     assert report_module._sweep(Subject.open(run, None, torch.device("cpu"))) is None
     run.rename(tmp_path / "sweep/c")  # not one of the arms that were compared
-    assert report_module._sweep(Subject.open(tmp_path / "sweep/c", None, torch.device("cpu"))) is None
+    assert (
+        report_module._sweep(Subject.open(tmp_path / "sweep/c", None, torch.device("cpu"))) is None
+    )
 
 
 def test_control_characters_are_shown_as_marks() -> None:
@@ -165,7 +188,9 @@ def test_control_characters_are_shown_as_marks() -> None:
 
 def outcome_of(said: str) -> Outcome:
     table = Table(said, ("a", said), [("1", said)])
-    return Outcome({"d": float("nan")}, [said], [table], {"drawn": Picture(said, "<svg id='drawn'></svg>")})
+    return Outcome(
+        {"d": float("nan")}, [said], [table], {"drawn": Picture(said, "<svg id='drawn'></svg>")}
+    )
 
 
 def test_studies_are_on_the_page_as_text(subject: Subject) -> None:
@@ -174,14 +199,17 @@ def test_studies_are_on_the_page_as_text(subject: Subject) -> None:
         Study(name, subject, {}, model).perform(lambda _: outcome_of("<b>found</b> | it"), {})
     text = report(subject, 10**6, None).read_text()
     assert text.index("Study: contrast") < text.index("Study: stability")
-    # Verdict at the top, summary, picture's name, caption and link, table's name, summary, header and cell.
+    # Verdict at the top, summary, picture's name, caption and link, table's name, summary, header
+    # and cell.
     assert text.count("&lt;b&gt;found&lt;/b&gt; | it") == 2 * 9
     assert "<b>found" not in text
     assert text.count("<svg id='drawn'></svg>") == 2
     assert 'href="studies/contrast/contrast.json"' in text
     markdown = (subject.run / "studies" / "contrast" / "contrast.md").read_text()
     assert "| 1 | <b>found</b> \\| it |" in markdown
-    assert json.loads((subject.run / "studies" / "contrast" / "contrast.json").read_bytes())["figures"] == {"d": None}
+    assert json.loads((subject.run / "studies" / "contrast" / "contrast.json").read_bytes())[
+        "figures"
+    ] == {"d": None}
 
 
 def test_quality_of_another_sae_is_measured_again(tmp_path: Path) -> None:
@@ -194,22 +222,30 @@ def test_quality_of_another_sae_is_measured_again(tmp_path: Path) -> None:
     assert headlines[0] != headlines[1]
 
 
-def test_studies_of_another_sae_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_studies_of_another_sae_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = make_run(tmp_path, random_rows()[:1024]).run
     subject = Subject.open(run, None, torch.device("cpu"))
-    Study("contrast", subject, {}, ModelConfig("nobody/none")).perform(lambda _: outcome_of("old"), {})
+    Study("contrast", subject, {}, ModelConfig("nobody/none")).perform(
+        lambda _: outcome_of("old"), {}
+    )
     assert list(done(subject)) == ["contrast"]
     final = torch.load(run / "sae_final.pt", weights_only=True)
     torch.save({**final, "b_dec": final["b_dec"] + 1}, run / "sae_final.pt")
     subject = Subject.open(run, None, torch.device("cpu"))
     assert done(subject) == {}
     assert "contrast.json is of another SAE" in capsys.readouterr().err
-    Study("contrast", subject, {}, ModelConfig("nobody/none")).perform(lambda _: outcome_of("new"), {})
+    Study("contrast", subject, {}, ModelConfig("nobody/none")).perform(
+        lambda _: outcome_of("new"), {}
+    )
     assert done(subject)["contrast"].summary == ["new"]
 
 
 def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "analyze", *arguments], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "analyze", *arguments], capture_output=True, text=True, check=False
+    )
 
 
 def test_the_command(made: Made) -> None:
@@ -228,8 +264,17 @@ def test_what_cannot_be_studied_is_said(made: Made, tmp_path: Path) -> None:
         (f"run={made.run}", f"store={tmp_path / 'none'}"): "no activation store",
         ("study=gsm8k", f"run={made.run}"): "problems= is missing; give a .jsonl",
         ("study=gsm8k", f"run={made.run}", "problems=tiny"): "model.path=nobody/none cannot be had",
-        ("study=gsm8k", f"run={made.run}", "problems=tiny", "model.path=nowhere"): "model.path=nowhere is no folder",
-        ("study=gsm8k", f"run={made.run}", "model.dtype=int4"): "model.dtype=int4 must be bfloat16 or float32",
+        (
+            "study=gsm8k",
+            f"run={made.run}",
+            "problems=tiny",
+            "model.path=nowhere",
+        ): "model.path=nowhere is no folder",
+        (
+            "study=gsm8k",
+            f"run={made.run}",
+            "model.dtype=int4",
+        ): "model.dtype=int4 must be bfloat16 or float32",
         ("study=gsm8k", f"runs={made.run}"): "runs= is for study=sweep",
     }
     with initialize_config_module("conf", version_base="1.3"):

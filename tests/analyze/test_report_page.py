@@ -1,4 +1,6 @@
-"""The report in a real Chromium: nothing asked for, nothing run, readable by keyboard, in the dark and on paper."""
+"""The report in a real Chromium: nothing asked for, nothing run, readable by keyboard, in the dark
+and on paper.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,10 @@ import pytest
 import torch
 
 from analyze import contexts
-from analyze.report import report
+from analyze.pages.report import report
 from analyze.study import Outcome, Picture, Study, Table
 from analyze.subject import Subject
-from harvest.lm import ModelConfig
+from harvest.model import ModelConfig
 from tests.analyze import chromium
 from tests.analyze.accessibility import audit
 from tests.analyze.browser_site import HOSTILE, say
@@ -38,7 +40,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     outcome = Outcome({}, lines, [long], {"drawn": drawn})
     Study("contrast", subject, {}, ModelConfig("nobody/none")).perform(lambda _: outcome, {})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contexts, "token_names", lambda *_: lambda token: contexts.visible(say(token)))
+        patch.setattr(
+            contexts, "token_names", lambda *_: lambda token: contexts.visible(say(token))
+        )
         return report(subject, 10**6, None).as_uri()
 
 
@@ -53,8 +57,13 @@ def test_it_is_inert_and_alone(chrome: Chromium, page: str) -> None:
     assert chrome.troubles == []
     assert [one for one in chrome.requests if not one.startswith("data:")] == [page]
     assert chrome.js("document.title") == "run: SAE report"
-    assert chrome.js("document.querySelectorAll('script, main img, main b b, iframe, object').length") == 0
-    assert "<script>document.title='caught'</script>" in chrome.js("document.querySelector('.verdict').textContent")
+    assert (
+        chrome.js("document.querySelectorAll('script, main img, main b b, iframe, object').length")
+        == 0
+    )
+    assert "<script>document.title='caught'</script>" in chrome.js(
+        "document.querySelector('.verdict').textContent"
+    )
 
 
 def test_its_links_lead_somewhere(chrome: Chromium, page: str) -> None:
@@ -65,8 +74,12 @@ def test_its_links_lead_somewhere(chrome: Chromium, page: str) -> None:
         path, _, name = link.removeprefix("file://").partition("#")
         assert Path(path).exists()
         assert not name or chrome.js(f"document.getElementById({name!r}) !== null")
-    sources = chrome.js("[...document.querySelectorAll('figure')].map((one) => one.querySelector('a')?.href)")
-    assert sources and all(re.search(r"\.jsonl?$", source) for source in sources)  # every picture has its figures
+    sources = chrome.js(
+        "[...document.querySelectorAll('figure')].map((one) => one.querySelector('a')?.href)"
+    )
+    assert sources and all(
+        re.search(r"\.jsonl?$", source) for source in sources
+    )  # every picture has its figures
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -84,15 +97,26 @@ def test_values_show_when_one_points_at_a_token(chrome: Chromium, page: str) -> 
     values = [value for line in by_line for value, _ in line]
     assert len(values) > 20 and min(values) > 0
     assert len({shade for line in by_line for _, shade in line}) > 3
-    assert all([shade for _, shade in sorted(line)] == sorted(shade for _, shade in line) for line in by_line)
+    assert all(
+        [shade for _, shade in sorted(line)] == sorted(shade for _, shade in line)
+        for line in by_line
+    )
 
 
 def test_it_fits_a_narrow_window(chrome: Chromium, page: str) -> None:
-    chrome.tell("Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=False)
+    chrome.tell(
+        "Emulation.setDeviceMetricsOverride",
+        width=390,
+        height=800,
+        deviceScaleFactor=1,
+        mobile=False,
+    )
     try:
         chrome.open(page, READY)
         assert chrome.js("document.documentElement.scrollWidth <= innerWidth")
-        heights = chrome.js("[...document.querySelectorAll('.fits tr')].map((row) => row.offsetHeight)")
+        heights = chrome.js(
+            "[...document.querySelectorAll('.fits tr')].map((row) => row.offsetHeight)"
+        )
         assert len(heights) > 10 and max(heights) < 150  # words are not broken letter by letter
     finally:
         chrome.tell("Emulation.clearDeviceMetricsOverride")
@@ -110,7 +134,9 @@ def test_paper_shows_what_the_screen_folds(chrome: Chromium, page: str) -> None:
     finally:
         chrome.tell("Emulation.setEmulatedMedia", media="")
     printed = base64.b64decode(chrome.tell("Page.printToPDF")["data"])
-    pages = len(re.findall(rb"/Type\s*/Page\b", printed)) or len(re.findall(rb"/Type\s*/Page\b", _unpacked(printed)))
+    pages = len(re.findall(rb"/Type\s*/Page\b", printed)) or len(
+        re.findall(rb"/Type\s*/Page\b", _unpacked(printed))
+    )
     assert pages >= 3
 
 

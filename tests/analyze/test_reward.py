@@ -1,4 +1,6 @@
-"""The dense reward is its definition, orders completions as planted, knows no neighbours, and TRL trains on it."""
+"""The dense reward is its definition, orders completions as planted, knows no neighbours, and TRL
+trains on it.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,11 @@ import torch
 
 from analyze.reward import DenseReward
 from data.errors import MismatchError, SettingError, StoreError
-from data.tiny import MODEL_DIR
+from data.tiny.embedded import MODEL_DIR
 from data.tiny.problems import problems, prompt, solution
-from harvest.checkpoint import EMBEDDED
-from harvest.lm import LanguageModel, ModelConfig, load, tap
+from harvest.model import LanguageModel, ModelConfig, load
+from harvest.model_folder import EMBEDDED
+from harvest.site import tap
 from tests.analyze.conftest import TINY_LAYER
 from train.sae import SAE
 
@@ -31,7 +34,9 @@ def lm() -> LanguageModel:
 def texts(lm: LanguageModel, count: int) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts with BOS, and solutions, as ids."""
     some = [one for one, _ in zip(problems("heldout"), range(count), strict=False)]
-    prompts = [[lm.tokenizer.bos, *ids] for ids in lm.tokenizer.encode([prompt(one) for one in some])]
+    prompts = [
+        [lm.tokenizer.bos, *ids] for ids in lm.tokenizer.encode([prompt(one) for one in some])
+    ]
     return prompts, lm.tokenizer.encode([" " + solution(one) for one in some])
 
 
@@ -53,7 +58,9 @@ def test_rewards_are_the_definition(lm: LanguageModel) -> None:
     weights = torch.randn(sae.d_sae, generator=torch.Generator().manual_seed(0))
     reward = DenseReward(lm, sae, TINY_LAYER, weights)
     prompts, completions = texts(lm, 4)
-    for ids, before, found in zip(completions, prompts, reward.token_rewards(prompts, completions), strict=True):
+    for ids, before, found in zip(
+        completions, prompts, reward.token_rewards(prompts, completions), strict=True
+    ):
         h = residual(lm, before + ids)[len(before) :].double().numpy()
         pre = (h - sae.b_dec.numpy()) @ sae.W_enc.double().numpy() + sae.b_enc.numpy()
         expected = []
@@ -61,17 +68,26 @@ def test_rewards_are_the_definition(lm: LanguageModel) -> None:
             top = np.argsort(-row)[: sae.k]
             expected.append(sum(max(row[i], 0) * float(weights[i]) for i in top))
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4)
-    pooled = reward([prompt(one) for one, _ in zip(problems("heldout"), range(4), strict=False)], [""] * 4, completions)
+    pooled = reward(
+        [prompt(one) for one, _ in zip(problems("heldout"), range(4), strict=False)],
+        [""] * 4,
+        completions,
+    )
     tokens = reward.token_rewards(prompts, completions)
     assert pooled == pytest.approx([float(one.mean()) for one in tokens], abs=1e-6)
 
 
 def test_a_planted_reward_orders_completions(lm: LanguageModel) -> None:
-    """A latent that reads the direction of one token's residuals pays completions by how often they hold it."""
+    """A latent that reads the direction of one token's residuals pays completions by how often they
+    hold it.
+    """
     prompts, completions = texts(lm, 60)
     (token,) = lm.tokenizer.encode([" left"])[0]
     rows = torch.cat(
-        [residual(lm, before + ids)[len(before) :] for before, ids in zip(prompts, completions, strict=True)]
+        [
+            residual(lm, before + ids)[len(before) :]
+            for before, ids in zip(prompts, completions, strict=True)
+        ]
     )
     here = torch.tensor([one for ids in completions for one in ids]) == token
     assert here.sum() > 10
@@ -81,7 +97,11 @@ def test_a_planted_reward_orders_completions(lm: LanguageModel) -> None:
     sae = SAE(unit.T.contiguous(), unit, torch.zeros(2), middle, 1)
     pay = DenseReward(lm, sae, TINY_LAYER, torch.tensor([1.0, 0.0]))
     question = "Question: Tina had 9 pears and gave 4 to Leo. How many pears are left?\nAnswer:"
-    written = [" There are 9 - 4 = 5 pears", " There are 9 - 4 = 5 left", " There are 5 left left left"]
+    written = [
+        " There are 9 - 4 = 5 pears",
+        " There are 9 - 4 = 5 left",
+        " There are 5 left left left",
+    ]
     found = pay([question] * 3, written, lm.tokenizer.encode(written))
     assert found[0] < found[1] < found[2]
     fine = DenseReward(lm, sae, TINY_LAYER, torch.tensor([-1.0, 0.0]))
@@ -97,7 +117,9 @@ def test_batch_mates_change_nothing(lm: LanguageModel) -> None:
     shuffled = reward.token_rewards([prompts[i] for i in order], [completions[i] for i in order])
     for at, number in enumerate(order):
         assert torch.equal(shuffled[at], together[number])
-        assert torch.equal(reward.token_rewards([prompts[number]], [completions[number]])[0], together[number])
+        assert torch.equal(
+            reward.token_rewards([prompts[number]], [completions[number]])[0], together[number]
+        )
 
 
 def test_bos_stands_once_and_ends_do_not_count(lm: LanguageModel) -> None:
@@ -110,7 +132,10 @@ def test_bos_stands_once_and_ends_do_not_count(lm: LanguageModel) -> None:
     assert plain == with_bos
     as_chat, as_text = reward([chat, rendered], ["", ""], [ids, ids])
     assert as_chat == as_text != plain
-    ended = [[*ids, inner.eos_token_id], [*ids, inner.eos_token_id, inner.pad_token_id, inner.pad_token_id]]
+    ended = [
+        [*ids, inner.eos_token_id],
+        [*ids, inner.eos_token_id, inner.pad_token_id, inner.pad_token_id],
+    ]
     assert reward([text, text], ["", ""], ended) == [plain, plain]
     assert reward([text], [""], [[inner.eos_token_id]]) == [0.0]
 
@@ -120,11 +145,14 @@ def test_the_truncated_model_pays_the_same(lm: LanguageModel) -> None:
     short.truncate_(TINY_LAYER)
     prompts, completions = texts(lm, 3)
     sae, weights = random_sae(lm.d_model), torch.linspace(-1, 1, 96)
-    whole, cut = (DenseReward(one, sae, TINY_LAYER, weights).token_rewards(prompts, completions) for one in (lm, short))
+    whole, cut = (
+        DenseReward(one, sae, TINY_LAYER, weights).token_rewards(prompts, completions)
+        for one in (lm, short)
+    )
     assert all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
 
 
-# -- from a run --------------------------------------------------------------------------------------------------
+# -- from a run ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -132,7 +160,10 @@ def run(tiny_run: Path, tmp_path: Path) -> Path:
     """A copy of the tiny run with chosen features."""
     copy = tmp_path / "run"
     shutil.copytree(tiny_run, copy, ignore=shutil.ignore_patterns("studies"))
-    write_features(copy, {"layer": TINY_LAYER, "helpful": [{"feature": 3, "d": 1.0}], "harmful": [{"feature": 5}]})
+    write_features(
+        copy,
+        {"layer": TINY_LAYER, "helpful": [{"feature": 3, "d": 1.0}], "harmful": [{"feature": 5}]},
+    )
     return copy
 
 
@@ -177,21 +208,33 @@ def test_refusals(run: Path, lm: LanguageModel) -> None:
     with pytest.raises(SettingError, match="96 latents"):
         DenseReward(lm, sae, TINY_LAYER, torch.zeros(95))
     with pytest.raises(SettingError, match="max_completion_length"):
-        DenseReward(lm, sae, TINY_LAYER, torch.zeros(96)).token_rewards([[2]], [[9] * lm.max_context])
+        DenseReward(lm, sae, TINY_LAYER, torch.zeros(96)).token_rewards(
+            [[2]], [[9] * lm.max_context]
+        )
 
 
 def test_features_of_another_model_are_refused(run: Path) -> None:
-    done = {"settings": {"weights": "another"}, "figures": {}, "summary": [], "tables": [], "pictures": {}}
+    done = {
+        "settings": {"weights": "another"},
+        "figures": {},
+        "summary": [],
+        "tables": [],
+        "pictures": {},
+    }
     (run / "studies" / "contrast" / "contrast.json").write_text(json.dumps(done))
     with pytest.raises(MismatchError, match="weights"):
         DenseReward.from_run(run, FLOAT32)
 
 
-# -- TRL ---------------------------------------------------------------------------------------------------------
+# -- TRL -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")  # transformers', at TRL's own use
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="the extra `grpo` is not installed")
+@pytest.mark.filterwarnings(
+    "ignore:`(is_)?gradient_checkpointing:FutureWarning"
+)  # transformers', at TRL's own use
+@pytest.mark.skipif(
+    importlib.util.find_spec("trl") is None, reason="the extra `grpo` is not installed"
+)
 def test_grpo_trains_on_it(lm: LanguageModel, tmp_path: Path) -> None:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -199,7 +242,8 @@ def test_grpo_trains_on_it(lm: LanguageModel, tmp_path: Path) -> None:
 
     reward = DenseReward(lm, random_sae(lm.d_model), TINY_LAYER, torch.linspace(-1, 1, 96))
     some = [
-        {"prompt": prompt(one), "answer": one.answer} for one, _ in zip(problems("heldout"), range(4), strict=False)
+        {"prompt": prompt(one), "answer": one.answer}
+        for one, _ in zip(problems("heldout"), range(4), strict=False)
     ]
     config = GRPOConfig(
         output_dir=str(tmp_path),
@@ -230,4 +274,6 @@ def test_grpo_trains_on_it(lm: LanguageModel, tmp_path: Path) -> None:
     assert len(logged) == 2
     assert all(np.isfinite(line["rewards/dense_reward/mean"]) for line in logged)
     assert any(line["rewards/dense_reward/std"] > 0 for line in logged)
-    assert any(not torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
+    assert any(
+        not torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items()
+    )

@@ -1,4 +1,5 @@
-"""SAEBench's core metrics against its definitions, written again over whole matrices, and against SAEBench itself.
+"""SAEBench's core metrics against its definitions, written again over whole matrices, and against
+SAEBench itself.
 
 SAEBench may live in an environment of its own, whose interpreter INTEROP_PYTHON names.
 """
@@ -20,32 +21,41 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from analyze.interop import saebench, saebench_metrics
-from analyze.quality import quality
-from analyze.splice import ALL
+from analyze.peers import saebench, saebench_metrics
+from analyze.studies.quality import quality
+from analyze.studies.splice import ALL
 from analyze.study import Outcome, Study
 from analyze.subject import Subject
 from data import order
 from data.errors import SettingError, StoreError
-from data.reader import held_out_units
-from harvest.checkpoint import EMBEDDED
-from harvest.lm import ModelConfig
+from data.rows.split import held_out_units
+from harvest.model import ModelConfig
+from harvest.model_folder import EMBEDDED
 from tests.analyze.conftest import LAYER, D, F, K, Made, make_run
 from tests.conftest import BOS
-from train import export
+from train import sae_file
 from train.sae import SAE
 
 N, CONTEXT, UNIT, PROMPTS = 4096, 32, 128, 2  # 32 units, two of them held out, of two batches each
-SILENT, BLIND, RARE = 7, 9, 11  # latents: one that never fires, one without an encoder direction, one below 1 %
+SILENT, BLIND, RARE = (
+    7,
+    9,
+    11,
+)  # latents: one that never fires, one without an encoder direction, one below 1 %
 FILE = "run_custom_sae_eval_results.json"
 
 
 @pytest.fixture(scope="module", params=["topk", "thresholds"])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A run with outliers among its held-out rows, and edge cases among its latents."""
-    values = torch.randn(N, D, generator=torch.Generator().manual_seed(4)) * torch.linspace(0.5, 3, D) + 1
+    values = (
+        torch.randn(N, D, generator=torch.Generator().manual_seed(4)) * torch.linspace(0.5, 3, D)
+        + 1
+    )
     values[UNIT * torch.from_numpy(order.held_out(N // UNIT, 7)) + 40] *= 100
-    run = make_run(tmp_path_factory.mktemp("saebench"), values.bfloat16().view(torch.uint16).numpy())
+    run = make_run(
+        tmp_path_factory.mktemp("saebench"), values.bfloat16().view(torch.uint16).numpy()
+    )
     W_enc, W_dec, b_enc, b_dec = (tensor.clone() for tensor in run.sae.tensors().values())
     W_enc += 0.3 * torch.randn(W_enc.shape, generator=torch.Generator().manual_seed(5))
     b_enc[SILENT] = -1e4
@@ -53,12 +63,14 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     b_enc[RARE] -= 5
     threshold = torch.linspace(1, 3, F) if request.param == "thresholds" else None
     sae = SAE(W_enc, W_dec, b_enc, b_dec, K, threshold)
-    export.write_final(sae, 1.0, run.run)
+    sae_file.write_final(sae, 1.0, run.run)
     return run._replace(sae=sae)
 
 
 class Reference:
-    """Held-out rows as SAEBench would be given them: (batches, prompts, context, ...), in float64."""
+    """Held-out rows as SAEBench would be given them: (batches, prompts, context, ...), in
+    float64.
+    """
 
     def __init__(self, made: Made) -> None:
         units = held_out_units(made.store)
@@ -72,7 +84,9 @@ class Reference:
         outlier = (norms > 10 * np.median(norms, axis=1, keepdims=True)).ravel()
         assert outlier.sum() >= len(units)
         self.mask = ((tokens != BOS) & ~outlier).reshape(shape)
-        self.x, self.f, self.hat = (one.reshape(*self.mask.shape, -1) for one in (self.x, self.f, self.hat))
+        self.x, self.f, self.hat = (
+            one.reshape(*self.mask.shape, -1) for one in (self.x, self.f, self.hat)
+        )
 
     def batches(self) -> list[tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]]:
         """x, x_hat and f of the rows that count, batch by batch."""
@@ -113,7 +127,9 @@ def written(run: Path) -> dict[str, Any]:
     """What is in the results file, of which there is one."""
     (path,) = (run / "studies" / "saebench").rglob("*eval_results.json")
     assert path.parent.name == "core" and path.name == f"{run.name}_custom_sae_eval_results.json"
-    found: dict[str, Any] = json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN, Infinity: no JSON
+    found: dict[str, Any] = json.loads(
+        path.read_text(), parse_constant=pytest.fail
+    )  # NaN, Infinity: no JSON
     return found
 
 
@@ -123,7 +139,7 @@ def results(made: Made) -> dict[str, Any]:
     return written(made.run)
 
 
-# -- every field -------------------------------------------------------------------------------------------------
+# -- every field -----------------------------------------------------------------------------------
 
 
 def test_figures_of_rows(results: dict[str, Any], reference: Reference) -> None:
@@ -143,13 +159,18 @@ def test_figures_of_rows(results: dict[str, Any], reference: Reference) -> None:
         "l2_norm_in": norm.mean(),
         "l2_norm_out": norm_hat.mean(),
         "l2_ratio": (norm_hat / norm).mean(),
-        "relative_reconstruction_bias": np.mean([(b * b).sum() / (a * b).sum() for a, b, _ in batches]),
+        "relative_reconstruction_bias": np.mean(
+            [(b * b).sum() / (a * b).sum() for a, b, _ in batches]
+        ),
         "l0": (f != 0).sum(1).mean(),
         "l1": f.sum(1).mean(),
     }
     measured = found["reconstruction_quality"] | found["shrinkage"] | found["sparsity"]
     assert measured == pytest.approx(expected, rel=1e-5)
-    tokens = {"total_tokens_eval_reconstruction": 0, "total_tokens_eval_sparsity_variance": reference.mask.size}
+    tokens = {
+        "total_tokens_eval_reconstruction": 0,
+        "total_tokens_eval_sparsity_variance": reference.mask.size,
+    }
     assert found["token_stats"] == tokens
 
 
@@ -168,18 +189,24 @@ def test_figures_of_latents(results: dict[str, Any], reference: Reference, made:
             "encoder_norm": np.linalg.norm(W_enc, axis=1),
             "encoder_decoder_cosine_sim": (unit * W_dec).sum(1),
             "max_decoder_cosine_sim": (W_dec @ W_dec.T - 9 * np.eye(F)).max(1),
-            "max_encoder_cosine_sim": (np.nan_to_num(unit) @ np.nan_to_num(unit).T - 9 * np.eye(F)).max(1),
+            "max_encoder_cosine_sim": (
+                np.nan_to_num(unit) @ np.nan_to_num(unit).T - 9 * np.eye(F)
+            ).max(1),
         }
     found = results["eval_result_details"]
     assert [one.keys() for one in found] == [expected.keys()] * F
     for name, column in expected.items():
         values = np.array([one[name] for one in found])
-        np.testing.assert_allclose(values, np.nan_to_num(column, nan=-1.0), rtol=1e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            values, np.nan_to_num(column, nan=-1.0), rtol=1e-5, atol=1e-6, err_msg=name
+        )
     assert found[SILENT]["consistent_activation_heuristic"] == -1  # as SAEBench writes 0 / 0
     assert found[BLIND]["encoder_decoder_cosine_sim"] == -1
 
     density = expected["feature_density"]
-    assert (density > 0.1).any() and (density < 0.1).any() and ((density > 0) & (density < 0.01)).any()
+    assert (
+        (density > 0.1).any() and (density < 0.1).any() and ((density > 0) & (density < 0.01)).any()
+    )
     misc = {
         "freq_over_1_percent": (density > 0.01).mean(),
         "freq_over_10_percent": (density > 0.1).mean(),
@@ -192,33 +219,48 @@ def test_figures_of_latents(results: dict[str, Any], reference: Reference, made:
     assert results["eval_result_metrics"]["misc_metrics"] == pytest.approx(misc, rel=1e-5)
 
 
-def test_beside_saebenchs_figure_stands_the_one_of_study_quality(results: dict[str, Any], made: Made) -> None:
+def test_beside_saebenchs_figure_stands_the_one_of_study_quality(
+    results: dict[str, Any], made: Made
+) -> None:
     ours = results["eval_result_unstructured"]
     theirs = quality(Subject.open(made.run, None, torch.device("cpu")), 10**6)
     subset = theirs["variance_explained"]["as trained"]
     assert ours["variance_explained_centred"]["value"] == pytest.approx(subset["centred"], rel=1e-9)
-    assert ours["variance_explained_centred"]["interval"] == pytest.approx(subset["centred_95"], rel=1e-9)
+    assert ours["variance_explained_centred"]["interval"] == pytest.approx(
+        subset["centred_95"], rel=1e-9
+    )
     assert ours["mse_per_element"] == pytest.approx(theirs["mse_per_element"], rel=1e-9)
     assert (ours["rows"], ours["documents"]) == (theirs["rows"], theirs["documents"])
     wrong = results["eval_result_metrics"]["reconstruction_quality"]["explained_variance"]
     assert wrong == pytest.approx(
-        1 - (1 - subset["centred"]) * ours["variance"] / ours["explained_variance_divisor"], rel=0.02
+        1 - (1 - subset["centred"]) * ours["variance"] / ours["explained_variance_divisor"],
+        rel=0.02,
     )
     assert abs(wrong - subset["centred"]) > 0.01
 
 
 def test_what_was_evaluated_is_said(results: dict[str, Any], made: Made) -> None:
     config, sae = results["eval_config"], results["sae_cfg_dict"]
-    assert (config["model_name"], config["llm_dtype"], config["dataset"]) == ("nobody/none", "float32", "made up")
+    assert (config["model_name"], config["llm_dtype"], config["dataset"]) == (
+        "nobody/none",
+        "float32",
+        "made up",
+    )
     assert (config["batch_size_prompts"], config["context_size"]) == (PROMPTS, CONTEXT)
     assert config["n_eval_sparsity_variance_batches"] == 4
     architecture = "topk" if made.sae.threshold is None else "jumprelu"
-    assert (sae["architecture"], sae["d_in"], sae["d_sae"], sae["training_tokens"]) == (architecture, D, F, 1024)
+    assert (sae["architecture"], sae["d_in"], sae["d_sae"], sae["training_tokens"]) == (
+        architecture,
+        D,
+        F,
+        1024,
+    )
     assert sae["metadata"]["hook_name"] == f"blocks.{LAYER}.hook_resid_post"
 
 
 @pytest.mark.parametrize(
-    ("unit", "context", "prompts"), [(65_536, 1024, 2), (65_536, 128, 16), (65_536, 4096, 1), (3000, 100, 10)]
+    ("unit", "context", "prompts"),
+    [(65_536, 1024, 2), (65_536, 128, 16), (65_536, 4096, 1), (3000, 100, 10)],
 )
 def test_batches_are_as_large_as_saebenchs(
     monkeypatch: pytest.MonkeyPatch, unit: int, context: int, prompts: int
@@ -227,14 +269,19 @@ def test_batches_are_as_large_as_saebenchs(
     assert saebench_metrics.prompts_of_batch(unit, context) == prompts
 
 
-# -- losses ------------------------------------------------------------------------------------------------------
+# -- losses ----------------------------------------------------------------------------------------
 
 
 def do_splice(run: Path, *, zero: float = 8.0) -> None:
     """Leave what study=splice leaves, with losses that are known."""
 
     def row(name: str, where: str, ce: float, kl: float | None = None) -> dict[str, Any]:
-        return {"name": name, "where": where, "ce": {"value": ce}, **({} if kl is None else {"kl": {"value": kl}})}
+        return {
+            "name": name,
+            "where": where,
+            "ce": {"value": ce},
+            **({} if kl is None else {"kl": {"value": kl}}),
+        }
 
     rows = [row("clean", "", 2.0), row("sae", ALL, 3.5, 0.75), row("zero", ALL, zero, 5.0)]
     rows += [row("sae", "rows as trained", 9, 9), row("zero", "rows as trained", 99, 99)]
@@ -255,7 +302,12 @@ def test_losses_are_those_of_study_splice(made: Made, tmp_path: Path) -> None:
     assert "do study=splice" not in " ".join(perform(run).summary)
     results = written(run)
     kl = {"kl_div_score": 0.85, "kl_div_with_ablation": 5, "kl_div_with_sae": 0.75}
-    ce = {"ce_loss_score": 0.75, "ce_loss_with_ablation": 8, "ce_loss_with_sae": 3.5, "ce_loss_without_sae": 2}
+    ce = {
+        "ce_loss_score": 0.75,
+        "ce_loss_with_ablation": 8,
+        "ce_loss_with_sae": 3.5,
+        "ce_loss_without_sae": 2,
+    }
     assert results["eval_result_metrics"]["model_behavior_preservation"] == kl
     assert results["eval_result_metrics"]["model_performance_preservation"] == ce
     assert results["eval_result_metrics"]["token_stats"]["total_tokens_eval_reconstruction"] == 130
@@ -265,16 +317,22 @@ def test_losses_are_those_of_study_splice(made: Made, tmp_path: Path) -> None:
 
     do_splice(run, zero=2.0)  # an ablation that costs nothing
     perform(run)
-    assert written(run)["eval_result_metrics"]["model_performance_preservation"]["ce_loss_score"] == -1
+    assert (
+        written(run)["eval_result_metrics"]["model_performance_preservation"]["ce_loss_score"] == -1
+    )
 
     do_splice(run)
     sae = study_of(run).subject.sae
-    export.write_final(replace(sae, b_enc=sae.b_enc + 0.01), 1.0, run)  # another SAE than the losses are of
+    sae_file.write_final(
+        replace(sae, b_enc=sae.b_enc + 0.01), 1.0, run
+    )  # another SAE than the losses are of
     assert "do study=splice first" in perform(run).summary[-1]
-    assert set(written(run)["eval_result_metrics"]["model_performance_preservation"].values()) == {-1}
+    assert set(written(run)["eval_result_metrics"]["model_performance_preservation"].values()) == {
+        -1
+    }
 
 
-# -- the file ----------------------------------------------------------------------------------------------------
+# -- the file --------------------------------------------------------------------------------------
 
 
 def test_the_file_is_made_once_and_again_where_it_is_gone(made: Made, tmp_path: Path) -> None:
@@ -304,10 +362,11 @@ def test_refusals(made: Made) -> None:
         saebench_metrics.measure(subject, 10**6)
 
 
-# -- SAEBench itself ---------------------------------------------------------------------------------------------
+# -- SAEBench itself -------------------------------------------------------------------------------
 
 PYTHON = os.environ.get("INTEROP_PYTHON", sys.executable)
-# SAEBench's evaluation of a model and of a store that hold our rows, to its own file; then its readers on ours.
+# SAEBench's evaluation of a model and of a store that hold our rows, to its own file; then its
+# readers on ours.
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -371,13 +430,25 @@ assert short == {"l0": 4.0, "ce_loss_score": -1} and read["l0"] == 4.0, short
 
 @pytest.mark.parametrize("made", ["topk"], indirect=True)
 def test_saebench_finds_the_same(made: Made, reference: Reference, tmp_path: Path) -> None:
-    """Its own functions on the same rows give the same file, and its classes, schema and plots take ours."""
+    """Its own functions on the same rows give the same file, and its classes, schema and plots take
+    ours.
+    """
     needed = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ('sae_bench', 'jsonschema'))))"
     if subprocess.run([PYTHON, "-c", needed], check=False).returncode:
-        pytest.skip("sae_bench and jsonschema are not installed: set INTEROP_PYTHON to an interpreter that has them")
+        pytest.skip(
+            "sae_bench and jsonschema are not installed: set INTEROP_PYTHON to an interpreter that has them"
+        )
     perform(made.run)
-    weights = {name: getattr(made.sae, name).double().numpy() for name in ("W_enc", "W_dec", "b_enc")}
-    given = {"x": reference.x, "hat": reference.hat, "f": reference.f, "mask": reference.mask, **weights}
+    weights = {
+        name: getattr(made.sae, name).double().numpy() for name in ("W_enc", "W_dec", "b_enc")
+    }
+    given = {
+        "x": reference.x,
+        "hat": reference.hat,
+        "f": reference.f,
+        "mask": reference.mask,
+        **weights,
+    }
     np.savez(tmp_path / "given.npz", **given)
     path = made.run / "studies" / "saebench" / "core" / FILE
     subprocess.run([PYTHON, "-c", SCRIPT, str(path)], check=True, cwd=tmp_path)
@@ -389,7 +460,9 @@ def test_saebench_finds_the_same(made: Made, reference: Reference, tmp_path: Pat
     assert len(compared) > 8 * F
     for name in compared:
         value = flat_theirs[name]
-        assert flat_ours[name] == (pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value)
+        assert flat_ours[name] == (
+            pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value
+        )
 
 
 def flat(value: Any, name: str = "") -> list[tuple[str, Any]]:

@@ -1,4 +1,6 @@
-"""Splicing against a plain loop with a hook of its own, and SAEs whose losses are known beforehand."""
+"""Splicing against a plain loop with a hook of its own, and SAEs whose losses are known
+beforehand.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,16 @@ import torch
 from omegaconf import OmegaConf
 from torch.nn.functional import cross_entropy
 
-from analyze import pieces, splice
+from analyze import pieces
 from analyze.pieces import Piece
-from analyze.splice import ALL, TRAINED, Losses, Options, Replacement
+from analyze.studies import splice
+from analyze.studies.splice import ALL, TRAINED, Losses, Options, Replacement
 from analyze.subject import Subject
 from data.errors import SettingError
-from data.kinds import BOS, NON_FINITE, ORDINARY, OUTLIER
 from data.settings import build
-from harvest.checkpoint import EMBEDDED
-from harvest.lm import LanguageModel, ModelConfig, load
+from data.store.kinds import BOS, NON_FINITE, ORDINARY, OUTLIER
+from harvest.model import LanguageModel, ModelConfig, load
+from harvest.model_folder import EMBEDDED
 from tests.analyze.conftest import TINY_LAYER
 from train.sae import SAE
 
@@ -50,8 +53,12 @@ def measure(lm: LanguageModel, read: list[Piece], how: list[Replacement]) -> Los
     return splice.measure(lm, TINY_LAYER, read, (ORDINARY,), how)
 
 
-def naive(lm: LanguageModel, ids: list[int], change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """(t, V) logits of one sequence alone, layer TINY_LAYER giving what `change` makes of its (t, d)."""
+def naive(
+    lm: LanguageModel, ids: list[int], change: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """(t, V) logits of one sequence alone, layer TINY_LAYER giving what `change` makes of its (t,
+    d).
+    """
 
     def hook(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
         return change(output[0])[None]
@@ -68,11 +75,15 @@ def each(losses: Losses, read: list[Piece], values: np.ndarray) -> list[np.ndarr
     return [values[losses.document == piece.document] for piece in read]
 
 
-# -- losses ------------------------------------------------------------------------------------------------------
+# -- losses ----------------------------------------------------------------------------------------
 
 
-def test_losses_are_those_of_a_plain_loop(lm: LanguageModel, subject: Subject, read: list[Piece]) -> None:
-    losses = measure(lm, read, [Replacement("sae", ALL, subject.sae), Replacement("sae", TRAINED, subject.sae)])
+def test_losses_are_those_of_a_plain_loop(
+    lm: LanguageModel, subject: Subject, read: list[Piece]
+) -> None:
+    losses = measure(
+        lm, read, [Replacement("sae", ALL, subject.sae), Replacement("sae", TRAINED, subject.sae)]
+    )
     assert sorted(losses.document) == sorted(
         document for piece in read for document in [piece.document] * (len(piece.ids) - 1)
     )
@@ -93,7 +104,9 @@ def test_losses_are_those_of_a_plain_loop(lm: LanguageModel, subject: Subject, r
             np.testing.assert_allclose(
                 each(losses, read, losses.kl[row])[number], (p.exp() * (p - q)).sum(1), atol=1e-4
             )
-        assert each(losses, read, losses.position)[number].tolist() == list(range(1, len(piece.ids)))
+        assert each(losses, read, losses.position)[number].tolist() == list(
+            range(1, len(piece.ids))
+        )
     assert abs(losses.ce[1] - losses.ce[0]).max() > 0.01
     assert abs(losses.ce[1] - losses.ce[2]).max() > 0.001
 
@@ -112,7 +125,9 @@ def test_identity_is_exact_and_ablations_are_what_they_are_called(
         ce = cross_entropy(naive(lm, read[0].ids, value.expand_as)[:-1], targets, reduction="none")
         np.testing.assert_allclose(each(losses, read, losses.ce[row[name, ALL]])[0], ce, atol=1e-4)
         at_bos = losses.ce[row[name, TRAINED]][losses.position == 1]
-        np.testing.assert_array_equal(at_bos, losses.ce[0][losses.position == 1])  # BOS is left as it is
+        np.testing.assert_array_equal(
+            at_bos, losses.ce[0][losses.position == 1]
+        )  # BOS is left as it is
         assert losses.ce[row[name, ALL]].mean() > losses.ce[0].mean() + 1
 
 
@@ -128,14 +143,20 @@ def test_a_perfect_sae_recovers_all_and_the_mean_recovers_none(
 ) -> None:
     made = perfect()
     constant = SAE(
-        made.W_enc, made.W_dec, torch.full((128,), -1e6), torch.from_numpy(subject.moments.mean).float(), 128
+        made.W_enc,
+        made.W_dec,
+        torch.full((128,), -1e6),
+        torch.from_numpy(subject.moments.mean).float(),
+        128,
     )
     for one, recovered in ((made, 1), (constant, 0)):
         how = splice.replacements(replace(subject, sae=one))
         losses = measure(lm, read, how)
         rows = {(row["name"], row["where"]): row for row in splice.figures_of(losses, how)}
         for where in (ALL, TRAINED):
-            assert rows["sae", where]["loss_recovered_of_mean"]["value"] == pytest.approx(recovered, abs=1e-4)
+            assert rows["sae", where]["loss_recovered_of_mean"]["value"] == pytest.approx(
+                recovered, abs=1e-4
+            )
     at = {(one.name, one.where): number for number, one in enumerate(how, 1)}
     np.testing.assert_array_equal(losses.ce[at["sae", ALL]], losses.ce[at["mean", ALL]])
 
@@ -151,15 +172,20 @@ def test_random_errors_have_the_length_of_the_saes(subject: Subject) -> None:
     assert (error / length[:, None]).mean(0).norm() < 0.3  # every row has a direction of its own
 
 
-# -- figures -----------------------------------------------------------------------------------------------------
+# -- figures ---------------------------------------------------------------------------------------
 
 
 def made_losses(documents: int = 40, each_: int = 10) -> tuple[Losses, list[Replacement]]:
-    """Documents that differ much, where the SAE costs 0.4 +- 0.01 of the 4 that zero ablation costs."""
+    """Documents that differ much, where the SAE costs 0.4 +- 0.01 of the 4 that zero ablation
+    costs.
+    """
     rng = np.random.default_rng(0)
     document = np.repeat(np.arange(documents), each_)
     clean = np.repeat(rng.uniform(0, 6, documents), each_)
-    how = [Replacement(name, ALL, torch.zeros_like) for name in ("identity", "sae", "random", "mean", "zero")]
+    how = [
+        Replacement(name, ALL, torch.zeros_like)
+        for name in ("identity", "sae", "random", "mean", "zero")
+    ]
     costs = np.array([0, 0, 0.4, 0.2, 2, 4])[:, None] + np.zeros(len(document))
     costs[2] += rng.normal(0, 0.01, len(document))
     position = np.tile(np.arange(1, each_ + 1), documents)
@@ -178,7 +204,10 @@ def test_figures_of_known_losses() -> None:
     assert sae["kl_of_random"]["value"] == pytest.approx(2, abs=0.01)
     assert rows["identity"]["largest_difference"] == 0
     assert rows["identity"]["difference"] == {"value": 0.0, "interval": (0, 0)}
-    assert rows["identity"]["loss_recovered"]["value"] == 1 and rows["zero"]["loss_recovered"]["value"] == 0
+    assert (
+        rows["identity"]["loss_recovered"]["value"] == 1
+        and rows["zero"]["loss_recovered"]["value"] == 0
+    )
 
 
 def test_differences_are_paired() -> None:
@@ -213,14 +242,17 @@ def test_spans_of_positions_hold_every_token_once() -> None:
     assert spans[2]["difference"]["value"] == pytest.approx(cost.mean())
 
 
-# -- the study ---------------------------------------------------------------------------------------------------
+# -- the study -------------------------------------------------------------------------------------
 
 
 def test_pieces_are_the_held_out_text_with_its_kinds(subject: Subject, lm: LanguageModel) -> None:
     found = list(pieces.held_out(subject))
     units = list(subject.held_out(10**9))
     assert sum(len(piece.ids) for piece in found) == sum(len(unit.rows) for unit in units)
-    assert all(piece.ids[0] == lm.tokenizer.bos and lm.tokenizer.bos not in piece.ids[1:] for piece in found)
+    assert all(
+        piece.ids[0] == lm.tokenizer.bos and lm.tokenizer.bos not in piece.ids[1:]
+        for piece in found
+    )
     assert all(piece.kind[0] == BOS and BOS not in piece.kind[1:] for piece in found)
     kinds = np.concatenate([piece.kind for piece in found])
     in_order = np.concatenate([unit.kind[np.argsort(unit.local)] for unit in units])
@@ -245,7 +277,9 @@ def test_the_study_of_the_embedded_model(tiny_study: Callable) -> None:
     sae, zero = rows["sae", ALL], rows["zero", ALL]
     assert 0 < sae["difference"]["value"] < zero["difference"]["value"]
     assert (
-        sae["loss_recovered"]["interval"][0] <= sae["loss_recovered"]["value"] <= sae["loss_recovered"]["interval"][1]
+        sae["loss_recovered"]["interval"][0]
+        <= sae["loss_recovered"]["value"]
+        <= sae["loss_recovered"]["interval"][1]
     )
     assert outcome.figures["replaced"][ALL] > outcome.figures["replaced"][TRAINED] > 500
     assert "changes no token's loss, exactly" in outcome.summary[0]

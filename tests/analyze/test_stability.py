@@ -1,4 +1,6 @@
-"""Planted matches are found, random ones are at the null, and every figure equals a naive computation."""
+"""Planted matches are found, random ones are at the null, and every figure equals a naive
+computation.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,17 @@ import torch
 import yaml
 from scipy import sparse
 
-from analyze import stability
-from analyze.stability import matching
-from analyze.stability.matching import NONE
+from analyze.studies.stability import matching
+from analyze.studies.stability import study as stability
+from analyze.studies.stability.matching import NONE
 from analyze.study import Outcome, Study
 from analyze.subject import Subject
-from data import summary
 from data.errors import SettingError, StoreError
-from harvest.lm import ModelConfig
+from data.rows import summary
+from harvest.model import ModelConfig
 from tests.analyze.conftest import LAYER, Made, make_run, random_rows
 from tests.conftest import commit
-from train import export, sae
+from train import sae, sae_file
 from train.run import CONFIG
 from train.sae import SAE, SAEConfig
 
@@ -33,7 +35,9 @@ ROWS = 10**6
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """One run, on a store whose every unit is held out as far as studies see, so that there are rows enough."""
+    """One run, on a store whose every unit is held out as far as studies see, so that there are
+    rows enough.
+    """
     return make_run(tmp_path_factory.mktemp("stability"), random_rows())
 
 
@@ -45,7 +49,7 @@ def every_unit(monkeypatch: pytest.MonkeyPatch) -> None:
 def other_run(made: Made, root: Path, weights: SAE, **settings: Any) -> Path:
     run = root / "other"
     shutil.copytree(made.run, run, ignore=shutil.ignore_patterns("studies"))
-    export.write_final(weights, 1.0, run)
+    sae_file.write_final(weights, 1.0, run)
     config = yaml.safe_load((run / CONFIG).read_text())
     config["settings"] |= settings
     (run / CONFIG).write_text(yaml.safe_dump(config))
@@ -59,7 +63,7 @@ def compared(made: Made, root: Path, weights: SAE, **settings: Any) -> tuple[Out
     return stability.stability(study), pd.read_parquet(study.folder / stability.FILE)
 
 
-# -- planted truths ----------------------------------------------------------------------------------------------
+# -- planted truths --------------------------------------------------------------------------------
 
 
 def test_a_run_matches_itself(made: Made, tmp_path: Path) -> None:
@@ -102,7 +106,9 @@ def test_an_independent_random_dictionary_is_at_the_null(made: Made, tmp_path: P
     assert figures["cosine"]["other"]["mean_max_cosine"] == pytest.approx(
         figures["cosine"]["random"]["mean_max_cosine"], abs=0.08
     )
-    assert other["correlation"] > figures["matched"]["shifted"]["correlation"] + 0.1  # they read the same rows
+    assert (
+        other["correlation"] > figures["matched"]["shifted"]["correlation"] + 0.1
+    )  # they read the same rows
     low, high = other["correlation_95"]
     assert low < other["correlation"] < high
 
@@ -112,7 +118,9 @@ def test_layers_are_joined_by_token(made: Made, tmp_path: Path) -> None:
     bits = torch.from_numpy(made.rows * 2).bfloat16()
     bits[[100, 700]] *= 300
     for unit in range(made.store.units):
-        commit(made.store, unit, {5: bits[unit * 128 : (unit + 1) * 128].view(torch.uint16).numpy()})
+        commit(
+            made.store, unit, {5: bits[unit * 128 : (unit + 1) * 128].view(torch.uint16).numpy()}
+        )
     summary.write(made.store, 5)
     ours = made.sae
     twice = SAE(ours.W_enc, ours.W_dec, 2 * ours.b_enc, 2 * ours.b_dec, ours.k)
@@ -121,13 +129,15 @@ def test_layers_are_joined_by_token(made: Made, tmp_path: Path) -> None:
     np.testing.assert_allclose(alive["correlation"], 1, atol=1e-5)
     assert outcome.figures["layers"] == [LAYER, 5]
     assert "layers 3 and 5" in outcome.summary[-1]
-    starts = np.concatenate([made.store.piece_starts(unit).ravel() for unit in range(made.store.units)])
+    starts = np.concatenate(
+        [made.store.piece_starts(unit).ravel() for unit in range(made.store.units)]
+    )
     left = ~starts
     left[[100, 300, 700, 900, 1500]] = False
     assert outcome.figures["rows"] == left.sum()
 
 
-# -- against naive computations ----------------------------------------------------------------------------------
+# -- against naive computations --------------------------------------------------------------------
 
 
 def random_codes(rows: int, latents: int, seed: int, density: float = 0.2) -> Any:
@@ -136,7 +146,9 @@ def random_codes(rows: int, latents: int, seed: int, density: float = 0.2) -> An
 
 
 @pytest.mark.parametrize("block", [3, 256])
-def test_partners_are_those_of_the_whole_matrix(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partners_are_those_of_the_whole_matrix(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(matching, "_BLOCK", block)
     a, b = random_codes(200, 11, 0, 0.05), random_codes(200, 13, 1, 0.05)
     a[:, 4], b[:, 7] = 0, 0  # silent
@@ -152,7 +164,11 @@ def test_partners_are_those_of_the_whole_matrix(block: int, monkeypatch: pytest.
     for ours, best in ((found.ours, r), (found.theirs, r.T)):
         expected = np.where(best.max(1) > 0, np.argmax(np.round(best, 9), axis=1), NONE)
         assert ours.tolist() == expected.tolist()
-    assert found.ours[[2, 4, 6]].tolist() == [9, NONE, 9] and found.theirs[[7, 9, 12]].tolist() == [NONE, 2, 2]
+    assert found.ours[[2, 4, 6]].tolist() == [9, NONE, 9] and found.theirs[[7, 9, 12]].tolist() == [
+        NONE,
+        2,
+        2,
+    ]
 
 
 @pytest.mark.parametrize("block", [2, 256])
@@ -162,7 +178,9 @@ def test_measuring_is_a_bootstrap_of_documents(block: int, monkeypatch: pytest.M
     a[:, 3] = 0
     document = np.repeat([7, 3, 9, 20], 15)
     partner = np.array([1, 0, NONE, 2, 2])
-    found = matching.measure(sparse.csr_array(a), sparse.csr_array(b), partner, document, draws=6, seed=5)
+    found = matching.measure(
+        sparse.csr_array(a), sparse.csr_array(b), partner, document, draws=6, seed=5
+    )
     rng = np.random.default_rng(5)
     drawn = [np.arange(4), *(rng.integers(0, 4, 4) for _ in range(6))]
     names = np.array([3, 7, 9, 20])
@@ -172,7 +190,9 @@ def test_measuring_is_a_bootstrap_of_documents(block: int, monkeypatch: pytest.M
             if latent == 3:
                 assert np.isnan(r[latent])
             else:
-                expected = np.corrcoef(a[rows, latent], b[rows, other])[0, 1] if other != NONE else 0
+                expected = (
+                    np.corrcoef(a[rows, latent], b[rows, other])[0, 1] if other != NONE else 0
+                )
                 assert r[latent] == pytest.approx(expected, abs=1e-12)
 
 
@@ -182,7 +202,9 @@ def test_assignment_is_one_to_one() -> None:
 
 
 def test_what_was_chosen_is_measured_elsewhere() -> None:
-    """Of unrelated latents the largest correlation is above 0 where it was chosen, and nothing elsewhere."""
+    """Of unrelated latents the largest correlation is above 0 where it was chosen, and nothing
+    elsewhere.
+    """
     ours, theirs = (sparse.csr_array(random_codes(400, 60, seed)) for seed in (4, 5))
     document = np.arange(400) // 5
     found = stability.match(ours, theirs, document, stability._half(document))
@@ -208,10 +230,14 @@ def test_the_random_dictionary_has_the_second_moments() -> None:
     ours, theirs = (W.T @ W / len(W) for W in (W_dec, drawn.W_dec))
     assert (ours - torch.eye(d) / d).norm() > 0.5 * ours.norm()  # far from isotropic
     assert (ours - theirs).norm() < 0.1 * ours.norm()
-    assert drawn.k == 3 and torch.equal(drawn.W_enc, drawn.W_dec.T) and torch.equal(drawn.b_dec, torch.ones(d))
+    assert (
+        drawn.k == 3
+        and torch.equal(drawn.W_enc, drawn.W_dec.T)
+        and torch.equal(drawn.b_dec, torch.ones(d))
+    )
 
 
-# -- refusals ----------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_compared(made: Made, tmp_path: Path) -> None:
@@ -238,5 +264,5 @@ def test_a_retrained_run_is_compared_again(made: Made, tmp_path: Path) -> None:
     subject = Subject.open(made.run, None, torch.device("cpu"))
     study = Study("stability", subject, {"other": str(run)}, ModelConfig("nowhere/none"))
     before = stability.inputs(study)
-    export.write_final(replace(made.sae, b_enc=made.sae.b_enc + 1), 1.0, run)
+    sae_file.write_final(replace(made.sae, b_enc=made.sae.b_enc + 1), 1.0, run)
     assert stability.inputs(study) != before

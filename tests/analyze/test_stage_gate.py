@@ -1,4 +1,6 @@
-"""The stage gate passes what is planted, fails what is chance, and chooses nothing on the questions that judge."""
+"""The stage gate passes what is planted, fails what is chance, and chooses nothing on the questions
+that judge.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,21 @@ import pytest
 import torch
 from scipy import optimize, sparse
 
-from analyze import gsm8k, stats
-from analyze.contrast import Means
-from analyze.stage_gate import SCORE, Options, choose, in_discovery, judge, log_probabilities, probe, stage_gate
-from analyze.stage_gate import verdict as verdict_of
-from analyze.stage_gate.discrimination import Scored, measured, permuted, resampled, three
+from analyze import stats
+from analyze.studies import gsm8k
+from analyze.studies.contrast.study import Means
+from analyze.studies.stage_gate import probe
+from analyze.studies.stage_gate.discrimination import Scored, measured, permuted, resampled, three
+from analyze.studies.stage_gate.study import (
+    SCORE,
+    Options,
+    choose,
+    in_discovery,
+    judge,
+    log_probabilities,
+    stage_gate,
+)
+from analyze.studies.stage_gate.study import verdict as verdict_of
 from analyze.study import dumped
 from data.errors import SettingError, StopRequest
 
@@ -22,7 +34,11 @@ F = 60
 
 
 def made(
-    rng: np.random.Generator, n: int = 400, effect: float = 0.0, each: int = 1, through_length: bool = False
+    rng: np.random.Generator,
+    n: int = 400,
+    effect: float = 0.0,
+    each: int = 1,
+    through_length: bool = False,
 ) -> Means:
     """Answers of which latents 0 to 9 fire more in right ones, 10 to 19 more in wrong ones."""
     length = rng.integers(20, 120, n)
@@ -34,7 +50,9 @@ def made(
     features[:, 10:20] += effect * (1 - sign) * rng.random((n, 10))
     question = np.array([f"q{number // each}" for number in range(n)])
     hidden = rng.normal(size=(n, 2, 6)).astype(np.float32)
-    return Means(hidden, sparse.csr_array(features.astype(np.float32)), length, length > 0, correct, question)
+    return Means(
+        hidden, sparse.csr_array(features.astype(np.float32)), length, length > 0, correct, question
+    )
 
 
 def verdict(means: Means, options: Options = OPTIONS) -> dict:
@@ -62,7 +80,7 @@ def test_planted_features_pass() -> None:
 
 def test_shuffled_labels_pass_no_more_often_than_the_level(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "analyze.stage_gate.cross_validated", lambda x, *_: lambda x: x[:, 0]
+        "analyze.studies.stage_gate.study.cross_validated", lambda x, *_: lambda x: x[:, 0]
     )  # slow, and no part of it
     verdicts = []
     for seed in range(60):
@@ -93,9 +111,14 @@ def test_what_only_tells_length_does_not_pass() -> None:
     ],
 )
 def test_the_verdict_follows_its_rule(change: dict, expected: str, missing: list[str]) -> None:
-    """Values of the change are those of rho and p, and the lower ends of the other two's intervals."""
+    """Values of the change are those of rho and p, and the lower ends of the other two's
+    intervals.
+    """
     values = {"rho": 0.30, "p": 0.049, "auroc": 0.51, "rho_given_length": 0.01, **change}
-    found = {name: {"value": value, "interval": stats.Interval(value, 1.0)} for name, value in values.items()}
+    found = {
+        name: {"value": value, "interval": stats.Interval(value, 1.0)}
+        for name, value in values.items()
+    }
     assert verdict_of({**found, "p": values["p"]}) == (expected, missing)
 
 
@@ -108,7 +131,9 @@ def test_validation_answers_choose_nothing() -> None:
     assert dumped(one) == dumped(verdict(means))
     assert one["helpful"] == other["helpful"] and one["harmful"] == other["harmful"]
     for name in one["scores"]:  # so every score is the same, and tells the opposite
-        assert one["scores"][name]["auroc"]["value"] == pytest.approx(1 - other["scores"][name]["auroc"]["value"])
+        assert one["scores"][name]["auroc"]["value"] == pytest.approx(
+            1 - other["scores"][name]["auroc"]["value"]
+        )
     assert other["verdict"] == "fail"
 
 
@@ -134,7 +159,7 @@ def test_features_are_those_of_largest_effect_that_fire_enough() -> None:
     assert 7 not in chosen.eligible
 
 
-# -- figures -----------------------------------------------------------------------------------------------------
+# -- figures ---------------------------------------------------------------------------------------
 
 
 def test_three_figures_are_those_of_stats() -> None:
@@ -143,7 +168,11 @@ def test_three_figures_are_those_of_stats() -> None:
         values = rng.integers(0, 6, (3, 30)).astype(float)
         correct, length = rng.random(30) < 0.4, rng.integers(0, 5, 30)
         expected = [
-            [stats.auroc(one, correct), stats.spearman(one, correct), stats.partial_spearman(one, correct, length)]
+            [
+                stats.auroc(one, correct),
+                stats.spearman(one, correct),
+                stats.partial_spearman(one, correct, length),
+            ]
             for one in values
         ]
         np.testing.assert_allclose(three(values, correct, length), expected, rtol=1e-9)
@@ -159,7 +188,9 @@ def test_permutations_keep_questions_whole() -> None:
     correct = np.array([1, 0, 0, 1, 1, 1, 0, 1, 0, 1, 1], bool)
     labels = permuted(correct, question, 500, 0)
     pairs = {
-        (tuple(row[question == 0]), tuple(row[question == 3])) for row in labels.tolist() for row in [np.array(row)]
+        (tuple(row[question == 0]), tuple(row[question == 3]))
+        for row in labels.tolist()
+        for row in [np.array(row)]
     }
     assert pairs == {((True, False), (True, True)), ((True, True), (True, False))}
     assert (labels[:, 8:] == correct[8:]).all()  # no other question has three answers
@@ -190,7 +221,7 @@ def test_a_score_without_spread_is_not_significant() -> None:
         assert measured(of, SCORE, 40, 0, stop)[SCORE]["p"] == 1.0
 
 
-# -- the probe ---------------------------------------------------------------------------------------------------
+# -- the probe -------------------------------------------------------------------------------------
 
 
 def test_the_probe_is_at_its_losss_minimum() -> None:
@@ -202,9 +233,14 @@ def test_the_probe_is_at_its_losss_minimum() -> None:
 
     def loss(parameters: np.ndarray) -> float:
         odds = z @ parameters[:4] + parameters[4]
-        return float(np.mean(np.log(1 + np.exp(-np.where(label, odds, -odds)))) + 0.05 * np.sum(parameters[:4] ** 2))
+        return float(
+            np.mean(np.log(1 + np.exp(-np.where(label, odds, -odds))))
+            + 0.05 * np.sum(parameters[:4] ** 2)
+        )
 
-    independent = optimize.minimize(loss, np.zeros(5), method="Nelder-Mead", options={"xatol": 1e-6, "maxiter": 20_000})
+    independent = optimize.minimize(
+        loss, np.zeros(5), method="Nelder-Mead", options={"xatol": 1e-6, "maxiter": 20_000}
+    )
     np.testing.assert_allclose([*found.w, found.b], independent.x, atol=1e-3)
     np.testing.assert_allclose(found(x), z @ found.w + found.b)
     constant = probe.fit(np.c_[x, np.full(60, 7.0)], label, 0.1)
@@ -213,7 +249,9 @@ def test_the_probe_is_at_its_losss_minimum() -> None:
 
 @pytest.mark.parametrize(("n", "d"), [(30, 100), (100, 30), (40, 40)])
 @pytest.mark.parametrize("penalty", [1e-3, 10.0])
-def test_the_probes_gradient_is_0_with_few_cases_and_with_many(n: int, d: int, penalty: float) -> None:
+def test_the_probes_gradient_is_0_with_few_cases_and_with_many(
+    n: int, d: int, penalty: float
+) -> None:
     rng = np.random.default_rng(n)
     x = rng.normal(size=(n, d))
     label = x[:, 0] > 0.2  # separable
@@ -233,11 +271,13 @@ def test_cross_validation_penalises_noise_more_than_signal() -> None:
     assert stats.auroc(signal(rng_x := rng.normal(size=(300, 12))), rng_x[:, 0] > 0) > 0.9
 
 
-# -- the study ---------------------------------------------------------------------------------------------------
+# -- the study -------------------------------------------------------------------------------------
 
 
 def test_the_study_of_the_embedded_model(tiny_study) -> None:
-    study = tiny_study("stage_gate", answers={"questions": 80}, discovery=0.5, min_firing=5, draws=100)
+    study = tiny_study(
+        "stage_gate", answers={"questions": 80}, discovery=0.5, min_firing=5, draws=100
+    )
     outcome = stage_gate(study)
     figures = json.loads(dumped(outcome.figures))
     assert figures["verdict"] in ("pass", "weak", "fail")
@@ -254,7 +294,11 @@ def test_log_probabilities_are_the_models(tiny_study) -> None:
         found = log_probabilities(study, answers, stop)
         for one, value in zip(answers, found, strict=True):
             with torch.inference_mode():
-                logits = study.lm.causal(input_ids=torch.tensor([one.sequence]), use_cache=False).logits[0].double()
+                logits = (
+                    study.lm.causal(input_ids=torch.tensor([one.sequence]), use_cache=False)
+                    .logits[0]
+                    .double()
+                )
             steps = [
                 float(logits[at - 1].log_softmax(0)[one.sequence[at]])
                 for at in range(len(one.prompt_ids), len(one.sequence))

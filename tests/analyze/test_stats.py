@@ -13,7 +13,9 @@ def test_wilson_against_its_formula() -> None:
     n, p, z = 50, 0.48, 1.959963984540054
     middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = stats.wilson(24, 50)
-    assert (low, high) == pytest.approx([(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)])
+    assert (low, high) == pytest.approx(
+        [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
+    )
     assert stats.wilson(0, 0) == (0, 1)
     assert stats.wilson(0, 10)[0] == 0
 
@@ -72,17 +74,23 @@ def test_auroc_is_the_share_of_pairs() -> None:
 def test_rank_correlations() -> None:
     rng = np.random.default_rng(0)
     x, noise, length = rng.normal(size=200), rng.normal(size=200), rng.normal(size=200)
-    assert stats.spearman(x, x + noise) == pytest.approx(reference.spearmanr(x, x + noise).statistic)
+    assert stats.spearman(x, x + noise) == pytest.approx(
+        reference.spearmanr(x, x + noise).statistic
+    )
     assert np.isnan(stats.spearman(x, np.ones(200)))
     assert stats.spearman(x + 3 * length, noise + 3 * length) > 0.7
     assert abs(stats.partial_spearman(x + 3 * length, noise + 3 * length, length)) < 0.2
-    assert stats.partial_spearman(x, x + noise, np.ones(200)) == pytest.approx(stats.spearman(x, x + noise))
+    assert stats.partial_spearman(x, x + noise, np.ones(200)) == pytest.approx(
+        stats.spearman(x, x + noise)
+    )
 
 
 def test_the_cap_of_spearman_is_reached_by_a_perfect_score() -> None:
     right = np.arange(100) < 89
     assert stats.spearman_cap(0.89) == pytest.approx(0.542, abs=5e-4)
-    assert stats.spearman(np.arange(100)[::-1], right) == pytest.approx(stats.spearman_cap(0.89), abs=1e-3)
+    assert stats.spearman(np.arange(100)[::-1], right) == pytest.approx(
+        stats.spearman_cap(0.89), abs=1e-3
+    )
 
 
 def test_permutation_p_counts_the_data_themselves() -> None:
@@ -95,9 +103,13 @@ def test_intervals_cover_the_truth_about_95_times_in_100() -> None:
     covered = 0
     for trial in range(200):
         x = rng.exponential(size=60)
-        low, high = stats.bootstrap(lambda cases, x=x: x[cases].mean(), 60, draws=300, seed=trial)[0]
+        low, high = stats.bootstrap(lambda cases, x=x: x[cases].mean(), 60, draws=300, seed=trial)[
+            0
+        ]
         covered += low <= 1 <= high
-    assert 0.88 <= covered / 200 <= 0.98  # percentile intervals of 60 skewed values cover a little less
+    assert (
+        0.88 <= covered / 200 <= 0.98
+    )  # percentile intervals of 60 skewed values cover a little less
 
 
 def test_bootstraps_of_ratio_and_of_statistic_agree_and_repeat() -> None:
@@ -118,7 +130,9 @@ def test_bootstrap_ratios_are_bootstrap_ratio_column_by_column() -> None:
     first = stats.bootstrap_ratios(numerators, denominators[:, 0], draws=50, seed=3)
     for column in range(3):
         for found, by in ((every[column], column), (first[column], 0)):
-            one = stats.bootstrap_ratio(numerators[:, column], denominators[:, by], draws=50, seed=3)
+            one = stats.bootstrap_ratio(
+                numerators[:, column], denominators[:, by], draws=50, seed=3
+            )
             assert found == pytest.approx(one) and found.low < found.high
 
 
@@ -126,10 +140,14 @@ def test_detectable_change_is_found_as_often_as_it_says() -> None:
     """The published figures, and McNemar's test on drawn pairs."""
     found = [stats.detectable_change(pairs, 0.2) for pairs in (50, 200, 1319)]
     assert found == pytest.approx([0.17, 0.088, 0.034], abs=5e-3)
-    assert [f"{100 * one:.0f}" for one in found[:1]] + [f"{100 * one:.1f}" for one in found[1:]] == ["17", "8.8", "3.4"]
+    assert [f"{100 * one:.0f}" for one in found[:1]] + [
+        f"{100 * one:.1f}" for one in found[1:]
+    ] == ["17", "8.8", "3.4"]
     rng, pairs, share = np.random.default_rng(0), 400, 0.3
     change = stats.detectable_change(pairs, share)
-    drawn = rng.multinomial(pairs, [(share + change) / 2, (share - change) / 2, 1 - share], size=4000)
+    drawn = rng.multinomial(
+        pairs, [(share + change) / 2, (share - change) / 2, 1 - share], size=4000
+    )
     z = (drawn[:, 0] - drawn[:, 1]) / np.sqrt(drawn[:, 0] + drawn[:, 1])
     assert np.mean(np.abs(z) > 1.96) == pytest.approx(0.8, abs=0.03)
     assert np.isnan(stats.detectable_change(10, 0.1))  # one pair that changes proves nothing

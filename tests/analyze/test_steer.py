@@ -1,4 +1,6 @@
-"""Steering's hook against plain loops over whole forward passes, exact nulls, and a token that is asked for."""
+"""Steering's hook against plain loops over whole forward passes, exact nulls, and a token that is
+asked for.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from analyze.causal import edited, generate, unembedded
-from analyze.gsm8k import PROMPTS
+from analyze.language_model import edited, generate, unembedded
 from analyze.problems import read
-from analyze.steering import hook as steer
-from harvest.checkpoint import EMBEDDED
-from harvest.lm import LanguageModel, ModelConfig, load, tap
+from analyze.studies.gsm8k import PROMPTS
+from analyze.studies.steering import hook as steer
+from harvest.model import LanguageModel, ModelConfig, load
+from harvest.model_folder import EMBEDDED
+from harvest.site import tap
 from tests.harvest.models import save_model
 
 
@@ -31,19 +34,29 @@ def prompts(lm: LanguageModel) -> list[list[int]]:
 
 
 def direction(lm: LanguageModel) -> Tensor:
-    vector = torch.randn(lm.d_model, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    vector = torch.randn(
+        lm.d_model, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     return vector / vector.norm()
 
 
-def traced(lm: LanguageModel, prompts: list[list[int]], *how: Any, new_tokens: int = 6) -> tuple[Any, list[Tensor]]:
-    """Generations, and the logits that each step chose from; `how` is layer, scale and positions."""
+def traced(
+    lm: LanguageModel, prompts: list[list[int]], *how: Any, new_tokens: int = 6
+) -> tuple[Any, list[Tensor]]:
+    """Generations, and the logits that each step chose from; `how` is layer, scale and
+    positions.
+    """
     seen: list[Tensor] = []
-    handle = lm.causal.register_forward_hook(lambda _m, _i, output: seen.append(output.logits[:, -1].clone()))
+    handle = lm.causal.register_forward_hook(
+        lambda _m, _i, output: seen.append(output.logits[:, -1].clone())
+    )
     try:
         if not how:
             return generate(lm, prompts, new_tokens), seen
         layer, scale, positions = how
-        with steer.steered(lm, layer, direction(lm), scale, positions, [len(one) for one in prompts]):
+        with steer.steered(
+            lm, layer, direction(lm), scale, positions, [len(one) for one in prompts]
+        ):
             return generate(lm, prompts, new_tokens), seen
     finally:
         handle.remove()
@@ -51,19 +64,30 @@ def traced(lm: LanguageModel, prompts: list[list[int]], *how: Any, new_tokens: i
 
 def same(one: tuple[Any, list[Tensor]], other: tuple[Any, list[Tensor]]) -> bool:
     """Token for token, and every logit bit for bit."""
-    return one[0] == other[0] and all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
+    return one[0] == other[0] and all(
+        torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True)
+    )
 
 
 @pytest.mark.parametrize("positions", steer.POSITIONS)
-def test_scale_0_changes_nothing_to_the_last_bit(lm: LanguageModel, prompts: Any, positions: str) -> None:
+def test_scale_0_changes_nothing_to_the_last_bit(
+    lm: LanguageModel, prompts: Any, positions: str
+) -> None:
     assert same(traced(lm, prompts, 5, 0.0, positions), traced(lm, prompts))
 
 
-def test_the_prompt_alone_is_inert_from_the_layer_that_is_said_on(lm: LanguageModel, prompts: Any) -> None:
+def test_the_prompt_alone_is_inert_from_the_layer_that_is_said_on(
+    lm: LanguageModel, prompts: Any
+) -> None:
     """In the cached path that generation takes, and where a given text is read."""
     unsteered = traced(lm, prompts, new_tokens=3)
-    inert = [same(traced(lm, prompts, layer, 20.0, "prompt", new_tokens=3), unsteered) for layer in range(lm.n_layers)]
-    assert inert == [layer >= 6 for layer in range(12)]  # 12 layers, the last 5 of which share keys and values
+    inert = [
+        same(traced(lm, prompts, layer, 20.0, "prompt", new_tokens=3), unsteered)
+        for layer in range(lm.n_layers)
+    ]
+    assert inert == [
+        layer >= 6 for layer in range(12)
+    ]  # 12 layers, the last 5 of which share keys and values
     assert steer.prompt_inert_from(lm) == 6
     texts = [(one, written.ids) for one, written in zip(prompts, unsteered[0], strict=True)]
     for layer in (5, 6, 11):
@@ -73,19 +97,26 @@ def test_the_prompt_alone_is_inert_from_the_layer_that_is_said_on(lm: LanguageMo
 
 
 @pytest.mark.parametrize("family", ["gemma4", "llama", "gpt2", "qwen3_5"])
-def test_other_families_are_inert_from_the_layer_that_is_said_on(family: str, tmp_path: Path) -> None:
+def test_other_families_are_inert_from_the_layer_that_is_said_on(
+    family: str, tmp_path: Path
+) -> None:
     other = load(ModelConfig(str(save_model(tmp_path, family)), dtype="float32"), head=True)
     prompts = [[2, *range(20, 29)], [2, 40, 41]]
     unsteered = traced(other, prompts, new_tokens=3)
     found = [
-        same(traced(other, prompts, layer, 9.0, "prompt", new_tokens=3), unsteered) for layer in range(other.n_layers)
+        same(traced(other, prompts, layer, 9.0, "prompt", new_tokens=3), unsteered)
+        for layer in range(other.n_layers)
     ]
     assert found == [layer >= steer.prompt_inert_from(other) for layer in range(other.n_layers)]
     assert steer.prompt_inert_from(other) == (3 if family == "gemma4" else other.n_layers - 1)
 
 
-def plain(lm: LanguageModel, prompt: list[int], layer: int, scale: float, positions: str, new_tokens: int) -> list[int]:
-    """Greedy steered generation of one prompt by a whole forward pass per token, positions counted by hand."""
+def plain(
+    lm: LanguageModel, prompt: list[int], layer: int, scale: float, positions: str, new_tokens: int
+) -> list[int]:
+    """Greedy steered generation of one prompt by a whole forward pass per token, positions counted
+    by hand.
+    """
     ids, step = list(prompt), (scale * direction(lm)).float()
 
     def edit(states: Tensor) -> Tensor:
@@ -111,8 +142,12 @@ def test_a_cached_batch_is_what_single_whole_passes_give(
 ) -> None:
     scale = 60.0
     written, _ = traced(lm, prompts, layer, scale, positions, new_tokens=8)
-    assert [one.ids for one in written] == [plain(lm, one, layer, scale, positions, 8) for one in prompts]
-    changed = [one.ids for one in written] != [one.ids for one in traced(lm, prompts, new_tokens=8)[0]]
+    assert [one.ids for one in written] == [
+        plain(lm, one, layer, scale, positions, 8) for one in prompts
+    ]
+    changed = [one.ids for one in written] != [
+        one.ids for one in traced(lm, prompts, new_tokens=8)[0]
+    ]
     assert changed == (positions != "prompt" or layer == 3)
 
 
@@ -143,7 +178,9 @@ def test_steering_towards_a_token_writes_it(lm: LanguageModel, prompts: Any) -> 
     rows = lm.causal.get_output_embeddings().weight.detach()
     own = unembedded(lm, 1000 * rows).argmax(-1) == torch.arange(len(rows))
     token = int(torch.nonzero(own)[100])
-    with steer.steered(lm, 11, rows[token].double(), 1e4, "generated", [len(one) for one in prompts]):
+    with steer.steered(
+        lm, 11, rows[token].double(), 1e4, "generated", [len(one) for one in prompts]
+    ):
         written = generate(lm, prompts, 4)
     assert all(one.ids == [token] * 4 for one in written)
 
@@ -163,6 +200,8 @@ def test_effects_are_those_of_whole_distributions(
             with edited(lm.blocks[3], lambda states: states + 4.0 * direction(lm).float()):
                 moved = lm.causal(ids, use_cache=False).logits[0, last:-1].double().log_softmax(-1)
         norms = taken[3][0].double().norm(dim=1)
-        assert one.kl == pytest.approx(float((moved.exp() * (moved - clean)).sum()), rel=1e-3, abs=1e-6)
+        assert one.kl == pytest.approx(
+            float((moved.exp() * (moved - clean)).sum()), rel=1e-3, abs=1e-6
+        )
         assert one.norm == pytest.approx(float(norms[last:].mean()), rel=1e-4)
         assert one.relative == pytest.approx(float((4.0 / norms).mean()), rel=1e-4)

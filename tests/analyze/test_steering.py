@@ -1,4 +1,6 @@
-"""The study of steering: its table against planted outcomes, its verdict, and the study from end to end."""
+"""The study of steering: its table against planted outcomes, its verdict, and the study from end to
+end.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +15,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from analyze import steering
-from analyze.gsm8k import Answer, Asking, answers, written
 from analyze.problems import problem
-from analyze.steering import Options
-from analyze.steering import hook as steer
-from analyze.steering import page as steering_page
-from analyze.steering.table import Reply, Row, Steer, nulls, overlaps
+from analyze.studies.gsm8k import Answer, Asking, answers, written
+from analyze.studies.steering import hook as steer
+from analyze.studies.steering import study as steering
+from analyze.studies.steering import words as steering_page
+from analyze.studies.steering.outcomes import Reply, Row, Steer, nulls, overlaps
+from analyze.studies.steering.study import Options
 from analyze.study import Study, dumped
 from data.errors import Interrupted, SettingError, StopRequest
 from data.journal import Progress
 from data.tiny.problems import problems as tiny_problems
-from harvest.lm import LanguageModel, tap
+from harvest.model import LanguageModel
+from harvest.site import tap
 
-# -- the table ---------------------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------
 
 
 def replies(right: str, ids: Sequence[int] = (1, 2), **more: Any) -> list[Reply]:
     """One reply per letter: `1` right, `0` wrong, `-` unparsable."""
-    return [Reply(f"q{at}", list(ids), one == "1", one == "-", True, **more) for at, one in enumerate(right)]
+    return [
+        Reply(f"q{at}", list(ids), one == "1", one == "-", True, **more)
+        for at, one in enumerate(right)
+    ]
 
 
 V = Steer("v", np.eye(3)[0], 5.0, "all")
@@ -56,20 +62,34 @@ def test_a_row_counts_what_was_planted() -> None:
 
 
 def test_the_references_own_figures() -> None:
-    """+15 gains 3 and loses 9 of 50: p = .146; +10 and -5 recover 5 each of 25, 3 of them in common: p = .038."""
+    """+15 gains 3 and loses 9 of 50: p = .146; +10 and -5 recover 5 each of 25, 3 of them in
+    common: p = .038.
+    """
     half = "1" * 25 + "0" * 25
     assert row("0" * 9 + "1" * 16 + "1" * 3 + "0" * 22, half).p == pytest.approx(0.146, abs=5e-4)
 
     def recovering(*at: int) -> Row:
-        return row("".join("1" if 25 + number in at or number < 0 else "0" for number in range(-25, 25)), half)
+        return row(
+            "".join("1" if 25 + number in at or number < 0 else "0" for number in range(-25, 25)),
+            half,
+        )
 
-    (found,) = overlaps([recovering(30, 36, 43, 51 - 8, 49, 48), recovering(30, 36, 43, 26, 25)], 25)
-    assert (len(found.shared), found.recovered, found.p) == (3, (5, 5), pytest.approx(0.038, abs=5e-4))
+    (found,) = overlaps(
+        [recovering(30, 36, 43, 51 - 8, 49, 48), recovering(30, 36, 43, 26, 25)], 25
+    )
+    assert (len(found.shared), found.recovered, found.p) == (
+        3,
+        (5, 5),
+        pytest.approx(0.038, abs=5e-4),
+    )
     assert found.p_holm == found.p
 
 
 def test_nulls_are_found_out() -> None:
-    exact, moved = row("1100", "1100", "scale 0", 0.0), row("1100", "1100", "positions", positions="prompt")
+    exact, moved = (
+        row("1100", "1100", "scale 0", 0.0),
+        row("1100", "1100", "positions", positions="prompt"),
+    )
     assert [one.held for one in nulls([exact, moved], 5, 6)] == [True]
     assert [one.held for one in nulls([exact, moved], 6, 6)] == [True, False]
     assert [one.held for one in nulls([replace(exact, kl=1e-9), row("11", "11")], 5, 6)] == [False]
@@ -80,7 +100,13 @@ def page(v: str, unsteered: str, random: Sequence[str], **more: Any) -> steering
     rows += [row(v, unsteered), row(unsteered, unsteered, scale=-5.0)]
     rows += [row(one, unsteered, kind) for kind in ("random", "shuffled") for one in random]
     ids = {"train": ["a"], "dev": ["b", "c"], "test": [f"q{at}" for at in range(len(v))]}
-    given = {"best": 5.0, "dev": {0.0: 1, 5.0: 2, -5.0: 0}, "ids": ids, "answers": (3, 4), "layer": 5}
+    given = {
+        "best": 5.0,
+        "dev": {0.0: 1, 5.0: 2, -5.0: 0},
+        "ids": ids,
+        "answers": (3, 4),
+        "layer": 5,
+    }
     return steering_page.Page(rows, **{**given, "inert_from": 6, "seed": 0, **more})
 
 
@@ -92,21 +118,34 @@ def test_the_verdict_needs_a_change_that_chance_directions_do_not_make() -> None
     assert "too few" in page(full, some, [some] * 3).summary()[0]
     assert "no effect" in page("1" * 12 + "0" * 8, some, [some] * 20).summary()[0]
     broken = page(full, some, [some] * 20)
-    failed = replace(broken, rows=[broken.rows[0], replace(broken.rows[1], changed=2), *broken.rows[2:]])
+    failed = replace(
+        broken, rows=[broken.rows[0], replace(broken.rows[1], changed=2), *broken.rows[2:]]
+    )
     assert failed.summary()[0].startswith("Nothing here is to be trusted")
     assert any("it changes 2 answers" in one for one in failed.summary())
 
 
 def test_a_page_states_rank_holm_and_what_could_be_seen() -> None:
     found = page("1" * 20, "1" * 10 + "0" * 10, ["1" * 20, "1" * 5 + "0" * 15, "1" * 9 + "0" * 11])
-    assert found.ranks["random"][:3] == (3, 1, 3) and found.ranks["random"].p_high == pytest.approx(2 / 4)
-    assert found.head.p == pytest.approx(2 * 0.5**10) and found.holm[5.0] == pytest.approx(4 * 0.5**10)
+    assert found.ranks["random"][:3] == (3, 1, 3) and found.ranks["random"].p_high == pytest.approx(
+        2 / 4
+    )
+    assert found.head.p == pytest.approx(2 * 0.5**10) and found.holm[5.0] == pytest.approx(
+        4 * 0.5**10
+    )
     text = " ".join(found.summary())
-    assert "100.0% [83.9%, 100.0%]" in text and "10 gained, 0 lost" in text and "(2 right, 1 unsteered)" in text
-    assert len(found.outcome().tables[0].rows) == 4 and "<svg" in found.outcome().pictures["steering"].svg
+    assert (
+        "100.0% [83.9%, 100.0%]" in text
+        and "10 gained, 0 lost" in text
+        and "(2 right, 1 unsteered)" in text
+    )
+    assert (
+        len(found.outcome().tables[0].rows) == 4
+        and "<svg" in found.outcome().pictures["steering"].svg
+    )
 
 
-# -- the study ---------------------------------------------------------------------------------------------------
+# -- the study -------------------------------------------------------------------------------------
 
 
 def test_questions_keep_their_part_whoever_else_is_asked() -> None:
@@ -115,7 +154,11 @@ def test_questions_keep_their_part_whoever_else_is_asked() -> None:
         for one, _ in zip(tiny_problems("heldout"), range(600), strict=False)
     ]
     split = steering.split_of([*every, *every], Options())
-    parts = [set(split.train), {one.problem.id for one in split.dev}, {one.problem.id for one in split.test}]
+    parts = [
+        set(split.train),
+        {one.problem.id for one in split.dev},
+        {one.problem.id for one in split.test},
+    ]
     assert sum(map(len, parts)) == len(set.union(*parts)) == len({one.problem.id for one in every})
     assert [len(part) / 600 for part in parts] == pytest.approx([0.3, 0.2, 0.5], abs=0.06)
     fewer = steering.split_of(every[300:], Options())
@@ -127,11 +170,19 @@ def test_directions_are_unit_and_v_points_from_wrong_to_right() -> None:
     correct = rng.random(400) < 0.5
     hidden = rng.normal(size=(400, 16)) + 3 * np.outer(correct, np.eye(16)[4])
     found = steering.directions(hidden, correct, Options(n_random=7, n_shuffled=4))
-    assert {kind: len(each) for kind, each in found.items()} == {"v": 1, "orthogonal": 1, "shuffled": 4, "random": 7}
+    assert {kind: len(each) for kind, each in found.items()} == {
+        "v": 1,
+        "orthogonal": 1,
+        "shuffled": 4,
+        "random": 7,
+    }
     assert np.allclose([np.linalg.norm(one) for each in found.values() for one in each], 1)
     v, across = found["v"][0], found["orthogonal"][0]
     assert v[4] > 0.97 and abs(v @ across) < 1e-12 and across @ found["random"][0] > 0.5
-    assert all(abs(one @ v) < 0.9 for one in found["shuffled"]) and len({one[0] for one in found["random"]}) == 7
+    assert (
+        all(abs(one @ v) < 0.9 for one in found["shuffled"])
+        and len({one[0] for one in found["random"]}) == 7
+    )
 
 
 def test_the_scale_is_the_best_on_dev_and_the_smallest_of_equals() -> None:
@@ -143,11 +194,20 @@ def test_the_scale_is_the_best_on_dev_and_the_smallest_of_equals() -> None:
 def test_controls_are_at_the_best_scale() -> None:
     vectors = {kind: [np.eye(3)[1]] * 2 for kind in ("orthogonal", "shuffled", "random")}
     tried = [V._replace(scale=scale) for scale in (2.0, 5.0)]
-    found = [(one.kind, one.scale, one.positions) for one in steering.steers(tried, tried[1], vectors)]
-    assert found[:4] == [("scale 0", 0.0, "all"), ("v", 2.0, "all"), ("v", 5.0, "all"), ("opposite", -5.0, "all")]
+    found = [
+        (one.kind, one.scale, one.positions) for one in steering.steers(tried, tried[1], vectors)
+    ]
+    assert found[:4] == [
+        ("scale 0", 0.0, "all"),
+        ("v", 2.0, "all"),
+        ("v", 5.0, "all"),
+        ("opposite", -5.0, "all"),
+    ]
     assert found[4:6] == [("positions", 5.0, "prompt"), ("positions", 5.0, "generated")]
     assert {one[1:] for one in found[6:]} == {(5.0, "all")} and len(found) == 12
-    assert "opposite" not in [one.kind for one in steering.steers([*tried, V._replace(scale=-5.0)], tried[1], vectors)]
+    assert "opposite" not in [
+        one.kind for one in steering.steers([*tried, V._replace(scale=-5.0)], tried[1], vectors)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -173,9 +233,17 @@ Tiny = Callable[..., Study]
 @pytest.fixture
 def small(tiny_study: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Study:
     """At layer 8, on 16 problems of one step, whose answers are short."""
-    easy = [one for one, _ in zip(tiny_problems("heldout"), range(99), strict=False) if one.kind in ("add", "multiply")]
+    easy = [
+        one
+        for one, _ in zip(tiny_problems("heldout"), range(99), strict=False)
+        if one.kind in ("add", "multiply")
+    ]
     path = tmp_path_factory.mktemp("easy") / "easy.jsonl"
-    path.write_text("".join(json.dumps({"question": one.question, "answer": str(one.answer)}) + "\n" for one in easy))
+    path.write_text(
+        "".join(
+            json.dumps({"question": one.question, "answer": str(one.answer)}) + "\n" for one in easy
+        )
+    )
     asked = {"questions": 16, "new_tokens": 20, "batch": 8}
     chosen = {"layer": 8, "scales": [20, -20], "n_random": 1, "n_shuffled": 1, "train": 0.4}
     return tiny_study("steering", str(path), asked, **chosen)
@@ -194,7 +262,9 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> 
     return calls
 
 
-def test_the_study_end_to_end_stopped_and_continued(small: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_study_end_to_end_stopped_and_continued(
+    small: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = count_calls(monkeypatch, stop_at=5)
     with pytest.raises(Interrupted):
         steering.steering(small)
@@ -205,7 +275,17 @@ def test_the_study_end_to_end_stopped_and_continued(small: Study, monkeypatch: p
     assert [*first, *rest] == [size["dev"]] * 3 + [size["test"]] * 9  # not one sweep again
     again = count_calls(monkeypatch)
     assert dumped(asdict(steering.steering(small))) == dumped(asdict(found)) and not again
-    kinds = ["unsteered", "scale 0", "v", "v", "positions", "positions", "orthogonal", "shuffled", "random"]
+    kinds = [
+        "unsteered",
+        "scale 0",
+        "v",
+        "v",
+        "positions",
+        "positions",
+        "orthogonal",
+        "shuffled",
+        "random",
+    ]
     assert [one["kind"] for one in rows] == kinds
     assert [(one["kind"], one["positions"], one["held"]) for one in figures["nulls"]] == [
         ("scale 0", "all", True),
@@ -217,7 +297,9 @@ def test_the_study_end_to_end_stopped_and_continued(small: Study, monkeypatch: p
     assert rows[0]["right"] == sum(unsteered[one] for one in figures["ids"]["test"])
 
 
-def test_a_sweep_goes_on_behind_its_last_batch(small: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_goes_on_behind_its_last_batch(
+    small: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked, asking = answers(small)[:7], Asking(new_tokens=3, batch=2)
     given = V._replace(vector=np.eye(small.lm.d_model)[3], scale=30.0)
 
@@ -232,7 +314,9 @@ def test_a_sweep_goes_on_behind_its_last_batch(small: Study, monkeypatch: pytest
     kept = run()
     assert calls == [2, 1] and [one.id for one in kept] == [one.problem.id for one in asked]
     assert run() == kept and len(calls) == 2
-    assert [one.ids for one in run(kept)] == [one.ids for one in kept] and len(calls) == 6  # effects were not measured
+    assert [one.ids for one in run(kept)] == [one.ids for one in kept] and len(
+        calls
+    ) == 6  # effects were not measured
     run(new_tokens=4)
     assert len(calls) == 10
     with pytest.raises(SettingError, match="model's context"):
@@ -256,7 +340,9 @@ def test_a_row_of_the_study_is_a_steered_generation(small: Study) -> None:
             with steer.steered(lm, 8, v / v.norm(), -20.0, "all", [len(one.prompt_ids)]):
                 (alone,) = written(lm, [(one.problem, one.prompt_ids)], Asking(new_tokens=20))
             right.append(alone.correct)
-    assert sum(right) == next(one["right"] for one in found["rows"] if one["kind"] == "v" and one["scale"] == -20)
+    assert sum(right) == next(
+        one["right"] for one in found["rows"] if one["kind"] == "v" and one["scale"] == -20
+    )
 
 
 def labelled(path: Path, count: int, right: Callable[[int], bool]) -> str:
@@ -264,22 +350,38 @@ def labelled(path: Path, count: int, right: Callable[[int], bool]) -> str:
     for at, one in zip(range(count), tiny_problems("heldout"), strict=False):
         solution = {"solution": f"{one.steps}\n#### {one.answer}", "is_correct": right(at)}
         lines.append(
-            json.dumps({"question": one.question, "ground_truth": str(one.answer), "a": solution, "b": solution})
+            json.dumps(
+                {
+                    "question": one.question,
+                    "ground_truth": str(one.answer),
+                    "a": solution,
+                    "b": solution,
+                }
+            )
         )
     path.write_text("\n".join(lines))
     return str(path)
 
 
-def test_labelled_solutions_make_the_vector_and_the_model_answers(tiny_study: Tiny, tmp_path: Path) -> None:
+def test_labelled_solutions_make_the_vector_and_the_model_answers(
+    tiny_study: Tiny, tmp_path: Path
+) -> None:
     source = labelled(tmp_path / "some.jsonl", 16, lambda at: at % 2 == 0)
     asked = {"questions": 16, "new_tokens": 3, "batch": 16}
     found = steering.steering(
-        tiny_study("steering", source, asked, scales=[5], n_random=1, n_shuffled=1, positions="prompt")
+        tiny_study(
+            "steering", source, asked, scales=[5], n_random=1, n_shuffled=1, positions="prompt"
+        )
     ).figures
     assert sum(found["answers_of_the_vector"].values()) == 2 * found["questions"]["train"]
-    assert sum(found["questions"].values()) == 16 and found["rows"][0]["truncated"] == found["questions"]["test"]
+    assert (
+        sum(found["questions"].values()) == 16
+        and found["rows"][0]["truncated"] == found["questions"]["test"]
+    )
     with pytest.raises(SettingError, match="wrong, and a contrast needs both"):
-        steering.steering(tiny_study("steering", labelled(tmp_path / "none.jsonl", 16, lambda _: False), asked))
+        steering.steering(
+            tiny_study("steering", labelled(tmp_path / "none.jsonl", 16, lambda _: False), asked)
+        )
 
 
 def test_a_layer_that_is_not_there_is_refused(tiny_study: Tiny) -> None:

@@ -1,4 +1,6 @@
-"""Arms whose quality is known by construction: the dictionary that made the rows, worse ones, and equal ones."""
+"""Arms whose quality is known by construction: the dictionary that made the rows, worse ones, and
+equal ones.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +15,17 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
-from analyze import sweep as study
 from analyze.stats import bootstrap_ratio
-from analyze.sweep import Measured, compare, sweep
-from analyze.sweep import page as sweep_page
-from analyze.sweep.arms import find, read_all
-from data import summary
-from data.packing import Cursor
-from data.reader import held_out_units
-from data.store import SpineEnd, Store
+from analyze.studies.sweep import study
+from analyze.studies.sweep import words as sweep_page
+from analyze.studies.sweep.arms import find, read_all
+from analyze.studies.sweep.study import Measured, compare, sweep
+from data.rows import summary
+from data.rows.split import held_out_units
+from data.store.store import SpineEnd, Store
+from data.text.packing import Cursor
 from tests.conftest import BOS, commit, make_manifest, make_spine
-from train import export, sae
+from train import sae, sae_file
 from train.run import CONFIG
 
 N, D, K, UNIT, CONTEXT, NOISE = 8192, 16, 3, 256, 32, 0.05
@@ -62,43 +64,84 @@ def planted_store(path: Path, layers: tuple[int, ...] = (3,), seed: int = 0) -> 
         summary.write(store, layer)
     store.declare(list(layers))
     stored = torch.from_numpy(bits).view(torch.bfloat16).double().numpy()
-    return Planted(store, stored, document.ravel().astype(np.int64), tokens.ravel() == BOS, directions)
+    return Planted(
+        store, stored, document.ravel().astype(np.int64), tokens.ravel() == BOS, directions
+    )
 
 
 def planted_sae(planted: Planted, noise: float = 0.0, without: int | None = None) -> sae.SAE:
-    """The dictionary that made the rows; with noise in its decoder, or one direction of it missing."""
-    W_dec = planted.directions + noise * torch.randn(D, D, generator=torch.Generator().manual_seed(1))
+    """The dictionary that made the rows; with noise in its decoder, or one direction of it
+    missing.
+    """
+    W_dec = planted.directions + noise * torch.randn(
+        D, D, generator=torch.Generator().manual_seed(1)
+    )
     if without is not None:
         W_dec[without] = 0
-    return sae.SAE(planted.directions.T.contiguous(), W_dec, torch.zeros(D), torch.full((D,), 5.0), K)
+    return sae.SAE(
+        planted.directions.T.contiguous(), W_dec, torch.zeros(D), torch.full((D,), 5.0), K
+    )
 
 
 def make_arm(root: Path, name: str, planted: Planted, made: sae.SAE | None, **changes: Any) -> Path:
     """A run directory as training leaves it; without an SAE, as it is before the end."""
     run = root / name
     run.mkdir(parents=True)
-    dotted = {"optim.lr": 1e-3, "sae.aux_coef": 0.0, "sae.d_sae": D, "sae.k": K, "seed": 0, "layer": 3}
-    dotted |= {"tokens": 1024, "batch": 64, "policy.drop_bos": True, "policy.drop_outliers": True, **changes}
+    dotted = {
+        "optim.lr": 1e-3,
+        "sae.aux_coef": 0.0,
+        "sae.d_sae": D,
+        "sae.k": K,
+        "seed": 0,
+        "layer": 3,
+    }
+    dotted |= {
+        "tokens": 1024,
+        "batch": 64,
+        "policy.drop_bos": True,
+        "policy.drop_outliers": True,
+        **changes,
+    }
     settings: dict[str, Any] = {"store": {"identity": planted.store.identity}}
     for key, value in dotted.items():
         group, _, last = key.rpartition(".")
         (settings.setdefault(group, {}) if group else settings)[last] = value
-    whole = {"settings": settings, "store_path": planted.store.name, "steps": 16, "environment": {"torch": "x"}}
+    whole = {
+        "settings": settings,
+        "store_path": planted.store.name,
+        "steps": 16,
+        "environment": {"torch": "x"},
+    }
     (run / CONFIG).write_text(yaml.safe_dump(whole, sort_keys=False))
-    ve = {"variance_explained": 0.5, "mse": 1.0, "l0": 3.0, "coverage": 0.75, "dead": 1, "dead_share": 0.125}
+    ve = {
+        "variance_explained": 0.5,
+        "mse": 1.0,
+        "l0": 3.0,
+        "coverage": 0.75,
+        "dead": 1,
+        "dead_share": 0.125,
+    }
     ve["lr"] = dotted["optim.lr"]
     steps = (1, 8, 16) if made else (1, 8)
     lines = [
-        {"split": split, "step": step, "tokens": 64 * step, **ve} for step in steps for split in ("train", "held_out")
+        {"split": split, "step": step, "tokens": 64 * step, **ve}
+        for step in steps
+        for split in ("train", "held_out")
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "timings.jsonl").write_text('{"step":16,"tokens_per_s":12345}\n')
     if made:
-        export.write_final(made, 1.0, run)
+        sae_file.write_final(made, 1.0, run)
     return run
 
 
-ARMS = {"planted": {}, "copy": {}, "noisy": {"noise": 0.02}, "noisier": {"noise": 0.1}, "gap_0": {"without": 0}}
+ARMS = {
+    "planted": {},
+    "copy": {},
+    "noisy": {"noise": 0.02},
+    "noisier": {"noise": 0.1},
+    "gap_0": {"without": 0},
+}
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +153,9 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
 def folder(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sweep")
     for number, (name, how) in enumerate(ARMS.items()):
-        make_arm(root, name, planted, planted_sae(planted, **how), **{"optim.lr": 10.0 ** -(number + 1)})
+        make_arm(
+            root, name, planted, planted_sae(planted, **how), **{"optim.lr": 10.0 ** -(number + 1)}
+        )
     make_arm(root, "unfinished", planted, None)
     return root
 
@@ -139,10 +184,12 @@ def dense_sums(planted: Planted, made: sae.SAE) -> tuple[NDArray[np.float64], ND
     f = np.where(pre >= np.sort(pre, axis=1)[:, -K][:, None], np.maximum(pre, 0), 0)
     error, about = ((x - f @ W_dec - b_dec) ** 2).sum(1), ((x - mean) ** 2).sum(1)
     each = [documents == document for document in np.unique(documents)]
-    return np.array([error[mask].sum() for mask in each]), np.array([about[mask].sum() for mask in each])
+    return np.array([error[mask].sum() for mask in each]), np.array(
+        [about[mask].sum() for mask in each]
+    )
 
 
-# -- the comparison ----------------------------------------------------------------------------------------------
+# -- the comparison --------------------------------------------------------------------------------
 
 
 def test_every_arm_against_its_definition(figures: dict[str, Any], planted: Planted) -> None:
@@ -150,10 +197,14 @@ def test_every_arm_against_its_definition(figures: dict[str, Any], planted: Plan
     best = dense_sums(planted, planted_sae(planted))[0]
     for name, how in ARMS.items():
         error, about = dense_sums(planted, planted_sae(planted, **how))
-        assert found[name]["variance_explained"] == pytest.approx(1 - error.sum() / about.sum(), rel=1e-6)
+        assert found[name]["variance_explained"] == pytest.approx(
+            1 - error.sum() / about.sum(), rel=1e-6
+        )
         low, high = bootstrap_ratio(error, about)
         assert found[name]["variance_explained_95"] == pytest.approx([1 - high, 1 - low], rel=1e-6)
-        assert found[name]["behind_best"] == pytest.approx((error - best).sum() / about.sum(), rel=1e-4, abs=1e-9)
+        assert found[name]["behind_best"] == pytest.approx(
+            (error - best).sum() / about.sum(), rel=1e-4, abs=1e-9
+        )
         expected = list(bootstrap_ratio(error - best, about))
         assert found[name]["behind_best_95"] == pytest.approx(expected, rel=1e-4, abs=1e-9)
     assert figures["layers"][0]["documents"] == len(best)
@@ -165,31 +216,50 @@ def test_every_arm_against_its_definition(figures: dict[str, Any], planted: Plan
 
 def test_the_planted_dictionary_explains_what_it_must(figures: dict[str, Any]) -> None:
     """Noise in the D - K directions that are not kept is lost, and nothing else."""
-    share, mean, mean_square = K / D, 2.0, 13 / 3  # of a code: uniform from 1 to 3 in K of D directions
+    share, mean, mean_square = (
+        K / D,
+        2.0,
+        13 / 3,
+    )  # of a code: uniform from 1 to 3 in K of D directions
     variance = D * (share * mean_square - (share * mean) ** 2 + NOISE**2)
     bfloat16 = D * 7**2 / 12 * 2.0**-16  # rounding of values around 5 by steps of 2^-5: at most
     explained = by_name(figures)["planted"]["variance_explained"]
-    assert 1 - explained == pytest.approx((D - K) * NOISE**2 / variance, abs=1.5 * bfloat16 / variance, rel=0.1)
+    assert 1 - explained == pytest.approx(
+        (D - K) * NOISE**2 / variance, abs=1.5 * bfloat16 / variance, rel=0.1
+    )
 
 
 def test_the_order_and_what_cannot_be_told_apart(figures: dict[str, Any]) -> None:
     (layer,) = figures["layers"]
-    assert [arm["name"] for arm in layer["arms"]] == ["copy", "planted", "noisy", "gap_0", "noisier", "unfinished"]
+    assert [arm["name"] for arm in layer["arms"]] == [
+        "copy",
+        "planted",
+        "noisy",
+        "gap_0",
+        "noisier",
+        "unfinished",
+    ]
     assert layer["best"] == "copy"  # equal ones by name
     assert layer["not_distinguishable"] == ["planted"]
     found = by_name(figures)
     assert found["planted"]["behind_best_95"] == [0.0, 0.0]
     assert found["planted"]["first_share"] == found["copy"]["first_share"] == 0.5
     assert found["noisy"]["first_share"] == 0
-    assert found["unfinished"]["first_share"] is found["unfinished"]["variance_explained_95"] is None
+    assert (
+        found["unfinished"]["first_share"] is found["unfinished"]["variance_explained_95"] is None
+    )
     assert figures["settings"] == ["optim.lr"]
 
 
 def simulated(rng: np.random.Generator, gaps: list[float], n: int = 60) -> Measured:
-    """Documents of very different difficulty, the same for all arms, which differ by known amounts."""
+    """Documents of very different difficulty, the same for all arms, which differ by known
+    amounts.
+    """
     about = rng.uniform(1, 3, n)
     difficulty = about * rng.uniform(0.1, 0.5, n)
-    errors = {f"{i}": difficulty + gap * about + rng.normal(0, 0.02, n) for i, gap in enumerate(gaps)}
+    errors = {
+        f"{i}": difficulty + gap * about + rng.normal(0, 0.02, n) for i, gap in enumerate(gaps)
+    }
     return Measured(1000, about, errors)
 
 
@@ -201,7 +271,9 @@ def test_intervals_of_differences_cover_a_planted_truth() -> None:
         low, high = found["1"].behind_interval
         covered += low <= 0.05 <= high
         marginal = found["1"].interval
-        assert high - low < 0.3 * (marginal[1] - marginal[0])  # what makes a document hard for both cancels
+        assert high - low < 0.3 * (
+            marginal[1] - marginal[0]
+        )  # what makes a document hard for both cancels
         assert low > 0
     assert 180 <= covered <= 199  # 95 % of 200, with sampling error
 
@@ -232,15 +304,23 @@ def test_every_unit_is_read_once_for_all_arms(
 ) -> None:
     read: list[int] = []
     real: Callable[..., Any] = Store.residuals
-    monkeypatch.setattr(Store, "residuals", lambda self, layer, unit: (read.append(unit), real(self, layer, unit))[1])
+    monkeypatch.setattr(
+        Store,
+        "residuals",
+        lambda self, layer, unit: (read.append(unit), real(self, layer, unit))[1],
+    )
     opened: list[Any] = []
     real_open = Store.open.__func__  # type: ignore[attr-defined]
-    monkeypatch.setattr(Store, "open", classmethod(lambda cls, at: (opened.append(at), real_open(cls, at))[1]))
+    monkeypatch.setattr(
+        Store, "open", classmethod(lambda cls, at: (opened.append(at), real_open(cls, at))[1])
+    )
     assert run_sweep(f"{folder}/*") == figures
     assert sorted(read) == held_out_units(planted.store)
     assert len(opened) == 1
     read.clear()
-    monkeypatch.setattr(study, "free_bytes", lambda device: 1)  # each SAE in a reading of its own, the same figures
+    monkeypatch.setattr(
+        study, "free_bytes", lambda device: 1
+    )  # each SAE in a reading of its own, the same figures
     assert run_sweep(f"{folder}/*") == figures
     assert len(read) == len(ARMS) * len(held_out_units(planted.store))
     assert run_sweep(f"{folder}/*", limit=1)["layers"][0]["rows"] < UNIT
@@ -248,12 +328,14 @@ def test_every_unit_is_read_once_for_all_arms(
 
 def test_groups_fit_the_budget(folder: Path) -> None:
     read = [arm for arm in read_all(find(str(folder)))[0] if arm.finished]
-    size = (folder / "planted" / export.FILE).stat().st_size
+    size = (folder / "planted" / sae_file.FILE).stat().st_size
     assert [len(group) for group in study._groups(read, 2 * size + 100)] == [2, 2, 1]
     assert [len(group) for group in study._groups(read, 10 * size)] == [5]
 
 
-def test_policies_meet_on_the_rows_of_all(tmp_path: Path, planted: Planted, figures: dict[str, Any]) -> None:
+def test_policies_meet_on_the_rows_of_all(
+    tmp_path: Path, planted: Planted, figures: dict[str, Any]
+) -> None:
     make_arm(tmp_path, "a", planted, planted_sae(planted), **{"policy.drop_bos": False})
     make_arm(tmp_path, "b", planted, planted_sae(planted))
     (layer,) = run_sweep(str(tmp_path))["layers"]
@@ -264,7 +346,9 @@ def test_policies_meet_on_the_rows_of_all(tmp_path: Path, planted: Planted, figu
     assert "trained with different ones" in sweep_page.verdict(layer, str)[-1]
 
 
-def test_seeds_say_what_a_difference_is_worth(tmp_path: Path, planted: Planted, figures: dict[str, Any]) -> None:
+def test_seeds_say_what_a_difference_is_worth(
+    tmp_path: Path, planted: Planted, figures: dict[str, Any]
+) -> None:
     assert figures["layers"][0]["seed_spread"] is None
     for seed, noise in ((0, 0.0), (1, 0.02)):
         make_arm(tmp_path, f"{seed}", planted, planted_sae(planted, noise), seed=seed)
@@ -278,7 +362,12 @@ def test_seeds_say_what_a_difference_is_worth(tmp_path: Path, planted: Planted, 
 def test_layers_are_not_compared(tmp_path: Path) -> None:
     both = planted_store(tmp_path / "s.zarr", layers=(3, 4))
     for layer, noise in ((3, 0.0), (3, 0.05), (4, 0.05), (4, 0.1)):
-        make_arm(tmp_path / "runs", f"L{layer}_{noise}", both, planted_sae(both, noise), layer=layer)
+        make_arm(
+            tmp_path / "runs", f"L{layer}_{noise}", both, planted_sae(both, noise), layer=layer
+        )
     found = run_sweep(f"{tmp_path}/runs")
-    assert [(layer["layer"], layer["best"]) for layer in found["layers"]] == [(3, "L3_0.0"), (4, "L4_0.05")]
+    assert [(layer["layer"], layer["best"]) for layer in found["layers"]] == [
+        (3, "L3_0.0"),
+        (4, "L4_0.05"),
+    ]
     assert [len(layer["arms"]) for layer in found["layers"]] == [2, 2]

@@ -15,13 +15,21 @@ from typing import Any
 import pytest
 import torch
 
-from analyze.__main__ import command, verbatim
-from analyze.sweep import page as sweep_page
-from analyze.sweep import plot as sweep_pictures
-from analyze.sweep.arms import Arm, find, labels, read_all, short, varying
+from analyze.command import command
+from analyze.studies.sweep import plot as sweep_pictures
+from analyze.studies.sweep import words as sweep_page
+from analyze.studies.sweep.arms import Arm, find, labels, read_all, short, varying
+from conf.command import verbatim
 from data.errors import PipelineError, SettingError, StoreError
-from tests.analyze.test_sweep import Planted, by_name, make_arm, planted_sae, planted_store, run_sweep
-from train import export
+from tests.analyze.test_sweep import (
+    Planted,
+    by_name,
+    make_arm,
+    planted_sae,
+    planted_store,
+    run_sweep,
+)
+from train import sae_file
 from train.run import CONFIG
 
 
@@ -37,7 +45,13 @@ def folder(planted: Planted, tmp_path: Path) -> Path:
         for aux in (0.0, 0.25):
             made = planted_sae(planted, noise=lr + aux / 100) if (lr, aux) != (1e-2, 0.25) else None
             settings = {"optim.lr": lr, "sae.aux_coef": aux, "optim.lr_floor": lr / 10}
-            make_arm(tmp_path / "sweep", f"optim.lr={lr},sae.aux_coef={aux},sae=tiny", planted, made, **settings)
+            make_arm(
+                tmp_path / "sweep",
+                f"optim.lr={lr},sae.aux_coef={aux},sae=tiny",
+                planted,
+                made,
+                **settings,
+            )
     return tmp_path / "sweep"
 
 
@@ -57,12 +71,14 @@ def asked(runs: Any, **changes: Any) -> dict[str, Any]:
     }
 
 
-# -- which runs --------------------------------------------------------------------------------------------------
+# -- which runs ------------------------------------------------------------------------------------
 
 
 def test_runs_are_named_in_many_ways(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = sorted(path for path in folder.iterdir())
-    assert [find(str(text)) for text in (folder, f"{folder}/", f"{folder}/*", f"{folder.parent}/*")] == [every] * 4
+    assert [
+        find(str(text)) for text in (folder, f"{folder}/", f"{folder}/*", f"{folder.parent}/*")
+    ] == [every] * 4
     first, second = every[:2]
     assert find(str(first)) == [first]
     assert find(f"{first},{second}") == find([str(first), str(second)]) == [first, second]
@@ -99,7 +115,14 @@ def test_hydra_gets_runs_verbatim() -> None:
 def test_the_command_line(folder: Path) -> None:
     arms = sorted(folder.iterdir())
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, "-m", "analyze", "study=sweep", f"runs={arms[0]},{folder}/*=0.25,*", "device=cpu"]
+    arguments = [
+        sys.executable,
+        "-m",
+        "analyze",
+        "study=sweep",
+        f"runs={arms[0]},{folder}/*=0.25,*",
+        "device=cpu",
+    ]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert "Best: optim.lr=0.001,sae.aux_coef=0.0, variance explained 0.9969" in done.stdout
@@ -107,7 +130,7 @@ def test_the_command_line(folder: Path) -> None:
     assert f"wrote {folder / 'sweep.html'}" in done.stderr
 
 
-# -- refusals ----------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 def test_refusals(folder: Path, planted: Planted, tmp_path: Path) -> None:
@@ -127,12 +150,20 @@ def test_refusals(folder: Path, planted: Planted, tmp_path: Path) -> None:
     assert (tmp_path / "alone" / "sweep.html").exists()
 
 
-def test_another_store_is_refused_with_both_names(folder: Path, planted: Planted, tmp_path: Path) -> None:
+def test_another_store_is_refused_with_both_names(
+    folder: Path, planted: Planted, tmp_path: Path
+) -> None:
     other = planted_store(tmp_path / "other.zarr", layers=(3, 4), seed=1)
     foreign = make_arm(folder, "zz_foreign", other, None)
     with pytest.raises(StoreError) as refused:
         command(asked(f"{folder}/*"))
-    for part in (planted.store.name, other.store.name, planted.store.identity, other.store.identity, str(foreign)):
+    for part in (
+        planted.store.name,
+        other.store.name,
+        planted.store.identity,
+        other.store.identity,
+        str(foreign),
+    ):
         assert part in str(refused.value)
     shutil.rmtree(foreign)
     with pytest.raises(StoreError, match="was made with other settings: store is"):
@@ -152,22 +183,28 @@ def lose_config(run: Path) -> None:
 
 
 def cut_sae(run: Path) -> None:
-    (run / export.FILE).write_bytes((run / export.FILE).read_bytes()[:100])
+    (run / sae_file.FILE).write_bytes((run / sae_file.FILE).read_bytes()[:100])
 
 
 def other_shape(run: Path) -> None:
-    content = torch.load(run / export.FILE, weights_only=True)
-    narrow = {"W_enc": content["W_enc"][:, :8], "W_dec": content["W_dec"][:8], "b_enc": content["b_enc"][:8]}
-    torch.save({**content, **narrow}, run / export.FILE)
+    content = torch.load(run / sae_file.FILE, weights_only=True)
+    narrow = {
+        "W_enc": content["W_enc"][:, :8],
+        "W_dec": content["W_dec"][:8],
+        "b_enc": content["b_enc"][:8],
+    }
+    torch.save({**content, **narrow}, run / sae_file.FILE)
 
 
 def not_finite(run: Path) -> None:
-    content = torch.load(run / export.FILE, weights_only=True)
+    content = torch.load(run / sae_file.FILE, weights_only=True)
     content["b_dec"][0] = torch.nan
-    torch.save(content, run / export.FILE)
+    torch.save(content, run / sae_file.FILE)
 
 
-@pytest.mark.parametrize("damage", [damage_config, damage_metrics, lose_config, cut_sae, other_shape, not_finite])
+@pytest.mark.parametrize(
+    "damage", [damage_config, damage_metrics, lose_config, cut_sae, other_shape, not_finite]
+)
 def test_a_damaged_arm_is_one_line_and_the_others_go_on(
     damage: Any, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,7 +220,9 @@ def test_a_damaged_arm_is_one_line_and_the_others_go_on(
     assert broken.name in json.loads((folder / "sweep.json").read_bytes())["damaged"]
 
 
-def test_unfinished_arms_are_listed_and_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unfinished_arms_are_listed_and_left_out(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command(asked(f"{folder}/*"))
     printed = capsys.readouterr().out
     name = "optim.lr=0.01,sae.aux_coef=0.25,sae=tiny"
@@ -196,7 +235,7 @@ def test_unfinished_arms_are_listed_and_left_out(folder: Path, capsys: pytest.Ca
     assert "(step 0 of 16)" in capsys.readouterr().out
 
 
-# -- output ------------------------------------------------------------------------------------------------------
+# -- output ----------------------------------------------------------------------------------------
 
 
 class _Page(HTMLParser):
@@ -233,7 +272,9 @@ def test_names_stay_text(planted: Planted, tmp_path: Path) -> None:
     assert "&lt;img src=x onerror=alert(1)&gt;" in text
     assert "{{ 7*7 }}" in text and "\u202e" not in text
     lines = (tmp_path / "<b>runs" / "sweep.md").read_text().splitlines()
-    columns = {len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in lines if line.startswith("|")}
+    columns = {
+        len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in lines if line.startswith("|")
+    }
     assert len(columns) == 1
     assert not re.search(r"(?<!\\)<", "\n".join(lines))
     # Without a setting that differs, the curves are named by the arms themselves.
@@ -275,9 +316,20 @@ def test_the_setting_along_the_axis(planted: Planted, tmp_path: Path) -> None:
         return sweep_pictures.layout(read, varying(read))
 
     lr, aux, seed, kind = "optim.lr", "sae.aux_coef", "seed", "sae.activation"
-    many = [{lr: a, "optim.lr_floor": a / 10, aux: b, seed: s} for a in (1, 2) for b in (0, 1, 2) for s in (0, 1, 2, 3)]
-    assert laid_out("lr first", *many) == (lr, [aux])  # though it has fewer values; what goes with it makes no line
-    assert laid_out("most values", *({aux: b, "sae.k": k} for b in (0, 1) for k in (1, 2, 4))) == ("sae.k", [aux])
+    many = [
+        {lr: a, "optim.lr_floor": a / 10, aux: b, seed: s}
+        for a in (1, 2)
+        for b in (0, 1, 2)
+        for s in (0, 1, 2, 3)
+    ]
+    assert laid_out("lr first", *many) == (
+        lr,
+        [aux],
+    )  # though it has fewer values; what goes with it makes no line
+    assert laid_out("most values", *({aux: b, "sae.k": k} for b in (0, 1) for k in (1, 2, 4))) == (
+        "sae.k",
+        [aux],
+    )
     assert laid_out("text", *({kind: t, aux: b} for t in "abc" for b in (0, 1))) == (aux, [kind])
     assert laid_out("only text", {kind: "a"}, {kind: "b"}) == (kind, [])
     assert laid_out("only seeds", {seed: 0}, {seed: 1}) == (seed, [])
@@ -293,7 +345,11 @@ def test_axes_are_logarithmic_where_they_can_be() -> None:
 
 
 def test_names_without_what_all_share() -> None:
-    assert labels(["a=1,s=x", "a=2,s=x", "by hand"]) == {"a=1,s=x": "a=1", "a=2,s=x": "a=2", "by hand": "by hand"}
+    assert labels(["a=1,s=x", "a=2,s=x", "by hand"]) == {
+        "a=1,s=x": "a=1",
+        "a=2,s=x": "a=2",
+        "by hand": "by hand",
+    }
     assert labels(["L5/a=1,s=x", "L5/a=2,s=x"]) == {"L5/a=1,s=x": "a=1", "L5/a=2,s=x": "a=2"}
     for kept in (["L5/a=1", "L8/a=1"], ["a,b", "b,a"], ["one,two"]):
         assert labels(kept) == dict(zip(kept, kept, strict=True))
@@ -303,5 +359,8 @@ def test_names_without_what_all_share() -> None:
 def test_arms_of_several_folders_are_told_apart(folder: Path, planted: Planted) -> None:
     make_arm(folder.parent / "more", "only", planted, planted_sae(planted))
     found = run_sweep([f"{folder}/*", str(folder.parent / "more")])
-    assert set(by_name(found)) == {"more/only", *(f"sweep/{path.name}" for path in folder.iterdir())}
+    assert set(by_name(found)) == {
+        "more/only",
+        *(f"sweep/{path.name}" for path in folder.iterdir()),
+    }
     assert found["folder"] == str(folder.parent)

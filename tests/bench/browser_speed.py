@@ -1,9 +1,9 @@
 """The feature browser at full size in a real Chromium: `python -m tests.bench.browser_speed`.
 
-32,768 latents and a vocabulary of 262,144 tokens, as of Gemma 4, on random rows; the list has every column. The pages
-are made by `study=catalogue` and `study=browser` (with logits by chance: there is no model) and opened from the disk,
-whose files lie in the cache, each round in a Chromium that was started a moment ago and has opened nothing.
-Milliseconds until what was asked for is painted, from
+32,768 latents and a vocabulary of 262,144 tokens, as of Gemma 4, on random rows; the list has every
+column. The pages are made by `study=catalogue` and `study=browser` (with logits by chance: there is
+no model) and opened from the disk, whose files lie in the cache, each round in a Chromium that was
+started a moment ago and has opened nothing. Milliseconds until what was asked for is painted, from
 
     list      the address is opened (first paint; the list itself)
     first     the address of a feature is opened, nothing before it
@@ -24,14 +24,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from analyze import browser, catalogue
-from analyze.browser import PAGE, pages
-from analyze.catalogue.table import Ranked
-from analyze.stability import FILE as MATCHES
+from analyze.pages.browser import pages
+from analyze.pages.browser import site as browser
+from analyze.pages.browser.site import PAGE
+from analyze.studies.catalogue import study as catalogue
+from analyze.studies.catalogue.table import Ranked
+from analyze.studies.stability.study import FILE as MATCHES
 from analyze.study import FEATURES, Outcome, Study, write_features
 from analyze.subject import Subject
 from data import durable
-from harvest.lm import ModelConfig
+from harvest.model import ModelConfig
 from tests.analyze.chromium import FOUND, Chromium
 from tests.analyze.conftest import write_run
 from tests.bench.outcome import finish
@@ -57,24 +59,41 @@ _ASK = """
 
 def text(token: int) -> str:
     """A word of 2 to 11 letters, with a space before most."""
-    letters = "".join("etaoinshrdlucmfwypvbgkqjxz"[(token * 2_654_435_761 >> at) % 26] for at in range(2 + token % 10))
+    letters = "".join(
+        "etaoinshrdlucmfwypvbgkqjxz"[(token * 2_654_435_761 >> at) % 26]
+        for at in range(2 + token % 10)
+    )
     return f" {letters}" if token % 3 else letters
 
 
 def built(root: Path, tokens: int, d_sae: int) -> dict[str, Any]:
     """Make the pages; what that took."""
     draw = np.random.default_rng(0)
-    bits = torch.from_numpy(draw.standard_normal((tokens, WIDTH), np.float32)).bfloat16().view(torch.uint16).numpy()
+    bits = (
+        torch.from_numpy(draw.standard_normal((tokens, WIDTH), np.float32))
+        .bfloat16()
+        .view(torch.uint16)
+        .numpy()
+    )
     zipf = (VOCABULARY ** draw.random(tokens)).astype(np.uint32)  # token r about as often as 1 / r
-    rows = np.where(np.arange(tokens) % CONTEXT == 0, BOS, np.maximum(zipf, BOS + 1)).astype(np.uint32)
+    rows = np.where(np.arange(tokens) % CONTEXT == 0, BOS, np.maximum(zipf, BOS + 1)).astype(
+        np.uint32
+    )
     document = np.arange(tokens, dtype=np.uint32) // CONTEXT
     spine = rows.reshape(-1, CONTEXT), document.reshape(-1, CONTEXT)
-    store = make_store(root / "s.zarr", bits, context=CONTEXT, unit=65_536, chunk=1024, layer=LAYER, spine=spine)
+    store = make_store(
+        root / "s.zarr", bits, context=CONTEXT, unit=65_536, chunk=1024, layer=LAYER, spine=spine
+    )
     config = SAEConfig(d_sae=d_sae, k=K, k_aux=K, dead_after=1000)
     write_run(root / "run", store, LAYER, config, sae.initial(config, torch.zeros(WIDTH), seed=0))
 
     def study(name: str, **options: Any) -> Study:
-        return Study(name, Subject.open(root / "run", None, torch.device("cpu")), options, ModelConfig("nowhere/none"))
+        return Study(
+            name,
+            Subject.open(root / "run", None, torch.device("cpu")),
+            options,
+            ModelConfig("nowhere/none"),
+        )
 
     ids = draw.integers(VOCABULARY, size=(2, d_sae, LOGITS))
     scores = -np.sort(-draw.standard_normal((2, d_sae, LOGITS)).astype(np.float32))
@@ -132,8 +151,13 @@ def a_round(folder: Path, features: list[int]) -> dict[str, list[float]]:
         found |= {"list_paint": [shown["paint"]], "list": [max(shown.values())]}
         new, again = list[float](), list[float]()
         for feature in features[1:]:
-            for at, times in ((feature, new), (feature ^ 1, again)):  # the other one is in the same file
-                times.append(asked(chrome, f"location.hash = '#feature={at}'", f"{title} === 'Feature {at}'"))
+            for at, times in (
+                (feature, new),
+                (feature ^ 1, again),
+            ):  # the other one is in the same file
+                times.append(
+                    asked(chrome, f"location.hash = '#feature={at}'", f"{title} === 'Feature {at}'")
+                )
         found |= {"feature": new, "feature_again": again}
         in_list = "document.documentElement.dataset.view === 'list'"
         sort = f"{in_list} && document.querySelector('[aria-sort=descending]')"
@@ -148,7 +172,9 @@ def a_round(folder: Path, features: list[int]) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=262_144)
     parser.add_argument("--d-sae", type=int, default=32_768)
     parser.add_argument("--rounds", type=int, default=5)
@@ -164,7 +190,9 @@ def main() -> None:
             made = built(root, asked_for.tokens, asked_for.d_sae)
             kept.write_text(json.dumps(made))
         folder, made = root / "run/studies/browser", json.loads(kept.read_text())
-        assert (made["tokens"], made["d_sae"]) == (asked_for.tokens, asked_for.d_sae), f"{root} is of another size"
+        assert (made["tokens"], made["d_sae"]) == (asked_for.tokens, asked_for.d_sae), (
+            f"{root} is of another size"
+        )
         draw = np.random.default_rng(1)
         rounds = []
         for _ in range(asked_for.rounds):
@@ -176,7 +204,10 @@ def main() -> None:
             shutil.rmtree(root)
     times = {name: [ms for one in rounds for ms in one[name]] for name in rounds[0]}
     figures = {f"{name}_ms": float(np.median(every)) for name, every in times.items()}
-    figures |= {f"{name}_ms_range": [round(min(every), 1), round(max(every), 1)] for name, every in times.items()}
+    figures |= {
+        f"{name}_ms_range": [round(min(every), 1), round(max(every), 1)]
+        for name, every in times.items()
+    }
     shape = {"width": WIDTH, "k": K, "vocabulary": VOCABULARY, **made}
     finish(shape | {"rounds": asked_for.rounds}, figures, asked_for.out)
 

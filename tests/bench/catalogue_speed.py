@@ -1,10 +1,12 @@
-"""The catalogue's one pass over re-encoding for every batch of latents: `python -m tests.bench.catalogue_speed`.
+"""The catalogue's one pass over re-encoding for every batch of latents: `python -m
+tests.bench.catalogue_speed`.
 
-One store, one SAE of 4,096 latents, the same rows, one process, alternating rounds. Ours is all that `study=catalogue`
-does without a language model: reading the store, encoding once, the inverted index on disk, counts, moments,
-histograms, strongest contexts and samples, and the table. The others do what dashboards do (SAEDashboard: 128 latents
-at a time, over all tokens again for every batch), with rows that lie in memory already, nothing written, and only
-counts, sums, histograms and the 20 strongest tokens of each latent:
+One store, one SAE of 4,096 latents, the same rows, one process, alternating rounds. Ours is all
+that `study=catalogue` does without a language model: reading the store, encoding once, the inverted
+index on disk, counts, moments, histograms, strongest contexts and samples, and the table. The
+others do what dashboards do (SAEDashboard: 128 latents at a time, over all tokens again for every
+batch), with rows that lie in memory already, nothing written, and only counts, sums, histograms and
+the 20 strongest tokens of each latent:
 
     full      every batch encodes all rows as our kernels do, top k over all latents, and keeps its own 128
     columns   every batch multiplies with its own 128 columns of W_enc alone and applies ReLU: wrong for TopK, which
@@ -27,15 +29,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analyze import catalogue
-from analyze.catalogue import Options
-from analyze.catalogue import table as feature_table
-from analyze.catalogue.table import Content
+from analyze.studies.catalogue import study as catalogue
+from analyze.studies.catalogue import table as feature_table
+from analyze.studies.catalogue.study import Options
+from analyze.studies.catalogue.table import Content
 from analyze.subject import Subject
 from data import durable
 from data.errors import StopRequest
-from data.reader import Policy
-from data.store import Store
+from data.rows.split import Policy
+from data.store.store import Store
 from tests.bench.outcome import finish
 from tests.conftest import make_store
 from train import sae
@@ -45,7 +47,9 @@ LAYER, CONTEXT, CHUNK, BATCH, LATENTS, TOP, BINS = 21, 1024, 1024, 4096, 128, 20
 
 
 def subject(folder: Path, tokens: int, unit: int, width: int, d_sae: int, k: int) -> Subject:
-    """Rows in which directions of a dictionary are active, of which the SAE knows the directions."""
+    """Rows in which directions of a dictionary are active, of which the SAE knows the
+    directions.
+    """
     draw = torch.Generator().manual_seed(0)
     made = sae.initial(SAEConfig(d_sae=d_sae, k=k, k_aux=k), torch.zeros(width), seed=0)
     rows = torch.randn(tokens, width, generator=draw)
@@ -53,9 +57,13 @@ def subject(folder: Path, tokens: int, unit: int, width: int, d_sae: int, k: int
         part = rows[at : at + BATCH]
         active = torch.randint(d_sae, (len(part), k), generator=draw)
         strength = torch.rand(len(part), k, generator=draw) * 10
-        part += torch.nn.functional.embedding_bag(active, made.W_dec, mode="sum", per_sample_weights=strength)
+        part += torch.nn.functional.embedding_bag(
+            active, made.W_dec, mode="sum", per_sample_weights=strength
+        )
     bits = rows.bfloat16().view(torch.uint16).numpy()
-    make_store(folder / "s.zarr", bits, context=CONTEXT, unit=unit, chunk=CHUNK, codec="none", layer=LAYER)
+    make_store(
+        folder / "s.zarr", bits, context=CONTEXT, unit=unit, chunk=CHUNK, codec="none", layer=LAYER
+    )
     return Subject(folder, {}, Store.open(folder / "s.zarr"), made, LAYER, Policy())
 
 
@@ -65,7 +73,9 @@ def ours(one: Subject, folder: Path) -> int:
     with durable.locked(folder / "index", ""), StopRequest() as stop:
         state, index, _ = catalogue.read(one, options, folder / "index", stop)
         near = catalogue.neighbours(one)
-        content = Content(one.store, index, state, near, None, None, options.quantiles, options.each)
+        content = Content(
+            one.store, index, state, near, None, None, options.quantiles, options.each
+        )
         feature_table.write(folder / catalogue.FILE, content, stop)
     return state.rows
 
@@ -118,7 +128,9 @@ def measure(one: Subject, rounds: int, batches: int) -> dict[str, Any]:
         shutil.rmtree(folder)
         for name, encode in (("full", full), ("columns", columns)):
             found[name].append(reencoding(encode, one.sae, rows, batches))
-    figures: dict[str, Any] = {f"{name}_tokens_per_s": len(rows) / statistics.median(found[name]) for name in names}
+    figures: dict[str, Any] = {
+        f"{name}_tokens_per_s": len(rows) / statistics.median(found[name]) for name in names
+    }
     for name in names[1:]:
         ratios = [theirs / mine for theirs, mine in zip(found[name], found["ours"], strict=True)]
         figures[f"ratio_to_{name}"] = statistics.median(ratios)
@@ -128,10 +140,20 @@ def measure(one: Subject, rounds: int, batches: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.catalogue_speed")
-    defaults = {"tokens": 65_536, "unit": 16_384, "width": 384, "d_sae": 4096, "k": 32, "rounds": 3, "batches": 4}
+    defaults = {
+        "tokens": 65_536,
+        "unit": 16_384,
+        "width": 384,
+        "d_sae": 4096,
+        "k": 32,
+        "rounds": 3,
+        "batches": 4,
+    }
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--folder", type=Path, help="where the store is made; default: the temporary one")
+    parser.add_argument(
+        "--folder", type=Path, help="where the store is made; default: the temporary one"
+    )
     parser.add_argument("--out", type=Path, help="write the result there as JSON")
     shape = vars(parser.parse_args())
     out, where = shape.pop("out"), shape.pop("folder")

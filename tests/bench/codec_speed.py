@@ -1,9 +1,10 @@
 """What each codec costs and saves: `python -m tests.bench.codec_speed [--rows real] [--out FILE]`.
 
-Bytes per token, share of variance lost (ordinary rows, against the rows as the model gave them), and GB of decoded
-bfloat16 per CPU second, chunk by chunk. Two kinds of rows: synthetic ones at Gemma's width, normal times an
-uneven length, with massive channels; and real ones, residuals of the embedded model on its own problems, which
-are only 64 wide. int8's statistics come from the first half of the rows, as a store's come from its first unit.
+Bytes per token, share of variance lost (ordinary rows, against the rows as the model gave them),
+and GB of decoded bfloat16 per CPU second, chunk by chunk. Two kinds of rows: synthetic ones at
+Gemma's width, normal times an uneven length, with massive channels; and real ones, residuals of the
+embedded model on its own problems, which are only 64 wide. int8's statistics come from the first
+half of the rows, as a store's come from its first unit.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.bfloat16 import to_bits
-from data.codec import NAMES, Codec
-from data.kinds import ORDINARY, describe
-from data.moments import Moments
-from data.quantised import squared_errors, standardisation
-from data.tiny import MODEL_DIR
+from data.store.codec import NAMES, Codec
+from data.store.int8 import squared_errors, standardisation
+from data.store.kinds import ORDINARY, describe
+from data.store.moments import Moments
+from data.store.zarr_bfloat16 import to_bits
+from data.tiny.embedded import MODEL_DIR
 from data.tiny.problems import document, problems
 from tests.bench.outcome import finish
 
@@ -47,15 +48,21 @@ def synthetic(n: int, d: int = 2560) -> tuple[NDArray[np.uint16], NDArray[np.boo
 
 
 def real(n: int) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
-    """Bits of (n, 64) residuals of the embedded model on its own problems, and which rows are BOS."""
+    """Bits of (n, 64) residuals of the embedded model on its own problems, and which rows are
+    BOS.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32, trust_remote_code=False).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        MODEL_DIR, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     bits, found, stream = [], 0, problems("train")
     while found < n:
         texts = [tokenizer.bos_token + document(problem) for problem in islice(stream, 64)]
-        batch = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
+        batch = tokenizer(
+            texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt"
+        )
         with torch.inference_mode():
             states = model(**batch, output_hidden_states=True).hidden_states[_LAYER + 1]
         inside = batch["attention_mask"].bool()
@@ -69,20 +76,26 @@ def real(n: int) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """CPU seconds of this thread, on which everything here runs: a busy machine changes them little."""
+    """CPU seconds of this thread, on which everything here runs: a busy machine changes them
+    little.
+    """
     began = time.thread_time()
     action()
     return time.thread_time() - began
 
 
-def measure(rows: NDArray[np.uint16], bos: NDArray[np.bool_], chunk: int, rounds: int) -> dict[str, Any]:
+def measure(
+    rows: NDArray[np.uint16], bos: NDArray[np.bool_], chunk: int, rounds: int
+) -> dict[str, Any]:
     """The figures of every codec, in alternating rounds."""
     half, whole = (
         describe(torch.from_numpy(rows[:n]).view(torch.bfloat16), torch.from_numpy(bos[:n]), chunk)
         for n in (len(rows) // 2, len(rows))
     )
     first = Moments(int(half.counts[ORDINARY]), *half.moments[ORDINARY])
-    codecs = {name: Codec(name, 2, standardisation(first) if name == "int8" else None) for name in NAMES}
+    codecs = {
+        name: Codec(name, 2, standardisation(first) if name == "int8" else None) for name in NAMES
+    }
     chunks = [rows[at : at + chunk] for at in range(0, len(rows), chunk)]
     out = np.empty_like(rows[:chunk])
     figures: dict[str, Any] = {}
@@ -91,12 +104,17 @@ def measure(rows: NDArray[np.uint16], bos: NDArray[np.bool_], chunk: int, rounds
         for name, codec in codecs.items():
             encoded = [codec.encode(part) for part in chunks]
             encode = seconds(lambda codec=codec: [codec.parts(part) for part in chunks])
-            decode = seconds(lambda codec=codec, encoded=encoded: [codec.decode(data, out) for data in encoded])
+            decode = seconds(
+                lambda codec=codec, encoded=encoded: [codec.decode(data, out) for data in encoded]
+            )
             if number:  # the first round warms caches and the allocator
                 times[name].append((encode, decode))
             figures[f"{name}_bytes_per_token"] = sum(map(len, encoded)) / len(rows)
     for name, codec in codecs.items():
-        encode, decode = (rows.nbytes / 1e9 / statistics.median(column) for column in zip(*times[name], strict=True))
+        encode, decode = (
+            rows.nbytes / 1e9 / statistics.median(column)
+            for column in zip(*times[name], strict=True)
+        )
         lost = squared_errors(rows, codec.stored(rows))[whole.kinds == ORDINARY].sum()
         figures |= {f"{name}_encode_GB_per_s": encode, f"{name}_decode_GB_per_s": decode}
         figures[f"{name}_variance_lost"] = f"{lost / whole.moments[ORDINARY, 1].sum():.2e}"
@@ -111,9 +129,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the result there as JSON")
     shape = vars(parser.parse_args())
     out = shape.pop("out")
-    assert shape["count"] % shape["chunk"] == 0, "whole chunks: --count must be a multiple of --chunk"
+    assert shape["count"] % shape["chunk"] == 0, (
+        "whole chunks: --count must be a multiple of --chunk"
+    )
     rows, bos = synthetic(shape["count"]) if shape["rows"] == "synthetic" else real(shape["count"])
-    finish({**shape, "width": rows.shape[1]}, measure(rows, bos, shape["chunk"], shape["rounds"]), out)
+    finish(
+        {**shape, "width": rows.shape[1]}, measure(rows, bos, shape["chunk"], shape["rounds"]), out
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""How much of the bare forward's speed a harvest keeps: `python -m tests.bench.harvest_speed [--shape e4b]`.
+"""How much of the bare forward's speed a harvest keeps: `python -m tests.bench.harvest_speed
+[--shape e4b]`.
 
-A harvest needs at least the truncated forward passes of its batches. So the figure is a share: tokens/s of the whole
-harvest into a new store (text, tokens, checks at start, forward, permutation, statistics, compression, syncs, commits)
-over tokens/s of those passes alone, in alternating rounds of one process, so that a busy machine slows both. Beside it
-stands what each part would take by itself: whichever comes nearest to the whole is what limits it.
+A harvest needs at least the truncated forward passes of its batches. So the figure is a share:
+tokens/s of the whole harvest into a new store (text, tokens, checks at start, forward, permutation,
+statistics, compression, syncs, commits) over tokens/s of those passes alone, in alternating rounds
+of one process, so that a busy machine slows both. Beside it stands what each part would take by
+itself: whichever comes nearest to the whole is what limits it.
 
-The models are random and of Gemma 4's architecture, made on the device in its own type, with the embedded tokenizer
-and its texts: `small` for any machine, `e4b` in the true shape of Gemma 4 E4B, 15 GB at load, for a large accelerator.
-Making the model is part of nothing.
+The models are random and of Gemma 4's architecture, made on the device in its own type, with the
+embedded tokenizer and its texts: `small` for any machine, `e4b` in the true shape of Gemma 4 E4B,
+15 GB at load, for a large accelerator. Making the model is part of nothing.
 """
 
 from __future__ import annotations
@@ -28,12 +30,14 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModel, Gemma4TextConfig
 
-from data.sources import TinyText
-from data.store import Store
-from data.tiny import MODEL_DIR
+from data.store.store import Store
+from data.text.sources import TinyText
+from data.tiny.embedded import MODEL_DIR
 from harvest.cost import cost, peak_flops
-from harvest.lm import LanguageModel, ModelConfig, find_blocks, forward_inputs, run
+from harvest.forward import run
+from harvest.isolation import forward_inputs
 from harvest.loop import harvest
+from harvest.model import LanguageModel, ModelConfig, find_blocks
 from harvest.plan import HarvestConfig
 from harvest.tokens import Tokenizer
 from tests.bench.outcome import finish
@@ -81,10 +85,19 @@ def random_model(shape: Shape, device: str) -> LanguageModel:
     with torch.device(device):
         decoder = AutoModel.from_config(copy.deepcopy(shape.config), dtype=getattr(torch, dtype))
     text = decoder.config
-    identity = {"id": "random", "revision": "main", "architecture": type(decoder).__name__, "weights": "random"}
+    identity = {
+        "id": "random",
+        "revision": "main",
+        "architecture": type(decoder).__name__,
+        "weights": "random",
+    }
     identity |= {"config": "random", "tokenizer": "embedded", "dtype": dtype}
     tokenizer = Tokenizer.load(MODEL_DIR)
-    measures = {"bos": tokenizer.bos, "d_model": text.hidden_size, "n_layers": text.num_hidden_layers}
+    measures = {
+        "bos": tokenizer.bos,
+        "d_model": text.hidden_size,
+        "n_layers": text.num_hidden_layers,
+    }
     return LanguageModel(
         config=ModelConfig("random", dtype=dtype, device=device),
         decoder=decoder.eval().requires_grad_(False),
@@ -113,11 +126,17 @@ def forwards(store: Store, lm: LanguageModel, layers: tuple[int, ...]) -> None:
     for unit in range(store.units):
         tokens, starts = store.tokens(unit), store.piece_starts(unit)
         for at in range(0, len(tokens), rows):
-            run(lm, forward_inputs(tokens[at : at + rows], starts[at : at + rows], lm.isolation), layers)
+            run(
+                lm,
+                forward_inputs(tokens[at : at + rows], starts[at : at + rows], lm.isolation),
+                layers,
+            )
 
 
 def copies(lm: LanguageModel, shape: Shape) -> None:
-    """As many bytes as the store's residuals, from the device to pinned memory, a batch at a time."""
+    """As many bytes as the store's residuals, from the device to pinned memory, a batch at a
+    time.
+    """
     rows = shape.batch * shape.context
     source = torch.zeros(rows, lm.d_model, dtype=torch.bfloat16, device=lm.config.device)
     target = torch.empty_like(source, device="cpu", pin_memory=lm.config.device.startswith("cuda"))
@@ -148,7 +167,12 @@ def one_round(shape: Shape, device: str, folder: Path) -> dict[str, float]:
     """Seconds of a whole harvest and of its parts alone."""
     lm = random_model(shape, device)
     config = HarvestConfig(
-        folder / "bench.zarr", shape.layers, shape.tokens, shape.context, batch=shape.batch, unit=shape.unit
+        folder / "bench.zarr",
+        shape.layers,
+        shape.tokens,
+        shape.context,
+        batch=shape.batch,
+        unit=shape.unit,
     )
     with clocked(Store, "commit_residuals") as commits:
         began = time.perf_counter()
@@ -184,7 +208,9 @@ def measure(shape: Shape, rounds: int, device: str) -> dict[str, Any]:
     flop = cost(shape.config, shape.layers, dtype, shape.batch, shape.context).flop * shape.tokens
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.startswith("cuda") else None
     residuals = shape.tokens * shape.config.hidden_size * 2 * len(shape.layers)
-    parts = {name: median[name] / median["harvest_s"] for name in ("forward_s", "copy_s", "write_s")}
+    parts = {
+        name: median[name] / median["harvest_s"] for name in ("forward_s", "copy_s", "write_s")
+    }
     return {
         **median,
         "harvest_tokens_per_s": shape.tokens / median["harvest_s"],

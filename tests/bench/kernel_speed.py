@@ -1,11 +1,14 @@
-"""Each phase of a training step on CUDA beside its limit: `python -m tests.bench.kernel_speed [--out FILE]`.
+"""Each phase of a training step on CUDA beside its limit: `python -m tests.bench.kernel_speed
+[--out FILE]`.
 
-The limit is what this device did in the same run: bytes that must move over the bandwidth of a copy, and operations
-over the rate of a large square product of the same precision. `NAME_of_limit` is limit over time, 1 is best. Gathers
-count every pair's row; what they find in the L2 cache moves faster than the copy, so theirs may be above 1. `_dense` is
-the same result by dense products (in TF32), `_torch` by torch's own sparse or fused operation.
+The limit is what this device did in the same run: bytes that must move over the bandwidth of a
+copy, and operations over the rate of a large square product of the same precision. `NAME_of_limit`
+is limit over time, 1 is best. Gathers count every pair's row; what they find in the L2 cache moves
+faster than the copy, so theirs may be above 1. `_dense` is the same result by dense products (in
+TF32), `_torch` by torch's own sparse or fused operation.
 
-Rows and weights are random normal ones, so all latents fire about equally often: the worst case for caches.
+Rows and weights are random normal ones, so all latents fire about equally often: the worst case for
+caches.
 """
 
 from __future__ import annotations
@@ -24,7 +27,10 @@ from torch.nn.functional import embedding_bag
 
 from tests.bench.outcome import finish
 
-_PRECISIONS = {"fp32": "highest", "tf32": "high"}  # names that torch.set_float32_matmul_precision has for them
+_PRECISIONS = {
+    "fp32": "highest",
+    "tf32": "high",
+}  # names that torch.set_float32_matmul_precision has for them
 
 
 class Clock:
@@ -36,14 +42,22 @@ class Clock:
         on_gpu = device.type == "cuda"
         source = torch.randn((1 << 28) if on_gpu else 1000, device=device)
         copied = torch.empty_like(source)
-        self.bandwidth = 2 * source.nbytes / self.milliseconds(lambda: copied.copy_(source))  # bytes/ms
+        self.bandwidth = (
+            2 * source.nbytes / self.milliseconds(lambda: copied.copy_(source))
+        )  # bytes/ms
         side = 8192 if on_gpu else 8
-        self.rates = {name: 2 * side**3 / self._product(side, name) for name in ("fp32", "tf32", "bf16")}  # per ms
+        self.rates = {
+            name: 2 * side**3 / self._product(side, name) for name in ("fp32", "tf32", "bf16")
+        }  # per ms
         self.figures["copy_GB_per_s"] = self.bandwidth / 1e6
-        self.figures |= {f"matmul_{name}_TFLOP_per_s": rate / 1e9 for name, rate in self.rates.items()}
+        self.figures |= {
+            f"matmul_{name}_TFLOP_per_s": rate / 1e9 for name, rate in self.rates.items()
+        }
 
     def milliseconds(self, phase: Callable[[], object]) -> float:
-        """Median of one call, after two that warm up. Caches are not flushed: at full size no input fits into them."""
+        """Median of one call, after two that warm up. Caches are not flushed: at full size no input
+        fits into them.
+        """
         times: list[float] = []
         for number in range(self.repeats + 2):
             if self.device.type == "cuda":
@@ -68,11 +82,20 @@ class Clock:
         with _matmul(precision):
             return self.milliseconds(lambda: torch.mm(a, b, out=out))
 
-    def phase(self, name: str, call: Callable[[], object], *, moved: int = 0, flops: tuple[str, int] = ("", 0)) -> None:
+    def phase(
+        self,
+        name: str,
+        call: Callable[[], object],
+        *,
+        moved: int = 0,
+        flops: tuple[str, int] = ("", 0),
+    ) -> None:
         """Time a phase that moves so many bytes, and does so many operations of a precision."""
         took = self.milliseconds(call)
         precision, operations = flops
-        limit = max(moved / self.bandwidth, operations / self.rates[precision] if operations else 0.0)
+        limit = max(
+            moved / self.bandwidth, operations / self.rates[precision] if operations else 0.0
+        )
         self.figures |= {f"{name}_ms": took, f"{name}_of_limit": limit / took}
 
 
@@ -96,8 +119,12 @@ class Problem:
     def __init__(self, device: torch.device, d: int, d_sae: int, k: int, batch: int) -> None:
         draw = torch.Generator(device).manual_seed(0)
         self.k, self.d_sae = k, d_sae
-        self.x, self.upstream = (torch.randn(batch, d, generator=draw, device=device) for _ in range(2))
-        self.W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d, generator=draw, device=device))
+        self.x, self.upstream = (
+            torch.randn(batch, d, generator=draw, device=device) for _ in range(2)
+        )
+        self.W_dec = torch.nn.functional.normalize(
+            torch.randn(d_sae, d, generator=draw, device=device)
+        )
         self.b_enc = torch.zeros(d_sae, device=device)
         self.pre = torch.empty(batch, d_sae, device=device)
         torch.addmm(self.b_enc, self.x, self.W_dec.T, out=self.pre)
@@ -114,7 +141,9 @@ class Problem:
 
 
 @torch.no_grad()
-def measure(device: torch.device, d: int, d_sae: int, k: int, batch: int, repeats: int) -> dict[str, Any]:
+def measure(
+    device: torch.device, d: int, d_sae: int, k: int, batch: int, repeats: int
+) -> dict[str, Any]:
     """Every phase's milliseconds and share of its limit."""
     clock, problem = Clock(device, repeats), Problem(device, d, d_sae, k, batch)
     _encoder(clock, problem)
@@ -164,10 +193,16 @@ def _pairs(clock: Clock, p: Problem) -> None:
         atol=1e-4,
     )
     clock.phase("decode", lambda: triton_kernels.decode(p.values, *pairs, p.W_dec), moved=moved)
-    clock.phase("decode_bf16", lambda: triton_kernels.decode(p.values, *pairs, narrow), moved=moved // 2)
+    clock.phase(
+        "decode_bf16", lambda: triton_kernels.decode(p.values, *pairs, narrow), moved=moved // 2
+    )
     bags = _call(embedding_bag, indices, p.W_dec, mode="sum", per_sample_weights=values)
     clock.phase("decode_torch", bags, moved=moved)
-    clock.phase("values_gradient", lambda: triton_kernels.values_gradient(p.upstream, *pairs, p.W_dec), moved=moved)
+    clock.phase(
+        "values_gradient",
+        lambda: triton_kernels.values_gradient(p.upstream, *pairs, p.W_dec),
+        moved=moved,
+    )
     half = _call(triton_kernels.values_gradient, p.upstream, *pairs, narrow)
     clock.phase("values_gradient_bf16", half, moved=moved // 2)
     with _matmul("tf32"):
@@ -194,7 +229,9 @@ def _gradients(clock: Clock, p: Problem) -> None:
 
 
 def _adam(clock: Clock, p: Problem) -> None:
-    """torch's fused Adam, alone and with what a decoder on the unit sphere adds: whether a fused kernel would pay."""
+    """torch's fused Adam, alone and with what a decoder on the unit sphere adds: whether a fused
+    kernel would pay.
+    """
     weight, gradient = p.W_dec.clone(), torch.randn_like(p.W_dec) * 1e-6
     weight.grad, moved = gradient, 7 * weight.nbytes
     optimizer = torch.optim.Adam([weight], lr=1e-4, fused=True)
@@ -209,13 +246,21 @@ def _adam(clock: Clock, p: Problem) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.kernel_speed")
-    for name, default in (("d", 2560), ("d_sae", 32_768), ("k", 128), ("batch", 8192), ("repeats", 20)):
+    for name, default in (
+        ("d", 2560),
+        ("d_sae", 32_768),
+        ("k", 128),
+        ("batch", 8192),
+        ("repeats", 20),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path, help="write the result there as JSON")
     given = vars(parser.parse_args())
     out = given.pop("out")
     if not torch.cuda.is_available():
-        sys.exit("no CUDA device: these kernels run on one alone; on a CPU use `python -m tests.bench.train_speed`")
+        sys.exit(
+            "no CUDA device: these kernels run on one alone; on a CPU use `python -m tests.bench.train_speed`"
+        )
     finish(given, measure(torch.device("cuda"), **given), out)
 
 

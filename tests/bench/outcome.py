@@ -34,4 +34,7 @@ def finish(shape: dict[str, Any], figures: dict[str, Any], out: Path | None) -> 
         print(f"{name:>24}  {value:,.3f}" if isinstance(value, float) else f"{name:>24}  {value}")
     if out:
         date = datetime.now(UTC).isoformat(timespec="seconds")
-        out.write_text(json.dumps({"date": date, "machine": machine(), "shape": shape, **figures}, indent=1) + "\n")
+        out.write_text(
+            json.dumps({"date": date, "machine": machine(), "shape": shape, **figures}, indent=1)
+            + "\n"
+        )

@@ -1,14 +1,17 @@
-"""Four TopK trainers behind one surface, each in a process of its own: what tests.bench.peers measures.
+"""Four TopK trainers behind one surface, each in a process of its own: what tests.bench.peers
+measures.
 
-A trainer takes its batches from a Meter, which clocks what happens between two of them: a training step of the
-library's own code. SAELens runs SAETrainer.fit and sparsify Trainer.fit, whole; dictionary_learning runs
-TopKTrainer.update, the body of its trainSAE; ours runs Trainer.step_. All train in float32.
+A trainer takes its batches from a Meter, which clocks what happens between two of them: a training
+step of the library's own code. SAELens runs SAETrainer.fit and sparsify Trainer.fit, whole;
+dictionary_learning runs TopKTrainer.update, the body of its trainSAE; ours runs Trainer.step_. All
+train in float32.
 
-Settings are each library's own, but for: the learning rate, which is searched for all; warm-up, 5 % of the run, since
-1,000 steps would be longer than it; the decay that each offers (SAELens, dictionary_learning: linearly to 0 in the last
-fifth; sparsify-adam and ours: linearly to 0; signum has none); no logs and no checkpoints. Rows are scaled as each
-recommends: SAELens and ours to E||x|| = sqrt(d), dictionary_learning to E||x||^2 = 1, sparsify not at all (its loss is
-scale-free). The peers' AuxK stays as each has it: none acts within the first 1,000 steps, and sparsify's is off.
+Settings are each library's own, but for: the learning rate, which is searched for all; warm-up, 5 %
+of the run, since 1,000 steps would be longer than it; the decay that each offers (SAELens,
+dictionary_learning: linearly to 0 in the last fifth; sparsify-adam and ours: linearly to 0; signum
+has none); no logs and no checkpoints. Rows are scaled as each recommends: SAELens and ours to
+E||x|| = sqrt(d), dictionary_learning to E||x||^2 = 1, sparsify not at all (its loss is scale-free).
+The peers' AuxK stays as each has it: none acts within the first 1,000 steps, and sparsify's is off.
 """
 
 from __future__ import annotations
@@ -33,10 +36,15 @@ from torch import Tensor, nn
 
 RECENT = 100_000  # tokens at the end of training; a latent that fires on none of them is dead
 _WARM_UP = 3  # steps that no clock counts
-_BLOCK, _LONG_BLOCK, _PRODUCTS = 5, 25, 2  # steps (those of a long run), and then bare products, in turns
+_BLOCK, _LONG_BLOCK, _PRODUCTS = (
+    5,
+    25,
+    2,
+)  # steps (those of a long run), and then bare products, in turns
 _CHUNK = 2048  # rows at a time when the result is measured
 
-# What a trained SAE does with raw rows (n, d): the reconstruction (n, d), and which latents fired (F,).
+# What a trained SAE does with raw rows (n, d): the reconstruction (n, d), and which latents fired
+# (F,).
 Trained = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -68,7 +76,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows in memory, and what is known of them beforehand: what Trainer asks of data.reader.Reader, and more."""
+    """Rows in memory, and what is known of them beforehand: what Trainer asks of
+    data.rows.reader.Reader, and more.
+    """
 
     train: Tensor  # (N, d) float32
     held_out: Tensor  # (n, d) float32
@@ -99,35 +109,50 @@ def load(task: Task) -> Rows:
         folder = Path(task.activations)
         train = np.load(folder / "train.npy", mmap_mode="r")[: task.tokens]
         held_out = np.load(folder / "heldout.npy", mmap_mode="r")[: None if task.quality else 1]
-        rows, rest = (torch.from_numpy(np.array(part, dtype=np.float32)) for part in (train, held_out))
+        rows, rest = (
+            torch.from_numpy(np.array(part, dtype=np.float32)) for part in (train, held_out)
+        )
     else:
-        few = 4 * task.batch  # speed needs no more; quality on planted rows is for trying the bench out
-        rows, rest = planted(min(task.tokens, 200_000) if task.quality else few, few if task.quality else 1, task)
+        few = (
+            4 * task.batch
+        )  # speed needs no more; quality on planted rows is for trying the bench out
+        rows, rest = planted(
+            min(task.tokens, 200_000) if task.quality else few, few if task.quality else 1, task
+        )
     variance, mean = torch.var_mean(rows, 0, correction=0)
     norms = torch.linalg.vector_norm(rows, dim=1).double()
     square = float(norms.square().mean())
-    return Rows(rows, rest, mean.double().numpy(), variance.double().numpy(), float(norms.mean()), square)
+    return Rows(
+        rows, rest, mean.double().numpy(), variance.double().numpy(), float(norms.mean()), square
+    )
 
 
 def planted(train: int, held_out: int, task: Task) -> Iterator[Tensor]:
-    """Rows (train, d) and (held_out, d) with k-sparse codes: d_sae / 2 directions that fire ever more rarely, a mean
-    as long as the rest, and noise of a tenth of it."""
+    """Rows (train, d) and (held_out, d) with k-sparse codes: d_sae / 2 directions that fire ever
+    more rarely, a mean as long as the rest, and noise of a tenth of it.
+    """
     draw = torch.Generator().manual_seed(0)
-    directions = nn.functional.normalize(torch.randn(task.d_sae // 2, task.d, generator=draw), dim=1)
+    directions = nn.functional.normalize(
+        torch.randn(task.d_sae // 2, task.d, generator=draw), dim=1
+    )
     often = torch.arange(1, len(directions) + 1).rsqrt()
     mean = nn.functional.normalize(torch.randn(task.d, generator=draw), dim=0) * math.sqrt(task.k)
     for count in (train, held_out):
         indices = torch.multinomial(often.expand(count, -1), task.k, generator=draw)
         values = torch.empty(count, task.k).exponential_(generator=draw) / math.sqrt(2)
-        codes = nn.functional.embedding_bag(indices, directions, mode="sum", per_sample_weights=values)
+        codes = nn.functional.embedding_bag(
+            indices, directions, mode="sum", per_sample_weights=values
+        )
         noise = torch.randn(count, task.d, generator=draw) * (0.1 * math.sqrt(task.k / task.d))
         yield codes.add_(mean).add_(noise)
 
 
 class Meter:
-    """Hands out batches, and clocks what is done between one and the next; in turns with the bare encoder product.
+    """Hands out batches, and clocks what is done between one and the next; in turns with the bare
+    encoder product.
 
-    The clock stands while a batch is gathered. The last step, which no next batch follows, is not counted.
+    The clock stands while a batch is gathered. The last step, which no next batch follows, is not
+    counted.
     """
 
     def __init__(self, task: Task, batches: Iterator[Tensor]) -> None:
@@ -135,8 +160,12 @@ class Meter:
         self._given, self._started = 0, (0.0, 0.0)
         self._block = _LONG_BLOCK if task.steps > 4 * _LONG_BLOCK else _BLOCK
         self._open: list[tuple[float, float]] = []  # CPU and wall seconds of each step of the block
-        self.blocks: list[tuple[float, float, float]] = []  # CPU and wall seconds a step; CPU seconds a product
-        self._weights = torch.randn(task.d_sae, task.d).T  # W_enc lies like that in ours and in nn.Linear
+        self.blocks: list[
+            tuple[float, float, float]
+        ] = []  # CPU and wall seconds a step; CPU seconds a product
+        self._weights = torch.randn(
+            task.d_sae, task.d
+        ).T  # W_enc lies like that in ours and in nn.Linear
         self._x, self._pre = torch.randn(task.batch, task.d), torch.empty(task.batch, task.d_sae)
 
     def __iter__(self) -> Meter:
@@ -167,13 +196,17 @@ class Meter:
     def figures(self) -> dict[str, float]:
         """Tokens per second, of which the encoder product's share is the limit."""
         if not self.blocks:
-            raise ValueError(f"{self._task.steps} steps are too few to clock; at least {_WARM_UP + _BLOCK + 2}")
+            raise ValueError(
+                f"{self._task.steps} steps are too few to clock; at least {_WARM_UP + _BLOCK + 2}"
+            )
         cpu, wall, product = (statistics.mean(column) for column in zip(*self.blocks, strict=True))
         return {
             "tokens_per_cpu_s": self._task.batch / cpu,
             "tokens_per_wall_s": self._task.batch / wall,
             "encoder_tokens_per_cpu_s": self._task.batch / product,
-            "share_of_encoder_limit": statistics.median(bare / whole for whole, _, bare in self.blocks),
+            "share_of_encoder_limit": statistics.median(
+                bare / whole for whole, _, bare in self.blocks
+            ),
         }
 
 
@@ -187,7 +220,9 @@ def ours(task: Task, rows: Rows, meter: Meter) -> Trained:
 
     conf = Path(__file__).parents[2] / "conf"
     names = {"sae": "rows_32k.yaml", "optim": "rows.yaml"}
-    groups: dict[str, Any] = {group: yaml.safe_load((conf / group / name).read_text()) for group, name in names.items()}
+    groups: dict[str, Any] = {
+        group: yaml.safe_load((conf / group / name).read_text()) for group, name in names.items()
+    }
     del groups["sae"]["defaults"], groups["sae"]["name"]
     groups["sae"] |= {"d_sae": task.d_sae, "k": task.k, "k_aux": task.d_sae // 16}
     groups["optim"]["lr"] = task.lr
@@ -234,7 +269,8 @@ def saelens(task: Task, rows: Rows, meter: Meter) -> Trained:
             d_sae=task.d_sae,
             k=task.k,
             normalize_activations="expected_average_only_in",
-            # Of the two, its backward pass has only one on a CPU ("Could not run 'aten::view'" with both).
+            # Of the two, its backward pass has only one on a CPU ("Could not run 'aten::view'" with
+            # both).
             use_sparse_activations=sparse,
             rescale_acts_by_decoder_norm=not sparse,
         )
@@ -248,8 +284,12 @@ def saelens(task: Task, rows: Rows, meter: Meter) -> Trained:
         lr_decay_steps=task.steps // 5,
     )
     trainer = trainers.SAETrainer(settings, sae, meter)
-    some = min(50, len(rows.train) // task.batch)  # batches; its own estimate would take steps off the meter
-    trainer.activation_scaler.estimate_scaling_factor(task.d, rows.ordered(task.batch, task.seed), some)
+    some = min(
+        50, len(rows.train) // task.batch
+    )  # batches; its own estimate would take steps off the meter
+    trainer.activation_scaler.estimate_scaling_factor(
+        task.d, rows.ordered(task.batch, task.seed), some
+    )
     trainer.fit()
 
     def apply(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -286,7 +326,9 @@ class _ReplayedLayer(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(1, n, d); zeros for the one token by which sparsify asks for the width."""
-        return torch.zeros(1, 1, self._d) if input_ids.numel() == 1 else next(self._meter).unsqueeze(0)
+        return (
+            torch.zeros(1, 1, self._d) if input_ids.numel() == 1 else next(self._meter).unsqueeze(0)
+        )
 
 
 def sparsify(task: Task, rows: Rows, meter: Meter) -> Trained:
@@ -309,7 +351,9 @@ def sparsify(task: Task, rows: Rows, meter: Meter) -> Trained:
         trainer = trainers.Trainer(settings, documents, _Replay(task.d, meter))
         trainer.fit()
         coder_type = import_module("sparsify.sparse_coder").SparseCoder
-        coder = coder_type.load_from_disk(f"{folder}/unnamed/rows")  # signum's average, which only the file has
+        coder = coder_type.load_from_disk(
+            f"{folder}/unnamed/rows"
+        )  # signum's average, which only the file has
 
     def apply(x: Tensor) -> tuple[Tensor, Tensor]:
         values, indices, _ = coder.encode(x)
@@ -377,7 +421,9 @@ def work(task: Task) -> dict[str, Any]:
 
 @torch.no_grad()
 def quality(task: Task, rows: Rows, trained: Trained) -> dict[str, float]:
-    """Variance explained of held-out rows, centred per dimension, and the share of latents dead at the end."""
+    """Variance explained of held-out rows, centred per dimension, and the share of latents dead at
+    the end.
+    """
     mean = torch.from_numpy(rows.mean).float()
     error = total = 0.0
     for x in torch.split(rows.held_out, _CHUNK):

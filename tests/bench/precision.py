@@ -1,21 +1,25 @@
-"""What rounding the encoder product's operands costs: `python -m tests.bench.precision --activations DIR [--out FILE]`.
+"""What rounding the encoder product's operands costs: `python -m tests.bench.precision
+--activations DIR [--out FILE]`.
 
-DIR holds train.npy and heldout.npy, as `python -m tests.bench.minilm` makes them. Each precision trains the same SAE on
-the same batches, once for each seed; a seed decides the initial weights, and where in train.npy the run begins. What is
-compared is variance explained of all rows of heldout.npy, which are encoded in float32 whatever the precision, as
-`python -m train` does. A difference is between two runs of one seed, to fp32's; it is given for each seed, and beside
-it how much fp32 itself differs from seed to seed.
+DIR holds train.npy and heldout.npy, as `python -m tests.bench.minilm` makes them. Each precision
+trains the same SAE on the same batches, once for each seed; a seed decides the initial weights, and
+where in train.npy the run begins. What is compared is variance explained of all rows of
+heldout.npy, which are encoded in float32 whatever the precision, as `python -m train` does. A
+difference is between two runs of one seed, to fp32's; it is given for each seed, and beside it how
+much fp32 itself differs from seed to seed.
 
     fp32        train.matmul=fp32
     fp32_22bit  the control: operands rounded to 22 bits of mantissa, of 23. Top k makes a run depend on the last bit,
-                so that this differs from fp32 too: what differs no more than this does not differ for the precision
+                so that this differs from fp32 too: what differs no more than this does not differ
+                for the precision
     tf32        on CUDA train.matmul=tf32. A CPU has none: there operands are rounded to its 10 bits, to nearest even,
                 and the product is float32. A GPU may round otherwise (cut off), and adds up in another order
     bf16        train.matmul=bf16, really. On a CPU its sums are rounded to bfloat16 as well, on CUDA they stay float32
     bf16_cuda   on a CPU alone, what CUDA's bf16 is: operands rounded to 7 bits of mantissa, the product float32
 
-Left out: speed (tests.bench.train_speed and train_phases have it), other activations than TopK, AuxK unless --sae names
-settings with it, and long runs, in which errors might add up: 300,000 tokens are 146 steps.
+Left out: speed (tests.bench.train_speed and train_phases have it), other activations than TopK,
+AuxK unless --sae names settings with it, and long runs, in which errors might add up: 300,000
+tokens are 146 steps.
 """
 
 from __future__ import annotations
@@ -78,7 +82,7 @@ def as_in_training(deterministic: bool = True) -> None:
 
 
 class InFile:
-    """Rows of a .npy file from one of them on: what Trainer asks of data.reader.Reader."""
+    """Rows of a .npy file from one of them on: what Trainer asks of data.rows.reader.Reader."""
 
     def __init__(self, every: NDArray[np.float32], batch: int) -> None:
         self._every, self._batch, self._first = every, batch, 0
@@ -100,7 +104,8 @@ class InFile:
 def products(precision: str, cuda: bool) -> tuple[Matmul, AbstractContextManager[Any]]:
     """train.matmul, and what must be in place while training, for a precision.
 
-    W_enc lies transposed; the rounded copy is so too, so that no product takes another path for the layout.
+    W_enc lies transposed; the rounded copy is so too, so that no product takes another path for the
+    layout.
     """
     if precision not in EMULATED or (precision == "tf32" and cuda):
         return {"fp32": "fp32", "tf32": "tf32", "bf16": "bf16"}[precision], nullcontext()  # type: ignore[return-value]
@@ -113,7 +118,9 @@ def products(precision: str, cuda: bool) -> tuple[Matmul, AbstractContextManager
 
 
 @torch.no_grad()
-def trained(precision: str, config: TrainConfig, rows: InFile, held_out: Tensor, device: torch.device) -> float:
+def trained(
+    precision: str, config: TrainConfig, rows: InFile, held_out: Tensor, device: torch.device
+) -> float:
     """Held-out variance explained of one run."""
     trainer = Trainer(config, rows, device)
     if trainer.rows_to_begin:
@@ -127,7 +134,9 @@ def trained(precision: str, config: TrainConfig, rows: InFile, held_out: Tensor,
 
 
 def compared(found: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """By precision, of each seed's differences to fp32 the mean and the range; and fp32's range over the seeds."""
+    """By precision, of each seed's differences to fp32 the mean and the range; and fp32's range
+    over the seeds.
+    """
     base = found["fp32"]
     figures: dict[str, Any] = {
         "fp32_mean": statistics.mean(base),
@@ -147,17 +156,23 @@ def compared(found: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 
 def show(figures: dict[str, Any]) -> None:
     """A line for each precision; `finish` would print three decimals."""
-    print(f"{'held-out variance explained':>30}  {'mean':>9}  {'lowest':>9}  {'highest':>9}   over the seeds")
+    print(
+        f"{'held-out variance explained':>30}  {'mean':>9}  {'lowest':>9}  {'highest':>9}   over the seeds"
+    )
     base = figures["variance_explained"]["fp32"]
     print(f"{'fp32':>30}  {figures['fp32_mean']:9.5f}  {min(base):9.5f}  {max(base):9.5f}")
     for name in (name for name in figures if name.endswith("_minus_fp32")):
         lowest, highest = figures[f"{name}_lowest"], figures[f"{name}_highest"]
         print(f"{name:>30}  {figures[name]:+9.5f}  {lowest:+9.5f}  {highest:+9.5f}")
-    print(f"{'fp32 from seed to seed':>30}  {figures['fp32_range_over_seeds']:9.5f}  (highest less lowest)")
+    print(
+        f"{'fp32 from seed to seed':>30}  {figures['fp32_range_over_seeds']:9.5f}  (highest less lowest)"
+    )
 
 
 def measure(asked: argparse.Namespace, precisions: Sequence[str]) -> dict[str, Any]:
-    """Every precision with every seed; seed by seed, so that a broken run leaves whole comparisons."""
+    """Every precision with every seed; seed by seed, so that a broken run leaves whole
+    comparisons.
+    """
     device = torch.device(asked.device)
     every = np.load(asked.activations / "train.npy", mmap_mode="r")
     held_out = torch.from_numpy(np.load(asked.activations / "heldout.npy"))
@@ -173,23 +188,35 @@ def measure(asked: argparse.Namespace, precisions: Sequence[str]) -> dict[str, A
         rows.begin_at(seed * _OFFSET)
         for name in precisions:
             began, matmul = time.process_time(), products(name, device.type == "cuda")[0]
-            shape: dict[str, Any] = {"tokens": asked.tokens, "batch": asked.batch, "log_every": asked.tokens}
+            shape: dict[str, Any] = {
+                "tokens": asked.tokens,
+                "batch": asked.batch,
+                "log_every": asked.tokens,
+            }
             config = TrainConfig(layer=0, seed=seed, matmul=matmul, sae=sae, optim=optim, **shape)
             found[name].append(trained(name, config, rows, held_out, device))
             took = time.process_time() - began
-            said = f"{name} seed {seed}:  variance explained {found[name][-1]:.5f}  {took:.1f} CPU s"
+            said = (
+                f"{name} seed {seed}:  variance explained {found[name][-1]:.5f}  {took:.1f} CPU s"
+            )
             print(said, file=sys.stderr, flush=True)
     return {**compared(found), "variance_explained": found}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.precision")
-    parser.add_argument("--activations", type=Path, required=True, help="folder with train.npy and heldout.npy")
+    parser.add_argument(
+        "--activations", type=Path, required=True, help="folder with train.npy and heldout.npy"
+    )
     for name, default in (("d_sae", 4096), ("k", 32), ("batch", 2048), ("tokens", 300_000)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--precisions", nargs="+", choices=["tf32", "bf16", "fp32_22bit", "bf16_cuda"])
-    parser.add_argument("--sae", default="rows_32k", help="a file of conf/sae; d_sae and k are this command's")
+    parser.add_argument(
+        "--precisions", nargs="+", choices=["tf32", "bf16", "fp32_22bit", "bf16_cuda"]
+    )
+    parser.add_argument(
+        "--sae", default="rows_32k", help="a file of conf/sae; d_sae and k are this command's"
+    )
     parser.add_argument("--optim", default="rows", help="a file of conf/optim")
     parser.add_argument("--held-out", type=int, help="rows to measure on; default: all")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -199,9 +226,16 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     as_in_training()
     cuda = asked.device == "cuda"
-    precisions = ["fp32", *(asked.precisions or ["fp32_22bit", "tf32", "bf16", *([] if cuda else ["bf16_cuda"])])]
+    precisions = [
+        "fp32",
+        *(asked.precisions or ["fp32_22bit", "tf32", "bf16", *([] if cuda else ["bf16_cuda"])]),
+    ]
     figures = measure(asked, precisions)
-    shape = {name: value for name, value in vars(asked).items() if name not in ("out", "activations", "precisions")}
+    shape = {
+        name: value
+        for name, value in vars(asked).items()
+        if name not in ("out", "activations", "precisions")
+    }
     show(figures)
     with redirect_stdout(None):
         finish({"activations": str(asked.activations), **shape}, figures, asked.out)

@@ -1,19 +1,23 @@
-"""The reader over a plain read of the same files, and its mixing: `python -m tests.bench.reader_speed [--out FILE]`.
+"""The reader over a plain read of the same files, and its mixing: `python -m
+tests.bench.reader_speed [--out FILE]`.
 
-Rows of width 2560 in units of 65,536, as large a store as stays in the page cache: 8 units, 2.7 GB, one of them held
-out. Ours is `Reader.batches` with nobody working on the batches: inner chunks found by their index, checked, decoded,
-shuffled, cut. The plain read is `readinto` of the same units' whole files, one after another, into one buffer of a
-file's size on a page's border (16 bytes off it, Zen 3 copies at a quarter of the speed): by one thread, as files are
-read in sequence, and by as many as the reader has, a file each.
+Rows of width 2560 in units of 65,536, as large a store as stays in the page cache: 8 units, 2.7 GB,
+one of them held out. Ours is `Reader.batches` with nobody working on the batches: inner chunks
+found by their index, checked, decoded, shuffled, cut. The plain read is `readinto` of the same
+units' whole files, one after another, into one buffer of a file's size on a page's border (16 bytes
+off it, Zen 3 copies at a quarter of the speed): by one thread, as files are read in sequence, and
+by as many as the reader has, a file each.
 
-Rounds alternate in one process. The reader's clock runs from the first batch of its second pass to that of a later one,
-so that as much is read ahead when it starts as when it stops. Ratios are of bytes per second: of compressed stores the
-reader's are those of the rows, the plain read's those of the files. CPU seconds are given beside them, of all threads:
-on a busy machine two threads get no more than one.
+Rounds alternate in one process. The reader's clock runs from the first batch of its second pass to
+that of a later one, so that as much is read ahead when it starts as when it stops. Ratios are of
+bytes per second: of compressed stores the reader's are those of the rows, the plain read's those of
+the files. CPU seconds are given beside them, of all threads: on a busy machine two threads get no
+more than one.
 
-Mixing is counted, not estimated: effective documents are 1 / P(two rows of a batch share a document), over all batches
-of a pass of the store, whose rows say which document they are of; and over whole windows in the reader's order of
-stores too large to make here, all with documents of 1,024 tokens.
+Mixing is counted, not estimated: effective documents are 1 / P(two rows of a batch share a
+document), over all batches of a pass of the store, whose rows say which document they are of; and
+over whole windows in the reader's order of stores too large to make here, all with documents of
+1,024 tokens.
 """
 
 from __future__ import annotations
@@ -35,11 +39,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data import order, scales, summary
-from data.packing import Cursor
-from data.reader import WINDOW, Policy, Reader, training_units
-from data.store import SpineEnd, Store
-from data.unit import Prepared, prepare
+from data import order
+from data.rows import summary
+from data.rows.reader import WINDOW, Reader
+from data.rows.split import Policy, training_units
+from data.store import scales
+from data.store.store import SpineEnd, Store
+from data.store.unit import Prepared, prepare
+from data.text.packing import Cursor
 from tests.bench.outcome import finish
 from tests.bench.write_path import synthetic
 from tests.conftest import make_manifest
@@ -55,7 +62,7 @@ SCALES = {  # units, tokens of a unit, rows of a chunk, chunks of a window
 }
 
 
-# -- the store ------------------------------------------------------------------------------------------------------
+# -- the store -------------------------------------------------------------------------------------
 
 
 def make_store(path: Path, codec: str, rows: torch.Tensor, units: int) -> Store:
@@ -92,7 +99,7 @@ def numbers(batch: torch.Tensor) -> NDArray[np.uint16]:
     return batch[:, 0].view(torch.uint16).numpy()
 
 
-# -- speed ----------------------------------------------------------------------------------------------------------
+# -- speed -----------------------------------------------------------------------------------------
 
 
 def paged(nbytes: int) -> NDArray[np.uint8]:
@@ -151,19 +158,25 @@ def measure(store: Store, codec: str, rounds: int, passes: int, batch: int) -> d
         if number:  # the first fills the page cache
             for name, value in zip(found, (one, several, ours, ours_cpu), strict=True):
                 found[name].append(value / 1e9)
-    figures: dict[str, Any] = {f"{codec}_{name}_GB_per_s": statistics.median(values) for name, values in found.items()}
+    figures: dict[str, Any] = {
+        f"{codec}_{name}_GB_per_s": statistics.median(values) for name, values in found.items()
+    }
     for name in ("plain_1", "plain_n"):
         ratios = [ours / theirs for ours, theirs in zip(found["reader"], found[name], strict=True)]
-        figures[f"{codec}_ratio_to_{name}"] = figures[f"{codec}_reader_GB_per_s"] / statistics.median(found[name])
+        figures[f"{codec}_ratio_to_{name}"] = figures[
+            f"{codec}_reader_GB_per_s"
+        ] / statistics.median(found[name])
         figures[f"{codec}_ratio_to_{name}_range"] = [round(min(ratios), 3), round(max(ratios), 3)]
     return figures
 
 
-# -- mixing ---------------------------------------------------------------------------------------------------------
+# -- mixing ----------------------------------------------------------------------------------------
 
 
 def effective(batches: Iterable[NDArray[Any]]) -> float:
-    """1 / P(two rows of a batch share a document), for the (n,) documents of the rows of some batches."""
+    """1 / P(two rows of a batch share a document), for the (n,) documents of the rows of some
+    batches.
+    """
     shared, pairs = 0, 0
     for documents in batches:
         counts = np.unique(documents, return_counts=True)[1]
@@ -172,8 +185,12 @@ def effective(batches: Iterable[NDArray[Any]]) -> float:
     return pairs / max(shared, 1)
 
 
-def simulated(units: int, unit: int, chunk: int, window: int, batch: int, windows: int) -> Iterator[NDArray[np.int64]]:
-    """(batch,) documents of the rows of a pass's first windows, batch by batch, by the reader's functions."""
+def simulated(
+    units: int, unit: int, chunk: int, window: int, batch: int, windows: int
+) -> Iterator[NDArray[np.int64]]:
+    """(batch,) documents of the rows of a pass's first windows, batch by batch, by the reader's
+    functions.
+    """
     per_unit = unit // chunk
     training = np.setdiff1d(np.arange(units), order.held_out(units, SEED))
     chunks = order.permutation(len(training) * per_unit, SEED, 0)
@@ -195,13 +212,17 @@ def mixing(store: Store, batch: int) -> dict[str, Any]:
         here = effective(numbers(one).copy() for one in islice(batches, reader.rows // batch))
     figures: dict[str, Any] = {"documents": documents, "effective_documents": here}
     for name, (units, unit, chunk, window) in SCALES.items():
-        figures[f"effective_{name}"] = effective(simulated(units, unit, chunk, window, batch, 4 * WINDOW // window))
+        figures[f"effective_{name}"] = effective(
+            simulated(units, unit, chunk, window, batch, 4 * WINDOW // window)
+        )
     return figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.reader_speed")
-    parser.add_argument("--folder", type=Path, help="where the stores are made; default: the temporary one")
+    parser.add_argument(
+        "--folder", type=Path, help="where the stores are made; default: the temporary one"
+    )
     defaults = {"units": 8, "rows": 65_536, "width": 2560, "rounds": 7, "passes": 2, "batch": 4096}
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)

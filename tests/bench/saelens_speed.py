@@ -1,17 +1,20 @@
 """Text to finished store, against SAELens: `python -m tests.bench.saelens_speed [--out FILE]`.
 
-Both sides get the same documents, tokenizer, random Llama in float32, layer, context and number of tokens, and as many
-threads. The clock runs from text to the finished store on disk; imports, loading the model and a warm-up of a quarter
-of the tokens are outside it on both sides. Rounds alternate, each side in a process of its own, so that a busy machine
-slows both; a ratio is of tokens/s within one round.
+Both sides get the same documents, tokenizer, random Llama in float32, layer, context and number of
+tokens, and as many threads. The clock runs from text to the finished store on disk; imports,
+loading the model and a warm-up of a quarter of the tokens are outside it on both sides. Rounds
+alternate, each side in a process of its own, so that a busy machine slows both; a ratio is of
+tokens/s within one round.
 
-Where the sides differ, the difference is SAELens' gain: prompts per batch and buffers are chosen for it by trial on
-every model before the rounds, and ours are the defaults; its documents lie in memory, ours are read from a file; it
-does not sync its files; it does not keep documents apart. `saelens_tokens` is also given its tokens ready-made.
-It has no bfloat16: float16 is as many bytes, float32 its default. `harvest_two` stores two layers, in which tokens/s
-count the text once; SAELens would have to run again.
+Where the sides differ, the difference is SAELens' gain: prompts per batch and buffers are chosen
+for it by trial on every model before the rounds, and ours are the defaults; its documents lie in
+memory, ours are read from a file; it does not sync its files; it does not keep documents apart.
+`saelens_tokens` is also given its tokens ready-made. It has no bfloat16: float16 is as many bytes,
+float32 its default. `harvest_two` stores two layers, in which tokens/s count the text once; SAELens
+would have to run again.
 
-SAELens may live in another interpreter, named by --saelens-python; where it cannot be imported, nothing is measured.
+SAELens may live in another interpreter, named by --saelens-python; where it cannot be imported,
+nothing is measured.
 """
 
 from __future__ import annotations
@@ -36,7 +39,10 @@ import torch
 
 from tests.bench.outcome import finish
 
-PROMPTS, BUFFERS = (8, 32), (1, 8)  # what is tried for SAELens: rows per batch, parts the store is written in
+PROMPTS, BUFFERS = (
+    (8, 32),
+    (1, 8),
+)  # what is tried for SAELens: rows per batch, parts the store is written in
 OURS = {"harvest": 1, "harvest_two": 2}  # layers
 SAELENS = {"saelens_float32": "float32", "saelens_float16": "float16", "saelens_tokens": "float16"}
 
@@ -56,8 +62,12 @@ class Case:
 
 
 CASES = (
-    Case("thin", width=1024, heads=1, head_dim=32, inner=32, depth=3, tokens=65_536),  # 0.9 MFLOP a token: the writer
-    Case("middle", width=512, heads=8, head_dim=64, inner=2048, depth=4, tokens=8192),  # 25 MFLOP a token
+    Case(
+        "thin", width=1024, heads=1, head_dim=32, inner=32, depth=3, tokens=65_536
+    ),  # 0.9 MFLOP a token: the writer
+    Case(
+        "middle", width=512, heads=8, head_dim=64, inner=2048, depth=4, tokens=8192
+    ),  # 25 MFLOP a token
 )
 
 
@@ -65,7 +75,8 @@ def save_inputs(folder: Path, case: Case) -> None:
     """The model's folder, and documents.jsonl with a fifth more text than is needed."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from data.tiny import MODEL_DIR, problems
+    from data.tiny import problems
+    from data.tiny.embedded import MODEL_DIR
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     config = LlamaConfig(
@@ -91,9 +102,9 @@ def save_inputs(folder: Path, case: Case) -> None:
 
 def harvest_seconds(folder: Path, case: Case, tokens: int, layers: int) -> float:
     """Seconds of one harvest of ours."""
-    from data.sources import FileText
-    from harvest.lm import ModelConfig, load
+    from data.text.sources import FileText
     from harvest.loop import harvest
+    from harvest.model import ModelConfig, load
     from harvest.plan import HarvestConfig
 
     lm = load(ModelConfig(str(folder / "model"), dtype="float32"))
@@ -107,13 +118,17 @@ def harvest_seconds(folder: Path, case: Case, tokens: int, layers: int) -> float
     return spent
 
 
-def saelens_seconds(folder: Path, case: Case, tokens: int, arm: str, prompts: int, buffers: int) -> float:
+def saelens_seconds(
+    folder: Path, case: Case, tokens: int, arm: str, prompts: int, buffers: int
+) -> float:
     """Seconds of one run of SAELens' runner that stores the same layer."""
     from datasets import Dataset
     from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
     from transformers import AutoTokenizer
 
-    buffers = math.gcd(buffers, tokens // (prompts * case.context))  # it writes whole buffers of whole batches
+    buffers = math.gcd(
+        buffers, tokens // (prompts * case.context)
+    )  # it writes whole buffers of whole batches
     width_bytes = case.width * torch.finfo(getattr(torch, SAELENS[arm])).bits // 8
     config = CacheActivationsRunnerConfig(
         dataset_path="",
@@ -130,11 +145,15 @@ def saelens_seconds(folder: Path, case: Case, tokens: int, arm: str, prompts: in
         device="cpu",
         buffer_size_gb=(tokens // buffers * width_bytes + 0.5) / 1e9,
     )
-    texts = [json.loads(line)["text"] for line in (folder / "documents.jsonl").read_text().splitlines()]
+    texts = [
+        json.loads(line)["text"] for line in (folder / "documents.jsonl").read_text().splitlines()
+    ]
     documents = Dataset.from_dict({"text": texts})
     if arm == "saelens_tokens":
         tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-        ids = [token for one in tokenizer(texts)["input_ids"] for token in one][: tokens + case.context]
+        ids = [token for one in tokenizer(texts)["input_ids"] for token in one][
+            : tokens + case.context
+        ]
         rows = [ids[at : at + case.context] for at in range(0, tokens, case.context)]
         documents = Dataset.from_dict({"tokens": rows}).with_format("torch")
     runner = CacheActivationsRunner(config, override_dataset=documents)
@@ -149,7 +168,9 @@ def saelens_seconds(folder: Path, case: Case, tokens: int, arm: str, prompts: in
 
 
 def work(arm: str, folder: Path, case: Case, settings: dict[str, int]) -> dict[str, Any]:
-    """What a process of one side does: warm up, then measure; or try SAELens' settings and keep the fastest."""
+    """What a process of one side does: warm up, then measure; or try SAELens' settings and keep the
+    fastest.
+    """
 
     def seconds(tokens: int, prompts: int = 0, buffers: int = 0) -> float:
         if arm in OURS:
@@ -166,15 +187,22 @@ def work(arm: str, folder: Path, case: Case, settings: dict[str, int]) -> dict[s
     return {"seconds": seconds(case.tokens, **settings), "threads": torch.get_num_threads()}
 
 
-def ask(python: str, arm: str, folder: Path, case: Case, settings: dict[str, int]) -> dict[str, Any]:
+def ask(
+    python: str, arm: str, folder: Path, case: Case, settings: dict[str, int]
+) -> dict[str, Any]:
     """The answer of a process of one side.
 
     Raises:
         RuntimeError: it failed; with what it said.
     """
-    task = json.dumps({"arm": arm, "folder": str(folder), "case": asdict(case), "settings": settings})
+    task = json.dumps(
+        {"arm": arm, "folder": str(folder), "case": asdict(case), "settings": settings}
+    )
     done = subprocess.run(
-        [python, "-m", "tests.bench.saelens_speed", "--work", task], capture_output=True, text=True, check=False
+        [python, "-m", "tests.bench.saelens_speed", "--work", task],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise RuntimeError(f"{arm} failed:\n{done.stderr[-3000:]}")
@@ -185,14 +213,19 @@ def ask(python: str, arm: str, folder: Path, case: Case, settings: dict[str, int
 
 
 def measure(case: Case, rounds: int, saelens_python: str) -> dict[str, Any]:
-    """Alternate all arms on one model: tokens/s and MB/s of each, and ours over each of SAELens'."""
+    """Alternate all arms on one model: tokens/s and MB/s of each, and ours over each of
+    SAELens'.
+    """
     folder = Path(tempfile.mkdtemp())
     try:
         save_inputs(folder, case)
         pythons = {**dict.fromkeys(OURS, sys.executable), **dict.fromkeys(SAELENS, saelens_python)}
         tuned = ask(saelens_python, "saelens_float16", folder, case, {})
         settings = {arm: tuned if arm in SAELENS else {} for arm in pythons}
-        answers = [{arm: ask(pythons[arm], arm, folder, case, settings[arm]) for arm in pythons} for _ in range(rounds)]
+        answers = [
+            {arm: ask(pythons[arm], arm, folder, case, settings[arm]) for arm in pythons}
+            for _ in range(rounds)
+        ]
     finally:
         shutil.rmtree(folder)
     threads = {answer["threads"] for one in answers for answer in one.values()}
@@ -216,15 +249,21 @@ def spread(values: list[float]) -> dict[str, float]:
 def without_saelens(python: str) -> str | None:
     """Why this interpreter cannot run SAELens, in one line, or None; and never a download."""
     try:
-        done = subprocess.run([python, "-c", "import sae_lens"], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [python, "-c", "import sae_lens"], capture_output=True, text=True, check=False
+        )
     except OSError as error:
         return str(error)
-    return (done.stderr.strip().splitlines() or ["no reason given"])[-1] if done.returncode else None
+    return (
+        (done.stderr.strip().splitlines() or ["no reason given"])[-1] if done.returncode else None
+    )
 
 
 def main(say: Callable[[str], None] = print) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.saelens_speed")
-    parser.add_argument("--saelens-python", default=sys.executable, help="an interpreter that has sae-lens")
+    parser.add_argument(
+        "--saelens-python", default=sys.executable, help="an interpreter that has sae-lens"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", nargs="+", default=[case.name for case in CASES])
     parser.add_argument("--out", type=Path, help="write the result there as JSON")
@@ -232,13 +271,21 @@ def main(say: Callable[[str], None] = print) -> None:
     asked = parser.parse_args()
     if asked.work:
         task = json.loads(asked.work)
-        say(json.dumps(work(task["arm"], Path(task["folder"]), Case(**task["case"]), task["settings"])))
+        say(
+            json.dumps(
+                work(task["arm"], Path(task["folder"]), Case(**task["case"]), task["settings"])
+            )
+        )
     elif reason := without_saelens(asked.saelens_python):
-        say(f"skipped: {asked.saelens_python} cannot import sae_lens ({reason}); give --saelens-python=PYTHON")
+        say(
+            f"skipped: {asked.saelens_python} cannot import sae_lens ({reason}); give --saelens-python=PYTHON"
+        )
     else:
         chosen = [case for case in CASES if case.name in asked.cases]
         figures = {case.name: measure(case, asked.rounds, asked.saelens_python) for case in chosen}
-        finish({"rounds": asked.rounds, "cases": [asdict(case) for case in chosen]}, figures, asked.out)
+        finish(
+            {"rounds": asked.rounds, "cases": [asdict(case) for case in chosen]}, figures, asked.out
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""Start-up, resume and memory of a store of a billion tokens: `python -m tests.bench.scale --store DIR [--out FILE]`.
+"""Start-up, resume and memory of a store of a billion tokens: `python -m tests.bench.scale --store
+DIR [--out FILE]`.
 
-What grows with a store are its units, records and objects, so those are as many and as large as a billion tokens have:
-15,259 units of 64 inner chunks, two layers. Only the rows are few and narrow. It is made once, through the store's own
-calls, in a few minutes and 2 GB of DIR; beside it are one of a quarter and one of a sixteenth.
+What grows with a store are its units, records and objects, so those are as many and as large as a
+billion tokens have: 15,259 units of 64 inner chunks, two layers. Only the rows are few and narrow.
+It is made once, through the store's own calls, in a few minutes and 2 GB of DIR; beside it are one
+of a quarter and one of a sixteenth.
 
-Every figure is of a fresh process, from its first call to its last; imports are not counted. The files' names and
-contents are in the page cache. Times are the best of the rounds, with their range, and CPU seconds beside them, which a
-busy machine changes less. Memory is the process's own peak, which for the three sizes says how it grows.
+Every figure is of a fresh process, from its first call to its last; imports are not counted. The
+files' names and contents are in the page cache. Times are the best of the rounds, with their range,
+and CPU seconds beside them, which a busy machine changes less. Memory is the process's own peak,
+which for the three sizes says how it grows.
 """
 
 from __future__ import annotations
@@ -28,14 +31,15 @@ from unittest import mock
 import numpy as np
 from numpy.typing import NDArray
 
-from data import claims, ledger, manifest, records, summary
-from data.packing import Cursor
-from data.place import place_of
-from data.reader import Policy, Reader
-from data.store import SpineEnd, Store
-from harvest.look import status
-from harvest.loop import share_done
-from harvest.plan import HarvestConfig
+from data.rows import summary
+from data.rows.reader import Reader
+from data.rows.split import Policy
+from data.store import claims, ledger, manifest, records
+from data.store.place import place_of
+from data.store.store import SpineEnd, Store
+from data.text.packing import Cursor
+from harvest.plan import HarvestConfig, share_done
+from harvest.status import status
 from tests.bench.outcome import finish
 from tests.conftest import commit, make_manifest, make_spine
 
@@ -58,7 +62,8 @@ def residuals() -> dict[int, NDArray[np.uint16]]:
 
 def make(path: Path, units: int) -> None:
     """A complete store of `units` units; goes on with what is there."""
-    # 400,000 syncs are most of an hour, and a store that is only looked at need not survive a power cut.
+    # 400,000 syncs are most of an hour, and a store that is only looked at need not survive a power
+    # cut.
     with mock.patch.object(os, "fsync"):
         _make(path, units)
 
@@ -80,7 +85,7 @@ def _make(path: Path, units: int) -> None:
     store.declare(LAYERS)
 
 
-# -- what is measured, each in a process of its own ---------------------------------------------------------------
+# -- what is measured, each in a process of its own ------------------------------------------------
 
 
 def start(path: Path) -> None:
@@ -94,7 +99,9 @@ def done(path: Path) -> None:
 
 
 def resume(path: Path) -> None:
-    """All that a harvest does behind the loading of its model, but for the model's own checks and passes."""
+    """All that a harvest does behind the loading of its model, but for the model's own checks and
+    passes.
+    """
     place = place_of(path)
     wanted = {name: value for name, value in manifest.read(place).items() if name != "format"}
     manifest.agree(place, wanted)
@@ -142,7 +149,11 @@ def probe(name: str, path: Path) -> dict[str, float]:
     MEASURED[name](path)
     seconds, cpu_seconds = time.perf_counter() - clock, time.process_time() - cpu
     # Not ru_maxrss, into which Linux counts the process that this one was forked from.
-    (peak,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    (peak,) = [
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    ]
     return {"s": seconds, "cpu_s": cpu_seconds, "peak_MB": int(peak.split()[1]) * 1024 / 1e6}
 
 
@@ -154,7 +165,7 @@ def fresh(name: str, path: Path) -> dict[str, float]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-# -- figures --------------------------------------------------------------------------------------------------------
+# -- figures ---------------------------------------------------------------------------------------
 
 
 def times(path: Path, rounds: int) -> dict[str, Any]:
@@ -165,7 +176,10 @@ def times(path: Path, rounds: int) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for name, runs in found.items():
         walls = [run["s"] for run in runs]
-        figures[f"{name}_s"], figures[f"{name}_cpu_s"] = min(walls), min(run["cpu_s"] for run in runs)
+        figures[f"{name}_s"], figures[f"{name}_cpu_s"] = (
+            min(walls),
+            min(run["cpu_s"] for run in runs),
+        )
         figures[f"{name}_s_range"] = [round(min(walls), 3), round(max(walls), 3)]
     return figures
 
@@ -197,7 +211,9 @@ def shape_of(path: Path) -> dict[str, Any]:
         "chunks": store.chunks,
         "objects": objects * store.units,
         "records": sum(map(len, texts.values())),
-        "record_bytes": {folder: round(statistics.mean(sizes.values())) for folder, sizes in texts.items()},
+        "record_bytes": {
+            folder: round(statistics.mean(sizes.values())) for folder, sizes in texts.items()
+        },
         "ledger_MB": sum(array.nbytes for array in of_layers) / 1e6,
         "refresh_s": min(_seconds(store.refresh) for _ in range(5)),
     }
@@ -211,10 +227,14 @@ def _seconds(action: Callable[[], object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.scale")
-    parser.add_argument("--store", type=Path, required=True, help="folder in which the stores are, or are made")
+    parser.add_argument(
+        "--store", type=Path, required=True, help="folder in which the stores are, or are made"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--units", type=int, default=UNITS, help="units of the largest store")
-    parser.add_argument("--probe", choices=MEASURED, help="one measurement of the store itself, as JSON")
+    parser.add_argument(
+        "--probe", choices=MEASURED, help="one measurement of the store itself, as JSON"
+    )
     parser.add_argument("--out", type=Path, help="write the result there as JSON")
     given = parser.parse_args()
     if given.probe:
@@ -224,7 +244,9 @@ def main() -> None:
     for share, path in paths.items():
         make(path, given.units // share)
     whole = paths[min(SHARES)]
-    finish(shape_of(whole), {**times(whole, given.rounds), **memory(paths, given.rounds)}, given.out)
+    finish(
+        shape_of(whole), {**times(whole, given.rounds), **memory(paths, given.rounds)}, given.out
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Our reading and writing of one shard over zarr-python's: `python -m tests.bench.store_speed [--out FILE]`.
+"""Our reading and writing of one shard over zarr-python's: `python -m tests.bench.store_speed
+[--out FILE]`.
 
-The same file, the same codec, whole inner chunks, from the page cache and into it, in alternating rounds of one
-process. Ours is one thread here; zarr-python uses its own threads.
+The same file, the same codec, whole inner chunks, from the page cache and into it, in alternating
+rounds of one process. Ours is one thread here; zarr-python uses its own threads.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from data.array import Shard, UnitArray
-from data.bfloat16 import to_bits
-from data.place import LocalPlace
+from data.store.place import LocalPlace
+from data.store.shard import Shard, UnitArray
+from data.store.zarr_bfloat16 import to_bits
 from tests.bench.outcome import finish
 
 
@@ -31,7 +32,9 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def measure(codec: str, rows: NDArray[np.uint16], chunk: int, rounds: int, root: Path) -> dict[str, float]:
+def measure(
+    codec: str, rows: NDArray[np.uint16], chunk: int, rounds: int, root: Path
+) -> dict[str, float]:
     """GB/s of ours, and the ratio to zarr-python's, for writing and reading a shard of `rows`."""
     array = UnitArray(codec, "bfloat16", len(rows), rows.shape[1:], len(rows), codec, chunk)
     place = LocalPlace(root)
@@ -57,13 +60,20 @@ def measure(codec: str, rows: NDArray[np.uint16], chunk: int, rounds: int, root:
         for number in chunks:
             theirs[number * chunk : (number + 1) * chunk]
 
-    times = [[seconds(action) for action in (write, read, their_write, their_read)] for _ in range(rounds + 1)][1:]
+    times = [
+        [seconds(action) for action in (write, read, their_write, their_read)]
+        for _ in range(rounds + 1)
+    ][1:]
     ours_w, ours_r, zarr_w, zarr_r = zip(*times, strict=True)
     return {
         f"{codec}_write_GB_per_s": rows.nbytes / 1e9 / statistics.median(ours_w),
-        f"{codec}_write_ratio": statistics.median(b / a for a, b in zip(ours_w, zarr_w, strict=True)),
+        f"{codec}_write_ratio": statistics.median(
+            b / a for a, b in zip(ours_w, zarr_w, strict=True)
+        ),
         f"{codec}_read_GB_per_s": rows.nbytes / 1e9 / statistics.median(ours_r),
-        f"{codec}_read_ratio": statistics.median(b / a for a, b in zip(ours_r, zarr_r, strict=True)),
+        f"{codec}_read_ratio": statistics.median(
+            b / a for a, b in zip(ours_r, zarr_r, strict=True)
+        ),
     }
 
 
@@ -74,7 +84,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the result there as JSON")
     shape = vars(parser.parse_args())
     out = shape.pop("out")
-    rows = to_bits(np.random.default_rng(0).normal(size=(shape["rows"], shape["width"])).astype(np.float32))
+    rows = to_bits(
+        np.random.default_rng(0).normal(size=(shape["rows"], shape["width"])).astype(np.float32)
+    )
     root = Path(tempfile.mkdtemp())
     try:
         figures = {}

@@ -1,26 +1,33 @@
-"""Eight arms on one read of the store over the same eight alone: `python -m tests.bench.sweep_speed [--out FILE]`.
+"""Eight arms on one read of the store over the same eight alone: `python -m tests.bench.sweep_speed
+[--out FILE]`.
 
-The arms are four learning rates times AuxK on and off, on one store. Together: one process opens the store and calls
-train.sweep.train_sweep with all arms, as `python -m train -m` does. Alone: eight processes, one after another, each of
-which opens the store and calls train.loop.train with one arm, as eight commands do. Every process is fresh, so that no
-arm finds a reader, window, buffer or warm allocator of another's; its clock runs from opening the store to the last
-sae_final.pt. Starting Python, importing torch and what torch imports when it first trains (each process trains a tiny
-SAE in memory beforehand) are left out: `start_up_s`, which eight commands pay eight times, would flatter the sweep,
-as runs are short here. Rounds alternate. Ratios are alone / together, so that above 1 the sweep is the cheaper.
+The arms are four learning rates times AuxK on and off, on one store. Together: one process opens
+the store and calls train.sweep.train_sweep with all arms, as `python -m train -m` does. Alone:
+eight processes, one after another, each of which opens the store and calls train.loop.train with
+one arm, as eight commands do. Every process is fresh, so that no arm finds a reader, window, buffer
+or warm allocator of another's; its clock runs from opening the store to the last sae_final.pt.
+Starting Python, importing torch and what torch imports when it first trains (each process trains a
+tiny SAE in memory beforehand) are left out: `start_up_s`, which eight commands pay eight times,
+would flatter the sweep, as runs are short here. Rounds alternate. Ratios are alone / together, so
+that above 1 the sweep is the cheaper.
 
-CPU seconds are of all threads: reading has threads of its own, which on idle cores cost no wall time. What one pass
-over the store costs by itself, with nobody working on the batches, is `read_once`: the most that an arm can save.
+CPU seconds are of all threads: reading has threads of its own, which on idle cores cost no wall
+time. What one pass over the store costs by itself, with nobody working on the batches, is
+`read_once`: the most that an arm can save.
 
-Bytes read are counted where the store reads them, by an object around every file that data.place.LocalPlace opens:
-exactly what was asked of the store, through the page cache or not. /proc/self/io's rchar would count checkpoints, code
-and /proc besides. The page cache is warm on both sides, as the store has just been written.
+Bytes read are counted where the store reads them, by an object around every file that
+data.place.LocalPlace opens: exactly what was asked of the store, through the page cache or not.
+/proc/self/io's rchar would count checkpoints, code and /proc besides. The page cache is warm on
+both sides, as the store has just been written.
 
-After each round all sae_final.pt must be the same bytes on both sides, or the bench fails. Memory per arm is what
-train.sweep.arm_bytes plans with; beside it is what another arm really added to the peak of the process.
+After each round all sae_final.pt must be the same bytes on both sides, or the bench fails. Memory
+per arm is what train.sweep.arm_bytes plans with; beside it is what another arm really added to the
+peak of the process.
 
-Rows are normal ones about a mean, whose principal axes weigh 1, 1/2, 1/3, ... as those of activations fall off; the
-same in all units. Arms learn little from them, but latents along weak axes die, so that with a small --dead_after AuxK
-acts. `different_arms` says how many final files differ from each other: 8 if it did in all.
+Rows are normal ones about a mean, whose principal axes weigh 1, 1/2, 1/3, ... as those of
+activations fall off; the same in all units. Arms learn little from them, but latents along weak
+axes die, so that with a small --dead_after AuxK acts. `different_arms` says how many final files
+differ from each other: 8 if it did in all.
 """
 
 from __future__ import annotations
@@ -47,16 +54,18 @@ from unittest import mock
 import torch
 
 from data.durable import Buffer
-from data.place import Blob, LocalPlace
-from data.reader import Policy, Reader, held_out
-from data.store import Store
+from data.rows.reader import Reader
+from data.rows.split import Policy, held_out
+from data.store.place import Blob, LocalPlace
+from data.store.store import Store
 from tests.bench.outcome import finish
 from tests.bench.reader_speed import LAYER, SEED, make_store
 from tests.bench.train_speed import InMemory
-from train.export import FILE
-from train.loop import Arm, train
+from train.arm import Arm
+from train.loop import train
 from train.optim import OptimConfig
 from train.sae import SAEConfig
+from train.sae_file import FILE
 from train.stream import Stream
 from train.sweep import arm_bytes, train_sweep
 from train.trainer import TrainConfig
@@ -125,7 +134,9 @@ class Count:
 def counted() -> Iterator[Count]:
     """Count what is read of folders that are stores, by whatever thread."""
     count, opened = Count(), LocalPlace.open
-    with mock.patch.object(LocalPlace, "open", lambda place, key: Counted(opened(place, key), count)):
+    with mock.patch.object(
+        LocalPlace, "open", lambda place, key: Counted(opened(place, key), count)
+    ):
         yield count
 
 
@@ -133,7 +144,9 @@ def arms_of(job: Job, stream: Stream) -> list[Arm]:
     found = []
     for number in job.arms:
         rate, aux = ARMS[number]
-        sae = SAEConfig(d_sae=job.d_sae, k=job.k, aux_coef=aux, aux_norm="variance", dead_after=job.dead_after)
+        sae = SAEConfig(
+            d_sae=job.d_sae, k=job.k, aux_coef=aux, aux_norm="variance", dead_after=job.dead_after
+        )
         optim = OptimConfig(lr=rate, lr_floor=0.0)
         config = TrainConfig(layer=LAYER, batch=job.batch, tokens=job.tokens, sae=sae, optim=optim)
         found.append(Arm(config, stream, job.folder / str(number)))
@@ -141,16 +154,27 @@ def arms_of(job: Job, stream: Stream) -> list[Arm]:
 
 
 def memory(field: str) -> int:
-    """Bytes that /proc/self/status says: VmRSS, or VmHWM for the peak. Not getrusage's, which a child inherits."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    """Bytes that /proc/self/status says: VmRSS, or VmHWM for the peak. Not getrusage's, which a
+    child inherits.
+    """
+    (line,) = (
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    )
     return int(line.split()[1]) * 1024
 
 
 def realistic(rows: int, width: int) -> torch.Tensor:
     """(rows, width) bfloat16 whose variances along their axes fall off like 1/i."""
     draw = torch.Generator().manual_seed(0)
-    axes = torch.linalg.qr(torch.randn(width, width, generator=draw)).Q / torch.arange(1, width + 1).sqrt()
-    found: torch.Tensor = torch.randn(rows, width, generator=draw) @ axes.T + torch.randn(width, generator=draw)
+    axes = (
+        torch.linalg.qr(torch.randn(width, width, generator=draw)).Q
+        / torch.arange(1, width + 1).sqrt()
+    )
+    found: torch.Tensor = torch.randn(rows, width, generator=draw) @ axes.T + torch.randn(
+        width, generator=draw
+    )
     return found.bfloat16()
 
 
@@ -201,7 +225,9 @@ def total(sides: list[Side]) -> Side:
 
 def digests(folder: Path) -> list[str]:
     """Of the arms' final files, in their order."""
-    return [hashlib.sha256((folder / str(n) / FILE).read_bytes()).hexdigest() for n in range(len(ARMS))]
+    return [
+        hashlib.sha256((folder / str(n) / FILE).read_bytes()).hexdigest() for n in range(len(ARMS))
+    ]
 
 
 def measure(store: Path, folder: Path, rounds: int, given: dict[str, Any]) -> dict[str, Any]:
@@ -245,18 +271,24 @@ def figures(together: list[Side], alone: list[Side], reading: list[Side]) -> dic
     peaks = {"together": together, "alone": alone}
     for name, sides in peaks.items():
         found[f"{name}_peak_MB"] = statistics.median(side.peak_bytes for side in sides) / 1e6
-    found["another_arm_adds_MB"] = (found["together_peak_MB"] - found["alone_peak_MB"]) / (len(ARMS) - 1)
+    found["another_arm_adds_MB"] = (found["together_peak_MB"] - found["alone_peak_MB"]) / (
+        len(ARMS) - 1
+    )
     found["start_up_s"] = statistics.median(side.start_up_s for side in together)
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.sweep_speed")
-    parser.add_argument("--folder", type=Path, help="where store and runs are made; default: the temporary one")
+    parser.add_argument(
+        "--folder", type=Path, help="where store and runs are made; default: the temporary one"
+    )
     sizes = {"units": 8, "rows": 65_536, "width": 384, "d_sae": 1024, "k": 16, "batch": 2048}
     for name, default in {**sizes, "dead_after": 50_000, "rounds": 3, "threads": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--tokens", type=int, help="to train each arm on; default: one pass over the store")
+    parser.add_argument(
+        "--tokens", type=int, help="to train each arm on; default: one pass over the store"
+    )
     parser.add_argument("--codec", choices=("none", "blosc", "int8"), default="blosc")
     parser.add_argument("--out", type=Path, help="write the result there as JSON")
     shape = vars(parser.parse_args())
@@ -264,8 +296,12 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(dir=where))
     try:
         path = folder / "store.zarr"
-        store = make_store(path, shape["codec"], realistic(shape["rows"], shape["width"]), shape["units"])
-        given = {name: shape[name] for name in ("d_sae", "k", "batch", "tokens", "dead_after", "threads")}
+        store = make_store(
+            path, shape["codec"], realistic(shape["rows"], shape["width"]), shape["units"]
+        )
+        given = {
+            name: shape[name] for name in ("d_sae", "k", "batch", "tokens", "dead_after", "threads")
+        }
         found = measure(path, folder, shape["rounds"], given)
         reader = Reader(store, LAYER, batch=shape["batch"], seed=SEED, policy=Policy())
         stream = Stream("", reader, lambda: iter(()))

@@ -1,19 +1,23 @@
-"""Where a training step's time goes: `python -m tests.bench.train_phases [--device cuda] [--out FILE]`.
+"""Where a training step's time goes: `python -m tests.bench.train_phases [--device cuda] [--out
+FILE]`.
 
-The functions that train.trainer.Trainer.step_ calls are wrapped, and the step is cut where one of them begins or ends:
-every moment is of exactly one phase. `other` is what none of them is: the wait for the loss, the schedule, the step's
-own lines. Blocks of ten steps, one of which has the log's figures, alternate with blocks without clocks; figures are
-medians over the blocks, so the phases' sum falls short of the step by what a busy machine took, now here, now there.
-On CUDA a cut is an event, so that nothing waits for it; a phase then has the time that the GPU waited for its launch.
+The functions that train.trainer.Trainer.step_ calls are wrapped, and the step is cut where one of
+them begins or ends: every moment is of exactly one phase. `other` is what none of them is: the wait
+for the loss, the schedule, the step's own lines. Blocks of ten steps, one of which has the log's
+figures, alternate with blocks without clocks; figures are medians over the blocks, so the phases'
+sum falls short of the step by what a busy machine took, now here, now there. On CUDA a cut is an
+event, so that nothing waits for it; a phase then has the time that the GPU waited for its launch.
 
-`limit` is what the same run's large copy and large square product would take, on the same threads: the bytes that the
-phase must move over the copy's bandwidth or its operations over the product's rate, whichever is more. `of limit` is
-limit over time, 1 is best. Gathers count every pair's row of float32; of a table that fits into a cache they move
-faster than the copy, so that theirs may be above 1. The others count what they must read and write once.
+`limit` is what the same run's large copy and large square product would take, on the same threads:
+the bytes that the phase must move over the copy's bandwidth or its operations over the product's
+rate, whichever is more. `of limit` is limit over time, 1 is best. Gathers count every pair's row of
+float32; of a table that fits into a cache they move faster than the copy, so that theirs may be
+above 1. The others count what they must read and write once.
 
-Rows are normal ones in memory, so all latents fire about equally often: the worst case for caches. With --store they
-are a store's, read as by `python -m train`: d is the store's, and the wait for data is real. Left out: AuxK and
-resampling, as no latent is dead within so few steps; evaluation, checkpoints. `--sae rows_32k --optim rows` rotates.
+Rows are normal ones in memory, so all latents fire about equally often: the worst case for caches.
+With --store they are a store's, read as by `python -m train`: d is the store's, and the wait for
+data is real. Left out: AuxK and resampling, as no latent is dead within so few steps; evaluation,
+checkpoints. `--sae rows_32k --optim rows` rotates.
 """
 
 from __future__ import annotations
@@ -33,9 +37,10 @@ from unittest import mock
 
 import torch
 
-from data.reader import Policy, Reader
-from data.store import Store
-from data.windows import to_device
+from data.rows.copy import to_device
+from data.rows.reader import Reader
+from data.rows.split import Policy
+from data.store.store import Store
 from tests.bench.outcome import finish
 from tests.bench.precision import as_in_training, settings
 from tests.bench.train_speed import InMemory, seconds
@@ -45,10 +50,26 @@ from train.sae import SAEConfig
 from train.stream import Rows, first_rows
 from train.trainer import TrainConfig, Trainer
 
-PHASES = ["data wait", "scaling, centring", "rotation", "encoder product", "top k", "decode", "error, loss"]
-PHASES += ["gradient of kept values", "sort", "weight gradients", "b_dec, b_enc gradients", "Adam", "projection"]
+PHASES = [
+    "data wait",
+    "scaling, centring",
+    "rotation",
+    "encoder product",
+    "top k",
+    "decode",
+    "error, loss",
+]
+PHASES += [
+    "gradient of kept values",
+    "sort",
+    "weight gradients",
+    "b_dec, b_enc gradients",
+    "Adam",
+    "projection",
+]
 PHASES += ["counters", "figures to log", "other"]
-# By function: the phase inside; and by the phase that it is called in, the one after, if that is another.
+# By function: the phase inside; and by the phase that it is called in, the one after, if that is
+# another.
 WATCHED: dict[str, tuple[str, dict[str, str]]] = {
     "train.dead.dead_latents": ("counters", {"scaling, centring": "other"}),
     "train.loss.losses": ("scaling, centring", {}),
@@ -86,7 +107,9 @@ class Shape:
     def config(self) -> TrainConfig:
         sae = SAEConfig(**settings("sae", self.sae, d_sae=self.d_sae, k=self.k))
         optim = OptimConfig(**settings("optim", self.optim))
-        return TrainConfig(layer=0, batch=self.batch, matmul=self.matmul, log_every=BLOCK, sae=sae, optim=optim)
+        return TrainConfig(
+            layer=0, batch=self.batch, matmul=self.matmul, log_every=BLOCK, sae=sae, optim=optim
+        )
 
     def trainer(self, reader: Rows) -> Trainer:
         """One that has begun, under train.loop's own rules."""
@@ -117,7 +140,9 @@ class Clock:
             torch.cuda.synchronize()
         found = dict.fromkeys(PHASES, 0.0)
         for (phase, began), (_, ended) in pairwise(self._cuts):
-            found[phase] += (began.elapsed_time(ended) if self._cuda else (ended - began) * 1e3) / BLOCK
+            found[phase] += (
+                began.elapsed_time(ended) if self._cuda else (ended - began) * 1e3
+            ) / BLOCK
         self._cuts.clear()
         return found
 
@@ -150,8 +175,12 @@ def watched(clock: Clock) -> Iterator[None]:
     """Cut steps by their functions within the block."""
     blocks = resolve_name("train.kernels._pre_activations")
 
-    def product(*given: Any) -> Iterator[Any]:  # a generator: what counts is the time to its next block
-        return iter(partial(clock.within, "encoder product", partial(next, blocks(*given), None)), None)
+    def product(
+        *given: Any,
+    ) -> Iterator[Any]:  # a generator: what counts is the time to its next block
+        return iter(
+            partial(clock.within, "encoder product", partial(next, blocks(*given), None)), None
+        )
 
     with ExitStack() as stack:
         for target in WATCHED:
@@ -161,13 +190,17 @@ def watched(clock: Clock) -> Iterator[None]:
 
 
 def limits(device: torch.device, precisions: set[str]) -> dict[str, float]:
-    """Bytes that a copy moves in a ms, and operations that a square product makes in it, by precision."""
+    """Bytes that a copy moves in a ms, and operations that a square product makes in it, by
+    precision.
+    """
     cuda, setting = device.type == "cuda", torch.backends.cuda.matmul
     before = setting.fp32_precision
 
     def fastest(call: Callable[[], object]) -> float:
         wait: Callable[[], object] = torch.cuda.synchronize if cuda else lambda: None
-        return 1e3 * min(seconds(lambda: (call(), wait()), 1) for _ in range(4))  # the first warms up
+        return 1e3 * min(
+            seconds(lambda: (call(), wait()), 1) for _ in range(4)
+        )  # the first warms up
 
     source = torch.randn(1 << (28 if cuda else 26), device=device)
     found = {"copy": 2 * source.nbytes / fastest(partial(torch.empty_like(source).copy_, source))}
@@ -194,7 +227,11 @@ def needs(shape: Shape) -> dict[str, tuple[float, float, str]]:
         "gradient of kept values": (gathered + rows, 0, "fp32"),
         "sort": (16.0 * pairs, 0, "fp32"),
         "weight gradients": (2 * (gathered + table), 0, "fp32"),
-        "b_dec, b_enc gradients": (rows + 12.0 * pairs + table, 0, "fp32"),  # b_dec's other path reads W_enc
+        "b_dec, b_enc gradients": (
+            rows + 12.0 * pairs + table,
+            0,
+            "fp32",
+        ),  # b_dec's other path reads W_enc
         "Adam": (2 * 7 * table, 0, "fp32"),
         "projection": (2 * table / every, 0, "fp32"),
         "counters": (12.0 * pairs + 24.0 * F, 0, "fp32"),
@@ -202,14 +239,19 @@ def needs(shape: Shape) -> dict[str, tuple[float, float, str]]:
     }
 
 
-def tabled(took: Mapping[str, float], required: Mapping[str, Any], limit: Mapping[str, float]) -> dict[str, Any]:
+def tabled(
+    took: Mapping[str, float], required: Mapping[str, Any], limit: Mapping[str, float]
+) -> dict[str, Any]:
     """A row for each phase that took time."""
     found: dict[str, Any] = {}
     for phase in (phase for phase in PHASES if took[phase]):
         found[phase] = {"ms": took[phase], "share": took[phase] / sum(took.values())}
         if phase in required:
             nbytes, operations, precision = required[phase]
-            least, by = max((nbytes / limit["copy"], "copy"), (operations / limit[precision], f"{precision} product"))
+            least, by = max(
+                (nbytes / limit["copy"], "copy"),
+                (operations / limit[precision], f"{precision} product"),
+            )
             found[phase] |= {"limit_ms": least, "of_limit": least / took[phase], "limited_by": by}
     return found
 
@@ -222,7 +264,11 @@ def phases(shape: Shape, store: Path | None, layer: int, blocks: int) -> dict[st
         how: Any = {"batch": shape.batch, "policy": Policy(), "pinned": device.type == "cuda"}
         reader = Reader(Store.open(store), layer, seed=0, **how)
         shape = replace(shape, d=reader.d_model)
-    trainer, clock, precisions = shape.trainer(reader), Clock(device.type == "cuda"), {"fp32", str(shape.matmul)}
+    trainer, clock, precisions = (
+        shape.trainer(reader),
+        Clock(device.type == "cuda"),
+        {"fp32", str(shape.matmul)},
+    )
     with closing(to_device(reader.batches(0), device)) as feed:  # type: ignore[type-var]
 
         def block() -> dict[str, float]:
@@ -242,8 +288,14 @@ def phases(shape: Shape, store: Path | None, layer: int, blocks: int) -> dict[st
                 every.append(block())
             plain.append(sum(block().values()))
     took, limit = medians(every), medians(measured)
-    found = {"sum_ms": sum(took.values()), "step_ms": statistics.median(sum(one.values()) for one in every)}
-    found |= {"step_without_clocks_ms": statistics.median(plain), "copy_GB_per_s": limit["copy"] / 1e6}
+    found = {
+        "sum_ms": sum(took.values()),
+        "step_ms": statistics.median(sum(one.values()) for one in every),
+    }
+    found |= {
+        "step_without_clocks_ms": statistics.median(plain),
+        "copy_GB_per_s": limit["copy"] / 1e6,
+    }
     found |= {f"{name}_GFLOP_per_s": limit[name] / 1e6 for name in sorted(precisions)}
     return {"phases": tabled(took, needs(shape), limit), **found}
 
@@ -255,19 +307,36 @@ def medians(found: list[dict[str, float]]) -> dict[str, float]:
 def show_phases(figures: dict[str, Any]) -> None:
     print(f"{'':>24}  {'ms':>9}  {'share':>6}  {'limit ms':>9}  {'of limit':>8}")
     for phase, row in figures["phases"].items():
-        known = "  {limit_ms:9.3f}  {of_limit:8.2f}  {limited_by}".format(**row) if "limit_ms" in row else ""
+        known = (
+            "  {limit_ms:9.3f}  {of_limit:8.2f}  {limited_by}".format(**row)
+            if "limit_ms" in row
+            else ""
+        )
         print(f"{phase:>24}  {row['ms']:9.3f}  {row['share']:6.1%}{known}")
     for name in ("sum_ms", "step_ms", "step_without_clocks_ms"):
         print(f"{name:>24}  {figures[name]:9.3f}  {figures[name] / figures['step_ms']:6.1%}")
-    print("  ".join(f"{name} {value:,.1f}" for name, value in figures.items() if name.endswith("_per_s")))
+    print(
+        "  ".join(
+            f"{name} {value:,.1f}" for name, value in figures.items() if name.endswith("_per_s")
+        )
+    )
 
 
 def arguments(prog: str) -> argparse.ArgumentParser:
     """A command line that names a shape."""
     parser = argparse.ArgumentParser(prog=f"python -m tests.bench.{prog}")
-    for name, default in {"d": 384, "d_sae": 4096, "k": 32, "batch": 2048, "threads": 1, "blocks": 5}.items():
+    for name, default in {
+        "d": 384,
+        "d_sae": 4096,
+        "k": 32,
+        "batch": 2048,
+        "threads": 1,
+        "blocks": 5,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--sae", default="topk_32k", help="a file of conf/sae; d_sae and k are this command's")
+    parser.add_argument(
+        "--sae", default="topk_32k", help="a file of conf/sae; d_sae and k are this command's"
+    )
     parser.add_argument("--optim", default="adam", help="a file of conf/optim")
     parser.add_argument("--matmul", default="fp32", choices=["fp32", "tf32", "bf16"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -289,7 +358,9 @@ def main() -> None:
     figures = phases(shape, asked.store, asked.layer, asked.blocks)
     show_phases(figures)
     with redirect_stdout(None):  # the table has it
-        finish({**asdict(shape), "store": str(asked.store), "blocks": asked.blocks}, figures, asked.out)
+        finish(
+            {**asdict(shape), "store": str(asked.store), "blocks": asked.blocks}, figures, asked.out
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""How much of the encoder product's speed training keeps: `python -m tests.bench.train_speed [--out FILE]`.
+"""How much of the encoder product's speed training keeps: `python -m tests.bench.train_speed [--out
+FILE]`.
 
-Training needs at least the product of its rows with W_enc. So the figure is a share: tokens/s of whole training steps
-(scaling, top k, losses, all gradients, Adam, projection, dead counters, logging) over tokens/s of that product alone
-into a preallocated output, same shapes, same threads, in alternating blocks of one process, so that a busy machine
-slows both. Reading is not part of it: batches are in memory.
+Training needs at least the product of its rows with W_enc. So the figure is a share: tokens/s of
+whole training steps (scaling, top k, losses, all gradients, Adam, projection, dead counters,
+logging) over tokens/s of that product alone into a preallocated output, same shapes, same threads,
+in alternating blocks of one process, so that a busy machine slows both. Reading is not part of it:
+batches are in memory.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ _STEPS = 1_000_000  # the schedule's length; the bench ends long before
 
 
 class InMemory:
-    """Normal rows: the surface of data.reader.Reader."""
+    """Normal rows: the surface of data.rows.reader.Reader."""
 
     def __init__(self, d: int, batch: int, batches: int = 4) -> None:
         draw = torch.Generator().manual_seed(0)
@@ -53,7 +55,11 @@ def seconds(step: Callable[[], object], repeats: int) -> float:
 def measure(d: int, d_sae: int, k: int, batch: int, blocks: int, steps: int) -> dict[str, Any]:
     """Alternate blocks of training steps and of bare products."""
     reader = InMemory(d, batch)
-    trainer = Trainer(TrainConfig(layer=0, batch=batch, sae=SAEConfig(d_sae=d_sae, k=k)), reader, torch.device("cpu"))
+    trainer = Trainer(
+        TrainConfig(layer=0, batch=batch, sae=SAEConfig(d_sae=d_sae, k=k)),
+        reader,
+        torch.device("cpu"),
+    )
     rows, x, out = reader.batches(0), next(reader.batches(0)).float(), torch.empty(batch, d_sae)
 
     def train_step() -> None:
@@ -75,7 +81,14 @@ def measure(d: int, d_sae: int, k: int, batch: int, blocks: int, steps: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.train_speed")
-    for name, default in (("d", 384), ("d_sae", 4096), ("k", 32), ("batch", 2048), ("blocks", 7), ("steps", 5)):
+    for name, default in (
+        ("d", 384),
+        ("d_sae", 4096),
+        ("k", 32),
+        ("batch", 2048),
+        ("blocks", 7),
+        ("steps", 5),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--threads", type=int, help="CPU threads; by default torch's choice")
     parser.add_argument("--out", type=Path, help="write the result there as JSON")

@@ -1,13 +1,17 @@
-"""The write path over a plain write of the same bytes: `python -m tests.bench.write_path --folder DIR [--out FILE]`.
+"""The write path over a plain write of the same bytes: `python -m tests.bench.write_path --folder
+DIR [--out FILE]`.
 
-One unit of 65,536 rows of width 2560, 335 MB. Ours is `Store.commit_residuals`: checksums of the inner chunks, digest,
-write, sync, rename, sync of the folder, for the rows, norms, kinds and moments, then the record. The plain write puts
-just as many bytes, out of the same memory in the same pieces, into one file of the same folder, and syncs it: what it
-leaves to that sync ours has told the disk to begin on, so that ours can be the faster. `prepare_and_write` has before
-it what a harvest on a CPU does: permutation, norms, kinds and moments. `blosc` is compared with the bytes it comes to.
+One unit of 65,536 rows of width 2560, 335 MB. Ours is `Store.commit_residuals`: checksums of the
+inner chunks, digest, write, sync, rename, sync of the folder, for the rows, norms, kinds and
+moments, then the record. The plain write puts just as many bytes, out of the same memory in the
+same pieces, into one file of the same folder, and syncs it: what it leaves to that sync ours has
+told the disk to begin on, so that ours can be the faster. `prepare_and_write` has before it what a
+harvest on a CPU does: permutation, norms, kinds and moments. `blosc` is compared with the bytes it
+comes to.
 
-Rounds alternate in one process and nothing is deleted while the clock runs. A ratio is of a round's two times; the
-median of all rounds and their range are given, and CPU seconds, which a busy machine changes less.
+Rounds alternate in one process and nothing is deleted while the clock runs. A ratio is of a round's
+two times; the median of all rounds and their range are given, and CPU seconds, which a busy machine
+changes less.
 """
 
 from __future__ import annotations
@@ -25,9 +29,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from data.packing import Cursor
-from data.store import SpineEnd, Store
-from data.unit import Prepared, prepare
+from data.store.store import SpineEnd, Store
+from data.store.unit import Prepared, prepare
+from data.text.packing import Cursor
 from tests.bench.outcome import finish
 from tests.conftest import make_manifest, make_spine
 
@@ -77,7 +81,9 @@ def plain(path: Path, rows: Prepared, nbytes: int) -> None:
     with path.open("wb") as file:
         for at in range(0, min(len(data), nbytes), step):
             file.write(data[at : min(at + step, nbytes)])
-        file.write(data[: max(0, nbytes - len(data))])  # statistics and the record, 0.2 % of the whole
+        file.write(
+            data[: max(0, nbytes - len(data))]
+        )  # statistics and the record, 0.2 % of the whole
         file.flush()
         os.fsync(file.fileno())
 
@@ -85,7 +91,10 @@ def plain(path: Path, rows: Prepared, nbytes: int) -> None:
 def measure(codec: str, rows: torch.Tensor, rounds: int, folder: Path) -> list[dict[str, Spent]]:
     """What each way of writing a unit took, a round each."""
     store = make_store(folder / codec, codec, len(rows), rows.shape[1], 2 * (rounds + 1))
-    array, starts = store.array(f"layer_{LAYER}"), store.piece_starts(0).ravel()  # the same in all units
+    array, starts = (
+        store.array(f"layer_{LAYER}"),
+        store.piece_starts(0).ravel(),
+    )  # the same in all units
 
     def prepared(unit: int) -> Prepared:
         return prepare(rows, store.permutation(unit), starts, array)
@@ -95,7 +104,9 @@ def measure(codec: str, rows: torch.Tensor, rounds: int, folder: Path) -> list[d
         taken = {"write": spent(lambda unit=unit: store.commit_residuals(unit, {LAYER: once}))}
         nbytes = sum(path.stat().st_size for path in objects_of(store, unit))
         taken["plain"] = spent(lambda nbytes=nbytes: plain(other, once, nbytes))
-        taken["prepare_and_write"] = spent(lambda unit=unit + 1: store.commit_residuals(unit, {LAYER: prepared(unit)}))
+        taken["prepare_and_write"] = spent(
+            lambda unit=unit + 1: store.commit_residuals(unit, {LAYER: prepared(unit)})
+        )
         for path in [*objects_of(store, unit), *objects_of(store, unit + 1), other]:
             path.unlink()
         os.sync()  # a round pays for its own writes only
@@ -112,7 +123,8 @@ def summarise(codec: str, runs: list[dict[str, Spent]], nbytes: int) -> dict[str
             f"{codec}_{name}_GB_per_s": nbytes / 1e9 / min(run[name].wall for run in runs),
             f"{codec}_{name}_ratio": statistics.median(ratios),
             f"{codec}_{name}_ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
-            f"{codec}_{name}_ratio_of_bests": min(r["plain"].wall for r in runs) / min(r[name].wall for r in runs),
+            f"{codec}_{name}_ratio_of_bests": min(r["plain"].wall for r in runs)
+            / min(r[name].wall for r in runs),
             f"{codec}_{name}_cpu_s": min(run[name].cpu for run in runs),
         }
     figures[f"{codec}_plain_s"] = min(run["plain"].wall for run in runs)
@@ -122,7 +134,9 @@ def summarise(codec: str, runs: list[dict[str, Spent]], nbytes: int) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.write_path")
-    parser.add_argument("--folder", type=Path, help="on the file system to be measured; default: the temporary one")
+    parser.add_argument(
+        "--folder", type=Path, help="on the file system to be measured; default: the temporary one"
+    )
     for name, default in (("rows", 65_536), ("width", 2560), ("rounds", 9)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path, help="write the result there as JSON")

@@ -13,14 +13,21 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
-from data.array import Shard, UnitArray
-from data.bfloat16 import to_bits, to_float32
 from data.errors import StoreError
-from data.place import LocalPlace
+from data.store.place import LocalPlace
+from data.store.shard import Shard, UnitArray
+from data.store.zarr_bfloat16 import to_bits, to_float32
 from tests.conftest import make_store
 
 CODECS = ("blosc", "none")
-SHAPES = {"float32": (), "uint32": (5,), "float64": (2, 3), "bfloat16": (24,), "uint64": (), "uint8": ()}
+SHAPES = {
+    "float32": (),
+    "uint32": (5,),
+    "float64": (2, 3),
+    "bfloat16": (24,),
+    "uint64": (),
+    "uint8": (),
+}
 
 
 def write(root: Path, array: UnitArray, rows: NDArray[Any]) -> None:
@@ -34,9 +41,9 @@ def write(root: Path, array: UnitArray, rows: NDArray[Any]) -> None:
 
 def sample(array: UnitArray) -> NDArray[Any]:
     rng = np.random.default_rng(3)
-    return rng.integers(0, 250 if array.dtype.itemsize == 1 else 60_000, (array.length, *array.inner)).astype(
-        array.dtype
-    )
+    return rng.integers(
+        0, 250 if array.dtype.itemsize == 1 else 60_000, (array.length, *array.inner)
+    ).astype(array.dtype)
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -45,7 +52,9 @@ def sample(array: UnitArray) -> NDArray[Any]:
 def test_plain_zarr_reads_every_array_and_so_do_we(
     tmp_path: Path, codec: str, data_type: str, chunk: int | None
 ) -> None:
-    array = UnitArray("a", data_type, 200, SHAPES[data_type], 64, codec, chunk)  # the last unit is ragged
+    array = UnitArray(
+        "a", data_type, 200, SHAPES[data_type], 64, codec, chunk
+    )  # the last unit is ragged
     rows = sample(array)
     write(tmp_path, array, rows)
     stored = zarr.open_array(tmp_path / "a", mode="r")
@@ -57,21 +66,36 @@ def test_plain_zarr_reads_every_array_and_so_do_we(
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_tensorstore_reads_real_bfloat16(tmp_path: Path, random_bits: NDArray[np.uint16], codec: str) -> None:
+def test_tensorstore_reads_real_bfloat16(
+    tmp_path: Path, random_bits: NDArray[np.uint16], codec: str
+) -> None:
     store = make_store(tmp_path / "s.zarr", random_bits, codec=codec)
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{store.name}/layer_3"}}
     opened = tensorstore.open(spec).result()
     assert opened.dtype.name == "bfloat16"
     stored = np.concatenate([store.residuals(3, unit) for unit in range(store.units)])
-    np.testing.assert_array_equal(np.asarray(opened.read().result()).astype(np.float32), to_float32(stored))
+    np.testing.assert_array_equal(
+        np.asarray(opened.read().result()).astype(np.float32), to_float32(stored)
+    )
 
 
-def test_zarrs_and_plain_zarr_agree_on_the_whole_store(tmp_path: Path, random_bits: NDArray[np.uint16]) -> None:
+def test_zarrs_and_plain_zarr_agree_on_the_whole_store(
+    tmp_path: Path, random_bits: NDArray[np.uint16]
+) -> None:
     store = make_store(tmp_path / "s.zarr", random_bits)
     plain = zarr.open_group(store.name, mode="r")
     names = sorted(name for name, _ in plain.members())
     assert names == sorted(
-        ["tokens", "document", "token_index", "layer_3", "norm_3", "kind_3", "moments_3", "summary_3"]
+        [
+            "tokens",
+            "document",
+            "token_index",
+            "layer_3",
+            "norm_3",
+            "kind_3",
+            "moments_3",
+            "summary_3",
+        ]
     )
     with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
         other = zarr.open_group(store.name, mode="r")
@@ -132,9 +156,13 @@ def test_encoding_does_not_depend_on_threads() -> None:
 
 def test_bfloat16_rounds_as_torch_does() -> None:
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn(10_000, generator=generator) * 10.0 ** torch.randint(-30, 30, (10_000,), generator=generator)
+    values = torch.randn(10_000, generator=generator) * 10.0 ** torch.randint(
+        -30, 30, (10_000,), generator=generator
+    )
     values[:4] = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0])
     bits = to_bits(values.numpy())
     expected = values.bfloat16()
-    torch.testing.assert_close(torch.from_numpy(bits).view(torch.bfloat16), expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        torch.from_numpy(bits).view(torch.bfloat16), expected, rtol=0, atol=0, equal_nan=True
+    )
     np.testing.assert_array_equal(to_float32(bits), expected.float().numpy())

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import durable, order, records
+from data import durable, order
 from data.errors import SettingError, StoreError, differences
 from data.journal import Metrics, read_metrics
-from data.moments import Moments, merge_all
 from data.settings import whole
+from data.store import records
+from data.store.moments import Moments, merge_all
 
 
 @given(st.integers(0, 500), st.integers(-5, 2**70), st.integers(0, 100))
@@ -73,7 +74,9 @@ def test_create_lets_the_first_writer_win(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_file_and_no_rubbish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     durable.write(tmp_path / "a", [b"old"])
 
     def full(_handle: int) -> None:
@@ -116,7 +119,9 @@ def test_a_record_is_json_and_says_what_was_committed() -> None:
 def test_a_damaged_record_is_refused(damage: bytes) -> None:
     with pytest.raises(StoreError, match=r"`action=repair` of its store drops it"):
         records.decode(damage, "r.json")
-    with pytest.raises(StoreError, match=r"`python -m harvest action=repair store=gs://b/s.zarr` drops it"):
+    with pytest.raises(
+        StoreError, match=r"`python -m harvest action=repair store=gs://b/s.zarr` drops it"
+    ):
         records.decode(damage, "gs://b/s.zarr/commits/spine/00000001.json")
 
 

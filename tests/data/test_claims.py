@@ -1,4 +1,6 @@
-"""Claims keep living processes apart and end with their process; where there are no locks, numbers share out."""
+"""Claims keep living processes apart and end with their process; where there are no locks, numbers
+share out.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data import claims
-from data.claims import FileClaims, NoLocksError, Shares, unit
 from data.errors import StoreError
-from data.place import LocalPlace
-from data.verify import repair
+from data.store import claims
+from data.store.claims import FileClaims, NoLocksError, Shares, unit
+from data.store.place import LocalPlace
+from data.store.repair import repair
 from tests.conftest import make_store
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from data.claims import FileClaims, unit
+from data.store.claims import FileClaims, unit
 held = FileClaims(Path(sys.argv[1]) / "commits" / "claims", Path(sys.argv[1]))
 print(held.take(unit(3)), flush=True)
 time.sleep(60)
@@ -31,13 +33,17 @@ time.sleep(60)
 
 def holder(folder: Path) -> subprocess.Popen[str]:
     """Another process that has claimed unit 3."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "True\n"
     return process
 
 
-def test_a_claim_is_refused_while_its_process_lives_and_free_when_it_is_killed(tmp_path: Path) -> None:
+def test_a_claim_is_refused_while_its_process_lives_and_free_when_it_is_killed(
+    tmp_path: Path,
+) -> None:
     with holder(tmp_path) as other:
         ours = FileClaims(tmp_path / "commits" / "claims", tmp_path)
         assert not ours.take(unit(3))
@@ -67,7 +73,9 @@ def test_what_a_killed_process_left_half_written_goes_when_nobody_is_there(tmp_p
         assert not left.exists()
 
 
-def test_repair_is_refused_beside_a_harvest(tmp_path: Path, random_bits: NDArray[np.uint16]) -> None:
+def test_repair_is_refused_beside_a_harvest(
+    tmp_path: Path, random_bits: NDArray[np.uint16]
+) -> None:
     make_store(tmp_path / "s.zarr", random_bits)
     with holder(tmp_path / "s.zarr") as other:
         with pytest.raises(StoreError, match="stop the harvest before repairing"):
@@ -76,7 +84,9 @@ def test_repair_is_refused_beside_a_harvest(tmp_path: Path, random_bits: NDArray
     assert repair(LocalPlace(tmp_path / "s.zarr")) == []
 
 
-def test_a_file_system_without_locks_shares_out_by_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_shares_out_by_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object) -> None:
         raise OSError(37, "No locks available")
 
@@ -93,7 +103,10 @@ def test_a_file_system_without_locks_shares_out_by_number(tmp_path: Path, monkey
 
 def test_shares_leave_nothing_out_and_give_nothing_twice() -> None:
     for world in (1, 2, 3, 7):
-        takers = [[rank for rank in range(world) if Shares(rank, world).take(unit(number))] for number in range(50)]
+        takers = [
+            [rank for rank in range(world) if Shares(rank, world).take(unit(number))]
+            for number in range(50)
+        ]
         assert all(len(ranks) == 1 for ranks in takers)
 
 

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec, ShardingCodec
 
-from data import quantised
-from data.bfloat16 import to_bits, to_float32
-from data.codec import Codec
 from data.errors import SettingError, StoreError
-from data.moments import Moments
-from data.quantised import StandardizedInt8, squared_errors, standardisation
+from data.store import int8 as quantised
+from data.store.codec import Codec
+from data.store.int8 import StandardizedInt8, squared_errors, standardisation
+from data.store.moments import Moments
+from data.store.zarr_bfloat16 import to_bits, to_float32
 
 D = 256
 
@@ -34,11 +34,14 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def synthetic(n: int, seed: int = 0) -> NDArray[np.uint16]:
-    """Bits of rows of very uneven lengths, hence heavy tails; some channels are massive: |mean| of 400 deviations."""
+    """Bits of rows of very uneven lengths, hence heavy tails; some channels are massive: |mean| of
+    400 deviations.
+    """
     rng = np.random.default_rng(seed)
     deviation = np.exp(np.linspace(-1, 1, D))
     rows = rng.normal(size=(n, D)) * rng.lognormal(0, 0.5, (n, 1)) * deviation
-    # bfloat16 keeps 8 bits: about 3,200 its steps are 16, and smaller deviations than 8 would be none.
+    # bfloat16 keeps 8 bits: about 3,200 its steps are 16, and smaller deviations than 8 would be
+    # none.
     rows[:, ::64] = 3200 + 8 * rng.normal(size=(n, D // 64))
     return to_bits(rows.astype(np.float32))
 
@@ -53,11 +56,13 @@ def read_back(codec: Codec, bits: NDArray[Any]) -> NDArray[Any]:
     return out
 
 
-# -- bit-exact ---------------------------------------------------------------------------------------------------
+# -- bit-exact -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["blosc", "none"])
-@pytest.mark.parametrize(("dtype", "shape"), [("<u2", (64, 24)), ("<f4", (10,)), ("<f8", (2, 3, 2, 5)), ("|u1", (7,))])
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [("<u2", (64, 24)), ("<f4", (10,)), ("<f8", (2, 3, 2, 5)), ("|u1", (7,))]
+)
 def test_lossless_codecs_give_back_every_bit(name: Any, dtype: str, shape: tuple[int, ...]) -> None:
     bits = np.random.default_rng(0).integers(0, 256, (*shape, np.dtype(dtype).itemsize), np.uint8)
     chunk = bits.view(dtype)[..., 0]
@@ -76,7 +81,7 @@ def test_none_copies_nothing_and_its_parts_are_the_whole() -> None:
     assert bytes(body) + crc == Codec("none", 2).encode(chunk)
 
 
-# -- int8 --------------------------------------------------------------------------------------------------------
+# -- int8 ------------------------------------------------------------------------------------------
 
 
 def test_int8_loses_little_even_beside_massive_channels() -> None:
@@ -100,7 +105,10 @@ def test_int8_is_within_half_a_step_and_one_rounding() -> None:
     bits = synthetic(300)
     codec = codec_for(bits)
     assert codec.int8
-    rows, back = to_float32(bits).astype(np.float64), to_float32(read_back(codec, bits)).astype(np.float64)
+    rows, back = (
+        to_float32(bits).astype(np.float64),
+        to_float32(read_back(codec, bits)).astype(np.float64),
+    )
     mean, deviation = rows.mean(0), rows.std(0)
     step = deviation * (np.abs((rows - mean) / deviation).max(1, keepdims=True) / 127)
     assert (np.abs(back - rows) <= 0.501 * step + 2.0**-8 * np.abs(back)).all()
@@ -113,7 +121,8 @@ def test_int8_computes_what_its_page_says() -> None:
     assert codec.int8
     texts = codec.int8.to_dict()["configuration"]
     mean, deviation = (
-        torch.tensor(struct.unpack(f"<{D}f", base64.b64decode(texts[name]))) for name in ("mean", "deviation")
+        torch.tensor(struct.unpack(f"<{D}f", base64.b64decode(texts[name])))
+        for name in ("mean", "deviation")
     )
     data = codec.int8.encode_rows(bits)
     scales = torch.from_numpy(data[: 4 * 130].view("<f4").copy())
@@ -130,7 +139,9 @@ def test_constant_channels_and_rows_at_the_mean_are_exact() -> None:
     np.testing.assert_array_equal(read_back(codec, bits)[:, 7], bits[:, 7])
     mean, deviation = np.full(D, 1.5, np.float32), np.ones(D, np.float32)
     at_mean = to_bits(np.full((5, D), 1.5, np.float32))
-    np.testing.assert_array_equal(read_back(Codec("int8", 2, StandardizedInt8.of(mean, deviation)), at_mean), at_mean)
+    np.testing.assert_array_equal(
+        read_back(Codec("int8", 2, StandardizedInt8.of(mean, deviation)), at_mean), at_mean
+    )
 
 
 def test_rows_that_are_not_finite_stay_so_and_harm_no_other() -> None:
@@ -159,8 +170,12 @@ def test_rows_that_are_not_finite_stay_so_and_harm_no_other() -> None:
 
 
 def test_tiny_and_huge_rows_do_not_overflow() -> None:
-    codec = Codec("int8", 2, StandardizedInt8.of(np.zeros(4, np.float32), np.full(4, 1e-3, np.float32)))
-    rows = np.array([[1e-40, 0, 0, 0], [1e-36, -1e-36, 0, 0], [1e30, 1, 0, 0], [3e38, 0, 0, 0]], np.float32)
+    codec = Codec(
+        "int8", 2, StandardizedInt8.of(np.zeros(4, np.float32), np.full(4, 1e-3, np.float32))
+    )
+    rows = np.array(
+        [[1e-40, 0, 0, 0], [1e-36, -1e-36, 0, 0], [1e30, 1, 0, 0], [3e38, 0, 0, 0]], np.float32
+    )
     back = to_float32(read_back(codec, to_bits(rows)))
     np.testing.assert_allclose(back[0], 0, atol=1e-39)
     np.testing.assert_allclose(back[1:3], rows[1:3], rtol=0.01, atol=1e28)
@@ -172,7 +187,9 @@ def test_tiny_and_huge_rows_do_not_overflow() -> None:
 @settings(derandomize=True, deadline=None, max_examples=60)
 def test_int8_round_trip_of_any_shape(n: int, d: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    bits = to_bits((rng.normal(size=(n, d)) * 10.0 ** rng.integers(-3, 4, d) + 5).astype(np.float32))
+    bits = to_bits(
+        (rng.normal(size=(n, d)) * 10.0 ** rng.integers(-3, 4, d) + 5).astype(np.float32)
+    )
     rows = to_float32(bits)
     codec = Codec("int8", 2, StandardizedInt8.of(rows.mean(0), rows.std(0)))
     first = codec.stored(bits)
@@ -181,10 +198,12 @@ def test_int8_round_trip_of_any_shape(n: int, d: int, seed: int) -> None:
     np.testing.assert_array_equal(alone, first)  # a row's bits do not depend on its neighbours
 
 
-# -- through zarr-python -----------------------------------------------------------------------------------------
+# -- through zarr-python ---------------------------------------------------------------------------
 
 
-def our_array(root: Path, codec: Codec, bits: NDArray[np.uint16], chunk: int, shard: int | None) -> Path:
+def our_array(
+    root: Path, codec: Codec, bits: NDArray[np.uint16], chunk: int, shard: int | None
+) -> Path:
     """An array whose metadata are ours and whose chunks zarr-python writes."""
     codecs = codec.metadata()
     if shard:
@@ -233,21 +252,31 @@ def test_zarr_shards_and_ragged_ends(tmp_path: Path, rows: int) -> None:
 
 
 def test_zarr_creates_an_array_with_the_codec(tmp_path: Path) -> None:
-    from data.bfloat16 import BFloat16
+    from data.store.zarr_bfloat16 import BFloat16
 
     bits = synthetic(64)
     codec = codec_for(bits)
     assert codec.int8
-    chain = [codec.int8, BloscCodec(typesize=1, cname="zstd", clevel=1, shuffle="noshuffle"), Crc32cCodec()]
+    chain = [
+        codec.int8,
+        BloscCodec(typesize=1, cname="zstd", clevel=1, shuffle="noshuffle"),
+        Crc32cCodec(),
+    ]
     created = zarr.create_array(
-        tmp_path / "a", shape=bits.shape, dtype=BFloat16(), chunks=(32, D), serializer=chain[0], compressors=chain[1:]
+        tmp_path / "a",
+        shape=bits.shape,
+        dtype=BFloat16(),
+        chunks=(32, D),
+        serializer=chain[0],
+        compressors=chain[1:],
     )
     created[:] = bits
     reopened = zarr.open_array(tmp_path / "a", mode="r")
     assert reopened.metadata == created.metadata  # our codec compares by its statistics
     np.testing.assert_array_equal(reopened[:], codec.stored(bits))
     assert (
-        ShardingCodec(chunk_shape=(16, D), codecs=chain).to_dict()["configuration"]["codecs"][0] == chain[0].to_dict()
+        ShardingCodec(chunk_shape=(16, D), codecs=chain).to_dict()["configuration"]["codecs"][0]
+        == chain[0].to_dict()
     )
 
 
@@ -278,7 +307,7 @@ def test_another_size_is_never_read() -> None:
         codec.int8.decode_rows(codec.int8.encode_rows(bits), np.empty((64, D // 2), np.uint16))
 
 
-# -- refusals ----------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 ONE = StandardizedInt8.of(np.zeros(3, np.float32), np.ones(3, np.float32))
 

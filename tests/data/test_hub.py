@@ -1,6 +1,8 @@
-"""A hub of our own, on this machine: it is slow, busy, cuts answers short, and the text stays the same.
+"""A hub of our own, on this machine: it is slow, busy, cuts answers short, and the text stays the
+same.
 
-The checks run in processes of their own, since the hub's client reads its address when it is imported.
+The checks run in processes of their own, since the hub's client reads its address when it is
+imported.
 """
 
 from __future__ import annotations
@@ -20,21 +22,24 @@ from typing import Any
 import pytest
 from huggingface_hub import close_session
 
-from data import hub
-from data.documents import State
 from data.durable import digest
 from data.errors import PipelineError, SettingError, StoreError
-from data.hub import HubText
+from data.text import hub
+from data.text.documents import State
+from data.text.hub import HubText
 
 ROWS = 40
-TEXTS = [f"row {i} " + chr(0x4E00 + i) * (2000 + i) for i in range(ROWS)]  # 250 kB: a footer is read with 64 kB
+TEXTS = [
+    f"row {i} " + chr(0x4E00 + i) * (2000 + i) for i in range(ROWS)
+]  # 250 kB: a footer is read with 64 kB
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """The part of the Hugging Face hub that a data set's readers ask for; files come by a redirect, as large ones do.
+    """The part of the Hugging Face hub that a data set's readers ask for; files come by a redirect,
+    as large ones do.
 
-    Each request to /api (or /cdn, where the bytes are) first takes the next of `faults` that begins so: an HTTP status
-    with headers, "cut" (half a body), or "drop" (no answer).
+    Each request to /api (or /cdn, where the bytes are) first takes the next of `faults` that begins
+    so: an HTTP status with headers, "cut" (half a body), or "drop" (no answer).
     """
 
     daemon_threads = True
@@ -42,9 +47,13 @@ class Hub(http.server.ThreadingHTTPServer):
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", int(os.environ["HF_ENDPOINT"].rpartition(":")[2])), _Answers)
         self.files = files
-        self.commit = digest(repr(files).encode())[:32] + "0" * 8  # clients keep what they saw of a commit
+        self.commit = (
+            digest(repr(files).encode())[:32] + "0" * 8
+        )  # clients keep what they saw of a commit
         self.faults: list[tuple[str, Any]] = []
-        self.ranges: list[tuple[str, int, int]] = []  # (file, start, stop) of each request for bytes
+        self.ranges: list[
+            tuple[str, int, int]
+        ] = []  # (file, start, stop) of each request for bytes
         self.whole = False  # whether ranges are ignored
 
     def handle_error(self, *_: Any) -> None:
@@ -54,7 +63,9 @@ class Hub(http.server.ThreadingHTTPServer):
 class _Answers(http.server.BaseHTTPRequestHandler):
     server: Hub
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # or each answer waits 40 ms for the client's acknowledgement of its headers
+    disable_nagle_algorithm = (
+        True  # or each answer waits 40 ms for the client's acknowledgement of its headers
+    )
 
     def log_message(self, *_: Any) -> None:
         """Say nothing."""
@@ -79,14 +90,35 @@ class _Answers(http.server.BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = self.path.split("?")[0]
         files, commit = self.server.files, self.server.commit
-        if path in ("/api/datasets/me/data/revision/main", f"/api/datasets/me/data/revision/{commit}"):
-            self._json({"id": "me/data", "sha": commit, "siblings": [], "tags": [], "downloads": 0, "private": False})
+        if path in (
+            "/api/datasets/me/data/revision/main",
+            f"/api/datasets/me/data/revision/{commit}",
+        ):
+            self._json(
+                {
+                    "id": "me/data",
+                    "sha": commit,
+                    "siblings": [],
+                    "tags": [],
+                    "downloads": 0,
+                    "private": False,
+                }
+            )
         elif path == f"/api/datasets/me/data/tree/{commit}/data":
-            self._json([{"type": "file", "path": f, "size": len(b), "oid": "b" * 40} for f, b in files.items()])
+            self._json(
+                [
+                    {"type": "file", "path": f, "size": len(b), "oid": "b" * 40}
+                    for f, b in files.items()
+                ]
+            )
         elif path == f"/api/datasets/me/data/tree/{commit}":
             self._json([{"type": "directory", "path": "data", "oid": "c" * 40}])
         elif path.removeprefix(f"/datasets/me/data/resolve/{commit}/") in files:
-            self._say(302, b"", {"Location": "/cdn/" + path.removeprefix(f"/datasets/me/data/resolve/{commit}/")})
+            self._say(
+                302,
+                b"",
+                {"Location": "/cdn/" + path.removeprefix(f"/datasets/me/data/resolve/{commit}/")},
+            )
         elif path.startswith("/cdn/"):
             self._bytes()
         else:
@@ -111,7 +143,9 @@ class _Answers(http.server.BaseHTTPRequestHandler):
     def _json(self, value: Any) -> None:
         self._say(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def _say(self, status: int, body: bytes, headers: dict[str, str] | None = None, half: bool = False) -> None:
+    def _say(
+        self, status: int, body: bytes, headers: dict[str, str] | None = None, half: bool = False
+    ) -> None:
         self.send_response(status)
         for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
@@ -131,7 +165,9 @@ def in_parquet(texts: list[str], rows_in_group: int) -> bytes:
 
     file = BytesIO()
     table = pyarrow.table({"n": range(len(texts)), "text": texts})
-    parquet.write_table(table, file, row_group_size=rows_in_group, compression="none", use_dictionary=False)
+    parquet.write_table(
+        table, file, row_group_size=rows_in_group, compression="none", use_dictionary=False
+    )
     return file.getvalue()
 
 
@@ -167,7 +203,11 @@ def run_alone(check: Callable[[], None], tmp_path: Path) -> None:
     """Run `check` in a process of its own, whose hub is at a free port of this machine."""
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as free:
         port = free.server_port
-    hub_is = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    hub_is = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "0",
+    }
     environment = {**os.environ, **hub_is, "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     code = f"from tests.data import test_hub; test_hub.{check.__name__}()"
     done = subprocess.run(
@@ -181,7 +221,7 @@ def run_alone(check: Callable[[], None], tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-# -- checks, each in a process of its own --------------------------------------------------------------------------
+# -- checks, each in a process of its own ----------------------------------------------------------
 
 
 def check_restarts() -> None:
@@ -197,15 +237,26 @@ def check_restarts() -> None:
                 server.ranges.clear()
                 assert list(source.documents(json.loads(stored))) == whole[number:]
                 if 12 < number < 25:
-                    # Two probes for the size and the footer apart, the first file's first quarter is not asked for.
+                    # Two probes for the size and the footer apart, the first file's first quarter
+                    # is not asked for.
                     size = len(next(iter(files.values())))
-                    starts = [start for name, start, stop in server.ranges if "-0." in name and stop - start > 4]
+                    starts = [
+                        start
+                        for name, start, stop in server.ranges
+                        if "-0." in name and stop - start > 4
+                    ]
                     assert starts and min(starts) > size // 4
             assert not slept
 
 
 def check_every_request_may_fail() -> None:
-    faults: list[Any] = [(429, {"Retry-After": "33"}), (503, {}), "cut", "drop", (500, {"RateLimit": '"a";r=0;t=9'})]
+    faults: list[Any] = [
+        (429, {"Retry-After": "33"}),
+        (503, {}),
+        "cut",
+        "drop",
+        (500, {"RateLimit": '"a";r=0;t=9'}),
+    ]
     for files in two_files().values():
         with served(files) as (server, slept):
             source = HubText("me/data")
@@ -220,7 +271,9 @@ def check_every_request_may_fail() -> None:
                     assert texts(source) == TEXTS, (at, fault)
                 assert not server.faults
                 headers = fault[1] if isinstance(fault, tuple) else {}
-                assert slept == [next(({"Retry-After": 33.0, "RateLimit": 9.0}[name] for name in headers), 2.0)]
+                assert slept == [
+                    next(({"Retry-After": 33.0, "RateLimit": 9.0}[name] for name in headers), 2.0)
+                ]
                 assert said.getvalue().count("trying again in") == 1
 
 
@@ -250,13 +303,18 @@ def check_giving_up_and_going_on() -> None:
         source = HubText("me/data")
         stream = source.documents(None)
         taken = [next(stream) for _ in range(10)]
-        server.faults = [("/cdn/", (503, {"Retry-After": "9999"} if i == 3 else {})) for i in range(9)]
+        server.faults = [
+            ("/cdn/", (503, {"Retry-After": "9999"} if i == 3 else {})) for i in range(9)
+        ]
         caught = ""
         try:
             taken += stream
         except StoreError as error:
             caught = str(error)
-        assert "(HTTP 503, 9 times); everything committed stays: the same command again goes on" in caught
+        assert (
+            "(HTTP 503, 9 times); everything committed stays: the same command again goes on"
+            in caught
+        )
         assert slept == [2, 4, 8, 600, 32, 64, 120, 120]
         again = HubText("me/data")
         assert [d.content for d in taken] + texts(again, taken[-1].after) == TEXTS
@@ -273,8 +331,14 @@ def check_an_absent_hub_is_given_up_soon() -> None:
             )
         assert slept == [2, 4]
         assert "(2 of 2)" in said.getvalue()
-        server.faults, answers = [("/api/datasets", (503, {}))] * 9, len(slept)  # it is there, and busy
-        require_refusal(lambda: texts(HubText("me/data")), "(HTTP 503, 9 times); check the network; or give text.path")
+        server.faults, answers = (
+            [("/api/datasets", (503, {}))] * 9,
+            len(slept),
+        )  # it is there, and busy
+        require_refusal(
+            lambda: texts(HubText("me/data")),
+            "(HTTP 503, 9 times); check the network; or give text.path",
+        )
         assert len(slept) == answers + 8
         server.faults = []
         assert texts(HubText("me/data")) == TEXTS
@@ -286,7 +350,11 @@ def check_an_absent_hub_is_given_up_soon() -> None:
 def check_refusals() -> None:
     with served(two_files()["jsonl"]) as (server, slept):
         for status, code, message in (
-            (401, "GatedRepo", "is not open to you (HTTP 401): check its name, or accept its terms and set HF_TOKEN"),
+            (
+                401,
+                "GatedRepo",
+                "is not open to you (HTTP 401): check its name, or accept its terms and set HF_TOKEN",
+            ),
             (403, "GatedRepo", "is not open to you (HTTP 403)"),
             (404, "RepoNotFound", "me/data cannot be opened (HTTP 404"),
         ):
@@ -296,8 +364,12 @@ def check_refusals() -> None:
             assert source.identity()
             server.faults = [("/cdn/", (status, {}))]
             require_refusal(lambda source=source: texts(source), f"HTTP {status}")
-        require_refusal(lambda: texts(HubText("nobody/nothing")), "text=tiny, which needs no network")
-        require_refusal(lambda: texts(HubText("me/data", split="test")), "no split=test; it has train")
+        require_refusal(
+            lambda: texts(HubText("nobody/nothing")), "text=tiny, which needs no network"
+        )
+        require_refusal(
+            lambda: texts(HubText("me/data", split="test")), "no split=test; it has train"
+        )
         require_refusal(lambda: texts(HubText("me/data", config="none")), "none")
         server.whole = True
         require_refusal(lambda: texts(HubText("me/data")), "is not served in parts")
@@ -330,11 +402,13 @@ def test_against_a_hub(check: Callable[[], None], tmp_path: Path) -> None:
     run_alone(check, tmp_path)
 
 
-# -- without a network ---------------------------------------------------------------------------------------------
+# -- without a network -----------------------------------------------------------------------------
 
 
 def test_without_network_the_way_out_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "sleep", lambda _: pytest.fail("waited for a network that is switched off"))
+    monkeypatch.setattr(
+        hub, "sleep", lambda _: pytest.fail("waited for a network that is switched off")
+    )
     for act in (HubText("nobody/nothing").identity, lambda: texts(HubText("nobody/nothing"))):
         with pytest.raises(StoreError, match="text=tiny, which needs no network"):
             act()

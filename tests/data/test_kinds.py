@@ -1,4 +1,6 @@
-"""Row statistics against a two-pass reference in extended precision that shares nothing with them."""
+"""Row statistics against a two-pass reference in extended precision that shares nothing with
+them.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import kinds as module
-from data.kinds import BOS, NON_FINITE, ORDINARY, OUTLIER, RowStatistics, describe, kinds_of
+from data.store import kinds as module
+from data.store.kinds import BOS, NON_FINITE, ORDINARY, OUTLIER, RowStatistics, describe, kinds_of
 
 DEVICES = ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
 
@@ -46,13 +48,17 @@ def reference(rows: torch.Tensor, bos: torch.Tensor, chunk: int) -> RowStatistic
         kinds=np.array(kinds, np.int8),
         moments=moments,
         counts=np.array([kinds.count(kind) for kind in (BOS, OUTLIER, ORDINARY)]),
-        norm_sums=np.array([norms[np.array(kinds) == kind].astype(np.longdouble).sum() for kind in range(3)], float),
+        norm_sums=np.array(
+            [norms[np.array(kinds) == kind].astype(np.longdouble).sum() for kind in range(3)], float
+        ),
         per_chunk=np.array([[part.count(kind) for kind in range(4)] for part in parts]),
     )
 
 
 def check(rows: torch.Tensor, bos: torch.Tensor, chunk: int, device: str) -> RowStatistics:
-    """Compare with the reference; what is counted or read is equal, what is summed equal to float64 rounding."""
+    """Compare with the reference; what is counted or read is equal, what is summed equal to float64
+    rounding.
+    """
     found, wanted = describe(rows.to(device), bos.to(device), chunk), reference(rows, bos, chunk)
     np.testing.assert_array_equal(found.kinds, wanted.kinds)
     np.testing.assert_array_equal(found.counts, wanted.counts)
@@ -60,12 +66,17 @@ def check(rows: torch.Tensor, bos: torch.Tensor, chunk: int, device: str) -> Row
     np.testing.assert_allclose(found.norms, wanted.norms, rtol=2e-7)
     np.testing.assert_allclose(found.norm_sums, wanted.norm_sums, rtol=2e-7)
     scale = np.sqrt(wanted.moments[:, 1] / np.maximum(wanted.counts, 1)[:, None])
-    assert (np.abs(found.moments[:, 0] - wanted.moments[:, 0]) <= 1e-12 * (scale + np.abs(wanted.moments[:, 0]))).all()
+    assert (
+        np.abs(found.moments[:, 0] - wanted.moments[:, 0])
+        <= 1e-12 * (scale + np.abs(wanted.moments[:, 0]))
+    ).all()
     np.testing.assert_allclose(found.moments[:, 1], wanted.moments[:, 1], rtol=1e-12)
     types = {"norms": np.float32, "kinds": np.int8, "moments": np.float64, "counts": np.int64}
     types |= {"norm_sums": np.float64, "per_chunk": np.int64}
     assert {name: value.dtype.type for name, value in found._asdict().items()} == types
-    np.testing.assert_array_equal(found.kinds, kinds_of(found.norms, bos.numpy()))  # as every reader decides
+    np.testing.assert_array_equal(
+        found.kinds, kinds_of(found.norms, bos.numpy())
+    )  # as every reader decides
     return found
 
 
@@ -95,9 +106,13 @@ def test_planted_kinds_are_found_and_described(device: str) -> None:
 
 @pytest.mark.parametrize("ratio", [400, 1e5])
 def test_moments_are_exact_where_the_mean_dwarfs_the_deviation(device: str, ratio: float) -> None:
-    """Steps of one bfloat16 ulp about a large mean; float32 sums, or E[x²] − E[x]² in float64, fail this."""
+    """Steps of one bfloat16 ulp about a large mean; float32 sums, or E[x²] − E[x]² in float64, fail
+    this.
+    """
     rows = normal(500, 24)
-    sparse = torch.rand(500, 24, generator=torch.Generator().manual_seed(5)) < min(1.0, (128 / ratio) ** 2 * 8)
+    sparse = torch.rand(500, 24, generator=torch.Generator().manual_seed(5)) < min(
+        1.0, (128 / ratio) ** 2 * 8
+    )
     rows[:, ::2] = torch.where(sparse[:, ::2], 129.0, 128.0).bfloat16() * 2.0**20
     rows[:, 4] = 3.0  # constant: no deviation at all, and no rounding that looks like one
     found = check(rows, torch.zeros(500, dtype=torch.bool), 64, device)
@@ -150,10 +165,14 @@ def test_the_same_rows_give_the_same_bits(device: str) -> None:
         assert one.tobytes() == other.tobytes()
 
 
-@given(n=st.integers(1, 60), d=st.integers(1, 40), chunk=st.integers(1, 70), seed=st.integers(0, 99))
+@given(
+    n=st.integers(1, 60), d=st.integers(1, 40), chunk=st.integers(1, 70), seed=st.integers(0, 99)
+)
 @settings(derandomize=True, deadline=None, max_examples=60)
 def test_any_shape(n: int, d: int, chunk: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    rows = torch.from_numpy(rng.normal(size=(n, d)) * 10.0 ** rng.integers(-2, 3, (n, 1))).bfloat16()
+    rows = torch.from_numpy(
+        rng.normal(size=(n, d)) * 10.0 ** rng.integers(-2, 3, (n, 1))
+    ).bfloat16()
     rows[torch.from_numpy(rng.random(n) < 0.1)] = float("nan")
     check(rows, torch.from_numpy(rng.random(n) < 0.2), chunk, DEVICES[-1])

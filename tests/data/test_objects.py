@@ -16,13 +16,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from data import objects
 from data.errors import SettingError, StoreError
-from data.objects import ObjectPlace
-from data.place import LocalPlace, place_of
-from data.reader import Policy, Reader
-from data.store import Store
-from data.verify import damage, repair
+from data.rows.reader import Reader
+from data.rows.split import Policy
+from data.store import bucket as objects
+from data.store.bucket import ObjectPlace
+from data.store.place import LocalPlace, place_of
+from data.store.repair import damage, repair
+from data.store.store import Store
 from tests.conftest import commit
 from tests.conftest import make_store as make_store_of_16
 
@@ -51,15 +52,23 @@ class _Passing(BaseHTTPRequestHandler):
 
     def _pass(self) -> None:
         body = self._body()
-        if self.command == "PUT" and self.server.refuse_puts_of and self.server.refuse_puts_of in self.path:
+        if (
+            self.command == "PUT"
+            and self.server.refuse_puts_of
+            and self.server.refuse_puts_of in self.path
+        ):
             self.server.cut += 1
-            self.close_connection = True  # the client sees its connection die with the put half done
+            self.close_connection = (
+                True  # the client sees its connection die with the put half done
+            )
             return
         url = f"http://127.0.0.1:{self.server.upstream}{self.path}"
         dropped = ("host", "connection", "transfer-encoding", "content-length")
         kept = {"Content-type": "application/octet-stream"}  # else urllib says it is a form
         kept |= {key: value for key, value in self.headers.items() if key.lower() not in dropped}
-        request = Request(url, body if self.command in ("PUT", "POST") else None, kept, method=self.command)
+        request = Request(
+            url, body if self.command in ("PUT", "POST") else None, kept, method=self.command
+        )
         try:
             answer = urlopen(request)
         except HTTPError as error:
@@ -67,7 +76,13 @@ class _Passing(BaseHTTPRequestHandler):
         data = answer.read()
         self.send_response(answer.status)
         for key, value in answer.headers.items():
-            if key.lower() not in ("transfer-encoding", "connection", "content-length", "server", "date"):
+            if key.lower() not in (
+                "transfer-encoding",
+                "connection",
+                "content-length",
+                "server",
+                "date",
+            ):
                 self.send_header(key, value)
         if self.command == "HEAD":
             self.send_header("Content-Length", answer.headers.get("Content-Length", "0"))
@@ -114,16 +129,23 @@ def bucket(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> str:
         "AWS_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(objects, "RETRIES", {"max_retries": 1, "retry_timeout": timedelta(seconds=2)})
+    monkeypatch.setattr(
+        objects, "RETRIES", {"max_retries": 1, "retry_timeout": timedelta(seconds=2)}
+    )
     gate.refuse_puts_of = ""
     url = f"http://127.0.0.1:{gate.upstream}"
     urlopen(Request(f"{url}/bucket", method="PUT"))
     return f"s3://bucket/{np.random.default_rng().integers(2**60)}"
 
 
-def test_a_bucket_holds_the_bytes_of_a_folder(tmp_path: Path, bucket: str, random_bits: NDArray[np.uint16]) -> None:
+def test_a_bucket_holds_the_bytes_of_a_folder(
+    tmp_path: Path, bucket: str, random_bits: NDArray[np.uint16]
+) -> None:
     local, remote = make_store(tmp_path / "s.zarr", random_bits), make_store(bucket, random_bits)
-    ours = {file.relative_to(tmp_path / "s.zarr").as_posix(): file for file in (tmp_path / "s.zarr").rglob("*")}
+    ours = {
+        file.relative_to(tmp_path / "s.zarr").as_posix(): file
+        for file in (tmp_path / "s.zarr").rglob("*")
+    }
     files = {key: file for key, file in ours.items() if file.is_file()}
     assert len(files) > 50
     for key, file in files.items():
@@ -132,7 +154,9 @@ def test_a_bucket_holds_the_bytes_of_a_folder(tmp_path: Path, bucket: str, rando
     assert not list(damage(remote.place))
 
 
-def test_zarr_reads_it_through_its_own_object_store(bucket: str, random_bits: NDArray[np.uint16]) -> None:
+def test_zarr_reads_it_through_its_own_object_store(
+    bucket: str, random_bits: NDArray[np.uint16]
+) -> None:
     import zarr
     from zarr.storage import ObjectStore
 
@@ -161,7 +185,9 @@ def test_a_put_that_fails_half_way_commits_nothing_and_the_next_try_does(
         place.delete(name)
     store = Store.open(bucket)
     before, gate.refuse_puts_of = gate.cut, key
-    with pytest.raises(StoreError, match=r"cannot write s3://bucket/.*; what was committed before is intact"):
+    with pytest.raises(
+        StoreError, match=r"cannot write s3://bucket/.*; what was committed before is intact"
+    ):
         commit(store, 2, {3: random_bits[128:192]})
     assert gate.cut > before
     assert list(Store.open(bucket).missing([3])) == [2]
@@ -188,7 +214,9 @@ def test_exactly_one_of_many_writers_creates_a_record(bucket: str) -> None:
     assert place.read("commits/spine/00000000.json") == b"%d" % won[0]
 
 
-def test_a_missing_and_a_damaged_object_are_found_and_repaired(bucket: str, random_bits: NDArray[np.uint16]) -> None:
+def test_a_missing_and_a_damaged_object_are_found_and_repaired(
+    bucket: str, random_bits: NDArray[np.uint16]
+) -> None:
     store = make_store(bucket, random_bits)
     store.place.delete("norm_3/c.1")
     with pytest.raises(StoreError, match=r"norm_3/c\.1 is missing"):
@@ -196,11 +224,16 @@ def test_a_missing_and_a_damaged_object_are_found_and_repaired(bucket: str, rand
     data = bytearray(store.place.read("layer_3/c.4.0"))
     data[10] ^= 1
     store.place.write("layer_3/c.4.0", [bytes(data)])
-    assert repair(store.place) == ["commits/residuals/00000001.3.json", "commits/residuals/00000004.3.json"]
+    assert repair(store.place) == [
+        "commits/residuals/00000001.3.json",
+        "commits/residuals/00000004.3.json",
+    ]
     assert list(Store.open(bucket).missing([3])) == [1, 4]
 
 
 def test_urls_of_unknown_kinds_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match=r"store=ftp://x is of an unknown kind; give a folder, or a URL of s3://"):
+    with pytest.raises(
+        SettingError, match=r"store=ftp://x is of an unknown kind; give a folder, or a URL of s3://"
+    ):
         place_of("ftp://x")
     assert isinstance(place_of(str(tmp_path)), LocalPlace)

@@ -9,8 +9,8 @@ import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data.documents import Content, Document, State
-from data.packing import Cursor, Row, pack, tokenized
+from data.text.documents import Content, Document, State
+from data.text.packing import Cursor, Row, pack, tokenized
 
 BOS = 2
 START = Cursor(0, 0, None)
@@ -22,7 +22,9 @@ def stated(documents: list[list[int]], first: int = 0) -> Iterator[tuple[list[in
     yield from ((ids, f"behind {number}") for number, ids in enumerate(documents[first:], first))
 
 
-def naive(documents: list[list[int]], context: int) -> list[tuple[list[int], list[int], tuple[int, int]]]:
+def naive(
+    documents: list[list[int]], context: int
+) -> list[tuple[list[int], list[int], tuple[int, int]]]:
     """(tokens, document, (next document, offset)) of every row, a token at a time."""
     rows, tokens, owner = [], [], []
     for number, ids in enumerate(documents):
@@ -36,13 +38,17 @@ def naive(documents: list[list[int]], context: int) -> list[tuple[list[int], lis
             tokens.append(token)
             owner.append(number)
             if len(tokens) == context:
-                rows.append((tokens, owner, (number, at + 1) if at + 1 < len(ids) else (number + 1, 0)))
+                rows.append(
+                    (tokens, owner, (number, at + 1) if at + 1 < len(ids) else (number + 1, 0))
+                )
                 tokens, owner = [], []
     return rows
 
 
 def same(one: Row, other: Row) -> bool:
-    arrays = np.array_equal(one.tokens, other.tokens) and np.array_equal(one.document, other.document)
+    arrays = np.array_equal(one.tokens, other.tokens) and np.array_equal(
+        one.document, other.document
+    )
     return arrays and one.end == other.end
 
 
@@ -84,5 +90,7 @@ def test_tokenizing_keeps_documents_and_their_states_together() -> None:
         return [[int(str(content))] for content in contents]
 
     documents = (Document(str(number), [number]) for number in range(200))
-    assert list(tokenized(documents, encode, batch=7)) == [([number], [number]) for number in range(200)]
+    assert list(tokenized(documents, encode, batch=7)) == [
+        ([number], [number]) for number in range(200)
+    ]
     assert sizes == [7] * 28 + [4]

@@ -15,11 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from data import array, order, windows
-from data.bfloat16 import to_bits
+from data import order
 from data.errors import SettingError, StoreError
-from data.reader import Policy, Reader, held_out, held_out_units
-from data.store import Store
+from data.rows import windows
+from data.rows.reader import Reader
+from data.rows.split import Policy, held_out, held_out_units
+from data.store import shard as array
+from data.store.store import Store
+from data.store.zarr_bfloat16 import to_bits
 from tests.conftest import BOS, make_store
 
 EVERYTHING = Policy(drop_bos=False, drop_outliers=False)
@@ -27,9 +30,13 @@ N, CONTEXT, UNIT = 1008, 16, 64
 
 
 def numbered(n: int = N) -> NDArray[np.uint16]:
-    """(n, 4) rows from which the spine position can be read back: three base-100 digits and a constant."""
+    """(n, 4) rows from which the spine position can be read back: three base-100 digits and a
+    constant.
+    """
     position = np.arange(n)
-    digits = np.stack([position // 10_000, position // 100 % 100, position % 100, np.full(n, 50)], axis=1)
+    digits = np.stack(
+        [position // 10_000, position // 100 % 100, position % 100, np.full(n, 50)], axis=1
+    )
     return to_bits(digits.astype(np.float32) + 1)
 
 
@@ -43,7 +50,9 @@ def store(tmp_path: Path) -> Store:
     return make_store(tmp_path / "s.zarr", numbered(), context=CONTEXT, unit=UNIT)
 
 
-def reader(store: Store, policy: Policy = EVERYTHING, batch: int = 32, window: int = 7, seed: int = 5) -> Reader:
+def reader(
+    store: Store, policy: Policy = EVERYTHING, batch: int = 32, window: int = 7, seed: int = 5
+) -> Reader:
     return Reader(store, 3, batch=batch, seed=seed, policy=policy, window=window)
 
 
@@ -69,7 +78,9 @@ def test_the_next_pass_has_another_order(store: Store) -> None:
 
 def test_batches_are_the_same_from_every_start(store: Store) -> None:
     stream = reader(store)
-    count = 3 * stream.rows // stream.batch  # three passes: starts in every window, batches across passes
+    count = (
+        3 * stream.rows // stream.batch
+    )  # three passes: starts in every window, batches across passes
     batches = list(islice(stream.batches(0), count))
     for start in range(count):
         assert torch.equal(next(reader(store).batches(start)), batches[start])
@@ -155,11 +166,13 @@ def test_damage_stops_the_reader(store: Store) -> None:
         list(islice(stream.batches(0), stream.rows // stream.batch))
 
 
-# -- the order, said once more and plainly -------------------------------------------------------------------------
+# -- the order, said once more and plainly ---------------------------------------------------------
 
 
 def in_order(store: Store, policy: Policy, window: int, seed: int) -> Iterator[NDArray[np.uint16]]:
-    """The stream's rows, one by one: chunks shuffled, `window` of them gathered, their kept rows shuffled."""
+    """The stream's rows, one by one: chunks shuffled, `window` of them gathered, their kept rows
+    shuffled.
+    """
     chunk, held = store.manifest["chunk"], held_out_units(store)
     found = []
     for unit in range(store.units):
@@ -175,7 +188,9 @@ def in_order(store: Store, policy: Policy, window: int, seed: int) -> Iterator[N
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory) -> list[Store]:
-    """Every codec, inner chunks of several blocks and of part of one, ragged ends, rows that are dropped."""
+    """Every codec, inner chunks of several blocks and of part of one, ragged ends, rows that are
+    dropped.
+    """
     folder, bits = tmp_path_factory.mktemp("several"), numbered(1264)
     bits[::97], bits[50::501] = to_bits(np.full(4, 9000, np.float32)), 0x7FC0
     return [
@@ -209,7 +224,9 @@ def test_the_order_is_a_function_of_seed_and_step(
     block: int,
     kept: bool,
 ) -> None:
-    """Whatever threads read it, however far ahead, in whatever blocks, from wherever, and whoever keeps the batches."""
+    """Whatever threads read it, however far ahead, in whatever blocks, from wherever, and whoever
+    keeps the batches.
+    """
     store, start = several[which], start // batch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(windows, "THREADS", threads)
@@ -217,7 +234,9 @@ def test_the_order_is_a_function_of_seed_and_step(
         patch.setattr(array, "_SCATTER_BYTES", block)
         with closing(reader(store, policy, batch, window).batches(start)) as batches:
             got = [one if kept else one.clone() for one in islice(batches, 8)]
-    expected = np.stack(list(islice(in_order(store, policy, window, 5), start * batch, (start + 8) * batch)))
+    expected = np.stack(
+        list(islice(in_order(store, policy, window, 5), start * batch, (start + 8) * batch))
+    )
     np.testing.assert_array_equal(torch.cat(got).view(torch.uint16).numpy(), expected)
 
 

@@ -1,4 +1,6 @@
-"""A ring: groups in their order, nothing freed that anybody may still need, nothing that waits for ever."""
+"""A ring: groups in their order, nothing freed that anybody may still need, nothing that waits for
+ever.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,17 @@ import numpy as np
 import pytest
 import torch
 
-from data import records, ring, summary
-from data.bfloat16 import to_bits
 from data.errors import SettingError, StopRequest, StoreError
-from data.place import LocalPlace
-from data.reader import Policy, Reader, RingFollower, held_out, held_out_units
-from data.ring import Follower, Record
-from data.store import Store
-from data.verify import damage
+from data.rows import split, summary
+from data.rows.following import RingFollower
+from data.rows.reader import Reader
+from data.rows.split import Policy, held_out, held_out_units
+from data.store import freed, records, ring
+from data.store.freed import Follower, Record
+from data.store.place import LocalPlace
+from data.store.repair import damage
+from data.store.store import Store
+from data.store.zarr_bfloat16 import to_bits
 from tests.conftest import BOS, make_store
 from tests.data.test_reader import CONTEXT, EVERYTHING, UNIT, N, numbered, positions
 
@@ -31,10 +36,10 @@ HUGE = 10**12
 SPAN = 4  # 15 training units: the last group has 3
 
 
-def make_ring(place: LocalPlace, span: int = SPAN, max_bytes: int = HUGE, freed: int = 0) -> Record:
+def make_ring(place: LocalPlace, span: int = SPAN, max_bytes: int = HUGE, gone: int = 0) -> Record:
     store = Store.open(place)
-    record = Record(max_bytes, span, store.layers, held_out_units(store), freed)
-    ring.write(place, record)
+    record = Record(max_bytes, span, store.layers, held_out_units(store), gone)
+    freed.write(place, record)
     return record
 
 
@@ -52,7 +57,9 @@ def store(template: Path, tmp_path: Path) -> Store:
     return Store.open(str(shutil.copytree(template, tmp_path / "s.zarr")))
 
 
-def reader(store: Store, policy: Policy = EVERYTHING, batch: int = 16, seed: int = 5, window: int = 5) -> Reader:
+def reader(
+    store: Store, policy: Policy = EVERYTHING, batch: int = 16, seed: int = 5, window: int = 5
+) -> Reader:
     return Reader(store, 3, batch=batch, seed=seed, policy=policy, window=window)
 
 
@@ -61,7 +68,7 @@ def follower(store: Store, stream: Reader, name: str = "one") -> RingFollower:
 
 
 def training(store: Store) -> list[int]:
-    return summary.parts(store)[summary.TRAINING]
+    return split.parts(store)[split.TRAINING]
 
 
 def rows_of(store: Store, units: list[int]) -> int:
@@ -74,7 +81,9 @@ def served(stream: Reader, rows: int) -> list[int]:
 
 
 class Hidden:
-    """A store from which some units' records are taken away, to come back as a harvest would commit them."""
+    """A store from which some units' records are taken away, to come back as a harvest would commit
+    them.
+    """
 
     def __init__(self, store: Store, units: list[int]) -> None:
         self._texts = {unit: self._record(store, unit).read_bytes() for unit in units}
@@ -90,7 +99,7 @@ class Hidden:
         self._record(self._store, unit).write_bytes(self._texts.pop(unit))
 
 
-# -- the order ---------------------------------------------------------------------------------------------------
+# -- the order -------------------------------------------------------------------------------------
 
 
 def test_every_training_row_is_served_once_group_by_group(store: Store) -> None:
@@ -119,7 +128,7 @@ def test_a_ring_of_one_group_is_the_plain_order(store: Store) -> None:
     rows = rows_of(store, training(store))
     make_ring(place, span=1000)
     one = reader(store, batch=1)
-    (place.path / ring.KEY).unlink()
+    (place.path / freed.KEY).unlink()
     plain = reader(store, batch=1)
     assert served(one, rows) == served(plain, rows)
     assert (one.rows, one.mean_norm) == (plain.rows, plain.mean_norm)
@@ -129,7 +138,11 @@ def test_a_ring_of_one_group_is_the_plain_order(store: Store) -> None:
 def test_the_statistics_are_those_of_the_first_group(store: Store) -> None:
     tokens = np.concatenate([store.tokens(unit).ravel() for unit in range(store.units)])
     first = [unit * UNIT + at for unit in training(store)[:SPAN] for at in range(UNIT)]
-    rows = torch.from_numpy(numbered()[[at for at in first if tokens[at] != BOS]]).view(torch.bfloat16).double()
+    rows = (
+        torch.from_numpy(numbered()[[at for at in first if tokens[at] != BOS]])
+        .view(torch.bfloat16)
+        .double()
+    )
     stream = reader(store, Policy())
     np.testing.assert_allclose(stream.mean, rows.mean(0), rtol=1e-12)
     np.testing.assert_allclose(stream.variance, rows.var(0, correction=0), rtol=1e-12, atol=1e-12)
@@ -174,7 +187,7 @@ def test_a_run_waits_for_its_first_group_and_for_what_is_held_out(
             time.sleep(0.05)
             hidden.commit(unit)
 
-    monkeypatch.setattr("data.reader._POLL_S", 0.01)
+    monkeypatch.setattr("data.rows.reader._POLL_S", 0.01)
     beside = threading.Thread(target=harvest)
     beside.start()
     stream = reader(opened)
@@ -191,10 +204,13 @@ def test_a_signal_ends_the_waiting(store: Store, capsys: pytest.CaptureFixture[s
         threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
         waiting.wait(SPAN * UNIT // 16, stop)
         assert stop.signum == signal.SIGTERM
-    assert "waiting for the harvest: 5 of 16 units are there, not yet batch 16" in capsys.readouterr().err
+    assert (
+        "waiting for the harvest: 5 of 16 units are there, not yet batch 16"
+        in capsys.readouterr().err
+    )
 
 
-# -- how many rows there are -------------------------------------------------------------------------------------
+# -- how many rows there are -----------------------------------------------------------------------
 
 
 def spoilt(path: Path, outliers: range) -> Store:
@@ -207,44 +223,62 @@ def spoilt(path: Path, outliers: range) -> Store:
 
 def test_rows_are_counted_before_they_are_there(tmp_path: Path, store: Store) -> None:
     groups, pieces = training(store), store.ledger.pieces
-    exact = {drop: sum(store.rows_of(unit) - drop * int(pieces[unit]) for unit in groups) for drop in (True, False)}
+    exact = {
+        drop: sum(store.rows_of(unit) - drop * int(pieces[unit]) for unit in groups)
+        for drop in (True, False)
+    }
     for drop in (True, False):
         stream = reader(store, Policy(drop_bos=drop, drop_outliers=True))
         later = exact[drop] - sum(UNIT - drop * int(pieces[unit]) for unit in groups[:SPAN])
-        assert stream.rows == exact[drop] - later // 1000 - stream.batch  # nothing was lost in the first group
+        assert (
+            stream.rows == exact[drop] - later // 1000 - stream.batch
+        )  # nothing was lost in the first group
     unit = groups[1]
     some = spoilt(tmp_path / "o.zarr", range(unit * UNIT, unit * UNIT + 8))
     stream, ahead = reader(some, Policy(drop_bos=False)), rows_of(store, groups[SPAN:])
     lost = int((store.tokens(unit).ravel()[:8] != BOS).sum())  # a long BOS is a BOS
     assert 4 < lost <= 8
-    assert stream.rows == exact[False] - lost - (2 * lost * ahead // (SPAN * UNIT) + ahead // 1000 + stream.batch)
+    assert stream.rows == exact[False] - lost - (
+        2 * lost * ahead // (SPAN * UNIT) + ahead // 1000 + stream.batch
+    )
     list(islice(stream.batches(0), stream.rows // stream.batch))
 
 
 def test_a_stream_that_gives_out_says_so(tmp_path: Path) -> None:
     made = spoilt(tmp_path / "o.zarr", range(11 * UNIT + 1, 14 * UNIT, 4))
     stream = reader(made, Policy(drop_bos=False))
-    with pytest.raises(StoreError, match=r"ended after \d+ rows, and \d+ were counted on.*tokens=\d+ at most"):
+    with pytest.raises(
+        StoreError, match=r"ended after \d+ rows, and \d+ were counted on.*tokens=\d+ at most"
+    ):
         list(islice(stream.batches(0), stream.rows // stream.batch))
 
 
 def test_more_than_a_pass_and_too_large_a_batch_are_refused(store: Store) -> None:
     stream = reader(store)
     follower(store, stream).require(stream.rows)
-    with pytest.raises(SettingError, match=rf"tokens={stream.rows + 1} is more than the {stream.rows} rows"):
+    with pytest.raises(
+        SettingError, match=rf"tokens={stream.rows + 1} is more than the {stream.rows} rows"
+    ):
         follower(store, stream).require(stream.rows + 1)
-    with pytest.raises(SettingError, match=f"batch={SPAN * UNIT + 1} is more than the {SPAN * UNIT} rows of 4 units"):
+    with pytest.raises(
+        SettingError,
+        match=f"batch={SPAN * UNIT + 1} is more than the {SPAN * UNIT} rows of 4 units",
+    ):
         reader(store, batch=SPAN * UNIT + 1)
     with pytest.raises(StoreError, match=r"layer 4 is not in the ring .*; it has \[3\]"):
         Reader(store, 4, batch=1, seed=0, policy=EVERYTHING)
 
 
-# -- freeing -----------------------------------------------------------------------------------------------------
+# -- freeing ---------------------------------------------------------------------------------------
 
 
 def harvester(store: Store, readers: int = 1, max_bytes: int | None = None) -> ring.Ring:
-    """A second harvest of the store, as far as the ring is concerned. Its claims last to the end of the test."""
-    joined = ring.join(store, [3], held_out_units(store), store.place.claims(0, 1), max_bytes, readers)
+    """A second harvest of the store, as far as the ring is concerned. Its claims last to the end of
+    the test.
+    """
+    joined = ring.join(
+        store, [3], held_out_units(store), store.place.claims(0, 1), max_bytes, readers
+    )
     assert joined is not None
     return joined
 
@@ -267,7 +301,7 @@ def test_what_all_readers_have_passed_is_freed_and_no_more(store: Store) -> None
     second.release(5 * UNIT // 16)
     making.free()
     assert shards(store) == everything - set(units[:SPAN])
-    assert ring.read(store.place).freed == SPAN
+    assert freed.read(store.place).freed == SPAN
     second.finish()
     first.release(0)  # a step back says nothing
     making.free()
@@ -288,7 +322,9 @@ def test_what_is_freed_is_said_where_it_is_asked_for(store: Store) -> None:
         again.residuals(3, training(store)[0])
     with pytest.raises(StoreError, match=r"layer_3/c\.\d+\.0 is freed: the store is a ring"):
         next(reader(again).batches(0))
-    assert sum(map(len, held_out(again, 3, EVERYTHING, 50))) == rows_of(store, held_out_units(store))
+    assert sum(map(len, held_out(again, 3, EVERYTHING, 50))) == rows_of(
+        store, held_out_units(store)
+    )
     assert summary.read(again, 3).counts.sum() == N  # statistics of all units stay
     norms = Path(store.name, f"norm_3/c.{training(store)[0]}")
     norms.unlink()
@@ -298,7 +334,7 @@ def test_what_is_freed_is_said_where_it_is_asked_for(store: Store) -> None:
 
 @pytest.mark.parametrize("what", ["behind the watermark", "held out"])
 def test_nothing_else_may_be_absent(store: Store, what: str) -> None:
-    make_ring(LocalPlace(Path(store.name)), freed=15 if what == "held out" else 3)
+    make_ring(LocalPlace(Path(store.name)), gone=15 if what == "held out" else 3)
     unit = held_out_units(store)[0] if what == "held out" else training(store)[3]
     Path(store.name, f"layer_3/c.{training(store)[2]}.0").unlink()
     Store.open(store.name)
@@ -307,7 +343,9 @@ def test_nothing_else_may_be_absent(store: Store, what: str) -> None:
         Store.open(store.name)
 
 
-def test_the_watermark_is_durable_before_the_first_object_goes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_watermark_is_durable_before_the_first_object_goes(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     follower(store, reader(store)).finish()
     making = harvester(store)
 
@@ -318,7 +356,7 @@ def test_the_watermark_is_durable_before_the_first_object_goes(store: Store, mon
         patch.setattr(LocalPlace, "delete", dying)
         with pytest.raises(InterruptedError):
             making.free()
-    assert ring.read(store.place).freed == len(training(store))
+    assert freed.read(store.place).freed == len(training(store))
     assert shards(store) == set(range(store.units))
     making.sweep()
     assert shards(store) == set(held_out_units(store))
@@ -330,15 +368,20 @@ def test_a_run_that_comes_too_late_is_refused(store: Store) -> None:
     early.release(9 * UNIT // 16)
     harvester(store).free()
     late = follower(store, reader(store), "late")
-    with pytest.raises(StoreError, match=r"runs/late needs training units 4 to 7 .* which are freed.*another store="):
+    with pytest.raises(
+        StoreError,
+        match=r"runs/late needs training units 4 to 7 .* which are freed.*another store=",
+    ):
         late.begin(7 * UNIT // 16)
     late.begin(8 * UNIT // 16)  # a run that was moved, with a checkpoint behind them
-    assert ring.followers(store.place)["late"] == Follower("runs/late", 3, SPAN, 8)
+    assert freed.followers(store.place)["late"] == Follower("runs/late", 3, SPAN, 8)
 
 
-def test_no_run_registers_for_what_is_being_freed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_run_registers_for_what_is_being_freed(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Registrations and freeing from several processes at once; each looks long before it acts."""
-    read = ring.read
+    read = freed.read
 
     def slowly(place: LocalPlace) -> Record | None:
         found = read(place)
@@ -370,9 +413,12 @@ def test_no_run_registers_for_what_is_being_freed(store: Store, monkeypatch: pyt
             making.free()
 
     ring.advance(store.place, "driver", Follower("driver", 3, 1, 0))
-    children = [in_child(harvest), *(in_child(lambda name=f"r{n}": register(name)) for n in range(2))]
+    children = [
+        in_child(harvest),
+        *(in_child(lambda name=f"r{n}": register(name)) for n in range(2)),
+    ]
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 3
-    assert len(ring.followers(store.place)) > 1  # one came in time
+    assert len(freed.followers(store.place)) > 1  # one came in time
 
 
 def in_child(body: Callable[[], object]) -> int:
@@ -388,9 +434,9 @@ def in_child(body: Callable[[], object]) -> int:
 
 
 def test_a_damaged_ring_is_not_repaired_away(store: Store) -> None:
-    path = Path(store.name, ring.KEY)
+    path = Path(store.name, freed.KEY)
     path.write_bytes(path.read_bytes().replace(b'"freed":0', b'"freed":9'))
     with pytest.raises(StoreError, match="is damaged, and nothing else says what was freed"):
         reader(store)
     path.write_bytes(records.encode(Record(1, 2, [3], [0], 4)._asdict()))
-    assert ring.read(store.place) == Record(1, 2, [3], [0], 4)
+    assert freed.read(store.place) == Record(1, 2, [3], [0], 4)

@@ -11,13 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import ring
-from data.bfloat16 import to_bits
-from data.claims import Shares
 from data.errors import SettingError, StoreError
-from data.packing import Cursor
-from data.reader import Reader, RingFollower, held_out_units
-from data.store import SpineEnd, Store
+from data.rows.following import RingFollower
+from data.rows.reader import Reader
+from data.rows.split import held_out_units
+from data.store import freed, ring
+from data.store.claims import Shares
+from data.store.store import SpineEnd, Store
+from data.store.zarr_bfloat16 import to_bits
+from data.text.packing import Cursor
 from tests.conftest import commit, make_manifest, make_spine, make_store
 from tests.data.test_reader import CONTEXT, EVERYTHING, UNIT, numbered
 from tests.data.test_ring import HUGE, training
@@ -32,13 +34,19 @@ def spine_only(path: Path, units: int) -> Store:
     tokens, document = make_spine(units * UNIT // CONTEXT, CONTEXT, np.random.default_rng(0))
     rows = UNIT // CONTEXT
     for at in range(0, len(tokens), rows):
-        store.commit_spine(at // rows, tokens[at : at + rows], document[at : at + rows], Cursor(at, 0, None))
+        store.commit_spine(
+            at // rows, tokens[at : at + rows], document[at : at + rows], Cursor(at, 0, None)
+        )
     store.close_spine(SpineEnd(len(tokens), ended_early=False))
     return store
 
 
 def on_disk(store: Store) -> int:
-    return sum(file.stat().st_size for layer in LAYERS for file in Path(store.name, f"layer_{layer}").glob("c.*"))
+    return sum(
+        file.stat().st_size
+        for layer in LAYERS
+        for file in Path(store.name, f"layer_{layer}").glob("c.*")
+    )
 
 
 class Rank:
@@ -46,13 +54,17 @@ class Rank:
 
     def __init__(self, store: Store, readers: int) -> None:
         self.store = Store.open(store.name)
-        joined = ring.join(self.store, LAYERS, held_out_units(store), store.place.claims(0, 1), None, readers)
+        joined = ring.join(
+            self.store, LAYERS, held_out_units(store), store.place.claims(0, 1), None, readers
+        )
         assert joined is not None
         self.ring, self.hand = joined, -1
 
     def go_on(self, claimed: set[int]) -> bool:
         if self.hand >= 0:
-            bits = to_bits(np.random.default_rng(self.hand).normal(size=(UNIT, D)).astype(np.float32))
+            bits = to_bits(
+                np.random.default_rng(self.hand).normal(size=(UNIT, D)).astype(np.float32)
+            )
             commit(self.store, self.hand, dict.fromkeys(LAYERS, bits))
             claimed.discard(self.hand)
             self.hand = -1
@@ -74,7 +86,9 @@ class Run:
 
     def __init__(self, store: Store, layer: int, batch: int, window: int) -> None:
         self.store = Store.open(store.name)
-        self.stream = Reader(self.store, layer, batch=batch, seed=layer, policy=EVERYTHING, window=window)
+        self.stream = Reader(
+            self.store, layer, batch=batch, seed=layer, policy=EVERYTHING, window=window
+        )
         self.follower = RingFollower(self.stream, self.store, layer, f"run{layer}", f"runs/{layer}")
         self.step, self.kept, self.steps = 0, deque([0, 0], maxlen=2), self.stream.rows // batch
         self.follower.begin(0)
@@ -88,7 +102,10 @@ class Run:
             return False
         next(self.batches)
         self.step += 1
-        if self.follower.round(self.step) != self.follower.round(self.step - 1) or self.step % 7 == 0:
+        if (
+            self.follower.round(self.step) != self.follower.round(self.step - 1)
+            or self.step % 7 == 0
+        ):
             self.kept.append(self.step)
             self.follower.release(self.kept[0])
         return True
@@ -97,7 +114,9 @@ class Run:
 @pytest.mark.parametrize("batch", [16, 50, 64])  # 64: a whole group of the smallest ring
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_smallest_ring_never_stands_still(tmp_path: Path, batch: int, seed: int) -> None:
-    """Two ranks and two runs, on two layers, at whatever pace: each goes on as long as the others do."""
+    """Two ranks and two runs, on two layers, at whatever pace: each goes on as long as the others
+    do.
+    """
     store, rng = spine_only(tmp_path / "s.zarr", 20), random.Random(seed)
     held = held_out_units(store)
     least = (len(held) + ring.GROUPS) * EACH
@@ -141,20 +160,26 @@ def test_the_span_is_a_third_of_the_ring_and_stays(tmp_path: Path) -> None:
         assert same is not None and same.record == larger.record
         with pytest.raises(SettingError, match="3 groups of 5 units"):
             ring.join(store, LAYERS, held, rights, (len(held) + 15) * EACH - 1, 1)
-        with pytest.raises(StoreError, match=r"has layers \[1, 3\], and a ring holds the layers of one harvest"):
+        with pytest.raises(
+            StoreError, match=r"has layers \[1, 3\], and a ring holds the layers of one harvest"
+        ):
             ring.join(store, [1], held, rights, None, 1)
 
 
 def test_rings_need_locks_and_a_store_of_their_own(tmp_path: Path) -> None:
     whole = make_store(tmp_path / "w.zarr", numbered(), context=CONTEXT, unit=UNIT)
     held = held_out_units(whole)
-    assert ring.join(whole, [3], held, whole.place.claims(0, 1), 1, 1) is None  # there is nothing to make any more
+    assert (
+        ring.join(whole, [3], held, whole.place.claims(0, 1), 1, 1) is None
+    )  # there is nothing to make any more
     assert ring.join(whole, [3], held, whole.place.claims(0, 1), None, 1) is None
     with pytest.raises(StoreError, match=r"has layers \[3\], and a ring holds"):
         ring.join(whole, [5], held, whole.place.claims(0, 1), HUGE, 1)
-    with pytest.raises(SettingError, match="max_bytes= needs a folder on a file system with POSIX locks"):
+    with pytest.raises(
+        SettingError, match="max_bytes= needs a folder on a file system with POSIX locks"
+    ):
         ring.join(spine_only(tmp_path / "s.zarr", 20), LAYERS, [3], Shares(0, 1), HUGE, 1)
-    assert not Path(tmp_path / "s.zarr" / ring.KEY).exists()
+    assert not Path(tmp_path / "s.zarr" / freed.KEY).exists()
 
 
 def test_what_a_killed_harvest_left_is_neither_counted_twice_nor_kept(tmp_path: Path) -> None:
@@ -174,4 +199,6 @@ def test_what_a_killed_harvest_left_is_neither_counted_twice_nor_kept(tmp_path: 
     commit(store, third, bits)
     assert not making.room(training(store)[16])
     name, why = making.waits_for()
-    assert name == "" and why.startswith("0 of readers=1 have registered: start `python -m train store=")
+    assert name == "" and why.startswith(
+        "0 of readers=1 have registered: start `python -m train store="
+    )

@@ -1,4 +1,6 @@
-"""Every source goes on from every document; a mix keeps its shares; bad files and settings are named."""
+"""Every source goes on from every document; a mix keeps its shares; bad files and settings are
+named.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from data.documents import Document, State, TextSource, characters
 from data.errors import PipelineError, SettingError, StoreError
-from data.hub import HubText
-from data.sources import FileText, Mix, Part, TinyText, has_chats, source_name, source_of
+from data.text.documents import Document, State, TextSource, characters
+from data.text.hub import HubText
+from data.text.sources import FileText, Mix, Part, TinyText, has_chats, source_name, source_of
 
 CONF = Path(__file__).parent.parent.parent / "conf" / "text"
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -42,7 +44,9 @@ def contents(source: TextSource, state: State = None) -> list[Any]:
 
 
 def require_restarts(source: TextSource, limit: int | None = None) -> list[Document]:
-    """Check that the source goes on from every document's state, which has gone through JSON; its documents."""
+    """Check that the source goes on from every document's state, which has gone through JSON; its
+    documents.
+    """
     whole = list(islice(source.documents(None), limit))
     for number, document in enumerate(whole, 1):
         stored = json.dumps(document.after)
@@ -55,7 +59,9 @@ def require_restarts(source: TextSource, limit: int | None = None) -> list[Docum
 
 
 def write_files(folder: Path) -> None:
-    """A file of each kind, with empty lines, texts of several bytes a character, and several row groups."""
+    """A file of each kind, with empty lines, texts of several bytes a character, and several row
+    groups.
+    """
     folder.mkdir(exist_ok=True)
     lines = [json.dumps({"text": f"lïne {i} 😀", "n": i}, ensure_ascii=False) for i in range(7)]
     (folder / "b.jsonl").write_text("\n\n".join(lines) + "\n\n \n")
@@ -71,7 +77,12 @@ def write_files(folder: Path) -> None:
 def test_files_in_order_from_every_document(tmp_path: Path) -> None:
     write_files(tmp_path)
     documents = require_restarts(FileText(tmp_path))
-    expected = ["whole file\n", *(f"lïne {i} 😀" for i in range(7)), *(f"p{i}" for i in range(11)), "last"]
+    expected = [
+        "whole file\n",
+        *(f"lïne {i} 😀" for i in range(7)),
+        *(f"p{i}" for i in range(11)),
+        "last",
+    ]
     assert [document.content for document in documents] == expected
 
 
@@ -111,9 +122,13 @@ def test_tiny_text_starts_anywhere() -> None:
 
 
 def test_hub_data_sets_on_disk_go_on_from_every_document(tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": f"row {i}"}) for i in range(20)))
+    (tmp_path / "train.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"row {i}"}) for i in range(20))
+    )
     source = HubText(str(tmp_path))
-    assert [document.content for document in require_restarts(source)] == [f"row {i}" for i in range(20)]
+    assert [document.content for document in require_restarts(source)] == [
+        f"row {i}" for i in range(20)
+    ]
     before = source.identity()
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
     assert HubText(str(tmp_path)).identity() != before
@@ -125,7 +140,7 @@ def test_hub_data_sets_on_disk_go_on_from_every_document(tmp_path: Path) -> None
         contents(HubText(str(tmp_path), field="body"))
 
 
-# -- mixing ------------------------------------------------------------------------------------------------------
+# -- mixing ----------------------------------------------------------------------------------------
 
 
 def test_every_kind_of_source_in_one_mix_goes_on_from_every_document(
@@ -136,14 +151,23 @@ def test_every_kind_of_source_in_one_mix_goes_on_from_every_document(
     chats = [{"messages": [*CHAT, {"role": "user", "content": str(i)}]} for i in range(9)]
     (tmp_path / "hub" / "train.jsonl").write_text("\n".join(map(json.dumps, chats)))
     hub = HubText(str(tmp_path / "hub"), messages="messages")
-    parts = {"hub": Part(3, hub), "files": Part(1, FileText(tmp_path / "files")), "tiny": Part(0.5, TinyText())}
+    parts = {
+        "hub": Part(3, hub),
+        "files": Part(1, FileText(tmp_path / "files")),
+        "tiny": Part(0.5, TinyText()),
+    }
     mix = Mix(parts, seed=5)
     documents = require_restarts(mix, limit=60)
     found = [document.content for document in documents]
     for name in ("hub", "files"):
         own = contents(parts[name].source)
         assert [content for content in found if content in own] == own
-    assert capsys.readouterr().err.count("text: files ends after 94 characters; the rest is from hub, tiny\n") >= 1
+    assert (
+        capsys.readouterr().err.count(
+            "text: files ends after 94 characters; the rest is from hub, tiny\n"
+        )
+        >= 1
+    )
     assert has_chats(mix) and not has_chats(Mix({"tiny": parts["tiny"]}, 0))
 
 
@@ -159,7 +183,9 @@ def test_every_kind_of_source_in_one_mix_goes_on_from_every_document(
 def test_a_mix_gives_each_source_whole_and_goes_on_anywhere(
     made: dict[str, tuple[float, list[int]]], seed: int
 ) -> None:
-    mix = Mix({name: Part(weight, Made(name, lengths)) for name, (weight, lengths) in made.items()}, seed)
+    mix = Mix(
+        {name: Part(weight, Made(name, lengths)) for name, (weight, lengths) in made.items()}, seed
+    )
     documents = require_restarts(mix)
     assert len(documents) == sum(len(lengths) for _, lengths in made.values())
     for name, (_, lengths) in made.items():
@@ -195,7 +221,7 @@ def test_the_seed_decides_the_order() -> None:
     assert len({beginning(seed) for seed in range(5)}) > 1
 
 
-# -- settings ----------------------------------------------------------------------------------------------------
+# -- settings --------------------------------------------------------------------------------------
 
 
 def test_settings_name_sources(tmp_path: Path) -> None:
@@ -204,7 +230,9 @@ def test_settings_name_sources(tmp_path: Path) -> None:
     top: dict[str, Any] = {"path": None, "field": "text", "messages": None}
     assert source_of({**top, "sources": {"tiny": tiny}}, 7) == TinyText()
     mixed = source_of({**top, "sources": {"tiny": tiny, "other": hub}}, 7)
-    assert mixed == Mix({"tiny": Part(2, TinyText()), "other": Part(1, HubText("a/b", split="test"))}, 7)
+    assert mixed == Mix(
+        {"tiny": Part(2, TinyText()), "other": Part(1, HubText("a/b", split="test"))}, 7
+    )
     assert source_name({**top, "sources": {"tiny": tiny, "other": hub}}) == "other+tiny"
     files = {**top, "path": str(tmp_path), "field": "body", "sources": {"tiny": tiny}}
     assert source_of(files, 7) == FileText(tmp_path, "body")
@@ -224,18 +252,36 @@ def test_every_named_text_is_a_source_under_its_own_name(path: Path) -> None:
     [
         ({}, "text has no source"),
         ({"sources": {}}, "text has no source"),
-        ({"sources": {"a": {"kind": "tiny", "weight": 0}}}, r"text.sources.a.weight=0 must be a number above 0"),
+        (
+            {"sources": {"a": {"kind": "tiny", "weight": 0}}},
+            r"text.sources.a.weight=0 must be a number above 0",
+        ),
         ({"sources": {"a": {"kind": "tiny", "weight": -1}}}, "weight=-1 must be"),
         ({"sources": {"a": {"kind": "tiny", "weight": "much"}}}, "weight=much must be"),
         ({"sources": {"a": {"kind": "tiny", "weight": float("nan")}}}, "weight=nan must be"),
         ({"sources": {"a": {"kind": "tiny", "weight": True}}}, "weight=True must be"),
-        ({"sources": {"a": {"kind": "tiny", "split": "x"}}}, r"a.split is no setting of a source of kind=tiny"),
-        ({"sources": {"a": {"kind": "web"}}}, r"a.kind=web is unknown; choose one of tiny, files, hub"),
-        ({"sources": {"a": {"kind": "hub"}}}, r"a.dataset is not set; a source of kind=hub needs it"),
+        (
+            {"sources": {"a": {"kind": "tiny", "split": "x"}}},
+            r"a.split is no setting of a source of kind=tiny",
+        ),
+        (
+            {"sources": {"a": {"kind": "web"}}},
+            r"a.kind=web is unknown; choose one of tiny, files, hub",
+        ),
+        (
+            {"sources": {"a": {"kind": "hub"}}},
+            r"a.dataset is not set; a source of kind=hub needs it",
+        ),
         ({"sources": {"a": {"kind": "hub", "dataset": "a/b", "split": 3}}}, "a.split=3 is no text"),
         ({"sources": {"a": 3}}, "text.sources.a=3 is no source"),
-        ({"field": "body", "sources": {"a": {"kind": "tiny"}}}, r"text.field belongs to text.path="),
-        ({"messages": "m", "sources": {"a": {"kind": "tiny"}}}, r"text.messages belongs to text.path="),
+        (
+            {"field": "body", "sources": {"a": {"kind": "tiny"}}},
+            r"text.field belongs to text.path=",
+        ),
+        (
+            {"messages": "m", "sources": {"a": {"kind": "tiny"}}},
+            r"text.messages belongs to text.path=",
+        ),
         ({"path": "/no/such/folder"}, "does not exist"),
     ],
 )
@@ -245,7 +291,7 @@ def test_bad_settings_are_named_in_one_line(group: dict[str, Any], message: str)
     assert "\n" not in str(caught.value)
 
 
-# -- files -------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def test_identity_knows_files_of_one_name_apart(tmp_path: Path) -> None:
@@ -264,7 +310,13 @@ def test_chats_of_both_forms(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     parquet.write_table(pyarrow.table({"m": [CHAT, CHAT], "x": [1, 2]}), tmp_path / "b.parquet")
     source = FileText(tmp_path, messages="m")
-    assert [document.content for document in require_restarts(source)] == [CHAT, CHAT, [], CHAT, CHAT]
+    assert [document.content for document in require_restarts(source)] == [
+        CHAT,
+        CHAT,
+        [],
+        CHAT,
+        CHAT,
+    ]
     assert source.identity()["messages"] == "m"
     (tmp_path / "c.txt").write_text("no chat")
     with pytest.raises(SettingError, match=r"c.txt holds no messages"):
@@ -279,7 +331,10 @@ def test_chats_of_both_forms(tmp_path: Path) -> None:
         ([{"role": "user"}], "message 0 must have text as role and content"),
         ([{"role": "user", "content": None}], "message 0 must have text"),
         ([*CHAT, "x"], "message 2 must have text"),
-        ([{"role": "endoftext", "content": ""}], "message 0 is by 'endoftext'; allowed are system, "),
+        (
+            [{"role": "endoftext", "content": ""}],
+            "message 0 is by 'endoftext'; allowed are system, ",
+        ),
     ],
 )
 def test_bad_chats_are_named(tmp_path: Path, value: Any, message: str) -> None:
@@ -318,7 +373,9 @@ def test_bad_columns_of_parquet_are_named(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"row 1: 'n' holds int, not text"):
         contents(FileText(tmp_path, "n"))
     not_utf8 = pyarrow.Array.from_buffers(
-        pyarrow.string(), 1, [None, pyarrow.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0])), pyarrow.py_buffer(b"\xff")]
+        pyarrow.string(),
+        1,
+        [None, pyarrow.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0])), pyarrow.py_buffer(b"\xff")],
     )
     parquet.write_table(pyarrow.table({"text": not_utf8}), tmp_path / "a.parquet")
     with pytest.raises(SettingError, match=r"a.parquet holds text behind row 0 that is not UTF-8"):

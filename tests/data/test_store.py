@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data import records
-from data.bfloat16 import to_float32
 from data.errors import MismatchError, StoreError
-from data.kinds import kinds_of
-from data.moments import merge_all
-from data.packing import Cursor
-from data.place import LocalPlace
-from data.store import Store
-from data.verify import damage, repair
+from data.store import records
+from data.store.kinds import kinds_of
+from data.store.moments import merge_all
+from data.store.place import LocalPlace
+from data.store.repair import damage, repair
+from data.store.store import Store
+from data.store.zarr_bfloat16 import to_float32
+from data.text.packing import Cursor
 from tests.conftest import BOS, commit, make_manifest, make_store
 
 
@@ -25,12 +25,20 @@ def store(tmp_path: Path, random_bits: NDArray[np.uint16]) -> Store:
     return make_store(tmp_path / "s.zarr", random_bits)
 
 
-def test_moments_are_those_of_the_chosen_rows(store: Store, random_bits: NDArray[np.uint16]) -> None:
+def test_moments_are_those_of_the_chosen_rows(
+    store: Store, random_bits: NDArray[np.uint16]
+) -> None:
     rows = to_float32(random_bits).astype(np.float64)
     tokens = np.concatenate([store.tokens(unit).ravel() for unit in range(store.units)])
     every = list(range(store.units))
-    for kinds, chosen in (((0, 1, 2), rows), ((1, 2), rows[tokens != BOS]), ((0,), rows[tokens == BOS])):
-        moments = merge_all([store.unit_moments(3, unit)[kind] for unit in every for kind in kinds], 24)
+    for kinds, chosen in (
+        ((0, 1, 2), rows),
+        ((1, 2), rows[tokens != BOS]),
+        ((0,), rows[tokens == BOS]),
+    ):
+        moments = merge_all(
+            [store.unit_moments(3, unit)[kind] for unit in every for kind in kinds], 24
+        )
         assert moments.count == len(chosen)
         np.testing.assert_allclose(moments.mean, chosen.mean(0), rtol=1e-12)
         np.testing.assert_allclose(moments.variance, chosen.var(0), rtol=1e-12)
@@ -43,7 +51,9 @@ def test_non_finite_rows_are_counted_and_kept_out_of_the_moments(
     bits[[3, 70, 71], 5] = [0x7FC0, 0x7F80, 0xFF80]  # NaN, inf, -inf
     store = make_store(tmp_path / "n.zarr", bits)
     assert store.non_finite(3) == 3
-    moments = merge_all([part for unit in range(store.units) for part in store.unit_moments(3, unit)], 24)
+    moments = merge_all(
+        [part for unit in range(store.units) for part in store.unit_moments(3, unit)], 24
+    )
     assert moments.count == len(bits) - 3
     assert np.isfinite(moments.variance).all()
 
@@ -84,7 +94,8 @@ def test_a_unit_without_a_record_does_not_exist(store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["layer_3/c.2.0", "norm_3/c.2", "token_index/c.2", "moments_3/c.2.0.0.0", "tokens/c.2.0"]
+    "name",
+    ["layer_3/c.2.0", "norm_3/c.2", "token_index/c.2", "moments_3/c.2.0.0.0", "tokens/c.2.0"],
 )
 def test_a_cut_object_is_noticed_on_open(store: Store, name: str) -> None:
     path = Path(store.name) / name
@@ -97,7 +108,14 @@ def test_a_cut_object_is_noticed_on_open(store: Store, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["layer_3/c.2.0", "norm_3/c.2", "tokens/c.2.0", "token_index/c.2", "commits/residuals/00000002.3.json"]
+    "name",
+    [
+        "layer_3/c.2.0",
+        "norm_3/c.2",
+        "tokens/c.2.0",
+        "token_index/c.2",
+        "commits/residuals/00000002.3.json",
+    ],
 )
 def test_repair_drops_the_damaged_unit_alone(store: Store, name: str) -> None:
     assert not list(damage(store.place))
@@ -120,11 +138,16 @@ def test_swapped_objects_are_found_by_their_digests(store: Store) -> None:
     one_bytes, other_bytes = one.read_bytes(), other.read_bytes()
     one.write_bytes(other_bytes)
     other.write_bytes(one_bytes)
-    assert [key.rpartition("/")[2] for key, _ in damage(store.place)] == ["00000001.3.json", "00000002.3.json"]
+    assert [key.rpartition("/")[2] for key, _ in damage(store.place)] == [
+        "00000001.3.json",
+        "00000002.3.json",
+    ]
 
 
 def test_two_writers_of_a_spine_unit_do_not_mix(store: Store) -> None:
-    with pytest.raises(StoreError, match=r"00000000.json was committed by another process and says something else"):
+    with pytest.raises(
+        StoreError, match=r"00000000.json was committed by another process and says something else"
+    ):
         store.commit_spine(0, store.tokens(0), store.document(0), Cursor(9, 9, None))
 
 
@@ -139,7 +162,9 @@ def test_a_store_of_another_format_is_refused(tmp_path: Path) -> None:
         Store.open(old)
 
 
-def test_a_layer_is_read_while_a_lower_one_is_added(store: Store, random_bits: NDArray[np.uint16]) -> None:
+def test_a_layer_is_read_while_a_lower_one_is_added(
+    store: Store, random_bits: NDArray[np.uint16]
+) -> None:
     store.declare([1, 3])
     commit(store, 0, {1: random_bits[:64]})
     again = Store.open(store.name)
@@ -173,4 +198,10 @@ def test_every_row_is_of_one_kind() -> None:
     # the median of the finite norms is 5.55 here: nothing but the BOS at 500 is far from it
     assert kinds_of(norms, bos).tolist() == [0, 2, 2, 2, 2, 0, 3, 3]
     norms = np.concatenate([np.ones(10, np.float32), norms])
-    assert kinds_of(norms, np.concatenate([np.zeros(10, bool), bos]))[-5:].tolist() == [2, 1, 0, 3, 3]
+    assert kinds_of(norms, np.concatenate([np.zeros(10, bool), bos]))[-5:].tolist() == [
+        2,
+        1,
+        0,
+        3,
+        3,
+    ]

@@ -1,4 +1,6 @@
-"""The tiny model: its problems are right, its tokenizer loses nothing, its weights half know arithmetic."""
+"""The tiny model: its problems are right, its tokenizer loses nothing, its weights half know
+arithmetic.
+"""
 
 import hashlib
 import os
@@ -9,13 +11,18 @@ from itertools import islice, pairwise
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma4ForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma4ForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
-from data.tiny import MODEL_DIR
-from data.tiny.build import batches, model_config, train_
-from data.tiny.card import parameter_count
-from data.tiny.evaluate import Score, accuracy, completions, graded, prompt_ids
+from data.tiny.embedded import MODEL_DIR
 from data.tiny.problems import KINDS, Problem, Split, document, problem, problems, prompt
+from tests.tiny.build import batches, model_config, train_
+from tests.tiny.card import parameter_count
+from tests.tiny.evaluate import Score, accuracy, completions, graded, prompt_ids
 
 EQUATION = re.compile(r"(\d+) ([-+*]) (\d+) = \$?(\d+)")
 COMPUTE = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
@@ -29,7 +36,9 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def model() -> Gemma4ForCausalLM:
-    """The committed model, in its own fp32, on one thread; every weight found and none left over."""
+    """The committed model, in its own fp32, on one thread; every weight found and none left
+    over.
+    """
     torch.set_num_threads(1)
     loaded, info = AutoModelForCausalLM.from_pretrained(MODEL_DIR, output_loading_info=True)
     assert not any(info.values()), info
@@ -43,7 +52,9 @@ def many() -> dict[Split, list[Problem]]:
 
 
 def instances(group: list[Problem]) -> set[tuple[str, tuple[int, ...]]]:
-    """Every operation with its operands, read from the steps; the operands of + and * in order of size."""
+    """Every operation with its operands, read from the steps; the operands of + and * in order of
+    size.
+    """
     return {
         (op, (int(left), int(right)) if op == "-" else tuple(sorted((int(left), int(right)))))
         for one in group
@@ -81,7 +92,9 @@ def test_problem_is_what_it_was(arguments: tuple[Split, int, int], text: str) ->
     assert document(problem(*arguments)) == text
 
 
-@pytest.mark.parametrize(("split", "digest"), [("train", "c358f2446597b478"), ("heldout", "9f9720d7cee2a86f")])
+@pytest.mark.parametrize(
+    ("split", "digest"), [("train", "c358f2446597b478"), ("heldout", "9f9720d7cee2a86f")]
+)
 def test_problems_are_what_they_were(split: Split, digest: str) -> None:
     """The same for every wording: the first 2,000 documents of a split."""
     text = "\n".join(document(one) for one in islice(problems(split), 2000))
@@ -92,7 +105,9 @@ def test_problem_is_the_same_in_another_process() -> None:
     """Nothing depends on Python's hash seed or on what was drawn before."""
     code = "from data.tiny.problems import problem; print([problem('train', i) for i in (7, 3)])"
     env = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": str(MODEL_DIR.parents[2])}
-    printed = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    ).stdout
     assert printed.strip() == repr([problem("train", i) for i in (7, 3)])
 
 
@@ -159,8 +174,12 @@ def test_tokenizer_gives_any_text_back(tokenizer: PreTrainedTokenizerBase, text:
     assert tokenizer.decode(ids) == text
 
 
-def test_special_token_in_a_text_is_the_trap_it_is_taken_for(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Without `split_special_tokens=True` a document that spells out `<bos>` would start another document."""
+def test_special_token_in_a_text_is_the_trap_it_is_taken_for(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Without `split_special_tokens=True` a document that spells out `<bos>` would start another
+    document.
+    """
     assert tokenizer("<bos>", add_special_tokens=False)["input_ids"] == [tokenizer.bos_token_id]
 
 
@@ -207,7 +226,9 @@ def test_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def test_model_is_gemma4_in_small(model: Gemma4ForCausalLM) -> None:
-    """What makes Gemma 4 what it is: both attentions, shared keys and values, per-layer embeddings."""
+    """What makes Gemma 4 what it is: both attentions, shared keys and values, per-layer
+    embeddings.
+    """
     config = model.config
     assert isinstance(model, Gemma4ForCausalLM)
     assert config.model_type == "gemma4_text"
@@ -244,7 +265,9 @@ def test_card_is_of_this_model(model: Gemma4ForCausalLM) -> None:
 
 
 def test_batches_are_documents_in_both_formats(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Every row is one document, a chat or plain, whose answer counts in full and whose padding not at all."""
+    """Every row is one document, a chat or plain, whose answer counts in full and whose padding not
+    at all.
+    """
     texts, weights = set(), set()
     for batch in islice(batches(tokenizer, seed=0, rows=4, pool=4), 4):
         for ids, weight in zip(batch.ids.tolist(), batch.weight.tolist(), strict=True):
@@ -291,7 +314,9 @@ def test_wilson_interval() -> None:
     assert Score(81, 263).interval() == pytest.approx((0.2553, 0.3662), abs=5e-5)
 
 
-def test_model_is_right_about_half_of_the_time(model: Gemma4ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_model_is_right_about_half_of_the_time(
+    model: Gemma4ForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Right and wrong answers in plenty. The bounds leave room for other machines' rounding."""
     heldout = list(islice(problems("heldout"), 64))
     score = accuracy(model, tokenizer, heldout)["all"]
@@ -299,7 +324,9 @@ def test_model_is_right_about_half_of_the_time(model: Gemma4ForCausalLM, tokeniz
     assert 0.25 < score.share < 0.85
 
 
-def test_batched_answers_are_the_single_ones(model: Gemma4ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_batched_answers_are_the_single_ones(
+    model: Gemma4ForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Padding on the left changes nothing, in either format."""
     heldout = list(islice(problems("heldout", 100), 4))
     for form in ("plain", "chat"):

@@ -1,4 +1,6 @@
-"""Windows: memory that is used again and never too soon, threads that end, damage that is found, copies in order."""
+"""Windows: memory that is used again and never too soon, threads that end, damage that is found,
+copies in order.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from data import windows
 from data.errors import StoreError
-from data.reader import held_out_units
-from data.store import Store
-from data.windows import Blocks, one_ahead, to_device
+from data.rows import windows
+from data.rows.copy import one_ahead, to_device
+from data.rows.split import held_out_units
+from data.rows.windows import Blocks
+from data.store.store import Store
 from tests.conftest import make_store
 from tests.data.test_reader import CONTEXT, UNIT, numbered, reader
 
@@ -29,7 +32,7 @@ def store(tmp_path: Path) -> Store:
     return make_store(tmp_path / "s.zarr", numbered(), context=CONTEXT, unit=UNIT)
 
 
-# -- memory and threads --------------------------------------------------------------------------------------------
+# -- memory and threads ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -46,7 +49,9 @@ def allocated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return found
 
 
-@pytest.mark.parametrize("batch", [7, 112, 300])  # many in a window, just one, several windows in one
+@pytest.mark.parametrize(
+    "batch", [7, 112, 300]
+)  # many in a window, just one, several windows in one
 def test_memory_is_used_again_by_those_who_keep_no_batch(
     store: Store, allocated: list[tuple[int, int]], batch: int
 ) -> None:
@@ -115,12 +120,14 @@ def test_damage_to_plain_chunks_is_found(tmp_path: Path, how: str) -> None:
         data[-index:] = table.tobytes() + google_crc32c.value(table.tobytes()).to_bytes(4, "little")
     path.write_bytes(data)
     stream = reader(made)
-    said = {"absent": "it is absent", "short": "chunk of 36 bytes where 128 belong"}.get(how, "crc32c does not match")
+    said = {"absent": "it is absent", "short": "chunk of 36 bytes where 128 belong"}.get(
+        how, "crc32c does not match"
+    )
     with pytest.raises(StoreError, match=rf"c\.{unit}\.0, chunk 1, cannot be read: {said}"):
         list(islice(stream.batches(0), stream.rows // stream.batch))
 
 
-# -- to the device -------------------------------------------------------------------------------------------------
+# -- to the device ---------------------------------------------------------------------------------
 
 
 class Late(NamedTuple):
@@ -199,7 +206,8 @@ def test_copies_keep_their_order_and_are_one_ahead() -> None:
         assert [one.tolist() for one in got] == [[number] * 2 for number in range(4)]
         assert source.asked == 5
     assert source.closed
-    # What a batch lay in is given up when its copy is made, and the next is begun before it is computed on.
+    # What a batch lay in is given up when its copy is made, and the next is begun before it is
+    # computed on.
     step = "begin 0 | finish 0 | begin 1 | hand over 0 | finish 1 | begin 2 | hand over 1 | finish 2 | begin 3"
     assert " | ".join(side.done).startswith(step)
 

@@ -1,4 +1,6 @@
-"""Tiny random models of many kinds, saved as a Hugging Face folder with a tokenizer of their own; E4B's true shape."""
+"""Tiny random models of many kinds, saved as a Hugging Face folder with a tokenizer of their own;
+E4B's true shape.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,12 @@ from transformers import (
 )
 
 VOCABULARY = 300
-_SPECIAL: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+_SPECIAL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
 _COMMON: dict[str, Any] = {
     **_SPECIAL,
     "hidden_size": 32,
@@ -50,8 +57,8 @@ _GEMMA4 = Gemma4TextConfig(
 
 CONFIGS = {
     "gemma4": _GEMMA4,
-    # As Gemma 4 E4B is published: the text model inside one that also sees and hears. Loading its text class by name
-    # would give random weights.
+    # As Gemma 4 E4B is published: the text model inside one that also sees and hears. Loading its
+    # text class by name would give random weights.
     "gemma4_multimodal": Gemma4Config(
         text_config=_GEMMA4,
         vision_config=Gemma4VisionConfig(
@@ -76,7 +83,11 @@ CONFIGS = {
         eoi_token_id=294,
     ),
     "gemma3": Gemma3TextConfig(
-        **_COMMON, num_hidden_layers=4, head_dim=16, sliding_window=8, layer_types=[*_HYBRID, "full_attention"]
+        **_COMMON,
+        num_hidden_layers=4,
+        head_dim=16,
+        sliding_window=8,
+        layer_types=[*_HYBRID, "full_attention"],
     ),
     "llama": LlamaConfig(**_COMMON, num_hidden_layers=4),
     "gpt2": GPT2Config(**_SPECIAL, n_embd=32, n_layer=4, n_head=2, n_positions=128),
@@ -112,7 +123,12 @@ COMPOSITE = {
     "qwen3_5": Qwen3_5Config(
         text_config=CONFIGS["qwen3_5"],
         vision_config=Qwen3_5VisionConfig(
-            depth=1, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=32, num_position_embeddings=16
+            depth=1,
+            hidden_size=32,
+            intermediate_size=64,
+            num_heads=2,
+            out_hidden_size=32,
+            num_position_embeddings=16,
         ),
     ),
 }
@@ -167,5 +183,9 @@ def save_tokenizer(folder: Path) -> None:
     )
     tokenizer.train_from_iterator(["a small text about nothing at all"], trainer)
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
     ).save_pretrained(folder)

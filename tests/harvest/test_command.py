@@ -17,11 +17,12 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from data.errors import SettingError, StoreError, run_command
+from conf.command import run_command
+from data.errors import SettingError, StoreError
 from data.journal import size
-from data.store import Store
-from data.unit import prepare
-from harvest.__main__ import command, default_store, harvest_config, model_config, planned_for
+from data.store.store import Store
+from data.store.unit import prepare
+from harvest.command import command, default_store, harvest_config, model_config, planned_for
 from harvest.plan import HarvestConfig, require_fit
 
 
@@ -33,7 +34,15 @@ def settings(*overrides: str) -> dict[str, Any]:
 
 
 def tiny(store: Path, *overrides: str) -> dict[str, Any]:
-    return settings("model=tiny", "text=tiny", "tokens=3000", "context=64", "layer=5", f"store={store}", *overrides)
+    return settings(
+        "model=tiny",
+        "text=tiny",
+        "tokens=3000",
+        "context=64",
+        "layer=5",
+        f"store={store}",
+        *overrides,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +93,9 @@ def test_status_plan_verify_and_repair(harvested: Path, capsys: pytest.CaptureFi
         assert expected in capsys.readouterr().out
 
 
-def test_verify_names_what_is_damaged(harvested: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_names_what_is_damaged(
+    harvested: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = shutil.copytree(harvested, tmp_path / "s.zarr")
     path = store / "norm_5" / "c.3"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
@@ -97,10 +108,14 @@ def test_verify_names_what_is_damaged(harvested: Path, tmp_path: Path, capsys: p
     with pytest.raises(StoreError, match=f"{record} does not match its own checksum\n") as error:
         command(tiny(store, "action=verify"))
     assert str(error.value).count("action=repair") == 1
-    with pytest.raises(StoreError, match=f"`python -m harvest action=repair store={store}` drops it"):
+    with pytest.raises(
+        StoreError, match=f"`python -m harvest action=repair store={store}` drops it"
+    ):
         Store.open(store)
     command(tiny(store, "action=repair"))
-    assert capsys.readouterr().out.endswith("\n2 to make again: run the same `python -m harvest` again\n")
+    assert capsys.readouterr().out.endswith(
+        "\n2 to make again: run the same `python -m harvest` again\n"
+    )
     command(tiny(store))
     (store / "zarr.json").write_text("{")
     command(tiny(store, "action=repair"))
@@ -110,7 +125,9 @@ def test_verify_names_what_is_damaged(harvested: Path, tmp_path: Path, capsys: p
 
 def test_where_no_store_is_that_is_said(tmp_path: Path) -> None:
     for action in ("status", "verify", "repair"):
-        with pytest.raises(StoreError, match=f"^no activation store at {tmp_path}/none; make one with [^\n]*$"):
+        with pytest.raises(
+            StoreError, match=f"^no activation store at {tmp_path}/none; make one with [^\n]*$"
+        ):
             command(tiny(tmp_path / "none", f"action={action}", "model.path=/no/such/folder"))
     assert not (tmp_path / "none").exists()
 
@@ -123,7 +140,9 @@ def test_what_was_made_here_is_told_from_what_was_there(
         (store / "commits" / "residuals" / f"{unit:08d}.5.json").unlink()
     command(tiny(store))
     said = capsys.readouterr().err
-    assert re.search(r"is complete: 3,008 tokens, 128 of them made here in \d+s, [\d,]+ tokens/s\n", said), said
+    assert re.search(
+        r"is complete: 3,008 tokens, 128 of them made here in \d+s, [\d,]+ tokens/s\n", said
+    ), said
     command(tiny(tmp_path / "whole.zarr"))
     said = capsys.readouterr().err
     assert re.search(r"is complete: 3,008 tokens in \d+s, [\d,]+ tokens/s\n", said), said
@@ -138,8 +157,12 @@ def test_verify_catches_rows_of_another_model(harvested: Path, tmp_path: Path) -
     again = Store.open(path)
     for unit in range(store.units):
         permutation, starts = store.permutation(unit), store.piece_starts(unit).ravel()
-        rows = torch.from_numpy(store.residuals(5, unit)[permutation.argsort()] ^ 1).view(torch.bfloat16)
-        again.commit_residuals(unit, {5: prepare(rows, permutation, starts, store.array("layer_5"))})
+        rows = torch.from_numpy(store.residuals(5, unit)[permutation.argsort()] ^ 1).view(
+            torch.bfloat16
+        )
+        again.commit_residuals(
+            unit, {5: prepare(rows, permutation, starts, store.array("layer_5"))}
+        )
     with pytest.raises(StoreError, match="differs in 64 of 64 rows when recomputed"):
         command(tiny(path, "action=verify"))
 
@@ -164,7 +187,10 @@ def test_verify_catches_rows_of_another_model(harvested: Path, tmp_path: Path) -
         (["codec.name=zip"], "codec='zip' is unknown; choose one of blosc, none, int8"),
         (["action=dance"], "action=dance is unknown; choose one of run, plan"),
         (["model.path=/no/such/folder"], "model.path=/no/such/folder is no folder"),
-        (["model.path=nobody/nothing"], "cannot be had from the Hugging Face hub .*model=tiny text=tiny"),
+        (
+            ["model.path=nobody/nothing"],
+            "cannot be had from the Hugging Face hub .*model=tiny text=tiny",
+        ),
         (["model.dtype=float8"], "model.dtype=float8 must be bfloat16 or float32"),
         (["text.path=/no/such/file"], "text.path=/no/such/file does not exist"),
         (["device=cuda"], "device=cuda needs a CUDA GPU"),
@@ -202,7 +228,9 @@ def test_a_file_in_the_stores_place_is_one_line(tmp_path: Path) -> None:
     ],
 )
 def test_what_the_parser_refuses_is_one_line_too(argument: str, said: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "harvest", argument], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "harvest", argument], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
@@ -217,18 +245,24 @@ def test_a_changed_setting_loses_nothing(harvested: Path) -> None:
     }.items():
         with pytest.raises(StoreError, match=values):
             command(tiny(harvested, override))
-    assert {path: path.stat().st_mtime_ns for path in harvested.rglob("*") if path.is_file()} == before
+    assert {
+        path: path.stat().st_mtime_ns for path in harvested.rglob("*") if path.is_file()
+    } == before
 
 
 def test_empty_text_is_refused_and_leaves_the_place_free(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(StoreError, match="the text ends before one row of context=64 tokens is full"):
+    with pytest.raises(
+        StoreError, match="the text ends before one row of context=64 tokens is full"
+    ):
         command(tiny(tmp_path / "s.zarr", f"text.path={tmp_path / 'empty.txt'}"))
     command(tiny(tmp_path / "s.zarr"))
     assert Store.open(tmp_path / "s.zarr").complete(5)
 
 
-def test_text_that_ends_early_closes_the_store_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_that_ends_early_closes_the_store_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = [json.dumps({"body": f"line {number} of a short text"}) for number in range(100)]
     (tmp_path / "short.jsonl").write_text("\n".join(lines))
     overrides = [f"text.path={tmp_path / 'short.jsonl'}", "text.field=body", "unit=320"]
@@ -242,7 +276,9 @@ def test_text_that_ends_early_closes_the_store_there(tmp_path: Path, capsys: pyt
     assert "is complete" in capsys.readouterr().err
 
 
-def test_what_cannot_fit_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_fit_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**9, 10**9 - 10**5, 10**5))
     with pytest.raises(StoreError, match=r"needs about \d+ kB and its disk has 100 kB free"):
@@ -259,7 +295,9 @@ def test_the_plan_is_what_a_store_takes(harvested: Path) -> None:
     assert taken == pytest.approx(planned.raw_bytes / 1.45, rel=0.25)
     assert planned.expected_bytes == 0  # it is all there
     require_fit(planned, harvested)
-    larger = tiny(harvested, "unit=128")  # of another unit, the store has more units than are asked for
+    larger = tiny(
+        harvested, "unit=128"
+    )  # of another unit, the store has more units than are asked for
     planned = planned_for(harvest_config(larger), model_config(asked["model"], "cpu"))
     assert (planned.expected_bytes, planned.disk_bytes) == (0, 0)
 
@@ -267,7 +305,9 @@ def test_the_plan_is_what_a_store_takes(harvested: Path) -> None:
 def test_a_model_that_does_not_fit_in_memory_is_refused(harvested: Path) -> None:
     asked = tiny(harvested)
     planned = planned_for(harvest_config(asked), model_config(asked["model"], "cpu"))
-    with pytest.raises(SettingError, match=r"the model needs about .* and the device has 1 MB free; lower batch="):
+    with pytest.raises(
+        SettingError, match=r"the model needs about .* and the device has 1 MB free; lower batch="
+    ):
         require_fit(replace(planned, device_bytes=10**6), harvested)
 
 

@@ -1,4 +1,6 @@
-"""What a model costs, from its configuration: against published numbers, and against models that are really run."""
+"""What a model costs, from its configuration: against published numbers, and against models that
+are really run.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, Gemma4TextConfig, GPT2Config, LlamaConfig, Qwen3MoeConfig
 
 from data.errors import SettingError
-from data.tiny import MODEL_DIR
+from data.tiny.embedded import MODEL_DIR
 from harvest.cost import cost, peak_flops
-from harvest.lm import LanguageModel, ModelConfig, find_blocks, forward_inputs, run
+from harvest.forward import run
+from harvest.isolation import forward_inputs
+from harvest.model import LanguageModel, ModelConfig, find_blocks
 from harvest.tokens import Tokenizer
 from tests.harvest.models import COMPOSITE, CONFIGS, E4B
 
@@ -47,13 +51,19 @@ MEDIUM: dict[str, Any] = {
         num_attention_heads=4,
         num_key_value_heads=2,
     ),
-    "gpt2": GPT2Config(vocab_size=1000, n_embd=192, n_layer=12, n_head=4, bos_token_id=1, eos_token_id=1),
+    "gpt2": GPT2Config(
+        vocab_size=1000, n_embd=192, n_layer=12, n_head=4, bos_token_id=1, eos_token_id=1
+    ),
 }
 
 
 def random_model(config: Any, dtype: Any) -> LanguageModel:
     """Random weights; what a plan does not look at is made up."""
-    decoder = AutoModel.from_config(copy.deepcopy(config), dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+    decoder = (
+        AutoModel.from_config(copy.deepcopy(config), dtype=getattr(torch, dtype))
+        .eval()
+        .requires_grad_(False)
+    )
     n, d = config.num_hidden_layers, config.hidden_size
     return LanguageModel(
         config=ModelConfig("none", dtype=dtype),
@@ -79,14 +89,21 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         given = {
-            part.untyped_storage()._cdata for part in tree_leaves((args, kwargs)) if isinstance(part, torch.Tensor)
+            part.untyped_storage()._cdata
+            for part in tree_leaves((args, kwargs))
+            if isinstance(part, torch.Tensor)
         }
         for part in tree_leaves(out):
-            if isinstance(part, torch.Tensor) and (key := part.untyped_storage()._cdata) not in given | self.known:
+            if (
+                isinstance(part, torch.Tensor)
+                and (key := part.untyped_storage()._cdata) not in given | self.known
+            ):
                 self.known.add(key)
                 self.now += part.untyped_storage().nbytes()
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(part.untyped_storage(), self._gone, key, part.untyped_storage().nbytes())
+                weakref.finalize(
+                    part.untyped_storage(), self._gone, key, part.untyped_storage().nbytes()
+                )
         return out
 
     def _gone(self, key: int, nbytes: int) -> None:
@@ -107,7 +124,9 @@ def test_e4b_has_its_published_size_and_cost() -> None:
 
 @pytest.mark.parametrize("family", MEDIUM)
 def test_flop_are_the_ones_of_the_kernels(family: str) -> None:
-    """Torch's own count, where a row of one document attends over all T of a dense mask and we count what is seen."""
+    """Torch's own count, where a row of one document attends over all T of a dense mask and we
+    count what is seen.
+    """
     config = MEDIUM[family]
     predicted = cost(config, [3, 7], "float32", 2, CONTEXT)
     lm = random_model(config, "float32")
@@ -119,7 +138,9 @@ def test_flop_are_the_ones_of_the_kernels(family: str) -> None:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run(lm, passes, [3, 7])
     dense = predicted.attention_flop * 2 * CONTEXT / (CONTEXT + 1)
-    assert counter.get_total_flops() == pytest.approx((predicted.matmul_flop + dense) * 2 * CONTEXT, rel=1e-6)
+    assert counter.get_total_flops() == pytest.approx(
+        (predicted.matmul_flop + dense) * 2 * CONTEXT, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -143,7 +164,10 @@ def test_bytes_are_the_ones_that_a_run_holds(family: str, dtype: str) -> None:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_family_can_be_counted(family: str) -> None:
     text: Any = CONFIGS[family].get_text_config()
-    first, last = (cost(CONFIGS[family], [layer], "bfloat16", 2, 64) for layer in (0, text.num_hidden_layers - 1))
+    first, last = (
+        cost(CONFIGS[family], [layer], "bfloat16", 2, 64)
+        for layer in (0, text.num_hidden_layers - 1)
+    )
     assert first.kept < last.kept == last.parameters
     assert first.flop < last.flop
     with pytest.raises(SettingError, match=f"layer={text.num_hidden_layers} is out of range"):
@@ -153,8 +177,12 @@ def test_every_family_can_be_counted(family: str) -> None:
 def test_a_window_and_linear_attention_cost_less() -> None:
     narrow = copy.deepcopy(MEDIUM["gemma4"])
     narrow.sliding_window = 2
-    seen = np.minimum(np.arange(CONTEXT) + 1, 2).mean()  # in the five layers before the first full one
-    assert cost(narrow, [4], "float32", 1, CONTEXT).attention_flop == pytest.approx(5 * 4 * seen * 4 * 48)
+    seen = np.minimum(
+        np.arange(CONTEXT) + 1, 2
+    ).mean()  # in the five layers before the first full one
+    assert cost(narrow, [4], "float32", 1, CONTEXT).attention_flop == pytest.approx(
+        5 * 4 * seen * 4 * 48
+    )
     linear = cost(COMPOSITE["qwen3_5"], [2], "float32", 1, CONTEXT)
     assert linear.attention_flop == 0
     assert linear.matmul_flop > 0
@@ -175,7 +203,9 @@ def test_a_mixture_counts_the_experts_that_a_token_meets() -> None:
         )
         return cost(config, [1], "float32", 1, 16).matmul_flop
 
-    assert flop(8, 4) - flop(8, 2) == 2 * 2 * 2 * (3 * 32 * 16)  # two flop, layers, experts; three matrices
+    assert flop(8, 4) - flop(8, 2) == 2 * 2 * 2 * (
+        3 * 32 * 16
+    )  # two flop, layers, experts; three matrices
     assert flop(16, 2) - flop(8, 2) == 2 * 2 * 8 * 32  # the router alone
 
 

@@ -1,4 +1,6 @@
-"""What goes wrong around a harvest is named and loses nothing; the next start ends in the same bytes."""
+"""What goes wrong around a harvest is named and loses nothing; the next start ends in the same
+bytes.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,20 @@ import numpy as np
 import pytest
 import torch
 
-from data import hub
-from data.documents import Document, State
 from data.errors import MismatchError, PipelineError, StoreError
-from data.place import LocalPlace
-from data.reader import Policy, Reader
-from data.sources import FileText
-from data.store import Store
-from data.verify import damage, is_derived, repair
-from harvest import loop, residuals, spine
-from harvest.lm import LanguageModel, ModelConfig, OutOfMemory, choose_isolation, load
-from harvest.loop import harvest
+from data.rows.reader import Reader
+from data.rows.split import Policy
+from data.store.place import LocalPlace
+from data.store.repair import damage, is_derived, repair
+from data.store.store import Store
+from data.text import hub
+from data.text.documents import Document, State
+from data.text.sources import FileText
+from harvest import forward, loop, selfcheck, spine
+from harvest.loop import OutOfMemory, harvest
+from harvest.model import LanguageModel, ModelConfig, load
 from harvest.plan import Faults, HarvestConfig
+from harvest.selfcheck import choose_isolation
 from tests.harvest.models import VOCABULARY, save_model
 
 TOKENS = 512
@@ -38,8 +42,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, a text, a store with its spine alone, and a finished one."""
     folder = tmp_path_factory.mktemp("faults")
     save_model(folder / "model", "gemma4")
-    words = ["all work and no play"] * 15 + ["makes QUITE sure"] * 200  # what is in capitals comes late
-    (folder / "text.jsonl").write_text("".join(f'{{"text": "{word} {n}"}}\n' for n, word in enumerate(words)))
+    words = ["all work and no play"] * 15 + [
+        "makes QUITE sure"
+    ] * 200  # what is in capitals comes late
+    (folder / "text.jsonl").write_text(
+        "".join(f'{{"text": "{word} {n}"}}\n' for n, word in enumerate(words))
+    )
     lm, source = open_model(folder), FileText(folder / "text.jsonl")
     begun = config(folder / "spine.zarr")
     store = Store.open_or_create(begun.store, loop.manifest(begun, lm, source))
@@ -64,7 +72,11 @@ def begun(root: Path, tmp_path: Path) -> HarvestConfig:
 
 
 def tree(path: Path | str) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(Path(path).rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in sorted(Path(path).rglob("*"))
+        if file.is_file()
+    }
 
 
 def finish(root: Path, target: HarvestConfig) -> None:
@@ -73,7 +85,7 @@ def finish(root: Path, target: HarvestConfig) -> None:
     assert tree(target.store) == tree(root / "done.zarr")
 
 
-# -- disks -------------------------------------------------------------------------------------------------------
+# -- disks -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace", "link"])
@@ -98,7 +110,9 @@ def test_a_disk_that_refuses_at_any_step_loses_nothing(
             patch.setattr(os, call, refusing)
             said = refusal(lambda target=target: harvest(target, open_model(root), source))
         refused = said is not None
-        assert said is None or re.match("cannot (write|create the folder) .*: No space left on device; ", said)
+        assert said is None or re.match(
+            "cannot (write|create the folder) .*: No space left on device; ", said
+        )
         assert not list(damage(LocalPlace(Path(target.store)))) or refused
         assert not list(Path(target.store).rglob("*.tmp"))
         finish(root, target)
@@ -109,7 +123,10 @@ def test_a_real_full_disk(root: Path, tmp_path: Path) -> None:
     """On a file system of 400 kB, where one can be mounted."""
     small = tmp_path / "small"
     small.mkdir()
-    if os.geteuid() != 0 or os.system(f"mount -t tmpfs -o size=400k tmpfs {small} 2>/dev/null") != 0:
+    if (
+        os.geteuid() != 0
+        or os.system(f"mount -t tmpfs -o size=400k tmpfs {small} 2>/dev/null") != 0
+    ):
         pytest.skip("a small tmpfs cannot be mounted here")
     try:
         target = config(shutil.copytree(root / "spine.zarr", small / "s.zarr"))
@@ -161,7 +178,9 @@ def test_every_kind_of_object_is_among_those_that_are_damaged(root: Path) -> Non
 
 
 @pytest.mark.parametrize("key", KINDS)
-def test_a_flipped_byte_anywhere_is_found_by_verify_and_mended(root: Path, tmp_path: Path, key: str) -> None:
+def test_a_flipped_byte_anywhere_is_found_by_verify_and_mended(
+    root: Path, tmp_path: Path, key: str
+) -> None:
     path = shutil.copytree(root / "done.zarr", tmp_path / "s.zarr")
     whole, place = (path / key).read_bytes(), LocalPlace(path)
     for at in np.linspace(0, len(whole) - 1, 12).astype(int):
@@ -179,7 +198,9 @@ def test_a_flipped_byte_anywhere_is_found_by_verify_and_mended(root: Path, tmp_p
 
 
 @pytest.mark.parametrize("key", [key for key in KINDS if "/c." in key and "summary" not in key])
-def test_truncated_missing_and_swapped_objects_are_never_served(root: Path, tmp_path: Path, key: str) -> None:
+def test_truncated_missing_and_swapped_objects_are_never_served(
+    root: Path, tmp_path: Path, key: str
+) -> None:
     path = shutil.copytree(root / "done.zarr", tmp_path / "s.zarr")
     whole, other = (path / key).read_bytes(), path / key.replace("c.2", "c.3")
     for data in (b"", whole[:-1], whole[: len(whole) // 2]):
@@ -212,11 +233,13 @@ def test_a_manifest_and_its_copy_both_damaged_is_said(root: Path, tmp_path: Path
     path = shutil.copytree(root / "done.zarr", tmp_path / "s.zarr")
     for key in ("commits/manifest.json", "zarr.json"):
         (path / key).write_bytes(b"{")
-    with pytest.raises(StoreError, match="nothing says any more what the store was made from; harvest it anew"):
+    with pytest.raises(
+        StoreError, match="nothing says any more what the store was made from; harvest it anew"
+    ):
         repair(LocalPlace(path))
 
 
-# -- models ------------------------------------------------------------------------------------------------------
+# -- models ----------------------------------------------------------------------------------------
 
 
 def poisoned(lm: LanguageModel, token: int, value: float) -> LanguageModel:
@@ -231,7 +254,9 @@ def test_rows_that_are_not_finite_are_named_and_their_unit_is_not_committed(
 ) -> None:
     source, target = FileText(root / "text.jsonl"), begun(root, tmp_path)
     tokens = np.concatenate([Store.open(target.store).tokens(unit) for unit in range(8)])
-    probed = torch.randint(VOCABULARY, (3, 1, 24), generator=torch.Generator().manual_seed(0))  # by choose_isolation
+    probed = torch.randint(
+        VOCABULARY, (3, 1, 24), generator=torch.Generator().manual_seed(0)
+    )  # by choose_isolation
     seen = {*tokens[:12].ravel().tolist(), *probed.ravel().tolist()}
     rare = next(int(token) for token in np.unique(tokens) if token not in seen)
     row = int(np.nonzero(tokens == rare)[0][0])
@@ -241,7 +266,10 @@ def test_rows_that_are_not_finite_are_named_and_their_unit_is_not_committed(
     unit = row // 4
     said = str(error.value)
     # Attention spreads NaN over the whole packed row, masked or not: 0 * NaN is NaN.
-    assert f"rows of unit {unit} of {target.store}, first at token 0 (id 2) of packed row {row % 4}" in said
+    assert (
+        f"rows of unit {unit} of {target.store}, first at token 0 (id 2) of packed row {row % 4}"
+        in said
+    )
     assert said.startswith("layer 1 gave NaN or infinity in")
     assert unit in Store.open(target.store).missing([1, 4])
     allowed = replace(target, faults=Faults(non_finite=64))
@@ -249,10 +277,15 @@ def test_rows_that_are_not_finite_are_named_and_their_unit_is_not_committed(
     store = Store.open(target.store)
     assert store.non_finite(1) > 0
     served = Reader(store, 1, batch=1, seed=0, policy=Policy())
-    assert all(torch.isfinite(batch).all() for _, batch in zip(range(served.rows), served.batches(0), strict=False))
+    assert all(
+        torch.isfinite(batch).all()
+        for _, batch in zip(range(served.rows), served.batches(0), strict=False)
+    )
 
 
-def run_out(monkeypatch: pytest.MonkeyPatch, most: int, real: Callable[..., Any] = residuals.run) -> None:
+def run_out(
+    monkeypatch: pytest.MonkeyPatch, most: int, real: Callable[..., Any] = forward.run
+) -> None:
     """Memory for at most `most` packed rows in a forward pass."""
 
     def limited(lm: LanguageModel, passes: Any, layers: Any, out: Any = None) -> Any:
@@ -260,7 +293,7 @@ def run_out(monkeypatch: pytest.MonkeyPatch, most: int, real: Callable[..., Any]
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(lm, passes, layers, out)
 
-    monkeypatch.setattr(residuals, "run", limited)
+    monkeypatch.setattr(forward, "run", limited)
 
 
 def test_out_of_memory_stops_resumably_and_names_the_batch(
@@ -269,7 +302,9 @@ def test_out_of_memory_stops_resumably_and_names_the_batch(
     target = begun(root, tmp_path)
     with monkeypatch.context() as patch:
         run_out(patch, most=1)
-        with pytest.raises(OutOfMemory, match="unit 0: a batch of 2 rows does not fit in memory") as error:
+        with pytest.raises(
+            OutOfMemory, match="unit 0: a batch of 2 rows does not fit in memory"
+        ) as error:
             harvest(target, open_model(root), FileText(root / "text.jsonl"))
         assert error.value.batch == 2
     finish(root, target)
@@ -287,22 +322,28 @@ def test_halving_goes_on_and_records_it(
     for unit in range(8):  # recomputed with the batch on record, whatever memory there is now
         lm = open_model(root)
         lm.truncate_(4)
-        loop.require_same(store, lm, unit, [1, 4])
+        selfcheck.require_same(store, lm, unit, [1, 4])
 
 
-def test_another_model_tokenizer_or_setting_is_refused_with_both_values(root: Path, tmp_path: Path) -> None:
+def test_another_model_tokenizer_or_setting_is_refused_with_both_values(
+    root: Path, tmp_path: Path
+) -> None:
     target, source = begun(root, tmp_path), FileText(root / "text.jsonl")
     lm = open_model(root)
     for key in ("weights", "tokenizer", "config"):
         lm.identity = {**open_model(root).identity, key: "other"}
-        with pytest.raises(MismatchError, match=f"model.{key} is '[0-9a-f]+' there and 'other' here"):
+        with pytest.raises(
+            MismatchError, match=f"model.{key} is '[0-9a-f]+' there and 'other' here"
+        ):
             harvest(target, lm, source)
     (tmp_path / "text.jsonl").write_text('{"text": "Something else."}')
-    with pytest.raises(MismatchError, match=r"text.files.text.jsonl is '[0-9a-f]+' there and '[0-9a-f]+' here"):
+    with pytest.raises(
+        MismatchError, match=r"text.files.text.jsonl is '[0-9a-f]+' there and '[0-9a-f]+' here"
+    ):
         harvest(target, open_model(root), FileText(tmp_path / "text.jsonl"))
 
 
-# -- text and time -----------------------------------------------------------------------------------------------
+# -- text and time ---------------------------------------------------------------------------------
 
 
 class Breaking(FileText):
@@ -327,7 +368,9 @@ def test_a_text_that_raises_in_the_middle_goes_on_where_it_was(root: Path, tmp_p
     assert tree(tmp_path / "s.zarr") == tree(whole.name)
 
 
-def test_a_parent_that_left_is_told_nothing(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parent_that_left_is_told_nothing(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, tokenizer = FileText(root / "text.jsonl"), open_model(root).tokenizer
     monkeypatch.setattr(hub, "sleep", hub.sleep)  # the writing process sets its own
     for store in (root / "done.zarr", tmp_path / "none.zarr"):  # all is written, and: it fails
@@ -337,7 +380,9 @@ def test_a_parent_that_left_is_told_nothing(root: Path, tmp_path: Path, monkeypa
             spine._work(theirs, str(store), source, tokenizer)
 
 
-def test_clocks_that_jump_change_nothing(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clocks_that_jump_change_nothing(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     jumps = iter(range(10**9, 0, -86_400))
     monkeypatch.setattr(time, "time", lambda: float(next(jumps)))
     monkeypatch.setattr(time, "time_ns", lambda: next(jumps) * 10**9)

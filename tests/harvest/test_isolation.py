@@ -16,16 +16,16 @@ from torch.utils._pytree import tree_leaves
 from transformers.masking_utils import create_masks_for_generate
 
 from harvest import isolation
-from harvest import lm as lm_module
+from harvest.forward import forward, run
 from harvest.isolation import Isolation, attention_mask, forward_inputs, groups
-from harvest.lm import LanguageModel, ModelConfig, load, run
+from harvest.model import LanguageModel, ModelConfig, load
 from tests.harvest.models import CONFIGS, VOCABULARY, save_model
 
 FAMILIES = tuple(CONFIGS)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-# Each makes the host wait for the device: what comes next depends on a value, on how many there are, or on a number
-# of the host (`lift_fresh`).
+# Each makes the host wait for the device: what comes next depends on a value, on how many there
+# are, or on a number of the host (`lift_fresh`).
 WAITING = (
     "_local_scalar_dense",
     "nonzero",
@@ -39,7 +39,9 @@ WAITING = (
 
 
 class Waits(TorchDispatchMode):
-    """Notes every kernel that would wait for an accelerator; it shows on any device which ones are called."""
+    """Notes every kernel that would wait for an accelerator; it shows on any device which ones are
+    called.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +50,9 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
         by_boolean = name in ("index", "index_put", "index_put_") and any(
-            part.dtype == torch.bool for part in tree_leaves(args[1]) if isinstance(part, torch.Tensor)
+            part.dtype == torch.bool
+            for part in tree_leaves(args[1])
+            if isinstance(part, torch.Tensor)
         )
         if name.startswith(WAITING) or by_boolean:
             self.found.append(name)
@@ -84,18 +88,24 @@ def test_a_run_waits_for_no_device(model: Callable[[str], LanguageModel], family
         run(lm, passes, [0, 2])
     assert waits.found == []
     with Waits() as waits:  # as it would be: transformers looks at the values of the positions
-        lm_module._forward(lm, passes[0])
+        forward(lm, passes[0])
     assert "is_nonzero" in waits.found
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen3_5"])
-def test_masks_are_the_ones_that_transformers_makes(model: Callable[[str], LanguageModel], family: str) -> None:
-    """Beyond the window of 8 too, and for rows of one piece, where transformers makes none for full attention."""
+def test_masks_are_the_ones_that_transformers_makes(
+    model: Callable[[str], LanguageModel], family: str
+) -> None:
+    """Beyond the window of 8 too, and for rows of one piece, where transformers makes none for full
+    attention.
+    """
     config: Any = model(family).decoder.config
     tokens, starts = batch()
     (one,) = forward_inputs(tokens, starts, "packed")
     ours = attention_mask(config, one.positions)
-    theirs = create_masks_for_generate(config, torch.empty(*tokens.shape, 1), None, None, position_ids=one.positions)
+    theirs = create_masks_for_generate(
+        config, torch.empty(*tokens.shape, 1), None, None, position_ids=one.positions
+    )
     assert isinstance(ours, dict) == isinstance(theirs, dict)
     pairs = ours.items() if isinstance(ours, dict) else [("", ours)]
     for kind, mask in pairs:
@@ -110,7 +120,9 @@ def test_unknown_attention_is_left_to_transformers(model: Callable[[str], Langua
     config.attention_chunk_size = 2
     assert attention_mask(config, positions) is None
     config.attention_chunk_size = None
-    config._attn_implementation = "eager"  # adds its mask to the scores: a boolean one would mean 0 and 1
+    config._attn_implementation = (
+        "eager"  # adds its mask to the scores: a boolean one would mean 0 and 1
+    )
     assert attention_mask(config, positions) is None
     assert attention_mask(model("qwen3_5").decoder.config, positions) is None
 
@@ -149,7 +161,11 @@ def test_no_partition_of_the_pieces_costs_less(seed: int, monkeypatch: pytest.Mo
     def price(found: list[list[int]]) -> int:
         return sum(20 + max(part) * len(part) for part in found)
 
-    allowed = [found for found in partitions(lengths.tolist()) if all(max(p) * len(p) <= lengths.sum() for p in found)]
+    allowed = [
+        found
+        for found in partitions(lengths.tolist())
+        if all(max(p) * len(p) <= lengths.sum() for p in found)
+    ]
     assert len(allowed) > 300
     ours = [lengths[group].tolist() for group in groups(lengths, int(lengths.sum()))]
     assert price(ours) == min(map(price, allowed))

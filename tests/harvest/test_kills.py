@@ -17,17 +17,24 @@ from typing import Any
 import pytest
 
 from data.errors import StoreError
-from data.place import LocalPlace
-from data.sources import FileText
-from data.store import Store
-from data.verify import repair
+from data.store.place import LocalPlace
+from data.store.repair import repair
+from data.store.store import Store
+from data.text.sources import FileText
 from harvest import loop, spine
-from harvest.lm import LanguageModel, ModelConfig, choose_isolation, load
 from harvest.loop import harvest
+from harvest.model import LanguageModel, ModelConfig, load
 from harvest.plan import HarvestConfig
+from harvest.selfcheck import choose_isolation
 from tests.harvest.models import save_model
 
-STEPS = ("fsync", "replace", "link", "unlink", "mkdir")  # every system call by which a commit becomes visible
+STEPS = (
+    "fsync",
+    "replace",
+    "link",
+    "unlink",
+    "mkdir",
+)  # every system call by which a commit becomes visible
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +55,20 @@ def config(store: Path, tokens: int = 128) -> HarvestConfig:
 
 def tree(path: Path) -> dict[str, bytes]:
     """All files of a store and their bytes."""
-    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
 
 
 def write_spine(target: HarvestConfig, lm: LanguageModel, source: FileText) -> Store:
     """The first half of a harvest, in this process."""
     lm.isolation = choose_isolation(lm)
     store = Store.open_or_create(target.store, loop.manifest(target, lm, source))
-    with closing(store.place.claims(0, 1)):  # as in a harvest, what a killed one left half written goes
+    with closing(
+        store.place.claims(0, 1)
+    ):  # as in a harvest, what a killed one left half written goes
         spine.write(store, source, lm.tokenizer)
     return store
 
@@ -65,7 +78,9 @@ def reference(root: Path) -> dict[int, dict[str, bytes]]:
     stores = {}
     for tokens in (128, 1024):
         path = root / f"{tokens}.zarr"
-        write_spine(config(root / f"{tokens}.spine", tokens), open_model(root), FileText(root / "text.txt"))
+        write_spine(
+            config(root / f"{tokens}.spine", tokens), open_model(root), FileText(root / "text.txt")
+        )
         harvest(config(path, tokens), open_model(root), FileText(root / "text.txt"))
         stores[tokens] = tree(path)
     return stores
@@ -88,7 +103,9 @@ def in_child(action: Callable[[], object]) -> int:
 
 
 def kill_at(call: int) -> None:
-    """Make this process die by SIGKILL at its `call`-th durable step, half of the times just after it."""
+    """Make this process die by SIGKILL at its `call`-th durable step, half of the times just after
+    it.
+    """
     seen = [0]
 
     def dying(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,7 +125,9 @@ def kill_at(call: int) -> None:
         setattr(os, name, dying(getattr(os, name)))
 
 
-def test_a_kill_at_every_step_of_the_spine_changes_no_byte(root: Path, tmp_path: Path, reference: object) -> None:
+def test_a_kill_at_every_step_of_the_spine_changes_no_byte(
+    root: Path, tmp_path: Path, reference: object
+) -> None:
     lm, source = open_model(root), FileText(root / "text.txt")
     steps = kill_by_the_step(
         lambda number: config(tmp_path / f"{number}.zarr"),
@@ -148,10 +167,11 @@ def kill_by_the_step(
     expected: dict[str, bytes],
     stride: int = 1,
 ) -> int:
-    """Kill `act` at every `stride`-th durable step, just before and just after in turns; how many steps there are.
+    """Kill `act` at every `stride`-th durable step, just before and just after in turns; how many
+    steps there are.
 
-    A harvest of two units has 71 to 81, by what its threads do at the same time. So the last steps are those that
-    three runs, one after the other, do not come to.
+    A harvest of two units has 71 to 81, by what its threads do at the same time. So the last steps
+    are those that three runs, one after the other, do not come to.
     """
     call, unharmed = 1, 0
     while unharmed < (3 if stride == 1 else 1):
@@ -182,7 +202,9 @@ def test_many_kills_at_random_moments_change_no_byte(
         kill_by_the_clock(root, tmp_path / str(number), reference[1024], kills=25, seed=number)
 
 
-def kill_by_the_clock(root: Path, folder: Path, expected: dict[str, bytes], kills: int, seed: int = 0) -> None:
+def kill_by_the_clock(
+    root: Path, folder: Path, expected: dict[str, bytes], kills: int, seed: int = 0
+) -> None:
     """Kill harvests of one store after another's random delay until `kills` were killed at work."""
     lm, source = open_model(root), FileText(root / "text.txt")
     began = time.monotonic()
@@ -196,10 +218,14 @@ def kill_by_the_clock(root: Path, folder: Path, expected: dict[str, bytes], kill
         finished, attempt = False, 0
         while not finished:
             attempt += 1
-            delay = rng.uniform(0.02, 0.5 + 0.05 * attempt) * whole  # grows, so that a slower machine comes to an end
+            delay = (
+                rng.uniform(0.02, 0.5 + 0.05 * attempt) * whole
+            )  # grows, so that a slower machine comes to an end
 
             def dying_run(delay: float = delay, target: HarvestConfig = target) -> None:
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)  # its default action ends the process there and then
+                signal.signal(
+                    signal.SIGALRM, signal.SIG_DFL
+                )  # its default action ends the process there and then
                 signal.setitimer(signal.ITIMER_REAL, delay)
                 harvest(target, lm, source)
 
@@ -211,10 +237,15 @@ def kill_by_the_clock(root: Path, folder: Path, expected: dict[str, bytes], kill
 def test_the_canary_refuses_to_go_on_with_other_bits(
     root: Path, tmp_path: Path, reference: dict[int, dict[str, bytes]]
 ) -> None:
-    source, target = FileText(root / "text.txt"), config(shutil.copytree(root / "128.zarr", tmp_path / "s.zarr"))
+    source, target = (
+        FileText(root / "text.txt"),
+        config(shutil.copytree(root / "128.zarr", tmp_path / "s.zarr")),
+    )
     (tmp_path / "s.zarr" / "commits" / "residuals" / "00000001.1_4.json").unlink()
     changed = open_model(root)
-    changed.blocks[0].mlp.down_proj.weight.data.mul_(1.5)  # its files, and so its identity, stay the same
+    changed.blocks[0].mlp.down_proj.weight.data.mul_(
+        1.5
+    )  # its files, and so its identity, stay the same
     with pytest.raises(StoreError, match="rows when recomputed here"):
         harvest(target, changed, source)
     assert Store.open(target.store).missing([1, 4]) == {1: [1, 4]}
@@ -225,7 +256,13 @@ def test_damage_is_repaired_to_the_same_bytes(
 ) -> None:
     path = shutil.copytree(root / "1024.zarr", tmp_path / "s.zarr")
     source, target = FileText(root / "text.txt"), config(path, 1024)
-    for name in ("tokens/c.3.0", "layer_4/c.7.0", "norm_1/c.9", "token_index/c.11", "summary_1/c.0.0.0.0"):
+    for name in (
+        "tokens/c.3.0",
+        "layer_4/c.7.0",
+        "norm_1/c.9",
+        "token_index/c.11",
+        "summary_1/c.0.0.0.0",
+    ):
         (path / name).write_bytes((path / name).read_bytes()[:-1])
     assert len(repair(LocalPlace(path))) == 5
     (path / "commits" / "spine" / "00000005.json").unlink()  # lost, not damaged
@@ -242,8 +279,22 @@ def test_damage_is_repaired_to_the_same_bytes(
 def test_signals_stop_at_a_boundary_and_the_command_goes_on(
     root: Path, tmp_path: Path, signum: signal.Signals, code: int
 ) -> None:
-    command = [sys.executable, "-m", "harvest", f"model.path={root / 'model'}", "model.dtype=float32", "text=tiny"]
-    command += ["layer=1", "tokens=40000", "context=16", "unit=64", "batch=1", f"store={tmp_path / 's.zarr'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "harvest",
+        f"model.path={root / 'model'}",
+        "model.dtype=float32",
+        "text=tiny",
+    ]
+    command += [
+        "layer=1",
+        "tokens=40000",
+        "context=16",
+        "unit=64",
+        "batch=1",
+        f"store={tmp_path / 's.zarr'}",
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert any("units | " in line for line in iter(process.stderr.readline, ""))

@@ -1,7 +1,7 @@
 """Ranks under the engines that start them: the store of many is, byte for byte, the store of one.
 
-Slurm itself is not here. submitit's local executor runs the same pickled jobs with the same handlers of signals, and
-puts a preempted job back into the queue as its Slurm executor does.
+Slurm itself is not here. submitit's local executor runs the same pickled jobs with the same
+handlers of signals, and puts a preempted job back into the queue as its Slurm executor does.
 """
 
 from __future__ import annotations
@@ -19,19 +19,31 @@ import pytest
 
 INSTALLED = importlib.util.find_spec("submitit") is not None
 submitit = pytest.mark.skipif(
-    not INSTALLED, reason="hydra-submitit-launcher is not installed: pip install 'residual-saes[slurm]'"
+    not INSTALLED,
+    reason="hydra-submitit-launcher is not installed: pip install 'residual-saes[slurm]'",
 )
 ROOT = Path(__file__).parents[2]
 JOBS = Path("runs", "harvest", "jobs")
 
 
 def arguments(*overrides: str, tokens: int = 3000) -> list[str]:
-    return ["-m", "harvest", *overrides, "model=tiny", "text=tiny", f"tokens={tokens}", "context=64", "layer=5"]
+    return [
+        "-m",
+        "harvest",
+        *overrides,
+        "model=tiny",
+        "text=tiny",
+        f"tokens={tokens}",
+        "context=64",
+        "layer=5",
+    ]
 
 
 def harvest(folder: Path, *overrides: str, tokens: int = 3000) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *arguments(*overrides, tokens=tokens)]
-    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=folder, env=environment(), capture_output=True, text=True, check=False
+    )
 
 
 def environment() -> dict[str, str]:
@@ -45,7 +57,11 @@ def environment() -> dict[str, str]:
 
 def contents(store: Path) -> dict[str, bytes]:
     """Every file of a store."""
-    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(store)): path.read_bytes()
+        for path in store.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +98,16 @@ def test_the_others_make_what_a_killed_rank_leaves(tmp_path: Path, one: dict[str
 @pytest.mark.long
 def test_torchrun(tmp_path: Path, one: dict[str, bytes]) -> None:
     """Ranks come from RANK and WORLD_SIZE; `accelerate launch` sets the same two."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *arguments("store=s.zarr")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        *arguments("store=s.zarr"),
+    ]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "s.zarr") == one
 
@@ -92,7 +116,9 @@ def test_torchrun(tmp_path: Path, one: dict[str, bytes]) -> None:
 @pytest.mark.long
 def test_jobs_of_submitit(tmp_path: Path, one: dict[str, bytes]) -> None:
     """Two jobs; nothing is left beside the store but their logs, in one known place."""
-    done = harvest(tmp_path, "-m", "hydra/launcher=local", "store=s.zarr", "rank=range(0,2)", "world=2")
+    done = harvest(
+        tmp_path, "-m", "hydra/launcher=local", "store=s.zarr", "rank=range(0,2)", "world=2"
+    )
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "s.zarr") == one
     assert {path.name for path in tmp_path.iterdir()} == {"s.zarr", "runs"}
@@ -105,7 +131,9 @@ def test_jobs_of_submitit(tmp_path: Path, one: dict[str, bytes]) -> None:
 def test_what_a_job_refuses_comes_back_as_one_line(tmp_path: Path) -> None:
     """Exit code and message are those of the command without a launcher."""
     assert harvest(tmp_path, "store=s.zarr").returncode == 0
-    done = harvest(tmp_path, "-m", "hydra/launcher=local", "store=s.zarr", "seed=1", "rank=0", "world=1")
+    done = harvest(
+        tmp_path, "-m", "hydra/launcher=local", "store=s.zarr", "seed=1", "rank=0", "world=1"
+    )
     assert done.returncode == 2
     assert "seed is 0 there and 1 here" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -114,11 +142,15 @@ def test_what_a_job_refuses_comes_back_as_one_line(tmp_path: Path) -> None:
 @submitit
 @pytest.mark.long
 def test_a_preempted_job_is_queued_again_and_goes_on(tmp_path: Path) -> None:
-    """As Slurm does it: SIGTERM, which submitit lets pass and so must we, then its signal to checkpoint."""
+    """As Slurm does it: SIGTERM, which submitit lets pass and so must we, then its signal to
+    checkpoint.
+    """
     many = 20_000  # enough units that the signals arrive in their midst
     assert harvest(tmp_path, "store=one.zarr", tokens=many).returncode == 0
     overrides = ("-m", "hydra/launcher=local", "store=s.zarr", "rank=0", "world=1")
-    sweep = subprocess.Popen([sys.executable, *arguments(*overrides, tokens=many)], cwd=tmp_path, env=environment())
+    sweep = subprocess.Popen(
+        [sys.executable, *arguments(*overrides, tokens=many)], cwd=tmp_path, env=environment()
+    )
     wait_until(lambda: len(list((tmp_path / "s.zarr" / "layer_5").glob("**/*"))) > 2, sweep)
     task = task_of(sweep.pid)
     os.kill(task, signal.SIGTERM)
@@ -133,7 +165,9 @@ def test_a_preempted_job_is_queued_again_and_goes_on(tmp_path: Path) -> None:
 @pytest.mark.skipif(INSTALLED, reason="the plugin is installed")
 def test_without_the_plugin_one_line_says_how_to_get_it(tmp_path: Path) -> None:
     for launcher in ("slurm", "local"):
-        done = harvest(tmp_path, "-m", f"hydra/launcher={launcher}", "store=s.zarr", "rank=0,1", "world=2")
+        done = harvest(
+            tmp_path, "-m", f"hydra/launcher={launcher}", "store=s.zarr", "rank=0,1", "world=2"
+        )
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1
         assert "pip install 'residual-saes[slurm]'" in done.stderr

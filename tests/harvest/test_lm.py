@@ -1,4 +1,6 @@
-"""Residuals are the ones that the whole model computes for each document alone, for every family."""
+"""Residuals are the ones that the whole model computes for each document alone, for every
+family.
+"""
 
 from __future__ import annotations
 
@@ -20,24 +22,17 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.gemma4 import modeling_gemma4
 
 from data.errors import PipelineError, SettingError
-from data.sources import FileText
-from data.store import Store
-from harvest import lm as lm_module
-from harvest.isolation import attention_mask
-from harvest.lm import (
-    LanguageModel,
-    ModelConfig,
-    OutOfMemory,
-    choose_isolation,
-    forward_inputs,
-    is_out_of_memory,
-    load,
-    run,
-    tap,
-    truncate_checked_,
-)
-from harvest.loop import harvest
+from data.store.store import Store
+from data.text.sources import FileText
+from harvest import forward as forward_module
+from harvest.forward import forward, put, run
+from harvest.isolation import attention_mask, forward_inputs
+from harvest.loop import OutOfMemory, harvest
+from harvest.model import LanguageModel, ModelConfig, load
+from harvest.model_folder import is_out_of_memory
 from harvest.plan import HarvestConfig
+from harvest.selfcheck import choose_isolation, truncate_checked_
+from harvest.site import tap
 from tests.harvest.models import COMPOSITE, CONFIGS, VOCABULARY, save_composite, save_model
 
 FAMILIES = tuple(CONFIGS)
@@ -54,7 +49,9 @@ def open_model(folder: Path) -> LanguageModel:
     return load(ModelConfig(str(folder), dtype="float32"))
 
 
-def batch(seed: int = 0, rows: int = 3, context: int = 40) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
+def batch(
+    seed: int = 0, rows: int = 3, context: int = 40
+) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
     rng = np.random.default_rng(seed)
     starts = rng.random((rows, context)) < 0.1
     starts[:, 0] = True
@@ -67,8 +64,12 @@ def pieces(starts: NDArray[np.bool_]) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(edges)]
 
 
-def independent(folder: Path, tokens: NDArray[np.uint32], starts: NDArray[np.bool_], layer: int) -> torch.Tensor:
-    """(B*T, d) float32 residuals by transformers' own hidden states, each piece run alone through the whole model."""
+def independent(
+    folder: Path, tokens: NDArray[np.uint32], starts: NDArray[np.bool_], layer: int
+) -> torch.Tensor:
+    """(B*T, d) float32 residuals by transformers' own hidden states, each piece run alone through
+    the whole model.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     out = []
     for piece in pieces(starts):
@@ -93,7 +94,7 @@ def test_documents_do_not_see_each_other(folders: dict[str, Path], family: str, 
     tokens, starts = batch()
     with tap(lm.blocks, [layer]) as taken:
         for one in forward_inputs(tokens, starts, lm.isolation):
-            lm_module._forward(lm, one, attention_mask(lm.decoder.config, one.positions))
+            forward(lm, one, attention_mask(lm.decoder.config, one.positions))
             reference = independent(folders[family], tokens, starts, layer)
             found = taken[layer].flatten(0, 1)
             if one.inside is not None:
@@ -113,10 +114,14 @@ def test_packing_without_positions_mixes_documents(folders: dict[str, Path]) -> 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_stored_row_is_the_models(folders: dict[str, Path], tmp_path: Path, family: str) -> None:
+def test_every_stored_row_is_the_models(
+    folders: dict[str, Path], tmp_path: Path, family: str
+) -> None:
     (tmp_path / "text.txt").write_text("All work and no play. " * 100)
     layers = (1, len(open_model(folders[family]).blocks) - 2)
-    config = HarvestConfig(tmp_path / "s.zarr", layers, tokens=300, context=30, batch=2, unit=60, chunk=10)
+    config = HarvestConfig(
+        tmp_path / "s.zarr", layers, tokens=300, context=30, batch=2, unit=60, chunk=10
+    )
     store = harvest(config, open_model(folders[family]), FileText(tmp_path / "text.txt"))
     for unit in range(store.units):
         tokens, starts = store.tokens(unit), store.piece_starts(unit)
@@ -158,7 +163,7 @@ def test_the_self_check_catches_a_layer_off_by_one(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, shift: int
 ) -> None:
     lm = open_model(folders["gemma4"])
-    monkeypatch.setattr(lm_module, "tap", _shifted(shift))
+    monkeypatch.setattr(forward_module, "tap", _shifted(shift))
     monkeypatch.setattr(LanguageModel, "truncate_", lambda self, deepest: None)
     with pytest.raises(PipelineError, match="self-check failed: layer 2"):
         truncate_checked_(lm, forward_inputs(*batch(), "packed"), [2])
@@ -171,7 +176,9 @@ def _shifted(shift: int) -> Callable[..., AbstractContextManager[dict[int, torch
     def wrong(blocks: torch.nn.ModuleList, layers: list[int]) -> Iterator[dict[int, torch.Tensor]]:
         taken: dict[int, torch.Tensor] = {}
         (layer,) = layers
-        handle = blocks[layer + shift].register_forward_hook(lambda _m, _i, output: taken.update({layer: output}))
+        handle = blocks[layer + shift].register_forward_hook(
+            lambda _m, _i, output: taken.update({layer: output})
+        )
         yield taken
         handle.remove()
 
@@ -182,7 +189,7 @@ def test_the_self_check_catches_a_wrong_shape(folders: dict[str, Path]) -> None:
     lm = open_model(folders["llama"])
     (one,) = forward_inputs(*batch(), "packed")
     with pytest.raises(PipelineError, match=r"shape \(3, 20, 32\)"):
-        lm_module._put(torch.zeros(3, 20, 32), one, torch.empty(120, 32))
+        put(torch.zeros(3, 20, 32), one, torch.empty(120, 32))
     assert lm.d_model == 32
 
 
@@ -194,17 +201,25 @@ def test_hooks_are_gone_after_an_error(folders: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [*((family, "bfloat16") for family in FAMILIES), ("gemma4", "float32"), ("llama", "float32")]
+    ("family", "dtype"),
+    [*((family, "bfloat16") for family in FAMILIES), ("gemma4", "float32"), ("llama", "float32")],
 )
 def test_truncation_changes_no_bit(
     folders: dict[str, Path], family: str, dtype: Literal["float32", "bfloat16"]
 ) -> None:
-    """Cut deeper and deeper: above, at and below Gemma 4's layers that share keys and values (4 and 5 of 6)."""
+    """Cut deeper and deeper: above, at and below Gemma 4's layers that share keys and values (4 and
+    5 of 6).
+    """
     lm = load(ModelConfig(str(folders[family]), dtype=dtype))
     passes = forward_inputs(*batch(), choose_isolation(lm))
 
     def residuals(layers: Sequence[int]) -> dict[int, torch.Tensor]:
-        return run(lm, passes, layers, {layer: torch.zeros(120, 32, dtype=getattr(torch, dtype)) for layer in layers})
+        return run(
+            lm,
+            passes,
+            layers,
+            {layer: torch.zeros(120, 32, dtype=getattr(torch, dtype)) for layer in layers},
+        )
 
     whole = residuals(range(lm.n_layers))
     for deepest in range(lm.n_layers - 1, -1, -1):
@@ -249,13 +264,19 @@ def test_towers_are_never_built(folders: dict[str, Path], monkeypatch: pytest.Mo
 @pytest.mark.parametrize("family", COMPOSITE)
 def test_a_composites_text_decoder_is_the_wholes(tmp_path: Path, family: str) -> None:
     folder = save_composite(tmp_path, family)
-    whole = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).get_decoder().state_dict()
+    whole = (
+        AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+        .get_decoder()
+        .state_dict()
+    )
     ours = open_model(folder).decoder.state_dict()
     assert ours.keys() == whole.keys()
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
 
 
-def test_settings_beside_the_weights_are_part_of_the_identity(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_settings_beside_the_weights_are_part_of_the_identity(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     folder = tmp_path / "model"
     shutil.copytree(folders["gemma4_multimodal"], folder)
 
@@ -280,7 +301,9 @@ def test_out_of_memory_is_known_from_other_errors() -> None:
         np.empty(2**60, np.uint8)
     assert is_out_of_memory(torchs.value)
     assert is_out_of_memory(numpys.value)
-    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert is_out_of_memory(
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    )
     with pytest.raises(RuntimeError) as shapes:
         torch.ones(2) @ torch.ones(3)
     assert not is_out_of_memory(shapes.value)
@@ -288,7 +311,9 @@ def test_out_of_memory_is_known_from_other_errors() -> None:
     assert "unit 7: a batch of 16 rows" in str(OutOfMemory(unit=7, batch=16))
 
 
-def test_incomplete_and_damaged_models_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_incomplete_and_damaged_models_are_refused(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     folder = tmp_path / "model"
     shutil.copytree(folders["llama"], folder)
     weights = load_file(folder / "model.safetensors")
@@ -307,25 +332,32 @@ def test_incomplete_and_damaged_models_are_refused(folders: dict[str, Path], tmp
     with pytest.raises(SettingError, match=r"lacks 1 weights, e\.g\. layers.1.mlp.up_proj.weight"):
         open_model(folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "siglip_vision_model"}))
-    with pytest.raises(SettingError, match="not a loadable causal language model but a siglip_vision_model"):
+    with pytest.raises(
+        SettingError, match="not a loadable causal language model but a siglip_vision_model"
+    ):
         open_model(folder)
     (tmp_path / "empty").mkdir()
     with pytest.raises(SettingError, match="not a loadable causal language model"):
         open_model(tmp_path / "empty")
 
 
-def test_another_model_on_the_same_store_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_another_model_on_the_same_store_is_refused(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     (tmp_path / "text.txt").write_text("All work and no play. " * 100)
     config = HarvestConfig(tmp_path / "s.zarr", (1,), tokens=200, context=20, batch=2, unit=40)
     harvest(config, open_model(folders["llama"]), FileText(tmp_path / "text.txt"))
     with pytest.raises(
-        PipelineError, match=r"model.architecture is 'LlamaForCausalLM' there and 'GPT2LMHeadModel' here"
+        PipelineError,
+        match=r"model.architecture is 'LlamaForCausalLM' there and 'GPT2LMHeadModel' here",
     ):
         harvest(config, open_model(folders["gpt2"]), FileText(tmp_path / "text.txt"))
     assert Store.open(config.store).complete(1)
 
 
-def test_a_layer_added_later_equals_one_harvested_at_once(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_layer_added_later_equals_one_harvested_at_once(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     (tmp_path / "text.txt").write_text("All work and no play. " * 100)
     source = FileText(tmp_path / "text.txt")
     one = HarvestConfig(tmp_path / "one.zarr", (1, 3), tokens=200, context=20, batch=2, unit=40)
@@ -335,7 +367,9 @@ def test_a_layer_added_later_equals_one_harvested_at_once(folders: dict[str, Pat
     later = harvest(dataclasses.replace(two, layers=(3,)), open_model(folders["gemma4"]), source)
     for unit in range(together.units):
         for layer in (1, 3):
-            np.testing.assert_array_equal(together.residuals(layer, unit), later.residuals(layer, unit))
+            np.testing.assert_array_equal(
+                together.residuals(layer, unit), later.residuals(layer, unit)
+            )
     assert later.layers == [1, 3]
 
 

@@ -1,4 +1,6 @@
-"""Harvest and training round a small ring, as processes of their own, killed at any moment: the same bits."""
+"""Harvest and training round a small ring, as processes of their own, killed at any moment: the
+same bits.
+"""
 
 from __future__ import annotations
 
@@ -18,28 +20,34 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from data import ring, summary
 from data.errors import SettingError, StoreError
-from data.place import LocalPlace
-from data.sources import FileText
-from data.store import Store
-from data.verify import damage, repair
-from harvest import look, loop, plan, spine
-from harvest.__main__ import command
+from data.rows import split, summary
+from data.store import freed, ring
+from data.store.place import LocalPlace
+from data.store.repair import damage, repair
+from data.store.store import Store
+from data.text.sources import FileText
+from harvest import loop, plan, spine
+from harvest.command import command
 from harvest.cost import Cost
-from harvest.lm import LanguageModel, ModelConfig, choose_isolation, load
 from harvest.loop import harvest
+from harvest.model import LanguageModel, ModelConfig, load
 from harvest.plan import HarvestConfig
+from harvest.selfcheck import choose_isolation
+from harvest.status import status
+from harvest.verify import verify
 from tests.harvest.models import save_model
 from train import checkpoint
-from train.__main__ import train_one as train
+from train.command import command as train
 from train.run import CHECKPOINTS, METRICS
 
 LAYERS, UNITS, UNIT, D = (1, 4), 40, 64, 32
 HELD_OUT = 2
 EACH = ring.unit_bytes(UNIT, 16, D, len(LAYERS))
 SPAN = 2
-RING = (HELD_OUT + ring.GROUPS * SPAN) * EACH  # the least that holds this span: a fifth of the store
+RING = (
+    HELD_OUT + ring.GROUPS * SPAN
+) * EACH  # the least that holds this span: a fifth of the store
 KILLS = 12
 WEIGHTS, HUGE = "sae_final.pt", 10**12
 CHILDREN: set[int] = set()  # that are running
@@ -71,12 +79,20 @@ class Bench:
 
 
 def config(store: Path, **changes: Any) -> HarvestConfig:
-    fixed: dict[str, Any] = {"tokens": UNITS * UNIT, "context": 16, "batch": 4, "unit": UNIT, "chunk": 16}
+    fixed: dict[str, Any] = {
+        "tokens": UNITS * UNIT,
+        "context": 16,
+        "batch": 4,
+        "unit": UNIT,
+        "chunk": 16,
+    }
     return HarvestConfig(str(store), **{"layers": LAYERS, **fixed, "max_bytes": RING, **changes})
 
 
 def settings(store: Path, run: Path, layer: int = 4, **changes: Any) -> dict[str, Any]:
-    """A small run whose logs, evaluations and checkpoints are out of step with one another and with the ring."""
+    """A small run whose logs, evaluations and checkpoints are out of step with one another and with
+    the ring.
+    """
     sae = {"d_sae": 48, "k": 4, "k_aux": 8, "dead_after": 300}
     optim = {"lr": 0.01, "project_every": 3}
     counts = {
@@ -96,7 +112,15 @@ def settings(store: Path, run: Path, layer: int = 4, **changes: Any) -> dict[str
         "device": "cpu",
         "train": {"matmul": None},
     }
-    return {**asked, **counts, "drop_bos": True, "drop_outliers": True, "sae": sae, "optim": optim, **changes}
+    return {
+        **asked,
+        **counts,
+        "drop_bos": True,
+        "drop_outliers": True,
+        "sae": sae,
+        "optim": optim,
+        **changes,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +130,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Short waits; and what a test that failed left running, and might wait for ever, ends with it."""
-    monkeypatch.setattr("data.reader._POLL_S", 0.01)
+    """Short waits; and what a test that failed left running, and might wait for ever, ends with
+    it.
+    """
+    monkeypatch.setattr("data.rows.reader._POLL_S", 0.01)
     yield
     for child in list(CHILDREN):
         os.kill(child, signal.SIGKILL)
@@ -116,16 +142,21 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def reference(bench: Bench) -> dict[int, dict[str, bytes]]:
-    """The bits of one run per layer, from a store that keeps everything and is taken in the same groups."""
+    """The bits of one run per layer, from a store that keeps everything and is taken in the same
+    groups.
+    """
     store = Path(shutil.copytree(bench.spine, bench.folder / "whole.zarr"))
     place = LocalPlace(store)
-    held_out = summary.parts(Store.open(place))[summary.HELD_OUT]
-    ring.write(place, ring.Record(HUGE, SPAN, list(LAYERS), held_out, 0))
+    held_out = split.parts(Store.open(place))[split.HELD_OUT]
+    freed.write(place, freed.Record(HUGE, SPAN, list(LAYERS), held_out, 0))
     assert wait(start(lambda: bench.harvest(store, max_bytes=HUGE))) == 0
     for layer in LAYERS:
         folder = bench.folder / f"run{layer}"
-        assert wait(start(lambda layer=layer, folder=folder: train(settings(store, folder, layer)))) == 0
-    assert ring.read(place).freed == 0
+        assert (
+            wait(start(lambda layer=layer, folder=folder: train(settings(store, folder, layer))))
+            == 0
+        )
+    assert freed.read(place).freed == 0
     assert len(list((store / "layer_4").glob("c.*"))) == UNITS
     return {layer: bits(bench.folder / f"run{layer}") for layer in LAYERS}
 
@@ -160,14 +191,20 @@ def on_disk(store: Path) -> int:
     """Bytes of all shards, of those being written too."""
     total = 0
     for layer in LAYERS:
-        for entry in os.scandir(store / f"layer_{layer}") if (store / f"layer_{layer}").exists() else ():
+        for entry in (
+            os.scandir(store / f"layer_{layer}") if (store / f"layer_{layer}").exists() else ()
+        ):
             with suppress(FileNotFoundError):  # renamed or freed meanwhile
                 total += entry.stat().st_size * (entry.name != "zarr.json")
     return total
 
 
-def together(bodies: Sequence[Callable[[], object]], store: Path, kills: int = 0, seed: int = 0) -> tuple[int, int]:
-    """Run processes side by side, each killed and started again at random moments; the peak of bytes, the kills."""
+def together(
+    bodies: Sequence[Callable[[], object]], store: Path, kills: int = 0, seed: int = 0
+) -> tuple[int, int]:
+    """Run processes side by side, each killed and started again at random moments; the peak of
+    bytes, the kills.
+    """
     rng, peak, killed = random.Random(seed), 0, 0
     running = {start(body): body for body in bodies}
     due, deadline = time.monotonic() + rng.uniform(0.1, 0.6), time.monotonic() + 100
@@ -202,7 +239,7 @@ def test_two_ranks_and_two_runs_round_a_small_ring(
         bench.harvest(store, readers=2)
 
     def learn(layer: int) -> None:
-        while ring.read(LocalPlace(store)) is None:
+        while freed.read(LocalPlace(store)) is None:
             time.sleep(0.01)
         train(settings(store, tmp_path / f"run{layer}", layer))
 
@@ -214,19 +251,27 @@ def test_two_ranks_and_two_runs_round_a_small_ring(
 
 
 def check_finished(bench: Bench, store: Path) -> None:
-    """A finished ring is whole but for its freed shards, and looked at and repaired as any store."""
+    """A finished ring is whole but for its freed shards, and looked at and repaired as any
+    store.
+    """
     done = Store.open(str(store))
-    held = set(summary.parts(done)[summary.HELD_OUT])
-    record = ring.read(done.place)
+    held = set(split.parts(done)[split.HELD_OUT])
+    record = freed.read(done.place)
     there = {int(path.name.split(".")[1]) for path in (store / "layer_4").glob("c.*")}
     assert 20 < record.freed < UNITS - HELD_OUT
     assert there == held | {unit for unit in range(UNITS) if not record.is_freed(unit)}
     assert all(done.complete(layer) for layer in LAYERS) and not list(damage(done.place))
     whole = Store.open(str(bench.folder / "whole.zarr"))
     for layer in LAYERS:
-        assert summary.read(done, layer).moments.tobytes() == summary.read(whole, layer).moments.tobytes()
-    assert any(f"{record.freed} of 38 training units freed; readers: " in line for line in look.status(done.place))
-    assert f"the shards of {record.freed} units are freed" in look.verify(done.place, bench.model())
+        assert (
+            summary.read(done, layer).moments.tobytes()
+            == summary.read(whole, layer).moments.tobytes()
+        )
+    assert any(
+        f"{record.freed} of 38 training units freed; readers: " in line
+        for line in status(done.place)
+    )
+    assert f"the shards of {record.freed} units are freed" in verify(done.place, bench.model())
     assert repair(done.place) == []
 
 
@@ -242,7 +287,7 @@ def test_killed_at_any_moment_the_bits_are_the_same(
             bench.harvest(store)
 
         def learn(store: Path = store, run: Path = run) -> None:
-            while ring.read(LocalPlace(store)) is None:
+            while freed.read(LocalPlace(store)) is None:
                 time.sleep(0.01)
             train(settings(store, run))
 
@@ -255,12 +300,14 @@ def test_killed_at_any_moment_the_bits_are_the_same(
 def test_what_training_has_passed_is_what_its_oldest_checkpoint_has(
     bench: Bench, reference: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At every release, the units that are given up lie before the oldest checkpoint that is whole on the disk."""
+    """At every release, the units that are given up lie before the oldest checkpoint that is whole
+    on the disk.
+    """
     store, run, seen = bench.folder / "whole.zarr", tmp_path / "run", []
     copy = Path(shutil.copytree(store, tmp_path / "s.zarr"))
     advance = ring.advance
 
-    def watched(place: LocalPlace, name: str, follower: ring.Follower) -> None:
+    def watched(place: LocalPlace, name: str, follower: freed.Follower) -> None:
         kept = sorted(int(path.stem[5:]) for path in (run / CHECKPOINTS).glob("*.json"))
         seen.append((follower.passed, kept, (run / WEIGHTS).exists()))
         advance(place, name, follower)
@@ -269,14 +316,19 @@ def test_what_training_has_passed_is_what_its_oldest_checkpoint_has(
     train(settings(copy, run))
     rows = Store.open(str(copy))
     pieces = rows.ledger.pieces
-    training = summary.parts(rows)[summary.TRAINING]
-    ends = [sum(UNIT - int(pieces[unit]) for unit in training[:count]) for count in range(len(training) + 1)]
+    training = split.parts(rows)[split.TRAINING]
+    ends = [
+        sum(UNIT - int(pieces[unit]) for unit in training[:count])
+        for count in range(len(training) + 1)
+    ]
     assert len(seen) > 10
     *during, (everything, _, finished) = seen
     assert everything == len(training) and finished
     for passed, kept, finished in during:
         assert len(kept) == 2 and not finished
-        assert ends[passed] <= kept[0] * 16 < ends[passed + SPAN]  # all of it, and no less than that
+        assert (
+            ends[passed] <= kept[0] * 16 < ends[passed + SPAN]
+        )  # all of it, and no less than that
     assert checkpoint.oldest(run / CHECKPOINTS) == kept_last(run)
 
 
@@ -292,11 +344,16 @@ def test_with_one_checkpoint_nothing_is_given_up(tmp_path: Path) -> None:
         assert checkpoint.oldest(tmp_path) == {3: 0, 8: 3, 9: 8}[step]
 
 
-def test_a_run_that_lost_its_folder_is_refused(bench: Bench, reference: object, tmp_path: Path) -> None:
-    store, run = Path(shutil.copytree(bench.folder / "whole.zarr", tmp_path / "s.zarr")), tmp_path / "run"
+def test_a_run_that_lost_its_folder_is_refused(
+    bench: Bench, reference: object, tmp_path: Path
+) -> None:
+    store, run = (
+        Path(shutil.copytree(bench.folder / "whole.zarr", tmp_path / "s.zarr")),
+        tmp_path / "run",
+    )
     train(settings(store, run))
-    record = ring.read(LocalPlace(store))
-    ring.write(LocalPlace(store), record._replace(freed=30))
+    record = freed.read(LocalPlace(store))
+    freed.write(LocalPlace(store), record._replace(freed=30))
     train(settings(store, run))  # finished: it asks for nothing
     shutil.rmtree(run)
     with pytest.raises(StoreError, match=r"run needs training units 0 to 29 of .* which are freed"):
@@ -311,9 +368,15 @@ def test_the_plan_asks_for_the_ring_alone(tmp_path: Path) -> None:
     for store, limit in ((tmp_path / "a", None), (tmp_path / "b", 5 * 10**11)):
         planned = plan.plan(config(store, **large, max_bytes=limit), cost, 2560, "cpu")
         assert planned.expected_bytes > 7 * 10**12
-        assert planned.disk_bytes == planned.expected_bytes if limit is None else 0 <= planned.disk_bytes - limit < 4e10
+        assert (
+            planned.disk_bytes == planned.expected_bytes
+            if limit is None
+            else 0 <= planned.disk_bytes - limit < 4e10
+        )
         assert ("a ring of 500 GB" in planned.lines()[1]) == (limit is not None)
-    with pytest.raises(SettingError, match=r"cannot hold 64 held-out units and 3 groups of 1 units .*the least is"):
+    with pytest.raises(
+        SettingError, match=r"cannot hold 64 held-out units and 3 groups of 1 units .*the least is"
+    ):
         plan.plan(config(tmp_path, **large, max_bytes=10**10), cost, 2560, "cpu")
     with pytest.raises(SettingError, match="readers=0 must be at least 1"):
         config(tmp_path, readers=0)
@@ -321,17 +384,37 @@ def test_the_plan_asks_for_the_ring_alone(tmp_path: Path) -> None:
 
 def composed(command: str, overrides: list[str]) -> dict[str, Any]:
     with initialize_config_module("conf", version_base="1.3"):
-        settings = OmegaConf.to_container(compose(config_name=command, overrides=overrides), resolve=True)
+        settings = OmegaConf.to_container(
+            compose(config_name=command, overrides=overrides), resolve=True
+        )
     assert isinstance(settings, dict)
     return {str(key): value for key, value in settings.items()}
 
 
 def test_the_commands(tmp_path: Path) -> None:
-    """With the settings that a user gives, on the embedded model; training starts when the harvest says that it may."""
+    """With the settings that a user gives, on the embedded model; training starts when the harvest
+    says that it may.
+    """
     store, limit, log = tmp_path / "s.zarr", 480_000, tmp_path / "log"
-    make = ["model=tiny", "text=tiny", "layer=3", "tokens=6e3", "context=64", "unit=512", "chunk=64", "batch=8"]
+    make = [
+        "model=tiny",
+        "text=tiny",
+        "layer=3",
+        "tokens=6e3",
+        "context=64",
+        "unit=512",
+        "chunk=64",
+        "batch=8",
+    ]
     make = [*make, f"max_bytes={limit}", f"store={store}"]
-    learn = [f"store={store}", f"run={tmp_path / 'run'}", "sae.d_sae=32", "sae.k=4", "sae.k_aux=8", "batch=64"]
+    learn = [
+        f"store={store}",
+        f"run={tmp_path / 'run'}",
+        "sae.d_sae=32",
+        "sae.k=4",
+        "sae.k_aux=8",
+        "batch=64",
+    ]
     asked = composed("harvest", make), composed("train", learn)
     harvesting, deadline = start(lambda: command(asked[0]), log), time.monotonic() + 100
     while "ring full: " not in (log.read_text() if log.exists() else ""):
@@ -340,7 +423,10 @@ def test_the_commands(tmp_path: Path) -> None:
     training = start(lambda: train(asked[1]))
     assert wait(harvesting) == wait(training) == 0
     said = log.read_text()
-    assert "a ring of 480 kB, freed behind its readers in groups of 2 units: training may start now" in said
+    assert (
+        "a ring of 480 kB, freed behind its readers in groups of 2 units: training may start now"
+        in said
+    )
     assert "of 480 kB; 0 of readers=1 have registered: start `python -m train" in said
     assert "s.zarr is complete" in said
     assert sum(path.stat().st_size for path in (store / "layer_3").glob("c.*")) <= limit

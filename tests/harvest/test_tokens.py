@@ -1,4 +1,6 @@
-"""Text stays text: nothing that a document says becomes a special token, and chats are the template's own."""
+"""Text stays text: nothing that a document says becomes a special token, and chats are the
+template's own.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from data.documents import Content
 from data.durable import digest
 from data.errors import SettingError
-from data.tiny import MODEL_DIR
+from data.text.documents import Content
+from data.tiny.embedded import MODEL_DIR
 from harvest.tokens import Tokenizer
 from tests.harvest.models import save_tokenizer
 
@@ -41,7 +43,8 @@ PIECES = [
     "x7",
 ]
 HOSTILE = st.lists(st.sampled_from(PIECES), max_size=8).map("".join)
-# Templates that trim, that join messages with nothing between, that end in EOS, that begin with their own BOS twice.
+# Templates that trim, that join messages with nothing between, that end in EOS, that begin with
+# their own BOS twice.
 TEMPLATES = {
     "own": None,
     "trims": "{{bos_token}}{% for m in messages %}<|turn>{{m.role}} {{ m.content | trim }}<turn|>{% endfor %}",
@@ -52,7 +55,10 @@ TEMPLATES = {
 
 
 def chat(*contents: str) -> Content:
-    return [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+    return [
+        {"role": ("user", "assistant")[n % 2], "content": content}
+        for n, content in enumerate(contents)
+    ]
 
 
 def with_template(folder: Path, template: str | None) -> Tokenizer:
@@ -74,8 +80,14 @@ def test_special_tokens_of_the_tiny_model_are_what_the_tests_take_them_for() -> 
 
 @given(st.lists(HOSTILE | st.text(max_size=20), max_size=5))
 @settings(derandomize=True, deadline=None)
-def test_plain_text_is_encoded_as_transformers_does_without_special_tokens(texts: list[str]) -> None:
-    options: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+def test_plain_text_is_encoded_as_transformers_does_without_special_tokens(
+    texts: list[str],
+) -> None:
+    options: dict[str, Any] = {
+        "add_special_tokens": False,
+        "split_special_tokens": True,
+        "verbose": False,
+    }
     expected = TINY.inner(texts, **options)["input_ids"] if texts else []
     found = TINY.encode(list(texts))
     assert found == expected
@@ -91,13 +103,23 @@ def test_long_texts_are_not_cut() -> None:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_harmless_chats_are_encoded_as_transformers_does(tmp_path: Path, name: str) -> None:
     tokenizer = with_template(tmp_path, TEMPLATES[name])
-    for contents in (["What is 3 + 4?", "3 + 4 = 7\n#### 7"], ["a < b", " <b> c>", "x"], [" spaces ", "\n"]):
-        whole = tokenizer.inner.apply_chat_template(chat(*contents), tokenize=True, return_dict=False)
-        assert tokenizer.encode([chat(*contents)]) == [[token for token in whole if token != tokenizer.bos]]
+    for contents in (
+        ["What is 3 + 4?", "3 + 4 = 7\n#### 7"],
+        ["a < b", " <b> c>", "x"],
+        [" spaces ", "\n"],
+    ):
+        whole = tokenizer.inner.apply_chat_template(
+            chat(*contents), tokenize=True, return_dict=False
+        )
+        assert tokenizer.encode([chat(*contents)]) == [
+            [token for token in whole if token != tokenizer.bos]
+        ]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_hostile_chats_keep_every_word_and_only_the_templates_special_tokens(tmp_path: Path, name: str) -> None:
+def test_hostile_chats_keep_every_word_and_only_the_templates_special_tokens(
+    tmp_path: Path, name: str
+) -> None:
     tokenizer = with_template(tmp_path, TEMPLATES[name])
 
     @given(st.lists(HOSTILE, min_size=1, max_size=4))
@@ -133,14 +155,20 @@ def test_the_hostile_by_hand(tmp_path: Path, contents: list[str]) -> None:
     (ids,) = TINY.encode([chat(*contents)])
     assert special(ids) == turns
     roles = ("user", "model")
-    said = "".join(f"<|turn>{roles[n % 2]}\n{content}<turn|>\n" for n, content in enumerate(contents))
+    said = "".join(
+        f"<|turn>{roles[n % 2]}\n{content}<turn|>\n" for n, content in enumerate(contents)
+    )
     assert TINY.inner.decode(ids) == said
     joining = with_template(tmp_path, TEMPLATES["joins_trimmed"])
     (ids,) = joining.encode([chat(*contents)])
-    assert special(ids) == [] and joining.inner.decode(ids) == "".join(content.strip() for content in contents)
+    assert special(ids) == [] and joining.inner.decode(ids) == "".join(
+        content.strip() for content in contents
+    )
 
 
-def test_special_tokens_that_match_more_than_their_spelling_are_still_the_templates(tmp_path: Path) -> None:
+def test_special_tokens_that_match_more_than_their_spelling_are_still_the_templates(
+    tmp_path: Path,
+) -> None:
     """A special token found in normalised text: full-width letters spell it too."""
     folder = tmp_path / "model"
     with_template(folder, TEMPLATES["mid_bos"])
@@ -165,7 +193,9 @@ def test_texts_and_chats_mixed_keep_their_order() -> None:
 
 
 def test_an_eos_that_stands_in_for_bos_still_ends_turns(tmp_path: Path) -> None:
-    with_template(tmp_path, "{{eos_token}}{% for m in messages %}{{m.content}}{{eos_token}}{% endfor %}")
+    with_template(
+        tmp_path, "{{eos_token}}{% for m in messages %}{{m.content}}{{eos_token}}{% endfor %}"
+    )
     settings_ = json.loads((tmp_path / "tokenizer_config.json").read_text())
     del settings_["bos_token"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings_))
@@ -186,12 +216,17 @@ def test_models_without_a_chat_template_and_chats_it_refuses_are_named(tmp_path:
     save_tokenizer(tmp_path / "base")
     base = Tokenizer.load(tmp_path / "base")
     assert base.encode(["text"])
-    with pytest.raises(SettingError, match=r"has no chat template; take the instruction-tuned model"):
+    with pytest.raises(
+        SettingError, match=r"has no chat template; take the instruction-tuned model"
+    ):
         base.encode(["text", chat("x")])
     with pytest.raises(SettingError, match="has no chat template"):
         _ = base.template_digest
     strict = with_template(tmp_path / "strict", "{{ raise_exception('turns must alternate') }}")
-    with pytest.raises(SettingError, match=r"refuses the chat that begins 'Hi': turns must alternate; drop such chats"):
+    with pytest.raises(
+        SettingError,
+        match=r"refuses the chat that begins 'Hi': turns must alternate; drop such chats",
+    ):
         strict.encode([chat("Hi")])
 
 
@@ -200,7 +235,11 @@ def test_another_process_gets_the_same(tmp_path: Path) -> None:
     again = pickle.loads(pickle.dumps(other))
     contents: list[Content] = ["text", chat("<bos>", "y")]
     assert again.encode(contents) == other.encode(contents)
-    assert (again.digest, again.bos, again.template_digest) == (other.digest, other.bos, other.template_digest)
+    assert (again.digest, again.bos, again.template_digest) == (
+        other.digest,
+        other.bos,
+        other.template_digest,
+    )
     assert other.template_digest != TINY.template_digest and other.digest == TINY.digest
 
 

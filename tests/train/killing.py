@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from tests.train.planted import Planted, planted_stream
-from train.loop import Arm, train
+from train.arm import Arm
+from train.loop import train
 from train.optim import OptimConfig
 from train.run import CHECKPOINTS, METRICS
 from train.sae import SAEConfig
@@ -25,11 +26,27 @@ CPU = torch.device("cpu")
 
 
 def config(**changes: Any) -> TrainConfig:
-    """20 steps with deaths, AuxK, projections, logging, evaluations and checkpoints out of step with one another."""
-    small = SAEConfig(d_sae=48, k=2, aux_coef=0.5, k_aux=8, aux_norm="variance", dead_after=3 * BATCH)
+    """20 steps with deaths, AuxK, projections, logging, evaluations and checkpoints out of step
+    with one another.
+    """
+    small = SAEConfig(
+        d_sae=48, k=2, aux_coef=0.5, k_aux=8, aux_norm="variance", dead_after=3 * BATCH
+    )
     rates = OptimConfig(lr=0.02, lr_floor=0.002, project_every=3)
-    fixed: dict[str, Any] = {"log_every": 3, "eval_every": 7, "eval_rows": 100, "checkpoint_every": 4}
-    settings = {"layer": 0, "tokens": STEPS * BATCH, "batch": BATCH, **fixed, "sae": small, "optim": rates}
+    fixed: dict[str, Any] = {
+        "log_every": 3,
+        "eval_every": 7,
+        "eval_rows": 100,
+        "checkpoint_every": 4,
+    }
+    settings = {
+        "layer": 0,
+        "tokens": STEPS * BATCH,
+        "batch": BATCH,
+        **fixed,
+        "sae": small,
+        "optim": rates,
+    }
     return TrainConfig(**{**settings, **changes})
 
 
@@ -43,15 +60,21 @@ def run(folder: Path, reader: Planted | None = None, **changes: Any) -> dict[str
 
 
 def bits(folder: Path) -> dict[str, bytes]:
-    """All that must be equal: the exported file, the last checkpoint (weights, Adam, counters) and the metrics."""
+    """All that must be equal: the exported file, the last checkpoint (weights, Adam, counters) and
+    the metrics.
+    """
     newest = max((folder / CHECKPOINTS).glob("*.safetensors"))
-    return {path.name: path.read_bytes() for path in (folder / "sae_final.pt", newest, folder / METRICS)}
+    return {
+        path.name: path.read_bytes() for path in (folder / "sae_final.pt", newest, folder / METRICS)
+    }
 
 
 def in_child(body: Callable[[], object]) -> int:
     """Start `body` in a forked child; its process id."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of threads; none runs at this point
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # 3.12 warns of threads; none runs at this point
         child = os.fork()
     if child:
         return child
@@ -70,7 +93,9 @@ def outcome(child: int) -> int:
 
 
 def armed(at: int, body: Callable[[], object]) -> Callable[[], object]:
-    """`body`, killed around its `at`-th system call that makes something last: even before it, odd after it."""
+    """`body`, killed around its `at`-th system call that makes something last: even before it, odd
+    after it.
+    """
 
     def arm() -> None:
         calls = iter(range(10**9))

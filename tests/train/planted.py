@@ -1,4 +1,6 @@
-"""A stream whose truth is known: rows are sparse sums of planted directions, around a large mean."""
+"""A stream whose truth is known: rows are sparse sums of planted directions, around a large
+mean.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.moments import Moments
+from data.store.moments import Moments
 from train.stream import Stream
 
 
 class Planted:
-    """The surface of data.reader.Reader over rows that are drawn on the fly."""
+    """The surface of data.rows.reader.Reader over rows that are drawn on the fly."""
 
     def __init__(
         self,
@@ -33,8 +35,12 @@ class Planted:
         """
         self.rows, self.d_model, self._batch, self._seed, self._spoil = rows, d, batch, seed, spoil
         self._active, self._noise = active, noise
-        generator = torch.Generator().manual_seed(seed + 1000)  # not that of an SAE's start, which would be the answer
-        self.directions = torch.nn.functional.normalize(torch.randn(latents, d, generator=generator), dim=1)
+        generator = torch.Generator().manual_seed(
+            seed + 1000
+        )  # not that of an SAE's start, which would be the answer
+        self.directions = torch.nn.functional.normalize(
+            torch.randn(latents, d, generator=generator), dim=1
+        )
         self._offset = 2 * torch.randn(d, generator=generator)
         sample = self.draw(10**6, 4096).double()
         self.mean_norm = float(sample.norm(dim=1).mean())
@@ -62,4 +68,6 @@ class Planted:
 def planted_stream(reader: Planted, held_out_batches: int = 4) -> Stream:
     """A stream over `reader`, with held-out rows that it never serves."""
     identity = f"planted-{reader.d_model}-{np.round(reader.mean.sum(), 6)}"
-    return Stream(identity, reader, lambda: (reader.draw(-1 - i, 256) for i in range(held_out_batches)))
+    return Stream(
+        identity, reader, lambda: (reader.draw(-1 - i, 256) for i in range(held_out_batches))
+    )

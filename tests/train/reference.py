@@ -9,12 +9,21 @@ from train.sae import SAE, SAEConfig
 
 
 def random_sae(
-    d: int, d_sae: int, k: int, seed: int = 0, dtype: torch.dtype = torch.float64, threshold: float | None = None
+    d: int,
+    d_sae: int,
+    k: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    threshold: float | None = None,
 ) -> SAE:
-    """An SAE with nothing special about it: no unit norms, no tied weights, no zero biases; thresholds around one."""
+    """An SAE with nothing special about it: no unit norms, no tied weights, no zero biases;
+    thresholds around one.
+    """
     draw = torch.Generator().manual_seed(seed)
     shapes = {"W_enc": (d_sae, d), "W_dec": (d_sae, d), "b_enc": (d_sae,), "b_dec": (d,)}
-    tensors = {name: torch.randn(shape, generator=draw, dtype=dtype) for name, shape in shapes.items()}
+    tensors = {
+        name: torch.randn(shape, generator=draw, dtype=dtype) for name, shape in shapes.items()
+    }
     if threshold is not None:
         tensors["threshold"] = threshold + torch.rand(d_sae, generator=draw, dtype=dtype)
     return SAE(**{**tensors, "W_enc": tensors["W_enc"].T}, k=k)
@@ -52,7 +61,9 @@ class Step(torch.autograd.Function):
         return torch.zeros_like(z), -(inside / ctx.bandwidth * upstream).sum(0), None
 
 
-def activations_and_penalty(p: dict[str, Tensor], x: Tensor, config: SAEConfig) -> tuple[Tensor, Tensor]:
+def activations_and_penalty(
+    p: dict[str, Tensor], x: Tensor, config: SAEConfig
+) -> tuple[Tensor, Tensor]:
     """(n, F) activations as training has them, and what JumpReLU adds to the loss."""
     pre = (x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
     none = torch.zeros((), dtype=torch.float64)
@@ -60,7 +71,9 @@ def activations_and_penalty(p: dict[str, Tensor], x: Tensor, config: SAEConfig) 
         return dense_activations(p, x, config.k), none
     if config.activation == "jumprelu":
         l0 = Step.apply(pre, p["threshold"], config.bandwidth).sum(1).mean()
-        return Jump.apply(pre, p["threshold"], config.bandwidth), config.l0_coef * (l0 / config.k - 1) ** 2
+        return Jump.apply(pre, p["threshold"], config.bandwidth), config.l0_coef * (
+            l0 / config.k - 1
+        ) ** 2
     values, indices = pre.flatten().topk(len(x) * config.k)
     return torch.zeros_like(pre).flatten().scatter(0, indices, values.relu()).view_as(pre), none
 
@@ -78,8 +91,13 @@ def reference_losses(sae: SAE, x: Tensor, dead: Tensor, config: SAEConfig, mean_
     x = x.double()
     f, penalty = activations_and_penalty(p, x, config)
     error, aux = x - (f @ p["W_dec"] + p["b_dec"]), torch.zeros((), dtype=torch.float64)
-    prefixes = [config.d_sae >> level for level in range(config.nested if config.activation == "matryoshka" else 1)]
-    main = sum((x - (f[:, :m] @ p["W_dec"][:m] + p["b_dec"])).square().mean() for m in prefixes) / len(prefixes)
+    prefixes = [
+        config.d_sae >> level
+        for level in range(config.nested if config.activation == "matryoshka" else 1)
+    ]
+    main = sum(
+        (x - (f[:, :m] @ p["W_dec"][:m] + p["b_dec"])).square().mean() for m in prefixes
+    ) / len(prefixes)
     if len(dead) and config.aux_coef:
         target = error.detach()
         pre = ((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"])[:, dead]
@@ -92,4 +110,8 @@ def reference_losses(sae: SAE, x: Tensor, dead: Tensor, config: SAEConfig, mean_
         main = main / mean_variance
     total = main + penalty + aux
     total.backward()
-    return total.detach(), aux.detach(), {name: tensor.grad for name, tensor in p.items() if tensor.grad is not None}
+    return (
+        total.detach(),
+        aux.detach(),
+        {name: tensor.grad for name, tensor in p.items() if tensor.grad is not None},
+    )

@@ -1,4 +1,6 @@
-"""Every activation finds planted directions, keeps k latents a row, and comes back from its file as it was trained."""
+"""Every activation finds planted directions, keeps k latents a row, and comes back from its file as
+it was trained.
+"""
 
 import numpy as np
 import pytest
@@ -6,9 +8,11 @@ import torch
 
 from tests.train import killing
 from tests.train.planted import Planted, planted_stream
-from train.loop import Arm, train
+from train.arm import Arm
+from train.loop import train
 from train.optim import OptimConfig
-from train.sae import SAEConfig, load
+from train.sae import SAEConfig
+from train.sae_file import load
 from train.trainer import TrainConfig, Trainer
 
 EVERY = [
@@ -23,9 +27,17 @@ EVERY = [
 def test_recovers_planted_directions(changes, tmp_path):
     """At least 95 % of them with a cosine of 0.95, by twice as many latents."""
     reader = Planted(d=32, latents=48, active=3, batch=256, rows=256 * 600, seed=1)
-    aux = {"aux_coef": 1 / 32, "k_aux": 16, "aux_norm": "variance", "dead_after": 3000, "resample": True}
+    aux = {
+        "aux_coef": 1 / 32,
+        "k_aux": 16,
+        "aux_norm": "variance",
+        "dead_after": 3000,
+        "resample": True,
+    }
     sae = SAEConfig(d_sae=96, k=3, **aux, **changes)
-    config = TrainConfig(layer=0, batch=256, sae=sae, optim=OptimConfig(lr=0.01, lr_floor=0.001), log_every=100)
+    config = TrainConfig(
+        layer=0, batch=256, sae=sae, optim=OptimConfig(lr=0.01, lr_floor=0.001), log_every=100
+    )
     final = train(Arm(config, planted_stream(reader), tmp_path), killing.CPU)
     found = load(tmp_path / "sae_final.pt")
     cosines = (reader.directions @ found.W_dec.T).amax(1)
@@ -48,7 +60,9 @@ def test_the_threshold_is_in_the_file_and_in_the_checkpoint(changes, tmp_path):
         killing.run(tmp_path / "twice", stopping_reader(), sae=sae)
     killing.run(tmp_path / "twice", sae=sae)
     assert killing.bits(tmp_path / "twice") == killing.bits(tmp_path / "whole")
-    assert torch.load(tmp_path / "whole" / "sae_final.pt", weights_only=True)["threshold"].shape == (small.d_sae,)
+    assert torch.load(tmp_path / "whole" / "sae_final.pt", weights_only=True)[
+        "threshold"
+    ].shape == (small.d_sae,)
 
 
 def stopping_reader():
@@ -83,6 +97,13 @@ def test_jumprelu_is_pulled_towards_its_l0():
                 trainer.step_(batch)
                 if number == 0:
                     trainer.state.sae.threshold.mul_(factor)
-                l0.append(float(trainer.state.sae.encode(batch.float() * trainer.scale).active().float().mean()))
+                l0.append(
+                    float(
+                        trainer.state.sae.encode(batch.float() * trainer.scale)
+                        .active()
+                        .float()
+                        .mean()
+                    )
+                )
         assert abs(l0[1] - 3) > 1
         assert np.mean(l0[-20:]) == pytest.approx(3, rel=0.1)

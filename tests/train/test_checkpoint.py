@@ -10,7 +10,11 @@ from train.checkpoint import Checkpoint
 
 
 def moment(step):
-    tensors = {"a": torch.full((3, 2), float(step)).T, "silent": torch.tensor([step, 2**40]), "t": torch.tensor(1.5)}
+    tensors = {
+        "a": torch.full((3, 2), float(step)).T,
+        "silent": torch.tensor([step, 2**40]),
+        "t": torch.tensor(1.5),
+    }
     return Checkpoint(step, 10 * step, "abc", tensors)
 
 
@@ -23,7 +27,11 @@ def saved(folder, *steps):
 def assert_latest(folder, step, passed_over):
     found, names = checkpoint.latest(folder)
     wanted = moment(step)
-    assert (found.step, found.metrics_bytes, found.settings) == (wanted.step, wanted.metrics_bytes, wanted.settings)
+    assert (found.step, found.metrics_bytes, found.settings) == (
+        wanted.step,
+        wanted.metrics_bytes,
+        wanted.settings,
+    )
     assert found.tensors.keys() == wanted.tensors.keys()
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in wanted.tensors.items())
     assert names == passed_over
@@ -51,7 +59,9 @@ def test_damaged_one_is_passed_over_and_replaced(suffix, damage, tmp_path):
     else:
         content[len(content) // 2] ^= 1
         path.write_bytes({"torn": content[:-1], "empty": b"", "flipped": bytes(content)}[damage])
-    unseen = damage == "missing" and suffix == "json"  # without a record there is no checkpoint to speak of
+    unseen = (
+        damage == "missing" and suffix == "json"
+    )  # without a record there is no checkpoint to speak of
     assert_latest(tmp_path, 5, [] if unseen else ["step_0000000010"])
     saved(tmp_path, 10)
     assert_latest(tmp_path, 10, [])

@@ -12,15 +12,15 @@ import pytest
 import torch
 import yaml
 
+from conf import command as command_line
 from data.errors import SettingError
 from data.journal import read_metrics
-from data.packing import Cursor
-from data.store import SpineEnd, Store
+from data.store.store import SpineEnd, Store
+from data.text.packing import Cursor
 from tests.conftest import commit
 from tests.train import killing
-from train import __main__ as command
-from train import checkpoint
-from train.sae import load
+from train import checkpoint, command
+from train.sae_file import load
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = ["sae=tiny", "optim=tiny", "sae.d_sae=32", "sae.k=2", "batch=64", "device=cpu"]
@@ -42,14 +42,20 @@ def make_store(path, units=8, layers=(3, 5)):
     store, reader = Store.open_or_create(path, manifest), killing.planted()
     for unit in range(units):
         tokens = np.ones((UNIT // CONTEXT, CONTEXT), np.uint32)
-        document = np.arange(UNIT // CONTEXT, dtype=np.uint32)[:, None] + unit * (UNIT // CONTEXT) + 0 * tokens
+        document = (
+            np.arange(UNIT // CONTEXT, dtype=np.uint32)[:, None]
+            + unit * (UNIT // CONTEXT)
+            + 0 * tokens
+        )
         store.commit_spine(unit, tokens, document.astype(np.uint32), Cursor(unit, 0, None))
     store.close_spine(SpineEnd(units * UNIT // CONTEXT, ended_early=False))
     for unit in range(units):
         rows = {layer: reader.draw(1000 * layer + unit, UNIT) for layer in layers}
         for drawn in rows.values():
             drawn[::CONTEXT] = 1000.0
-        commit(store, unit, {layer: drawn.view(torch.uint16).numpy() for layer, drawn in rows.items()})
+        commit(
+            store, unit, {layer: drawn.view(torch.uint16).numpy() for layer, drawn in rows.items()}
+        )
     store.declare(layers)
     return path
 
@@ -63,19 +69,23 @@ def start(*arguments, cwd):
     """Start the command as users do."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     command_line = [sys.executable, "-m", "train", *arguments]
-    return subprocess.Popen(command_line, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command_line, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
-    """Run the command in this process (a new one takes seconds to start), in an empty directory: exit code, stderr."""
+    """Run the command in this process (a new one takes seconds to start), in an empty directory:
+    exit code, stderr.
+    """
     monkeypatch.chdir(tmp_path)
 
     def called(*arguments):
         monkeypatch.setattr(sys, "argv", ["train", *arguments])
         code = 0
         try:
-            command.main()
+            command_line.start("train", "train.command")
         except SystemExit as stopped:
             code = stopped.code
         return code, capsys.readouterr().err
@@ -87,14 +97,18 @@ def test_trains_says_so_and_is_finished_the_second_time(store, tmp_path, call):
     code, err = call(f"store={store}", *SMALL, "optim.lr=0.02")
     assert code == 0, err
     folder = tmp_path / "runs" / "small_tiny_L3"
-    assert f"wrote {folder.relative_to(tmp_path) / 'sae_final.pt'}: held-out variance explained" in err
+    assert (
+        f"wrote {folder.relative_to(tmp_path) / 'sae_final.pt'}: held-out variance explained" in err
+    )
     assert load(folder / "sae_final.pt").d_sae == 32
     recorded = yaml.safe_load((folder / "config.yaml").read_text())
     assert recorded["settings"]["layer"] == 3
     assert recorded["settings"]["tokens"] == 3456  # 7 of 8 units, without BOS, whole batches
     assert recorded["store_path"] == str(store)
     assert read_metrics(folder / "metrics.jsonl")[-1]["rows"] == UNIT - UNIT // CONTEXT
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"], "Hydra left something behind"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"], (
+        "Hydra left something behind"
+    )
     code, err = call(f"store={store}", *SMALL, "optim.lr=0.02")
     assert (code, "is finished" in err) == (0, True)
     code, err = call(f"store={store}", *SMALL, "optim.lr=0.03")
@@ -142,7 +156,10 @@ def test_multirun_names_its_arms_and_never_leaves_runs(store, tmp_path, call):
         (["{store}", "device=tpu"], "device=tpu must be cpu, cuda or cuda:N"),
         (["{store}", "train.matmul=fp8"], "train.matmul=fp8 must be one of fp32, tf32, bf16"),
         (["{store}", "train.matmul=tf32"], "train.matmul=tf32 is a precision of CUDA GPUs"),
-        (["{store}", "sae.activation=relu"], "sae.activation='relu' must be one of topk, batchtopk"),
+        (
+            ["{store}", "sae.activation=relu"],
+            "sae.activation='relu' must be one of topk, batchtopk",
+        ),
         (["{store}", "sae.k=64"], "sae.k=64 must be at most sae.d_sae=32"),
         (["{store}", "sae.k=null"], "sae.k=null must be given a value"),
         (["{store}", "optim.lr=null"], "optim.lr=null must be given a value"),
@@ -214,6 +231,17 @@ def test_configuration_files_are_the_dataclasses_defaults():
     assert command.build(command.OptimConfig, "optim", adam) == command.OptimConfig()
     defaults = command.TrainConfig(layer=0)
     whole = yaml.safe_load((group / "train.yaml").read_text())
-    for name in ("tokens", "batch", "seed", "log_every", "eval_every", "eval_rows", "checkpoint_every"):
+    for name in (
+        "tokens",
+        "batch",
+        "seed",
+        "log_every",
+        "eval_every",
+        "eval_rows",
+        "checkpoint_every",
+    ):
         assert whole[name] == getattr(defaults, name), name
-    assert (whole["drop_bos"], whole["drop_outliers"]) == (defaults.policy.drop_bos, defaults.policy.drop_outliers)
+    assert (whole["drop_bos"], whole["drop_outliers"]) == (
+        defaults.policy.drop_bos,
+        defaults.policy.drop_outliers,
+    )

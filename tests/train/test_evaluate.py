@@ -12,7 +12,11 @@ def case(n=300, d=12, d_sae=64):
     draw = torch.Generator().manual_seed(5)
     sae = random_sae(d, d_sae, 4, dtype=torch.float32)
     sae.b_enc.sub_(5.0)  # so that some rows have fewer than k active latents
-    return sae, torch.randn(n, d, generator=draw) * 3 + 5, torch.randn(d, generator=draw).double() + 5
+    return (
+        sae,
+        torch.randn(n, d, generator=draw) * 3 + 5,
+        torch.randn(d, generator=draw).double() + 5,
+    )
 
 
 def evaluate(sae, rows, mean, scale, limit):
@@ -60,7 +64,10 @@ def test_several_read_once_and_each_as_much_as_it_wants():
     sae, x, mean = case()
     read = []
     rows = (read.append(number) or part for number, part in enumerate(x.split(50)))
-    few, many = Evaluation(sae, mean, 1.0, 60), Evaluation(random_sae(12, 64, 3, dtype=torch.float32), mean, 1.0, 200)
+    few, many = (
+        Evaluation(sae, mean, 1.0, 60),
+        Evaluation(random_sae(12, 64, 3, dtype=torch.float32), mean, 1.0, 200),
+    )
     evaluate_together([few, many], rows)
     assert read == [0, 1, 2, 3, 4]
     assert few.figures() == evaluate(sae, x.split(50), mean, 1.0, 60)

@@ -21,7 +21,8 @@ def figures(tensors, raw, mean, k):
     mse = error.square().mean()
     found = {
         "mse": mse,
-        "variance_explained": 1 - error.square().sum() / (raw - torch.from_numpy(mean)).square().sum(),
+        "variance_explained": 1
+        - error.square().sum() / (raw - torch.from_numpy(mean)).square().sum(),
         "variance_explained_scalar": 1 - mse / raw.var(),
         "l0": (f > 0).sum() / len(raw),
     }
@@ -31,10 +32,14 @@ def figures(tensors, raw, mean, k):
 @pytest.mark.parametrize("activation", ["topk", "jumprelu"])
 def test_the_file_of_a_rotated_run_has_the_figures_of_its_last_record(activation, tmp_path):
     reader = planted()
-    final = killing.run(tmp_path, reader, **{**WHOLE, "sae": replace(WHOLE["sae"], activation=activation)})
+    final = killing.run(
+        tmp_path, reader, **{**WHOLE, "sae": replace(WHOLE["sae"], activation=activation)}
+    )
     content = torch.load(tmp_path / "sae_final.pt", weights_only=True)
     raw = torch.cat(list(planted_stream(reader).held_out()))
-    wanted = figures({name: content[name] for name in content if name != "k"}, raw, reader.mean, PLAIN.k)
+    wanted = figures(
+        {name: content[name] for name in content if name != "k"}, raw, reader.mean, PLAIN.k
+    )
     assert {name: final[name] for name in wanted} == wanted
     torch.testing.assert_close(content["W_dec"].norm(dim=1), torch.ones(48))
 
@@ -44,8 +49,13 @@ def test_records_of_training_are_of_raw_rows_too():
     trainer = begun(reader, **RECIPE)
     with torch.no_grad():
         for number in range(3):
-            before, batch = trainer.state.sae.folded(trainer.scale, trainer.state.basis), reader.draw(number, BATCH)
-            wanted = figures({n: t.clone() for n, t in before.tensors().items()}, batch, reader.mean, PLAIN.k)
+            before, batch = (
+                trainer.state.sae.folded(trainer.scale, trainer.state.basis),
+                reader.draw(number, BATCH),
+            )
+            wanted = figures(
+                {n: t.clone() for n, t in before.tensors().items()}, batch, reader.mean, PLAIN.k
+            )
             record = trainer.step_(batch)
             assert {name: record[name] for name in wanted} == wanted
 
@@ -54,4 +64,6 @@ def test_records_of_training_are_of_raw_rows_too():
 def test_folding_an_orthogonal_basis_changes_no_output(threshold):
     sae, x, scale = random_sae(6, 32, 3, threshold=threshold), normal(40, 6).double() * 5, 0.3
     basis = torch.linalg.qr(normal(6, 6, seed=3).double()).Q
-    torch.testing.assert_close(sae.folded(scale, basis)(x), sae(scale * x @ basis) @ basis.T / scale)
+    torch.testing.assert_close(
+        sae.folded(scale, basis)(x), sae(scale * x @ basis) @ basis.T / scale
+    )

@@ -1,7 +1,8 @@
-"""Exports compute what the run's SAE computes: by our own readers, and in the libraries themselves where they are.
+"""Exports compute what the run's SAE computes: by our own readers, and in the libraries themselves
+where they are.
 
-The libraries (`pip install 'residual-saes[interop]'`) may live in an environment of their own, whose interpreter
-INTEROP_PYTHON names.
+The libraries (`pip install 'residual-saes[interop]'`) may live in an environment of their own,
+whose interpreter INTEROP_PYTHON names.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from data.errors import PipelineError
-from train.export import FILE
-from train.export.__main__ import command
+from train.export.command import command
 from train.export.formats import FORMATS, About
 from train.run import CONFIG
-from train.sae import SAE, load
+from train.sae import SAE
+from train.sae_file import FILE, load
 
 D, F, K = 12, 40, 4
 ABOUT = About("google/gemma-4-E4B", 21, 1024, "fineweb")
@@ -53,12 +54,17 @@ def written(folder: Path, name: str, sae: SAE) -> Path:
 
 
 CASES = [
-    (name, kind) for name in FORMATS for kind in ("topk", "thresholds") if (name, kind) != ("sparsify", "thresholds")
+    (name, kind)
+    for name in FORMATS
+    for kind in ("topk", "thresholds")
+    if (name, kind) != ("sparsify", "thresholds")
 ]
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_what_is_written_reads_back_as_the_same_function(tmp_path: Path, name: str, kind: str) -> None:
+def test_what_is_written_reads_back_as_the_same_function(
+    tmp_path: Path, name: str, kind: str
+) -> None:
     sae, x = made(kind), rows()
     again = FORMATS[name].read(written(tmp_path, name, sae))
     torch.testing.assert_close(again(x), sae(x), rtol=1e-5, atol=1e-5)
@@ -75,7 +81,7 @@ def test_the_only_hookpoint_of_sparsifys_folder_is_taken(tmp_path: Path) -> None
         FORMATS["sparsify"].read(tmp_path)
 
 
-# -- the libraries themselves ------------------------------------------------------------------------------------
+# -- the libraries themselves ----------------------------------------------------------------------
 
 LOADERS = {
     "saelens": """
@@ -98,7 +104,11 @@ f = sae.encode(x); x_hat = sae.decode(f)
 assert config["trainer"]["layer"] == 21
 """,
 }
-PACKAGES = {"saelens": "sae_lens", "sparsify": "sparsify", "dictionary_learning": "dictionary_learning"}
+PACKAGES = {
+    "saelens": "sae_lens",
+    "sparsify": "sparsify",
+    "dictionary_learning": "dictionary_learning",
+}
 PYTHON = os.environ.get("INTEROP_PYTHON", sys.executable)
 
 
@@ -110,7 +120,9 @@ def has(package: str) -> bool:
 @pytest.mark.parametrize(("name", "kind"), [case for case in CASES if case[0] in LOADERS])
 def test_the_library_computes_the_same(tmp_path: Path, name: str, kind: str) -> None:
     if not has(PACKAGES[name]):
-        pytest.skip(f"{PACKAGES[name]} is not installed: pip install 'residual-saes[interop]', or set INTEROP_PYTHON")
+        pytest.skip(
+            f"{PACKAGES[name]} is not installed: pip install 'residual-saes[interop]', or set INTEROP_PYTHON"
+        )
     sae, x = made(kind), rows()
     np.save(tmp_path / "x.npy", x.numpy())
     folder = written(tmp_path / "export", name, sae)
@@ -126,7 +138,7 @@ def test_the_library_computes_the_same(tmp_path: Path, name: str, kind: str) -> 
         np.testing.assert_allclose(found["x_hat"], sae(x).numpy(), atol=1e-5)
 
 
-# -- other people's ----------------------------------------------------------------------------------------------
+# -- other people's --------------------------------------------------------------------------------
 
 
 def test_decoders_that_are_not_unit_are_made_so_where_that_is_exact(tmp_path: Path) -> None:
@@ -141,7 +153,9 @@ def test_decoders_that_are_not_unit_are_made_so_where_that_is_exact(tmp_path: Pa
     pre = ((x - free.b_dec) @ free.W_enc + free.b_enc) * scales
     top = pre.topk(K, dim=1)
     f = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
-    torch.testing.assert_close(found(x), f @ (free.W_dec / scales[:, None]) + free.b_dec, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found(x), f @ (free.W_dec / scales[:, None]) + free.b_dec, rtol=1e-5, atol=1e-5
+    )
 
     config |= {"architecture": "standard", "apply_b_dec_to_input": False}
     (folder / "cfg.json").write_text(json.dumps(config))
@@ -153,13 +167,30 @@ def test_decoders_that_are_not_unit_are_made_so_where_that_is_exact(tmp_path: Pa
 @pytest.mark.parametrize(
     ("name", "file", "change", "said"),
     [
-        ("saelens", "cfg.json", {"architecture": "gated"}, "architecture gated; what can be taken is topk, jumprelu"),
-        ("saelens", "cfg.json", {"normalize_activations": "layer_norm"}, "normalize_activations=layer_norm"),
+        (
+            "saelens",
+            "cfg.json",
+            {"architecture": "gated"},
+            "architecture gated; what can be taken is topk, jumprelu",
+        ),
+        (
+            "saelens",
+            "cfg.json",
+            {"normalize_activations": "layer_norm"},
+            "normalize_activations=layer_norm",
+        ),
         ("sparsify", "cfg.json", {"transcode": True}, "transcode=true"),
-        ("sparsify", "cfg.json", {"activation": "groupmax"}, "activation groupmax; what can be taken is topk"),
+        (
+            "sparsify",
+            "cfg.json",
+            {"activation": "groupmax"},
+            "activation groupmax; what can be taken is topk",
+        ),
     ],
 )
-def test_what_cannot_be_taken_is_one_line(tmp_path: Path, name: str, file: str, change: dict, said: str) -> None:
+def test_what_cannot_be_taken_is_one_line(
+    tmp_path: Path, name: str, file: str, change: dict, said: str
+) -> None:
     folder = written(tmp_path, name, made("topk"))
     config = json.loads((folder / file).read_text())
     (folder / file).write_text(json.dumps({**config, **change}))
@@ -170,7 +201,7 @@ def test_what_cannot_be_taken_is_one_line(tmp_path: Path, name: str, file: str, 
         FORMATS[name].read(folder)
 
 
-# -- the command -------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 def export(*overrides: str) -> None:
@@ -205,7 +236,10 @@ def test_its_refusals(tmp_path: Path) -> None:
     for overrides, said in [
         ((), "run= is missing"),
         ((f"run={run}", "to=onnx"), "to=onnx must be one of saelens, sparsify"),
-        ((f"run={run}", "to=sparsify"), "sparsify knows TopK alone, and this SAE has thresholds; to=saelens takes it"),
+        (
+            (f"run={run}", "to=sparsify"),
+            "sparsify knows TopK alone, and this SAE has thresholds; to=saelens takes it",
+        ),
         ((f"run={tmp_path / 'none'}",), "no run at"),
     ]:
         with pytest.raises(PipelineError, match=re.escape(said)):

@@ -20,7 +20,9 @@ def assert_is_topk(x, k):
     assert bool((indices.sort(1).values.diff(dim=1) > 0).all()), "an index is there twice"
 
 
-@pytest.mark.parametrize(("width", "k"), [(64, 4), (64, 3), (60, 4), (64, 40), (64, 64), (8, 1), (1024, 32)])
+@pytest.mark.parametrize(
+    ("width", "k"), [(64, 4), (64, 3), (60, 4), (64, 40), (64, 64), (8, 1), (1024, 32)]
+)
 def test_topk_is_exact(width, k):
     assert_is_topk(draw(50, width), k)
 
@@ -28,7 +30,9 @@ def test_topk_is_exact(width, k):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(1, 8), st.integers(1, 6), st.integers(1, 30), st.integers(0, 10**6))
 def test_topk_is_exact_among_ties(k, levels, rows, seed):
-    few = torch.randint(0, levels, (rows, 128), generator=torch.Generator().manual_seed(seed)).float()
+    few = torch.randint(
+        0, levels, (rows, 128), generator=torch.Generator().manual_seed(seed)
+    ).float()
     assert_is_topk(few, k)
 
 
@@ -49,8 +53,12 @@ def test_encode_is_the_same_in_blocks(monkeypatch):
     whole = kernels.encode(x, W_enc, b_enc, 4)
     monkeypatch.setattr(kernels, "_BLOCK_BYTES", 5 * 128 * 4)
     blocks = kernels.encode(x, W_enc, b_enc, 4)
-    assert torch.equal(whole.indices.view(37, 4).sort(1).values, blocks.indices.view(37, 4).sort(1).values)
-    torch.testing.assert_close(whole.values.view(37, 4).sort(1).values, blocks.values.view(37, 4).sort(1).values)
+    assert torch.equal(
+        whole.indices.view(37, 4).sort(1).values, blocks.indices.view(37, 4).sort(1).values
+    )
+    torch.testing.assert_close(
+        whole.values.view(37, 4).sort(1).values, blocks.values.view(37, 4).sort(1).values
+    )
 
 
 def test_gradient_kernels_equal_dense_ones():
@@ -63,7 +71,9 @@ def test_gradient_kernels_equal_dense_ones():
     wanted = (upstream @ W_dec.T).gather(1, indices).view(-1)
     torch.testing.assert_close(kernels.values_gradient(upstream, kept, W_dec), wanted)
     bags = kernels.group_by_latent(kept.indices, d_sae)
-    torch.testing.assert_close(kernels.weight_gradient(rows, kept.values, kept.rows, bags), dense.T @ rows)
+    torch.testing.assert_close(
+        kernels.weight_gradient(rows, kept.values, kept.rows, bags), dense.T @ rows
+    )
     torch.testing.assert_close(kernels.latent_sums(kept.values, kept.indices, d_sae), dense.sum(0))
     assert torch.equal(kept.active(), (dense > 0).sum(1))
 
@@ -75,7 +85,12 @@ def dense_of(kept, n, d_sae):
 @pytest.mark.parametrize("block", [1 << 20, 5 * 128 * 4])
 def test_encode_above_keeps_what_exceeds_each_latents_threshold(block, monkeypatch):
     monkeypatch.setattr(kernels, "_BLOCK_BYTES", block)
-    x, W_enc, b_enc, threshold = draw(37, 8), draw(8, 128, seed=1), draw(128, seed=2), draw(128, seed=3) + 2
+    x, W_enc, b_enc, threshold = (
+        draw(37, 8),
+        draw(8, 128, seed=1),
+        draw(128, seed=2),
+        draw(128, seed=3) + 2,
+    )
     x[5], threshold[7] = 0.0, torch.inf
     kept, pre = kernels.encode_above(x, W_enc, b_enc, threshold), x @ W_enc + b_enc
     torch.testing.assert_close(dense_of(kept, 37, 128), pre * (pre > threshold))
@@ -97,7 +112,8 @@ def test_encode_batch_keeps_the_largest_of_the_batch(block, k, uneven, monkeypat
     positive = pre.clamp_min(0).view(-1)
     wanted = positive.topk(90 * k)
     torch.testing.assert_close(
-        dense_of(kept, 90, 128), torch.zeros(90 * 128).scatter(0, wanted.indices, wanted.values).view(90, 128)
+        dense_of(kept, 90, 128),
+        torch.zeros(90 * 128).scatter(0, wanted.indices, wanted.values).view(90, 128),
     )
     assert torch.equal(kept.starts, torch.searchsorted(kept.rows, torch.arange(90)))
 
@@ -120,15 +136,21 @@ def test_kernels_on_rows_with_no_pairs():
         wanted = (upstream @ W_dec.T)[kept.rows, kept.indices]
         torch.testing.assert_close(kernels.values_gradient(upstream, kept, W_dec), wanted)
         bags = kernels.group_by_latent(kept.indices, 16)
-        torch.testing.assert_close(kernels.weight_gradient(upstream, kept.values, kept.rows, bags), dense.T @ upstream)
+        torch.testing.assert_close(
+            kernels.weight_gradient(upstream, kept.values, kept.rows, bags), dense.T @ upstream
+        )
         assert torch.equal(kept.active(), (dense > 0).sum(1))
 
 
 def test_weight_gradient_repeats_its_bits():
     rows, values = draw(512, 16), draw(512, 8, seed=1)
-    kept = Kept.even(values, torch.randint(0, 32, (512, 8), generator=torch.Generator().manual_seed(2)))
+    kept = Kept.even(
+        values, torch.randint(0, 32, (512, 8), generator=torch.Generator().manual_seed(2))
+    )
     first, second = (
-        kernels.weight_gradient(rows, kept.values, kept.rows, kernels.group_by_latent(kept.indices.clone(), 32))
+        kernels.weight_gradient(
+            rows, kept.values, kept.rows, kernels.group_by_latent(kept.indices.clone(), 32)
+        )
         for _ in range(2)
     )
     assert torch.equal(first, second)
@@ -140,14 +162,18 @@ def test_bf16_rounds_the_operands_of_the_encoder_product_alone(block, monkeypatc
     x, W_enc, b_enc = draw(37, 8), draw(8, 128, seed=1), 1000 + draw(128, seed=2)
     kept = kernels.encode(x, W_enc, b_enc, 4, "bf16")
     pre = (x.bfloat16() @ W_enc.bfloat16()).float() + b_enc
-    torch.testing.assert_close(kept.values.view(37, 4).sort(1).values, pre.topk(4).values.sort(1).values)
+    torch.testing.assert_close(
+        kept.values.view(37, 4).sort(1).values, pre.topk(4).values.sort(1).values
+    )
     assert not torch.equal(kept.values, kernels.encode(x, W_enc, b_enc, 4).values)
 
 
 def test_tf32_is_on_for_the_encoder_product_alone(monkeypatch):
     settings, seen = torch.backends.cuda.matmul, []
     addmm = torch.addmm
-    monkeypatch.setattr(torch, "addmm", lambda *a, **o: seen.append(settings.fp32_precision) or addmm(*a, **o))
+    monkeypatch.setattr(
+        torch, "addmm", lambda *a, **o: seen.append(settings.fp32_precision) or addmm(*a, **o)
+    )
     before = settings.fp32_precision
     for matmul in ("fp32", "tf32"):
         kernels.encode(draw(5, 8), draw(8, 128), draw(128), 4, matmul)

@@ -1,4 +1,6 @@
-"""A sweep's arms have the same bits under every launcher, and `python -m train -m` reads the store once by default."""
+"""A sweep's arms have the same bits under every launcher, and `python -m train -m` reads the store
+once by default.
+"""
 
 import importlib.util
 import io
@@ -11,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.errors import run_command
+from conf.command import start
 from tests.train import killing
 from tests.train.test_command import SMALL, make_store
-from train import __main__ as command
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = [*SMALL, "tokens=256", "optim.lr=0.01,0.02", "optim.lr_floor=1e-3"]
@@ -29,7 +30,7 @@ def sweep(folder, *overrides):
         patch.setattr(sys, "argv", ["train", "-m", "store=s.zarr", *SWEEP, *overrides])
         patch.setenv("HYDRA_FULL_ERROR", "1")
         try:
-            run_command(command.main)
+            start("train", "train.command")
         except SystemExit as stopped:
             return stopped.code, said.getvalue()
     return 0, said.getvalue()
@@ -39,7 +40,9 @@ def sweep_by_processes(folder, *overrides):
     """Run the sweep as users do, for launchers that start processes of their own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", "train", "-m", "store=s.zarr", *SWEEP, *overrides]
-    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        line, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
     return done.returncode, done.stderr
 
 
@@ -72,7 +75,9 @@ def test_the_basic_launcher_agrees(one_pass, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="hydra-submitit-launcher is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("submitit") is None, reason="hydra-submitit-launcher is not installed"
+)
 def test_jobs_of_submitit_agree(one_pass, tmp_path):
     make_store(tmp_path / "s.zarr")
     ran = sweep_by_processes(tmp_path, "hydra/launcher=local", "hydra.launcher.timeout_min=5")
@@ -80,7 +85,9 @@ def test_jobs_of_submitit_agree(one_pass, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.skipif(importlib.util.find_spec("joblib") is None, reason="hydra-joblib-launcher is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("joblib") is None, reason="hydra-joblib-launcher is not installed"
+)
 def test_processes_of_joblib_agree(one_pass, tmp_path):
     make_store(tmp_path / "s.zarr")
     assert_same_arms(sweep_by_processes(tmp_path, "hydra/launcher=cores"), one_pass, tmp_path)

@@ -12,17 +12,29 @@ from data.journal import read_metrics
 from tests.train import killing
 from tests.train.killing import METRICS, run
 from tests.train.planted import Planted, planted_stream
+from train.arm import Arm
 from train.dead import dead_latents
-from train.loop import Arm, train
+from train.loop import train
 from train.optim import OptimConfig
-from train.sae import SAEConfig, load
+from train.sae import SAEConfig
+from train.sae_file import load
 from train.trainer import TrainConfig, Trainer
 
 
 def test_recovers_planted_directions(tmp_path):
     reader = Planted(d=32, latents=48, active=3, batch=256, rows=256 * 600, seed=1)
-    sae = SAEConfig(d_sae=96, k=3, aux_coef=1 / 32, k_aux=16, aux_norm="variance", dead_after=3000, resample=True)
-    config = TrainConfig(layer=0, batch=256, sae=sae, optim=OptimConfig(lr=0.01, lr_floor=0.001), log_every=100)
+    sae = SAEConfig(
+        d_sae=96,
+        k=3,
+        aux_coef=1 / 32,
+        k_aux=16,
+        aux_norm="variance",
+        dead_after=3000,
+        resample=True,
+    )
+    config = TrainConfig(
+        layer=0, batch=256, sae=sae, optim=OptimConfig(lr=0.01, lr_floor=0.001), log_every=100
+    )
     final = train(Arm(config, planted_stream(reader), tmp_path), killing.CPU)
     found = load(tmp_path / "sae_final.pt")
     cosines = (reader.directions @ found.W_dec.T).amax(1)
@@ -38,12 +50,18 @@ def test_recovers_planted_directions(tmp_path):
 
 
 def test_aux_revives_dead_latents():
-    """Half of the latents start where they hardly fire; there are as many latents as planted directions."""
+    """Half of the latents start where they hardly fire; there are as many latents as planted
+    directions.
+    """
     dead = {}
     for coefficient in (0.0, 1 / 32):
         reader = Planted(d=16, latents=32, active=3, batch=128, rows=128 * 600)
-        sae = SAEConfig(d_sae=32, k=3, aux_coef=coefficient, k_aux=16, aux_norm="variance", dead_after=2048)
-        config = TrainConfig(layer=0, batch=128, sae=sae, optim=OptimConfig(lr=0.01, lr_floor=0.001))
+        sae = SAEConfig(
+            d_sae=32, k=3, aux_coef=coefficient, k_aux=16, aux_norm="variance", dead_after=2048
+        )
+        config = TrainConfig(
+            layer=0, batch=128, sae=sae, optim=OptimConfig(lr=0.01, lr_floor=0.001)
+        )
         trainer = Trainer(config, reader, killing.CPU)
         trainer.state.sae.b_enc[:16] = -0.8
         for _, batch in zip(range(trainer.steps), reader.batches(0), strict=False):
@@ -58,8 +76,12 @@ def test_training_rows_have_mean_norm_sqrt_d():
     trainer = Trainer(killing.config(), reader, killing.CPU)
     x = reader.draw(-1, 4096).float()
     assert float((x * trainer.scale).norm(dim=1).mean()) == pytest.approx(3, rel=0.01)
-    torch.testing.assert_close(trainer.state.sae.b_dec, x.mean(0) * trainer.scale, rtol=0, atol=0.05)
-    assert trainer.mean_variance == pytest.approx(float((x * trainer.scale).var(0).mean()), rel=0.05)
+    torch.testing.assert_close(
+        trainer.state.sae.b_dec, x.mean(0) * trainer.scale, rtol=0, atol=0.05
+    )
+    assert trainer.mean_variance == pytest.approx(
+        float((x * trainer.scale).var(0).mean()), rel=0.05
+    )
 
 
 def test_final_evaluation_is_of_the_exported_file(tmp_path):
@@ -70,7 +92,9 @@ def test_final_evaluation_is_of_the_exported_file(tmp_path):
     error = x - found(x.float()).double()
     assert final["mse"] == pytest.approx(float(error.square().mean()), rel=1e-5)
     centred = float((x - torch.from_numpy(reader.mean)).square().sum())
-    assert final["variance_explained"] == pytest.approx(1 - float(error.square().sum()) / centred, rel=1e-5)
+    assert final["variance_explained"] == pytest.approx(
+        1 - float(error.square().sum()) / centred, rel=1e-5
+    )
     assert final["rows"] == 1024
     assert float((found.W_dec.norm(dim=1) - 1).abs().max()) < 1e-6
 
@@ -82,7 +106,16 @@ def test_metrics_have_their_keys_and_no_clock(tmp_path):
     training = ["split", "step", "tokens", "loss", "aux_loss", *figures, "dead", "dead_share", "lr"]
     held_out = ["split", "step", "tokens", "rows", *figures, "dead", "dead_share"]
     assert {tuple(line) for line in lines} == {tuple(training), tuple(held_out)}
-    assert [line["step"] for line in lines if line["split"] == "train"] == [1, 3, 6, 9, 12, 15, 18, 20]
+    assert [line["step"] for line in lines if line["split"] == "train"] == [
+        1,
+        3,
+        6,
+        9,
+        12,
+        15,
+        18,
+        20,
+    ]
     assert all(line["tokens"] == line["step"] * killing.BATCH for line in lines)
     assert [line["rows"] for line in lines if line["split"] == "held_out"] == [256, 256, 1024]
 
@@ -103,7 +136,10 @@ def spoiled(number, row, value):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_non_finite_batch_stops_before_the_step(value, tmp_path):
-    with pytest.raises(NonFiniteError, match=r"batch 13 holds NaN or infinity, first in row 5 of 16 \(1 such rows\)"):
+    with pytest.raises(
+        NonFiniteError,
+        match=r"batch 13 holds NaN or infinity, first in row 5 of 16 \(1 such rows\)",
+    ):
         run(tmp_path, spoiled(13, 5, value))
     assert not (tmp_path / "sae_final.pt").exists()
     run(tmp_path)  # the stream is mended: nothing was spoiled
@@ -112,7 +148,9 @@ def test_non_finite_batch_stops_before_the_step(value, tmp_path):
 
 
 def test_diverged_run_names_the_batch_and_the_rate(tmp_path):
-    with pytest.raises(NonFiniteError, match=r"loss is (nan|inf) at batch \d+ though .*lower optim.lr="):
+    with pytest.raises(
+        NonFiniteError, match=r"loss is (nan|inf) at batch \d+ though .*lower optim.lr="
+    ):
         run(tmp_path, optim=OptimConfig(lr=1e30, lr_floor=0.0))
 
 
@@ -121,7 +159,9 @@ def test_finished_run_is_left_alone(tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert run(tmp_path) == first
     assert "is finished" in capsys.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert {
+        path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()
+    } == before
 
 
 def test_killed_between_last_checkpoint_and_export(tmp_path):
@@ -143,7 +183,9 @@ def test_changed_setting_is_refused_with_both_values(tmp_path):
 
 def test_changed_store_is_refused_with_both_values(tmp_path):
     run(tmp_path)
-    with pytest.raises(MismatchError, match=r"store\.identity is 'planted-8-.*' there and 'planted-9-.*' here"):
+    with pytest.raises(
+        MismatchError, match=r"store\.identity is 'planted-8-.*' there and 'planted-9-.*' here"
+    ):
         run(tmp_path, killing.planted(d=9))
 
 
@@ -167,7 +209,10 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
 
 
 def test_second_process_in_one_run_is_refused(tmp_path):
-    with durable.locked(tmp_path, "held"), pytest.raises(StoreError, match="another process is training"):
+    with (
+        durable.locked(tmp_path, "held"),
+        pytest.raises(StoreError, match="another process is training"),
+    ):
         run(tmp_path)
     run(tmp_path)
 
@@ -228,7 +273,11 @@ def test_a_folder_with_other_things_is_no_run(tmp_path):
 
 def test_speeds_are_kept_apart_and_go_on(tmp_path):
     run(tmp_path)
-    logged = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["split"] == "train"]
+    logged = [
+        line["step"]
+        for line in read_metrics(tmp_path / "metrics.jsonl")
+        if line["split"] == "train"
+    ]
     timings = read_metrics(tmp_path / "timings.jsonl")
     assert [line["step"] for line in timings] == logged
     assert all(line["tokens_per_s"] > 0 for line in timings)

@@ -34,7 +34,9 @@ def assert_equal_to_autograd(sae, x, dead, config, rtol):
     torch.testing.assert_close(result.aux.double(), aux, rtol=rtol, atol=0)
     for name, wanted in gradients.items():
         largest = float(wanted.abs().max())
-        torch.testing.assert_close(result.gradients[name].double(), wanted, rtol=0, atol=rtol * largest, msg=name)
+        torch.testing.assert_close(
+            result.gradients[name].double(), wanted, rtol=0, atol=rtol * largest, msg=name
+        )
 
 
 @pytest.mark.parametrize("aux_norm", ["raw", "variance"])
@@ -42,13 +44,17 @@ def assert_equal_to_autograd(sae, x, dead, config, rtol):
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
 def test_gradients_equal_autograd(aux_norm, dead, dtype, rtol):
     config = replace(CONFIG, aux_norm=aux_norm)
-    assert_equal_to_autograd(random_sae(D, D_SAE, K, dtype=dtype), rows(dtype=dtype), dead_latents(dead), config, rtol)
+    assert_equal_to_autograd(
+        random_sae(D, D_SAE, K, dtype=dtype), rows(dtype=dtype), dead_latents(dead), config, rtol
+    )
 
 
 @pytest.mark.parametrize("aux_norm", ["raw", "variance"])
 @pytest.mark.parametrize("dead", [0, 8])
 @pytest.mark.parametrize("silent", [0.0, 5.0])  # with 5, fewer than k a row are positive
-@pytest.mark.parametrize("changes", [{"activation": "batchtopk"}, {"activation": "matryoshka", "nested": 4}])
+@pytest.mark.parametrize(
+    "changes", [{"activation": "batchtopk"}, {"activation": "matryoshka", "nested": 4}]
+)
 def test_gradients_of_activations_over_a_batch(changes, silent, dead, aux_norm):
     config = replace(CONFIG, aux_norm=aux_norm, **changes)
     sae = random_sae(D, D_SAE, K, threshold=0.5)
@@ -77,7 +83,9 @@ def test_gradients_where_fewer_than_k_are_positive(aux_norm):
     positive = result.kept.active()
     assert positive.min() < K
     assert positive.max() > 0
-    assert_equal_to_autograd(sae, rows(), dead_latents(20), replace(CONFIG, aux_norm=aux_norm), 1e-12)
+    assert_equal_to_autograd(
+        sae, rows(), dead_latents(20), replace(CONFIG, aux_norm=aux_norm), 1e-12
+    )
 
 
 def test_gradients_of_tied_latents_go_to_the_kept_ones_only():
@@ -105,7 +113,9 @@ def test_aux_reaches_encoder_and_decoder_of_dead_latents():
 
 
 def test_aux_does_not_push_on_the_living():
-    """The error is a constant to AuxK: through x_hat it would move the living latents and b_dec's output path."""
+    """The error is a constant to AuxK: through x_hat it would move the living latents and b_dec's
+    output path.
+    """
     sae, dead = random_sae(D, D_SAE, K), dead_latents(8)
     sae.W_enc.T[dead] = 0.0
     sae.b_enc[dead] = -1.0  # the dead are silent, so AuxK has no path of its own
@@ -115,7 +125,9 @@ def test_aux_does_not_push_on_the_living():
 
 
 def test_b_dec_is_counted_once():
-    """A zero code must give back b_dec, once, and rows equal to b_dec must give the pre-activation b_enc."""
+    """A zero code must give back b_dec, once, and rows equal to b_dec must give the pre-activation
+    b_enc.
+    """
     sae = random_sae(D, D_SAE, K)
     sae.b_enc.fill_(-1.0)
     x = sae.b_dec.expand(3, D)
@@ -129,7 +141,10 @@ def test_variance_norm_divides_by_the_right_variances():
     """Rows and weights scaled together leave the normalised losses alone."""
     sae, x, dead = random_sae(D, D_SAE, K), rows(), dead_latents(8)
     config = replace(CONFIG, aux_norm="variance")
-    one, ten = losses(sae, x, dead, config, 1.7), losses(sae.folded(0.1), 10 * x, dead, config, 170.0)
+    one, ten = (
+        losses(sae, x, dead, config, 1.7),
+        losses(sae.folded(0.1), 10 * x, dead, config, 170.0),
+    )
     torch.testing.assert_close(one.loss, ten.loss)
     torch.testing.assert_close(one.aux, ten.aux)
 

@@ -90,7 +90,10 @@ def test_auto_values(d_sae, steps, lr):
 
 
 def test_auto_falls_with_steps_and_latents():
-    rates = [[resolved(OptimConfig(lr="auto"), 2**f, 4**s).lr for s in range(1, 12)] for f in range(4, 20)]
+    rates = [
+        [resolved(OptimConfig(lr="auto"), 2**f, 4**s).lr for s in range(1, 12)]
+        for f in range(4, 20)
+    ]
     for row in [*rates, *zip(*rates, strict=True)]:
         assert list(row) == sorted(row, reverse=True)
     assert rates[0][0] == MOST and rates[-1][-1] == LEAST
@@ -102,17 +105,23 @@ def test_a_rate_that_is_given_is_taken():
 
 
 def test_auto_below_the_floor_is_refused_with_both():
-    with pytest.raises(SettingError, match=rf"optim\.lr_floor=0\.5 must be between 0 and optim\.lr={AUTO};"):
+    with pytest.raises(
+        SettingError, match=rf"optim\.lr_floor=0\.5 must be between 0 and optim\.lr={AUTO};"
+    ):
         resolved(OptimConfig(lr="auto", lr_floor=0.5), 4096, 146)
 
 
 def test_auto_is_told_once_and_recorded(tmp_path, capsys):
     killing.run(tmp_path, optim=OptimConfig(lr="auto", lr_floor=0.002, warmup_steps=0))
-    assert capsys.readouterr().err.count(f"optim.lr=auto is {MOST} for 48 latents and 20 steps") == 1
+    assert (
+        capsys.readouterr().err.count(f"optim.lr=auto is {MOST} for 48 latents and 20 steps") == 1
+    )
     recorded = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert recorded["settings"]["optim"]["lr"] == "auto"
     assert recorded["lr"] == MOST
-    rates = [line["lr"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["split"] == "train"]
+    rates = [
+        line["lr"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["split"] == "train"
+    ]
     assert (rates[0], rates[-1]) == pytest.approx((MOST, 0.002))
 
 
@@ -131,7 +140,10 @@ def test_adam_follows_its_formula_whatever_the_memory_layout(beta1, beta2):
     second = {name: torch.zeros_like(tensor) for name, tensor in wanted.items()}
     adam = Adam(parameters, OptimConfig(beta1=beta1, beta2=beta2))
     for step in range(1, 6):
-        gradients = {"a": torch.randn(6, 5, generator=draw).T * 1e-6, "b": torch.randn(7, generator=draw)}
+        gradients = {
+            "a": torch.randn(6, 5, generator=draw).T * 1e-6,
+            "b": torch.randn(7, generator=draw),
+        }
         adam.step_(gradients, lr=0.01)
         for name, g in gradients.items():
             first[name] = beta1 * first[name] + (1 - beta1) * g.double()

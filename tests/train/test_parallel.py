@@ -14,9 +14,10 @@ from tests.train import killing
 from tests.train.killing import BATCH, CPU, config, in_child, outcome, planted
 from tests.train.planted import planted_stream
 from train import checkpoint
-from train.loop import Arm, train
+from train.arm import Arm
+from train.loop import train
 from train.parallel import Group
-from train.sae import load
+from train.sae_file import load
 from train.trainer import Trainer
 
 WORLD = 2
@@ -66,32 +67,43 @@ def test_two_processes_make_the_steps_of_one(both):
 
 
 def test_statistics_are_of_all_processes(both):
-    """Losses, dead latents, coverage and variance explained of whole batches: AuxK divides by a batch's variance."""
+    """Losses, dead latents, coverage and variance explained of whole batches: AuxK divides by a
+    batch's variance.
+    """
     one, two = (read_metrics(folder / "metrics.jsonl") for folder in both)
     assert [line["step"] for line in one] == [line["step"] for line in two]
     assert max(line["dead"] for line in one) > 0
     for single, shared in zip(one, two, strict=True):
         assert single["dead"] == shared["dead"]
         for name in single.keys() - {"split"}:
-            assert shared[name] == pytest.approx(single[name], rel=1e-3, abs=1e-6), (single["step"], name)
+            assert shared[name] == pytest.approx(single[name], rel=1e-3, abs=1e-6), (
+                single["step"],
+                name,
+            )
 
 
 def test_the_state_is_of_all_processes(both):
     one, two = (checkpoint.latest(folder / "checkpoint")[0].tensors for folder in both)
     assert torch.equal(one["silent"], two["silent"])
     for name, tensor in one.items():
-        torch.testing.assert_close(two[name].double(), tensor.double(), rtol=1e-3, atol=1e-6, msg=name)
+        torch.testing.assert_close(
+            two[name].double(), tensor.double(), rtol=1e-3, atol=1e-6, msg=name
+        )
 
 
 def test_a_signal_to_one_stops_both_at_one_step_and_they_go_on(both, tmp_path):
     folder = tmp_path / "run"
-    stopping = planted(spoil=lambda at, _: os.kill(os.getpid(), signal.SIGTERM) if at == 9 else None)
+    stopping = planted(
+        spoil=lambda at, _: os.kill(os.getpid(), signal.SIGTERM) if at == 9 else None
+    )
     assert together(folder, [planted(), stopping]) == [143, 143]
     saved, _ = checkpoint.latest(folder / "checkpoint")
     assert saved.step == 10
     assert together(folder) == [0, 0]
     for name, tensor in load(both[1] / "sae_final.pt").tensors().items():
-        assert torch.equal(load(folder / "sae_final.pt").tensors()[name], tensor), "two processes repeat their bits"
+        assert torch.equal(load(folder / "sae_final.pt").tensors()[name], tensor), (
+            "two processes repeat their bits"
+        )
     assert together(folder) == [0, 0], "finished, and left alone"
 
 

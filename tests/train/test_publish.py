@@ -1,4 +1,6 @@
-"""A published run: its card's figures are the run's, its code runs, foreign text cannot break it; no upload unasked."""
+"""A published run: its card's figures are the run's, its code runs, foreign text cannot break it;
+no upload unasked.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +19,22 @@ from hydra import compose, initialize_config_module
 from markdown_it import MarkdownIt
 from omegaconf import OmegaConf
 
-from analyze.quality import quality
-from analyze.quality import write as write_quality
+from analyze.studies.quality import quality
+from analyze.studies.quality import write as write_quality
 from analyze.subject import Subject
+from conf.command import run_command
 from data import durable
-from data.errors import PipelineError, run_command
-from data.tiny import MODEL_DIR
+from data.errors import PipelineError
+from data.tiny.embedded import MODEL_DIR
 from tests.analyze.conftest import make_run, random_rows
 from tests.train.test_formats import PYTHON, a_run, has, made
-from train.export import FILE
 from train.export.formats import FORMATS
 from train.publish import release
-from train.publish.__main__ import command
 from train.publish.card import escaped
+from train.publish.command import command
 from train.run import CONFIG, METRICS
-from train.sae import SAE, load
+from train.sae import SAE
+from train.sae_file import FILE, load
 
 REPO, TOKEN = "somebody/an-sae", "hf_SecretSecretSecretSecret"
 HOSTILE = "</summary><script>alert(1)</script> | [x](http://evil.example) `a` **b** $$c$$ \\(d\\) <!-- \n# big\n| row |"
@@ -39,7 +42,9 @@ HOSTILE = "</summary><script>alert(1)</script> | [x](http://evil.example) `a` **
 
 def publishes(run: Path, *overrides: str) -> Path:
     with initialize_config_module("conf", version_base="1.3"):
-        settings = OmegaConf.to_container(compose("publish", [f"run={run}", f"repo={REPO}", *overrides]), resolve=True)
+        settings = OmegaConf.to_container(
+            compose("publish", [f"run={run}", f"repo={REPO}", *overrides]), resolve=True
+        )
     command(settings)
     return run / "publish"
 
@@ -48,13 +53,17 @@ def finished(folder: Path, sae: SAE, **settings: Any) -> Path:
     """The least that is a finished run."""
     run = a_run(folder, sae)
     config = yaml.safe_load((run / CONFIG).read_text())
-    (run / CONFIG).write_text(yaml.safe_dump({**config, "settings": {**config["settings"], **settings}}))
+    (run / CONFIG).write_text(
+        yaml.safe_dump({**config, "settings": {**config["settings"], **settings}})
+    )
     record = {"split": "held_out", "step": 3, "tokens": 30, "variance_explained": 0.8123, "dead": 2}
     (run / METRICS).write_text(json.dumps(record) + "\n")
     return run
 
 
-def with_study(run: Path, summary: str, cell: str = "1", sae: str | None = None, name: str = "splice") -> None:
+def with_study(
+    run: Path, summary: str, cell: str = "1", sae: str | None = None, name: str = "splice"
+) -> None:
     folder = run / "studies" / name
     folder.mkdir(parents=True, exist_ok=True)
     digest = sae or durable.digest_file(run / FILE).xxh3_128
@@ -68,7 +77,7 @@ def card(run: Path) -> str:
     return (run / "publish" / "README.md").read_text()
 
 
-# -- the card ----------------------------------------------------------------------------------------------------
+# -- the card --------------------------------------------------------------------------------------
 
 
 def test_a_bare_run_says_what_is_absent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,11 +96,16 @@ def test_a_bare_run_says_what_is_absent(tmp_path: Path, capsys: pytest.CaptureFi
         "saelens/cfg.json",
         "saelens/sae_weights.safetensors",
     }
-    assert all(re.search(rf"[kM]?B +{re.escape(str(folder / file))}$", said, re.MULTILINE) for file in files)
+    assert all(
+        re.search(rf"[kM]?B +{re.escape(str(folder / file))}$", said, re.MULTILINE)
+        for file in files
+    )
     text = card(run)
     head = yaml.safe_load(text.split("---\n")[1])
     assert head["base_model"] == "google/gemma-4-E4B" and head["license"] == "apache-2.0"
-    assert {"sparse-autoencoder", "interpretability"} <= set(head["tags"]) and "datasets" not in head
+    assert {"sparse-autoencoder", "interpretability"} <= set(
+        head["tags"]
+    ) and "datasets" not in head
     assert "0.8123" in text and "| batch | not recorded tokens |" in text
     assert "the run has no quality.json" in text and "No study was done" in text
     assert durable.digest_file(run / FILE).xxh3_128 in text
@@ -116,7 +130,9 @@ def test_every_figure_of_quality_is_there_with_its_definition(tmp_path: Path) ->
         "weights": "w123",
         "text": "HuggingFaceFW/fineweb",
     }
-    (run / CONFIG).write_text(yaml.safe_dump({**config, "source": source, "store_path": "/home/me/secret/s.zarr"}))
+    (run / CONFIG).write_text(
+        yaml.safe_dump({**config, "source": source, "store_path": "/home/me/secret/s.zarr"})
+    )
     publishes(run)
     text = card(run)
     assert "| digest of its weights | w123 |" in text
@@ -133,15 +149,22 @@ def test_every_figure_of_quality_is_there_with_its_definition(tmp_path: Path) ->
     assert "secret" not in text
 
 
-def test_studies_are_told_in_their_own_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_studies_are_told_in_their_own_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = finished(tmp_path / "run", made("topk"))
     with_study(run, "Loss rises by 0.31 [0.30, 0.32], p < 0.05.")
     with_study(run, "Of another SAE.", sae="0" * 32, name="steering")
     folder = publishes(run)
     text = card(run)
     assert "- Loss rises by 0.31 [0.30, 0.32], p &lt; 0.05.\n" in text
-    assert "Of another SAE" not in text and "steering.json is of another SAE" in capsys.readouterr().err
-    assert [path.name for path in (folder / "studies").rglob("*") if path.is_file()] == ["splice.json"]
+    assert (
+        "Of another SAE" not in text
+        and "steering.json is of another SAE" in capsys.readouterr().err
+    )
+    assert [path.name for path in (folder / "studies").rglob("*") if path.is_file()] == [
+        "splice.json"
+    ]
 
 
 def test_no_local_path_is_published_and_what_is_no_longer_found_goes(tmp_path: Path) -> None:
@@ -211,7 +234,7 @@ def test_escaping(text: str, shown: str) -> None:
     assert escaped(text) == shown
 
 
-# -- its code ----------------------------------------------------------------------------------------------------
+# -- its code --------------------------------------------------------------------------------------
 
 
 def blocks(text: str) -> Iterator[str]:
@@ -224,13 +247,21 @@ def test_the_cards_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ki
     draw = torch.Generator().manual_seed(0)
     W_dec = torch.nn.functional.normalize(torch.randn(96, 64, generator=draw), dim=1)
     threshold = None if kind == "topk" else torch.rand(96, generator=draw)
-    sae = SAE(W_dec.T.contiguous(), W_dec, torch.zeros(96), torch.randn(64, generator=draw), 8, threshold)
+    sae = SAE(
+        W_dec.T.contiguous(), W_dec, torch.zeros(96), torch.randn(64, generator=draw), 8, threshold
+    )
     run = finished(tmp_path / "run", sae, layer=5, policy={"drop_bos": True})
     folder = publishes(run)
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
         of_the_model = auto.from_pretrained
-        monkeypatch.setattr(auto, "from_pretrained", lambda name, of=of_the_model, **options: of(MODEL_DIR, **options))
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, file: folder / {REPO: file}[repo])
+        monkeypatch.setattr(
+            auto,
+            "from_pretrained",
+            lambda name, of=of_the_model, **options: of(MODEL_DIR, **options),
+        )
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda repo, file: folder / {REPO: file}[repo]
+    )
     code, _ = blocks(card(run))
     found: dict[str, Any] = {}
     exec(code, found)
@@ -241,7 +272,9 @@ def test_the_cards_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ki
         decoder(found["ids"])
     hook.remove()
     (output,) = layers
-    torch.testing.assert_close(found["x"], (output[0] if isinstance(output, tuple) else output)[0, 1:].float())
+    torch.testing.assert_close(
+        found["x"], (output[0] if isinstance(output, tuple) else output)[0, 1:].float()
+    )
     assert len(found["x"]) > 3
     torch.testing.assert_close(found["x_hat"], sae(found["x"]), rtol=1e-5, atol=1e-5)
 
@@ -259,7 +292,9 @@ def test_the_last_layers_rows_are_not_in_hidden_states(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["topk", "thresholds"])
 def test_saelens_loads_it_by_its_name(tmp_path: Path, kind: str) -> None:
     if not has("sae_lens"):
-        pytest.skip("sae_lens is not installed: pip install 'residual-saes[interop]', or set INTEROP_PYTHON")
+        pytest.skip(
+            "sae_lens is not installed: pip install 'residual-saes[interop]', or set INTEROP_PYTHON"
+        )
     run = finished(tmp_path / "run", made(kind))
     folder = publishes(run)
     _, code = blocks(card(run))
@@ -280,7 +315,7 @@ rows = torch.load("rows.pt", weights_only=True); x = rows["x"]
     subprocess.run([PYTHON, "-c", f"{hub}\n{code}\n{check}"], check=True, cwd=tmp_path)
 
 
-# -- the upload --------------------------------------------------------------------------------------------------
+# -- the upload ------------------------------------------------------------------------------------
 
 
 class Hub(NamedTuple):
@@ -320,8 +355,14 @@ def test_upload_is_asked_for(tmp_path: Path, hub: Hub, capsys: pytest.CaptureFix
     assert [name for name, _ in hub.calls] == ["create_repo", "upload_folder"]
     (_, made_with), (_, sent) = hub.calls
     assert made_with == {"repo_id": REPO, "private": True, "exist_ok": True}
-    assert sent["repo_id"] == REPO and sent["folder_path"] == folder and sent["commit_message"] == "Publish run"
-    assert set(sent["allow_patterns"]) == {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert (
+        sent["repo_id"] == REPO
+        and sent["folder_path"] == folder
+        and sent["commit_message"] == "Publish run"
+    )
+    assert set(sent["allow_patterns"]) == {
+        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()
+    }
     hub.public[0] = True
     with pytest.raises(PipelineError, match="public; to publish in it set private=false"):
         publishes(run, "upload=true")
@@ -331,7 +372,9 @@ def test_upload_is_asked_for(tmp_path: Path, hub: Hub, capsys: pytest.CaptureFix
     assert TOKEN not in "".join(capsys.readouterr()) + json.dumps(hub.calls, default=str)
 
 
-@pytest.mark.parametrize(("status", "said"), [(None, "check the network"), (403, "HTTP 403"), (500, "HTTP 500")])
+@pytest.mark.parametrize(
+    ("status", "said"), [(None, "check the network"), (403, "HTTP 403"), (500, "HTTP 500")]
+)
 def test_no_token_in_what_is_said(
     tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str], status: int | None, said: str
 ) -> None:
@@ -350,7 +393,18 @@ def test_no_token_in_what_is_said(
 
 def test_refusals(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     run = finished(tmp_path / "run", made("topk"))
-    for repo in ("null", "alone", "a/b/c", "a/b--c", "a/../b", "'a b/c'", "a/b.git", "-a/b", "a/" + "b" * 99, "'ä/b'"):
+    for repo in (
+        "null",
+        "alone",
+        "a/b/c",
+        "a/b--c",
+        "a/../b",
+        "'a b/c'",
+        "a/b.git",
+        "-a/b",
+        "a/" + "b" * 99,
+        "'ä/b'",
+    ):
         with pytest.raises(PipelineError, match="repo="):
             publishes(run, f"repo={repo}", "upload=true")
     for overrides, said in [

@@ -1,4 +1,6 @@
-"""A run that was killed ends with the bits of one that was not: weights, optimizer, counters and metrics."""
+"""A run that was killed ends with the bits of one that was not: weights, optimizer, counters and
+metrics.
+"""
 
 import os
 import random
@@ -55,7 +57,9 @@ def test_undisturbed_runs_repeat(undisturbed, tmp_path):
 
 
 def test_the_small_run_uses_all_of_the_state(undisturbed, tmp_path):
-    """Or equality would prove little: latents die and come back, AuxK works, both kinds of metrics are there."""
+    """Or equality would prove little: latents die and come back, AuxK works, both kinds of metrics
+    are there.
+    """
     run(tmp_path / "run")
     lines = read_metrics(tmp_path / "run" / METRICS)
     training = [line for line in lines if line["split"] == "train"]
@@ -78,7 +82,9 @@ def test_killed_at_failpoints(failpoints, undisturbed, tmp_path):
 
 
 def kill_until_finished(folder, delays, body):
-    """Start again and again in one folder, each time killed after the next delay; how many kills there were."""
+    """Start again and again in one folder, each time killed after the next delay; how many kills
+    there were.
+    """
     for kills, delay in enumerate(delays):
         if killing.kill_after(delay, body) == 0:
             return kills
@@ -92,7 +98,9 @@ def test_killed_at_random_moments(undisturbed, tmp_path):
     span, draw, kills = time.monotonic() - began, random.Random(0), 0
     for number in range(3):
         folder = tmp_path / f"run_{number}"
-        kills += kill_until_finished(folder, [draw.uniform(0, span) for _ in range(4)], lambda f=folder: run(f))
+        kills += kill_until_finished(
+            folder, [draw.uniform(0, span) for _ in range(4)], lambda f=folder: run(f)
+        )
         assert bits(folder) == undisturbed
     assert kills >= 3
 
@@ -116,7 +124,9 @@ def test_killed_at_many_random_moments(undisturbed, tmp_path):
 
 def stop_at(number, signum=signal.SIGTERM):
     """A reader in whose batch `number` a signal arrives."""
-    return killing.planted(spoil=lambda at, _: os.kill(os.getpid(), signum) if at == number else None)
+    return killing.planted(
+        spoil=lambda at, _: os.kill(os.getpid(), signum) if at == number else None
+    )
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -173,7 +183,9 @@ def test_no_tensor_of_the_state_can_be_left_out(item, stopped, undisturbed, tmp_
 
 @pytest.mark.parametrize("item", ["step", "metrics_bytes"])
 def test_no_number_of_the_state_can_be_left_out(item, stopped, undisturbed, tmp_path):
-    assert_item_counts(item, replace(stopped[1], **{item: 0}), stopped, undisturbed, tmp_path / "run")
+    assert_item_counts(
+        item, replace(stopped[1], **{item: 0}), stopped, undisturbed, tmp_path / "run"
+    )
 
 
 def test_the_whole_state_is_enough(stopped, undisturbed, tmp_path):

@@ -9,8 +9,8 @@ import torch
 from data.errors import SettingError, StoreError
 from tests.train.reference import dense_activations, random_sae
 from train import sae as sae_module
-from train.export import write_final
-from train.sae import SAEConfig, initial, load
+from train.sae import SAEConfig, initial
+from train.sae_file import load, write_final
 
 
 def rows(n=20, d=12, seed=1):

@@ -12,15 +12,27 @@ from torch.nn.functional import normalize
 
 from data.errors import Interrupted, SettingError
 from tests.train import killing
-from tests.train.killing import BATCH, CHECKPOINTS, CPU, STEPS, bits, config, in_child, outcome, planted
+from tests.train.killing import (
+    BATCH,
+    CHECKPOINTS,
+    CPU,
+    STEPS,
+    bits,
+    config,
+    in_child,
+    outcome,
+    planted,
+)
 from tests.train.planted import Planted, planted_stream
 from tests.train.reference import dense_activations, random_sae
 from tests.train.test_parallel import Pair, together
 from train import checkpoint, dead, start
+from train.arm import Arm
 from train.evaluate import evaluate
-from train.loop import Arm, train, train_together
+from train.loop import train, train_together
 from train.optim import Adam, OptimConfig
-from train.sae import SAE, SAEConfig, initial, load
+from train.sae import SAE, SAEConfig, initial
+from train.sae_file import load
 from train.stream import Whole, first_rows
 from train.trainer import TrainConfig, Trainer
 
@@ -29,7 +41,10 @@ DEAD_AFTER, LAST = 3, 4 * STEPS // 5  # in steps
 PLAIN = replace(config().sae, dead_after=DEAD_AFTER * BATCH // PATIENCE)
 RECIPE = {"init": "rows", "rotate": True, "resample": True}
 BETTER = {"decay": "linear", "beta1": 0.5, "beta2": 0.99}
-WHOLE = {"sae": replace(PLAIN, **RECIPE), "optim": OptimConfig(lr="auto", lr_floor=0.002, project_every=3, **BETTER)}
+WHOLE = {
+    "sae": replace(PLAIN, **RECIPE),
+    "optim": OptimConfig(lr="auto", lr_floor=0.002, project_every=3, **BETTER),
+}
 
 
 def normal(*shape, seed=1):
@@ -41,7 +56,7 @@ def test_an_unknown_start_is_named():
         SAEConfig(init="kmeans")
 
 
-# -- rows, axes, directions ----------------------------------------------------------------------------------------
+# -- rows, axes, directions ------------------------------------------------------------------------
 
 
 def test_first_rows_are_read_once_for_all_arms():
@@ -67,13 +82,17 @@ def test_axes_are_orthogonal_and_diagonalise_the_covariance(spread):
     covariance = turned.T @ turned / 500
     assert float((covariance - covariance.diag().diag()).abs().max()) < 1e-6
     wanted = np.linalg.svd(rows.numpy(), compute_uv=False) ** 2 / 500
-    assert covariance.diag().sort(descending=True).values.numpy() == pytest.approx(wanted, rel=1e-2, abs=1e-6)
+    assert covariance.diag().sort(descending=True).values.numpy() == pytest.approx(
+        wanted, rel=1e-2, abs=1e-6
+    )
 
 
 def from_rows(centred, d_sae=8, whiten=False):
     """(an SAE in float64 before, the same after)."""
     before = initial(SAEConfig(d_sae=d_sae, k=2), torch.zeros(6), 0)
-    before, after = (SAE(**{name: t.double().clone() for name, t in before.tensors().items()}, k=2) for _ in "ab")
+    before, after = (
+        SAE(**{name: t.double().clone() for name, t in before.tensors().items()}, k=2) for _ in "ab"
+    )
     after.b_enc.zero_()
     start.from_rows_(after, centred, whiten)
     return before, after
@@ -82,12 +101,16 @@ def from_rows(centred, d_sae=8, whiten=False):
 @pytest.mark.parametrize("whiten", [False, True])
 @pytest.mark.parametrize("count", [5, 20])
 def test_directions_are_unit_rows_and_the_encoder_has_their_best_scale(count, whiten):
-    """Fewer rows than latents leave the others random; a row of 0 has no direction. One axis is noise."""
+    """Fewer rows than latents leave the others random; a row of 0 has no direction. One axis is
+    noise.
+    """
     centred = normal(count, 6).double() * torch.tensor([9, 3, 3, 1, 1, 1e-3])
     centred[2] = 0
     before, after = from_rows(centred, whiten=whiten)
     rows = centred[[n for n in range(count) if n != 2]][:8]
-    if whiten:  # half: by the root of each axis's standard deviation, but noise as if it had 1/1000 of the variance
+    # half: by the root of each axis's standard deviation, but noise as if it had 1/1000 of the
+    # variance
+    if whiten:
         variances = centred.square().mean(0)
         variances[5] = variances.mean() / 1000
         rows = rows / variances.sqrt().sqrt()
@@ -140,11 +163,13 @@ def test_a_rotated_start_is_half_whitened_in_the_rows_axes():
     assert float((covariance - covariance.diag().diag()).abs().max() / covariance.max()) < 1e-5
     assert float((basis - torch.eye(8)).abs().max()) > 0.5
     whitened = turned / turned.square().mean(0).sqrt().sqrt()
-    torch.testing.assert_close(rotated.state.sae.W_dec, normalize(whitened, dim=1)[:48].float(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        rotated.state.sae.W_dec, normalize(whitened, dim=1)[:48].float(), rtol=1e-3, atol=1e-4
+    )
     torch.testing.assert_close(basis @ rotated.state.sae.b_dec, plain.state.sae.b_dec)
 
 
-# -- starting dead latents again -----------------------------------------------------------------------------------
+# -- starting dead latents again -------------------------------------------------------------------
 
 
 def test_resampled_latents_follow_errors_and_take_steps_like_any_latent():
@@ -166,7 +191,10 @@ def test_resampled_latents_follow_errors_and_take_steps_like_any_latent():
         wanted["W_enc"][:, latent] = wanted["W_dec"][latent] * along
         wanted["b_enc"][latent] = 0.0
         for name in ("W_enc", "W_dec", "b_enc"):
-            by_latent = slice(None) if name == "W_enc" else latent, latent if name == "W_enc" else ...
+            by_latent = (
+                slice(None) if name == "W_enc" else latent,
+                latent if name == "W_enc" else ...,
+            )
             wanted[f"{name}.exp_avg"][by_latent] = 0.0
             wanted[f"{name}.exp_avg_sq"][by_latent] = typical[name]
     for name, tensor in {**sae.tensors(), **adam.tensors()}.items():
@@ -188,7 +216,9 @@ def restarts(monkeypatch):
 
 
 def test_who_is_restarted_and_when(restarts, monkeypatch):
-    """Who has neither fired nor been restarted for so long, in the first 80 %; and `silent` knows nothing of it."""
+    """Who has neither fired nor been restarted for so long, in the first 80 %; and `silent` knows
+    nothing of it.
+    """
     reader, firings, real = planted(), [], dead.firings
     monkeypatch.setattr(dead, "firings", lambda *args: firings.append(real(*args)) or firings[-1])
     trainer, fired, restarted = begun(reader, **RECIPE), np.zeros(48, int), np.zeros(48, int)
@@ -199,7 +229,9 @@ def test_who_is_restarted_and_when(restarts, monkeypatch):
         with torch.no_grad():
             trainer.step_(reader.draw(step - 1, BATCH))
         fired[firings[0].numpy() > 0] = step  # the step's own; the others are of its record
-        wanted = np.flatnonzero(step - np.maximum(fired, restarted) >= DEAD_AFTER) if step < LAST else []
+        wanted = (
+            np.flatnonzero(step - np.maximum(fired, restarted) >= DEAD_AFTER) if step < LAST else []
+        )
         assert [latents for latents, _ in restarts] == ([list(wanted)] if len(wanted) else []), step
         restarted[wanted] = step
         times[wanted] += 1
@@ -228,7 +260,7 @@ def test_draws_are_a_pure_function_of_seed_and_step(restarts):
     assert sorted(set(many)) == list(range(BATCH)) and {many.count(row) for row in many} == {2, 3}
 
 
-# -- resuming, sweeping, waiting, sharing --------------------------------------------------------------------------
+# -- resuming, sweeping, waiting, sharing ----------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +271,9 @@ def undisturbed(tmp_path_factory):
 
 
 def stopping(at):
-    return planted(spoil=lambda number, _: os.kill(os.getpid(), signal.SIGTERM) if number == at else None)
+    return planted(
+        spoil=lambda number, _: os.kill(os.getpid(), signal.SIGTERM) if number == at else None
+    )
 
 
 @pytest.mark.parametrize("at", [0, 3, 9, 15, 18])
@@ -263,7 +297,9 @@ def test_killed_around_what_it_writes(undisturbed, tmp_path):
 def test_beside_others_it_is_what_it_is_alone(undisturbed, tmp_path):
     stream = planted_stream(planted())
     others = {"plain": {}, "rotate": {"sae": replace(PLAIN, rotate=True)}, "whole": WHOLE}
-    train_together([Arm(config(**changes), stream, tmp_path / name) for name, changes in others.items()], CPU)
+    train_together(
+        [Arm(config(**changes), stream, tmp_path / name) for name, changes in others.items()], CPU
+    )
     assert bits(tmp_path / "whole") == undisturbed
     assert bits(tmp_path / "rotate") != bits(tmp_path / "plain")
 
@@ -280,7 +316,9 @@ FRESH = Trainer(config(**WHOLE), planted(), CPU).state.tensors()
 
 @pytest.mark.parametrize("item", [*FRESH, None])
 def test_no_tensor_of_the_state_can_be_left_out(item, stopped, undisturbed, tmp_path):
-    """Put back to its value at the start, each alone must change what is learned; None of them must not."""
+    """Put back to its value at the start, each alone must change what is learned; None of them must
+    not.
+    """
     assert {"basis", "restarted"} < FRESH.keys()
     folder, saved = stopped
     shutil.copytree(folder, tmp_path / "run")
@@ -320,10 +358,18 @@ def follow(folder, stop=False, **changes):
 
 
 def test_rows_to_begin_with_are_waited_for(undisturbed, tmp_path):
-    """80 rows are batches 0 to 4 of 16; a run that goes on needs none of them, one of 3 batches has no more."""
+    """80 rows are batches 0 to 4 of 16; a run that goes on needs none of them, one of 3 batches has
+    no more.
+    """
     assert follow(tmp_path / "run", stop=True, **WHOLE) == [("begin", 0), ("wait", 4), "stopped"]
     log = follow(tmp_path / "run", **WHOLE)
-    assert log[:9] == [("begin", 0), ("wait", 4), *(("read", n) for n in range(5)), ("wait", 0), ("read", 0)]
+    assert log[:9] == [
+        ("begin", 0),
+        ("wait", 4),
+        *(("read", n) for n in range(5)),
+        ("wait", 0),
+        ("read", 0),
+    ]
     assert bits(tmp_path / "run") == undisturbed
     (tmp_path / "run" / "sae_final.pt").unlink()
     shutil.rmtree(tmp_path / "run" / CHECKPOINTS)
@@ -343,11 +389,13 @@ def test_two_processes_begin_as_one(tmp_path):
 
 
 def test_two_processes_cannot_resample():
-    with pytest.raises(SettingError, match=r"sae\.resample draws rows of a whole batch, so 2 processes cannot"):
+    with pytest.raises(
+        SettingError, match=r"sae\.resample draws rows of a whole batch, so 2 processes cannot"
+    ):
         Trainer(config(**WHOLE), planted(), CPU, Pair())
 
 
-# -- what it is good for -------------------------------------------------------------------------------------------
+# -- what it is good for ---------------------------------------------------------------------------
 
 
 STRETCH = torch.linalg.qr(normal(32, 32, seed=5)).Q @ torch.tensor([5.0] * 4 + [1.0] * 28).diag()
@@ -363,7 +411,9 @@ class Stretched(Planted):
 
 def trained(reader, directions, steps, changes, **optim):
     """(mean cosine of directions with the nearest found ones, share of variance not explained)."""
-    sae = SAEConfig(d_sae=64, k=3, aux_coef=1 / 32, k_aux=16, aux_norm="variance", dead_after=5000, **changes)
+    sae = SAEConfig(
+        d_sae=64, k=3, aux_coef=1 / 32, k_aux=16, aux_norm="variance", dead_after=5000, **changes
+    )
     rates = OptimConfig(lr_floor=0.001, **optim)
     run = TrainConfig(layer=0, batch=256, tokens=256 * steps, sae=sae, optim=rates, log_every=steps)
     trainer = Trainer(run, reader, CPU)
@@ -381,7 +431,9 @@ def trained(reader, directions, steps, changes, **optim):
 
 @pytest.mark.parametrize("seed", [3, 4])
 def test_the_whole_recipe_finds_planted_directions_sooner(seed):
-    """Not of seed 0, whose planted directions are the very ones that an SAE of seed 0 starts with."""
+    """Not of seed 0, whose planted directions are the very ones that an SAE of seed 0 starts
+    with.
+    """
     reader = Planted(d=32, latents=48, active=3, batch=256, seed=seed)
     default, lost = trained(reader, reader.directions, 150, {}, lr=0.01)
     better, still_lost = trained(reader, reader.directions, 150, RECIPE, lr=0.01, **BETTER)

@@ -1,4 +1,6 @@
-"""Arms that are trained together are, to the bit, the arms that are trained alone; and the store is read once."""
+"""Arms that are trained together are, to the bit, the arms that are trained alone; and the store is
+read once.
+"""
 
 import os
 import random
@@ -14,9 +16,10 @@ from tests.train import killing
 from tests.train.killing import BATCH, CPU, STEPS, bits, config, in_child, outcome, planted
 from tests.train.planted import planted_stream
 from train import sweep
-from train.loop import Arm, train, train_together
+from train.arm import Arm
+from train.loop import train, train_together
 from train.optim import OptimConfig
-from train.sae import load
+from train.sae_file import load
 from train.sweep import arm_bytes, passes, train_sweep
 from train.trainer import Trainer
 
@@ -53,7 +56,9 @@ def test_together_is_alone(alone, tmp_path):
     outcomes = train_together(arms(tmp_path, planted_stream(reader)), CPU)
     assert {name: bits(tmp_path / name) for name in ARMS} == alone
     assert read == list(range(STEPS)), "one read for all arms"
-    assert len({tuple(found.values()) for found in alone.values()}) == len(ARMS), "the arms are different"
+    assert len({tuple(found.values()) for found in alone.values()}) == len(ARMS), (
+        "the arms are different"
+    )
     assert outcomes[0] == read_metrics(tmp_path / "base" / "metrics.jsonl")[-1]
 
 
@@ -70,14 +75,19 @@ def test_layers_go_side_by_side(tmp_path):
     streams = {layer: planted_stream(planted(seed=layer)) for layer in (0, 1)}
     for layer, stream in streams.items():
         train(Arm(config(layer=layer), stream, tmp_path / f"alone_{layer}"), CPU)
-    both = [Arm(config(layer=layer), stream, tmp_path / f"both_{layer}") for layer, stream in streams.items()]
+    both = [
+        Arm(config(layer=layer), stream, tmp_path / f"both_{layer}")
+        for layer, stream in streams.items()
+    ]
     train_together(both, CPU)
     for layer in streams:
         assert bits(tmp_path / f"both_{layer}") == bits(tmp_path / f"alone_{layer}")
 
 
 def stopping(at):
-    return planted(spoil=lambda number, _: os.kill(os.getpid(), signal.SIGTERM) if number == at else None)
+    return planted(
+        spoil=lambda number, _: os.kill(os.getpid(), signal.SIGTERM) if number == at else None
+    )
 
 
 def test_arms_may_be_at_different_steps(alone, tmp_path, capsys):
@@ -109,7 +119,9 @@ def test_a_stop_saves_every_arm_and_each_may_go_on_alone(alone, tmp_path):
 def span(tmp_path_factory):
     """Seconds that all arms take together."""
     folder, began = tmp_path_factory.mktemp("timed"), time.monotonic()
-    assert outcome(in_child(lambda: train_together(arms(folder, planted_stream(planted())), CPU))) == 0
+    assert (
+        outcome(in_child(lambda: train_together(arms(folder, planted_stream(planted())), CPU))) == 0
+    )
     return time.monotonic() - began
 
 
@@ -128,7 +140,9 @@ def assert_survives_kills(alone, folder, draw, kills, span):
 
 def test_killed_together(alone, span, tmp_path):
     draw = random.Random(0)
-    assert sum(assert_survives_kills(alone, tmp_path / str(n), draw, 4, span) for n in range(3)) >= 3
+    assert (
+        sum(assert_survives_kills(alone, tmp_path / str(n), draw, 4, span) for n in range(3)) >= 3
+    )
 
 
 @pytest.mark.long
@@ -142,7 +156,9 @@ def test_killed_together_many_times(alone, span, tmp_path):
 def test_an_arm_that_diverges_leaves_the_others_alone(alone, tmp_path, capsys):
     stream = planted_stream(planted())
     wild = Arm(config(optim=OptimConfig(lr=1e30, lr_floor=0.0)), stream, tmp_path / "wild")
-    base, failed, k = train_together([*arms(tmp_path, stream, ["base"]), wild, *arms(tmp_path, stream, ["k"])], CPU)
+    base, failed, k = train_together(
+        [*arms(tmp_path, stream, ["base"]), wild, *arms(tmp_path, stream, ["k"])], CPU
+    )
     assert isinstance(failed, NonFiniteError) and "lower optim.lr=" in str(failed)
     assert "wild: the loss is" in capsys.readouterr().err
     assert base["step"] == k["step"] == STEPS
@@ -167,7 +183,7 @@ def test_a_damaged_final_file_is_mended_in_a_sweep_too(alone, tmp_path):
     assert bits(tmp_path / "k") == alone["k"]
 
 
-# -- passes ------------------------------------------------------------------------------------------------------
+# -- passes ----------------------------------------------------------------------------------------
 
 
 def test_as_many_arms_as_fit_go_into_one_pass(tmp_path):

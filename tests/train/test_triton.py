@@ -1,6 +1,8 @@
-"""The CUDA kernels against dense sums in float64: compiled where there is a GPU, else under Triton's interpreter.
+"""The CUDA kernels against dense sums in float64: compiled where there is a GPU, else under
+Triton's interpreter.
 
-Triton comes with torch's CUDA wheels. Without a GPU: `pip install triton` (286 MB, 1 GB unpacked), then this file.
+Triton comes with torch's CUDA wheels. Without a GPU: `pip install triton` (286 MB, 1 GB unpacked),
+then this file.
 """
 
 import os
@@ -14,11 +16,15 @@ ON_GPU = torch.cuda.is_available()
 with pytest.MonkeyPatch.context() as patch:
     if not ON_GPU:
         patch.setenv("TRITON_INTERPRET", "1")  # read at imports, and in every launch: _interpreted
-    triton = pytest.importorskip("triton", reason="Triton is not installed; torch's CUDA wheels bring it")
+    triton = pytest.importorskip(
+        "triton", reason="Triton is not installed; torch's CUDA wheels bring it"
+    )
 
     from train import triton_kernels as kernels
 if not ON_GPU and type(triton.language.sum).__name__ != "InterpretedFunction":
-    pytest.skip("something imported Triton before, to compile; run this file alone", allow_module_level=True)
+    pytest.skip(
+        "something imported Triton before, to compile; run this file alone", allow_module_level=True
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +60,7 @@ def assert_close(found, wanted):
     torch.testing.assert_close(found.double(), wanted, rtol=2e-6, atol=2e-6)
 
 
-# -- top k -------------------------------------------------------------------------------------------------------
+# -- top k -----------------------------------------------------------------------------------------
 
 
 def assert_is_topk(x, k):
@@ -89,13 +95,19 @@ def test_topk_keeps_the_lowest_columns_of_ties(k, levels):
 
 def test_topk_orders_every_kind_of_number():
     inf, tiny = float("inf"), 1e-45  # the smallest subnormal
-    kinds = torch.tensor([0.0, -0.0, inf, -inf, tiny, -tiny, 1.0, -1.0, 3.4e38, -3.4e38, 1e-38, -1e-38]).to(DEVICE)
-    rows = torch.stack([kinds[torch.randperm(12, generator=torch.Generator().manual_seed(i))] for i in range(2)])
+    kinds = torch.tensor(
+        [0.0, -0.0, inf, -inf, tiny, -tiny, 1.0, -1.0, 3.4e38, -3.4e38, 1e-38, -1e-38]
+    ).to(DEVICE)
+    rows = torch.stack(
+        [kinds[torch.randperm(12, generator=torch.Generator().manual_seed(i))] for i in range(2)]
+    )
     for k in (1, 6, 7, 11):
         values, columns = kernels.topk(rows, k)
         assert torch.equal(values, rows.gather(1, columns))
         assert torch.equal(values.sort(1, descending=True).values, rows.topk(k).values)
-    assert torch.equal(kernels.topk(torch.tensor([[-0.0, 0.0, -1.0]]).to(DEVICE), 1)[1].cpu(), torch.tensor([[0]]))
+    assert torch.equal(
+        kernels.topk(torch.tensor([[-0.0, 0.0, -1.0]]).to(DEVICE), 1)[1].cpu(), torch.tensor([[0]])
+    )
     assert_is_topk(torch.full((2, 40), -inf).to(DEVICE), 3)
 
 
@@ -111,7 +123,7 @@ def test_topk_counts_nan_as_largest():
     assert columns[3].tolist() == list(range(10))
 
 
-# -- sums over bags ----------------------------------------------------------------------------------------------
+# -- sums over bags --------------------------------------------------------------------------------
 
 RAGGED = [3, 0, 1, 20, 0, 8, 0, 9]  # pairs per row
 
@@ -120,7 +132,11 @@ RAGGED = [3, 0, 1, 20, 0, 8, 0, 9]  # pairs per row
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decode_and_its_gradient_equal_dense_ones(d, dtype):
     rows, latents, pairs = len(RAGGED), 30, sum(RAGGED)
-    values, indices, W_dec = draw(pairs), whole(latents, (pairs,)), draw(latents, d, seed=1, dtype=dtype)
+    values, indices, W_dec = (
+        draw(pairs),
+        whole(latents, (pairs,)),
+        draw(latents, d, seed=1, dtype=dtype),
+    )
     upstream, row = draw(rows, d, seed=2), bag_of(RAGGED)
     dense = torch.zeros(rows, latents, dtype=torch.float64, device=DEVICE)
     dense.index_put_((row, indices), values.double(), accumulate=True)
@@ -133,11 +149,17 @@ def test_decode_and_its_gradient_equal_dense_ones(d, dtype):
 def test_no_pairs_at_all():
     none, starts, W_dec = torch.empty(0, device=DEVICE), starts_of([0, 0]), draw(4, 6)
     whichever = none.long()
-    assert torch.equal(kernels.decode(none, whichever, starts, W_dec), torch.zeros(2, 6, device=DEVICE))
+    assert torch.equal(
+        kernels.decode(none, whichever, starts, W_dec), torch.zeros(2, 6, device=DEVICE)
+    )
     assert kernels.values_gradient(draw(2, 6), whichever, starts, W_dec).shape == (0,)
-    gradient = kernels.weight_gradient(draw(2, 6), none, whichever, whichever, starts_of([0] * 5), 5)
+    gradient = kernels.weight_gradient(
+        draw(2, 6), none, whichever, whichever, starts_of([0] * 5), 5
+    )
     assert torch.equal(gradient, torch.zeros(5, 6, device=DEVICE))
-    assert torch.equal(kernels.latent_sums(none, whichever, starts_of([0] * 5)), torch.zeros(5, device=DEVICE))
+    assert torch.equal(
+        kernels.latent_sums(none, whichever, starts_of([0] * 5)), torch.zeros(5, device=DEVICE)
+    )
 
 
 def sorted_pairs(latent, row, d_sae):
@@ -205,7 +227,7 @@ def test_bits_repeat(monkeypatch):
         assert torch.equal(first, second)
 
 
-# -- the compiler, which needs no GPU ----------------------------------------------------------------------------
+# -- the compiler, which needs no GPU --------------------------------------------------------------
 
 COMPILE = """
 import sys
@@ -233,6 +255,10 @@ def test_kernels_compile_without_atomics(capability, tmp_path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(capability)], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-c", COMPILE, str(capability)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     assert done.stdout.strip() == "compiled", done.stderr

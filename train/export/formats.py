@@ -1,7 +1,7 @@
 """Trained SAEs in the files of SAELens, sparsify and dictionary_learning, and theirs as ours.
 
-What our SAE computes is in train/sae.py. The others' differ in small things, which are folded into the weights where
-that is exact, and refused where it is not:
+What our SAE computes is in train/sae.py. The others' differ in small things, which are folded into
+the weights where that is exact, and refused where it is not:
 
     SAELens              cfg.json, sae_weights.safetensors  topk; jumprelu and standard have a threshold per latent
     sparsify             cfg.json, sae.safetensors          TopK alone; delphi reads the same files
@@ -25,7 +25,8 @@ from torch import Tensor
 from data.errors import StoreError
 from train.sae import SAE
 
-# SAELens before this version had another layout, by which it would take files that do not name theirs.
+# SAELens before this version had another layout, by which it would take files that do not name
+# theirs.
 _SAELENS_LAYOUT = "6.0.0"
 
 
@@ -46,7 +47,9 @@ def about(run: Path, config: Mapping[str, Any]) -> About:
     """
     source = config.get("source")
     if source is None:
-        raise StoreError(f"{run} does not say what it was trained on: it is of an earlier version; train it again")
+        raise StoreError(
+            f"{run} does not say what it was trained on: it is of an earlier version; train it again"
+        )
     return About(source["model"], config["settings"]["layer"], source["context"], source["text"])
 
 
@@ -62,7 +65,9 @@ def _json(value: Mapping[str, Any]) -> bytes:
 
 
 def _tensors(**named: Tensor) -> bytes:
-    return save({name: tensor.detach().cpu().float().contiguous() for name, tensor in named.items()})
+    return save(
+        {name: tensor.detach().cpu().float().contiguous() for name, tensor in named.items()}
+    )
 
 
 def _pickled(state: Mapping[str, Tensor]) -> bytes:
@@ -71,7 +76,7 @@ def _pickled(state: Mapping[str, Tensor]) -> bytes:
     return buffer.getvalue()
 
 
-# -- SAELens -----------------------------------------------------------------------------------------------------
+# -- SAELens ---------------------------------------------------------------------------------------
 
 
 def saelens_config(sae: SAE, about: About) -> dict[str, Any]:
@@ -99,28 +104,45 @@ def saelens_config(sae: SAE, about: About) -> dict[str, Any]:
 
 
 def _to_saelens(sae: SAE, about: About) -> dict[str, bytes]:
-    return {"cfg.json": _json(saelens_config(sae, about)), "sae_weights.safetensors": _tensors(**sae.tensors())}
+    return {
+        "cfg.json": _json(saelens_config(sae, about)),
+        "sae_weights.safetensors": _tensors(**sae.tensors()),
+    }
 
 
 def _from_saelens(folder: Path) -> SAE:
-    config, tensors = _read_json(folder / "cfg.json"), _read_tensors(folder / "sae_weights.safetensors")
+    config, tensors = (
+        _read_json(folder / "cfg.json"),
+        _read_tensors(folder / "sae_weights.safetensors"),
+    )
     kind = _required(config, "architecture", folder)
-    _refuse(kind not in ("topk", "jumprelu", "standard"), folder, f"architecture {kind}", "topk, jumprelu or standard")
+    _refuse(
+        kind not in ("topk", "jumprelu", "standard"),
+        folder,
+        f"architecture {kind}",
+        "topk, jumprelu or standard",
+    )
     for name in ("normalize_activations", "reshape_activations"):
         asked = config.get(name, "none")
         _refuse(asked not in ("none", None), folder, f"{name}={asked}", "none")
-    W_enc, W_dec, b_enc, b_dec = (_tensor(tensors, name, folder) for name in ("W_enc", "W_dec", "b_enc", "b_dec"))
+    W_enc, W_dec, b_enc, b_dec = (
+        _tensor(tensors, name, folder) for name in ("W_enc", "W_dec", "b_enc", "b_dec")
+    )
     if not config.get("apply_b_dec_to_input", True):
         b_enc = b_enc + b_dec @ W_enc
     if kind == "topk":
         if config.get("rescale_acts_by_decoder_norm", False):
-            return _unit_decoder(SAE(W_enc, W_dec, b_enc, b_dec, int(_required(config, "k", folder))))
+            return _unit_decoder(
+                SAE(W_enc, W_dec, b_enc, b_dec, int(_required(config, "k", folder)))
+            )
         return SAE(W_enc, W_dec, b_enc, b_dec, int(_required(config, "k", folder)))
-    threshold = _tensor(tensors, "threshold", folder) if kind == "jumprelu" else torch.zeros_like(b_enc)
+    threshold = (
+        _tensor(tensors, "threshold", folder) if kind == "jumprelu" else torch.zeros_like(b_enc)
+    )
     return _thresholded(W_enc, W_dec, b_enc, b_dec, threshold)
 
 
-# -- sparsify ----------------------------------------------------------------------------------------------------
+# -- sparsify --------------------------------------------------------------------------------------
 
 
 def _to_sparsify(sae: SAE, about: About) -> dict[str, bytes]:
@@ -136,8 +158,15 @@ def _to_sparsify(sae: SAE, about: About) -> dict[str, bytes]:
         "transcode": False,
         "d_in": sae.d_model,
     }
-    state = {"encoder.weight": sae.W_enc.T, "encoder.bias": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
-    folder = f"layers.{about.layer}"  # sparsify's name of the layer's output, by which delphi finds it
+    state = {
+        "encoder.weight": sae.W_enc.T,
+        "encoder.bias": sae.b_enc,
+        "W_dec": sae.W_dec,
+        "b_dec": sae.b_dec,
+    }
+    folder = (
+        f"layers.{about.layer}"  # sparsify's name of the layer's output, by which delphi finds it
+    )
     return {f"{folder}/cfg.json": _json(config), f"{folder}/sae.safetensors": _tensors(**state)}
 
 
@@ -153,11 +182,13 @@ def _from_sparsify(folder: Path) -> SAE:
     for name in ("transcode", "skip_connection"):
         _refuse(bool(config.get(name)), folder, f"{name}=true", "an autoencoder of one layer")
     weight = _tensor(tensors, "encoder.weight", folder)
-    W_dec, b_enc, b_dec = (_tensor(tensors, name, folder) for name in ("W_dec", "encoder.bias", "b_dec"))
+    W_dec, b_enc, b_dec = (
+        _tensor(tensors, name, folder) for name in ("W_dec", "encoder.bias", "b_dec")
+    )
     return SAE(weight.T.contiguous(), W_dec, b_enc, b_dec, int(_required(config, "k", folder)))
 
 
-# -- dictionary_learning -----------------------------------------------------------------------------------------
+# -- dictionary_learning ---------------------------------------------------------------------------
 
 
 def _to_dictionary_learning(sae: SAE, about: About) -> dict[str, bytes]:
@@ -193,10 +224,23 @@ def _from_dictionary_learning(folder: Path) -> SAE:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a file that is not its own
         raise StoreError(f"{path} cannot be read as an SAE ({type(error).__name__})") from error
-    _refuse(not isinstance(state, dict), folder, "an ae.pt that is no state dict", "dictionary_learning's")
+    _refuse(
+        not isinstance(state, dict),
+        folder,
+        "an ae.pt that is no state dict",
+        "dictionary_learning's",
+    )
     if "encoder.weight" in state:
-        _refuse("k" not in state, folder, "an autoencoder with an encoder but no k", "AutoEncoderTopK or BatchTopKSAE")
-        W_enc, W_dec = (_tensor(state, f"{name}.weight", folder).T.contiguous() for name in ("encoder", "decoder"))
+        _refuse(
+            "k" not in state,
+            folder,
+            "an autoencoder with an encoder but no k",
+            "AutoEncoderTopK or BatchTopKSAE",
+        )
+        W_enc, W_dec = (
+            _tensor(state, f"{name}.weight", folder).T.contiguous()
+            for name in ("encoder", "decoder")
+        )
         b_enc, b_dec = (_tensor(state, name, folder) for name in ("encoder.bias", "b_dec"))
         threshold = float(state.get("threshold", -1.0))
         config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
@@ -208,18 +252,28 @@ def _from_dictionary_learning(folder: Path) -> SAE:
     return _thresholded(W_enc, W_dec, b_enc + b_dec @ W_enc, b_dec, thresholds)
 
 
-# -- ours --------------------------------------------------------------------------------------------------------
+# -- ours ------------------------------------------------------------------------------------------
 
 
 def _to_safetensors(sae: SAE, about: About) -> dict[str, bytes]:
-    config = {"k": sae.k, "d_model": sae.d_model, "d_sae": sae.d_sae, "site": "resid_post", **about._asdict()}
+    config = {
+        "k": sae.k,
+        "d_model": sae.d_model,
+        "d_sae": sae.d_sae,
+        "site": "resid_post",
+        **about._asdict(),
+    }
     return {"config.json": _json(config), "sae.safetensors": _tensors(**sae.tensors())}
 
 
 def _from_safetensors(folder: Path) -> SAE:
     config, tensors = _read_json(folder / "config.json"), _read_tensors(folder / "sae.safetensors")
-    W_enc, W_dec, b_enc, b_dec = (_tensor(tensors, name, folder) for name in ("W_enc", "W_dec", "b_enc", "b_dec"))
-    return SAE(W_enc, W_dec, b_enc, b_dec, int(_required(config, "k", folder)), tensors.get("threshold"))
+    W_enc, W_dec, b_enc, b_dec = (
+        _tensor(tensors, name, folder) for name in ("W_enc", "W_dec", "b_enc", "b_dec")
+    )
+    return SAE(
+        W_enc, W_dec, b_enc, b_dec, int(_required(config, "k", folder)), tensors.get("threshold")
+    )
 
 
 FORMATS = {
@@ -230,23 +284,38 @@ FORMATS = {
 }
 
 
-# -- what they share ---------------------------------------------------------------------------------------------
+# -- what they share -------------------------------------------------------------------------------
 
 
 def _require_topk(sae: SAE, name: str) -> None:
     if sae.threshold is not None:
-        raise StoreError(f"{name} knows TopK alone, and this SAE has thresholds; to=saelens takes it")
+        raise StoreError(
+            f"{name} knows TopK alone, and this SAE has thresholds; to=saelens takes it"
+        )
 
 
 def _unit_decoder(sae: SAE) -> SAE:
-    """The same function with decoder rows of norm 1: activations take the norms, and are kept by those products."""
+    """The same function with decoder rows of norm 1: activations take the norms, and are kept by
+    those products.
+    """
     norms = torch.linalg.vector_norm(sae.W_dec, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     threshold = None if sae.threshold is None else sae.threshold * norms
-    return SAE(sae.W_enc * norms, sae.W_dec / norms[:, None], sae.b_enc * norms, sae.b_dec, sae.k, threshold)
+    return SAE(
+        sae.W_enc * norms,
+        sae.W_dec / norms[:, None],
+        sae.b_enc * norms,
+        sae.b_dec,
+        sae.k,
+        threshold,
+    )
 
 
-def _thresholded(W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor, threshold: Tensor) -> SAE:
-    """An SAE whose k is no part of its function: latents above a threshold, which is no less than ReLU's 0."""
+def _thresholded(
+    W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor, threshold: Tensor
+) -> SAE:
+    """An SAE whose k is no part of its function: latents above a threshold, which is no less than
+    ReLU's 0.
+    """
     return _unit_decoder(SAE(W_enc, W_dec, b_enc, b_dec, len(b_enc), threshold.clamp_min(0)))
 
 
@@ -261,7 +330,9 @@ def _required(config: Mapping[str, Any], name: str, folder: Path) -> Any:
 
 
 def _tensor(found: Mapping[str, Any], name: str, folder: Path) -> Tensor:
-    _refuse(not isinstance(found.get(name), Tensor), folder, f"no tensor {name}", "an SAE that has it")
+    _refuse(
+        not isinstance(found.get(name), Tensor), folder, f"no tensor {name}", "an SAE that has it"
+    )
     tensor: Tensor = found[name]
     return tensor.float()
 

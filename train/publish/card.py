@@ -1,6 +1,8 @@
-"""The model card: every figure in it is from the run's own files, and what they lack is said to be absent.
+"""The model card: every figure in it is from the run's own files, and what they lack is said to be
+absent.
 
-Names, study texts and tokens in it are other people's words: all that the template prints goes through `escaped`.
+Names, study texts and tokens in it are other people's words: all that the template prints goes
+through `escaped`.
 """
 
 from __future__ import annotations
@@ -76,22 +78,38 @@ def card(facts: Facts, files: Sequence[str]) -> str:
     )
 
 
-# -- escaping ----------------------------------------------------------------------------------------------------
+# -- escaping --------------------------------------------------------------------------------------
 
 
 def escaped(text: str) -> str:
-    """Foreign text as one line of Markdown that shows it as it is: no mark, link, cell, formula or HTML comes of it."""
-    line = re.sub(r"[`*~|]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", _in_html(text))  # inside a word _ is plain
-    line = re.sub(r"^([-+=](?=[-+=\s]|$)|[#\[])", r"\\\g<0>", line)  # of lists, rules, headings, what brackets link to
+    """Foreign text as one line of Markdown that shows it as it is: no mark, link, cell, formula or
+    HTML comes of it.
+    """
+    line = re.sub(
+        r"[`*~|]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", _in_html(text)
+    )  # inside a word _ is plain
+    line = re.sub(
+        r"^([-+=](?=[-+=\s]|$)|[#\[])", r"\\\g<0>", line
+    )  # of lists, rules, headings, what brackets link to
     return re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", line)
 
 
 def _in_html(text: str) -> Markdown:
-    """The same inside an HTML element: Markdown's own marks mean nothing there, the Hub's formulas and links do."""
+    """The same inside an HTML element: Markdown's own marks mean nothing there, the Hub's formulas
+    and links do.
+    """
     line = " ".join(text.split())
-    line = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)
+    line = "".join(
+        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line
+    )
     line = html.escape(line, quote=False)
-    for mark, entity in (("\\", "&#92;"), ("$", "&#36;"), ("@", "&#64;"), ("://", "&#58;//"), ("](", "&#93;(")):
+    for mark, entity in (
+        ("\\", "&#92;"),
+        ("$", "&#36;"),
+        ("@", "&#64;"),
+        ("://", "&#58;//"),
+        ("](", "&#93;("),
+    ):
         line = line.replace(mark, entity)
     return Markdown(re.sub(r"(?i)\bwww\.", lambda found: f"{found[0][:-1]}&#46;", line))
 
@@ -111,7 +129,7 @@ def _front_matter(about: About) -> str:
     return yaml.safe_dump(head, sort_keys=False).strip()
 
 
-# -- tables ------------------------------------------------------------------------------------------------------
+# -- tables ----------------------------------------------------------------------------------------
 
 
 def _of(found: Any, path: str) -> Any:
@@ -130,7 +148,12 @@ def _said(value: Any, form: str = "") -> str:
 
 
 def _kind(facts: Facts) -> str:
-    named = {"topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU", "matryoshka": "Matryoshka"}
+    named = {
+        "topk": "TopK",
+        "batchtopk": "BatchTopK",
+        "jumprelu": "JumpReLU",
+        "matryoshka": "Matryoshka",
+    }
     default = "TopK" if facts.sae.threshold is None else "thresholded"
     return named.get(str(_of(facts.config, "settings.sae.activation")), default)
 
@@ -142,15 +165,24 @@ def _specs(facts: Facts) -> Rows:
         return _said(_of(found, path), form)
 
     norms = torch.linalg.vector_norm(sae.W_dec, dim=1)
-    left_out = {"drop_bos": "the first token of each document's piece", "drop_outliers": "rows of ten median norms"}
+    left_out = {
+        "drop_bos": "the first token of each document's piece",
+        "drop_outliers": "rows of ten median norms",
+    }
     policy = _of(found, "settings.policy")
     dropped = [text for key, text in left_out.items() if _of(policy, key)]
     return [
         ("base model", about.model),
-        ("hook", f"residual stream, output of decoder layer {about.layer} counted from 0 (resid_post)"),
+        (
+            "hook",
+            f"residual stream, output of decoder layer {about.layer} counted from 0 (resid_post)",
+        ),
         ("d_model", f"{sae.d_model:,}"),
         ("d_sae", f"{sae.d_sae:,} ({sae.d_sae / sae.d_model:.3g} times d_model)"),
-        ("k (active latents per token)", f"{sae.k:,}" + ("" if sae.threshold is None else " on average, in training")),
+        (
+            "k (active latents per token)",
+            f"{sae.k:,}" + ("" if sae.threshold is None else " on average, in training"),
+        ),
         ("text", f"{about.text}, in contexts of {about.context:,} tokens"),
         ("training tokens", f"{said('settings.tokens', ',')} in {said('steps', ',')} steps"),
         ("batch", f"{said('settings.batch', ',')} tokens"),
@@ -190,7 +222,11 @@ def _definitions(quality: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Name, definition and value of every variance explained."""
     subsets = quality.get("variance_explained") or {}
     rows = [
-        (f"centred, {name}", "1 - sum |e|² / sum |x - μ|², the figure to quote", _centred(subsets[name]))
+        (
+            f"centred, {name}",
+            "1 - sum |e|² / sum |x - μ|², the figure to quote",
+            _centred(subsets[name]),
+        )
         for name in subsets
     ]
     others = {
@@ -199,7 +235,13 @@ def _definitions(quality: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         "variance_of_error": "1 - sum of Var(e_j) / sum of Var(x_j) (dictionary_learning; forgives a constant)",
         "scalar": "1 - mean(e²) / Var(all elements of x) (many published cards; nearly uncentred)",
     }
-    return [*rows, *((key.replace("_", " "), text, _said(quality.get(key), ".4f")) for key, text in others.items())]
+    return [
+        *rows,
+        *(
+            (key.replace("_", " "), text, _said(quality.get(key), ".4f"))
+            for key, text in others.items()
+        ),
+    ]
 
 
 def _centred(subset: Any) -> str:
@@ -231,7 +273,12 @@ def _studies(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
             "name": name,
             "summary": study["summary"],
             "tables": [
-                {"caption": caption, "header": header, "rows": rows[:_TABLE_ROWS], "more": len(rows[_TABLE_ROWS:])}
+                {
+                    "caption": caption,
+                    "header": header,
+                    "rows": rows[:_TABLE_ROWS],
+                    "more": len(rows[_TABLE_ROWS:]),
+                }
                 for caption, header, rows in study["tables"]
             ],
         }

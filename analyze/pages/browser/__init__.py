@@ -1,0 +1,1 @@
+"""The feature browser: a static site of a run's latents."""

@@ -1,0 +1,103 @@
+"""Which latents of other runs on the same store fire on the same tokens: other arms of a sweep, or
+another layer.
+
+The cosine of two latents' activations over the tokens that both catalogues have read,
+
+    sum a_i b_j / (|a_i| |b_j|)
+
+is 0 if they never fire together and 1 if they are the same up to a factor. It is a maximum over all
+of the other's latents, so small values are chance; `study=stability` is the measure with nulls.
+
+Shapes: n tokens, F and G latents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from analyze.studies.catalogue import study as catalogue
+from analyze.studies.catalogue.index import Index
+from analyze.studies.catalogue.study import Files
+from analyze.subject import Subject
+from data.errors import StopRequest, StoreError
+
+TOP = 5
+# latents whose products with all others are held at a time: 67 MB at 32,768, were none of them 0
+_BLOCK = 256
+
+Partners = list[list[tuple[int, float]]]  # (F,) of each latent up to TOP others with their cosines
+
+
+@dataclass(frozen=True)
+class Other:
+    """Another run with its catalogue."""
+
+    subject: Subject
+    files: Files
+
+
+def open_other(subject: Subject, run: str) -> Other:
+    """A run on the same store.
+
+    Raises:
+        SettingError: it is the run itself.
+        StoreError: it is missing, unfinished, of another store, or has no catalogue.
+    """
+    other = subject.beside(run)
+    return Other(other, catalogue.files(other))
+
+
+def partners(ours: Index, theirs: Index, rows: int, stop: StopRequest) -> Partners:
+    """The other run's latents that fire most like each of ours.
+
+    Args:
+        rows: tokens to compare on at most, in whole units.
+
+    Raises:
+        StoreError: the catalogues have no unit in common.
+    """
+    both = sorted(set(ours.units) & set(theirs.units))
+    if not both:
+        raise StoreError(
+            f"{ours.folder} and {theirs.folder} have no unit in common; make both with one study.part="
+        )
+    units = both[: max(1, -(-rows // ours.unit_tokens))]
+    a, b = (
+        sparse.hstack([_by_latent(index, unit, stop) for unit in units], format="csr")
+        for index in (ours, theirs)
+    )
+    a, b = _unit(a), sparse.csr_array(_unit(b).T)
+    found: Partners = []
+    for first in range(0, a.shape[0], _BLOCK):
+        stop.check()
+        product = a[first : first + _BLOCK] @ b
+        for row in range(product.shape[0]):
+            span = slice(*product.indptr[row : row + 2])
+            columns, cosines = product.indices[span], product.data[span]
+            few = (
+                np.argpartition(-cosines, TOP)[:TOP]
+                if len(cosines) > TOP
+                else np.arange(len(cosines))
+            )
+            best = few[np.lexsort((columns[few], -cosines[few]))]
+            found.append(list(zip(columns[best].tolist(), cosines[best].tolist(), strict=True)))
+    return found
+
+
+def _by_latent(index: Index, unit: int, stop: StopRequest) -> Any:
+    """(F, tokens of the unit) activations."""
+    stop.check()
+    found = index.all_of(unit)
+    where = found.feature.astype(np.int64), found.token.astype(np.int64)
+    return sparse.csr_array((found.value, where), shape=(index.d_sae, index.unit_tokens))
+
+
+def _unit(rows: Any) -> Any:
+    """Rows of length 1; those of zeros stay."""
+    norm: NDArray[np.float64] = np.sqrt(np.asarray(rows.multiply(rows).sum(1), np.float64)).ravel()
+    return sparse.csr_array(sparse.diags_array(1 / np.where(norm > 0, norm, 1)) @ rows)

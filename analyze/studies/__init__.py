@@ -1,0 +1,1 @@
+"""The studies: one file or folder each, found by its name."""

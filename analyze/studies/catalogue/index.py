@@ -1,0 +1,187 @@
+"""Where every latent fires: latent -> (document, position, activation), in Parquet files that any
+reader takes.
+
+One file per unit of the store, written once and at once, so that making an index goes on behind its
+last unit. A row is one latent above 0 at one token, sorted by latent and then by token:
+
+    feature    uint32    latent
+    token      uint32    flat position in the unit's spine rows; + unit * unit_tokens, in the store's
+    document   uint32    as the store numbers them
+    position   uint32    tokens since the BOS of the document's piece, which is 0
+    value      float32   activation, exactly as encoded
+
+Row group g holds the latents from BLOCK * g on: one latent is read without reading the others, by
+us or by any reader that looks at statistics (`pyarrow.parquet.read_table(file, filters=[("feature",
+"==", 17)])`). Integers are dictionaries of few bits: 9.2 bytes a row in all in units of 65,536, so
+4.7 GB for 4 million tokens at k = 128.
+
+Shapes: p pairs of a latent and a token, F d_sae.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from analyze.subject import Subject, Unit
+from data import durable
+from data.errors import SettingError, StoreError
+from train import kernels
+
+BLOCK = 1024  # latents of a row group
+_BATCH_ROWS = 4096  # rows encoded at a time
+_INTEGERS = ("feature", "token", "document", "position")
+_FIGURES = ("rows", "d_sae", "unit_tokens")  # in the files' metadata, beside `identity`
+
+
+class Postings(NamedTuple):
+    """Latents above 0, sorted by latent and then by token; (p,) each."""
+
+    feature: NDArray[np.uint32]
+    token: NDArray[np.uint32]  # flat position in the unit's spine rows
+    document: NDArray[np.uint32]
+    position: NDArray[np.uint32]
+    value: NDArray[np.float32]  # > 0
+
+
+class Found(NamedTuple):
+    """Where one latent fires, in the order of the text; (p,) each."""
+
+    token: NDArray[np.int64]  # flat position in the store's spine
+    document: NDArray[np.uint32]
+    position: NDArray[np.uint32]
+    value: NDArray[np.float32]
+
+
+# -- one unit --------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def encode(subject: Subject, unit: Unit) -> tuple[Postings, int]:
+    """What fires in a unit, and in how many rows: those that the run's policy keeps, BOS never."""
+    rows = np.flatnonzero(np.isin(unit.kind, subject.policy.kinds) & (unit.position > 0))
+    rows = rows[
+        np.argsort(unit.local[rows])
+    ]  # in the order of the text: sorting by latent alone then keeps it
+    parts = []
+    for at in range(0, len(rows), _BATCH_ROWS):
+        some = torch.from_numpy(rows[at : at + _BATCH_ROWS]).to(subject.device)
+        kept = subject.sae.encode(unit.rows[some])
+        fires = kept.values > 0
+        parts.append((kept.values[fires], kept.indices[fires], kept.rows[fires] + at))
+    if not parts:
+        return Postings._make(
+            [*(np.empty(0, np.uint32) for _ in _INTEGERS), np.empty(0, np.float32)]
+        ), 0
+    value, latent, row = (torch.cat(column) for column in zip(*parts, strict=True))
+    order = kernels.group_by_latent(latent, subject.sae.d_sae).order
+    source = rows[row[order].cpu().numpy()]
+    feature = latent[order].cpu().numpy()
+    integers = (feature, unit.local[source], unit.document[source], unit.position[source])
+    columns = [*(column.astype(np.uint32) for column in integers), value[order].cpu().numpy()]
+    return Postings._make(columns), len(rows)
+
+
+def write(
+    path: Path, found: Postings, identity: str, *, rows: int, d_sae: int, unit_tokens: int
+) -> None:
+    """Write a unit's file.
+
+    Args:
+        identity: digest of what the pairs follow from.
+        rows: that were encoded.
+        unit_tokens: of a whole unit of the store.
+    """
+    said = dict(zip(_FIGURES, map(str, (rows, d_sae, unit_tokens)), strict=True)) | {
+        "identity": identity
+    }
+    table = pa.table(found._asdict()).replace_schema_metadata(said)
+    sink = pa.BufferOutputStream()
+    bounds = np.searchsorted(found.feature, np.arange(0, d_sae + BLOCK, BLOCK))
+    with pq.ParquetWriter(
+        sink, table.schema, compression="NONE", use_dictionary=list(_INTEGERS)
+    ) as writer:
+        for low, high in pairwise(bounds.tolist()):
+            writer.write_table(table.slice(low, high - low), row_group_size=max(high - low, 1))
+    durable.write(path, [memoryview(sink.getvalue())])
+
+
+def rows_of(path: Path, identity: str) -> int | None:
+    """The rows that a unit's file is of; None if it is missing or damaged, or follows from
+    something else.
+    """
+    try:
+        said = pq.read_schema(path).metadata or {}
+    except (OSError, pa.ArrowInvalid):
+        return None
+    return int(said[b"rows"]) if said.get(b"identity") == identity.encode() else None
+
+
+# -- all units -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Index:
+    """The files of some units."""
+
+    folder: Path
+    units: Sequence[int]
+    d_sae: int
+    unit_tokens: int
+
+    @classmethod
+    def open(cls, folder: Path) -> Index:
+        """All of the index in `folder`.
+
+        Raises:
+            StoreError: there is none.
+        """
+        paths = sorted(folder.glob("unit_*.parquet"))
+        if not paths:
+            raise StoreError(
+                f"no index in {folder}; `python -m analyze study=catalogue run=...` makes one"
+            )
+        said = pq.read_schema(paths[0]).metadata
+        units = [int(path.stem.split("_")[1]) for path in paths]
+        return cls(folder, units, int(said[b"d_sae"]), int(said[b"unit_tokens"]))
+
+    def path(self, unit: int) -> Path:
+        return self.folder / f"unit_{unit:06d}.parquet"
+
+    def block(self, unit: int, number: int) -> Postings:
+        """What fires in a unit of the latents from BLOCK * number on."""
+        with pq.ParquetFile(self.path(unit)) as file:
+            return _postings(file.read_row_group(number))
+
+    def all_of(self, unit: int) -> Postings:
+        """All that fires in a unit."""
+        return _postings(pq.read_table(self.path(unit)))
+
+    def search(self, feature: int) -> Found:
+        """Every place where a latent fires.
+
+        Raises:
+            SettingError: there is no such latent.
+        """
+        if not 0 <= feature < self.d_sae:
+            raise SettingError(f"feature={feature} must be from 0 to {self.d_sae - 1}")
+        found: list[tuple[Any, ...]] = []
+        for unit in self.units:
+            block = self.block(unit, feature // BLOCK)
+            low, high = np.searchsorted(block.feature, [feature, feature + 1])
+            token = block.token[low:high].astype(np.int64) + unit * self.unit_tokens
+            found.append((token, *(column[low:high] for column in block[2:])))
+        return Found._make(map(np.concatenate, zip(*found, strict=True)))
+
+
+def _postings(table: pa.Table) -> Postings:
+    return Postings._make(table.column(name).to_numpy() for name in Postings._fields)

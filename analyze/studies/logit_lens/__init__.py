@@ -1,0 +1,1 @@
+"""study=logit_lens"""

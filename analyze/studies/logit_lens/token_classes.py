@@ -1,0 +1,50 @@
+"""What kind of text each id of a vocabulary says: English, another script, digits, or code."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harvest.tokens import Tokenizer
+
+CLASSES = ("english", "other", "digit", "code")
+_WORD = re.compile(r"['\u2019-]?[A-Za-z]+(?:['\u2019-][A-Za-z]+)*")
+_CAMEL = re.compile(r"[a-z][A-Z]")
+_NUMBER = re.compile(r"[.,]?[0-9]+(?:[.,][0-9]+)*[.,]?")
+_FOREIGN = ("L", "M", "N")  # general categories: letters, marks, numbers
+
+
+def class_of(text: str) -> str:
+    """The class of a token that decodes to `text`; every text has exactly one.
+
+    White space around it does not count. In this order:
+        other    some letter, mark or number outside ASCII (é and ² too), or bytes that are no UTF-8 by themselves
+        english  one word of the letters A-Z, with apostrophes and hyphens, not in camelCase. The script says no more:
+                 "und" is English here
+        digit    a number of the digits 0-9, with points and commas
+        code     all else: punctuation, symbols, white space, mixtures of letters, digits and signs, special tokens,
+                 and ids without text
+    """
+    bare = text.strip()
+    if any(
+        c == "\N{REPLACEMENT CHARACTER}"
+        or (ord(c) > 127 and unicodedata.category(c)[0] in _FOREIGN)
+        for c in bare
+    ):
+        return "other"
+    if _WORD.fullmatch(bare):
+        return "code" if _CAMEL.search(bare) else "english"
+    return "digit" if _NUMBER.fullmatch(bare) else "code"
+
+
+def classes(tokenizer: Tokenizer, size: int) -> NDArray[np.int64]:
+    """(size,) of each id the number of its class in CLASSES; ids that the tokenizer does not have
+    are `code`.
+    """
+    texts = tokenizer.backend.decode_batch(
+        [[token] for token in range(size)], skip_special_tokens=False
+    )
+    return np.array([CLASSES.index(class_of(text)) for text in texts], np.int64)

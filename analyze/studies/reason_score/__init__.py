@@ -1,0 +1,1 @@
+"""study=reason_score"""

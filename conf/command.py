@@ -1,0 +1,219 @@
+"""The one file that knows Hydra: how a command line starts, what it is refused with, and how it
+ends.
+
+A command is a function of plain settings and of the `Job` that they come from. `start` runs it as a
+command line.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module, resources
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from data.errors import Interrupted, PipelineError
+
+if TYPE_CHECKING:  # hydra and omegaconf take 0.3 s to load: `start` first makes Ctrl-C quiet
+    from omegaconf import DictConfig
+
+ENVIRONMENT = {
+    # Waiting OpenMP threads sleep instead of spinning. With one of two cores taken by another
+    # program, spinning cost training a factor of 5 (3,228 against 15,459 tokens/s; d 384, d_sae
+    # 4,096). No bit depends on it. OpenMP reads it when torch loads.
+    "OMP_WAIT_POLICY": "passive",
+    # cuBLAS repeats its bits only with a workspace of fixed size. CUDA reads it when it starts.
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    # Hydra's refusals come to `run_main`, which prints one line.
+    "HYDRA_FULL_ERROR": "1",
+}
+
+
+class Job(NamedTuple):
+    """Where a command's settings come from."""
+
+    multirun: bool = False  # one of several jobs of `-m`
+    overrides: Sequence[str] = ()  # NAME=VALUE, as the job's part of the command line has them
+
+
+ALONE = Job()
+
+
+def start(name: str, module: str) -> None:
+    """Run the command line whose settings are conf/NAME.yaml.
+
+    Args:
+        module: has the function `command(settings, job)`. It is loaded here, behind the
+            environment.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load: no traceback
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    import_module(module)
+    sys.argv[1:] = map(verbatim, sys.argv[1:])
+
+    @hydra.main(version_base="1.3", config_path=".", config_name=name)
+    def main(cfg: DictConfig) -> None:
+        command, settings, job = import_module(module).command, plain(cfg), current_job()
+        if job.multirun:
+            command(
+                settings, job
+            )  # a launcher must see what went wrong, and would take an exit for an answer
+        else:
+            run_command(lambda: command(settings, job))
+
+    run_main(main, (HydraException, OmegaConfBaseException), lambda: described(name, sys.argv[1:]))
+
+
+def verbatim(argument: str) -> str:
+    """`runs=` in the quotes that Hydra wants: commas and equals signs in an arm's name are no
+    multirun.
+    """
+    key, _, value = argument.partition("=")
+    if key != "runs" or value[:1] in ("", "'", '"', "["):
+        return argument
+    return "runs='" + value.replace("'", "\\'") + "'"
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """Hydra's settings as plain values."""
+    from omegaconf import OmegaConf
+
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(settings, dict)
+    return {str(key): value for key, value in settings.items()}
+
+
+def current_job() -> Job:
+    """The job that Hydra runs at present."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    config = HydraConfig.get()
+    return Job(config.mode == RunMode.MULTIRUN, tuple(config.overrides.task))
+
+
+def run_main(
+    main: Callable[[], None], refusals: tuple[type[Exception], ...], described: Callable[[], str]
+) -> None:
+    """Run a command line: `main` parses the settings and hands what they ask for to `run_command`.
+
+    Args:
+        refusals: exceptions by which the parser refuses settings; they exit like a `PipelineError`.
+        described: what --help says.
+    """
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    ):  # as `start` left it while libraries loaded
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        run_command((lambda: print(described())) if {"--help", "-h"} & {*sys.argv[1:]} else main)
+    except refusals as error:
+        print(f"error: {_one_line(str(error))}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Do what a command line asks for; turn our exceptions into one line and an exit code."""
+    try:
+        command()
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` does
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or the interpreter complains at its end
+        sys.exit(128 + signal.SIGPIPE)
+    except Interrupted as stop:
+        print(f"stopped by {stop}; {_KEPT}", file=sys.stderr, flush=True)
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        print(f"stopped by SIGINT; {_KEPT}", file=sys.stderr)
+        sys.exit(130)
+
+
+_KEPT = "what was finished is kept, and the same command again goes on"
+# As Hydra names what it does not find, its plugin, and our extra.
+_LAUNCHERS = (
+    ("submitit_", "hydra-submitit-launcher", "slurm"),
+    ("joblib", "hydra-joblib-launcher", "joblib"),
+    ("ray'", "hydra-ray-launcher", "ray"),
+)
+
+
+def _one_line(refusal: str) -> str:
+    """What the settings' parser says, without its search paths, and with the way out."""
+    text = refusal.split("Config search path:")[0]
+    for named, plugin, extra in _LAUNCHERS:
+        if f"hydra/launcher/{named}" in text:
+            return f"this launcher needs {plugin}: pip install 'residual-saes[{extra}]'"
+    if "To append to your config" in text:
+        return (
+            text.split("To append to your config")[0].strip().rstrip(".")
+            + ": no such setting; --help lists them all"
+        )
+    if "override" in text and "See https://" in text:
+        return (
+            " ".join(text.split("See https://")[0].split())
+            + "; a value with signs or spaces needs quotes: \"run='a=b'\""
+        )
+    return " ".join(text.split())
+
+
+def described(command: str, arguments: Sequence[str]) -> str:
+    """Every setting of a command with what it is: conf/COMMAND.yaml, the options of its groups, and
+    those chosen.
+
+    Args:
+        arguments: of the command line; GROUP=NAME among them chooses.
+    """
+    conf = resources.files("conf")
+    head, _, rest = (conf / f"{command}.yaml").read_text().partition("defaults:\n")
+    defaults, _, settings = rest.partition("\n\n")
+    parts = [head.strip(), settings.split("\nhydra:")[0].strip()]
+    for group, default in re.findall(r"^  - (\w+): (\w+)", defaults, re.MULTILINE):
+        names = sorted(one.name for one in (conf / group).iterdir() if one.name.endswith(".yaml"))
+        texts = {name.removesuffix(".yaml"): (conf / group / name).read_text() for name in names}
+        parts.append(
+            "\n".join(
+                f"{group}={name:<18} {_said(text)[0]}".rstrip() for name, text in texts.items()
+            )
+        )
+        chosen = [text.partition("=")[2] for text in arguments if text.startswith(f"{group}=")] or [
+            default
+        ]
+        parts += _chosen(group, chosen[-1], texts)
+    return "\n\n".join(parts)
+
+
+def _chosen(group: str, name: str, texts: Mapping[str, str]) -> list[str]:
+    """The settings of one option of a group, behind those of the one that it builds on."""
+    if name not in texts:
+        return []
+    package = re.search(r"^# @package (\S+)", texts[name])
+    bases = re.findall(r"^  - (?!_self_)(\w+)$", texts[name], re.MULTILINE)
+    lines = [f"  {line}".rstrip() for line in _said(texts[name])[1]]
+    own = ["\n".join([f"{package[1] if package else group}:  # {name}", *lines])] if lines else []
+    return [*(text for base in bases for text in _chosen(group, base, texts)), *own]
+
+
+def _said(text: str) -> tuple[str, list[str]]:
+    """What a file says of itself in its comment, and the lines of its settings."""
+    comments = [
+        line
+        for line in text.splitlines()
+        if line.startswith("#") and not line.startswith("# @package")
+    ]
+    settings = re.sub(r"^(#.*|name:.*|defaults:\n(  - .*\n)+)\n?", "", text, flags=re.MULTILINE)
+    return " ".join(
+        ["#", *(line.removeprefix("#").strip() for line in comments)]
+    ), settings.strip().splitlines()

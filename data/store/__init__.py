@@ -1,0 +1,1 @@
+"""The activation store: the contract between harvesting, training and analysis."""

@@ -1,0 +1,100 @@
+"""What a store's bytes follow from, written once and compared on every later open.
+
+It is the record commits/manifest.json, which is created before all others; the Zarr group's
+attributes repeat it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import closing
+from typing import Any
+
+from data.errors import MismatchError, StoreError, differences
+from data.store import records
+from data.store.claims import FileClaims
+from data.store.place import Place
+
+FORMAT = 2
+KEY = "commits/manifest.json"
+
+
+def exists(place: Place) -> bool:
+    """Whether there is a store."""
+    return "manifest.json" in place.names("commits")
+
+
+def read(place: Place) -> dict[str, Any]:
+    """The manifest of a store.
+
+    Raises:
+        StoreError: there is no store, or it is of another format.
+    """
+    try:
+        manifest = records.decode(place.read(KEY), f"{place.name}/{KEY}")
+    except FileNotFoundError as error:
+        if _is_format_1(place):
+            raise StoreError(
+                f"{place.name} has store format 1; this version reads {FORMAT}: harvest it anew"
+            ) from error
+        raise StoreError(
+            f"no activation store at {place.name}; make one with `python -m harvest store={place.name} ...`"
+        ) from error
+    if manifest.get("format") != FORMAT:
+        raise StoreError(
+            f"{place.name} has store format {manifest.get('format')!r}; this version reads {FORMAT}: "
+            "use the version of this package that made it"
+        )
+    return manifest
+
+
+def agree(place: Place, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of the store, which is created with `settings` where there is none.
+
+    Raises:
+        MismatchError: the store was made with other settings; the message names both values.
+        StoreError: something else is there.
+    """
+    wanted = {"format": FORMAT, **settings}
+    if not exists(place):
+        require_free(place)
+        place.create(
+            KEY, records.encode(wanted)
+        )  # if another process was first, its manifest is compared below
+    found = read(place)
+    if (unequal := differences(found, wanted)) and _untouched(place):
+        place.write(KEY, [records.encode(wanted)])  # without a commit there is nothing to protect
+        return wanted
+    if unequal:
+        raise MismatchError(
+            f"store {place.name}", unequal, "Use those settings, or another store=."
+        )
+    return found
+
+
+def require_free(place: Place) -> None:
+    """Raise StoreError if something lies there that is not a store."""
+    # In this order: another process that begins the store at this moment creates its manifest
+    # first.
+    if not place.empty() and not exists(place):
+        raise StoreError(
+            f"{place.name} exists and is not an activation store; choose another store="
+        )
+
+
+def _untouched(place: Place) -> bool:
+    """Whether nothing was ever committed, and nobody is about to."""
+    if any(
+        place.names(f"commits/{folder}") for folder in ("spine", "residuals", "scales", "summaries")
+    ):
+        return False
+    with closing(place.claims(0, 1)) as rights:
+        return isinstance(rights, FileClaims) and rights.alone()
+
+
+def _is_format_1(place: Place) -> bool:
+    try:
+        return bool(json.loads(place.read("zarr.json"))["attributes"]["manifest"]["format"] == 1)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

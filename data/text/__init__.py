@@ -1,0 +1,1 @@
+"""Text sources, and packing their documents into rows of tokens."""

@@ -1,0 +1,1 @@
+"""How the embedded model, its tokenizer and its problems were made."""

@@ -1,0 +1,129 @@
+"""What `python -m train` does with its settings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from conf.command import ALONE, Job
+from data import durable
+from data.device import own_device
+from data.errors import SettingError
+from data.journal import tell
+from data.rows import summary
+from data.rows.following import RingFollower
+from data.rows.split import Policy
+from data.settings import build, flag, optional_whole, whole
+from data.store import freed
+from data.store.store import Store
+from train import parallel
+from train.arm import Arm
+from train.loop import train
+from train.optim import OptimConfig
+from train.parallel import Group
+from train.run import source_of
+from train.sae import SAEConfig
+from train.stream import Whole, rows_of, store_at
+from train.trainer import TrainConfig
+
+_ARM_BYTES = 150  # of a directory's name; file systems allow 255
+
+
+def command(settings: dict[str, Any], job: Job = ALONE) -> None:
+    """Train one arm; with the other processes, if torchrun or accelerate started several."""
+    device = own_device(settings["device"])
+    if parallel.world() > 1 and not job.multirun:
+        with Group(device) as group:
+            train(arm(settings, job), device, group)
+    else:
+        train(arm(settings, job), device)
+
+
+def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
+    """Turn the settings into objects."""
+    if not settings["store"]:
+        raise SettingError(
+            "store= is missing; give the path of an activation store, e.g. store=activations/tiny.zarr"
+        )
+    device, name = own_device(settings["device"]), settings["sae"].pop("name", "sae")
+    optim, sae = (
+        build(OptimConfig, "optim", settings["optim"]),
+        build(SAEConfig, "sae", settings["sae"]),
+    )
+    policy = Policy(*(flag(name, settings[name]) for name in ("drop_bos", "drop_outliers")))
+    store = store_at(str(settings["store"]))
+    layer = first_layer(store) if settings["layer"] is None else whole("layer", settings["layer"])
+    counts = (
+        "seed",
+        "data_seed",
+        "batch",
+        "log_every",
+        "eval_every",
+        "eval_rows",
+        "checkpoint_every",
+    )
+    config = TrainConfig(
+        layer=layer,
+        matmul=settings["train"]["matmul"] or ("tf32" if device.type == "cuda" else "fp32"),
+        tokens=optional_whole("tokens", settings["tokens"]),
+        policy=policy,
+        sae=sae,
+        optim=optim,
+        **{key: whole(key, settings[key]) for key in counts},
+    )
+    stream, reader = rows_of(
+        store, layer, config.batch, config.data_seed, policy, device.type == "cuda"
+    )
+    folder = run_directory(settings["run"], f"{Path(store.name).stem}_{name}_L{layer}", job)
+    registration = file_name(str(folder.resolve()))
+    following = (
+        RingFollower(reader, store, layer, registration, str(folder)) if reader.span else Whole()
+    )
+    facts: dict[str, Any] = {"store_path": store.name, "sae_name": name, "source": source_of(store)}
+    if store.complete(layer) and (lost := summary.variance_lost(store, layer)) is not None:
+        facts |= {"store_variance_lost": lost}
+        tell(
+            f"{store.name} keeps rows as {store.manifest['codec']}, which lost {lost:.2e} of their variance"
+        )
+    return Arm(config, stream, folder, following, facts)
+
+
+def first_layer(store: Store) -> int:
+    """The default layer."""
+    found = freed.read(store.place)
+    if found:
+        return found.layers[0]
+    if not store.layers:
+        raise SettingError(
+            f"{store.name} has no layer yet; finish it with `python -m harvest store={store.name}`"
+        )
+    return store.layers[0]
+
+
+def run_directory(asked: str | None, name: str, job: Job) -> Path:
+    """Where the run lives: as asked, or under runs/ by store, dictionary and layer, and by its arm
+    in a multirun.
+    """
+    if asked:
+        return Path(asked)
+    folder = Path("runs") / file_name(name)
+    return folder / arm_name(job.overrides) if job.multirun else folder
+
+
+def arm_name(overrides: Sequence[str]) -> str:
+    """A directory name made of a job's overrides; `store` is left out, because the parent directory
+    names it.
+    """
+    return file_name(
+        ",".join(item for item in overrides if not item.startswith("store=")) or "default"
+    )
+
+
+def file_name(text: str) -> str:
+    """`text` as one path component. Where something had to be changed, a digest keeps different
+    texts apart.
+    """
+    safe = re.sub(r"[^A-Za-z0-9._=,-]", "-", text)[:_ARM_BYTES].lstrip(".")
+    return safe if safe == text else f"{safe}-{durable.digest(text.encode())[:8]}"

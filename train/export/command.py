@@ -1,0 +1,35 @@
+"""`python -m train.export run=runs/NAME to=saelens`: a finished run's SAE in the files of other
+libraries.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from conf.command import ALONE, Job
+from data import durable
+from data.errors import SettingError
+from data.settings import names
+from train import sae_file
+from train.export.formats import FORMATS, about
+from train.run import read_config
+
+
+def command(settings: dict[str, Any], _: Job = ALONE) -> None:
+    """Write the files and say where they are."""
+    if not settings["run"]:
+        raise SettingError(
+            "run= is missing; give the directory of a finished training run, e.g. run=runs/demo"
+        )
+    run = Path(settings["run"])
+    asked = names("to", settings["to"], FORMATS)
+    config, trained = read_config(run), sae_file.load(run / sae_file.FILE)
+    what = about(run, config)
+    for name in asked:
+        folder = (Path(settings["out"]) if settings["out"] else run / "export") / name
+        for file, content in FORMATS[name].write(trained, what).items():
+            durable.make_directory((folder / file).parent)
+            durable.write(folder / file, [content])
+            print(f"wrote {folder / file}", file=sys.stderr)

@@ -1,0 +1,83 @@
+"""sae_final.pt: the trained SAE on raw rows, in the reference's format."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data import durable
+from data.errors import StoreError
+from train.sae import SAE, WEIGHTS
+
+FILE = "sae_final.pt"
+
+
+def write_final(sae: SAE, scale: float, run: Path, basis: Tensor | None = None) -> Path:
+    """Write run/sae_final.pt durably: a dict W_enc (d, F), W_dec (F, d), b_enc, b_dec, k that opens
+    with weights_only.
+
+    Args:
+        sae: trained on rows times `scale`, its decoder directions just projected to norm 1.
+        basis: (d, d) orthogonal, if the rows were multiplied by that too.
+    """
+    folded = sae.folded(scale, basis)
+    content = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in folded.tensors().items()
+    }
+    buffer = io.BytesIO()
+    torch.save({**content, "k": sae.k}, buffer)
+    durable.write(run / FILE, [buffer.getbuffer()])
+    return run / FILE
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> SAE:
+    """The SAE in a sae_final.pt, on raw rows.
+
+    Raises:
+        StoreError: the file is missing, unreadable, or not the four tensors and k.
+    """
+    if not path.is_file():
+        raise StoreError(
+            f"no SAE at {path}; train one with `python -m train store=... run={path.parent}`"
+        )
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a file that is not its own
+        way_out = (
+            f"`python -m train ... run={path.parent}` writes it again from the last checkpoint"
+        )
+        raise StoreError(
+            f"{path} cannot be read as an SAE ({type(error).__name__}); {way_out}"
+        ) from error
+    return _checked(path, content)
+
+
+def _checked(path: Path, content: Any) -> SAE:
+    if not isinstance(content, dict) or set(content) - {"threshold"} != {*WEIGHTS, "k"}:
+        raise StoreError(
+            f"{path} is not an SAE: expected the keys {', '.join(WEIGHTS)}, k, and perhaps threshold"
+        )
+    for name in content.keys() - {"k"}:
+        if not isinstance(content[name], Tensor):
+            raise StoreError(f"{path}: {name} is not a tensor but {type(content[name]).__name__}")
+    k, tensors = int(content["k"]), {name: content[name].float() for name in content if name != "k"}
+    d, d_sae = tensors["b_dec"].numel(), tensors["b_enc"].numel()
+    shapes = {
+        "W_enc": (d, d_sae),
+        "W_dec": (d_sae, d),
+        "b_enc": (d_sae,),
+        "b_dec": (d,),
+        "threshold": (d_sae,),
+    }
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise StoreError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, its biases say {shapes[name]}"
+            )
+    if not 1 <= k <= d_sae:
+        raise StoreError(f"{path}: k is {k}, allowed is 1 to {d_sae}")
+    return SAE(**tensors, k=k)
