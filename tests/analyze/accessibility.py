@@ -4,6 +4,8 @@ in Chromium.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from tests.analyze.chromium import Chromium
 
 # Of text on what is behind it, WCAG 2.2, 1.4.3: 4.5 to 1, large text 3 to 1. What a CSS filter
@@ -69,11 +71,9 @@ _AUDIT = r"""
 """
 
 
-def audit(chrome: Chromium, scheme: str = "light") -> list[str]:
+def audit(chrome: Chromium, scheme: Literal["light", "dark"] = "light") -> list[str]:
     """What is wrong with the page that is open, a line each."""
-    chrome.tell(
-        "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}]
-    )
+    chrome.media(scheme=scheme)
     lines: list[str] = chrome.js(_AUDIT)
     if (chrome.js("matchMedia('(prefers-color-scheme: dark)').matches")) != (scheme == "dark"):
         lines.append(f"the page is not {scheme}")

@@ -13,13 +13,12 @@ import pytest
 
 from analyze.pages.browser.script import script
 from analyze.pages.browser.site import PAGE
-from tests.analyze import chromium
 from tests.analyze.accessibility import audit
 from tests.analyze.browser_site import Built, build, read, say, served
-from tests.analyze.chromium import Chromium
+from tests.analyze.chromium import NEEDS_CHROMIUM, Chromium
 from tests.analyze.conftest import F
 
-pytestmark = pytest.mark.skipif(chromium.FOUND is None, reason="no Chromium on this machine's PATH")
+pytestmark = NEEDS_CHROMIUM
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +27,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 
 @pytest.fixture(scope="module")
-def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    with Chromium(tmp_path_factory.mktemp("profile")) as one:
-        yield one
+def chrome() -> Iterator[Chromium]:
+    with Chromium() as browser:
+        yield browser
 
 
 @pytest.fixture(params=["file", "http"])

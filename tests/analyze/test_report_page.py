@@ -4,7 +4,6 @@ and on paper.
 
 from __future__ import annotations
 
-import base64
 import re
 import zlib
 from collections.abc import Iterator
@@ -18,13 +17,12 @@ from analyze.pages.report import report
 from analyze.study import Outcome, Picture, Study, Table
 from analyze.subject import Subject
 from harvest.model import ModelConfig
-from tests.analyze import chromium
 from tests.analyze.accessibility import audit
 from tests.analyze.browser_site import HOSTILE, say
-from tests.analyze.chromium import Chromium
+from tests.analyze.chromium import NEEDS_CHROMIUM, Chromium
 from tests.analyze.conftest import make_run, random_rows
 
-pytestmark = pytest.mark.skipif(chromium.FOUND is None, reason="no Chromium on this machine's PATH")
+pytestmark = NEEDS_CHROMIUM
 READY = "document.readyState === 'complete'"
 WORD = "onpaper"  # of a table that is folded on the screen
 
@@ -47,9 +45,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    with Chromium(tmp_path_factory.mktemp("profile")) as one:
-        yield one
+def chrome() -> Iterator[Chromium]:
+    with Chromium() as browser:
+        yield browser
 
 
 def test_it_is_inert_and_alone(chrome: Chromium, page: str) -> None:
@@ -104,13 +102,7 @@ def test_values_show_when_one_points_at_a_token(chrome: Chromium, page: str) -> 
 
 
 def test_it_fits_a_narrow_window(chrome: Chromium, page: str) -> None:
-    chrome.tell(
-        "Emulation.setDeviceMetricsOverride",
-        width=390,
-        height=800,
-        deviceScaleFactor=1,
-        mobile=False,
-    )
+    chrome.resize(390, 800)
     try:
         chrome.open(page, READY)
         assert chrome.js("document.documentElement.scrollWidth <= innerWidth")
@@ -119,7 +111,7 @@ def test_it_fits_a_narrow_window(chrome: Chromium, page: str) -> None:
         )
         assert len(heights) > 10 and max(heights) < 150  # words are not broken letter by letter
     finally:
-        chrome.tell("Emulation.clearDeviceMetricsOverride")
+        chrome.resize(1280, 720)
 
 
 def test_paper_shows_what_the_screen_folds(chrome: Chromium, page: str) -> None:
@@ -127,13 +119,13 @@ def test_paper_shows_what_the_screen_folds(chrome: Chromium, page: str) -> None:
     assert not chrome.js("document.querySelector('details').open")
     shown = "document.querySelector('details table').checkVisibility()"
     assert not chrome.js(shown)
-    chrome.tell("Emulation.setEmulatedMedia", media="print")
+    chrome.media("print")
     try:
         assert chrome.js(shown)
         assert chrome.js("getComputedStyle(document.querySelector('nav')).display") == "none"
     finally:
-        chrome.tell("Emulation.setEmulatedMedia", media="")
-    printed = base64.b64decode(chrome.tell("Page.printToPDF")["data"])
+        chrome.media()
+    printed = chrome.pdf()
     pages = len(re.findall(rb"/Type\s*/Page\b", printed)) or len(
         re.findall(rb"/Type\s*/Page\b", _unpacked(printed))
     )

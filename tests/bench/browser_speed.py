@@ -34,7 +34,7 @@ from analyze.study import FEATURES, Outcome, Study, write_features
 from analyze.subject import Subject
 from data import durable
 from harvest.model import ModelConfig
-from tests.analyze.chromium import FOUND, Chromium
+from tests.analyze.chromium import EXECUTABLE, Chromium
 from tests.analyze.conftest import write_run
 from tests.bench.outcome import finish
 from tests.conftest import BOS, make_store
@@ -143,10 +143,10 @@ def a_round(folder: Path, features: list[int]) -> dict[str, list[float]]:
     """Every figure once, or once for each feature."""
     url, title = (folder / PAGE).as_uri(), "document.getElementById('feature-title')?.textContent"
     found: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as profile, Chromium(Path(profile)) as chrome:
+    with Chromium() as chrome:
         first = opened(chrome, f"{url}#feature={features[0]}")
         found |= {"first_paint": [first["paint"]], "first": [max(first.values())]}
-    with tempfile.TemporaryDirectory() as profile, Chromium(Path(profile)) as chrome:
+    with Chromium() as chrome:
         shown = opened(chrome, url)
         found |= {"list_paint": [shown["paint"]], "list": [max(shown.values())]}
         new, again = list[float](), list[float]()
@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to make it and keep it")
     parser.add_argument("--out", type=Path)
     asked_for = parser.parse_args()
-    assert FOUND, "no Chromium on this machine's PATH"
+    assert EXECUTABLE, "no Chromium on this machine's PATH"
     root = asked_for.folder or Path(tempfile.mkdtemp())
     durable.make_directory(root)
     try:

@@ -33,8 +33,19 @@ def finish(shape: dict[str, Any], figures: dict[str, Any], out: Path | None) -> 
     for name, value in {**shape, **figures}.items():
         print(f"{name:>24}  {value:,.3f}" if isinstance(value, float) else f"{name:>24}  {value}")
     if out:
+        if paths := absolute_paths({**shape, **figures}):
+            raise ValueError(f"a result names no path of a machine: {paths}; give the name alone")
         date = datetime.now(UTC).isoformat(timespec="seconds")
         out.write_text(
             json.dumps({"date": date, "machine": machine(), "shape": shape, **figures}, indent=1)
             + "\n"
         )
+
+
+def absolute_paths(value: Any) -> list[str]:
+    """The texts in a result, at any depth, that are an absolute path: they tell of one machine."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list | tuple):
+        return [path for inner in value for path in absolute_paths(inner)]
+    return [value] if isinstance(value, str) and value.startswith(("/", "~/", "file:")) else []

@@ -276,9 +276,10 @@ def main() -> None:
     if asked.activations:
         asked.activations = asked.activations.absolute()
     figures = measure(asked)
-    hidden = ("out", "worker", "activations")
+    hidden = ("out", "worker", "activations", "peers_python")
     shape = {name: value for name, value in vars(asked).items() if name not in hidden}
-    finish({**shape, "activations": str(asked.activations)}, figures, asked.out)
+    activations = asked.activations.name if asked.activations else None
+    finish({**shape, "activations": activations}, figures, asked.out)
     show(figures)
 
 

@@ -238,7 +238,7 @@ def main() -> None:
     }
     show(figures)
     with redirect_stdout(None):
-        finish({"activations": str(asked.activations), **shape}, figures, asked.out)
+        finish({"activations": asked.activations.name, **shape}, figures, asked.out)
 
 
 if __name__ == "__main__":
