@@ -1,3 +1,8 @@
 """Benchmarks: each a ratio within one run."""
 
-import data as data  # before torch: it says how OpenMP threads wait
+import os
+
+from conf.command import ENVIRONMENT
+
+# Before torch is loaded, as `conf.command.start` does it for the commands.
+os.environ.update({**ENVIRONMENT, **os.environ})
