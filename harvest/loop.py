@@ -26,7 +26,6 @@ from data.store.place import place_of
 from data.store.ring import Ring
 from data.store.store import Store
 from data.text.documents import TextSource
-from data.text.sources import has_chats
 from harvest import spine
 from harvest.forward import compute_unit
 from harvest.model import LanguageModel
@@ -51,7 +50,7 @@ def environment(device: str) -> dict[str, Any]:
 
 def manifest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> dict[str, Any]:
     """Everything that the store's bytes follow from."""
-    template = {"chat_template": lm.tokenizer.template_digest} if has_chats(source) else {}
+    template = {"chat_template": lm.tokenizer.template_digest} if source.chats else {}
     return {
         "site": "resid_post",
         "model": lm.identity | template,

@@ -24,7 +24,7 @@ from data.journal import tell
 from data.store import claims
 from data.store.claims import Claims
 from data.store.store import SpineEnd, Store
-from data.text import hub, packing
+from data.text import packing, retry
 from data.text.documents import TextSource
 from harvest.tokens import Tokenizer
 
@@ -99,7 +99,7 @@ class _Parent:
 def _work(line: Connection, name: str, source: TextSource, tokenizer: Tokenizer) -> None:
     """The writing process: answers with None, or with what a user is to be told of its failure."""
     parent = _Parent(line)
-    hub.sleep = parent.pause  # a server may ask for ten minutes of patience
+    retry.sleep = parent.pause  # a server may ask for ten minutes of patience
     try:
         write(Store.open(name), source, tokenizer, parent)
         _answer(line, None)

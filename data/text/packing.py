@@ -13,10 +13,10 @@ from data.text.documents import Content, Document, State
 
 
 class Cursor(NamedTuple):
-    """A place in a source's text."""
+    """A position in a source's text."""
 
     document: int  # number in the source's order
-    offset: int  # tokens of that document already placed
+    offset: int  # tokens of that document that are packed already
     state: State  # of the source before that document
 
 
@@ -33,42 +33,57 @@ def tokenized(
     encode: Callable[[list[Content]], list[list[int]]],
     batch: int = 64,
 ) -> Iterator[tuple[list[int], State]]:
-    """Token ids of each document, with the state of the source behind it; `encode` gets `batch`
-    documents at a time.
+    """Token ids of each document, with the state of the source behind it.
+
+    Args:
+        encode: gets `batch` documents at a time.
     """
-    while taken := list(islice(documents, batch)):
-        encoded = encode([document.content for document in taken])
-        yield from zip(encoded, (document.after for document in taken), strict=True)
+    while block := list(islice(documents, batch)):
+        encoded = encode([document.content for document in block])
+        for ids, document in zip(encoded, block, strict=True):
+            yield ids, document.after
 
 
 def pack(
     documents: Iterator[tuple[list[int], State]], start: Cursor, context: int, bos: int
 ) -> Iterator[Row]:
-    """Fill rows of `context` tokens with documents, end to end, each piece behind a BOS of its own.
+    """Fill rows of `context` tokens with documents, end to end, each piece behind its own BOS.
 
-    `documents` are token ids, and the state of the source behind them; they begin with document
-    number `start.document`. A document that does not fit goes on in the next row, again behind a
-    BOS; a row with one place left takes the next document's BOS alone. A last row that is not full
-    is not given out. Documents without tokens take no place.
+    A document that does not fit continues in the next row, again behind a BOS. A row with one
+    token left takes the next document's BOS alone. A last row that is not full is dropped.
+    Documents without tokens take no room.
+
+    Args:
+        documents: token ids, and the state of the source behind them, from document number
+            `start.document` on.
+        bos: token id.
     """
-    number, offset, before = start
-    tokens, owner, filled = np.empty(context, np.uint32), np.empty(context, np.uint32), 0
+    number, offset, state = start
+    tokens = np.empty(context, np.uint32)
+    owner = np.empty(context, np.uint32)
+    filled = 0
     for encoded, after in documents:
         ids = np.array(encoded, np.uint32)
-        at, offset = offset, 0
-        while at < len(ids):
-            taken = min(len(ids) - at, context - filled - 1)
-            behind = filled + 1 + taken
+        while offset < len(ids):
+            # The next piece: a BOS and what fits of the document.
+            taken = min(len(ids) - offset, context - filled - 1)
+            end = filled + 1 + taken
             tokens[filled] = bos
-            tokens[filled + 1 : behind] = ids[at : at + taken]
-            owner[filled:behind] = number
-            at, filled = at + taken, behind
+            tokens[filled + 1 : end] = ids[offset : offset + taken]
+            owner[filled:end] = number
+            offset += taken
+            filled = end
+
+            # A full row: give it out with the position behind it.
             if filled == context:
-                end = Cursor(number, at, before) if at < len(ids) else Cursor(number + 1, 0, after)
-                yield Row(tokens, owner, end)
-                tokens, owner, filled = (
-                    np.empty(context, np.uint32),
-                    np.empty(context, np.uint32),
-                    0,
-                )
-        number, before = number + 1, after
+                if offset < len(ids):
+                    cursor = Cursor(number, offset, state)
+                else:
+                    cursor = Cursor(number + 1, 0, after)
+                yield Row(tokens, owner, cursor)
+                tokens = np.empty(context, np.uint32)
+                owner = np.empty(context, np.uint32)
+                filled = 0
+        number += 1
+        offset = 0
+        state = after

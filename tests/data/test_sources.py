@@ -1,10 +1,9 @@
-"""Every source goes on from every document; a mix keeps its shares; bad files and settings are
-named.
-"""
+"""Every source goes on from every document; a mix keeps its shares; bad files are named."""
 
 from __future__ import annotations
 
 import json
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from pyarrow import parquet
 from data.errors import PipelineError, SettingError, StoreError
 from data.text.documents import Document, State, TextSource, characters
 from data.text.hub import HubText
-from data.text.sources import FileText, Mix, Part, TinyText, has_chats, source_name, source_of
+from data.text.mix import Mix, Part
+from data.text.sources import FileText, TinyText, source_name, source_of
 
 CONF = Path(__file__).parent.parent.parent / "conf" / "text"
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -27,6 +27,8 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel
 
 class Made:
     """A source of documents of the given lengths."""
+
+    chats = False
 
     def __init__(self, name: str, lengths: list[int]) -> None:
         self.name, self.lengths = name, lengths
@@ -44,9 +46,7 @@ def contents(source: TextSource, state: State = None) -> list[Any]:
 
 
 def require_restarts(source: TextSource, limit: int | None = None) -> list[Document]:
-    """Check that the source goes on from every document's state, which has gone through JSON; its
-    documents.
-    """
+    """The documents of a source, which must go on from every document's state, as JSON."""
     whole = list(islice(source.documents(None), limit))
     for number, document in enumerate(whole, 1):
         stored = json.dumps(document.after)
@@ -59,9 +59,7 @@ def require_restarts(source: TextSource, limit: int | None = None) -> list[Docum
 
 
 def write_files(folder: Path) -> None:
-    """A file of each kind, with empty lines, texts of several bytes a character, and several row
-    groups.
-    """
+    """A file of each kind: empty lines, several bytes a character, several row groups."""
     folder.mkdir(exist_ok=True)
     lines = [json.dumps({"text": f"lïne {i} 😀", "n": i}, ensure_ascii=False) for i in range(7)]
     (folder / "b.jsonl").write_text("\n\n".join(lines) + "\n\n \n")
@@ -87,7 +85,7 @@ def test_files_in_order_from_every_document(tmp_path: Path) -> None:
 
 
 def test_a_restart_does_not_read_what_came_before(tmp_path: Path) -> None:
-    """What lies before a state is damaged, and nobody notices."""
+    """Bytes before a state may be damaged: they are not read."""
     write_files(tmp_path)
     source = FileText(tmp_path)
     whole = list(source.documents(None))
@@ -132,11 +130,11 @@ def test_hub_data_sets_on_disk_go_on_from_every_document(tmp_path: Path) -> None
     before = source.identity()
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
     assert HubText(str(tmp_path)).identity() != before
-    with pytest.raises(SettingError, match=r"train.jsonl line 2: 'text' is null; drop such rows"):
+    with pytest.raises(SettingError, match=r"train.jsonl line 2"):
         contents(HubText(str(tmp_path)))
-    with pytest.raises(SettingError, match=r"no split=test; it has train"):
+    with pytest.raises(SettingError, match="split=test"):
         contents(HubText(str(tmp_path), split="test"))
-    with pytest.raises(SettingError, match=r"no field='body'; it has text"):
+    with pytest.raises(SettingError, match="field='body'"):
         contents(HubText(str(tmp_path), field="body"))
 
 
@@ -158,17 +156,12 @@ def test_every_kind_of_source_in_one_mix_goes_on_from_every_document(
     }
     mix = Mix(parts, seed=5)
     documents = require_restarts(mix, limit=60)
-    found = [document.content for document in documents]
+    mixed = [document.content for document in documents]
     for name in ("hub", "files"):
         own = contents(parts[name].source)
-        assert [content for content in found if content in own] == own
-    assert (
-        capsys.readouterr().err.count(
-            "text: files ends after 94 characters; the rest is from hub, tiny\n"
-        )
-        >= 1
-    )
-    assert has_chats(mix) and not has_chats(Mix({"tiny": parts["tiny"]}, 0))
+        assert [content for content in mixed if content in own] == own
+    assert re.search(r"files .* 94 characters.* hub, tiny", capsys.readouterr().err)
+    assert mix.chats and not Mix({"tiny": parts["tiny"]}, 0).chats
 
 
 @given(
@@ -244,45 +237,28 @@ def test_every_named_text_is_a_source_under_its_own_name(path: Path) -> None:
     assert path.read_text().startswith(f"# @package text.sources.{path.stem}\n")
     source = source_of({"sources": {path.stem: yaml.safe_load(path.read_text())}}, 0)
     assert isinstance(source, TinyText if path.stem == "tiny" else HubText)
-    assert has_chats(source) == (path.stem in ("ultrachat", "openthoughts"))
+    assert source.chats == (path.stem in ("ultrachat", "openthoughts"))
 
 
 @pytest.mark.parametrize(
     ("group", "message"),
     [
-        ({}, "text has no source"),
-        ({"sources": {}}, "text has no source"),
-        (
-            {"sources": {"a": {"kind": "tiny", "weight": 0}}},
-            r"text.sources.a.weight=0 must be a number above 0",
-        ),
-        ({"sources": {"a": {"kind": "tiny", "weight": -1}}}, "weight=-1 must be"),
-        ({"sources": {"a": {"kind": "tiny", "weight": "much"}}}, "weight=much must be"),
-        ({"sources": {"a": {"kind": "tiny", "weight": float("nan")}}}, "weight=nan must be"),
-        ({"sources": {"a": {"kind": "tiny", "weight": True}}}, "weight=True must be"),
-        (
-            {"sources": {"a": {"kind": "tiny", "split": "x"}}},
-            r"a.split is no setting of a source of kind=tiny",
-        ),
-        (
-            {"sources": {"a": {"kind": "web"}}},
-            r"a.kind=web is unknown; choose one of tiny, files, hub",
-        ),
-        (
-            {"sources": {"a": {"kind": "hub"}}},
-            r"a.dataset is not set; a source of kind=hub needs it",
-        ),
-        ({"sources": {"a": {"kind": "hub", "dataset": "a/b", "split": 3}}}, "a.split=3 is no text"),
-        ({"sources": {"a": 3}}, "text.sources.a=3 is no source"),
-        (
-            {"field": "body", "sources": {"a": {"kind": "tiny"}}},
-            r"text.field belongs to text.path=",
-        ),
-        (
-            {"messages": "m", "sources": {"a": {"kind": "tiny"}}},
-            r"text.messages belongs to text.path=",
-        ),
-        ({"path": "/no/such/folder"}, "does not exist"),
+        ({}, "text="),
+        ({"sources": {}}, "text="),
+        ({"sources": {"a": {"kind": "tiny", "weight": 0}}}, "text.sources.a.weight=0 "),
+        ({"sources": {"a": {"kind": "tiny", "weight": -1}}}, "weight=-1 "),
+        ({"sources": {"a": {"kind": "tiny", "weight": "much"}}}, "weight=much "),
+        ({"sources": {"a": {"kind": "tiny", "weight": float("nan")}}}, "weight=nan "),
+        ({"sources": {"a": {"kind": "tiny", "weight": True}}}, "weight=True "),
+        ({"sources": {"a": {"kind": "tiny", "split": "x"}}}, r"a.split .*kind=tiny"),
+        ({"sources": {"a": {"kind": "web"}}}, r"a.kind=web .* tiny, files, hub"),
+        ({"sources": {"a": {"kind": "hub"}}}, r"a.dataset .*kind=hub"),
+        ({"sources": {"a": {"kind": "hub", "dataset": "a/b", "split": 3}}}, "a.split=3 "),
+        ({"sources": {"a": {"kind": "hub", "dataset": "a/b", "split": None}}}, r"a.split "),
+        ({"sources": {"a": 3}}, "text.sources.a=3 "),
+        ({"field": "body", "sources": {"a": {"kind": "tiny"}}}, "text.field .*text.path="),
+        ({"messages": "m", "sources": {"a": {"kind": "tiny"}}}, "text.messages .*text.path="),
+        ({"path": "/no/such/folder"}, "text.path=/no/such/folder"),
     ],
 )
 def test_bad_settings_are_named_in_one_line(group: dict[str, Any], message: str) -> None:
@@ -319,22 +295,19 @@ def test_chats_of_both_forms(tmp_path: Path) -> None:
     ]
     assert source.identity()["messages"] == "m"
     (tmp_path / "c.txt").write_text("no chat")
-    with pytest.raises(SettingError, match=r"c.txt holds no messages"):
+    with pytest.raises(SettingError, match=r"c.txt.*text.messages="):
         FileText(tmp_path, messages="m")
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("text", "line 1: 'm' holds str, not a list of messages"),
-        (None, "line 1: 'm' is null"),
-        ([{"role": "user"}], "message 0 must have text as role and content"),
-        ([{"role": "user", "content": None}], "message 0 must have text"),
-        ([*CHAT, "x"], "message 2 must have text"),
-        (
-            [{"role": "endoftext", "content": ""}],
-            "message 0 is by 'endoftext'; allowed are system, ",
-        ),
+        ("text", "line 1: 'm' .* str"),
+        (None, "line 1: 'm' .* null"),
+        ([{"role": "user"}], "message 0 "),
+        ([{"role": "user", "content": None}], "message 0 "),
+        ([*CHAT, "x"], "message 2 "),
+        ([{"role": "endoftext", "content": ""}], "message 0 .*'endoftext'"),
     ],
 )
 def test_bad_chats_are_named(tmp_path: Path, value: Any, message: str) -> None:
@@ -346,16 +319,16 @@ def test_bad_chats_are_named(tmp_path: Path, value: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "x"}\n{"text"\n', "line 2 is not JSON"),
-        ("a.jsonl", b'{"body": "x"}\n', "line 1 has no text.field='text'; it has body"),
-        ("a.jsonl", b'{"text": 3}\n', "line 1: 'text' holds int, not text"),
-        ("a.jsonl", b'{"text": []}\n', "a list of messages is named by messages="),
-        ("a.jsonl", b'{"text": null}\n', "'text' is null; drop such rows first"),
-        ("a.jsonl", b"7\n", "no text.field='text'; it has int"),
-        ("a.jsonl", b'{"text": "\xff"}\n', r"line 1 is not UTF-8 text \(byte 10\)"),
-        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
-        ("a.txt", b"\xff\xfe", "is not UTF-8"),
-        ("a.parquet", b"PAR1 no", "not a readable Parquet file"),
+        ("a.jsonl", b'{"text": "x"}\n{"text"\n', "line 2 .*JSON"),
+        ("a.jsonl", b'{"body": "x"}\n', "line 1 .*text.field='text'.* body"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1: 'text' .* int"),
+        ("a.jsonl", b'{"text": []}\n', "line 1: 'text' .* list.* messages="),
+        ("a.jsonl", b'{"text": null}\n', "line 1: 'text' .* null"),
+        ("a.jsonl", b"7\n", "line 1 .*text.field='text'.* int"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "line 1 .*UTF-8.* 10"),
+        ("a.jsonl", b"[" * 100_000, "line 1 .*JSON"),
+        ("a.txt", b"\xff\xfe", "a.txt .*UTF-8"),
+        ("a.parquet", b"PAR1 no", "a.parquet .*Parquet"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -366,11 +339,11 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message:
 
 def test_bad_columns_of_parquet_are_named(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"n": [1, 2], "text": ["a", None]}), tmp_path / "a.parquet")
-    with pytest.raises(SettingError, match=r"a.parquet row 2: 'text' is null"):
+    with pytest.raises(SettingError, match=r"a.parquet row 2: 'text' "):
         contents(FileText(tmp_path))
-    with pytest.raises(SettingError, match=r"no text.field='body'; it has n, text"):
+    with pytest.raises(SettingError, match=r"text.field='body'.* n, text"):
         contents(FileText(tmp_path, "body"))
-    with pytest.raises(SettingError, match=r"row 1: 'n' holds int, not text"):
+    with pytest.raises(SettingError, match=r"row 1: 'n' .* int"):
         contents(FileText(tmp_path, "n"))
     not_utf8 = pyarrow.Array.from_buffers(
         pyarrow.string(),
@@ -378,22 +351,21 @@ def test_bad_columns_of_parquet_are_named(tmp_path: Path) -> None:
         [None, pyarrow.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0])), pyarrow.py_buffer(b"\xff")],
     )
     parquet.write_table(pyarrow.table({"text": not_utf8}), tmp_path / "a.parquet")
-    with pytest.raises(SettingError, match=r"a.parquet holds text behind row 0 that is not UTF-8"):
+    with pytest.raises(SettingError, match=r"a.parquet .* row 0 .*UTF-8"):
         contents(FileText(tmp_path))
 
 
 def test_a_path_without_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="does not exist"):
-        FileText(tmp_path / "none")
-    with pytest.raises(SettingError, match="holds no text"):
-        FileText(tmp_path)
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(SettingError, match=f"text.path={path} "):
+            FileText(path)
 
 
 def test_a_file_that_goes_away_is_named(tmp_path: Path) -> None:
     write_files(tmp_path)
     source = FileText(tmp_path)
     (tmp_path / "b.jsonl").unlink()
-    with pytest.raises(StoreError, match=r"b.jsonl cannot be read: No such file"):
+    with pytest.raises(StoreError, match=r"b.jsonl .*No such file"):
         contents(source)
-    with pytest.raises(StoreError, match=r"b.jsonl cannot be read"):
+    with pytest.raises(StoreError, match=r"b.jsonl "):
         source.identity()

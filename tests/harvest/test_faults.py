@@ -24,7 +24,7 @@ from data.rows.split import Policy
 from data.store.place import LocalPlace
 from data.store.repair import damage, is_derived, repair
 from data.store.store import Store
-from data.text import hub
+from data.text import retry
 from data.text.documents import Document, State
 from data.text.sources import FileText
 from harvest import forward, loop, selfcheck, spine
@@ -372,7 +372,7 @@ def test_a_parent_that_left_is_told_nothing(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, tokenizer = FileText(root / "text.jsonl"), open_model(root).tokenizer
-    monkeypatch.setattr(hub, "sleep", hub.sleep)  # the writing process sets its own
+    monkeypatch.setattr(retry, "sleep", retry.sleep)  # the writing process sets its own
     for store in (root / "done.zarr", tmp_path / "none.zarr"):  # all is written, and: it fails
         ours, theirs = Pipe()
         ours.close()
