@@ -8,13 +8,13 @@ command line.
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module, resources
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from conf.help import described
 from data.errors import Interrupted, PipelineError
 
 if TYPE_CHECKING:  # hydra and omegaconf take 0.3 s to load: `start` first makes Ctrl-C quiet
@@ -102,20 +102,20 @@ def current_job() -> Job:
 
 
 def run_main(
-    main: Callable[[], None], refusals: tuple[type[Exception], ...], described: Callable[[], str]
+    main: Callable[[], None], refusals: tuple[type[Exception], ...], help_text: Callable[[], str]
 ) -> None:
     """Run a command line: `main` parses the settings and hands what they ask for to `run_command`.
 
     Args:
         refusals: exceptions by which the parser refuses settings; they exit like a `PipelineError`.
-        described: what --help says.
+        help_text: makes what --help prints.
     """
     if (
         signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     ):  # as `start` left it while libraries loaded
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        run_command((lambda: print(described())) if {"--help", "-h"} & {*sys.argv[1:]} else main)
+        run_command((lambda: print(help_text())) if {"--help", "-h"} & {*sys.argv[1:]} else main)
     except refusals as error:
         print(f"error: {_one_line(str(error))}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -167,53 +167,3 @@ def _one_line(refusal: str) -> str:
             + "; a value with signs or spaces needs quotes: \"run='a=b'\""
         )
     return " ".join(text.split())
-
-
-def described(command: str, arguments: Sequence[str]) -> str:
-    """Every setting of a command with what it is: conf/COMMAND.yaml, the options of its groups, and
-    those chosen.
-
-    Args:
-        arguments: of the command line; GROUP=NAME among them chooses.
-    """
-    conf = resources.files("conf")
-    head, _, rest = (conf / f"{command}.yaml").read_text().partition("defaults:\n")
-    defaults, _, settings = rest.partition("\n\n")
-    parts = [head.strip(), settings.split("\nhydra:")[0].strip()]
-    for group, default in re.findall(r"^  - (\w+): (\w+)", defaults, re.MULTILINE):
-        names = sorted(one.name for one in (conf / group).iterdir() if one.name.endswith(".yaml"))
-        texts = {name.removesuffix(".yaml"): (conf / group / name).read_text() for name in names}
-        parts.append(
-            "\n".join(
-                f"{group}={name:<18} {_said(text)[0]}".rstrip() for name, text in texts.items()
-            )
-        )
-        chosen = [text.partition("=")[2] for text in arguments if text.startswith(f"{group}=")] or [
-            default
-        ]
-        parts += _chosen(group, chosen[-1], texts)
-    return "\n\n".join(parts)
-
-
-def _chosen(group: str, name: str, texts: Mapping[str, str]) -> list[str]:
-    """The settings of one option of a group, behind those of the one that it builds on."""
-    if name not in texts:
-        return []
-    package = re.search(r"^# @package (\S+)", texts[name])
-    bases = re.findall(r"^  - (?!_self_)(\w+)$", texts[name], re.MULTILINE)
-    lines = [f"  {line}".rstrip() for line in _said(texts[name])[1]]
-    own = ["\n".join([f"{package[1] if package else group}:  # {name}", *lines])] if lines else []
-    return [*(text for base in bases for text in _chosen(group, base, texts)), *own]
-
-
-def _said(text: str) -> tuple[str, list[str]]:
-    """What a file says of itself in its comment, and the lines of its settings."""
-    comments = [
-        line
-        for line in text.splitlines()
-        if line.startswith("#") and not line.startswith("# @package")
-    ]
-    settings = re.sub(r"^(#.*|name:.*|defaults:\n(  - .*\n)+)\n?", "", text, flags=re.MULTILINE)
-    return " ".join(
-        ["#", *(line.removeprefix("#").strip() for line in comments)]
-    ), settings.strip().splitlines()

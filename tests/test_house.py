@@ -260,7 +260,7 @@ def test_defaults_are_the_same_everywhere(file: str, group: str, kind: type) -> 
 def test_help_has_every_setting_with_what_it_is(command: str) -> None:
     from hydra import compose, initialize_config_module
 
-    from conf.command import described
+    from conf.help import described
 
     chosen = {"analyze": ["study=steering"], "train": ["sae=rows_32k"]}.get(command, [])
     shown = described(command, chosen)
