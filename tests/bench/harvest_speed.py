@@ -33,7 +33,7 @@ from transformers import AutoModel, Gemma4TextConfig
 from data.store.store import Store
 from data.text.sources import TinyText
 from data.tiny.embedded import MODEL_DIR
-from harvest.cost import cost, peak_flops
+from harvest.cost import cost
 from harvest.forward import run
 from harvest.isolation import forward_inputs
 from harvest.loop import harvest
@@ -58,6 +58,9 @@ SMALL = Gemma4TextConfig(
     hidden_size_per_layer_input=32,
     layer_types=[*["sliding_attention"] * 3, "full_attention"] * 2,
 )
+
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12}  # SXM, dense bfloat16: NVIDIA's data sheets
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,8 @@ def measure(shape: Shape, rounds: int, device: str) -> dict[str, Any]:
     shares = [one["forward_s"] / one["harvest_s"] for one in every]
     dtype = "float32" if device == "cpu" else "bfloat16"
     flop = cost(shape.config, shape.layers, dtype, shape.batch, shape.context).flop * shape.tokens
-    peak = peak_flops(torch.cuda.get_device_name(device)) if device.startswith("cuda") else None
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
+    peak = next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
     residuals = shape.tokens * shape.config.hidden_size * 2 * len(shape.layers)
     parts = {
         name: median[name] / median["harvest_s"] for name in ("forward_s", "copy_s", "write_s")

@@ -19,7 +19,7 @@ from transformers import AutoModel, Gemma4TextConfig, GPT2Config, LlamaConfig, Q
 
 from data.errors import SettingError
 from data.tiny.embedded import MODEL_DIR
-from harvest.cost import cost, peak_flops
+from harvest.cost import cost
 from harvest.forward import run
 from harvest.isolation import forward_inputs
 from harvest.model import LanguageModel, ModelConfig, find_blocks
@@ -58,19 +58,16 @@ MEDIUM: dict[str, Any] = {
 
 
 def random_model(config: Any, dtype: Any) -> LanguageModel:
-    """Random weights; what a plan does not look at is made up."""
-    decoder = (
-        AutoModel.from_config(copy.deepcopy(config), dtype=getattr(torch, dtype))
-        .eval()
-        .requires_grad_(False)
-    )
-    n, d = config.num_hidden_layers, config.hidden_size
+    """Random weights; whatever a plan does not use is made up."""
+    decoder = AutoModel.from_config(copy.deepcopy(config), dtype=getattr(torch, dtype))
+    decoder.eval().requires_grad_(False)
+    n = config.num_hidden_layers
     return LanguageModel(
         config=ModelConfig("none", dtype=dtype),
         decoder=decoder,
         blocks=find_blocks(decoder, n),
         tokenizer=Tokenizer.load(MODEL_DIR),
-        d_model=d,
+        d_model=config.hidden_size,
         vocabulary=1000,
         n_layers=n,
         max_context=2048,
@@ -78,8 +75,14 @@ def random_model(config: Any, dtype: Any) -> LanguageModel:
     )
 
 
+def storages(tree: Any) -> list[Any]:
+    """The memory behind all tensors of a nested structure."""
+    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+    return [tensor.untyped_storage() for tensor in tensors]
+
+
 class Live(TorchDispatchMode):
-    """Bytes of the tensors that kernels made and that are still held, at their highest."""
+    """The peak of bytes held in tensors that kernels made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,22 +91,14 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {
-            part.untyped_storage()._cdata
-            for part in tree_leaves((args, kwargs))
-            if isinstance(part, torch.Tensor)
-        }
-        for part in tree_leaves(out):
-            if (
-                isinstance(part, torch.Tensor)
-                and (key := part.untyped_storage()._cdata) not in given | self.known
-            ):
+        given = {storage._cdata for storage in storages((args, kwargs))}
+        for storage in storages(out):
+            key, nbytes = storage._cdata, storage.nbytes()
+            if key not in given | self.known:
                 self.known.add(key)
-                self.now += part.untyped_storage().nbytes()
+                self.now += nbytes
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(
-                    part.untyped_storage(), self._gone, key, part.untyped_storage().nbytes()
-                )
+                weakref.finalize(storage, self._gone, key, nbytes)
         return out
 
     def _gone(self, key: int, nbytes: int) -> None:
@@ -124,9 +119,7 @@ def test_e4b_has_its_published_size_and_cost() -> None:
 
 @pytest.mark.parametrize("family", MEDIUM)
 def test_flop_are_the_ones_of_the_kernels(family: str) -> None:
-    """Torch's own count, where a row of one document attends over all T of a dense mask and we
-    count what is seen.
-    """
+    """Against torch's count, which takes all T of a dense mask where we count what is seen."""
     config = MEDIUM[family]
     predicted = cost(config, [3, 7], "float32", 2, CONTEXT)
     lm = random_model(config, "float32")
@@ -170,7 +163,7 @@ def test_every_family_can_be_counted(family: str) -> None:
     )
     assert first.kept < last.kept == last.parameters
     assert first.flop < last.flop
-    with pytest.raises(SettingError, match=f"layer={text.num_hidden_layers} is out of range"):
+    with pytest.raises(SettingError, match=f"layer={text.num_hidden_layers} "):
         cost(CONFIGS[family], [text.num_hidden_layers], "bfloat16", 2, 64)
 
 
@@ -207,11 +200,3 @@ def test_a_mixture_counts_the_experts_that_a_token_meets() -> None:
         3 * 32 * 16
     )  # two flop, layers, experts; three matrices
     assert flop(16, 2) - flop(8, 2) == 2 * 2 * 8 * 32  # the router alone
-
-
-def test_known_devices_have_a_peak() -> None:
-    assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989e12
-    assert peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert peak_flops("NVIDIA L40S") != peak_flops("NVIDIA L4")
-    assert peak_flops("Some CPU") is None
