@@ -27,7 +27,7 @@ from data.store.ring import Ring
 from data.store.store import Store
 from data.text.documents import TextSource
 from harvest import spine
-from harvest.forward import compute_unit
+from harvest.forward import unit_residuals
 from harvest.model import LanguageModel
 from harvest.model_folder import is_out_of_memory
 from harvest.plan import Faults, HarvestConfig, check_layers
@@ -140,7 +140,7 @@ def _freeze_scales(store: Store, lm: LanguageModel, layers: Sequence[int]) -> No
     them.
     """
     if lacking := [layer for layer in layers if not scales.exist(store.place, layer)]:
-        rows = compute_unit(store, lm, 0, lacking, store.manifest["batch"])
+        rows = unit_residuals(store, lm, 0, lacking, store.manifest["batch"])
         bos = torch.from_numpy(store.piece_starts(0).ravel())
         for layer, one in rows.items():
             scales.freeze(store.place, layer, one, bos.to(one.device))
@@ -211,7 +211,7 @@ def _computed(
     """A unit's rows, and the batch that they were made with."""
     while True:
         try:
-            return compute_unit(store, lm, unit, layers, batch, stop), batch
+            return unit_residuals(store, lm, unit, layers, batch, stop), batch
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -1,7 +1,7 @@
-"""The language model as a source of residuals: load what is used of it, truncate it, tap it.
+"""The language model as a source of residuals: loaded, and truncated behind the deepest layer.
 
-Shapes: B rows, T context, d d_model; residuals are `resid_post`, the output of a decoder layer (the
-value that the next layer reads), so layer 0 is the first block's output and never the embedding.
+Shapes: b rows and t positions of one pass, d d_model. Layer 0 is the first decoder layer, never the
+embedding.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from torch import nn
 
 from data.errors import PipelineError, SettingError
 from harvest.isolation import Isolation
-from harvest.isolation import forward_inputs as forward_inputs
-from harvest.model_folder import EMBEDDED as EMBEDDED
-from harvest.model_folder import config_digest, load_decoder, read_config, weights_digest
-from harvest.model_folder import is_out_of_memory as is_out_of_memory
-from harvest.model_folder import resolve as resolve
+from harvest.model_folder import (
+    EMBEDDED,
+    config_digest,
+    load_decoder,
+    read_config,
+    resolve,
+    weights_digest,
+)
 from harvest.tokens import Tokenizer
 
 
@@ -41,27 +44,25 @@ class ModelConfig:
 
 @dataclass
 class LanguageModel:
-    """A text decoder, without its head unless that was asked for."""
+    """A text decoder, with its language-model head only where that was asked for."""
 
     config: ModelConfig
     decoder: nn.Module
-    blocks: nn.ModuleList  # its layers, as long as it has not been truncated all of them
+    blocks: nn.ModuleList  # the decoder's layers; all of them until it is truncated
     tokenizer: Tokenizer
     d_model: int
     vocabulary: int  # token ids
     n_layers: int  # of the whole model
     max_context: int  # tokens
-    identity: dict[str, Any]  # what the manifest records of it
+    identity: dict[str, Any]  # the model's entry in the manifest
     isolation: Isolation = "packed"
-    causal: Any = (
-        None  # transformers' model of `decoder` and its head, where the head was asked for
-    )
+    causal: Any = None  # transformers' model of decoder and head, where the head was asked for
 
     def truncate_(self, deepest: int) -> None:
-        """Drop every layer above `deepest` and what only these read, and give the memory back.
+        """Drop every layer above `deepest` and what only these read, and free the memory.
 
-        The layers that stay were laid out by the whole model's configuration (which of them share
-        keys and values, which ends a pattern), so this cannot be had by loading fewer of them.
+        Loading fewer layers would not do: the whole model's configuration lays out the layers that
+        stay (which of them share keys and values, which ends a pattern).
         """
         del self.blocks[deepest + 1 :]
         narrow_per_layer_inputs_(self.decoder, len(self.blocks))
@@ -70,50 +71,11 @@ class LanguageModel:
             torch.cuda.empty_cache()
 
 
-class _Leading(nn.Module):
-    """The first `width` outputs of `whole`, with the bits that they have among all of them.
-
-    A product of fewer columns may be given another kernel, whose sums round otherwise; then a
-    layer's rows would depend on how deep the model was cut. This one costs 0.3 % of E4B's forward
-    to layer 27.
-    """
-
-    def __init__(self, whole: nn.Module, width: int) -> None:
-        super().__init__()
-        self.whole, self.width = whole, width
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """(b, t, d) to (b, t, width)."""
-        found: torch.Tensor = self.whole(states)[..., : self.width]
-        return found
-
-
-def narrow_per_layer_inputs_(decoder: nn.Module, layers: int) -> None:
-    """Where every layer has an input of its own per token (Gemma 4), keep those of the first
-    `layers` only.
-
-    The table holds them side by side: (vocabulary, layers * width), 5.6 GB in Gemma 4 E4B, 3.8 GB
-    of it to layer 27.
-    """
-    table = getattr(decoder, "embed_tokens_per_layer", None)
-    if table is None:
-        return
-    config: Any = decoder.config
-    projection: Any = decoder.per_layer_model_projection
-    width = layers * config.hidden_size_per_layer_input
-    table.weight = nn.Parameter(
-        table.weight[:, :width].clone(), requires_grad=False
-    )  # a view would keep all of it
-    table.embedding_dim = width
-    decoder.per_layer_model_projection = _Leading(projection, width)
-    config.num_hidden_layers = layers  # by which the decoder shapes both
-
-
 def load(config: ModelConfig, *, head: bool = False) -> LanguageModel:
-    """Load the text decoder, all layers of it, in its own dtype straight onto its device.
+    """Load the whole text decoder in its own dtype, straight onto its device.
 
-    What sees or hears is neither built nor read, nor is the head unless asked for. The weights'
-    digest is taken while they load.
+    Vision and audio towers are neither built nor read, nor is the language-model head unless
+    `head`. The digest of the weights is taken while they load.
 
     Raises:
         SettingError: the folder holds no complete causal language model with a tokenizer that has a
@@ -123,19 +85,15 @@ def load(config: ModelConfig, *, head: bool = False) -> LanguageModel:
     whole = read_config(folder)
     tokenizer = Tokenizer.load(folder)
     with ThreadPoolExecutor(1, thread_name_prefix="digest") as pool:
-        weights = pool.submit(weights_digest, folder)
+        digest = pool.submit(weights_digest, folder)
         loaded: Any = load_decoder(folder, whole, config.dtype, config.device, head=head)
     decoder = loaded.get_decoder() if head else loaded
     text: Any = decoder.config
     identity = {
-        "id": "tiny"
-        if config.path == EMBEDDED
-        else folder.name
-        if folder == Path(config.path)
-        else config.path,
+        "id": _recorded_name(config.path, folder),
         "revision": config.revision,
         "architecture": (whole.architectures or [type(decoder).__name__])[0],
-        "weights": weights.result(),
+        "weights": digest.result(),
         "config": config_digest(folder, whole),
         "tokenizer": tokenizer.digest,
         "bos": tokenizer.bos,
@@ -157,6 +115,16 @@ def load(config: ModelConfig, *, head: bool = False) -> LanguageModel:
     )
 
 
+def _recorded_name(path: str, folder: Path) -> str:
+    """The model's name in manifests: the hub id, or the folder's last name, which may move."""
+    if path == EMBEDDED:
+        return "tiny"
+    return folder.name if folder == Path(path) else path
+
+
+# -- parts of a decoder ----------------------------------------------------------------------------
+
+
 def find_blocks(decoder: nn.Module, n_layers: int) -> nn.ModuleList:
     """The decoder's own list of layers: `layers` in most families, `h` in GPT-2's."""
     for child in decoder.children():
@@ -167,12 +135,47 @@ def find_blocks(decoder: nn.Module, n_layers: int) -> nn.ModuleList:
     )
 
 
-# -- checks at every start -------------------------------------------------------------------------
-
-
 def final_norm(decoder: nn.Module) -> nn.Module:
     """The norm between the last layer and the head, by the names that families give it."""
     for name in ("norm", "ln_f", "final_layernorm", "final_layer_norm"):
-        if isinstance(module := getattr(decoder, name, None), nn.Module):
-            return module
+        norm = getattr(decoder, name, None)
+        if isinstance(norm, nn.Module):
+            return norm
     raise PipelineError(f"{type(decoder).__name__} has no final norm by a known name")
+
+
+def narrow_per_layer_inputs_(decoder: nn.Module, layers: int) -> None:
+    """Keep the per-layer token inputs of the first `layers` only (Gemma 4); else do nothing.
+
+    Their table is (vocabulary, layers * width): 5.6 GB in Gemma 4 E4B, 3.8 GB of it to layer 27.
+    """
+    table = getattr(decoder, "embed_tokens_per_layer", None)
+    if table is None:
+        return
+    config: Any = decoder.config
+    projection: Any = decoder.per_layer_model_projection
+    width = layers * config.hidden_size_per_layer_input
+    kept = table.weight[:, :width].clone()  # a view would keep all of it in memory
+    table.weight = nn.Parameter(kept, requires_grad=False)
+    table.embedding_dim = width
+    decoder.per_layer_model_projection = _Leading(projection, width)
+    config.num_hidden_layers = layers  # the decoder shapes both by it
+
+
+class _Leading(nn.Module):
+    """The first `width` outputs of `whole`, computed with all of them.
+
+    A product of fewer columns may get another kernel, which rounds its sums otherwise. Then a
+    layer's rows would depend on where the model was cut. All columns cost 0.3 % of E4B's forward to
+    layer 27.
+    """
+
+    def __init__(self, whole: nn.Module, width: int) -> None:
+        super().__init__()
+        self.whole = whole
+        self.width = width
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """(b, t, d) to (b, t, width)."""
+        outputs: torch.Tensor = self.whole(states)
+        return outputs[..., : self.width]

@@ -19,7 +19,7 @@ from data.store.codec import require_known
 from data.store.ledger import count_residuals
 from data.store.place import place_of
 from harvest.cost import Cost
-from harvest.forward import run
+from harvest.forward import batch_residuals
 from harvest.isolation import forward_inputs
 from harvest.model import LanguageModel
 
@@ -261,7 +261,7 @@ def probe(lm: LanguageModel, config: HarvestConfig) -> float:
     speeds = []
     for _ in range(_PROBES):
         began = time.monotonic()
-        rows = run(lm, passes, config.layers)
+        rows = batch_residuals(lm, passes, config.layers)
         rows[config.layers[0]][-1].cpu()  # waits for the device: the work must be done to be timed
         speeds.append(tokens.size / (time.monotonic() - began))
     return max(speeds)

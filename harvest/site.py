@@ -1,29 +1,73 @@
-"""Where residuals are taken: the output of a decoder layer (resid_post)."""
+"""Sites: where in a decoder layer residuals are taken, and how.
+
+A new site is one class here with the methods of `Site`, and its word in conf/harvest.yaml.
+
+Shapes: b rows and t tokens of one forward pass, d d_model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from data.site import RESID_POST as RESID_POST_NAME
+
+Keep = Callable[[torch.Tensor], None]  # takes the (b, t, d) states of one forward pass
+
+
+class Site(Protocol):
+    """A place in a decoder layer."""
+
+    name: ClassVar[str]  # in settings and manifests
+    prefix: ClassVar[str]  # of the store's arrays: PREFIX_LAYER
+
+    def hook(self, blocks: nn.ModuleList, layer: int, keep: Keep) -> RemovableHandle:
+        """Call `keep` with the site's states in every forward pass, until the handle is removed."""
+        ...
+
+    def reported(self, hidden_states: Sequence[torch.Tensor], layer: int) -> torch.Tensor:
+        """The same states by transformers' own `output_hidden_states`, which the self-check
+        compares with.
+        """
+        ...
+
+
+class ResidPost:
+    """The output of a decoder layer: the value that the next layer reads."""
+
+    name: ClassVar[str] = RESID_POST_NAME
+    prefix: ClassVar[str] = "layer"
+
+    def hook(self, blocks: nn.ModuleList, layer: int, keep: Keep) -> RemovableHandle:
+        def on_output(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            keep(output[0] if isinstance(output, tuple) else output)
+
+        return blocks[layer].register_forward_hook(on_output)
+
+    def reported(self, hidden_states: Sequence[torch.Tensor], layer: int) -> torch.Tensor:
+        # Entry 0 is the embedding. The last entry has gone through the final norm.
+        return hidden_states[layer + 1]
+
+
+RESID_POST = ResidPost()
 
 
 @contextmanager
-def tap(blocks: nn.ModuleList, layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """While open, each forward pass leaves the outputs of `layers`, (b, t, d) each, in the yielded
-    dict.
-    """
+def tap(
+    blocks: nn.ModuleList, layers: Sequence[int], site: Site = RESID_POST
+) -> Iterator[dict[int, torch.Tensor]]:
+    """While open, each forward pass leaves its states of `layers`, (b, t, d) each, in the dict."""
     taken: dict[int, torch.Tensor] = {}
 
-    def keep(layer: int) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            taken[layer] = output[0] if isinstance(output, tuple) else output
+    def keep(layer: int) -> Keep:
+        return lambda states: taken.update({layer: states})
 
-        return hook
-
-    handles = [blocks[layer].register_forward_hook(keep(layer)) for layer in layers]
+    handles = [site.hook(blocks, layer, keep(layer)) for layer in layers]
     try:
         yield taken
     finally:

@@ -34,7 +34,7 @@ from data.store.store import Store
 from data.text.sources import TinyText
 from data.tiny.embedded import MODEL_DIR
 from harvest.cost import cost
-from harvest.forward import run
+from harvest.forward import batch_residuals
 from harvest.isolation import forward_inputs
 from harvest.loop import harvest
 from harvest.model import LanguageModel, ModelConfig, find_blocks
@@ -129,7 +129,7 @@ def forwards(store: Store, lm: LanguageModel, layers: tuple[int, ...]) -> None:
     for unit in range(store.units):
         tokens, starts = store.tokens(unit), store.piece_starts(unit)
         for at in range(0, len(tokens), rows):
-            run(
+            batch_residuals(
                 lm,
                 forward_inputs(tokens[at : at + rows], starts[at : at + rows], lm.isolation),
                 layers,

@@ -284,7 +284,7 @@ def test_rows_that_are_not_finite_are_named_and_their_unit_is_not_committed(
 
 
 def run_out(
-    monkeypatch: pytest.MonkeyPatch, most: int, real: Callable[..., Any] = forward.run
+    monkeypatch: pytest.MonkeyPatch, most: int, real: Callable[..., Any] = forward.batch_residuals
 ) -> None:
     """Memory for at most `most` packed rows in a forward pass."""
 
@@ -293,7 +293,7 @@ def run_out(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(lm, passes, layers, out)
 
-    monkeypatch.setattr(forward, "run", limited)
+    monkeypatch.setattr(forward, "batch_residuals", limited)
 
 
 def test_out_of_memory_stops_resumably_and_names_the_batch(

@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.masking_utils import create_masks_for_generate
 
-from harvest import isolation
-from harvest.forward import forward, run
+from harvest.forward import batch_residuals, forward
 from harvest.isolation import Isolation, attention_mask, forward_inputs, groups
 from harvest.model import LanguageModel, ModelConfig, load
 from tests.harvest.models import CONFIGS, VOCABULARY, save_model
@@ -85,7 +84,7 @@ def test_a_run_waits_for_no_device(model: Callable[[str], LanguageModel], family
     kept_apart: Isolation = "padded" if family == "qwen3_5" else "packed"
     passes = forward_inputs(*batch(), kept_apart)
     with Waits() as waits:
-        run(lm, passes, [0, 2])
+        batch_residuals(lm, passes, [0, 2])
     assert waits.found == []
     with Waits() as waits:  # as it would be: transformers looks at the values of the positions
         forward(lm, passes[0])
@@ -154,8 +153,7 @@ def partitions(items: list[int]) -> Iterator[list[list[int]]]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_no_partition_of_the_pieces_costs_less(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isolation, "_PASS_TOKENS", 20)
+def test_no_partition_of_the_pieces_costs_less(seed: int) -> None:
     lengths = np.random.default_rng(seed).integers(1, 60, 7)
 
     def price(found: list[list[int]]) -> int:
@@ -167,7 +165,9 @@ def test_no_partition_of_the_pieces_costs_less(seed: int, monkeypatch: pytest.Mo
         if all(max(p) * len(p) <= lengths.sum() for p in found)
     ]
     assert len(allowed) > 300
-    ours = [lengths[group].tolist() for group in groups(lengths, int(lengths.sum()))]
+    ours = [
+        lengths[group].tolist() for group in groups(lengths, int(lengths.sum()), pass_tokens=20)
+    ]
     assert price(ours) == min(map(price, allowed))
 
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -24,15 +23,14 @@ from transformers.models.gemma4 import modeling_gemma4
 from data.errors import PipelineError, SettingError
 from data.store.store import Store
 from data.text.sources import FileText
-from harvest import forward as forward_module
-from harvest.forward import forward, put, run
+from harvest.forward import batch_residuals, forward, scatter
 from harvest.isolation import attention_mask, forward_inputs
 from harvest.loop import OutOfMemory, harvest
 from harvest.model import LanguageModel, ModelConfig, load
 from harvest.model_folder import is_out_of_memory
 from harvest.plan import HarvestConfig
 from harvest.selfcheck import choose_isolation, truncate_checked_
-from harvest.site import tap
+from harvest.site import ResidPost, tap
 from tests.harvest.models import COMPOSITE, CONFIGS, VOCABULARY, save_composite, save_model
 
 FAMILIES = tuple(CONFIGS)
@@ -163,33 +161,27 @@ def test_the_self_check_catches_a_layer_off_by_one(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, shift: int
 ) -> None:
     lm = open_model(folders["gemma4"])
-    monkeypatch.setattr(forward_module, "tap", _shifted(shift))
     monkeypatch.setattr(LanguageModel, "truncate_", lambda self, deepest: None)
-    with pytest.raises(PipelineError, match="self-check failed: layer 2"):
-        truncate_checked_(lm, forward_inputs(*batch(), "packed"), [2])
+    passes = forward_inputs(*batch(), "packed")
+    with pytest.raises(PipelineError, match="layer 2"):
+        truncate_checked_(lm, passes, [2], site=Neighbour(shift))
 
 
-def _shifted(shift: int) -> Callable[..., AbstractContextManager[dict[int, torch.Tensor]]]:
-    """A tap that takes each layer's neighbour for it."""
+class Neighbour(ResidPost):
+    """A site that takes another layer's output for its own."""
 
-    @contextmanager
-    def wrong(blocks: torch.nn.ModuleList, layers: list[int]) -> Iterator[dict[int, torch.Tensor]]:
-        taken: dict[int, torch.Tensor] = {}
-        (layer,) = layers
-        handle = blocks[layer + shift].register_forward_hook(
-            lambda _m, _i, output: taken.update({layer: output})
-        )
-        yield taken
-        handle.remove()
+    def __init__(self, shift: int) -> None:
+        self.shift = shift
 
-    return wrong
+    def hook(self, blocks: Any, layer: int, keep: Any) -> Any:
+        return super().hook(blocks, layer + self.shift, keep)
 
 
 def test_the_self_check_catches_a_wrong_shape(folders: dict[str, Path]) -> None:
     lm = open_model(folders["llama"])
     (one,) = forward_inputs(*batch(), "packed")
     with pytest.raises(PipelineError, match=r"shape \(3, 20, 32\)"):
-        put(torch.zeros(3, 20, 32), one, torch.empty(120, 32))
+        scatter(torch.zeros(3, 20, 32), one, torch.empty(120, 32))
     assert lm.d_model == 32
 
 
@@ -214,7 +206,7 @@ def test_truncation_changes_no_bit(
     passes = forward_inputs(*batch(), choose_isolation(lm))
 
     def residuals(layers: Sequence[int]) -> dict[int, torch.Tensor]:
-        return run(
+        return batch_residuals(
             lm,
             passes,
             layers,
@@ -376,7 +368,7 @@ def test_a_layer_added_later_equals_one_harvested_at_once(
 def test_run_takes_no_cache_and_no_head(folders: dict[str, Path]) -> None:
     lm = open_model(folders["gemma4"])
     assert not hasattr(lm.decoder, "lm_head")
-    rows = run(lm, forward_inputs(*batch(), "packed"), [1])[1]
+    rows = batch_residuals(lm, forward_inputs(*batch(), "packed"), [1])[1]
     assert rows.shape == (120, 32)
     assert rows.dtype == torch.bfloat16
 
