@@ -21,6 +21,7 @@ from data import durable
 from data.errors import StoreError
 from data.journal import read_metrics
 from data.rows import summary
+from data.site import RESID_POST
 from train.optim import OptimConfig
 from train.run import METRICS
 from train.sae import SAEConfig
@@ -139,7 +140,7 @@ def _store_facts(subject: Subject) -> dict[str, Any]:
         "model": f"{model['id']} ({model['architecture']}, {model['n_layers']} layers, width {model['d_model']}), "
         f"run in {model['dtype']}",
         "weights": model["weights"],
-        "site": f"resid_post of layer {subject.layer}",
+        "site": f"{RESID_POST} of layer {subject.layer}",
         "text": ", ".join(
             f"{key} {value}" for key, value in text.items() if not isinstance(value, dict)
         ),

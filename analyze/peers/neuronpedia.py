@@ -54,6 +54,7 @@ from data import durable
 from data.errors import SettingError, StopRequest, StoreError
 from data.journal import Progress, duration
 from data.settings import build
+from data.site import hook_name
 from train.run import text_of
 
 ROOT, SOURCE = "v1", "source.jsonl"
@@ -318,7 +319,7 @@ def _feature(export: Export, row: Row, bins: Bins, vector: list[float] | None) -
         "maxActApprox": largest,
         "hasVector": vector is not None,
         "vector": vector or [],
-        "hookName": f"blocks.{export.study.subject.layer}.hook_resid_post" if vector else None,
+        "hookName": hook_name(export.study.subject.layer) if vector else None,
         "vectorDefaultSteerStrength": largest if vector else None,
         "topkCosSimIndices": [row["feature"], *(one["feature"] for one in near)],
         "topkCosSimValues": [1, *_digits([one["cosine"] for one in near])],

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from data.errors import StoreError
+from data.site import RESID_POST, hook_name
 from train.sae import SAE
 
 # SAELens before this version had another layout, by which it would take files that do not name
@@ -94,7 +95,7 @@ def saelens_config(sae: SAE, about: About) -> dict[str, Any]:
         "metadata": {
             "sae_lens_version": _SAELENS_LAYOUT,
             "model_name": about.model,
-            "hook_name": f"blocks.{about.layer}.hook_resid_post",
+            "hook_name": hook_name(about.layer),
             "hf_hook_name": f"model.layers.{about.layer}.output",
             "context_size": about.context,
             "dataset_path": about.text,
@@ -201,7 +202,7 @@ def _to_dictionary_learning(sae: SAE, about: About) -> dict[str, bytes]:
         "k": sae.k,
         "layer": about.layer,
         "lm_name": about.model,
-        "submodule_name": f"resid_post_layer_{about.layer}",
+        "submodule_name": f"{RESID_POST}_layer_{about.layer}",
     }
     if sae.threshold is None:
         state = {
@@ -260,7 +261,7 @@ def _to_safetensors(sae: SAE, about: About) -> dict[str, bytes]:
         "k": sae.k,
         "d_model": sae.d_model,
         "d_sae": sae.d_sae,
-        "site": "resid_post",
+        "site": RESID_POST,
         **about._asdict(),
     }
     return {"config.json": _json(config), "sae.safetensors": _tensors(**sae.tensors())}

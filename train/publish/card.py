@@ -18,6 +18,7 @@ import torch
 import yaml
 from jinja2 import Environment, StrictUndefined
 
+from data.site import RESID_POST
 from train.export.formats import About
 from train.sae import SAE
 
@@ -175,7 +176,7 @@ def _specs(facts: Facts) -> Rows:
         ("base model", about.model),
         (
             "hook",
-            f"residual stream, output of decoder layer {about.layer} counted from 0 (resid_post)",
+            f"residual stream, output of decoder layer {about.layer} counted from 0 ({RESID_POST})",
         ),
         ("d_model", f"{sae.d_model:,}"),
         ("d_sae", f"{sae.d_sae:,} ({sae.d_sae / sae.d_model:.3g} times d_model)"),
