@@ -27,8 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from analyze import outcome as outcomes
 from analyze.language_model import residuals
-from analyze.study import FOLDER, read_outcome
+from analyze.results import FOLDER
 from data.errors import MismatchError, NonFiniteError, SettingError, StoreError
 from data.text.documents import Content
 from harvest import model as language_model
@@ -88,7 +89,7 @@ class DenseReward:
         path = features or run / FOLDER / "contrast" / f"contrastive_features_L{layer}.json"
         weights = _weights(path, layer, sae.d_sae)
         lm = language_model.load(model)
-        contrast = read_outcome(path.parent / "contrast.json")
+        contrast = outcomes.read(path.parent / "contrast.json")
         if contrast and (chosen := contrast[0]["weights"]) != lm.identity["weights"]:
             unequal = {"weights": (chosen, lm.identity["weights"])}
             raise MismatchError(

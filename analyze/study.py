@@ -1,111 +1,149 @@
-"""One study of a run: what it needs, where its results go, and what was done already.
+"""A study of a run: its definition, what it is given, and where its results go.
 
-Results of study NAME lie in RUN/studies/NAME: NAME.json (every figure, with seeds, settings and
-ids), NAME.md, a .svg per picture, and what the study itself leaves there. The same command again
-finds them and does nothing.
+`python -m analyze study=NAME` finds the module NAME.py, or NAME/study.py, in one of `FOLDERS` and
+performs its `DEFINITION`. A new study is such a module and conf/study/NAME.yaml.
 """
 
 from __future__ import annotations
 
 import json
+import pkgutil
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
+from analyze import outcome as outcomes
+from analyze import results
+from analyze.outcome import Outcome, dumped
+from analyze.results import FEATURES, FOLDER, digest_of, made
 from analyze.subject import Subject
 from data import durable
+from data.durable import Written
 from data.errors import MismatchError, SettingError
 from data.journal import tell
-from harvest import model as language_model
+from harvest import model as models
 from harvest.model import LanguageModel, ModelConfig
 
-FOLDER = "studies"  # in a run's directory
-FEATURES = "features.parquet"  # of a study that has something to say of every latent
+FOLDERS = ("analyze.studies", "analyze.peers", "analyze.pages")
+_KEPT = "kept"  # folder of intermediate results, beside the studies'
+_KEY = "key.json"  # in each of them: what it follows from, and the digests of its files
 
 
-class Table(NamedTuple):
-    """A table as people read it."""
+class Column(NamedTuple):
+    """A figure of every latent that a study leaves, for the feature browser."""
 
-    caption: str
-    header: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-
-
-class Picture(NamedTuple):
-    """An SVG with what it shows."""
-
-    caption: str
-    svg: str
+    name: str  # in the study's table
+    key: str  # in the browser; unique among all studies
+    label: str
+    about: str  # what it is, in a sentence
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a study found."""
-
-    figures: dict[str, Any]  # plain JSON; NaN becomes null
-    summary: list[str]  # sentences: the verdict first, each figure with its null or interval
-    tables: list[Table] = field(default_factory=list)
-    pictures: dict[str, Picture] = field(default_factory=dict)  # by file name without .svg
-    files: list[str] = field(
-        default_factory=list
-    )  # of the study's folder, without which it is not done
+def nothing(_: Study) -> Mapping[str, Any]:
+    """The inputs of a study that depends on the run and its own settings alone."""
+    return {}
 
 
 @dataclass(frozen=True)
+class Definition:
+    """What a study is: of one run (`run`), or of several (`compare`)."""
+
+    run: Callable[[Study], Outcome] | None = None
+    # Of several runs: does all that the command's settings ask for.
+    compare: Callable[[Mapping[str, Any]], None] | None = None
+    # Raise it when the same settings give another result: earlier results are then done again.
+    version: int = 1
+    options: type[Any] | None = None  # dataclass of conf/study/NAME.yaml; None: no settings
+    # What the result depends on beside the run, the model and the settings.
+    inputs: Callable[[Study], Mapping[str, Any]] = nothing
+    order: int = 100  # place in the report: ascending
+    fresh: bool = False  # made anew each time, from what other studies left; not kept
+    finds: bool = True  # False: it makes files for elsewhere, and has no verdict
+    columns: tuple[Column, ...] = ()  # in `table`, which has a row per latent
+    table: str = FEATURES
+
+
+def modules() -> dict[str, str]:
+    """The module of every study, by its name."""
+    found = {}
+    for folder in FOLDERS:
+        for module in pkgutil.iter_modules(import_module(folder).__path__):
+            inner = ".study" if module.ispkg else ""
+            found[module.name] = f"{folder}.{module.name}{inner}"
+    return found
+
+
+def find(name: str) -> Definition:
+    """The definition of study NAME.
+
+    Raises:
+        SettingError: there is no such study.
+    """
+    module = modules().get(name)
+    definition = getattr(import_module(module), "DEFINITION", None) if module else None
+    if not isinstance(definition, Definition):
+        raise SettingError(f"study={name} is not known; conf/study lists the studies")
+    return definition
+
+
+def model_of(subject: Subject, asked: Mapping[str, Any], device: torch.device) -> ModelConfig:
+    """The language model that the settings `model` name; by default the store's own."""
+    recorded = subject.store.manifest["model"]
+    return ModelConfig(
+        path=subject.model_path(asked["path"]),
+        revision=asked["revision"] if asked["path"] else recorded["revision"],
+        dtype=asked["dtype"] or recorded["dtype"],
+        device=str(device),
+    )
+
+
+@dataclass
 class Study:
-    """A study's name and settings, and the run that it is about."""
+    """A study while it is performed: its name and settings, and the run that it is about."""
 
     name: str
     subject: Subject
     options: Mapping[str, Any]  # of conf/study/NAME.yaml, without its name
     model: ModelConfig
     problems: str | None = None  # see analyze.problems.read
-    answers: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # how problems are answered: see analyze.gsm8k
+    answers: Mapping[str, Any] = field(default_factory=dict)  # see analyze.answers
 
     @property
     def folder(self) -> Path:
-        """Where this study's files go; made on first use."""
+        """Where this study's files go."""
         return made(self.subject.run / FOLDER / self.name)
 
     @cached_property
     def lm(self) -> LanguageModel:
-        """The whole language model that the store was harvested with, its head too, loaded on first
-        use.
+        """The whole language model that the store was harvested with, its head too.
+
+        It is loaded on first use.
 
         Raises:
             MismatchError: model= is another one.
         """
         tell(f"loading {self.model.path}")
-        loaded = language_model.load(self.model, head=True)
+        loaded = models.load(self.model, head=True)
         recorded = self.subject.store.manifest["model"]
-        same = ("weights", "config", "tokenizer")
-        if unequal := {
-            key: (recorded[key], loaded.identity[key])
-            for key in same
-            if recorded[key] != loaded.identity[key]
-        }:
-            raise MismatchError(
-                f"store {self.subject.store.name}",
-                unequal,
-                "Give the model that it was harvested with, as model.path=",
-            )
+        unequal = {}
+        for key in ("weights", "config", "tokenizer"):
+            if recorded[key] != loaded.identity[key]:
+                unequal[key] = (recorded[key], loaded.identity[key])
+        if unequal:
+            way_out = "Give the model that it was harvested with, as model.path="
+            raise MismatchError(f"store {self.subject.store.name}", unequal, way_out)
         return loaded
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What results depend on beside the study's own settings: the SAE, the model and how it is
-        run.
-        """
+        """What results depend on beside the study's own settings: SAE, model, and its dtype."""
         recorded = self.subject.store.manifest["model"]
         return {
             "sae": self.subject.digest,
@@ -115,155 +153,106 @@ class Study:
             "dtype": self.model.dtype,
         }
 
-    def locked(self) -> AbstractContextManager[None]:
-        """Keeps other processes from writing the study's files meanwhile."""
-        busy = f"{self.folder} is being written by another process; wait for it, or stop it"
-        return durable.locked(self.folder, busy)
+    def perform(self, definition: Definition) -> Outcome:
+        """What the study finds. A result of the same settings that is there is not made again.
 
-    def perform(self, study: Callable[[Study], Outcome], inputs: Mapping[str, Any]) -> Outcome:
-        """What `study` finds; from its files if it was done with the same settings on the same
-        `inputs`.
+        Results of other settings are kept beside it: see analyze/results.py.
         """
-        settings = json.loads(dumped({**self.identity, **inputs, "options": dict(self.options)}))
-        path = self.folder / f"{self.name}.json"
-        if (done := _read(path, settings)) is not None:
-            tell(f"{path} is there already; delete it to do the study again")
-            return done
-        outcome = study(self)
-        _write(self.folder, self.name, settings, outcome)
+        assert definition.run is not None
+        if definition.fresh:
+            return definition.run(self)
+        inputs = definition.inputs(self)
+        options = {"options": dict(self.options), "version": definition.version}
+        settings = json.loads(dumped({**self.identity, **inputs, **options}))
+        run = self.subject.run
+        busy = f"study={self.name} of {run} is being done by another process; wait, or stop it"
+        with durable.locked(run / FOLDER / f".{self.name}", busy):
+            earlier = results.of_study(run, self.name)
+            for result in earlier:
+                if result.settings == settings:
+                    result = results.bring_back(result, run)
+                    path = result.folder / f"{self.name}.json"
+                    tell(f"{path} is there already; delete it to do the study again")
+                    return result.outcome
+            results.begin(run, self.name)
+            try:
+                outcome = definition.run(self)
+                outcomes.write(self.folder, self.name, settings, outcome, finds=definition.finds)
+            except BaseException:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                if earlier:
+                    self._restore(earlier[0].settings)
+                raise
         return outcome
 
+    def _restore(self, settings: Mapping[str, Any]) -> None:
+        """Bring the former result back after a study that failed or was stopped."""
+        for result in results.of_study(self.subject.run, self.name):
+            if result.settings == settings:
+                results.bring_back(result, self.subject.run)
 
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `folder` when all went well; until then the old one
-    stays.
-    """
-    fresh = folder.with_name(f"{folder.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)  # of one that was killed
+    def kept_folder(self, name: str, key: Mapping[str, Any]) -> Path:
+        """The place of intermediate results that follow from `key`, for files that check themselves."""
+        return made(self.subject.run / FOLDER / _KEPT / f"{name}-{digest_of(key)}")
+
+    def kept(self, name: str, key: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
+        """A folder of intermediate results, RUN/studies/kept/NAME-DIGEST; filled once.
+
+        Args:
+            key: everything that they follow from, with the version of the code that makes them.
+            make: fills the folder. After a stop it finds there what it had written, and goes on.
+        """
+        folder = self.kept_folder(name, key)
+        if not _is_whole(folder):
+            (folder / _KEY).unlink(missing_ok=True)
+            make(folder)
+            files = {path.name: durable.digest_file(path) for path in sorted(folder.iterdir())}
+            durable.write(folder / _KEY, [dumped({"key": key, "files": files}).encode()])
+        return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a kept folder has its key, and every file its digest; damaged files are removed."""
     try:
-        yield made(fresh)
-        shutil.rmtree(folder, ignore_errors=True)
-        fresh.rename(folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        files = json.loads((folder / _KEY).read_bytes())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    whole = True
+    for name, written in files.items():
+        path = folder / name
+        if not path.is_file() or durable.digest_file(path) != Written(*written):
+            path.unlink(missing_ok=True)
+            whole = False
+    return whole
+
+
+def grow(
+    path: Path, total: int, step: int, make: Callable[[slice], Sequence[Mapping[str, Any]]]
+) -> None:
+    """Bring a file of JSON lines to `total` lines, `step` at a time, from wherever it stands.
+
+    Args:
+        make: the lines in a slice; the file is durable after each call.
+    """
+    lines = read_lines(path)
+    for start in range(len(lines), total, step):
+        lines += make(slice(start, start + step))
+        durable.write(path, ["".join(json.dumps(line) + "\n" for line in lines).encode()])
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The values in a file of JSON lines; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def at_least(name: str, value: int, least: int) -> None:
+    """Raise SettingError unless the setting `name` is a usable whole number from `least` on."""
+    if not least <= value < 2**62:
+        raise SettingError(f"{name}={value} must be at least {least}")
 
 
 def write_features(path: Path, columns: Mapping[str, Any]) -> None:
-    """A Parquet file of one row per latent; `feature` says which."""
+    """Write a Parquet file of one row per latent; the column `feature` says which."""
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(dict(columns)), sink, compression="zstd")
     durable.write(path, [memoryview(sink.getvalue())])
-
-
-def made(folder: Path) -> Path:
-    """`folder`, which exists afterwards.
-
-    Raises:
-        SettingError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingError(f"{folder} cannot be made: {error.strerror}") from error
-    return folder
-
-
-def dumped(value: Any) -> str:
-    """JSON of plain values and numpy's; NaN and infinity become null."""
-    return json.dumps(_plain(value), indent=1, ensure_ascii=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    if isinstance(value, float):
-        return value if np.isfinite(value) else None
-    return str(value) if isinstance(value, Path) else value
-
-
-def done(subject: Subject) -> dict[str, Outcome]:
-    """Studies of the run by name that were done with its present SAE; others are told and left
-    out.
-    """
-    found = {}
-    for path in sorted((subject.run / FOLDER).glob("*/*.json")):
-        if path.stem != path.parent.name or (read := read_outcome(path)) is None:
-            continue
-        settings, outcome = read
-        if settings.get("sae") == subject.digest:
-            found[path.stem] = outcome
-        else:
-            tell(
-                f"{path} is of another SAE than the run's and is left out; do study={path.stem} again"
-            )
-    return found
-
-
-def read_outcome(path: Path) -> tuple[dict[str, Any], Outcome] | None:
-    """A study's settings and its outcome from NAME.json and the pictures beside it; None if they
-    are not whole.
-    """
-    try:
-        found = json.loads(path.read_bytes())
-        drawn = {
-            name: Picture(caption, (path.parent / f"{name}.svg").read_text())
-            for name, caption in found["pictures"].items()
-        }
-        tables = [
-            Table(caption, tuple(header), [tuple(row) for row in rows])
-            for caption, header, rows in found["tables"]
-        ]
-        files = list(found.get("files", []))
-        return found["settings"], Outcome(found["figures"], found["summary"], tables, drawn, files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _read(path: Path, settings: dict[str, Any]) -> Outcome | None:
-    found = read_outcome(path)
-    if found is None or found[0] != settings:
-        return None
-    return found[1] if all((path.parent / name).is_file() for name in found[1].files) else None
-
-
-def _write(folder: Path, name: str, settings: dict[str, Any], outcome: Outcome) -> None:
-    """Everything durably, the JSON last: it is what says that the study is done."""
-    for stem, picture in outcome.pictures.items():
-        durable.write(folder / f"{stem}.svg", [picture.svg.encode()])
-    durable.write(folder / f"{name}.md", ["\n".join(markdown(name, outcome)).encode(), b"\n"])
-    said = {
-        "study": name,
-        "settings": settings,
-        "summary": outcome.summary,
-        "tables": outcome.tables,
-        "pictures": {stem: picture.caption for stem, picture in outcome.pictures.items()},
-        "files": outcome.files,
-        "figures": outcome.figures,
-    }
-    durable.write(folder / f"{name}.json", [dumped(said).encode()])
-
-
-def markdown(name: str, outcome: Outcome) -> list[str]:
-    """The outcome as lines of Markdown: summary, then tables."""
-    lines = [f"# {name}", "", *outcome.summary]
-    for table in outcome.tables:
-        lines += [
-            "",
-            table.caption,
-            "",
-            _row(table.header),
-            _row(["---"] * len(table.header)),
-            *map(_row, table.rows),
-        ]
-    return lines
-
-
-def _row(cells: Any) -> str:
-    return (
-        "| " + " | ".join(cell.replace("\\", "\\\\").replace("|", "\\|") for cell in cells) + " |"
-    )

@@ -4,41 +4,33 @@ text and pictures.
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from analyze import contexts, study
+from analyze import contexts, results
 from analyze import drawing as pictures
-from analyze.pages.browser import site as browser
-from analyze.studies.quality import NAMED, quality, write
+from analyze.outcome import Outcome
+from analyze.pages.browser import study as browser
+from analyze.results import FOLDER, Result
+from analyze.studies import quality
 from analyze.studies.sweep import words as sweep_page
+from analyze.study import Definition, Study, at_least, find, model_of, modules
 from analyze.subject import Subject
 from data import durable
-from data.errors import StoreError
+from data.errors import StoreError, differences
 from data.journal import read_metrics
 from data.rows import summary
 from data.site import RESID_POST
+from data.settings import build
 from train.optim import OptimConfig
 from train.run import METRICS
 from train.sae import SAEConfig
 
 FEATURES, CONTEXTS = 20, 5  # shown: latents, contexts of each
-_ORDER = [
-    "splice",
-    "gsm8k",
-    "contrast",
-    "steering",
-    "stage_gate",
-    "logit_lens",
-    "reason_score",
-    "catalogue",
-    "stability",
-]
-_FILES = ("browser", "saebench", "delphi", "neuronpedia")  # what these say is where their files are
 _REFERENCE = {  # what the model card of the public TopK SAE of layer 21 of Gemma 4 E4B states
     "scalar": "0.939, of one training batch",
     "mse_per_element": "about 0.181",
@@ -49,19 +41,37 @@ _REFERENCE = {  # what the model card of the public TopK SAE of layer 21 of Gemm
 _COVERAGE_ROWS = 4096  # in which the reference counts coverage: one batch
 
 
+@dataclass(frozen=True)
+class Options:
+    """Settings of conf/study/report.yaml."""
+
+    rows: int = 500_000  # held-out rows at most, in which contexts are looked for
+
+    def __post_init__(self) -> None:
+        at_least("study.rows", self.rows, 1)
+
+
+def run(study: Study) -> Outcome:
+    """Write run/report.html."""
+    limit = build(Options, "study", study.options).rows
+    asked = None if study.model.path == study.subject.model_path(None) else study.model.path
+    path = report(study.subject, limit, asked)
+    return Outcome({}, [f"wrote {path}: open it in a browser"])
+
+
 def report(subject: Subject, limit: int, model_path: str | None) -> Path:
     """Write run/report.html; measure the quality first if that was not done.
 
     Args:
         limit: held-out rows to look for contexts in, and to measure on.
-        model_path: where the model's tokenizer is, if the store's own record of it does not lead
-            there.
+        model_path: where the model's tokenizer is; None: where the store's own record leads.
     """
     if not (subject.run / METRICS).is_file():
         raise StoreError(
             f"{subject.run} was not trained here and has no curves to report; study=quality measures it"
         )
-    figures = _figures(subject, limit)
+    done = results.current(subject.run, subject.digest)
+    figures = _figures(subject, limit, done)
     metrics = read_metrics(subject.run / METRICS)
     final = [record for record in metrics if record["split"] == "held_out"][-1]
     environment = Environment(
@@ -78,7 +88,7 @@ def report(subject: Subject, limit: int, model_path: str | None) -> Path:
             name: Markup(svg) for name, svg in _pictures(figures, metrics).items()
         },  # ours, no foreign text
         features=_features(subject, limit, model_path),
-        studies=_studies(subject),
+        studies=_studies(subject, done),
         sweep=_sweep(subject),
     )
     path = subject.run / "report.html"
@@ -86,21 +96,13 @@ def report(subject: Subject, limit: int, model_path: str | None) -> Path:
     return path
 
 
-def _figures(subject: Subject, limit: int) -> dict[str, Any]:
+def _figures(subject: Subject, limit: int, done: dict[str, Result]) -> dict[str, Any]:
     """What study=quality found of the run's present SAE; measured now if it was not done."""
-    measured = subject.run / "quality.json"
-    if measured.exists():
-        try:
-            found: dict[str, Any] = json.loads(measured.read_bytes())
-        except ValueError as error:
-            raise StoreError(
-                f"{measured} is not JSON; delete it, and it is measured again"
-            ) from error
-        if found.get("sae") == subject.digest:
-            return found
-    found = quality(subject, limit)
-    write(subject, found)
-    return found
+    if measured := done.get("quality"):
+        return measured.outcome.figures
+    nothing_asked = {"path": None, "dtype": None}
+    model = model_of(subject, nothing_asked, subject.device)
+    return Study("quality", subject, {"rows": limit}, model).perform(quality.DEFINITION).figures
 
 
 def _run_facts(subject: Subject) -> dict[str, Any]:
@@ -152,7 +154,10 @@ def _store_facts(subject: Subject) -> dict[str, Any]:
 
 def _quality(figures: dict[str, Any], final: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(figure, of this run, of the reference SAE)."""
-    rows = [(label, f"{figures[key]:.4f}", _REFERENCE.get(key, "")) for key, label in NAMED.items()]
+    rows = [
+        (label, f"{figures[key]:.4f}", _REFERENCE.get(key, ""))
+        for key, label in quality.NAMED.items()
+    ]
     if seen := [point["share"] for point in figures["coverage"] if point["rows"] == _COVERAGE_ROWS]:
         label = f"latents that fire within {_COVERAGE_ROWS:,} tokens"
         rows.append((label, f"{100 * seen[0]:.1f} %", _REFERENCE["coverage"]))
@@ -227,35 +232,43 @@ def _pictures(figures: dict[str, Any], metrics: list[dict[str, Any]]) -> dict[st
     return drawn
 
 
-def _studies(subject: Subject) -> dict[str, dict[str, Any]]:
-    """What the run's studies found, in the order in which one reads them."""
-    found = study.done(subject)
-    order = sorted(
-        found,
-        key=lambda name: (
-            name in _FILES,
-            _ORDER.index(name) if name in _ORDER else len(_ORDER),
-            name,
-        ),
-    )
-    return {
-        name: {
-            "finds": name not in _FILES and found[name].summary,
-            "summary": found[name].summary,
-            "tables": found[name].tables,
-            "pictures": [
-                (picture.caption, Markup(picture.svg)) for picture in found[name].pictures.values()
-            ],
-            "file": f"{study.FOLDER}/{name}/{name}.json",
+def _studies(subject: Subject, done: dict[str, Result]) -> dict[str, dict[str, Any]]:
+    """What the run's studies found, in the order of their definitions."""
+    known = modules()
+    definitions = {name: find(name) for name in done if name in known and name != "quality"}
+    shown = {}
+    for name, definition in sorted(definitions.items(), key=lambda item: (item[1].order, item[0])):
+        outcome = done[name].outcome
+        pictures = [(picture.caption, Markup(picture.svg)) for picture in outcome.pictures.values()]
+        shown[name] = {
+            "finds": definition.finds and outcome.summary,
+            "summary": outcome.summary,
+            "tables": outcome.tables,
+            "pictures": pictures,
+            "file": f"{FOLDER}/{name}/{name}.json",
             "page": _page(subject, name),
+            "variants": _variants(subject, done[name]),
         }
-        for name in order
-    }
+    return shown
+
+
+def _variants(subject: Subject, shown: Result) -> list[dict[str, Any]]:
+    """The study's other results of this SAE: how their settings differ, and what they say."""
+    variants = []
+    for result in results.of_study(subject.run, shown.name)[1:]:
+        if result.settings.get("sae") != subject.digest:
+            continue
+        unequal = differences(shown.settings, result.settings)
+        settings = ", ".join(f"{key}={theirs}" for key, (_, theirs) in unequal.items())
+        file = result.folder.relative_to(subject.run) / f"{shown.name}.json"
+        first = next(iter(result.outcome.summary), "")
+        variants.append({"settings": settings, "says": first, "file": file.as_posix()})
+    return variants
 
 
 def _page(subject: Subject, name: str) -> str | None:
     """Where the study's own pages are, if it has some."""
-    page = f"{study.FOLDER}/{name}/{browser.PAGE}"
+    page = f"{FOLDER}/{name}/{browser.PAGE}"
     return page if (subject.run / page).is_file() else None
 
 
@@ -307,3 +320,6 @@ def _features(subject: Subject, limit: int, model_path: str | None) -> dict[str,
         ]
         shown.append({"latent": latent, "rows": int(fired[latent]), "contexts": lines})
     return {"latents": shown, "as_ids": say is None}
+
+
+DEFINITION = Definition(run, options=Options, fresh=True)

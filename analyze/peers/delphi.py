@@ -45,9 +45,11 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
+from analyze.outcome import Outcome
+from analyze.results import made
 from analyze.studies.catalogue import study as catalogue
 from analyze.studies.catalogue.index import BLOCK, Index
-from analyze.study import Outcome, Study, made, replacing
+from analyze.study import Definition, Study
 from analyze.subject import Subject
 from data import durable
 from data.errors import SettingError, StopRequest, StoreError
@@ -111,17 +113,16 @@ def delphi(study: Study) -> Outcome:
             f"study.splits={splits} must be at most the number of latents, {subject.sae.d_sae}"
         )
     folder, hook = study.folder, hookpoint(subject)
-    with study.locked(), StopRequest() as stop:
+    with StopRequest() as stop:
         cache, written, progress = cache_of(subject), 0, Progress()
         bounds = [subject.sae.d_sae * number // splits for number in range(splits + 1)]
-        with replacing(folder / LATENTS) as fresh:  # delphi takes every file that lies there
-            target = made(fresh / hook)
-            for number, (first, end) in enumerate(pairwise(bounds)):
-                path = target / f"{first}_{end - 1}.safetensors"
-                written += durable.write(path, _file(cache, first, end, stop)).bytes
-                progress.show(f"file {number + 1}/{splits}", last=number + 1 == splits)
-            beside = _beside(folder, subject, cache, stop)
-            durable.write(target / CONFIG, [_config(study, cache, splits)])
+        target = made(folder / LATENTS / hook)
+        for number, (first, end) in enumerate(pairwise(bounds)):
+            path = target / f"{first}_{end - 1}.safetensors"
+            written += durable.write(path, _file(cache, first, end, stop)).bytes
+            progress.show(f"file {number + 1}/{splits}", last=number + 1 == splits)
+        beside = _beside(folder, subject, cache, stop)
+        durable.write(target / CONFIG, [_config(study, cache, splits)])
     figures = {
         "hookpoint": hook,
         "features": len(cache.count),
@@ -300,3 +301,6 @@ def _next(study: Study, hook: str) -> str:
         f"results/{name} && python -m delphi {model} {exported} --hookpoints {hook} --name {name}`, which finds the "
         "cache and makes none."
     )
+
+
+DEFINITION = Definition(delphi, options=Options, inputs=inputs, order=202, finds=False)

@@ -46,10 +46,12 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from analyze.outcome import Outcome
 from analyze.pages.browser.pages import Contexts, contexts_of
+from analyze.results import made
 from analyze.studies.catalogue import study as catalogue
 from analyze.studies.catalogue.index import BLOCK, Index
-from analyze.study import Outcome, Study, made, replacing
+from analyze.study import Definition, Study
 from data import durable
 from data.errors import SettingError, StopRequest, StoreError
 from data.journal import Progress, duration
@@ -189,8 +191,8 @@ def neuronpedia(study: Study) -> Outcome:
         names_of(study),
     )
     say, left = catalogue.names(study, raw=True), Path(ROOT, names.model, names.source)
-    with study.locked(), replacing(study.folder / ROOT) as fresh, StopRequest() as stop:
-        target = made(fresh / names.model / names.source)
+    with StopRequest() as stop:
+        target = made(study.folder / ROOT / names.model / names.source)
         clean = functools.cache(lambda token: storable(say(token) if say else f"#{token}"))
         export = Export(study, names, clean, *catalogue.files(study.subject), options.vectors)
         figures = _batches(target, export, stop)
@@ -432,3 +434,6 @@ def _summary(study: Study, names: Names, figures: Mapping[str, Any], *, as_ids: 
             "Tokens are shown as ids: the model's tokenizer is not at hand; give model.path=."
         )
     return lines
+
+
+DEFINITION = Definition(neuronpedia, options=Options, inputs=inputs, order=203, finds=False)

@@ -22,13 +22,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analyze import study as studies
 from analyze.drawing import said
+from analyze.outcome import Outcome, Table, dumped
 from analyze.peers import saebench_metrics
 from analyze.peers.saebench_metrics import DEFINITIONS, Measured, Metrics
+from analyze.results import FOLDER as STUDIES
+from analyze.results import current, made
 from analyze.stats import Floats, variance_explained
 from analyze.studies import splice
-from analyze.study import Outcome, Study, Table, made
+from analyze.study import Definition, Study
 from analyze.subject import Subject
 from data import durable
 from data.errors import SettingError
@@ -68,9 +70,10 @@ class Spliced(NamedTuple):
 
 def spliced(subject: Subject) -> Spliced | None:
     """What study=splice has found of the run's present SAE; None if it was not done."""
-    outcome = studies.done(subject).get("splice")
-    if outcome is None:
+    result = current(subject.run, subject.digest).get("splice")
+    if result is None:
         return None
+    outcome = result.outcome
     row = {(one["name"], one["where"]): one for one in outcome.figures["rows"]}
     rows = row[splice.CLEAN, ""], row["sae", splice.ALL], row["zero", splice.ALL]
     return Spliced(outcome.figures["replaced"][splice.ALL], *rows)
@@ -194,7 +197,7 @@ def file_of(subject: Subject) -> Path:
 def _write(path: Path, results: Mapping[str, Any]) -> None:
     for old in made(path.parent).glob(f"*{SUFFIX}"):
         old.unlink()  # of the run under another name: SAEBench would plot both
-    durable.write(path, [studies.dumped(results).encode()])
+    durable.write(path, [dumped(results).encode()])
 
 
 # -- the study -------------------------------------------------------------------------------------
@@ -202,7 +205,7 @@ def _write(path: Path, results: Mapping[str, Any]) -> None:
 
 def inputs(study: Study) -> Mapping[str, Any]:
     """What the file depends on beside the settings, for `Study.perform`."""
-    losses = study.subject.run / studies.FOLDER / "splice" / "splice.json"
+    losses = study.subject.run / STUDIES / "splice" / "splice.json"
     return {
         "splice": durable.digest_file(losses).xxh3_128 if losses.is_file() else None,
         "definitions": DEFINITIONS,
@@ -233,7 +236,7 @@ def saebench(study: Study) -> Outcome:
     metrics = {
         kind: {name: _number(value) for name, value in group.items()} for kind, group in raw.items()
     }
-    depends = studies.dumped({**study.identity, **inputs(study), "options": vars(options)})
+    depends = dumped({**study.identity, **inputs(study), "options": vars(options)})
     results = {
         "eval_type_id": "core",
         "eval_config": _eval_config(subject, known, found, model),
@@ -283,3 +286,6 @@ def _table(metrics: Metrics) -> Table:
         for name, value in group.items()
     ]
     return Table("SAEBench's core metrics, by its names", ("category", "metric", "value"), rows)
+
+
+DEFINITION = Definition(saebench, options=Options, inputs=inputs, order=95)

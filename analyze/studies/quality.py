@@ -24,11 +24,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from analyze.directions import nearest
+from analyze.outcome import Outcome, Table, markdown
 from analyze.stats import variance_explained
+from analyze.study import Definition, Study, at_least
 from analyze.subject import Subject, Unit
 from data import durable
 from data.errors import StoreError
-from data.rows import summary
+from data.rows import summary as summary_of_layer
+from data.settings import build
 from data.store.kinds import BOS, ORDINARY
 from data.store.moments import Moments
 
@@ -46,6 +49,16 @@ NAMED = {  # figures of all rows together that are one number, as people read th
     "l2_ratio": "norm of reconstruction / norm of row",
     "shrinkage": "shrinkage (1 is none)",
 }
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of conf/study/quality.yaml."""
+
+    rows: int = 4_000_000  # held-out rows at most, in whole units
+
+    def __post_init__(self) -> None:
+        at_least("study.rows", self.rows, 1)
 
 
 class Rows(NamedTuple):
@@ -308,46 +321,52 @@ def _group(rows: Rows, mask: NDArray[np.bool_]) -> dict[str, float]:
 # -- output ----------------------------------------------------------------------------------------
 
 
-def write(subject: Subject, figures: dict[str, Any]) -> None:
-    """Write quality.json and quality.md into the run's directory."""
-    whole = {"sae": subject.digest, **figures}
-    durable.write(subject.run / "quality.json", [json.dumps(whole, indent=1).encode() + b"\n"])
-    durable.write(
-        subject.run / "quality.md", ["\n".join(markdown(subject, figures)).encode() + b"\n"]
-    )
-
-
-def markdown(subject: Subject, figures: dict[str, Any]) -> list[str]:
-    """The figures as Markdown lines."""
+def outcome_of(subject: Subject, figures: dict[str, Any]) -> Outcome:
+    """The figures in words and tables."""
     model = subject.store.manifest["model"]["id"]
-    low, high = figures["variance_explained"]["as trained"]["centred_95"]
-    lines = [
-        f"# Quality of {subject.run.name}",
-        "",
-        f"SAE of {figures['d_sae']:,} latents, L0 {figures['l0']:.1f}, on layer {subject.layer} of {model}. "
-        f"Measured on {figures['rows']:,} held-out rows of {figures['documents']:,} documents; brackets are 95 % "
-        "intervals from resampling documents.",
-        "",
-        "| figure | value |",
-        "|---|---|",
-        f"| variance explained, centred | {figures['variance_explained']['as trained']['centred']:.4f} "
-        f"[{low:.4f}, {high:.4f}] |",
+    trained = figures["variance_explained"]["as trained"]
+    low, high = trained["centred_95"]
+    explained = f"{trained['centred']:.4f} [{low:.4f}, {high:.4f}]"
+    summary = [
+        f"The SAE explains {explained} of the variance of {figures['rows']:,} held-out rows of "
+        f"{figures['documents']:,} documents; brackets are 95 % intervals from resampling "
+        "documents.",
+        f"It has {figures['d_sae']:,} latents and L0 {figures['l0']:.1f}, on layer "
+        f"{subject.layer} of {model}.",
     ]
-    lines += [f"| {text} | {figures[key]:.4f} |" for key, text in NAMED.items()]
-    if (lost := summary.variance_lost(subject.store, subject.layer)) is not None:
+    rows = [("variance explained, centred", explained)]
+    rows += [(text, f"{figures[key]:.4f}") for key, text in NAMED.items()]
+    if (lost := summary_of_layer.variance_lost(subject.store, subject.layer)) is not None:
         codec = subject.store.manifest["codec"]
-        lines += [f"| variance of its rows that the store lost (codec {codec}) | {lost:.2e} |"]
-    lines += [
-        f"| latents silent on all held-out rows | {figures['silent']:,} of {figures['d_sae']:,} |",
-        "",
+        rows.append((f"variance of its rows that the store lost (codec {codec})", f"{lost:.2e}"))
+    silent = f"{figures['silent']:,} of {figures['d_sae']:,}"
+    rows.append(("latents silent on all held-out rows", silent))
+    subsets = []
+    for name, subset in figures["variance_explained"].items():
+        subsets.append((name, f"{subset['rows']:,}", f"{subset['centred']:.4f}"))
+    fired = [(f"{point['rows']:,}", f"{point['share']:.1%}") for point in figures["coverage"]]
+    tables = [
+        Table("Every definition", ("figure", "value"), rows),
+        Table("By kind of row", ("rows", "number", "centred"), subsets),
+        Table("Coverage", ("first rows", "latents that fired"), fired),
     ]
-    lines += ["| rows | number | centred |", "|---|---|---|"]
-    lines += [
-        f"| {name} | {row['rows']:,} | {row['centred']:.4f} |"
-        for name, row in figures["variance_explained"].items()
-    ]
-    lines += ["", "| first rows | latents that fired |", "|---|---|"]
-    return [
-        *lines,
-        *(f"| {point['rows']:,} | {point['share']:.1%} |" for point in figures["coverage"]),
-    ]
+    return Outcome(figures, summary, tables)
+
+
+def run(study: Study) -> Outcome:
+    """Measure the SAE; quality.json and quality.md lie in the run's directory, too."""
+    subject, options = study.subject, build(Options, "study", study.options)
+    outcome = outcome_of(subject, quality(subject, options.rows))
+    write(subject, outcome)
+    return outcome
+
+
+def write(subject: Subject, outcome: Outcome) -> None:
+    """Write quality.json and quality.md into the run's directory."""
+    record = {"sae": subject.digest, **outcome.figures}
+    durable.write(subject.run / "quality.json", [json.dumps(record, indent=1).encode() + b"\n"])
+    lines = [f"# Quality of {subject.run.name}", "", *markdown(outcome)]
+    durable.write(subject.run / "quality.md", ["\n".join(lines).encode() + b"\n"])
+
+
+DEFINITION = Definition(run, options=Options, order=0)

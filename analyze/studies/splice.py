@@ -40,9 +40,10 @@ from torch import Tensor
 from analyze import language_model, pieces
 from analyze.drawing import Line, bands, said, whiskers
 from analyze.language_model import batches, edited, unembedded
+from analyze.outcome import Outcome, Picture, Table
 from analyze.pieces import Piece
 from analyze.stats import Floats, bootstrap_ratios, sums_by
-from analyze.study import Outcome, Picture, Study, Table
+from analyze.study import Definition, Study
 from analyze.subject import Subject
 from data.errors import SettingError, StopRequest, StoreError
 from data.journal import Progress
@@ -388,3 +389,6 @@ def _pictures(figures: dict[str, Any]) -> dict[str, Picture]:
         "splice": Picture("Cross entropy with each stream in place of the residual", bars),
         "splice_position": Picture("What the replacement costs by position in the piece", by),
     }
+
+
+DEFINITION = Definition(splice, options=Options, order=10)

@@ -19,11 +19,13 @@ import pytest
 import torch
 
 from analyze import contexts
+from analyze.outcome import Outcome
 from analyze.pages.browser.serve import server
-from analyze.pages.browser.site import PAGE, browser, inputs
+from analyze.pages.browser.study import DEFINITION, PAGE
+from analyze.results import FEATURES
 from analyze.studies.catalogue import study as catalogue
 from analyze.studies.catalogue.table import Ranked
-from analyze.study import FEATURES, Outcome, Study, write_features
+from analyze.study import Definition, Study, write_features
 from analyze.subject import Subject
 from harvest.model import ModelConfig
 from tests.analyze.conftest import F, Made, make_run, random_rows
@@ -74,7 +76,7 @@ def build(root: Path) -> Built:
         findings(made.run)
         patch.setattr(contexts, "token_names", lambda *_, **__: say)
         study = study_of(made.run, others=[str(other)], contexts=3, samples=2)
-        return Built(study.folder, study.perform(browser, inputs(study)), made, order)
+        return Built(study.folder, study.perform(DEFINITION), made, order)
 
 
 def _logits(study: Study, *_: object) -> tuple[tuple[Ranked, Ranked], None]:
@@ -92,7 +94,7 @@ def study_of(run: Path, name: str = "browser", **options: Any) -> Study:
 def of_run(run: Path) -> None:
     """Make the run's catalogue."""
     options = {"rows": 1e6, "part": "all", "top": 4, "quantiles": 5, "each": 3, "logits": 4}
-    study_of(run, "catalogue", **options).perform(catalogue.catalogue, {})
+    study_of(run, "catalogue", **options).perform(catalogue.DEFINITION)
 
 
 def copied(run: Path, to: Path, weights: SAE) -> Path:
@@ -110,7 +112,7 @@ def findings(run: Path) -> None:
 
     def leave(name: str, figures: dict[str, Any]) -> Path:
         study = study_of(run, name)
-        study.perform(lambda _: Outcome(figures, []), {})
+        study.perform(Definition(lambda _: Outcome(figures, [])))
         return study.folder
 
     tested = {"feature": np.array([7, 3]), "d": np.array([1.5, -0.5]), "q": np.array([0.01, 0.2])}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ import pytest
 import torch
 
 from analyze import contexts
+from analyze.outcome import Outcome
 from analyze.pages.browser import columns
 from analyze.pages.browser.joins import TOP as PARTNERS
 from analyze.pages.browser.pages import CHUNK
 from analyze.pages.browser.script import script, short
 from analyze.pages.browser.serve import server
-from analyze.pages.browser.site import PAGE, browser, inputs
+from analyze.pages.browser.study import DEFINITION, PAGE, browser, inputs
 from analyze.pages.browser.tokens import TOP
+from analyze.results import Result
 from analyze.studies.catalogue import study as catalogue
-from analyze.study import Outcome, Study
+from analyze.study import Study
 from analyze.subject import Subject
 from data.errors import SettingError, StoreError
 from data.rows import summary
@@ -119,12 +122,13 @@ def test_the_list(built: Built) -> None:
 
 def test_figures_of_another_sae_are_left_out(built: Built) -> None:
     subject = Subject.open(built.made.run, None, torch.device("cpu"))
-    assert [one.key for one in columns.of_studies(subject, {"stability": Outcome({}, [])})] == [
-        "stability"
-    ]
-    assert (
-        columns.of_studies(subject, {"reason_score": Outcome({}, [])}) == []
-    )  # its table is not there
+
+    def columns_of(name: str) -> list[str]:
+        done = {name: Result(name, subject.run / "studies" / name, {}, Outcome({}, []))}
+        return [column.key for column in columns.of_studies(subject, done)]
+
+    assert columns_of("stability") == ["stability"]
+    assert columns_of("reason_score") == []  # its table is not there
 
 
 def test_tokens_against_brute_force(built: Built) -> None:
@@ -177,9 +181,9 @@ def test_another_layer_is_joined_token_by_token(tmp_path: Path) -> None:
         above,
     )
     for run in (made.run, tmp_path / "above"):
-        study_of(run, "catalogue", part="all", rows=1e6, logits=0).perform(catalogue.catalogue, {})
+        study_of(run, "catalogue", part="all", rows=1e6, logits=0).perform(catalogue.DEFINITION)
     study = study_of(made.run, others=[str(tmp_path / "above")])
-    study.perform(browser, inputs(study))
+    study.perform(DEFINITION)
     (other,) = read(study.folder, "meta")["others"]
     assert (other["name"], other["layer"]) == ("above", 4)
     place, checked = {int(latent): at for at, latent in enumerate(order)}, 0
@@ -230,7 +234,7 @@ def test_done_again_only_if_something_changed(built: Built, tmp_path: Path) -> N
 
     def again() -> int:
         study = study_of(run)
-        study.perform(counted, inputs(study))
+        study.perform(replace(DEFINITION, run=counted))
         return len(times)
 
     assert (again(), again()) == (1, 1)
@@ -247,11 +251,9 @@ def test_done_again_only_if_something_changed(built: Built, tmp_path: Path) -> N
 
 def test_refusals(built: Built, tmp_path: Path) -> None:
     bare = copied(built.made.run, tmp_path / "bare", built.made.sae)
-    with pytest.raises(
-        StoreError, match=r"no catalogue; run `python -m analyze study=catalogue run="
-    ):
+    with pytest.raises(StoreError, match="study=catalogue"):
         inputs(study_of(bare))
-    with pytest.raises(StoreError, match="no catalogue"):
+    with pytest.raises(StoreError, match="study=catalogue"):
         inputs(study_of(built.made.run, others=[str(bare)]))
     for wrong in (
         {"contexts": 0},
@@ -270,16 +272,14 @@ def test_files_of_the_catalogue_that_are_gone_or_damaged(built: Built, tmp_path:
     whole = catalogue.files(study_of(run).subject)
     assert whole.places.units == list(range(16))
     whole.table.write_bytes(b"x")
-    with pytest.raises(
-        StoreError, match=r"a damaged features\.parquet; delete it, and run `python -m analyze"
-    ):
+    with pytest.raises(StoreError, match=r"features\.parquet"):
         inputs(study_of(run))
     whole.table.unlink()
-    with pytest.raises(StoreError, match="a catalogue of which files are gone; run"):
+    with pytest.raises(StoreError, match="study=catalogue"):
         inputs(study_of(run))
     of_run(run)
     whole.places.path(3).unlink()
-    with pytest.raises(StoreError, match="a catalogue of which files are gone; run"):
+    with pytest.raises(StoreError, match="study=catalogue"):
         inputs(study_of(run))
     of_run(run)  # as the message says
     assert inputs(study_of(run))
@@ -298,7 +298,7 @@ def test_what_the_pages_depend_on(
         of_run(run)
     study = study_of(runs[0], others=[str(runs[1])])
     seen = [inputs(study)]
-    study_of(runs[1], "catalogue", rows=1, part="all", logits=0).perform(catalogue.catalogue, {})
+    study_of(runs[1], "catalogue", rows=1, part="all", logits=0).perform(catalogue.DEFINITION)
     seen.append(inputs(study))
     monkeypatch.setattr(contexts, "token_names", lambda *_, **__: say)
     seen.append(inputs(study))

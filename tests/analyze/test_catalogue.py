@@ -5,6 +5,7 @@ other readers.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from analyze.outcome import Outcome
 from analyze.studies.catalogue import index as inverted_index
 from analyze.studies.catalogue import study
 from analyze.studies.catalogue import table as feature_table
 from analyze.studies.catalogue.index import Index, Postings
 from analyze.studies.catalogue.state import BINS, Largest, State
-from analyze.study import Outcome, Study
+from analyze.study import Study
 from analyze.subject import Subject
 from data.errors import Interrupted, SettingError, StopRequest, StoreError
 from data.rows.split import Policy, held_out_units
@@ -299,15 +301,16 @@ def test_a_catalogue_that_was_cut_off_goes_on(
         "encode",
         lambda subject, unit: encoded.append(unit.number) or plain(subject, unit),
     )
+    shutil.copy(made.run / "sae_final.pt", tmp_path)
     cut = study_of(made, tmp_path)
     for number in (0, 3, 5, 11):
         monkeypatch.setattr(study, "StopRequest", lambda number=number: StopAfter(number))
         with pytest.raises(Interrupted):
-            study.catalogue(cut)
-    damaged = cut.folder / study.FOLDER / "unit_000002.parquet"
+            cut.perform(study.DEFINITION)
+    (damaged,) = cut.subject.run.glob("studies/kept/postings-*/unit_000002.parquet")
     damaged.write_bytes(damaged.read_bytes()[:-3])
     monkeypatch.setattr(study, "StopRequest", lambda: StopAfter(10**6))
-    study.catalogue(cut)
+    cut.perform(study.DEFINITION)
     assert contents(cut.folder) == expected
     assert sorted(encoded) == sorted(
         [*range(made.store.units), 2]
@@ -315,15 +318,16 @@ def test_a_catalogue_that_was_cut_off_goes_on(
 
 
 def test_files_of_another_sae_are_not_taken(made: Made, tmp_path: Path) -> None:
+    shutil.copy(made.run / "sae_final.pt", tmp_path)
     first = study_of(made, tmp_path)
-    study.catalogue(first)
+    first.perform(study.DEFINITION)
     before = contents(first.folder)
     other = replace(first.subject.sae, b_enc=first.subject.sae.b_enc + 0.3)
     again = replace(
         first, subject=replace(first.subject, sae=other), options={**OPTIONS, "rows": 1}
     )
-    study.catalogue(again)
-    assert len(contents(again.folder)) == 2  # nothing of the former index is left
+    again.perform(study.DEFINITION)
+    assert len(contents(again.folder)) == 2  # nothing of the former index is there
     assert (
         contents(again.folder)["index/unit_000000.parquet"] != before["index/unit_000000.parquet"]
     )

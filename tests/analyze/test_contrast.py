@@ -5,6 +5,7 @@ what is written.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from scipy import sparse
 
-from analyze.studies import gsm8k
+from analyze import answering
 from analyze.studies.contrast import study as contrast
 from analyze.studies.contrast.study import Means, Options, answer_means, caa, compare
 from analyze.studies.contrast.words import figures, lists, summary
@@ -56,13 +57,13 @@ def study(tiny_study) -> Study:
 
 
 @pytest.fixture
-def answers(study: Study) -> list[gsm8k.Answer]:
-    found = gsm8k.answers(study)
+def answers(study: Study) -> list[answering.Answer]:
+    found = answering.answers(study)
     return [*found, replace(found[3], ids=[], text="")]
 
 
 def test_means_are_those_of_each_answer_read_alone(
-    study: Study, answers: list[gsm8k.Answer]
+    study: Study, answers: list[answering.Answer]
 ) -> None:
     found = answer_means(study, answers, StopRequest())
     lm, sae, layer = study.lm, study.subject.sae, study.subject.layer
@@ -92,15 +93,16 @@ def test_means_are_those_of_each_answer_read_alone(
 
 
 def test_every_answer_is_read_once_and_never_again(
-    study: Study, answers: list[gsm8k.Answer], monkeypatch: pytest.MonkeyPatch
+    study: Study, answers: list[answering.Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = replace(study, model=replace(study.model))  # its own model, to be counted
     read: list[int] = []
     study.lm.decoder.register_forward_pre_hook(
         lambda _module, _args, kwargs: read.append(kwargs["input_ids"].shape[0]), with_kwargs=True
     )
-    for path in study.folder.glob("means-*"):
-        path.unlink()
+    kept = study.subject.run / "studies" / "kept"
+    for folder in kept.glob("means-*"):
+        shutil.rmtree(folder)
     first = answer_means(study, answers, StopRequest())
     assert sum(read) == len(answers)
     again = answer_means(study, answers, StopRequest())
@@ -110,14 +112,14 @@ def test_every_answer_is_read_once_and_never_again(
 
     answer_means(study, answers[:5], StopRequest())  # other answers
     assert sum(read) == len(answers) + 5
-    next(study.folder.glob("means-*.npz")).write_bytes(b"damaged")
+    next(kept.glob("means-*/features.npz")).write_bytes(b"damaged")
     for some in (answers, answers[:5]):
         assert answer_means(study, some, StopRequest()).hidden.shape[0] == len(some)
     assert sum(read) in (2 * len(answers) + 5, len(answers) + 10)
 
 
 def test_means_of_nothing_and_of_too_long_answers_are_refused(
-    study: Study, answers: list[gsm8k.Answer]
+    study: Study, answers: list[answering.Answer]
 ) -> None:
     with pytest.raises(SettingError, match="no answer"):
         answer_means(study, [], StopRequest())
@@ -127,7 +129,7 @@ def test_means_of_nothing_and_of_too_long_answers_are_refused(
         )
 
 
-def test_a_request_to_stop_is_heard(study: Study, answers: list[gsm8k.Answer]) -> None:
+def test_a_request_to_stop_is_heard(study: Study, answers: list[answering.Answer]) -> None:
     stop = StopRequest()
     stop.signum = 15
     with pytest.raises(Interrupted):
@@ -275,12 +277,12 @@ def test_features_that_hardly_fire_are_not_tested() -> None:
 
 
 def performed(study: Study):
-    return study.perform(contrast.contrast, gsm8k.inputs(study))
+    return study.perform(contrast.DEFINITION)
 
 
 def test_the_study_leaves_directions_lists_and_pictures(study: Study) -> None:
     outcome = performed(study)
-    found = gsm8k.answers(study)
+    found = answering.answers(study)
     means = answer_means(study, found, StopRequest())
     d = np.load(study.folder / "cohens_d.npy")
     for layer in range(study.lm.n_layers):

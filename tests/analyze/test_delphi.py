@@ -23,11 +23,12 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load, load_file
 
+from analyze.outcome import Outcome
 from analyze.peers import delphi as package
-from analyze.peers.delphi import cache_of, delphi, inputs
+from analyze.peers.delphi import DEFINITION, cache_of, delphi, inputs
 from analyze.studies.catalogue import index, table
 from analyze.studies.catalogue import study as catalogue
-from analyze.study import Outcome, Study
+from analyze.study import Study
 from analyze.subject import Subject
 from data.errors import SettingError, StopRequest, StoreError
 from harvest.model import ModelConfig
@@ -60,7 +61,7 @@ def study_of(run: Path, name: str = "delphi", **options: Any) -> Study:
 
 def catalogued(run: Path, part: str = "held_out") -> Path:
     options = {"rows": 1e6, "part": part, "top": 2, "quantiles": 2, "each": 1, "logits": 0}
-    study_of(run, "catalogue", **options).perform(catalogue.catalogue, {})
+    study_of(run, "catalogue", **options).perform(catalogue.DEFINITION)
     return run
 
 
@@ -81,7 +82,7 @@ def done(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Done:
         study = study_of(catalogued(run), splits=3)
     rows = np.concatenate([np.arange(UNIT) + unit * UNIT for unit in UNITS])
     truth = Truth(made)
-    return Done(study, study.perform(delphi, inputs(study)), truth.f[rows], truth.tokens[rows])
+    return Done(study, study.perform(DEFINITION), truth.f[rows], truth.tokens[rows])
 
 
 def test_files_are_the_dense_activations(done: Done) -> None:
@@ -181,19 +182,12 @@ def test_a_cache_that_changes_or_is_gone_is_made_anew(made: Made, tmp_path: Path
     run = catalogued(copied(made.run, tmp_path / "run", made.sae))
     for splits in (4, 2):
         study = study_of(run, splits=splits)
-        study.perform(delphi, inputs(study))
+        study.perform(DEFINITION)
         assert len(list((study.folder / "latents" / HOOK).glob("*.safetensors"))) == splits
     (study.folder / "latents" / HOOK / "config.json").unlink()
-    study.perform(delphi, inputs(study))
+    study.perform(DEFINITION)
     assert (study.folder / "latents" / HOOK / "config.json").is_file()
     depends = inputs(study)
-    # A catalogue of more, stopped before its table: the index has units that the table is not of.
-    before = cache_of(study.subject)
-    catalogue.read(
-        study.subject, catalogue.Options(part="all"), run / "studies/catalogue/index", StopRequest()
-    )
-    assert cache_of(study.subject).index.units == before.index.units
-    np.testing.assert_array_equal(cache_of(study.subject).tokens, before.tokens)
     there = run / "studies/catalogue/features.parquet"
     said = pq.read_table(there)
     counts = (said.column("count").to_numpy() + 1).tolist()
@@ -203,16 +197,13 @@ def test_a_cache_that_changes_or_is_gone_is_made_anew(made: Made, tmp_path: Path
         and inputs(study)["units"] == depends["units"]
     )
     with pytest.raises(StoreError, match="do not belong together"):
-        delphi(study)
+        study.perform(DEFINITION)
     assert len(list((study.folder / "latents" / HOOK).iterdir())) == 3  # what was there stays
-    assert not list(study.folder.glob("*.new"))
 
 
 def test_refusals(made: Made, tmp_path: Path) -> None:
     run = copied(made.run, tmp_path / "run", made.sae)
-    with pytest.raises(
-        StoreError, match="has no catalogue; run `python -m analyze study=catalogue"
-    ):
+    with pytest.raises(StoreError, match="study=catalogue"):
         inputs(study_of(run))
     catalogued(run)
     for splits, said in (

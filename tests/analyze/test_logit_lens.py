@@ -5,6 +5,7 @@ definitions written out.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -337,7 +338,7 @@ def test_prompts_are_the_longest_pieces_of_different_documents(tiny_run: Path) -
 
 def test_the_study_of_the_embedded_model(tiny_study) -> None:
     study = tiny_study("logit_lens", prompts=24, tokens=48, target="digit")
-    outcome = study.perform(logit_lens.logit_lens, {})
+    outcome = study.perform(logit_lens.DEFINITION)
     figures = outcome.figures
     assert figures["prompts"] == 24 == len(set(figures["documents"]))
     last = figures["layers"][-1]
@@ -352,7 +353,9 @@ def test_the_study_of_the_embedded_model(tiny_study) -> None:
     assert len(outcome.tables[0].rows) == 12
     for name in outcome.pictures:
         ElementTree.fromstring((study.folder / f"{name}.svg").read_text())
-    again = tiny_study("logit_lens", prompts=24, tokens=48, target="digit").perform(_never, {})
+    again = tiny_study("logit_lens", prompts=24, tokens=48, target="digit").perform(
+        replace(logit_lens.DEFINITION, run=_never)
+    )
     assert again.summary == outcome.summary
 
 

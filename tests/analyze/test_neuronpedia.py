@@ -21,11 +21,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from analyze.outcome import Outcome
 from analyze.peers import neuronpedia as package
-from analyze.peers.neuronpedia import BINS, INTERVALS, histograms, inputs, neuronpedia, storable
+from analyze.peers.neuronpedia import (
+    BINS,
+    DEFINITION,
+    INTERVALS,
+    histograms,
+    inputs,
+    neuronpedia,
+    storable,
+)
 from analyze.studies.catalogue import index, table
 from analyze.studies.catalogue import study as catalogue
-from analyze.study import Outcome, Study
+from analyze.study import Study
 from analyze.subject import Subject
 from data.errors import SettingError, StopRequest, StoreError
 from harvest.model import ModelConfig
@@ -103,7 +112,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
         patch.setattr(catalogue, "names", lambda *_, **__: say)
         patch.setattr(package, "_BATCH", BATCH)
         study = study_of(run)
-        outcome = study.perform(neuronpedia, inputs(study))
+        outcome = study.perform(DEFINITION)
     folder = study.folder / "v1/none" / f"{LAYER}-a-run-l3-res-40"
     rows = pq.read_table(run / "studies/catalogue/features.parquet").to_pylist()
     return Done(
@@ -272,9 +281,9 @@ def test_settings(done: Done, tmp_path: Path) -> None:
     run = browser_site.copied(done.study.subject.run, tmp_path / "run", done.made.sae)
     browser_site.of_run(run)
     first, study = study_of(run), study_of(run, **asked)
-    first.perform(neuronpedia, inputs(first))
+    first.perform(DEFINITION)
     assert (study.folder / "v1/none").is_dir()
-    summary = study.perform(neuronpedia, inputs(study)).summary
+    summary = study.perform(DEFINITION).summary
     assert [one.name for one in (study.folder / "v1").iterdir()] == ["gemma-4-e4b"]
     folder = study.folder / "v1/gemma-4-e4b" / "3-ours_res-32k"
     features = batches(folder / "features")
@@ -293,7 +302,7 @@ def test_settings(done: Done, tmp_path: Path) -> None:
         and "shown as ids" in summary[-1]
     )
     (folder / "source.jsonl").unlink()
-    study.perform(neuronpedia, inputs(study))
+    study.perform(DEFINITION)
     assert (folder / "source.jsonl").is_file()
     depends = inputs(study)
     assert depends["names"] != inputs(first)["names"]
@@ -315,7 +324,7 @@ def test_refusals(done: Done) -> None:
     }.items():  # fmt: skip
         with pytest.raises(SettingError, match=re.escape(f"study.{name.strip()}={wrong} must be")):
             neuronpedia(study_of(done.study.subject.run, **{name.strip(): wrong}))
-    with pytest.raises(StoreError, match="has no catalogue"):
+    with pytest.raises(StoreError, match="study=catalogue"):
         inputs(study_of(done.made.run))
 
 

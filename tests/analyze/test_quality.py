@@ -65,7 +65,7 @@ def reference(made: Made) -> Reference:
 def figures(made: Made) -> dict[str, Any]:
     subject = Subject.open(made.run, None, torch.device("cpu"))
     found = study.quality(subject, 10**6)
-    study.write(subject, found)
+    study.write(subject, study.outcome_of(subject, found))
     return found
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from scipy import sparse, stats
 
+from analyze.outcome import dumped
 from analyze.studies.reason_score import score as word_score
 from analyze.studies.reason_score.corpus import (
     Corpus,
@@ -23,7 +24,6 @@ from analyze.studies.reason_score.corpus import (
 )
 from analyze.studies.reason_score.score import FORMULAS, Scorer, entropies, halves, mark, matched
 from analyze.studies.reason_score.study import WORDS, Options, reason_score
-from analyze.study import dumped
 from data import durable
 from data.errors import SettingError, StopRequest
 from data.rows.split import held_out_units

@@ -20,12 +20,14 @@ from omegaconf import OmegaConf
 from analyze import contexts
 from analyze.command import command
 from analyze.contexts import choose, firing_counts, top_contexts, visible
+from analyze.outcome import Outcome, Picture, Table
 from analyze.pages import report as report_module
 from analyze.pages.report import report
+from analyze.results import current
 from analyze.studies.sweep import words as sweep_page
 from analyze.studies.sweep.arms import read_all
-from analyze.studies.sweep.study import sweep
-from analyze.study import Outcome, Picture, Study, Table, done
+from analyze.studies.sweep.comparison import sweep
+from analyze.study import Definition, Study
 from analyze.subject import Subject
 from data.errors import PipelineError
 from data.rows.split import held_out_units
@@ -196,7 +198,9 @@ def outcome_of(said: str) -> Outcome:
 def test_studies_are_on_the_page_as_text(subject: Subject) -> None:
     model = ModelConfig("nobody/none")
     for name in ("stability", "contrast"):
-        Study(name, subject, {}, model).perform(lambda _: outcome_of("<b>found</b> | it"), {})
+        Study(name, subject, {}, model).perform(
+            Definition(lambda _: outcome_of("<b>found</b> | it"))
+        )
     text = report(subject, 10**6, None).read_text()
     assert text.index("Study: contrast") < text.index("Study: stability")
     # Verdict at the top, summary, picture's name, caption and link, table's name, summary, header
@@ -228,18 +232,18 @@ def test_studies_of_another_sae_are_left_out(
     run = make_run(tmp_path, random_rows()[:1024]).run
     subject = Subject.open(run, None, torch.device("cpu"))
     Study("contrast", subject, {}, ModelConfig("nobody/none")).perform(
-        lambda _: outcome_of("old"), {}
+        Definition(lambda _: outcome_of("old"))
     )
-    assert list(done(subject)) == ["contrast"]
+    assert list(current(subject.run, subject.digest)) == ["contrast"]
     final = torch.load(run / "sae_final.pt", weights_only=True)
     torch.save({**final, "b_dec": final["b_dec"] + 1}, run / "sae_final.pt")
     subject = Subject.open(run, None, torch.device("cpu"))
-    assert done(subject) == {}
+    assert current(subject.run, subject.digest) == {}
     assert "contrast.json is of another SAE" in capsys.readouterr().err
     Study("contrast", subject, {}, ModelConfig("nobody/none")).perform(
-        lambda _: outcome_of("new"), {}
+        Definition(lambda _: outcome_of("new"))
     )
-    assert done(subject)["contrast"].summary == ["new"]
+    assert current(subject.run, subject.digest)["contrast"].outcome.summary == ["new"]
 
 
 def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:

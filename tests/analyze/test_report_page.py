@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from analyze import contexts
+from analyze.outcome import Outcome, Picture, Table
 from analyze.pages.report import report
-from analyze.study import Outcome, Picture, Study, Table
+from analyze.study import Definition, Study
 from analyze.subject import Subject
 from harvest.model import ModelConfig
 from tests.analyze.accessibility import audit
@@ -36,7 +37,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     long = Table(" ".join(lines), tuple(lines), [(WORD, *lines[1:])] * 20)
     drawn = Picture(lines[0], '<svg width="3000" height="9"><text y="9">wide</text></svg>')
     outcome = Outcome({}, lines, [long], {"drawn": drawn})
-    Study("contrast", subject, {}, ModelConfig("nobody/none")).perform(lambda _: outcome, {})
+    Study("contrast", subject, {}, ModelConfig("nobody/none")).perform(
+        Definition(lambda _: outcome)
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             contexts, "token_names", lambda *_: lambda token: contexts.visible(say(token))

@@ -21,10 +21,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from analyze.outcome import Outcome
 from analyze.peers import saebench, saebench_metrics
 from analyze.studies.quality import quality
 from analyze.studies.splice import ALL
-from analyze.study import Outcome, Study
+from analyze.study import Definition, Study
 from analyze.subject import Subject
 from data import order
 from data.errors import SettingError, StoreError
@@ -120,7 +121,7 @@ def study_of(run: Path) -> Study:
 
 def perform(run: Path) -> Outcome:
     study = study_of(run)
-    return study.perform(saebench.saebench, saebench.inputs(study))
+    return study.perform(saebench.DEFINITION)
 
 
 def written(run: Path) -> dict[str, Any]:
@@ -286,7 +287,7 @@ def do_splice(run: Path, *, zero: float = 8.0) -> None:
     rows = [row("clean", "", 2.0), row("sae", ALL, 3.5, 0.75), row("zero", ALL, zero, 5.0)]
     rows += [row("sae", "rows as trained", 9, 9), row("zero", "rows as trained", 99, 99)]
     study = replace(study_of(run), name="splice", options={"zero": zero})
-    study.perform(lambda _: Outcome({"rows": rows, "replaced": {ALL: 130}}, []), {})
+    study.perform(Definition(lambda _: Outcome({"rows": rows, "replaced": {ALL: 130}}, [])))
 
 
 def test_losses_are_those_of_study_splice(made: Made, tmp_path: Path) -> None:

@@ -272,7 +272,7 @@ def test_choice_of_pieces(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_study_of_the_embedded_model(tiny_study: Callable) -> None:
     study = tiny_study("splice", tokens=700)
-    outcome = study.perform(splice.splice, {})
+    outcome = study.perform(splice.DEFINITION)
     rows = {(row["name"], row["where"]): row for row in outcome.figures["rows"]}
     sae, zero = rows["sae", ALL], rows["zero", ALL]
     assert 0 < sae["difference"]["value"] < zero["difference"]["value"]

@@ -16,10 +16,11 @@ import torch
 import yaml
 from scipy import sparse
 
+from analyze.outcome import Outcome
 from analyze.studies.stability import matching
 from analyze.studies.stability import study as stability
 from analyze.studies.stability.matching import NONE
-from analyze.study import Outcome, Study
+from analyze.study import Study
 from analyze.subject import Subject
 from data.errors import SettingError, StoreError
 from data.rows import summary

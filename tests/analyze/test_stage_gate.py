@@ -11,8 +11,8 @@ import pytest
 import torch
 from scipy import optimize, sparse
 
-from analyze import stats
-from analyze.studies import gsm8k
+from analyze import answering, stats
+from analyze.outcome import dumped
 from analyze.studies.contrast.study import Means
 from analyze.studies.stage_gate import probe
 from analyze.studies.stage_gate.discrimination import Scored, measured, permuted, resampled, three
@@ -26,7 +26,6 @@ from analyze.studies.stage_gate.study import (
     stage_gate,
 )
 from analyze.studies.stage_gate.study import verdict as verdict_of
-from analyze.study import dumped
 from data.errors import SettingError, StopRequest
 
 OPTIONS = Options(discovery=0.5, min_firing=5, draws=100)
@@ -290,7 +289,7 @@ def test_the_study_of_the_embedded_model(tiny_study) -> None:
 def test_log_probabilities_are_the_models(tiny_study) -> None:
     study = tiny_study("stage_gate", answers={"questions": 6})
     with StopRequest() as stop:
-        answers = gsm8k.answers(study, stop)
+        answers = answering.answers(study, stop)
         found = log_probabilities(study, answers, stop)
         for one, value in zip(answers, found, strict=True):
             with torch.inference_mode():

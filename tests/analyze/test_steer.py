@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from analyze.answering import PROMPTS
 from analyze.language_model import edited, generate, unembedded
 from analyze.problems import read
-from analyze.studies.gsm8k import PROMPTS
 from analyze.studies.steering import hook as steer
 from harvest.model import LanguageModel, ModelConfig, load
 from harvest.model_folder import EMBEDDED

@@ -15,14 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from analyze.answering import Answer, Asking, answers, written
+from analyze.outcome import dumped
 from analyze.problems import problem
-from analyze.studies.gsm8k import Answer, Asking, answers, written
 from analyze.studies.steering import hook as steer
 from analyze.studies.steering import study as steering
 from analyze.studies.steering import words as steering_page
 from analyze.studies.steering.outcomes import Reply, Row, Steer, nulls, overlaps
 from analyze.studies.steering.study import Options
-from analyze.study import Study, dumped
+from analyze.study import Study
 from data.errors import Interrupted, SettingError, StopRequest
 from data.journal import Progress
 from data.tiny.problems import problems as tiny_problems

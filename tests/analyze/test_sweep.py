@@ -16,10 +16,10 @@ import yaml
 from numpy.typing import NDArray
 
 from analyze.stats import bootstrap_ratio
-from analyze.studies.sweep import study
+from analyze.studies.sweep import comparison as study
 from analyze.studies.sweep import words as sweep_page
 from analyze.studies.sweep.arms import find, read_all
-from analyze.studies.sweep.study import Measured, compare, sweep
+from analyze.studies.sweep.comparison import Measured, compare, sweep
 from data.rows import summary
 from data.rows.split import held_out_units
 from data.store.store import SpineEnd, Store

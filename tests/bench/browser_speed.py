@@ -24,13 +24,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from analyze.outcome import Outcome
 from analyze.pages.browser import pages
-from analyze.pages.browser import site as browser
-from analyze.pages.browser.site import PAGE
+from analyze.pages.browser import study as browser
+from analyze.pages.browser.study import PAGE
+from analyze.results import FEATURES
 from analyze.studies.catalogue import study as catalogue
 from analyze.studies.catalogue.table import Ranked
 from analyze.studies.stability.study import FILE as MATCHES
-from analyze.study import FEATURES, Outcome, Study, write_features
+from analyze.study import Definition, Study, write_features
 from analyze.subject import Subject
 from data import durable
 from harvest.model import ModelConfig
@@ -100,16 +102,16 @@ def built(root: Path, tokens: int, d_sae: int) -> dict[str, Any]:
     catalogue._logits = lambda *_: ((Ranked(scores[0], ids[0]), Ranked(-scores[1], ids[1])), None)
     catalogue.contexts.token_names = lambda *_, **__: text
     began = time.perf_counter()
-    study("catalogue", part="all", rows=tokens).perform(catalogue.catalogue, {})
+    study("catalogue", part="all", rows=tokens).perform(catalogue.DEFINITION)
     catalogued = time.perf_counter() - began
     every = {"feature": np.arange(d_sae)}
     tables = {"contrast": (FEATURES, "d", "q"), "reason_score": (FEATURES, "score", "q")}
     for name, (file, *columns) in {**tables, "stability": (MATCHES, "correlation")}.items():
         of = study(name)
-        of.perform(lambda _: Outcome({}, []), {})
+        of.perform(Definition(lambda _: Outcome({}, [])))
         write_features(of.folder / file, every | {column: draw.random(d_sae) for column in columns})
     shown = study("browser")
-    outcome = shown.perform(browser.browser, browser.inputs(shown))
+    outcome = shown.perform(browser.DEFINITION)
     made = {key: outcome.figures[key] for key in ("files", "bytes", "seconds", "columns")}
     table = (shown.folder / "data/table.js").stat().st_size
     return {

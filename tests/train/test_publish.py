@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_module
 from markdown_it import MarkdownIt
 from omegaconf import OmegaConf
 
-from analyze.studies.quality import quality
+from analyze.studies.quality import outcome_of, quality
 from analyze.studies.quality import write as write_quality
 from analyze.subject import Subject
 from conf.command import run_command
@@ -121,7 +121,7 @@ def test_a_bare_run_says_what_is_absent(tmp_path: Path, capsys: pytest.CaptureFi
 def test_every_figure_of_quality_is_there_with_its_definition(tmp_path: Path) -> None:
     run = make_run(tmp_path, random_rows()).run
     figures = quality(subject := Subject.open(run, None, torch.device("cpu")), 10_000)
-    write_quality(subject, figures)
+    write_quality(subject, outcome_of(subject, figures))
     config = yaml.safe_load((run / CONFIG).read_text())
     source = {
         "model": "google/gemma-4-E4B",

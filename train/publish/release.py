@@ -33,11 +33,8 @@ from train.run import CONFIG, METRICS, read_config
 
 FOLDER = "publish"  # in a run's directory, unless it is to be elsewhere
 QUALITY, STUDIES = "quality.json", "studies"  # as analyze leaves them in a run's directory
-_FILES = (
-    "browser",
-    "delphi",
-    "neuronpedia",
-)  # studies that say where files lie: no findings, and nobody's business
+# Studies that say where files lie: those of earlier versions do not tell it themselves.
+_FILES = ("browser", "delphi", "neuronpedia")
 _BLOCK_BYTES = 1 << 22
 
 Content = bytes | Path  # of a file; a path is copied
@@ -146,9 +143,11 @@ def _studies(run: Path, digest: str) -> dict[str, dict[str, Any]]:
     """
     found = {}
     for path in sorted((run / STUDIES).glob("*/*.json")):
-        if path.stem != path.parent.name or path.stem in _FILES:
+        if path.stem != path.parent.name or f"{path.stem}.json" == QUALITY:
             continue
         study = _read_json(path)
+        if not study.get("finds", path.stem not in _FILES):
+            continue  # it says where files lie, which is nobody's business
         if not {"settings", "summary", "tables"} <= study.keys():
             raise StoreError(
                 f"{path} is not what a study writes; delete it, or do study={path.stem} again"

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from analyze.studies.stability.study import FILE as MATCHES
-from analyze.study import FEATURES, FOLDER, Outcome
+from analyze import study
+from analyze.results import Result
 from analyze.subject import Subject
 
 Values = NDArray[np.float64]
@@ -32,71 +32,31 @@ class Column(NamedTuple):
     values: Values  # (F,); NaN where it is not known
 
 
-class _Source(NamedTuple):
-    """Where figures are, and what each is called there."""
-
-    study: str
-    file: str
-    columns: tuple[tuple[str, str, str, str], ...]  # name in the file, then as in `Column`
-
-
-_SOURCES = (
-    _Source(
-        "reason_score",
-        FEATURES,
-        (
-            (
-                "score",
-                "score",
-                "ReasonScore",
-                "how much more it fires around words of reasoning (study=reason_score)",
-            ),
-            ("q", "score_q", "its q", "false discovery rate among random vocabularies as frequent"),
-        ),
-    ),
-    _Source(
-        "contrast",
-        FEATURES,
-        (
-            ("d", "d", "contrast d", "Hedges' d of right answers over wrong ones (study=contrast)"),
-            ("q", "d_q", "its q", "false discovery rate of d by a rank test"),
-        ),
-    ),
-    _Source(
-        "stability",
-        MATCHES,
-        (
-            (
-                "correlation",
-                "stability",
-                "stability",
-                "correlation with its partner in another run (study=stability)",
-            ),
-        ),
-    ),
-)
-
-
-def of_studies(subject: Subject, done: Mapping[str, Outcome]) -> list[Column]:
-    """The columns of the studies in `done`, as far as their files are there."""
-    found = []
-    for source in _SOURCES:
-        path = _path(subject, source)
-        if source.study not in done or not path.is_file():
-            continue
-        table = pq.read_table(path, columns=["feature", *(name for name, *_ in source.columns)])
+def of_studies(subject: Subject, done: Mapping[str, Result]) -> list[Column]:
+    """The columns that the definitions of the studies in `done` name."""
+    columns = []
+    for path, wanted in _tables(done).values():
+        table = pq.read_table(path, columns=["feature", *(column.name for column in wanted)])
         feature = table.column("feature").to_numpy()
-        for name, key, label, about in source.columns:
+        for column in wanted:
             values = np.full(subject.sae.d_sae, np.nan)
-            values[feature] = table.column(name).cast(pa.float64()).to_numpy()  # null becomes NaN
-            found.append(Column(key, label, about, values))
-    return found
+            # Null becomes NaN.
+            values[feature] = table.column(column.name).cast(pa.float64()).to_numpy()
+            columns.append(Column(column.key, column.label, column.about, values))
+    return columns
 
 
-def files(subject: Subject) -> list[Path]:
-    """What `of_studies` reads, as far as it is there."""
-    return [path for source in _SOURCES if (path := _path(subject, source)).is_file()]
+def files(done: Mapping[str, Result]) -> list[Path]:
+    """The tables that `of_studies` reads."""
+    return [path for path, _ in _tables(done).values()]
 
 
-def _path(subject: Subject, source: _Source) -> Path:
-    return subject.run / FOLDER / source.study / source.file
+def _tables(done: Mapping[str, Result]) -> dict[str, tuple[Path, tuple[study.Column, ...]]]:
+    """By study its table and the columns wanted of it, where the study has such and it is there."""
+    tables = {}
+    definitions = {name: study.find(name) for name in done if name in study.modules()}
+    for name, definition in sorted(definitions.items(), key=lambda item: item[1].order):
+        path = done[name].folder / definition.table
+        if definition.columns and path.is_file():
+            tables[name] = path, definition.columns
+    return tables

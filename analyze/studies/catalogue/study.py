@@ -13,6 +13,7 @@ the study goes on where it was stopped; the rest follows from the index: a state
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,15 +24,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from analyze import contexts, directions
+from analyze import contexts, directions, results
 from analyze import drawing as pictures
-from analyze import study as studies
+from analyze.outcome import Outcome, Picture, Table
+from analyze.results import FEATURES, made
 from analyze.studies.catalogue import index as inverted_index
 from analyze.studies.catalogue import table as feature_table
 from analyze.studies.catalogue.index import Index
 from analyze.studies.catalogue.state import SEED, State
 from analyze.studies.catalogue.table import Content, Ranked
-from analyze.study import FEATURES, Outcome, Picture, Study, Table
+from analyze.study import Definition, Study
 from analyze.subject import Subject
 from data import durable
 from data.errors import PipelineError, SettingError, StopRequest, StoreError
@@ -40,6 +42,7 @@ from data.rows.split import held_out_units, require_complete
 from data.settings import build
 
 FILE, FOLDER = FEATURES, "index"
+VERSION = 1  # of the files of the index
 PARTS = ("held_out", "all")
 # random places kept per place shown: with 10 quantiles of 5, one in 2,000 quantiles is left with
 # fewer
@@ -65,22 +68,17 @@ def files(subject: Subject) -> Files:
     Raises:
         StoreError: the run has no catalogue of its present SAE, or some of its files are gone.
     """
-    folder, done = (
-        subject.run / studies.FOLDER / "catalogue",
-        studies.done(subject).get("catalogue"),
-    )
+    result = results.current(subject.run, subject.digest).get("catalogue")
     lacks = None
-    if done is None:
-        lacks = "no catalogue; run"
-    elif not all((folder / name).is_file() for name in done.files):
-        lacks = "a catalogue of which files are gone; run"
-    elif not _is_table(folder / FILE):
+    if result is None:
+        lacks = "no whole catalogue; run"
+    elif not _is_table(result.folder / FILE):
         lacks = f"a damaged {FILE}; delete it, and run"
-    if done is None or lacks:
+    if result is None or lacks:
         raise StoreError(
             f"{subject.run} has {lacks} `python -m analyze study=catalogue run={subject.run}`"
         )
-    return Files(folder / FILE, replace(Index.open(folder / FOLDER), units=done.figures["units"]))
+    return Files(result.folder / FILE, Index.open(result.folder / FOLDER))
 
 
 def _is_table(path: Path) -> bool:
@@ -128,10 +126,11 @@ def inputs(study: Study) -> dict[str, Any]:
 def catalogue(study: Study) -> Outcome:
     """The catalogue of a run's latents, its files and what they say in all."""
     options, subject = build(Options, "study", study.options), study.subject
-    folder = study.folder / FOLDER
-    busy = f"{folder} is being written by another process; wait for it, or stop it"
-    with durable.locked(folder, busy), StopRequest() as stop:
+    # Units that were encoded for other settings, or before a stop, are not encoded again.
+    folder = study.kept_folder("postings", {"version": VERSION, "follows": _identity(subject)})
+    with StopRequest() as stop:
         state, index, encoded = read(subject, options, folder, stop)
+        index = linked(index, made(study.folder / FOLDER))
         if not state.rows:
             raise StoreError(
                 f"no row of {subject.store.name} that was read passes the run's policy {subject.policy}"
@@ -149,6 +148,17 @@ def catalogue(study: Study) -> Outcome:
         )
         feature_table.write(study.folder / FILE, content, stop)
     return _outcome(study, content, encoded, refusal)
+
+
+def linked(index: Index, folder: Path) -> Index:
+    """The index of the same units in `folder`, whose files are hard links, or copies."""
+    for unit in index.units:
+        path = index.path(unit)
+        try:
+            os.link(path, folder / path.name)
+        except OSError:  # of a file system without links
+            durable.write(folder / path.name, [path.read_bytes()])
+    return replace(index, folder=folder)
 
 
 # -- the pass --------------------------------------------------------------------------------------
@@ -359,3 +369,6 @@ def _shown(path: Path, chosen: list[int]) -> Table:
     header = ("latent", "density", "mean", "max", "strongest at", "raises", "nearest (cosine)")
     caption = f"{len(chosen)} latents spread evenly over the ranking by density, none picked for its looks."
     return Table(caption, header, lines)
+
+
+DEFINITION = Definition(catalogue, options=Options, inputs=inputs, order=80)

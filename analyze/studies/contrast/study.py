@@ -15,7 +15,6 @@ it if several did, and then the question (see `effects.Design.adjusted`).
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,12 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
+from analyze import answering
+from analyze.answering import Answer
 from analyze.language_model import residuals
+from analyze.outcome import Outcome, dumped
+from analyze.results import FEATURES, digest_of
 from analyze.stats import Floats
-from analyze.studies import gsm8k
 from analyze.studies.contrast import effects
 from analyze.studies.contrast.effects import Design
 from analyze.studies.contrast.words import (
@@ -43,15 +45,15 @@ from analyze.studies.contrast.words import (
     summary,
     tables,
 )
-from analyze.studies.gsm8k import Answer
-from analyze.study import FEATURES, Outcome, Study, dumped, made, write_features
+from analyze.study import Column, Definition, Study, write_features
 from data import durable
 from data.errors import NonFiniteError, SettingError, StopRequest, StoreError
 from data.journal import Progress, tell
 from data.settings import build
 from train.kernels import latent_sums
 
-FOLDER = "contrast"  # among a run's studies: where the means lie for all of them
+VERSION = 1  # of the means: raise it when the same answers give others
+_HIDDEN, _FEATURES = "hidden.npy", "features.npz"
 _LEAST = 5  # right answers, and wrong ones: with fewer no p value of 32,768 features can be small
 _BOOTSTRAPS, _SPLITS = 1000, 100
 
@@ -78,9 +80,8 @@ def answer_means(study: Study, answers: Sequence[Answer], stop: StopRequest) -> 
     """The means of `answers`, in their order, by one forward pass each; read back if the same were
     asked for before.
 
-    Kept in RUN/studies/contrast/means-DIGEST.npy (hidden) and .npz (features), the digest being of
-    the model, the SAE and the answers' tokens. `hidden` is mapped from the file, layer by layer in
-    a row: 2.3 GB of 5,276 answers at Gemma 4 E4B's 42 x 2,560.
+    They are kept for all studies of the run. `hidden` is mapped from its file, which has it layer
+    by layer: 2.3 GB of 5,276 answers at Gemma 4 E4B's 42 x 2,560.
 
     Raises:
         SettingError: there is no answer, or one does not fit in the model's context.
@@ -89,14 +90,10 @@ def answer_means(study: Study, answers: Sequence[Answer], stop: StopRequest) -> 
     if not answers:
         raise SettingError("there is no answer to average over; give more with answers.questions=")
     texts = [(one.prompt_ids, one.ids) for one in answers]
-    key = durable.digest(dumped([study.identity, texts]).encode())[:12]
-    path = made(study.folder.parent / FOLDER) / f"means-{key}"
-    if (kept := _kept(path)) is None:
-        _keep(path, *_measured(study, answers, stop))
-        kept = _kept(path)
-        assert kept is not None
+    key = {"version": VERSION, **study.identity, "texts": digest_of({"ids": texts})}
+    folder = study.kept("means", key, lambda new: _write(new, *_measured(study, answers, stop)))
     return Means(
-        *kept,
+        *_read(folder),
         length=np.array([len(one.ids) for one in answers]),
         finished=np.array([one.finished for one in answers]),
         correct=np.array([one.correct for one in answers]),
@@ -154,32 +151,28 @@ def _measured(
     return hidden, sparse.vstack([rows[number] for number in range(len(answers))], format="csr")
 
 
-def _keep(path: Path, hidden: NDArray[np.float32], features: Any) -> None:
-    """The .npz last: where it is, the .npy is whole."""
-    head, rest = io.BytesIO(), io.BytesIO()
-    np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(hidden))
-    durable.write(path.with_suffix(".npy"), [head.getbuffer(), hidden.data.cast("B")])
+def _write(folder: Path, hidden: NDArray[np.float32], features: Any) -> None:
+    """Write means into a folder: `hidden` (layers, n, d) and `features` (n, F)."""
+    header, parts = io.BytesIO(), io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(hidden))
+    durable.write(folder / _HIDDEN, [header.getbuffer(), hidden.data.cast("B")])
     np.savez(
-        rest,
+        parts,
         data=features.data,
         indices=features.indices,
         indptr=features.indptr,
         shape=features.shape,
     )
-    durable.write(path.with_suffix(".npz"), [rest.getbuffer()])
+    durable.write(folder / _FEATURES, [parts.getbuffer()])
 
 
-def _kept(path: Path) -> tuple[NDArray[np.float32], Any] | None:
-    """Hidden (n, layers, d) and features; None if they are not there, or damaged."""
-    try:
-        with np.load(path.with_suffix(".npz")) as parts:
-            features = sparse.csr_array(
-                (parts["data"], parts["indices"], parts["indptr"]), shape=tuple(parts["shape"])
-            )
-        # Copy on write: torch warns of arrays that it may not write to.
-        hidden = np.load(path.with_suffix(".npy"), mmap_mode="c")
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        return None
+def _read(folder: Path) -> tuple[NDArray[np.float32], Any]:
+    """Hidden (n, layers, d) and features (n, F) from a folder."""
+    with np.load(folder / _FEATURES) as parts:
+        matrix = (parts["data"], parts["indices"], parts["indptr"])
+        features = sparse.csr_array(matrix, shape=tuple(parts["shape"]))
+    # Copy on write: torch warns of arrays that it may not write to.
+    hidden = np.load(folder / _HIDDEN, mmap_mode="c")
     return hidden.transpose(1, 0, 2), features
 
 
@@ -210,7 +203,7 @@ def contrast(study: Study) -> Outcome:
     """
     options = build(Options, "study", study.options)
     with StopRequest() as stop:
-        answers = gsm8k.answers(study, stop)
+        answers = answering.answers(study, stop)
         found = compare(
             answer_means(study, answers, stop), [one.source for one in answers], options, stop
         )
@@ -340,3 +333,17 @@ def _save(path: Path, direction: Floats) -> None:
     buffer = io.BytesIO()
     torch.save(torch.from_numpy(direction).float(), buffer)
     durable.write(path, [buffer.getbuffer()])
+
+
+DEFINITION = Definition(
+    contrast,
+    options=Options,
+    inputs=answering.inputs,
+    order=30,
+    columns=(
+        Column(
+            "d", "d", "contrast d", "Hedges' d of right answers over wrong ones (study=contrast)"
+        ),
+        Column("q", "d_q", "its q", "false discovery rate of d by a rank test"),
+    ),
+)

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from analyze.outcome import Picture, Table
 from analyze.stats import Floats, benjamini_hochberg, percentiles, permutation_p
 from analyze.studies.contrast.effects import Design, Halves, Tested, family_wise_p
 from analyze.studies.contrast.plot import over_layers
-from analyze.study import Picture, Table
 
 TOP = (
     10  # the reference's "top-10 |d|" of a layer; and features of either sign that are written out

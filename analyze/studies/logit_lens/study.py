@@ -34,12 +34,13 @@ from torch import Tensor
 from analyze import language_model, pieces
 from analyze.contexts import visible
 from analyze.language_model import residuals, unembedded
+from analyze.outcome import Outcome, Picture
 from analyze.pieces import Piece
 from analyze.stats import Floats, Interval, bootstrap, bootstrap_ratios, percentiles
 from analyze.studies.logit_lens import words as logit_lens_page
 from analyze.studies.logit_lens.heat_map import heat_map
 from analyze.studies.logit_lens.token_classes import CLASSES, classes
-from analyze.study import Outcome, Picture, Study
+from analyze.study import Definition, Study
 from analyze.subject import Subject
 from data.errors import SettingError, StopRequest, StoreError
 from data.journal import Progress
@@ -381,3 +382,6 @@ def _map(reading: Reading, number: int, sequence: Sequence[int], lm: LanguageMod
 
 def _text(lm: LanguageModel, token: int) -> str:
     return visible(lm.tokenizer.backend.decode([token], skip_special_tokens=False))
+
+
+DEFINITION = Definition(logit_lens, options=Options, order=60)

@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 from analyze.drawing import Line, bands, said
+from analyze.outcome import Picture, Table
 from analyze.studies.logit_lens.token_classes import CLASSES
-from analyze.study import Picture, Table
 
 
 def summary(figures: dict[str, Any]) -> list[str]:

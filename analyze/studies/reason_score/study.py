@@ -21,6 +21,8 @@ import numpy as np
 
 from analyze.contexts import Context, top_contexts, visible
 from analyze.drawing import STYLE, empty, svg
+from analyze.outcome import Outcome, Picture, Table
+from analyze.results import FEATURES
 from analyze.stats import Floats, benjamini_hochberg, percentiles, permutation_p
 from analyze.studies.reason_score.corpus import read_corpus, words_of
 from analyze.studies.reason_score.score import (
@@ -33,7 +35,7 @@ from analyze.studies.reason_score.score import (
     mark,
     matched,
 )
-from analyze.study import FEATURES, Outcome, Picture, Study, Table, write_features
+from analyze.study import Column, Definition, Study, write_features
 from data.errors import MismatchError, SettingError, StopRequest
 from data.settings import build
 from harvest import model_folder as checkpoint
@@ -304,3 +306,21 @@ def _picture(null: dict[str, Any], scores: Floats) -> str:
         )
         axes.legend(frameon=False)
         return svg(figure)
+
+
+DEFINITION = Definition(
+    reason_score,
+    options=Options,
+    order=70,
+    columns=(
+        Column(
+            "score",
+            "score",
+            "ReasonScore",
+            "how much more it fires around words of reasoning (study=reason_score)",
+        ),
+        Column(
+            "q", "score_q", "its q", "false discovery rate among random vocabularies as frequent"
+        ),
+    ),
+)

@@ -27,10 +27,11 @@ from scipy import sparse
 
 from analyze import directions
 from analyze import drawing as pictures
+from analyze.outcome import Outcome, Picture, Table
 from analyze.stats import percentiles
 from analyze.studies.stability import matching
 from analyze.studies.stability.matching import NONE, Codes, Measured
-from analyze.study import Outcome, Picture, Study, Table, write_features
+from analyze.study import Column, Definition, Study, write_features
 from analyze.subject import Subject, Unit
 from data.errors import SettingError, StopRequest, StoreError
 from data.journal import Progress
@@ -442,3 +443,20 @@ def _pictures(
             pictures.curves(density, "density", "correlation", log=True),
         ),
     }
+
+
+DEFINITION = Definition(
+    stability,
+    options=Options,
+    inputs=inputs,
+    order=90,
+    columns=(
+        Column(
+            "correlation",
+            "stability",
+            "stability",
+            "correlation with its partner in another run (study=stability)",
+        ),
+    ),
+    table=FILE,
+)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
@@ -26,9 +27,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analyze import language_model
+from analyze import answering, language_model
+from analyze.answering import Answer
 from analyze.drawing import STYLE, empty, said, svg
 from analyze.language_model import logits
+from analyze.outcome import Outcome, Picture, Table
+from analyze.results import digest_of
 from analyze.stats import (
     Floats,
     auroc,
@@ -38,12 +42,10 @@ from analyze.stats import (
     spearman,
     spearman_cap,
 )
-from analyze.studies import gsm8k
 from analyze.studies.contrast.study import Means, answer_means, caa
-from analyze.studies.gsm8k import Answer
 from analyze.studies.stage_gate.discrimination import Scored, measured
 from analyze.studies.stage_gate.probe import cross_validated
-from analyze.study import Outcome, Picture, Study, Table, dumped
+from analyze.study import Definition, Study
 from data import durable
 from data.errors import SettingError, StopRequest
 from data.journal import Progress
@@ -60,6 +62,10 @@ RULE = (
     f"of rho given length above 0; weak if p < {_LEVEL} and not all of these; else fail"
 )
 SCORE, LENGTH = "R", "length"
+
+
+VERSION = 1  # of the log-probabilities
+_FILE = "log_probabilities.npy"
 
 
 @dataclass(frozen=True)
@@ -149,15 +155,23 @@ def log_probabilities(study: Study, answers: Sequence[Answer], stop: StopRequest
     """(n,) mean log-probability in nats of each answer's tokens, NaN of one without; kept in the
     study's folder.
     """
-    texts = [(one.prompt_ids, one.ids) for one in answers]
-    key = durable.digest(dumped([study.identity["weights"], study.model.dtype, texts]).encode())[
-        :12
-    ]
-    path = study.folder / f"log_probability-{key}.npy"
-    if path.is_file():
-        kept = np.load(path)
-        if kept.shape == (len(answers),):
-            return np.asarray(kept, np.float64)
+    key = {
+        "version": VERSION,
+        "weights": study.identity["weights"],
+        "dtype": study.model.dtype,
+        "texts": digest_of({"ids": [(answer.prompt_ids, answer.ids) for answer in answers]}),
+    }
+
+    def write(folder: Path) -> None:
+        content = io.BytesIO()
+        np.save(content, _log_probabilities(study, answers, stop))
+        durable.write(folder / _FILE, [content.getbuffer()])
+
+    folder = study.kept("log_probabilities", key, write)
+    return np.asarray(np.load(folder / _FILE), np.float64)
+
+
+def _log_probabilities(study: Study, answers: Sequence[Answer], stop: StopRequest) -> Floats:
     found, done, progress = np.full(len(answers), np.nan), 0, Progress()
     for number, behind in logits(study.lm, [one.sequence for one in answers]):
         stop.check()
@@ -169,9 +183,6 @@ def log_probabilities(study: Study, answers: Sequence[Answer], stop: StopRequest
             total += float(predicting[part].float().log_softmax(-1).gather(1, ids[:, None]).sum())
         found[number] = total / len(one.ids) if one.ids else np.nan
         progress.show(f"{done}/{len(answers)} answers' probabilities", last=done == len(answers))
-    content = io.BytesIO()
-    np.save(content, found)
-    durable.write(path, [content.getbuffer()])
     return found
 
 
@@ -283,7 +294,7 @@ def stage_gate(study: Study) -> Outcome:
     """
     options = build(Options, "study", study.options)
     with StopRequest() as stop:
-        answers = [one for one in gsm8k.answers(study, stop) if one.ids]
+        answers = [one for one in answering.answers(study, stop) if one.ids]
         means = answer_means(study, answers, stop)
         figures = judge(
             means, log_probabilities(study, answers, stop), study.subject.layer, options, stop
@@ -358,3 +369,6 @@ def _picture(figures: dict[str, Any]) -> str:
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         return svg(figure)
+
+
+DEFINITION = Definition(stage_gate, options=Options, inputs=answering.inputs, order=50)

@@ -10,30 +10,37 @@ other positions, vectors from shuffled labels, and directions by chance.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from math import isfinite
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from analyze import answering
+from analyze.answering import Answer, Asking, answers, written
+from analyze.outcome import Outcome
+from analyze.results import digest_of
 from analyze.stats import Floats
 from analyze.studies.contrast.study import answer_means, caa
-from analyze.studies.gsm8k import Answer, Asking, answers, dumped_line, written
 from analyze.studies.steering.hook import POSITIONS, effects, prompt_inert_from, steered
 from analyze.studies.steering.outcomes import Reply, Row, Steer
 from analyze.studies.steering.words import Page
-from analyze.study import Outcome, Study, dumped
+from analyze.study import Definition, Study, grow, read_lines
 from data import durable
 from data.errors import SettingError, StopRequest
 from data.journal import Progress
 from data.settings import build, number
 
 SEED = 0  # of random directions and shuffled labels
+
+
+VERSION = 1  # of the replies
+_FILE = "replies.jsonl"
 
 
 @dataclass(frozen=True)
@@ -257,26 +264,28 @@ class Sweeps(NamedTuple):
             steer: None: no hook at all.
             unsteered: replies on which the effect of steering is measured too.
         """
-        path = self.study.folder / f"sweep-{self._key(asked, steer, unsteered)}.jsonl"
-        kept = (
-            [Reply(**json.loads(line)) for line in path.read_text().splitlines()]
-            if path.exists()
-            else []
-        )
-        batch = self.asking.batch
-        for at in range(len(kept), len(asked), batch):
-            self.stop.check()
-            part = slice(at, at + batch)
-            kept += self._replies(
-                asked[part], steer, unsteered[part] if unsteered is not None else None
-            )
-            durable.write(path, ["".join(dumped_line(one._asdict()) for one in kept).encode()])
-            self.progress.show(f"{label}: {len(kept)}/{len(asked)} answered | {_right(kept)} right")
-        return kept
+
+        def write(folder: Path) -> None:
+            right = 0
+
+            def next_batch(part: slice) -> list[dict[str, Any]]:
+                nonlocal right
+                self.stop.check()
+                compared = None if unsteered is None else unsteered[part]
+                replies = self._replies(asked[part], steer, compared)
+                right += _right(replies)
+                done = min(part.stop, len(asked))
+                self.progress.show(f"{label}: {done}/{len(asked)} answered | {right} right here")
+                return [reply._asdict() for reply in replies]
+
+            grow(folder / _FILE, len(asked), self.asking.batch, next_batch)
+
+        folder = self.study.kept("steered", self._key(asked, steer, unsteered), write)
+        return [Reply(**line) for line in read_lines(folder / _FILE)]
 
     def _key(
         self, asked: Sequence[Answer], steer: Steer | None, unsteered: Sequence[Reply] | None
-    ) -> str:
+    ) -> dict[str, Any]:
         said = None
         if steer is not None:
             said = [
@@ -285,18 +294,20 @@ class Sweeps(NamedTuple):
                 steer.scale,
                 steer.positions,
             ]
-        on = {
+        return {
+            "version": VERSION,
             "weights": self.study.identity["weights"],
             "dtype": self.study.model.dtype,
             "device": torch.device(
                 self.study.model.device
             ).type,  # sums round otherwise on another kind
-            "asked": [[one.prompt_ids, asdict(one.problem)] for one in asked],
+            "asked": digest_of({"asked": [[one.prompt_ids, asdict(one.problem)] for one in asked]}),
             "asking": [self.asking.new_tokens, self.asking.batch],
             "steer": said,
-            "unsteered": None if unsteered is None else [one.ids for one in unsteered],
+            "unsteered": digest_of(
+                {"ids": None if unsteered is None else [one.ids for one in unsteered]}
+            ),
         }
-        return durable.digest(dumped(on).encode())[:12]
 
     def _replies(
         self, asked: Sequence[Answer], steer: Steer | None, unsteered: Sequence[Reply] | None
@@ -324,3 +335,6 @@ class Sweeps(NamedTuple):
 
 def _moved(steer: Steer) -> tuple[torch.Tensor, float, str]:
     return torch.from_numpy(steer.vector), steer.scale, steer.positions
+
+
+DEFINITION = Definition(steering, options=Options, inputs=answering.inputs, order=40)

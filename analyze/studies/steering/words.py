@@ -11,9 +11,9 @@ import matplotlib as mpl
 import numpy as np
 
 from analyze.drawing import STYLE, empty, svg
+from analyze.outcome import Outcome, Picture, Table
 from analyze.stats import detectable_change, holm
 from analyze.studies.steering.outcomes import Null, Overlap, Rank, Row, nulls, overlaps
-from analyze.study import Outcome, Picture, Table
 
 LEVEL = 0.05
 # share of the outcomes that the reference SAE's steering changes: 12 of 50 at its strongest

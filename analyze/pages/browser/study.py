@@ -30,14 +30,16 @@ from urllib.parse import quote
 import numpy as np
 import pyarrow.parquet as pq
 
-from analyze import study as studies
+from analyze import results
+from analyze.outcome import Outcome
 from analyze.pages.browser import columns, joins, pages, tokens
 from analyze.pages.browser.columns import Column
 from analyze.pages.browser.joins import Other
 from analyze.pages.browser.pages import CHUNK, Say, Shown
 from analyze.pages.browser.script import script, short
+from analyze.results import FOLDER, made
 from analyze.studies.catalogue import study as catalogue
-from analyze.study import FOLDER, Outcome, Study, made
+from analyze.study import Definition, Study
 from data import durable
 from data.errors import SettingError, StopRequest
 from data.journal import Progress, duration
@@ -81,7 +83,10 @@ def inputs(study: Study) -> Mapping[str, Any]:
         catalogue.files(subject),
         *(joins.open_other(subject, run).files for run in options.others),
     ]
-    read = [*columns.files(subject), *(one.table for one in every)]
+    read = [
+        *columns.files(results.current(subject.run, subject.digest)),
+        *(one.table for one in every),
+    ]
     return {
         "files": {str(path): durable.digest_file(path).xxh3_128 for path in read},
         "units": [one.places.units for one in every],
@@ -104,14 +109,14 @@ def browser(study: Study) -> Outcome:
     others = [joins.open_other(subject, run) for run in options.others]
     names = catalogue.names(study)
     say: Say = names or (lambda token: f"#{token}")
-    with study.locked(), StopRequest() as stop:
+    with StopRequest() as stop:
         partners = [
             joins.partners(made_from.places, other.files.places, options.rows, stop)
             for other in others
         ]
         site = Site(study.folder)
         file = pq.ParquetFile(made_from.table)
-        studied = columns.of_studies(subject, studies.done(subject))
+        studied = columns.of_studies(subject, results.current(subject.run, subject.digest))
         of_page = Shown(say, options.contexts, options.samples, partners, studied)
         table, known = _features(site, file, of_page, stop)
         tallies = tokens.tally(subject.store, made_from.places, stop)
@@ -245,3 +250,6 @@ def _summary(study: Study, figures: dict[str, Any], *, as_ids: bool) -> list[str
             "Tokens are shown as ids: the model's tokenizer is not at hand; give model.path=."
         )
     return lines
+
+
+DEFINITION = Definition(browser, options=Options, inputs=inputs, order=201, finds=False)

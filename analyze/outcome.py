@@ -1,0 +1,126 @@
+"""What a study found: figures, sentences, tables and pictures, and how they lie in its folder.
+
+NAME.json   every figure, with the settings that it follows from; written last
+NAME.md     the sentences and tables
+*.svg       a file per picture
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data import durable
+
+
+class Table(NamedTuple):
+    """A table as people read it."""
+
+    caption: str
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+class Picture(NamedTuple):
+    """An SVG with what it shows."""
+
+    caption: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a study found."""
+
+    figures: dict[str, Any]  # plain JSON; NaN becomes null
+    summary: list[str]  # sentences: the verdict first, each figure with its null or interval
+    tables: list[Table] = field(default_factory=list)
+    pictures: dict[str, Picture] = field(default_factory=dict)  # by file name without .svg
+    files: list[str] = field(default_factory=list)  # other files without which it is not whole
+
+
+def write(
+    folder: Path, name: str, settings: Mapping[str, Any], outcome: Outcome, *, finds: bool = True
+) -> None:
+    """Write an outcome durably. The JSON comes last: it says that the study is done.
+
+    Args:
+        finds: whether it has a verdict; else it says where files are, and is not published.
+    """
+    for stem, picture in outcome.pictures.items():
+        durable.write(folder / f"{stem}.svg", [picture.svg.encode()])
+    lines = [f"# {name}", "", *markdown(outcome)]
+    durable.write(folder / f"{name}.md", ["\n".join(lines).encode(), b"\n"])
+    record = {
+        "study": name,
+        "finds": finds,
+        "settings": settings,
+        "summary": outcome.summary,
+        "tables": outcome.tables,
+        "pictures": {stem: picture.caption for stem, picture in outcome.pictures.items()},
+        "files": outcome.files,
+        "figures": outcome.figures,
+    }
+    durable.write(folder / f"{name}.json", [dumped(record).encode()])
+
+
+def read(path: Path) -> tuple[dict[str, Any], Outcome] | None:
+    """The settings and outcome in NAME.json, with the pictures beside it; None if not whole."""
+    try:
+        record = json.loads(path.read_bytes())
+        pictures = {}
+        for stem, caption in record["pictures"].items():
+            pictures[stem] = Picture(caption, (path.parent / f"{stem}.svg").read_text())
+        tables = []
+        for caption, header, rows in record["tables"]:
+            tables.append(Table(caption, tuple(header), [tuple(row) for row in rows]))
+        files = list(record.get("files", []))
+        if not all((path.parent / file).is_file() for file in files):
+            return None
+        outcome = Outcome(record["figures"], record["summary"], tables, pictures, files)
+        return dict(record["settings"]), outcome
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def dumped(value: Any) -> str:
+    """JSON of plain values and numpy's; NaN and infinity become null."""
+    return json.dumps(_plain(value), indent=1, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value
+
+
+# -- Markdown --------------------------------------------------------------------------------------
+
+
+def markdown(outcome: Outcome) -> list[str]:
+    """The outcome as lines of Markdown: the summary, then the tables."""
+    lines = list(outcome.summary)
+    for table in outcome.tables:
+        lines += ["", table.caption, "", *markdown_table(table.header, table.rows)]
+    return lines
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table as lines of Markdown; what would end a cell is escaped."""
+    return [_row(header), _row(["---"] * len(header)), *map(_row, rows)]
+
+
+def _row(cells: Sequence[str]) -> str:
+    escaped = (cell.replace("\\", "\\\\").replace("|", "\\|") for cell in cells)
+    return "| " + " | ".join(escaped) + " |"
