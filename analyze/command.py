@@ -56,9 +56,11 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
     )
     study = study_of(settings, subject, device)
     outcome = study.perform(definition)
+    if definition.fresh:
+        print("\n".join(outcome.summary), file=sys.stderr)
+        return
     print("\n".join([f"# {name}", "", *markdown(outcome)]))
-    if not definition.fresh:
-        print(f"\nresults are in {study.folder}", file=sys.stderr)
+    print(f"\nresults are in {study.folder}", file=sys.stderr)
     if action == "serve":
         serve.serve(study.folder, port)
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from analyze.studies.gsm8k import Asking
+from analyze.answering import Asking
 from data.rows.split import Policy
 from harvest.plan import Faults, HarvestConfig
 from tests.bench import house_signs
@@ -59,10 +59,7 @@ PLUGIN = "hydra_plugins.one_pass"
 # Imports that are still to go.
 PENDING = {
     ("data.store.store", "data.store.scales"),
-    ("analyze.command", "analyze.peers.delphi"),
     ("analyze.command", "analyze.peers.imported"),
-    ("analyze.command", "analyze.peers.neuronpedia"),
-    ("analyze.command", "analyze.peers.saebench"),
 }
 
 
