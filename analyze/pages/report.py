@@ -24,8 +24,8 @@ from data import durable
 from data.errors import StoreError, differences
 from data.journal import read_metrics
 from data.rows import summary
-from data.site import RESID_POST
 from data.settings import build
+from data.site import RESID_POST
 from train.optim import OptimConfig
 from train.run import METRICS
 from train.sae import SAEConfig
