@@ -1,6 +1,4 @@
-"""Text stays text: nothing that a document says becomes a special token, and chats are the
-template's own.
-"""
+"""Text stays text: no document makes special tokens, and chats are the template's own."""
 
 from __future__ import annotations
 
@@ -43,8 +41,7 @@ PIECES = [
     "x7",
 ]
 HOSTILE = st.lists(st.sampled_from(PIECES), max_size=8).map("".join)
-# Templates that trim, that join messages with nothing between, that end in EOS, that begin with
-# their own BOS twice.
+# Templates that trim, that join messages directly, that end in EOS, that begin with BOS twice.
 TEMPLATES = {
     "own": None,
     "trims": "{{bos_token}}{% for m in messages %}<|turn>{{m.role}} {{ m.content | trim }}<turn|>{% endfor %}",
@@ -89,10 +86,10 @@ def test_plain_text_is_encoded_as_transformers_does_without_special_tokens(
         "verbose": False,
     }
     expected = TINY.inner(texts, **options)["input_ids"] if texts else []
-    found = TINY.encode(list(texts))
-    assert found == expected
-    assert not any(map(special, found))
-    assert [TINY.inner.decode(ids) for ids in found] == texts
+    encoded = TINY.encode(list(texts))
+    assert encoded == expected
+    assert not any(map(special, encoded))
+    assert [TINY.inner.decode(ids) for ids in encoded] == texts
 
 
 def test_long_texts_are_not_cut() -> None:
@@ -154,11 +151,10 @@ def test_the_hostile_by_hand(tmp_path: Path, contents: list[str]) -> None:
     turns = [SPECIAL["<|turn>"], SPECIAL["<turn|>"]] * len(contents)
     (ids,) = TINY.encode([chat(*contents)])
     assert special(ids) == turns
-    roles = ("user", "model")
-    said = "".join(
-        f"<|turn>{roles[n % 2]}\n{content}<turn|>\n" for n, content in enumerate(contents)
-    )
-    assert TINY.inner.decode(ids) == said
+    rendered = ""
+    for number, content in enumerate(contents):
+        rendered += f"<|turn>{('user', 'model')[number % 2]}\n{content}<turn|>\n"
+    assert TINY.inner.decode(ids) == rendered
     joining = with_template(tmp_path, TEMPLATES["joins_trimmed"])
     (ids,) = joining.encode([chat(*contents)])
     assert special(ids) == [] and joining.inner.decode(ids) == "".join(
@@ -216,17 +212,12 @@ def test_models_without_a_chat_template_and_chats_it_refuses_are_named(tmp_path:
     save_tokenizer(tmp_path / "base")
     base = Tokenizer.load(tmp_path / "base")
     assert base.encode(["text"])
-    with pytest.raises(
-        SettingError, match=r"has no chat template; take the instruction-tuned model"
-    ):
+    with pytest.raises(SettingError, match=r"messages=.*base"):
         base.encode(["text", chat("x")])
-    with pytest.raises(SettingError, match="has no chat template"):
+    with pytest.raises(SettingError, match=r"messages=.*base"):
         _ = base.template_digest
     strict = with_template(tmp_path / "strict", "{{ raise_exception('turns must alternate') }}")
-    with pytest.raises(
-        SettingError,
-        match=r"refuses the chat that begins 'Hi': turns must alternate; drop such chats",
-    ):
+    with pytest.raises(SettingError, match=r"strict .*'Hi'.*turns must alternate"):
         strict.encode([chat("Hi")])
 
 
@@ -251,5 +242,5 @@ def test_the_digest_is_that_of_the_tokenizer_as_it_was_loaded() -> None:
 
 
 def test_folders_without_a_tokenizer_are_named(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="has no loadable tokenizer"):
+    with pytest.raises(SettingError, match=str(tmp_path)):
         Tokenizer.load(tmp_path)
