@@ -87,7 +87,10 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Sto
         store = Store.open_or_create(place, settings)
         with Spine(store, rights, source, lm.tokenizer, stop) as text:
             # A ring needs the text's end: which units are held out follows from how many there are.
-            text.wait(0 if config.max_bytes is None and freed.read(place) is None else None)
+            if config.max_bytes is None and freed.read(place) is None:
+                text.wait_for(unit=0)
+            else:
+                text.wait()
             check(store, lm, config.layers)
             before = store.units - len(store.missing(config.layers))
             if before:
@@ -258,7 +261,7 @@ def _to_make(
             yield unit, lacking
             others.unit_s, took = time.monotonic() - began, took + 1
         if not took:
-            writer.wait(0)
+            writer.wait()
             spine.follow()
             if store.spine_complete and not store.missing(layers):
                 return

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from data.errors import PipelineError
-from data.store import claims
 from data.store.claims import Claims
+from data.store.claims import unit as claim_of
 from data.store.store import Store
 from data.store.unit import Prepared
 from harvest.forward import prepared
@@ -21,12 +21,12 @@ IN_FLIGHT = 2  # units made and not yet committed: 0.67 GB a layer at width 2560
 
 
 class Writer:
-    """Commits units in threads, beside the forward; at most `IN_FLIGHT` at a time. A context
-    manager.
-    """
+    """Commits at most `IN_FLIGHT` units at a time in threads. A context manager."""
 
-    def __init__(self, store: Store, rights: Claims, faults: Faults, device: str) -> None:
-        self._store, self._claims, self._faults = store, rights, faults
+    def __init__(self, store: Store, claims: Claims, faults: Faults, device: str) -> None:
+        self._store = store
+        self._claims = claims
+        self._faults = faults
         self._cuda = device.startswith("cuda")
         self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="commit")
         self._pending: deque[Future[int]] = deque()
@@ -37,41 +37,47 @@ class Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # What is in flight is whole; it is committed even if the run was asked to stop.
+        # Units in flight are whole: they are committed even if the run was asked to stop.
         self._pool.shutdown(wait=True)
         if kind is None:
-            self.wait(0)
+            self.wait()
 
-    def submit(self, unit: int, rows: dict[int, torch.Tensor], batch: int | None) -> None:
-        """Commit a unit when its rows are there; waits while too many are in flight."""
-        self.wait(IN_FLIGHT - 1)
+    def submit(self, unit: int, residuals: dict[int, torch.Tensor], batch: int | None) -> None:
+        """Commit a unit once the device has its residuals; wait while too many are in flight.
+
+        Args:
+            residuals: (n, d) in spine order, by layer. The writer empties the dict.
+            batch: packed rows per forward pass, where it was not the manifest's.
+        """
+        self.wait(most=IN_FLIGHT - 1)
         made = torch.cuda.Event() if self._cuda else None  # type: ignore[no-untyped-call]
         if made is not None:
             made.record()
         self.holds.add(unit)
-        self._pending.append(self._pool.submit(self._commit, unit, rows, batch, made))
+        self._pending.append(self._pool.submit(self._commit, unit, residuals, batch, made))
 
-    def wait(self, most: int) -> None:
-        """Come back when at most `most` units are in flight; raises what went wrong in a thread."""
+    def wait(self, most: int = 0) -> None:
+        """Return once at most `most` units are in flight; raise what a thread raised."""
         while len(self._pending) > most or (self._pending and self._pending[0].done()):
             self.written += self._pending.popleft().result()
 
     def _commit(
-        self, unit: int, rows: dict[int, torch.Tensor], batch: int | None, made: Any
+        self, unit: int, residuals: dict[int, torch.Tensor], batch: int | None, made: Any
     ) -> int:
+        """Commit a unit in this thread; the bytes of its rows."""
         with _side_stream(made), torch.inference_mode():
-            layers = prepared(self._store, unit, rows)
-        rows.clear()
-        for layer, one in layers.items():
-            _require_finite(self._store, unit, layer, one, self._faults.non_finite)
+            layers = prepared(self._store, unit, residuals)
+        residuals.clear()  # frees the device's memory before the slow part
+        for layer, rows in layers.items():
+            _require_finite(self._store, unit, layer, rows, self._faults.non_finite)
         self._store.commit_residuals(unit, layers, batch)
         self.holds.discard(unit)
-        self._claims.release(claims.unit(unit))
-        return sum(one.bits.nbytes for one in layers.values())
+        self._claims.release(claim_of(unit))
+        return sum(rows.bits.nbytes for rows in layers.values())
 
 
 def _side_stream(made: Any) -> Any:
-    """On a GPU, a stream of this thread's own that begins where the rows are made."""
+    """On a GPU, a stream of this thread's own that waits for the event `made`."""
     if made is None:
         return nullcontext()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -80,14 +86,15 @@ def _side_stream(made: Any) -> Any:
 
 
 def _require_finite(store: Store, unit: int, layer: int, rows: Prepared, tolerated: int) -> None:
+    """Raise PipelineError if more than `tolerated` rows hold NaN or infinity."""
     bad = rows.non_finite
     if len(bad) > tolerated:
         first = int(store.permutation(unit)[bad].min())
-        row, at = divmod(first, store.context)
-        token = int(store.tokens(unit)[row, at])
+        row, position = divmod(first, store.context)
+        token = int(store.tokens(unit)[row, position])
         raise PipelineError(
-            f"layer {layer} gave NaN or infinity in {len(bad)} of {len(rows.bits)} rows of unit {unit} of "
-            f"{store.name}, first at token {at} (id {token}) of packed row {row}; the unit was not committed. Try "
-            f"model.dtype=float32 or another layer, or allow non_finite={len(bad)} rows a unit: they are counted and "
-            "never served"
+            f"layer {layer} gave NaN or infinity in {len(bad)} of {len(rows.bits)} rows of unit "
+            f"{unit} of {store.name}, first at token {position} (id {token}) of packed row {row}; "
+            "the unit was not committed. Try model.dtype=float32 or another layer, or allow "
+            f"non_finite={len(bad)} rows a unit: they are counted and never served"
         )

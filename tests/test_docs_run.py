@@ -45,6 +45,7 @@ from data.store.store import Store
 from data.tiny import problems
 from data.tiny.embedded import MODEL_DIR
 from harvest import loop, spine
+from harvest.spine_writer import write_spine
 from tests.test_house import ROOT
 from train import stream
 
@@ -215,13 +216,22 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # as the commands set it themselves, for good
     monkeypatch.setattr(gc, "collect", lambda: 0)  # 0.2 s a model in a large process
     monkeypatch.setattr(loop, "_PATIENCE_S", 0.0)
-    monkeypatch.setattr(spine.Spine, "_start", write_spine)
+    monkeypatch.setattr(spine, "SpineProcess", SpineHere)
     monkeypatch.setattr(analyze.pages.browser.serve, "serve", require_site)
     return tmp_path
 
 
-def write_spine(process: spine.Spine) -> None:
-    spine.write(process._store, *process._job, process._stop)
+class SpineHere:
+    """Writes the spine in this process, at once."""
+
+    def __init__(self, store: Any, source: Any, tokenizer: Any) -> None:
+        write_spine(store, source, tokenizer)
+
+    def finished(self) -> bool:
+        return True
+
+    def stop(self) -> None:
+        """Nothing is left to end."""
 
 
 def require_site(folder: Path, _port: int) -> None:

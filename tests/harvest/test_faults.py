@@ -27,11 +27,12 @@ from data.store.store import Store
 from data.text import retry
 from data.text.documents import Document, State
 from data.text.sources import FileText
-from harvest import forward, loop, selfcheck, spine
+from harvest import forward, loop, selfcheck
 from harvest.loop import OutOfMemory, harvest
 from harvest.model import LanguageModel, ModelConfig, load
 from harvest.plan import Faults, HarvestConfig
 from harvest.selfcheck import choose_isolation
+from harvest.spine_writer import work, write_spine
 from tests.harvest.models import VOCABULARY, save_model
 
 TOKENS = 512
@@ -51,7 +52,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lm, source = open_model(folder), FileText(folder / "text.jsonl")
     begun = config(folder / "spine.zarr")
     store = Store.open_or_create(begun.store, loop.manifest(begun, lm, source))
-    spine.write(store, source, lm.tokenizer)
+    write_spine(store, source, lm.tokenizer)
     shutil.copytree(folder / "spine.zarr", folder / "done.zarr")
     harvest(config(folder / "done.zarr"), lm, source)
     return folder
@@ -377,7 +378,7 @@ def test_a_parent_that_left_is_told_nothing(
         ours, theirs = Pipe()
         ours.close()
         with theirs:
-            spine._work(theirs, str(store), source, tokenizer)
+            work(theirs, str(store), source, tokenizer)
 
 
 def test_clocks_that_jump_change_nothing(

@@ -21,11 +21,12 @@ from data.store.place import LocalPlace
 from data.store.repair import repair
 from data.store.store import Store
 from data.text.sources import FileText
-from harvest import loop, spine
+from harvest import loop
 from harvest.loop import harvest
 from harvest.model import LanguageModel, ModelConfig, load
 from harvest.plan import HarvestConfig
 from harvest.selfcheck import choose_isolation
+from harvest.spine_writer import write_spine
 from tests.harvest.models import save_model
 
 STEPS = (
@@ -62,14 +63,14 @@ def tree(path: Path) -> dict[str, bytes]:
     }
 
 
-def write_spine(target: HarvestConfig, lm: LanguageModel, source: FileText) -> Store:
+def make_spine(target: HarvestConfig, lm: LanguageModel, source: FileText) -> Store:
     """The first half of a harvest, in this process."""
     lm.isolation = choose_isolation(lm)
     store = Store.open_or_create(target.store, loop.manifest(target, lm, source))
     with closing(
         store.place.claims(0, 1)
     ):  # as in a harvest, what a killed one left half written goes
-        spine.write(store, source, lm.tokenizer)
+        write_spine(store, source, lm.tokenizer)
     return store
 
 
@@ -78,7 +79,7 @@ def reference(root: Path) -> dict[int, dict[str, bytes]]:
     stores = {}
     for tokens in (128, 1024):
         path = root / f"{tokens}.zarr"
-        write_spine(
+        make_spine(
             config(root / f"{tokens}.spine", tokens), open_model(root), FileText(root / "text.txt")
         )
         harvest(config(path, tokens), open_model(root), FileText(root / "text.txt"))
@@ -131,7 +132,7 @@ def test_a_kill_at_every_step_of_the_spine_changes_no_byte(
     lm, source = open_model(root), FileText(root / "text.txt")
     steps = kill_by_the_step(
         lambda number: config(tmp_path / f"{number}.zarr"),
-        lambda target: write_spine(target, lm, source),
+        lambda target: make_spine(target, lm, source),
         tree(root / "128.spine"),
     )
     assert steps > 40  # they were really met

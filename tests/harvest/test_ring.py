@@ -27,13 +27,14 @@ from data.store.place import LocalPlace
 from data.store.repair import damage, repair
 from data.store.store import Store
 from data.text.sources import FileText
-from harvest import loop, plan, spine
+from harvest import loop, plan
 from harvest.command import command
 from harvest.cost import Cost
 from harvest.loop import harvest
 from harvest.model import LanguageModel, ModelConfig, load
 from harvest.plan import HarvestConfig
 from harvest.selfcheck import choose_isolation
+from harvest.spine_writer import write_spine
 from harvest.status import status
 from harvest.verify import verify
 from tests.harvest.models import save_model
@@ -61,7 +62,7 @@ class Bench:
         save_model(folder / "model", "gemma4")
         (folder / "text.txt").write_text("All work and no play makes nobody happy. " * 80)
         lm, store = self.model(), Store.open_or_create(str(self.spine), self.manifest())
-        spine.write(store, self.source(), lm.tokenizer)
+        write_spine(store, self.source(), lm.tokenizer)
 
     def model(self) -> LanguageModel:
         lm = load(ModelConfig(str(self.folder / "model"), dtype="float32"))

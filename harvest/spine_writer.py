@@ -1,0 +1,159 @@
+"""Writing the spine: text into packed rows of tokens, committed unit by unit.
+
+It happens in a process of its own. Reading, tokenising and packing run ahead there, without waiting
+for the interpreter lock of the process that feeds the device.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from itertools import islice
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Protocol
+
+import numpy as np
+
+from data.errors import Interrupted, PipelineError, StoreError
+from data.store.store import SpineEnd, Store
+from data.text import packing, retry
+from data.text.documents import TextSource
+from harvest.tokens import Tokenizer
+
+
+class Stop(Protocol):
+    """Whoever may end the writing."""
+
+    def check(self) -> None:
+        """Raise to stop."""
+        ...
+
+
+def write_spine(
+    store: Store, source: TextSource, tokenizer: Tokenizer, stop: Stop | None = None
+) -> None:
+    """Commit the missing spine units, and the spine's end.
+
+    Args:
+        stop: checked before every unit.
+
+    Raises:
+        StoreError: the text ends before one row is full.
+    """
+    ended = False
+    while not ended and not store.ledger.spine_rows[: store.units].all():
+        ended = _fill_gap(store, source, tokenizer, stop)
+    if store.spine_end is None:
+        rows = int(store.ledger.spine_rows.sum())
+        if rows == 0:
+            raise StoreError(
+                f"the text ends before one row of context={store.context} tokens is full; give "
+                "more text"
+            )
+        store.close_spine(SpineEnd(rows, ended_early=rows < store.planned_rows))
+
+
+def _fill_gap(store: Store, source: TextSource, tokenizer: Tokenizer, stop: Stop | None) -> bool:
+    """Write units from the first missing one to the next that is there; True if the text ended."""
+    unit, cursor = store.spine_cursor()
+    documents = packing.tokenized(source.documents(cursor.state), tokenizer.encode)
+    rows = packing.pack(documents, cursor, store.context, tokenizer.bos)
+    unit_rows = store.unit_tokens // store.context
+    while unit < store.units and not store.ledger.spine_rows[unit]:
+        if stop is not None:
+            stop.check()
+        wanted = min(unit_rows, store.spine_rows - unit * unit_rows)
+        block = list(islice(rows, wanted))
+        if block:
+            tokens = np.stack([row.tokens for row in block])
+            document = np.stack([row.document for row in block])
+            store.commit_spine(unit, tokens, document, block[-1].end)
+        if len(block) < wanted:
+            return True
+        unit += 1
+    return False
+
+
+# -- the child, seen from its parent ---------------------------------------------------------------
+
+
+class SpineProcess:
+    """A child process that writes a store's spine."""
+
+    def __init__(self, store: Store, source: TextSource, tokenizer: Tokenizer) -> None:
+        # A new interpreter: a fork would copy threads' locks and a GPU's context. Not by
+        # multiprocessing, which would run the parent's main module there again, and so import
+        # torch: 4 seconds of both cores.
+        self._line, theirs = Pipe()
+        command = [sys.executable, "-m", "harvest.spine_writer", str(theirs.fileno())]
+        # In a process group of its own, which Ctrl-C does not reach: the parent says when to stop.
+        self._child = subprocess.Popen(command, pass_fds=[theirs.fileno()], process_group=0)
+        theirs.close()
+        self._line.send((store.name, source, tokenizer))
+
+    def finished(self) -> bool:
+        """Whether the child has written all.
+
+        Raises:
+            StoreError: it failed or died.
+        """
+        if not self._line.poll():
+            return False
+        try:
+            failure = self._line.recv()
+        except EOFError as error:
+            raise StoreError(
+                "the process that reads the text died; what it committed is intact: run the same "
+                "command again"
+            ) from error
+        if failure is not None:
+            raise StoreError(failure)
+        return True
+
+    def stop(self) -> None:
+        """End the child, behind the unit that it is writing."""
+        self._line.close()
+        self._child.wait()
+
+
+# -- the child itself ------------------------------------------------------------------------------
+
+
+class Parent:
+    """The parent seen from its child: gone once it closes its end of the line."""
+
+    def __init__(self, line: Connection) -> None:
+        self._line = line
+
+    def check(self) -> None:
+        """Raise `Interrupted` if the parent is gone."""
+        self.sleep(0.0)
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep; raise `Interrupted` as soon as the parent is gone."""
+        if self._line.poll(seconds):
+            raise Interrupted(signal.SIGTERM)
+
+
+def work(line: Connection, name: str, source: TextSource, tokenizer: Tokenizer) -> None:
+    """Write the spine of the store `name`, and answer with None or the message of a failure."""
+    parent = Parent(line)
+    retry.sleep = parent.sleep  # a server may ask for ten minutes
+    failure = None
+    try:
+        write_spine(Store.open(name), source, tokenizer, parent)
+    except PipelineError as error:
+        failure = str(error)
+    except Interrupted:
+        return
+    # A parent that is gone reads no answer. Its next start finds what is committed.
+    with suppress(BrokenPipeError, ConnectionResetError):
+        line.send(failure)
+
+
+if __name__ == "__main__":
+    with Connection(int(sys.argv[1])) as line, suppress(EOFError):  # the parent may be gone already
+        work(line, *line.recv())
