@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -116,18 +115,6 @@ def _own_ids(text: str) -> str:
         )
 
     return re.sub(r"<[^>]*>", of_tag, text)  # labels are left as they are
-
-
-def said(figure: Mapping[str, Any], form: str) -> str:
-    """The value of {value, interval} with its interval in brackets; a dash if it is not defined.
-
-    Args:
-        form: of each number, as in a format string.
-    """
-    if math.isnan(figure["value"]):
-        return "-"
-    low, high = figure["interval"]
-    return f"{figure['value']:{form}} [{low:{form}}, {high:{form}}]"
 
 
 class Line(NamedTuple):

@@ -1,16 +1,19 @@
-"""The language model as the studies use it: residuals of given texts, logits, edits of a layer,
-greedy generation.
+"""The language model as the studies use it.
 
-Shapes: b sequences, t positions, d d_model, V vocabulary. Sequences are token ids with their BOS.
-Batches are padded on the right with no mask, which a causal model cannot see, so a sequence's
-values do not depend on what it is batched with, but for the rounding of other matrix shapes (about
-1e-6 in float32).
+Residuals and logits of given texts, edits of a layer, the head on any states, greedy generation.
+
+Shapes: b sequences, t positions, n positions of any sequences, d d_model, V vocabulary. A sequence
+is a list of token ids with its BOS. Batches are padded on the right without a mask. A causal model
+does not see that padding, so a sequence's values depend on its batch by rounding alone (about 1e-6
+in float32, from matrix products of other shapes).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -20,15 +23,31 @@ from data.errors import PipelineError
 from harvest.model import LanguageModel, final_norm
 from harvest.site import tap
 
-# of a batch of texts, padding included: 0.9 GB of residuals of all 42 layers of E4B in bfloat16
+# Tokens of a batch of texts, padding included. With all 42 layers of Gemma 4 E4B kept in bfloat16
+# they are 0.9 GB of residuals.
 BATCH_TOKENS = 4096
+# Bytes of float32 logits at a time: 256 positions of Gemma 4's 262,144 ids. What is computed from
+# them takes five times that.
+BLOCK_BYTES = 1 << 28
+# Of the head check. bfloat16 keeps 8 bits, and a softcap rounds four times; a scale that
+# `unembedded` left out would be wrong by a factor.
+_ALLOWED_DEVIATION = 2.0**-6
+_CHECKED_TOKENS = 32
+
+
+# -- texts through the whole model -----------------------------------------------------------------
 
 
 def batches(
     sequences: Sequence[Sequence[int]], tokens: int = BATCH_TOKENS
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Sequences of like length together: their numbers, and ids (b, t) padded with 0, at most
-    `tokens` of them.
+    """Batches of sequences of similar length, the longest first.
+
+    Args:
+        tokens: of a batch at most, padding included; a longer sequence is a batch by itself.
+
+    Yields:
+        the sequences' numbers, and their ids (b, t), padded with 0.
     """
     group: list[int] = []
     for number in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
@@ -40,10 +59,10 @@ def batches(
         yield group, _padded([sequences[i] for i in group])
 
 
-def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-    for row, one in zip(ids, rows, strict=True):
-        row[: len(one)] = torch.tensor(one)
+def _padded(sequences: Sequence[Sequence[int]]) -> Tensor:
+    ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.int64)
+    for row, sequence in zip(ids, sequences, strict=True):
+        row[: len(sequence)] = torch.tensor(sequence)
     return ids
 
 
@@ -54,52 +73,38 @@ def residuals(
     layers: Sequence[int],
     tokens: int = BATCH_TOKENS,
 ) -> Iterator[tuple[int, dict[int, Tensor]]]:
-    """One forward pass per sequence: its number, and by layer its resid_post (t, d) in the model's
-    own dtype.
+    """Each sequence's residuals, by one forward pass, in the order of `batches`.
 
-    In the order of length, not of `sequences`. Rows are views that the next pass does not
-    overwrite.
+    Yields:
+        the sequence's number, and by layer its resid_post (t, d) in the model's own dtype. The
+            rows are views that the next pass does not overwrite.
     """
     for numbers, ids in batches(sequences, tokens):
         with tap(lm.blocks, layers) as taken:
             lm.decoder(input_ids=ids.to(lm.config.device), use_cache=False)
         for row, number in enumerate(numbers):
-            yield number, {layer: taken[layer][row, : len(sequences[number])] for layer in layers}
+            length = len(sequences[number])
+            yield number, {layer: taken[layer][row, :length] for layer in layers}
 
 
 @torch.inference_mode()
 def logits(
     lm: LanguageModel, sequences: Sequence[Sequence[int]], tokens: int = BATCH_TOKENS
 ) -> Iterator[tuple[int, Tensor]]:
-    """Of each sequence its number and the logits (t, V) that the model gives behind each of its
-    tokens.
+    """Each sequence's logits, in the order of `batches`. Edits that are open take effect.
 
-    In the order of length. Edits that are open take effect (see `edited`).
+    Yields:
+        the sequence's number, and the model's logits (t, V) behind each of its tokens.
     """
     for numbers, ids in batches(sequences, tokens):
-        found = lm.causal(input_ids=ids.to(lm.config.device), use_cache=False).logits
+        output = lm.causal(input_ids=ids.to(lm.config.device), use_cache=False).logits
         for row, number in enumerate(numbers):
-            yield number, found[row, : len(sequences[number])]
-
-
-@torch.inference_mode()
-def unembedded(lm: LanguageModel, states: Tensor, *, normed: bool = False) -> Tensor:
-    """Logits (..., V) float32 of states (..., d): softcap(unembed(final_norm(states))), the head as
-    the model has it.
-
-    Args:
-        normed: the states have gone through the final norm already.
-    """
-    head = lm.causal.get_output_embeddings()
-    states = states.to(head.weight.dtype)
-    found: Tensor = head(states if normed else final_norm(lm.decoder)(states)).float()
-    cap = getattr(lm.causal.config.get_text_config(), "final_logit_softcapping", None)
-    return found if cap is None else cap * torch.tanh(found / cap)
+            yield number, output[row, : len(sequences[number])]
 
 
 @contextmanager
 def edited(block: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While open, `block`'s output (b, t, d) is what `edit` makes of it; the layers above see that.
+    """While open, `edit` replaces the block's output (b, t, d), and the layers above see that.
 
     With a cache, t is 1 after the prompt. In generation of models that share keys and values
     between layers (Gemma 4), the prompt's pass gives the sharing layers its last position alone.
@@ -115,6 +120,95 @@ def edited(block: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator[None]
         handle.remove()
 
 
+# -- the head on any states ------------------------------------------------------------------------
+
+
+def vocabulary_size(lm: LanguageModel) -> int:
+    """V: ids that the head gives logits for."""
+    return int(lm.causal.get_output_embeddings().weight.shape[0])
+
+
+@torch.inference_mode()
+def unembedded(lm: LanguageModel, states: Tensor, *, normed: bool = False) -> Tensor:
+    """Logits (..., V) float32 of states (..., d): softcap(unembed(final_norm(states))).
+
+    Args:
+        normed: the states have gone through the final norm already.
+    """
+    head = lm.causal.get_output_embeddings()
+    states = states.to(head.weight.dtype)
+    output: Tensor = head(states if normed else final_norm(lm.decoder)(states)).float()
+    cap = getattr(lm.causal.config.get_text_config(), "final_logit_softcapping", None)
+    return output if cap is None else cap * torch.tanh(output / cap)
+
+
+def blocks(lm: LanguageModel, positions: int, block_bytes: int = BLOCK_BYTES) -> Iterator[slice]:
+    """Consecutive slices of `positions`, each with `block_bytes` of float32 logits at most."""
+    step = max(1, block_bytes // (4 * vocabulary_size(lm)))
+    for start in range(0, positions, step):
+        yield slice(start, min(start + step, positions))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The distribution of the next token behind each of n positions. Losses are in nats."""
+
+    log_p: Tensor  # (n, V) float32
+
+    @classmethod
+    def of_logits(cls, logits: Tensor) -> Prediction:
+        """Of logits (n, V) of any dtype."""
+        return cls(logits.float().log_softmax(1))
+
+    @classmethod
+    def of_states(cls, lm: LanguageModel, states: Tensor, *, normed: bool = False) -> Prediction:
+        """Of states (n, d), read by the head: see `unembedded`."""
+        return cls.of_logits(unembedded(lm, states, normed=normed))
+
+    @cached_property
+    def p(self) -> Tensor:
+        """(n, V) probabilities."""
+        return self.log_p.exp()
+
+    def cross_entropy(self, targets: Tensor) -> Tensor:
+        """(n,) -ln p of the target ids (n,)."""
+        return -self.log_p.gather(1, targets[:, None])[:, 0]
+
+    def kl(self, other: Prediction) -> Tensor:
+        """(n,) KL(self || other)."""
+        return (self.p * (self.log_p - other.log_p)).sum(1)
+
+
+@torch.inference_mode()
+def head_deviation(lm: LanguageModel, ids: Sequence[int]) -> float:
+    """How far `unembedded` of the last layer is from the model's own logits.
+
+    Args:
+        ids: a text; the positions behind its first 32 tokens are compared.
+
+    Returns:
+        the largest difference, relative to the largest of the model's logits.
+
+    Raises:
+        PipelineError: by more than rounding: the head has a step that `unembedded` does not know.
+    """
+    last = len(lm.blocks) - 1
+    first = torch.tensor([ids[:_CHECKED_TOKENS]], device=lm.config.device)
+    with tap(lm.blocks, [last]) as taken:
+        own = lm.causal(input_ids=first, use_cache=False).logits.float()
+    difference = float((unembedded(lm, taken[last]) - own).abs().max() / own.abs().max())
+    if not difference <= _ALLOWED_DEVIATION:
+        raise PipelineError(
+            f"{type(lm.causal).__name__} makes logits of its last layer otherwise than by final "
+            f"norm, unembedding and softcap: they differ by {difference:.2%} (allowed "
+            f"{_ALLOWED_DEVIATION:.2%}), so its layers cannot be read this way"
+        )
+    return difference
+
+
+# -- generation ------------------------------------------------------------------------------------
+
+
 class Generation(NamedTuple):
     """What the model wrote behind one prompt."""
 
@@ -126,19 +220,21 @@ class Generation(NamedTuple):
 def generate(
     lm: LanguageModel, prompts: Sequence[Sequence[int]], new_tokens: int, stops: Sequence[str] = ()
 ) -> list[Generation]:
-    """Greedy continuations of prompts, all in one batch padded on the left and masked.
+    """Greedy continuations of prompts, all in one batch, padded on the left and masked.
 
     Args:
         new_tokens: at most so many.
         stops: strings that end a text; its ids then go up to the token that completed one.
     """
-    ends = _ends(lm)
-    ids = torch.zeros(len(prompts), width := max(map(len, prompts)), dtype=torch.int64)
+    ends = end_tokens(lm)
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.int64)
     mask = torch.zeros_like(ids)
-    for row, one in enumerate(prompts):
-        ids[row, width - len(one) :] = torch.tensor(one)
-        mask[row, width - len(one) :] = 1
-    stopping = _Stops(lm, width, stops)
+    for row, prompt in enumerate(prompts):
+        start = width - len(prompt)
+        ids[row, start:] = torch.tensor(prompt)
+        mask[row, start:] = 1
+    stopping = _Stopping(lm, width, stops)
     output = lm.causal.generate(
         input_ids=ids.to(lm.config.device),
         attention_mask=mask.to(lm.config.device),
@@ -148,87 +244,59 @@ def generate(
         eos_token_id=sorted(ends) or None,
         pad_token_id=min(ends, default=0),
         stopping_criteria=[stopping],
-    )[:, width:].tolist()
-    return [_cut(row, ends, stopping.at[number]) for number, row in enumerate(output)]
+    )
+    written = output[:, width:].tolist()
+    return [_cut(new, ends, stopping.length[row]) for row, new in enumerate(written)]
 
 
-def _ends(lm: LanguageModel) -> set[int]:
-    """Tokens that end a text, by the model's generation settings and its tokenizer."""
-    said = lm.causal.generation_config.eos_token_id
-    ends = set(said) if isinstance(said, list) else {said}
-    return {end for end in (*ends, lm.tokenizer.inner.eos_token_id) if end is not None}
+def end_tokens(lm: LanguageModel) -> set[int]:
+    """Ids that end a text: the tokenizer's, and the generation settings'.
 
-
-def _cut(row: list[int], ends: set[int], stopped: int | None) -> Generation:
-    end = next((at for at, token in enumerate(row) if token in ends), None)
-    if end is not None and (stopped is None or end < stopped):
-        return Generation(row[:end], True)
-    return Generation(row[:stopped], stopped is not None)
-
-
-class _Stops:
-    """Ends a row when its new text holds a stop string. One of transformers' stopping criteria, by
-    its call.
+    A model that was loaded without its head has no generation settings; its configuration's are
+    taken then.
     """
+    settings: Any = lm.decoder.config if lm.causal is None else lm.causal.generation_config
+    configured = settings.eos_token_id
+    ends = set(configured) if isinstance(configured, list | tuple) else {configured}
+    ends.add(lm.tokenizer.inner.eos_token_id)
+    return ends - {None}
+
+
+def _cut(new: list[int], ends: set[int], stopped: int | None) -> Generation:
+    """The new tokens of a row up to its first end token or stop string.
+
+    Args:
+        stopped: new tokens with which the row held a stop string; None: it never did.
+    """
+    end = next((index for index, token in enumerate(new) if token in ends), None)
+    if end is not None and (stopped is None or end < stopped):
+        return Generation(new[:end], True)
+    return Generation(new[:stopped], stopped is not None)
+
+
+class _Stopping:
+    """Ends a row when its new text holds a stop string; one of transformers' stopping criteria."""
 
     def __init__(self, lm: LanguageModel, width: int, stops: Sequence[str]) -> None:
-        self._decode, self._width, self._stops = lm.tokenizer.inner.decode, width, stops
-        self._back = max(
-            (len(stop.encode()) for stop in stops), default=0
-        )  # tokens that can hold one: a byte each
-        self.at: dict[int, int | None] = {}
+        """
+        Args:
+            width: of the prompts with their padding, tokens.
+        """
+        self._decode = lm.tokenizer.inner.decode
+        self._width = width
+        self._stops = stops
+        # Tokens that can hold a stop string: a token has a byte at least.
+        self._window = max((len(stop.encode()) for stop in stops), default=0)
+        # By row, its new tokens when it first held a stop string; None before.
+        self.length: dict[int, int | None] = {}
 
     def __call__(self, ids: Tensor, _scores: Any, **_: Any) -> Tensor:
+        width = ids.shape[1]
+        start = max(self._width, width - self._window)
         for row in range(len(ids)):
-            if self.at.get(row) is None:
-                tail = self._decode(ids[row, max(self._width, ids.shape[1] - self._back) :])
-                found = any(stop in tail for stop in self._stops)
-                self.at[row] = ids.shape[1] - self._width if found else None
-        return torch.tensor(
-            [self.at[row] is not None for row in range(len(ids))], device=ids.device
-        )
-
-
-# -- the head on many positions -----
-
-# Of float32 logits at a time: 256 positions of Gemma 4's 262,144 ids. What is computed from them
-# takes five times that.
-_BLOCK_BYTES = 1 << 28
-# bf16 keeps 8 bits, and a softcap rounds four times; a scale that is left out is wrong by a factor.
-_ROUNDING = 2.0**-6
-_CHECKED = 32  # tokens
-
-
-def width(lm: LanguageModel) -> int:
-    """V: ids that the head gives logits for."""
-    return int(lm.causal.get_output_embeddings().weight.shape[0])
-
-
-def blocks(lm: LanguageModel, positions: int) -> Iterator[slice]:
-    """The positions, as many at a time as have 268 MB of logits."""
-    step = max(1, _BLOCK_BYTES // (4 * width(lm)))
-    for at in range(0, positions, step):
-        yield slice(at, min(at + step, positions))
-
-
-@torch.inference_mode()
-def check(lm: LanguageModel, ids: Sequence[int]) -> float:
-    """How far `unembedded` of the last layer is from the model's own logits, relative to the
-    largest of these.
-
-    Looked at behind the first tokens of `ids`.
-
-    Raises:
-        PipelineError: by more than rounding: the head has a step that `unembedded` does not know.
-    """
-    last = len(lm.blocks) - 1
-    with tap(lm.blocks, [last]) as taken:
-        first = torch.tensor([ids[:_CHECKED]], device=lm.config.device)
-        own = lm.causal(input_ids=first, use_cache=False).logits.float()
-    difference = float((unembedded(lm, taken[last]) - own).abs().max() / own.abs().max())
-    if not difference <= _ROUNDING:
-        raise PipelineError(
-            f"{type(lm.causal).__name__} makes logits of its last layer otherwise than by final norm, unembedding and "
-            f"softcap: they differ by {difference:.2%} (allowed {_ROUNDING:.2%}), so its layers cannot be read this way"
-        )
-    return difference
+            if self.length.get(row) is None:
+                tail = self._decode(ids[row, start:])
+                stopped = any(stop in tail for stop in self._stops)
+                self.length[row] = width - self._width if stopped else None
+        ended = [self.length[row] is not None for row in range(len(ids))]
+        return torch.tensor(ended, device=ids.device)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from analyze import outcome as outcomes
-from analyze.language_model import residuals
+from analyze.language_model import end_tokens, residuals
 from analyze.results import FOLDER
 from data.errors import MismatchError, NonFiniteError, SettingError, StoreError
 from data.text.documents import Content
@@ -132,7 +132,9 @@ class DenseReward:
             completions: as text; not used, for texts may not encode to the ids that were sampled.
             completion_ids: of the model's own tokenizer.
         """
-        own = [_own(ids, self._ends()) for ids in completion_ids]
+        padding = self.lm.tokenizer.inner.pad_token_id
+        ignored = end_tokens(self.lm) | {padding}
+        own = [_own(ids, ignored) for ids in completion_ids]
         found = self.token_rewards([self._prompt_ids(prompt) for prompt in prompts], own)
         return [float(rewards.mean()) if len(rewards) else 0.0 for rewards in found]
 
@@ -159,13 +161,6 @@ class DenseReward:
         else:
             ids = tokenizer.encode([prompt], reply=True)[0]
         return ids if ids[:1] == [tokenizer.bos] else [tokenizer.bos, *ids]
-
-    def _ends(self) -> set[int]:
-        config: Any = self.lm.decoder.config
-        said = config.eos_token_id
-        inner = self.lm.tokenizer.inner
-        ends = [*said] if isinstance(said, list | tuple) else [said]
-        return {end for end in (*ends, inner.eos_token_id, inner.pad_token_id) if end is not None}
 
 
 def _own(ids: Sequence[int], ends: set[int]) -> list[int]:

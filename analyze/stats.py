@@ -7,8 +7,9 @@ themselves among the permutations, (1 + #{null >= observed}) / (1 + draws), and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,6 +23,24 @@ class Interval(NamedTuple):
 
     low: float
     high: float
+
+
+def figure(value: float, interval: Interval) -> dict[str, Any]:
+    """A value with its interval, as results keep it: {value, interval}."""
+    return {"value": float(value), "interval": interval}
+
+
+def formatted(measured: Mapping[str, Any], form: str) -> str:
+    """The value of a `figure` with its interval in brackets; a dash if the value is NaN.
+
+    Args:
+        form: of each number, as in a format string.
+    """
+    value = measured["value"]
+    low, high = measured["interval"]
+    if math.isnan(value):
+        return "-"
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
 # -- resampling ------------------------------------------------------------------------------------

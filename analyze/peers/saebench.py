@@ -22,13 +22,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analyze.drawing import said
 from analyze.outcome import Outcome, Table, dumped
 from analyze.peers import saebench_metrics
 from analyze.peers.saebench_metrics import DEFINITIONS, Measured, Metrics
 from analyze.results import FOLDER as STUDIES
 from analyze.results import current, made
-from analyze.stats import Floats, variance_explained
+from analyze.stats import Floats, figure, formatted, variance_explained
 from analyze.studies import splice
 from analyze.study import Definition, Study
 from analyze.subject import Subject
@@ -174,7 +173,7 @@ def _unstructured(subject: Subject, found: Measured, model: Spliced | None) -> d
             "variance_explained_centred": centred,
             "losses": losses,
         },
-        "variance_explained_centred": {"value": value, "interval": interval},
+        "variance_explained_centred": figure(value, interval),
         "variance": float(found.about_mean.mean()),
         "explained_variance_divisor": saebench_metrics.divisor(found.sums, subject.sae.d_model),
         "mse_per_element": float(found.error.mean() / subject.sae.d_model),
@@ -264,7 +263,7 @@ def _summary(figures: Mapping[str, Any], *, losses: bool) -> list[str]:
     metrics, ours = figures["metrics"], figures["eval_result_unstructured"]
     quality, config = metrics["reconstruction_quality"], figures["eval_config"]
     return [
-        f"{said(ours['variance_explained_centred'], '.4f')} of the variance is explained, centred per dimension, which "
+        f"{formatted(ours['variance_explained_centred'], '.4f')} of the variance is explained, centred per dimension, which "
         f"is to be quoted; SAEBench's explained_variance of the same rows is {quality['explained_variance']:.4f}, "
         f"since it divides by {ours['explained_variance_divisor']:.4g} where their variance is {ours['variance']:.4g}, "
         "and its explained_variance_legacy, which the figures of its paper are, is "

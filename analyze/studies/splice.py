@@ -38,11 +38,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from analyze import language_model, pieces
-from analyze.drawing import Line, bands, said, whiskers
-from analyze.language_model import batches, edited, unembedded
+from analyze.drawing import Line, bands, whiskers
+from analyze.language_model import Prediction, batches, edited
 from analyze.outcome import Outcome, Picture, Table
 from analyze.pieces import Piece
-from analyze.stats import Floats, bootstrap_ratios, sums_by
+from analyze.stats import Floats, bootstrap_ratios, figure, formatted, sums_by
 from analyze.study import Definition, Study
 from analyze.subject import Subject
 from data.errors import SettingError, StopRequest, StoreError
@@ -203,12 +203,11 @@ def _losses(lm: LanguageModel, finals: Sequence[Tensor], targets: Tensor) -> tup
     """
     ce, kl = (targets.new_empty(len(finals), len(targets), dtype=torch.float32) for _ in range(2))
     for part in language_model.blocks(lm, len(targets)):
-        clean = unembedded(lm, finals[0][part], normed=True).log_softmax(1)
-        p = clean.exp()
+        clean = Prediction.of_states(lm, finals[0][part], normed=True)
         for number, states in enumerate(finals):
-            log_q = unembedded(lm, states[part], normed=True).log_softmax(1)
-            ce[number, part] = -log_q.gather(1, targets[part, None])[:, 0]
-            kl[number, part] = (p * (clean - log_q)).sum(1)
+            replaced = Prediction.of_states(lm, states[part], normed=True)
+            ce[number, part] = replaced.cross_entropy(targets[part])
+            kl[number, part] = clean.kl(replaced)
     return ce.double().cpu().numpy(), kl.double().cpu().numpy()
 
 
@@ -251,7 +250,7 @@ def _ratios(sums: Mapping[str, tuple[Floats, Floats]]) -> dict[str, dict[str, An
     )  # an ablation that costs nothing is no measure
     values, intervals = above.sum(0) / below.sum(0), bootstrap_ratios(above, below, seed=SEED)
     return {
-        name: {"value": float(value), "interval": interval}
+        name: figure(value, interval)
         for name, value, interval in zip(sums, values, intervals, strict=True)
     }
 
@@ -290,7 +289,7 @@ def splice(study: Study) -> Outcome:
     """
     options, subject, lm = build(Options, "study", study.options), study.subject, study.lm
     read = choose(subject, options.tokens)
-    deviation = language_model.check(lm, read[0].ids)
+    deviation = language_model.head_deviation(lm, read[0].ids)
     how = replacements(subject)
     losses = measure(lm, subject.layer, read, subject.policy.kinds, how)
     kinds = np.concatenate([piece.kind for piece in read])
@@ -320,10 +319,10 @@ def _summary(figures: dict[str, Any], subject: Subject) -> list[str]:
         found.append(
             f"With the SAE's reconstruction in place of layer {subject.layer}'s residual at {where}, "
             f"{figures['replaced'][where]:,} of {figures['replaced'][ALL]:,}, the model loses "
-            f"{said(sae['difference'], '.4f')} nats per token: loss recovered {said(sae['loss_recovered'], '.2%')} of "
-            f"zero ablation's, {said(sae['loss_recovered_of_mean'], '.2%')} of mean ablation's, KL score "
-            f"{said(sae['kl_score'], '.2%')}. A random error of the same length costs "
-            f"{said(random['difference'], '.4f')}; the SAE's KL is {said(sae['kl_of_random'], '.2f')} times that one's."
+            f"{formatted(sae['difference'], '.4f')} nats per token: loss recovered {formatted(sae['loss_recovered'], '.2%')} of "
+            f"zero ablation's, {formatted(sae['loss_recovered_of_mean'], '.2%')} of mean ablation's, KL score "
+            f"{formatted(sae['kl_score'], '.2%')}. A random error of the same length costs "
+            f"{formatted(random['difference'], '.4f')}; the SAE's KL is {formatted(sae['kl_of_random'], '.2f')} times that one's."
         )
     exact = (
         "The identity splice changes no token's loss, exactly."
@@ -334,7 +333,7 @@ def _summary(figures: dict[str, Any], subject: Subject) -> list[str]:
     found[0] += f" {exact}"
     return [
         *found,
-        f"The model itself has {said(clean['ce'], '.4f')} nats on these {figures['tokens']:,} tokens of "
+        f"The model itself has {formatted(clean['ce'], '.4f')} nats on these {figures['tokens']:,} tokens of "
         f"{figures['documents']} documents. Brackets are 95 % intervals, paired, over documents.",
     ]
 
@@ -362,7 +361,7 @@ def _table(figures: dict[str, Any]) -> Table:
         (
             row["name"],
             row["where"],
-            *(said(row[key], form) if key in row else "" for key, form in forms.items()),
+            *(formatted(row[key], form) if key in row else "" for key, form in forms.items()),
         )
         for row in figures["rows"]
     ]

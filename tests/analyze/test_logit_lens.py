@@ -48,7 +48,7 @@ def sequences(lm: LanguageModel) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def kinds(lm: LanguageModel) -> np.ndarray:
-    return classes(lm.tokenizer, language_model.width(lm))
+    return classes(lm.tokenizer, language_model.vocabulary_size(lm))
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,14 @@ def reading(lm: LanguageModel, sequences: list[list[int]], kinds: np.ndarray) ->
     return read(lm, sequences, kinds)
 
 
-def read(lm: LanguageModel, sequences: list[list[int]], kinds: np.ndarray) -> Reading:
-    return logit_lens.read(lm, sequences, logit_lens.shuffled(kinds, "cpu"), DIGIT, StopRequest())
+def read(
+    lm: LanguageModel,
+    sequences: list[list[int]],
+    kinds: np.ndarray,
+    block_bytes: int = language_model.BLOCK_BYTES,
+) -> Reading:
+    null = logit_lens.shuffled(kinds, "cpu")
+    return logit_lens.read(lm, sequences, null, DIGIT, StopRequest(), block_bytes)
 
 
 def naive(lm: LanguageModel, one: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -96,7 +102,7 @@ def test_the_last_layers_lens_is_the_models_own_logits(
             ).hidden_states[-1]
         np.testing.assert_allclose(unembedded(lm, last, normed=True)[0], own, atol=1e-4)
         assert abs(unembedded(lm, last)[0].numpy() - own).max() > 0.5  # as it is when normed twice
-        assert language_model.check(lm, one) < 1e-6
+        assert language_model.head_deviation(lm, one) < 1e-6
 
 
 def test_every_figure_is_what_its_definition_says(
@@ -176,11 +182,11 @@ def test_blocks_of_positions_change_nothing(
     sequences: list[list[int]],
     kinds: np.ndarray,
     reading: Reading,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(language_model, "_BLOCK_BYTES", 4 * language_model.width(lm) * 3)
-    assert [part.stop - part.start for part in language_model.blocks(lm, 8)] == [3, 3, 2]
-    for whole, blocked in zip(reading, read(lm, sequences, kinds), strict=True):
+    block_bytes = 4 * language_model.vocabulary_size(lm) * 3
+    parts = language_model.blocks(lm, 8, block_bytes)
+    assert [part.stop - part.start for part in parts] == [3, 3, 2]
+    for whole, blocked in zip(reading, read(lm, sequences, kinds, block_bytes), strict=True):
         np.testing.assert_allclose(whole, blocked, rtol=1e-4, atol=1e-4)
 
 
@@ -196,7 +202,7 @@ def test_a_head_with_a_step_of_its_own_is_refused(
 
     monkeypatch.setattr(lm.causal, "forward", scaled)
     with pytest.raises(PipelineError, match="otherwise than by final norm"):
-        language_model.check(lm, sequences[0])
+        language_model.head_deviation(lm, sequences[0])
 
 
 # -- classes and commitment ------------------------------------------------------------------------

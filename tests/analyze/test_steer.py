@@ -185,13 +185,11 @@ def test_steering_towards_a_token_writes_it(lm: LanguageModel, prompts: Any) -> 
     assert all(one.ids == [token] * 4 for one in written)
 
 
-def test_effects_are_those_of_whole_distributions(
-    lm: LanguageModel, prompts: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(steer, "_LOGITS", 3 * lm.vocabulary)  # 3 positions at a time
+def test_effects_are_those_of_whole_distributions(lm: LanguageModel, prompts: Any) -> None:
+    three = 3 * 4 * lm.vocabulary  # bytes of 3 positions' logits
     texts = [(one, [7, 30, 99, 12, 200][: at % 3 + 3]) for at, one in enumerate(prompts)]
     texts[1] = (texts[1][0], [])
-    found = steer.effects(lm, texts, 3, direction(lm), 4.0, "all", tokens=150)
+    found = steer.effects(lm, texts, 3, direction(lm), 4.0, "all", 150, three)
     for (prompt, written), one in zip(texts, found, strict=True):
         ids, last = torch.tensor([[*prompt, *written]]), len(prompt) - 1
         with torch.inference_mode():

@@ -33,10 +33,10 @@ from torch import Tensor
 
 from analyze import language_model, pieces
 from analyze.contexts import visible
-from analyze.language_model import residuals, unembedded
+from analyze.language_model import BLOCK_BYTES, Prediction, residuals
 from analyze.outcome import Outcome, Picture
 from analyze.pieces import Piece
-from analyze.stats import Floats, Interval, bootstrap, bootstrap_ratios, percentiles
+from analyze.stats import Floats, Interval, bootstrap, bootstrap_ratios, figure, percentiles
 from analyze.studies.logit_lens import words as logit_lens_page
 from analyze.studies.logit_lens.heat_map import heat_map
 from analyze.studies.logit_lens.token_classes import CLASSES, classes
@@ -149,11 +149,13 @@ def read(
     null: Null,
     target: int,
     stop: StopRequest,
+    block_bytes: int = BLOCK_BYTES,
 ) -> Reading:
     """The lens on every sequence's tokens but the first and the last.
 
     Args:
         target: number of the class of which the null's mass is kept by position.
+        block_bytes: of one layer's logits at a time.
     """
     layers = range(len(lm.blocks))
     parts: list[list[NDArray[Any]]] = []
@@ -162,7 +164,7 @@ def read(
     for done, (number, states) in enumerate(residuals(lm, sequences, layers), 1):
         stop.check()
         following = torch.tensor(sequences[number][2:], device=lm.config.device)
-        for part in language_model.blocks(lm, len(following)):
+        for part in language_model.blocks(lm, len(following), block_bytes):
             ids = following[part]
             *columns, masses, losses = _lens(
                 lm, [states[layer][1:-1][part] for layer in layers], ids, null
@@ -193,19 +195,18 @@ def _lens(
     Everything is reduced where it was computed: only one layer's (m, V), and the last one's, are
     there at a time.
     """
-    last = unembedded(lm, states[-1]).log_softmax(1)
-    last_p, best = last.exp(), last.argmax(1, keepdim=True)
+    last = Prediction.of_states(lm, states[-1])
+    best = last.log_p.argmax(1, keepdim=True)
     found: list[list[Tensor]] = []
     for state in states:
-        log_p = unembedded(lm, state).log_softmax(1)
-        p = log_p.exp()
-        top_p, top = p.max(1)
-        ce = -log_p.gather(1, following[:, None])[:, 0]
-        kl = (last_p * (last - log_p)).sum(1)
-        rank = (log_p > log_p.gather(1, best)).sum(1) + 1
-        found.append(
-            [top, top_p, ce, kl, rank, p @ null.members, -log_p.gather(1, null.orders[following])]
-        )
+        lens = Prediction.of_states(lm, state)
+        top_p, top = lens.p.max(1)
+        ce = lens.cross_entropy(following)
+        kl = last.kl(lens)
+        rank = (lens.log_p > lens.log_p.gather(1, best)).sum(1) + 1
+        masses = lens.p @ null.members
+        shuffled_ce = -lens.log_p.gather(1, null.orders[following])
+        found.append([top, top_p, ce, kl, rank, masses, shuffled_ce])
     return [torch.stack(column).cpu().numpy() for column in zip(*found, strict=True)]
 
 
@@ -238,10 +239,10 @@ def by_layer(reading: Reading) -> list[dict[str, Any]]:
     for layer, mean in enumerate(means):
         of_layer = intervals[layer * len(names) : (layer + 1) * len(names)]
         row = {
-            name: _figure(value, bounds)
+            name: figure(value, bounds)
             for name, value, bounds in zip(names, mean, of_layer, strict=True)
         }
-        row["rank"] = _figure(
+        row["rank"] = figure(
             np.exp(mean[names.index("rank")]), Interval(*np.exp(of_layer[names.index("rank")]))
         )
         null = {
@@ -253,16 +254,12 @@ def by_layer(reading: Reading) -> list[dict[str, Any]]:
     return found
 
 
-def _figure(value: float, interval: Interval) -> dict[str, Any]:
-    return {"value": float(value), "interval": interval}
-
-
 def _null(values: NDArray[Any]) -> dict[str, Any]:
     """Mean and middle 95 % over the orders of the unembedding's rows, but those in which it is not
     defined.
     """
     exact = values.astype(np.float64)
-    return _figure(_defined(np.mean, exact), percentiles(exact))
+    return figure(_defined(np.mean, exact), percentiles(exact))
 
 
 def _committed(reading: Reading, target: int) -> dict[str, Any]:
@@ -294,7 +291,7 @@ def _committed(reading: Reading, target: int) -> dict[str, Any]:
     return {
         "class": CLASSES[target],
         **{
-            name: _figure(statistic(every), bootstrap(statistic, len(every), seed=SEED)[0])
+            name: figure(statistic(every), bootstrap(statistic, len(every), seed=SEED)[0])
             for name, statistic in (
                 ("mean_layer", mean),
                 ("median_layer", median),
@@ -326,8 +323,8 @@ def logit_lens(study: Study) -> Outcome:
     target = CLASSES.index(options.target)
     chosen = prompts(study.subject, options.prompts)
     sequences = [piece.ids[: options.tokens + 1] for piece in chosen]
-    deviation = language_model.check(lm, sequences[0])
-    kinds = classes(lm.tokenizer, language_model.width(lm))
+    deviation = language_model.head_deviation(lm, sequences[0])
+    kinds = classes(lm.tokenizer, language_model.vocabulary_size(lm))
     with StopRequest() as stop:
         reading = read(lm, sequences, shuffled(kinds, lm.config.device), target, stop)
     layers, committed = by_layer(reading), _committed(reading, target)

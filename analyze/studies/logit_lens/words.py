@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from analyze.drawing import Line, bands, said
+from analyze.drawing import Line, bands
 from analyze.outcome import Picture, Table
+from analyze.stats import formatted
 from analyze.studies.logit_lens.token_classes import CLASSES
 
 
@@ -18,19 +19,19 @@ def summary(figures: dict[str, Any]) -> list[str]:
         when = f"No position commits to {name}"
     else:
         when = (
-            f"Positions that commit to {name} do so at layer {said(found['mean_layer'], '.1f')} on average, with the "
-            f"unembedding's rows in random order at {said(null['mean_layer'], '.1f')}; the last layer is "
+            f"Positions that commit to {name} do so at layer {formatted(found['mean_layer'], '.1f')} on average, with the "
+            f"unembedding's rows in random order at {formatted(null['mean_layer'], '.1f')}; the last layer is "
             f"{layers[-1]['layer']}"
         )
     low = [row["layer"] for row in layers if row["agrees"]["value"] < 0.5]
     return [
-        f"{when}. {said(found['never'], '.1%')} of {figures['positions']:,} positions of {figures['prompts']} prompts "
-        f"never do, with random rows {said(null['never'], '.1%')}; {name} is {figures['next_token_share'][name]:.1%} "
+        f"{when}. {formatted(found['never'], '.1%')} of {figures['positions']:,} positions of {figures['prompts']} prompts "
+        f"never do, with random rows {formatted(null['never'], '.1%')}; {name} is {figures['next_token_share'][name]:.1%} "
         f"of what follows. Brackets are 95 % intervals over prompts, the null's over {figures['orders']} orders.",
         f"From layer {max(low, default=-1) + 1} on the lens' top token is the model's own at half of the positions or "
-        f"more. Its cross entropy falls from {said(layers[0]['ce'], '.2f')} nats behind layer 0 to "
-        f"{said(layers[-1]['ce'], '.2f')} behind the last, where random rows have "
-        f"{said(layers[-1]['shuffled']['ce'], '.2f')}.",
+        f"more. Its cross entropy falls from {formatted(layers[0]['ce'], '.2f')} nats behind layer 0 to "
+        f"{formatted(layers[-1]['ce'], '.2f')} behind the last, where random rows have "
+        f"{formatted(layers[-1]['shuffled']['ce'], '.2f')}.",
     ]
 
 
@@ -48,11 +49,11 @@ def tables(figures: dict[str, Any]) -> list[Table]:
         (
             str(row["layer"]),
             ", ".join(f"`{one['text']}` {one['share']:.0%}" for one in row["top"]),
-            *(said(row[name], ".1%") for name in CLASSES),
-            said(row["ce"], ".2f"),
-            said(row["kl"], ".2f"),
-            said(row["rank"], ".1f"),
-            said(row["agrees"], ".1%"),
+            *(formatted(row[name], ".1%") for name in CLASSES),
+            formatted(row["ce"], ".2f"),
+            formatted(row["kl"], ".2f"),
+            formatted(row["rank"], ".1f"),
+            formatted(row["agrees"], ".1%"),
         )
         for row in figures["layers"]
     ]
@@ -62,8 +63,8 @@ def tables(figures: dict[str, Any]) -> list[Table]:
             name,
             f"{figures['vocabulary_share'][name]:.1%}",
             f"{figures['next_token_share'][name]:.1%}",
-            said(last[name], ".1%"),
-            said(last["shuffled"][name], ".1%"),
+            formatted(last[name], ".1%"),
+            formatted(last["shuffled"][name], ".1%"),
         )
         for name in CLASSES
     ]
@@ -71,11 +72,19 @@ def tables(figures: dict[str, Any]) -> list[Table]:
     committed = [
         (
             "layer, mean over positions that commit",
-            said(found["mean_layer"], ".1f"),
-            said(null["mean_layer"], ".1f"),
+            formatted(found["mean_layer"], ".1f"),
+            formatted(null["mean_layer"], ".1f"),
         ),
-        ("layer, median over prompts of their medians", said(found["median_layer"], ".1f"), ""),
-        ("positions that never commit", said(found["never"], ".1%"), said(null["never"], ".1%")),
+        (
+            "layer, median over prompts of their medians",
+            formatted(found["median_layer"], ".1f"),
+            "",
+        ),
+        (
+            "positions that never commit",
+            formatted(found["never"], ".1%"),
+            formatted(null["never"], ".1%"),
+        ),
     ]
     return [
         Table(

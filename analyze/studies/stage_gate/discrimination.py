@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from analyze.stats import Floats, Interval, percentiles, permutation_p
+from analyze.stats import Floats, figure, percentiles, permutation_p
 from data.errors import StopRequest
 from data.journal import Progress
 
@@ -74,8 +74,10 @@ def measured(
     first = names.index(reference)
     found: dict[str, dict[str, Any]] = {}
     for at, name in enumerate(names):
-        figures = [_figure(whole[at, figure], drawn[:, at, figure]) for figure in range(3)]
-        behind = _figure(whole[first, 0] - whole[at, 0], drawn[:, first, 0] - drawn[:, at, 0])
+        figures = [figure(whole[at, which], percentiles(drawn[:, at, which])) for which in range(3)]
+        behind = figure(
+            whole[first, 0] - whole[at, 0], percentiles(drawn[:, first, 0] - drawn[:, at, 0])
+        )
         # A score without spread tells nothing: it is no larger than any permutation's.
         p = (
             1.0
@@ -116,10 +118,6 @@ def three(values: Floats, correct: NDArray[np.bool_], length: NDArray[np.int64])
 def _centred(x: Floats) -> Floats:
     found: Floats = x - x.mean(1, keepdims=True)
     return found
-
-
-def _figure(value: float, drawn: Floats) -> dict[str, float | Interval]:
-    return {"value": float(value), "interval": percentiles(drawn)}
 
 
 def _correlations(score: Floats, labels: NDArray[np.bool_]) -> Floats:

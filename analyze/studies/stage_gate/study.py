@@ -29,13 +29,14 @@ from numpy.typing import NDArray
 
 from analyze import answering, language_model
 from analyze.answering import Answer
-from analyze.drawing import STYLE, empty, said, svg
-from analyze.language_model import logits
+from analyze.drawing import STYLE, empty, svg
+from analyze.language_model import Prediction, logits
 from analyze.outcome import Outcome, Picture, Table
 from analyze.results import digest_of
 from analyze.stats import (
     Floats,
     auroc,
+    formatted,
     hedges_g,
     percentiles,
     permutation_p,
@@ -180,7 +181,7 @@ def _log_probabilities(study: Study, answers: Sequence[Answer], stop: StopReques
         predicting = behind[len(one.prompt_ids) - 1 : -1]
         for part in language_model.blocks(study.lm, len(one.ids)):
             ids = torch.tensor(one.ids[part], device=behind.device)
-            total += float(predicting[part].float().log_softmax(-1).gather(1, ids[:, None]).sum())
+            total -= float(Prediction.of_logits(predicting[part]).cross_entropy(ids).sum())
         found[number] = total / len(one.ids) if one.ids else np.nan
         progress.show(f"{done}/{len(answers)} answers' probabilities", last=done == len(answers))
     return found
@@ -312,10 +313,10 @@ def _summary(figures: dict[str, Any]) -> list[str]:
     failing = f" Does not hold: {'; '.join(figures['missing'])}." if figures["missing"] else ""
     return [
         f"Verdict: {figures['verdict']}.{failing} The rule: {figures['rule']}.",
-        f"R tells right answers from wrong ones with an AUROC of {said(own['auroc'], '.3f')} on {held['answers']} "
+        f"R tells right answers from wrong ones with an AUROC of {formatted(own['auroc'], '.3f')} on {held['answers']} "
         f"validation answers, {held['right']} of them right.",
-        f"Its rank correlation with being right is {said(own['rho'], '.3f')}, where {figures['cap']:.3f} is the most "
-        f"that can be (permutation p = {own['p']:.2g}); given length it is {said(own['rho_given_length'], '.3f')}.",
+        f"Its rank correlation with being right is {formatted(own['rho'], '.3f')}, where {figures['cap']:.3f} is the most "
+        f"that can be (permutation p = {own['p']:.2g}); given length it is {formatted(own['rho_given_length'], '.3f')}.",
         f"As many random features have an AUROC of {chance['median']:.3f}, 95 % of them {chance['interval'].low:.3f} "
         f"to {chance['interval'].high:.3f} (p = {chance['p']:.2g}).",
         f"At least as good as R: {better}." if better else "None of the baselines is as good as R.",
@@ -326,11 +327,11 @@ def _tables(figures: dict[str, Any]) -> list[Table]:
     rows = [
         (
             name,
-            said(one["auroc"], ".3f"),
-            said(one["rho"], ".3f"),
-            said(one["rho_given_length"], ".3f") if name != LENGTH else "-",
+            formatted(one["auroc"], ".3f"),
+            formatted(one["rho"], ".3f"),
+            formatted(one["rho_given_length"], ".3f") if name != LENGTH else "-",
             f"{one['p']:.2g}",
-            said(one["behind"], ".3f") if name != SCORE else "-",
+            formatted(one["behind"], ".3f") if name != SCORE else "-",
         )
         for name, one in figures["scores"].items()
     ]

@@ -20,13 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from analyze.language_model import BATCH_TOKENS, batches, edited, unembedded
+from analyze.language_model import BATCH_TOKENS, Prediction, batches, blocks, edited
 from harvest.model import LanguageModel
 
 POSITIONS = ("prompt", "generated", "all")
-_LOGITS = (
-    1 << 25
-)  # held at a time of either model: 134 MB in float32, 128 positions of Gemma's 262,144 tokens
+# Bytes of either model's float32 logits at a time: 128 positions of Gemma 4's 262,144 ids.
+BLOCK_BYTES = 1 << 27
 
 
 def prompt_inert_from(lm: LanguageModel) -> int:
@@ -114,6 +113,7 @@ def effects(
     scale: float,
     positions: str,
     tokens: int = BATCH_TOKENS,
+    block_bytes: int = BLOCK_BYTES,
 ) -> list[Effect]:
     """Of each prompt and completion its effect, by two forward passes."""
     step, sequences = _step(lm, vector, scale), [[*prompt, *written] for prompt, written in texts]
@@ -133,7 +133,7 @@ def effects(
         norm, relative = _mean(norms[0], generated), _mean(norms[1], chosen)
         for row, number in enumerate(numbers):
             predicting = slice(int(boundary[row]), int(end[row]) - 1)
-            kl = _kl(lm, steered_[row, predicting], clean[row, predicting])
+            kl = _kl(lm, steered_[row, predicting], clean[row, predicting], block_bytes)
             found[number] = Effect(kl, float(norm[row]), float(relative[row]))
     return [found[number] for number in range(len(texts))]
 
@@ -155,14 +155,11 @@ def _mean(values: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(chosen, values, 0.0).double().sum(1) / chosen.sum(1)
 
 
-def _kl(lm: LanguageModel, moved: Tensor, clean: Tensor) -> float:
-    """Sum of KL(moved || clean) of the next token, from final states (n, d), a few positions at a
-    time.
-    """
-    total, rows = 0.0, max(1, _LOGITS // lm.vocabulary)
-    for at in range(0, len(clean), rows):
-        p, q = (
-            unembedded(lm, x[at : at + rows], normed=True).log_softmax(-1) for x in (moved, clean)
-        )
-        total += float((p.exp() * (p - q)).sum(-1).double().sum())
+def _kl(lm: LanguageModel, moved: Tensor, clean: Tensor, block_bytes: int) -> float:
+    """Sum of KL(moved || clean) of the next token, from final states (n, d) behind the norm."""
+    total = 0.0
+    for part in blocks(lm, len(clean), block_bytes):
+        steered_ = Prediction.of_states(lm, moved[part], normed=True)
+        unsteered = Prediction.of_states(lm, clean[part], normed=True)
+        total += float(steered_.kl(unsteered).double().sum())
     return total
