@@ -10,7 +10,6 @@ import torch
 
 from analyze.outcome import markdown
 from analyze.pages.browser import serve
-from analyze.peers import imported
 from analyze.study import Study, find, model_of
 from analyze.subject import Subject
 from conf.command import ALONE, Job
@@ -18,43 +17,21 @@ from data.device import torch_device
 from data.errors import SettingError
 from data.settings import optional_whole, whole
 
+Settings = dict[str, Any]  # conf/analyze.yaml, composed
 
-def command(settings: dict[str, Any], _: Job = ALONE) -> None:
+
+def command(settings: Settings, _: Job = ALONE) -> None:
     """Run one study and say where its results are."""
-    name, action = settings["study"]["name"], settings["action"]
-    if action not in ("run", "serve") or (action == "serve" and name != "browser"):
-        raise SettingError(
-            f"action={action} with study={name} is not known; it is run, or serve with study=browser"
-        )
-    port = whole("port", settings["port"])
-    if not 0 <= port < 2**16:
-        raise SettingError(f"port={port} must be from 0 to 65535; 0 takes one that is free")
+    name = settings["study"]["name"]
+    action = _action(name, settings["action"])
+    port = _port(settings["port"])
     definition = find(name)
     if definition.compare:
         definition.compare(settings)
         return
     if settings["runs"] is not None:
         raise SettingError(f"runs= is for study=sweep; study={name} takes one directory, as run=")
-    if not settings["run"]:
-        raise SettingError(
-            "run= is missing; give the directory of a finished training run, e.g. run=runs/demo"
-        )
-    device = torch_device(settings["device"])
-    store = str(settings["store"]) if settings["store"] else None
-    run, layer = str(settings["run"]), optional_whole("layer", settings["layer"])
-    foreign = imported.is_foreign(run)
-    if not foreign and (kind := run.partition(":")[0]) != run and not Path(run).exists():
-        raise SettingError(
-            f"run={run} is no directory, and {kind}: is none of {', '.join(imported.READERS)}"
-        )
-    if layer is not None and not foreign:
-        raise SettingError(
-            f"layer={layer} is for SAEs of other libraries; run={run} knows its own layer"
-        )
-    subject = Subject.open(
-        imported.run_of(run, store, layer) if foreign else Path(run), store, device
-    )
-    study = study_of(settings, subject, device)
+    study = study_of(settings, subject_of(settings, torch_device(settings["device"])))
     outcome = study.perform(definition)
     if definition.fresh:
         print("\n".join(outcome.summary), file=sys.stderr)
@@ -65,13 +42,68 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
         serve.serve(study.folder, port)
 
 
-def study_of(settings: dict[str, Any], subject: Subject, device: torch.device) -> Study:
+def _action(name: str, action: Any) -> str:
+    if action == "run" or (action == "serve" and name == "browser"):
+        return str(action)
+    raise SettingError(
+        f"action={action} with study={name} is not known; it is run, or serve with study=browser"
+    )
+
+
+def _port(value: Any) -> int:
+    port = whole("port", value)
+    if not 0 <= port < 2**16:
+        raise SettingError(f"port={port} must be from 0 to 65535; 0 takes one that is free")
+    return port
+
+
+def subject_of(settings: Settings, device: torch.device) -> Subject:
+    """The SAE that run= names: a run's directory, or an SAE of another library as FORMAT:PATH.
+
+    Raises:
+        SettingError: run= is missing, or names neither; or layer= is given for a run of ours.
+        StoreError: the run or its store is missing, unfinished or damaged.
+    """
+    if not settings["run"]:
+        raise SettingError(
+            "run= is missing; give the directory of a finished training run, e.g. run=runs/demo"
+        )
+    named = str(settings["run"])
+    store = str(settings["store"]) if settings["store"] else None
+    layer = optional_whole("layer", settings["layer"])
+    run = _imported(named, store, layer) if ":" in named else None
+    if run is None and layer is not None:
+        raise SettingError(
+            f"layer={layer} is for SAEs of other libraries; run={named} knows its own layer"
+        )
+    return Subject.open(run or Path(named), store, device)
+
+
+def _imported(named: str, store: str | None, layer: int | None) -> Path | None:
+    """The run directory made of an SAE of another library; None: `named` is a directory itself.
+
+    This is the core's one door to analyze/peers.
+    """
+    from analyze.peers import imported
+
+    if imported.is_foreign(named):
+        return imported.run_of(named, store, layer)
+    if not Path(named).exists():
+        prefix = named.partition(":")[0]
+        known = ", ".join(imported.READERS)
+        raise SettingError(f"run={named} is no directory, and {prefix}: is none of {known}")
+    return None
+
+
+def study_of(settings: Settings, subject: Subject) -> Study:
     """The study that the settings ask for."""
+    options = dict(settings["study"])
+    name = options.pop("name")
     return Study(
-        name=settings["study"]["name"],
+        name=name,
         subject=subject,
-        options={key: value for key, value in settings["study"].items() if key != "name"},
-        model=model_of(subject, settings["model"], device),
+        options=options,
+        model=model_of(subject, settings["model"], subject.device),
         problems=str(settings["problems"]) if settings["problems"] else None,
         answers=settings["answers"],
     )

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data import durable
+from data.markdown import table_lines
 
 
 class Table(NamedTuple):
@@ -112,15 +113,5 @@ def markdown(outcome: Outcome) -> list[str]:
     """The outcome as lines of Markdown: the summary, then the tables."""
     lines = list(outcome.summary)
     for table in outcome.tables:
-        lines += ["", table.caption, "", *markdown_table(table.header, table.rows)]
+        lines += ["", table.caption, "", *table_lines(table.header, table.rows)]
     return lines
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table as lines of Markdown; what would end a cell is escaped."""
-    return [_row(header), _row(["---"] * len(header)), *map(_row, rows)]
-
-
-def _row(cells: Sequence[str]) -> str:
-    escaped = (cell.replace("\\", "\\\\").replace("|", "\\|") for cell in cells)
-    return "| " + " | ".join(escaped) + " |"

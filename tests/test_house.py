@@ -53,13 +53,12 @@ ANNEXES = {
     "train.sweep": "hydra_plugins.one_pass",
     "train.export": None,
     "train.publish": None,
-    "analyze.peers": None,
+    "analyze.peers": "analyze.command",
 }
 PLUGIN = "hydra_plugins.one_pass"
 # Imports that are still to go.
 PENDING = {
     ("data.store.store", "data.store.scales"),
-    ("analyze.command", "analyze.peers.imported"),
 }
 
 

@@ -1,6 +1,4 @@
-"""A published run: its card's figures are the run's, its code runs, foreign text cannot break it;
-no upload unasked.
-"""
+"""A published run: true figures, code that runs, foreign text that stays text, no upload unasked."""
 
 from __future__ import annotations
 
@@ -24,13 +22,13 @@ from analyze.studies.quality import write as write_quality
 from analyze.subject import Subject
 from conf.command import run_command
 from data import durable
-from data.errors import PipelineError
+from data.errors import SettingError, StoreError
 from data.tiny.embedded import MODEL_DIR
 from tests.analyze.conftest import make_run, random_rows
 from tests.train.test_formats import PYTHON, a_run, has, made
 from train.export.formats import FORMATS
 from train.publish import release
-from train.publish.card import escaped
+from train.publish.card import ABSENT, escaped
 from train.publish.command import command
 from train.run import CONFIG, METRICS
 from train.sae import SAE
@@ -62,14 +60,19 @@ def finished(folder: Path, sae: SAE, **settings: Any) -> Path:
 
 
 def with_study(
-    run: Path, summary: str, cell: str = "1", sae: str | None = None, name: str = "splice"
+    run: Path,
+    summary: str,
+    cell: str = "1",
+    sae: str | None = None,
+    name: str = "splice",
+    finds: bool = True,
 ) -> None:
     folder = run / "studies" / name
     folder.mkdir(parents=True, exist_ok=True)
     digest = sae or durable.digest_file(run / FILE).xxh3_128
-    found = {"settings": {"sae": digest}, "summary": [summary]}
-    found["tables"] = [["caption " + cell, ["head", "value"], [[cell, "2"]]]]
-    (folder / f"{name}.json").write_text(json.dumps(found))
+    record = {"finds": finds, "settings": {"sae": digest}, "summary": [summary]}
+    record["tables"] = [["caption " + cell, ["head", "value"], [[cell, "2"]]]]
+    (folder / f"{name}.json").write_text(json.dumps(record))
     (folder / "means.npz").write_bytes(b"big")
 
 
@@ -83,8 +86,8 @@ def card(run: Path) -> str:
 def test_a_bare_run_says_what_is_absent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = finished(tmp_path / "run", made("topk"))
     folder = publishes(run)
-    said = capsys.readouterr().out
-    assert "nothing was uploaded; upload=true does" in said and REPO in said
+    printed = capsys.readouterr().out
+    assert "upload=true" in printed and REPO in printed
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert files == {
         "README.md",
@@ -96,18 +99,17 @@ def test_a_bare_run_says_what_is_absent(tmp_path: Path, capsys: pytest.CaptureFi
         "saelens/cfg.json",
         "saelens/sae_weights.safetensors",
     }
-    assert all(
-        re.search(rf"[kM]?B +{re.escape(str(folder / file))}$", said, re.MULTILINE)
-        for file in files
-    )
+    for file in files:
+        line = rf"[kM]?B +{re.escape(str(folder / file))}$"
+        assert re.search(line, printed, re.MULTILINE), file
     text = card(run)
     head = yaml.safe_load(text.split("---\n")[1])
     assert head["base_model"] == "google/gemma-4-E4B" and head["license"] == "apache-2.0"
-    assert {"sparse-autoencoder", "interpretability"} <= set(
-        head["tags"]
-    ) and "datasets" not in head
-    assert "0.8123" in text and "| batch | not recorded tokens |" in text
-    assert "the run has no quality.json" in text and "No study was done" in text
+    assert {"sparse-autoencoder", "interpretability"} <= set(head["tags"])
+    assert "datasets" not in head
+    assert "0.8123" in text and f"| batch | {ABSENT} tokens |" in text
+    assert "quality.json" in text and "| variance explained | definition |" not in text
+    assert "<details>" not in text
     assert durable.digest_file(run / FILE).xxh3_128 in text
     x = torch.randn(50, 12, generator=torch.Generator().manual_seed(2))
     for again in (
@@ -158,18 +160,15 @@ def test_studies_are_told_in_their_own_words(
     folder = publishes(run)
     text = card(run)
     assert "- Loss rises by 0.31 [0.30, 0.32], p &lt; 0.05.\n" in text
-    assert (
-        "Of another SAE" not in text
-        and "steering.json is of another SAE" in capsys.readouterr().err
-    )
-    assert [path.name for path in (folder / "studies").rglob("*") if path.is_file()] == [
-        "splice.json"
-    ]
+    assert "Of another SAE" not in text
+    assert "steering.json" in capsys.readouterr().err
+    published = [path.name for path in (folder / "studies").rglob("*") if path.is_file()]
+    assert published == ["splice.json"]
 
 
 def test_no_local_path_is_published_and_what_is_no_longer_found_goes(tmp_path: Path) -> None:
     run = finished(tmp_path / "run", made("topk"))
-    with_study(run, f"files are in {tmp_path}", name="delphi")
+    with_study(run, f"files are in {tmp_path}", name="delphi", finds=False)
     with_study(run, "a finding", name="contrast")
     folder = publishes(run)
     text = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
@@ -190,8 +189,9 @@ def test_foreign_text_cannot_break_the_page(tmp_path: Path) -> None:
     publishes(run), publishes(plain)
     (mine, words), (theirs, _) = parsed(card(run)), parsed(card(plain))
     assert mine == theirs and len(mine) > 300
-    said = " ".join(HOSTILE.split())
-    assert said in words  # the study's summary and its cell, as they were written
+    assert (
+        " ".join(HOSTILE.split()) in words
+    )  # the study's summary and its cell, as they were written
     assert not re.search(r"<script|\]\(http|://evil|\$\$", card(run))
     assert set(yaml.safe_load(card(run).split("---\n")[1])) == {"license", "library_name", "tags"}
 
@@ -281,12 +281,12 @@ def test_the_cards_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ki
 
 def test_the_last_layers_rows_are_not_in_hidden_states(tmp_path: Path) -> None:
     run = finished(tmp_path / "run", made("topk"), layer=11)
-    for layers, said in ((12, True), (13, False), (None, False)):
+    for layers, is_last in ((12, True), (13, False), (None, False)):
         config = yaml.safe_load((run / CONFIG).read_text())
         config["source"]["n_layers"] = layers
         (run / CONFIG).write_text(yaml.safe_dump(config))
         publishes(run)
-        assert ("the final norm applied" in card(run)) == said
+        assert ("final norm" in card(run)) == is_last
 
 
 @pytest.mark.parametrize("kind", ["topk", "thresholds"])
@@ -355,16 +355,12 @@ def test_upload_is_asked_for(tmp_path: Path, hub: Hub, capsys: pytest.CaptureFix
     assert [name for name, _ in hub.calls] == ["create_repo", "upload_folder"]
     (_, made_with), (_, sent) = hub.calls
     assert made_with == {"repo_id": REPO, "private": True, "exist_ok": True}
-    assert (
-        sent["repo_id"] == REPO
-        and sent["folder_path"] == folder
-        and sent["commit_message"] == "Publish run"
-    )
-    assert set(sent["allow_patterns"]) == {
-        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()
-    }
+    assert (sent["repo_id"], sent["folder_path"]) == (REPO, folder)
+    assert sent["commit_message"] == "Publish run"
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert set(sent["allow_patterns"]) == files
     hub.public[0] = True
-    with pytest.raises(PipelineError, match="public; to publish in it set private=false"):
+    with pytest.raises(SettingError, match="private=false"):
         publishes(run, "upload=true")
     assert len(hub.calls) == 3  # nothing more was sent
     publishes(run, "upload=true", "private=false")
@@ -373,10 +369,10 @@ def test_upload_is_asked_for(tmp_path: Path, hub: Hub, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    ("status", "said"), [(None, "check the network"), (403, "HTTP 403"), (500, "HTTP 500")]
+    ("status", "reason"), [(None, "ConnectionError"), (403, "HTTP 403"), (500, "HTTP 500")]
 )
-def test_no_token_in_what_is_said(
-    tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str], status: int | None, said: str
+def test_no_token_in_what_is_printed(
+    tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str], status: int | None, reason: str
 ) -> None:
     error = ConnectionError(f"Authorization: Bearer {TOKEN}")
     if status:
@@ -385,9 +381,9 @@ def test_no_token_in_what_is_said(
     run = finished(tmp_path / "run", made("topk"))
     with pytest.raises(SystemExit) as stopped:
         run_command(lambda: publishes(run, "upload=true") and None)
-    heard = capsys.readouterr()
-    assert stopped.value.code == 2 and said in heard.err and heard.err.count("\n") == 1
-    assert TOKEN not in heard.out + heard.err
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and reason in printed.err and printed.err.count("\n") == 1
+    assert TOKEN not in printed.out + printed.err
     assert not any(TOKEN.encode() in path.read_bytes() for path in run.rglob("*") if path.is_file())
 
 
@@ -405,35 +401,38 @@ def test_refusals(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> 
         "a/" + "b" * 99,
         "'ä/b'",
     ):
-        with pytest.raises(PipelineError, match="repo="):
+        with pytest.raises(SettingError, match="repo="):
             publishes(run, f"repo={repo}", "upload=true")
-    for overrides, said in [
-        (("run=null",), "run= is missing"),
-        (("upload=maybe",), "upload=maybe must be true or false"),
-        ((f"run={tmp_path / 'none'}",), "no run at"),
+    for override, error, name in [
+        ("run=null", SettingError, "run="),
+        ("upload=maybe", SettingError, "upload=maybe"),
+        (f"run={tmp_path / 'none'}", StoreError, str(tmp_path / "none")),
     ]:
-        with pytest.raises(PipelineError, match=re.escape(said)):
-            publishes(run, *overrides)
+        with pytest.raises(error, match=re.escape(name)):
+            publishes(run, override)
     monkeypatch.setattr(release, "get_token", lambda: None)
-    with pytest.raises(PipelineError, match="set HF_TOKEN"):
+    with pytest.raises(SettingError, match="HF_TOKEN"):
         publishes(run, "upload=true")
     assert not (run / "publish").exists() and hub.calls == []
     publishes(run)
     (run / "publish" / "notes.txt").write_text("mine")
-    with pytest.raises(PipelineError, match=r"notes\.txt is not of what is published"):
+    with pytest.raises(StoreError, match=r"notes\.txt"):
         publishes(run)
     (run / FILE).unlink()
-    with pytest.raises(PipelineError, match="no SAE at"):
+    with pytest.raises(StoreError, match=FILE):
         publishes(run)
 
 
 def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     run = finished(tmp_path / "run", made("topk"))
     (run / METRICS).write_text(json.dumps({"split": "train", "step": 1}) + "\n")
-    with pytest.raises(PipelineError, match="the run is not finished"):
+    with pytest.raises(StoreError, match=METRICS):
         publishes(run)
     with_study(run, "x")
     (run / METRICS).write_text(json.dumps({"split": "held_out"}) + "\n")
     (run / "studies" / "splice" / "splice.json").write_text("{")
-    with pytest.raises(PipelineError, match="cannot be read as JSON"):
+    with pytest.raises(StoreError, match=r"splice\.json"):
+        publishes(run)
+    (run / "studies" / "splice" / "splice.json").write_text('{"settings": {}}')
+    with pytest.raises(StoreError, match=r"splice\.json"):
         publishes(run)

@@ -1,6 +1,4 @@
-"""`python -m train.publish run=runs/NAME repo=OWNER/NAME`: a finished run as a folder for the
-Hugging Face Hub.
-"""
+"""`python -m train.publish run=runs/NAME repo=OWNER/NAME`: a run as a folder for the Hub."""
 
 from conf.command import start
 

@@ -1,8 +1,6 @@
-"""The model card: every figure in it is from the run's own files, and what they lack is said to be
-absent.
+"""The model card. Every figure in it is from the run's own files; what they lack is `ABSENT`.
 
-Names, study texts and tokens in it are other people's words: all that the template prints goes
-through `escaped`.
+Names, study texts and tokens are foreign text: all that the template prints goes through `escaped`.
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -18,15 +16,22 @@ import torch
 import yaml
 from jinja2 import Environment, StrictUndefined
 
+from data.markdown import table_lines
 from data.site import RESID_POST
 from train.export.formats import About
 from train.sae import SAE
 
 ABSENT = "not recorded"
-_TABLE_ROWS = 50  # of a study shown; its JSON has them all
+TABLE_ROWS = 50  # of a study's table that are shown; its JSON has them all
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_KINDS = {
+    "topk": "TopK",
+    "batchtopk": "BatchTopK",
+    "jumprelu": "JumpReLU",
+    "matryoshka": "Matryoshka",
+}
 
-Rows = list[tuple[str, str]]
+Rows = list[tuple[str, str]]  # of a table: label and value
 
 
 class Facts(NamedTuple):
@@ -54,26 +59,28 @@ def card(facts: Facts, files: Sequence[str]) -> str:
     )
     environment.filters["in_html"] = _in_html
     template = environment.from_string(resources.files(__package__).joinpath("card.md").read_text())
-    hub = _HUB_ID.fullmatch(facts.about.model)
+    about = facts.about
+    usable_model = about.model if _HUB_ID.fullmatch(about.model) else "FOLDER/OF/THE/MODEL"
     return template.render(
-        front=Markdown(_front_matter(facts.about)),
+        table=_table,
+        front=Markdown(_front_matter(about)),
         name=facts.name,
         repo=Markdown(facts.repo),
-        about=facts.about,
-        code_model=Markdown(json.dumps(facts.about.model if hub else "FOLDER/OF/THE/MODEL")),
+        about=about,
+        code_model=Markdown(json.dumps(usable_model)),
         topk=facts.sae.threshold is None,
         kind=_kind(facts),
         d_sae=f"{facts.sae.d_sae:,}",
-        last=_of(facts.config, "source.n_layers") == facts.about.layer + 1,
-        drop_bos=_of(facts.config, "settings.policy.drop_bos"),
+        last=value_at(facts.config, "source.n_layers") == about.layer + 1,
+        drop_bos=value_at(facts.config, "settings.policy.drop_bos"),
         specs=_specs(facts),
         final=_final(facts.held_out),
         definitions=_definitions(facts.quality) if facts.quality else None,
         figures=_figures(facts.quality) if facts.quality else None,
-        everything=_said(_of(facts.quality, "variance_explained.all rows.centred"), ".4f"),
-        lost=_said(facts.config.get("store_variance_lost"), ".2e"),
+        everything=_formatted(facts.quality, "variance_explained.all rows.centred", ".4f"),
+        lost=_formatted(facts.config, "store_variance_lost", ".2e"),
         absent=ABSENT,
-        studies=_studies(facts.studies),
+        studies=[_study(name, study) for name, study in facts.studies.items()],
         files=files,
         provenance=_provenance(facts),
     )
@@ -81,129 +88,148 @@ def card(facts: Facts, files: Sequence[str]) -> str:
 
 # -- escaping --------------------------------------------------------------------------------------
 
+# What Markdown, the Hub's formulas or its links would read as a mark; none is one inside HTML.
+_ENTITIES = {
+    "\\": "&#92;",
+    "$": "&#36;",
+    "@": "&#64;",
+    "://": "&#58;//",
+    "](": "&#93;(",
+}
+
 
 def escaped(text: str) -> str:
-    """Foreign text as one line of Markdown that shows it as it is: no mark, link, cell, formula or
-    HTML comes of it.
-    """
-    line = re.sub(
-        r"[`*~|]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", _in_html(text)
-    )  # inside a word _ is plain
-    line = re.sub(
-        r"^([-+=](?=[-+=\s]|$)|[#\[])", r"\\\g<0>", line
-    )  # of lists, rules, headings, what brackets link to
+    """Foreign text as one line of Markdown: no mark, link, cell, formula or HTML comes of it."""
+    # An underscore inside a word is no mark.
+    line = re.sub(r"[`*~|]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", _in_html(text))
+    # The first mark of a list, a rule, a heading or a link's definition.
+    line = re.sub(r"^([-+=](?=[-+=\s]|$)|[#\[])", r"\\\g<0>", line)
     return re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", line)
 
 
 def _in_html(text: str) -> Markdown:
-    """The same inside an HTML element: Markdown's own marks mean nothing there, the Hub's formulas
-    and links do.
-    """
+    """Foreign text as one line inside an HTML element, where Markdown's own marks mean nothing."""
     line = " ".join(text.split())
-    line = "".join(
-        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line
-    )
-    line = html.escape(line, quote=False)
-    for mark, entity in (
-        ("\\", "&#92;"),
-        ("$", "&#36;"),
-        ("@", "&#64;"),
-        ("://", "&#58;//"),
-        ("](", "&#93;("),
-    ):
+    letters = [letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line]
+    line = html.escape("".join(letters), quote=False)
+    for mark, entity in _ENTITIES.items():
         line = line.replace(mark, entity)
-    return Markdown(re.sub(r"(?i)\bwww\.", lambda found: f"{found[0][:-1]}&#46;", line))
+    return Markdown(re.sub(r"(?i)\bwww\.", lambda match: f"{match[0][:-1]}&#46;", line))
 
 
 def _finalized(value: Any) -> Any:
     return value if isinstance(value, Markdown | int) else escaped(str(value))
 
 
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Markdown:
+    return Markdown("\n".join(table_lines(header, rows, escaped)))
+
+
 def _front_matter(about: About) -> str:
-    """The Hub refuses a card with ids that cannot be: a folder's name is left out."""
-    head: dict[str, Any] = {"license": "apache-2.0", "library_name": "saelens"}
-    head["tags"] = ["sparse-autoencoder", "sae", "interpretability", "mechanistic-interpretability"]
+    """The card's YAML. The Hub refuses ids that cannot be, so a folder's name is left out."""
+    fields: dict[str, Any] = {"license": "apache-2.0", "library_name": "saelens"}
+    fields["tags"] = [
+        "sparse-autoencoder",
+        "sae",
+        "interpretability",
+        "mechanistic-interpretability",
+    ]
     if _HUB_ID.fullmatch(about.model):
-        head["base_model"] = about.model
+        fields["base_model"] = about.model
     if _HUB_ID.fullmatch(about.text):
-        head["datasets"] = [about.text]
-    return yaml.safe_dump(head, sort_keys=False).strip()
+        fields["datasets"] = [about.text]
+    return yaml.safe_dump(fields, sort_keys=False).strip()
 
 
-# -- tables ----------------------------------------------------------------------------------------
+# -- figures ---------------------------------------------------------------------------------------
 
 
-def _of(found: Any, path: str) -> Any:
+def value_at(record: Any, path: str) -> Any:
     """The value at a dotted path of nested mappings, or None."""
+    value = record
     for key in path.split("."):
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return found
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
-def _said(value: Any, form: str = "") -> str:
-    """A value as text; `ABSENT` for one that is not there or not of the kind that `form` takes."""
+def _formatted(record: Any, path: str, form: str = "") -> str:
+    """The value at a dotted path as text; `ABSENT` if it is not there or `form` does not take it."""
+    value = value_at(record, path)
     try:
         return ABSENT if value is None else format(value, form)
     except (ValueError, TypeError):
         return ABSENT
 
 
+def _labelled(record: Mapping[str, Any], named: Mapping[str, tuple[str, str]]) -> Rows:
+    """Rows of a table: by key of `record` a label and a format."""
+    rows = []
+    for key, (label, form) in named.items():
+        rows.append((label, _formatted(record, key, form)))
+    return rows
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
 def _kind(facts: Facts) -> str:
-    named = {
-        "topk": "TopK",
-        "batchtopk": "BatchTopK",
-        "jumprelu": "JumpReLU",
-        "matryoshka": "Matryoshka",
-    }
-    default = "TopK" if facts.sae.threshold is None else "thresholded"
-    return named.get(str(_of(facts.config, "settings.sae.activation")), default)
+    otherwise = "TopK" if facts.sae.threshold is None else "thresholded"
+    return _KINDS.get(str(value_at(facts.config, "settings.sae.activation")), otherwise)
 
 
 def _specs(facts: Facts) -> Rows:
-    about, found, sae = facts.about, facts.config, facts.sae
-
-    def said(path: str, form: str = "") -> str:
-        return _said(_of(found, path), form)
-
-    norms = torch.linalg.vector_norm(sae.W_dec, dim=1)
-    left_out = {
-        "drop_bos": "the first token of each document's piece",
-        "drop_outliers": "rows of ten median norms",
-    }
-    policy = _of(found, "settings.policy")
-    dropped = [text for key, text in left_out.items() if _of(policy, key)]
+    about = facts.about
+    sae = facts.sae
+    hook = f"output of decoder layer {about.layer} counted from 0 ({RESID_POST})"
+    on_average = "" if sae.threshold is None else " on average, in training"
     return [
         ("base model", about.model),
-        (
-            "hook",
-            f"residual stream, output of decoder layer {about.layer} counted from 0 ({RESID_POST})",
-        ),
+        ("hook", f"residual stream, {hook}"),
         ("d_model", f"{sae.d_model:,}"),
         ("d_sae", f"{sae.d_sae:,} ({sae.d_sae / sae.d_model:.3g} times d_model)"),
-        (
-            "k (active latents per token)",
-            f"{sae.k:,}" + ("" if sae.threshold is None else " on average, in training"),
-        ),
+        ("k (active latents per token)", f"{sae.k:,}{on_average}"),
         ("text", f"{about.text}, in contexts of {about.context:,} tokens"),
-        ("training tokens", f"{said('settings.tokens', ',')} in {said('steps', ',')} steps"),
-        ("batch", f"{said('settings.batch', ',')} tokens"),
-        ("rows left out", ABSENT if policy is None else ", ".join(dropped) or "none"),
-        (
-            "optimizer",
-            f"Adam ({said('settings.optim.beta1')}, {said('settings.optim.beta2')}), learning rate {said('lr', '.3g')} "
-            f"to {said('settings.optim.lr_floor', '.3g')} ({said('settings.optim.decay')})",
-        ),
+        *_training_specs(facts),
+    ]
+
+
+def _training_specs(facts: Facts) -> Rows:
+    def setting(path: str, form: str = "") -> str:
+        return _formatted(facts.config, path, form)
+
+    tokens = setting("settings.tokens", ",")
+    betas = f"{setting('settings.optim.beta1')}, {setting('settings.optim.beta2')}"
+    floor = f"{setting('settings.optim.lr_floor', '.3g')} ({setting('settings.optim.decay')})"
+    aux = f"coefficient {setting('settings.sae.aux_coef')}, k_aux {setting('settings.sae.k_aux', ',')}"
+    norms = torch.linalg.vector_norm(facts.sae.W_dec, dim=1)
+    seeds = f"weights {setting('settings.seed')}, order of rows {setting('settings.data_seed')}"
+    return [
+        ("training tokens", f"{tokens} in {setting('steps', ',')} steps"),
+        ("batch", f"{setting('settings.batch', ',')} tokens"),
+        ("rows left out", _left_out(facts.config)),
+        ("optimizer", f"Adam ({betas}), learning rate {setting('lr', '.3g')} to {floor}"),
         (
             "loss on dead latents (AuxK)",
-            f"coefficient {said('settings.sae.aux_coef')}, k_aux {said('settings.sae.k_aux', ',')}, "
-            f"normalisation {said('settings.sae.aux_norm')}",
+            f"{aux}, normalisation {setting('settings.sae.aux_norm')}",
         ),
-        ("dead after", f"{said('dead_after', ',')} tokens without firing"),
+        ("dead after", f"{setting('dead_after', ',')} tokens without firing"),
         ("decoder directions' norms", f"{norms.min():.6f} to {norms.max():.6f}"),
-        ("precision", f"float32, operands of the encoder product {said('settings.matmul')}"),
-        ("device", said("environment.device")),
-        ("seeds", f"weights {said('settings.seed')}, order of rows {said('settings.data_seed')}"),
+        ("precision", f"float32, operands of the encoder product {setting('settings.matmul')}"),
+        ("device", setting("environment.device")),
+        ("seeds", seeds),
     ]
+
+
+def _left_out(config: Mapping[str, Any]) -> str:
+    policy = value_at(config, "settings.policy")
+    if policy is None:
+        return ABSENT
+    kinds = []
+    if value_at(policy, "drop_bos"):
+        kinds.append("the first token of each document's piece")
+    if value_at(policy, "drop_outliers"):
+        kinds.append("rows of ten median norms")
+    return ", ".join(kinds) or "none"
 
 
 def _final(record: Mapping[str, Any]) -> Rows:
@@ -216,39 +242,33 @@ def _final(record: Mapping[str, Any]) -> Rows:
         "dead": ("dead latents", ",d"),
         "rows": ("held-out rows", ",d"),
     }
-    return [(label, _said(record.get(key), form)) for key, (label, form) in named.items()]
+    return _labelled(record, named)
 
 
 def _definitions(quality: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Name, definition and value of every variance explained."""
-    subsets = quality.get("variance_explained") or {}
-    rows = [
-        (
-            f"centred, {name}",
-            "1 - sum |e|² / sum |x - μ|², the figure to quote",
-            _centred(subsets[name]),
-        )
-        for name in subsets
-    ]
+    centred = "1 - sum |e|² / sum |x - μ|², the figure to quote"
     others = {
         "batch_mean": "1 - sum |e|² / sum |x - mean of its batch|² (sparsify)",
         "mean_of_ratios": "mean of 1 - |e|² / |x - mean of its batch|² (SAELens' legacy figure)",
-        "variance_of_error": "1 - sum of Var(e_j) / sum of Var(x_j) (dictionary_learning; forgives a constant)",
+        "variance_of_error": "1 - sum of Var(e_j) / sum of Var(x_j) "
+        "(dictionary_learning; forgives a constant)",
         "scalar": "1 - mean(e²) / Var(all elements of x) (many published cards; nearly uncentred)",
     }
-    return [
-        *rows,
-        *(
-            (key.replace("_", " "), text, _said(quality.get(key), ".4f"))
-            for key, text in others.items()
-        ),
-    ]
+    rows = []
+    for name, subset in (quality.get("variance_explained") or {}).items():
+        rows.append((f"centred, {name}", centred, _centred(subset)))
+    for key, definition in others.items():
+        rows.append((key.replace("_", " "), definition, _formatted(quality, key, ".4f")))
+    return rows
 
 
 def _centred(subset: Any) -> str:
-    low, high = _of(subset, "centred_95") or (None, None)
-    rows = _said(_of(subset, "rows"), ",")
-    return f"{_said(_of(subset, 'centred'), '.4f')} [{_said(low, '.4f')}, {_said(high, '.4f')}] ({rows} rows)"
+    low, high = value_at(subset, "centred_95") or (None, None)
+    bounds = {"low": low, "high": high}
+    interval = f"[{_formatted(bounds, 'low', '.4f')}, {_formatted(bounds, 'high', '.4f')}]"
+    rows = _formatted(subset, "rows", ",")
+    return f"{_formatted(subset, 'centred', '.4f')} {interval} ({rows} rows)"
 
 
 def _figures(quality: Mapping[str, Any]) -> Rows:
@@ -262,38 +282,34 @@ def _figures(quality: Mapping[str, Any]) -> Rows:
         "shrinkage": ("shrinkage (1 is none)", ".4f"),
         "silent": ("latents silent on all these rows", ",d"),
     }
-    rows = [(label, _said(quality.get(key), form)) for key, (label, form) in named.items()]
-    spans = quality.get("coverage") or []
-    fired = [(_said(_of(span, "rows"), ","), _said(_of(span, "share"), ".1%")) for span in spans]
-    return [*rows, *((f"latents that fired within {count} rows", share) for count, share in fired)]
+    rows = _labelled(quality, named)
+    for span in quality.get("coverage") or []:
+        label = f"latents that fired within {_formatted(span, 'rows', ',')} rows"
+        rows.append((label, _formatted(span, "share", ".1%")))
+    return rows
 
 
-def _studies(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": name,
-            "summary": study["summary"],
-            "tables": [
-                {
-                    "caption": caption,
-                    "header": header,
-                    "rows": rows[:_TABLE_ROWS],
-                    "more": len(rows[_TABLE_ROWS:]),
-                }
-                for caption, header, rows in study["tables"]
-            ],
-        }
-        for name, study in found.items()
-    ]
+def _study(name: str, study: Mapping[str, Any]) -> dict[str, Any]:
+    """A study as the template takes it; long tables are cut."""
+    tables = []
+    for caption, header, rows in study["tables"]:
+        more = max(0, len(rows) - TABLE_ROWS)
+        tables.append(
+            {"caption": caption, "header": header, "rows": rows[:TABLE_ROWS], "more": more}
+        )
+    return {"name": name, "summary": study["summary"], "tables": tables}
 
 
 def _provenance(facts: Facts) -> Rows:
-    environment = facts.config.get("environment") or {}
-    return [
+    config = facts.config
+    rows = [
         ("run", facts.name),
         ("xxh3_128 of sae_final.pt", facts.digest),
-        ("identity of the activation store", _said(_of(facts.config, "settings.store.identity"))),
-        ("language model's revision", _said(_of(facts.config, "source.revision"))),
-        ("digest of its weights", _said(_of(facts.config, "source.weights"))),
-        *((key, _said(value)) for key, value in environment.items()),
+        ("identity of the activation store", _formatted(config, "settings.store.identity")),
+        ("language model's revision", _formatted(config, "source.revision")),
+        ("digest of its weights", _formatted(config, "source.weights")),
     ]
+    environment = config.get("environment") or {}
+    for key in environment:
+        rows.append((key, _formatted(environment, key)))
+    return rows

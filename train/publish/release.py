@@ -32,12 +32,12 @@ from train.publish import card
 from train.run import CONFIG, METRICS, read_config
 
 FOLDER = "publish"  # in a run's directory, unless it is to be elsewhere
-QUALITY, STUDIES = "quality.json", "studies"  # as analyze leaves them in a run's directory
-# Studies that say where files lie: those of earlier versions do not tell it themselves.
-_FILES = ("browser", "delphi", "neuronpedia")
+QUALITY = "quality.json"  # as analyze leaves it in a run's directory
+STUDIES = "studies"  # likewise
 _BLOCK_BYTES = 1 << 22
+_RECORD = {"finds", "settings", "summary", "tables"}  # what a study's JSON has at least
 
-Content = bytes | Path  # of a file; a path is copied
+Content = bytes | Path  # of a file; the file at a path is copied
 
 
 def require_repository(repo: Any) -> str:
@@ -61,7 +61,7 @@ def require_repository(repo: Any) -> str:
 
 
 def require_token() -> None:
-    """Raise SettingError if nothing could be uploaded, since nobody is logged in."""
+    """Raise SettingError if nobody is logged in to the Hub."""
     if get_token() is None:
         raise SettingError(
             "upload=true needs a token that may write: set HF_TOKEN, or log in with `hf auth login`"
@@ -75,20 +75,10 @@ def prepare(run: Path, repo: str, folder: Path) -> dict[str, int]:
     """Write the folder; bytes of each of its files, by path in it.
 
     Raises:
-        StoreError: the run is not finished or damaged, or the folder holds a file that is not of
-            it.
+        StoreError: the run is not finished or damaged, or the folder holds a foreign file.
     """
     files = contents(run, repo)
-    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    for stale in {
-        name for name in there - files.keys() if re.fullmatch(rf"{STUDIES}/\w+/\w+\.json", name)
-    }:
-        (folder / stale).unlink()  # published before, and no longer a finding of the run
-        there.remove(stale)
-    if foreign := sorted(there - files.keys()):
-        raise StoreError(
-            f"{folder / foreign[0]} is not of what is published; delete it, or choose another place with out="
-        )
+    _require_ours(folder, files)
     written = {}
     for name, content in files.items():
         durable.make_directory((folder / name).parent)
@@ -97,78 +87,87 @@ def prepare(run: Path, repo: str, folder: Path) -> dict[str, int]:
     return written
 
 
+def _require_ours(folder: Path, files: Mapping[str, Content]) -> None:
+    """Raise StoreError if `folder` has a file that is not published; stale studies are removed."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() or name in files:
+            continue
+        if not re.fullmatch(rf"{STUDIES}/\w+/\w+\.json", name):
+            raise StoreError(
+                f"{path} is not of what is published; delete it, or choose another place with out="
+            )
+        path.unlink()  # published before; the run has this finding no longer
+
+
 def contents(run: Path, repo: str) -> dict[str, Content]:
     """The folder's files by path, the card last.
 
     Raises:
         StoreError: the run is not finished, or one of its files is damaged.
     """
-    config, trained, metrics = (
-        read_config(run),
-        sae_file.load(run / sae_file.FILE),
-        read_metrics(run / METRICS),
-    )
-    if not (held_out := [record for record in metrics if record.get("split") == "held_out"]):
+    config = read_config(run)
+    trained = sae_file.load(run / sae_file.FILE)
+    held_out = [line for line in read_metrics(run / METRICS) if line.get("split") == "held_out"]
+    if not held_out:
         raise StoreError(
             f"{run / METRICS} has no held-out figures: the run is not finished; run its `python -m train`"
         )
-    what, digest = about(run, config), durable.digest_file(run / sae_file.FILE).xxh3_128
+    described = about(run, config)
+    digest = durable.digest_file(run / sae_file.FILE).xxh3_128
     studies = _studies(run, digest)
-    files: dict[str, Content] = {sae_file.FILE: run / sae_file.FILE, METRICS: run / METRICS}
-    files |= FORMATS["safetensors"].write(trained, what)
-    files |= {
-        f"saelens/{name}": content
-        for name, content in FORMATS["saelens"].write(trained, what).items()
-    }
-    shown = {
-        **config,
-        "store_path": PurePosixPath(str(config.get("store_path", ""))).name,
-    }  # not our folders' names
-    files[CONFIG] = yaml.safe_dump(shown, sort_keys=False).encode()
     quality = _read_json(run / QUALITY) if (run / QUALITY).exists() else None
+
+    files: dict[str, Content] = {sae_file.FILE: run / sae_file.FILE, METRICS: run / METRICS}
+    files |= FORMATS["safetensors"].write(trained, described)
+    for name, content in FORMATS["saelens"].write(trained, described).items():
+        files[f"saelens/{name}"] = content
+    # Of the store's place only its last name: our folders are nobody's business.
+    store = PurePosixPath(str(config.get("store_path", ""))).name
+    files[CONFIG] = yaml.safe_dump({**config, "store_path": store}, sort_keys=False).encode()
     if quality is not None:
         files[QUALITY] = run / QUALITY
     for study in studies:
-        found = sorted((run / STUDIES / study).glob("*.json"))
-        files |= {f"{STUDIES}/{study}/{path.name}": path for path in found}
+        for path in sorted((run / STUDIES / study).glob("*.json")):
+            files[f"{STUDIES}/{study}/{path.name}"] = path
     facts = card.Facts(
-        run.name, repo, what, config, trained, digest, held_out[-1], quality, studies
+        run.name, repo, described, config, trained, digest, held_out[-1], quality, studies
     )
     return {**files, "README.md": card.card(facts, list(files)).encode()}
 
 
 def _studies(run: Path, digest: str) -> dict[str, dict[str, Any]]:
-    """What analyze/study.py left of the findings that were done with this SAE, by name; others are
-    told.
+    """The findings of the SAE with this digest, by study, as analyze/outcome.py wrote them.
+
+    A study that only says where files lie is left out. So is one of another SAE, with a notice.
     """
-    found = {}
+    studies = {}
     for path in sorted((run / STUDIES).glob("*/*.json")):
-        if path.stem != path.parent.name or f"{path.stem}.json" == QUALITY:
+        name = path.stem
+        if name != path.parent.name or path.name == QUALITY:
             continue
-        study = _read_json(path)
-        if not study.get("finds", path.stem not in _FILES):
-            continue  # it says where files lie, which is nobody's business
-        if not {"settings", "summary", "tables"} <= study.keys():
+        record = _read_json(path)
+        if not record.keys() >= _RECORD:
             raise StoreError(
-                f"{path} is not what a study writes; delete it, or do study={path.stem} again"
+                f"{path} is not what a study writes; delete it, or do study={name} again"
             )
-        if study["settings"].get("sae") == digest:
-            found[path.stem] = study
+        if not record["finds"]:
+            continue
+        if record["settings"].get("sae") == digest:
+            studies[name] = record
         else:
-            tell(
-                f"{path} is of another SAE than the run's and is left out; do study={path.stem} again"
-            )
-    return found
+            tell(f"{path} is of another SAE than the run's and is left out; do study={name} again")
+    return studies
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
-        if not isinstance(found, dict):
+        record = json.loads(path.read_bytes())
+        if not isinstance(record, dict):
             raise ValueError("no object")
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read as JSON; delete it, and measure again") from error
-    return found
+    return record
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
@@ -181,18 +180,18 @@ def _blocks(path: Path) -> Iterator[bytes]:
 
 
 def upload(folder: Path, files: Mapping[str, int], repo: str, private: bool) -> None:
-    """Make the repository if need be, and upload those files of the folder in one commit.
+    """Upload those files of the folder in one commit; the repository is made if it is not there.
 
-    The token is the environment's (HF_TOKEN) or the one of `hf auth login`; it is never read here.
+    The token is the environment's (HF_TOKEN) or that of `hf auth login`. It is never read here.
 
     Raises:
-        SettingError: `private` is asked, and the repository is public.
+        SettingError: `private` is asked for, and the repository is public.
         PipelineError: the Hub refused, or could not be reached.
     """
     try:
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
-        if private and not api.model_info(repo).private:  # one that was there stays as it is
+        if private and not api.model_info(repo).private:  # exist_ok leaves a public one public
             raise SettingError(f"{repo} is there and public; to publish in it set private=false")
         commit = f"Publish {folder.parent.name if folder.name == FOLDER else folder.name}"
         api.upload_folder(
@@ -204,16 +203,15 @@ def upload(folder: Path, files: Mapping[str, int], repo: str, private: bool) -> 
         )
     except PipelineError:
         raise
-    # the hub's client raises its own, its HTTP library's and its transfer library's kinds
+    # The Hub's client raises its own kinds, its HTTP library's and its transfer library's.
     except Exception as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         reason = f"HTTP {status}" if status else type(error).__name__
-        refused = f"check that {repo.split('/')[0]} is yours and that the token may write"
-        way_out = (
-            refused
-            if status in (401, 403, 404)
-            else "check the network, and give the same command again"
-        )
-        # What it says itself may quote a request's headers, and with them the token: neither text
-        # nor cause is kept.
+        if status in (401, 403, 404):
+            owner = repo.split("/")[0]
+            way_out = f"check that {owner} is yours and that the token may write"
+        else:
+            way_out = "check the network, and give the same command again"
+        # The error may quote a request's headers, and the token in them: neither its text nor
+        # itself as the cause is kept.
         raise PipelineError(f"{repo} could not be uploaded ({reason}); {way_out}") from None
