@@ -205,10 +205,8 @@ def test_reproducing_is_counted() -> None:
         hours = [1e9 * one.flop / (H100_FLOPS * share) / 3600 for one in costs]
         assert row(f"{share:.0%}".replace("%", " %")) == [f"{each:.1f}" for each in hours]
     speed = 0.3 * H100_FLOPS / costs[1].flop
-    assert (
-        f"{round(speed, -3):,.0f} tokens/s, which write {speed * 7.07e12 / 1e9 / 1e9:.2f} GB/s"
-        in text()
-    )
+    assert f"{round(speed, -3):,.0f} tokens/s" in text()
+    assert f"{speed * 7.07e12 / 1e9 / 1e9:.2f} GB/s" in text()
 
 
 def text() -> str:
@@ -235,7 +233,8 @@ def test_bytes_and_minutes_are_counted(tmp_path: Path) -> None:
         ]
     units, out = plans["blosc"][0].units, len(order.held_out(15_259, 0))
     steps = (10**9 - out * 65_536) // 4096
-    assert f"{out} of {units:,} units" in text() and f"{steps:,} steps" in text()
+    for figure in (out, units, steps):
+        assert re.search(rf"(?<![\d,]){figure:,}(?![\d,])", text()), figure
     minutes = {
         "encoder product, tf32": 1e9 * 2 * 2560 * 32_768 / (989e12 / 2) / 60,
         "decoding and two gradients of k rows": 1e9 * 3 * 128 * 2560 * 4 / 3.35e12 / 60,

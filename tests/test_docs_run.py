@@ -99,7 +99,7 @@ CONTINUED = ("store.md", "studies.md", "training.md")
 class Command(NamedTuple):
     """One command of a page."""
 
-    said: str  # as it is written
+    written: str  # as the page has it
     world: int  # processes that torchrun or accelerate would start; 0: neither is there
     module: str
     words: list[str]
@@ -292,7 +292,7 @@ class Shell:
             before = self._capsys.readouterr()  # of the command before
             code = called(command.module)
         out, err = self._capsys.readouterr()
-        assert code in (None, 0), f"{command.said}\nas {' '.join(words)}\n{before.err[-300:]}{err}"
+        assert code in (None, 0), f"{command.written}\nas {' '.join(words)}\n{before.err[-300:]}{err}"
         require_outcome(command, words, out, err)
 
 
@@ -319,48 +319,63 @@ def require_launcher(command: Command) -> None:
 
 
 def require_outcome(command: Command, words: list[str], out: str, err: str) -> None:
-    """The command's main result is there, and it says so."""
+    """The command's main result is there, and the command named it."""
     if "--help" in words:
         assert "  # " in out
-    elif command.module == "harvest":
-        require_harvest(words, out, err)
-    elif command.module == "train.publish":
-        (folder,) = {Path(path).parent for path in re.findall(r"\S+/publish/\S+\.md", out)}
-        assert (folder / "README.md").is_file() and "nothing was uploaded" in out
-    else:
-        said = re.findall(r"(?:wrote|results are in) (\S+?)[:;,]?(?:\s|$)", err)
-        said = said or re.findall(r"(\S+) is finished", err)  # as other ranks of it say
-        assert said and all(Path(path).exists() for path in said), (command.said, err)
-        if command.module == "analyze" and "results are in" in err:
-            assert {f"{Path(said[-1]).name}{end}" for end in (".json", ".md")} <= set(
-                os.listdir(said[-1])
-            )
-        if command.module == "train" and not command.world:
-            arms = 1
-            for word in words:
-                arms *= len(word.split(",")) if "-m" in words else 1
-            assert len(said) == arms, (command.said, err)
-
-
-def require_harvest(words: list[str], out: str, err: str) -> None:
-    action = next(
-        (word.removeprefix("action=") for word in words if word.startswith("action=")), "run"
-    )
-    results = {
-        "plan": "in a short probe",
-        "status": " units, ",
-        "verify": "recomputed, is the same",
-    }
-    if action != "run":
-        assert {**results, "repair": " to make again"}[action] in out
         return
-    complete = re.findall(r"^(\S+) is complete: ", err, re.MULTILINE)
-    assert complete, err
-    store = Store.open(complete[-1])
-    asked = next(
-        (word.removeprefix("layer=") for word in words if word.startswith("layer=")), "[5,8]"
-    )
-    assert all(store.complete(int(layer)) for layer in asked.strip("[]").split(","))
+    if command.module == "harvest":
+        require_harvest(words, out)
+        return
+    named = paths(out + err)
+    assert named, (command.written, err)
+    if command.module == "train.publish":
+        (folder,) = {path.parent for path in named if path.suffix == ".md"}
+        assert (folder / "README.md").is_file() and (folder / "sae.safetensors").is_file()
+    if command.module == "analyze":
+        require_study(setting(words, "study", "quality"), named)
+    if command.module == "train" and not command.world:
+        arms = 1
+        for word in words:
+            arms *= len(word.split(",")) if "-m" in words else 1
+        trained = {path for path in named if path.name == "sae_final.pt"}
+        assert len(trained) == arms, (command.written, err)
+
+
+def setting(words: list[str], name: str, default: str) -> str:
+    """The value of a setting among the words."""
+    values = [word.partition("=")[2] for word in words if word.startswith(f"{name}=")]
+    return values[-1] if values else default
+
+
+def paths(text: str) -> list[Path]:
+    """The files and folders that a text names and that are there."""
+    named = [Path(word.strip(":;,.")) for word in text.split() if "/" in word]
+    return [path for path in named if path.exists()]
+
+
+def require_study(name: str, named: list[Path]) -> None:
+    """The study's files are there; those that are pages are named themselves."""
+    folders = [path for path in named if path.is_dir()]
+    pages = [path for path in named if path.suffix == ".html"]
+    assert pages or any((folder / f"{name}.json").is_file() for folder in folders), (name, named)
+
+
+def require_harvest(words: list[str], out: str) -> None:
+    action = setting(words, "action", "run")
+    if action == "plan":
+        assert re.search(r"\d tokens/s", out)
+        return
+    stores = [setting(words, "store", "")]
+    if not stores[0]:
+        stores = sorted(map(str, Path("activations").iterdir()), key=os.path.getmtime)
+    store = Store.open(stores[-1])
+    if action == "status":
+        assert f"{store.units:,}" in out
+    if action in ("verify", "repair"):
+        assert out.strip()
+    if action == "run":
+        layers = setting(words, "layer", "[5,8]").strip("[]").split(",")
+        assert all(store.complete(int(layer)) for layer in layers)
 
 
 def begin(shell: Shell) -> None:
@@ -386,7 +401,7 @@ def test_commands_run(
     request: pytest.FixtureRequest,
 ) -> None:
     shell, text = Shell(monkeypatch, capsys), page.read_text()
-    if "s3://" in text and any("s3://" in command.said for command in commands(text)):
+    if "s3://" in text and any("s3://" in command.written for command in commands(text)):
         request.getfixturevalue("s3")(monkeypatch)
     if page.name in CONTINUED:
         begin(shell)

@@ -53,11 +53,11 @@ _SHOWN, _EACH = 10, 3  # latents shown with contexts, and how many of these
 class Options:
     """See conf/study/reason_score.yaml."""
 
-    rows: int
-    words: list[str] | None
-    formula: str
-    draws: int
-    top: int  # latents
+    rows: int = 500_000
+    words: list[str] | None = None
+    formula: str = "published"
+    draws: int = 30_000
+    top: int = 50  # latents
 
     def __post_init__(self) -> None:
         for name in ("rows", "draws", "top"):

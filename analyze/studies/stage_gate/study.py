@@ -73,9 +73,9 @@ _FILE = "log_probabilities.npy"
 class Options:
     """See conf/study/stage_gate.yaml."""
 
-    discovery: float  # share of the questions
-    min_firing: int  # answers
-    draws: int
+    discovery: float = 0.5  # share of the questions
+    min_firing: int = 5  # answers
+    draws: int = 1000
 
     def __post_init__(self) -> None:
         if not 0 < self.discovery < 1:
