@@ -192,7 +192,7 @@ class Study:
                 results.bring_back(result, self.subject.run)
 
     def kept_folder(self, name: str, key: Mapping[str, Any]) -> Path:
-        """The place of intermediate results that follow from `key`, for files that check themselves."""
+        """The folder RUN/studies/kept/NAME-DIGEST, for files that check themselves."""
         return made(self.subject.run / FOLDER / _KEPT / f"{name}-{digest_of(key)}")
 
     def kept(self, name: str, key: Mapping[str, Any], make: Callable[[Path], None]) -> Path:

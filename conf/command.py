@@ -104,34 +104,35 @@ def current_job() -> Job:
 def run_main(
     main: Callable[[], None], refusals: tuple[type[Exception], ...], help_text: Callable[[], str]
 ) -> None:
-    """Run a command line: `main` parses the settings and hands what they ask for to `run_command`.
+    """Run a command line, or print its help.
 
     Args:
-        refusals: exceptions by which the parser refuses settings; they exit like a `PipelineError`.
+        main: parses the settings and runs the command by `run_command`.
+        refusals: exceptions by which the parser refuses settings. They exit like a `PipelineError`.
         help_text: makes what --help prints.
     """
-    if (
-        signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-    ):  # as `start` left it while libraries loaded
+    # `start` had it so while libraries loaded.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    wants_help = {"--help", "-h"} & {*sys.argv[1:]}
     try:
-        run_command((lambda: print(help_text())) if {"--help", "-h"} & {*sys.argv[1:]} else main)
+        run_command((lambda: print(help_text())) if wants_help else main)
     except refusals as error:
         print(f"error: {_one_line(str(error))}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Do what a command line asks for; turn our exceptions into one line and an exit code."""
+    """Run a command. Our exceptions become one line on stderr and an exit code."""
     try:
         command()
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-    except BrokenPipeError:  # whoever reads has seen enough, as `head` does
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or the interpreter complains at its end
+    except BrokenPipeError:
+        # The reader has seen enough, as `head` does. A pipe that stays closed would make the
+        # interpreter complain when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except Interrupted as stop:
         print(f"stopped by {stop}; {_KEPT}", file=sys.stderr, flush=True)
@@ -142,7 +143,7 @@ def run_command(command: Callable[[], None]) -> None:
 
 
 _KEPT = "what was finished is kept, and the same command again goes on"
-# As Hydra names what it does not find, its plugin, and our extra.
+# A launcher as Hydra names it when it is missing, its plugin, and our extra.
 _LAUNCHERS = (
     ("submitit_", "hydra-submitit-launcher", "slurm"),
     ("joblib", "hydra-joblib-launcher", "joblib"),
@@ -151,19 +152,16 @@ _LAUNCHERS = (
 
 
 def _one_line(refusal: str) -> str:
-    """What the settings' parser says, without its search paths, and with the way out."""
+    """Hydra's refusal on one line, without its search paths, and with the way out."""
     text = refusal.split("Config search path:")[0]
     for named, plugin, extra in _LAUNCHERS:
         if f"hydra/launcher/{named}" in text:
             return f"this launcher needs {plugin}: pip install 'residual-saes[{extra}]'"
-    if "To append to your config" in text:
-        return (
-            text.split("To append to your config")[0].strip().rstrip(".")
-            + ": no such setting; --help lists them all"
-        )
-    if "override" in text and "See https://" in text:
-        return (
-            " ".join(text.split("See https://")[0].split())
-            + "; a value with signs or spaces needs quotes: \"run='a=b'\""
-        )
+    unknown, is_unknown, _ = text.partition("To append to your config")
+    if is_unknown:
+        return unknown.strip().rstrip(".") + ": no such setting; --help lists them all"
+    malformed, is_malformed, _ = text.partition("See https://")
+    if "override" in malformed and is_malformed:
+        way_out = "a value with signs or spaces needs quotes: \"run='a=b'\""
+        return f"{' '.join(malformed.split())}; {way_out}"
     return " ".join(text.split())
