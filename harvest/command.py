@@ -26,8 +26,48 @@ from harvest.verify import verify
 ACTIONS = ("run", "plan", "status", "verify", "repair")
 
 
+def command(settings: dict[str, Any], _: Job = ALONE) -> None:
+    """Carry out one `action`."""
+    action = settings["action"]
+    if action not in ACTIONS:
+        raise SettingError(f"action={action} is unknown; choose one of {', '.join(ACTIONS)}")
+    config = harvest_config(settings)
+    place = place_of(config.store)
+
+    # What needs no model.
+    if action == "status":
+        print("\n".join(status(place)))
+        return
+    if action == "repair":
+        print("\n".join(repaired(repair(place))))
+        return
+
+    # What needs a model, and a store that is there.
+    model = model_config(settings["model"], settings["device"])
+    if action == "verify":
+        require_store(place)  # before the minutes that a model may take to load
+        print(verify(place, load(model)))
+        return
+
+    # What needs room for a store.
+    manifest.require_free(place)
+    planned = planned_for(config, model)
+    if action == "plan":
+        print("\n".join(planned.lines()))
+        require_fit(planned, config.store)
+        print(planned.hours(probe(load(model), config), config.world))
+        return
+    tell(*planned.lines())
+    require_fit(planned, config.store)
+    source = source_of(settings["text"], config.seed)
+    harvest(config, load(model), source)
+
+
+# -- settings --------------------------------------------------------------------------------------
+
+
 def harvest_config(settings: dict[str, Any]) -> HarvestConfig:
-    """Our own configuration from Hydra's plain values."""
+    """The harvest's configuration from plain settings."""
     layers = settings["layer"] if settings["layer"] is not None else settings["model"]["layers"]
     if layers is None:
         raise SettingError(
@@ -37,88 +77,65 @@ def harvest_config(settings: dict[str, Any]) -> HarvestConfig:
     return HarvestConfig(
         store=str(settings["store"] or default_store(settings["model"], settings["text"])),
         layers=tuple(sorted(whole("layer", layer) for layer in listed)),
-        codec=settings["codec"]["name"],
+        tokens=whole("tokens", settings["tokens"]),
+        context=whole("context", settings["context"]),
+        seed=whole("seed", settings["seed"]),
+        batch=whole("batch", settings["batch"]),
         unit=optional_whole("unit", settings["unit"]),
+        chunk=whole("chunk", settings["chunk"]),
+        codec=settings["codec"]["name"],
+        rank=launched("rank", settings["rank"], "RANK", 0),
+        world=launched("world", settings["world"], "WORLD_SIZE", 1),
+        faults=Faults(settings["oom"], whole("non_finite", settings["non_finite"])),
         max_bytes=optional_whole("max_bytes", settings["max_bytes"]),
         readers=whole("readers", settings["readers"]),
-        rank=of_job("rank", settings["rank"], "RANK", 0),
-        world=of_job("world", settings["world"], "WORLD_SIZE", 1),
-        faults=Faults(settings["oom"], whole("non_finite", settings["non_finite"])),
-        **{
-            name: whole(name, settings[name])
-            for name in ("tokens", "context", "seed", "batch", "chunk")
-        },
     )
 
 
-def of_job(name: str, value: Any, variable: str, alone: int) -> int:
-    """A process's place in its job: as set, or as its launcher says (torchrun, accelerate), or
-    alone.
+def launched(name: str, value: Any, variable: str, alone: int) -> int:
+    """`rank` or `world`: as set, else by the launcher's `variable`, else `alone`.
+
+    torchrun and accelerate set RANK and WORLD_SIZE.
     """
     return whole(name, int(os.environ.get(variable, alone)) if value is None else value)
 
 
-def default_store(model: dict[str, Any], group: dict[str, Any]) -> str:
-    """activations/MODEL_TEXT.zarr, after the folder, file or data sets that each group names."""
+def default_store(model: dict[str, Any], text: dict[str, Any]) -> str:
+    """activations/MODEL_TEXT.zarr, after the folder, file or data sets that the groups name."""
     model_name = "tiny" if model["path"] == EMBEDDED else Path(str(model["path"])).name
-    return f"activations/{model_name}_{source_name(group)}.zarr"
+    return f"activations/{model_name}_{source_name(text)}.zarr"
 
 
-def model_config(group: dict[str, Any], device: str | None) -> ModelConfig:
-    """The model that a `model` group names, on the asked device or the best: of several GPUs this
-    process's own.
-    """
+def model_config(model: dict[str, Any], device: str | None) -> ModelConfig:
+    """The model that the `model` group names, on the asked device or this process's best."""
     return ModelConfig(
-        str(group["path"]), str(group["revision"]), group["dtype"], str(own_device(device))
+        path=str(model["path"]),
+        revision=str(model["revision"]),
+        dtype=model["dtype"],
+        device=str(own_device(device)),
     )
 
 
-def command(settings: dict[str, Any], _: Job = ALONE) -> None:
-    """Carry out one `action`."""
-    action = settings["action"]
-    if action not in ACTIONS:
-        raise SettingError(f"action={action} is unknown; choose one of {', '.join(ACTIONS)}")
-    config = harvest_config(settings)
-    place = place_of(config.store)
-    if action == "status":
-        print("\n".join(status(place)))
-        return
-    if action == "repair":
-        print("\n".join(repaired(repair(place))))
-        return
-    model = model_config(settings["model"], settings["device"])
-    if action == "verify":
-        require_store(place)  # before the minutes that a model may take to load
-        print(verify(place, load(model)))
-        return
-    manifest.require_free(place)
-    planned = planned_for(config, model)
-    lines = planned.lines()
-    if action == "plan":
-        print("\n".join(lines))
-        require_fit(planned, config.store)
-        print(planned.hours(probe(load(model), config), config.world))
-        return
-    tell(*lines)
-    require_fit(planned, config.store)
-    source = source_of(settings["text"], config.seed)
-    harvest(config, load(model), source)
-
-
-def repaired(keys: list[str]) -> list[str]:
-    """What a repair did, and what is left to do, in lines."""
-    dropped = sum(not is_derived(key) for key in keys)
-    done = [f"{'wrote again' if is_derived(key) else 'dropped'} {key}" for key in keys]
-    return [
-        *done,
-        f"{dropped} to make again"
-        + (": run the same `python -m harvest` again" if dropped else ""),
-    ]
+# -- parts of actions ------------------------------------------------------------------------------
 
 
 def planned_for(config: HarvestConfig, model: ModelConfig) -> Plan:
-    """The plan, from the model's configuration alone: nothing is loaded for it."""
+    """The plan, from the model's configuration alone: no weight is loaded."""
     architecture = read_config(resolve(model.path, model.revision))
-    done = share_done(config)
     costs = cost(architecture, config.layers, model.dtype, config.batch, config.context)
-    return plan(config, costs, architecture.get_text_config().hidden_size, model.device, done)
+    d_model = architecture.get_text_config().hidden_size
+    return plan(config, costs, d_model, model.device, share_done(config))
+
+
+def repaired(keys: list[str]) -> list[str]:
+    """The lines that tell what a repair did, and what is left to do."""
+    lines: list[str] = []
+    dropped = 0
+    for key in keys:
+        if is_derived(key):
+            lines.append(f"wrote again {key}")
+        else:
+            lines.append(f"dropped {key}")
+            dropped += 1
+    way_on = ": run the same `python -m harvest` again" if dropped else ""
+    return [*lines, f"{dropped} to make again{way_on}"]

@@ -31,9 +31,7 @@ class Site(Protocol):
         ...
 
     def reported(self, hidden_states: Sequence[torch.Tensor], layer: int) -> torch.Tensor:
-        """The same states by transformers' own `output_hidden_states`, which the self-check
-        compares with.
-        """
+        """The same states in transformers' `output_hidden_states`: the self-check's reference."""
         ...
 
 

@@ -159,7 +159,10 @@ class RemoteFile(io.RawIOBase):
     def _request(self, start: int, stop: int) -> tuple[bytes, int]:
         """The bytes from `start` up to `stop`, and the size of the whole file."""
         from huggingface_hub import get_session
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+            build_hf_headers,
+            hf_raise_for_status,
+        )
 
         headers = {
             **build_hf_headers(),

@@ -19,13 +19,11 @@ from data.tiny.wordings import NAMES, THINGS, WORDINGS
 Split = Literal["train", "heldout"]
 
 HELDOUT_ONE_IN = 5
-"""One equation in this many is held out: few enough that the training set still shows each operand often."""
+"""One equation in this many is held out. The training set still shows each operand often."""
 
 
 class Operation(NamedTuple):
-    """One step of a plan: `left op right`; left is the first operand or the result of the step
-    before.
-    """
+    """One step of a plan, `left op right`; left is the result of the step before."""
 
     op: Literal["+", "-", "*"]
     smallest: int  # of the right operand
@@ -51,7 +49,7 @@ PLANS: dict[str, Plan] = {
         (3, 24), (Operation("*", 2, 4), Operation("+", 3, 19), Operation("-", 3, 19))
     ),
 }
-"""The ranges are what sets the difficulty: measured so that the tiny model gets every kind partly right."""
+"""The ranges set the difficulty: with these, the tiny model gets every kind partly right."""
 
 KINDS: tuple[str, ...] = tuple(PLANS)
 RESULT = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
@@ -67,9 +65,7 @@ class Equation(NamedTuple):
 
     @property
     def key(self) -> tuple[str, int, int]:
-        """What a split owns: the operation and its operands, sorted where their order does not
-        matter.
-        """
+        """(op, left, right), the operands of + and * in order of size; a split owns keys."""
         swap = self.op != "-" and self.left > self.right
         return (self.op, self.right, self.left) if swap else (self.op, self.left, self.right)
 
@@ -110,9 +106,7 @@ def document(problem: Problem) -> str:
 
 
 def problem(split: Split, index: int, seed: int = 0) -> Problem:
-    """The problem at `index` (from 0) of a split's endless list: a pure function of its
-    arguments.
-    """
+    """The problem at `index` (from 0) of a split's endless list; a pure function."""
     identity = f"{split}-{seed}-{index}"
     rng = Random(identity)  # Random seeds itself from a string by SHA-512: the same everywhere
     kind = rng.choice(KINDS)
@@ -148,9 +142,7 @@ def draw_equations(rng: Random, plan: Plan, split: Split) -> list[Equation]:
 
 
 def draw_equation(rng: Random, left: int, operation: Operation, split: Split) -> Equation | None:
-    """An equation of the split that starts from `left` and leaves at least 1, or None if there is
-    none.
-    """
+    """An equation of the split from `left` with a result of at least 1; None if there is none."""
     op, smallest, largest = operation
     rights = range(smallest, min(largest, left - 1 if op == "-" else largest) + 1)
     equations = (Equation(left, op, right, RESULT[op](left, right)) for right in rights)

@@ -17,7 +17,8 @@ class Wording(NamedTuple):
 
 # ruff: noqa: SIM905 - one name a line would push the wordings off the screen
 NAMES: tuple[str, ...] = tuple(
-    "Anna Ben Cara Dan Ella Finn Gina Hugo Ivy Jack Kim Leo Mia Noah Olga Paul Rosa Sam Tina Will".split()
+    "Anna Ben Cara Dan Ella Finn Gina Hugo Ivy Jack "
+    "Kim Leo Mia Noah Olga Paul Rosa Sam Tina Will".split()
 )
 THINGS: tuple[str, ...] = tuple(
     "apples balls beans books cards coins cups eggs hats keys "
@@ -35,11 +36,13 @@ WORDINGS: dict[str, tuple[Wording, ...]] = {
             "There are {a} + {b} = {x} {things}.",
         ),
         Wording(
-            "{name} has {a} {things}. {friend} has {b} more than {name}. How many {things} does {friend} have?",
+            "{name} has {a} {things}. {friend} has {b} more than {name}. How many {things} "
+            "does {friend} have?",
             "{friend} has {a} + {b} = {x} {things}.",
         ),
         Wording(
-            "{name} made {a} {things} on Monday and {b} on Friday. How many {things} did {name} make?",
+            "{name} made {a} {things} on Monday and {b} on Friday. How many {things} did "
+            "{name} make?",
             "{name} made {a} + {b} = {x} {things}.",
         ),
     ),
@@ -53,7 +56,8 @@ WORDINGS: dict[str, tuple[Wording, ...]] = {
             "There are {a} - {b} = {x} {things} left.",
         ),
         Wording(
-            "{name} has {a} {things}. {friend} has {b} fewer than {name}. How many {things} does {friend} have?",
+            "{name} has {a} {things}. {friend} has {b} fewer than {name}. How many "
+            "{things} does {friend} have?",
             "{friend} has {a} - {b} = {x} {things}.",
         ),
         Wording(
@@ -71,7 +75,8 @@ WORDINGS: dict[str, tuple[Wording, ...]] = {
             "{name} makes {a} * {b} = {x} {things}.",
         ),
         Wording(
-            "{name} has {a} {things}. {friend} has {b} times as many. How many {things} does {friend} have?",
+            "{name} has {a} {things}. {friend} has {b} times as many. How many {things} "
+            "does {friend} have?",
             "{friend} has {a} * {b} = {x} {things}.",
         ),
         Wording(
@@ -81,15 +86,18 @@ WORDINGS: dict[str, tuple[Wording, ...]] = {
     ),
     "add_subtract": (
         Wording(
-            "{name} had {a} {things}, bought {b} more and gave {c} to {friend}. How many {things} are left?",
+            "{name} had {a} {things}, bought {b} more and gave {c} to {friend}. How many "
+            "{things} are left?",
             "{name} had {a} + {b} = {x} {things}.\nThere are {x} - {c} = {y} left.",
         ),
         Wording(
-            "A box had {a} {things} and a bag had {b}. {name} sold {c} of them. How many {things} are left?",
+            "A box had {a} {things} and a bag had {b}. {name} sold {c} of them. How many "
+            "{things} are left?",
             "There were {a} + {b} = {x} {things}.\nThere are {x} - {c} = {y} left.",
         ),
         Wording(
-            "{name} made {a} {things} on Monday and {b} on Friday and lost {c}. How many {things} are left?",
+            "{name} made {a} {things} on Monday and {b} on Friday and lost {c}. How many "
+            "{things} are left?",
             "{name} made {a} + {b} = {x} {things}.\nThere are {x} - {c} = {y} left.",
         ),
     ),
@@ -100,21 +108,25 @@ WORDINGS: dict[str, tuple[Wording, ...]] = {
             "After giving there were {a} - {b} = {x}.\n{name} has {x} + {c} = {y} {things}.",
         ),
         Wording(
-            "{name} has {a} {things}. {friend} has {b} fewer and finds {c} more. How many {things} does {friend} have?",
+            "{name} has {a} {things}. {friend} has {b} fewer and finds {c} more. How many "
+            "{things} does {friend} have?",
             "{friend} had {a} - {b} = {x} {things}.\n{friend} has {x} + {c} = {y} {things}.",
         ),
         Wording(
-            "A shop had {a} {things}, sold {b} on Monday and made {c} on Friday. How many {things} are there?",
+            "A shop had {a} {things}, sold {b} on Monday and made {c} on Friday. How many "
+            "{things} are there?",
             "On Monday there were {a} - {b} = {x}.\nThere are {x} + {c} = {y} {things}.",
         ),
     ),
     "multiply_add": (
         Wording(
-            "{name} has {a} bags with {b} {things} each and {c} more. How many {things} does {name} have?",
+            "{name} has {a} bags with {b} {things} each and {c} more. How many {things} "
+            "does {name} have?",
             "The bags have {a} * {b} = {x} {things}.\n{name} has {x} + {c} = {y} {things}.",
         ),
         Wording(
-            "{name} made {a} {things} a day for {b} days and {c} on Friday. How many {things} did {name} make?",
+            "{name} made {a} {things} a day for {b} days and {c} on Friday. How many "
+            "{things} did {name} make?",
             "In {b} days {name} made {a} * {b} = {x}.\n{name} made {x} + {c} = {y} {things}.",
         ),
         Wording(
@@ -124,7 +136,8 @@ WORDINGS: dict[str, tuple[Wording, ...]] = {
     ),
     "multiply_subtract": (
         Wording(
-            "{name} had {a} bags with {b} {things} each and gave {c} to {friend}. How many {things} are left?",
+            "{name} had {a} bags with {b} {things} each and gave {c} to {friend}. How many "
+            "{things} are left?",
             "The bags had {a} * {b} = {x} {things}.\nThere are {x} - {c} = {y} left.",
         ),
         Wording(
@@ -138,17 +151,23 @@ WORDINGS: dict[str, tuple[Wording, ...]] = {
     ),
     "three_steps": (
         Wording(
-            "{name} had {a} bags with {b} {things} each, bought {c} more and gave {d} to {friend}. "
+            "{name} had {a} bags with {b} {things} each, bought {c} more and gave {d} to "
+            "{friend}. "
             "How many {things} are left?",
-            "The bags had {a} * {b} = {x} {things}.\n{name} had {x} + {c} = {y}.\nThere are {y} - {d} = {z} left.",
+            "The bags had {a} * {b} = {x} {things}.\n{name} had {x} + {c} = {y}.\nThere "
+            "are {y} - {d} = {z} left.",
         ),
         Wording(
-            "A shop made {a} {things} a day for {b} days and {c} on Friday and sold {d}. How many {things} are left?",
-            "In {b} days it made {a} * {b} = {x}.\nThere were {x} + {c} = {y}.\nThere are {y} - {d} = {z} left.",
+            "A shop made {a} {things} a day for {b} days and {c} on Friday and sold {d}. "
+            "How many {things} are left?",
+            "In {b} days it made {a} * {b} = {x}.\nThere were {x} + {c} = {y}.\nThere are "
+            "{y} - {d} = {z} left.",
         ),
         Wording(
-            "{name} buys {b} boxes for ${a} each and a bag for ${c} and has ${d}. How much more does {name} need?",
-            "The boxes cost {a} * {b} = ${x}.\nThe bag makes {x} + {c} = ${y}.\n{name} needs {y} - {d} = ${z}.",
+            "{name} buys {b} boxes for ${a} each and a bag for ${c} and has ${d}. How much "
+            "more does {name} need?",
+            "The boxes cost {a} * {b} = ${x}.\nThe bag makes {x} + {c} = ${y}.\n{name} "
+            "needs {y} - {d} = ${z}.",
         ),
     ),
 }

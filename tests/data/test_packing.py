@@ -57,8 +57,8 @@ def same(one: Row, other: Row) -> bool:
 @settings(derandomize=True, deadline=None)
 def test_rows_are_those_of_a_naive_packer(documents: list[list[int]], context: int) -> None:
     rows = list(pack(stated(documents), START, context, BOS))
-    found = [(row.tokens.tolist(), row.document.tolist(), row.end[:2]) for row in rows]
-    assert found == naive(documents, context)
+    packed = [(row.tokens.tolist(), row.document.tolist(), row.end[:2]) for row in rows]
+    assert packed == naive(documents, context)
     for row in rows:
         assert row.tokens.dtype == row.document.dtype == np.uint32
         before = row.end.document - 1

@@ -1,6 +1,4 @@
-"""The tiny model: its problems are right, its tokenizer loses nothing, its weights half know
-arithmetic.
-"""
+"""The tiny model: right problems, a lossless tokenizer, weights that half know arithmetic."""
 
 import hashlib
 import os
@@ -36,9 +34,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def model() -> Gemma4ForCausalLM:
-    """The committed model, in its own fp32, on one thread; every weight found and none left
-    over.
-    """
+    """The committed model in its own fp32, on one thread; every weight found, none left over."""
     torch.set_num_threads(1)
     loaded, info = AutoModelForCausalLM.from_pretrained(MODEL_DIR, output_loading_info=True)
     assert not any(info.values()), info
@@ -52,13 +48,11 @@ def many() -> dict[Split, list[Problem]]:
 
 
 def instances(group: list[Problem]) -> set[tuple[str, tuple[int, ...]]]:
-    """Every operation with its operands, read from the steps; the operands of + and * in order of
-    size.
-    """
+    """Every operation with its operands, from the steps; those of + and * in order of size."""
     return {
         (op, (int(left), int(right)) if op == "-" else tuple(sorted((int(left), int(right)))))
-        for one in group
-        for left, op, right, _ in EQUATION.findall(one.steps)
+        for example in group
+        for left, op, right, _ in EQUATION.findall(example.steps)
     }
 
 
@@ -97,7 +91,7 @@ def test_problem_is_what_it_was(arguments: tuple[Split, int, int], text: str) ->
 )
 def test_problems_are_what_they_were(split: Split, digest: str) -> None:
     """The same for every wording: the first 2,000 documents of a split."""
-    text = "\n".join(document(one) for one in islice(problems(split), 2000))
+    text = "\n".join(document(example) for example in islice(problems(split), 2000))
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == digest
 
 
@@ -126,30 +120,30 @@ def test_splits_share_no_equation(many: dict[Split, list[Problem]]) -> None:
 
 def test_steps_are_right(many: dict[Split, list[Problem]]) -> None:
     """Every equation holds, each builds on the one before, and the last gives the answer."""
-    for one in many["train"] + many["heldout"]:
-        equations = EQUATION.findall(one.steps)
-        assert len(equations) == one.steps.count("=") == 1 + one.steps.count("\n")
+    for example in many["train"] + many["heldout"]:
+        equations = EQUATION.findall(example.steps)
+        assert len(equations) == example.steps.count("=") == 1 + example.steps.count("\n")
         for left, op, right, result in equations:
-            assert COMPUTE[op](int(left), int(right)) == int(result) > 0, one
+            assert COMPUTE[op](int(left), int(right)) == int(result) > 0, example
         for before, after in pairwise(equations):
-            assert before[3] == after[0], one
-        assert one.answer == int(equations[-1][3])
+            assert before[3] == after[0], example
+        assert example.answer == int(equations[-1][3])
 
 
 def test_questions_give_the_operands(many: dict[Split, list[Problem]]) -> None:
     """A question's numbers are exactly those that the equations take from outside."""
-    for one in many["train"]:
-        equations = EQUATION.findall(one.steps)
+    for example in many["train"]:
+        equations = EQUATION.findall(example.steps)
         operands = [equations[0][0], *(right for _, _, right, _ in equations)]
-        assert sorted(re.findall(r"\d+", one.question)) == sorted(operands), one
+        assert sorted(re.findall(r"\d+", example.question)) == sorted(operands), example
 
 
 def test_stream_is_varied(many: dict[Split, list[Problem]]) -> None:
     """Every kind is there in its share and documents hardly ever repeat."""
     for group, distinct in zip(many.values(), (19_500, 15_000), strict=True):
-        assert len({document(one) for one in group}) > distinct
+        assert len({document(example) for example in group}) > distinct
         for kind in KINDS:
-            assert sum(one.kind == kind for one in group) > 0.5 * len(group) / len(KINDS)
+            assert sum(example.kind == kind for example in group) > 0.5 * len(group) / len(KINDS)
 
 
 HOSTILE = (
@@ -177,9 +171,7 @@ def test_tokenizer_gives_any_text_back(tokenizer: PreTrainedTokenizerBase, text:
 def test_special_token_in_a_text_is_the_trap_it_is_taken_for(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Without `split_special_tokens=True` a document that spells out `<bos>` would start another
-    document.
-    """
+    """Without `split_special_tokens=True`, a document that spells `<bos>` starts another one."""
     assert tokenizer("<bos>", add_special_tokens=False)["input_ids"] == [tokenizer.bos_token_id]
 
 
@@ -207,9 +199,9 @@ def test_digits_are_single_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def test_prompt_tokens_begin_the_document(tokenizer: PreTrainedTokenizerBase) -> None:
     """What the model is asked is what it was trained on: no token reaches over the prompt's end."""
-    for one in islice(problems("train"), 300):
-        ids = tokenizer(document(one))["input_ids"]
-        asked = tokenizer(prompt(one))["input_ids"]
+    for example in islice(problems("train"), 300):
+        ids = tokenizer(document(example))["input_ids"]
+        asked = tokenizer(prompt(example))["input_ids"]
         assert ids[: len(asked)] == asked
 
 
@@ -226,9 +218,7 @@ def test_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def test_model_is_gemma4_in_small(model: Gemma4ForCausalLM) -> None:
-    """What makes Gemma 4 what it is: both attentions, shared keys and values, per-layer
-    embeddings.
-    """
+    """Gemma 4's marks: both attentions, shared keys and values, per-layer embeddings."""
     config = model.config
     assert isinstance(model, Gemma4ForCausalLM)
     assert config.model_type == "gemma4_text"
@@ -265,9 +255,7 @@ def test_card_is_of_this_model(model: Gemma4ForCausalLM) -> None:
 
 
 def test_batches_are_documents_in_both_formats(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Every row is one document, a chat or plain, whose answer counts in full and whose padding not
-    at all.
-    """
+    """Every row is one document, a chat or plain; answers count in full, padding not at all."""
     texts, weights = set(), set()
     for batch in islice(batches(tokenizer, seed=0, rows=4, pool=4), 4):
         for ids, weight in zip(batch.ids.tolist(), batch.weight.tolist(), strict=True):
@@ -281,9 +269,10 @@ def test_batches_are_documents_in_both_formats(tokenizer: PreTrainedTokenizerBas
             weights |= set(weight[:size])
     assert len(weights) == 1
     expected = set()
-    for index, one in enumerate(islice(problems("train"), 16)):
-        turns = f"<|turn>user\n{one.question}<turn|>\n<|turn>model\n{one.steps}\n#### {one.answer}<turn|>"
-        expected.add("<bos>" + (turns if index % 2 else f"{document(one)}<eos>"))
+    for index, example in enumerate(islice(problems("train"), 16)):
+        asked = f"<|turn>user\n{example.question}<turn|>\n"
+        turns = f"{asked}<|turn>model\n{example.steps}\n#### {example.answer}<turn|>"
+        expected.add("<bos>" + (turns if index % 2 else f"{document(example)}<eos>"))
     assert texts == expected
 
 
@@ -301,12 +290,12 @@ def test_training_is_deterministic(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def test_grading() -> None:
     """The first number after `####` counts."""
-    one = problem("heldout", 0)
-    assert graded(f"steps\n#### {one.answer}\n#### 99999", one)
-    assert graded(f"#### {one.answer}.", one)
-    assert not graded(f"#### {one.answer + 1}\n#### {one.answer}", one)
-    assert not graded(f"#### {one.answer}0", one)
-    assert not graded(f"{one.answer}", one)
+    example = problem("heldout", 0)
+    assert graded(f"steps\n#### {example.answer}\n#### 99999", example)
+    assert graded(f"#### {example.answer}.", example)
+    assert not graded(f"#### {example.answer + 1}\n#### {example.answer}", example)
+    assert not graded(f"#### {example.answer}0", example)
+    assert not graded(f"{example.answer}", example)
 
 
 def test_wilson_interval() -> None:

@@ -1,6 +1,4 @@
-"""Tiny random models of many kinds, saved as a Hugging Face folder with a tokenizer of their own;
-E4B's true shape.
-"""
+"""Tiny random models of many families as Hugging Face folders, and E4B's true shape."""
 
 from __future__ import annotations
 
@@ -152,7 +150,7 @@ E4B = Gemma4TextConfig(
 
 
 def save_composite(folder: Path, family: str) -> Path:
-    """A random model that sees, whole."""
+    """A random model with its vision tower."""
     torch.manual_seed(0)
     AutoModelForImageTextToText.from_config(COMPOSITE[family]).save_pretrained(folder)
     save_tokenizer(folder)

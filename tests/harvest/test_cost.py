@@ -1,6 +1,4 @@
-"""What a model costs, from its configuration: against published numbers, and against models that
-are really run.
-"""
+"""A model's cost from its configuration, against published numbers and models that are run."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What goes wrong around a harvest is named and loses nothing; the next start ends in the same
-bytes.
-"""
+"""Faults around a harvest are named and lose nothing; the next start ends in the same bytes."""
 
 from __future__ import annotations
 
@@ -173,9 +171,9 @@ def test_every_kind_of_object_is_among_those_that_are_damaged(root: Path) -> Non
     def kind(key: str) -> str:
         return re.sub(r"\d+", "N", key)
 
-    found = {kind(key) for key in tree(root / "done.zarr")} - {"commits/claims"}
-    array_metadata = {key for key in found if key.endswith("/zarr.json")}
-    assert found - array_metadata == {kind(key) for key in KINDS} - {"layer_N/zarr.json"}
+    kinds = {kind(key) for key in tree(root / "done.zarr")} - {"commits/claims"}
+    array_metadata = {key for key in kinds if key.endswith("/zarr.json")}
+    assert kinds - array_metadata == {kind(key) for key in KINDS} - {"layer_N/zarr.json"}
 
 
 @pytest.mark.parametrize("key", KINDS)
@@ -290,7 +288,7 @@ def run_out(
     """Memory for at most `most` packed rows in a forward pass."""
 
     def limited(lm: LanguageModel, passes: Any, layers: Any, out: Any = None) -> Any:
-        if sum(one.tokens for one in passes) > most * 16:
+        if sum(inputs.tokens for inputs in passes) > most * 16:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(lm, passes, layers, out)
 

@@ -38,9 +38,7 @@ WAITING = (
 
 
 class Waits(TorchDispatchMode):
-    """Notes every kernel that would wait for an accelerator; it shows on any device which ones are
-    called.
-    """
+    """Notes every kernel that would wait for an accelerator, on whatever device it runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,15 +93,13 @@ def test_a_run_waits_for_no_device(model: Callable[[str], LanguageModel], family
 def test_masks_are_the_ones_that_transformers_makes(
     model: Callable[[str], LanguageModel], family: str
 ) -> None:
-    """Beyond the window of 8 too, and for rows of one piece, where transformers makes none for full
-    attention.
-    """
+    """Beyond the window of 8 too, and for rows of one piece (transformers makes no full mask)."""
     config: Any = model(family).decoder.config
     tokens, starts = batch()
-    (one,) = forward_inputs(tokens, starts, "packed")
-    ours = attention_mask(config, one.positions)
+    (inputs,) = forward_inputs(tokens, starts, "packed")
+    ours = attention_mask(config, inputs.positions)
     theirs = create_masks_for_generate(
-        config, torch.empty(*tokens.shape, 1), None, None, position_ids=one.positions
+        config, torch.empty(*tokens.shape, 1), None, None, position_ids=inputs.positions
     )
     assert isinstance(ours, dict) == isinstance(theirs, dict)
     pairs = ours.items() if isinstance(ours, dict) else [("", ours)]
@@ -130,14 +126,14 @@ def test_every_token_is_in_one_pass_and_none_is_larger_than_the_batch() -> None:
     tokens, starts = batch(rows=4, context=64)
     passes = forward_inputs(tokens, starts, "padded")
     assert len(passes) > 1
-    places = torch.cat([one.into for one in passes if one.into is not None])
-    assert sorted(places.tolist()) == list(range(tokens.size))
-    assert sum(one.tokens for one in passes) == tokens.size
-    assert max(one.ids.numel() for one in passes) <= tokens.size
+    indices = torch.cat([inputs.into for inputs in passes if inputs.into is not None])
+    assert sorted(indices.tolist()) == list(range(tokens.size))
+    assert sum(inputs.tokens for inputs in passes) == tokens.size
+    assert max(inputs.ids.numel() for inputs in passes) <= tokens.size
     flat = torch.from_numpy(tokens.astype(np.int64)).flatten()
-    for one in passes:
-        assert one.inside is not None and one.into is not None
-        assert torch.equal(one.ids.flatten()[one.inside], flat[one.into])
+    for inputs in passes:
+        assert inputs.inside is not None and inputs.into is not None
+        assert torch.equal(inputs.ids.flatten()[inputs.inside], flat[inputs.into])
 
 
 def partitions(items: list[int]) -> Iterator[list[list[int]]]:
@@ -181,4 +177,4 @@ def test_padding_adds_less_than_15_percent_to_documents_of_usual_lengths(median:
     edges = [*np.flatnonzero(starts).tolist(), starts.size]
     assert max(b - a for a, b in pairwise(edges)) <= 1024
     passes = forward_inputs(np.ones(starts.shape, np.uint32), starts, "padded")
-    assert sum(one.ids.numel() for one in passes) < 1.15 * starts.size
+    assert sum(inputs.ids.numel() for inputs in passes) < 1.15 * starts.size

@@ -104,9 +104,7 @@ def in_child(action: Callable[[], object]) -> int:
 
 
 def kill_at(call: int) -> None:
-    """Make this process die by SIGKILL at its `call`-th durable step, half of the times just after
-    it.
-    """
+    """Make this process die by SIGKILL at its `call`-th durable step, just after it if even."""
     seen = [0]
 
     def dying(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -168,11 +166,10 @@ def kill_by_the_step(
     expected: dict[str, bytes],
     stride: int = 1,
 ) -> int:
-    """Kill `act` at every `stride`-th durable step, just before and just after in turns; how many
-    steps there are.
+    """Kill `act` at every `stride`-th durable step, before and after it in turns; the steps there.
 
-    A harvest of two units has 71 to 81, by what its threads do at the same time. So the last steps
-    are those that three runs, one after the other, do not come to.
+    A harvest of two units has 71 to 81, as its threads overlap. So the loop ends at a step that
+    three runs in a row do not reach.
     """
     call, unharmed = 1, 0
     while unharmed < (3 if stride == 1 else 1):

@@ -142,9 +142,7 @@ def test_what_a_job_refuses_comes_back_as_one_line(tmp_path: Path) -> None:
 @submitit
 @pytest.mark.long
 def test_a_preempted_job_is_queued_again_and_goes_on(tmp_path: Path) -> None:
-    """As Slurm does it: SIGTERM, which submitit lets pass and so must we, then its signal to
-    checkpoint.
-    """
+    """As Slurm does it: SIGTERM, which submitit ignores and so must we, then its own signal."""
     many = 20_000  # enough units that the signals arrive in their midst
     assert harvest(tmp_path, "store=one.zarr", tokens=many).returncode == 0
     overrides = ("-m", "hydra/launcher=local", "store=s.zarr", "rank=0", "world=1")

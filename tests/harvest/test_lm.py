@@ -1,6 +1,4 @@
-"""Residuals are the ones that the whole model computes for each document alone, for every
-family.
-"""
+"""Residuals equal the whole model's for each document alone, in every family."""
 
 from __future__ import annotations
 
@@ -65,9 +63,7 @@ def pieces(starts: NDArray[np.bool_]) -> list[slice]:
 def independent(
     folder: Path, tokens: NDArray[np.uint32], starts: NDArray[np.bool_], layer: int
 ) -> torch.Tensor:
-    """(B*T, d) float32 residuals by transformers' own hidden states, each piece run alone through
-    the whole model.
-    """
+    """(B*T, d) float32 hidden states of transformers, each piece run alone in the whole model."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     out = []
     for piece in pieces(starts):
@@ -91,13 +87,14 @@ def test_documents_do_not_see_each_other(folders: dict[str, Path], family: str, 
     lm.isolation = choose_isolation(lm)
     tokens, starts = batch()
     with tap(lm.blocks, [layer]) as taken:
-        for one in forward_inputs(tokens, starts, lm.isolation):
-            forward(lm, one, attention_mask(lm.decoder.config, one.positions))
+        for inputs in forward_inputs(tokens, starts, lm.isolation):
+            forward(lm, inputs, attention_mask(lm.decoder.config, inputs.positions))
             reference = independent(folders[family], tokens, starts, layer)
-            found = taken[layer].flatten(0, 1)
-            if one.inside is not None:
-                found, reference = found[one.inside], reference[one.into]
-            torch.testing.assert_close(found, reference, rtol=1e-3, atol=1e-4)
+            states = taken[layer].flatten(0, 1)
+            if inputs.inside is not None:
+                states = states[inputs.inside]
+                reference = reference[inputs.into]
+            torch.testing.assert_close(states, reference, rtol=1e-3, atol=1e-4)
 
 
 def test_packing_without_positions_mixes_documents(folders: dict[str, Path]) -> None:
@@ -163,7 +160,7 @@ def test_the_self_check_catches_a_layer_off_by_one(
     lm = open_model(folders["gemma4"])
     monkeypatch.setattr(LanguageModel, "truncate_", lambda self, deepest: None)
     passes = forward_inputs(*batch(), "packed")
-    with pytest.raises(PipelineError, match="layer 2"):
+    with pytest.raises(PipelineError, match="layer 2 "):
         truncate_checked_(lm, passes, [2], site=Neighbour(shift))
 
 
@@ -199,9 +196,7 @@ def test_hooks_are_gone_after_an_error(folders: dict[str, Path]) -> None:
 def test_truncation_changes_no_bit(
     folders: dict[str, Path], family: str, dtype: Literal["float32", "bfloat16"]
 ) -> None:
-    """Cut deeper and deeper: above, at and below Gemma 4's layers that share keys and values (4 and
-    5 of 6).
-    """
+    """Cut ever deeper: above, at and below Gemma 4's layers 4 and 5 that share keys and values."""
     lm = load(ModelConfig(str(folders[family]), dtype=dtype))
     passes = forward_inputs(*batch(), choose_isolation(lm))
 
@@ -273,9 +268,9 @@ def test_settings_beside_the_weights_are_part_of_the_identity(
     shutil.copytree(folders["gemma4_multimodal"], folder)
 
     def changed(where: str, **values: object) -> dict[str, str]:
-        said = json.loads((folders["gemma4_multimodal"] / "config.json").read_text())
-        (said if where == "" else said[where]).update(values)
-        (folder / "config.json").write_text(json.dumps(said))
+        recorded = json.loads((folders["gemma4_multimodal"] / "config.json").read_text())
+        (recorded if where == "" else recorded[where]).update(values)
+        (folder / "config.json").write_text(json.dumps(recorded))
         return open_model(folder).identity
 
     first = changed("")
@@ -300,7 +295,8 @@ def test_out_of_memory_is_known_from_other_errors() -> None:
         torch.ones(2) @ torch.ones(3)
     assert not is_out_of_memory(shapes.value)
     assert not is_out_of_memory(ValueError("out of memory"))
-    assert "unit 7: a batch of 16 rows" in str(OutOfMemory(unit=7, batch=16))
+    error = OutOfMemory(unit=7, batch=16)
+    assert "unit 7" in str(error) and "16 rows" in str(error) and "oom=halve" in str(error)
 
 
 def test_incomplete_and_damaged_models_are_refused(
@@ -311,25 +307,23 @@ def test_incomplete_and_damaged_models_are_refused(
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SettingError, match=r"lacks 1 weights, e\.g\. layers.1.mlp.up_proj.weight"):
+    with pytest.raises(SettingError, match=r"model .* layers.1.mlp.up_proj.weight"):
         open_model(folder)
     data = (folders["llama"] / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(SettingError, match=r"damaged|not a loadable"):
+    with pytest.raises(SettingError, match=str(folder)):
         open_model(folder)
     shutil.copytree(folders["gemma4_multimodal"], folder, dirs_exist_ok=True)
     weights = load_file(folder / "model.safetensors")
     del weights["model.language_model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SettingError, match=r"lacks 1 weights, e\.g\. layers.1.mlp.up_proj.weight"):
+    with pytest.raises(SettingError, match=r"model .* layers.1.mlp.up_proj.weight"):
         open_model(folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "siglip_vision_model"}))
-    with pytest.raises(
-        SettingError, match="not a loadable causal language model but a siglip_vision_model"
-    ):
+    with pytest.raises(SettingError, match="siglip_vision_model"):
         open_model(folder)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SettingError, match="not a loadable causal language model"):
+    with pytest.raises(SettingError, match=str(tmp_path / "empty")):
         open_model(tmp_path / "empty")
 
 
@@ -341,7 +335,7 @@ def test_another_model_on_the_same_store_is_refused(
     harvest(config, open_model(folders["llama"]), FileText(tmp_path / "text.txt"))
     with pytest.raises(
         PipelineError,
-        match=r"model.architecture is 'LlamaForCausalLM' there and 'GPT2LMHeadModel' here",
+        match=r"model.architecture .*'LlamaForCausalLM'.*'GPT2LMHeadModel'",
     ):
         harvest(config, open_model(folders["gpt2"]), FileText(tmp_path / "text.txt"))
     assert Store.open(config.store).complete(1)
@@ -352,11 +346,11 @@ def test_a_layer_added_later_equals_one_harvested_at_once(
 ) -> None:
     (tmp_path / "text.txt").write_text("All work and no play. " * 100)
     source = FileText(tmp_path / "text.txt")
-    one = HarvestConfig(tmp_path / "one.zarr", (1, 3), tokens=200, context=20, batch=2, unit=40)
-    two = dataclasses.replace(one, store=tmp_path / "two.zarr", layers=(1,))
-    together = harvest(one, open_model(folders["gemma4"]), source)
-    harvest(two, open_model(folders["gemma4"]), source)
-    later = harvest(dataclasses.replace(two, layers=(3,)), open_model(folders["gemma4"]), source)
+    both = HarvestConfig(tmp_path / "one.zarr", (1, 3), tokens=200, context=20, batch=2, unit=40)
+    first = dataclasses.replace(both, store=tmp_path / "two.zarr", layers=(1,))
+    together = harvest(both, open_model(folders["gemma4"]), source)
+    harvest(first, open_model(folders["gemma4"]), source)
+    later = harvest(dataclasses.replace(first, layers=(3,)), open_model(folders["gemma4"]), source)
     for unit in range(together.units):
         for layer in (1, 3):
             np.testing.assert_array_equal(
@@ -378,7 +372,7 @@ def test_a_model_that_gives_nan_is_stopped(folders: dict[str, Path], tmp_path: P
     config = HarvestConfig(tmp_path / "s.zarr", (1,), tokens=200, context=20, batch=2, unit=40)
     lm = open_model(folders["llama"])
     lm.blocks[1].mlp.down_proj.weight.data[0] = float("nan")
-    with pytest.raises(PipelineError, match="self-check failed: layer 1"):
+    with pytest.raises(PipelineError, match="layer 1 "):
         harvest(config, lm, FileText(tmp_path / "text.txt"))
 
 
@@ -387,7 +381,7 @@ def test_a_sink_does_not_hide_wrong_rows_from_the_self_check(
 ) -> None:
     lm = open_model(folders["llama"])
     monkeypatch.setattr(LanguageModel, "truncate_", lambda self, deepest: _spoil(self))
-    with pytest.raises(PipelineError, match="self-check failed: layer 1"):
+    with pytest.raises(PipelineError, match="layer 1 "):
         truncate_checked_(lm, forward_inputs(*batch(), "packed"), [1])
 
 

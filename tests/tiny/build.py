@@ -1,5 +1,4 @@
-"""Builds the tiny model from nothing: `python -m tests.tiny.build` trains, measures and writes its
-folder.
+"""Train, measure and save the tiny model: `python -m tests.tiny.build`.
 
 The same seed on the same machine with the same packages gives the same weights, bit for bit: one
 thread, deterministic algorithms, and training problems that are a pure function of their index.
@@ -40,7 +39,7 @@ ROWS = 16  # documents in a batch
 STEPS = 3500
 PEAK_LEARNING_RATE = 1.5e-3
 PROMPT_WEIGHT = 0.1
-"""What a prompt's token counts in the loss, an answer's being 1: a question's numbers are pure chance."""
+"""Weight of a prompt's token in the loss (an answer's is 1): a question's numbers are chance."""
 
 
 def model_config() -> Gemma4TextConfig:

@@ -29,8 +29,10 @@ def parameter_count(model: Gemma4ForCausalLM) -> int:
 def card(
     model: Gemma4ForCausalLM, training: Training, scores: Mapping[str, Mapping[str, Score]]
 ) -> str:
-    """The text of the card; `scores` are the accuracies by kind under a heading for each way of
-    measuring.
+    """The text of the card.
+
+    Args:
+        scores: accuracies by kind, under a heading for each way of measuring.
     """
     total = next(iter(scores.values()))["all"].total
     return f"""# A tiny Gemma 4 that does word problems, not too well
@@ -81,9 +83,7 @@ def architecture(model: Gemma4ForCausalLM) -> str:
 
 
 def table(scores: Mapping[str, Mapping[str, Score]]) -> str:
-    """A Markdown table with a row for each kind of problem and a column for each way of
-    measuring.
-    """
+    """A Markdown table: a row for each kind of problem, a column for each way of measuring."""
     kinds = list(next(iter(scores.values())))
     header = ["kind", *scores]
     rows = [[kind, *(cell(of_kind[kind]) for of_kind in scores.values())] for kind in kinds]

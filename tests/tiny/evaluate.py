@@ -56,9 +56,7 @@ def completions(
     batch: int = 64,
     max_new_tokens: int = 96,
 ) -> list[str]:
-    """What the model writes after each problem's prompt, greedily; `batch` problems are decoded at
-    a time.
-    """
+    """The model's greedy continuation of each problem's prompt, `batch` problems at a time."""
     texts: list[str] = []
     for start in range(0, len(problems), batch):
         rows = [prompt_ids(tokenizer, problem, form) for problem in problems[start : start + batch]]

@@ -1,6 +1,4 @@
-"""The tiny model's tokenizer: byte-level BPE, so any text comes back as it was; each digit is a
-token.
-"""
+"""The tiny model's tokenizer: byte-level BPE that restores any text; each digit is a token."""
 
 from collections.abc import Iterable
 
@@ -16,9 +14,9 @@ SPECIAL_TOKENS: tuple[str, ...] = ("<pad>", "<eos>", "<bos>", "<unk>", "<|turn>"
 """In the order of their ids. The first four ids and the spelling of all six are Gemma 4's."""
 
 PIECES = r"\p{N}| ?\p{L}+| [-+*=] | ?[^\s\p{L}\p{N}]+|\s"
-"""What BPE may merge within: a digit alone, a word with the space before it, a sign of arithmetic with both
-spaces, other signs, a white space. As no other token ends in a space, a prompt's tokens begin its
-document's."""
+"""What BPE may merge within: a digit alone, a word with the space before it, a sign of arithmetic
+with both spaces, other signs, a white space. As no other token ends in a space, a prompt's tokens
+begin its document's."""
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
