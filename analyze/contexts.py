@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.subject import Subject, Unit
+from analyze.subject import Firings, Subject
 from data.errors import PipelineError, SettingError
+from data.store.kinds import SERVED
 from harvest import model_folder as checkpoint
 from harvest.tokens import Tokenizer
 
@@ -41,9 +42,8 @@ def choose(fired: NDArray[np.int64], count: int) -> list[int]:
 def firing_counts(subject: Subject, limit: int) -> NDArray[np.int64]:
     """(F,) held-out rows, BOS left out, in which each latent fires."""
     counts = np.zeros(subject.sae.d_sae, np.int64)
-    for unit in subject.held_out(limit):
-        kept = subject.sae.encode(unit.rows[np.flatnonzero(unit.position > 0)])
-        counts += np.bincount(kept.indices[kept.values > 0].cpu().numpy(), minlength=len(counts))
+    for firings in subject.firings(limit, SERVED):
+        counts += np.bincount(firings.latent, minlength=len(counts))
     return counts
 
 
@@ -54,34 +54,28 @@ def top_contexts(
     out.
     """
     best: dict[int, dict[int, Context]] = {latent: {} for latent in latents}
-    for unit in subject.held_out(limit):
-        dense = _activations(subject, unit, latents)
-        tokens = subject.store.tokens(unit.number).ravel()
-        starts = subject.store.piece_starts(unit.number).ravel()
-        dense[starts] = 0.0
+    for firings in subject.firings(limit, SERVED):
+        unit = firings.unit.number
+        tokens = subject.store.tokens(unit).ravel()
+        starts = subject.store.piece_starts(unit).ravel()
+        document = subject.store.document(unit).ravel()
+        dense = _dense(firings, latents, len(tokens))
         for column, latent in enumerate(latents):
-            _merge(
-                best[latent],
-                dense[:, column],
-                tokens,
-                starts,
-                subject.store.document(unit.number).ravel(),
-                each,
-            )
+            _merge(best[latent], dense[:, column], tokens, starts, document, each)
     return {
         latent: sorted(found.values(), key=lambda c: -c.peak)[:each]
         for latent, found in best.items()
     }
 
 
-def _activations(subject: Subject, unit: Unit, latents: Sequence[int]) -> NDArray[np.float32]:
+def _dense(firings: Firings, latents: Sequence[int], tokens: int) -> NDArray[np.float32]:
     """(tokens of the unit, latents) activations in the order of the text."""
-    column = np.full(subject.sae.d_sae, -1)
-    column[list(latents)] = np.arange(len(latents))
-    values, indices, row = (tensor.cpu().numpy() for tensor in subject.sae.encode(unit.rows)[:3])
-    wanted = column[indices] >= 0
-    dense = np.zeros((subject.store.tokens(unit.number).size, len(latents)), np.float32)
-    dense[unit.local[row[wanted]], column[indices[wanted]]] = values[wanted]
+    chosen = np.asarray(latents, np.int64)
+    sorter = np.argsort(chosen)
+    wanted = np.isin(firings.latent, chosen)
+    column = sorter[np.searchsorted(chosen, firings.latent[wanted], sorter=sorter)]
+    dense = np.zeros((tokens, len(chosen)), np.float32)
+    dense[firings.unit.local[firings.row[wanted]], column] = firings.value[wanted]
     return dense
 
 

@@ -1,10 +1,13 @@
-"""What a study looks at: a finished run's SAE, and the held-out rows of the store that it was
-trained from.
+"""What a study measures: a finished run's SAE, and the held-out rows of the run's store.
+
+`Subject.rows` yields the held-out rows unit by unit. `Subject.firings` also encodes them.
+
+Shapes: n rows of a unit, d d_model, p pairs of a row and a latent that is above 0 in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,54 +16,106 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from data import durable
 from data.errors import MismatchError, SettingError, StoreError
 from data.rows import split, summary
 from data.rows.split import Policy, held_out_units, require_complete
 from data.store import manifest
-from data.store.kinds import NON_FINITE
+from data.store.kinds import BOS, NON_FINITE
 from data.store.moments import Moments
 from data.store.place import place_of
 from data.store.store import Store
 from harvest.model_folder import EMBEDDED
-from train import sae, sae_file
+from train import sae_file
+from train.kernels import Kept
 from train.run import read_config
+from train.sae import SAE
+
+_BATCH_ROWS = 4096  # rows encoded at a time
 
 
 class Unit(NamedTuple):
-    """All finite rows of one held-out unit, BOS and outliers too, in stored order."""
+    """All finite rows of one unit, BOS and outliers too, in stored order."""
 
     number: int
-    rows: torch.Tensor  # (n, d) float32, raw
-    local: NDArray[np.int64]  # (n,) each row's token, as flat position in the unit's spine
+    rows: Tensor  # (n, d) float32, raw
+    local: NDArray[np.int64]  # (n,) the row's token, as flat position in the unit's spine
     document: NDArray[np.uint32]  # (n,)
-    position: NDArray[np.int64]  # (n,) tokens since its piece's BOS, which is 0
+    position: NDArray[np.int64]  # (n,) tokens since the BOS of the document's piece, which is 0
     norm: NDArray[np.float32]  # (n,)
     kind: NDArray[np.uint8]  # (n,) see data/store/kinds.py
 
+    def of_kinds(self, kinds: Sequence[int]) -> NDArray[np.bool_]:
+        """(n,) which rows are of one of `kinds`."""
+        return np.isin(self.kind, kinds)
 
-def open_store(run: Path, was_at: str, identity: str, store: str | None) -> Store:
+    def text_order(self, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """The rows that `mask` (n,) chooses, in the order of the text; stored order is shuffled."""
+        chosen = np.flatnonzero(mask)
+        return chosen[np.argsort(self.local[chosen])]
+
+
+class Pairs(NamedTuple):
+    """Latents above 0, row by row; (p,) tensors on the SAE's device."""
+
+    latent: Tensor  # int64
+    row: Tensor  # int64, number of the row among those that were encoded
+    value: Tensor  # float32, > 0
+
+
+class Firings(NamedTuple):
+    """Where latents fire in one unit; pairs are in the order of the text."""
+
+    unit: Unit
+    rows: NDArray[np.int64]  # the unit's rows that were encoded, in the order of the text
+    latent: NDArray[np.int64]  # (p,)
+    row: NDArray[np.int64]  # (p,) number of the row in the unit
+    value: NDArray[np.float32]  # (p,) activation, > 0
+
+
+def positive(kept: Kept) -> Pairs:
+    """The kept latents that are above 0. TopK keeps k a row, some of them with the value 0."""
+    fires = kept.values > 0
+    return Pairs(kept.indices[fires], kept.rows[fires], kept.values[fires])
+
+
+@torch.inference_mode()
+def encode(sae: SAE, unit: Unit, rows: NDArray[np.int64]) -> Pairs:
+    """What fires in some rows of a unit; `Pairs.row` counts from 0 in `rows`."""
+    parts = []
+    for start in range(0, len(rows), _BATCH_ROWS):
+        batch = torch.from_numpy(rows[start : start + _BATCH_ROWS]).to(unit.rows.device)
+        pairs = positive(sae.encode(unit.rows[batch]))
+        parts.append(pairs._replace(row=pairs.row + start))
+    if not parts:
+        nothing = torch.empty(0, dtype=torch.int64, device=unit.rows.device)
+        return Pairs(nothing, nothing, nothing.float())
+    return Pairs._make(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def open_store(run: Path, recorded_place: str, identity: str, store: str | None) -> Store:
     """The store that a run was trained from.
 
     Args:
-        was_at: its place then.
-        identity: its digest then.
-        store: its place now, if it has moved since.
+        recorded_place: where the store was when the run was trained.
+        identity: the store's digest then.
+        store: where the store is now, if it has moved since.
 
     Raises:
-        StoreError: it is not there.
+        StoreError: there is no store.
         MismatchError: the store at that place is another one.
     """
-    place = place_of(store or was_at)
+    place = place_of(store or recorded_place)
     if store is None and not manifest.exists(place):
         raise StoreError(
             f"the store of {run} was at {place.name} and is not there now; give its place as store="
         )
     opened = Store.open(place)
     if opened.identity != identity:
-        was_is = {"store": (identity, opened.identity)}
-        raise MismatchError(f"run {run}", was_is, "Give the store it was trained from as store=.")
+        unequal = {"store": (identity, opened.identity)}
+        raise MismatchError(f"run {run}", unequal, "Give the store it was trained from as store=.")
     return opened
 
 
@@ -71,7 +126,7 @@ class Subject:
     run: Path
     config: dict[str, Any]  # config.yaml of the run
     store: Store
-    sae: sae.SAE  # on raw rows
+    sae: SAE  # on raw rows
     layer: int
     policy: Policy
 
@@ -83,32 +138,32 @@ class Subject:
             store: where the store is now, if it has moved since.
 
         Raises:
-            StoreError: the run is missing or unfinished, or its store is not there.
+            StoreError: the run is missing or unfinished, or its store is missing.
             MismatchError: the store at that place is another one.
         """
         config = read_config(run)
-        if not (run / sae_file.FILE).is_file():
+        path = run / sae_file.FILE
+        if not path.is_file():
             raise StoreError(
-                f"run {run} is not finished: {sae_file.FILE} is missing; run its `python -m train` again"
+                f"run {run} is not finished: {path.name} is missing; "
+                "run its `python -m train` again"
             )
         settings = config["settings"]
-        opened = open_store(run, str(config["store_path"]), settings["store"]["identity"], store)
-        policy = Policy(**settings["policy"])
         return cls(
-            run,
-            config,
-            opened,
-            sae_file.load(run / sae_file.FILE, device),
-            settings["layer"],
-            policy,
+            run=run,
+            config=config,
+            store=open_store(run, str(config["store_path"]), settings["store"]["identity"], store),
+            sae=sae_file.load(path, device),
+            layer=settings["layer"],
+            policy=Policy(**settings["policy"]),
         )
 
     def beside(self, run: str) -> Subject:
         """Another run on the same store, to compare with.
 
         Raises:
-            SettingError: it is this one.
-            StoreError: it is missing, unfinished, or of another store.
+            SettingError: `run` is this run.
+            StoreError: `run` is missing, unfinished, or of another store.
         """
         if Path(run).resolve() == self.run.resolve():
             raise SettingError(f"{run} is the run itself; name another one to compare it with")
@@ -116,7 +171,8 @@ class Subject:
             return Subject.open(Path(run), self.store.name, self.device)
         except MismatchError as error:
             raise StoreError(
-                f"{run} is of another store than {self.run}, {self.store.name}: runs are compared on the same rows"
+                f"{run} is of another store than {self.run}, {self.store.name}: "
+                "runs are compared on the same rows"
             ) from error
 
     @property
@@ -125,29 +181,56 @@ class Subject:
 
     @cached_property
     def digest(self) -> str:
-        """Of the SAE's file: what studies are told apart by."""
+        """Digest of the SAE's file. Results carry it."""
         return durable.digest_file(self.run / sae_file.FILE).xxh3_128
 
     def model_path(self, asked: str | None) -> str:
-        """Where the language model is: as asked, else where the store's own record leads."""
+        """Where the language model is: as asked, else as the store's manifest records it."""
         recorded = str(self.store.manifest["model"]["id"])
         return asked or (EMBEDDED if recorded == "tiny" else recorded)
 
     @cached_property
     def moments(self) -> Moments:
-        """The training rows' mean and variance, as training used them."""
+        """Mean and variance of the training rows, as training used them."""
         require_complete(self.store, self.layer)
         return summary.read(self.store, self.layer).of(split.TRAINING, self.policy.kinds)
 
-    def held_out(self, limit: int) -> Iterator[Unit]:
-        """Held-out units, until at least `limit` rows were given."""
-        given = 0
+    @cached_property
+    def mean(self) -> Tensor:
+        """(d,) float64 mean of the training rows."""
+        return torch.from_numpy(self.moments.mean).to(self.device)
+
+    def about_mean(self, rows: Tensor) -> Tensor:
+        """(n,) float64 |x - mu|^2 of raw rows x (n, d): what variance explained is a share of."""
+        return (rows.double() - self.mean).square().sum(1)
+
+    def rows(self, limit: int) -> Iterator[Unit]:
+        """The held-out rows in whole units, until there were at least `limit` rows."""
+        read = 0
         for number in held_out_units(self.store):
             unit = self.unit(number)
             yield unit
-            given += len(unit.rows)
-            if given >= limit:
+            read += len(unit.rows)
+            if read >= limit:
                 return
+
+    def firings(self, limit: int, kinds: Sequence[int] | None = None) -> Iterator[Firings]:
+        """Where latents fire in the rows that `rows` yields; BOS rows are never encoded.
+
+        Args:
+            limit: see `rows`.
+            kinds: of the rows to encode; by default those that the run's policy keeps.
+        """
+        for unit in self.rows(limit):
+            rows = self.text_rows(unit, kinds)
+            pairs = encode(self.sae, unit, rows)
+            latent, row, value = (column.cpu().numpy() for column in pairs)
+            yield Firings(unit, rows, latent, rows[row], value)
+
+    def text_rows(self, unit: Unit, kinds: Sequence[int] | None = None) -> NDArray[np.int64]:
+        """The unit's rows that `firings` encodes, in the order of the text."""
+        kinds = self.policy.kinds if kinds is None else kinds
+        return unit.text_order(unit.of_kinds(kinds) & (unit.kind != BOS))
 
     def unit(self, number: int) -> Unit:
         """Unit `number`, held out or not."""
@@ -156,14 +239,14 @@ class Subject:
         local = self.store.permutation(number)[finite]
         bits = torch.from_numpy(self.store.residuals(self.layer, number)[finite])
         starts = self.store.piece_starts(number).ravel()
-        at = np.arange(len(starts))
-        since = at - np.maximum.accumulate(np.where(starts, at, 0))
+        index = np.arange(len(starts))
+        since_bos = index - np.maximum.accumulate(np.where(starts, index, 0))
         return Unit(
             number=number,
             rows=bits.view(torch.bfloat16).to(self.device).float(),
             local=local,
             document=self.store.document(number).ravel()[local],
-            position=since[local],
+            position=since_bos[local],
             norm=self.store.norms(self.layer, number)[finite],
             kind=kind[finite],
         )

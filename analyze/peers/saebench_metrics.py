@@ -116,15 +116,12 @@ def measure(subject: Subject, limit: int) -> Measured:
     """
     store, sae = subject.store, subject.sae
     prompts, progress = prompts_of_batch(store.unit_tokens, store.context), Progress()
-    mean = torch.from_numpy(subject.moments.mean).to(subject.device)
     latents = Latents(*(np.zeros(sae.d_sae, np.int64) for _ in range(2)))
     sums, parts, tokens = list[list[float]](), list[tuple[NDArray[Any], ...]](), 0
     with StopRequest() as stop:
-        for unit in subject.held_out(limit):
-            rows = np.flatnonzero(np.isin(unit.kind, subject.policy.kinds))
-            rows = rows[
-                np.argsort(unit.local[rows])
-            ]  # in the order of the text: prompts lie together
+        for unit in subject.rows(limit):
+            # In the order of the text the rows of one prompt lie together.
+            rows = unit.text_order(unit.of_kinds(subject.policy.kinds))
             prompt = unit.local[rows] // store.context
             tokens += store.rows_of(unit.number)
             for first in range(0, store.unit_tokens // store.context, prompts):
@@ -137,7 +134,7 @@ def measure(subject: Subject, limit: int) -> Measured:
                 hat = sae.decode(kept).double()
                 sums.append(_sums(x, hat, kept))
                 _count(latents, kept, prompt[of] - first, prompts)
-                figures = ((x - hat).square().sum(1), (x - mean).square().sum(1))
+                figures = ((x - hat).square().sum(1), subject.about_mean(x))
                 parts.append(
                     (*(figure.cpu().numpy() for figure in figures), unit.document[rows[of]])
                 )

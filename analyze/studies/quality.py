@@ -140,7 +140,7 @@ def _measure(
     sample: list[NDArray[np.float32]] = []
     mean = torch.from_numpy(subject.moments.mean).to(subject.device)
     seen = 0
-    for unit in subject.held_out(limit):
+    for unit in subject.rows(limit):
         for part in _batches(unit):
             x = part.rows.double()
             kept = subject.sae.encode(part.rows)

@@ -121,7 +121,7 @@ def choose(subject: Subject, tokens: int) -> list[Piece]:
 def replacements(subject: Subject) -> list[Replacement]:
     """All rows of the table but the clean one. Each random one draws anew in every batch."""
     sae = subject.sae
-    mean = torch.from_numpy(subject.moments.mean).to(subject.device, torch.float32)
+    mean = subject.mean.float()
     found = [Replacement("identity", ALL, lambda rows: rows)]
     for where in (ALL, TRAINED):
         found += [

@@ -275,7 +275,7 @@ def test_the_study_of_the_embedded_model(tiny_study) -> None:
 def whole_corpus(subject) -> Corpus:
     """The held-out text and activations, put together row by row."""
     store, parts = subject.store, []
-    for number, unit in zip(held_out_units(store), subject.held_out(10**9), strict=True):
+    for number, unit in zip(held_out_units(store), subject.rows(10**9), strict=True):
         tokens, starts = store.tokens(number).ravel(), store.piece_starts(number).ravel()
         pre = (unit.rows - subject.sae.b_dec) @ subject.sae.W_enc + subject.sae.b_enc
         values, indices = (tensor.numpy() for tensor in pre.topk(subject.sae.k))

@@ -247,7 +247,7 @@ def test_spans_of_positions_hold_every_token_once() -> None:
 
 def test_pieces_are_the_held_out_text_with_its_kinds(subject: Subject, lm: LanguageModel) -> None:
     found = list(pieces.held_out(subject))
-    units = list(subject.held_out(10**9))
+    units = list(subject.rows(10**9))
     assert sum(len(piece.ids) for piece in found) == sum(len(unit.rows) for unit in units)
     assert all(
         piece.ids[0] == lm.tokenizer.bos and lm.tokenizer.bos not in piece.ids[1:]

@@ -29,16 +29,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
 
+from analyze import subject as subjects
 from analyze.subject import Subject, Unit
 from data import durable
 from data.errors import SettingError, StoreError
 from train import kernels
 
 BLOCK = 1024  # latents of a row group
-_BATCH_ROWS = 4096  # rows encoded at a time
 _INTEGERS = ("feature", "token", "document", "position")
 _FIGURES = ("rows", "d_sae", "unit_tokens")  # in the files' metadata, beside `identity`
 
@@ -65,30 +64,23 @@ class Found(NamedTuple):
 # -- one unit --------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
 def encode(subject: Subject, unit: Unit) -> tuple[Postings, int]:
-    """What fires in a unit, and in how many rows: those that the run's policy keeps, BOS never."""
-    rows = np.flatnonzero(np.isin(unit.kind, subject.policy.kinds) & (unit.position > 0))
-    rows = rows[
-        np.argsort(unit.local[rows])
-    ]  # in the order of the text: sorting by latent alone then keeps it
-    parts = []
-    for at in range(0, len(rows), _BATCH_ROWS):
-        some = torch.from_numpy(rows[at : at + _BATCH_ROWS]).to(subject.device)
-        kept = subject.sae.encode(unit.rows[some])
-        fires = kept.values > 0
-        parts.append((kept.values[fires], kept.indices[fires], kept.rows[fires] + at))
-    if not parts:
-        return Postings._make(
-            [*(np.empty(0, np.uint32) for _ in _INTEGERS), np.empty(0, np.float32)]
-        ), 0
-    value, latent, row = (torch.cat(column) for column in zip(*parts, strict=True))
-    order = kernels.group_by_latent(latent, subject.sae.d_sae).order
-    source = rows[row[order].cpu().numpy()]
-    feature = latent[order].cpu().numpy()
-    integers = (feature, unit.local[source], unit.document[source], unit.position[source])
-    columns = [*(column.astype(np.uint32) for column in integers), value[order].cpu().numpy()]
-    return Postings._make(columns), len(rows)
+    """What fires in a unit, and the number of rows encoded: the policy's rows without BOS."""
+    rows = subject.text_rows(unit)
+    pairs = subjects.encode(subject.sae, unit, rows)
+    # The sort is stable, so the tokens of one latent stay in the order of the text. It runs on the
+    # SAE's device.
+    order = kernels.group_by_latent(pairs.latent, subject.sae.d_sae).order
+    row = rows[pairs.row[order].cpu().numpy()]
+    feature = pairs.latent[order].cpu().numpy()
+    postings = Postings(
+        feature=feature.astype(np.uint32),
+        token=unit.local[row].astype(np.uint32),
+        document=unit.document[row],
+        position=unit.position[row].astype(np.uint32),
+        value=pairs.value[order].cpu().numpy(),
+    )
+    return postings, len(rows)
 
 
 def write(

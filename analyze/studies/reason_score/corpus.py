@@ -40,23 +40,18 @@ def read_corpus(subject: Subject, limit: int, stop: StopRequest) -> Corpus:
     """
     parts: list[Corpus] = []
     progress, rows, pieces = Progress(), 0, 0
-    for unit in subject.held_out(limit):
+    for firings in subject.firings(limit):
         stop.check()
+        unit = firings.unit
         tokens = subject.store.tokens(unit.number).ravel().astype(np.int64)
-        kept = np.zeros(len(tokens), bool)
-        wanted = np.isin(unit.kind, subject.policy.kinds) & (unit.position > 0)
-        kept[unit.local[wanted]] = True
-        values, indices, row = (
-            tensor.cpu().numpy() for tensor in subject.sae.encode(unit.rows)[:3]
-        )
-        counted = wanted[row] & (values > 0)
-        coordinates = (unit.local[row[counted]], indices[counted])
-        active = sparse.csr_matrix(
-            (values[counted], coordinates), (len(tokens), subject.sae.d_sae), np.float32
-        )
+        document = subject.store.document(unit.number).ravel().astype(np.int64)
         piece = np.cumsum(subject.store.piece_starts(unit.number).ravel()) + pieces
         pieces = int(piece[-1])
-        document = subject.store.document(unit.number).ravel().astype(np.int64)
+        kept = np.zeros(len(tokens), bool)
+        kept[unit.local[firings.rows]] = True
+        coordinates = (unit.local[firings.row], firings.latent)
+        shape = (len(tokens), subject.sae.d_sae)
+        active = sparse.csr_matrix((firings.value, coordinates), shape, np.float32)
         parts.append(Corpus(tokens, piece, document, kept, active))
         rows += len(tokens)
         progress.show(f"{rows:,} tokens encoded")

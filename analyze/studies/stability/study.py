@@ -27,6 +27,7 @@ from scipy import sparse
 
 from analyze import directions
 from analyze import drawing as pictures
+from analyze import subject as subjects
 from analyze.outcome import Outcome, Picture, Table
 from analyze.stats import percentiles
 from analyze.studies.stability import matching
@@ -45,7 +46,6 @@ LEVELS = (0.7, 0.9)
 _ASSIGNED = (
     4096  # latents up to which the best one-to-one assignment is found: 134 MB, and half a minute
 )
-_BATCH_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def encode(ours: Subject, theirs: Subject, drawn: SAE, limit: int, stop: StopReq
     """All three on the held-out rows that both runs' policies keep at their layers, BOS never."""
     parts: list[tuple[Any, ...]] = []
     progress = Progress()
-    for one, two in zip(ours.held_out(limit), theirs.held_out(limit), strict=False):
+    for one, two in zip(ours.rows(limit), theirs.rows(limit), strict=False):
         stop.check()
         first, second = _shared(ours, one, theirs, two)
         codes = [
@@ -167,30 +167,18 @@ def _shared(
     text.
     """
     assert one.number == two.number
-    kept = [
-        np.flatnonzero(np.isin(unit.kind, subject.policy.kinds) & (unit.position > 0))
-        for subject, unit in ((ours, one), (theirs, two))
-    ]
-    _, first, second = np.intersect1d(
-        one.local[kept[0]], two.local[kept[1]], assume_unique=True, return_indices=True
+    first = ours.text_rows(one)
+    second = theirs.text_rows(two)
+    _, of_first, of_second = np.intersect1d(
+        one.local[first], two.local[second], assume_unique=True, return_indices=True
     )
-    return kept[0][first], kept[1][second]
+    return first[of_first], second[of_second]
 
 
 def _codes(sae: SAE, unit: Unit, rows: NDArray[np.int64]) -> Codes:
     """(n, F) activations of some of a unit's rows."""
-    parts = []
-    for at in range(0, len(rows), _BATCH_ROWS):
-        some = torch.from_numpy(rows[at : at + _BATCH_ROWS]).to(sae.b_dec.device)
-        kept = sae.encode(unit.rows[some])
-        fires = kept.values > 0
-        value, latent, row = (column[fires].cpu().numpy() for column in kept[:3])
-        parts.append(sparse.csr_array((value, (row, latent)), shape=(len(some), sae.d_sae)))
-    return (
-        sparse.vstack(parts, format="csr")
-        if parts
-        else sparse.csr_array((0, sae.d_sae), dtype=np.float32)
-    )
+    latent, row, value = (column.cpu().numpy() for column in subjects.encode(sae, unit, rows))
+    return sparse.csr_array((value, (row, latent)), shape=(len(rows), sae.d_sae))
 
 
 def _rolled(codes: Codes, by: int) -> Codes:

@@ -281,16 +281,15 @@ def _groups(arms: Sequence[Arm], budget: int) -> Iterator[list[Arm]]:
 
 def _read(subject: Subject, saes: Mapping[str, SAE], limit: int) -> Measured:
     """One reading of the held-out units; only each document's sums stay."""
-    mean = torch.from_numpy(subject.moments.mean).to(subject.device)
     rows, parts = 0, list[tuple[NDArray[np.uint32], list[NDArray[np.float64]]]]()
     progress, units = Progress(), len(held_out_units(subject.store))
-    for unit in subject.held_out(limit):
-        mask = np.flatnonzero(np.isin(unit.kind, subject.policy.kinds))
+    for unit in subject.rows(limit):
+        mask = np.flatnonzero(unit.of_kinds(subject.policy.kinds))
         columns = [list[NDArray[np.float64]]() for _ in range(1 + len(saes))]
         for chosen in (mask[at : at + BATCH_ROWS] for at in range(0, len(mask), BATCH_ROWS)):
             x = unit.rows[torch.from_numpy(chosen).to(subject.device)]
             exact = x.double()
-            columns[0].append((exact - mean).square().sum(1).cpu().numpy())
+            columns[0].append(subject.about_mean(exact).cpu().numpy())
             for column, one in zip(columns[1:], saes.values(), strict=True):
                 column.append((exact - one(x).double()).square().sum(1).cpu().numpy())
         rows += len(mask)
