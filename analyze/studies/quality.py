@@ -1,33 +1,39 @@
-"""How good an SAE is on rows that it was never trained on: every published definition from one
-float64 pass.
+"""How well an SAE reconstructs rows that it was never trained on.
 
-With e = x - x_hat on raw rows x (n, d), mu the training rows' mean, and b a batch of 4,096 rows:
+With e = x - x_hat on raw rows x (n, d), mu the training rows' mean, and b a batch of 4,096 rows,
+variance explained has five published definitions. All are float64 and come from one pass:
 
-    centred              1 - sum |e|^2 / sum |x - mu|^2                      the figure to quote
-    batch_mean           1 - sum |e|^2 / sum |x - mean_b(x)|^2               sparsify's 1 - FVU
-    mean_of_ratios       mean of 1 - |e|^2 / |x - mean_b(x)|^2               SAELens' legacy figure
-    variance_of_error    1 - sum_j Var(e_j) / sum_j Var(x_j)                 dictionary_learning's; forgives a constant
-    scalar               1 - mean(e^2) / Var(all elements of x)              the reference SAE's; nearly uncentred
+    centred              1 - sum |e|^2 / sum |x - mu|^2            the figure to quote
+    batch_mean           1 - sum |e|^2 / sum |x - mean_b(x)|^2     sparsify's 1 - FVU
+    mean_of_ratios       mean of 1 - |e|^2 / |x - mean_b(x)|^2     SAELens' legacy figure
+    variance_of_error    1 - sum_j Var(e_j) / sum_j Var(x_j)       dictionary_learning's; a constant
+                                                                   error costs nothing
+    scalar               1 - mean(e^2) / Var(all elements of x)    the reference SAE's; nearly
+                                                                   uncentred, so higher
+
+`measure` is the pass. The functions below it turn what the pass keeps into figures.
+
+Shapes: n rows, d d_model, F d_sae.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analyze import stats
 from analyze.directions import nearest
 from analyze.outcome import Outcome, Table, markdown
-from analyze.stats import variance_explained
+from analyze.stats import Floats
 from analyze.study import Definition, Study, at_least
-from analyze.subject import Subject, Unit
+from analyze.subject import Subject, Unit, positive
 from data import durable
 from data.errors import StoreError
 from data.rows import summary as summary_of_layer
@@ -36,8 +42,10 @@ from data.store.kinds import BOS, ORDINARY
 from data.store.moments import Moments
 
 BATCH_ROWS = 4096  # the reference's batch
-_DEAD_SPANS = (1_000_000, 10_000_000, 100_000_000)  # tokens
+DEAD_SPANS = (1_000_000, 10_000_000, 100_000_000)  # tokens
+_SAMPLED_ROWS = 64  # of each batch, for the histogram of activations
 _HISTOGRAM_BINS = 40
+_POSITION_EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2**62)
 NAMED = {  # figures of all rows together that are one number, as people read them
     "scalar": "variance explained, scalar (the reference SAE's definition)",
     "batch_mean": "variance explained, about the batch's mean (sparsify)",
@@ -61,30 +69,143 @@ class Options:
         at_least("study.rows", self.rows, 1)
 
 
-class Rows(NamedTuple):
-    """What is kept of each held-out row, (n,) each."""
+# -- the pass --------------------------------------------------------------------------------------
 
-    squared_error: NDArray[np.float64]  # |e|^2
-    about_mean: NDArray[np.float64]  # |x - mu|^2
-    about_batch: NDArray[
-        np.float64
-    ]  # |x - mean_b(x)|^2, the mean over those that the run's policy keeps
-    squared: NDArray[np.float64]  # |x|^2
-    dot: NDArray[np.float64]  # x . x_hat
-    squared_hat: NDArray[np.float64]  # |x_hat|^2
+
+class Rows(NamedTuple):
+    """What is kept of each row, (n,) each."""
+
+    squared_error: Floats  # |e|^2
+    about_mean: Floats  # |x - mu|^2
+    about_batch: Floats  # |x - mean_b(x)|^2, the mean over the rows that the run's policy keeps
+    squared: Floats  # |x|^2
+    dot: Floats  # x . x_hat
+    squared_hat: Floats  # |x_hat|^2
     l0: NDArray[np.int64]
     document: NDArray[np.uint32]
     position: NDArray[np.int64]
     norm: NDArray[np.float32]
-    kind: NDArray[np.int8]
+    kind: NDArray[np.uint8]
+
+    def take(self, mask: NDArray[np.bool_]) -> Rows:
+        """The rows that `mask` (n,) chooses."""
+        return Rows._make(column[mask] for column in self)
 
 
-@dataclass
 class Latents:
-    """What is counted of each latent, over the rows that the run's policy keeps."""
+    """When each latent fires, over the rows that the run's policy keeps."""
 
-    fired: NDArray[np.int64]  # (F,) rows
-    first: NDArray[np.int64]  # (F,) row in which it first fired; the number of rows if never
+    def __init__(self, d_sae: int) -> None:
+        """No row is counted yet."""
+        self.rows = 0
+        self.fired = np.zeros(d_sae, np.int64)  # (F,) rows in which it fires
+        # (F,) number of the first row in which it fires; huge if it never does
+        self.first = np.full(d_sae, np.iinfo(np.int64).max)
+
+    def add(self, latent: NDArray[np.int64], row: NDArray[np.int64], rows: int) -> None:
+        """Count a batch of `rows` rows: each `latent` (p,) fires in the batch's row `row` (p,)."""
+        self.fired += np.bincount(latent, minlength=len(self.fired))
+        np.minimum.at(self.first, latent, row + self.rows)
+        self.rows += rows
+
+    def coverage(self) -> list[dict[str, float]]:
+        """Share of latents that fired in the first n rows, n doubling from 256 to all rows."""
+        spans = []
+        span = 256
+        while span < self.rows:
+            spans.append(span)
+            span *= 2
+        spans.append(self.rows)
+        return [{"rows": span, "share": float((self.first < span).mean())} for span in spans]
+
+    def silent_for(self, spans: Sequence[int] = DEAD_SPANS) -> dict[str, int]:
+        """Latents that fire in none of the first n rows, for each n in `spans` that was read."""
+        silent = {}
+        for span in spans:
+            if span <= self.rows:
+                silent[str(span)] = int((self.first >= span).sum())
+        return silent
+
+
+class Measured(NamedTuple):
+    """What the pass keeps."""
+
+    rows: Rows  # every finite held-out row, BOS and outliers too
+    # The rest is of the rows that the run's policy keeps.
+    latents: Latents
+    error: Moments  # of e
+    spread: Moments  # of x
+    activations: NDArray[np.float32]  # a sample, > 0
+
+
+def measure(subject: Subject, limit: int) -> Measured:
+    """Encode and decode the held-out rows, and sum what the figures need.
+
+    Args:
+        limit: held-out rows to measure on, in whole units.
+    """
+    sae = subject.sae
+    latents = Latents(sae.d_sae)
+    error_moments = Moments.empty(sae.d_model)
+    row_moments = Moments.empty(sae.d_model)
+    parts: list[Rows] = []
+    activations: list[NDArray[np.float32]] = []
+    for unit in subject.rows(limit):
+        for batch in _batches(unit):
+            # Reconstruct the batch.
+            x = batch.rows.double()
+            kept = sae.encode(batch.rows)
+            error = x - sae.decode(kept).double()
+
+            # Every row's squares: variance explained is the ratio of two of their sums.
+            trained = batch.of_kinds(subject.policy.kinds)
+            mean_b = x[trained].mean(0) if trained.any() else subject.mean
+            parts.append(_rows(batch, x, error, subject.about_mean(x), mean_b, kept.active()))
+            error_moments = error_moments.merge(Moments.of(error.cpu().numpy()[trained]))
+            row_moments = row_moments.merge(Moments.of(x.cpu().numpy()[trained]))
+
+            # Which latents fire, by the number of the row among those that the policy keeps.
+            latent, row, value = (column.cpu().numpy() for column in positive(kept))
+            counted = trained[row]
+            number = (np.cumsum(trained) - 1)[row[counted]]
+            latents.add(latent[counted], number, int(trained.sum()))
+            activations.append(value[counted][number < _SAMPLED_ROWS])
+    return Measured(
+        rows=Rows._make(np.concatenate(column) for column in zip(*parts, strict=True)),
+        latents=latents,
+        error=error_moments,
+        spread=row_moments,
+        activations=np.concatenate(activations),
+    )
+
+
+def _batches(unit: Unit) -> Iterator[Unit]:
+    """The unit in parts of BATCH_ROWS rows."""
+    for start in range(0, len(unit.rows), BATCH_ROWS):
+        part = slice(start, start + BATCH_ROWS)
+        yield Unit._make([unit.number, *(column[part] for column in unit[1:])])
+
+
+def _rows(
+    unit: Unit, x: Tensor, error: Tensor, about_mean: Tensor, mean_b: Tensor, l0: Tensor
+) -> Rows:
+    x_hat = x - error
+    return Rows(
+        squared_error=error.square().sum(1).cpu().numpy(),
+        about_mean=about_mean.cpu().numpy(),
+        about_batch=(x - mean_b).square().sum(1).cpu().numpy(),
+        squared=x.square().sum(1).cpu().numpy(),
+        dot=(x * x_hat).sum(1).cpu().numpy(),
+        squared_hat=x_hat.square().sum(1).cpu().numpy(),
+        l0=l0.cpu().numpy(),
+        document=unit.document,
+        position=unit.position,
+        norm=unit.norm,
+        kind=unit.kind,
+    )
+
+
+# -- figures ---------------------------------------------------------------------------------------
 
 
 def quality(subject: Subject, limit: int) -> dict[str, Any]:
@@ -92,174 +213,93 @@ def quality(subject: Subject, limit: int) -> dict[str, Any]:
 
     Args:
         limit: held-out rows to measure on, in whole units.
+
+    Raises:
+        StoreError: the run's policy keeps none of these rows.
     """
-    rows, latents, spread, activations = _measure(subject, limit)
-    kept = np.isin(rows.kind, subject.policy.kinds)
+    measured = measure(subject, limit)
+    every = measured.rows
+    kept = np.isin(every.kind, subject.policy.kinds)
     if not kept.any():
         raise StoreError(
             f"no held-out row of {subject.store.name} passes the run's policy {subject.policy}"
         )
+    rows = every.take(kept)
+    latents = measured.latents
+    unexplained = rows.squared_error / rows.about_batch
+    activations = measured.activations
+    return {
+        "rows": len(rows.kind),
+        "documents": len(np.unique(rows.document)),
+        "variance_explained": variance_explained(every, kept),
+        "batch_mean": float(1 - rows.squared_error.sum() / rows.about_batch.sum()),
+        "mean_of_ratios": float(np.mean(1 - unexplained)),
+        "variance_of_error": 1 - measured.error.m2.sum() / measured.spread.m2.sum(),
+        "scalar": _scalar(rows, measured.spread),
+        **_reconstruction(rows, subject.store.d_model),
+        "coverage": latents.coverage(),
+        "d_sae": len(latents.fired),
+        "silent": int((latents.fired == 0).sum()),
+        "silent_for": latents.silent_for(),
+        "density": _density(latents),
+        "activations": _histogram(np.log10(activations)) if len(activations) else None,
+        "decoder_cosine": decoder_cosine(subject.sae.W_dec),
+        "by_position": _by_position(rows),
+        "by_norm_decile": _by_norm_decile(rows),
+    }
+
+
+def variance_explained(rows: Rows, kept: NDArray[np.bool_]) -> dict[str, Any]:
+    """The centred figure with its interval over documents, for several subsets of the rows.
+
+    Args:
+        kept: (n,) the rows that the run's policy keeps.
+    """
     subsets = {
         "as trained": kept,
-        "all rows": np.ones(len(kept), bool),
+        "all rows": np.ones(len(kept), np.bool_),
         "without BOS": rows.kind != BOS,
         "without BOS and outliers": rows.kind == ORDINARY,
     }
-    return {
-        "rows": int(kept.sum()),
-        "documents": len(np.unique(rows.document[kept])),
-        "variance_explained": {
-            name: _variance_explained(rows, mask) for name, mask in subsets.items() if mask.any()
-        },
-        "batch_mean": float(1 - rows.squared_error[kept].sum() / rows.about_batch[kept].sum()),
-        "mean_of_ratios": float(np.mean(1 - rows.squared_error[kept] / rows.about_batch[kept])),
-        "variance_of_error": 1 - spread[0].m2.sum() / spread[1].m2.sum(),
-        "scalar": _scalar(rows, kept, spread[1]),
-        **_reconstruction(_take(rows, kept), subject.store.d_model),
-        "coverage": _coverage(latents, int(kept.sum())),
-        **_dead(latents, int(kept.sum())),
-        "density": _density(latents, int(kept.sum())),
-        "activations": _histogram(np.log10(activations)) if len(activations) else None,
-        "decoder_cosine": _decoder_cosine(subject.sae.W_dec),
-        "by_position": _by_position(_take(rows, kept)),
-        "by_norm_decile": _by_norm_decile(_take(rows, kept)),
-    }
+    figures = {}
+    for name, mask in subsets.items():
+        if mask.any():
+            subset = rows.take(mask)
+            centred, interval = stats.variance_explained(
+                subset.document, subset.squared_error, subset.about_mean
+            )
+            figures[name] = {
+                "rows": int(mask.sum()),
+                "centred": centred,
+                "centred_95": list(interval),
+            }
+    return figures
 
 
-# -- the pass --------------------------------------------------------------------------------------
-
-
-def _measure(
-    subject: Subject, limit: int
-) -> tuple[Rows, Latents, tuple[Moments, Moments], NDArray[np.float32]]:
-    d_sae, d_model = subject.sae.d_sae, subject.sae.d_model
-    never = np.iinfo(np.int64).max
-    latents = Latents(np.zeros(d_sae, np.int64), np.full(d_sae, never))
-    error_moments, row_moments = Moments.empty(d_model), Moments.empty(d_model)
-    parts: list[Rows] = []
-    sample: list[NDArray[np.float32]] = []
-    mean = torch.from_numpy(subject.moments.mean).to(subject.device)
-    seen = 0
-    for unit in subject.rows(limit):
-        for part in _batches(unit):
-            x = part.rows.double()
-            kept = subject.sae.encode(part.rows)
-            error = x - subject.sae.decode(kept).double()
-            mask = np.isin(part.kind, subject.policy.kinds)
-            batch_mean = x[torch.from_numpy(mask).to(x.device)].mean(0) if mask.any() else mean
-            parts.append(_row_figures(part, x, error, mean, batch_mean, kept.active()))
-            values, indices, row = (t.cpu().numpy() for t in kept[:3])
-            counted = mask[row] & (values > 0)
-            number = np.cumsum(mask) - 1  # of each row among those that the policy keeps
-            _count(latents, indices[counted], number[row[counted]] + seen)
-            sample.append(
-                values[counted & (number[row] < 64)]
-            )  # for a histogram: all would be k values a row
-            seen += int(mask.sum())
-            error_moments = error_moments.merge(Moments.of(error.cpu().numpy()[mask]))
-            row_moments = row_moments.merge(Moments.of(x.cpu().numpy()[mask]))
-    latents.first = np.minimum(latents.first, seen)
-    columns = zip(*parts, strict=True)
-    return (
-        Rows._make(map(np.concatenate, columns)),
-        latents,
-        (error_moments, row_moments),
-        np.concatenate(sample),
-    )
-
-
-def _batches(unit: Unit) -> Iterator[Unit]:
-    for at in range(0, len(unit.rows), BATCH_ROWS):
-        part = slice(at, at + BATCH_ROWS)
-        yield Unit._make([unit.number, *(column[part] for column in unit[1:])])
-
-
-def _row_figures(
-    unit: Unit, x: Tensor, error: Tensor, mean: Tensor, batch_mean: Tensor, l0: Tensor
-) -> Rows:
-    hat = x - error
-    figures = (
-        error.square().sum(1),
-        (x - mean).square().sum(1),
-        (x - batch_mean).square().sum(1),
-        x.square().sum(1),
-        (x * hat).sum(1),
-        hat.square().sum(1),
-        l0,
-    )
-    return Rows._make(
-        [
-            *(figure.cpu().numpy() for figure in figures),
-            unit.document,
-            unit.position,
-            unit.norm,
-            unit.kind,
-        ]
-    )
-
-
-def _count(latents: Latents, fired: NDArray[np.int64], row: NDArray[np.int64]) -> None:
-    """Count latents that fired, and the number of the row in which each did."""
-    latents.fired += np.bincount(fired, minlength=len(latents.fired))
-    np.minimum.at(latents.first, fired, row)
-
-
-# -- figures ---------------------------------------------------------------------------------------
-
-
-def _take(rows: Rows, mask: NDArray[np.bool_]) -> Rows:
-    return Rows._make(column[mask] for column in rows)
-
-
-def _variance_explained(every: Rows, mask: NDArray[np.bool_]) -> dict[str, Any]:
-    rows = _take(every, mask)
-    centred, interval = variance_explained(rows.document, rows.squared_error, rows.about_mean)
-    return {"rows": int(mask.sum()), "centred": centred, "centred_95": list(interval)}
-
-
-def _scalar(rows: Rows, kept: NDArray[np.bool_], spread: Moments) -> float:
+def _scalar(rows: Rows, spread: Moments) -> float:
     elements = spread.count * len(spread.mean)
-    variance = (rows.squared[kept].sum() - (spread.mean.sum() * spread.count) ** 2 / elements) / (
-        elements - 1
-    )
-    return float(1 - rows.squared_error[kept].sum() / elements / variance)
+    total = spread.mean.sum() * spread.count
+    variance = (rows.squared.sum() - total**2 / elements) / (elements - 1)
+    return float(1 - rows.squared_error.sum() / elements / variance)
 
 
 def _reconstruction(rows: Rows, d_model: int) -> dict[str, float]:
-    norms = np.sqrt(rows.squared), np.sqrt(rows.squared_hat)
-    cosine = rows.dot / np.maximum(norms[0] * norms[1], np.finfo(np.float64).tiny)
+    norm = np.sqrt(rows.squared)
+    norm_hat = np.sqrt(rows.squared_hat)
+    cosine = rows.dot / np.maximum(norm * norm_hat, np.finfo(np.float64).tiny)
     return {
         "mse_per_element": float(rows.squared_error.mean() / d_model),
         "mse_per_row": float(rows.squared_error.mean()),
         "l0": float(rows.l0.mean()),
         "cosine": float(cosine.mean()),
-        "l2_ratio": float((norms[1] / norms[0]).mean()),
-        "shrinkage": float(
-            rows.squared_hat.sum() / rows.dot.sum()
-        ),  # E|x_hat|^2 / E<x, x_hat>; 1 is none
+        "l2_ratio": float((norm_hat / norm).mean()),
+        # E|x_hat|^2 / E<x, x_hat>; 1 is none
+        "shrinkage": float(rows.squared_hat.sum() / rows.dot.sum()),
     }
 
 
-def _coverage(latents: Latents, rows: int) -> list[dict[str, float]]:
-    """Share of latents that have fired within the first n rows, for n doubling from 256 to all
-    rows.
-    """
-    spans = [n for power in range(8, 40) if (n := 1 << power) < rows]
-    return [{"rows": n, "share": float((latents.first < n).mean())} for n in [*spans, rows]]
-
-
-def _dead(latents: Latents, rows: int) -> dict[str, Any]:
-    return {
-        "d_sae": len(latents.fired),
-        "silent": int((latents.fired == 0).sum()),
-        "silent_for": {
-            str(span): int((latents.first >= span).sum()) for span in _DEAD_SPANS if span <= rows
-        },
-    }
-
-
-def _density(latents: Latents, rows: int) -> dict[str, Any]:
-    density = latents.fired / rows
+def _density(latents: Latents) -> dict[str, Any]:
+    density = latents.fired / latents.rows
     return {
         "above_1_percent": int((density > 0.01).sum()),
         "above_10_percent": int((density > 0.1).sum()),
@@ -272,8 +312,8 @@ def _histogram(values: NDArray[Any]) -> dict[str, list[float]]:
     return {"counts": counts.tolist(), "edges": edges.tolist()}
 
 
-def _decoder_cosine(W_dec: Tensor) -> dict[str, float]:
-    """Each latent's largest cosine with another latent's direction."""
+def decoder_cosine(W_dec: Tensor) -> dict[str, float]:
+    """Figures of each latent's largest cosine with another latent's direction, W_dec (F, d)."""
     largest = nearest(W_dec, W_dec, 1, itself=False)[0]
     return {
         "median": float(largest.median()),
@@ -284,37 +324,33 @@ def _decoder_cosine(W_dec: Tensor) -> dict[str, float]:
 
 def _by_position(rows: Rows) -> list[dict[str, Any]]:
     """Figures by position in the document piece, in spans that double."""
-    edges = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2**62]
-    spans = [(0, 1), *pairwise(edges)]
-    inside = [((low, high), (rows.position >= low) & (rows.position < high)) for low, high in spans]
-    return [
-        {"from": low, "to": int(rows.position[mask].max()), **_group(rows, mask)}
-        for (low, _), mask in inside
-        if mask.any()
-    ]
+    groups = []
+    for low, high in pairwise(_POSITION_EDGES):
+        mask = (rows.position >= low) & (rows.position < high)
+        if mask.any():
+            last = int(rows.position[mask].max())
+            groups.append({"from": low, "to": last, **_group(rows.take(mask))})
+    return groups
 
 
 def _by_norm_decile(rows: Rows) -> list[dict[str, Any]]:
     edges = np.quantile(rows.norm, np.linspace(0, 1, 11))
     decile = np.clip(np.searchsorted(edges, rows.norm, side="right") - 1, 0, 9)
-    masks = [decile == number for number in range(10)]
-    return [
-        {
-            "from": float(rows.norm[mask].min()),
-            "to": float(rows.norm[mask].max()),
-            **_group(rows, mask),
-        }
-        for mask in masks
-        if mask.any()
-    ]
+    groups = []
+    for number in range(10):
+        mask = decile == number
+        if mask.any():
+            norm = rows.norm[mask]
+            span = {"from": float(norm.min()), "to": float(norm.max())}
+            groups.append({**span, **_group(rows.take(mask))})
+    return groups
 
 
-def _group(rows: Rows, mask: NDArray[np.bool_]) -> dict[str, float]:
-    error, total = rows.squared_error[mask], rows.about_mean[mask]
+def _group(rows: Rows) -> dict[str, float]:
     return {
-        "rows": int(mask.sum()),
-        "centred": float(1 - error.sum() / total.sum()),
-        "l0": float(rows.l0[mask].mean()),
+        "rows": len(rows.kind),
+        "centred": float(1 - rows.squared_error.sum() / rows.about_mean.sum()),
+        "l0": float(rows.l0.mean()),
     }
 
 
@@ -355,9 +391,9 @@ def outcome_of(subject: Subject, figures: dict[str, Any]) -> Outcome:
 
 def run(study: Study) -> Outcome:
     """Measure the SAE; quality.json and quality.md lie in the run's directory, too."""
-    subject, options = study.subject, build(Options, "study", study.options)
-    outcome = outcome_of(subject, quality(subject, options.rows))
-    write(subject, outcome)
+    options = build(Options, "study", study.options)
+    outcome = outcome_of(study.subject, quality(study.subject, options.rows))
+    write(study.subject, outcome)
     return outcome
 
 

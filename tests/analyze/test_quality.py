@@ -1,6 +1,4 @@
-"""Every figure against its definition, written again in numpy over the whole held-out matrix at
-once.
-"""
+"""Every figure of study=quality against its definition, in numpy over all held-out rows at once."""
 
 from __future__ import annotations
 
@@ -127,28 +125,32 @@ def test_latents_are_counted(figures: dict[str, Any], reference: Reference) -> N
     assert figures["silent_for"] == {}  # too few rows to say
 
 
-def test_coverage_counts_the_first_rows() -> None:
-    first = np.array([0, 255, 256, 511, 600, 900])
-    latents = study.Latents(np.array([1, 1, 1, 1, 1, 0]), first)
-    assert study._coverage(latents, 900) == [
+@pytest.fixture
+def latents() -> study.Latents:
+    """900 rows in which five of six latents fire once."""
+    counted = study.Latents(6)
+    counted.add(np.arange(5), np.array([0, 255, 256, 511, 600]), 900)
+    return counted
+
+
+def test_coverage_counts_the_first_rows(latents: study.Latents) -> None:
+    assert latents.coverage() == [
         {"rows": 256, "share": 2 / 6},
         {"rows": 512, "share": 4 / 6},
         {"rows": 900, "share": 5 / 6},
     ]
 
 
-def test_latents_are_silent_for_a_span_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "_DEAD_SPANS", (300, 600, 10_000))
-    first = np.array([0, 255, 256, 511, 600, 900])
-    latents = study.Latents(np.array([1, 1, 1, 1, 1, 0]), first)
-    found = study._dead(latents, 900)
-    assert found == {"d_sae": 6, "silent": 1, "silent_for": {"300": 3, "600": 2}}
+def test_latents_are_silent_for_a_span_or_not(latents: study.Latents) -> None:
+    assert latents.silent_for((300, 600, 10_000)) == {"300": 3, "600": 2}
+    assert latents.fired.tolist() == [1, 1, 1, 1, 1, 0]
 
 
 def test_counting_goes_on_from_batch_to_batch() -> None:
-    latents = study.Latents(np.zeros(3, np.int64), np.full(3, 99))
-    for fired, row in (([0, 0, 0], [0, 1, 1]), ([1, 0, 2], [2, 3, 3])):
-        study._count(latents, np.array(fired), np.array(row))
+    latents = study.Latents(3)
+    for latent, row in (([0, 0, 0], [0, 1, 1]), ([1, 0, 2], [0, 1, 1])):
+        latents.add(np.array(latent), np.array(row), 2)
+    assert latents.rows == 4
     assert latents.fired.tolist() == [4, 1, 1]
     assert latents.first.tolist() == [0, 2, 3]
 
@@ -203,11 +205,10 @@ def test_bootstrap_covers_a_planted_truth() -> None:
 def test_decoder_cosine_ignores_the_latent_itself() -> None:
     W_dec = torch.eye(4)
     W_dec[3] = torch.tensor([0.6, 0.8, 0.0, 0.0])
-    found = study._decoder_cosine(W_dec)
+    found = study.decoder_cosine(W_dec)
     assert found["max"] == pytest.approx(0.8)
-    assert found["median"] == pytest.approx(
-        0.6
-    )  # of 0.6, 0.8, 0, 0.8: torch takes the lower middle
+    # The median of 0.6, 0.8, 0 and 0.8: torch takes the lower middle.
+    assert found["median"] == pytest.approx(0.6)
     assert found["above_0.9"] == 0
 
 
@@ -217,4 +218,4 @@ def test_files_are_written(figures: dict[str, Any], made: Made) -> None:
     assert written == json.loads(json.dumps(figures))
     text = (made.run / "quality.md").read_text()
     assert f"{figures['variance_explained']['as trained']['centred']:.4f}" in text
-    assert f"of {F}" in text
+    assert f"{figures['silent']} of {F}" in text
