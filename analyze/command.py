@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from analyze.outcome import markdown
-from analyze.pages.browser import serve
 from analyze.study import Study, find, model_of
 from analyze.subject import Subject
 from conf.command import ALONE, Job
@@ -39,7 +38,9 @@ def command(settings: Settings, _: Job = ALONE) -> None:
     print("\n".join([f"# {name}", "", *markdown(outcome)]))
     print(f"\nresults are in {study.folder}", file=sys.stderr)
     if action == "serve":
-        serve.serve(study.folder, port)
+        from analyze.pages.browser.serve import serve
+
+        serve(study.folder, port)
 
 
 def _action(name: str, action: Any) -> str:

@@ -21,6 +21,7 @@ from data.journal import tell
 
 FOLDER = "studies"  # in a run's directory
 FEATURES = "features.parquet"  # of a study that has figures of every latent
+PAGE = "index.html"  # of a study that makes pages
 
 
 class Result(NamedTuple):

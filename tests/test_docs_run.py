@@ -248,7 +248,7 @@ def s3() -> Iterator[Callable[[pytest.MonkeyPatch], None]]:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    url = f"http://127.0.0.1:{server._server.server_port}"
+    url = "http://{}:{}".format(*server.get_host_and_port())
     urlopen(Request(f"{url}/my-bucket", method="PUT"))
 
     def environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,8 +54,13 @@ ANNEXES = {
     "train.sweep": "hydra_plugins.one_pass",
     "train.export": None,
     "train.publish": None,
+    # Studies are found by name, in analyze/study.py; quality, which every run has, is of the core.
+    "analyze.studies": None,
+    "analyze.studies.sweep": "analyze.pages.report",
     "analyze.peers": "analyze.command",
+    "analyze.pages.browser": "analyze.command",
 }
+CORE = {"analyze.studies", "analyze.studies.quality"}
 PLUGIN = "hydra_plugins.one_pass"
 # Imports that are still to go.
 PENDING = {
@@ -65,10 +70,10 @@ PENDING = {
 
 def annex(module: str) -> str | None:
     """The annex that a module belongs to; None: the core."""
-    for name in ANNEXES:
-        if module == name or module.startswith(f"{name}."):
-            return name
-    return None
+    if module in CORE:
+        return None
+    parents = [name for name in ANNEXES if module == name or module.startswith(f"{name}.")]
+    return max(parents, key=len, default=None)
 
 
 def top_level_imports(path: Path) -> set[str]:

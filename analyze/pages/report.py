@@ -14,10 +14,8 @@ from markupsafe import Markup
 from analyze import contexts, results
 from analyze import drawing as pictures
 from analyze.outcome import Outcome
-from analyze.pages.browser import study as browser
-from analyze.results import FOLDER, Result
+from analyze.results import FOLDER, PAGE, Result
 from analyze.studies import quality
-from analyze.studies.sweep import words as sweep_page
 from analyze.study import Definition, Study, at_least, find, model_of, modules
 from analyze.subject import Subject
 from data import durable
@@ -268,7 +266,7 @@ def _variants(subject: Subject, shown: Result) -> list[dict[str, Any]]:
 
 def _page(subject: Subject, name: str) -> str | None:
     """Where the study's own pages are, if it has some."""
-    page = f"{FOLDER}/{name}/{browser.PAGE}"
+    page = f"{FOLDER}/{name}/{PAGE}"
     return page if (subject.run / page).is_file() else None
 
 
@@ -276,6 +274,8 @@ def _sweep(subject: Subject) -> dict[str, Any] | None:
     """What `study=sweep` said of the sweep that the run is an arm of; None if it is none, or was
     not compared.
     """
+    from analyze.studies.sweep import words as sweep_page
+
     run = subject.run.absolute()
     found = sweep_page.read(run.parent, subject.layer)
     if found is None or found.saes.get(run.name) != subject.digest:

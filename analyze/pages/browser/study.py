@@ -37,15 +37,13 @@ from analyze.pages.browser.columns import Column
 from analyze.pages.browser.joins import Other
 from analyze.pages.browser.pages import CHUNK, Say, Shown
 from analyze.pages.browser.script import script, short
-from analyze.results import FOLDER, made
+from analyze.results import FOLDER, PAGE, made
 from analyze.studies.catalogue import study as catalogue
 from analyze.study import Definition, Study
 from data import durable
 from data.errors import SettingError, StopRequest
 from data.journal import Progress, duration
 from data.settings import build
-
-PAGE = "index.html"
 
 
 @dataclass(frozen=True)
