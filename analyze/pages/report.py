@@ -1,9 +1,8 @@
-"""One page that tells a run's story from the run's own files: no network, and nothing in it but
-text and pictures.
-"""
+"""One page that tells a run's story from the run's own files: no network, no scripts."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from analyze import contexts, results
-from analyze import drawing as pictures
+from analyze import contexts, drawing, results
+from analyze.contexts import Context
 from analyze.outcome import Outcome
+from analyze.pages import facts
 from analyze.results import FOLDER, PAGE, Result
 from analyze.studies import quality
 from analyze.study import Definition, Study, at_least, find, model_of, modules
@@ -21,22 +21,12 @@ from analyze.subject import Subject
 from data import durable
 from data.errors import StoreError, differences
 from data.journal import read_metrics
-from data.rows import summary
 from data.settings import build
-from data.site import RESID_POST
-from train.optim import OptimConfig
 from train.run import METRICS
-from train.sae import SAEConfig
 
-FEATURES, CONTEXTS = 20, 5  # shown: latents, contexts of each
-_REFERENCE = {  # what the model card of the public TopK SAE of layer 21 of Gemma 4 E4B states
-    "scalar": "0.939, of one training batch",
-    "mse_per_element": "about 0.181",
-    "l0": "128",
-    "coverage": "62.0 %",
-    "dead": "0 of 32,768",
-}
-_COVERAGE_ROWS = 4096  # in which the reference counts coverage: one batch
+FEATURES = 20  # latents that are shown
+CONTEXTS = 5  # of each
+_VALUE_LENGTH = 40  # characters of a setting's value in the list of variants
 
 
 @dataclass(frozen=True)
@@ -63,10 +53,14 @@ def report(subject: Subject, limit: int, model_path: str | None) -> Path:
     Args:
         limit: held-out rows to look for contexts in, and to measure on.
         model_path: where the model's tokenizer is; None: where the store's own record leads.
+
+    Raises:
+        StoreError: the run was not trained here.
     """
     if not (subject.run / METRICS).is_file():
         raise StoreError(
-            f"{subject.run} was not trained here and has no curves to report; study=quality measures it"
+            f"{subject.run} was not trained here and has no curves to report; "
+            "study=quality measures it"
         )
     done = results.current(subject.run, subject.digest)
     figures = _figures(subject, limit, done)
@@ -77,14 +71,12 @@ def report(subject: Subject, limit: int, model_path: str | None) -> Path:
     )
     page = environment.get_template("report.html").render(
         name=subject.run.name,
-        run=_run_facts(subject),
-        store=_store_facts(subject),
+        run=facts.of_run(subject),
+        store=facts.of_store(subject),
         figures=figures,
-        quality=_quality(figures, final),
+        quality=facts.of_quality(figures, final),
         final=final,
-        pictures={
-            name: Markup(svg) for name, svg in _pictures(figures, metrics).items()
-        },  # ours, no foreign text
+        pictures=_curves(metrics) | _pictures(figures),
         features=_features(subject, limit, model_path),
         studies=_studies(subject, done),
         sweep=_sweep(subject),
@@ -94,143 +86,87 @@ def report(subject: Subject, limit: int, model_path: str | None) -> Path:
     return path
 
 
-def _figures(subject: Subject, limit: int, done: dict[str, Result]) -> dict[str, Any]:
+def _figures(subject: Subject, limit: int, done: Mapping[str, Result]) -> dict[str, Any]:
     """What study=quality found of the run's present SAE; measured now if it was not done."""
     if measured := done.get("quality"):
         return measured.outcome.figures
-    nothing_asked = {"path": None, "dtype": None}
-    model = model_of(subject, nothing_asked, subject.device)
+    model = model_of(subject, {"path": None, "dtype": None}, subject.device)
     return Study("quality", subject, {"rows": limit}, model).perform(quality.DEFINITION).figures
 
 
-def _run_facts(subject: Subject) -> dict[str, Any]:
-    config, settings = subject.config, subject.config["settings"]
-    # Runs from before a setting was there have what is now its default.
-    sae, optim = (
-        {**vars(SAEConfig()), **settings["sae"]},
-        {**vars(OptimConfig()), **settings["optim"]},
-    )
-    start = f"decoder from {'rows' if sae['init'] == 'rows' else 'random directions'}, seed {settings['seed']}"
-    if sae["rotate"]:
-        start += ", in the rows' principal axes"
-    aux = f"AuxK with coefficient {sae['aux_coef']}, k_aux {sae['k_aux']}, {sae['aux_norm']} normalisation"
-    revived = [aux if sae["aux_coef"] else "", "restarted along errors" if sae["resample"] else ""]
-    kept = "" if sae["activation"] == "topk" else " on average"
-    dead_after, lr = config.get("dead_after", sae["dead_after"]), config.get("lr", optim["lr"])
-    data_seed = settings.get("data_seed", settings["seed"])
-    return {
-        "SAE": f"{sae['activation']}, {sae['d_sae']:,} latents, k = {sae['k']}{kept}",
-        "start": start,
-        "dead latents": f"after {dead_after:,} tokens: {', '.join(filter(None, revived)) or 'left alone'}",
-        "optimizer": f"Adam ({optim['beta1']}, {optim['beta2']}), {lr:.3g} to {optim['lr_floor']:g} "
-        f"({optim['decay']}), batch {settings['batch']:,}, encoder product in {settings.get('matmul', 'fp32')}",
-        "trained on": f"{settings['tokens']:,} tokens in {config['steps']:,} steps, data seed {data_seed}",
-        "rows left out": ("BOS" if subject.policy.drop_bos else "no BOS")
-        + (", and others above ten median norms" if subject.policy.drop_outliers else ""),
-        "environment": ", ".join(f"{key} {value}" for key, value in config["environment"].items()),
-    }
+# -- pictures --------------------------------------------------------------------------------------
+
+# A picture is ours and has no foreign text, so it goes into the page as markup.
 
 
-def _store_facts(subject: Subject) -> dict[str, Any]:
-    manifest = subject.store.manifest
-    model = manifest["model"]
-    text = manifest["text"]
-    lost = summary.variance_lost(subject.store, subject.layer)
-    return {
-        "model": f"{model['id']} ({model['architecture']}, {model['n_layers']} layers, width {model['d_model']}), "
-        f"run in {model['dtype']}",
-        "weights": model["weights"],
-        "site": f"{RESID_POST} of layer {subject.layer}",
-        "text": ", ".join(
-            f"{key} {value}" for key, value in text.items() if not isinstance(value, dict)
-        ),
-        "tokens": f"{subject.store.rows:,} in rows of {subject.store.context:,}, documents {manifest['isolation']}",
-        "store": f"{subject.store.name}, {subject.store.units} units, codec {manifest['codec']}"
-        + ("" if lost is None else f", which lost {lost:.2e} of the rows' variance"),
-    }
+def _curves(metrics: list[dict[str, Any]]) -> dict[str, Markup]:
+    """Curves of the training."""
+    trained = [record for record in metrics if record["split"] == "train"]
+    held_out = [record for record in metrics if record["split"] == "held_out"]
 
+    def points(records: list[dict[str, Any]], key: str, factor: float = 1) -> list[Any]:
+        return [(record["tokens"], factor * record[key]) for record in records]
 
-def _quality(figures: dict[str, Any], final: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(figure, of this run, of the reference SAE)."""
-    rows = [
-        (label, f"{figures[key]:.4f}", _REFERENCE.get(key, ""))
-        for key, label in quality.NAMED.items()
-    ]
-    if seen := [point["share"] for point in figures["coverage"] if point["rows"] == _COVERAGE_ROWS]:
-        label = f"latents that fire within {_COVERAGE_ROWS:,} tokens"
-        rows.append((label, f"{100 * seen[0]:.1f} %", _REFERENCE["coverage"]))
-    dead = f"{final['dead']:,} of {figures['d_sae']:,}"
-    rows.append(("dead latents at the end of training", dead, _REFERENCE["dead"]))
-    often, cosine = figures["density"], figures["decoder_cosine"]
-    return [
-        *rows,
-        (
-            f"latents silent on all {figures['rows']:,} held-out tokens",
-            f"{figures['silent']:,}",
-            "",
-        ),
-        ("latents that fire on more than 1 % of tokens", f"{often['above_1_percent']:,}", ""),
-        ("latents that fire on more than 10 %", f"{often['above_10_percent']:,}", ""),
-        ("cosine of each latent with its nearest other: median", f"{cosine['median']:.3f}", ""),
-        ("the same, largest", f"{cosine['max']:.3f}", ""),
-    ]
-
-
-def _pictures(figures: dict[str, Any], metrics: list[dict[str, Any]]) -> dict[str, str]:
-    train = [record for record in metrics if record["split"] == "train"]
-    held = [record for record in metrics if record["split"] == "held_out"]
-    ve, tokens = "variance_explained", "training tokens"
     drawn = {
-        "variance_explained": pictures.curves(
+        "variance_explained": (
             {
-                "training batches": [(r["tokens"], r[ve]) for r in train],
-                "held out": [(r["tokens"], r[ve]) for r in held],
+                "training batches": points(trained, "variance_explained"),
+                "held out": points(held_out, "variance_explained"),
             },
-            tokens,
             "variance explained",
         ),
-        "mse": pictures.curves(
-            {"training batches": [(r["tokens"], r["mse"]) for r in train]}, tokens, "MSE"
+        "mse": ({"training batches": points(trained, "mse")}, "MSE"),
+        "dead": ({"dead": points(trained, "dead_share", 100)}, "dead latents, %"),
+        "lr": ({"lr": points(trained, "lr")}, "learning rate"),
+    }
+    curves = {}
+    for name, (series, label) in drawn.items():
+        curves[name] = Markup(drawing.curves(series, "training tokens", label))
+    return curves
+
+
+def _pictures(figures: dict[str, Any]) -> dict[str, Markup]:
+    """Pictures of the quality's figures."""
+    coverage = [(point["rows"], 100 * point["share"]) for point in figures["coverage"]]
+    spans = figures["by_position"]
+    deciles = figures["by_norm_decile"]
+    drawn = {
+        "coverage": drawing.curves(
+            {"fired": coverage}, "held-out rows", "latents that fired, %", log=True
         ),
-        "dead": pictures.curves(
-            {"dead": [(r["tokens"], 100 * r["dead_share"]) for r in train]},
-            tokens,
-            "dead latents, %",
-        ),
-        "lr": pictures.curves(
-            {"lr": [(r["tokens"], r["lr"]) for r in train]}, tokens, "learning rate"
-        ),
-        "coverage": pictures.curves(
-            {"fired": [(p["rows"], 100 * p["share"]) for p in figures["coverage"]]},
-            "held-out rows",
-            "latents that fired, %",
-            log=True,
-        ),
-        "position": pictures.bars(
-            [_span(group) for group in figures["by_position"]],
-            [group["centred"] for group in figures["by_position"]],
+        "position": drawing.bars(
+            [_span(span) for span in spans],
+            [span["centred"] for span in spans],
             "position in the document",
             "variance explained",
         ),
-        "norm": pictures.bars(
-            [f"{number}" for number in range(1, len(figures["by_norm_decile"]) + 1)],
-            [group["centred"] for group in figures["by_norm_decile"]],
+        "norm": drawing.bars(
+            [str(number) for number in range(1, len(deciles) + 1)],
+            [decile["centred"] for decile in deciles],
             "decile of the row's norm",
             "variance explained",
         ),
     }
     if density := figures["density"]["log10"]:
-        drawn["density"] = pictures.histogram(
+        drawn["density"] = drawing.histogram(
             **density, x_label="log10 of the share of rows", y_label="latents"
         )
     if activations := figures["activations"]:
-        drawn["activations"] = pictures.histogram(
+        drawn["activations"] = drawing.histogram(
             **activations, x_label="log10 of the activation", y_label="kept values"
         )
-    return drawn
+    return {name: Markup(svg) for name, svg in drawn.items()}
 
 
-def _studies(subject: Subject, done: dict[str, Result]) -> dict[str, dict[str, Any]]:
+def _span(group: dict[str, Any]) -> str:
+    first, last = group["from"], group["to"]
+    return str(first) if first == last else f"{first}-{last}"
+
+
+# -- studies ---------------------------------------------------------------------------------------
+
+
+def _studies(subject: Subject, done: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
     """What the run's studies found, in the order of their definitions."""
     known = modules()
     definitions = {name: find(name) for name in done if name in known and name != "quality"}
@@ -250,76 +186,87 @@ def _studies(subject: Subject, done: dict[str, Result]) -> dict[str, dict[str, A
     return shown
 
 
-def _variants(subject: Subject, shown: Result) -> list[dict[str, Any]]:
-    """The study's other results of this SAE: how their settings differ, and what they say."""
-    variants = []
-    for result in results.of_study(subject.run, shown.name)[1:]:
-        if result.settings.get("sae") != subject.digest:
-            continue
-        unequal = differences(shown.settings, result.settings)
-        settings = ", ".join(f"{key}={theirs}" for key, (_, theirs) in unequal.items())
-        file = result.folder.relative_to(subject.run) / f"{shown.name}.json"
-        first = next(iter(result.outcome.summary), "")
-        variants.append({"settings": settings, "says": first, "file": file.as_posix()})
-    return variants
-
-
 def _page(subject: Subject, name: str) -> str | None:
     """Where the study's own pages are, if it has some."""
     page = f"{FOLDER}/{name}/{PAGE}"
     return page if (subject.run / page).is_file() else None
 
 
+def _variants(subject: Subject, shown: Result) -> list[dict[str, Any]]:
+    """The study's other results of this SAE.
+
+    Of each the settings that differ from those of the result that is shown, as (name, its value,
+    the value shown), its first sentence, and its file.
+    """
+    variants = []
+    for result in results.of_study(subject.run, shown.name)[1:]:
+        if result.settings.get("sae") != subject.digest:
+            continue
+        settings = []
+        for key, (here, there) in differences(shown.settings, result.settings).items():
+            settings.append((_setting(key), _shortened(there), _shortened(here)))
+        file = result.folder.relative_to(subject.run) / f"{shown.name}.json"
+        verdict = next(iter(result.outcome.summary), "")
+        variants.append({"settings": settings, "verdict": verdict, "file": file.as_posix()})
+    return variants
+
+
+def _setting(key: str) -> str:
+    """A recorded setting as the command line has it."""
+    return f"study.{key.removeprefix('options.')}" if key.startswith("options.") else key
+
+
+def _shortened(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _VALUE_LENGTH else text[: _VALUE_LENGTH - 1] + "…"
+
+
 def _sweep(subject: Subject) -> dict[str, Any] | None:
-    """What `study=sweep` said of the sweep that the run is an arm of; None if it is none, or was
-    not compared.
+    """What study=sweep found of the sweep that the run is an arm of; None: no such comparison.
+
+    This is the core's one door to analyze/studies/sweep.
     """
     from analyze.studies.sweep import words as sweep_page
 
     run = subject.run.absolute()
-    found = sweep_page.read(run.parent, subject.layer)
-    if found is None or found.saes.get(run.name) != subject.digest:
+    compared = sweep_page.read(run.parent, subject.layer)
+    if compared is None or compared.saes.get(run.name) != subject.digest:
         return None
     return {
-        "verdict": found.verdict,
-        "picture": (found.caption, Markup(found.svg)),
+        "verdict": compared.verdict,
+        "picture": (compared.caption, Markup(compared.svg)),
         "file": f"../{sweep_page.JSON}",
         "page": f"../{sweep_page.PAGE}",
     }
 
 
-def _span(group: dict[str, Any]) -> str:
-    return str(group["from"]) if group["from"] == group["to"] else f"{group['from']}-{group['to']}"
+# -- latents ---------------------------------------------------------------------------------------
 
 
 def _features(subject: Subject, limit: int, model_path: str | None) -> dict[str, Any]:
-    """Latents with their contexts, tokens as text where the tokenizer is at hand, each with its
-    shade from 0 to 1.
-    """
+    """Some latents with the contexts in which they fire most."""
     fired = contexts.firing_counts(subject, limit)
     chosen = contexts.choose(fired, FEATURES)
-    found = contexts.top_contexts(subject, chosen, CONTEXTS, limit)
-    say = contexts.token_names(subject, model_path)
+    strongest = contexts.top_contexts(subject, chosen, CONTEXTS, limit)
+    name_of = contexts.token_names(subject, model_path)
     shown = []
     for latent in chosen:
-        peak = max((context.peak for context in found[latent]), default=1.0)
-        lines = [
-            {
-                "document": context.document,
-                "peak": context.peak,
-                "tokens": [
-                    {
-                        "text": say(token) if say else f"{token} ",
-                        "value": value,
-                        "shade": value / peak,
-                    }
-                    for token, value in zip(context.tokens, context.activations, strict=True)
-                ],
-            }
-            for context in found[latent]
-        ]
+        peak = max((context.peak for context in strongest[latent]), default=1.0)
+        lines = []
+        for context in strongest[latent]:
+            tokens = _tokens(context, peak, name_of)
+            lines.append({"document": context.document, "peak": context.peak, "tokens": tokens})
         shown.append({"latent": latent, "rows": int(fired[latent]), "contexts": lines})
-    return {"latents": shown, "as_ids": say is None}
+    return {"latents": shown, "as_ids": name_of is None}
+
+
+def _tokens(context: Context, peak: float, name_of: Any) -> list[dict[str, Any]]:
+    """A context's tokens: text (an id without the tokenizer), activation, shade from 0 to 1."""
+    tokens = []
+    for token, value in zip(context.tokens, context.activations, strict=True):
+        text = name_of(token) if name_of else f"{token} "
+        tokens.append({"text": text, "value": value, "shade": value / peak})
+    return tokens
 
 
 DEFINITION = Definition(run, options=Options, fresh=True)

@@ -1,6 +1,4 @@
-"""The report in a real Chromium: nothing asked for, nothing run, readable by keyboard, in the dark
-and on paper.
-"""
+"""The report in a real Chromium: inert, readable by keyboard, in the dark and on paper."""
 
 from __future__ import annotations
 
@@ -30,16 +28,16 @@ WORD = "onpaper"  # of a table that is folded on the screen
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The report of a run whose tokens, and a study's every text, are hostile."""
+    """The report of a run whose tokens, and a study's every text, are hostile; with a variant."""
     run = make_run(tmp_path_factory.mktemp("report"), random_rows()).run
     subject = Subject.open(run, None, torch.device("cpu"))
     lines = [text.encode("utf-8", "replace").decode() for text in HOSTILE]
     long = Table(" ".join(lines), tuple(lines), [(WORD, *lines[1:])] * 20)
     drawn = Picture(lines[0], '<svg width="3000" height="9"><text y="9">wide</text></svg>')
     outcome = Outcome({}, lines, [long], {"drawn": drawn})
-    Study("contrast", subject, {}, ModelConfig("nobody/none")).perform(
-        Definition(lambda _: outcome)
-    )
+    for options in ({}, {"top": "x" * 99}):
+        study = Study("contrast", subject, options, ModelConfig("nobody/none"))
+        study.perform(Definition(lambda _: outcome))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             contexts, "token_names", lambda *_: lambda token: contexts.visible(say(token))

@@ -1,0 +1,127 @@
+"""What the report says of the run, of its store and of the SAE's quality, as labelled rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from analyze.studies import quality
+from analyze.subject import Subject
+from data.rows import summary
+from data.site import RESID_POST
+from train.optim import OptimConfig
+from train.sae import SAEConfig
+
+# What the model card of the public TopK SAE of layer 21 of Gemma 4 E4B states, by our figure's key.
+_REFERENCE = {
+    "scalar": "0.939, of one training batch",
+    "mse_per_element": "about 0.181",
+    "l0": "128",
+    "coverage": "62.0 %",
+    "dead": "0 of 32,768",
+}
+COVERAGE_ROWS = 4096  # rows in which the reference counts coverage: one batch
+
+
+def of_run(subject: Subject) -> dict[str, str]:
+    """How the SAE was trained, by label."""
+    config = subject.config
+    settings = config["settings"]
+    # A run of before a setting was there has what is now its default.
+    sae = {**vars(SAEConfig()), **settings["sae"]}
+    optim = {**vars(OptimConfig()), **settings["optim"]}
+    on_average = "" if sae["activation"] == "topk" else " on average"
+    dead_after = config.get("dead_after", sae["dead_after"])
+    data_seed = settings.get("data_seed", settings["seed"])
+    environment = [f"{key} {value}" for key, value in config["environment"].items()]
+    return {
+        "SAE": f"{sae['activation']}, {sae['d_sae']:,} latents, k = {sae['k']}{on_average}",
+        "start": _start(sae, settings["seed"]),
+        "dead latents": f"after {dead_after:,} tokens: {_revival(sae)}",
+        "optimizer": _optimizer(optim, config, settings),
+        "trained on": f"{settings['tokens']:,} tokens in {config['steps']:,} steps, "
+        f"data seed {data_seed}",
+        "rows left out": _left_out(subject),
+        "environment": ", ".join(environment),
+    }
+
+
+def _start(sae: dict[str, Any], seed: int) -> str:
+    origin = "rows" if sae["init"] == "rows" else "random directions"
+    axes = ", in the rows' principal axes" if sae["rotate"] else ""
+    return f"decoder from {origin}, seed {seed}{axes}"
+
+
+def _revival(sae: dict[str, Any]) -> str:
+    means = []
+    if sae["aux_coef"]:
+        means.append(
+            f"AuxK with coefficient {sae['aux_coef']}, k_aux {sae['k_aux']}, "
+            f"{sae['aux_norm']} normalisation"
+        )
+    if sae["resample"]:
+        means.append("restarted along errors")
+    return ", ".join(means) or "left alone"
+
+
+def _optimizer(optim: dict[str, Any], config: dict[str, Any], settings: dict[str, Any]) -> str:
+    lr = config.get("lr", optim["lr"])
+    return (
+        f"Adam ({optim['beta1']}, {optim['beta2']}), {lr:.3g} to {optim['lr_floor']:g} "
+        f"({optim['decay']}), batch {settings['batch']:,}, "
+        f"encoder product in {settings.get('matmul', 'fp32')}"
+    )
+
+
+def _left_out(subject: Subject) -> str:
+    bos = "BOS" if subject.policy.drop_bos else "no BOS"
+    outliers = ", and others above ten median norms" if subject.policy.drop_outliers else ""
+    return bos + outliers
+
+
+def of_store(subject: Subject) -> dict[str, str]:
+    """What the store holds, by label."""
+    store = subject.store
+    manifest = store.manifest
+    model = manifest["model"]
+    text = [
+        f"{key} {value}" for key, value in manifest["text"].items() if not isinstance(value, dict)
+    ]
+    lost = summary.variance_lost(store, subject.layer)
+    loss = "" if lost is None else f", which lost {lost:.2e} of the rows' variance"
+    return {
+        "model": f"{model['id']} ({model['architecture']}, {model['n_layers']} layers, "
+        f"width {model['d_model']}), run in {model['dtype']}",
+        "weights": model["weights"],
+        "site": f"{RESID_POST} of layer {subject.layer}",
+        "text": ", ".join(text),
+        "tokens": f"{store.rows:,} in rows of {store.context:,}, documents {manifest['isolation']}",
+        "store": f"{store.name}, {store.units} units, codec {manifest['codec']}{loss}",
+    }
+
+
+def of_quality(figures: dict[str, Any], final: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The table of figures: label, of this run, of the reference SAE.
+
+    Args:
+        figures: of study=quality.
+        final: the last held-out record of metrics.jsonl.
+    """
+    rows = []
+    for key, label in quality.NAMED.items():
+        rows.append((label, f"{figures[key]:.4f}", _REFERENCE.get(key, "")))
+    for point in figures["coverage"]:
+        if point["rows"] == COVERAGE_ROWS:
+            label = f"latents that fire within {COVERAGE_ROWS:,} tokens"
+            rows.append((label, f"{100 * point['share']:.1f} %", _REFERENCE["coverage"]))
+    dead = f"{final['dead']:,} of {figures['d_sae']:,}"
+    rows.append(("dead latents at the end of training", dead, _REFERENCE["dead"]))
+    density = figures["density"]
+    cosine = figures["decoder_cosine"]
+    others = {
+        f"latents silent on all {figures['rows']:,} held-out tokens": f"{figures['silent']:,}",
+        "latents that fire on more than 1 % of tokens": f"{density['above_1_percent']:,}",
+        "latents that fire on more than 10 %": f"{density['above_10_percent']:,}",
+        "cosine of each latent with its nearest other: median": f"{cosine['median']:.3f}",
+        "the same, largest": f"{cosine['max']:.3f}",
+    }
+    return [*rows, *((label, value, "") for label, value in others.items())]
