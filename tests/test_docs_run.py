@@ -66,7 +66,8 @@ SUBSTITUTES = {
     r"device=cuda:\d": "device=cpu",
     r"model\.path=(DIR|models/mine)": "model.path=models/mine model.dtype=float32",
     r"text\.path=FILES": "text.path=books",
-    r"text=\[fineweb_edu,openthoughts\]": "text=[fineweb_edu,openthoughts] text.sources.fineweb_edu.dataset=hub/web "
+    r"text=\[fineweb_edu,openthoughts\]": "text=[fineweb_edu,openthoughts] "
+    "text.sources.fineweb_edu.dataset=hub/web "
     "text.sources.fineweb_edu.config=null text.sources.openthoughts.dataset=hub/chats",
     r"answers\.questions=100": "answers.questions=20",
     r"hydra/launcher=\w+": "hydra/launcher=basic",
@@ -77,8 +78,10 @@ ADDED = {
     "harvest": "model=tiny text=tiny tokens=2048 context=128 unit=512 batch=4 device=cpu",
     "train": "sae.d_sae=64 sae.k=4 sae.k_aux=8 batch=256 device=cpu",
     "analyze": "device=cpu",
-    "study=contrast": "answers.questions=20 answers.new_tokens=22 study.permutations=19 study.min_firing=1",
-    "study=steering": "answers.questions=12 answers.new_tokens=5 study.scales=[5] study.n_random=1 study.n_shuffled=1",
+    "study=contrast": "answers.questions=20 answers.new_tokens=22 study.permutations=19 "
+    "study.min_firing=1",
+    "study=steering": "answers.questions=12 answers.new_tokens=5 study.scales=[5] "
+    "study.n_random=1 study.n_shuffled=1",
     "study=splice": "study.tokens=100",
 }
 # Steering writes every answer a dozen times. Labelled solutions make its vector, so that answers
@@ -292,7 +295,8 @@ class Shell:
             before = self._capsys.readouterr()  # of the command before
             code = called(command.module)
         out, err = self._capsys.readouterr()
-        assert code in (None, 0), f"{command.written}\nas {' '.join(words)}\n{before.err[-300:]}{err}"
+        shown = (command.written, f"as {' '.join(words)}", before.err[-300:], err)
+        assert code in (None, 0), "\n".join(shown)
         require_outcome(command, words, out, err)
 
 

@@ -306,7 +306,11 @@ def test_results_name_no_path_of_a_machine() -> None:
 
 
 def test_packages_import_from_anywhere(tmp_path: Path) -> None:
-    code = "import harvest, train, analyze, data, conf, data.tiny.embedded as tiny; print(tiny.MODEL_DIR.is_dir())"
+    code = (
+        "import harvest, train, analyze, data, conf\n"
+        "from data.tiny.embedded import MODEL_DIR\n"
+        "print(MODEL_DIR.is_dir())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )

@@ -1,6 +1,4 @@
-"""What every page owes those who read it by ear, by keyboard or with weak eyes: an audit of a page
-in Chromium.
-"""
+"""An audit of a page in Chromium for those who read by ear, by keyboard or with weak eyes."""
 
 from __future__ import annotations
 
@@ -8,65 +6,86 @@ from typing import Literal
 
 from tests.analyze.chromium import Chromium
 
-# Of text on what is behind it, WCAG 2.2, 1.4.3: 4.5 to 1, large text 3 to 1. What a CSS filter
-# changes is left out.
+# Contrast of text and background by WCAG 2.2, 1.4.3: 4.5 to 1, large text 3 to 1. CSS filters are
+# left out.
 _AUDIT = r"""
 (() => {
-  const found = [];
-  const say = (one, what) => found.push(`${what}: ${one.outerHTML.slice(0, 120)}`);
-  const every = (selector) => [...document.querySelectorAll(selector)];
-  const shown = (one) => one.checkVisibility({ visibilityProperty: true });
-  const named = (one) => {
-    const by = one.getAttribute("aria-labelledby")?.split(" ").map((id) => document.getElementById(id)?.textContent);
-    const said = [one.getAttribute("aria-label"), one.title, one.textContent, ...(by ?? [])];
-    said.push(...[...(one.labels ?? [])].map((label) => label.textContent));
-    return said.some((text) => text?.trim());
+  const wrong = [];
+  const report = (element, what) => wrong.push(`${what}: ${element.outerHTML.slice(0, 120)}`);
+  const all = (selector) => [...document.querySelectorAll(selector)];
+  const shown = (element) => element.checkVisibility({ visibilityProperty: true });
+  const named = (element) => {
+    const ids = element.getAttribute("aria-labelledby")?.split(" ") ?? [];
+    const texts = [element.getAttribute("aria-label"), element.title, element.textContent];
+    texts.push(...ids.map((id) => document.getElementById(id)?.textContent));
+    texts.push(...[...(element.labels ?? [])].map((label) => label.textContent));
+    return texts.some((text) => text?.trim());
   };
-  if (!document.documentElement.lang) found.push("the page has no language");
-  if (!document.title.trim()) found.push("the page has no title");
-  if (every("main").filter(shown).length !== 1) found.push("there is not one main");
-  for (const one of every("a[href], button, input, select, summary, [role=region], [role=img], nav"))
-    if (!named(one) && shown(one)) say(one, "it has no name");
-  for (const one of every("img:not([alt])")) say(one, "it has no alternative");
-  for (const one of every("svg"))
-    if (!one.closest("[role=img], [aria-hidden=true]")) say(one, "a picture without a name");
-  for (const one of every("table"))
-    if (shown(one) && !one.querySelector("th[scope]")) say(one, "a table without headers");
-  for (const one of every("th:not([scope])")) say(one, "a header of what");
-  for (const one of every("[tabindex]")) if (one.tabIndex > 0) say(one, "it is out of the order");
-  const levels = every("h1, h2, h3, h4").filter(shown).map((one) => Number(one.tagName[1]));
-  if (levels.filter((level) => level === 1).length !== 1) found.push(`h1 ${levels}`);
-  for (const [at, level] of levels.entries())
-    if (at && level > levels[at - 1] + 1) found.push(`a heading is skipped ${levels}`);
-  const ids = every("[id]").map((one) => one.id);
-  for (const id of new Set(ids)) if (ids.filter((one) => one === id).length > 1) found.push(`id ${id} is there twice`);
-  for (const one of every("body *")) {
-    const style = getComputedStyle(one);
-    const scrolls = ["auto", "scroll"].includes(style.overflowX) && one.scrollWidth > one.clientWidth + 1;
-    const within = one.querySelector("a[href], button, input, [tabindex='0']");
-    if (shown(one) && scrolls && one.tabIndex < 0 && !within) say(one, "it scrolls, but not by keys");
+
+  // names
+  if (!document.documentElement.lang) wrong.push("the page has no language");
+  if (!document.title.trim()) wrong.push("the page has no title");
+  if (all("main").filter(shown).length !== 1) wrong.push("there is not one main");
+  const controls = "a[href], button, input, select, summary, [role=region], [role=img], nav";
+  for (const control of all(controls))
+    if (!named(control) && shown(control)) report(control, "no name");
+  for (const image of all("img:not([alt])")) report(image, "no alternative");
+  for (const svg of all("svg"))
+    if (!svg.closest("[role=img], [aria-hidden=true]")) report(svg, "a picture without a name");
+
+  // structure
+  for (const table of all("table"))
+    if (shown(table) && !table.querySelector("th[scope]")) report(table, "a table without headers");
+  for (const header of all("th:not([scope])")) report(header, "a header without scope");
+  const levels = all("h1, h2, h3, h4").filter(shown).map((heading) => Number(heading.tagName[1]));
+  if (levels.filter((level) => level === 1).length !== 1) wrong.push(`h1 ${levels}`);
+  for (const [index, level] of levels.entries())
+    if (index && level > levels[index - 1] + 1) wrong.push(`a heading is skipped ${levels}`);
+  const ids = all("[id]").map((element) => element.id);
+  for (const id of new Set(ids))
+    if (ids.filter((other) => other === id).length > 1) wrong.push(`id ${id} is there twice`);
+
+  // keyboard
+  for (const element of all("[tabindex]"))
+    if (element.tabIndex > 0) report(element, "out of the order");
+  for (const element of all("body *")) {
+    const style = getComputedStyle(element);
+    const overflows = element.scrollWidth > element.clientWidth + 1;
+    const scrolls = ["auto", "scroll"].includes(style.overflowX) && overflows;
+    const within = element.querySelector("a[href], button, input, [tabindex='0']");
+    if (shown(element) && scrolls && element.tabIndex < 0 && !within)
+      report(element, "it scrolls, but not by keys");
   }
-  const rgba = (text) => { const n = text.match(/[\d.]+/g).map(Number); return [n[0], n[1], n[2], n[3] ?? 1]; };
+
+  // contrast
+  const rgba = (text) => {
+    const numbers = text.match(/[\d.]+/g).map(Number);
+    return [numbers[0], numbers[1], numbers[2], numbers[3] ?? 1];
+  };
   const linear = (c) => ((c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
   const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
-  const over = (top, under) => [0, 1, 2].map((at) => top[3] * top[at] + (1 - top[3]) * under[at]);
-  const behind = (one) => {
+  const over = (top, under) => [0, 1, 2].map((i) => top[3] * top[i] + (1 - top[3]) * under[i]);
+  const behind = (element) => {
     const layers = [];
-    for (let at = one; at; at = at.parentElement) layers.push(rgba(getComputedStyle(at).backgroundColor));
+    for (let parent = element; parent; parent = parent.parentElement)
+      layers.push(rgba(getComputedStyle(parent).backgroundColor));
     return layers.reverse().reduce((under, top) => over(top, under), [255, 255, 255]);
   };
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (texts.nextNode()) {
-    const one = texts.currentNode.parentElement;
-    if (!texts.currentNode.data.trim() || !shown(one) || one.closest("svg")) continue;
-    const style = getComputedStyle(one), size = parseFloat(style.fontSize), paper = behind(one);
+    const element = texts.currentNode.parentElement;
+    if (!texts.currentNode.data.trim() || !shown(element) || element.closest("svg")) continue;
+    const style = getComputedStyle(element);
+    const size = parseFloat(style.fontSize);
+    const paper = behind(element);
     const ink = over(rgba(style.color), paper);
     const [low, high] = [light(ink), light(paper)].sort((a, b) => a - b);
     const large = size >= 24 || (size >= 18.66 && Number(style.fontWeight) >= 700);
     const ratio = (high + 0.05) / (low + 0.05);
-    if (ratio < (large ? 3 : 4.5) && !one.disabled) say(one, `contrast ${ratio.toFixed(2)}`);
+    if (ratio < (large ? 3 : 4.5) && !element.disabled)
+      report(element, `contrast ${ratio.toFixed(2)}`);
   }
-  return [...new Set(found)];
+  return [...new Set(wrong)];
 })()
 """
 

@@ -33,10 +33,14 @@ from train import sae_file
 from train.sae import SAE
 
 HOSTILE = [
-    "<script>document.title='caught'</script>", "</script><script>document.title='caught'</script>",
-    "<img src=x onerror=\"document.title='caught'\">", "\u2028\u2029", "\u202egnp.exe\u2066", "\0\x1b[31m\x7f",
-    "\N{WOMAN}\u200d\N{PERSONAL COMPUTER}", " مرحبا", " שלום", '"\');//', "__proto__", "constructor", "\ud800",
-    "&lt;b&gt;", "${7*7}", "a\nb\r\tc", "%3Cb%3E", "", "  ", "z\u0337\u0321a\u0334l\u0336g\u0337o", "#feature=1",
+    "<script>document.title='caught'</script>",
+    "</script><script>document.title='caught'</script>",
+    "<img src=x onerror=\"document.title='caught'\">",
+    "\u2028\u2029", "\u202egnp.exe\u2066", "\0\x1b[31m\x7f",
+    "\N{WOMAN}\u200d\N{PERSONAL COMPUTER}", " مرحبا", " שלום",
+    '"\');//', "__proto__", "constructor", "\ud800",
+    "&lt;b&gt;", "${7*7}", "a\nb\r\tc", "%3Cb%3E", "", "  ",
+    "z\u0337\u0321a\u0334l\u0336g\u0337o", "#feature=1",
     "javascript:document.title='caught'",
 ]  # fmt: skip
 

@@ -74,12 +74,11 @@ def test_a_visit(chrome: Chromium, url: str, built: Built) -> None:
     ] == [text.encode("utf-16", "surrogatepass") for text in expected]
     chrome.js("document.querySelector('th:nth-child(3) button').focus()")
     chrome.press("Enter")
-    chrome.until(
-        "location.hash.includes('sort=-density') && document.querySelector('[aria-sort=descending]')"
-    )
+    sorted_column = "document.querySelector('[aria-sort=descending]')"
+    chrome.until(f"location.hash.includes('sort=-density') && {sorted_column}")
     by_density = sorted(range(F), key=lambda at: -density[at])
     assert texts(chrome, "#features tbody td:first-child") == list(map(str, by_density))
-    assert chrome.js("document.querySelector('[aria-sort=descending]').textContent") == "density ↓"
+    assert chrome.js(f"{sorted_column}.textContent") == "density ↓"
     assert (
         chrome.js("document.activeElement.textContent") == "density ↓"
     )  # the focus stays on what was pressed
@@ -88,12 +87,10 @@ def test_a_visit(chrome: Chromium, url: str, built: Built) -> None:
     for key in "zalg":
         chrome.press(key)
     chrome.press("Escape")
-    chrome.js(
-        "document.getElementById('q').value = ' 7 '; document.getElementById('q').dispatchEvent(new Event('input'))"
-    )
-    chrome.until(
-        "location.hash.includes('q=') && document.querySelector('#features tbody a')?.textContent === '7'"
-    )
+    chrome.js("document.getElementById('q').value = ' 7 '")
+    chrome.js("document.getElementById('q').dispatchEvent(new Event('input'))")
+    first = "document.querySelector('#features tbody a')"
+    chrome.until(f"location.hash.includes('q=') && {first}?.textContent === '7'")
     chrome.js("document.querySelector('#features tbody a').click()")
     chrome.until("document.documentElement.dataset.view === 'feature'")
     assert chrome.js("document.activeElement.textContent") == "Feature 7"
@@ -111,9 +108,10 @@ def test_a_visit(chrome: Chromium, url: str, built: Built) -> None:
     for context, line in zip(own["top"], lines, strict=False):
         whole = "".join(page["words"][at] for at in context[3])
         assert line.encode("utf-16", "surrogatepass") == whole.encode("utf-16", "surrogatepass")
-    shaded = chrome.js(
-        "[...document.querySelector('.context').querySelectorAll('span')].map((one) => [one.title, one.className])"
-    )
+    shaded = chrome.js("""
+        [...document.querySelector('.context').querySelectorAll('span')]
+            .map((token) => [token.title, token.className])
+    """)
     assert (
         len(shaded) == len(own["top"][0][4]) // 2 and sum(kind == "peak" for _, kind in shaded) == 1
     )

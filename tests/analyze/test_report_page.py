@@ -89,10 +89,11 @@ def test_everybody_can_read_it(chrome: Chromium, page: str, scheme: str) -> None
 
 def test_values_show_when_one_points_at_a_token(chrome: Chromium, page: str) -> None:
     chrome.open(page, READY)
-    by_line = chrome.js(
-        "[...document.querySelectorAll('.context')].map((line) => [...line.querySelectorAll('span')].map((one) =>"
-        " [Number(one.title), Number(one.style.getPropertyValue('--shade'))]))"
-    )
+    by_line = chrome.js("""
+        [...document.querySelectorAll('.context')].map((line) =>
+            [...line.querySelectorAll('span')].map((token) =>
+                [Number(token.title), Number(token.style.getPropertyValue('--shade'))]))
+    """)
     values = [value for line in by_line for value, _ in line]
     assert len(values) > 20 and min(values) > 0
     assert len({shade for line in by_line for _, shade in line}) > 3

@@ -134,9 +134,12 @@ def opened(chrome: Chromium, url: str) -> dict[str, float]:
     time.sleep(SETTLE_S)
     chrome.open(url)
     found: dict[str, float] = chrome.js(
-        "(async () => { let paint; while (!(paint = performance.getEntriesByName('first-contentful-paint')[0]))"
+        "(async () => {"
+        " let paint;"
+        " while (!(paint = performance.getEntriesByName('first-contentful-paint')[0]))"
         " await new Promise((next) => setTimeout(next, 5));"
-        " return {paint: paint.startTime, there: Number(document.documentElement.dataset.first)}; })()"
+        " const there = Number(document.documentElement.dataset.first);"
+        " return {paint: paint.startTime, there}; })()"
     )
     return found
 

@@ -8,9 +8,11 @@ others do what dashboards do (SAEDashboard: 128 latents at a time, over all toke
 batch), with rows that lie in memory already, nothing written, and only counts, sums, histograms and
 the 20 strongest tokens of each latent:
 
-    full      every batch encodes all rows as our kernels do, top k over all latents, and keeps its own 128
-    columns   every batch multiplies with its own 128 columns of W_enc alone and applies ReLU: wrong for TopK, which
-              needs the others to know what is kept; the least that re-encoding could cost
+    full      every batch encodes all rows as our kernels do, top k over all latents, and keeps its
+              own 128
+    columns   every batch multiplies with its own 128 columns of W_enc alone and applies ReLU. That
+              is wrong for TopK, which needs the other columns to know what is kept: it is the
+              least that re-encoding could cost
 
 Their time is of `--batches` of the batches, times all over those.
 """

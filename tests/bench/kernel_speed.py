@@ -259,7 +259,8 @@ def main() -> None:
     out = given.pop("out")
     if not torch.cuda.is_available():
         sys.exit(
-            "no CUDA device: these kernels run on one alone; on a CPU use `python -m tests.bench.train_speed`"
+            "no CUDA device: these kernels run on one alone; "
+            "on a CPU use `python -m tests.bench.train_speed`"
         )
     finish(given, measure(torch.device("cuda"), **given), out)
 

@@ -110,7 +110,8 @@ def _take(minilm: MiniLM, drawn: Iterator[str], rows: int) -> list[list[int]]:
         document = next(drawn, None)
         if document is None:
             sys.exit(
-                f"the texts give {count} rows where {rows} are wanted; name more with --text, or lower --rows"
+                f"the texts give {count} rows where {rows} are wanted; "
+                "name more with --text, or lower --rows"
             )
         pieces = minilm.pieces(document)
         taken += pieces

@@ -1,8 +1,10 @@
 """Our TopK trainer against SAELens', sparsify's and dictionary_learning's, on one CPU core.
 
-    python -m tests.bench.minilm --text FILES... --rows 1300000 --out minilm      # real activations, d 384
-    python -m tests.bench.peers --activations minilm --out peers.json             # quality and speed, about an hour
-    python -m tests.bench.peers --speed-only --d 2560 --d_sae 8192 --k 64 --speed-steps 24 --out peers_wide.json
+    # real activations, d 384; then quality and speed, about an hour; then speed at width 2560
+    python -m tests.bench.minilm --text FILES... --rows 1300000 --out minilm
+    python -m tests.bench.peers --activations minilm --out peers.json
+    python -m tests.bench.peers --speed-only --d 2560 --d_sae 8192 --k 64 --speed-steps 24 \\
+        --out peers_wide.json
 
 The peers, from PyPI, go together in one environment (Python 3.11):
 
@@ -186,7 +188,8 @@ def available(asked: argparse.Namespace) -> dict[str, str]:
         python = pythons[name] or asked.peers_python
         if reason := missing(python, name):
             print(
-                f"skipped: {python} cannot run {name} ({reason}); see --help for another interpreter"
+                f"skipped: {python} cannot run {name} ({reason}); "
+                "see --help for another interpreter"
             )
         else:
             chosen[name] = python

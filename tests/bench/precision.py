@@ -9,13 +9,16 @@ difference is between two runs of one seed, to fp32's; it is given for each seed
 much fp32 itself differs from seed to seed.
 
     fp32        train.matmul=fp32
-    fp32_22bit  the control: operands rounded to 22 bits of mantissa, of 23. Top k makes a run depend on the last bit,
-                so that this differs from fp32 too: what differs no more than this does not differ
-                for the precision
-    tf32        on CUDA train.matmul=tf32. A CPU has none: there operands are rounded to its 10 bits, to nearest even,
-                and the product is float32. A GPU may round otherwise (cut off), and adds up in another order
-    bf16        train.matmul=bf16, really. On a CPU its sums are rounded to bfloat16 as well, on CUDA they stay float32
-    bf16_cuda   on a CPU alone, what CUDA's bf16 is: operands rounded to 7 bits of mantissa, the product float32
+    fp32_22bit  the control: operands rounded to 22 bits of mantissa, of 23. Top k makes a run
+                depend on the last bit, so this differs from fp32 too. A difference no larger is
+                not due to the precision.
+    tf32        on CUDA train.matmul=tf32. A CPU has no tf32: there operands are rounded to its 10
+                bits, to nearest even, and the product is float32. A GPU may round otherwise (cut
+                off), and adds up in another order.
+    bf16        train.matmul=bf16. On a CPU its sums are rounded to bfloat16 as well, on CUDA they
+                stay float32.
+    bf16_cuda   on a CPU alone, what CUDA's bf16 is: operands rounded to 7 bits of mantissa, the
+                product float32
 
 Left out: speed (tests.bench.train_speed and train_phases have it), other activations than TopK,
 AuxK unless --sae names settings with it, and long runs, in which errors might add up: 300,000
@@ -157,7 +160,8 @@ def compared(found: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 def show(figures: dict[str, Any]) -> None:
     """A line for each precision; `finish` would print three decimals."""
     print(
-        f"{'held-out variance explained':>30}  {'mean':>9}  {'lowest':>9}  {'highest':>9}   over the seeds"
+        f"{'held-out variance explained':>30}  {'mean':>9}  {'lowest':>9}  {'highest':>9}"
+        "   over the seeds"
     )
     base = figures["variance_explained"]["fp32"]
     print(f"{'fp32':>30}  {figures['fp32_mean']:9.5f}  {min(base):9.5f}  {max(base):9.5f}")
@@ -165,7 +169,8 @@ def show(figures: dict[str, Any]) -> None:
         lowest, highest = figures[f"{name}_lowest"], figures[f"{name}_highest"]
         print(f"{name:>30}  {figures[name]:+9.5f}  {lowest:+9.5f}  {highest:+9.5f}")
     print(
-        f"{'fp32 from seed to seed':>30}  {figures['fp32_range_over_seeds']:9.5f}  (highest less lowest)"
+        f"{'fp32 from seed to seed':>30}  {figures['fp32_range_over_seeds']:9.5f}"
+        "  (highest less lowest)"
     )
 
 

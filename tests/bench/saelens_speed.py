@@ -278,7 +278,8 @@ def main(say: Callable[[str], None] = print) -> None:
         )
     elif reason := without_saelens(asked.saelens_python):
         say(
-            f"skipped: {asked.saelens_python} cannot import sae_lens ({reason}); give --saelens-python=PYTHON"
+            f"skipped: {asked.saelens_python} cannot import sae_lens ({reason}); "
+            "give --saelens-python=PYTHON"
         )
     else:
         chosen = [case for case in CASES if case.name in asked.cases]
