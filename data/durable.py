@@ -6,10 +6,11 @@ crash that its contents did not. Every lasting file of the pipeline goes through
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -147,6 +148,17 @@ def make_directory(path: Path) -> None:
         ) from error
 
 
+def lock(call: Callable[..., None], *arguments: int) -> bool:
+    """Call `fcntl.flock` or `fcntl.lockf`; False if another process holds the lock."""
+    try:
+        call(*arguments)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True
+
+
 @contextmanager
 def locked(folder: Path, busy: str) -> Iterator[None]:
     """Hold `folder`, which is made if need be, for this process alone; the lock dies with the
@@ -160,10 +172,8 @@ def locked(folder: Path, busy: str) -> Iterator[None]:
     make_directory(folder)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StoreError(busy) from error
+        if not lock(fcntl.flock, handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            raise StoreError(busy)
         sweep(folder)
         yield
     finally:

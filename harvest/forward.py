@@ -129,14 +129,11 @@ def scatter(states: torch.Tensor, inputs: Inputs, out: torch.Tensor) -> None:
         out.index_copy_(0, inputs.into, rows.index_select(0, inputs.inside).to(out.dtype))
 
 
-def prepared(
-    store: Store, unit: int, residuals: Mapping[int, torch.Tensor], site: Site = RESID_POST
-) -> dict[int, Prepared]:
+def prepared(store: Store, unit: int, residuals: Mapping[int, torch.Tensor]) -> dict[int, Prepared]:
     """A unit's residuals in spine order, permuted and described as they are committed."""
     permutation = store.permutation(unit)
     starts = store.piece_starts(unit).ravel()
     layers: dict[int, Prepared] = {}
     for layer, rows in residuals.items():
-        array = store.array(f"{site.prefix}_{layer}")
-        layers[layer] = prepare(rows, permutation, starts, array)
+        layers[layer] = prepare(rows, permutation, starts, store.arrays.rows(layer))
     return layers

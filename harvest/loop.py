@@ -18,12 +18,12 @@ import transformers
 
 from data.errors import PipelineError, StopRequest
 from data.journal import Progress, duration, size, tell
-from data.rows import split, summary
-from data.store import claims, freed, ring, scales
-from data.store.claims import Claims
+from data.rows import summary
+from data.store import codec, retention, ring
+from data.store.claims import METADATA, Claims, unit_claim
 from data.store.manifest import agree
 from data.store.place import place_of
-from data.store.ring import Ring
+from data.store.retention import Room
 from data.store.store import Store
 from data.text.documents import TextSource
 from harvest import spine
@@ -81,30 +81,26 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Sto
     place, began = place_of(config.store), time.monotonic()
     settings = manifest(config, lm, source)
     agree(place, settings)  # before anything is made in a folder that may be no store
-    with closing(place.claims(config.rank, config.world)) as rights, StopRequest() as stop:
-        if config.max_bytes is not None:
-            ring.require_exact(rights, place)
+    with closing(place.claims(config.rank, config.world)) as claims, StopRequest() as stop:
+        whole_spine = retention.needs_whole_spine(place, claims, config.max_bytes)
         store = Store.open_or_create(place, settings)
-        with Spine(store, rights, source, lm.tokenizer, stop) as text:
-            # A ring needs the text's end: which units are held out follows from how many there are.
-            if config.max_bytes is None and freed.read(place) is None:
-                text.wait_for(unit=0)
-            else:
+        with Spine(store, claims, source, lm.tokenizer, stop) as text:
+            if whole_spine:
                 text.wait()
+            else:
+                text.wait_for(unit=0)
             check(store, lm, config.layers)
             before = store.units - len(store.missing(config.layers))
             if before:
                 tell(f"going on: {before} of {store.units} units are committed")
-            if config.codec == "int8":
-                _freeze_scales(store, lm, config.layers)
-            with rights.held(claims.METADATA):
+            _fit_codec(store, lm, config.layers)
+            with claims.held(METADATA):
                 store.declare(config.layers)
-            joined = _join_ring(store, config, rights)
-            tokens = make(store, lm, config.layers, rights, text, stop, config.faults, joined)
-            if joined:
-                joined.sweep()
+            room = ring.join(store, config.layers, claims, config.max_bytes, config.readers)
+            tokens = make(store, lm, config.layers, claims, text, stop, config.faults, room)
+            room.sweep()
         spine.tell_end(store)
-        with rights.held(claims.METADATA):
+        with claims.held(METADATA):
             _finish(store, config.layers)
     spent = time.monotonic() - began
     if tokens:
@@ -116,21 +112,6 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Sto
     return store
 
 
-def _join_ring(store: Store, config: HarvestConfig, rights: Claims) -> Ring | None:
-    """The ring that the store is or becomes; None if it keeps everything."""
-    if not store.spine_complete:
-        return None
-    held_out = split.parts(store)[split.HELD_OUT]
-    joined = ring.join(store, config.layers, held_out, rights, config.max_bytes, config.readers)
-    if joined:
-        record = joined.record
-        tell(
-            f"a ring of {size(record.max_bytes)}, freed behind its readers in groups of {record.span} units: training "
-            f"may start now, with `python -m train store={store.name}`"
-        )
-    return joined
-
-
 def _finish(store: Store, layers: Sequence[int]) -> None:
     """What can be said of whole layers only: their statistics, and the final shapes."""
     for layer in layers:
@@ -138,15 +119,14 @@ def _finish(store: Store, layers: Sequence[int]) -> None:
     store.declare(layers)
 
 
-def _freeze_scales(store: Store, lm: LanguageModel, layers: Sequence[int]) -> None:
-    """The statistics that a lossy codec needs before its first row: those of unit 0, whoever makes
-    them.
-    """
-    if lacking := [layer for layer in layers if not scales.exist(store.place, layer)]:
+def _fit_codec(store: Store, lm: LanguageModel, layers: Sequence[int]) -> None:
+    """Fit a lossy codec to the rows of unit 0, before the first row is written."""
+    lacking = codec.unfitted(store.manifest["codec"], store.place, layers)
+    if lacking:
         rows = unit_residuals(store, lm, 0, lacking, store.manifest["batch"])
         bos = torch.from_numpy(store.piece_starts(0).ravel())
-        for layer, one in rows.items():
-            scales.freeze(store.place, layer, one, bos.to(one.device))
+        for layer, of_layer in rows.items():
+            codec.fit(store.place, layer, of_layer, bos.to(of_layer.device))
 
 
 # -- units --------
@@ -174,20 +154,20 @@ def make(
     store: Store,
     lm: LanguageModel,
     layers: Sequence[int],
-    rights: Claims,
+    claims: Claims,
     spine: Spine,
     stop: StopRequest,
     faults: Faults,
-    ring: Ring | None = None,
+    room: Room,
 ) -> int:
     """Make and commit units until every one of `layers` is whole; how many tokens were made here.
 
     Args:
-        ring: the store's, if it is one: units are made in its order, when it has room.
+        room: on the disk: units are made in its order, when it admits them.
     """
     progress, began, batch, tokens = Progress(), time.monotonic(), int(store.manifest["batch"]), 0
-    with Writer(store, rights, faults, lm.config.device) as writer:
-        for unit, lacking in _to_make(store, layers, rights, spine, stop, writer, ring):
+    with Writer(store, claims, faults, lm.config.device) as writer:
+        for unit, lacking in _to_make(store, layers, claims, spine, stop, writer, room):
             rows, batch = _computed(store, lm, unit, lacking, batch, stop, faults)
             stop.check()
             writer.submit(unit, rows, batch if batch != store.manifest["batch"] else None)
@@ -231,32 +211,30 @@ def _computed(
 def _to_make(
     store: Store,
     layers: Sequence[int],
-    rights: Claims,
+    claims: Claims,
     spine: Spine,
     stop: StopRequest,
     writer: Writer,
-    ring: Ring | None,
+    room: Room,
 ) -> Iterator[tuple[int, list[int]]]:
     """Units that are ours to make, with the layers that each lacks, until there are none that
     anybody has to make.
     """
-    others, told = _Others(rights), set[str]()
+    others = _Others(claims)
     while True:
         took, missing = 0, store.missing(layers)
-        for unit, lacking in ring.ordered(missing) if ring else missing.items():
+        for unit, lacking in room.ordered(missing):
             stop.check()
             if not spine.ready(unit):
                 break
-            if ring and not ring.room(unit):
-                _tell_full(ring, told)
+            if not room.admits(unit):
                 break
-            if unit in writer.holds or not rights.take(claims.unit(unit)):
+            if unit in writer.holds or not claims.take(unit_claim(unit)):
                 continue
             if store.committed_meanwhile(unit, lacking):
-                rights.release(claims.unit(unit))
+                claims.release(unit_claim(unit))
                 continue
-            if ring:
-                ring.clear(unit)
+            room.clear(unit)
             began = time.monotonic()
             yield unit, lacking
             others.unit_s, took = time.monotonic() - began, took + 1
@@ -269,23 +247,13 @@ def _to_make(
             others.wait(store, layers)
 
 
-def _tell_full(ring: Ring, told: set[str]) -> None:
-    """Say whom the full ring waits for, of each once."""
-    who, why = ring.waits_for()
-    if who not in told:
-        told.add(who)
-        tell(
-            f"ring full: {size(sum(ring.sizes().values()))} of {size(ring.record.max_bytes)}; {why}"
-        )
-
-
 class _Others:
     """Waiting for what other ranks have in hand; where no lock says whether they live, their
     silence does.
     """
 
-    def __init__(self, rights: Claims) -> None:
-        self._claims, self.unit_s = rights, 0.0
+    def __init__(self, claims: Claims) -> None:
+        self._claims, self.unit_s = claims, 0.0
         self._missing, self._since = -1, time.monotonic()
 
     def wait(self, store: Store, layers: Sequence[int]) -> None:

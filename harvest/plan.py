@@ -14,8 +14,9 @@ from data import order
 from data.device import free_bytes
 from data.errors import SettingError, StoreError
 from data.journal import duration, size
-from data.store import freed, ring
-from data.store.codec import require_known
+from data.store import retention, ring_state
+from data.store.arrays import rows_name
+from data.store.codec import EXPECTED_RATIO, require_known
 from data.store.ledger import count_residuals
 from data.store.place import place_of
 from harvest.cost import Cost
@@ -26,7 +27,6 @@ from harvest.model import LanguageModel
 # 335 MB a layer at width 2560; larger shards gain nothing and peak at 3x their size in memory
 UNIT_TOKENS = 65_536
 CHUNK_ROWS = 1024  # 5.2 MB at width 2560
-_EXPECTED_RATIO = {"blosc": 1.45, "none": 1.0, "int8": 2.2}  # measured on residuals of two models
 _SPINE_BYTES = 3.0  # tokens, document and token_index per token, compressed
 
 
@@ -169,12 +169,12 @@ def plan(config: HarvestConfig, model: Cost, d_model: int, device: str, done: fl
     layers = len(config.layers)
     raw = tokens * d_model * 2 * layers
     # norms (4 bytes a row and layer) and the spine come on top
-    residuals, beside = raw / _EXPECTED_RATIO[config.codec], tokens * (4 * layers + _SPINE_BYTES)
+    residuals, beside = raw / EXPECTED_RATIO[config.codec], tokens * (4 * layers + _SPINE_BYTES)
     limit = _ring_bytes(config, d_model)
     disk = residuals * (1 - done)
     if limit is not None:
         place = place_of(config.store)
-        there = sum(sum(place.sizes(f"layer_{layer}").values()) for layer in config.layers)
+        there = sum(sum(place.sizes(rows_name(layer)).values()) for layer in config.layers)
         disk = min(disk, max(0, limit - there))
     return Plan(
         tokens=tokens,
@@ -196,11 +196,10 @@ def _ring_bytes(config: HarvestConfig, d_model: int) -> int | None:
     could follow.
     """
     if config.max_bytes is None:
-        found = freed.read(place_of(config.store))
-        return found.max_bytes if found else None
+        return retention.read(place_of(config.store)).max_bytes
     held_out = len(order.held_out(-(-config.tokens // config.unit_tokens), config.seed))
-    each = ring.unit_bytes(config.unit_tokens, config.chunk_rows, d_model, len(config.layers))
-    ring.span_of(config.max_bytes, held_out, each)
+    each = ring_state.unit_bytes(config.unit_tokens, config.chunk_rows, d_model, len(config.layers))
+    ring_state.span_of(config.max_bytes, held_out, each)
     return config.max_bytes
 
 

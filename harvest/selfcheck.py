@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from data.errors import PipelineError, StoreError
-from data.store import freed
+from data.store import retention
 from data.store.store import Store
 from harvest.forward import (
     batch_residuals,
@@ -46,13 +46,10 @@ def check(store: Store, lm: LanguageModel, layers: Sequence[int]) -> None:
     passes = forward_inputs(store.tokens(0)[rows], store.piece_starts(0)[rows], lm.isolation)
     truncate_checked_(lm, passes, layers)
     have = {layer: store.committed(layer) for layer in layers}
-    some = np.flatnonzero(np.any(list(have.values()), axis=0))
-    if found := freed.read(store.place):
-        some = np.intersect1d(
-            some, found.held_out
-        )  # others may be freed while this one is recomputed
-    if len(some):
-        unit = int(some[0])
+    some = np.flatnonzero(np.any(list(have.values()), axis=0)).tolist()
+    kept = retention.read(store.place)  # others may be freed while this one is recomputed
+    unit = next((unit for unit in some if kept.stays(unit)), None)
+    if unit is not None:
         require_same(store, lm, unit, [layer for layer in layers if have[layer][unit]])
 
 

@@ -1,6 +1,7 @@
 """Sites: where in a decoder layer residuals are taken, and how.
 
-A new site is one class here with the methods of `Site`, and its word in conf/harvest.yaml.
+A new site is one class here with the methods of `Site`, the names of its arrays in
+data/store/arrays.py, and its word in conf/harvest.yaml.
 
 Shapes: b rows and t tokens of one forward pass, d d_model.
 """
@@ -24,7 +25,6 @@ class Site(Protocol):
     """A place in a decoder layer."""
 
     name: ClassVar[str]  # in settings and manifests
-    prefix: ClassVar[str]  # of the store's arrays: PREFIX_LAYER
 
     def hook(self, blocks: nn.ModuleList, layer: int, keep: Keep) -> RemovableHandle:
         """Call `keep` with the site's states in every forward pass, until the handle is removed."""
@@ -39,7 +39,6 @@ class ResidPost:
     """The output of a decoder layer: the value that the next layer reads."""
 
     name: ClassVar[str] = RESID_POST_NAME
-    prefix: ClassVar[str] = "layer"
 
     def hook(self, blocks: nn.ModuleList, layer: int, keep: Keep) -> RemovableHandle:
         def on_output(_module: nn.Module, _inputs: Any, output: Any) -> None:

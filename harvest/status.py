@@ -10,7 +10,8 @@ from data import order
 from data.journal import duration, size
 from data.rows import split, summary
 from data.rows.reader import WINDOW
-from data.store import freed
+from data.store import retention
+from data.store.arrays import rows_name
 from data.store.kinds import BOS, ORDINARY, OUTLIER
 from data.store.ledger import RESIDUALS
 from data.store.place import Place
@@ -35,32 +36,16 @@ def status(place: Place) -> Iterator[str]:
     yield f"{store.name}: {spine}, in {pieces:,} pieces of documents, model {store.manifest['model']['id']}"
     for layer in store.layers:
         yield from _layer_status(store, layer)
-    if found := freed.read(place):
-        yield _ring_status(store, found)
+    yield from retention.read(place).status(place, store.units)
     if rate := _rate(store):
         yield rate
 
 
-def _ring_status(store: Store, found: freed.Record) -> str:
-    there = sum(sum(store.place.sizes(f"layer_{layer}").values()) for layer in found.layers)
-    units = store.units - len(found.held_out)
-    readers = [
-        f"{each.run} (layer {each.layer}) at {each.passed}"
-        for each in freed.followers(store.place).values()
-    ]
-    return (
-        f"ring: {size(there)} of {size(found.max_bytes)} in groups of {found.span} units, {found.freed} of {units} "
-        f"training units freed; readers: {', '.join(readers) or 'none'}"
-    )
-
-
 def _layer_status(store: Store, layer: int) -> Iterator[str]:
     committed = store.committed(layer)
-    nbytes = sum(store.place.sizes(f"layer_{layer}").values())
-    found = freed.read(store.place)
-    kept = [
-        int(unit) for unit in np.flatnonzero(committed) if not (found and found.is_freed(int(unit)))
-    ]
+    nbytes = sum(store.place.sizes(rows_name(layer)).values())
+    retained = retention.read(store.place)
+    kept = [unit for unit in np.flatnonzero(committed).tolist() if not retained.is_freed(unit)]
     rows = int(store.ledger.spine_rows.astype(np.int64)[kept].sum()) * store.context
     yield (
         f"layer {layer}: {int(committed.sum())} of {store.units} units, {size(nbytes)} "
@@ -108,8 +93,8 @@ def effective_documents(store: Store) -> float:
     for unit in order.permutation(store.units, 0)[:_SAMPLED]:
         counts = np.unique(store.document(int(unit)), return_counts=True)[1].astype(np.float64)
         share.append(np.square(counts / counts.sum()).sum())
-    found = freed.read(store.place)
-    units = min(found.span, store.units) if found else store.units  # that are shuffled together
+    span = retention.read(store.place).span or store.units
+    units = min(span, store.units)  # that are shuffled together
     window = min(WINDOW, units * store.chunks)
     same_unit = 1 / window + (1 - 1 / window) / units
     return float(1 / (same_unit * np.mean(share)))

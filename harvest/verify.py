@@ -7,7 +7,7 @@ import random
 import numpy as np
 
 from data.errors import MismatchError, StoreError, differences
-from data.store import freed
+from data.store import retention
 from data.store.place import Place
 from data.store.repair import damage, require_store
 from data.store.store import Store
@@ -48,12 +48,12 @@ def verify(place: Place, lm: LanguageModel) -> str:
         return f"{store.name}: every object holds the bytes that were committed; no unit has residuals yet"
     lm.isolation = store.manifest["isolation"]
     lm.truncate_(max(store.layers))
-    found = freed.read(place)
-    unit = random.choice([unit for unit in have if not (found and found.is_freed(unit))] or have)
+    kept = retention.read(place)
+    unit = random.choice([unit for unit in have if not kept.is_freed(unit)] or have)
     require_same(store, lm, unit, store.layers)
     gone = (
-        f"; the shards of {found.freed} units are freed, as in a ring they may be"
-        if found and found.freed
+        f"; the shards of {kept.freed} units are freed, as in a ring they may be"
+        if kept.freed
         else ""
     )
     return f"{store.name}: every object holds the bytes that were committed; unit {unit}, recomputed, is the same{gone}"

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from data.errors import PipelineError
-from data.store.claims import Claims
-from data.store.claims import unit as claim_of
+from data.store.claims import Claims, unit_claim
 from data.store.store import Store
 from data.store.unit import Prepared
 from harvest.forward import prepared
@@ -72,7 +71,7 @@ class Writer:
             _require_finite(self._store, unit, layer, rows, self._faults.non_finite)
         self._store.commit_residuals(unit, layers, batch)
         self.holds.discard(unit)
-        self._claims.release(claim_of(unit))
+        self._claims.release(unit_claim(unit))
         return sum(rows.bits.nbytes for rows in layers.values())
 
 

@@ -90,7 +90,7 @@ def commit(store: Store, unit: int, layers: dict[int, NDArray[np.uint16]]) -> No
     """Commit (n, d) bfloat16 bits in spine order."""
     permutation, starts = store.permutation(unit), store.piece_starts(unit).ravel()
     rows = {layer: torch.from_numpy(bits).view(torch.bfloat16) for layer, bits in layers.items()}
-    arrays = {layer: store.array(f"layer_{layer}") for layer in layers}
+    arrays = {layer: store.arrays.rows(layer) for layer in layers}
     store.commit_residuals(
         unit, {i: prepare(rows[i], permutation, starts, arrays[i]) for i in layers}
     )

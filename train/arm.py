@@ -13,11 +13,12 @@ import torch
 from data import durable
 from data.errors import PipelineError, StopRequest, StoreError
 from data.journal import Metrics, read_metrics, tell
+from data.rows.follower import Follower, FollowsNobody
 from data.store import records
 from train import checkpoint, run, sae_file
 from train.checkpoint import Checkpoint
 from train.parallel import Group
-from train.stream import Following, Stream, Whole
+from train.stream import Stream
 from train.trainer import TrainConfig, Trainer
 
 Outcome = dict[str, Any] | PipelineError  # the final held-out record, or why there is none
@@ -30,7 +31,7 @@ class Arm:
     config: TrainConfig
     stream: Stream
     folder: Path
-    following: Following = field(default_factory=Whole)
+    following: Follower = field(default_factory=FollowsNobody)
     facts: Mapping[str, Any] = field(
         default_factory=dict
     )  # written to config.yaml beside the settings

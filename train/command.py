@@ -13,10 +13,9 @@ from data.device import own_device
 from data.errors import SettingError
 from data.journal import tell
 from data.rows import summary
-from data.rows.following import RingFollower
 from data.rows.split import Policy
 from data.settings import build, flag, optional_whole, whole
-from data.store import freed
+from data.store import retention
 from data.store.store import Store
 from train import parallel
 from train.arm import Arm
@@ -25,7 +24,7 @@ from train.optim import OptimConfig
 from train.parallel import Group
 from train.run import source_of
 from train.sae import SAEConfig
-from train.stream import Whole, rows_of, store_at
+from train.stream import rows_of, store_at
 from train.trainer import TrainConfig
 
 _ARM_BYTES = 150  # of a directory's name; file systems allow 255
@@ -78,9 +77,7 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
     )
     folder = run_directory(settings["run"], f"{Path(store.name).stem}_{name}_L{layer}", job)
     registration = file_name(str(folder.resolve()))
-    following = (
-        RingFollower(reader, store, layer, registration, str(folder)) if reader.span else Whole()
-    )
+    following = reader.follower(registration, str(folder))
     facts: dict[str, Any] = {"store_path": store.name, "sae_name": name, "source": source_of(store)}
     if store.complete(layer) and (lost := summary.variance_lost(store, layer)) is not None:
         facts |= {"store_variance_lost": lost}
@@ -92,14 +89,12 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
 
 def first_layer(store: Store) -> int:
     """The default layer."""
-    found = freed.read(store.place)
-    if found:
-        return found.layers[0]
-    if not store.layers:
+    layers = retention.read(store.place).layers or store.layers
+    if not layers:
         raise SettingError(
             f"{store.name} has no layer yet; finish it with `python -m harvest store={store.name}`"
         )
-    return store.layers[0]
+    return layers[0]
 
 
 def run_directory(asked: str | None, name: str, job: Job) -> Path:

@@ -1,4 +1,4 @@
-"""What training needs of the rows it reads, and of the harvest that it may follow."""
+"""The rows that training reads: one layer in one order."""
 
 from __future__ import annotations
 
@@ -6,94 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from data.errors import StopRequest
 from data.rows.reader import Reader
 from data.rows.split import Policy, held_out
 from data.store.store import Store
-
-
-class Rows(Protocol):
-    """What training needs of data.reader.Reader."""
-
-    rows: int  # kept training rows in one pass
-    d_model: int
-    mean_norm: float  # E||x|| over them
-    mean: NDArray[np.float64]  # (d,)
-    variance: NDArray[np.float64]  # (d,)
-
-    def batches(self, start: int) -> Iterator[Tensor]:
-        """Batch number `start` and all later ones, each (batch, d), good until the next is asked
-        for.
-        """
-        ...
-
-
-class Following(Protocol):
-    """How a run and the harvest that it follows wait for each other: data.reader.RingFollower."""
-
-    span: int | None  # units per round; None: the store is whole
-
-    def require(self, rows: int) -> None:
-        """Raise SettingError if there are not as many."""
-        ...
-
-    def begin(self, batch: int) -> None:
-        """Everything from batch number `batch` on is needed."""
-        ...
-
-    def round(self, batch: int) -> int:
-        """The round in which a batch begins; a checkpoint is saved in each."""
-        ...
-
-    def has(self, batch: int) -> bool:
-        """Whether a batch can be read now."""
-        ...
-
-    def wait(self, batch: int, stop: StopRequest) -> None:
-        """Come back when a batch can be read, or a signal came."""
-        ...
-
-    def release(self, batch: int) -> None:
-        """Nothing before batch number `batch` is needed any more."""
-        ...
-
-    def finish(self) -> None:
-        """Nothing is needed any more."""
-        ...
-
-
-class Whole:
-    """Following nobody: the store is whole, and stays."""
-
-    span: int | None = None
-
-    def require(self, rows: int) -> None:
-        pass
-
-    def begin(self, batch: int) -> None:
-        pass
-
-    def round(self, batch: int) -> int:
-        return 0
-
-    def has(self, batch: int) -> bool:
-        return True
-
-    def wait(self, batch: int, stop: StopRequest) -> None:
-        pass
-
-    def release(self, batch: int) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +20,7 @@ class Stream:
     """One layer's rows in one order; runs that share it share the reading."""
 
     identity: str  # digest of the store
-    reader: Rows
+    reader: Reader
     held_out: Callable[[], Iterator[Tensor]]  # (n, d) batches of all held-out rows
     _first: list[Tensor] = field(
         default_factory=list
@@ -114,7 +33,7 @@ class Stream:
         return self._first[0][:rows]
 
 
-def first_rows(reader: Rows, rows: int) -> Tensor:
+def first_rows(reader: Reader, rows: int) -> Tensor:
     """(rows, d) the first rows of a reader's stream."""
     parts, have = list[Tensor](), 0
     with closing(reader.batches(0)) as batches:  # type: ignore[type-var]

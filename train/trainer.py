@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data import order
 from data.errors import NonFiniteError, SettingError
+from data.rows.reader import Reader
 from data.rows.split import Policy
 from train import activations, dead, loss, sae, start
 from train.checkpoint import Checkpoint
@@ -24,7 +25,6 @@ from train.loss import Losses
 from train.optim import Adam, OptimConfig, learning_rate, resolved
 from train.parallel import Group
 from train.sae import SAE, SAEConfig
-from train.stream import Rows
 
 _VERIFY = "`python -m harvest action=verify` names the unit"
 _DEAD_AFTER = 10_000_000  # tokens, at most
@@ -102,7 +102,7 @@ class Trainer:
     """The pure part: one state, and what a batch does to it."""
 
     def __init__(
-        self, config: TrainConfig, reader: Rows, device: torch.device, group: Group | None = None
+        self, config: TrainConfig, reader: Reader, device: torch.device, group: Group | None = None
     ) -> None:
         self.config, self.device, self.group = config, device, group or Group()
         _require_divisible(config, self.group.world)

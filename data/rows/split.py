@@ -1,4 +1,4 @@
-"""Which rows are trained on: units that are held out, and kinds of rows that are left out."""
+"""Which rows are trained on: held-out units and some kinds of rows are left out."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ TRAINING, HELD_OUT = range(2)
 
 def parts(store: Store) -> list[list[int]]:
     """The training and the held-out units of a store."""
-    held = {int(unit) for unit in order.held_out(store.units, store.manifest["seed"])}
-    return [[unit for unit in range(store.units) if unit not in held], sorted(held)]
+    held_out = order.held_out(store.units, store.manifest["seed"]).tolist()
+    excepted = set(held_out)
+    return [[unit for unit in range(store.units) if unit not in excepted], held_out]
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Which stored rows a reader serves, by their kind (data/store/kinds.py). Rows with NaN or
-    infinity never are.
+    """Which stored rows a reader serves, by their kind (data/store/kinds.py).
+
+    Rows with NaN or infinity are never served.
     """
 
     drop_bos: bool = True  # leave out the BOS token of every piece
@@ -34,10 +36,8 @@ class Policy:
     @property
     def kinds(self) -> tuple[int, ...]:
         """The kinds that are served."""
-        dropped = {
-            kind for kind, drop in ((BOS, self.drop_bos), (OUTLIER, self.drop_outliers)) if drop
-        }
-        return tuple(kind for kind in (BOS, OUTLIER, ORDINARY) if kind not in dropped)
+        served = {BOS: not self.drop_bos, OUTLIER: not self.drop_outliers, ORDINARY: True}
+        return tuple(kind for kind in served if served[kind])
 
 
 def held_out_units(store: Store) -> list[int]:
@@ -73,11 +73,12 @@ def training_units(store: Store) -> list[int]:
 
 
 def held_out(store: Store, layer: int, policy: Policy, batch: int) -> Iterator[torch.Tensor]:
-    """All kept rows of the held-out units once, in stored order: (n, d) bfloat16, at most `batch`
-    at a time.
+    """Every kept row of the held-out units once, in stored order.
+
+    Gives (n, d) bfloat16 with n <= `batch`.
     """
     for unit in held_out_units(store):
         keep = np.isin(store.kinds(layer, unit), policy.kinds)
         rows = torch.from_numpy(store.residuals(layer, unit)[keep]).view(torch.bfloat16)
-        for at in range(0, len(rows), batch):
-            yield rows[at : at + batch]
+        for start in range(0, len(rows), batch):
+            yield rows[start : start + batch]

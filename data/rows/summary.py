@@ -1,8 +1,8 @@
-"""The statistics of a whole layer: those of all training units together, and of all held-out ones.
+"""The statistics of a whole layer: of all training units together, and of all held-out units.
 
-They follow from the units' own, which are 0.12 MB each at width 2560: 1.9 GB for a billion tokens,
-too much to read whenever a layer is opened. So the harvest merges them once, in the order of the
-units, and whoever finds them missing does it again.
+They follow from the units' own, which are 0.12 MB each at width 2560. A billion tokens have 1.9 GB
+of them: too much to read whenever a layer is opened. So the harvest merges them once, in the order
+of the units. A process that finds no summary merges them again.
 """
 
 from __future__ import annotations
@@ -15,34 +15,35 @@ from numpy.typing import NDArray
 
 from data.rows.split import HELD_OUT, TRAINING, parts
 from data.store import records
+from data.store.arrays import KINDS
 from data.store.kinds import ORDINARY
 from data.store.moments import Moments, merge_all
-from data.store.store import KINDS, Store
+from data.store.store import Store
 
 
 class Summary(NamedTuple):
     """Statistics of one complete layer by [TRAINING, HELD_OUT] x [BOS, OUTLIER, ORDINARY]."""
 
     counts: NDArray[np.int64]  # (2, 3) rows
-    norm_sums: NDArray[np.float64]  # (2, 3) of their norms
+    norm_sums: NDArray[np.float64]  # (2, 3) sums of their norms
     moments: NDArray[np.float64]  # (2, 3, 2, d) mean, sum of squared deviations
 
     def of(self, part: int, kinds: tuple[int, ...]) -> Moments:
         """Moments of the rows of some kinds."""
-        chosen = (
+        chosen = [
             Moments(int(self.counts[part, kind]), *self.moments[part, kind]) for kind in kinds
-        )
+        ]
         return merge_all(chosen, self.moments.shape[-1])
 
 
 def read(store: Store, layer: int) -> Summary:
-    """The summary of a complete layer; made anew if the harvest was stopped before it could."""
+    """The summary of a complete layer; merged again if the harvest was stopped before it."""
     key = _key(layer)
     if not store.place.exists(key):
         return make(store, layer)
-    body = records.decode(store.place.read(key), f"{store.name}/{key}")
-    moments = store.array(f"summary_{layer}").read(store.place, 0, 2)
-    return Summary(np.array(body["counts"]), np.array(body["norm_sums"]), moments)
+    record = records.decode(store.place.read(key), f"{store.name}/{key}")
+    moments = store.arrays.summary(layer).read(store.place, 0, 2)
+    return Summary(np.array(record["counts"]), np.array(record["norm_sums"]), moments)
 
 
 def write(store: Store, layer: int) -> None:
@@ -50,9 +51,12 @@ def write(store: Store, layer: int) -> None:
     if store.place.exists(_key(layer)):
         return
     summary = make(store, layer)
-    objects = store.write(f"summary_{layer}", 0, summary.moments)
-    counts, norm_sums = summary.counts.tolist(), summary.norm_sums.tolist()
-    store.commit(_key(layer), {"counts": counts, "norm_sums": norm_sums, "objects": objects})
+    record = {
+        "counts": summary.counts.tolist(),
+        "norm_sums": summary.norm_sums.tolist(),
+        "objects": store.write(store.arrays.summary(layer), 0, summary.moments),
+    }
+    store.commit(_key(layer), record)
 
 
 def make(store: Store, layer: int, of: Sequence[Sequence[int]] | None = None) -> Summary:
@@ -61,30 +65,34 @@ def make(store: Store, layer: int, of: Sequence[Sequence[int]] | None = None) ->
     Args:
         of: [training, held-out] units; None: all.
     """
-    counts, norm_sums = np.zeros((2, KINDS), np.int64), np.zeros((2, KINDS))
-    moments = np.zeros((2, KINDS, 2, store.d_model))
+    summary = Summary(
+        counts=np.zeros((2, KINDS), np.int64),
+        norm_sums=np.zeros((2, KINDS)),
+        moments=np.zeros((2, KINDS, 2, store.d_model)),
+    )
     for part, units in enumerate(parts(store) if of is None else of):
         merged = [Moments.empty(store.d_model)] * KINDS
         for unit in units:
-            merged = [
-                whole.merge(one)
-                for whole, one in zip(merged, store.unit_moments(layer, unit), strict=True)
-            ]
-            norm_sums[part] += store.norm_sums(layer, unit)
-        counts[part] = [one.count for one in merged]
-        moments[part] = [[one.mean, one.m2] for one in merged]
-    return Summary(counts, norm_sums, moments)
+            of_unit = store.unit_moments(layer, unit)
+            merged = list(map(Moments.merge, merged, of_unit))
+            summary.norm_sums[part] += store.norm_sums(layer, unit)
+        for kind, moments in enumerate(merged):
+            summary.counts[part, kind] = moments.count
+            summary.moments[part, kind] = moments.mean, moments.m2
+    return summary
 
 
 def variance_lost(store: Store, layer: int) -> float | None:
-    """Squared error of a lossy codec over the variance of the ordinary rows it stored; None for a
-    lossless one.
+    """The share of the ordinary rows' variance that a lossy codec lost; None if lossless.
+
+    That is the squared error of storing them over their squared deviations from the mean.
     """
-    if store.manifest["codec"] != "int8":
+    if store.lossless:
         return None
-    whole = read(store, layer)
-    spread = sum(float(whole.of(part, (ORDINARY,)).m2.sum()) for part in (TRAINING, HELD_OUT))
-    return sum(store.lost(layer, unit) for unit in range(store.units)) / spread
+    summary = read(store, layer)
+    squares = [summary.of(part, (ORDINARY,)).m2.sum() for part in (TRAINING, HELD_OUT)]
+    lost = sum(store.lost(layer, unit) for unit in range(store.units))
+    return lost / sum(map(float, squares))
 
 
 def _key(layer: int) -> str:

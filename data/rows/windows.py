@@ -1,13 +1,13 @@
-"""Windows of shuffled rows, read ahead of whoever trains on them.
+"""Windows of shuffled rows, read ahead of the trainer.
 
-A row is moved twice: out of the file into a block that fits a core's cache, and from there to its
-shuffled place in the window, which is known before anything is read. The batches are views of the
-window, only one that straddles two windows is put together. Each further pass over the rows would
-cost as much as one of these two.
+A row is moved twice: from the file into a block that fits a core's cache, and from there to its
+shuffled place in the window, which is known before anything is read. Each further pass over the
+rows would cost as much as one of these two. Batches are therefore views of the window; only a batch
+that straddles two windows is copied together.
 
-While one window is served the next is filled; the two take 2 x window x chunk x d x 2 bytes: 5.4 GB
-by default at width 2560. Their memory is used again as soon as nobody holds a tensor of it, and not
-before: a batch that is kept stays what it was, and costs a window's memory.
+While one window is served the next is filled: two buffers of window x chunk x d x 2 bytes, 5.4 GB
+together by default at width 2560. A buffer is reused as soon as no tensor of it lives. A batch that
+is kept stays valid, and costs a window's memory.
 """
 
 from __future__ import annotations
@@ -26,15 +26,25 @@ from numpy.typing import NDArray
 
 from data import order
 from data.errors import StoreError
-from data.store.shard import Shard
+from data.store.shard import SCATTER_BYTES, Shard
 from data.store.store import Store
 
-AHEAD = 1  # windows that are filled while one is served
-# Per reader, and as many again in a second one. 16 decode 16 GB/s of blosc and ask a bucket for 1
-# GB/s; idle ones cost nothing. Where training shares the cores it is held up for the second that a
-# window takes, once a window.
-THREADS = min(16, os.cpu_count() or 1)
 _PAGE = 4096
+
+
+class Tuning(NamedTuple):
+    """What decides speed and memory, never an order."""
+
+    # Threads that decode, per reader. 16 decode 16 GB/s of blosc and ask a bucket for 1 GB/s; idle
+    # ones cost nothing. Where training shares the cores it is held up for the second that a window
+    # takes, once a window.
+    threads: int = min(16, os.cpu_count() or 1)
+    ahead: int = 1  # windows that are filled while one is served
+    scatter_bytes: int = SCATTER_BYTES  # rows that are moved at a time
+    poll_s: float = 0.2  # between looks for a harvest's commits; one takes 0.04 s at 15,000 units
+
+
+TUNING = Tuning()
 
 
 class Window(NamedTuple):
@@ -51,41 +61,45 @@ class Window(NamedTuple):
 
 
 class Blocks:
-    """Equal pieces of memory, each given out again when nobody holds a tensor of it any more."""
+    """Buffers of equal size; each is reused when no tensor of it lives any more."""
 
     def __init__(self, rows: int, d: int, most: int, pinned: bool) -> None:
         """Nothing is allocated yet.
 
         Args:
-            most: blocks to have at a time, but for those that a consumer keeps.
-            pinned: in page-locked memory, from which a GPU copies by itself.
+            most: buffers at a time, beside those that a consumer keeps.
+            pinned: in page-locked memory, from which a GPU copies without the host.
         """
-        self._shape, self._most, self._pinned = (rows, d), most, pinned
-        # A lease is a view that every tensor made of the block keeps alive, and nothing of ours.
+        self.shape = (rows, d)
+        self._most = most
+        self._pinned = pinned
+        # A buffer with its lease: a view that every tensor of the buffer keeps alive. Nothing of
+        # ours holds the view itself.
         self._blocks: list[tuple[NDArray[np.uint16], weakref.ref[NDArray[np.uint16]]]] = []
 
     def take(self, needed: bool = True) -> torch.Tensor | None:
-        """(rows, d) bfloat16, of any content; None if all blocks are held, and none is `needed`."""
-        for at, (memory, lease) in enumerate(self._blocks):
+        """(rows, d) bfloat16 of any content; None if all buffers are in use and none is needed."""
+        for index, (memory, lease) in enumerate(self._blocks):
             if lease() is None:
-                return self._lend(at, memory)
+                del self._blocks[index]
+                return self._lend(memory)
         if len(self._blocks) == self._most:
             if not needed:
                 return None
-            del self._blocks[0]  # whoever keeps it has it for good
-        self._blocks.append((memory := self._allocate(), weakref.ref(memory)))
-        return self._lend(-1, memory)
+            del self._blocks[0]  # the consumer keeps it for good
+        return self._lend(self.allocate())
 
-    def _lend(self, at: int, memory: NDArray[np.uint16]) -> torch.Tensor:
+    def _lend(self, memory: NDArray[np.uint16]) -> torch.Tensor:
         view = memory[:]
-        self._blocks[at] = memory, weakref.ref(view)
+        self._blocks.append((memory, weakref.ref(view)))
         return torch.from_numpy(view).view(torch.bfloat16)
 
-    def _allocate(self) -> NDArray[np.uint16]:
-        rows, d = self._shape
+    def allocate(self) -> NDArray[np.uint16]:
+        """(rows, d) new memory."""
+        rows, d = self.shape
         if self._pinned:
             return torch.empty(rows, d, dtype=torch.uint16, pin_memory=True).numpy()
-        # By NumPy, which asks for huge pages. On a page's border, so that rows of 64 n bytes fill
+        # NumPy asks for huge pages. Rows begin at a page's border, so that rows of 64 n bytes fill
         # whole cache lines.
         memory = np.empty(rows * d * 2 + _PAGE, np.uint8)
         first = -memory.ctypes.data % _PAGE
@@ -96,40 +110,55 @@ class Filler:
     """How a window is read: the rows of one layer that are of some kinds."""
 
     def __init__(
-        self, store: Store, layer: int, kinds: Sequence[int], seed: int, pinned: bool
+        self,
+        store: Store,
+        layer: int,
+        kinds: Sequence[int],
+        seed: int,
+        pinned: bool,
+        tuning: Tuning,
     ) -> None:
-        self._store, self._layer, self._seed, self._pinned = store, layer, seed, pinned
-        self._served = np.isin(
-            np.arange(256), kinds
-        )  # by kind; `np.isin` over all rows took 0.2 ms a unit
-        self._array = store.array(f"layer_{layer}")
+        self.tuning = tuning
+        self._store = store
+        self._layer = layer
+        self._seed = seed
+        self._pinned = pinned
+        # By kind: whether it is served. `np.isin` over all rows took 0.2 ms a unit.
+        self._served = np.isin(np.arange(256), kinds)
+        self._array = store.arrays.rows(layer)
         self._chunk: int = store.manifest["chunk"]
         self._memory = threading.local()
 
     def blocks(self, rows: int, most: int) -> Blocks:
-        """Memory for as many rows each."""
+        """At most `most` buffers of `rows` rows each."""
         return Blocks(rows, self._store.d_model, most, self._pinned)
 
     def fill(
         self, window: Window, block: torch.Tensor, decoders: ThreadPoolExecutor
     ) -> torch.Tensor:
-        """The window's rows in their order, less those it skips; in `block`, whose last row takes
-        what is not served.
+        """Read a window's rows in their order into `block`, less those that it skips.
+
+        Args:
+            block: (at least the window's rows + 1, d). The last row takes what is not served.
 
         Raises:
             StoreError: a shard is damaged or freed.
         """
-        shuffle = order.permutation(window.rows, self._seed, window.round, window.number)
+        # The place of every kept row; rows that are skipped go to the last one.
         nowhere = len(block) - 1
         places = np.empty(window.rows, np.int64)
+        shuffle = order.permutation(window.rows, self._seed, window.round, window.number)
         places[shuffle] = np.arange(-window.skip, window.rows - window.skip)
         places[places < 0] = nowhere
-        out = block.view(torch.uint16).numpy()
+
+        # Each unit's chunks with their part of the places: a shard is opened once a window.
         by_unit: dict[int, list[tuple[int, NDArray[np.int64]]]] = {}
-        for (unit, chunk, kept), end in zip(
-            window.chunks.tolist(), window.chunks[:, 2].cumsum().tolist(), strict=True
-        ):
+        end = 0
+        for unit, chunk, kept in window.chunks.tolist():
+            end += kept
             by_unit.setdefault(unit, []).append((chunk, places[end - kept : end]))
+
+        out = block.view(torch.uint16).numpy()
         list(decoders.map(lambda item: self._scatter(out, nowhere, *item), sorted(by_unit.items())))
         return block[: window.rows - window.skip]
 
@@ -140,14 +169,17 @@ class Filler:
         unit: int,
         wanted: Sequence[tuple[int, NDArray[np.int64]]],
     ) -> None:
-        """Put the wanted inner chunks' rows of one unit, (chunk, places of its kept rows) each,
-        into their places.
+        """Move the rows of some inner chunks of one unit to their places in `out`.
+
+        Args:
+            nowhere: the place of rows that are not served.
+            wanted: each chunk, with the places of its kept rows.
         """
         kinds = self._store.kinds(self._layer, unit)
         try:
-            shard = Shard(self._array, self._store.place, unit)
+            shard = Shard(self._array, self._store.place, unit, self.tuning.scatter_bytes)
         except StoreError:
-            self._store.ledger.freed.refuse(self._array.key(unit))
+            self._store.ledger.absences.refuse(self._array.key(unit), unit)
             raise
         with shard:
             for chunk, kept in wanted:
@@ -161,14 +193,17 @@ class _Ahead:
     """The windows of a plan, one after another, while the following ones are filled."""
 
     def __init__(self, plan: Iterator[Window | None], filler: Filler, rows: int) -> None:
-        self._plan, self._filler, self._blocks = plan, filler, filler.blocks(rows + 1, AHEAD + 1)
-        self._loaders = ThreadPoolExecutor(AHEAD, thread_name_prefix="window")
-        self._decoders = ThreadPoolExecutor(THREADS, thread_name_prefix="decode")
+        self._plan = plan
+        self._filler = filler
+        self._ahead = filler.tuning.ahead
+        self._blocks = filler.blocks(rows + 1, self._ahead + 1)
+        self._loaders = ThreadPoolExecutor(self._ahead, thread_name_prefix="window")
+        self._decoders = ThreadPoolExecutor(filler.tuning.threads, thread_name_prefix="decode")
         self._coming: deque[Future[torch.Tensor]] = deque()
-        self._held_up = False  # whether a window is not begun for want of memory
+        self._held_up = False  # whether a window waits for a buffer
 
     def next(self) -> torch.Tensor | None:
-        """The next window's rows; None if it is not there."""
+        """The next window's rows; None if the window is not there."""
         if not self._coming and not self._begin(needed=True):
             return None
         current = self._coming.popleft()
@@ -177,17 +212,19 @@ class _Ahead:
         return current.result()
 
     def go_on(self) -> None:
-        """Begin the windows that only batches in use have held up."""
-        while self._held_up and len(self._coming) < AHEAD:
+        """Begin the windows that waited for a buffer."""
+        while self._held_up and len(self._coming) < self._ahead:
             if not self._begin(needed=False):
                 return
         self._held_up = False
 
     def _begin(self, needed: bool) -> bool:
-        if (block := self._blocks.take(needed)) is None:
+        block = self._blocks.take(needed)
+        if block is None:
             return False
-        if (window := next(self._plan)) is None:
-            # looking for it costs 0.04 s at 15,000 units: not again before the next window
+        window = next(self._plan)
+        if window is None:
+            # A look costs 0.04 s at 15,000 units: none before the next window is asked for.
             self._held_up = False
             return False
         self._coming.append(self._loaders.submit(self._filler.fill, window, block, self._decoders))
@@ -205,45 +242,57 @@ def batches(
     filler: Filler,
     rows: int,
     batch: int,
-    given_out: Callable[[], StoreError],
+    ended: Callable[[], StoreError],
 ) -> Iterator[torch.Tensor]:
-    """Windows cut into batches. Nothing here may keep a batch, or a window at its end: its memory
-    would not come free.
+    """Windows cut into batches.
+
+    Hold no reference to a batch here, or to a window that is used up: its buffer would never be
+    reused.
 
     Args:
         plan: windows in their order; None, and the same again at the next asking, for one that is
-            not there.
+            not there yet.
         rows: most rows of a window.
         batch: rows of a batch.
-        given_out: why there is no window any more.
+        ended: why there is no window any more.
     """
-    ahead, joints = _Ahead(plan, filler, rows), filler.blocks(batch, 2)
+    ahead = _Ahead(plan, filler, rows)
+    joints = filler.blocks(batch, 2)
     nothing = torch.empty(0)
-    window, at = nothing, 0
+    window = nothing
+    position = 0  # rows of the window that are served
 
     def following() -> torch.Tensor:
-        if (found := ahead.next()) is None:
-            raise given_out()
+        found = ahead.next()
+        if found is None:
+            raise ended()
         return found
 
     try:
         while True:
-            if at == len(window):
-                window = nothing
-                window, at = following(), 0
-            if at + batch <= len(window):
-                at += batch
-                yield window[at - batch : at]
+            if position == len(window):
+                window = nothing  # frees its buffer for the next window
+                window = following()
+                position = 0
+
+            if position + batch <= len(window):
+                # A batch within the window: a view.
+                position += batch
+                yield window[position - batch : position]
             else:
-                joint, have = joints.take(), 0
+                # A batch that straddles windows: copied together.
+                joint = joints.take()
                 assert joint is not None
-                while have < batch:
-                    if at == len(window):
+                filled = 0
+                while filled < batch:
+                    if position == len(window):
                         window = nothing
-                        window, at = following(), 0
-                    end = min(at + batch - have, len(window))
-                    joint[have : have + end - at] = window[at:end]
-                    have, at = have + end - at, end
+                        window = following()
+                        position = 0
+                    count = min(batch - filled, len(window) - position)
+                    joint[filled : filled + count] = window[position : position + count]
+                    filled += count
+                    position += count
                 yield joint
                 del joint
             ahead.go_on()

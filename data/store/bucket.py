@@ -20,7 +20,7 @@ import xxhash
 from data import durable
 from data.durable import Buffer, Written
 from data.errors import SettingError, StoreError, first_line
-from data.store.claims import Claims, Shares
+from data.store.claims import Claims, NumberedClaims
 
 SCHEMES = ("s3", "gs", "az")
 _CONNECTIONS = (
@@ -164,7 +164,7 @@ class ObjectPlace:
         return None
 
     def claims(self, rank: int, world: int) -> Claims:
-        return Shares(rank, world)
+        return NumberedClaims(rank, world)
 
 
 class _Object:

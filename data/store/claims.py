@@ -1,10 +1,11 @@
-"""Who makes what, among processes that write one store.
+"""Claims: which process makes which unit, among all that write one store.
 
-On a file system with POSIX locks a claim is a lock on one byte of one file: it needs no clock and
-no clean-up, and it ends with its process, so that what a killed process had in hand is free at
-once. Without such locks, as on an object store, the work is shared out by number alone. Claims save
-work and nothing else: that two processes make the same unit is harmless, since it has the same
-bytes and its record is created once.
+With POSIX locks a claim is a lock on one byte of one file. It needs no clock and no clean-up: the
+kernel drops it when its process ends, so the units of a killed process are free at once. Without
+such locks, as on an object store, ranks divide the units by number.
+
+Claims only save work. Two processes that make the same unit do no harm: they write the same bytes,
+and the unit's record is created once.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ from data import durable
 from data.errors import StoreError
 from data.journal import tell
 
-SPINE, METADATA, PRESENCE, RING = range(4)  # what else there is to claim
-_UNITS = 16  # claims of units begin here
+# Claims of other things than units: reading the text, writing Zarr metadata, being at work in the
+# store, changing a ring's records.
+SPINE, METADATA, PRESENCE, RING = range(4)
+_FIRST_UNIT = 16  # the claim of unit 0
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
-def unit(number: int) -> int:
-    """The claim of a unit."""
-    return _UNITS + number
+def unit_claim(unit: int) -> int:
+    """The number of a unit's claim."""
+    return _FIRST_UNIT + unit
 
 
 class Claims(Protocol):
@@ -37,49 +40,55 @@ class Claims(Protocol):
     exact: bool  # whether a refused claim means that a living process holds it
 
     def take(self, claim: int) -> bool:
-        """Whether the claim is ours now; it is never waited for."""
+        """Take a claim without waiting; False if another process holds it."""
         ...
 
     def held(self, claim: int) -> AbstractContextManager[None]:
-        """Hold a claim, waiting for it where it is exact."""
+        """Hold a claim for a `with` block, after waiting for it where claims are exact."""
         ...
 
     def release(self, claim: int) -> None:
         """Give a claim back."""
         ...
 
+    def alone(self) -> bool:
+        """Whether it is certain that no other process is at work in the store."""
+        ...
+
     def take_over(self) -> None:
-        """Take the shares of ranks that are silent for our own, where claims are not exact."""
+        """Make the units of silent ranks too, where claims are not exact."""
         ...
 
     def close(self) -> None:
-        """Give everything back."""
+        """Give every claim back."""
         ...
 
 
 class FileClaims:
-    """Locks on the bytes of a file. Open one per process and store: closing any one gives back the
-    locks of all.
+    """Locks on the bytes of a file.
+
+    Open one per process and store: closing any one drops the locks of all.
     """
 
     exact = True
 
     def __init__(self, file: Path, folder: Path) -> None:
-        """Join the processes at work in `folder`; the first to come removes what killed ones left
-        half written.
+        """Join the processes at work in `folder`.
+
+        The first of them removes the temporary files of killed processes.
 
         Raises:
-            StoreError: the file system has no locks.
+            NoLocksError: the file system has no locks.
         """
         durable.make_directory(file.parent)
         self._folder = folder
         with durable.refusals(file):
             self._handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if self._lock(PRESENCE, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            if self.alone():
                 durable.sweep(folder)
-            else:
-                self._wait_for_room(folder)
+            elif not self._lock(PRESENCE, fcntl.LOCK_SH | fcntl.LOCK_NB):
+                tell(f"{folder} is being repaired or cleaned up by another process: waiting for it")
             self._lock(PRESENCE, fcntl.LOCK_SH)
         except OSError as error:
             os.close(self._handle)
@@ -89,18 +98,8 @@ class FileClaims:
                 f"{folder} is on a file system without locks ({error.strerror})"
             ) from error
 
-    def _wait_for_room(self, folder: Path) -> None:
-        if not self._lock(PRESENCE, fcntl.LOCK_SH | fcntl.LOCK_NB):
-            tell(f"{folder} is being repaired or cleaned up by another process: waiting for it")
-
     def _lock(self, claim: int, how: int) -> bool:
-        try:
-            fcntl.lockf(self._handle, how, 1, claim)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                return False
-            raise
-        return True
+        return durable.lock(fcntl.lockf, self._handle, how, 1, claim)
 
     def alone(self) -> bool:
         """Whether no other process is at work here; if so, none can come before `close`."""
@@ -111,7 +110,7 @@ class FileClaims:
 
     @contextmanager
     def held(self, claim: int) -> Iterator[None]:
-        """Hold a claim, waiting for it."""
+        """Hold a claim for a `with` block, after waiting for it."""
         self._lock(claim, fcntl.LOCK_EX)
         try:
             yield
@@ -125,26 +124,29 @@ class FileClaims:
         raise AssertionError("a lock ends with its process: there is nothing to take over")
 
     def close(self) -> None:
-        """Leave; the last to go removes what a killed one left half written meanwhile."""
+        """Leave; the last to go removes the temporary files of killed processes."""
         if self.alone():
             durable.sweep(self._folder)
         os.close(self._handle)
 
 
 class NoLocksError(StoreError):
-    """The medium has no locks that die with their process."""
+    """The file system has no locks that end with their process."""
 
 
-class Shares:
-    """The unit's number says whose it is: for places without locks."""
+class NumberedClaims:
+    """Claims by number, for places without locks: rank r of w makes units r, r + w, r + 2 w, ..."""
 
     exact = False
 
     def __init__(self, rank: int, world: int) -> None:
-        self._rank, self._world = rank, world
+        self._rank = rank
+        self._world = world
 
     def take(self, claim: int) -> bool:
-        return (claim - _UNITS) % self._world == self._rank if claim >= _UNITS else self._rank == 0
+        if claim < _FIRST_UNIT:
+            return self._rank == 0
+        return (claim - _FIRST_UNIT) % self._world == self._rank
 
     @contextmanager
     def held(self, claim: int) -> Iterator[None]:
@@ -153,8 +155,12 @@ class Shares:
     def release(self, claim: int) -> None:
         pass
 
+    def alone(self) -> bool:
+        return False
+
     def take_over(self) -> None:
-        self._rank, self._world = 0, 1
+        self._rank = 0
+        self._world = 1
 
     def close(self) -> None:
         pass

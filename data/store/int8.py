@@ -1,15 +1,17 @@
 """Residual rows at one byte per element: the Zarr codec `standardized_int8`. Importing this module
 registers it.
 
-A row x is stored as q = round(z / s), z = (x − mean) / deviation per channel, s = max |z| / 127 per
-row, and read as mean + deviation · s · q, rounded to bfloat16. Massive channels (|mean| up to 400
-deviations) ruin int8 per token and fp8 alike; standardised per channel, int8 loses 7e-5 of the
-variance of ordinary rows. Sinks, whose massive channels set s, keep those channels and little else.
-A row that has no finite z is read as NaN throughout, so that it stays a row that is never served.
+A row x is stored as q = round(z / s), with z = (x − mean) / deviation per channel and s = max |z| /
+127 per row. It is read as mean + deviation · s · q, rounded to bfloat16.
+
+Massive channels (|mean| up to 400 deviations) ruin int8 per token and fp8 alike. Standardised per
+channel, int8 loses 7e-5 of the variance of ordinary rows. In attention sinks the massive channels
+set s: sinks keep those channels and little else. A row without a finite z is read as NaN in every
+channel, so that it stays a row that is never served.
 
 A chunk of n rows is n little-endian float32 scales s, then n·d int8. The statistics stand in the
-array's own metadata. Every step is a separate, correctly rounded float32 operation, so that every
-machine reads the same bits.
+array's own metadata. Every step is a separate, correctly rounded float32 operation: every machine
+reads the same bits.
 
 Shapes: n rows, d channels.
 """
@@ -34,34 +36,31 @@ from data.store.zarr_bfloat16 import to_float32
 NAME = "standardized_int8"
 SCALE_BYTES = 4
 _LEVELS = 127
-# scales below it read as 0: their inverse would overflow, and 1e-35 deviations are no distance
+# Smaller scales are stored as 0: their inverse would overflow, and 1e-35 deviations are no distance.
 _SMALLEST = 1e-37
 _NAN_BITS = 0x7FC0
-# Elements held as float32 at a time: 0.65 MB, in cache. NumPy and not torch: chunks are worked side
-# by side, one a thread, and torch would start threads of its own in each.
-_BLOCK = 64 * 2560
+# Elements held as float32 at a time: 0.65 MB, which fit the cache. NumPy and not torch: threads take
+# a chunk each, and torch would start threads of its own in every one.
+BLOCK = 64 * 2560
 
 
 @dataclass(frozen=True)
 class StandardizedInt8(ArrayBytesCodec):  # type: ignore[misc]
-    """The codec with its statistics, frozen before the first row is written; (d,) little-endian
-    float32 in base64.
-    """
+    """The codec with its statistics, which are frozen before the first row is written."""
 
-    mean: str
-    deviation: str
+    mean: str  # (d,) little-endian float32 in base64
+    deviation: str  # (d,) the same
 
     is_fixed_size = True
 
     def __post_init__(self) -> None:
         mean, deviation = self._statistics
-        usable = (
-            mean.shape == deviation.shape and len(mean) > 0 and np.isfinite([mean, deviation]).all()
-        )
-        if not usable or (deviation < 0).any():
+        same_shape = mean.shape == deviation.shape and len(mean) > 0
+        if not same_shape or not np.isfinite([mean, deviation]).all() or (deviation < 0).any():
             raise SettingError(
-                f"{NAME} needs one finite mean and one finite deviation >= 0 per channel (got {len(mean)} means, "
-                f"{len(deviation)} deviations); take them from the array's own zarr.json"
+                f"{NAME} needs one finite mean and one finite deviation >= 0 per channel (got "
+                f"{len(mean)} means, {len(deviation)} deviations); take them from the array's own "
+                "zarr.json"
             )
 
     @classmethod
@@ -74,14 +73,15 @@ class StandardizedInt8(ArrayBytesCodec):  # type: ignore[misc]
         """The codec that an array's metadata names.
 
         Raises:
-            SettingError: it is not one of ours, or not as we write it.
+            SettingError: it is another codec, or its parameters are not as we write them.
         """
         configuration = data.get("configuration")
         if data.get("name") != NAME or not isinstance(configuration, dict):
             raise SettingError(f"codec {data.get('name')!r} is not {NAME} with its configuration")
         if configuration.keys() != {"mean", "deviation"}:
             raise SettingError(
-                f"{NAME} has the parameters {', '.join(sorted(configuration))}; it takes mean and deviation"
+                f"{NAME} has the parameters {', '.join(sorted(configuration))}; it takes mean and "
+                "deviation"
             )
         return cls(**configuration)
 
@@ -99,38 +99,52 @@ class StandardizedInt8(ArrayBytesCodec):  # type: ignore[misc]
 
     @cached_property
     def _inverse(self) -> NDArray[np.float32]:
-        """1 / deviation; 0 for a channel that has none, so that it is read as its mean."""
+        """(d,) 1 / deviation; 0 for a constant channel, which is then read as its mean."""
         deviation = self._statistics[1]
         return np.divide(1, deviation, out=np.zeros_like(deviation), where=deviation > _SMALLEST)
 
-    def encode_rows(self, bits: NDArray[np.uint16]) -> NDArray[np.uint8]:
-        """(n·(4 + d),) bytes of (n, d) bfloat16 bits."""
+    def encode_rows(self, bits: NDArray[np.uint16], block: int = BLOCK) -> NDArray[np.uint8]:
+        """(n·(4 + d),) bytes of (n, d) bfloat16 bits.
+
+        Args:
+            block: elements held as float32 at a time; it changes no byte.
+        """
         out = np.empty(self.encoded_bytes(len(bits)), np.uint8)
         scales, levels = self._parts(out)
-        mean, inverse = self._statistics[0], self._inverse
-        step = _step(self.d)
+        mean = self._statistics[0]
+        inverse = self._inverse
+        step = max(1, block // self.d)
         z_block = np.empty((min(step, len(bits)), self.d), np.float32)
         with np.errstate(over="ignore", invalid="ignore"):  # such rows are read as NaN
-            for at in range(0, len(bits), step):
-                rows = bits[at : at + step]
+            for start in range(0, len(bits), step):
+                # z, as float32.
+                rows = bits[start : start + step]
                 z = z_block[: len(rows)]
                 np.left_shift(rows, 16, out=z.view(np.uint32), dtype=np.uint32)
                 z -= mean
                 z *= inverse
+
+                # The scale of each row.
                 scale = np.maximum(z.max(1), -z.min(1)) / _LEVELS
                 usable = np.isfinite(scale)
                 if not usable.all():
-                    z[~usable] = 0  # NaN as int8 is whatever the machine likes
+                    z[~usable] = 0  # NaN as int8 differs between machines
                 scale[scale < _SMALLEST] = 0
-                z *= np.divide(1, scale, out=np.zeros_like(scale), where=usable & (scale > 0))[
-                    :, None
-                ]
-                levels[at : at + step] = np.rint(z, out=z)
-                scales[at : at + step] = np.where(usable, scale, np.nan)
+
+                # Levels.
+                positive = usable & (scale > 0)
+                z *= np.divide(1, scale, out=np.zeros_like(scale), where=positive)[:, None]
+                levels[start : start + step] = np.rint(z, out=z)
+                scales[start : start + step] = np.where(usable, scale, np.nan)
         return out
 
-    def decode_rows(self, data: NDArray[np.uint8], out: NDArray[np.uint16]) -> None:
+    def decode_rows(
+        self, data: NDArray[np.uint8], out: NDArray[np.uint16], block: int = BLOCK
+    ) -> None:
         """Read what `encode_rows` made into the C-contiguous (n, d) `out`.
+
+        Args:
+            block: elements held as float32 at a time; it changes no bit.
 
         Raises:
             ValueError: the size is wrong.
@@ -141,19 +155,19 @@ class StandardizedInt8(ArrayBytesCodec):  # type: ignore[misc]
             )
         scales, levels = self._parts(data)
         mean, deviation = self._statistics
-        step = _step(self.d)
+        step = max(1, block // self.d)
         x_block = np.empty((min(step, len(out)), self.d), np.float32)
         with np.errstate(over="ignore", invalid="ignore"):  # rows of NaN
-            for at in range(0, len(out), step):
-                rows = out[at : at + step]
+            for start in range(0, len(out), step):
+                rows = out[start : start + step]
                 x = x_block[: len(rows)]
-                np.multiply(levels[at : at + step], scales[at : at + step, None], out=x)
+                np.multiply(levels[start : start + step], scales[start : start + step, None], out=x)
                 x *= deviation
                 x += mean
                 _round(x, rows)
         lost = np.isnan(scales)
         if lost.any():
-            out[lost] = _NAN_BITS  # rounding may carry a NaN of another's making into -0
+            out[lost] = _NAN_BITS  # `_round` may carry another writer's NaN into -0
 
     def stored(self, bits: NDArray[np.uint16]) -> NDArray[np.uint16]:
         """(n, d) bfloat16 bits that a reader will get back for `bits`."""
@@ -168,14 +182,14 @@ class StandardizedInt8(ArrayBytesCodec):  # type: ignore[misc]
     def _parts(self, data: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
         """Views of a chunk's bytes: (n,) scales, (n, d) levels."""
         n = len(data) // (SCALE_BYTES + self.d)
-        return data[: n * SCALE_BYTES].view("<f4"), data[n * SCALE_BYTES :].view(np.int8).reshape(
-            n, self.d
-        )
+        scales = data[: n * SCALE_BYTES].view("<f4")
+        levels = data[n * SCALE_BYTES :].view(np.int8).reshape(n, self.d)
+        return scales, levels
 
     # -- what Zarr calls ---------------------------------------------------------------------------
 
     def validate(self, *, shape: tuple[int, ...], dtype: Any, chunk_grid: Any) -> None:
-        """Refuse an array that this codec is not for."""
+        """Raise SettingError for an array that is not (n, d) bfloat16."""
         if dtype.to_json(zarr_format=3) != "bfloat16" or len(shape) != 2 or shape[1] != self.d:
             raise SettingError(
                 f"{NAME} with {self.d} channels is for (n, {self.d}) bfloat16, not {shape} {dtype}"
@@ -185,9 +199,8 @@ class StandardizedInt8(ArrayBytesCodec):  # type: ignore[misc]
         return self.encoded_bytes(input_byte_length // (2 * self.d))
 
     async def _encode_single(self, chunk_array: Any, chunk_spec: Any) -> Any:
-        return chunk_spec.prototype.buffer.from_array_like(
-            self.encode_rows(chunk_array.as_numpy_array())
-        )
+        encoded = self.encode_rows(chunk_array.as_numpy_array())
+        return chunk_spec.prototype.buffer.from_array_like(encoded)
 
     async def _decode_single(self, chunk_bytes: Any, chunk_spec: Any) -> Any:
         out = np.empty(chunk_spec.shape, np.uint16)
@@ -196,45 +209,47 @@ class StandardizedInt8(ArrayBytesCodec):  # type: ignore[misc]
 
 
 def standardisation(ordinary: Moments) -> StandardizedInt8:
-    """The codec for the moments of a first unit's ORDINARY rows: outliers in them would coarsen
-    every other row.
+    """The codec for the moments of a first unit's ORDINARY rows.
+
+    Outliers among those rows would coarsen every other row.
 
     Raises:
-        StoreError: two rows at least are needed for a deviation.
+        StoreError: there are fewer than two rows, so that there is no deviation.
     """
     if ordinary.count < 2:
         raise StoreError(
-            f"int8 takes its channels' means and deviations from the first unit, which has {ordinary.count} ordinary "
-            "rows; choose codec=blosc"
+            "int8 takes its channels' means and deviations from the first unit, which has "
+            f"{ordinary.count} ordinary rows; choose codec=blosc"
         )
-    return StandardizedInt8.of(
-        ordinary.mean.astype(np.float32), np.sqrt(ordinary.variance).astype(np.float32)
-    )
+    deviation = np.sqrt(ordinary.variance)
+    return StandardizedInt8.of(ordinary.mean.astype(np.float32), deviation.astype(np.float32))
 
 
-def squared_errors(bits: NDArray[np.uint16], stored: NDArray[np.uint16]) -> NDArray[np.float64]:
-    """(n,) sum over channels of (x − x')² per row, for (n, d) bfloat16 bits as they were and as
-    they will be read.
+def squared_errors(
+    bits: NDArray[np.uint16], stored: NDArray[np.uint16], block: int = BLOCK
+) -> NDArray[np.float64]:
+    """(n,) sum over channels of (x − x')² per row, for (n, d) bfloat16 bits before and after.
 
-    Not finite for a row that is not. Summed over the ORDINARY rows, and over the sum of those rows'
-    `m2`, it is the share of their variance that storing them lost.
+    Not finite for a row that is not finite. The sum over ORDINARY rows, divided by the sum of their
+    `m2`, is the share of their variance that storing lost.
+
+    Args:
+        block: elements held as float64 at a time; it changes no bit.
     """
-    out, step = np.empty(len(bits)), _step(bits.shape[1])
+    out = np.empty(len(bits))
+    step = max(1, block // bits.shape[1])
     with np.errstate(invalid="ignore"):  # infinity less infinity
-        for at in range(0, len(bits), step):
-            part = slice(at, at + step)
+        for start in range(0, len(bits), step):
+            part = slice(start, start + step)
             error = np.subtract(to_float32(bits[part]), to_float32(stored[part]), dtype=np.float64)
             out[part] = np.einsum("nd,nd->n", error, error)
     return out
 
 
-def _step(d: int) -> int:
-    return max(1, _BLOCK // d)
-
-
 def _round(values: NDArray[np.float32], out: NDArray[np.uint16]) -> None:
-    """Round (n, d) values to bfloat16 bits, nearest, ties to even; `values` is spent. NaN gives any
-    bits.
+    """Round (n, d) values to bfloat16 bits, nearest, ties to even; overwrites `values`.
+
+    NaN gives any bits.
     """
     wide = values.view(np.uint32)
     up = wide >> np.uint32(16)

@@ -1,14 +1,13 @@
-"""What the commit records of a store say, as arrays: 0.8 KB a unit and layer however large the
-store.
+"""What the records of a store say, as arrays: 0.8 KB a unit and layer, however large the store.
 
-The records are the truth; this is read from them and only ever grows, so that a process can follow
-what others commit.
+The records are the truth. A ledger is read from them and only ever grows, so that a process can
+follow what others commit.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,8 @@ from numpy.typing import NDArray
 
 from data.errors import StoreError
 from data.store import records
-from data.store.freed import Freed
 from data.store.place import Place
+from data.store.retention import Absences
 
 SPINE, RESIDUALS = "commits/spine", "commits/residuals"
 _SPINE_RECORD = re.compile(r"\d{8}\.json")
@@ -36,12 +35,18 @@ def residual_key(unit: int, layers: Iterable[int]) -> str:
 
 
 def count_residuals(place: Place, layers: Iterable[int]) -> int:
-    """How many units of `layers` have a record, summed over the layers, by the records' names
-    alone.
-    """
+    """How many units of `layers` have a record, summed over the layers; by the names alone."""
     asked = set(layers)
-    matches = (_RESIDUAL_RECORD.fullmatch(name) for name in place.names(RESIDUALS))
-    return sum(len(asked & {*map(int, match["layers"].split("_"))}) for match in matches if match)
+    count = 0
+    for name in place.names(RESIDUALS):
+        if match := _RESIDUAL_RECORD.fullmatch(name):
+            count += len(asked & _layers(match))
+    return count
+
+
+def _layers(match: re.Match[str]) -> set[int]:
+    """The layers that a record of residuals names."""
+    return set(map(int, match["layers"].split("_")))
 
 
 @dataclass
@@ -49,25 +54,22 @@ class LayerLedger:
     """One layer's units."""
 
     committed: NDArray[np.bool_]  # (units,)
-    chunks: NDArray[
-        np.int32
-    ]  # (units, C, 3) rows of each inner chunk that are BOS, OUTLIER, ORDINARY
-    norm_sums: NDArray[np.float64]  # (units, 3) sums of their norms
-    lost: NDArray[
-        np.float64
-    ]  # (units,) sum of squared errors of the ORDINARY rows, by a codec that loses something
-    batch: NDArray[
-        np.int32
-    ]  # (units,) packed rows per forward pass, where it was not the manifest's; else 0
+    # (units, C, 3) rows of each inner chunk that are BOS, OUTLIER, ORDINARY
+    chunks: NDArray[np.int32]
+    norm_sums: NDArray[np.float64]  # (units, 3) sums of the norms of those rows
+    # (units,) sum of squared errors of the ORDINARY rows, from a lossy codec
+    lost: NDArray[np.float64]
+    # (units,) packed rows per forward pass where it was not the manifest's; else 0
+    batch: NDArray[np.int32]
 
     @staticmethod
     def empty(units: int, chunks: int) -> LayerLedger:
         return LayerLedger(
-            np.zeros(units, np.bool_),
-            np.zeros((units, chunks, 3), np.int32),
-            np.zeros((units, 3)),
-            np.zeros(units),
-            np.zeros(units, np.int32),
+            committed=np.zeros(units, np.bool_),
+            chunks=np.zeros((units, chunks, 3), np.int32),
+            norm_sums=np.zeros((units, 3)),
+            lost=np.zeros(units),
+            batch=np.zeros(units, np.int32),
         )
 
     def note(self, unit: int, entry: Mapping[str, Any]) -> None:
@@ -83,7 +85,7 @@ class Ledger:
     """All units of a store."""
 
     def __init__(self, place: Place, units: int, chunks: int) -> None:
-        """Read every record, and check that what they name is there in full.
+        """Read every record, and check that every object that they name is there in full.
 
         Args:
             units: at most, as planned.
@@ -92,84 +94,93 @@ class Ledger:
         Raises:
             StoreError: a record is damaged, or an object is missing or cut.
         """
-        self._place, self._shape = place, (units, chunks)
-        self.freed = Freed(place)
-        self.spine_rows = np.zeros(
-            units, np.int32
-        )  # (units,) packed rows of each committed spine unit; 0: none yet
-        self.pieces = np.zeros(
-            units, np.int64
-        )  # (units,) pieces of documents in it: as many rows are BOS
+        self._place = place
+        self._units = units
+        self._chunks = chunks
+        self.absences = Absences(place)
+        self.spine_rows = np.zeros(units, np.int32)  # (units,) packed rows; 0: not committed
+        self.pieces = np.zeros(units, np.int64)  # (units,) pieces of documents: as many BOS rows
         self.layers: dict[int, LayerLedger] = {}
+        # Bytes of every object, by folder and name. None after the start: what is committed from
+        # then on is written in this process's lifetime, and is not looked for.
         self._sizes: dict[str, dict[str, int]] | None = {}
         self.refresh()
-        self._sizes = None  # what is committed from now on has been seen being written
+        self._sizes = None
 
     def refresh(self) -> None:
         """Take in the records that were not there the last time."""
-        units = {
-            name: self._unit(name)
-            for name in self._place.names(SPINE)
-            if _SPINE_RECORD.fullmatch(name)
-        }
-        fresh = sorted(name for name, unit in units.items() if not self.spine_rows[unit])
-        for name, body in zip(fresh, self._read(SPINE, fresh), strict=True):
-            self.note_spine(units[name], body)
-        fresh = sorted(name for name in self._place.names(RESIDUALS) if self._is_news(name))
-        for name, body in zip(fresh, self._read(RESIDUALS, fresh), strict=True):
-            self.note_residuals(int(name[:8]), body)
+        for name, record in self._new(SPINE, self._is_new_spine):
+            self.note_spine(_unit(name), record)
+        for name, record in self._new(RESIDUALS, self._is_new_residuals):
+            self.note_residuals(_unit(name), record)
 
-    def _is_news(self, name: str) -> bool:
-        if not (match := _RESIDUAL_RECORD.fullmatch(name)):
+    def _is_new_spine(self, name: str) -> bool:
+        return bool(_SPINE_RECORD.fullmatch(name)) and not self.spine_rows[self._checked(name)]
+
+    def _is_new_residuals(self, name: str) -> bool:
+        match = _RESIDUAL_RECORD.fullmatch(name)
+        if not match:
             return False
-        unit, layers = self._unit(name), map(int, match["layers"].split("_"))
+        unit = self._checked(name)
         return not all(
-            layer in self.layers and self.layers[layer].committed[unit] for layer in layers
+            layer in self.layers and self.layers[layer].committed[unit] for layer in _layers(match)
         )
 
-    def _unit(self, name: str) -> int:
-        unit = int(name[:8])
-        if unit >= self._shape[0]:
+    def _checked(self, name: str) -> int:
+        """The unit of a record; StoreError if the store cannot have it."""
+        unit = _unit(name)
+        if unit >= self._units:
             raise StoreError(
-                f"{self._place.name} has a record of unit {unit}, and was planned with {self._shape[0]}"
+                f"{self._place.name} has a record of unit {unit}, and was planned with "
+                f"{self._units}"
             )
         return unit
 
-    def _read(self, folder: str, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def _new(
+        self, folder: str, is_new: Callable[[str], bool]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """New records of a folder, in order of their names."""
+        names = sorted(filter(is_new, self._place.names(folder)))
         keys = [f"{folder}/{name}" for name in names]
-        for key, data in zip(keys, self._place.read_many(keys), strict=True):
-            body = records.decode(data, f"{self._place.name}/{key}")
-            if self._sizes is not None:
-                for wrong in self._missing(body["objects"], self._sizes):
-                    raise StoreError(
-                        f"{self._place.name}/{wrong}; `python -m harvest action=repair store={self._place.name}` "
-                        "drops its unit's record, and harvesting again redoes the unit"
-                    )
-            yield body
+        for name, key, data in zip(names, keys, self._place.read_many(keys), strict=True):
+            record = records.decode(data, f"{self._place.name}/{key}")
+            self._require_objects(record)
+            yield name, record
 
-    def _missing(
-        self, objects: Mapping[str, list[Any]], sizes: dict[str, dict[str, int]]
-    ) -> Iterator[str]:
-        for key, (size, _) in objects.items():
+    def _require_objects(self, record: Mapping[str, Any]) -> None:
+        """At the start, raise StoreError if an object of a record is missing or cut."""
+        if self._sizes is None:
+            return
+        for key, (size, _) in record["objects"].items():
             folder, _, name = key.rpartition("/")
-            if folder not in sizes:
-                sizes[folder] = self._place.sizes(folder)
-            found = sizes[folder].get(name)
-            if found != size and not (found is None and key in self.freed):
-                yield (
-                    f"{key} is missing"
-                    if found is None
-                    else f"{key} has {found} bytes instead of {size}"
-                )
+            if folder not in self._sizes:
+                self._sizes[folder] = self._place.sizes(folder)
+            present = self._sizes[folder].get(name)
+            if present == size:
+                continue
+            if present is None and self.absences.allow(key, record["unit"]):
+                continue
+            wrong = "is missing" if present is None else f"has {present} bytes instead of {size}"
+            raise StoreError(
+                f"{self._place.name}/{key} {wrong}; `python -m harvest action=repair "
+                f"store={self._place.name}` drops its unit's record, and harvesting again redoes "
+                "the unit"
+            )
 
-    def note_spine(self, unit: int, body: Mapping[str, Any]) -> None:
+    def note_spine(self, unit: int, record: Mapping[str, Any]) -> None:
         """Take in a spine record."""
-        self.spine_rows[unit], self.pieces[unit] = body["rows"], body["pieces"]
+        self.spine_rows[unit] = record["rows"]
+        self.pieces[unit] = record["pieces"]
 
-    def note_residuals(self, unit: int, body: Mapping[str, Any]) -> None:
+    def note_residuals(self, unit: int, record: Mapping[str, Any]) -> None:
         """Take in a record of residuals."""
-        for layer, entry in body["layers"].items():
+        for layer, entry in record["layers"].items():
             if int(layer) not in self.layers:
-                # At once: threads that commit come here too.
-                self.layers.setdefault(int(layer), LayerLedger.empty(*self._shape))
+                # `setdefault` is atomic: threads that commit come here too.
+                self.layers.setdefault(int(layer), LayerLedger.empty(self._units, self._chunks))
             self.layers[int(layer)].note(unit, entry)
+
+
+def _unit(name: str) -> int:
+    """The unit of a record's name."""
+    return int(name[:8])

@@ -1,19 +1,17 @@
-"""What a store's bytes follow from, written once and compared on every later open.
+"""The manifest: what a store's bytes follow from. Written once, compared on every later open.
 
-It is the record commits/manifest.json, which is created before all others; the Zarr group's
+It is the record commits/manifest.json, which is created before all others. The Zarr group's
 attributes repeat it.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
 from data.errors import MismatchError, StoreError, differences
 from data.store import records
-from data.store.claims import FileClaims
 from data.store.place import Place
 
 FORMAT = 2
@@ -34,12 +32,9 @@ def read(place: Place) -> dict[str, Any]:
     try:
         manifest = records.decode(place.read(KEY), f"{place.name}/{KEY}")
     except FileNotFoundError as error:
-        if _is_format_1(place):
-            raise StoreError(
-                f"{place.name} has store format 1; this version reads {FORMAT}: harvest it anew"
-            ) from error
         raise StoreError(
-            f"no activation store at {place.name}; make one with `python -m harvest store={place.name} ...`"
+            f"no activation store at {place.name}; make one with "
+            f"`python -m harvest store={place.name} ...`"
         ) from error
     if manifest.get("format") != FORMAT:
         raise StoreError(
@@ -50,7 +45,7 @@ def read(place: Place) -> dict[str, Any]:
 
 
 def agree(place: Place, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest of the store, which is created with `settings` where there is none.
+    """The manifest of the store; created from `settings` where there is none.
 
     Raises:
         MismatchError: the store was made with other settings; the message names both values.
@@ -59,18 +54,17 @@ def agree(place: Place, settings: Mapping[str, Any]) -> dict[str, Any]:
     wanted = {"format": FORMAT, **settings}
     if not exists(place):
         require_free(place)
-        place.create(
-            KEY, records.encode(wanted)
-        )  # if another process was first, its manifest is compared below
-    found = read(place)
-    if (unequal := differences(found, wanted)) and _untouched(place):
-        place.write(KEY, [records.encode(wanted)])  # without a commit there is nothing to protect
-        return wanted
-    if unequal:
-        raise MismatchError(
-            f"store {place.name}", unequal, "Use those settings, or another store=."
-        )
-    return found
+        # If another process was first, its manifest is compared below.
+        place.create(KEY, records.encode(wanted))
+    recorded = read(place)
+    unequal = differences(recorded, wanted)
+    if not unequal:
+        return recorded
+    if not _untouched(place):
+        way_out = "Use those settings, or another store=."
+        raise MismatchError(f"store {place.name}", unequal, way_out)
+    place.write(KEY, [records.encode(wanted)])  # without a commit there is nothing to protect
+    return wanted
 
 
 def require_free(place: Place) -> None:
@@ -84,17 +78,9 @@ def require_free(place: Place) -> None:
 
 
 def _untouched(place: Place) -> bool:
-    """Whether nothing was ever committed, and nobody is about to."""
-    if any(
-        place.names(f"commits/{folder}") for folder in ("spine", "residuals", "scales", "summaries")
-    ):
-        return False
-    with closing(place.claims(0, 1)) as rights:
-        return isinstance(rights, FileClaims) and rights.alone()
-
-
-def _is_format_1(place: Place) -> bool:
-    try:
-        return bool(json.loads(place.read("zarr.json"))["attributes"]["manifest"]["format"] == 1)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    """Whether nothing was ever committed, and no other process is about to commit."""
+    for folder in ("spine", "residuals", "scales", "summaries"):
+        if place.names(f"commits/{folder}"):
+            return False
+    with closing(place.claims(0, 1)) as claims:
+        return claims.alone()

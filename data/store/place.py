@@ -17,7 +17,7 @@ from data import durable
 from data.durable import Buffer, Written
 from data.errors import SettingError
 from data.journal import tell
-from data.store.claims import Claims, FileClaims, NoLocksError, Shares
+from data.store.claims import Claims, FileClaims, NoLocksError, NumberedClaims
 
 _CLAIMS = "commits/claims"
 
@@ -210,7 +210,7 @@ class LocalPlace:
             return FileClaims(self.path / _CLAIMS, self.path)
         except NoLocksError as error:
             tell(f"{error}: ranks share units out by number alone")
-            return Shares(rank, world)
+            return NumberedClaims(rank, world)
 
 
 class _File:

@@ -1,7 +1,7 @@
 """Finding and dropping what a disk has damaged.
 
-Dropping a record is all that a repair of a unit needs: without one it is made again by the next
-harvest. What follows from the records is written again at once.
+To repair a unit, dropping its record is enough: the next harvest makes the unit again. What follows
+from the records is written again at once.
 """
 
 from __future__ import annotations
@@ -14,38 +14,45 @@ from typing import Any
 from data.durable import Written
 from data.errors import StoreError
 from data.store import manifest, records
-from data.store.claims import FileClaims
-from data.store.freed import READERS, Freed
 from data.store.place import Place
+from data.store.retention import Absences
+from data.store.ring_state import REGISTRATIONS
 from data.store.store import Store
 
-_FOLDERS = ("commits/spine", "commits/residuals", "commits/scales", "commits/summaries", READERS)
+_FOLDERS = (
+    "commits/spine",
+    "commits/residuals",
+    "commits/scales",
+    "commits/summaries",
+    REGISTRATIONS,
+)
 
 
 def damage(place: Place) -> Iterator[tuple[str, list[str]]]:
-    """Every record whose objects are not whole, and every piece of metadata that is not what it
-    must be.
+    """Every record whose objects are not whole, and every zarr.json that is not what it must be.
 
     Gives the key of each, with what is wrong, a line each. Reads all that was ever committed.
     """
-    found = False
+    damaged = False
     for key in _records(place):
         if wrong := list(_wrong_with_record(place, key)):
-            found = True
+            damaged = True
             yield key, wrong
-    if not found:  # metadata follows from the records
-        store = Store.open(place)
-        for key, text in store.metadata(()).items():
-            if wrong_here := _wrong_with_text(place, key, text):
-                yield key, [wrong_here]
+    if damaged:
+        return
+    # Metadata follows from the records, so it can be compared only when they are whole.
+    for key, text in Store.open(place).metadata(()).items():
+        if wrong_here := _wrong_with_text(place, key, text):
+            yield key, [wrong_here]
 
 
 def _records(place: Place) -> Iterator[str]:
+    """The keys of every record that a repair may drop. commits/ring.json is none of them."""
     yield manifest.KEY
     for folder in _FOLDERS:
-        yield from (
-            f"{folder}/{name}" for name in sorted(place.names(folder)) if name.endswith(".json")
-        )
+        for name in sorted(place.names(folder)):
+            if name.endswith(".json"):
+                yield f"{folder}/{name}"
 
 
 def _wrong_with_record(place: Place, key: str) -> Iterator[str]:
@@ -60,14 +67,15 @@ def _wrong_with_record(place: Place, key: str) -> Iterator[str]:
         yield from _damaged_objects(place, records.decode(data, key))
 
 
-def _damaged_objects(place: Place, body: dict[str, Any]) -> Iterator[str]:
-    freed = Freed(place)
-    for key, written in body.get("objects", {}).items():
+def _damaged_objects(place: Place, record: dict[str, Any]) -> Iterator[str]:
+    absences = Absences(place)
+    for key, written in record.get("objects", {}).items():
         try:
             if place.digest(key) != Written(*written):
                 yield f"{place.name}/{key} does not hold the bytes that were committed"
         except FileNotFoundError:
-            if key not in freed:
+            # A summary's record names no unit, and nothing of it may be absent.
+            if "unit" not in record or not absences.allow(key, record["unit"]):
                 yield f"{place.name}/{key} is missing"
         except OSError as error:
             yield f"{place.name}/{key} cannot be read: {error.strerror or error}"
@@ -75,30 +83,27 @@ def _damaged_objects(place: Place, body: dict[str, Any]) -> Iterator[str]:
 
 def _wrong_with_text(place: Place, key: str, text: bytes) -> str | None:
     try:
-        same = place.read(key) == text
+        if place.read(key) == text:
+            return None
     except FileNotFoundError:
         return f"{place.name}/{key} is missing: other Zarr readers need it"
     except OSError as error:
         return f"{place.name}/{key} cannot be read: {error.strerror or error}"
-    return (
-        None
-        if same
-        else f"{place.name}/{key} is not the metadata of this store: other Zarr readers go by it"
-    )
+    return f"{place.name}/{key} is not the metadata of this store: other Zarr readers go by it"
 
 
 def repair(place: Place) -> list[str]:
-    """Drop damaged records, so that the next harvest makes their units again, and write again what
-    follows from others.
+    """Drop damaged records, and write again what follows from others.
 
-    Gives the keys of both; `is_derived` tells them apart.
+    The next harvest makes the units of dropped records again. Gives the keys of both; `is_derived`
+    tells them apart.
 
     Raises:
         StoreError: there is no store, or a harvest is writing it.
     """
     require_store(place)
-    with closing(place.claims(0, 1)) as rights:
-        if isinstance(rights, FileClaims) and not rights.alone():
+    with closing(place.claims(0, 1)) as claims:
+        if claims.exact and not claims.alone():
             raise StoreError(f"{place.name} is being written; stop the harvest before repairing")
         damaged = [key for key, _ in damage(place)]
         metadata = {key for key in damaged if _is_metadata(key)}
@@ -113,12 +118,11 @@ def repair(place: Place) -> list[str]:
 
 
 def require_store(place: Place) -> None:
-    """Raise StoreError if there is no store at all; one whose manifest is lost is one that can be
-    repaired.
-    """
+    """Raise StoreError if there is no store; one that lost its manifest can be repaired."""
     if not place.names("commits"):
         raise StoreError(
-            f"no activation store at {place.name}; make one with `python -m harvest store={place.name} ...`"
+            f"no activation store at {place.name}; make one with "
+            f"`python -m harvest store={place.name} ...`"
         )
 
 
@@ -138,14 +142,15 @@ def _restore_metadata(place: Place, keys: set[str]) -> None:
 
 
 def _restore_manifest(place: Place) -> None:
-    """From the copy in the Zarr group, which a later harvest will compare with its own settings as
-    ever.
+    """Write the manifest again from its copy in the Zarr group.
+
+    A later harvest compares it with its own settings as ever.
     """
     try:
         copy = json.loads(place.read("zarr.json"))["attributes"]["manifest"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(
-            f"the manifest of {place.name} is damaged, and so is its copy in zarr.json: nothing says any more what "
-            "the store was made from; harvest it anew"
+            f"the manifest of {place.name} is damaged, and so is its copy in zarr.json: nothing "
+            "says any more what the store was made from; harvest it anew"
         ) from error
     place.create(manifest.KEY, records.encode(copy))

@@ -1,277 +1,250 @@
-"""A store as a ring: training follows the harvest, and a shard is freed when its readers have
-passed it.
+"""A ring: a store from which rows are freed when every training run has passed them.
 
-commits/ring.json says how large the ring is, how training takes it (in groups of `span` units) and
-how far it is freed; commits/readers/NAME.json says of each training run how many training units it
-will never ask for again. The objects of `layer_L` below the watermark `freed` may be absent, all
-else of a unit stays. The watermark is durable before the first object goes, and it and the readers'
-records change under one claim, so that no run can register for what is going. Training units are
-counted in ascending order, the held-out ones left out: those are made first and never freed.
+Training follows the harvest in groups of `span` training units. commits/ring.json and
+commits/readers/ (data/store/ring_state.py) record the ring's size, how far each run has passed, and
+how far the ring is freed. The row objects below the watermark `freed` may be absent; all else of a
+unit stays. The watermark is durable before the first object goes, and it changes under the same
+claim as the runs' records, so no run can register for rows that are going. Held-out units are made
+first and never freed.
 
-No deadlock, whatever the number of ranks, layers and readers, in a ring that holds the held-out
-units and 3 groups: a trainer saves a checkpoint in every group that it enters and keeps two, so a
-run in group g has passed all groups before g - 1. The slowest run therefore waits for units of
-group g + 1 at most, and those fit beside what lies between: room is given in ascending order, and
-counts every unit below the asked one, committed or not. A harvester waits only where the ring holds
-those three groups whole, and then the slowest run has all that it needs to go on.
+There is no deadlock, whatever the number of ranks, layers and runs, in a ring that holds the
+held-out units and 3 groups:
+- A run saves a checkpoint in every group that it enters and keeps two. So a run in group g has
+  passed all groups before g - 1.
+- The slowest run therefore waits for units of group g + 1 at most. Those fit beside what lies
+  between: room is given in ascending order, and counts every unit below the asked one, committed
+  or not.
+- A harvest waits only where the ring holds those three groups whole, and then the slowest run has
+  all that it needs to go on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import SettingError, StoreError
-from data.store import claims, records
-from data.store.claims import Claims
-from data.store.freed import _SHARD, READERS, Follower, Record, followers, read, unit_of, write
-from data.store.place import Place
+from data import order
+from data.errors import StoreError
+from data.journal import size, tell
+from data.store import ring_state
+from data.store.arrays import rows_key, rows_name
+from data.store.claims import RING, Claims
+from data.store.retention import KeepAll, Room
+from data.store.ring_state import REGISTRATIONS, RingState, registrations
 
-if TYPE_CHECKING:  # which itself asks here what may be absent
+if TYPE_CHECKING:
     from data.store.store import Store
-
-# that a ring must hold: the one being read, the one before, to which a checkpoint may fall back,
-# the next
-GROUPS = 3
-# of an inner chunk beside its rows at most: Blosc's header, the checksum, the entry in the index
-_FRAME_BYTES = 64
-
-
-# -- what may be absent ----------------------------------------------------------------------------
-
-
-# -- training runs ---------------------------------------------------------------------------------
-
-
-@contextmanager
-def _claimed(place: Place) -> Iterator[None]:
-    with closing(place.claims(0, 1)) as rights:
-        require_exact(rights, place)
-        with rights.held(claims.RING):
-            yield
-
-
-def require_exact(rights: Claims, place: Place) -> None:
-    """Raise SettingError where there are no locks: nobody could tell a reader that comes from one
-    that is gone.
-    """
-    if not rights.exact:
-        raise SettingError(
-            f"max_bytes= needs a folder on a file system with POSIX locks, and {place.name} is none; "
-            "leave it out, or give a local store="
-        )
-
-
-def register(place: Place, name: str, follower: Follower) -> None:
-    """Keep everything from `follower.passed` on for a run, until it says more.
-
-    Raises:
-        StoreError: it needs units that are gone.
-    """
-    with _claimed(place):
-        record = read(place)
-        assert record is not None
-        if follower.passed < record.freed:
-            raise StoreError(
-                f"{follower.run} needs training units {follower.passed} to {record.freed - 1} of {place.name}, which "
-                "are freed: other readers had passed them. Harvest again into another store=, with readers= as many "
-                "as will train side by side, or without max_bytes="
-            )
-        _write(place, name, follower)
-
-
-def advance(place: Place, name: str, follower: Follower) -> None:
-    """Say that a registered run needs less than before."""
-    with _claimed(place):
-        _write(place, name, follower)
-
-
-def _write(place: Place, name: str, follower: Follower) -> None:
-    place.write(f"{READERS}/{name}.json", [records.encode(follower._asdict())])
-
-
-# -- the harvest -----------------------------------------------------------------------------------
-
-
-def unit_bytes(tokens: int, chunk: int, d_model: int, layers: int) -> int:
-    """Most bytes that the layer objects of a unit of `tokens` can have."""
-    return layers * (tokens * d_model * 2 + (tokens // chunk + 1) * _FRAME_BYTES)
-
-
-def span_of(max_bytes: int, held_out: int, each: int) -> int:
-    """Units per group, such that a ring of `max_bytes` holds the held-out units and three groups.
-
-    Args:
-        held_out: units.
-        each: most bytes of a unit.
-
-    Raises:
-        SettingError: it does not hold three groups of one unit.
-    """
-    span = (max_bytes // each - held_out) // GROUPS
-    if span < 1:
-        raise _too_small(max_bytes, held_out, 1, each)
-    return span
-
-
-def _too_small(max_bytes: int, held_out: int, span: int, each: int) -> SettingError:
-    return SettingError(
-        f"max_bytes={max_bytes:,} cannot hold {held_out} held-out units and {GROUPS} groups of {span} units of up to "
-        f"{each:,} bytes; the least is max_bytes={(held_out + GROUPS * span) * each}"
-        + ("" if span > 1 else ", or less with a smaller unit=")
-    )
 
 
 def join(
-    store: Store,
-    layers: Sequence[int],
-    held_out: Sequence[int],
-    rights: Claims,
-    max_bytes: int | None,
-    readers: int,
-) -> Ring | None:
-    """The ring of a store whose spine is complete: made, or found; None for a store that is none.
+    store: Store, layers: Sequence[int], claims: Claims, max_bytes: int | None, readers: int
+) -> Room:
+    """The room of a harvest: a ring's, which is made if `max_bytes` asks for it, or all.
 
     Args:
-        held_out: units that are never freed.
-        max_bytes: None: as it was made.
-        readers: training runs that must have registered before anything is freed.
+        max_bytes: None: as the store was made.
+        readers: training runs that must have registered before a ring frees anything.
 
     Raises:
         SettingError: the ring is too small, or there are no locks.
-        StoreError: other layers are in the store.
+        StoreError: the store holds other layers than the ring would.
     """
-    with rights.held(claims.RING):
-        found = read(store.place)
-        if found is None and (max_bytes is None or not store.missing(layers)):
-            return None
-        require_exact(rights, store.place)
-        kept = found.layers if found else [layer for layer in store.layers if layer not in layers]
-        if kept and sorted(kept) != sorted(layers):
-            raise StoreError(
-                f"{store.name} has layers {sorted(kept)}, and a ring holds the layers of one harvest; harvest layers "
-                f"{sorted(layers)} into another store=, or without max_bytes= into one that is no ring"
-            )
-        each = unit_bytes(store.unit_tokens, store.manifest["chunk"], store.d_model, len(layers))
-        if found is None:
-            assert max_bytes is not None
-            span = span_of(max_bytes, len(held_out), each)
-            write(store.place, Record(max_bytes, span, sorted(layers), list(held_out), 0))
-        elif max_bytes is not None and max_bytes != found.max_bytes:
-            if max_bytes < (len(found.held_out) + GROUPS * found.span) * each:
-                raise _too_small(max_bytes, len(found.held_out), found.span, each)
-            write(store.place, found._replace(max_bytes=max_bytes))
-    return Ring(store, rights, readers, each)
+    if not store.spine_complete:
+        return KeepAll()  # a ring waits for the whole spine: see `needs_whole_spine`
+    with claims.held(RING):
+        state = ring_state.read(store.place)
+        if state is None and (max_bytes is None or not store.missing(layers)):
+            return KeepAll()
+        ring_state.require_locks(claims, store.place)
+        _require_layers(store, state, layers)
+        chunk = store.manifest["chunk"]
+        unit_bytes = ring_state.unit_bytes(store.unit_tokens, chunk, store.d_model, len(layers))
+        state = _made(store, layers, state, max_bytes, unit_bytes)
+    tell(
+        f"a ring of {size(state.max_bytes)}, freed behind its readers in groups of {state.span} "
+        f"units: training may start now, with `python -m train store={store.name}`"
+    )
+    return Ring(store, claims, readers, unit_bytes)
+
+
+def _made(
+    store: Store,
+    layers: Sequence[int],
+    state: RingState | None,
+    max_bytes: int | None,
+    unit_bytes: int,
+) -> RingState:
+    """The state of the ring that is asked for, written if it is new or of another size."""
+    if state is None:
+        assert max_bytes is not None
+        held_out = order.held_out(store.units, store.manifest["seed"]).tolist()
+        span = ring_state.span_of(max_bytes, len(held_out), unit_bytes)
+        wanted = RingState(max_bytes, span, sorted(layers), held_out, 0)
+    elif max_bytes is None or max_bytes == state.max_bytes:
+        return state
+    else:
+        ring_state.require_size(max_bytes, len(state.held_out), state.span, unit_bytes)
+        wanted = state._replace(max_bytes=max_bytes)
+    ring_state.write(store.place, wanted)
+    return wanted
+
+
+def _require_layers(store: Store, state: RingState | None, layers: Sequence[int]) -> None:
+    """Raise StoreError if the store is a ring of other layers, or holds rows of others."""
+    others = [layer for layer in store.layers if layer not in layers]
+    present = state.layers if state else others
+    if present and sorted(present) != sorted(layers):
+        raise StoreError(
+            f"{store.name} has layers {sorted(present)}, and a ring holds the layers of one "
+            f"harvest; harvest layers {sorted(layers)} into another store=, or without max_bytes= "
+            "into one that is no ring"
+        )
 
 
 class Ring:
     """The ring as one harvesting process sees it."""
 
-    def __init__(self, store: Store, rights: Claims, readers: int, each: int) -> None:
-        self._store, self._claims, self._readers, self._each = store, rights, readers, each
-        self.record = self._read()
+    def __init__(self, store: Store, claims: Claims, readers: int, unit_bytes: int) -> None:
+        """Read the ring's state.
 
-    def _read(self) -> Record:
-        record = read(self._store.place)
-        assert record is not None
-        return record
+        Args:
+            readers: training runs that must have registered before anything is freed.
+            unit_bytes: most bytes of a unit's row objects, over all layers.
+        """
+        self._store = store
+        self._claims = claims
+        self._readers = readers
+        self._unit_bytes = unit_bytes
+        self._told: set[str] = set()  # readers for which a full ring was said to wait
+        self.state = self._read()
+        self._unit_of = {
+            rows_key(layer, unit): unit
+            for layer in self.state.layers
+            for unit in range(store.units)
+        }
+
+    def _read(self) -> RingState:
+        state = ring_state.read(self._store.place)
+        assert state is not None
+        return state
 
     def ordered(self, missing: Mapping[int, list[int]]) -> Iterator[tuple[int, list[int]]]:
-        """Units to make, in the order of the ring: the held-out ones, then the others as they are
-        numbered.
-        """
-        held = set(self.record.held_out)
-        yield from sorted(missing.items(), key=lambda item: (item[0] not in held, item[0]))
+        """Units to make, in the order of the ring: held-out ones first, each part ascending."""
+        held_out = set(self.state.held_out)
+        yield from sorted(missing.items(), key=lambda item: (item[0] not in held_out, item[0]))
 
-    def room(self, unit: int) -> bool:
-        """Whether a unit may be made now; frees what may be freed before it says no."""
-        if unit in self.record.held_out:
+    def admits(self, unit: int) -> bool:
+        """Whether a unit may be made now; frees what may be freed before it refuses."""
+        if self.state.stays(unit):
             return True
-        self.record = self._read()
+        self.state = self._read()
         if self._fits(unit):
             return True
         self.free()
-        return self._fits(unit)
+        if self._fits(unit):
+            return True
+        self._tell_full()
+        return False
 
     def _fits(self, unit: int) -> bool:
-        # In this order: what is committed while the folders are listed is counted twice, and never
-        # left out.
+        # In this order: a unit that is committed while the folders are listed counts twice. In the
+        # other order it could be left out.
         committed = self._committed()
-        have = self.sizes()
-        later = np.flatnonzero(committed[unit:])
-        if any(unit + int(after) not in self.record.held_out for after in later):
-            return True  # a gap: it was given room before the units that are there behind it
-        coming = {
-            int(gap)
-            for gap in np.flatnonzero(~committed)
-            if gap <= unit or int(gap) in self.record.held_out
-        }
-        there = sum(size for number, size in have.items() if number not in coming)
-        return there + self._each * len(coming) <= self.record.max_bytes
+        nbytes = self.sizes()
+
+        # A unit below a committed training unit is a gap. Its room was given before.
+        for later in np.flatnonzero(committed[unit:]) + unit:
+            if not self.state.stays(int(later)):
+                return True
+
+        # The bytes that are there, and full units for all that may still be made up to this one.
+        coming = [
+            int(missing)
+            for missing in np.flatnonzero(~committed)
+            if missing <= unit or self.state.stays(int(missing))
+        ]
+        present = sum(nbytes.values()) - sum(nbytes.get(other, 0) for other in coming)
+        return present + self._unit_bytes * len(coming) <= self.state.max_bytes
 
     def _committed(self) -> NDArray[np.bool_]:
         """(units,) which units have all layers of the ring."""
-        every: NDArray[np.bool_] = np.all(
-            [self._store.committed(layer) for layer in self.record.layers], axis=0
-        )
-        return every.copy()
+        committed = np.ones(self._store.units, np.bool_)
+        for layer in self.state.layers:
+            committed &= self._store.committed(layer)
+        return committed
 
     def sizes(self) -> dict[int, int]:
-        """Bytes of the layer objects that lie on the disk, by unit."""
-        found: dict[int, int] = {}
-        for key, size in self._objects():
-            found[unit_of(key)] = found.get(unit_of(key), 0) + size
-        return found
+        """Bytes of the row objects on the disk, by unit."""
+        nbytes: dict[int, int] = {}
+        for _, unit, of_object in self._objects():
+            nbytes[unit] = nbytes.get(unit, 0) + of_object
+        return nbytes
 
-    def _objects(self) -> Iterator[tuple[str, int]]:
-        for layer in self.record.layers:
-            for name, size in self._store.place.sizes(f"layer_{layer}").items():
-                if _SHARD.fullmatch(key := f"layer_{layer}/{name}"):
-                    yield key, size
+    def _objects(self) -> list[tuple[str, int, int]]:
+        """Every row object on the disk: key, unit, bytes."""
+        objects = []
+        for layer in self.state.layers:
+            folder = rows_name(layer)
+            for name, nbytes in self._store.place.sizes(folder).items():
+                key = f"{folder}/{name}"
+                if key in self._unit_of:
+                    objects.append((key, self._unit_of[key], nbytes))
+        return objects
 
     def clear(self, unit: int) -> None:
-        """Remove what a killed process left of a unit that is ours to make, so that it never lies
-        there twice.
+        """Remove what a killed process left of a unit that this process claimed.
+
+        Otherwise the unit would lie there twice while it is written again.
         """
-        for key, _ in list(self._objects()):
-            if unit_of(key) == unit:
+        for layer in self.state.layers:
+            key = rows_key(layer, unit)
+            if self._store.place.exists(key):
                 self._store.place.delete(key)
 
     def free(self) -> None:
-        """Free what every reader has passed: durably said first, then done."""
-        with self._claims.held(claims.RING):
-            self.record, registered = self._read(), followers(self._store.place)
-            if registered and len(registered) >= self._readers:
-                passed = min(follower.passed for follower in registered.values())
-                if passed > self.record.freed:
-                    self.record = self.record._replace(freed=passed)
-                    write(self._store.place, self.record)
+        """Free what every reader has passed: first the durable watermark, then the objects."""
+        with self._claims.held(RING):
+            self.state = self._read()
+            runs = registrations(self._store.place)
+            if runs and len(runs) >= self._readers:
+                passed = min(run.passed for run in runs.values())
+                if passed > self.state.freed:
+                    self.state = self.state._replace(freed=passed)
+                    ring_state.write(self._store.place, self.state)
             self.sweep()
 
     def sweep(self) -> None:
-        """Remove what lies below the watermark: a killed process had begun to, or a repaired unit
-        was made again.
+        """Remove row objects below the watermark.
+
+        Some are there after a kill in the middle of freeing, or after a repair that made a freed
+        unit again.
         """
         committed = self._committed()
-        for key, _ in list(self._objects()):
-            if self.record.is_freed(unit := unit_of(key)) and committed[unit]:
+        for key, unit, _ in self._objects():
+            if self.state.is_freed(unit) and committed[unit]:
                 self._store.place.delete(key)
 
     def waits_for(self) -> tuple[str, str]:
-        """The name of the reader that must go on before there is room, or none, and that said to
-        the user.
-        """
-        registered, place = followers(self._store.place), self._store.place
-        if len(registered) < self._readers:
+        """The name of the reader that a full ring waits for, or "", and that as a sentence."""
+        place = self._store.place
+        runs = registrations(place)
+        if len(runs) < self._readers:
             start = f"start `python -m train store={place.name}`"
-            return "", f"{len(registered)} of readers={self._readers} have registered: {start}"
-        name, slowest = min(registered.items(), key=lambda item: item[1].passed)
-        units = self._store.units - len(self.record.held_out)
+            return "", f"{len(runs)} of readers={self._readers} have registered: {start}"
+        name, slowest = min(runs.items(), key=lambda item: item[1].passed)
+        units = self._store.units - len(self.state.held_out)
         return name, (
-            f"waiting for reader {slowest.run} at unit {slowest.passed} of {units}; if that run is given up, delete "
-            f"{place.name}/{READERS}/{name}.json"
+            f"waiting for reader {slowest.run} at unit {slowest.passed} of {units}; if that run is "
+            f"given up, delete {place.name}/{REGISTRATIONS}/{name}.json"
         )
+
+    def _tell_full(self) -> None:
+        """Say which reader the full ring waits for, of each reader once."""
+        name, reason = self.waits_for()
+        if name not in self._told:
+            self._told.add(name)
+            nbytes = sum(self.sizes().values())
+            tell(f"ring full: {size(nbytes)} of {size(self.state.max_bytes)}; {reason}")

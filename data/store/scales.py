@@ -1,19 +1,57 @@
-"""The statistics by which a lossy codec standardises a layer, frozen before its first row is
-written.
+"""The codec int8 of a layer, with the statistics by which it standardises the layer's rows.
 
-They are a record of their own, created once, because they are known only when the model has run;
-from it they come into the array's Zarr metadata, which is all that a plain reader needs.
+The statistics are frozen before the layer's first row is written. They are a record of their own,
+created once, because they are known only when the model has run. From the record they come into
+the array's Zarr metadata, which is all that a plain Zarr reader needs.
 """
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import torch
+from numcodecs import Blosc
+from numpy.typing import NDArray
+
+from data.durable import Buffer
 from data.store import records
-from data.store.int8 import StandardizedInt8, standardisation
+from data.store.codec import Codec, blosc, blosc_metadata, unpack_blosc
+from data.store.int8 import StandardizedInt8, squared_errors, standardisation
 from data.store.kinds import ORDINARY, describe
 from data.store.moments import Moments
 from data.store.place import Place
+
+_COMPRESSOR = blosc(Blosc.NOSHUFFLE)
+
+
+@dataclass(frozen=True)
+class Int8(Codec):
+    """`int8`: zstd over rows that are standardised to one byte per element."""
+
+    statistics: StandardizedInt8
+
+    lossless = False
+    compresses = True
+
+    def chain(self) -> list[dict[str, Any]]:
+        return [self.statistics.to_dict(), blosc_metadata("noshuffle", 1)]
+
+    def pack(self, chunk: NDArray[Any]) -> Buffer:
+        packed: Buffer = _COMPRESSOR.encode(self.statistics.encode_rows(chunk))
+        return packed
+
+    def unpack(self, body: NDArray[np.uint8], out: NDArray[Any]) -> None:
+        encoded = np.empty(self.statistics.encoded_bytes(len(out)), np.uint8)
+        unpack_blosc(_COMPRESSOR, body, encoded)
+        self.statistics.decode_rows(encoded, out)
+
+    def stored(self, chunk: NDArray[Any]) -> NDArray[Any]:
+        return self.statistics.stored(chunk)
+
+    def error(self, rows: NDArray[np.uint16], stored: NDArray[np.uint16]) -> NDArray[np.float64]:
+        return squared_errors(rows, stored)
 
 
 def exist(place: Place, layer: int) -> bool:
@@ -21,20 +59,27 @@ def exist(place: Place, layer: int) -> bool:
     return place.exists(_key(layer))
 
 
-def read(place: Place, layer: int) -> StandardizedInt8:
-    """A layer's statistics."""
+def read(place: Place, layer: int) -> Int8:
+    """A layer's codec; FileNotFoundError if its statistics are not frozen yet."""
     key = _key(layer)
     body = records.decode(place.read(key), f"{place.name}/{key}")
-    return StandardizedInt8(body["mean"], body["deviation"])
+    return Int8(StandardizedInt8(body["mean"], body["deviation"]))
 
 
 def freeze(place: Place, layer: int, rows: torch.Tensor, bos: torch.Tensor) -> None:
-    """Take a layer's statistics from the ordinary rows of a sample, (n, d) bfloat16; the first to
-    do so counts.
+    """Take a layer's statistics from the ordinary rows of a sample; the first to do so counts.
+
+    Args:
+        rows: (n, d) bfloat16.
+        bos: (n,) which of them are BOS.
+
+    Raises:
+        StoreError: the sample has fewer than two ordinary rows.
     """
-    found = describe(rows, bos, len(rows))
-    ordinary = Moments(int(found.counts[ORDINARY]), *found.moments[ORDINARY])
-    place.create(_key(layer), records.encode(standardisation(ordinary).to_dict()["configuration"]))
+    described = describe(rows, bos, len(rows))
+    ordinary = Moments(int(described.counts[ORDINARY]), *described.moments[ORDINARY])
+    statistics = standardisation(ordinary).to_dict()["configuration"]
+    place.create(_key(layer), records.encode(statistics))
 
 
 def _key(layer: int) -> str:

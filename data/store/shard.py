@@ -1,10 +1,12 @@
-"""Zarr v3 arrays that are cut along their first axis into units, one object on disk per unit.
+"""Zarr v3 arrays that are cut along their first axis into units, one object on the disk per unit.
 
-An object is written once, whole, and read directly: a conforming Zarr file, but without any Zarr
-library's copies. On one thread at width 2560 that is 3.9 times zarr-python's speed for writing
-plain chunks and 2.8 for reading them, 1.7 and 1.9 for compressed ones (`python -m
-tests.bench.store_speed`). Rows past the array's end are zeros inside a chunk and absent chunks
-behind it, as the specification has it.
+An object is written once, whole, and read directly. It is a conforming Zarr file, made without any
+Zarr library's copies. On one thread at width 2560 that is 3.9 times zarr-python's speed for writing
+plain chunks and 2.8 times for reading them; 1.7 and 1.9 times for compressed ones (`python -m
+tests.bench.store_speed`).
+
+As the Zarr specification has it, rows past the array's end are zeros inside a chunk; chunks that
+lie past the end altogether are absent.
 """
 
 from __future__ import annotations
@@ -14,8 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -26,13 +27,10 @@ from data.errors import StoreError
 from data.store.codec import CRC_BYTES, Codec
 from data.store.place import LocalPlace, Place
 
-if TYPE_CHECKING:
-    from data.store.int8 import StandardizedInt8
-
-# Bytes that `scatter` reads, checks and puts in their places at a time: in a core's 1 MB of
-# second-level cache.
-_SCATTER_BYTES = 128 * 5120
-ABSENT = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+# Bytes that `scatter` reads, checks and moves at a time: 0.66 MB, which fit a core's second-level
+# cache of 1 MB.
+SCATTER_BYTES = 128 * 5120
+ABSENT = np.uint64(0xFFFF_FFFF_FFFF_FFFF)  # the index entry of a chunk that is not there
 _NATIVE = {
     "bfloat16": "<u2",
     "float32": "<f4",
@@ -43,32 +41,35 @@ _NATIVE = {
 }
 
 
+def native(data_type: str) -> np.dtype[Any]:
+    """The NumPy type of a Zarr data type; bfloat16 is held as uint16 bits."""
+    return np.dtype(_NATIVE[data_type])
+
+
+def object_key(array: str, unit: int, dimensions: int) -> str:
+    """The object that holds a unit of an array, relative to the store."""
+    return f"{array}/c.{unit}" + ".0" * (dimensions - 1)
+
+
 @dataclass(frozen=True)
 class UnitArray:
-    """One array: (length, *inner) elements, `unit` rows per object, `chunk` rows per inner chunk of
-    a shard.
-    """
+    """One array of (length, *inner) elements, cut into one object per unit."""
 
     name: str
     data_type: str  # Zarr's name for it
     length: int  # rows
     inner: tuple[int, ...]  # shape of one row
     unit: int  # rows per object
-    codec_name: Any
-    chunk: int | None = None  # rows per inner chunk; None: the object is one plain chunk
-    int8: StandardizedInt8 | None = None  # the statistics that the codec int8 needs
+    codec: Codec
+    chunk: int | None = None  # rows per inner chunk of a shard; None: the object is one plain chunk
 
-    @cached_property
+    @property
     def dtype(self) -> np.dtype[Any]:
-        return np.dtype(_NATIVE[self.data_type])
-
-    @cached_property
-    def codec(self) -> Codec:
-        return Codec(self.codec_name, self.dtype.itemsize, self.int8)
+        return native(self.data_type)
 
     def key(self, unit: int) -> str:
         """The unit's object, relative to the store."""
-        return f"{self.name}/c.{unit}" + ".0" * len(self.inner)
+        return object_key(self.name, unit, 1 + len(self.inner))
 
     def metadata(self) -> dict[str, Any]:
         """The array's zarr.json."""
@@ -99,19 +100,22 @@ class UnitArray:
     def encode(
         self, rows: NDArray[Any], pool: ThreadPoolExecutor | None = None
     ) -> Iterator[Buffer]:
-        """The bytes of one unit's object, in parts; `pool` compresses inner chunks side by side."""
-        assert (
-            rows.dtype == self.dtype and rows.shape[1:] == self.inner and 0 < len(rows) <= self.unit
-        )
-        encoded = (
-            pool.map(self.codec.parts, self._chunks(rows))
-            if pool
-            else map(self.codec.parts, self._chunks(rows))
-        )
+        """The bytes of one unit's object, in parts.
+
+        Args:
+            rows: (n, *inner), 0 < n <= unit.
+            pool: compresses inner chunks side by side.
+        """
+        assert rows.dtype == self.dtype and rows.shape[1:] == self.inner
+        assert 0 < len(rows) <= self.unit
+        chunks = self._chunks(rows)
+        encoded = pool.map(self.codec.parts, chunks) if pool else map(self.codec.parts, chunks)
         if self.chunk is None:
             for parts in encoded:
                 yield from parts
             return
+
+        # A shard: the chunks one behind the other, then where each one lies.
         index = np.full((self.unit // self.chunk, 2), ABSENT, "<u8")
         offset = 0
         for number, parts in enumerate(encoded):
@@ -124,17 +128,15 @@ class UnitArray:
 
     def _chunks(self, rows: NDArray[Any]) -> Iterator[NDArray[Any]]:
         step = self.chunk or self.unit
-        return (_padded(rows[at : at + step], step) for at in range(0, len(rows), step))
+        for start in range(0, len(rows), step):
+            yield _padded(rows[start : start + step], step)
 
     def stored(self, rows: NDArray[Any]) -> NDArray[Any]:
-        """What reading will give back for one unit's rows: the same, from a codec that is
-        lossless.
-        """
+        """What reading will give back for one unit's rows: `rows` itself, from a lossless codec."""
         if self.codec.lossless:
             return rows
-        return np.concatenate([self.codec.stored(chunk) for chunk in self._chunks(rows)])[
-            : len(rows)
-        ]
+        chunks = [self.codec.stored(chunk) for chunk in self._chunks(rows)]
+        return np.concatenate(chunks)[: len(rows)]
 
     def read(self, place: Place, unit: int, rows: int) -> NDArray[Any]:
         """All rows of one unit, of which there are `rows`.
@@ -158,14 +160,14 @@ class UnitArray:
 
 @contextmanager
 def explained(place: Place, key: str, part: str = "") -> Iterator[None]:
-    """What goes wrong in reading an object, said with its name and the way out."""
+    """Turn what goes wrong in reading an object into a StoreError with its name and a way out."""
     try:
         yield
     except (OSError, StoreError, RuntimeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise StoreError(
-            f"{place.name}/{key}{part} cannot be read: {reason}; `python -m harvest action=repair store={place.name}` "
-            "drops damaged units, and harvesting again redoes them"
+            f"{place.name}/{key}{part} cannot be read: {reason}; `python -m harvest action=repair "
+            f"store={place.name}` drops damaged units, and harvesting again redoes them"
         ) from error
 
 
@@ -180,9 +182,22 @@ def _padded(rows: NDArray[Any], length: int) -> NDArray[Any]:
 class Shard:
     """One shard, open for reading single inner chunks by its index."""
 
-    def __init__(self, array: UnitArray, place: Place, unit: int) -> None:
+    def __init__(
+        self, array: UnitArray, place: Place, unit: int, scatter_bytes: int = SCATTER_BYTES
+    ) -> None:
+        """Open the shard and read its index.
+
+        Args:
+            scatter_bytes: that `scatter` reads and moves at a time.
+
+        Raises:
+            StoreError: the object is missing, or its index is damaged.
+        """
         assert array.chunk is not None
-        self._array, self._place, self._key = array, place, array.key(unit)
+        self._array = array
+        self._place = place
+        self._key = array.key(unit)
+        self._scatter_bytes = scatter_bytes
         with explained(place, self._key):
             self._blob = place.open(self._key)
             try:
@@ -198,24 +213,32 @@ class Shard:
         self._blob.__exit__(None, None, None)
 
     def _read_index(self, chunks: int) -> NDArray[np.uint64]:
+        """(chunks, 2) offset and bytes of each inner chunk."""
         nbytes = chunks * 16 + CRC_BYTES
         data = bytes(self._blob.read(max(self._blob.size - nbytes, 0), nbytes))
-        table, crc = data[:-CRC_BYTES], int.from_bytes(data[-CRC_BYTES:], "little")
+        table = data[:-CRC_BYTES]
+        crc = int.from_bytes(data[-CRC_BYTES:], "little")
         if len(data) != nbytes or google_crc32c.value(table) != crc:
             raise StoreError(f"the shard's index is damaged or cut off ({self._blob.size} bytes)")
         return np.frombuffer(table, "<u8").reshape(chunks, 2)
+
+    @contextmanager
+    def _located(self, chunk: int) -> Iterator[tuple[int, int]]:
+        """Offset and bytes of an inner chunk; errors in reading it name the chunk."""
+        offset, nbytes = self._index[chunk]
+        with explained(self._place, self._key, f", chunk {chunk},"):
+            if offset == ABSENT:
+                raise StoreError("it is absent")
+            yield int(offset), int(nbytes)
 
     def read(self, chunk: int, out: NDArray[Any]) -> None:
         """Decode inner chunk number `chunk` into the C-contiguous `out` of a whole chunk's shape.
 
         Raises:
-            StoreError: it is absent or damaged.
+            StoreError: the chunk is absent or damaged.
         """
-        offset, nbytes = self._index[chunk]
-        with explained(self._place, self._key, f", chunk {chunk},"):
-            if offset == ABSENT:
-                raise StoreError("it is absent")
-            self._array.codec.decode(self._blob.read(int(offset), int(nbytes)), out)
+        with self._located(chunk) as (offset, nbytes):
+            self._array.codec.decode(self._blob.read(offset, nbytes), out)
 
     def scatter(
         self,
@@ -224,15 +247,15 @@ class Shard:
         out: NDArray[np.uint16],
         memory: threading.local,
     ) -> None:
-        """Decode inner chunk number `chunk` and put its row i at out[places[i]].
+        """Decode inner chunk number `chunk` and move its row i to out[places[i]].
 
         Args:
-            memory: where a thread keeps what it decodes into.
+            memory: holds the buffer that each thread decodes into.
 
         Raises:
-            StoreError: it is absent or damaged; some rows may be there even so.
+            StoreError: the chunk is absent or damaged; some rows may have been moved even so.
         """
-        if self._array.codec_name == "none":
+        if not self._array.codec.compresses:
             self._scatter_plain(chunk, places, out)
             return
         if not hasattr(memory, "rows"):
@@ -243,32 +266,28 @@ class Shard:
     def _scatter_plain(
         self, chunk: int, places: NDArray[np.int64], out: NDArray[np.uint16]
     ) -> None:
-        """Block by block, so that what is read is still in the cache when it is checked and
-        moved.
-        """
-        offset, nbytes = map(int, self._index[chunk])
-        each = out.shape[1] * out.itemsize
-        # A bucket is asked for the whole chunk: a request takes 20 ms.
-        step = (
-            max(1, _SCATTER_BYTES // each) if isinstance(self._place, LocalPlace) else len(places)
-        )
-        with explained(self._place, self._key, f", chunk {chunk},"):
-            if offset == ABSENT:
-                raise StoreError("it is absent")
-            if nbytes != len(places) * each + CRC_BYTES:
+        """Read, check and move block by block, so that a block stays in the cache meanwhile."""
+        row_bytes = out.shape[1] * out.itemsize
+        step = max(1, self._scatter_bytes // row_bytes)
+        if not isinstance(self._place, LocalPlace):
+            step = len(places)  # a bucket's request takes 20 ms: one for the whole chunk
+        with self._located(chunk) as (offset, nbytes):
+            if nbytes != len(places) * row_bytes + CRC_BYTES:
                 raise StoreError(
-                    f"chunk of {nbytes - CRC_BYTES} bytes where {len(places) * each} belong"
+                    f"chunk of {nbytes - CRC_BYTES} bytes where {len(places) * row_bytes} belong"
                 )
             crc = 0
-            for at in range(0, len(places), step):
-                there = places[at : at + step]
-                last = at + step >= len(places)
-                data = self._blob.read(offset + at * each, len(there) * each + last * CRC_BYTES)
-                if len(data) != len(there) * each + last * CRC_BYTES:
+            for start in range(0, len(places), step):
+                targets = places[start : start + step]
+                rows_bytes = len(targets) * row_bytes
+                is_last = start + step >= len(places)
+                wanted = rows_bytes + (CRC_BYTES if is_last else 0)
+                data = self._blob.read(offset + start * row_bytes, wanted)
+                if len(data) != wanted:
                     raise StoreError("the file is cut off")
-                rows = np.frombuffer(data, np.uint8, len(there) * each)
+                rows = np.frombuffer(data, np.uint8, rows_bytes)
                 crc = google_crc32c.extend(crc, rows)
-                out[there] = rows.view(np.uint16).reshape(len(there), -1)
+                out[targets] = rows.view(np.uint16).reshape(len(targets), -1)
             if crc != int.from_bytes(data[-CRC_BYTES:], "little"):
                 raise StoreError(
                     "crc32c does not match: the bytes on disk are not the ones that were written"

@@ -1,7 +1,9 @@
-"""One unit's residuals made ready to be committed: permuted, described, and brought to the host.
+"""One unit's residuals made ready to be committed: permuted, described, copied to the host.
 
 All of it runs where the rows are: in a thread of its own and, on a GPU, on that thread's stream,
-beside the model's next forward pass. (n rows of the unit, d d_model.)
+beside the model's next forward pass.
+
+Shapes: n rows of the unit, d d_model, C inner chunks per unit.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.store.int8 import squared_errors
 from data.store.kinds import NON_FINITE, ORDINARY, RowStatistics, describe
 from data.store.shard import UnitArray
 
@@ -21,9 +22,9 @@ class Prepared(NamedTuple):
     """What is written of one unit and layer."""
 
     bits: NDArray[np.uint16]  # (n, d) bfloat16 bits in stored order, as the model gave them
-    stored: NDArray[np.uint16]  # (n, d) what reading will give: the same, if the codec is lossless
+    stored: NDArray[np.uint16]  # (n, d) as they will be read: `bits` itself, if lossless
     statistics: RowStatistics  # of `stored`
-    lost: float  # sum of squared differences of the two, over ORDINARY rows
+    lost: float  # squared differences between `bits` and `stored`, summed over ORDINARY rows
 
     @property
     def non_finite(self) -> NDArray[np.int64]:
@@ -31,11 +32,13 @@ class Prepared(NamedTuple):
         return np.flatnonzero(self.statistics.kinds == NON_FINITE)
 
     def entry(self, chunks: int) -> dict[str, Any]:
-        """What the commit record says of it; `chunks` is C."""
+        """What the commit record says of this unit and layer; `chunks` is C."""
         counts = np.zeros((chunks, 3), np.int64)
         counts[: len(self.statistics.per_chunk)] = self.statistics.per_chunk[:, :3]
         entry = {"chunks": counts.ravel().tolist(), "norm_sums": self.statistics.norm_sums.tolist()}
-        return entry | ({"lost": self.lost} if self.stored is not self.bits else {})
+        if self.stored is not self.bits:
+            entry["lost"] = self.lost
+        return entry
 
 
 def prepare(
@@ -52,26 +55,22 @@ def prepare(
     ordered = rows[torch.from_numpy(permutation).to(rows.device)]
     bos = torch.from_numpy(starts[permutation]).to(rows.device)
     bits = to_host(ordered)
-    if array.codec.lossless:
-        return Prepared(bits, bits, describe(ordered, bos, array.chunk), 0.0)
     stored = array.stored(bits)
-    statistics = describe(torch.from_numpy(stored).view(torch.bfloat16), bos.cpu(), array.chunk)
-    return Prepared(
-        bits,
-        stored,
-        statistics,
-        float(squared_errors(bits, stored)[statistics.kinds == ORDINARY].sum()),
-    )
+    if stored is not bits:  # the statistics are of what readers will get
+        ordered = torch.from_numpy(stored).view(torch.bfloat16)
+        bos = bos.cpu()
+    statistics = describe(ordered, bos, array.chunk)
+    errors = array.codec.error(bits, stored)
+    return Prepared(bits, stored, statistics, float(errors[statistics.kinds == ORDINARY].sum()))
 
 
 def to_host(rows: torch.Tensor) -> NDArray[np.uint16]:
-    """(n, d) bits of a bfloat16 tensor, in memory of the host."""
+    """(n, d) bits of a bfloat16 tensor, in host memory."""
     if rows.is_cuda:
-        # Pinned memory takes the copy at the bus's full speed; torch keeps such blocks and gives
-        # them out again.
+        # Pinned memory takes the copy at the bus's full speed; torch caches such blocks.
         host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
         host.copy_(rows, non_blocking=True)
-        # Waits for this thread's stream alone: the forward goes on in its own.
+        # Waits for this thread's stream alone: the forward pass goes on in its own.
         torch.cuda.current_stream(rows.device).synchronize()
         rows = host
     return rows.view(torch.uint16).numpy()

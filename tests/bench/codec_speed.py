@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.store.codec import NAMES, Codec
+from data.store.codec import NAMES, exact, is_lossless
 from data.store.int8 import squared_errors, standardisation
 from data.store.kinds import ORDINARY, describe
 from data.store.moments import Moments
+from data.store.scales import Int8
 from data.store.zarr_bfloat16 import to_bits
 from data.tiny.embedded import MODEL_DIR
 from data.tiny.problems import document, problems
@@ -94,7 +95,8 @@ def measure(
     )
     first = Moments(int(half.counts[ORDINARY]), *half.moments[ORDINARY])
     codecs = {
-        name: Codec(name, 2, standardisation(first) if name == "int8" else None) for name in NAMES
+        name: exact(name, 2) if is_lossless(name) else Int8(standardisation(first))
+        for name in NAMES
     }
     chunks = [rows[at : at + chunk] for at in range(0, len(rows), chunk)]
     out = np.empty_like(rows[:chunk])

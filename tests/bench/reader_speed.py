@@ -81,7 +81,7 @@ def make_store(path: Path, codec: str, rows: torch.Tensor, units: int) -> Store:
     if codec == "int8":
         scales.freeze(store.place, LAYER, rows, torch.from_numpy(starts))
     # The same rows in all units, and their kinds.
-    once = prepare(rows, store.permutation(0), starts, store.array(f"layer_{LAYER}"))
+    once = prepare(rows, store.permutation(0), starts, store.arrays.rows(LAYER))
     for number in range(units):
         store.commit_residuals(number, {LAYER: numbered(once, store, number)})
     summary.write(store, LAYER)
@@ -147,7 +147,7 @@ def reader_speed(reader: Reader, passes: int) -> tuple[float, float]:
 def measure(store: Store, codec: str, rounds: int, passes: int, batch: int) -> dict[str, Any]:
     """GB/s of both, and their ratios."""
     reader = Reader(store, LAYER, batch=batch, seed=SEED, policy=Policy())
-    array = store.array(f"layer_{LAYER}")
+    array = store.arrays.rows(LAYER)
     paths = [Path(store.name) / array.key(unit) for unit in training_units(store)]
     threads = min(16, os.cpu_count() or 1)
     buffers = [paged(max(path.stat().st_size for path in paths)) for _ in range(threads)]

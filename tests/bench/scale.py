@@ -34,7 +34,8 @@ from numpy.typing import NDArray
 from data.rows import summary
 from data.rows.reader import Reader
 from data.rows.split import Policy
-from data.store import claims, ledger, manifest, records
+from data.store import ledger, manifest, records
+from data.store.claims import METADATA
 from data.store.place import place_of
 from data.store.store import SpineEnd, Store
 from data.text.packing import Cursor
@@ -105,10 +106,10 @@ def resume(path: Path) -> None:
     place = place_of(path)
     wanted = {name: value for name, value in manifest.read(place).items() if name != "format"}
     manifest.agree(place, wanted)
-    with closing(place.claims(0, 1)) as rights:
+    with closing(place.claims(0, 1)) as claims:
         store = Store.open_or_create(place, wanted)
         assert not store.missing(LAYERS)
-        with rights.held(claims.METADATA):
+        with claims.held(METADATA):
             store.declare(LAYERS)
         store.refresh()
         for layer in LAYERS:

@@ -71,8 +71,9 @@ def make_store(path: Path, codec: str, rows: int, width: int, units: int) -> Sto
 
 
 def objects_of(store: Store, unit: int) -> list[Path]:
-    names = (f"{kind}_{LAYER}" for kind in ("layer", "norm", "kind", "moments"))
-    return [Path(store.name) / store.array(name).key(unit) for name in names]
+    arrays = store.arrays
+    written = [arrays.rows, arrays.norms, arrays.kinds, arrays.moments]
+    return [Path(store.name) / array(LAYER).key(unit) for array in written]
 
 
 def plain(path: Path, rows: Prepared, nbytes: int) -> None:
@@ -92,7 +93,7 @@ def measure(codec: str, rows: torch.Tensor, rounds: int, folder: Path) -> list[d
     """What each way of writing a unit took, a round each."""
     store = make_store(folder / codec, codec, len(rows), rows.shape[1], 2 * (rounds + 1))
     array, starts = (
-        store.array(f"layer_{LAYER}"),
+        store.arrays.rows(LAYER),
         store.piece_starts(0).ravel(),
     )  # the same in all units
 

@@ -14,8 +14,9 @@ import zarr
 from numpy.typing import NDArray
 
 from data.errors import StoreError
+from data.store.codec import exact
 from data.store.place import LocalPlace
-from data.store.shard import Shard, UnitArray
+from data.store.shard import Shard, UnitArray, native
 from data.store.zarr_bfloat16 import to_bits, to_float32
 from tests.conftest import make_store
 
@@ -52,9 +53,9 @@ def sample(array: UnitArray) -> NDArray[Any]:
 def test_plain_zarr_reads_every_array_and_so_do_we(
     tmp_path: Path, codec: str, data_type: str, chunk: int | None
 ) -> None:
-    array = UnitArray(
-        "a", data_type, 200, SHAPES[data_type], 64, codec, chunk
-    )  # the last unit is ragged
+    # The last unit is ragged.
+    of_elements = exact(codec, native(data_type).itemsize)
+    array = UnitArray("a", data_type, 200, SHAPES[data_type], 64, of_elements, chunk)
     rows = sample(array)
     write(tmp_path, array, rows)
     stored = zarr.open_array(tmp_path / "a", mode="r")
@@ -117,7 +118,7 @@ def test_rows_lie_where_token_index_says(tmp_path: Path, random_bits: NDArray[np
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("where", [0, 100, -30, -3])
 def test_a_flipped_bit_is_never_read(tmp_path: Path, codec: str, where: int) -> None:
-    array = UnitArray("a", "bfloat16", 64, (24,), 64, codec, 16)
+    array = UnitArray("a", "bfloat16", 64, (24,), 64, exact(codec, 2), 16)
     write(tmp_path, array, sample(array))
     path = tmp_path / array.key(0)
     data = bytearray(path.read_bytes())
@@ -129,7 +130,7 @@ def test_a_flipped_bit_is_never_read(tmp_path: Path, codec: str, where: int) -> 
 
 @pytest.mark.parametrize("size", [0, 3, 200])
 def test_a_cut_shard_is_never_read(tmp_path: Path, size: int) -> None:
-    array = UnitArray("a", "bfloat16", 64, (24,), 64, "blosc", 16)
+    array = UnitArray("a", "bfloat16", 64, (24,), 64, exact("blosc", 2), 16)
     write(tmp_path, array, sample(array))
     path = tmp_path / array.key(0)
     path.write_bytes(path.read_bytes()[:size])
@@ -138,7 +139,7 @@ def test_a_cut_shard_is_never_read(tmp_path: Path, size: int) -> None:
 
 
 def test_an_absent_chunk_is_never_taken_for_zeros(tmp_path: Path) -> None:
-    array = UnitArray("a", "bfloat16", 20, (24,), 64, "blosc", 16)
+    array = UnitArray("a", "bfloat16", 20, (24,), 64, exact("blosc", 2), 16)
     write(tmp_path, array, sample(array))
     with Shard(array, LocalPlace(tmp_path), 0) as shard, pytest.raises(StoreError, match="absent"):
         shard.read(3, np.empty((16, 24), np.uint16))
@@ -147,7 +148,7 @@ def test_an_absent_chunk_is_never_taken_for_zeros(tmp_path: Path) -> None:
 def test_encoding_does_not_depend_on_threads() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    array = UnitArray("a", "bfloat16", 4096, (64,), 4096, "blosc", 64)
+    array = UnitArray("a", "bfloat16", 4096, (64,), 4096, exact("blosc", 2), 64)
     rows = sample(array)
     alone = b"".join(array.encode(rows))
     with ThreadPoolExecutor(8) as pool:

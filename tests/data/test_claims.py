@@ -4,6 +4,7 @@ share out.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -15,8 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from data.errors import StoreError
-from data.store import claims
-from data.store.claims import FileClaims, NoLocksError, Shares, unit
+from data.store.claims import SPINE, FileClaims, NoLocksError, NumberedClaims, unit_claim
 from data.store.place import LocalPlace
 from data.store.repair import repair
 from tests.conftest import make_store
@@ -24,9 +24,9 @@ from tests.conftest import make_store
 HOLD = """
 import sys, time
 from pathlib import Path
-from data.store.claims import FileClaims, unit
+from data.store.claims import FileClaims, unit_claim
 held = FileClaims(Path(sys.argv[1]) / "commits" / "claims", Path(sys.argv[1]))
-print(held.take(unit(3)), flush=True)
+print(held.take(unit_claim(3)), flush=True)
 time.sleep(60)
 """
 
@@ -46,12 +46,12 @@ def test_a_claim_is_refused_while_its_process_lives_and_free_when_it_is_killed(
 ) -> None:
     with holder(tmp_path) as other:
         ours = FileClaims(tmp_path / "commits" / "claims", tmp_path)
-        assert not ours.take(unit(3))
-        assert ours.take(unit(4))
+        assert not ours.take(unit_claim(3))
+        assert ours.take(unit_claim(4))
         assert not ours.alone()
         other.send_signal(signal.SIGKILL)
         other.wait()
-        assert ours.take(unit(3))
+        assert ours.take(unit_claim(3))
         assert ours.alone()
         ours.close()
 
@@ -90,21 +90,21 @@ def test_a_file_system_without_locks_shares_out_by_number(
     def refuse(*_: object) -> None:
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(claims.fcntl, "lockf", refuse)
+    monkeypatch.setattr(fcntl, "lockf", refuse)
     with pytest.raises(NoLocksError):
         FileClaims(tmp_path / "claims", tmp_path)
-    rights = LocalPlace(tmp_path).claims(1, 3)
-    assert isinstance(rights, Shares)
-    assert [rights.take(unit(number)) for number in range(6)] == [False, True, False] * 2
-    assert not rights.take(claims.SPINE)
-    rights.take_over()
-    assert rights.take(claims.SPINE) and all(rights.take(unit(number)) for number in range(6))
+    claims = LocalPlace(tmp_path).claims(1, 3)
+    assert isinstance(claims, NumberedClaims)
+    assert [claims.take(unit_claim(number)) for number in range(6)] == [False, True, False] * 2
+    assert not claims.take(SPINE)
+    claims.take_over()
+    assert claims.take(SPINE) and all(claims.take(unit_claim(number)) for number in range(6))
 
 
-def test_shares_leave_nothing_out_and_give_nothing_twice() -> None:
+def test_numbers_leave_nothing_out_and_give_nothing_twice() -> None:
     for world in (1, 2, 3, 7):
         takers = [
-            [rank for rank in range(world) if Shares(rank, world).take(unit(number))]
+            [rank for rank in range(world) if NumberedClaims(rank, world).take(unit_claim(number))]
             for number in range(50)
         ]
         assert all(len(ranks) == 1 for ranks in takers)

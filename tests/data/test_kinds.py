@@ -10,17 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.store import kinds as module
 from data.store.kinds import BOS, NON_FINITE, ORDINARY, OUTLIER, RowStatistics, describe, kinds_of
 
 DEVICES = ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
 
 
-@pytest.fixture(autouse=True, params=DEVICES)
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each device there is, with blocks so small that every test has many of them."""
-    monkeypatch.setattr(module, "_CPU_BLOCK", 7 * 24)
-    monkeypatch.setattr(module, "_DEVICE_BLOCK", 7 * 24)
+BLOCK = 7 * 24  # so few elements at a time that every test has many blocks
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device there is."""
     device: str = request.param
     return device
 
@@ -56,10 +56,12 @@ def reference(rows: torch.Tensor, bos: torch.Tensor, chunk: int) -> RowStatistic
 
 
 def check(rows: torch.Tensor, bos: torch.Tensor, chunk: int, device: str) -> RowStatistics:
-    """Compare with the reference; what is counted or read is equal, what is summed equal to float64
-    rounding.
+    """Compare with the reference.
+
+    What is counted or read is equal; what is summed is equal to float64 rounding.
     """
-    found, wanted = describe(rows.to(device), bos.to(device), chunk), reference(rows, bos, chunk)
+    found = describe(rows.to(device), bos.to(device), chunk, BLOCK)
+    wanted = reference(rows, bos, chunk)
     np.testing.assert_array_equal(found.kinds, wanted.kinds)
     np.testing.assert_array_equal(found.counts, wanted.counts)
     np.testing.assert_array_equal(found.per_chunk, wanted.per_chunk)
@@ -160,7 +162,8 @@ def test_all_bos_and_all_broken(device: str) -> None:
 
 def test_the_same_rows_give_the_same_bits(device: str) -> None:
     rows, bos = normal(300, 24).to(device), torch.zeros(300, dtype=torch.bool, device=device)
-    first, again = describe(rows, bos, 16), describe(rows.clone(), bos.clone(), 16)
+    first = describe(rows, bos, 16, BLOCK)
+    again = describe(rows.clone(), bos.clone(), 16, BLOCK)
     for one, other in zip(first, again, strict=True):
         assert one.tobytes() == other.tobytes()
 

@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 
 from data import order
 from data.errors import SettingError, StoreError
-from data.rows import windows
 from data.rows.reader import Reader
 from data.rows.split import Policy, held_out, held_out_units
-from data.store import shard as array
+from data.rows.windows import TUNING, Tuning
 from data.store.store import Store
 from data.store.zarr_bfloat16 import to_bits
 from tests.conftest import BOS, make_store
@@ -51,9 +50,14 @@ def store(tmp_path: Path) -> Store:
 
 
 def reader(
-    store: Store, policy: Policy = EVERYTHING, batch: int = 32, window: int = 7, seed: int = 5
+    store: Store,
+    policy: Policy = EVERYTHING,
+    batch: int = 32,
+    window: int = 7,
+    seed: int = 5,
+    tuning: Tuning = TUNING,
 ) -> Reader:
-    return Reader(store, 3, batch=batch, seed=seed, policy=policy, window=window)
+    return Reader(store, 3, batch=batch, seed=seed, policy=policy, window=window, tuning=tuning)
 
 
 def trained(store: Store) -> set[int]:
@@ -227,13 +231,11 @@ def test_the_order_is_a_function_of_seed_and_step(
     """Whatever threads read it, however far ahead, in whatever blocks, from wherever, and whoever
     keeps the batches.
     """
-    store, start = several[which], start // batch
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(windows, "THREADS", threads)
-        patch.setattr(windows, "AHEAD", ahead)
-        patch.setattr(array, "_SCATTER_BYTES", block)
-        with closing(reader(store, policy, batch, window).batches(start)) as batches:
-            got = [one if kept else one.clone() for one in islice(batches, 8)]
+    store = several[which]
+    start = start // batch
+    stream = reader(store, policy, batch, window, tuning=Tuning(threads, ahead, block))
+    with closing(stream.batches(start)) as batches:
+        got = [batch if kept else batch.clone() for batch in islice(batches, 8)]
     expected = np.stack(
         list(islice(in_order(store, policy, window, 5), start * batch, (start + 8) * batch))
     )

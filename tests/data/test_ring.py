@@ -20,13 +20,15 @@ import torch
 
 from data.errors import SettingError, StopRequest, StoreError
 from data.rows import split, summary
-from data.rows.following import RingFollower
+from data.rows.follower import Follower
 from data.rows.reader import Reader
 from data.rows.split import Policy, held_out, held_out_units
-from data.store import freed, records, ring
-from data.store.freed import Follower, Record
+from data.rows.windows import Tuning
+from data.store import records, ring, ring_state
 from data.store.place import LocalPlace
 from data.store.repair import damage
+from data.store.ring import Ring
+from data.store.ring_state import Registration, RingState
 from data.store.store import Store
 from data.store.zarr_bfloat16 import to_bits
 from tests.conftest import BOS, make_store
@@ -36,11 +38,13 @@ HUGE = 10**12
 SPAN = 4  # 15 training units: the last group has 3
 
 
-def make_ring(place: LocalPlace, span: int = SPAN, max_bytes: int = HUGE, gone: int = 0) -> Record:
+def make_ring(
+    place: LocalPlace, span: int = SPAN, max_bytes: int = HUGE, gone: int = 0
+) -> RingState:
     store = Store.open(place)
-    record = Record(max_bytes, span, store.layers, held_out_units(store), gone)
-    freed.write(place, record)
-    return record
+    state = RingState(max_bytes, span, store.layers, held_out_units(store), gone)
+    ring_state.write(place, state)
+    return state
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +64,12 @@ def store(template: Path, tmp_path: Path) -> Store:
 def reader(
     store: Store, policy: Policy = EVERYTHING, batch: int = 16, seed: int = 5, window: int = 5
 ) -> Reader:
-    return Reader(store, 3, batch=batch, seed=seed, policy=policy, window=window)
+    impatient = Tuning(poll_s=0.01)
+    return Reader(store, 3, batch=batch, seed=seed, policy=policy, window=window, tuning=impatient)
 
 
-def follower(store: Store, stream: Reader, name: str = "one") -> RingFollower:
-    return RingFollower(stream, store, 3, name, f"runs/{name}")
+def follower(store: Store, stream: Reader | None = None, name: str = "one") -> Follower:
+    return (stream or reader(store)).follower(name, f"runs/{name}")
 
 
 def training(store: Store) -> list[int]:
@@ -128,7 +133,7 @@ def test_a_ring_of_one_group_is_the_plain_order(store: Store) -> None:
     rows = rows_of(store, training(store))
     make_ring(place, span=1000)
     one = reader(store, batch=1)
-    (place.path / freed.KEY).unlink()
+    (place.path / ring_state.KEY).unlink()
     plain = reader(store, batch=1)
     assert served(one, rows) == served(plain, rows)
     assert (one.rows, one.mean_norm) == (plain.rows, plain.mean_norm)
@@ -175,9 +180,7 @@ def test_rows_that_are_not_there_are_an_error_and_come_when_they_are(store: Stor
     assert next(reader(Store.open(store.name)).batches(SPAN * UNIT // 16)).shape == (16, 4)
 
 
-def test_a_run_waits_for_its_first_group_and_for_what_is_held_out(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_waits_for_its_first_group_and_for_what_is_held_out(store: Store) -> None:
     needed = [*held_out_units(store), training(store)[SPAN - 1]]
     hidden = Hidden(store, [*needed, *training(store)[SPAN:]])
     opened = Store.open(store.name)
@@ -187,7 +190,6 @@ def test_a_run_waits_for_its_first_group_and_for_what_is_held_out(
             time.sleep(0.05)
             hidden.commit(unit)
 
-    monkeypatch.setattr("data.rows.reader._POLL_S", 0.01)
     beside = threading.Thread(target=harvest)
     beside.start()
     stream = reader(opened)
@@ -199,7 +201,7 @@ def test_a_run_waits_for_its_first_group_and_for_what_is_held_out(
 def test_a_signal_ends_the_waiting(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     Hidden(store, training(store)[SPAN:])
     opened = Store.open(store.name)
-    waiting = follower(opened, reader(opened))
+    waiting = follower(opened)
     with StopRequest() as stop:
         threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
         waiting.wait(SPAN * UNIT // 16, stop)
@@ -272,15 +274,11 @@ def test_more_than_a_pass_and_too_large_a_batch_are_refused(store: Store) -> Non
 # -- freeing ---------------------------------------------------------------------------------------
 
 
-def harvester(store: Store, readers: int = 1, max_bytes: int | None = None) -> ring.Ring:
-    """A second harvest of the store, as far as the ring is concerned. Its claims last to the end of
-    the test.
-    """
-    joined = ring.join(
-        store, [3], held_out_units(store), store.place.claims(0, 1), max_bytes, readers
-    )
-    assert joined is not None
-    return joined
+def harvester(store: Store, readers: int = 1) -> Ring:
+    """The ring as a second harvest sees it. Its claims last to the end of the test."""
+    room = ring.join(store, [3], store.place.claims(0, 1), None, readers)
+    assert isinstance(room, Ring)
+    return room
 
 
 def shards(store: Store) -> set[int]:
@@ -290,7 +288,7 @@ def shards(store: Store) -> set[int]:
 def test_what_all_readers_have_passed_is_freed_and_no_more(store: Store) -> None:
     units, everything = training(store), set(range(store.units))
     making = harvester(store, readers=2)
-    first, second = (follower(store, reader(store), name) for name in ("one", "two"))
+    first, second = (follower(store, name=name) for name in ("one", "two"))
     making.free()
     assert shards(store) == everything
     first.begin(0)
@@ -301,7 +299,7 @@ def test_what_all_readers_have_passed_is_freed_and_no_more(store: Store) -> None
     second.release(5 * UNIT // 16)
     making.free()
     assert shards(store) == everything - set(units[:SPAN])
-    assert freed.read(store.place).freed == SPAN
+    assert ring_state.read(store.place).freed == SPAN
     second.finish()
     first.release(0)  # a step back says nothing
     making.free()
@@ -346,7 +344,7 @@ def test_nothing_else_may_be_absent(store: Store, what: str) -> None:
 def test_the_watermark_is_durable_before_the_first_object_goes(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    follower(store, reader(store)).finish()
+    follower(store).finish()
     making = harvester(store)
 
     def dying(self: LocalPlace, key: str) -> None:
@@ -356,39 +354,39 @@ def test_the_watermark_is_durable_before_the_first_object_goes(
         patch.setattr(LocalPlace, "delete", dying)
         with pytest.raises(InterruptedError):
             making.free()
-    assert freed.read(store.place).freed == len(training(store))
+    assert ring_state.read(store.place).freed == len(training(store))
     assert shards(store) == set(range(store.units))
     making.sweep()
     assert shards(store) == set(held_out_units(store))
 
 
 def test_a_run_that_comes_too_late_is_refused(store: Store) -> None:
-    early = follower(store, reader(store), "early")
+    early = follower(store, name="early")
     early.begin(0)
     early.release(9 * UNIT // 16)
     harvester(store).free()
-    late = follower(store, reader(store), "late")
+    late = follower(store, name="late")
     with pytest.raises(
         StoreError,
         match=r"runs/late needs training units 4 to 7 .* which are freed.*another store=",
     ):
         late.begin(7 * UNIT // 16)
     late.begin(8 * UNIT // 16)  # a run that was moved, with a checkpoint behind them
-    assert freed.followers(store.place)["late"] == Follower("runs/late", 3, SPAN, 8)
+    assert ring_state.registrations(store.place)["late"] == Registration("runs/late", 3, SPAN, 8)
 
 
 def test_no_run_registers_for_what_is_being_freed(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Registrations and freeing from several processes at once; each looks long before it acts."""
-    read = freed.read
+    read = ring_state.read
 
-    def slowly(place: LocalPlace) -> Record | None:
+    def slowly(place: LocalPlace) -> RingState | None:
         found = read(place)
         time.sleep(0.01)
         return found
 
-    monkeypatch.setattr(ring, "read", slowly)
+    monkeypatch.setattr(ring_state, "read", slowly)
 
     def register(name: str) -> None:
         rng = random.Random(name)
@@ -396,29 +394,31 @@ def test_no_run_registers_for_what_is_being_freed(
             time.sleep(rng.uniform(0, 0.05))  # meanwhile some units go
             passed = read(store.place).freed  # the least that may still be there
             try:
-                ring.register(store.place, name, Follower(name, 3, 1, passed))
+                ring_state.register(store.place, name, Registration(name, 3, 1, passed))
             except StoreError:
                 continue
             time.sleep(0.04)
             freed = read(store.place).freed
-            ring.advance(
-                store.place, name, Follower(name, 3, 1, 15)
+            ring_state.advance(
+                store.place, name, Registration(name, 3, 1, 15)
             )  # in any case, so that the harvest comes to its end
             assert freed <= passed
 
     def harvest() -> None:
         making = harvester(store)
-        while making.record.freed < 15:
-            ring._write(store.place, "driver", Follower("driver", 3, 1, making.record.freed + 1))
+        while making.state.freed < 15:
+            ring_state.write_registration(
+                store.place, "driver", Registration("driver", 3, 1, making.state.freed + 1)
+            )
             making.free()
 
-    ring.advance(store.place, "driver", Follower("driver", 3, 1, 0))
+    ring_state.advance(store.place, "driver", Registration("driver", 3, 1, 0))
     children = [
         in_child(harvest),
         *(in_child(lambda name=f"r{n}": register(name)) for n in range(2)),
     ]
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 3
-    assert len(freed.followers(store.place)) > 1  # one came in time
+    assert len(ring_state.registrations(store.place)) > 1  # one came in time
 
 
 def in_child(body: Callable[[], object]) -> int:
@@ -434,9 +434,9 @@ def in_child(body: Callable[[], object]) -> int:
 
 
 def test_a_damaged_ring_is_not_repaired_away(store: Store) -> None:
-    path = Path(store.name, freed.KEY)
+    path = Path(store.name, ring_state.KEY)
     path.write_bytes(path.read_bytes().replace(b'"freed":0', b'"freed":9'))
     with pytest.raises(StoreError, match="is damaged, and nothing else says what was freed"):
         reader(store)
-    path.write_bytes(records.encode(Record(1, 2, [3], [0], 4)._asdict()))
-    assert freed.read(store.place) == Record(1, 2, [3], [0], 4)
+    path.write_bytes(records.encode(RingState(1, 2, [3], [0], 4)._asdict()))
+    assert ring_state.read(store.place) == RingState(1, 2, [3], [0], 4)

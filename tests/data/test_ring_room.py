@@ -5,18 +5,18 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data.errors import SettingError, StoreError
-from data.rows.following import RingFollower
 from data.rows.reader import Reader
 from data.rows.split import held_out_units
-from data.store import freed, ring
-from data.store.claims import Shares
+from data.store import ring, ring_state
+from data.store.claims import NumberedClaims
+from data.store.retention import KeepAll
+from data.store.ring import Ring
 from data.store.store import SpineEnd, Store
 from data.store.zarr_bfloat16 import to_bits
 from data.text.packing import Cursor
@@ -25,7 +25,7 @@ from tests.data.test_reader import CONTEXT, EVERYTHING, UNIT, numbered
 from tests.data.test_ring import HUGE, training
 
 LAYERS, D = (1, 3), 4
-EACH = ring.unit_bytes(UNIT, 16, D, len(LAYERS))
+EACH = ring_state.unit_bytes(UNIT, 16, D, len(LAYERS))
 
 
 def spine_only(path: Path, units: int) -> Store:
@@ -49,16 +49,20 @@ def on_disk(store: Store) -> int:
     )
 
 
+def joined(store: Store, max_bytes: int | None = None, readers: int = 1) -> Ring:
+    """The ring as a harvest sees it. Its claims last to the end of the test."""
+    room = ring.join(store, LAYERS, store.place.claims(0, 1), max_bytes, readers)
+    assert isinstance(room, Ring)
+    return room
+
+
 class Rank:
     """A harvesting process that takes a unit at one moment and commits it at a later one."""
 
     def __init__(self, store: Store, readers: int) -> None:
         self.store = Store.open(store.name)
-        joined = ring.join(
-            self.store, LAYERS, held_out_units(store), store.place.claims(0, 1), None, readers
-        )
-        assert joined is not None
-        self.ring, self.hand = joined, -1
+        self.ring = joined(self.store, readers=readers)
+        self.hand = -1  # the unit that it is making
 
     def go_on(self, claimed: set[int]) -> bool:
         if self.hand >= 0:
@@ -71,7 +75,7 @@ class Rank:
             return True
         self.store.refresh()
         for unit, _ in self.ring.ordered(self.store.missing(LAYERS)):
-            if not self.ring.room(unit):
+            if not self.ring.admits(unit):
                 break
             if unit not in claimed:
                 self.ring.clear(unit)
@@ -89,8 +93,10 @@ class Run:
         self.stream = Reader(
             self.store, layer, batch=batch, seed=layer, policy=EVERYTHING, window=window
         )
-        self.follower = RingFollower(self.stream, self.store, layer, f"run{layer}", f"runs/{layer}")
-        self.step, self.kept, self.steps = 0, deque([0, 0], maxlen=2), self.stream.rows // batch
+        self.follower = self.stream.follower(f"run{layer}", f"runs/{layer}")
+        self.step = 0
+        self.steps = self.stream.rows // batch
+        self.kept = deque([0, 0], maxlen=2)
         self.follower.begin(0)
         self.batches = self.stream.batches(0)
 
@@ -119,10 +125,10 @@ def test_the_smallest_ring_never_stands_still(tmp_path: Path, batch: int, seed: 
     """
     store, rng = spine_only(tmp_path / "s.zarr", 20), random.Random(seed)
     held = held_out_units(store)
-    least = (len(held) + ring.GROUPS) * EACH
-    with pytest.raises(SettingError, match=rf"the least is max_bytes={least}"):
-        ring.join(store, LAYERS, held, store.place.claims(0, 1), least - 1, 2)
-    ring.join(store, LAYERS, held, store.place.claims(0, 1), least, 2)
+    least = (len(held) + ring_state.GROUPS) * EACH
+    with pytest.raises(SettingError, match=rf"max_bytes={least}"):
+        joined(store, least - 1, 2)
+    joined(store, least, 2)
     ranks, claimed = [Rank(store, 2) for _ in range(2)], set[int]()
     while any(rank.go_on(claimed) for rank in ranks):
         pass
@@ -149,56 +155,45 @@ def test_the_smallest_ring_never_stands_still(tmp_path: Path, batch: int, seed: 
 
 def test_the_span_is_a_third_of_the_ring_and_stays(tmp_path: Path) -> None:
     store = spine_only(tmp_path / "s.zarr", 40)
-    held = held_out_units(store)
-    rights = store.place.claims(0, 1)
-    with closing(rights):
-        joined = ring.join(store, LAYERS, held, rights, (len(held) + 3 * 5 + 2) * EACH, 1)
-        assert joined is not None and joined.record.span == 5
-        larger = ring.join(store, LAYERS, held, rights, 30 * EACH, 1)
-        assert larger is not None and larger.record == joined.record._replace(max_bytes=30 * EACH)
-        same = ring.join(store, LAYERS, held, rights, None, 1)
-        assert same is not None and same.record == larger.record
-        with pytest.raises(SettingError, match="3 groups of 5 units"):
-            ring.join(store, LAYERS, held, rights, (len(held) + 15) * EACH - 1, 1)
-        with pytest.raises(
-            StoreError, match=r"has layers \[1, 3\], and a ring holds the layers of one harvest"
-        ):
-            ring.join(store, [1], held, rights, None, 1)
+    held = len(held_out_units(store))
+    first = joined(store, (held + 3 * 5 + 2) * EACH).state
+    assert first.span == 5
+    larger = joined(store, 30 * EACH).state
+    assert larger == first._replace(max_bytes=30 * EACH)
+    assert joined(store).state == larger
+    with pytest.raises(SettingError, match=f"max_bytes={(held + 15) * EACH}"):
+        joined(store, (held + 15) * EACH - 1)
+    with pytest.raises(StoreError, match=r"\[1, 3\]"):
+        ring.join(store, [1], store.place.claims(0, 1), None, 1)
 
 
 def test_rings_need_locks_and_a_store_of_their_own(tmp_path: Path) -> None:
     whole = make_store(tmp_path / "w.zarr", numbered(), context=CONTEXT, unit=UNIT)
-    held = held_out_units(whole)
-    assert (
-        ring.join(whole, [3], held, whole.place.claims(0, 1), 1, 1) is None
-    )  # there is nothing to make any more
-    assert ring.join(whole, [3], held, whole.place.claims(0, 1), None, 1) is None
-    with pytest.raises(StoreError, match=r"has layers \[3\], and a ring holds"):
-        ring.join(whole, [5], held, whole.place.claims(0, 1), HUGE, 1)
-    with pytest.raises(
-        SettingError, match="max_bytes= needs a folder on a file system with POSIX locks"
-    ):
-        ring.join(spine_only(tmp_path / "s.zarr", 20), LAYERS, [3], Shares(0, 1), HUGE, 1)
-    assert not Path(tmp_path / "s.zarr" / freed.KEY).exists()
+    claims = whole.place.claims(0, 1)
+    # There is nothing to make any more.
+    assert isinstance(ring.join(whole, [3], claims, 1, 1), KeepAll)
+    assert isinstance(ring.join(whole, [3], claims, None, 1), KeepAll)
+    with pytest.raises(StoreError, match=r"\[3\]"):
+        ring.join(whole, [5], claims, HUGE, 1)
+    with pytest.raises(SettingError, match="max_bytes="):
+        ring.join(spine_only(tmp_path / "s.zarr", 20), LAYERS, NumberedClaims(0, 1), HUGE, 1)
+    assert not Path(tmp_path / "s.zarr" / ring_state.KEY).exists()
 
 
 def test_what_a_killed_harvest_left_is_neither_counted_twice_nor_kept(tmp_path: Path) -> None:
     store = spine_only(tmp_path / "s.zarr", 20)
-    held, rights = held_out_units(store), store.place.claims(0, 1)
-    making = ring.join(store, LAYERS, held, rights, (len(held) + ring.GROUPS) * EACH, 1)
-    assert making is not None
+    held = held_out_units(store)
+    making = joined(store, (len(held) + ring_state.GROUPS) * EACH)
     bits = dict.fromkeys(LAYERS, to_bits(np.ones((UNIT, D), np.float32)))
     for unit in [*held, *training(store)[:2]]:
         commit(store, unit, bits)
     third = training(store)[2]
     orphan = Path(store.name, f"layer_1/c.{third}.0")
     orphan.write_bytes(bytes(EACH))
-    assert making.room(third)
+    assert making.admits(third)
     making.clear(third)
     assert not orphan.exists()
     commit(store, third, bits)
-    assert not making.room(training(store)[16])
-    name, why = making.waits_for()
-    assert name == "" and why.startswith(
-        "0 of readers=1 have registered: start `python -m train store="
-    )
+    assert not making.admits(training(store)[16])
+    name, reason = making.waits_for()
+    assert name == "" and "readers=1" in reason

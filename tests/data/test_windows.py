@@ -18,10 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from data.errors import StoreError
-from data.rows import windows
 from data.rows.copy import one_ahead, to_device
 from data.rows.split import held_out_units
-from data.rows.windows import Blocks
+from data.rows.windows import TUNING, Blocks
 from data.store.store import Store
 from tests.conftest import make_store
 from tests.data.test_reader import CONTEXT, UNIT, numbered, reader
@@ -38,15 +37,15 @@ def store(tmp_path: Path) -> Store:
 @pytest.fixture
 def allocated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Shapes of the blocks that are allocated, as they are."""
-    found: list[tuple[int, int]] = []
-    allocate = Blocks._allocate
+    shapes: list[tuple[int, int]] = []
+    allocate = Blocks.allocate
 
     def noted(self: Blocks) -> NDArray[np.uint16]:
-        found.append(self._shape)
+        shapes.append(self.shape)
         return allocate(self)
 
-    monkeypatch.setattr(Blocks, "_allocate", noted)
-    return found
+    monkeypatch.setattr(Blocks, "allocate", noted)
+    return shapes
 
 
 @pytest.mark.parametrize(
@@ -60,7 +59,7 @@ def test_memory_is_used_again_by_those_who_keep_no_batch(
     for number, one in enumerate(islice(reader(store, batch=batch).batches(0), 200)):
         assert torch.equal(one, expected[number])
     blocks = [rows for rows, _ in allocated if rows == 7 * 16 + 1]
-    assert len(blocks) <= windows.AHEAD + 1 and len(allocated) - len(blocks) <= 2
+    assert len(blocks) <= TUNING.ahead + 1 and len(allocated) - len(blocks) <= 2
 
 
 def test_a_batch_is_valid_until_the_next_is_asked_for_and_for_as_long_as_it_is_kept(

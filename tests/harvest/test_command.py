@@ -160,9 +160,7 @@ def test_verify_catches_rows_of_another_model(harvested: Path, tmp_path: Path) -
         rows = torch.from_numpy(store.residuals(5, unit)[permutation.argsort()] ^ 1).view(
             torch.bfloat16
         )
-        again.commit_residuals(
-            unit, {5: prepare(rows, permutation, starts, store.array("layer_5"))}
-        )
+        again.commit_residuals(unit, {5: prepare(rows, permutation, starts, store.arrays.rows(5))})
     with pytest.raises(StoreError, match="differs in 64 of 64 rows when recomputed"):
         command(tiny(path, "action=verify"))
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ from omegaconf import OmegaConf
 
 from data.errors import SettingError, StoreError
 from data.rows import split, summary
-from data.store import freed, ring
+from data.rows.reader import Reader
+from data.rows.windows import Tuning
+from data.store import ring_state
 from data.store.place import LocalPlace
 from data.store.repair import damage, repair
+from data.store.ring_state import Registration, RingState
 from data.store.store import Store
 from data.text.sources import FileText
 from harvest import loop, plan
@@ -44,10 +48,10 @@ from train.run import CHECKPOINTS, METRICS
 
 LAYERS, UNITS, UNIT, D = (1, 4), 40, 64, 32
 HELD_OUT = 2
-EACH = ring.unit_bytes(UNIT, 16, D, len(LAYERS))
+EACH = ring_state.unit_bytes(UNIT, 16, D, len(LAYERS))
 SPAN = 2
 RING = (
-    HELD_OUT + ring.GROUPS * SPAN
+    HELD_OUT + ring_state.GROUPS * SPAN
 ) * EACH  # the least that holds this span: a fifth of the store
 KILLS = 12
 WEIGHTS, HUGE = "sae_final.pt", 10**12
@@ -134,7 +138,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Short waits; and what a test that failed left running, and might wait for ever, ends with
     it.
     """
-    monkeypatch.setattr("data.rows.reader._POLL_S", 0.01)
+    monkeypatch.setattr("train.stream.Reader", partial(Reader, tuning=Tuning(poll_s=0.01)))
     yield
     for child in list(CHILDREN):
         os.kill(child, signal.SIGKILL)
@@ -149,7 +153,7 @@ def reference(bench: Bench) -> dict[int, dict[str, bytes]]:
     store = Path(shutil.copytree(bench.spine, bench.folder / "whole.zarr"))
     place = LocalPlace(store)
     held_out = split.parts(Store.open(place))[split.HELD_OUT]
-    freed.write(place, freed.Record(HUGE, SPAN, list(LAYERS), held_out, 0))
+    ring_state.write(place, RingState(HUGE, SPAN, list(LAYERS), held_out, 0))
     assert wait(start(lambda: bench.harvest(store, max_bytes=HUGE))) == 0
     for layer in LAYERS:
         folder = bench.folder / f"run{layer}"
@@ -157,7 +161,7 @@ def reference(bench: Bench) -> dict[int, dict[str, bytes]]:
             wait(start(lambda layer=layer, folder=folder: train(settings(store, folder, layer))))
             == 0
         )
-    assert freed.read(place).freed == 0
+    assert ring_state.read(place).freed == 0
     assert len(list((store / "layer_4").glob("c.*"))) == UNITS
     return {layer: bits(bench.folder / f"run{layer}") for layer in LAYERS}
 
@@ -240,7 +244,7 @@ def test_two_ranks_and_two_runs_round_a_small_ring(
         bench.harvest(store, readers=2)
 
     def learn(layer: int) -> None:
-        while freed.read(LocalPlace(store)) is None:
+        while ring_state.read(LocalPlace(store)) is None:
             time.sleep(0.01)
         train(settings(store, tmp_path / f"run{layer}", layer))
 
@@ -257,7 +261,7 @@ def check_finished(bench: Bench, store: Path) -> None:
     """
     done = Store.open(str(store))
     held = set(split.parts(done)[split.HELD_OUT])
-    record = freed.read(done.place)
+    record = ring_state.read(done.place)
     there = {int(path.name.split(".")[1]) for path in (store / "layer_4").glob("c.*")}
     assert 20 < record.freed < UNITS - HELD_OUT
     assert there == held | {unit for unit in range(UNITS) if not record.is_freed(unit)}
@@ -288,7 +292,7 @@ def test_killed_at_any_moment_the_bits_are_the_same(
             bench.harvest(store)
 
         def learn(store: Path = store, run: Path = run) -> None:
-            while freed.read(LocalPlace(store)) is None:
+            while ring_state.read(LocalPlace(store)) is None:
                 time.sleep(0.01)
             train(settings(store, run))
 
@@ -306,14 +310,14 @@ def test_what_training_has_passed_is_what_its_oldest_checkpoint_has(
     """
     store, run, seen = bench.folder / "whole.zarr", tmp_path / "run", []
     copy = Path(shutil.copytree(store, tmp_path / "s.zarr"))
-    advance = ring.advance
+    advance = ring_state.advance
 
-    def watched(place: LocalPlace, name: str, follower: freed.Follower) -> None:
+    def watched(place: LocalPlace, name: str, follower: Registration) -> None:
         kept = sorted(int(path.stem[5:]) for path in (run / CHECKPOINTS).glob("*.json"))
         seen.append((follower.passed, kept, (run / WEIGHTS).exists()))
         advance(place, name, follower)
 
-    monkeypatch.setattr(ring, "advance", watched)
+    monkeypatch.setattr(ring_state, "advance", watched)
     train(settings(copy, run))
     rows = Store.open(str(copy))
     pieces = rows.ledger.pieces
@@ -353,8 +357,8 @@ def test_a_run_that_lost_its_folder_is_refused(
         tmp_path / "run",
     )
     train(settings(store, run))
-    record = freed.read(LocalPlace(store))
-    freed.write(LocalPlace(store), record._replace(freed=30))
+    record = ring_state.read(LocalPlace(store))
+    ring_state.write(LocalPlace(store), record._replace(freed=30))
     train(settings(store, run))  # finished: it asks for nothing
     shutil.rmtree(run)
     with pytest.raises(StoreError, match=r"run needs training units 0 to 29 of .* which are freed"):

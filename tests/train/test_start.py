@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import normalize
 
 from data.errors import Interrupted, SettingError
+from data.rows.follower import FollowsNobody
 from tests.train import killing
 from tests.train.killing import (
     BATCH,
@@ -33,7 +34,7 @@ from train.loop import train, train_together
 from train.optim import Adam, OptimConfig
 from train.sae import SAE, SAEConfig, initial
 from train.sae_file import load
-from train.stream import Whole, first_rows
+from train.stream import first_rows
 from train.trainer import TrainConfig, Trainer
 
 PATIENCE = 3  # times dead_after that resampling waits
@@ -331,7 +332,7 @@ def test_no_tensor_of_the_state_can_be_left_out(item, stopped, undisturbed, tmp_
     assert same == (item is None)
 
 
-class Followed(Whole):
+class Followed(FollowsNobody):
     """A harvest that writes down what is asked of it, and may be stopped while it is waited for."""
 
     def __init__(self, log, stop=False):

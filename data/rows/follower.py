@@ -1,0 +1,72 @@
+"""Followers: how a training run and the harvest that it follows wait for each other."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from data.errors import StopRequest
+
+
+class Follower(Protocol):
+    """How one training run and the harvest that it follows wait for each other."""
+
+    span: int | None  # training units per round; None: the store is whole
+
+    def require(self, rows: int) -> None:
+        """Raise SettingError if the stream does not have `rows` rows."""
+        ...
+
+    def begin(self, batch: int) -> None:
+        """Register: everything from batch number `batch` on is needed.
+
+        Raises:
+            StoreError: a part of it is gone.
+        """
+        ...
+
+    def round(self, batch: int) -> int:
+        """The round in which a batch begins; a run saves a checkpoint in each."""
+        ...
+
+    def has(self, batch: int) -> bool:
+        """Whether a batch can be read without waiting, or none will follow."""
+        ...
+
+    def wait(self, batch: int, stop: StopRequest) -> None:
+        """Wait until a batch can be read, or until a signal comes."""
+        ...
+
+    def release(self, batch: int) -> None:
+        """Nothing before batch number `batch` is needed any more."""
+        ...
+
+    def finish(self) -> None:
+        """Nothing is needed any more."""
+        ...
+
+
+class FollowsNobody:
+    """The store is whole and stays: there is nothing to wait for."""
+
+    span: int | None = None
+
+    def require(self, rows: int) -> None:
+        pass
+
+    def begin(self, batch: int) -> None:
+        pass
+
+    def round(self, batch: int) -> int:
+        return 0
+
+    def has(self, batch: int) -> bool:
+        return True
+
+    def wait(self, batch: int, stop: StopRequest) -> None:
+        pass
+
+    def release(self, batch: int) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass

@@ -1,0 +1,153 @@
+"""Which rows of a store stay on the disk: all of them, or those that fit in a ring.
+
+`KeepAll` is the rule; a ring (data/store/ring.py) is its only alternative. Nothing but rows is ever
+freed: records, norms, kinds and statistics of a unit stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from data.errors import StoreError
+from data.store import ring_state
+from data.store.claims import Claims
+from data.store.place import Place
+
+
+class Retention(Protocol):
+    """What a store's records say of the rows that stay. (RingState is the other one.)"""
+
+    @property
+    def max_bytes(self) -> int | None:
+        """Most bytes of rows at a time; None: no limit."""
+        ...
+
+    @property
+    def span(self) -> int | None:
+        """Training units that training takes at a time; None: all of them."""
+        ...
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """The layers that alone are harvested; empty: any."""
+        ...
+
+    @property
+    def freed(self) -> int:
+        """How many units' rows may be absent."""
+        ...
+
+    def is_freed(self, unit: int) -> bool:
+        """Whether the unit's rows may be absent."""
+        ...
+
+    def stays(self, unit: int) -> bool:
+        """Whether the unit's rows are never freed."""
+        ...
+
+    def may_be_absent(self, key: str, unit: int) -> bool:
+        """Whether an object of the unit may be absent though a record names it."""
+        ...
+
+    def status(self, place: Place, units: int) -> Iterator[str]:
+        """Lines for `action=status`."""
+        ...
+
+
+class Room(Protocol):
+    """Room on the disk, as one harvesting process sees it. (Ring is the other one.)"""
+
+    def ordered(self, missing: Mapping[int, list[int]]) -> Iterable[tuple[int, list[int]]]:
+        """Units to make with the layers that each lacks, in the order in which to make them."""
+        ...
+
+    def admits(self, unit: int) -> bool:
+        """Whether there is room for a unit now; frees what may be freed before it refuses."""
+        ...
+
+    def clear(self, unit: int) -> None:
+        """Remove what a killed process left of a unit that this process claimed."""
+        ...
+
+    def sweep(self) -> None:
+        """Remove what is freed and still there."""
+        ...
+
+
+class KeepAll:
+    """All rows stay."""
+
+    max_bytes = None
+    span = None
+    layers: Sequence[int] = ()
+    freed = 0
+
+    def is_freed(self, unit: int) -> bool:
+        return False
+
+    def stays(self, unit: int) -> bool:
+        return True
+
+    def may_be_absent(self, key: str, unit: int) -> bool:
+        return False
+
+    def status(self, place: Place, units: int) -> Iterator[str]:
+        yield from ()
+
+    def ordered(self, missing: Mapping[int, list[int]]) -> Iterable[tuple[int, list[int]]]:
+        return missing.items()
+
+    def admits(self, unit: int) -> bool:
+        return True
+
+    def clear(self, unit: int) -> None:
+        pass  # a second write replaces the first
+
+    def sweep(self) -> None:
+        pass
+
+
+def read(place: Place) -> Retention:
+    """The retention that a store's records name."""
+    return ring_state.read(place) or KeepAll()
+
+
+def needs_whole_spine(place: Place, claims: Claims, max_bytes: int | None) -> bool:
+    """Whether the whole spine must be there before residuals are made.
+
+    A ring needs the text's end: which units are held out follows from how many there are.
+
+    Raises:
+        SettingError: a ring is asked for, and there are no locks.
+    """
+    if max_bytes is not None:
+        ring_state.require_locks(claims, place)
+        return True
+    return read(place).max_bytes is not None
+
+
+class Absences:
+    """Which objects may be absent from a place.
+
+    An object that is not known to be freed is looked up again: it may just have been freed.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._retention: Retention = KeepAll()
+
+    def allow(self, key: str, unit: int) -> bool:
+        """Whether this object of `unit` may be absent."""
+        if not self._retention.may_be_absent(key, unit):
+            self._retention = read(self._place)
+        return self._retention.may_be_absent(key, unit)
+
+    def refuse(self, key: str, unit: int) -> None:
+        """Raise StoreError if the object is freed."""
+        if self.allow(key, unit):
+            raise StoreError(
+                f"{self._place.name}/{key} is freed: the store is a ring, whose shards go when "
+                "their readers have passed; what needs them all needs a store harvested without "
+                "max_bytes="
+            )

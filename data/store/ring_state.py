@@ -1,0 +1,209 @@
+"""The state of a ring (data/store/ring.py) on the disk, and how large a ring must be.
+
+    commits/ring.json           RingState: the size, the groups, and the watermark `freed`
+    commits/readers/NAME.json   Registration: a training run, and how far it has passed
+
+Both change under the claim RING alone. The watermark is durable before the first object goes.
+Training units are counted in ascending order, without the held-out units.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import NamedTuple
+
+from data.errors import SettingError, StoreError
+from data.journal import size
+from data.store import records
+from data.store.arrays import rows_key, rows_name
+from data.store.claims import RING, Claims
+from data.store.place import Place
+
+KEY = "commits/ring.json"
+REGISTRATIONS = "commits/readers"
+
+# Groups of units that a ring must hold: the one being read, the one before, to which a checkpoint
+# may fall back, and the next.
+GROUPS = 3
+# Most bytes of an inner chunk beside its rows: Blosc's header, the checksum, the index entry.
+_FRAME_BYTES = 64
+
+
+class RingState(NamedTuple):
+    """What commits/ring.json records."""
+
+    max_bytes: int  # of all row objects together, held-out units included
+    span: int  # training units per group
+    layers: list[int]
+    held_out: list[int]  # units, ascending
+    freed: int  # training units whose row objects may be absent
+
+    def is_freed(self, unit: int) -> bool:
+        """Whether the unit lies below the watermark, so that its row objects may be absent."""
+        if self.stays(unit):
+            return False
+        return unit - bisect_left(self.held_out, unit) < self.freed
+
+    def stays(self, unit: int) -> bool:
+        """Whether the unit's rows are never freed."""
+        return unit in self.held_out
+
+    def may_be_absent(self, key: str, unit: int) -> bool:
+        """Whether an object of `unit` may be absent: its row objects may, once freed."""
+        return self.is_freed(unit) and any(key == rows_key(layer, unit) for layer in self.layers)
+
+    def status(self, place: Place, units: int) -> Iterator[str]:
+        """One line: how full the ring is, and where its readers are.
+
+        Args:
+            units: of the store, held-out units included.
+        """
+        nbytes = sum(sum(place.sizes(rows_name(layer)).values()) for layer in self.layers)
+        readers = ", ".join(
+            f"{run.run} (layer {run.layer}) at {run.passed}"
+            for run in registrations(place).values()
+        )
+        yield (
+            f"ring: {size(nbytes)} of {size(self.max_bytes)} in groups of {self.span} units, "
+            f"{self.freed} of {units - len(self.held_out)} training units freed; "
+            f"readers: {readers or 'none'}"
+        )
+
+
+class Registration(NamedTuple):
+    """What commits/readers/NAME.json records of a training run."""
+
+    run: str  # its directory
+    layer: int
+    span: int  # training units per group
+    passed: int  # training units that none of its checkpoints needs any more
+
+
+def read(place: Place) -> RingState | None:
+    """The state of the ring; None if the store is no ring.
+
+    Raises:
+        StoreError: the record is damaged.
+    """
+    try:
+        data = place.read(KEY)
+    except FileNotFoundError:
+        return None
+    try:
+        body = records.decode(data, KEY)
+    except StoreError as error:
+        raise StoreError(
+            f"{place.name}/{KEY} is damaged, and nothing else says what was freed: restore it, "
+            "or harvest again into another store="
+        ) from error
+    return RingState(*(body[field] for field in RingState._fields))
+
+
+def write(place: Place, state: RingState) -> None:
+    """Replace the ring's record; only under the claim RING."""
+    place.write(KEY, [records.encode(state._asdict())])
+
+
+def registrations(place: Place) -> dict[str, Registration]:
+    """The registered training runs, by name."""
+    runs = {}
+    for file in sorted(place.sizes(REGISTRATIONS)):
+        if file.endswith(".json"):
+            key = f"{REGISTRATIONS}/{file}"
+            body = records.decode(place.read(key), f"{place.name}/{key}")
+            fields = [body[field] for field in Registration._fields]
+            runs[file.removesuffix(".json")] = Registration(*fields)
+    return runs
+
+
+def register(place: Place, name: str, run: Registration) -> None:
+    """Keep everything from training unit `run.passed` on, until the run needs less.
+
+    Raises:
+        StoreError: the run needs units that are freed.
+    """
+    with _claimed(place):
+        state = read(place)
+        assert state is not None
+        if run.passed < state.freed:
+            raise StoreError(
+                f"{run.run} needs training units {run.passed} to {state.freed - 1} of "
+                f"{place.name}, which are freed: other readers had passed them. Harvest again into "
+                "another store=, with readers= as many as will train side by side, or without "
+                "max_bytes="
+            )
+        write_registration(place, name, run)
+
+
+def advance(place: Place, name: str, run: Registration) -> None:
+    """Record that a registered run needs less than before."""
+    with _claimed(place):
+        write_registration(place, name, run)
+
+
+def write_registration(place: Place, name: str, run: Registration) -> None:
+    """Replace the record of a run; only under the claim RING."""
+    place.write(f"{REGISTRATIONS}/{name}.json", [records.encode(run._asdict())])
+
+
+@contextmanager
+def _claimed(place: Place) -> Iterator[None]:
+    with closing(place.claims(0, 1)) as claims:
+        require_locks(claims, place)
+        with claims.held(RING):
+            yield
+
+
+def require_locks(claims: Claims, place: Place) -> None:
+    """Raise SettingError where there are no locks.
+
+    Without them a run that registers could not be kept apart from a harvest that frees.
+    """
+    if not claims.exact:
+        raise SettingError(
+            f"max_bytes= needs a folder on a file system with POSIX locks, and {place.name} "
+            "is none; leave it out, or give a local store="
+        )
+
+
+# -- how large a ring must be ----------------------------------------------------------------------
+
+
+def unit_bytes(tokens: int, chunk: int, d_model: int, layers: int) -> int:
+    """Most bytes of the row objects of one unit, over all layers.
+
+    Args:
+        tokens: of a unit.
+        chunk: rows per inner chunk.
+        layers: how many.
+    """
+    frames = (tokens // chunk + 1) * _FRAME_BYTES
+    return layers * (tokens * d_model * 2 + frames)
+
+
+def span_of(max_bytes: int, held_out: int, unit_bytes: int) -> int:
+    """Units per group, such that `max_bytes` hold the held-out units and three groups.
+
+    Args:
+        held_out: units.
+        unit_bytes: most bytes of a unit.
+
+    Raises:
+        SettingError: they do not hold three groups of one unit.
+    """
+    span = (max_bytes // unit_bytes - held_out) // GROUPS
+    require_size(max_bytes, held_out, max(span, 1), unit_bytes)
+    return span
+
+
+def require_size(max_bytes: int, held_out: int, span: int, unit_bytes: int) -> None:
+    """Raise SettingError unless `max_bytes` hold the held-out units and three groups of `span`."""
+    least = (held_out + GROUPS * span) * unit_bytes
+    if max_bytes < least:
+        smaller = "" if span > 1 else ", or less with a smaller unit="
+        raise SettingError(
+            f"max_bytes={max_bytes:,} cannot hold {held_out} held-out units and {GROUPS} groups of "
+            f"{span} units of up to {unit_bytes:,} bytes; the least is max_bytes={least}{smaller}"
+        )
