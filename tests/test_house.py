@@ -113,9 +113,7 @@ def test_the_core_loads_an_annex_by_its_door_alone() -> None:
         at_once, lazily = house_signs.imported(path, MODULES)
         for name in lazily:
             is_door = ANNEXES.get(annex(name) or "") == module
-            assert is_door or module == PLUGIN, (
-                f"{module} imports {name} inside a function"
-            )
+            assert is_door or module == PLUGIN, f"{module} imports {name} inside a function"
         if annex(module) is None:
             annexes = {name for name in at_once if annex(name)}
             assert not annexes, f"{module} is of the core and imports {annexes}"
