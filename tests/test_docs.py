@@ -1,6 +1,4 @@
-"""What docs/ promises: its settings exist, its code runs, its messages are ours, its figures are
-counted.
-"""
+"""docs/ is true: its settings exist, its code runs, its messages are ours, its figures add up."""
 
 from __future__ import annotations
 
@@ -40,12 +38,12 @@ def flat(config: Mapping[str, Any], above: str) -> Iterator[str]:
 
 def all_settings() -> set[str]:
     """The name of every setting and group in conf/. A source of text is called NAME."""
-    found = {"hydra/launcher"}
+    names = {"hydra/launcher"}
     for path in sorted((ROOT / "conf").rglob("*.yaml")):
         group = path.relative_to(ROOT / "conf").parent.as_posix().replace("/", ".")
         above = {".": "", "text": "text.sources.NAME."}.get(group, f"{group}.")
-        found |= {group, *flat(yaml.safe_load(path.read_text()), above)}
-    return found
+        names |= {group, *flat(yaml.safe_load(path.read_text()), above)}
+    return names
 
 
 def test_settings_that_are_named_exist() -> None:
@@ -63,20 +61,22 @@ def test_settings_that_are_named_exist() -> None:
                 }
     assert len(seen) > 50
     # A message of ours says `messages=`, which is text.messages= or a source's.
-    unknown = {one for one in seen if one[0] not in known} - {("messages", "troubleshooting.md")}
+    unknown = {(name, page) for name, page in seen if name not in known} - {
+        ("messages", "troubleshooting.md")
+    }
     assert not unknown
 
 
 def test_benchmarks_and_their_flags_are_there() -> None:
-    found = 0
+    count = 0
     for page in PAGES:
         for _, code in pieces(page.read_text()):
             for module, flags in re.findall(r"python -m ((?:tests|data)\.[\w.]+)([^\n#]*)", code):
                 source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
                 for flag in re.findall(r"--([\w-]+)", flags):
                     assert re.search(rf'("|--){flag}"', source), (page.name, flag)
-                found += 1
-    assert found > 20
+                count += 1
+    assert count > 20
 
 
 # -- docs/store.md ---------------------------------------------------------------------------------
@@ -102,26 +102,26 @@ def test_the_stores_code_runs(small: Any) -> None:
         r"```python\n(.*?)```", (ROOT / "docs" / "store.md").read_text(), re.DOTALL
     )
 
-    found = run(first)
+    names = run(first)
     index = store.token_index(0)
-    np.testing.assert_array_equal(found["x"], in_text[index])
-    np.testing.assert_array_equal(found["tokens"], spine[index])
+    np.testing.assert_array_equal(names["x"], in_text[index])
+    np.testing.assert_array_equal(names["tokens"], spine[index])
 
-    found = run(second)
+    names = run(second)
     kinds = np.empty(1024, np.uint8)
     kinds[store.permutation(1)] = store.kinds(5, 1)
-    np.testing.assert_array_equal(found["x"], in_text[1024:2048][kinds == ORDINARY])
-    np.testing.assert_array_equal(found["tokens"], spine[1024:2048])
-    np.testing.assert_array_equal(found["document"], store.document(1).ravel())
+    np.testing.assert_array_equal(names["x"], in_text[1024:2048][kinds == ORDINARY])
+    np.testing.assert_array_equal(names["tokens"], spine[1024:2048])
+    np.testing.assert_array_equal(names["document"], store.document(1).ravel())
 
-    found = run(third)
-    np.testing.assert_array_equal(found["bits"], bits[found["index"]])
+    names = run(third)
+    np.testing.assert_array_equal(names["bits"], bits[names["index"]])
 
 
 def run(code: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    exec(code, found)
-    return found
+    names: dict[str, Any] = {}
+    exec(code, names)
+    return names
 
 
 def test_the_stores_table_is_the_stores(small: Any) -> None:
@@ -149,18 +149,18 @@ def test_the_stores_table_is_the_stores(small: Any) -> None:
 
 def texts() -> list[str]:
     """Every text of the product's code, with a mark where a value is put in."""
-    found = []
+    texts = []
     for path in PRODUCT:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
+                texts.append(node.value)
             elif isinstance(node, ast.JoinedStr):
                 parts = [
                     str(part.value) if isinstance(part, ast.Constant) else "\0"
                     for part in node.values
                 ]
-                found.append("".join(parts))
-    return found
+                texts.append("".join(parts))
+    return texts
 
 
 def test_every_message_is_one_of_ours() -> None:
@@ -195,16 +195,16 @@ H100_FLOPS = 989e12  # dense bfloat16, of NVIDIA's data sheet
 def test_reproducing_is_counted() -> None:
     costs = [cost(E4B, layers, "bfloat16", 16, 512) for layers in ([21], [21, 27])]
     assert row("GFLOP a token, matrix products")[:2] == [
-        f"{one.matmul_flop / 1e9:.2f}" for one in costs
+        f"{each.matmul_flop / 1e9:.2f}" for each in costs
     ]
     assert row("GFLOP a token, attention, context 512")[:2] == [
-        f"{one.attention_flop / 1e9:.2f}" for one in costs
+        f"{each.attention_flop / 1e9:.2f}" for each in costs
     ]
-    weights = [f"{one.loaded_bytes / 1e9:.1f}, {one.kept_bytes / 1e9:.1f}" for one in costs]
+    weights = [f"{each.loaded_bytes / 1e9:.1f}, {each.kept_bytes / 1e9:.1f}" for each in costs]
     assert row("weights while loading, then in use, GB")[:2] == weights
     for share in (0.5, 0.3, 0.1):
-        hours = [1e9 * one.flop / (H100_FLOPS * share) / 3600 for one in costs]
-        assert row(f"{share:.0%}".replace("%", " %")) == [f"{each:.1f}" for each in hours]
+        hours = [1e9 * each.flop / (H100_FLOPS * share) / 3600 for each in costs]
+        assert row(f"{share:.0%}".replace("%", " %")) == [f"{hour:.1f}" for hour in hours]
     speed = 0.3 * H100_FLOPS / costs[1].flop
     assert f"{round(speed, -3):,.0f} tokens/s" in text()
     assert f"{speed * 7.07e12 / 1e9 / 1e9:.2f} GB/s" in text()
@@ -227,10 +227,10 @@ def test_bytes_and_minutes_are_counted(tmp_path: Path) -> None:
         codec: [planned(layers, codec) for layers in ((21,), (21, 27))]
         for codec in ("blosc", "int8")
     }
-    assert row("residuals, TB")[:2] == [f"{one.raw_bytes / 1e12:.2f}" for one in plans["blosc"]]
+    assert row("residuals, TB")[:2] == [f"{each.raw_bytes / 1e12:.2f}" for each in plans["blosc"]]
     for codec, both in plans.items():
         assert row(f"on the disk, TB, `codec={codec}`")[:2] == [
-            f"{one.disk_bytes / 1e12:.2f}" for one in both
+            f"{each.disk_bytes / 1e12:.2f}" for each in both
         ]
     units, out = plans["blosc"][0].units, len(order.held_out(15_259, 0))
     steps = (10**9 - out * 65_536) // 4096

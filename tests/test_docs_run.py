@@ -1,21 +1,20 @@
-"""Every command of README.md and docs/, run in small: in the order of its page, in one directory
-per page.
+"""Runs every command of README.md and docs/ in small: page by page, in the page's order.
 
 A command is `python -m harvest|train|analyze|train.export|train.publish` with settings, in a block
-or in a sentence, also behind torchrun and accelerate. It runs in this process, as `python -m` would
-run it (new ones take seconds to start), on the embedded model. `smaller` says what is changed for
-that; all else stays as it is written, so that a setting, study or value of another name fails here.
-What stands for something else is taken as follows:
+or in a sentence, also behind torchrun and accelerate. It runs in this process, because a new one
+takes seconds to start, in a directory of its page, on the embedded model. `smaller` says what is
+changed for that. All else stays as it is written, so that a setting, study or value of another name
+fails here.
 
-- torchrun, accelerate: this process is rank 0 of as many as they would start; alone where the ranks
-meet (one run).
-- `hydra/launcher=NAME`: its settings must compose; the jobs are then run by Hydra's basic launcher,
-one by one.
-- s3://: moto's server on loopback. The other rank of a bucket never comes, so there is no patience
-with it.
-- the process that reads the text is this one; the pages of `action=serve` must be there, and are
-not served.
-- `...` after a command is what OMITTED says.
+- torchrun, accelerate: this process is rank 0 of as many as they would start. It is alone where the
+  ranks would meet in one run.
+- `hydra/launcher=NAME`: the launcher's settings must compose. Hydra's basic launcher then runs the
+  jobs one by one.
+- s3://: moto's server on loopback. The other rank of a bucket never comes, so it is given up at
+  once.
+- This process reads the text, which is otherwise a process of its own.
+- `action=serve`: the pages must be there; they are not served.
+- `...` after a command: the settings in OMITTED.
 """
 
 from __future__ import annotations
@@ -91,10 +90,9 @@ OMITTED = {  # what `...` stands for
     "harvest": "layer=5 store=activations/e4b.zarr",
     "train": "layer=5 store=activations/e4b.zarr run=runs/omitted",
 }
-# What is no command of ours: a module that is named and not run, and benchmarks, which
-# tests/test_docs.py looks up.
+# Not run here: modules that are named alone, and benchmarks, which tests/test_docs.py looks up.
 OTHER = re.compile(r"python -m ((harvest|train|analyze)(\.export)?|(tests|data)\..*)")
-# Pages that go on from a store and a run, which others make.
+# Pages that go on from a store and a run of another page, and how those are made.
 BEGINNING = {"harvest": "layer=[21,27] tokens=1e9", "train": "layer=21 run=runs/e4b_L21"}
 CONTINUED = ("store.md", "studies.md", "training.md")
 
@@ -109,8 +107,9 @@ class Command(NamedTuple):
 
 
 def pieces(text: str) -> Iterator[tuple[str, str]]:
-    """The code of a page in its order: (language of a fenced block, its text), and ("", line or
-    inline code).
+    """The code of a page in its order, as (language, text).
+
+    The language is that of a fenced block; it is empty for an indented line or inline code.
     """
     text = text.replace("\\\n", " ")
     text = re.sub(r"`(?:\\`|[^`])*\\`(?:\\`|[^`])*`", "", text)  # messages that quote a command
@@ -120,7 +119,7 @@ def pieces(text: str) -> Iterator[tuple[str, str]]:
 
 
 def lines(text: str) -> Iterator[str]:
-    """What is said to a shell on a page, and its Python blocks whole."""
+    """A page's lines for a shell, and its Python blocks whole."""
     for language, code in pieces(text):
         if language == "python":
             yield code
@@ -129,12 +128,12 @@ def lines(text: str) -> Iterator[str]:
 
 
 def parsed(line: str) -> Command | None:
-    """The command that a line is, if it is one of ours with something to do."""
+    """The command in a line; None if it is none of ours, or has no settings."""
     started = r"(?:python|(?:torchrun|accelerate launch) \S+ (\d+))"  # with the number of processes
-    found = re.fullmatch(
+    match = re.fullmatch(
         started + r" -m (harvest|train|analyze|train\.export|train\.publish) (.*)", line
     )
-    return Command(line, int(found[1] or 0), found[2], shlex.split(found[3])) if found else None
+    return Command(line, int(match[1] or 0), match[2], shlex.split(match[3])) if match else None
 
 
 def commands(text: str) -> list[Command]:
@@ -168,21 +167,19 @@ def sets(words: list[str], name: str) -> bool:
     return any(word.startswith((f"{name}=", f"{name}.path=")) for word in words)
 
 
-# -- what the pages find in their directory --------------------------------------------------------
+# -- a page's directory ----------------------------------------------------------------------------
 
 
 def furnish(folder: Path) -> None:
-    """The files that the pages take for granted: texts, chats, problems, a model, a data set's
-    folder.
-    """
+    """Write what the pages take for granted: texts, chats, problems, a model, data sets."""
     some = list(islice(problems.problems("heldout"), 60))
-    texts = [problems.document(one) for one in some]
-    chats = [[turn("human", one.question), turn("gpt", problems.solution(one))] for one in some]
+    texts = [problems.document(problem) for problem in some]
+    chats = [chat(problem) for problem in some]
     write_lines(
         folder / "gsm8k/test.jsonl",
         [{"question": p.question, "answer": problems.solution(p)} for p in some],
     )
-    write_lines(folder / "gsm8k/solutions.jsonl", [labelled(one) for one in some])
+    write_lines(folder / "gsm8k/solutions.jsonl", [labelled(problem) for problem in some])
     write_lines(folder / "notes.jsonl", [{"body": text} for text in texts])
     write_lines(folder / "books/second.jsonl", [{"text": text} for text in texts[30:]])
     (folder / "books/first.txt").write_text("\n\n".join(texts[:30]))
@@ -191,17 +188,18 @@ def furnish(folder: Path) -> None:
     shutil.copytree(MODEL_DIR, folder / "models/mine")
 
 
-def labelled(one: problems.Problem) -> dict[str, Any]:
-    right, wrong = f"#### {one.answer}", f"#### {one.answer + 7}"
-    solutions = {
-        "a": {"solution": right, "is_correct": True},
-        "b": {"solution": wrong, "is_correct": False},
-    }
-    return {"question": one.question, "ground_truth": str(one.answer), **solutions}
+def labelled(problem: problems.Problem) -> dict[str, Any]:
+    """A problem with a right and a wrong solution."""
+    right = {"solution": f"#### {problem.answer}", "is_correct": True}
+    wrong = {"solution": f"#### {problem.answer + 7}", "is_correct": False}
+    truth = {"question": problem.question, "ground_truth": str(problem.answer)}
+    return {**truth, "a": right, "b": wrong}
 
 
-def turn(who: str, text: str) -> dict[str, str]:
-    return {"from": who, "value": text}
+def chat(problem: problems.Problem) -> list[dict[str, str]]:
+    """A problem as a chat of two turns."""
+    question = {"from": "human", "value": problem.question}
+    return [question, {"from": "gpt", "value": problems.solution(problem)}]
 
 
 def write_lines(path: Path, rows: list[Any]) -> None:
@@ -211,9 +209,7 @@ def write_lines(path: Path, rows: list[Any]) -> None:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A furnished directory to stand in, in a process that plays the parts of others (see the
-    module).
-    """
+    """The current directory of a page, furnished; this process plays the parts of others."""
     furnish(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # as the commands set it themselves, for good
@@ -243,9 +239,7 @@ def require_site(folder: Path, _port: int) -> None:
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[Callable[[pytest.MonkeyPatch], None]]:
-    """Sets the environment for a bucket `my-bucket` on a server that is started when it is first
-    asked for.
-    """
+    """A function that sets the environment for a bucket `my-bucket` on a server of its own."""
     moto_server = pytest.importorskip("moto.server", reason="moto is not installed")
     pytest.importorskip("obstore", reason="obstore is not installed")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -270,7 +264,7 @@ def s3() -> Iterator[Callable[[pytest.MonkeyPatch], None]]:
 
 
 class Shell:
-    """Runs commands in this process, and looks at what came of them."""
+    """Runs commands in this process, and checks their results."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self._patch, self._capsys = monkeypatch, capsys
@@ -310,7 +304,7 @@ def called(module: str) -> Any:
 
 
 def require_launcher(command: Command) -> None:
-    """The launcher's settings compose, where it is installed."""
+    """Require that the launcher's settings compose, where it is installed."""
     from hydra import compose, initialize_config_module
 
     asked = [word for word in command.words if word.startswith("hydra")]
@@ -323,7 +317,7 @@ def require_launcher(command: Command) -> None:
 
 
 def require_outcome(command: Command, words: list[str], out: str, err: str) -> None:
-    """The command's main result is there, and the command named it."""
+    """Require that the command's main result is there, and that the command named it."""
     if "--help" in words:
         assert "  # " in out
         return
@@ -383,7 +377,7 @@ def require_harvest(words: list[str], out: str) -> None:
 
 
 def begin(shell: Shell) -> None:
-    """The store and the run that a page goes on from, under both names that pages have for them."""
+    """Make the store and the run that a page goes on from, under both names that pages use."""
     for module, settings in BEGINNING.items():
         shell.run(
             Command(
@@ -423,24 +417,22 @@ def test_commands_run(
 
 
 def run_block(code: str) -> None:
-    """A page's Python. Of training by GRPO, which takes minutes, what comes before the trainer; the
-    rest compiles.
-    """
+    """Run a page's Python. Training by GRPO takes minutes, so those lines are only compiled."""
     compile(code, "block", "exec")
     code = "".join(
         line for line in code.splitlines(keepends=True) if "trl" not in line and "GRPO" not in line
     )
-    found: dict[str, Any] = {}
-    exec(code.replace('"google/gemma-4-E4B", device="cuda"', '"embedded", dtype="float32"'), found)
-    if "reward" in found:
-        assert found["reward"](["Question: 3 + 4?"], [""], [[9, 8]]) != [0.0]
-    if "x_hat" in found:
-        assert found["x_hat"].shape == found["x"].shape
+    names: dict[str, Any] = {}
+    exec(code.replace('"google/gemma-4-E4B", device="cuda"', '"embedded", dtype="float32"'), names)
+    if "reward" in names:
+        assert names["reward"](["Question: 3 + 4?"], [""], [[9, 8]]) != [0.0]
+    if "x_hat" in names:
+        assert names["x_hat"].shape == names["x"].shape
 
 
 def test_commands_are_found() -> None:
-    """Were fewer found than there are, the test above would pass for nothing."""
-    found = {str(page.relative_to(ROOT)): len(commands(page.read_text())) for page in PAGES}
+    """If commands were overlooked, the test above would pass for nothing."""
+    counts = {str(page.relative_to(ROOT)): len(commands(page.read_text())) for page in PAGES}
     least = {
         "README.md": 20,
         "harvest.md": 20,
@@ -450,9 +442,9 @@ def test_commands_are_found() -> None:
         "studies.md": 2,
     }
     assert all(
-        found[name if name == "README.md" else f"docs/{name}"] >= count
+        counts[name if name == "README.md" else f"docs/{name}"] >= count
         for name, count in least.items()
-    ), found
+    ), counts
     for page in PAGES:
         asked = [
             line
