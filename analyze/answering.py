@@ -1,14 +1,13 @@
-"""The model's answers to word problems: generated once, graded, kept, and used again by the studies
-of problems.
+"""The model's answers to word problems: generated once, graded, and kept for every study of them.
 
-Graded as lm-evaluation-harness' GSM8K task (v3) does: `strict` is the number behind the first `####
-`, `flexible` the last number of the text. An answer counts as right by `strict`; if there is no
-`#### ` it is unparsable, and wrong.
+Grades are those of lm-evaluation-harness' GSM8K task (v3). `strict` is the number behind the first
+`#### `, `flexible` the last number of the text. An answer is right if `strict` is. Without `#### `
+it is unparsable, and wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,14 @@ from data.settings import build
 from harvest.model import LanguageModel
 from harvest.tokens import Tokenizer
 
-VERSION = 1  # raise it when the same settings give other answers
-_FILE = "answers.jsonl"
+VERSION = 1  # of the kept answers: raise it when the same settings give other ones
 STOPS = ("Question:", "</s>", "<|im_end|>")  # lm-evaluation-harness'
+_FILE = "answers.jsonl"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A completion of a problem's prompt, the model's own or somebody's labelled one."""
+    """A completion of a problem's prompt: the model's own, or somebody's labelled solution."""
 
     problem: Problem
     source: str  # `generated`, or who wrote it
@@ -69,47 +68,48 @@ def _reference(tokenizer: Tokenizer, question: str) -> list[int]:
 
 def _chat(tokenizer: Tokenizer, text: str) -> list[int]:
     """A user's turn and the beginning of the model's, by the model's own template."""
-    return [tokenizer.bos, *tokenizer.encode([[{"role": "user", "content": text}]], reply=True)[0]]
+    turn = {"role": "user", "content": text}
+    return [tokenizer.bos, *tokenizer.encode([[turn]], reply=True)[0]]
 
 
 PROMPTS: dict[str, Callable[[Tokenizer, str], list[int]]] = {
-    "lm_eval": _lm_eval,
-    "chat": _chat,
-    "reference": _reference,
+    "lm_eval": _lm_eval,  # lm-evaluation-harness'
+    "chat": _chat,  # the bare question
+    "reference": _reference,  # with the instruction of the reference SAE's card
 }
-"""lm-evaluation-harness' prompt; the bare question as a chat; the instruction of the reference SAE's card as a chat."""
-
-
-# -- answers ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Asking:
-    """How problems are answered."""
+    """The settings `answers`: how problems are answered."""
 
     prompt: str = "lm_eval"
     questions: int = 1319  # the first so many problems
     new_tokens: int = 512  # of an answer, at most
-    batch: int = (
-        32  # questions generated together; another value may change roundings, and so an answer
-    )
+    # Questions generated together. Another value may round otherwise, and so change an answer.
+    batch: int = 32
 
     def __post_init__(self) -> None:
         if self.prompt not in PROMPTS:
             raise SettingError(f"answers.prompt={self.prompt} must be one of {', '.join(PROMPTS)}")
         for name in ("questions", "new_tokens", "batch"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"answers.{name}={getattr(self, name)} must be at least 1")
+            value = getattr(self, name)
+            if value < 1:
+                raise SettingError(f"answers.{name}={value} must be at least 1")
+
+
+# -- answers of a study ----------------------------------------------------------------------------
 
 
 def inputs(study: Study) -> dict[str, Any]:
-    """What answers depend on, for `Study.perform`."""
-    return _inputs(study, _read(study))
+    """What answers depend on beside the model, for `Study.perform`."""
+    asking = asking_of(study)
+    return _inputs(_problems(study, asking), asking)
 
 
-def _inputs(study: Study, found: Sequence[Problem | Solution]) -> dict[str, Any]:
-    asked = [asdict(one) for one in found]
-    return {"problems": durable.digest(dumped(asked).encode()), "answers": asdict(_asking(study))}
+def _inputs(asked: Sequence[Problem | Solution], asking: Asking) -> dict[str, Any]:
+    content = dumped([asdict(item) for item in asked])
+    return {"problems": durable.digest(content.encode()), "answers": asdict(asking)}
 
 
 def answers(study: Study, stop: StopRequest | None = None) -> list[Answer]:
@@ -121,58 +121,95 @@ def answers(study: Study, stop: StopRequest | None = None) -> list[Answer]:
     Raises:
         SettingError: there are no problems, or a prompt leaves no room for an answer.
     """
-    asked, asking = _read(study), _asking(study)
-    labelled = [item for item in asked if isinstance(item, Solution)]
-    if labelled:
-        return _of_solutions(study.lm.tokenizer, labelled, asking)
+    asking = asking_of(study)
+    asked = _problems(study, asking)
+    solutions = [item for item in asked if isinstance(item, Solution)]
+    if solutions:
+        return _of_solutions(study.lm.tokenizer, solutions, asking)
     questions = [item for item in asked if isinstance(item, Problem)]
-    key = {
-        "version": VERSION,
-        "weights": study.identity["weights"],
-        "dtype": study.model.dtype,
-        "device": torch.device(study.model.device).type,  # sums round otherwise on another kind
-        **_inputs(study, asked),
-    }
 
-    def generate_all(folder: Path) -> None:
-        progress, right = Progress(), 0
+    def make(part: slice) -> list[dict[str, Any]]:
+        prompt = PROMPTS[asking.prompt]
+        tokenizer = study.lm.tokenizer
+        batch = [(item, prompt(tokenizer, item.question)) for item in questions[part]]
+        return [asdict(answer) for answer in completions(study.lm, batch, asking)]
 
-        def next_batch(part: slice) -> list[dict[str, Any]]:
-            nonlocal right
-            if stop is not None:
-                stop.check()
-            prompt = PROMPTS[asking.prompt]
-            batch = [(item, prompt(study.lm.tokenizer, item.question)) for item in questions[part]]
-            fresh = written(study.lm, batch, asking)
-            right += sum(answer.correct for answer in fresh)
-            done = min(part.stop, len(questions))
-            line = f"{done}/{len(questions)} answered | {right} right here"
-            progress.show(line, last=done == len(questions))
-            return [asdict(answer) for answer in fresh]
+    def fill(folder: Path) -> None:
+        path = folder / _FILE
+        grow_answers(
+            path, len(questions), asking.batch, make, Progress().show, stop or StopRequest()
+        )
 
-        grow(folder / _FILE, len(questions), asking.batch, next_batch)
-
-    folder = study.kept("answers", key, generate_all)
+    key = {"version": VERSION, **model_key(study), **_inputs(asked, asking)}
+    folder = study.kept("answers", key, fill)
     return [_revived(line) for line in read_lines(folder / _FILE)]
 
 
-def _read(study: Study) -> Sequence[Problem | Solution]:
-    source = study.problems or (
-        problems.TINY if study.subject.store.manifest["model"]["id"] == "tiny" else None
-    )
-    if source is None:
-        raise SettingError(
-            "problems= is missing; give a .jsonl of {question, answer} such as GSM8K's test.jsonl, one of labelled "
-            "solutions, or problems=tiny"
-        )
-    return problems.read(source, _asking(study).questions)
+def asking_of(study: Study) -> Asking:
+    """The study's settings `answers`.
 
-
-def _asking(study: Study) -> Asking:
+    Raises:
+        SettingError: one of them is not known, or cannot be.
+    """
     return build(Asking, "answers", study.answers)
 
 
-def written(
+def _problems(study: Study, asking: Asking) -> Sequence[Problem | Solution]:
+    is_tiny = study.subject.store.manifest["model"]["id"] == "tiny"
+    source = study.problems or (problems.TINY if is_tiny else None)
+    if source is None:
+        raise SettingError(
+            "problems= is missing; give a .jsonl of {question, answer} such as GSM8K's test.jsonl, "
+            "one of labelled solutions, or problems=tiny"
+        )
+    return problems.read(source, asking.questions)
+
+
+def model_key(study: Study) -> dict[str, Any]:
+    """What generated text depends on of the model, for the key of kept results."""
+    return {
+        "weights": study.identity["weights"],
+        "dtype": study.model.dtype,
+        "device": torch.device(study.model.device).type,  # another kind rounds sums otherwise
+    }
+
+
+def grow_answers(
+    path: Path,
+    total: int,
+    batch: int,
+    make: Callable[[slice], Sequence[Mapping[str, Any]]],
+    show: Callable[..., None],
+    stop: StopRequest,
+) -> None:
+    """Bring a file of answers to `total` lines, batch by batch, from wherever it stands.
+
+    Args:
+        make: the lines in a slice, each with a field `correct`.
+        show: prints a line of progress; given the line, and whether it is the last.
+    """
+    right = 0
+
+    def next_batch(part: slice) -> Sequence[Mapping[str, Any]]:
+        nonlocal right
+        stop.check()
+        lines = make(part)
+        right += sum(line["correct"] for line in lines)
+        done = min(part.stop, total)
+        show(f"{done}/{total} answered | {right} right here", last=done == total)
+        return lines
+
+    grow(path, total, batch, next_batch)
+
+
+def _revived(fields: dict[str, Any]) -> Answer:
+    return Answer(**{**fields, "problem": Problem(**fields["problem"])})
+
+
+# -- completions and their grades ------------------------------------------------------------------
+
+
+def completions(
     lm: LanguageModel, asked: Sequence[tuple[Problem, list[int]]], asking: Asking
 ) -> list[Answer]:
     """The model's own completions of problems with their prompts, in one batch, graded.
@@ -180,46 +217,58 @@ def written(
     Raises:
         SettingError: a prompt leaves no room for an answer.
     """
-    if (longest := max(len(prompt) for _, prompt in asked) + asking.new_tokens) > lm.max_context:
+    prompts = [prompt for _, prompt in asked]
+    longest = max(map(len, prompts))
+    if longest + asking.new_tokens > lm.max_context:
         raise SettingError(
-            f"answers.new_tokens={asking.new_tokens} behind a prompt of {longest - asking.new_tokens} tokens pass the "
+            f"answers.new_tokens={asking.new_tokens} behind a prompt of {longest} tokens pass the "
             f"model's context of {lm.max_context}; lower it"
         )
-    found = generate(lm, [prompt for _, prompt in asked], asking.new_tokens, STOPS)
-    return [
-        _graded(lm.tokenizer, one, prompt, generation)
-        for (one, prompt), generation in zip(asked, found, strict=True)
-    ]
+    graded = []
+    generations = generate(lm, prompts, asking.new_tokens, STOPS)
+    for (item, prompt), generation in zip(asked, generations, strict=True):
+        graded.append(_graded(lm.tokenizer, item, prompt, generation))
+    return graded
 
 
 def _graded(
-    tokenizer: Tokenizer, one: Problem, prompt: list[int], completion: Generation
+    tokenizer: Tokenizer, item: Problem, prompt: list[int], completion: Generation
 ) -> Answer:
-    ids, finished = completion
-    text: str = tokenizer.inner.decode(ids, skip_special_tokens=True)
+    text: str = tokenizer.inner.decode(completion.ids, skip_special_tokens=True)
     for stop in STOPS:
         text = text.split(stop)[0]
-    found, last = problems.strict(text), problems.flexible(text)
-    return Answer(one, "generated", prompt, ids, text, found == one.answer, found, last, finished)
+    strict = problems.strict(text)
+    return Answer(
+        problem=item,
+        source="generated",
+        prompt_ids=prompt,
+        ids=completion.ids,
+        text=text,
+        correct=strict == item.answer,
+        strict=strict,
+        flexible=problems.flexible(text),
+        finished=completion.finished,
+    )
 
 
 def _of_solutions(
-    tokenizer: Tokenizer, labelled: Sequence[Solution], asking: Asking
+    tokenizer: Tokenizer, solutions: Sequence[Solution], asking: Asking
 ) -> list[Answer]:
-    """Labelled solutions as completions of the problem's prompt; `correct` is what the label
-    says.
-    """
-    found = []
-    for one in labelled:
-        prompt = PROMPTS[asking.prompt](tokenizer, one.problem.question)
-        ids, last = tokenizer.encode([" " + one.text])[0], problems.flexible(one.text)
-        whole = len(ids) <= asking.new_tokens
-        ids = ids[: asking.new_tokens]
-        found.append(
-            Answer(one.problem, one.source, prompt, ids, one.text, one.correct, last, last, whole)
+    """Labelled solutions as completions of the problem's prompt, right where the label says so."""
+    labelled = []
+    for solution in solutions:
+        ids = tokenizer.encode([" " + solution.text])[0]
+        last_number = problems.flexible(solution.text)
+        answer = Answer(
+            problem=solution.problem,
+            source=solution.source,
+            prompt_ids=PROMPTS[asking.prompt](tokenizer, solution.problem.question),
+            ids=ids[: asking.new_tokens],
+            text=solution.text,
+            correct=solution.correct,
+            strict=last_number,
+            flexible=last_number,
+            finished=len(ids) <= asking.new_tokens,
         )
-    return found
-
-
-def _revived(fields: dict[str, Any]) -> Answer:
-    return Answer(**{**fields, "problem": Problem(**fields["problem"])})
+        labelled.append(answer)
+    return labelled

@@ -1,19 +1,22 @@
-"""A dense reward from SAE features: what each token of a completion, and the completion as a whole,
-is worth.
+"""A dense reward from SAE features: what each token of a completion, and the whole of it, is worth.
 
     r_t = sum_i w_i f_i(h_t)        R = mean over the completion's tokens of r_t
 
-f_i(h_t) are the SAE's latents of the residual h_t that the model has at token t, w_i is 1 for
+f_i(h_t) are the SAE's latents of the residual h_t that the model has at token t. w_i is 1 for
 features of right answers and -1 for those of wrong ones (the lists that `study=contrast` leaves).
-The model that reads is frozen and none of the policy's: it reads prompt and completion once, up to
-the SAE's layer. Each sequence is read alone. In a batch other matrix shapes round otherwise, TopK
-makes a jump of that where two latents are nearly equal, and a completion's reward would depend on
-its neighbours; and one of 500 tokens keeps a GPU busy anyway (2.7 TFLOP in Gemma 4 E4B to layer
+The model that reads is frozen and none of the policy's. It reads prompt and completion once, up to
+the SAE's layer.
+
+Each sequence is read alone. In a batch, matrix products of other shapes round otherwise, TopK makes
+a jump of that where two latents are nearly equal, and a completion's reward would depend on its
+neighbours. A completion of 500 tokens keeps a GPU busy anyway (2.7 TFLOP in Gemma 4 E4B to layer
 27).
 
     from trl import GRPOTrainer
     reward = DenseReward.from_run(Path("runs/demo"), ModelConfig("embedded", dtype="float32"))
     GRPOTrainer(model=..., reward_funcs=reward, ...)
+
+Shapes: t tokens of a completion, F latents.
 """
 
 from __future__ import annotations
@@ -37,7 +40,6 @@ from harvest.model import LanguageModel, ModelConfig
 from train import sae_file
 from train.run import CONFIG, read_config
 from train.sae import SAE
-from train.sae_file import load
 
 
 @dataclass(frozen=True)
@@ -54,16 +56,16 @@ class DenseReward:
     def __post_init__(self) -> None:
         if self.sae.d_model != self.lm.d_model:
             raise SettingError(
-                f"the SAE is of residuals {self.sae.d_model} wide, the model's are {self.lm.d_model}; give the model "
-                "that the SAE was trained on"
+                f"the SAE is of residuals {self.sae.d_model} wide, the model's are "
+                f"{self.lm.d_model}; give the model that the SAE was trained on"
             )
-        if not 0 <= self.layer < len(self.lm.blocks):
-            raise SettingError(
-                f"layer {self.layer} is not among the model's layers 0 to {len(self.lm.blocks) - 1}"
-            )
+        last = len(self.lm.blocks) - 1
+        if not 0 <= self.layer <= last:
+            raise SettingError(f"layer {self.layer} is not among the model's layers 0 to {last}")
         if self.weights.shape != (self.sae.d_sae,):
             raise SettingError(
-                f"weights have the shape {tuple(self.weights.shape)}, the SAE {self.sae.d_sae} latents"
+                f"weights have the shape {tuple(self.weights.shape)}, the SAE {self.sae.d_sae} "
+                "latents"
             )
 
     @classmethod
@@ -85,23 +87,18 @@ class DenseReward:
                 f"no run at {run}; train one with `python -m train store=... run={run}`"
             )
         layer = int(read_config(run)["settings"]["layer"])
-        sae = load(run / sae_file.FILE, model.device)
+        sae = sae_file.load(run / sae_file.FILE, model.device)
         path = features or run / FOLDER / "contrast" / f"contrastive_features_L{layer}.json"
         weights = _weights(path, layer, sae.d_sae)
         lm = language_model.load(model)
-        contrast = outcomes.read(path.parent / "contrast.json")
-        if contrast and (chosen := contrast[0]["weights"]) != lm.identity["weights"]:
-            unequal = {"weights": (chosen, lm.identity["weights"])}
-            raise MismatchError(
-                f"features {path}", unequal, "Give the model that they were chosen with."
-            )
+        _require_same_model(path, lm)
         lm.truncate_(layer)
         return cls(lm, sae, layer, weights)
 
     def token_rewards(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
     ) -> list[Tensor]:
-        """Of each completion its tokens' rewards (t,) float32.
+        """Each completion's rewards of its tokens, (t,) float32 on the CPU.
 
         Args:
             prompts: ids with BOS.
@@ -111,10 +108,8 @@ class DenseReward:
             SettingError: prompt and completion do not fit in the model's context.
             NonFiniteError: a residual is NaN or infinite.
         """
-        return [
-            self._of_one([*prompt], [*ids])
-            for prompt, ids in zip(prompts, completions, strict=True)
-        ]
+        pairs = zip(prompts, completions, strict=True)
+        return [self._rewards(list(prompt), list(completion)) for prompt, completion in pairs]
 
     def __call__(
         self,
@@ -123,8 +118,10 @@ class DenseReward:
         completion_ids: Sequence[Sequence[int]],
         **_: Any,
     ) -> list[float]:
-        """R of each completion, 0 of one without a token of its own. Tokens that end a text, and
-        padding, count for nothing, as in the means by which the features were chosen.
+        """R of each completion, 0 of one without a token of its own.
+
+        Tokens that end a text, and padding, count for nothing, as in the means by which the
+        features were chosen.
 
         Args:
             prompts: texts, in which spelled special tokens are such, or chats; BOS is put before
@@ -132,27 +129,30 @@ class DenseReward:
             completions: as text; not used, for texts may not encode to the ids that were sampled.
             completion_ids: of the model's own tokenizer.
         """
-        padding = self.lm.tokenizer.inner.pad_token_id
-        ignored = end_tokens(self.lm) | {padding}
-        own = [_own(ids, ignored) for ids in completion_ids]
-        found = self.token_rewards([self._prompt_ids(prompt) for prompt in prompts], own)
-        return [float(rewards.mean()) if len(rewards) else 0.0 for rewards in found]
+        ignored = end_tokens(self.lm) | {self.lm.tokenizer.inner.pad_token_id}
+        own = [_without_end(ids, ignored) for ids in completion_ids]
+        prompt_ids = [self._prompt_ids(prompt) for prompt in prompts]
+        rewards = self.token_rewards(prompt_ids, own)
+        return [float(values.mean()) if len(values) else 0.0 for values in rewards]
 
-    def _of_one(self, prompt: list[int], completion: list[int]) -> Tensor:
+    def _rewards(self, prompt: list[int], completion: list[int]) -> Tensor:
+        """(t,) of one completion."""
         if not completion:
             return torch.zeros(0)
-        if (length := len(prompt) + len(completion)) > self.lm.max_context:
+        length = len(prompt) + len(completion)
+        if length > self.lm.max_context:
             raise SettingError(
-                f"a prompt and its completion have {length} tokens, the model's context {self.lm.max_context}; lower "
-                "max_completion_length"
+                f"a prompt and its completion have {length} tokens, the model's context "
+                f"{self.lm.max_context}; lower max_completion_length"
             )
         ((_, states),) = residuals(self.lm, [prompt + completion], [self.layer])
         rows = states[self.layer][len(prompt) :].float()
         if not bool(torch.isfinite(rows).all()):
             raise NonFiniteError("a residual is NaN or infinite; run the model with dtype float32")
         # On the CPU: a GPU adds in an order that is never the same twice.
-        values, indices, row = (tensor.cpu() for tensor in self.sae.encode(rows)[:3])
-        return torch.zeros(len(rows)).index_add_(0, row, values * self.weights[indices])
+        firings = self.sae.encode(rows)
+        worth = firings.values.cpu() * self.weights[firings.indices.cpu()]
+        return torch.zeros(len(rows)).index_add_(0, firings.rows.cpu(), worth)
 
     def _prompt_ids(self, prompt: Content) -> list[int]:
         tokenizer = self.lm.tokenizer
@@ -163,23 +163,24 @@ class DenseReward:
         return ids if ids[:1] == [tokenizer.bos] else [tokenizer.bos, *ids]
 
 
-def _own(ids: Sequence[int], ends: set[int]) -> list[int]:
+def _without_end(ids: Sequence[int], ignored: set[int]) -> list[int]:
     """`ids` without those that end the text, and without padding behind it."""
     own = [int(token) for token in ids]
-    while own and own[-1] in ends:
+    while own and own[-1] in ignored:
         own.pop()
     return own
+
+
+# -- the features ----------------------------------------------------------------------------------
 
 
 def _weights(path: Path, layer: int, d_sae: int) -> Tensor:
     """(F,) 1 for helpful features, -1 for harmful ones."""
     try:
-        found = json.loads(path.read_bytes())
-        signed = {
-            sign: [int(one["feature"]) for one in found[key]]
-            for key, sign in (("helpful", 1), ("harmful", -1))
-        }
-        at = int(found.get("layer", layer))
+        content = json.loads(path.read_bytes())
+        helpful = [int(feature["feature"]) for feature in content["helpful"]]
+        harmful = [int(feature["feature"]) for feature in content["harmful"]]
+        chosen_at = int(content.get("layer", layer))
     except FileNotFoundError as error:
         run = path.parent.parent.parent
         raise StoreError(
@@ -189,19 +190,33 @@ def _weights(path: Path, layer: int, d_sae: int) -> Tensor:
         raise StoreError(
             f"{path} does not hold features as {{helpful: [{{feature}}], harmful: [...]}}"
         ) from error
-    if at != layer:
-        raise MismatchError(
-            f"features {path}", {"layer": (at, layer)}, "Give those of the run's own layer."
-        )
-    if not any(signed.values()):
+    if chosen_at != layer:
+        unequal = {"layer": (chosen_at, layer)}
+        raise MismatchError(f"features {path}", unequal, "Give those of the run's own layer.")
+    if not helpful and not harmful:
         raise StoreError(
-            f"{path} names no feature, so nothing is rewarded; run `study=contrast` with more answers"
+            f"{path} names no feature, so nothing is rewarded; run `study=contrast` with more "
+            "answers"
         )
-    weights = torch.zeros(d_sae)
-    for sign, features in signed.items():
-        if wrong := [one for one in features if not 0 <= one < d_sae]:
+    for feature in helpful + harmful:
+        if not 0 <= feature < d_sae:
             raise StoreError(
-                f"{path} names feature {wrong[0]}, the SAE has {d_sae} latents; choose them again"
+                f"{path} names feature {feature}, the SAE has {d_sae} latents; choose them again"
             )
-        weights[features] += sign
+    weights = torch.zeros(d_sae)
+    weights[helpful] += 1
+    weights[harmful] -= 1
     return weights
+
+
+def _require_same_model(path: Path, lm: LanguageModel) -> None:
+    """Raise MismatchError if the study that left the features records another model."""
+    contrast = outcomes.read(path.parent / "contrast.json")
+    if contrast is None:
+        return
+    settings, _ = contrast
+    unequal = {"weights": (settings["weights"], lm.identity["weights"])}
+    if settings["weights"] != lm.identity["weights"]:
+        raise MismatchError(
+            f"features {path}", unequal, "Give the model that they were chosen with."
+        )

@@ -1,7 +1,7 @@
 """Statistics that the studies share: intervals, tests, effect sizes. scipy's where scipy has them.
 
 Everything random takes a seed and is a pure function of it. p values of permutations count the data
-themselves among the permutations, (1 + #{null >= observed}) / (1 + draws), and so are never 0
+themselves as one more permutation: (1 + #{null >= observed}) / (1 + draws). They are never 0
 (Phipson and Smyth, 2010).
 """
 
@@ -55,10 +55,10 @@ def sums_by(group: ArrayLike, *values: Floats) -> list[Floats]:
 def bootstrap_ratio(
     numerator: Floats, denominator: Floats, draws: int = 1000, seed: int = 0
 ) -> Interval:
-    """Percentile interval of sum(numerator) / sum(denominator) over resampled clusters (Efron and
-    Tibshirani, ch. 13).
+    """Percentile interval of sum(numerator) / sum(denominator) over resampled clusters.
 
-    Rows of one document resemble each other, so documents are what is resampled.
+    See Efron and Tibshirani, ch. 13. Rows of one document resemble each other, so documents are
+    resampled, not rows.
 
     Args:
         numerator: (clusters,) sums within each cluster.
@@ -76,7 +76,8 @@ def bootstrap_ratios(
         numerators: (clusters, columns).
         denominators: likewise, or (clusters,) for all columns.
     """
-    rng, n = np.random.default_rng(seed), len(numerators)
+    rng = np.random.default_rng(seed)
+    n = len(numerators)
     ratios = np.empty((draws, numerators.shape[1]))
     for draw in range(draws):
         times = np.bincount(rng.integers(0, n, n), minlength=n)
@@ -118,9 +119,7 @@ def percentiles(values: Floats) -> Interval:
 
 
 def permutation_p(observed: float, null: ArrayLike) -> float:
-    """One-sided p value of `observed` among `null` (draws,), which permutations of the same data
-    gave.
-    """
+    """One-sided p value of `observed` among `null` (draws,), from permutations of the same data."""
     values = np.asarray(null, np.float64)
     return float((1 + np.sum(values >= observed)) / (1 + len(values)))
 
@@ -132,20 +131,23 @@ def wilson(right: int, total: int) -> Interval:
     """Wilson's score interval of the share `right` / `total`; (0, 1) of nothing."""
     if total == 0:
         return Interval(0.0, 1.0)
-    found = stats.binomtest(right, total).proportion_ci(method="wilson")
-    return Interval(float(found.low), float(found.high))
+    interval = stats.binomtest(right, total).proportion_ci(method="wilson")
+    return Interval(float(interval.low), float(interval.high))
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Exact two-sided p value that `gained` and `lost` of paired outcomes differ by chance; 1 if
-    none changed.
-    """
-    return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    """Exact two-sided p value that gained and lost outcomes differ by chance; 1 of none."""
+    if not gained + lost:
+        return 1.0
+    return float(stats.binomtest(gained, gained + lost).pvalue)
 
 
 def overlap_p(total: int, first: int, second: int, shared: int) -> float:
-    """P(at least `shared` in common) of two sets of `first` and `second` drawn from `total`
-    (hypergeometric).
+    """P(at least `shared` in common) of two sets drawn from `total` (hypergeometric).
+
+    Args:
+        first: size of the one set.
+        second: size of the other.
     """
     return float(stats.hypergeom.sf(shared - 1, total, first, second))
 
@@ -153,36 +155,36 @@ def overlap_p(total: int, first: int, second: int, shared: int) -> float:
 def detectable_change(
     pairs: int, discordant: float, power: float = 0.8, level: float = 0.05
 ) -> float:
-    """The smallest change of a share that McNemar's two-sided test finds with probability `power`;
-    NaN if none is.
+    """The smallest change of a share that McNemar's two-sided test finds; NaN if it finds none.
 
-    Connor (1987), solved for the change: sqrt(n) delta = z_level sqrt(psi) + z_power sqrt(psi -
-    delta^2).
+    Connor (1987), solved for the change delta:
+
+        sqrt(n) delta = z_level sqrt(psi) + z_power sqrt(psi - delta^2)
 
     Args:
         pairs: n, cases that are seen both ways.
-        discordant: psi, the share of them whose outcome changes, to either side; no change is
+        discordant: psi, the share of them whose outcome changes, to either side. No change is
             larger than this.
+        power: probability of finding it.
     """
-    at_level, at_power = stats.norm.isf(level / 2), stats.norm.isf(1 - power)
+    z_level = stats.norm.isf(level / 2)
+    z_power = stats.norm.isf(1 - power)
 
-    def short(delta: float) -> float:
-        return float(
-            at_level * np.sqrt(discordant)
-            + at_power * np.sqrt(discordant - delta**2)
-            - np.sqrt(pairs) * delta
-        )
+    def missing(delta: float) -> float:
+        """By how much the left side falls short of the right one."""
+        right_side = z_level * np.sqrt(discordant) + z_power * np.sqrt(discordant - delta**2)
+        return float(right_side - np.sqrt(pairs) * delta)
 
-    return float(optimize.brentq(short, 0.0, discordant)) if short(discordant) < 0 else float("nan")
+    if missing(discordant) >= 0:
+        return float("nan")
+    return float(optimize.brentq(missing, 0.0, discordant))
 
 
 # -- many tests at once ----------------------------------------------------------------------------
 
 
 def holm(p: ArrayLike) -> Floats:
-    """p values adjusted for the family-wise error of all of them (Holm, 1979), in their own
-    order.
-    """
+    """p values adjusted for the family-wise error (Holm, 1979), in the order of `p`."""
     values = np.asarray(p, np.float64)
     order = np.argsort(values, kind="stable")
     steps = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
@@ -192,11 +194,14 @@ def holm(p: ArrayLike) -> Floats:
 
 
 def benjamini_hochberg(p: ArrayLike) -> Floats:
-    """q values: p values adjusted for the false discovery rate (Benjamini and Hochberg, 1995), in
-    their own order.
+    """q values, in the order of `p`: adjusted for the false discovery rate.
+
+    See Benjamini and Hochberg (1995).
     """
     values = np.asarray(p, np.float64)
-    return np.asarray(stats.false_discovery_control(values), np.float64) if len(values) else values
+    if not len(values):
+        return values
+    return np.asarray(stats.false_discovery_control(values), np.float64)
 
 
 # -- two groups ------------------------------------------------------------------------------------
@@ -213,11 +218,11 @@ def hedges_g(x: Floats, label: NDArray[np.bool_]) -> Floats:
 
 
 def hedges_g_of_labels(x: Floats, labels: NDArray[np.bool_]) -> Floats:
-    """Hedges' g of every column for many labellings at once, by two matrix products: (L, columns).
+    """(L, columns) Hedges' g of every column for many labellings at once, by two matrix products.
 
-    Cohen's d, the difference of means over the pooled standard deviation, times the correction for
-    small samples J = 1 - 3 / (4 n - 9) (Hedges, 1981, with n cases in all). A column without spread
-    has 0.
+    It is Cohen's d, the difference of means over the pooled standard deviation, times the
+    correction for small samples 1 - 3 / (4 n - 9) (Hedges, 1981, with n cases in all). A column
+    without spread has 0.
 
     Args:
         x: (n, columns) cases.
@@ -225,11 +230,13 @@ def hedges_g_of_labels(x: Floats, labels: NDArray[np.bool_]) -> Floats:
     """
     nothing = 1e-12 * np.abs(x).max(0)  # the spread that rounding gives a constant column
     x = x - x.mean(0)  # differences of sums of squares lose digits far from 0
-    n, weight = len(x), labels.astype(np.float64)
+    n = len(x)
+    weight = labels.astype(np.float64)
     n1 = weight.sum(1, keepdims=True)
     n0 = n - n1
-    sum1, total = weight @ x, x.sum(0)
-    mean1, mean0 = sum1 / n1, (total - sum1) / n0
+    sum1 = weight @ x
+    mean1 = sum1 / n1
+    mean0 = (x.sum(0) - sum1) / n0
     within = np.maximum(np.square(x).sum(0) - n1 * mean1**2 - n0 * mean0**2, 0)
     spread = np.sqrt(within / (n - 2))
     difference = mean1 - mean0
@@ -238,11 +245,13 @@ def hedges_g_of_labels(x: Floats, labels: NDArray[np.bool_]) -> Floats:
 
 
 def auroc(score: ArrayLike, label: NDArray[np.bool_]) -> float:
-    """P(a labelled case scores above another one), ties half: Mann and Whitney's U over its pairs.
-    NaN of one class.
+    """P(a labelled case scores above another one), ties half; NaN if there is one class only.
+
+    It is Mann and Whitney's U over its number of pairs.
     """
     ranks = stats.rankdata(np.asarray(score, np.float64))
-    n1, n0 = int(label.sum()), int((~label).sum())
+    n1 = int(label.sum())
+    n0 = len(label) - n1
     if not n1 or not n0:
         return float("nan")
     return float((ranks[label].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
@@ -258,17 +267,24 @@ def spearman(x: ArrayLike, y: ArrayLike) -> float:
 
 def partial_spearman(x: ArrayLike, y: ArrayLike, given: ArrayLike) -> float:
     """Rank correlation of x and y with the ranks of `given` regressed out of both."""
-    ranks = [stats.rankdata(values) for values in (x, y, given)]
-    third = ranks[2] - ranks[2].mean()
+    x_ranks = stats.rankdata(x)
+    y_ranks = stats.rankdata(y)
+    third = stats.rankdata(given)
+    third = third - third.mean()
     if not third.any():
-        return _correlation(ranks[0], ranks[1])
-    rest = [r - r.mean() - third * ((r @ third) / (third @ third)) for r in ranks[:2]]
-    return _correlation(rest[0], rest[1])
+        return _correlation(x_ranks, y_ranks)
+
+    def rest(ranks: Floats) -> Floats:
+        explained = third * ((ranks @ third) / (third @ third))
+        return np.asarray(ranks - ranks.mean() - explained, np.float64)
+
+    return _correlation(rest(x_ranks), rest(y_ranks))
 
 
 def spearman_cap(share: float) -> float:
-    """What `spearman` against yes/no labels is at most, without ties in the score: sqrt(3 p (1 -
-    p)).
+    """The largest `spearman` of a score without ties against yes/no labels.
+
+    It is sqrt(3 p (1 - p)).
 
     Args:
         share: p, of the labels that are yes.
@@ -277,6 +293,7 @@ def spearman_cap(share: float) -> float:
 
 
 def _correlation(x: Floats, y: Floats) -> float:
-    x, y = x - x.mean(), y - y.mean()
+    x = x - x.mean()
+    y = y - y.mean()
     scale = float(np.sqrt((x @ x) * (y @ y)))
     return float(x @ y) / scale if scale > 1e-12 * len(x) else float("nan")

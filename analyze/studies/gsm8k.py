@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from analyze.answering import answers, inputs
+from collections.abc import Sequence
+from typing import Any
+
+from analyze.answering import Answer, answers, inputs
 from analyze.outcome import Outcome, Table
 from analyze.stats import wilson
 from analyze.study import Definition, Study
@@ -10,40 +13,44 @@ from data.errors import StopRequest
 
 
 def gsm8k(study: Study) -> Outcome:
-    """Accuracy by either grading, with Wilson's intervals, and which problems were answered right
-    and wrong.
-    """
+    """Accuracy by either grading, and which problems were answered right and wrong."""
     with StopRequest() as stop:
-        found = answers(study, stop)
-    total = len(found)
-    counts = {
-        "strict": sum(one.correct for one in found),
-        "flexible": sum(one.flexible == one.problem.answer for one in found),
-        "unparsable": sum(one.unparsable for one in found),
-        "truncated": sum(not one.finished for one in found),
-    }
-    intervals = {name: wilson(count, total) for name, count in counts.items()}
+        graded = answers(study, stop)
+    shares = _shares(graded)
+    rows = []
+    for name, share in shares.items():
+        low, high = share["interval"]
+        rows.append(
+            (name, str(share["count"]), f"{share['share']:.1%}", f"{low:.1%} to {high:.1%}")
+        )
     figures = {
-        "answers": total,
-        **{
-            name: {"count": count, "share": count / total, "interval": intervals[name]}
-            for name, count in counts.items()
-        },
-        "right": [one.problem.id for one in found if one.correct],
-        "wrong": [one.problem.id for one in found if not one.correct],
+        "answers": len(graded),
+        **shares,
+        "right": [answer.problem.id for answer in graded if answer.correct],
+        "wrong": [answer.problem.id for answer in graded if not answer.correct],
     }
-    said = {
-        name: (f"{count / total:.1%}", f"{intervals[name].low:.1%} to {intervals[name].high:.1%}")
-        for name, count in counts.items()
-    }
-    rows = [(name, str(count), *said[name]) for name, count in counts.items()]
+    _, right, share_right, interval = rows[0]
     summary = [
-        f"{counts['strict']} of {total} answers are right by the strict grading: {said['strict'][0]}, 95 % interval "
-        f"{said['strict'][1]} (Wilson)."
+        f"{right} of {len(graded)} answers are right by the strict grading: {share_right}, 95 % "
+        f"interval {interval} (Wilson)."
     ]
-    return Outcome(
-        figures, summary, [Table("Graded answers", ("", "answers", "share", "95 %"), rows)]
-    )
+    table = Table("Graded answers", ("", "answers", "share", "95 %"), rows)
+    return Outcome(figures, summary, [table])
 
 
-DEFINITION = Definition(gsm8k, inputs=inputs, order=20)
+def _shares(graded: Sequence[Answer]) -> dict[str, dict[str, Any]]:
+    """By grade: how many answers have it, their share, and Wilson's 95 % interval of that."""
+    total = len(graded)
+    counts = {
+        "strict": sum(answer.correct for answer in graded),
+        "flexible": sum(answer.flexible == answer.problem.answer for answer in graded),
+        "unparsable": sum(answer.unparsable for answer in graded),
+        "truncated": sum(not answer.finished for answer in graded),
+    }
+    shares = {}
+    for name, count in counts.items():
+        shares[name] = {"count": count, "share": count / total, "interval": wilson(count, total)}
+    return shares
+
+
+DEFINITION = Definition(gsm8k, version=1, inputs=inputs, order=20)

@@ -12,32 +12,32 @@ from harvest.model import ModelConfig
 
 
 @pytest.mark.parametrize("block", [1 << 28, 1])  # bytes: everything at once, and row by row
-def test_nearest_directions(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(directions, "_BLOCK_BYTES", block)
+def test_nearest_directions(block: int) -> None:
     draw = torch.Generator().manual_seed(0)
     of, among = torch.randn(7, 5, generator=draw), torch.randn(9, 5, generator=draw)
-    values, ids = directions.nearest(of, among, 3)
+    values, ids = directions.nearest(of, among, 3, block_bytes=block)
     expected = torch.nn.functional.cosine_similarity(of[:, None], among[None], dim=2).sort(
         dim=1, descending=True
     )
     torch.testing.assert_close(values, expected.values[:, :3])
     assert ids.tolist() == expected.indices[:, :3].tolist()
-    themselves, others = directions.nearest(of, of, 1), directions.nearest(of, of, 1, itself=False)
+    themselves = directions.nearest(of, of, 1, block_bytes=block)
+    others = directions.nearest(of, of, 1, itself=False, block_bytes=block)
     assert themselves[1][:, 0].tolist() == list(range(7))
     cosines = torch.nn.functional.cosine_similarity(of[:, None], of[None], dim=2).fill_diagonal_(-2)
     assert others[1][:, 0].tolist() == cosines.argmax(1).tolist()
 
 
 @pytest.mark.parametrize("block", [1 << 28, 1])
-def test_logits_of_the_embedded_model(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_of_the_embedded_model(block: int) -> None:
     """By the model's own modules: final norm of the direction, head, the norm's common factor taken
     out.
     """
-    monkeypatch.setattr(directions, "_BLOCK_BYTES", block)
-    monkeypatch.setattr(directions, "_VOCABULARY_BLOCK", 100)
     lm = language_model.load(ModelConfig("embedded", dtype="float32"), head=True)
     W_dec = torch.randn(6, lm.d_model, generator=torch.Generator().manual_seed(1))
-    (raised, best), (lowered, worst) = directions.logits(lm, W_dec, 4, lambda done, total: None)
+    (raised, best), (lowered, worst) = directions.logits(
+        lm, W_dec, 4, lambda done, total: None, block_bytes=block, vocabulary_block=100
+    )
     with torch.inference_mode():
         size = W_dec.square().mean(1, keepdim=True).sqrt()
         expected = (

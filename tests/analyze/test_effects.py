@@ -117,23 +117,22 @@ def test_top_of_resampled_cases_is_that_of_their_effects() -> None:
         )
 
 
-def test_columns_in_parts_are_columns_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_columns_in_parts_are_columns_at_once() -> None:
     rng = np.random.default_rng(4)
     x = rng.normal(size=(24, 31)) * (rng.random((24, 31)) < 0.6)
     made = design(rng.random(24) < 0.5, shuffles=19)
     splits = effects.split(made, 5, np.random.default_rng(0))
 
-    def found(values: object) -> list:
-        tested = effects.tested(values, made.raw, 10)
+    def found(values: object, width: int) -> list:
+        tested = effects.against_shuffled(values, made.raw, 10, width)
         return [
             *tested,
-            *effects.halves(values, splits, 10),
-            effects.drawn_top(values, made.correct, made.orders, 10),
+            *effects.halves(values, splits, 10, width),
+            effects.drawn_top(values, made.correct, made.orders, 10, width),
         ]
 
-    at_once = found(x)
-    monkeypatch.setattr(effects, "_COLUMNS", 7)
-    for part, whole in zip(found(sparse.csc_array(x)), at_once, strict=True):
+    at_once = found(x, effects.WIDTH)
+    for part, whole in zip(found(sparse.csc_array(x), 7), at_once, strict=True):
         np.testing.assert_allclose(part, whole, atol=1e-12)
     d = np.abs(made.raw(x))
     assert at_once[1] == pytest.approx(np.sort(d[0])[-10:].mean())
@@ -228,7 +227,7 @@ def false_positives(kind: str, effect: str, sets: int, seed: int) -> tuple[int, 
     rng, counts = np.random.default_rng(seed), np.zeros(2, int)
     for _ in range(sets):
         x, made = null_data(kind, rng)
-        found = [effects.tested(one, getattr(made, effect), 5) for one in x]
+        found = [effects.against_shuffled(one, getattr(made, effect), 5) for one in x]
         top = max(one.top for one in found), np.max([one.null_top for one in found], axis=0)
         largest = (
             max(np.abs(one.d).max() for one in found),
@@ -265,7 +264,7 @@ def test_a_planted_direction_is_found_at_its_layer_and_only_there() -> None:
     made = design(correct, covariates=rng.normal(size=(80, 2)), shuffles=199)
     for effect in (made.raw, made.adjusted):
         assert effect is not None
-        found = [effects.tested(one, effect, 2) for one in x]
+        found = [effects.against_shuffled(one, effect, 2) for one in x]
         assert np.argmax([one.top for one in found]) == 3
         p = effects.family_wise_p(
             np.abs([one.d for one in found]), np.max([one.null_max for one in found], axis=0)

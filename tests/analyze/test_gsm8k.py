@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from analyze import answering, problems
 from analyze import outcome as outcomes
 from analyze.problems import Problem, Solution
 from analyze.studies import gsm8k
+from analyze.study import Study
 from data.errors import Interrupted, MismatchError, SettingError, StopRequest, StoreError
 from data.tiny.embedded import MODEL_DIR
 from data.tiny.problems import problem as tiny_problem
@@ -71,21 +73,17 @@ def test_labelled_solutions_are_read_as_they_are() -> None:
 
 def test_lines_that_are_no_problems_are_named(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
-    for line, said in [
-        ("{", "line 1 is not JSON"),
-        ("[]", "line 1 is not an object"),
-        ('{"question": "q"}', "a problem has a text `question`"),
-        ('{"question": "q", "answer": "none"}', "no number in its answer 'none'"),
-        ("", "holds no problem"),
-        (
-            '{"question": "q", "answer": "1"}\n{"question": "r", "answer": "2", "m": {"is_correct": true}}',
-            "split it in two",
-        ),
-    ]:
-        file.write_text(line)
-        with pytest.raises(StoreError, match=re.escape(said)):
+    good = '{"question": "q", "answer": "1"}\n'
+    for line in ("{", "[]", '{"question": "q"}', '{"question": "q", "answer": "none"}'):
+        file.write_text(good + line)
+        with pytest.raises(StoreError, match=f"{re.escape(str(file))} line 2"):
             problems.read(str(file), 9)
-    with pytest.raises(SettingError, match="problems=nowhere is no file"):
+    labelled = '{"question": "r", "answer": "2", "m": {"is_correct": true}}'
+    for content in ("", good + labelled):
+        file.write_text(content)
+        with pytest.raises(StoreError, match=re.escape(str(file))):
+            problems.read(str(file), 9)
+    with pytest.raises(SettingError, match="problems=nowhere"):
         problems.read("nowhere", 9)
 
 
@@ -135,7 +133,12 @@ def test_no_tiny_problem_comes_twice() -> None:
     assert len(set(drawn[:1319])) < 1400 and [one.question for one in found] == drawn[:1319]
 
 
-def test_answers_are_kept_and_used_again(tiny_study, monkeypatch: pytest.MonkeyPatch) -> None:
+def is_loaded(study: Study) -> bool:
+    """Whether the study has needed its language model."""
+    return "lm" in vars(study)
+
+
+def test_answers_are_kept_and_used_again(tiny_study) -> None:
     study = tiny_study("gsm8k", answers={"questions": 12, "batch": 5})
     first = answering.answers(study)
     assert [one.problem.question for one in first] == [
@@ -147,36 +150,34 @@ def test_answers_are_kept_and_used_again(tiny_study, monkeypatch: pytest.MonkeyP
         )
         assert one.finished
     assert 4 <= sum(one.correct for one in first) < 12
-    monkeypatch.setattr(answering, "generate", None)
-    assert answering.answers(tiny_study("contrast", answers={"questions": 12, "batch": 5})) == first
+    again = tiny_study("contrast", answers={"questions": 12, "batch": 5})
+    assert answering.answers(again) == first
+    assert not is_loaded(again)
 
 
 def test_a_stopped_generation_goes_on_behind_its_last_batch(
     tiny_study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = {"questions": 9, "batch": 2, "new_tokens": 40}
-    calls, real = [], answering.generate
+    study = tiny_study("gsm8k", answers={"questions": 9, "batch": 2, "new_tokens": 40})
+    stop = StopRequest()
+    generate = study.lm.causal.generate
+    batches: list[int] = []
 
-    def counted(lm, prompts, *rest):
-        calls.append(len(prompts))
-        return real(lm, prompts, *rest)
+    def counted(**call):
+        batches.append(len(call["input_ids"]))
+        stop.signum = 15 if len(batches) == 1 else None
+        return generate(**call)
 
-    monkeypatch.setattr(answering, "generate", counted)
-    with StopRequest() as stop:
-
-        def one_then_stop(*call):
-            stop.signum = 15
-            return counted(*call)
-
-        monkeypatch.setattr(answering, "generate", one_then_stop)
-        with pytest.raises(Interrupted):
-            answering.answers(tiny_study("gsm8k", answers=asked), stop)
-    monkeypatch.setattr(answering, "generate", counted)
-    found = answering.answers(tiny_study("gsm8k", answers=asked))
-    assert calls == [2, 2, 2, 2, 1]
-    for path in tiny_study("gsm8k").folder.glob("answers-*"):
-        path.unlink()
-    assert answering.answers(tiny_study("gsm8k", answers=asked)) == found  # undisturbed
+    monkeypatch.setattr(study.lm.causal, "generate", counted)
+    with pytest.raises(Interrupted):
+        answering.answers(study, stop)
+    assert batches == [2]
+    stopped = answering.answers(study)
+    assert batches == [2, 2, 2, 2, 1]
+    for folder in (study.subject.run / "studies" / "kept").glob("answers-*"):
+        shutil.rmtree(folder)
+    assert answering.answers(study) == stopped  # as if it had not been disturbed
+    assert len(batches) == 10
 
 
 def test_other_settings_lose_nothing(tiny_study) -> None:
@@ -212,8 +213,8 @@ def test_labelled_solutions_need_no_generation(
         )
         for name, one in solved.items()
     ]
-    monkeypatch.setattr(answering, "generate", None)
     study = tiny_study("gsm8k", problems=str(file))
+    monkeypatch.setattr(study.lm.causal, "generate", None)
     found = answering.answers(study)
     assert [(one.correct, one.source, one.finished) for one in found] == [
         (True, "a", True),
@@ -228,14 +229,15 @@ def test_labelled_solutions_need_no_generation(
 
 
 def test_what_cannot_be_asked_is_one_line(tiny_study) -> None:
-    for asked, said in [
-        ({"prompt": "cot"}, "answers.prompt=cot must be one of lm_eval, chat, reference"),
-        ({"batch": 0}, "answers.batch=0 must be at least 1"),
-        ({"new_tokens": 2000}, "pass the model's context of 1024; lower it"),
-        ({"new_tokens": 0.5}, "must be a whole number"),
-        ({"tokens": 5}, "answers.tokens is not a setting"),
-    ]:
-        with pytest.raises(SettingError, match=re.escape(said)):
+    for asked in (
+        {"prompt": "cot"},
+        {"batch": 0},
+        {"new_tokens": 2000},  # more than the model's context
+        {"new_tokens": 0.5},
+        {"tokens": 5},
+    ):
+        (name,) = asked
+        with pytest.raises(SettingError, match=f"answers.{name}"):
             answering.answers(tiny_study("gsm8k", answers=asked))
 
 
@@ -254,7 +256,7 @@ def test_the_study_is_done_once_and_read_back_whole(
     )
     again = study.perform(replace(gsm8k.DEFINITION, run=lambda _: pytest.fail("done again")))
     assert again.summary == first.summary
-    assert (study.folder / "gsm8k.md").read_text().startswith("# gsm8k\n\n" + first.summary[0])
+    assert first.summary[0] in (study.folder / "gsm8k.md").read_text()
     settings, _ = outcomes.read(study.folder / "gsm8k.json")
     assert settings["answers"]["questions"] == 10
     other = tiny_study("gsm8k", answers={"questions": 4})
@@ -274,5 +276,5 @@ def test_another_model_is_refused(tiny_study, tmp_path: Path) -> None:
     study = replace(
         tiny_study("gsm8k"), model=ModelConfig(str(save_model(tmp_path, "llama")), dtype="float32")
     )
-    with pytest.raises(MismatchError, match=r"weights is .* there and .* here"):
+    with pytest.raises(MismatchError, match="weights"):
         _ = study.lm

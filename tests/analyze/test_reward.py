@@ -183,29 +183,29 @@ def test_from_run_takes_the_features_that_contrast_chose(run: Path) -> None:
 
 
 def test_refusals(run: Path, lm: LanguageModel) -> None:
-    with pytest.raises(StoreError, match="no run at"):
+    with pytest.raises(StoreError, match="run"):
         DenseReward.from_run(run / "other", FLOAT32)
     path = write_features(run, {"helpful": [{"feature": 256}], "harmful": []})
-    with pytest.raises(StoreError, match="feature 256, the SAE has 256"):
+    with pytest.raises(StoreError, match="contrastive_features"):
         DenseReward.from_run(run, FLOAT32)
     write_features(run, {"layer": 8, "helpful": [], "harmful": []})
     with pytest.raises(MismatchError, match="layer"):
         DenseReward.from_run(run, FLOAT32)
     write_features(run, {"layer": TINY_LAYER, "helpful": [], "harmful": []})
-    with pytest.raises(StoreError, match="no feature"):
+    with pytest.raises(StoreError, match="contrastive_features"):
         DenseReward.from_run(run, FLOAT32)
     write_features(run, {"helpful": [3]})
-    with pytest.raises(StoreError, match="helpful"):
+    with pytest.raises(StoreError, match="contrastive_features"):
         DenseReward.from_run(run, FLOAT32)
     path.unlink()
-    with pytest.raises(StoreError, match="study=contrast"):
+    with pytest.raises(StoreError, match="contrastive_features"):
         DenseReward.from_run(run, FLOAT32)
     sae = random_sae(lm.d_model)
-    with pytest.raises(SettingError, match="wide"):
+    with pytest.raises(SettingError, match="model"):
         DenseReward(lm, random_sae(7), TINY_LAYER, torch.zeros(96))
-    with pytest.raises(SettingError, match="layer 12"):
+    with pytest.raises(SettingError, match="layer"):
         DenseReward(lm, sae, 12, torch.zeros(96))
-    with pytest.raises(SettingError, match="96 latents"):
+    with pytest.raises(SettingError, match="weights"):
         DenseReward(lm, sae, TINY_LAYER, torch.zeros(95))
     with pytest.raises(SettingError, match="max_completion_length"):
         DenseReward(lm, sae, TINY_LAYER, torch.zeros(96)).token_rewards(

@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from torch import Tensor
 from analyze.answering import PROMPTS
 from analyze.language_model import edited, generate, unembedded
 from analyze.problems import read
-from analyze.studies.steering import hook as steer
+from analyze.studies.steering import hook
+from analyze.studies.steering.hook import Steer
 from harvest.model import LanguageModel, ModelConfig, load
 from harvest.model_folder import EMBEDDED
 from harvest.site import tap
@@ -31,6 +33,15 @@ def prompts(lm: LanguageModel) -> list[list[int]]:
     found = [PROMPTS["lm_eval"](lm.tokenizer, one.question) for one in read("tiny", 3)]
     assert len({len(one) for one in found}) == 3
     return found
+
+
+def by(lm: LanguageModel, scale: float, positions: str) -> Steer:
+    """A steer along `direction`."""
+    return Steer("v", direction(lm).numpy(), scale, positions)
+
+
+def lengths(prompts: list[list[int]]) -> list[int]:
+    return [len(prompt) for prompt in prompts]
 
 
 def direction(lm: LanguageModel) -> Tensor:
@@ -54,9 +65,7 @@ def traced(
         if not how:
             return generate(lm, prompts, new_tokens), seen
         layer, scale, positions = how
-        with steer.steered(
-            lm, layer, direction(lm), scale, positions, [len(one) for one in prompts]
-        ):
+        with hook.steered(lm, layer, by(lm, scale, positions), lengths(prompts)):
             return generate(lm, prompts, new_tokens), seen
     finally:
         handle.remove()
@@ -69,7 +78,7 @@ def same(one: tuple[Any, list[Tensor]], other: tuple[Any, list[Tensor]]) -> bool
     )
 
 
-@pytest.mark.parametrize("positions", steer.POSITIONS)
+@pytest.mark.parametrize("positions", hook.POSITIONS)
 def test_scale_0_changes_nothing_to_the_last_bit(
     lm: LanguageModel, prompts: Any, positions: str
 ) -> None:
@@ -88,10 +97,10 @@ def test_the_prompt_alone_is_inert_from_the_layer_that_is_said_on(
     assert inert == [
         layer >= 6 for layer in range(12)
     ]  # 12 layers, the last 5 of which share keys and values
-    assert steer.prompt_inert_from(lm) == 6
+    assert hook.prompt_inert_from(lm) == 6
     texts = [(one, written.ids) for one, written in zip(prompts, unsteered[0], strict=True)]
     for layer in (5, 6, 11):
-        kl = [one.kl for one in steer.effects(lm, texts, layer, direction(lm), 20.0, "prompt")]
+        kl = [one.kl for one in hook.effects(lm, texts, layer, by(lm, 20.0, "prompt"))]
         assert all(one == 0 for one in kl) if layer > 5 else all(one > 1e-6 for one in kl)
     assert not same(traced(lm, prompts, 8, 20.0, "generated", new_tokens=3), unsteered)
 
@@ -107,8 +116,8 @@ def test_other_families_are_inert_from_the_layer_that_is_said_on(
         same(traced(other, prompts, layer, 9.0, "prompt", new_tokens=3), unsteered)
         for layer in range(other.n_layers)
     ]
-    assert found == [layer >= steer.prompt_inert_from(other) for layer in range(other.n_layers)]
-    assert steer.prompt_inert_from(other) == (3 if family == "gemma4" else other.n_layers - 1)
+    assert found == [layer >= hook.prompt_inert_from(other) for layer in range(other.n_layers)]
+    assert hook.prompt_inert_from(other) == (3 if family == "gemma4" else other.n_layers - 1)
 
 
 def plain(
@@ -135,7 +144,7 @@ def plain(
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("positions", steer.POSITIONS)
+@pytest.mark.parametrize("positions", hook.POSITIONS)
 @pytest.mark.parametrize("layer", [3, 8])
 def test_a_cached_batch_is_what_single_whole_passes_give(
     lm: LanguageModel, prompts: Any, layer: int, positions: str
@@ -153,8 +162,8 @@ def test_a_cached_batch_is_what_single_whole_passes_give(
 
 def test_padding_is_not_steered(lm: LanguageModel, prompts: Any) -> None:
     seen = []
-    widths = [len(one) for one in prompts]
-    with steer.steered(lm, 3, direction(lm), 2.0, "all", widths), tap(lm.blocks, [3]) as taken:
+    widths = lengths(prompts)
+    with hook.steered(lm, 3, by(lm, 2.0, "all"), widths), tap(lm.blocks, [3]) as taken:
         generate(lm, prompts, 1)
         seen.append(taken[3].clone())
     with tap(lm.blocks, [3]) as taken:
@@ -168,7 +177,7 @@ def test_padding_is_not_steered(lm: LanguageModel, prompts: Any) -> None:
 
 
 def test_the_hook_goes_when_something_fails(lm: LanguageModel) -> None:
-    with pytest.raises(IndexError), steer.steered(lm, 4, direction(lm), 1.0, "all", [3]):
+    with pytest.raises(IndexError), hook.steered(lm, 4, by(lm, 1.0, "all"), [3]):
         [][len(lm.blocks[4]._forward_hooks)]
     assert not lm.blocks[4]._forward_hooks
 
@@ -178,9 +187,8 @@ def test_steering_towards_a_token_writes_it(lm: LanguageModel, prompts: Any) -> 
     rows = lm.causal.get_output_embeddings().weight.detach()
     own = unembedded(lm, 1000 * rows).argmax(-1) == torch.arange(len(rows))
     token = int(torch.nonzero(own)[100])
-    with steer.steered(
-        lm, 11, rows[token].double(), 1e4, "generated", [len(one) for one in prompts]
-    ):
+    towards = Steer("v", rows[token].numpy().astype(np.float64), 1e4, "generated")
+    with hook.steered(lm, 11, towards, lengths(prompts)):
         written = generate(lm, prompts, 4)
     assert all(one.ids == [token] * 4 for one in written)
 
@@ -189,7 +197,7 @@ def test_effects_are_those_of_whole_distributions(lm: LanguageModel, prompts: An
     three = 3 * 4 * lm.vocabulary  # bytes of 3 positions' logits
     texts = [(one, [7, 30, 99, 12, 200][: at % 3 + 3]) for at, one in enumerate(prompts)]
     texts[1] = (texts[1][0], [])
-    found = steer.effects(lm, texts, 3, direction(lm), 4.0, "all", 150, three)
+    found = hook.effects(lm, texts, 3, by(lm, 4.0, "all"), 150, three)
     for (prompt, written), one in zip(texts, found, strict=True):
         ids, last = torch.tensor([[*prompt, *written]]), len(prompt) - 1
         with torch.inference_mode():

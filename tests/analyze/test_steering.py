@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from analyze.answering import Answer, Asking, answers, written
+from analyze.answering import Answer, Asking, answers, completions
 from analyze.outcome import dumped
 from analyze.problems import problem
-from analyze.studies.steering import hook as steer
 from analyze.studies.steering import study as steering
-from analyze.studies.steering import words as steering_page
-from analyze.studies.steering.outcomes import Reply, Row, Steer, nulls, overlaps
+from analyze.studies.steering import words
+from analyze.studies.steering.hook import Steer, steered
+from analyze.studies.steering.outcomes import Findings, Reply, Row, nulls, overlaps
 from analyze.studies.steering.study import Options
 from analyze.study import Study
 from data.errors import Interrupted, SettingError, StopRequest
@@ -96,7 +96,7 @@ def test_nulls_are_found_out() -> None:
     assert [one.held for one in nulls([replace(exact, kl=1e-9), row("11", "11")], 5, 6)] == [False]
 
 
-def page(v: str, unsteered: str, random: Sequence[str], **more: Any) -> steering_page.Page:
+def findings(v: str, unsteered: str, random: Sequence[str], **more: Any) -> Findings:
     rows = [row(unsteered, unsteered, "unsteered"), row(unsteered, unsteered, "scale 0", 0.0)]
     rows += [row(v, unsteered), row(unsteered, unsteered, scale=-5.0)]
     rows += [row(one, unsteered, kind) for kind in ("random", "shuffled") for one in random]
@@ -108,42 +108,49 @@ def page(v: str, unsteered: str, random: Sequence[str], **more: Any) -> steering
         "answers": (3, 4),
         "layer": 5,
     }
-    return steering_page.Page(rows, **{**given, "inert_from": 6, "seed": 0, **more})
+    return Findings(rows, **{**given, "inert_from": 6, "seed": 0, **more})
 
 
 def test_the_verdict_needs_a_change_that_chance_directions_do_not_make() -> None:
     none, some, full = "0" * 20, "1" * 10 + "0" * 10, "1" * 20
-    assert "raises accuracy, and more than" in page(full, some, [some] * 20).summary()[0]
-    assert "lowers accuracy, and more than" in page(none, some, [some] * 20).summary()[0]
-    assert "raises accuracy, but not shown" in page(full, some, [full] * 20).summary()[0]
-    assert "too few" in page(full, some, [some] * 3).summary()[0]
-    assert "no effect" in page("1" * 12 + "0" * 8, some, [some] * 20).summary()[0]
-    broken = page(full, some, [some] * 20)
-    failed = replace(
-        broken, rows=[broken.rows[0], replace(broken.rows[1], changed=2), *broken.rows[2:]]
-    )
-    assert failed.summary()[0].startswith("Nothing here is to be trusted")
-    assert any("it changes 2 answers" in one for one in failed.summary())
+    given = {
+        "raised": findings(full, some, [some] * 20),
+        "lowered": findings(none, some, [some] * 20),
+        "as chance": findings(full, some, [full] * 20),
+        "few controls": findings(full, some, [some] * 3),
+        "hardly changed": findings("1" * 12 + "0" * 8, some, [some] * 20),
+    }
+    verdicts = {name: words.verdict(found) for name, found in given.items()}
+    assert verdicts == {
+        "raised": "raises",
+        "lowered": "lowers",
+        "as chance": "not shown",
+        "few controls": "not shown",
+        "hardly changed": "no effect",
+    }
+    sentences = {words.summary(found)[0] for found in given.values()}
+    assert len(sentences) == len(given)  # each verdict reads otherwise, and so do too few controls
+    whole = given["raised"]
+    scale_0 = replace(whole.rows[1], changed=2)
+    broken = replace(whole, rows=[whole.rows[0], scale_0, *whole.rows[2:]])
+    assert words.verdict(broken) == "broken"
+    assert words.summary(broken)[0] not in sentences
 
 
 def test_a_page_states_rank_holm_and_what_could_be_seen() -> None:
-    found = page("1" * 20, "1" * 10 + "0" * 10, ["1" * 20, "1" * 5 + "0" * 15, "1" * 9 + "0" * 11])
+    found = findings(
+        "1" * 20, "1" * 10 + "0" * 10, ["1" * 20, "1" * 5 + "0" * 15, "1" * 9 + "0" * 11]
+    )
     assert found.ranks["random"][:3] == (3, 1, 3) and found.ranks["random"].p_high == pytest.approx(
         2 / 4
     )
-    assert found.head.p == pytest.approx(2 * 0.5**10) and found.holm[5.0] == pytest.approx(
+    assert found.best_row.p == pytest.approx(2 * 0.5**10) and found.holm[5.0] == pytest.approx(
         4 * 0.5**10
     )
-    text = " ".join(found.summary())
-    assert (
-        "100.0% [83.9%, 100.0%]" in text
-        and "10 gained, 0 lost" in text
-        and "(2 right, 1 unsteered)" in text
-    )
-    assert (
-        len(found.outcome().tables[0].rows) == 4
-        and "<svg" in found.outcome().pictures["steering"].svg
-    )
+    outcome = words.outcome(found)
+    assert "100.0% [83.9%, 100.0%]" in " ".join(outcome.summary)
+    assert len(outcome.tables[0].rows) == 4
+    assert "<svg" in outcome.pictures["steering"].svg
 
 
 # -- the study -------------------------------------------------------------------------------------
@@ -212,19 +219,20 @@ def test_controls_are_at_the_best_scale() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    "options",
     [
-        ({"positions": "end"}, "prompt, generated, all"),
-        ({"scales": [5, 0]}, "other than 0"),
-        ({"scales": [5, 5.0]}, "different"),
-        ({"scales": 5}, "list"),
-        ({"scales": ["a"]}, "must be a number"),
-        ({"n_random": 0}, "at least 1"),
-        ({"train": 0.6, "dev": 0.4}, "less than 1"),
+        {"positions": "end"},
+        {"scales": [5, 0]},
+        {"scales": [5, 5.0]},
+        {"scales": []},
+        {"scales": 5},
+        {"scales": ["a"]},
+        {"n_random": 0},
+        {"train": 0.6, "dev": 0.4},
     ],
 )
-def test_options_that_cannot_be_right_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(SettingError, match=said):
+def test_options_that_cannot_be_right_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(SettingError, match=f"study.{next(iter(options))}"):
         Options(**options)
 
 
@@ -250,32 +258,42 @@ def small(tiny_study: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Study:
     return tiny_study("steering", str(path), asked, **chosen)
 
 
-def count_calls(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> list[int]:
-    calls: list[int] = []
+class Counted:
+    """Counts the batches that a model generates, by their sizes, and may stop before one."""
 
-    def counted(lm: LanguageModel, asked: Any, asking: Asking) -> list[Answer]:
-        if len(calls) == stop_at:
+    def __init__(self, lm: LanguageModel) -> None:
+        self.batches: list[int] = []
+        self.stop_at: int | None = None  # batches after which generation is interrupted
+        self._generate = lm.causal.generate
+
+    def __call__(self, **call: Any) -> Any:
+        if len(self.batches) == self.stop_at:
             raise Interrupted(2)
-        calls.append(len(asked))
-        return written(lm, asked, asking)
-
-    monkeypatch.setattr(steering, "written", counted)
-    return calls
+        self.batches.append(len(call["input_ids"]))
+        return self._generate(**call)
 
 
-def test_the_study_end_to_end_stopped_and_continued(
-    small: Study, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = count_calls(monkeypatch, stop_at=5)
+@pytest.fixture
+def counted(small: Study, monkeypatch: pytest.MonkeyPatch) -> Counted:
+    """Of the batches that `small` generates."""
+    counted = Counted(small.lm)
+    monkeypatch.setattr(small.lm.causal, "generate", counted)
+    return counted
+
+
+def test_the_study_end_to_end_stopped_and_continued(small: Study, counted: Counted) -> None:
+    answers(small)
+    counted.batches.clear()
+    counted.stop_at = 5
     with pytest.raises(Interrupted):
         steering.steering(small)
-    rest = count_calls(monkeypatch)
+    counted.stop_at = None
     found = steering.steering(small)
     figures, rows = found.figures, found.figures["rows"]
     size = figures["questions"]
-    assert [*first, *rest] == [size["dev"]] * 3 + [size["test"]] * 9  # not one sweep again
-    again = count_calls(monkeypatch)
-    assert dumped(asdict(steering.steering(small))) == dumped(asdict(found)) and not again
+    assert counted.batches == [size["dev"]] * 3 + [size["test"]] * 9  # not one sweep again
+    assert dumped(asdict(steering.steering(small))) == dumped(asdict(found))
+    assert len(counted.batches) == 12
     kinds = [
         "unsteered",
         "scale 0",
@@ -298,9 +316,7 @@ def test_the_study_end_to_end_stopped_and_continued(
     assert rows[0]["right"] == sum(unsteered[one] for one in figures["ids"]["test"])
 
 
-def test_a_sweep_goes_on_behind_its_last_batch(
-    small: Study, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sweep_goes_on_behind_its_last_batch(small: Study, counted: Counted) -> None:
     asked, asking = answers(small)[:7], Asking(new_tokens=3, batch=2)
     given = V._replace(vector=np.eye(small.lm.d_model)[3], scale=30.0)
 
@@ -308,19 +324,22 @@ def test_a_sweep_goes_on_behind_its_last_batch(
         sweeps = steering.Sweeps(small, 3, replace(asking, **changes), StopRequest(), Progress())
         return sweeps.run(asked, given, "some", *rest)
 
-    count_calls(monkeypatch, stop_at=2)
+    batches = counted.batches
+    batches.clear()
+    counted.stop_at = 2
     with pytest.raises(Interrupted):
         run()
-    calls = count_calls(monkeypatch)
+    counted.stop_at = None
     kept = run()
-    assert calls == [2, 1] and [one.id for one in kept] == [one.problem.id for one in asked]
-    assert run() == kept and len(calls) == 2
-    assert [one.ids for one in run(kept)] == [one.ids for one in kept] and len(
-        calls
-    ) == 6  # effects were not measured
+    assert batches == [2, 2, 2, 1]
+    assert [one.id for one in kept] == [one.problem.id for one in asked]
+    assert run() == kept and len(batches) == 4
+    # With effects, which the kept replies do not have, it is another sweep.
+    assert [one.ids for one in run(kept)] == [one.ids for one in kept]
+    assert len(batches) == 8
     run(new_tokens=4)
-    assert len(calls) == 10
-    with pytest.raises(SettingError, match="model's context"):
+    assert len(batches) == 12
+    with pytest.raises(SettingError, match=r"answers\.new_tokens"):
         run(new_tokens=small.lm.max_context)
 
 
@@ -338,8 +357,9 @@ def test_a_row_of_the_study_is_a_steered_generation(small: Study) -> None:
     right = []
     for one in every:
         if one.problem.id in found["ids"]["test"]:
-            with steer.steered(lm, 8, v / v.norm(), -20.0, "all", [len(one.prompt_ids)]):
-                (alone,) = written(lm, [(one.problem, one.prompt_ids)], Asking(new_tokens=20))
+            by = Steer("v", (v / v.norm()).numpy(), -20.0, "all")
+            with steered(lm, 8, by, [len(one.prompt_ids)]):
+                (alone,) = completions(lm, [(one.problem, one.prompt_ids)], Asking(new_tokens=20))
             right.append(alone.correct)
     assert sum(right) == next(
         one["right"] for one in found["rows"] if one["kind"] == "v" and one["scale"] == -20
@@ -379,12 +399,12 @@ def test_labelled_solutions_make_the_vector_and_the_model_answers(
         sum(found["questions"].values()) == 16
         and found["rows"][0]["truncated"] == found["questions"]["test"]
     )
-    with pytest.raises(SettingError, match="wrong, and a contrast needs both"):
+    with pytest.raises(SettingError, match=r"answers\.questions"):
         steering.steering(
             tiny_study("steering", labelled(tmp_path / "none.jsonl", 16, lambda _: False), asked)
         )
 
 
 def test_a_layer_that_is_not_there_is_refused(tiny_study: Tiny) -> None:
-    with pytest.raises(SettingError, match="0 to 11"):
+    with pytest.raises(SettingError, match=r"study\.layer"):
         steering.steering(tiny_study("steering", layer=12))

@@ -1,9 +1,10 @@
-"""Effect sizes of very many columns at once (dimensions of a layer, SAE features), with what chance
-makes of them.
+"""Effect sizes of very many columns at once, with what chance makes of them.
 
-Shapes: n answers, c columns, L shufflings of the labels, B draws or splits. All nulls shuffle the
-labels; the same shufflings serve every column and every layer, so that a maximum over them is a
-joint one (Westfall and Young, 1993).
+A column is a dimension of a layer, or an SAE feature. All nulls shuffle the labels. The same
+shufflings serve every column and every layer, so that a maximum over them is a joint one (Westfall
+and Young, 1993).
+
+Shapes: n answers, c columns, L shufflings of the labels, B draws or splits.
 """
 
 from __future__ import annotations
@@ -20,22 +21,27 @@ from scipy import stats as scipy_stats
 
 from analyze.stats import Floats, hedges_g_of_labels
 
-_COLUMNS = 2048  # at a time: 16 MB for each of some arrays of 1,000 shufflings
-# Firings expected in the rarer label. From 10 on, the share of shufflings beyond the normal's 1e-4
-# is 0.6e-4 to 1.6e-4 (n = 1,319, 132 or 660 wrong), with 2.5 it is 3.6e-4.
+# Columns at a time: 16 MB for each of some arrays of 1,000 shufflings.
+WIDTH = 2048
+# Firings expected in the rarer label, from which on columns are alike. From 10 on, the share of
+# shufflings beyond the normal's 1e-4 is 0.6e-4 to 1.6e-4 (n = 1,319, 132 or 660 wrong); with 2.5 it
+# is 3.6e-4.
 _MANY = 10
-_EXPLAINED = 1e-9  # share of the labels' variance below which nothing is left of them
+# Share of the labels' variance below which covariates leave nothing of them.
+_EXPLAINED = 1e-9
 
 Effect = Callable[[Floats], Floats]
-"""Of (n, c) columns their effects (1 + L, c): with the labels as they are, then with each shuffling."""
+"""Of (n, c) columns their effects (1 + L, c): with the labels as they are, then shuffled."""
 
 
-def columns(x: Any) -> Iterator[Floats]:
-    """Of (n, c), dense or a scipy.sparse.csc_array, some columns after the others, dense and
-    float64.
+def columns(x: Any, width: int = WIDTH) -> Iterator[Floats]:
+    """The columns of (n, c), `width` at a time, dense and float64.
+
+    Args:
+        x: dense, or a scipy.sparse.csc_array.
     """
-    for at in range(0, x.shape[1], _COLUMNS):
-        part = x[:, at : at + _COLUMNS]
+    for start in range(0, x.shape[1], width):
+        part = x[:, start : start + width]
         yield np.asarray(part.toarray() if sparse.issparse(part) else part, np.float64)
 
 
@@ -46,12 +52,10 @@ def shuffled(block: NDArray[np.int64], draws: int, rng: np.random.Generator) -> 
         block: (n,) of each case, or (draws, n) where the blocks differ from draw to draw.
     """
     blocks = np.broadcast_to(block, (draws, block.shape[-1]))
-    places, cases = (
-        np.argsort(blocks, axis=1, kind="stable"),
-        np.argsort(blocks + rng.random(blocks.shape), axis=1),
-    )
-    orders = np.empty_like(places)
-    np.put_along_axis(orders, places, cases, axis=1)
+    positions = np.argsort(blocks, axis=1, kind="stable")
+    cases = np.argsort(blocks + rng.random(blocks.shape), axis=1)
+    orders = np.empty_like(positions)
+    np.put_along_axis(orders, positions, cases, axis=1)
     return orders
 
 
@@ -60,14 +64,11 @@ def shuffled(block: NDArray[np.int64], draws: int, rng: np.random.Generator) -> 
 
 @dataclass(frozen=True)
 class Design:
-    """Which answers are right, which labels could as well be exchanged, and what else the answers
-    differ by.
-    """
+    """The labels, how they may be exchanged, and what else the answers differ by."""
 
     correct: NDArray[np.bool_]  # (n,)
-    block: NDArray[
-        np.int64
-    ]  # (n,) labels are exchanged within: the question where each has both, else 0 for all
+    # (n,) Labels are exchanged within a block: the question if each has both labels, else 0 for all.
+    block: NDArray[np.int64]
     cluster: NDArray[np.int64]  # (n,) question, which is what is resampled
     covariates: Floats  # (n, q)
     orders: NDArray[np.int64]  # (1 + L, n) first as it is, then shuffled within blocks
@@ -83,45 +84,49 @@ class Design:
         shuffles: int,
         seed: int,
     ) -> Design:
+        """The design of n answers.
+
+        Args:
+            paired: answers are compared within their question.
+            shuffles: L.
+        """
         cluster = np.unique(question, return_inverse=True)[1].astype(np.int64)
         block = cluster if paired else np.zeros_like(cluster)
         orders = shuffled(block, shuffles, np.random.default_rng(seed))
-        return cls(
-            correct, block, cluster, covariates, np.vstack([np.arange(len(correct)), orders])
-        )
+        every = np.vstack([np.arange(len(correct)), orders])
+        return cls(correct, block, cluster, covariates, every)
 
     @property
     def paired(self) -> bool:
         return bool(self.block.any())
 
     def raw(self, x: Floats) -> Floats:
-        """Cohen's d with Hedges' correction, as it is defined: nothing is adjusted for. An
-        `Effect`.
-        """
+        """Cohen's d with Hedges' correction, nothing adjusted for. An `Effect`."""
         return hedges_g_of_labels(x, self.correct[self.orders])
 
     @cached_property
     def within(self) -> Effect:
-        """Differences within blocks, by the spread within them; the same as `raw` if there is one
-        block.
-        """
-        found = self._adjusted(np.empty((len(self.correct), 0)))
-        assert found is not None  # every block has both labels
-        return found
+        """Differences within blocks, by the spread within them. With one block the same as `raw`."""
+        effect = self._adjusted(np.empty((len(self.correct), 0)))
+        assert effect is not None  # every block has both labels
+        return effect
 
     @cached_property
     def adjusted(self) -> Effect | None:
-        """Differences within blocks at equal covariates; None if covariates leave nothing of the
-        labels.
+        """Differences within blocks at equal covariates.
 
         The coefficient of the label in x ~ blocks + covariates + label, by the residual standard
-        deviation, with Hedges' correction of its degrees of freedom. Shuffled are the residuals of
-        x ~ blocks + covariates (Freedman and Lane, 1983): shuffling labels would also break what
-        ties them to the covariates, and give a null that is too wide.
+        deviation, with Hedges' correction of its degrees of freedom. What is shuffled are the
+        residuals of x ~ blocks + covariates (Freedman and Lane, 1983). Shuffled labels would also
+        lose what ties them to the covariates, and give a null that is too wide.
+
+        Returns:
+            None if the covariates leave nothing of the labels.
         """
         return self._adjusted(self.covariates)
 
     def _adjusted(self, covariates: Floats) -> Effect | None:
+        # Labels with blocks and covariates regressed out.
         centre = _centring(self.block)
         basis = _basis(centre(covariates), np.linalg.norm(covariates, axis=0))
 
@@ -134,15 +139,18 @@ class Design:
         squared = float(label @ label)
         if squared < _EXPLAINED * len(label) or freedom < 1:
             return None
-        labels, bases = label[self.orders], [one[self.orders] for one in basis.T]
+        labels = label[self.orders]
+        bases = [direction[self.orders] for direction in basis.T]
         correction = (1 - 3 / (4 * freedom - 1)) if freedom > 1 else 1.0
 
         def effect(x: Floats) -> Floats:
             left = rest(x)
             product = labels @ left
-            # A shuffled residual is no longer orthogonal to the covariates; this part of it they
-            # would explain.
-            explained = sum((np.square(one @ left) for one in bases), start=product**2 / squared)
+            # A shuffled residual is no longer orthogonal to the covariates. They would explain
+            # this part of it.
+            explained = product**2 / squared
+            for direction in bases:
+                explained = explained + np.square(direction @ left)
             spread = np.sqrt(np.maximum(np.square(left).sum(0) - explained, 0) / freedom)
             real = spread > 1e-9 * np.abs(x).max(0)  # of a constant column, rounding is left
             g = np.divide(product / squared, spread, out=np.zeros_like(product), where=real)
@@ -152,18 +160,24 @@ class Design:
 
 
 def _centring(block: NDArray[np.int64]) -> Callable[[Floats], Floats]:
-    """Takes its block's mean from each row of (n, c)."""
-    n, count = len(block), np.bincount(block)
+    """A function that takes its block's mean from each row of (n, c)."""
+    n = len(block)
+    count = np.bincount(block)
     member = sparse.csr_array((np.ones(n), (block, np.arange(n))), shape=(len(count), n))
-    return lambda x: np.asarray(x - ((member @ x) / count[:, None])[block], np.float64)
+
+    def centre(x: Floats) -> Floats:
+        means = (member @ x) / count[:, None]
+        return np.asarray(x - means[block], np.float64)
+
+    return centre
 
 
 def _basis(covariates: Floats, before: Floats) -> Floats:
     """(n, rank) orthonormal basis of what the columns span.
 
     Args:
-        before: (q,) their lengths before they were centred; of one that is constant in every block
-            rounding is left.
+        before: (q,) their lengths before they were centred. Of a column that is constant in every
+            block only rounding is left, which this tells.
     """
     sizes = np.linalg.norm(covariates, axis=0)
     varying = sizes > 1e-9 * before
@@ -183,32 +197,31 @@ class Tested(NamedTuple):
     null_max: Floats  # (L,) largest |d|
 
 
-def tested(x: Any, effect: Effect, top: int) -> Tested:
+def against_shuffled(x: Any, effect: Effect, top: int, width: int = WIDTH) -> Tested:
     """Every column's effect, and what chance makes of the `top` largest."""
-    found, best = [], None
-    for part in columns(x):
+    parts = []
+    best = None
+    for part in columns(x, width):
         values = effect(part)
-        found.append(values[0])
+        parts.append(values[0])
         sizes = np.abs(values)
         best = largest(sizes if best is None else np.hstack([best, sizes]), top)
     assert best is not None
     means = best.mean(1)
-    return Tested(np.concatenate(found), float(means[0]), means[1:], best[1:].max(1))
+    return Tested(np.concatenate(parts), float(means[0]), means[1:], best[1:].max(1))
 
 
 def largest(values: Floats, count: int) -> Floats:
-    """(L, count) the largest of each row of (L, c), in no order; all of them where there are
-    fewer.
-    """
+    """(L, count) the largest of each row of (L, c), in no order; all if there are fewer."""
     count = min(count, values.shape[1])
     return np.partition(values, values.shape[1] - count, axis=1)[:, values.shape[1] - count :]
 
 
 def family_wise_p(sizes: Floats, null_max: Floats) -> Floats:
-    """Max-T p values of |d|, of any shape: how often shuffled labels have anywhere an effect as
-    large.
+    """Max-T p values of |d|: how often shuffled labels have an effect as large anywhere.
 
     Args:
+        sizes: |d|, of any shape.
         null_max: (L,) the largest |d| over everything that is looked at.
     """
     below = np.searchsorted(np.sort(null_max), sizes, side="left")
@@ -218,35 +231,45 @@ def family_wise_p(sizes: Floats, null_max: Floats) -> Floats:
 # -- resampling ------------------------------------------------------------------------------------
 
 
-def weighted_g(x: Floats, one: Floats, other: Floats) -> Floats:
-    """`stats.hedges_g` of two groups, (B, c), in which cases occur as often as their weights say.
+def weighted_g(x: Floats, first: Floats, second: Floats) -> Floats:
+    """`stats.hedges_g` of two weighted groups, (B, c).
 
     Args:
         x: (n, c).
-        one: (B, n) how often each case is in the first group.
-        other: (B, n) likewise in the second. A draw in which either is empty has NaN.
+        first: (B, n) how often each case is in the first group.
+        second: (B, n) likewise in the second. A draw in which either is empty has NaN.
     """
     x = x - x.mean(0)  # differences of sums of squares lose digits far from 0
-    n1, n0 = (
-        np.where(total > 0, total, np.nan) for total in (one.sum(1)[:, None], other.sum(1)[:, None])
-    )
-    mean1, mean0 = (one @ x) / n1, (other @ x) / n0
-    within = np.maximum((one + other) @ np.square(x) - n1 * mean1**2 - n0 * mean0**2, 0)
+    n1 = _size(first)
+    n0 = _size(second)
+    mean1 = (first @ x) / n1
+    mean0 = (second @ x) / n0
+    within = np.maximum((first + second) @ np.square(x) - n1 * mean1**2 - n0 * mean0**2, 0)
     freedom = n1 + n0 - 2
     spread = np.sqrt(within / freedom)
     real = spread > 1e-9 * np.abs(x).max(0)
     g = np.divide(mean1 - mean0, spread, out=np.zeros_like(spread), where=real)
-    return np.asarray((g + 0 * n1 + 0 * n0) * (1 - 3 / (4 * freedom - 1)), np.float64)
+    correction = 1 - 3 / (4 * freedom - 1)
+    return np.asarray((g + 0 * n1 + 0 * n0) * correction, np.float64)  # NaN of an empty group
 
 
-def drawn_top(x: Any, correct: NDArray[np.bool_], times: NDArray[np.int64], top: int) -> Floats:
+def _size(weights: Floats) -> Floats:
+    """(B, 1) cases in a group; NaN of none."""
+    total = weights.sum(1)[:, None]
+    return np.where(total > 0, total, np.nan)
+
+
+def drawn_top(
+    x: Any, correct: NDArray[np.bool_], times: NDArray[np.int64], top: int, width: int = WIDTH
+) -> Floats:
     """(B,) means of the largest |d| of (n, c) columns; NaN where a draw lacks a class.
 
     Args:
         times: (B, n) how often each answer was drawn.
     """
-    one, other = (np.asarray(times * label, np.float64) for label in (correct, ~correct))
-    best = [largest(np.abs(weighted_g(part, one, other)), top) for part in columns(x)]
+    right = np.asarray(times * correct, np.float64)
+    wrong = np.asarray(times * ~correct, np.float64)
+    best = [largest(np.abs(weighted_g(part, right, wrong)), top) for part in columns(x, width)]
     return np.asarray(largest(np.hstack(best), top).mean(1), np.float64)
 
 
@@ -256,9 +279,13 @@ def drawn(cluster: NDArray[np.int64], draws: int, rng: np.random.Generator) -> N
     return rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=draws)[:, cluster]
 
 
+# -- halves of the questions -----------------------------------------------------------------------
+
+
 class Halves(NamedTuple):
-    """What one half of the questions says of the other; means over splits, and the same with labels
-    shuffled.
+    """What one half of the questions says of the other.
+
+    Means over splits, of the labels as they are and of shuffled ones.
     """
 
     shared: float  # share of one half's top columns that are the other's too
@@ -279,95 +306,108 @@ class Splits(NamedTuple):
 
 def split(design: Design, splits: int, rng: np.random.Generator) -> Splits:
     """Random halves of the questions, with both labels in each if there are two of each."""
+    # Unpaired questions have one answer and one label; each label is halved by itself.
     _, first_of = np.unique(design.cluster, return_index=True)
-    stratum = (
-        np.zeros(len(first_of), np.int64)
-        if design.paired
-        else design.correct[first_of].astype(np.int64)
-    )
+    stratum = np.zeros(len(first_of), np.int64)
+    if not design.paired:
+        stratum = design.correct[first_of].astype(np.int64)
     order = np.argsort(stratum + rng.random((splits, len(stratum))), axis=1)
+    alternating = np.broadcast_to(np.arange(len(stratum)) % 2, order.shape)
     half = np.empty_like(order)
-    np.put_along_axis(
-        half, order, np.broadcast_to(np.arange(len(stratum)) % 2, order.shape), axis=1
-    )
+    np.put_along_axis(half, order, alternating, axis=1)
+
     of_case = half[:, design.cluster]
     orders = shuffled(2 * design.block + of_case, splits, rng)
     labels = np.broadcast_to(design.correct, of_case.shape)
     return Splits(of_case == 0, labels, design.correct[orders])
 
 
-def halves(x: Any, splits: Splits, top: int) -> Halves:
+def halves(x: Any, splits: Splits, top: int, width: int = WIDTH) -> Halves:
     """How far the `top` columns of (n, c) chosen on one half of the questions hold on the other."""
-    sides = (splits.first, ~splits.first)
-    shared, carried = [], []
-    for labels in (splits.correct, splits.shuffled):
-        groups = [
-            ((side & labels).astype(np.float64), (side & ~labels).astype(np.float64))
-            for side in sides
-        ]
-        parts = [[weighted_g(part, *group) for group in groups] for part in columns(x)]
-        first, second = (np.hstack(side) for side in zip(*parts, strict=True))
-        there, back = _held(first, second, top), _held(second, first, top)
-        shared.append(there[0])  # the same from either side
-        carried.append((there[1] + back[1]) / 2)
+    shared, carried = _across_halves(x, splits.first, splits.correct, top, width)
+    null_shared, null_carried = _across_halves(x, splits.first, splits.shuffled, top, width)
     return Halves(
-        shared=float(shared[0].mean()),
-        carried=float(carried[0].mean()),
-        null_shared=float(shared[1].mean()),
-        null_carried=float(carried[1].mean()),
-        null_carried_95=float(np.quantile(carried[1], 0.95)),
+        shared=float(shared.mean()),
+        carried=float(carried.mean()),
+        null_shared=float(null_shared.mean()),
+        null_carried=float(null_carried.mean()),
+        null_carried_95=float(np.quantile(null_carried, 0.95)),
     )
+
+
+def _across_halves(
+    x: Any, first: NDArray[np.bool_], labels: NDArray[np.bool_], top: int, width: int
+) -> tuple[Floats, Floats]:
+    """(B,) share of the top columns that both halves choose, and d carried from one to the other."""
+    effects = []
+    for side in (first, ~first):
+        right = (side & labels).astype(np.float64)
+        wrong = (side & ~labels).astype(np.float64)
+        effects.append(np.hstack([weighted_g(part, right, wrong) for part in columns(x, width)]))
+    shared, there = _held(effects[0], effects[1], top)
+    _, back = _held(effects[1], effects[0], top)  # the share is the same from either side
+    return shared, (there + back) / 2
 
 
 def _held(chosen: Floats, measured: Floats, top: int) -> tuple[Floats, Floats]:
-    """Of (B, c): share of the top columns that both have, and the d of one's in the other."""
+    """Of d in two halves, (B, c) each: (B,) share of top columns in common, and d carried over."""
     top = min(top, chosen.shape[1])
-    best, others = (
-        np.argpartition(-np.abs(d), top - 1, axis=1)[:, :top] for d in (chosen, measured)
-    )
-    mask = np.zeros(chosen.shape, bool)
-    np.put_along_axis(mask, others, True, axis=1)
+    best = _top_columns(chosen, top)
+    is_top = np.zeros(measured.shape, bool)
+    np.put_along_axis(is_top, _top_columns(measured, top), True, axis=1)
     sign = np.sign(np.take_along_axis(chosen, best, axis=1))
-    return np.take_along_axis(mask, best, 1).mean(1), (
-        sign * np.take_along_axis(measured, best, 1)
-    ).mean(1)
+    carried = sign * np.take_along_axis(measured, best, axis=1)
+    return np.take_along_axis(is_top, best, axis=1).mean(1), carried.mean(1)
+
+
+def _top_columns(d: Floats, top: int) -> NDArray[np.int64]:
+    """(B, top) the columns of each row's largest |d|."""
+    return np.argpartition(-np.abs(d), top - 1, axis=1)[:, :top]
 
 
 # -- a p value for every feature -------------------------------------------------------------------
 
 
 def rank_p(x: Any, fired: NDArray[np.int64], correct: NDArray[np.bool_], effect: Effect) -> Floats:
-    """(c,) two-sided p values of sparse columns, by ranks (Mann and Whitney's test where nothing is
-    adjusted for).
+    """(c,) two-sided p values of sparse columns, by ranks.
 
-    The null is that of shuffled labels, pooled over columns that fire in like many answers (from
-    2^j up to 2^(j+1)): what a column's ranks can do depends on nothing else, since all its zeros
-    share a rank. A column's own 1,000 shufflings reach 1e-3, where 32,768 hypotheses need 1e-6. The
-    normal approximation reaches that, but is wrong there: of 5 firings all among the 132 wrong of
-    1,319 answers it says 2e-11, and the truth is 9e-6. Only columns that fire in many of the rarer
-    label are alike whatever their number (`_MANY`), and are pooled all together.
+    Where nothing is adjusted for, it is Mann and Whitney's test. The null is that of shuffled
+    labels, pooled over columns that fire in like many answers (from 2^j up to 2^(j+1)): what a
+    column's ranks can do depends on nothing else, since all its zeros share a rank. Columns that
+    fire often in the rarer label (`_MANY`) are alike whatever their number, and are one pool.
+
+    Pooling is needed: a column's own 1,000 shufflings reach 1e-3, where 32,768 hypotheses need
+    1e-6. The normal approximation reaches that, but is wrong there: of 5 firings all among the 132
+    wrong of 1,319 answers it says 2e-11, and the truth is 9e-6.
 
     Args:
         x: (n, c) scipy.sparse.csc_array.
         fired: (c,) answers in which each column is not 0.
         effect: of ranks, see `Design.within` and `Design.adjusted`.
     """
-    p, rarer = np.ones(x.shape[1]), min(correct.mean(), 1 - correct.mean())
-    stratum = np.where(fired * rarer < _MANY, np.floor(np.log2(fired)), np.inf)
-    for level in np.unique(stratum):
-        members = np.flatnonzero(stratum == level)
-        sizes = [
-            np.abs(effect(scipy_stats.rankdata(part, axis=0))) for part in columns(x[:, members])
-        ]
-        # By rounding, the same ranks may give values that differ in the last digits.
-        observed = np.concatenate([part[0] for part in sizes]) * (1 - 1e-9)
-        order, above, total = np.argsort(observed), np.zeros(len(observed) + 1), 0
-        for part in sizes:
-            passed = np.searchsorted(observed[order], part[1:].ravel(), side="right")
-            above += np.bincount(passed, minlength=len(above))
-            total += passed.size
-        reached = np.cumsum(above[::-1])[::-1][
-            1:
-        ]  # null values that are at least the i-th smallest observed
-        p[members[order]] = (1 + reached) / (1 + total)
+    p = np.ones(x.shape[1])
+    rarer = min(correct.mean(), 1 - correct.mean())
+    pool = np.where(fired * rarer < _MANY, np.floor(np.log2(fired)), np.inf)
+    for number in np.unique(pool):
+        members = np.flatnonzero(pool == number)
+        p[members] = _pooled_p(x[:, members], effect)
+    return p
+
+
+def _pooled_p(x: Any, effect: Effect) -> Floats:
+    """(c,) p values of columns whose shuffled effects are one null."""
+    sizes = [np.abs(effect(scipy_stats.rankdata(part, axis=0))) for part in columns(x)]
+    # By rounding, the same ranks may give values that differ in the last digits.
+    observed = np.concatenate([part[0] for part in sizes]) * (1 - 1e-9)
+    order = np.argsort(observed)
+    # Null values counted by how many of the sorted observed ones they reach.
+    reaching = np.zeros(len(observed) + 1)
+    total = 0
+    for part in sizes:
+        reached = np.searchsorted(observed[order], part[1:].ravel(), side="right")
+        reaching += np.bincount(reached, minlength=len(reaching))
+        total += reached.size
+    at_least = np.cumsum(reaching[::-1])[::-1][1:]  # null values from the i-th smallest observed on
+    p = np.empty(len(observed))
+    p[order] = (1 + at_least) / (1 + total)
     return p

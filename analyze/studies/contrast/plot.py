@@ -1,4 +1,4 @@
-"""How far apart right and wrong answers are, layer by layer, beside what shuffled labels give."""
+"""How far apart right and wrong answers are, layer by layer, beside shuffled labels."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from analyze.stats import Floats
 
 
 def over_layers(observed: Floats, null: Floats, label: str) -> str:
-    """A line over layers; the null's median and 95 % of each layer, and 95 % of its maximum over
-    all of them.
+    """A line over layers, in each layer's null, below 95 % of the null's maximum over layers.
 
     Args:
         observed: (layers,).
         null: (layers, L) of shuffled labels, the same shufflings at every layer.
+        label: of the vertical axis.
     """
-    at = np.arange(len(observed))
+    layers = np.arange(len(observed))
+    low, high = np.quantile(null, [0.5, 0.95], axis=1)
+    joint = float(np.quantile(null.max(0), 0.95))
+    peak = int(np.argmax(observed))
     with mpl.rc_context(STYLE):
         figure, axes = empty("layer", label)
-        low, high = np.quantile(null, [0.5, 0.95], axis=1)
         axes.fill_between(
-            at, low, high, color="0.8", linewidth=0, label="shuffled labels, median to 95 %"
+            layers, low, high, color="0.8", linewidth=0, label="shuffled labels, median to 95 %"
         )
-        joint = float(np.quantile(null.max(0), 0.95))
         axes.axhline(
             joint,
             color="0.4",
@@ -34,9 +35,8 @@ def over_layers(observed: Floats, null: Floats, label: str) -> str:
             label="95 % of their maximum over layers",
         )
         axes.plot(
-            at, observed, linewidth=1.5, marker="o", markersize=3, label="right against wrong"
+            layers, observed, linewidth=1.5, marker="o", markersize=3, label="right against wrong"
         )
-        peak = int(np.argmax(observed))
         axes.annotate(
             f"layer {peak}", (peak, observed[peak]), (0, 5), textcoords="offset points", ha="center"
         )

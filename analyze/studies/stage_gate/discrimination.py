@@ -1,5 +1,7 @@
-"""How well scores tell right answers from wrong ones, and how sure that is when a question has
-several answers.
+"""How well scores tell right answers from wrong ones, and how sure that is.
+
+Permutations and resamplings move whole questions, so that answers to one question need not be
+independent.
 
 Shapes: n answers, S scores, B draws.
 """
@@ -16,87 +18,93 @@ from analyze.stats import Floats, figure, percentiles, permutation_p
 from data.errors import StopRequest
 from data.journal import Progress
 
+FIGURES = ("auroc", "rho", "rho_given_length")  # the columns of `three`
+
 
 class Scored(NamedTuple):
     """Answers with what is to tell the right ones."""
 
     scores: dict[str, Floats]  # (n,) each
-    correct: NDArray[np.bool_]
-    length: NDArray[np.int64]
-    question: NDArray[np.int64]  # number of each answer's question
+    correct: NDArray[np.bool_]  # (n,)
+    length: NDArray[np.int64]  # (n,)
+    question: NDArray[np.int64]  # (n,) number of each answer's question
 
 
 def permuted(
     correct: NDArray[np.bool_], question: NDArray[np.int64], draws: int, seed: int
 ) -> NDArray[np.bool_]:
-    """(draws, n) labels, whole questions' given to other questions with as many answers."""
+    """(draws, n) labels; a question's are given to another question with as many answers."""
     rng = np.random.default_rng(seed)
     rows = np.argsort(question, kind="stable")
     sizes = np.bincount(question)
     starts = np.cumsum(sizes) - sizes
-    found = np.tile(correct, (draws, 1))
+    labels = np.tile(correct, (draws, 1))
     for size in np.unique(sizes[sizes > 0]):
         block = rows[starts[sizes == size][:, None] + np.arange(size)]  # (questions, size)
-        for labels in found:
-            labels[block] = correct[block[rng.permutation(len(block))]]
-    return found
+        for draw in labels:
+            draw[block] = correct[block[rng.permutation(len(block))]]
+    return labels
 
 
 def resampled(question: NDArray[np.int64], draws: int, seed: int) -> list[NDArray[np.int64]]:
-    """Answers of questions drawn with replacement."""
+    """Of each draw the answers of questions drawn with replacement."""
     rng = np.random.default_rng(seed)
     rows = np.argsort(question, kind="stable")
-    parts = np.split(rows, np.cumsum(np.bincount(question))[:-1])
-    return [
-        np.concatenate([parts[one] for one in rng.integers(0, len(parts), len(parts))])
-        for _ in range(draws)
-    ]
+    answers_of = np.split(rows, np.cumsum(np.bincount(question))[:-1])
+    questions = len(answers_of)
+    cases = []
+    for _ in range(draws):
+        drawn = rng.integers(0, questions, questions)
+        cases.append(np.concatenate([answers_of[number] for number in drawn]))
+    return cases
 
 
 def measured(
-    of: Scored, reference: str, draws: int, seed: int, stop: StopRequest
+    scored: Scored, reference: str, draws: int, seed: int, stop: StopRequest
 ) -> dict[str, dict[str, Any]]:
-    """By score: auroc, rho, rho_given_length and behind as {value, interval}; and one-sided p, of
-    rho and so of AUROC.
+    """Figures by score: auroc, rho, rho_given_length and behind as {value, interval}; and p.
 
     `behind` is the AUROC of `reference` less the score's own, over the same resamplings of
-    questions.
+    questions. p is one-sided, of rho and so of AUROC.
     """
-    labels = permuted(of.correct, of.question, draws, seed)
-    names, values, progress = list(of.scores), np.array([*of.scores.values()]), Progress()
-    drawn = np.empty((draws, len(names), 3))
-    for at, cases in enumerate(resampled(of.question, draws, seed)):
+    names = list(scored.scores)
+    values = np.array([*scored.scores.values()])
+    labels = permuted(scored.correct, scored.question, draws, seed)
+
+    # Every figure on the answers, and on resampled questions.
+    whole = three(values, scored.correct, scored.length)
+    drawn = np.empty((draws, len(names), len(FIGURES)))
+    progress = Progress()
+    for draw, cases in enumerate(resampled(scored.question, draws, seed)):
         stop.check()
-        correct, length = of.correct[cases], of.length[cases]
-        drawn[at] = three(values[:, cases], correct, length)
-        progress.show(f"{at + 1}/{draws} resamplings", last=at + 1 == draws)
-    whole = three(values, of.correct, of.length)
+        drawn[draw] = three(values[:, cases], scored.correct[cases], scored.length[cases])
+        progress.show(f"{draw + 1}/{draws} resamplings", last=draw + 1 == draws)
+
     first = names.index(reference)
-    found: dict[str, dict[str, Any]] = {}
-    for at, name in enumerate(names):
-        figures = [figure(whole[at, which], percentiles(drawn[:, at, which])) for which in range(3)]
-        behind = figure(
-            whole[first, 0] - whole[at, 0], percentiles(drawn[:, first, 0] - drawn[:, at, 0])
-        )
-        # A score without spread tells nothing: it is no larger than any permutation's.
-        p = (
-            1.0
-            if np.isnan(whole[at, 1])
-            else permutation_p(whole[at, 1], _correlations(values[at], labels))
-        )
-        found[name] = {
-            **dict(zip(("auroc", "rho", "rho_given_length"), figures, strict=True)),
-            "behind": behind,
-            "p": p,
-        }
-    return found
+    figures: dict[str, dict[str, Any]] = {}
+    for score, name in enumerate(names):
+        own: dict[str, Any] = {}
+        for column, key in enumerate(FIGURES):
+            own[key] = figure(whole[score, column], percentiles(drawn[:, score, column]))
+        behind = whole[first, 0] - whole[score, 0]
+        own["behind"] = figure(behind, percentiles(drawn[:, first, 0] - drawn[:, score, 0]))
+        own["p"] = _p(whole[score, 1], values[score], labels)
+        figures[name] = own
+    return figures
+
+
+def _p(rho: float, score: Floats, labels: NDArray[np.bool_]) -> float:
+    """One-sided p of rho among permuted labels (draws, n)."""
+    if np.isnan(rho):  # A score without spread tells nothing: it exceeds no permutation's.
+        return 1.0
+    return permutation_p(rho, _correlations(score, labels))
 
 
 def three(values: Floats, correct: NDArray[np.bool_], length: NDArray[np.int64]) -> Floats:
     """(S, 3) of (S, n) scores: AUROC, rho, and rho given length; NaN where they are not defined.
 
-    `stats.auroc`, `spearman` and `partial_spearman` of each, by one ranking: these would take ten
-    times as long.
+    They are `stats.auroc`, `spearman` and `partial_spearman` of each score, by one ranking. Those
+    functions would take ten times as long.
     """
     ranks = _centred(stats.rankdata(np.vstack([values, length]), axis=1))
     y = _centred(correct[None].astype(np.float64))[0]
@@ -109,20 +117,21 @@ def three(values: Floats, correct: NDArray[np.bool_], length: NDArray[np.int64])
         rho = along / (scale * np.sqrt(y @ y))
         of_length = rho[-1]
         rest = (1 - with_length**2) * (1 - of_length**2)
-        partial = (rho[:-1] - with_length * of_length) / np.sqrt(
-            np.where(rest > 1e-12, rest, np.nan)
-        )
-    return np.stack([auroc, rho[:-1], partial if scale[-1] else rho[:-1]], axis=1)
-
-
-def _centred(x: Floats) -> Floats:
-    found: Floats = x - x.mean(1, keepdims=True)
-    return found
+        rest = np.where(rest > 1e-12, rest, np.nan)
+        partial = (rho[:-1] - with_length * of_length) / np.sqrt(rest)
+    given_length = partial if scale[-1] else rho[:-1]  # without spread, length explains nothing
+    return np.stack([auroc, rho[:-1], given_length], axis=1)
 
 
 def _correlations(score: Floats, labels: NDArray[np.bool_]) -> Floats:
     """(draws,) rho of a score with each labelling; ranks of yes/no labels are linear in them."""
     rank = _centred(stats.rankdata(score)[None])[0]
     y = _centred(labels.astype(np.float64))
-    found: Floats = y @ rank / np.sqrt((rank @ rank) * np.square(y).sum(1))
-    return found
+    rho: Floats = y @ rank / np.sqrt((rank @ rank) * np.square(y).sum(1))
+    return rho
+
+
+def _centred(x: Floats) -> Floats:
+    """(k, n) rows less their means."""
+    centred: Floats = x - x.mean(1, keepdims=True)
+    return centred

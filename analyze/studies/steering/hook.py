@@ -1,14 +1,13 @@
-"""Steering: a vector added to a layer's output, in generation and on given texts, and what that
-does to the model.
+"""Steering: a vector added to a layer's output, in generation and on given texts.
 
 A position is `generated` if what the model predicts there is a token of its own: the prompt's last
-token and every token that it wrote. `prompt` are the prompt's tokens before the last one, `all` are
-both.
+token, and every token that it wrote. `prompt` are the prompt's tokens before the last one, `all`
+are both.
 
-So an edit of `prompt` reaches the completion through keys and values alone. Where no later layer
-computes any from its own input, it changes nothing, to the last bit (see `prompt_inert_from`).
+An edit of `prompt` therefore reaches the completion through keys and values alone. Where no later
+layer computes any from its own input, it changes nothing, to the last bit (`prompt_inert_from`).
 
-Shapes: b sequences, t positions, d d_model, V vocabulary.
+Shapes: b sequences, t positions, n positions of one sequence, d d_model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from analyze.language_model import BATCH_TOKENS, Prediction, batches, blocks, edited
+from analyze.stats import Floats
 from harvest.model import LanguageModel
 
 POSITIONS = ("prompt", "generated", "all")
@@ -28,14 +28,24 @@ POSITIONS = ("prompt", "generated", "all")
 BLOCK_BYTES = 1 << 27
 
 
-def prompt_inert_from(lm: LanguageModel) -> int:
-    """The first layer at which steering `prompt` is exactly without effect: nobody above computes
-    keys or values.
+class Steer(NamedTuple):
+    """What is added to a layer's output, and where."""
 
-    The last layer, in most models; in those whose last layers take the keys and values of earlier
-    ones (Gemma 4's `num_kv_shared_layers`), the one below the first of these: layer 23 of E4B's 42.
+    kind: str  # `v`, or which control
+    vector: Floats  # (d,), unit norm
+    scale: float
+    positions: str  # one of POSITIONS
+
+
+def prompt_inert_from(lm: LanguageModel) -> int:
+    """The first layer at which steering `prompt` has exactly no effect.
+
+    No layer above it computes keys or values. In most models it is the last layer. Where the last
+    layers take the keys and values of earlier ones (Gemma 4's `num_kv_shared_layers`), it is the
+    layer below the first of these: layer 23 of E4B's 42.
     """
-    return lm.n_layers - (getattr(lm.decoder.config, "num_kv_shared_layers", None) or 0) - 1
+    sharing = getattr(lm.decoder.config, "num_kv_shared_layers", None) or 0
+    return lm.n_layers - sharing - 1
 
 
 # -- generation ------------------------------------------------------------------------------------
@@ -43,46 +53,49 @@ def prompt_inert_from(lm: LanguageModel) -> int:
 
 @contextmanager
 def steered(
-    lm: LanguageModel,
-    layer: int,
-    vector: Tensor,
-    scale: float,
-    positions: str,
-    widths: Sequence[int],
+    lm: LanguageModel, layer: int, steer: Steer, prompt_lengths: Sequence[int]
 ) -> Iterator[None]:
-    """While open, `causal.generate` of prompts that have `widths` tokens adds scale * vector (d,)
-    behind `layer`.
+    """While open, generation adds scale * vector to the output of `layer`.
 
-    A call that shows one position is either a decoded token, or the prompt's last one: all that a
-    layer with shared keys and values gets to see of a prompt. Both are `generated`, so the calls
-    need not be counted. The prompts' padding stays as it is.
+    A call that shows one position is either a decoded token, or the prompt's last one: a layer with
+    shared keys and values sees no more of a prompt. Both are `generated`, so the calls need not be
+    counted. The padding stays as it is.
+
+    Args:
+        prompt_lengths: tokens of each prompt of the batch, which is padded on the left.
     """
-    step, width = _step(lm, vector, scale), max(widths)
-    first = torch.tensor(
-        [width - one for one in widths], device=step.device
-    )  # prompts are padded on the left
+    step = _step(lm, steer)
+    width = max(prompt_lengths)
+    first = torch.tensor([width - length for length in prompt_lengths], device=step.device)
     boundary = torch.full_like(first, width - 1)
 
     def edit(states: Tensor) -> Tensor:
         length = states.shape[1]
         if length == 1:
-            return states if positions == "prompt" else states + step
-        assert len(states) == len(widths) and length >= width, "not a generation from these prompts"
-        chosen = _chosen(positions, first, boundary, torch.full_like(first, length), length)
+            return states if steer.positions == "prompt" else states + step
+        is_prompt = len(states) == len(prompt_lengths) and length >= width
+        assert is_prompt, "not a generation from these prompts"
+        end = torch.full_like(first, length)
+        chosen = _chosen(steer.positions, first, boundary, end, length)
         return torch.where(chosen[..., None], states + step, states)
 
     with edited(lm.blocks[layer], edit):
         yield
 
 
-def _step(lm: LanguageModel, vector: Tensor, scale: float) -> Tensor:
-    """scale * vector as the model computes: rounded once."""
-    return (scale * vector.double()).to(lm.config.device, getattr(torch, lm.config.dtype))
+def _step(lm: LanguageModel, steer: Steer) -> Tensor:
+    """(d,) scale * vector in the model's own dtype: rounded once."""
+    step = steer.scale * torch.from_numpy(steer.vector).double()
+    return step.to(lm.config.device, getattr(torch, lm.config.dtype))
 
 
 def _chosen(positions: str, first: Tensor, boundary: Tensor, end: Tensor, length: int) -> Tensor:
-    """(b, t) bool: what `positions` takes of rows that span [first, end) and are `generated` from
-    `boundary` on.
+    """(b, length) bool: the columns of each row that `positions` takes.
+
+    Args:
+        first: (b,) column of each row's first token.
+        boundary: (b,) the first column that is `generated`.
+        end: (b,) the column behind each row's last token.
     """
     column = torch.arange(length, device=first.device)
     low = boundary if positions == "generated" else first
@@ -96,11 +109,11 @@ def _chosen(positions: str, first: Tensor, boundary: Tensor, end: Tensor, length
 class Effect(NamedTuple):
     """What steering does while the model reads one given completion."""
 
-    # nats, KL(steered || unsteered) of the next token, summed over the completion's tokens
+    # KL(steered || unsteered) of the next token in nats, summed over the completion's tokens.
     kl: float
     norm: float  # mean |h| at the layer over the generated positions, unsteered
-    # mean |delta| / |h| over the steered ones; of what was really added: bfloat16 rounds small
-    # steps
+    # Mean |delta| / |h| over the steered positions. delta is what was really added: bfloat16
+    # rounds small steps.
     relative: float
 
 
@@ -109,49 +122,60 @@ def effects(
     lm: LanguageModel,
     texts: Sequence[tuple[Sequence[int], Sequence[int]]],
     layer: int,
-    vector: Tensor,
-    scale: float,
-    positions: str,
+    steer: Steer,
     tokens: int = BATCH_TOKENS,
     block_bytes: int = BLOCK_BYTES,
 ) -> list[Effect]:
-    """Of each prompt and completion its effect, by two forward passes."""
-    step, sequences = _step(lm, vector, scale), [[*prompt, *written] for prompt, written in texts]
-    found: dict[int, Effect] = {}
+    """The effect on each text, by a forward pass with steering and one without.
+
+    Args:
+        texts: prompt and completion, as ids.
+        tokens: of a batch of texts, at most.
+        block_bytes: of logits at a time.
+    """
+    step = _step(lm, steer)
+    sequences = [[*prompt, *completion] for prompt, completion in texts]
+    effect_of: dict[int, Effect] = {}
     for numbers, padded in batches(sequences, tokens):
+        # Which positions are steered, and which are generated. Padding is on the right here.
         ids = padded.to(lm.config.device)
-        boundary = torch.tensor(
-            [len(texts[number][0]) - 1 for number in numbers], device=ids.device
-        )
-        end = torch.tensor([len(sequences[number]) for number in numbers], device=ids.device)
-        chosen = _chosen(positions, torch.zeros_like(end), boundary, end, ids.shape[1])
+        ends = [len(sequences[number]) for number in numbers]
+        boundaries = [len(texts[number][0]) - 1 for number in numbers]
+        end = torch.tensor(ends, device=ids.device)
+        boundary = torch.tensor(boundaries, device=ids.device)
+        chosen = _chosen(steer.positions, torch.zeros_like(end), boundary, end, ids.shape[1])
         generated = _chosen("generated", boundary, boundary, end, ids.shape[1])
+
+        # Both passes: final states behind the norm, and what was added beside what was there.
         norms: list[Tensor] = []
         clean = lm.decoder(input_ids=ids, use_cache=False).last_hidden_state
         with edited(lm.blocks[layer], _measuring(step, chosen, norms)):
-            steered_ = lm.decoder(input_ids=ids, use_cache=False).last_hidden_state
-        norm, relative = _mean(norms[0], generated), _mean(norms[1], chosen)
+            moved = lm.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        norm = _mean(norms[0], generated)
+        relative = _mean(norms[1], chosen)
+
         for row, number in enumerate(numbers):
-            predicting = slice(int(boundary[row]), int(end[row]) - 1)
-            kl = _kl(lm, steered_[row, predicting], clean[row, predicting], block_bytes)
-            found[number] = Effect(kl, float(norm[row]), float(relative[row]))
-    return [found[number] for number in range(len(texts))]
+            predicting = slice(boundaries[row], ends[row] - 1)
+            kl = _kl(lm, moved[row, predicting], clean[row, predicting], block_bytes)
+            effect_of[number] = Effect(kl, float(norm[row]), float(relative[row]))
+    return [effect_of[number] for number in range(len(texts))]
 
 
 def _measuring(step: Tensor, chosen: Tensor, norms: list[Tensor]) -> Callable[[Tensor], Tensor]:
-    """The edit of `chosen` (b, t), which leaves |h| and |delta| / |h|, (b, t) each, in `norms`."""
+    """The edit of `chosen` (b, t), which appends |h| and |delta| / |h|, (b, t) each, to `norms`."""
 
     def edit(states: Tensor) -> Tensor:
         moved = torch.where(chosen[..., None], states + step, states)
         norm = states.float().norm(dim=-1)
-        norms.extend((norm, (moved.float() - states.float()).norm(dim=-1) / norm))
+        delta = (moved.float() - states.float()).norm(dim=-1)
+        norms.extend((norm, delta / norm))
         return moved
 
     return edit
 
 
 def _mean(values: Tensor, chosen: Tensor) -> Tensor:
-    """(b,) means of the chosen values."""
+    """(b,) means of the chosen values (b, t)."""
     return torch.where(chosen, values, 0.0).double().sum(1) / chosen.sum(1)
 
 
@@ -159,7 +183,7 @@ def _kl(lm: LanguageModel, moved: Tensor, clean: Tensor, block_bytes: int) -> fl
     """Sum of KL(moved || clean) of the next token, from final states (n, d) behind the norm."""
     total = 0.0
     for part in blocks(lm, len(clean), block_bytes):
-        steered_ = Prediction.of_states(lm, moved[part], normed=True)
-        unsteered = Prediction.of_states(lm, clean[part], normed=True)
-        total += float(steered_.kl(unsteered).double().sum())
+        steered_prediction = Prediction.of_states(lm, moved[part], normed=True)
+        prediction = Prediction.of_states(lm, clean[part], normed=True)
+        total += float(steered_prediction.kl(prediction).double().sum())
     return total

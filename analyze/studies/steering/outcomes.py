@@ -1,34 +1,36 @@
-"""Outcomes of steering beside unsteered ones: what changed, what must not have changed, and where v
-stands.
+"""Outcomes of steering beside unsteered ones: what changed, what must not change, v's rank.
 
-A row is a sweep over the test questions. Rows of kind `v` are the scales; all others are controls.
+A sweep is one way of steering, over all test questions. A row is what came of it. Rows of kind `v`
+are the scales; all others are controls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from analyze.stats import Floats, Interval, holm, mcnemar, overlap_p, permutation_p, wilson
+from analyze.stats import (
+    Interval,
+    detectable_change,
+    holm,
+    mcnemar,
+    overlap_p,
+    permutation_p,
+    wilson,
+)
+from analyze.studies.steering.hook import Steer
 
-
-class Steer(NamedTuple):
-    """What is added, where."""
-
-    kind: str  # `v`, or which control
-    vector: Floats  # (d,), unit norm
-    scale: float
-    positions: str  # see analyze.steering.hook
+# Share of the outcomes that the reference SAE's steering changes: 12 of 50 at its strongest.
+DISCORDANT = 0.2
 
 
 class Reply(NamedTuple):
-    """The model's answer to a question. The last three as in analyze.steering.hook.Effect, where
-    that was measured.
-    """
+    """The model's answer to a question. The last three are an `Effect`, where it was measured."""
 
     id: str  # the problem's
     ids: list[int]  # tokens
@@ -50,48 +52,59 @@ class Row:
     questions: int
     right: int
     interval: Interval  # of right / questions
-    gained: list[
-        str
-    ]  # ids of the questions that are right with steering and wrong without: the recovered ones
+    gained: list[str]  # ids of the questions that are right with steering and wrong without
     lost: list[str]  # the other way round
     p: float  # exact McNemar
     unparsable: int
     truncated: int
     length: float  # tokens of an answer, mean
-    kl: float  # nats per token of the unsteered answers; NaN of the unsteered row, as the next two
+    # The next three are NaN in the unsteered row.
+    kl: float  # nats per token of the unsteered answers
     norm: float  # mean |h| at the generated positions of the unsteered answers
     relative: float  # mean |delta| / |h| at the steered positions of prompts and unsteered answers
     changed: int  # answers that differ in any token
 
     @classmethod
     def of(cls, steer: Steer | None, replies: Sequence[Reply], unsteered: Sequence[Reply]) -> Row:
-        pairs = list(zip(unsteered, replies, strict=True))
-        assert all(one.id == other.id for one, other in pairs)
-        gained = [other.id for one, other in pairs if other.correct and not one.correct]
-        lost = [one.id for one, other in pairs if one.correct and not other.correct]
-        right = sum(one.correct for one in replies)
-        kl, norm, relative = np.array(
-            [(one.kl, one.norm, one.relative) for one in replies], np.float64
-        ).sum(0)
+        """The row of a sweep.
+
+        Args:
+            steer: None: the unsteered sweep itself.
+            replies: of the sweep.
+            unsteered: replies to the same questions, in the same order.
+        """
+        gained = []
+        lost = []
+        changed = 0
+        for before, after in zip(unsteered, replies, strict=True):
+            assert before.id == after.id
+            if after.correct and not before.correct:
+                gained.append(after.id)
+            if before.correct and not after.correct:
+                lost.append(after.id)
+            changed += (before.ids, before.finished) != (after.ids, after.finished)
+        questions = len(replies)
+        right = sum(reply.correct for reply in replies)
+        measured = [(reply.kl, reply.norm, reply.relative) for reply in replies]
+        kl, norm, relative = np.array(measured, np.float64).sum(0)
+        unsteered_tokens = sum(len(reply.ids) for reply in unsteered)
         return cls(
             kind=steer.kind if steer else "unsteered",
             scale=steer.scale if steer else 0.0,
             positions=steer.positions if steer else "",
-            questions=len(pairs),
+            questions=questions,
             right=right,
-            interval=wilson(right, len(pairs)),
+            interval=wilson(right, questions),
             gained=gained,
             lost=lost,
             p=mcnemar(len(gained), len(lost)),
-            unparsable=sum(one.unparsable for one in replies),
-            truncated=sum(not one.finished for one in replies),
-            length=float(np.mean([len(one.ids) for one in replies])),
-            kl=float(kl / max(1, sum(len(one.ids) for one in unsteered))),
-            norm=float(norm / len(pairs)),
-            relative=float(relative / len(pairs)),
-            changed=sum(
-                (one.ids, one.finished) != (other.ids, other.finished) for one, other in pairs
-            ),
+            unparsable=sum(reply.unparsable for reply in replies),
+            truncated=sum(not reply.finished for reply in replies),
+            length=float(np.mean([len(reply.ids) for reply in replies])),
+            kl=float(kl / max(1, unsteered_tokens)),
+            norm=float(norm / questions),
+            relative=float(relative / questions),
+            changed=changed,
         )
 
     @property
@@ -108,6 +121,9 @@ class Row:
         return (len(self.gained) + len(self.lost)) / self.questions
 
 
+# -- sweeps that must change nothing ---------------------------------------------------------------
+
+
 class Null(NamedTuple):
     """A sweep that must equal the unsteered one token for token, and in every probability."""
 
@@ -116,19 +132,24 @@ class Null(NamedTuple):
 
 
 def nulls(rows: Sequence[Row], layer: int, inert_from: int) -> list[Null]:
-    """The hook at scale 0, and `prompt` alone at layers from `inert_from` on (see
-    hook.prompt_inert_from).
+    """The hook at scale 0, and at layers from `inert_from` on steering of `prompt` alone.
+
+    Args:
+        inert_from: see hook.prompt_inert_from.
     """
     exact = [row for row in rows if row.kind == "scale 0"]
     if layer >= inert_from:
-        exact += [
-            row for row in rows if row.positions == "prompt" and row.kind in ("v", "positions")
-        ]
+        for row in rows:
+            if row.positions == "prompt" and row.kind in ("v", "positions"):
+                exact.append(row)
     return [Null(row, row.changed == 0 and row.kl == 0.0) for row in exact]
 
 
+# -- v among other directions, and its scales among each other -------------------------------------
+
+
 class Rank(NamedTuple):
-    """Where v's count of right answers stands among that of other directions of its norm."""
+    """Where v's count of right answers stands among those of other directions of its norm."""
 
     of: int
     as_high: int  # directions that give at least as many right answers
@@ -138,22 +159,22 @@ class Rank(NamedTuple):
 
     @classmethod
     def among(cls, row: Row, controls: Sequence[Row]) -> Rank:
-        right = np.array([one.right for one in controls])
-        high, low = int((right >= row.right).sum()), int((right <= row.right).sum())
+        right = np.array([control.right for control in controls])
         return cls(
-            len(right),
-            high,
-            low,
-            permutation_p(row.right, right),
-            permutation_p(-row.right, -right),
+            of=len(right),
+            as_high=int((right >= row.right).sum()),
+            as_low=int((right <= row.right).sum()),
+            p_high=permutation_p(row.right, right),
+            p_low=permutation_p(-row.right, -right),
         )
 
 
 class Overlap(NamedTuple):
     """Questions that two scales recover, of all that are wrong without steering.
 
-    p is of at least so many in common by chance (hypergeometric). A small one says that the same
-    questions are near the edge under both, be it for the vector or for any change at all.
+    p is of at least so many in common by chance (hypergeometric). A small p says that the same
+    questions are near the edge under both scales. The vector need not be the reason: any change may
+    tip them.
     """
 
     scales: tuple[float, float]
@@ -165,25 +186,120 @@ class Overlap(NamedTuple):
 
 
 def overlaps(scales: Sequence[Row], wrong: int) -> list[Overlap]:
-    """Of each pair of rows.
+    """The overlap of each pair of rows.
 
     Args:
         wrong: questions that are wrong without steering.
     """
-    pairs = list(combinations(scales, 2))
-    shared = [sorted(set(one.gained) & set(other.gained)) for one, other in pairs]
-    p = [
-        overlap_p(wrong, len(one.gained), len(other.gained), len(both))
-        for (one, other), both in zip(pairs, shared, strict=True)
-    ]
-    return [
-        Overlap(
-            (one.scale, other.scale),
-            (len(one.gained), len(other.gained)),
-            wrong,
-            both,
-            chance,
-            float(adjusted),
-        )
-        for (one, other), both, chance, adjusted in zip(pairs, shared, p, holm(p), strict=True)
-    ]
+    found = []
+    for first, second in combinations(scales, 2):
+        shared = sorted(set(first.gained) & set(second.gained))
+        recovered = (len(first.gained), len(second.gained))
+        p = overlap_p(wrong, *recovered, len(shared))
+        found.append(Overlap((first.scale, second.scale), recovered, wrong, shared, p, p))
+    adjusted = holm([overlap.p for overlap in found])
+    return [overlap._replace(p_holm=float(p)) for overlap, p in zip(found, adjusted, strict=True)]
+
+
+# -- everything ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that was measured."""
+
+    rows: Sequence[Row]  # of the test questions: unsteered, at scale 0, and the rest
+    best: float  # scale that the dev questions chose
+    dev: Mapping[float, int]  # right answers to the dev questions by scale of v, 0 being unsteered
+    ids: Mapping[str, Sequence[str]]  # of the questions, by part: train, dev, test
+    answers: tuple[int, int]  # right and wrong ones that made v
+    layer: int
+    inert_from: int  # see hook.prompt_inert_from
+    seed: int
+
+    def of(self, *kinds: str) -> list[Row]:
+        """The rows of some kinds."""
+        return [row for row in self.rows if row.kind in kinds]
+
+    @property
+    def unsteered(self) -> Row:
+        return self.rows[0]
+
+    @cached_property
+    def best_row(self) -> Row:
+        """v at the best scale."""
+        return next(row for row in self.of("v") if row.scale == self.best)
+
+    @cached_property
+    def holm(self) -> dict[float, float]:
+        """McNemar's p by scale of v, adjusted for all of them."""
+        rows = self.of("v")
+        adjusted = holm([row.p for row in rows])
+        return {row.scale: float(p) for row, p in zip(rows, adjusted, strict=True)}
+
+    @cached_property
+    def ranks(self) -> dict[str, Rank]:
+        """v at the best scale among the directions of a kind."""
+        return {kind: Rank.among(self.best_row, self.of(kind)) for kind in ("random", "shuffled")}
+
+    @cached_property
+    def nulls(self) -> list[Null]:
+        return nulls(self.rows, self.layer, self.inert_from)
+
+    @cached_property
+    def overlaps(self) -> list[Overlap]:
+        return overlaps(self.of("v"), self.unsteered.questions - self.unsteered.right)
+
+    @property
+    def norm(self) -> float:
+        """Mean norm of the residuals where answers are generated."""
+        return self.rows[1].norm  # of the row at scale 0: the unsteered one has none
+
+    def figures(self) -> dict[str, Any]:
+        """Everything, as plain JSON."""
+        right, wrong = self.answers
+        return {
+            "layer": self.layer,
+            "seed": self.seed,
+            "questions": {part: len(ids) for part, ids in self.ids.items()},
+            "answers_of_the_vector": {"right": right, "wrong": wrong},
+            "mean_norm": self.norm,
+            "best_scale": self.best,
+            "best_p": self.best_row.p,
+            "best_p_holm": self.holm[self.best],
+            "dev_right": dict(self.dev),
+            "rows": [self._row_figures(row) for row in self.rows],
+            "ranks": {kind: rank._asdict() for kind, rank in self.ranks.items()},
+            "nulls": [_null_figures(null) for null in self.nulls],
+            "overlaps": [overlap._asdict() for overlap in self.overlaps],
+            "detectable": {
+                "usual": self._detectable(DISCORDANT),
+                "observed": self._detectable(self.best_row.discordant),
+            },
+            "ids": dict(self.ids),
+        }
+
+    def _row_figures(self, row: Row) -> dict[str, Any]:
+        derived = {
+            "accuracy": row.accuracy,
+            "net": row.net,
+            "p_holm": self.holm[row.scale] if row.kind == "v" else None,
+            "of_mean_norm": row.scale / self.norm,
+        }
+        return asdict(row) | derived
+
+    def _detectable(self, discordant: float) -> dict[str, float]:
+        change = detectable_change(self.best_row.questions, discordant)
+        return {"discordant": discordant, "change": change}
+
+
+def _null_figures(null: Null) -> dict[str, Any]:
+    row = null.row
+    return {
+        "kind": row.kind,
+        "scale": row.scale,
+        "positions": row.positions,
+        "changed": row.changed,
+        "kl": row.kl,
+        "held": null.held,
+    }

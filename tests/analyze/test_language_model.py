@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from analyze import language_model
-from analyze import language_model as causal
 from harvest.model import LanguageModel, ModelConfig, load
 from harvest.model_folder import EMBEDDED
 from tests.harvest.models import COMPOSITE, CONFIGS, save_composite, save_model
@@ -129,7 +128,7 @@ def test_an_edit_is_seen_above_and_taken_back(
 
 def plainly(
     lm: LanguageModel, prompt: list[int], new_tokens: int, ends: set[int]
-) -> causal.Generation:
+) -> language_model.Generation:
     """Greedy decoding without cache, batch or transformers' generate."""
     ids = list(prompt)
     for _ in range(new_tokens):
