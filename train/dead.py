@@ -60,11 +60,9 @@ def resample_(sae: SAE, adam: Adam, latents: Tensor, error: Tensor, draw: Tensor
     directions = directions / torch.linalg.vector_norm(directions, dim=1, keepdim=True).clamp_min_(
         _TINY
     )
-    along = (sae.W_enc.T * sae.W_dec).sum(1).mean()
-    sae.W_dec[latents], sae.W_enc.T[latents], sae.b_enc[latents] = (
-        directions,
-        directions * along,
-        0.0,
-    )
-    for name in ("W_dec", "W_enc", "b_enc"):
+    along = (sae.encoder * sae.W_dec).sum(1).mean()
+    sae.W_dec[latents] = directions
+    sae.encoder[latents] = directions * along
+    sae.b_enc[latents] = 0.0
+    for name in ("W_dec", "encoder", "b_enc"):
         adam.restart_(name, latents)

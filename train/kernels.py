@@ -34,10 +34,9 @@ from torch.nn.functional import embedding_bag
 
 Matmul = Literal["fp32", "tf32", "bf16"]  # what the operands of the encoder product are rounded to
 
-_BLOCK_BYTES = (
-    16 << 20
-)  # of pre-activations at a time: what top k reads is then still in the last-level cache
-_GPU_BLOCK_BYTES = 1 << 30  # on CUDA, where only launches count
+# Of pre-activations at a time: top k then reads them from the last-level cache.
+BLOCK_BYTES = 16 << 20
+GPU_BLOCK_BYTES = 1 << 30  # on CUDA, where only launches count
 _SAMPLE = 64  # rows by which encode_batch guesses its bound
 _GROUP = 8  # columns per group in the first stage: 4 costs 12 ms, 16 costs 11, 32 costs 13
 
@@ -76,109 +75,140 @@ class Bags(NamedTuple):
     starts: Tensor  # (F,) where each latent's pairs begin
 
 
-def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, matmul: Matmul = "fp32") -> Kept:
-    """Keep the k largest of x @ W_enc + b_enc in each row, then ReLU; x is (n, d) and has b_dec
-    subtracted.
+def encode(
+    x: Tensor,
+    encoder: Tensor,
+    b_enc: Tensor,
+    k: int,
+    matmul: Matmul = "fp32",
+    block_bytes: int | None = None,
+) -> Kept:
+    """Keep the k largest of x @ W_enc + b_enc in each row, then apply ReLU.
+
+    Args:
+        x: (n, d), less b_dec.
+        encoder: (F, d), W_enc transposed.
+        block_bytes: of pre-activations at a time; None: BLOCK_BYTES, on CUDA GPU_BLOCK_BYTES.
     """
-    values, indices = x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64)
-    for rows, pre in _pre_activations(x, W_enc, b_enc, matmul):
+    values = x.new_empty(len(x), k)
+    indices = x.new_empty(len(x), k, dtype=torch.int64)
+    for rows, pre in _pre_activations(x, encoder, b_enc, matmul, block_bytes):
         values[rows], indices[rows] = topk(pre, k)
     return Kept.even(values.relu_(), indices)
 
 
 def encode_above(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, matmul: Matmul = "fp32"
+    x: Tensor,
+    encoder: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    matmul: Matmul = "fp32",
+    block_bytes: int | None = None,
 ) -> Kept:
-    """Keep what of x @ W_enc + b_enc exceeds `threshold`, () or (F,), or is NaN; values are not cut
-    at 0.
+    """Keep the elements of x @ W_enc + b_enc above `threshold`, () or (F,), and NaN; no ReLU."""
+    parts = []
+    for rows, pre in _pre_activations(x, encoder, b_enc, matmul, block_bytes):
+        parts.append(_above(pre, threshold, rows.start))
+    return _joined(parts, len(x))
+
+
+def encode_batch(
+    x: Tensor,
+    encoder: Tensor,
+    b_enc: Tensor,
+    k: int,
+    matmul: Matmul = "fp32",
+    block_bytes: int | None = None,
+) -> Kept:
+    """Keep the n k largest positive elements of all of x @ W_enc + b_enc; fewer if there are fewer.
+
+    A bound drops most elements block by block. Half as many again of a sample's elements as can
+    be kept exceed the bound. If too few are left, a second pass keeps all that are positive.
     """
-    blocks = _pre_activations(x, W_enc, b_enc, matmul)
-    return _joined([_above(pre, threshold, rows.start) for rows, pre in blocks], len(x))
-
-
-def encode_batch(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, matmul: Matmul = "fp32") -> Kept:
-    """Keep the n k largest of all of x @ W_enc + b_enc that are positive, or fewer if there are not
-    so many.
-
-    What is below a bound that half as many again of a sample's values exceed is dropped block by
-    block; should that leave too few, all that is positive is looked at.
-    """
-    zero, found, bound = x.new_zeros(()), [], None
-    for rows, pre in _pre_activations(x, W_enc, b_enc, matmul):
+    bound = None
+    parts = []
+    for rows, pre in _pre_activations(x, encoder, b_enc, matmul, block_bytes):
         if bound is None:
             sample = pre[:_SAMPLE].reshape(-1)
             rank = min(len(sample), 3 * k * min(len(pre), _SAMPLE) // 2)
             bound = sample.topk(rank, sorted=False).values.amin().nan_to_num(0.0).clamp_min(0)
-        found.append(_above(pre, bound, rows.start))
-    kept = _joined(found, len(x))
+        parts.append(_above(pre, bound, rows.start))
+    kept = _joined(parts, len(x))
     if len(kept.values) < len(x) * k and bound is not None and bound > 0:
-        kept = encode_above(x, W_enc, b_enc, zero, matmul)
+        kept = encode_above(x, encoder, b_enc, x.new_zeros(()), matmul, block_bytes)
     if len(kept.values) <= len(x) * k:
         return kept
     chosen = kept.values.topk(len(x) * k, sorted=False).indices.sort().values
-    values, indices, at = (part[chosen] for part in kept[:3])
-    return Kept(values, indices, at, _starts(at, len(x)))
+    rows_of_pairs = kept.rows[chosen]
+    starts = starts_of(rows_of_pairs, len(x))
+    return Kept(kept.values[chosen], kept.indices[chosen], rows_of_pairs, starts)
 
 
 def _above(pre: Tensor, threshold: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, columns and rows of what exceeds `threshold`, or is NaN; `first` is the number of the
-    first row.
+    """Values, columns and rows of the elements above `threshold`, and NaN.
+
+    Args:
+        first: number of the block's first row.
     """
     mask = (pre <= threshold).logical_not_()
     # Device sync: nonzero must know how many there are. On the CPU numpy's is several times as
     # fast.
-    flat = (
-        mask.view(-1).nonzero().view(-1)
-        if pre.is_cuda
-        else torch.from_numpy(np.flatnonzero(mask.numpy()))
-    )
+    if pre.is_cuda:
+        flat = mask.view(-1).nonzero().view(-1)
+    else:
+        flat = torch.from_numpy(np.flatnonzero(mask.numpy()))
     rows = flat.div(pre.shape[1], rounding_mode="floor")
     return pre.view(-1)[flat], flat - rows * pre.shape[1], rows + first
 
 
-def _joined(found: list[tuple[Tensor, Tensor, Tensor]], n: int) -> Kept:
-    values, indices, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return Kept(values, indices, rows, _starts(rows, n))
+def _joined(parts: list[tuple[Tensor, Tensor, Tensor]], n: int) -> Kept:
+    values, indices, rows = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Kept(values, indices, rows, starts_of(rows, n))
 
 
-def _starts(rows: Tensor, n: int) -> Tensor:
-    return torch.searchsorted(rows, torch.arange(n, device=rows.device))
+def starts_of(bags: Tensor, count: int) -> Tensor:
+    """(count,) where the pairs of each of `count` bags begin, given each pair's bag, ascending."""
+    return torch.searchsorted(bags, torch.arange(count, device=bags.device))
 
 
 def _pre_activations(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, matmul: Matmul
+    x: Tensor, encoder: Tensor, b_enc: Tensor, matmul: Matmul, block_bytes: int | None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows of x @ W_enc + b_enc, each valid until the next."""
+    """Blocks of rows of x @ W_enc + b_enc; the next block overwrites the one before."""
     n, width = len(x), len(b_enc)
-    block_bytes = _GPU_BLOCK_BYTES if x.is_cuda else _BLOCK_BYTES
+    if block_bytes is None:
+        block_bytes = GPU_BLOCK_BYTES if x.is_cuda else BLOCK_BYTES
     step = max(1, min(n, block_bytes // (width * x.element_size())))
     buffer = x.new_empty(step, width)
     if matmul == "bf16":
-        x, W_enc = x.bfloat16(), W_enc.bfloat16()
-    for at in range(0, n, step):
-        rows = slice(at, min(at + step, n))
-        out = buffer[: rows.stop - at]
+        x = x.bfloat16()
+        encoder = encoder.bfloat16()
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        out = buffer[: rows.stop - start]
         if matmul == "bf16":
-            yield rows, _bf16_product(x[rows], W_enc, out).add_(b_enc)
+            _bf16_product_(out, x[rows], encoder).add_(b_enc)
         else:
             with _tf32(matmul == "tf32"):
-                torch.addmm(b_enc, x[rows], W_enc, out=out)
-            yield rows, out
+                torch.addmm(b_enc, x[rows], encoder.T, out=out)
+        yield rows, out
 
 
-def _bf16_product(x: Tensor, W_enc: Tensor, out: Tensor) -> Tensor:
-    """x @ W_enc of bfloat16 operands into the float32 `out`; sums are float32, on the CPU rounded
-    to bfloat16 after.
+def _bf16_product_(out: Tensor, x: Tensor, encoder: Tensor) -> Tensor:
+    """x @ W_enc of bfloat16 operands into the float32 `out`; returns `out`.
+
+    Sums are float32. On the CPU the result is rounded to bfloat16.
     """
-    return (
-        torch.mm(x, W_enc, out_dtype=torch.float32, out=out) if x.is_cuda else out.copy_(x @ W_enc)
-    )
+    if x.is_cuda:
+        return torch.mm(x, encoder.T, out_dtype=torch.float32, out=out)
+    return out.copy_(x @ encoder.T)
 
 
 @contextmanager
 def _tf32(on: bool) -> Iterator[None]:
-    """Let CUDA round operands of float32 products to TF32's 10 bits, or forbid it; the former
-    setting comes back.
+    """Let CUDA round operands of float32 products to TF32's 10 bits, or forbid it.
+
+    The setting before comes back.
     """
     settings = torch.backends.cuda.matmul
     before, settings.fp32_precision = settings.fp32_precision, "tf32" if on else "ieee"

@@ -126,17 +126,14 @@ class Adam:
         self._adam.zero_grad()
 
     def restart_(self, name: str, latents: Tensor) -> None:
-        """Set some latents' moments of a parameter to 0 and to the mean of all latents' second
-        moments.
+        """Restart a parameter's moments at `latents`: first 0, second the mean over all latents.
 
         With a second moment of 0 their first step would be the largest there is, and most of them
         would die again (docs/method.md).
         """
         state = self._adam.state[self._parameters[name]]
-        first, second = (
-            state[kind].T if name == "W_enc" else state[kind] for kind in ("exp_avg", "exp_avg_sq")
-        )
-        first[latents] = 0.0
+        second = state["exp_avg_sq"]
+        state["exp_avg"][latents] = 0.0
         second[latents] = second.mean(0)
 
     def tensors(self) -> dict[str, Tensor]:

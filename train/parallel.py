@@ -54,15 +54,13 @@ class Group:
         return batch[self.rank :: self.world]
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Replace `tensor` by its sum over the processes; it."""
+        """Sum over the processes, in place; returns `tensor`, which must be contiguous."""
         if self.world > 1:
-            # W_enc's gradient is the transpose of a contiguous one, which is what a reduction must
-            # have.
-            dist.all_reduce(tensor if tensor.is_contiguous() else tensor.T)
+            dist.all_reduce(tensor)
         return tensor
 
     def mean_(self, tensor: Tensor) -> Tensor:
-        """Replace `tensor` by its mean over the processes; it."""
+        """Mean over the processes, in place; returns `tensor`, which must be contiguous."""
         return self.sum_(tensor).div_(self.world) if self.world > 1 else tensor
 
     def from_first_(self, tensors: Iterable[Tensor]) -> None:

@@ -80,4 +80,4 @@ def _checked(path: Path, content: Any) -> SAE:
             )
     if not 1 <= k <= d_sae:
         raise StoreError(f"{path}: k is {k}, allowed is 1 to {d_sae}")
-    return SAE(**tensors, k=k)
+    return SAE.of(**tensors, k=k)

@@ -50,8 +50,8 @@ def from_rows_(sae: SAE, centred: Tensor, whiten: bool) -> None:
         directions = directions * variances.clamp_min(_LEAST_VARIANCE * variances.mean()).pow(-0.25)
     sae.W_dec[: len(directions)] = directions
     sae.project_()
-    sae.W_enc.copy_(sae.W_dec.T)
+    sae.encoder.copy_(sae.W_dec)
     few = centred[:4096]
-    x_hat = kernels.decode(kernels.encode(few, sae.W_enc, sae.b_enc, sae.k), sae.W_dec)
+    x_hat = kernels.decode(kernels.encode(few, sae.encoder, sae.b_enc, sae.k), sae.W_dec)
     scale = (few * x_hat).sum() / x_hat.square().sum()
-    sae.W_enc.mul_(torch.where(scale.isfinite() & (scale > 0), scale, 1.0))
+    sae.encoder.mul_(torch.where(scale.isfinite() & (scale > 0), scale, 1.0))

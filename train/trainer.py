@@ -17,14 +17,14 @@ from data import order
 from data.errors import NonFiniteError, SettingError
 from data.rows.reader import Reader
 from data.rows.split import Policy
-from train import activations, dead, loss, sae, start
+from train import dead, objective, sae, start
 from train.checkpoint import Checkpoint
 from train.evaluate import Evaluation, Fidelity
 from train.kernels import Matmul
-from train.loss import Losses
+from train.objective import Losses
 from train.optim import Adam, OptimConfig, learning_rate, resolved
 from train.parallel import Group
-from train.sae import SAE, SAEConfig
+from train.sae import SAE, SAEConfig, in_files
 
 _VERIFY = "`python -m harvest action=verify` names the unit"
 _DEAD_AFTER = 10_000_000  # tokens, at most
@@ -95,7 +95,8 @@ class State:
         """Every tensor by name; a checkpoint holds them all, and `step`."""
         more = {"restarted": self.restarted, "basis": self.basis}
         there = {name: tensor for name, tensor in more.items() if tensor is not None}
-        return {**self.sae.tensors(), **self.adam.tensors(), "silent": self.silent, **there}
+        own = in_files({**self.sae.parameters(), **self.adam.tensors()})
+        return {**own, "silent": self.silent, **there}
 
 
 class Trainer:
@@ -116,13 +117,13 @@ class Trainer:
         )  # E||x|| -> sqrt(d), as Gao et al.
         self.mean = torch.from_numpy(reader.mean).to(device) * self.scale
         self.mean_variance = float(reader.variance.mean()) * self.scale**2
-        fresh = sae.initial(config.sae, self.mean.float(), config.seed)
-        self.activation = activations.activation(config.sae, config.matmul)
+        self.objective = objective.find(config.sae.activation)(config.sae, config.matmul)
+        fresh = self.objective.started(sae.initial(config.sae, self.mean.float(), config.seed))
         self.optim = resolved(config.optim, config.sae.d_sae, self.steps)
         self.dead_after = config.sae.dead_after or max(
             1, min(_DEAD_AFTER, self.steps * config.batch // 25)
         )
-        learned = {name: fresh.tensors()[name] for name in self.activation.learned}
+        learned = {name: getattr(fresh, name) for name in self.objective.learned}
         silent = dead.never_fired(config.sae.d_sae, device)
         self.state = State(0, fresh, Adam(learned, self.optim), silent)
         if config.sae.resample:
@@ -176,9 +177,9 @@ class Trainer:
         # Device sync: nonzero must know how many latents are dead.
         dying = dead.dead_latents(state.silent, self.dead_after)
         if state.step == 0:
-            self.activation.begin_(state.sae, x - state.sae.b_dec)
-        result = loss.losses(
-            self.activation, state.sae, x, dying, config.sae, self.mean_variance, self.group
+            self.objective.begin_(state.sae, x - state.sae.b_dec)
+        result = objective.losses(
+            self.objective, state.sae, x, dying, self.mean_variance, self.group
         )
         # Device sync, once a step: one NaN would spoil every weight in one update.
         value = self.group.mean_(result.loss).item()
@@ -188,7 +189,7 @@ class Trainer:
             self.group.mean_(gradient)
         lr = learning_rate(state.step, self.steps, self.optim)
         state.adam.step_(result.gradients, lr)
-        self.activation.after_(state.sae, result.kept)
+        self.objective.after_(state.sae, result.kept)
         state.step += 1
         fired = self.group.sum_(dead.firings(result.kept, config.sae.d_sae, result.bags))
         dead.count_(state.silent, fired, len(batch))
@@ -217,6 +218,7 @@ class Trainer:
             ) % len(error)
             draw = torch.from_numpy(drawn[: len(latents)]).to(error.device)
             dead.resample_(state.sae, state.adam, latents, error, draw)
+            self.objective.restart_(state.sae, state.adam, latents)
             state.restarted[latents] = 0
 
     def _record(
@@ -270,7 +272,7 @@ def _require_divisible(config: TrainConfig, world: int) -> None:
         raise SettingError(
             f"sae.resample draws rows of a whole batch, so {world} processes cannot share it; use one"
         )
-    if world > 1 and config.sae.activation != "topk":
+    if world > 1 and objective.find(config.sae.activation).whole_batch:
         raise SettingError(
             f"sae.activation={config.sae.activation} looks at a whole batch, so {world} processes cannot share it; "
             "train it on one, or sweep with -m, which gives every process its own arms"

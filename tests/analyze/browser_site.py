@@ -71,7 +71,7 @@ def build(root: Path) -> Built:
         of_run(made.run)
         order = torch.randperm(F, generator=torch.Generator().manual_seed(1))
         same = made.sae
-        shuffled = SAE(
+        shuffled = SAE.of(
             same.W_enc[:, order], same.W_dec[order], same.b_enc[order], same.b_dec, same.k
         )
         other = copied(made.run, root / "ot'her <b>&", shuffled)

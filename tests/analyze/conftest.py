@@ -127,7 +127,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     unit = chosen / chosen.norm(dim=1, keepdim=True)
     shape = sae.SAEConfig(d_sae=256, k=8, k_aux=16, dead_after=1000)
-    made = sae.SAE(unit.T.contiguous(), unit, torch.zeros(256), mean, 8)
+    made = sae.SAE.of(unit.T.contiguous(), unit, torch.zeros(256), mean, 8)
     guess = made(rows[:2048]) - mean
     made.W_enc.mul_(
         ((rows[:2048] - mean) * guess).sum() / guess.square().sum()

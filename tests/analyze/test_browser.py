@@ -166,7 +166,7 @@ def test_another_layer_is_joined_token_by_token(tmp_path: Path) -> None:
         commit(made.store, unit, {4: bits[unit * 128 : (unit + 1) * 128, dims.numpy()]})
     summary.write(made.store, 4)
     W_enc, W_dec = made.sae.W_enc[dims][:, order], made.sae.W_dec[order][:, dims]
-    above = SAE(
+    above = SAE.of(
         W_enc.contiguous(),
         W_dec.contiguous(),
         made.sae.b_enc[order],

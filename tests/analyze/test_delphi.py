@@ -133,7 +133,7 @@ def test_the_next_command(done: Done) -> None:
         and f"python -m delphi nowhere/none {done.study.subject.run}/export/sparsify" in said
     )
     sae = done.study.subject.sae
-    other = SAE(sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec, sae.k, torch.zeros(F))
+    other = SAE.of(sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec, sae.k, torch.zeros(F))
     study = replace(done.study, subject=replace(done.study.subject, sae=other))
     said = " ".join(package._summary(study, {**done.outcome.figures, "context": 48}))
     assert "to=sparsify" not in said and "LatentDataset(" in said and "--example_ctx_len" in said
@@ -143,7 +143,7 @@ def test_the_next_command(done: Done) -> None:
 def test_nothing_is_clipped_or_lost(made: Made, tmp_path: Path, factor: float, kind: type) -> None:
     """Beyond half precision: too large keeps single precision, too small still fires."""
     sae = made.sae
-    scaled = SAE(sae.W_enc * factor, sae.W_dec, sae.b_enc * factor, sae.b_dec, sae.k)
+    scaled = SAE.of(sae.W_enc * factor, sae.W_dec, sae.b_enc * factor, sae.b_dec, sae.k)
     study = study_of(catalogued(copied(made.run, tmp_path / "run", scaled), "all"))
     outcome, f = delphi(study), Truth(made).f * factor
     assert outcome.figures["splits"] == 3 and ("single precision" in " ".join(outcome.summary)) == (

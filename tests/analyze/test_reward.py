@@ -50,7 +50,7 @@ def random_sae(d: int, k: int = 8, f: int = 96) -> SAE:
     generator = torch.Generator().manual_seed(3)
     W = torch.randn(f, d, generator=generator)
     W /= W.norm(dim=1, keepdim=True)
-    return SAE(W.T.contiguous(), W, torch.zeros(f), torch.zeros(d), k)
+    return SAE.of(W.T.contiguous(), W, torch.zeros(f), torch.zeros(d), k)
 
 
 def test_rewards_are_the_definition(lm: LanguageModel) -> None:
@@ -94,7 +94,7 @@ def test_a_planted_reward_orders_completions(lm: LanguageModel) -> None:
     direction = rows[here].mean(0) - rows[~here].mean(0)
     unit = torch.cat([direction[None], -direction[None]]) / direction.norm()
     middle = (rows[here].mean(0) + rows[~here].mean(0)) / 2
-    sae = SAE(unit.T.contiguous(), unit, torch.zeros(2), middle, 1)
+    sae = SAE.of(unit.T.contiguous(), unit, torch.zeros(2), middle, 1)
     pay = DenseReward(lm, sae, TINY_LAYER, torch.tensor([1.0, 0.0]))
     question = "Question: Tina had 9 pears and gave 4 to Leo. How many pears are left?\nAnswer:"
     written = [

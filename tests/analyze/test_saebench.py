@@ -63,7 +63,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     W_enc[:, BLIND] = 0
     b_enc[RARE] -= 5
     threshold = torch.linspace(1, 3, F) if request.param == "thresholds" else None
-    sae = SAE(W_enc, W_dec, b_enc, b_dec, K, threshold)
+    sae = SAE.of(W_enc, W_dec, b_enc, b_dec, K, threshold)
     sae_file.write_final(sae, 1.0, run.run)
     return run._replace(sae=sae)
 

@@ -135,14 +135,14 @@ def perfect() -> SAE:
     """x = relu(x) - relu(-x)."""
     eye = torch.eye(64)
     weight = torch.cat([eye, -eye])
-    return SAE(weight.T.contiguous(), weight, torch.zeros(128), torch.zeros(64), 128)
+    return SAE.of(weight.T.contiguous(), weight, torch.zeros(128), torch.zeros(64), 128)
 
 
 def test_a_perfect_sae_recovers_all_and_the_mean_recovers_none(
     lm: LanguageModel, subject: Subject, read: list[Piece]
 ) -> None:
     made = perfect()
-    constant = SAE(
+    constant = SAE.of(
         made.W_enc,
         made.W_dec,
         torch.full((128,), -1e6),

@@ -87,7 +87,7 @@ def test_a_run_matches_itself(made: Made, tmp_path: Path) -> None:
 def test_permuted_latents_are_found(made: Made, tmp_path: Path) -> None:
     order = torch.randperm(made.sae.d_sae, generator=torch.Generator().manual_seed(3))
     ours = made.sae
-    mixed = SAE(ours.W_enc[:, order], ours.W_dec[order], ours.b_enc[order], ours.b_dec, ours.k)
+    mixed = SAE.of(ours.W_enc[:, order], ours.W_dec[order], ours.b_enc[order], ours.b_dec, ours.k)
     _, table = compared(made, tmp_path, mixed)
     alive = table[~table["correlation"].isna()]
     place = np.argsort(order.numpy())
@@ -124,7 +124,7 @@ def test_layers_are_joined_by_token(made: Made, tmp_path: Path) -> None:
         )
     summary.write(made.store, 5)
     ours = made.sae
-    twice = SAE(ours.W_enc, ours.W_dec, 2 * ours.b_enc, 2 * ours.b_dec, ours.k)
+    twice = SAE.of(ours.W_enc, ours.W_dec, 2 * ours.b_enc, 2 * ours.b_dec, ours.k)
     outcome, table = compared(made, tmp_path, twice, layer=5)
     alive = table[~table["correlation"].isna()]
     np.testing.assert_allclose(alive["correlation"], 1, atol=1e-5)
@@ -226,7 +226,7 @@ def test_the_random_dictionary_has_the_second_moments() -> None:
     mix = torch.linalg.qr(torch.randn(d, d, generator=draw)).Q * torch.linspace(0.5, 2, d)[:, None]
     W_dec = torch.randn(20_000, d, generator=draw) @ mix.T @ mix
     W_dec /= W_dec.norm(dim=1, keepdim=True)
-    drawn = stability.random_dictionary(SAE(W_dec.T, W_dec, torch.zeros(20_000), torch.ones(d), 3))
+    drawn = stability.random_dictionary(SAE.of(W_dec.T, W_dec, torch.zeros(20_000), torch.ones(d), 3))
     torch.testing.assert_close(drawn.W_dec.norm(dim=1), torch.ones(20_000))
     ours, theirs = (W.T @ W / len(W) for W in (W_dec, drawn.W_dec))
     assert (ours - torch.eye(d) / d).norm() > 0.5 * ours.norm()  # far from isotropic

@@ -78,7 +78,7 @@ def planted_sae(planted: Planted, noise: float = 0.0, without: int | None = None
     )
     if without is not None:
         W_dec[without] = 0
-    return sae.SAE(
+    return sae.SAE.of(
         planted.directions.T.contiguous(), W_dec, torch.zeros(D), torch.full((D,), 5.0), K
     )
 

@@ -105,17 +105,15 @@ class InFile:
 
 
 def products(precision: str, cuda: bool) -> tuple[Matmul, AbstractContextManager[Any]]:
-    """train.matmul, and what must be in place while training, for a precision.
-
-    W_enc lies transposed; the rounded copy is so too, so that no product takes another path for the
-    layout.
-    """
+    """train.matmul, and what must be in place while training, for a precision."""
     if precision not in EMULATED or (precision == "tf32" and cuda):
         return {"fp32": "fp32", "tf32": "tf32", "bf16": "bf16"}[precision], nullcontext()  # type: ignore[return-value]
     bits, encode = EMULATED[precision], kernels.encode
 
-    def emulated(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, matmul: Matmul = "fp32") -> Kept:
-        return encode(rounded(x, bits), rounded(W_enc.T, bits).T, b_enc, k, matmul)
+    def emulated(
+        x: Tensor, encoder: Tensor, b_enc: Tensor, k: int, matmul: Matmul = "fp32"
+    ) -> Kept:
+        return encode(rounded(x, bits), rounded(encoder, bits), b_enc, k, matmul)
 
     return "fp32", mock.patch.object(kernels, "encode", emulated)
 

@@ -72,13 +72,13 @@ PHASES += ["counters", "figures to log", "other"]
 # another.
 WATCHED: dict[str, tuple[str, dict[str, str]]] = {
     "train.dead.dead_latents": ("counters", {"scaling, centring": "other"}),
-    "train.loss.losses": ("scaling, centring", {}),
-    "train.activations.TopK.main": ("error, loss", {"scaling, centring": "b_dec, b_enc gradients"}),
+    "train.objective.losses": ("scaling, centring", {}),
+    "train.objectives.topk.TopK.main": ("error, loss", {}),
+    "torch.autograd.grad": ("b_dec, b_enc gradients", {}),
     "train.kernels.encode": ("top k", {}),
     "train.kernels.decode": ("decode", {}),
     "train.kernels.values_gradient": ("gradient of kept values", {}),
     "train.kernels.group_by_latent": ("sort", {}),
-    "train.activations._gradients": ("b_dec, b_enc gradients", {}),
     "train.kernels.weight_gradient": ("weight gradients", {}),
     "train.optim.Adam.step_": ("Adam", {}),
     "train.dead.firings": ("counters", {}),

@@ -26,7 +26,7 @@ def random_sae(
     }
     if threshold is not None:
         tensors["threshold"] = threshold + torch.rand(d_sae, generator=draw, dtype=dtype)
-    return SAE(**{**tensors, "W_enc": tensors["W_enc"].T}, k=k)
+    return SAE.of(**{**tensors, "W_enc": tensors["W_enc"].T}, k=k)
 
 
 class Jump(torch.autograd.Function):

@@ -39,7 +39,7 @@ def made(kind: str) -> SAE:
     W_enc = W_dec.T.clone() + 0.1 * torch.randn(D, F, generator=draw)
     b_enc, b_dec = 0.1 * torch.randn(F, generator=draw), torch.randn(D, generator=draw)
     threshold = None if kind == "topk" else torch.rand(F, generator=draw)
-    return SAE(W_enc.contiguous(), W_dec, b_enc, b_dec, K, threshold)
+    return SAE.of(W_enc.contiguous(), W_dec, b_enc, b_dec, K, threshold)
 
 
 def rows() -> torch.Tensor:
@@ -145,7 +145,7 @@ def test_decoders_that_are_not_unit_are_made_so_where_that_is_exact(tmp_path: Pa
     """SAELens' TopK that selects by norm, and its ReLU SAEs, whose biases and decoders are free."""
     plain, x = made("topk"), rows()
     scales = torch.linspace(0.5, 3, F)
-    free = SAE(plain.W_enc, plain.W_dec * scales[:, None], plain.b_enc, plain.b_dec, K)
+    free = SAE.of(plain.W_enc, plain.W_dec * scales[:, None], plain.b_enc, plain.b_dec, K)
     folder = written(tmp_path, "saelens", free)
     config = json.loads((folder / "cfg.json").read_text())
     (folder / "cfg.json").write_text(json.dumps({**config, "rescale_acts_by_decoder_norm": True}))

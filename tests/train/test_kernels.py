@@ -48,11 +48,10 @@ def test_topk_lets_no_nan_through_unseen():
     assert values.isnan().any(1).tolist() == [False, True, False]
 
 
-def test_encode_is_the_same_in_blocks(monkeypatch):
-    x, W_enc, b_enc = draw(37, 8), draw(8, 128, seed=1), draw(128, seed=2)
-    whole = kernels.encode(x, W_enc, b_enc, 4)
-    monkeypatch.setattr(kernels, "_BLOCK_BYTES", 5 * 128 * 4)
-    blocks = kernels.encode(x, W_enc, b_enc, 4)
+def test_encode_is_the_same_in_blocks():
+    x, encoder, b_enc = draw(37, 8), draw(128, 8, seed=1), draw(128, seed=2)
+    whole = kernels.encode(x, encoder, b_enc, 4)
+    blocks = kernels.encode(x, encoder, b_enc, 4, block_bytes=5 * 128 * 4)
     assert torch.equal(
         whole.indices.view(37, 4).sort(1).values, blocks.indices.view(37, 4).sort(1).values
     )
@@ -83,16 +82,14 @@ def dense_of(kept, n, d_sae):
 
 
 @pytest.mark.parametrize("block", [1 << 20, 5 * 128 * 4])
-def test_encode_above_keeps_what_exceeds_each_latents_threshold(block, monkeypatch):
-    monkeypatch.setattr(kernels, "_BLOCK_BYTES", block)
-    x, W_enc, b_enc, threshold = (
-        draw(37, 8),
-        draw(8, 128, seed=1),
-        draw(128, seed=2),
-        draw(128, seed=3) + 2,
-    )
+def test_encode_above_keeps_what_exceeds_each_latents_threshold(block):
+    x, encoder, b_enc = draw(37, 8), draw(128, 8, seed=1), draw(128, seed=2)
+    threshold = draw(128, seed=3) + 2
     x[5], threshold[7] = 0.0, torch.inf
-    kept, pre = kernels.encode_above(x, W_enc, b_enc, threshold), x @ W_enc + b_enc
+    kept, pre = (
+        kernels.encode_above(x, encoder, b_enc, threshold, block_bytes=block),
+        x @ encoder.T + b_enc,
+    )
     torch.testing.assert_close(dense_of(kept, 37, 128), pre * (pre > threshold))
     assert torch.equal(kept.starts, torch.searchsorted(kept.rows, torch.arange(37)))
     assert bool((kept.rows.diff() >= 0).all())
@@ -101,14 +98,13 @@ def test_encode_above_keeps_what_exceeds_each_latents_threshold(block, monkeypat
 @pytest.mark.parametrize("block", [1 << 20, 5 * 128 * 4])
 @pytest.mark.parametrize("k", [1, 8, 64])
 @pytest.mark.parametrize("uneven", [False, True])
-def test_encode_batch_keeps_the_largest_of_the_batch(block, k, uneven, monkeypatch):
+def test_encode_batch_keeps_the_largest_of_the_batch(block, k, uneven):
     """Also where the first rows, by which the bound is guessed, are unlike the others."""
-    monkeypatch.setattr(kernels, "_BLOCK_BYTES", block)
-    x, W_enc, b_enc = draw(90, 8), draw(8, 128, seed=1), draw(128, seed=2)
+    x, encoder, b_enc = draw(90, 8), draw(128, 8, seed=1), draw(128, seed=2)
     if uneven:
         x[:70] *= 10
         x = x if k == 8 else x.flip(0)
-    kept, pre = kernels.encode_batch(x, W_enc, b_enc, k), x @ W_enc + b_enc
+    kept, pre = kernels.encode_batch(x, encoder, b_enc, k, block_bytes=block), x @ encoder.T + b_enc
     positive = pre.clamp_min(0).view(-1)
     wanted = positive.topk(90 * k)
     torch.testing.assert_close(
@@ -119,9 +115,9 @@ def test_encode_batch_keeps_the_largest_of_the_batch(block, k, uneven, monkeypat
 
 
 def test_encode_batch_lets_no_nan_through_unseen():
-    x, W_enc, b_enc = draw(90, 8), draw(8, 128, seed=1), draw(128, seed=2)
+    x, encoder, b_enc = draw(90, 8), draw(128, 8, seed=1), draw(128, seed=2)
     x[80, 3] = torch.nan
-    assert bool(kernels.encode_batch(x, W_enc, b_enc, 4).values.isnan().any())
+    assert bool(kernels.encode_batch(x, encoder, b_enc, 4).values.isnan().any())
 
 
 def test_kernels_on_rows_with_no_pairs():
@@ -157,15 +153,14 @@ def test_weight_gradient_repeats_its_bits():
 
 
 @pytest.mark.parametrize("block", [1 << 20, 5 * 128 * 4])
-def test_bf16_rounds_the_operands_of_the_encoder_product_alone(block, monkeypatch):
-    monkeypatch.setattr(kernels, "_BLOCK_BYTES", block)
-    x, W_enc, b_enc = draw(37, 8), draw(8, 128, seed=1), 1000 + draw(128, seed=2)
-    kept = kernels.encode(x, W_enc, b_enc, 4, "bf16")
-    pre = (x.bfloat16() @ W_enc.bfloat16()).float() + b_enc
+def test_bf16_rounds_the_operands_of_the_encoder_product_alone(block):
+    x, encoder, b_enc = draw(37, 8), draw(128, 8, seed=1), 1000 + draw(128, seed=2)
+    kept = kernels.encode(x, encoder, b_enc, 4, "bf16", block)
+    pre = (x.bfloat16() @ encoder.bfloat16().T).float() + b_enc
     torch.testing.assert_close(
         kept.values.view(37, 4).sort(1).values, pre.topk(4).values.sort(1).values
     )
-    assert not torch.equal(kept.values, kernels.encode(x, W_enc, b_enc, 4).values)
+    assert not torch.equal(kept.values, kernels.encode(x, encoder, b_enc, 4).values)
 
 
 def test_tf32_is_on_for_the_encoder_product_alone(monkeypatch):
@@ -176,6 +171,6 @@ def test_tf32_is_on_for_the_encoder_product_alone(monkeypatch):
     )
     before = settings.fp32_precision
     for matmul in ("fp32", "tf32"):
-        kernels.encode(draw(5, 8), draw(8, 128), draw(128), 4, matmul)
+        kernels.encode(draw(5, 8), draw(128, 8), draw(128), 4, matmul)
         assert settings.fp32_precision == before
     assert seen == ["ieee", "tf32"]

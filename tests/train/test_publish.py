@@ -247,7 +247,7 @@ def test_the_cards_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ki
     draw = torch.Generator().manual_seed(0)
     W_dec = torch.nn.functional.normalize(torch.randn(96, 64, generator=draw), dim=1)
     threshold = None if kind == "topk" else torch.rand(96, generator=draw)
-    sae = SAE(
+    sae = SAE.of(
         W_dec.T.contiguous(), W_dec, torch.zeros(96), torch.randn(64, generator=draw), 8, threshold
     )
     run = finished(tmp_path / "run", sae, layer=5, policy={"drop_bos": True})

@@ -92,7 +92,8 @@ def from_rows(centred, d_sae=8, whiten=False):
     """(an SAE in float64 before, the same after)."""
     before = initial(SAEConfig(d_sae=d_sae, k=2), torch.zeros(6), 0)
     before, after = (
-        SAE(**{name: t.double().clone() for name, t in before.tensors().items()}, k=2) for _ in "ab"
+        SAE.of(**{name: t.double().clone() for name, t in before.tensors().items()}, k=2)
+        for _ in "ab"
     )
     after.b_enc.zero_()
     start.from_rows_(after, centred, whiten)
@@ -176,31 +177,29 @@ def test_a_rotated_start_is_half_whitened_in_the_rows_axes():
 def test_resampled_latents_follow_errors_and_take_steps_like_any_latent():
     """And no other latent is touched. One of the drawn rows has no error."""
     sae = random_sae(5, 7, 2, dtype=torch.float32)
-    adam = Adam(sae.tensors(), OptimConfig())
+    adam = Adam(sae.parameters(), OptimConfig())
     for seed in range(3):
-        adam.step_({name: normal(*t.shape, seed=seed) for name, t in sae.tensors().items()}, 0.01)
-    wanted = {name: t.clone() for name, t in {**sae.tensors(), **adam.tensors()}.items()}
+        drawn = {name: normal(*t.shape, seed=seed) for name, t in sae.parameters().items()}
+        adam.step_(drawn, 0.01)
+    state = {**sae.parameters(), **adam.tensors()}
+    wanted = {name: tensor.clone() for name, tensor in state.items()}
     error = normal(4, 5)
     error[3] = 0
     latents, draw = [6, 1, 4], [2, 0, 3]
     dead.resample_(sae, adam, torch.tensor(latents), error, torch.tensor(draw))
-    typical = {"W_enc": wanted["W_enc.exp_avg_sq"].mean(1)}
-    typical |= {name: wanted[f"{name}.exp_avg_sq"].mean(0) for name in ("W_dec", "b_enc")}
-    along = torch.stack([wanted["W_enc"][:, i] @ wanted["W_dec"][i] for i in range(7)]).mean()
+    names = ("encoder", "W_dec", "b_enc")
+    typical = {name: wanted[f"{name}.exp_avg_sq"].mean(0) for name in names}
+    along = (wanted["encoder"] * wanted["W_dec"]).sum(1).mean()
     for latent, row in zip(latents, draw, strict=True):
         wanted["W_dec"][latent] = error[row] / error[row].norm() if row != 3 else 0.0
-        wanted["W_enc"][:, latent] = wanted["W_dec"][latent] * along
+        wanted["encoder"][latent] = wanted["W_dec"][latent] * along
         wanted["b_enc"][latent] = 0.0
-        for name in ("W_enc", "W_dec", "b_enc"):
-            by_latent = (
-                slice(None) if name == "W_enc" else latent,
-                latent if name == "W_enc" else ...,
-            )
-            wanted[f"{name}.exp_avg"][by_latent] = 0.0
-            wanted[f"{name}.exp_avg_sq"][by_latent] = typical[name]
-    for name, tensor in {**sae.tensors(), **adam.tensors()}.items():
+        for name in names:
+            wanted[f"{name}.exp_avg"][latent] = 0.0
+            wanted[f"{name}.exp_avg_sq"][latent] = typical[name]
+    for name, tensor in state.items():
         torch.testing.assert_close(tensor, wanted[name], rtol=1e-5, atol=1e-7, msg=name)
-    assert sae.W_enc.T.is_contiguous()
+    assert sae.encoder.is_contiguous()
 
 
 @pytest.fixture

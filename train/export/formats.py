@@ -134,9 +134,9 @@ def _from_saelens(folder: Path) -> SAE:
     if kind == "topk":
         if config.get("rescale_acts_by_decoder_norm", False):
             return _unit_decoder(
-                SAE(W_enc, W_dec, b_enc, b_dec, int(_required(config, "k", folder)))
+                SAE.of(W_enc, W_dec, b_enc, b_dec, int(_required(config, "k", folder)))
             )
-        return SAE(W_enc, W_dec, b_enc, b_dec, int(_required(config, "k", folder)))
+        return SAE.of(W_enc, W_dec, b_enc, b_dec, int(_required(config, "k", folder)))
     threshold = (
         _tensor(tensors, "threshold", folder) if kind == "jumprelu" else torch.zeros_like(b_enc)
     )
@@ -160,7 +160,7 @@ def _to_sparsify(sae: SAE, about: About) -> dict[str, bytes]:
         "d_in": sae.d_model,
     }
     state = {
-        "encoder.weight": sae.W_enc.T,
+        "encoder.weight": sae.encoder,
         "encoder.bias": sae.b_enc,
         "W_dec": sae.W_dec,
         "b_dec": sae.b_dec,
@@ -186,7 +186,7 @@ def _from_sparsify(folder: Path) -> SAE:
     W_dec, b_enc, b_dec = (
         _tensor(tensors, name, folder) for name in ("W_dec", "encoder.bias", "b_dec")
     )
-    return SAE(weight.T.contiguous(), W_dec, b_enc, b_dec, int(_required(config, "k", folder)))
+    return SAE.of(weight.T.contiguous(), W_dec, b_enc, b_dec, int(_required(config, "k", folder)))
 
 
 # -- dictionary_learning ---------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def _to_dictionary_learning(sae: SAE, about: About) -> dict[str, bytes]:
             "k": torch.tensor(sae.k, dtype=torch.int),
             "threshold": torch.tensor(-1.0),  # none
             "decoder.weight": sae.W_dec.T,
-            "encoder.weight": sae.W_enc.T,
+            "encoder.weight": sae.encoder,
             "encoder.bias": sae.b_enc,
             "b_dec": sae.b_dec,
         }
@@ -247,7 +247,7 @@ def _from_dictionary_learning(folder: Path) -> SAE:
         config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         if "BatchTopK" in str(config.get("trainer", {}).get("dict_class", "")) and threshold >= 0:
             return _thresholded(W_enc, W_dec, b_enc, b_dec, torch.full_like(b_enc, threshold))
-        return SAE(W_enc, W_dec, b_enc, b_dec, int(state["k"]))
+        return SAE.of(W_enc, W_dec, b_enc, b_dec, int(state["k"]))
     names = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
     W_enc, W_dec, b_enc, b_dec, thresholds = (_tensor(state, name, folder) for name in names)
     return _thresholded(W_enc, W_dec, b_enc + b_dec @ W_enc, b_dec, thresholds)
@@ -272,7 +272,7 @@ def _from_safetensors(folder: Path) -> SAE:
     W_enc, W_dec, b_enc, b_dec = (
         _tensor(tensors, name, folder) for name in ("W_enc", "W_dec", "b_enc", "b_dec")
     )
-    return SAE(
+    return SAE.of(
         W_enc, W_dec, b_enc, b_dec, int(_required(config, "k", folder)), tensors.get("threshold")
     )
 
@@ -301,7 +301,7 @@ def _unit_decoder(sae: SAE) -> SAE:
     """
     norms = torch.linalg.vector_norm(sae.W_dec, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     threshold = None if sae.threshold is None else sae.threshold * norms
-    return SAE(
+    return SAE.of(
         sae.W_enc * norms,
         sae.W_dec / norms[:, None],
         sae.b_enc * norms,
@@ -317,7 +317,7 @@ def _thresholded(
     """An SAE whose k is no part of its function: latents above a threshold, which is no less than
     ReLU's 0.
     """
-    return _unit_decoder(SAE(W_enc, W_dec, b_enc, b_dec, len(b_enc), threshold.clamp_min(0)))
+    return _unit_decoder(SAE.of(W_enc, W_dec, b_enc, b_dec, len(b_enc), threshold.clamp_min(0)))
 
 
 def _refuse(condition: bool, folder: Path, got: str, allowed: str) -> None:

@@ -134,7 +134,7 @@ def random_dictionary(sae: SAE) -> SAE:
     normal = torch.randn(W.shape, generator=torch.Generator().manual_seed(SEED)).double()
     drawn = normal * values.clamp_min(0).sqrt() @ vectors.T
     W_dec = directions.unit(drawn).float().to(sae.W_dec.device)
-    return SAE(W_dec.clone().T, W_dec, torch.zeros_like(sae.b_enc), sae.b_dec, sae.k)
+    return SAE.of(W_dec.clone().T, W_dec, torch.zeros_like(sae.b_enc), sae.b_dec, sae.k)
 
 
 @torch.inference_mode()

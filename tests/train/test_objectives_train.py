@@ -80,7 +80,7 @@ def test_the_threshold_starts_where_the_first_batch_keeps_k(changes):
     sae = trainer.state.sae
     x = reader.draw(0, killing.BATCH).float() * trainer.scale
     with torch.no_grad():
-        trainer.activation.begin_(sae, x - sae.b_dec)
+        trainer.objective.begin_(sae, x - sae.b_dec)
     kept = sae.encode(x)  # all that is above the smallest of them
     assert len(kept.values) == 2 * killing.BATCH - 1
 

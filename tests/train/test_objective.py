@@ -6,17 +6,19 @@ import pytest
 import torch
 
 from tests.train.reference import random_sae, reference_losses
-from train import loss
-from train.activations import activation
+from train import objective
 from train.parallel import Group
-from train.sae import SAEConfig
+from train.sae import SAEConfig, in_files
 
 D, D_SAE, K, N = 12, 64, 4, 50
 CONFIG = SAEConfig(d_sae=D_SAE, k=K, k_aux=8, aux_coef=0.5)
 
 
 def losses(sae, x, dead, config, mean_variance):
-    return loss.losses(activation(config), sae, x, dead, config, mean_variance, Group())
+    """Losses and gradients, these by the names of files."""
+    kind = objective.find(config.activation)
+    found = objective.losses(kind(config), sae, x, dead, mean_variance, Group())
+    return found._replace(gradients=in_files(found.gradients))
 
 
 def rows(seed=9, dtype=torch.float64):
@@ -117,7 +119,7 @@ def test_aux_does_not_push_on_the_living():
     output path.
     """
     sae, dead = random_sae(D, D_SAE, K), dead_latents(8)
-    sae.W_enc.T[dead] = 0.0
+    sae.encoder[dead] = 0.0
     sae.b_enc[dead] = -1.0  # the dead are silent, so AuxK has no path of its own
     without = losses(sae, rows(), dead, replace(CONFIG, aux_coef=0.0), 1.0).gradients
     for name, gradient in losses(sae, rows(), dead, CONFIG, 1.0).gradients.items():

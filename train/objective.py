@@ -1,0 +1,133 @@
+"""What training minimises: an objective's own loss, and AuxK's beside it.
+
+Shapes: n rows, d = d_model, F = d_sae, D = dead latents.
+
+    main = what train/objectives/NAME.py says, of sae.activation=NAME
+    loss = main + aux                                  aux: train/objectives/auxk.py
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from data.errors import SettingError
+from train import objectives
+from train.kernels import Bags, Kept, Matmul
+from train.objectives.auxk import auxk
+from train.optim import Adam
+from train.parallel import Group
+from train.sae import SAE, SAEConfig
+
+
+class Main(NamedTuple):
+    """An objective's loss on one batch, and what it was computed from."""
+
+    loss: Tensor  # ()
+    error: Tensor  # (n, d) e = x - x_hat
+    kept: Kept  # the activations
+    bags: Bags  # the same pairs by latent
+    bias: Tensor  # (F,) the encoder's, through which the gradient of b_dec flows
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An activation function with its loss. train/objectives/NAME.py has one as OBJECTIVE."""
+
+    config: SAEConfig
+    matmul: Matmul = "fp32"  # precision of the encoder product in training
+    # The tensors that the optimizer moves.
+    learned: ClassVar[tuple[str, ...]] = ("encoder", "W_dec", "b_enc", "b_dec")
+    # True: rows of a batch compete with each other, so processes cannot share a batch.
+    whole_batch: ClassVar[bool] = True
+    settings: ClassVar[type[SAEConfig]] = SAEConfig  # what `sae.` has for this objective
+
+    def __post_init__(self) -> None:
+        """Raise SettingError for a setting that this objective cannot use."""
+
+    def started(self, sae: SAE) -> SAE:
+        """The SAE before its first step, with all tensors that this objective needs."""
+        return sae
+
+    def begin_(self, sae: SAE, centred: Tensor) -> None:
+        """Set thresholds by the first batch, x - b_dec (n, d)."""
+
+    def main(self, sae: SAE, centred: Tensor, denominator: float) -> Main:
+        """The loss of one batch, x - b_dec (n, d); autograd follows `sae`'s learned tensors."""
+        raise NotImplementedError
+
+    def after_(self, sae: SAE, kept: Kept) -> None:
+        """Move or bound thresholds once the optimizer has moved the weights."""
+
+    def restart_(self, sae: SAE, adam: Adam, latents: Tensor) -> None:
+        """Restart this objective's own tensors of resampled latents (D,)."""
+
+
+def names() -> list[str]:
+    """Allowed values of sae.activation."""
+    modules = pkgutil.iter_modules(objectives.__path__)
+    return [module.name for module in modules if module.name != "auxk"]
+
+
+def find(name: str) -> type[Objective]:
+    """The objective of sae.activation=NAME.
+
+    Raises:
+        SettingError: there is none.
+    """
+    if name not in names():
+        raise SettingError(f"sae.activation={name!r} must be one of {', '.join(names())}")
+    objective: type[Objective] = import_module(f"train.objectives.{name}").OBJECTIVE
+    return objective
+
+
+class Losses(NamedTuple):
+    """One batch's losses and gradients."""
+
+    loss: Tensor  # () what is minimised: main + aux
+    aux: Tensor  # () AuxK's part of it
+    error: Tensor  # (n, d) e = x - x_hat
+    kept: Kept
+    bags: Bags  # its pairs by latent
+    gradients: dict[str, Tensor]  # by the name of a learned tensor, of its shape
+
+
+def losses(
+    objective: Objective, sae: SAE, x: Tensor, dead: Tensor, mean_variance: float, group: Group
+) -> Losses:
+    """Losses and gradients of a batch, or of this process's share: the batch's are the means.
+
+    Args:
+        x: (n, d) rows, scaled.
+        dead: (D,) indices of the dead latents.
+        mean_variance: of the rows per dimension, averaged over dimensions; for aux_norm=variance.
+    """
+    config = objective.config
+    denominator = 1.0 if config.aux_norm == "raw" else mean_variance
+    learned: dict[str, Any] = {}
+    for name in objective.learned:
+        learned[name] = getattr(sae, name).detach().requires_grad_()
+    with torch.enable_grad():
+        leaves = replace(sae, **learned)
+        centred = x - leaves.b_dec
+        main = objective.main(leaves, centred, denominator)
+        aux = main.loss.new_zeros(())
+        if len(dead) and config.aux_coef:
+            aux = auxk(
+                leaves, main.bias, centred.detach(), main.error.detach(), dead, config, group
+            )
+        loss = main.loss + aux
+    gradients = torch.autograd.grad(loss, list(learned.values()))
+    return Losses(
+        loss.detach(),
+        aux.detach(),
+        main.error.detach(),
+        main.kept._replace(values=main.kept.values.detach()),
+        main.bags,
+        dict(zip(learned, gradients, strict=True)),
+    )

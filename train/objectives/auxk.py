@@ -1,0 +1,98 @@
+"""AuxK (Gao et al., arXiv 2406.04093, appendix A.2): dead latents learn what is left over.
+
+    e_hat = ReLU(TopK_aux((x - b_dec) W_enc + b_enc, of the dead)) W_dec        without b_dec
+    aux   = aux_coef mean((e_hat - e)^2)                            aux_norm=raw, as the reference
+            aux_coef mean((e_hat - e)^2) / mean((e - mean_n(e))^2)  aux_norm=variance; NaN is 0
+
+The error e = x - x_hat is a constant here.
+
+Shapes: n rows, d = d_model, D = dead latents.
+
+AuxK works on its dead columns by dense products. By gathers it would cost less only once 64 % of
+the dictionary were dead (d 2560, F 32,768, k_aux 512: 5 x 1,154 ms x share against 1,154 ms x share
++ 4 x (114 + 137 + 2 x 244) ms).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from train import kernels
+from train.functions import rows
+from train.parallel import Group
+from train.sae import SAE, SAEConfig
+
+
+def auxk(
+    sae: SAE,
+    bias: Tensor,
+    centred: Tensor,
+    error: Tensor,
+    dead: Tensor,
+    config: SAEConfig,
+    group: Group,
+) -> Tensor:
+    """() the loss of the dead latents.
+
+    Args:
+        bias: (F,) the encoder's, a result of train.functions.bias.
+        centred: (n, d) rows x - b_dec, a constant: b_dec's gradient flows through `bias`.
+        error: (n, d) e, a constant.
+        dead: (D,) indices, at least one.
+    """
+    encoder = rows(sae.encoder, dead)
+    pre = torch.addmm(rows(bias, dead), centred, encoder.T)  # (n, D)
+    f = _relu_of_largest(pre, config.k_aux)
+    e_hat = f @ rows(sae.W_dec, dead)
+    factor = torch.full_like(error[0, 0], config.aux_coef)
+    if config.aux_norm == "variance":
+        factor /= group.mean_((group.mean_(error.mean(0)) - error).square().mean())
+    return _mean_square_or_zero(e_hat - error, factor)
+
+
+def _relu_of_largest(pre: Tensor, k: int) -> Tensor:
+    """ReLU of the k largest of each row of `pre` (n, D), 0 elsewhere; of all if D is at most k."""
+    result: Tensor = _ReluOfLargest.apply(pre, k)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _ReluOfLargest(Function):
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, k: int) -> Tensor:
+        if pre.shape[1] > k:
+            values, indices = kernels.topk(pre, k)
+            f = torch.zeros_like(pre).scatter_(1, indices, values).relu_()
+        else:
+            f = pre.relu()
+        ctx.save_for_backward(f)
+        return f
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (f,) = ctx.saved_tensors
+        return gradient * (f > 0), None
+
+
+def _mean_square_or_zero(residual: Tensor, factor: Tensor) -> Tensor:
+    """() `factor` mean(residual^2), but 0 where that is NaN: of a perfect reconstruction."""
+    result: Tensor = _MeanSquareOrZero.apply(residual, factor)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _MeanSquareOrZero(Function):
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, factor: Tensor) -> Tensor:
+        loss = factor * residual.square().mean()
+        defined = ~loss.isnan()
+        slope = torch.where(defined, factor * (2 / residual.numel()), 0.0)
+        ctx.save_for_backward(residual, slope)
+        return torch.where(defined, loss, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        residual, slope = ctx.saved_tensors
+        return residual * (gradient * slope), None

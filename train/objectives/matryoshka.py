@@ -1,0 +1,92 @@
+"""Matryoshka (Bussmann et al., arXiv 2503.17547): BatchTopK whose first latents work alone.
+
+    x_hat_j = the part of f W_dec of the first F / 2^j latents, + b_dec,      j < nested
+    loss    = mean over j of mean((x - x_hat_j)^2) / denominator
+
+f is BatchTopK's. AuxK and the figures see the error of all latents.
+
+Shapes: n rows, d = d_model, F = d_sae, levels = nested.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from data.errors import SettingError
+from train.functions import bias, decode, encode, mean_square
+from train.kernels import Kept, starts_of
+from train.objective import Main
+from train.objectives.batchtopk import Thresholded, follow_
+from train.sae import SAE
+
+
+@dataclass(frozen=True)
+class Matryoshka(Thresholded):
+    def __post_init__(self) -> None:
+        nested = self.config.nested
+        if isinstance(nested, bool) or not isinstance(nested, int) or nested < 1:
+            raise SettingError(f"sae.nested={nested!r} must be a whole number of at least 1")
+        d_sae = self.config.d_sae
+        if d_sae >> (nested - 1) < 1:
+            raise SettingError(
+                f"sae.nested={nested} halvings leave nothing of sae.d_sae={d_sae}; lower it"
+            )
+
+    def main(self, sae: SAE, centred: Tensor, denominator: float) -> Main:
+        levels = self.config.nested
+        b_enc = bias(sae.b_enc, sae)
+        f, bags = encode(self._by_level, centred, sae.encoder, b_enc)
+        level_bags = self._bag_of(f)
+        starts = starts_of(level_bags, len(centred) * levels)
+        split = Kept(f.values, f.indices, level_bags, starts)
+        added = decode(split, bags, sae.W_dec).view(len(centred), levels, -1)
+        errors = nested_errors(centred, added)
+        return Main(mean_square(errors, denominator), errors[:, -1], f, bags, b_enc)
+
+    def after_(self, sae: SAE, kept: Kept) -> None:
+        follow_(sae, kept)
+
+    def _by_level(self, centred: Tensor, encoder: Tensor, b_enc: Tensor) -> Kept:
+        """BatchTopK's pairs; those of a row in the order of the dictionaries that add them."""
+        kept = self.largest(centred, encoder, b_enc)
+        order = self._bag_of(kept).sort(stable=True).indices
+        return Kept(kept.values[order], kept.indices[order], kept.rows[order], kept.starts)
+
+    def _bag_of(self, kept: Kept) -> Tensor:
+        """(p,) row * levels + j: the j-th dictionary, smallest first, adds the pair to the row."""
+        levels = self.config.nested
+        sizes = [self.config.d_sae >> level for level in reversed(range(levels))]
+        ends = torch.tensor(sizes, device=kept.indices.device)
+        return kept.rows * levels + torch.searchsorted(ends, kept.indices, right=True)
+
+
+def nested_errors(centred: Tensor, added: Tensor) -> Tensor:
+    """(n, levels, d) x - x_hat_j.
+
+    Args:
+        centred: (n, d) rows x - b_dec.
+        added: (n, levels, d) what each dictionary adds to the reconstruction before it.
+    """
+    result: Tensor = _NestedErrors.apply(centred, added)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _NestedErrors(Function):
+    """What a level adds is in its own reconstruction and in all later ones."""
+
+    @staticmethod
+    def forward(ctx: Any, centred: Tensor, added: Tensor) -> Tensor:
+        return centred.unsqueeze(1) - added.cumsum(1)
+
+    @staticmethod
+    def backward(ctx: Any, errors: Tensor) -> Any:
+        later = errors.flip(1).cumsum(1).flip(1)
+        return later[:, 0], later.neg()
+
+
+OBJECTIVE = Matryoshka

@@ -1,0 +1,42 @@
+"""TopK (Gao et al., arXiv 2406.04093): each row keeps its k largest pre-activations.
+
+    f     = ReLU(TopK((x - b_dec) W_enc + b_enc))
+    x_hat = f W_dec + b_dec
+    loss  = mean((x - x_hat)^2) / denominator
+
+denominator: 1 under aux_norm=raw (the reference), the rows' variance under variance (the paper).
+
+Shapes: n rows, d = d_model, F = d_sae.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from train import kernels
+from train.functions import bias, decode, encode, mean_square
+from train.kernels import Kept
+from train.objective import Main, Objective
+from train.sae import SAE
+
+
+@dataclass(frozen=True)
+class TopK(Objective):
+    whole_batch: ClassVar[bool] = False
+
+    def main(self, sae: SAE, centred: Tensor, denominator: float) -> Main:
+        b_enc = bias(sae.b_enc, sae)
+        kept, bags = encode(self._largest, centred, sae.encoder, b_enc)
+        # The values are ReLU's already. Applied again, ReLU gives the gradient: none at 0.
+        f = kept._replace(values=kept.values.relu())
+        error = centred - decode(f, bags, sae.W_dec)  # x - x_hat, as centred is x - b_dec
+        return Main(mean_square(error, denominator), error, f, bags, b_enc)
+
+    def _largest(self, centred: Tensor, encoder: Tensor, b_enc: Tensor) -> Kept:
+        return kernels.encode(centred, encoder, b_enc, self.config.k, self.matmul)
+
+
+OBJECTIVE = TopK
