@@ -1,4 +1,4 @@
-"""The device that a stage computes on, and its memory."""
+"""The device that a stage computes on, and its free memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data.errors import SettingError
 
 
 def torch_device(name: str | None) -> torch.device:
-    """The device asked for: cpu, cuda or cuda:N; None is the GPU if there is one.
+    """The device asked for: cpu, cuda or cuda:N; None: the GPU if there is one.
 
     Raises:
         SettingError: there is no such device.
@@ -32,22 +32,19 @@ def torch_device(name: str | None) -> torch.device:
 
 
 def own_device(name: str | None) -> torch.device:
-    """Like `torch_device`; of several GPUs, this process's own as its launcher numbers them
-    (LOCAL_RANK).
-    """
+    """Like `torch_device`; None: of several GPUs the one of this process's LOCAL_RANK."""
     if name is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     return torch_device(name)
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory of the device that is free, of the host for a CPU; None where that cannot be known."""
+    """Free memory of the device, of the host for a CPU; None if it is unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
-        found = re.search(
-            r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE
-        )
+        text = Path("/proc/meminfo").read_text()
     except OSError:
         return None
-    return int(found[1]) * 1024 if found else None
+    match = re.search(r"^MemAvailable: +(\d+) kB", text, re.MULTILINE)
+    return int(match[1]) * 1024 if match else None

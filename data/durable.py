@@ -1,7 +1,7 @@
-"""Files that survive a power cut: written beside their place, synced, renamed, directory synced.
+"""Files that survive a power cut: written as a temporary, synced, renamed, directory synced.
 
-No Zarr library and no tensor library syncs what it writes; a rename without the syncs can survive a
-crash that its contents did not. Every lasting file of the pipeline goes through this module.
+No Zarr library and no tensor library syncs what it writes. Without the syncs, a rename can survive
+a crash that the file's contents do not. Every lasting file of the pipeline is written here.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from data.errors import StoreError
 
 Buffer = bytes | bytearray | memoryview
 
-# Bytes written before the disk is told to begin on them. Left alone it idles until the sync, and
-# then we do: a unit of 335 MB took 0.24 s so, and takes 0.17 (`python -m tests.bench.write_path`).
+# Bytes written before the disk is told to begin on them. Otherwise the disk idles until the sync,
+# and then this process waits: 0.24 s for a unit of 335 MB, instead of 0.17 s (`python -m
+# tests.bench.write_path`).
 _WRITE_BACK = 1 << 22
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
@@ -35,7 +36,7 @@ class Written(NamedTuple):
 
 
 def digest(*parts: Buffer) -> str:
-    """xxh3_128 of the parts' bytes in order (4.35 GB/s on one core, against 0.46 for sha256)."""
+    """xxh3_128 of the parts, one behind the other: 4.35 GB/s on one core, sha256 has 0.46."""
     state = xxhash.xxh3_128()
     for part in parts:
         state.update(part)
@@ -44,7 +45,8 @@ def digest(*parts: Buffer) -> str:
 
 def digest_file(path: Path, block: int = 1 << 22) -> Written:
     """Size and digest of a file, read in blocks of `block` bytes."""
-    state, size = xxhash.xxh3_128(), 0
+    state = xxhash.xxh3_128()
+    size = 0
     with path.open("rb") as file:
         while data := file.read(block):
             state.update(data)
@@ -53,7 +55,7 @@ def digest_file(path: Path, block: int = 1 << 22) -> Written:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the directory's own entries durable."""
+    """Make the names in a directory durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -62,9 +64,11 @@ def sync_directory(path: Path) -> None:
 
 
 def _write_temporary(path: Path, parts: Iterable[Buffer]) -> tuple[Path, Written]:
-    # By chance, not by process number: two machines on one file system may have the same.
+    # A random name: two machines on one file system may have the same process number.
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
-    state, size, begun = xxhash.xxh3_128(), 0, 0
+    state = xxhash.xxh3_128()
+    size = 0
+    begun = 0  # bytes that the disk was told to begin on
     try:
         with temporary.open("wb") as file:
             for part in parts:
@@ -83,16 +87,16 @@ def _write_temporary(path: Path, parts: Iterable[Buffer]) -> tuple[Path, Written
 
 def _begin_write_back(handle: int, offset: int, nbytes: int) -> None:
     """Have the disk begin on part of a file, without waiting for it."""
-    # The advice drops only pages that are on the disk already: right after being written they all
-    # stay cached.
+    # This advice drops pages from the cache only if they are on the disk already. Pages that were
+    # just written are not, so all of them stay cached.
     if hasattr(os, "posix_fadvise"):  # not on macOS
-        with suppress(OSError):  # of a file system that takes no advice
+        with suppress(OSError):  # some file systems take no advice
             os.posix_fadvise(handle, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager
 def refusals(path: Path) -> Iterator[None]:
-    """What the disk refuses, said to the user."""
+    """Turn the disk's refusal to write `path` into a StoreError with a way out."""
     try:
         yield
     except OSError as error:
@@ -103,7 +107,7 @@ def refusals(path: Path) -> Iterator[None]:
 
 
 def write(path: Path, parts: Iterable[Buffer]) -> Written:
-    """Write `parts` as the file `path`, replacing what is there, durably and all at once.
+    """Write `parts` as the file `path`, durably and all at once; replaces what is there.
 
     Raises:
         StoreError: the disk refused; the file that was there before is untouched.
@@ -120,7 +124,7 @@ def write(path: Path, parts: Iterable[Buffer]) -> Written:
 
 
 def create(path: Path, data: bytes) -> bool:
-    """Like `write`, but never replaces: False if `path` exists already (the first writer wins)."""
+    """Write a file unless it exists; False if it does. Of several writers the first one wins."""
     with refusals(path):
         temporary, _ = _write_temporary(path, [data])
         try:
@@ -135,7 +139,7 @@ def create(path: Path, data: bytes) -> bool:
 
 def make_directory(path: Path) -> None:
     """Create `path` and its parents, durably."""
-    missing = [p for p in (path, *path.parents) if not p.exists()]
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     if not missing:
         return
     try:
@@ -144,7 +148,8 @@ def make_directory(path: Path) -> None:
             sync_directory(created.parent)
     except OSError as error:
         raise StoreError(
-            f"cannot create the folder {path}: {error.strerror}; mend the disk or choose another place"
+            f"cannot create the folder {path}: {error.strerror}; mend the disk or choose another "
+            "place"
         ) from error
 
 
@@ -161,13 +166,13 @@ def lock(call: Callable[..., None], *arguments: int) -> bool:
 
 @contextmanager
 def locked(folder: Path, busy: str) -> Iterator[None]:
-    """Hold `folder`, which is made if need be, for this process alone; the lock dies with the
-    process.
+    """Hold the lock of `folder` for a `with` block; it ends with the process at the latest.
 
-    Temporaries that a killed process left in it are removed: under the lock none can be in use.
+    Makes the folder if need be, and removes the temporaries of killed processes: under the lock
+    none can be in use.
 
     Raises:
-        StoreError: another process on this machine holds it; `busy` is the message.
+        StoreError: another process on this machine holds the lock; `busy` is the message.
     """
     make_directory(folder)
     handle = os.open(folder, os.O_RDONLY)
@@ -181,10 +186,8 @@ def locked(folder: Path, busy: str) -> Iterator[None]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the temporaries that killed processes left in `folder`, which nobody else may be
-    writing.
-    """
-    # Not `rglob`, which takes three times as long for the 200,000 objects of a billion tokens.
+    """Remove the temporaries of killed processes; no other process may be writing in `folder`."""
+    # Not `rglob`: it takes three times as long for the 200,000 objects of a billion tokens.
     for parent, _, names in os.walk(folder):
         for name in names:
             if name.startswith(".") and is_temporary(path := Path(parent, name)):
@@ -192,5 +195,5 @@ def sweep(folder: Path) -> None:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether `path` is the rest of a write that did not come to its end."""
+    """Whether `path` is the temporary of a write that did not come to its end."""
     return _TEMPORARY.fullmatch(path.name) is not None

@@ -1,13 +1,15 @@
-"""The exceptions of the pipeline, and what a command line makes of them.
+"""The exceptions of the pipeline, and how a command ends with each of them.
 
-    PipelineError            one clear line on stderr, exit code 2: what was got, what is allowed, the way out
-    ├── SettingError         a setting that cannot be right (also a ValueError)
-    ├── StoreError           a store or run directory that is not what it must be
-    │   └── MismatchError    its recorded settings differ from the ones asked for; names both values
-    └── NonFiniteError       NaN or infinity where numbers must be
-    Interrupted              SIGINT or SIGTERM at a safe boundary; exit code 130 or 143
+    PipelineError           one line on stderr with a way out, exit code 2
+    ├── SettingError        a setting that cannot be right (also a ValueError)
+    ├── StoreError          a store or run directory that is not what it must be
+    │   └── MismatchError   recorded settings differ from the ones asked for; names both values
+    └── NonFiniteError      NaN or infinity where numbers must be
+    Interrupted             SIGINT or SIGTERM at a safe boundary; exit code 130 or 143
 
-Anything else that reaches the top is a defect of ours and keeps its traceback.
+The line of a PipelineError says what was got, what is allowed, and the way out.
+
+Any other exception is a defect of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ from typing import Any
 
 
 class PipelineError(Exception):
-    """Something that the user can mend; its text is the whole message."""
+    """An error that the user can mend; its text is the whole message."""
 
 
 class SettingError(PipelineError, ValueError):
-    """A setting that cannot be right, whatever is on disk."""
+    """A setting that cannot be right, whatever is on the disk."""
 
 
 class StoreError(PipelineError):
@@ -40,25 +42,22 @@ class MismatchError(StoreError):
     def __init__(
         self, where: str, differences: Mapping[str, tuple[Any, Any]], way_out: str
     ) -> None:
-        lines = (
+        lines = "; ".join(
             f"{key} is {old!r} there and {new!r} here" for key, (old, new) in differences.items()
         )
-        super().__init__(f"{where} was made with other settings: {'; '.join(lines)}. {way_out}")
+        super().__init__(f"{where} was made with other settings: {lines}. {way_out}")
         self.differences = dict(differences)
-        self._said = where, self.differences, way_out
+        self._arguments = (where, self.differences, way_out)
 
-    def __reduce__(
-        self,
-    ) -> tuple[type[MismatchError], tuple[str, Mapping[str, tuple[Any, Any]], str]]:
-        """So that it comes back from a launcher's job in one piece: pickle would call us with the
-        message alone.
-        """
-        return type(self), self._said
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle, by which a launcher's job returns it. By default only the message would."""
+        return type(self), self._arguments
 
 
 class Interrupted(BaseException):
-    """The process was asked to stop and reached a boundary where nothing is lost. No sweep goes on
-    after it.
+    """The process was asked to stop, and reached a boundary where nothing is lost.
+
+    A BaseException, so that no sweep goes on after it.
     """
 
     def __init__(self, signum: int) -> None:
@@ -67,10 +66,10 @@ class Interrupted(BaseException):
 
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a flag that loops look at between units or steps.
+    """Turns SIGINT and SIGTERM into a flag that loops check between units or steps.
 
-    Use as a context manager; the former handlers come back on exit. A second signal of the same
-    kind acts at once, for those who cannot wait for the boundary.
+    A context manager; the former handlers come back on exit. A second signal of the same kind acts
+    at once.
     """
 
     def __init__(self) -> None:
@@ -80,7 +79,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         for signum in (signal.SIGINT, signal.SIGTERM):
             # A launcher's own handler stays: submitit ignores SIGTERM, which Slurm sends before it
-            # requeues.
+            # requeues a job.
             if signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler):
                 self._former[signum] = signal.signal(signum, self._note)
         return self
@@ -100,7 +99,7 @@ class StopRequest:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what a library's exception says, or its kind if it says nothing."""
+    """The first line of an exception's text; the name of its class if the text is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -108,11 +107,13 @@ def differences(
     recorded: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ between two nested mappings, with (recorded, wanted)."""
-    found: dict[str, tuple[Any, Any]] = {}
+    unequal: dict[str, tuple[Any, Any]] = {}
     for key in sorted(recorded.keys() | wanted.keys()):
-        old, new = recorded.get(key), wanted.get(key)
+        old = recorded.get(key)
+        new = wanted.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found |= {f"{key}.{inner}": pair for inner, pair in differences(old, new).items()}
+            for inner, pair in differences(old, new).items():
+                unequal[f"{key}.{inner}"] = pair
         elif old != new:
-            found[key] = (old, new)
-    return found
+            unequal[key] = (old, new)
+    return unequal

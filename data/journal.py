@@ -1,7 +1,7 @@
-"""What a run says while it works: one progress line, and metrics.jsonl.
+"""What a run tells while it works: one progress line, and metrics.jsonl.
 
-metrics.jsonl is part of a run's state: a checkpoint stores its length, and resuming cuts it back to
-that length, so the file of a run that was killed equals the file of one that was not.
+metrics.jsonl is part of a run's state. A checkpoint stores the file's length, and a resumed run
+cuts the file back to it. So a run that was killed leaves the same file as one that was not.
 """
 
 from __future__ import annotations
@@ -22,17 +22,15 @@ Record = Mapping[str, Any]
 
 
 class Metrics:
-    """An append-only file of JSON lines; floats keep all their digits, NaN and infinity become
-    null.
-    """
+    """An append-only file of JSON lines. Floats keep all digits; NaN and infinity become null."""
 
     def __init__(self, path: Path, keep_bytes: int = 0) -> None:
-        """Open `path`, cut to its first `keep_bytes` bytes (0 starts anew)."""
+        """Open `path`, cut to its first `keep_bytes` bytes; 0 begins the file anew."""
         size = path.stat().st_size if path.exists() else 0
         if size < keep_bytes:
             raise StoreError(
-                f"{path} has {size} bytes where the checkpoint saw {keep_bytes}: it was cut by hand; restore it, "
-                "or delete the run directory to start over"
+                f"{path} has {size} bytes where the checkpoint saw {keep_bytes}: it was cut by "
+                "hand; restore it, or delete the run directory to start over"
             )
         self._path = path
         with refusals(path):
@@ -42,18 +40,20 @@ class Metrics:
 
     @classmethod
     def continued(cls, path: Path) -> Metrics:
-        """Open `path` behind its last complete line."""
-        return cls(path, path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0)
+        """Open `path` to append behind its last complete line."""
+        keep_bytes = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+        return cls(path, keep_bytes)
 
     def write(self, record: Record) -> None:
-        clean = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in record.items()
-        }
+        """Append one line."""
+        clean = dict(record)
+        for name, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                clean[name] = None
         self._file.write(json.dumps(clean, separators=(",", ":")).encode() + b"\n")
 
     def sync(self) -> int:
-        """Make every line durable; the file's length in bytes, for the checkpoint."""
+        """Make every line durable; returns the file's length in bytes, for the checkpoint."""
         with refusals(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -65,10 +65,10 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a metrics.jsonl; a torn last line is left out.
+    """All complete lines of a metrics.jsonl; an incomplete last line is left out.
 
     Raises:
-        StoreError: there are none, or one is not JSON.
+        StoreError: there is no complete line, or one is not JSON.
     """
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
@@ -86,13 +86,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def tell(*lines: str) -> None:
-    """Lines to the user, beside the progress line."""
+    """Print lines to standard error."""
     for line in lines:
         print(line, file=sys.stderr, flush=True)
 
 
 class Progress:
-    """One line that is redrawn on a terminal, and printed every `interval_s` seconds elsewhere."""
+    """One line: redrawn on a terminal; elsewhere printed every `interval_s` seconds."""
 
     def __init__(self, stream: TextIO | None = None, interval_s: float = 5.0) -> None:
         self._stream = stream or sys.stderr
@@ -102,7 +102,7 @@ class Progress:
         self._width = 0
 
     def show(self, text: str, *, last: bool = False) -> None:
-        """Show `text` if it is time to; always when it is the `last` of its loop."""
+        """Show `text` if the interval has passed, or if it is the `last` of its loop."""
         now = time.monotonic()
         if not last and now - self._last < self._interval_s:
             return
@@ -116,7 +116,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """A span of time as people say it: 48s, 3m07s, 5h02m."""
+    """A span of time for people: 48s, 3m07s, 5h02m."""
     if not math.isfinite(seconds):
         return "?"
     whole = round(seconds)
@@ -128,7 +128,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as people say them, in powers of ten."""
+    """Bytes for people, in powers of ten: 999 B, 1.45 GB."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 999.5 or unit == "TB":
             break

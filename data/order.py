@@ -1,8 +1,8 @@
 """Deterministic orders: pure functions of integers, the same on every machine and library version.
 
 NumPy does not promise that `Generator.permutation` keeps its stream between versions, and a store
-outlives versions; so the keys come from SplitMix64 (Steele, Lea, Flood 2014,
-https://doi.org/10.1145/2714064.2660195) and the order from sorting them.
+outlives versions. So keys come from SplitMix64 (Steele, Lea, Flood 2014,
+https://doi.org/10.1145/2714064.2660195), and an order from sorting the keys.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser: a bijection of 64-bit integers."""
+    """SplitMix64's finaliser, a bijection of 64-bit integers."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
@@ -34,13 +34,11 @@ def permutation(n: int, *seeds: int) -> NDArray[np.int64]:
 
 
 def held_out(units: int, seed: int, share: float = 0.05, most: int = 64) -> NDArray[np.int64]:
-    """Sorted numbers of the units that are never trained on: `share` of them, at least one and at
-    `most` 64.
+    """Sorted numbers of the units that are never trained on. A pure function of (units, seed).
 
-    64 units of 65,536 rows are the 4 million on which an SAE is measured; more would be kept for
-    nothing.
-
-    A pure function of (units, seed). Empty for a store of one unit, which cannot be split.
+    They are `share` of all units, at least one and at most `most`. 64 units of 65,536 rows hold the
+    4 million rows on which an SAE is measured; more would be held out for nothing. Empty for a
+    store of one unit, which cannot be split.
     """
     if units < 2:
         return np.empty(0, np.int64)

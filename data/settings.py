@@ -1,4 +1,4 @@
-"""Settings as people write them on a command line, made exact."""
+"""Settings as people write them on a command line, with exact types."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ T = TypeVar("T")
 
 
 def whole(name: str, value: Any) -> int:
-    """`value` as an integer: 1e9 arrives as a float and is one; 1e9.5 arrives as text, 0.5 is no
-    whole number.
+    """`value` as an integer: 1e9 arrives as a float and is one; 0.5 and text are none.
 
     Raises:
         SettingError: it is not a whole number.
@@ -26,7 +25,7 @@ def whole(name: str, value: Any) -> int:
 
 
 def flag(name: str, value: Any) -> bool:
-    """`value` if it is true or false; any other word would be taken for true.
+    """`value` if it is true or false: Python takes most other values for true.
 
     Raises:
         SettingError: it is neither.
@@ -37,7 +36,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def optional_whole(name: str, value: Any) -> int | None:
-    """Like `whole`, with None for a setting that is left open."""
+    """Like `whole`; None stays None."""
     return None if value is None else whole(name, value)
 
 
@@ -56,19 +55,15 @@ def names(name: str, value: Any, known: Iterable[str]) -> list[str]:
     """One of `known`, or a list of them, or `all`.
 
     Raises:
-        SettingError: one is not known, or none is named.
+        SettingError: a name is unknown, or the list is empty.
     """
     allowed = list(known)
-    asked = (
-        allowed
-        if value == "all"
-        else list(dict.fromkeys(value))
-        if isinstance(value, list)
-        else [value]
-    )
-    for one in asked or ["[]"]:
-        if one not in allowed:
-            raise SettingError(f"{name}={one} must be one of {', '.join(allowed)}, or all")
+    if value == "all":
+        return allowed
+    asked = list(dict.fromkeys(value)) if isinstance(value, list) else [value]
+    for item in asked or ["[]"]:
+        if item not in allowed:
+            raise SettingError(f"{name}={item} must be one of {', '.join(allowed)}, or all")
     return asked
 
 
@@ -76,20 +71,19 @@ _READ = {"int": whole, "float": number, "bool": flag}
 
 
 def build(kind: type[T], group: str, values: Mapping[str, Any]) -> T:
-    """A frozen dataclass from a group's plain values: whole numbers may be written as 1e7.
+    """A frozen dataclass from a group's plain values; whole numbers may be written as 1e7.
 
     Raises:
-        SettingError: a value is unknown, or of another type than its field.
+        SettingError: a name is unknown, or a value has another type than its field.
     """
     known: dict[str, Any] = kind.__dataclass_fields__  # type: ignore[attr-defined]
     if unknown := sorted(values.keys() - known.keys()):
         raise SettingError(f"{group}.{unknown[0]} is not a setting; {group} has {', '.join(known)}")
-    return kind(
-        **{
-            key: _typed(f"{group}.{key}", known[key].type.split(" | "), value)
-            for key, value in values.items()
-        }
-    )
+    typed = {}
+    for name, value in values.items():
+        types = known[name].type.split(" | ")
+        typed[name] = _typed(f"{group}.{name}", types, value)
+    return kind(**typed)
 
 
 def _typed(name: str, types: list[str], value: Any) -> Any:

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
+from data import environment
 from data.errors import PipelineError, StopRequest
 from data.journal import Progress, duration, size, tell
 from data.rows import summary
@@ -23,7 +23,8 @@ from data.store import codec, retention, ring
 from data.store.claims import METADATA, Claims, unit_claim
 from data.store.manifest import agree
 from data.store.place import place_of
-from data.store.retention import Room
+from data.store.retention import KeepAll
+from data.store.ring import Ring
 from data.store.store import Store
 from data.text.documents import TextSource
 from harvest import spine
@@ -34,18 +35,6 @@ from harvest.plan import Faults, HarvestConfig, check_layers
 from harvest.selfcheck import check, choose_isolation
 from harvest.spine import POLL_S, Spine
 from harvest.writer import Writer
-
-
-def environment(device: str) -> dict[str, Any]:
-    """What bits depend on besides the settings."""
-    found = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-    }
-    if device.startswith("cuda"):
-        return {**found, "device": torch.cuda.get_device_name(device)}
-    return {**found, "device": "cpu", "threads": torch.get_num_threads()}
 
 
 def manifest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> dict[str, Any]:
@@ -63,7 +52,7 @@ def manifest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> di
         "chunk": config.chunk_rows,
         "batch": config.batch,
         "codec": config.codec,
-        "environment": environment(lm.config.device),
+        "environment": environment.of_harvest(torch.device(lm.config.device)),
     }
 
 
@@ -158,7 +147,7 @@ def make(
     spine: Spine,
     stop: StopRequest,
     faults: Faults,
-    room: Room,
+    room: KeepAll | Ring,
 ) -> int:
     """Make and commit units until every one of `layers` is whole; how many tokens were made here.
 
@@ -215,7 +204,7 @@ def _to_make(
     spine: Spine,
     stop: StopRequest,
     writer: Writer,
-    room: Room,
+    room: KeepAll | Ring,
 ) -> Iterator[tuple[int, list[int]]]:
     """Units that are ours to make, with the layers that each lacks, until there are none that
     anybody has to make.

@@ -185,7 +185,7 @@ def plan(config: HarvestConfig, model: Cost, d_model: int, device: str, done: fl
         expected_bytes=round((residuals + beside) * (1 - done)),
         ring_bytes=limit,
         disk_bytes=round(disk + beside * (1 - done)),
-        free_bytes=place_of(config.store).room(),
+        free_bytes=place_of(config.store).free_bytes(),
         model=model,
         device_bytes=free_bytes(torch.device(device)),
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from data import durable
+from data import durable, environment
 from data.errors import PipelineError, StopRequest, StoreError
 from data.journal import Metrics, read_metrics, tell
 from data.rows.follower import Follower, FollowsNobody
@@ -84,7 +84,7 @@ class Run:
                 f"{trainer.steps:,} steps (docs/method.md)"
             )
         for line in run.agree(
-            arm.folder, settings, shown, run.environment(device, self.group.world)
+            arm.folder, settings, shown, environment.of_training(device, self.group.world)
         ):
             tell(line)
         return records.digest(settings)

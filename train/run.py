@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import yaml
 
 from data import durable
@@ -19,21 +16,6 @@ CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoint"
 TIMINGS = (
     "timings.jsonl"  # apart from the metrics, which a run that was killed repeats byte for byte
 )
-
-
-def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
-    """What the bits of a run depend on besides its settings."""
-    return {
-        **({"processes": processes} if processes > 1 else {}),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.machine(),
-        "cpu_threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-    }
 
 
 def source_of(store: Store) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Batches copied to a GPU, each while the one before it is computed on."""
+"""Batches copied to a GPU, each while the batch before it is computed on."""
 
 from __future__ import annotations
 
@@ -11,40 +11,43 @@ import torch
 class Copy(NamedTuple):
     """A batch on its way to a device."""
 
-    there: torch.Tensor
+    batch: torch.Tensor  # on the device
     done: torch.cuda.Event
 
 
 class Side:
-    """A CUDA stream that copies batches beside the one that computes. Not yet run on a GPU: its
-    speed is unmeasured.
+    """A CUDA stream that copies batches beside the stream that computes.
+
+    Not yet run on a GPU: its speed is unmeasured.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def begin(self, batch: torch.Tensor) -> Copy:
-        """Have a batch copied; from pinned memory the host does not wait for it."""
+        """Queue the copy of a batch; from pinned memory the host does not wait for it."""
         with torch.cuda.stream(self._stream):
-            there = batch.to(self._device, non_blocking=True)
+            on_device = batch.to(self._device, non_blocking=True)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)
-        return Copy(there, done)
+        return Copy(on_device, done)
 
     def finish(self, copy: Copy) -> None:
-        """Come back when what was copied from may be overwritten: the host waits for this one copy,
-        and no device.
+        """Wait until the host's memory of a batch may be overwritten.
+
+        The host waits for this one copy; no stream waits.
         """
         copy.done.synchronize()
 
     def hand_over(self, copy: Copy) -> torch.Tensor:
-        """The copy, for the stream that computes, which waits for it; the host does not."""
+        """The copied batch. The stream that computes waits for the copy; the host does not."""
         computing = torch.cuda.current_stream(self._device)
         computing.wait_event(copy.done)
-        # It was allocated for the copying stream, which must not have it again before computing is
-        # done with it.
-        copy.there.record_stream(computing)
-        return copy.there
+        # The memory belongs to the copying stream. It must not be reused before the computing
+        # stream is done with it.
+        copy.batch.record_stream(computing)
+        return copy.batch
 
 
 def to_device(
@@ -52,15 +55,14 @@ def to_device(
     device: torch.device,
     has: Callable[[int], bool] = lambda _: True,
 ) -> Iterator[torch.Tensor]:
-    """Batches on `device`, each copied while the one before it is computed on; on the CPU they are
-    passed through.
+    """Batches on `device`; on the CPU they are passed through.
 
-    A batch on a GPU is the consumer's for good. An error is raised when the batch is asked for that
-    it prevents.
+    A batch on a GPU is a copy and may be kept. An error is raised when the batch that it prevents
+    is asked for.
 
     Args:
-        batches: each good until the next is asked for; closed with this.
-        has: whether the batch behind so many can be asked for now, or would only come later.
+        batches: each valid until the next is asked for; closed with this iterator.
+        has: whether the batch behind so many can be asked for without waiting.
     """
     if device.type != "cuda":
         yield from batches
@@ -71,24 +73,36 @@ def to_device(
 def one_ahead(
     batches: Iterator[torch.Tensor], side: Side, has: Callable[[int], bool]
 ) -> Iterator[torch.Tensor]:
-    """What `to_device` does, with a stream that may be another's."""
-    taken, early, failed = 0, None, None
+    """What `to_device` does, with any object that copies as `Side` does."""
+    taken = 0  # batches
+    early: Copy | None = None  # the copy of the next batch, if it is begun already
+    failed: Exception | None = None  # why the next batch cannot be had
     try:
         while True:
+            # This batch's copy: begun a step ago, or begun now.
             if failed:
                 raise failed
-            if (current := early) is None:
-                if (batch := next(batches, None)) is None:
+            current = early
+            if current is None:
+                batch = next(batches, None)
+                if batch is None:
                     return
-                current, taken = side.begin(batch), taken + 1
+                current = side.begin(batch)
+                taken += 1
             early = None
+
+            # The next batch's copy, which runs while this batch is computed on. The host's memory
+            # of this batch is reused for it.
             if has(taken):
-                side.finish(current)  # it was begun a step ago, but for the first
+                side.finish(current)
                 try:
-                    if (batch := next(batches, None)) is not None:
-                        early, taken = side.begin(batch), taken + 1
+                    batch = next(batches, None)
+                    if batch is not None:
+                        early = side.begin(batch)
+                        taken += 1
                 except Exception as error:
                     failed = error
+
             yield side.hand_over(current)
             if early is None:
                 side.finish(current)

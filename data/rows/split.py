@@ -49,8 +49,8 @@ def held_out_units(store: Store) -> list[int]:
     units = parts(store)[HELD_OUT]
     if not units:
         raise StoreError(
-            f"{store.name} has a single unit of {store.unit_tokens} tokens, so nothing can be held out; "
-            "harvest more tokens, or again with a smaller unit="
+            f"{store.name} has a single unit of {store.unit_tokens} tokens, so nothing can be held "
+            "out; harvest more tokens, or again with a smaller unit="
         )
     return units
 
@@ -61,8 +61,8 @@ def require_complete(store: Store, layer: int) -> None:
         raise StoreError(f"layer {layer} is not in {store.name}; it has {store.layers}")
     if not store.complete(layer):
         raise StoreError(
-            f"layer {layer} of {store.name} lacks {len(store.missing([layer]))} of {store.units} units; "
-            "run the same `python -m harvest` command again to finish it"
+            f"layer {layer} of {store.name} lacks {len(store.missing([layer]))} of {store.units} "
+            "units; run the same `python -m harvest` command again to finish it"
         )
 
 

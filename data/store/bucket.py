@@ -1,21 +1,17 @@
-"""A store in a bucket: S3 and what speaks its language, Google's and Azure's object stores, through
-obstore.
+"""A store in a bucket of S3 or a compatible service, of Google or of Azure, through obstore.
 
-A put is atomic there: an object that fails half-way is not there at all. Keys and secrets come from
-the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL, ...), never
-from settings.
+A put is atomic: if it fails half-way there is no object. Keys and secrets come from the environment
+(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL, ...), never from settings.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Self
-
-import xxhash
 
 from data import durable
 from data.durable import Buffer, Written
@@ -23,18 +19,15 @@ from data.errors import SettingError, StoreError, first_line
 from data.store.claims import Claims, NumberedClaims
 
 SCHEMES = ("s3", "gs", "az")
-_CONNECTIONS = (
-    32  # small objects read at a time: a request takes some 20 ms, and records are 30,000
-)
-RETRIES = {
-    "max_retries": 8,
-    "retry_timeout": timedelta(minutes=3),
-}  # of each request, with growing pauses
+# Small objects that are read at a time: a request takes some 20 ms, and there are 30,000 records.
+_CONNECTIONS = 32
+# Of each request, with growing pauses.
+RETRIES = {"max_retries": 8, "retry_timeout": timedelta(minutes=3)}
 
 
 @contextmanager
 def _as_os_error() -> Iterator[None]:
-    """The object store's refusals as OSError, which is what a disk raises."""
+    """Raise the object store's errors as OSError, as a disk does."""
     from obstore.exceptions import BaseError
 
     try:
@@ -47,18 +40,19 @@ def _as_os_error() -> Iterator[None]:
 
 @contextmanager
 def _refusals(name: str) -> Iterator[None]:
+    """Raise the object store's refusal to write `name` as StoreError."""
     try:
         with _as_os_error():
             yield
     except OSError as error:
         raise StoreError(
-            f"cannot write {name}: {error.strerror}; what was committed before is intact, so mend the connection or "
-            "the rights and run the same command again"
+            f"cannot write {name}: {error.strerror}; what was committed before is intact, so mend "
+            "the connection or the rights and run the same command again"
         ) from error
 
 
 class ObjectPlace:
-    """A bucket, or a prefix in one. Ranks share units out by number: there are no locks."""
+    """A bucket, or a prefix in one. It has no locks: ranks divide the units by number."""
 
     def __init__(self, url: str) -> None:
         """Open the bucket; nothing is sent yet.
@@ -71,13 +65,14 @@ class ObjectPlace:
             import obstore.store
         except ImportError as error:
             raise SettingError(
-                f"store={url} needs the package obstore; `pip install 'residual-saes[objects]'`, or give a folder"
+                f"store={url} needs the package obstore; `pip install 'residual-saes[objects]'`, "
+                "or give a folder"
             ) from error
-        self.name, self._api = url.rstrip("/"), obstore
-        # A server on loopback or in a cluster speaks http; the user has said so by its address.
-        plain = os.environ.get("AWS_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT", "")).startswith(
-            "http://"
-        )
+        self.name = url.rstrip("/")
+        self._api = obstore
+        # A server on loopback or in a cluster speaks http; its address says so.
+        endpoint = os.environ.get("AWS_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT", ""))
+        plain = endpoint.startswith("http://")
         try:
             self.store: Any = obstore.store.from_url(
                 self.name, client_options={"allow_http": plain}, retry_config=RETRIES
@@ -94,7 +89,7 @@ class ObjectPlace:
             return _Object(self, key, self._api.head(self.store, key)["size"])
 
     def range(self, key: str, offset: int, nbytes: int) -> bytes:
-        """Part of an object."""
+        """`nbytes` of an object from `offset` on."""
         with _as_os_error():
             return bytes(self._api.get_range(self.store, key, start=offset, length=nbytes))
 
@@ -113,30 +108,24 @@ class ObjectPlace:
         return list(self.sizes(folder))
 
     def sizes(self, folder: str) -> dict[str, int]:
-        return {entry["path"].rpartition("/")[2]: entry["size"] for entry in self._listed(folder)}
+        return {_name(entry): entry["size"] for entry in self._listed(folder)}
 
     def times(self, folder: str) -> list[float]:
         return [entry["last_modified"].timestamp() for entry in self._listed(folder)]
 
     def _listed(self, folder: str) -> list[Any]:
+        """The objects directly in `folder`, as obstore describes them."""
+        objects = []
         with _as_os_error():
-            pages = self._api.list(self.store, prefix=f"{folder}/")
-            return [
-                entry
-                for page in pages
-                for entry in page
-                if entry["path"].rpartition("/")[0] == folder
-            ]
+            for page in self._api.list(self.store, prefix=f"{folder}/"):
+                objects += [entry for entry in page if entry["path"].rpartition("/")[0] == folder]
+        return objects
 
     def write(self, key: str, parts: Iterable[Buffer]) -> Written:
-        state, held = xxhash.xxh3_128(), []
-        for part in parts:
-            state.update(part)
-            held.append(part)
-        data = b"".join(held)
+        data = b"".join(parts)
         with _refusals(f"{self.name}/{key}"):
             self._api.put(self.store, key, data)
-        return Written(len(data), state.hexdigest())
+        return Written(len(data), durable.digest(data))
 
     def create(self, key: str, data: bytes) -> bool:
         from obstore.exceptions import AlreadyExistsError, PreconditionError
@@ -145,7 +134,7 @@ class ObjectPlace:
             try:
                 self._api.put(self.store, key, data, mode="create", use_multipart=False)
             except (AlreadyExistsError, PreconditionError):
-                return False  # also to a put that is repeated because its answer was lost
+                return False  # a retried put sees its own object and returns False too
         return True
 
     def delete(self, key: str) -> None:
@@ -160,16 +149,25 @@ class ObjectPlace:
         with _as_os_error():
             return not any(page for page in self._api.list(self.store, chunk_size=1))
 
-    def room(self) -> None:
+    def free_bytes(self) -> None:
         return None
 
     def claims(self, rank: int, world: int) -> Claims:
         return NumberedClaims(rank, world)
 
 
+def _name(entry: Mapping[str, Any]) -> str:
+    """The last part of an object's key."""
+    return str(entry["path"].rpartition("/")[2])
+
+
 class _Object:
+    """An object that is read by ranges."""
+
     def __init__(self, place: ObjectPlace, key: str, size: int) -> None:
-        self._place, self._key, self.size = place, key, size
+        self.size = size
+        self._place = place
+        self._key = key
 
     def __enter__(self) -> Self:
         return self

@@ -44,7 +44,7 @@ BLOCK_BYTES = 524_288
 CRC_BYTES = 4
 _BLOSC_NBYTES = slice(4, 8)  # of Blosc's header: the decoded size, little-endian uint32
 
-# Bytes of bfloat16 rows over their bytes on the disk, by codec; measured on residuals of two models.
+# Bytes of bfloat16 rows over their bytes on the disk. Measured on residuals of two models.
 EXPECTED_RATIO = {"blosc": 1.45, "none": 1.0, "int8": 2.2}
 NAMES = tuple(EXPECTED_RATIO)
 _LOSSY = "int8"

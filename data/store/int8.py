@@ -36,11 +36,11 @@ from data.store.zarr_bfloat16 import to_float32
 NAME = "standardized_int8"
 SCALE_BYTES = 4
 _LEVELS = 127
-# Smaller scales are stored as 0: their inverse would overflow, and 1e-35 deviations are no distance.
+# Smaller scales are stored as 0: their inverse would overflow, and 1e-35 deviations are nothing.
 _SMALLEST = 1e-37
 _NAN_BITS = 0x7FC0
-# Elements held as float32 at a time: 0.65 MB, which fit the cache. NumPy and not torch: threads take
-# a chunk each, and torch would start threads of its own in every one.
+# Elements held as float32 at a time: 0.65 MB, which fit the cache. NumPy and not torch: threads
+# take a chunk each, and torch would start threads of its own in every one.
 BLOCK = 64 * 2560
 
 

@@ -38,8 +38,8 @@ def read(place: Place) -> dict[str, Any]:
         ) from error
     if manifest.get("format") != FORMAT:
         raise StoreError(
-            f"{place.name} has store format {manifest.get('format')!r}; this version reads {FORMAT}: "
-            "use the version of this package that made it"
+            f"{place.name} has store format {manifest.get('format')!r}; this version reads "
+            f"{FORMAT}: use the version of this package that made it"
         )
     return manifest
 

@@ -1,8 +1,8 @@
 """Where a store's objects lie: a folder, or a bucket of an object store.
 
-What every place promises: an object appears whole or not at all, and lasts from then on; `create`
-has exactly one winner; nothing else is assumed, no order of listings and no clock. Keys are
-relative and separated by slashes.
+Every place promises two things. An object appears whole or not at all, and is durable from then on.
+Of several processes that `create` one object, exactly one succeeds. Nothing else is assumed: no
+order of listings, no clock. Keys are relative and separated by slashes.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ class Blob(Protocol):
 
 
 class Place(Protocol):
-    """A root of objects. Every method raises OSError where the medium refuses, StoreError where it
-    refuses a write.
+    """A root of objects.
+
+    Every method raises OSError where the medium refuses, StoreError where it refuses a write.
     """
 
     name: str  # as the user gave it
 
     def read(self, key: str) -> bytes:
-        """All of an object; FileNotFoundError if there is none."""
+        """The bytes of an object; FileNotFoundError if there is none."""
         ...
 
     def open(self, key: str) -> Blob:
@@ -56,7 +57,7 @@ class Place(Protocol):
         ...
 
     def read_many(self, keys: Iterable[str]) -> Iterator[bytes]:
-        """All of several objects, in their order."""
+        """The bytes of several objects, in the order of `keys`."""
         ...
 
     def names(self, folder: str) -> list[str]:
@@ -64,7 +65,7 @@ class Place(Protocol):
         ...
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of every finished object directly in `folder`, by its name there."""
+        """Bytes of every finished object directly in `folder`, by name."""
         ...
 
     def times(self, folder: str) -> list[float]:
@@ -72,11 +73,11 @@ class Place(Protocol):
         ...
 
     def write(self, key: str, parts: Iterable[Buffer]) -> Written:
-        """Write an object durably and all at once, replacing what is there."""
+        """Write an object durably and all at once; replaces what is there."""
         ...
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write an object that is not there yet; False, and nothing done, if it is."""
+        """Write an object that is not there yet; if it is there, do nothing and return False."""
         ...
 
     def delete(self, key: str) -> None:
@@ -84,19 +85,19 @@ class Place(Protocol):
         ...
 
     def digest(self, key: str) -> Written:
-        """Size and digest of an object as it lies there now; FileNotFoundError if there is none."""
+        """Size and digest of an object as it is now; FileNotFoundError if there is none."""
         ...
 
     def empty(self) -> bool:
-        """Whether nothing lies here."""
+        """Whether there is no object."""
         ...
 
-    def room(self) -> int | None:
-        """Bytes that are free; None if that is unbounded or unknown."""
+    def free_bytes(self) -> int | None:
+        """Bytes that are free; None if they are unbounded or unknown."""
         ...
 
     def claims(self, rank: int, world: int) -> Claims:
-        """How processes that write here keep out of each other's way."""
+        """The claims of this process, which is number `rank` of `world`; close them."""
         ...
 
 
@@ -104,8 +105,7 @@ def place_of(where: str | Path | Place) -> Place:
     """The place that a path or URL names.
 
     Raises:
-        SettingError: the URL is of no kind that is known, or its kind needs a package that is not
-            installed.
+        SettingError: the URL's kind is unknown, or needs a package that is not installed.
     """
     if isinstance(where, Path):
         return LocalPlace(where)
@@ -119,7 +119,7 @@ def place_of(where: str | Path | Place) -> Place:
     from data.store.bucket import SCHEMES, ObjectPlace
 
     if scheme not in SCHEMES:
-        known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+        known = ", ".join(f"{name}://" for name in SCHEMES)
         raise SettingError(
             f"store={where} is of an unknown kind; give a folder, or a URL of {known}"
         )
@@ -130,15 +130,16 @@ class LocalPlace:
     """A folder."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.name = path, str(path)
+        self.path = path
+        self.name = str(path)
 
     def read(self, key: str) -> bytes:
         with self.open(key) as file:
             return file.read(0, file.size)
 
     def open(self, key: str) -> _File:
-        # Joined as text: opening a store of a billion tokens reads 30,000 records, and half of that
-        # was pathlib.
+        # Joined as text: opening a store of a billion tokens reads 30,000 records, and pathlib took
+        # half of the time.
         try:
             return _File(f"{self.name}/{key}")
         except NotADirectoryError as error:  # a file where the store would be
@@ -152,27 +153,26 @@ class LocalPlace:
 
     def names(self, folder: str) -> list[str]:
         try:
-            found = os.listdir(self.path / folder)
+            names = os.listdir(self.path / folder)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return [name for name in found if not name.startswith(".")]
+        return [name for name in names if not name.startswith(".")]
 
     def sizes(self, folder: str) -> dict[str, int]:
-        try:
-            with os.scandir(self.path / folder) as entries:
-                return {
-                    entry.name: entry.stat().st_size
-                    for entry in entries
-                    if not entry.name.startswith(".")
-                }
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
+        return {name: status.st_size for name, status in self._listed(folder)}
 
     def times(self, folder: str) -> list[float]:
-        if not (self.path / folder).is_dir():
-            return []
-        with os.scandir(self.path / folder) as entries:
-            return [entry.stat().st_mtime for entry in entries if not entry.name.startswith(".")]
+        return [status.st_mtime for _, status in self._listed(folder)]
+
+    def _listed(self, folder: str) -> Iterator[tuple[str, os.stat_result]]:
+        """Names and status of the finished files directly in `folder`."""
+        try:
+            with os.scandir(self.path / folder) as entries:
+                for entry in entries:
+                    if not entry.name.startswith("."):
+                        yield entry.name, entry.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return
 
     def write(self, key: str, parts: Iterable[Buffer]) -> Written:
         path = self.path / key
@@ -196,25 +196,28 @@ class LocalPlace:
     def empty(self) -> bool:
         if self.path.exists() and not self.path.is_dir():
             return False
-        files = (file for file in self.path.rglob("*") if not file.is_dir())
-        return all(durable.is_temporary(file) or file == self.path / _CLAIMS for file in files)
+        for file in self.path.rglob("*"):
+            is_ours = durable.is_temporary(file) or file == self.path / _CLAIMS
+            if not file.is_dir() and not is_ours:
+                return False
+        return True
 
-    def room(self) -> int | None:
-        existing = next(
-            folder for folder in (self.path, *self.path.absolute().parents) if folder.exists()
-        )
-        return shutil.disk_usage(existing).free
+    def free_bytes(self) -> int | None:
+        folder = self.path.absolute()
+        while not folder.exists():  # the store is still to be made
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
 
     def claims(self, rank: int, world: int) -> Claims:
         try:
             return FileClaims(self.path / _CLAIMS, self.path)
         except NoLocksError as error:
-            tell(f"{error}: ranks share units out by number alone")
+            tell(f"{error}: ranks divide the units by number alone")
             return NumberedClaims(rank, world)
 
 
 class _File:
-    """A file, read by position, so that threads may share it."""
+    """A file that is read by position, so that threads can share it."""
 
     def __init__(self, path: str) -> None:
         self._handle = os.open(path, os.O_RDONLY)

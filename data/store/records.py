@@ -1,8 +1,7 @@
-"""Commit records: small JSON texts that carry their own checksum and are created once or not at
-all.
+"""Records: small JSON texts with a checksum of their own, created once or not at all.
 
-A record is the only thing that says that a unit exists. Layout and file names alone never do: Zarr
-readers take a missing or empty object for zeros.
+A unit exists if it has a record. File names alone prove nothing: Zarr readers take a missing or
+empty object for zeros.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from typing import Any
 from data import durable
 from data.errors import StoreError
 
-# The checksum stands first, at a fixed place, and is over the bytes behind it: a store of a billion
-# tokens has 30,000 records, and writing each out anew to check it would take longer than all else
-# at its opening.
+# The checksum stands first, at a fixed position, and is over the bytes behind it. A store of a
+# billion tokens has 30,000 records. To encode each again for its check would take longer than all
+# else at the store's opening.
 _HEAD = b'{"checksum":"'
 _BODY = len(_HEAD) + 34  # 32 digits, a quotation mark and a comma
 
@@ -26,7 +25,7 @@ def _canonical(body: Mapping[str, Any]) -> bytes:
 
 
 def digest(body: Mapping[str, Any]) -> str:
-    """xxh3_128 of a JSON mapping, whatever the order of its keys."""
+    """xxh3_128 of a JSON mapping; the order of its keys does not matter."""
     return durable.digest(_canonical(body))
 
 
@@ -37,13 +36,13 @@ def encode(body: Mapping[str, Any]) -> bytes:
 
 
 def decode(data: bytes, name: str) -> dict[str, Any]:
-    """The body of the record that `data` is.
+    """The body of a record.
 
     Args:
-        name: what an error calls it.
+        name: of the record in errors.
 
     Raises:
-        StoreError: it is not a record, or not the one that was written.
+        StoreError: `data` is no record, or not the one that was written.
     """
     if wrong := fault(data):
         raise StoreError(f"{name} {wrong}; {_way_out(name)}")
@@ -51,7 +50,7 @@ def decode(data: bytes, name: str) -> dict[str, Any]:
 
 
 def fault(data: bytes) -> str | None:
-    """What is wrong with the bytes of a record; None if they are what was written."""
+    """What is wrong with a record's bytes; None if they are the bytes that were written."""
     if not data.startswith(_HEAD) or data[_BODY - 2 : _BODY] != b'",':
         return "is not a commit record"
     if durable.digest(data[_BODY:]).encode() != data[len(_HEAD) : _BODY - 2]:

@@ -7,105 +7,58 @@ freed: records, norms, kinds and statistics of a unit stay.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
 
 from data.errors import StoreError
 from data.store import ring_state
 from data.store.claims import Claims
 from data.store.place import Place
-
-
-class Retention(Protocol):
-    """What a store's records say of the rows that stay. (RingState is the other one.)"""
-
-    @property
-    def max_bytes(self) -> int | None:
-        """Most bytes of rows at a time; None: no limit."""
-        ...
-
-    @property
-    def span(self) -> int | None:
-        """Training units that training takes at a time; None: all of them."""
-        ...
-
-    @property
-    def layers(self) -> Sequence[int]:
-        """The layers that alone are harvested; empty: any."""
-        ...
-
-    @property
-    def freed(self) -> int:
-        """How many units' rows may be absent."""
-        ...
-
-    def is_freed(self, unit: int) -> bool:
-        """Whether the unit's rows may be absent."""
-        ...
-
-    def stays(self, unit: int) -> bool:
-        """Whether the unit's rows are never freed."""
-        ...
-
-    def may_be_absent(self, key: str, unit: int) -> bool:
-        """Whether an object of the unit may be absent though a record names it."""
-        ...
-
-    def status(self, place: Place, units: int) -> Iterator[str]:
-        """Lines for `action=status`."""
-        ...
-
-
-class Room(Protocol):
-    """Room on the disk, as one harvesting process sees it. (Ring is the other one.)"""
-
-    def ordered(self, missing: Mapping[int, list[int]]) -> Iterable[tuple[int, list[int]]]:
-        """Units to make with the layers that each lacks, in the order in which to make them."""
-        ...
-
-    def admits(self, unit: int) -> bool:
-        """Whether there is room for a unit now; frees what may be freed before it refuses."""
-        ...
-
-    def clear(self, unit: int) -> None:
-        """Remove what a killed process left of a unit that this process claimed."""
-        ...
-
-    def sweep(self) -> None:
-        """Remove what is freed and still there."""
-        ...
+from data.store.ring_state import RingState
 
 
 class KeepAll:
-    """All rows stay."""
+    """All rows stay.
 
-    max_bytes = None
-    span = None
-    layers: Sequence[int] = ()
-    freed = 0
+    The first part is what a store's records say, as `RingState` says it of a ring. The second part
+    is what a harvest asks before it makes a unit, as it asks a `Ring`.
+    """
+
+    max_bytes = None  # most bytes of rows at a time: no limit
+    span = None  # training units that training takes at a time: all of them
+    layers: Sequence[int] = ()  # that alone are harvested: any
+    freed = 0  # units whose rows may be absent
 
     def is_freed(self, unit: int) -> bool:
+        """Whether the unit's rows may be absent."""
         return False
 
     def stays(self, unit: int) -> bool:
+        """Whether the unit's rows are never freed."""
         return True
 
     def may_be_absent(self, key: str, unit: int) -> bool:
+        """Whether an object of the unit may be absent though a record names it."""
         return False
 
     def status(self, place: Place, units: int) -> Iterator[str]:
+        """Lines for `action=status`."""
         yield from ()
 
     def ordered(self, missing: Mapping[int, list[int]]) -> Iterable[tuple[int, list[int]]]:
+        """Units to make with the layers that each lacks, in the order in which to make them."""
         return missing.items()
 
     def admits(self, unit: int) -> bool:
+        """Whether there is room for a unit now."""
         return True
 
     def clear(self, unit: int) -> None:
-        pass  # a second write replaces the first
+        """Remove what a killed process left of a unit: a second write replaces the first."""
 
     def sweep(self) -> None:
-        pass
+        """Remove what is freed and still there."""
+
+
+Retention = KeepAll | RingState
 
 
 def read(place: Place) -> Retention:

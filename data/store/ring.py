@@ -32,7 +32,7 @@ from data.journal import size, tell
 from data.store import ring_state
 from data.store.arrays import rows_key, rows_name
 from data.store.claims import RING, Claims
-from data.store.retention import KeepAll, Room
+from data.store.retention import KeepAll
 from data.store.ring_state import REGISTRATIONS, RingState, registrations
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 def join(
     store: Store, layers: Sequence[int], claims: Claims, max_bytes: int | None, readers: int
-) -> Room:
+) -> KeepAll | Ring:
     """The room of a harvest: a ring's, which is made if `max_bytes` asks for it, or all.
 
     Args:

@@ -1,9 +1,8 @@
-"""bfloat16 as a Zarr data type, by that name, for zarr-python, which has none of its own
-(zarr-python 2656).
+"""bfloat16 as a data type of zarr-python, which has none (zarr-python issue 2656).
 
-The native type is uint16, a view of the bits: tensorstore reads the same store as real bfloat16,
-zarrs and plain zarr read the bits, and `torch.from_numpy(bits).view(torch.bfloat16)` costs nothing.
-Importing this module registers it.
+The native type is uint16, a view of the bits. tensorstore reads the same store as real bfloat16;
+zarrs and plain zarr read the bits; `torch.from_numpy(bits).view(torch.bfloat16)` costs nothing.
+Importing this module registers the type.
 """
 
 from __future__ import annotations
