@@ -1,7 +1,7 @@
 """Mergeable first and second moments of rows, in float64.
 
 Chan, Golub and LeVeque's pairwise update (1979). It is exact to float64 rounding, whatever the
-grouping. A naive E[x²] − E[x]² loses everything on channels whose mean is 400 times their deviation.
+grouping. A naive E[x²] − E[x]² loses everything where a channel's mean is 400 times its deviation.
 """
 
 from __future__ import annotations
