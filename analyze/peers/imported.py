@@ -1,6 +1,4 @@
-"""SAEs of other libraries as runs: `run=saelens:PATH store=...` measures them by our studies on our
-store.
-"""
+"""SAEs of other libraries as runs: `run=saelens:PATH store=...` measures them by our studies."""
 
 from __future__ import annotations
 
@@ -23,21 +21,26 @@ from train.run import CONFIG, source_of
 from train.sae import SAE, SAEConfig
 
 FOLDER = Path("runs", "imported")
-READERS: dict[str, Callable[[Path], SAE]] = {
-    **{name: each.read for name, each in FORMATS.items()},
-    "reference": lambda path: sae_file.load(path / sae_file.FILE if path.is_dir() else path),
-}
-"""By what stands before the colon. `reference` is a sae_final.pt, the public reference SAE's or ours."""
+
+
+def _reference(path: Path) -> SAE:
+    """A sae_final.pt, or the one in a folder: the public reference SAE's, or ours."""
+    return sae_file.load(path / sae_file.FILE if path.is_dir() else path)
+
+
+# By what stands before the colon.
+READERS: dict[str, Callable[[Path], SAE]] = {name: peer.read for name, peer in FORMATS.items()}
+READERS["reference"] = _reference
 
 
 def is_foreign(run: str) -> bool:
     """Whether `run` names an SAE of another library."""
-    return ":" in run and run.partition(":")[0] in READERS
+    prefix, colon, _ = run.partition(":")
+    return bool(colon) and prefix in READERS
 
 
 def run_of(named: str, store: str | None, layer: int | None) -> Path:
-    """The run directory of a foreign SAE, made on first use: its weights as sae_final.pt, and what
-    it is measured on.
+    """The run directory of a foreign SAE, made on first use: its weights and what it is measured on.
 
     Its name ends with a digest of what it was made from: the weights, the store, the layer.
 
@@ -50,48 +53,50 @@ def run_of(named: str, store: str | None, layer: int | None) -> Path:
         StoreError: PATH is not what FORMAT says, or has what cannot be taken.
     """
     kind, _, where = named.partition(":")
+    path = Path(where)
     if store is None:
         raise SettingError(
-            f"run={named} is measured on a store: give store=, and layer= if it is not the store's first"
+            f"run={named} is measured on a store: "
+            "give store=, and layer= if it is not the store's first"
         )
-    opened, found = Store.open(place_of(store)), READERS[kind](Path(where))
+    opened = Store.open(place_of(store))
+    sae = READERS[kind](path)
     layer = opened.layers[0] if layer is None else layer
-    if layer not in opened.layers:
-        raise SettingError(
-            f"layer={layer} is not in {opened.name}; it has {', '.join(map(str, opened.layers))}"
-        )
-    if found.d_model != opened.d_model:
-        raise SettingError(
-            f"run={named} is of rows of width {found.d_model}, those of {opened.name} have {opened.d_model}"
-        )
+    _require_fit(named, sae, opened, layer)
+    config = asdict(SAEConfig(d_sae=sae.d_sae, k=sae.k))
+    config["activation"] = "topk" if sae.threshold is None else "jumprelu"
     settings = {
         "store": {"identity": opened.identity},
         "layer": layer,
         "policy": asdict(Policy()),
-        "sae": {
-            **asdict(SAEConfig(d_sae=found.d_sae, k=found.k)),
-            "activation": _activation(found),
-        },
+        "sae": config,
     }
-    weights = durable.digest(*(tensor.numpy().tobytes() for tensor in found.tensors().values()))
+    weights = durable.digest(*(tensor.numpy().tobytes() for tensor in sae.tensors().values()))
     key = durable.digest(json.dumps([settings, weights]).encode())[:8]
-    run = FOLDER / f"{kind}-{Path(where).resolve().name}-{key}"
-    if not (run / CONFIG).is_file():
-        run.mkdir(parents=True, exist_ok=True)
-        sae_file.write_final(found, 1.0, run)
-        facts: dict[str, Any] = {
-            "store_path": opened.name,
-            "sae_name": kind,
-            "environment": {},
-            "imported": named,
-        }
-        facts["source"] = source_of(opened)
-        durable.write(
-            run / CONFIG,
-            [yaml.safe_dump({"settings": settings, **facts}, sort_keys=False).encode()],
-        )
+    run = FOLDER / f"{kind}-{path.resolve().name}-{key}"
+    if (run / CONFIG).is_file():
+        return run
+    run.mkdir(parents=True, exist_ok=True)
+    sae_file.write_final(sae, 1.0, run)
+    facts: dict[str, Any] = {
+        "settings": settings,
+        "store_path": opened.name,
+        "sae_name": kind,
+        "environment": {},
+        "imported": named,
+        "source": source_of(opened),
+    }
+    durable.write(run / CONFIG, [yaml.safe_dump(facts, sort_keys=False).encode()])
     return run
 
 
-def _activation(found: SAE) -> str:
-    return "topk" if found.threshold is None else "jumprelu"
+def _require_fit(named: str, sae: SAE, store: Store, layer: int) -> None:
+    """Raise SettingError if the store lacks the layer, or its rows have another width."""
+    if layer not in store.layers:
+        layers = ", ".join(map(str, store.layers))
+        raise SettingError(f"layer={layer} is not in {store.name}; it has {layers}")
+    if sae.d_model != store.d_model:
+        raise SettingError(
+            f"run={named} is of rows of width {sae.d_model}, "
+            f"those of {store.name} have {store.d_model}"
+        )

@@ -1,13 +1,12 @@
-"""SAEBench's "core" results of a run, in the file that SAEBench's own plots read, from stored rows
-in one pass.
+"""SAEBench's "core" results of a run, in the file that SAEBench's own plots read.
 
-Every field is by SAEBench's own definition (saebench_metrics.py), so that it compares with other
-results, and `eval_result_unstructured` holds what is to be quoted: the variance explained centred
-per dimension, with its interval.
+Rows come from the store, in one pass. Every field follows SAEBench's own definition
+(saebench_metrics.py), so it compares with other results. `eval_result_unstructured` holds the
+figure to quote: the variance explained centred per dimension, with its interval.
 
 CE and KL are study=splice's at all positions, if that was done: of every token behind a BOS in its
 own document. SAEBench also lets the documents of a prompt see each other, and leaves out what BOS
-itself predicts. As SAEBench has it, -1 is a figure that was not computed or is no number.
+itself predicts. As in SAEBench, -1 is a figure that was not computed or is NaN.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,30 +28,28 @@ from analyze.results import FOLDER as STUDIES
 from analyze.results import current, made
 from analyze.stats import Floats, figure, formatted, variance_explained
 from analyze.studies import splice
-from analyze.study import Definition, Study
+from analyze.study import Definition, Study, at_least
 from analyze.subject import Subject
 from data import durable
-from data.errors import SettingError
 from data.journal import tell
 from data.settings import build
 from train.export.formats import About, about, saelens_config
 
-FOLDER = "core"  # SAEBench's plots tell the kind of a result by its path
-SUFFIX = "_eval_results.json"  # by which they find it
-SAE_ID = "custom_sae"  # its name for what is in no release of SAELens
+FOLDER = "core"  # SAEBench's plots read the kind of a result from its path
+SUFFIX = "_eval_results.json"  # by which the plots find it
+SAE_ID = "custom_sae"  # SAEBench's name for an SAE that is in no release of SAELens
 NOT_COMPUTED = -1.0
 _DIGITS = 10  # of the latents' figures; SAEBench's DEFAULT_FLOAT_PRECISION
 
 
 @dataclass(frozen=True)
 class Options:
-    """How much is read."""
+    """Settings of conf/study/saebench.yaml."""
 
     rows: int = 4_000_000  # held-out rows at most, in whole units
 
     def __post_init__(self) -> None:
-        if self.rows < 1:
-            raise SettingError(f"study.rows={self.rows} must be at least 1")
+        at_least("study.rows", self.rows, 1)
 
 
 class Spliced(NamedTuple):
@@ -68,26 +65,32 @@ class Spliced(NamedTuple):
 
 
 def spliced(subject: Subject) -> Spliced | None:
-    """What study=splice has found of the run's present SAE; None if it was not done."""
+    """What study=splice found of the run's present SAE; None if it was not done."""
     result = current(subject.run, subject.digest).get("splice")
     if result is None:
         return None
-    outcome = result.outcome
-    row = {(one["name"], one["where"]): one for one in outcome.figures["rows"]}
-    rows = row[splice.CLEAN, ""], row["sae", splice.ALL], row["zero", splice.ALL]
-    return Spliced(outcome.figures["replaced"][splice.ALL], *rows)
+    figures = result.outcome.figures
+    rows = {(row["name"], row["where"]): row for row in figures["rows"]}
+    return Spliced(
+        tokens=figures["replaced"][splice.ALL],
+        clean=rows[splice.CLEAN, ""],
+        sae=rows["sae", splice.ALL],
+        zero=rows["zero", splice.ALL],
+    )
 
 
 @np.errstate(divide="ignore", invalid="ignore")
-def of_model(found: Spliced | None) -> Metrics:
+def of_model(losses: Spliced | None) -> Metrics:
     """The two categories that are about the language model."""
-    if found is None:
-        kl_sae = kl_zero = clean = sae = zero = np.float64(np.nan)
-    else:
-        kl_sae, kl_zero = (np.float64(one["kl"]["value"]) for one in (found.sae, found.zero))
-        clean, sae, zero = (
-            np.float64(one["ce"]["value"]) for one in (found.clean, found.sae, found.zero)
-        )
+
+    def value(name: str, kind: str) -> np.float64:
+        return np.float64(getattr(losses, name)[kind]["value"] if losses else np.nan)
+
+    kl_sae = value("sae", "kl")
+    kl_zero = value("zero", "kl")
+    clean = value("clean", "ce")
+    sae = value("sae", "ce")
+    zero = value("zero", "ce")
     return {
         "model_behavior_preservation": {
             "kl_div_score": float((kl_zero - kl_sae) / kl_zero),
@@ -106,49 +109,47 @@ def of_model(found: Spliced | None) -> Metrics:
 # -- the file --------------------------------------------------------------------------------------
 
 
-def _number(value: float) -> float:
-    """As SAEBench writes what is no number. It leaves infinity, which no JSON has."""
+def _finite(value: float) -> float:
+    """NaN as SAEBench writes it. SAEBench leaves infinity, which no JSON has."""
     return value if math.isfinite(value) else NOT_COMPUTED
 
 
-def _details(found: Mapping[str, Floats]) -> list[dict[str, float]]:
+def _details(latents: Mapping[str, Floats]) -> list[dict[str, float]]:
     """A dict per latent."""
-    columns = [
-        [round(_number(value), _DIGITS) for value in column.tolist()] for column in found.values()
-    ]
-    return [
-        {"index": at, **dict(zip(found, row, strict=True))}
-        for at, row in enumerate(zip(*columns, strict=True))
-    ]
+    columns = {}
+    for name, column in latents.items():
+        columns[name] = [round(_finite(value), _DIGITS) for value in column.tolist()]
+    details = []
+    for index, row in enumerate(zip(*columns.values(), strict=True)):
+        details.append({"index": index, **dict(zip(columns, row, strict=True))})
+    return details
 
 
 def _sae_config(subject: Subject, known: About) -> dict[str, Any]:
-    """The configuration as SAELens has it, of which SAEBench's plots read architecture, d_sae and
-    training_tokens.
-    """
-    trained = subject.config["settings"].get("tokens")
-    return saelens_config(subject.sae, known) | (
-        {} if trained is None else {"training_tokens": trained}
-    )
+    """SAELens' configuration; SAEBench's plots read architecture, d_sae and training_tokens."""
+    config = saelens_config(subject.sae, known)
+    tokens = subject.config["settings"].get("tokens")
+    if tokens is not None:
+        config["training_tokens"] = tokens
+    return config
 
 
 def _eval_config(
-    subject: Subject, known: About, found: Measured, model: Spliced | None
+    subject: Subject, known: About, measured: Measured, losses: Spliced | None
 ) -> dict[str, Any]:
     """SAEBench's CoreEvalConfig, with what was done here."""
     context = subject.store.context
+    batch_tokens = measured.prompts * context
     return {
         "model_name": known.model,
         "llm_dtype": str(subject.store.manifest["model"]["dtype"]),
-        "batch_size_prompts": found.prompts,
-        "n_eval_reconstruction_batches": 0
-        if model is None
-        else -(-model.tokens // (found.prompts * context)),
-        "n_eval_sparsity_variance_batches": len(found.sums.rows),
+        "batch_size_prompts": measured.prompts,
+        "n_eval_reconstruction_batches": -(-losses.tokens // batch_tokens) if losses else 0,
+        "n_eval_sparsity_variance_batches": len(measured.sums.rows),
         "dataset": known.text,
         "context_size": context,
-        "compute_kl": model is not None,
-        "compute_ce_loss": model is not None,
+        "compute_kl": losses is not None,
+        "compute_ce_loss": losses is not None,
         "compute_l2_norms": True,
         "compute_sparsity_metrics": True,
         "compute_variance_metrics": True,
@@ -159,51 +160,45 @@ def _eval_config(
     }
 
 
-def _unstructured(subject: Subject, found: Measured, model: Spliced | None) -> dict[str, Any]:
+def _unstructured(subject: Subject, measured: Measured, losses: Spliced | None) -> dict[str, Any]:
     """What SAEBench has no field for, with the definitions' names."""
-    centred = "1 - sum |x - x_hat|^2 / sum |x - mu|^2, mu the training rows' mean; 95 % interval over documents"
-    losses = "study=splice at all positions, tokens behind a BOS in their own document; 95 % intervals over documents"
-    value, interval = variance_explained(found.document, found.error, found.about_mean)
+    definitions = {
+        "eval_result_metrics": DEFINITIONS,
+        "explained_variance": "1 - r / (s - (s / d)^2), r = E|x - x_hat|^2, s = E|x|^2: "
+        "not centred",
+        "explained_variance_legacy": "mean over rows of ratios, about the mean of each batch",
+        "mse": "E|x - x_hat|^2 divided by the rows of a batch; see mse_per_element",
+        "variance_explained_centred": "1 - sum |x - x_hat|^2 / sum |x - mu|^2, "
+        "mu the training rows' mean; 95 % interval over documents",
+        "losses": "study=splice at all positions, tokens behind a BOS in their own document; "
+        "95 % intervals over documents",
+    }
+    value, interval = variance_explained(measured.document, measured.error, measured.about_mean)
+    by_name = losses and {"sae": losses.sae, "zero": losses.zero, "clean": losses.clean}
+    d_model = subject.sae.d_model
     return {
-        "definitions": {
-            "eval_result_metrics": DEFINITIONS,
-            "explained_variance": "1 - r / (s - (s / d)^2), r = E|x - x_hat|^2, s = E|x|^2: not centred",
-            "explained_variance_legacy": "mean over rows of ratios, about the mean of each batch",
-            "mse": "E|x - x_hat|^2 divided by the rows of a batch; see mse_per_element",
-            "variance_explained_centred": centred,
-            "losses": losses,
-        },
+        "definitions": definitions,
         "variance_explained_centred": figure(value, interval),
-        "variance": float(found.about_mean.mean()),
-        "explained_variance_divisor": saebench_metrics.divisor(found.sums, subject.sae.d_model),
-        "mse_per_element": float(found.error.mean() / subject.sae.d_model),
-        "rows": len(found.error),
-        "documents": len(np.unique(found.document)),
+        "variance": float(measured.about_mean.mean()),
+        "explained_variance_divisor": saebench_metrics.divisor(measured.sums, d_model),
+        "mse_per_element": float(measured.error.mean() / d_model),
+        "rows": len(measured.error),
+        "documents": len(np.unique(measured.document)),
         "policy": vars(subject.policy),
-        "losses": None
-        if model is None
-        else {"sae": model.sae, "zero": model.zero, "clean": model.clean},
+        "losses": by_name,
     }
 
 
 def file_of(subject: Subject) -> Path:
-    """The results file below the study's folder, by the name that SAEBench gives an SAE that is the
-    run's.
-    """
+    """The results file below the study's folder, named as SAEBench names a run's SAE."""
     return Path(FOLDER, f"{subject.run.resolve().name}_{SAE_ID}{SUFFIX}")
-
-
-def _write(path: Path, results: Mapping[str, Any]) -> None:
-    for old in made(path.parent).glob(f"*{SUFFIX}"):
-        old.unlink()  # of the run under another name: SAEBench would plot both
-    durable.write(path, [dumped(results).encode()])
 
 
 # -- the study -------------------------------------------------------------------------------------
 
 
 def inputs(study: Study) -> Mapping[str, Any]:
-    """What the file depends on beside the settings, for `Study.perform`."""
+    """What the file depends on beside the settings."""
     losses = study.subject.run / STUDIES / "splice" / "splice.json"
     return {
         "splice": durable.digest_file(losses).xxh3_128 if losses.is_file() else None,
@@ -212,66 +207,83 @@ def inputs(study: Study) -> Mapping[str, Any]:
     }
 
 
-def saebench(study: Study) -> Outcome:
+def saebench(
+    study: Study,
+    batch_tokens: int = saebench_metrics.BATCH_TOKENS,
+    block: int = saebench_metrics.BLOCK,
+) -> Outcome:
     """Write the results file.
+
+    Args:
+        batch_tokens: of a batch.
+        block: latents whose weights are float64 at a time.
 
     Raises:
         StoreError: no held-out row passes the run's policy.
     """
-    options, subject = build(Options, "study", study.options), study.subject
-    known, model = about(subject.run, subject.config), spliced(subject)
-    found = saebench_metrics.measure(subject, options.rows)
+    options = build(Options, "study", study.options)
+    subject = study.subject
+    losses = spliced(subject)
+    measured = saebench_metrics.measure(subject, options.rows, batch_tokens)
     tell(f"each latent's largest cosine with another one, of {subject.sae.d_sae:,}")
-    features = saebench_metrics.of_latents(subject.sae, found.latents, len(found.error))
-    raw: Metrics = {
-        **of_model(model),
-        **saebench_metrics.of_rows(found.sums, subject.sae.d_model),
+    rows = len(measured.error)
+    latents = saebench_metrics.of_latents(subject.sae, measured.latents, rows, block)
+    exact: Metrics = {
+        **of_model(losses),
+        **saebench_metrics.of_rows(measured.sums, subject.sae.d_model),
         "token_stats": {
-            "total_tokens_eval_reconstruction": 0 if model is None else model.tokens,
-            "total_tokens_eval_sparsity_variance": found.tokens,
+            "total_tokens_eval_reconstruction": losses.tokens if losses else 0,
+            "total_tokens_eval_sparsity_variance": measured.tokens,
         },
-        "misc_metrics": saebench_metrics.of_dictionary(features),
+        "misc_metrics": saebench_metrics.of_dictionary(latents),
     }
-    metrics = {
-        kind: {name: _number(value) for name, value in group.items()} for kind, group in raw.items()
-    }
+    metrics = {}
+    for category, group in exact.items():
+        metrics[category] = {name: _finite(value) for name, value in group.items()}
+    known = about(subject.run, subject.config)
     depends = dumped({**study.identity, **inputs(study), "options": vars(options)})
     results = {
         "eval_type_id": "core",
-        "eval_config": _eval_config(subject, known, found, model),
+        "eval_config": _eval_config(subject, known, measured, losses),
         "eval_id": str(uuid.uuid5(uuid.NAMESPACE_URL, depends)),
         "datetime_epoch_millis": int(time.time() * 1000),
         "eval_result_metrics": metrics,
-        "eval_result_details": _details(features),
-        "sae_bench_commit_hash": "Unknown",  # as SAEBench writes: none has run
+        "eval_result_details": _details(latents),
+        "sae_bench_commit_hash": "Unknown",  # as SAEBench writes where it does not know
         "sae_lens_id": SAE_ID,
         "sae_lens_release_id": subject.run.resolve().name,
         "sae_lens_version": "Unknown",
         "sae_cfg_dict": _sae_config(subject, known),
-        "eval_result_unstructured": _unstructured(subject, found, model),
+        "eval_result_unstructured": _unstructured(subject, measured, losses),
     }
-    _write(study.folder / file_of(subject), results)
+    file = file_of(subject)
+    path = study.folder / file
+    made(path.parent)
+    durable.write(path, [dumped(results).encode()])
     figures = {key: results[key] for key in ("eval_config", "eval_id", "eval_result_unstructured")}
-    figures |= {"metrics": metrics, "file": file_of(subject)}
-    left = [str(file_of(subject))]
-    return Outcome(
-        figures, _summary(figures, losses=model is not None), [_table(metrics)], files=left
-    )
+    figures |= {"metrics": metrics, "file": file}
+    lines = _summary(figures, losses=losses is not None)
+    return Outcome(figures, lines, [_table(metrics)], files=[str(file)])
 
 
 def _summary(figures: Mapping[str, Any], *, losses: bool) -> list[str]:
-    metrics, ours = figures["metrics"], figures["eval_result_unstructured"]
-    quality, config = metrics["reconstruction_quality"], figures["eval_config"]
+    ours = figures["eval_result_unstructured"]
+    quality = figures["metrics"]["reconstruction_quality"]
+    config = figures["eval_config"]
     return [
-        f"{formatted(ours['variance_explained_centred'], '.4f')} of the variance is explained, centred per dimension, which "
-        f"is to be quoted; SAEBench's explained_variance of the same rows is {quality['explained_variance']:.4f}, "
-        f"since it divides by {ours['explained_variance_divisor']:.4g} where their variance is {ours['variance']:.4g}, "
-        "and its explained_variance_legacy, which the figures of its paper are, is "
-        f"{quality['explained_variance_legacy']:.4f}.",
-        f"{figures['file']} has every field of SAEBench's core results by SAEBench's definitions, on {ours['rows']:,} "
-        f"held-out rows of {ours['documents']:,} documents, {config['n_eval_sparsity_variance_batches']:,} batches "
-        f"of {config['batch_size_prompts']} prompts of {config['context_size']} tokens; -1 is what has no value.",
-        f"SAEBench divides its mse by the rows of a batch; per element it is {ours['mse_per_element']:.4g}.",
+        f"{formatted(ours['variance_explained_centred'], '.4f')} of the variance is explained, "
+        "centred per dimension, which is to be quoted; SAEBench's explained_variance of the same "
+        f"rows is {quality['explained_variance']:.4f}, since it divides by "
+        f"{ours['explained_variance_divisor']:.4g} where their variance is "
+        f"{ours['variance']:.4g}, and its explained_variance_legacy, which the figures of its "
+        f"paper are, is {quality['explained_variance_legacy']:.4f}.",
+        f"{figures['file']} has every field of SAEBench's core results by SAEBench's definitions, "
+        f"on {ours['rows']:,} held-out rows of {ours['documents']:,} documents, "
+        f"{config['n_eval_sparsity_variance_batches']:,} batches of "
+        f"{config['batch_size_prompts']} prompts of {config['context_size']} tokens; "
+        "-1 is what has no value.",
+        "SAEBench divides its mse by the rows of a batch; per element it is "
+        f"{ours['mse_per_element']:.4g}.",
         "CE and KL are study=splice's at all positions."
         if losses
         else "CE and KL are -1: do study=splice first, then this again.",
@@ -279,11 +291,11 @@ def _summary(figures: Mapping[str, Any], *, losses: bool) -> list[str]:
 
 
 def _table(metrics: Metrics) -> Table:
-    rows: Sequence[tuple[str, ...]] = [
-        (kind, name, f"{value:,}" if isinstance(value, int) else f"{value:.6g}")
-        for kind, group in metrics.items()
-        for name, value in group.items()
-    ]
+    rows = []
+    for category, group in metrics.items():
+        for name, value in group.items():
+            text = f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+            rows.append((category, name, text))
     return Table("SAEBench's core metrics, by its names", ("category", "metric", "value"), rows)
 
 

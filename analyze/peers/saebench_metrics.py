@@ -1,11 +1,11 @@
-"""SAEBench's core metrics of rows and latents, by its own definitions, from one pass over stored
-rows.
+"""SAEBench's core metrics of rows and latents, by its own definitions, in one pass over the store.
 
 They are those of `evals/core/main.py` of sae_bench 0.6.0, which is the same at commit 8042bb3 (May
 2026). With e = x - x_hat, batches of B prompts, n_b rows that count in batch b, mean_b a batch's
 mean, `mean` alone over all rows:
 
-    explained_variance           1 - r / (s - (s / d)^2)   r, s: the mean over batches of mean_b |e|^2, mean_b |x|^2
+    explained_variance           1 - r / (s - (s / d)^2)
+                                 r, s: the mean over batches of mean_b |e|^2, mean_b |x|^2
     explained_variance_legacy    mean of 1 - |e|^2 / |x - mean_b x|^2
     mse                          mean of |e|^2 / n_b
     cossim                       mean of <x, x_hat> / (|x| |x_hat|)
@@ -14,20 +14,22 @@ mean, `mean` alone over all rows:
     l0, l1                       mean of the number of active latents, of their sum
     feature_density              share of rows in which a latent fires
     consistent_activation_...    rows in which it fires / prompts in which it does: rows per prompt
-    freq_over_1_percent          share of latents denser than that; normalized: their share of all densities' sum
+    freq_over_1_percent          share of latents denser than that
+    normalized_freq_...          their share of all densities' sum
 
-explained_variance is not what it is called. Its divisor was to be E|x|^2 - |E x|^2. But the code
-squares x before it takes the mean by dimension, and then the mean over dimensions too, so (E|x|^2 /
-d)^2 is taken off: a scalar of other units, that has nothing to do with the mean row. Where E|x|^2
-is far below d^2 the figure is nearly that about zero, too high for rows with a large mean; towards
-d^2 the divisor falls to 0, and beyond it is negative: the figure exceeds 1. SAELens had the same
-code (issue 659) and mended it (665), and so its mse, which falls with the size of the batch (711);
-SAEBench did not. The figures of SAEBench's paper are explained_variance_legacy (SAEBench issue 76).
+explained_variance is not what its name says. Its divisor was to be E|x|^2 - |E x|^2. The code
+squares x before it takes the mean by dimension, and then takes the mean over dimensions too, so
+(E|x|^2 / d)^2 is subtracted: a scalar of other units, which has nothing to do with the mean row.
+Where E|x|^2 is far below d^2 the figure is nearly that about zero: too high for rows with a large
+mean. Towards d^2 the divisor falls to 0. Beyond d^2 it is negative, and the figure exceeds 1.
+SAELens had the same code (issue 659) and mended it (665), and also its mse, which falls with the
+size of the batch (711). SAEBench did not. The figures of SAEBench's paper are
+explained_variance_legacy (SAEBench issue 76).
 
-What is ours: rows are held-out ones by the run's policy (SAEBench leaves out BOS, EOS and padding).
-A prompt is a packed row of the store, `context` tokens. B is such that a batch has 2,048 tokens, as
-SAEBench's default of 16 prompts of 128 tokens has: mse is then on the scale of its published
-results. Sums are float64.
+Ours are these choices. Rows are held-out ones by the run's policy (SAEBench leaves out BOS, EOS and
+padding). A prompt is a packed row of the store, `context` tokens. B is such that a batch has 2,048
+tokens, as SAEBench's default of 16 prompts of 128 tokens has: mse is then on the scale of its
+published results. Sums are float64.
 
 Shapes: n rows, d d_model, F d_sae, B prompts of a batch.
 """
@@ -36,7 +38,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,13 +56,13 @@ from train.sae import SAE
 
 DEFINITIONS = "sae_bench 0.6.0 (commit 8042bb3), evals/core"
 BATCH_TOKENS = 16 * 128  # SAEBench's defaults: batch_size_prompts and context_size
-_LATENTS = 1024  # whose weights are float64 at a time
+BLOCK = 1024  # latents whose weights are float64 at a time
 
 Metrics = dict[str, dict[str, float]]  # by category and name
 
 
 class Sums(NamedTuple):
-    """Sums over a batch's rows; (batches,) each, all scalar figures follow from them."""
+    """Sums over a batch's rows, (batches,) each; all figures of rows follow from them."""
 
     rows: Floats
     squared_error: Floats
@@ -77,16 +78,32 @@ class Sums(NamedTuple):
     l1: Floats
 
 
-@dataclass
 class Latents:
-    """What is counted of each latent."""
+    """In how many rows and prompts each latent fires."""
 
-    rows: NDArray[np.int64]  # (F,) in which it fires
-    prompts: NDArray[np.int64]  # (F,) in which it fires
+    def __init__(self, d_sae: int) -> None:
+        self.rows = np.zeros(d_sae, np.int64)  # (F,)
+        self.prompts = np.zeros(d_sae, np.int64)  # (F,)
+
+    def count(self, kept: Kept, prompt: NDArray[np.int64], prompts: int) -> None:
+        """Count a batch.
+
+        Args:
+            prompt: (n,) of each row, from 0.
+            prompts: B.
+        """
+        d_sae = len(self.rows)
+        device = kept.values.device
+        fires = kept.values > 0
+        in_prompt = torch.zeros(prompts, d_sae, dtype=torch.bool, device=device)
+        of_pair = torch.from_numpy(prompt).to(device)[kept.rows[fires]]
+        in_prompt[of_pair, kept.indices[fires]] = True
+        self.rows += dead.firings(kept, d_sae).cpu().numpy().astype(np.int64)
+        self.prompts += in_prompt.sum(0).cpu().numpy()
 
 
 class Measured(NamedTuple):
-    """What one pass over the held-out rows found."""
+    """What one pass over the held-out rows measures."""
 
     sums: Sums
     latents: Latents
@@ -100,24 +117,26 @@ class Measured(NamedTuple):
 # -- the pass --------------------------------------------------------------------------------------
 
 
-def prompts_of_batch(unit_tokens: int, context: int) -> int:
-    """B, by which a unit's prompts are divided: of BATCH_TOKENS if that is possible, else fewer, at
-    least one.
-    """
-    return math.gcd(unit_tokens // context, max(1, BATCH_TOKENS // context))
+def prompts_of_batch(unit_tokens: int, context: int, batch_tokens: int = BATCH_TOKENS) -> int:
+    """B, which divides a unit's prompts: of `batch_tokens` if possible, else fewer, at least 1."""
+    return math.gcd(unit_tokens // context, max(1, batch_tokens // context))
 
 
 @torch.inference_mode()
-def measure(subject: Subject, limit: int) -> Measured:
+def measure(subject: Subject, limit: int, batch_tokens: int = BATCH_TOKENS) -> Measured:
     """The sums over `limit` held-out rows, or some more, in whole units.
 
     Raises:
         StoreError: no row passes the run's policy.
     """
-    store, sae = subject.store, subject.sae
-    prompts, progress = prompts_of_batch(store.unit_tokens, store.context), Progress()
-    latents = Latents(*(np.zeros(sae.d_sae, np.int64) for _ in range(2)))
-    sums, parts, tokens = list[list[float]](), list[tuple[NDArray[Any], ...]](), 0
+    store = subject.store
+    sae = subject.sae
+    prompts = prompts_of_batch(store.unit_tokens, store.context, batch_tokens)
+    latents = Latents(sae.d_sae)
+    sums: list[list[float]] = []
+    by_row: list[tuple[NDArray[Any], ...]] = []
+    tokens = 0
+    progress = Progress()
     with StopRequest() as stop:
         for unit in subject.rows(limit):
             # In the order of the text the rows of one prompt lie together.
@@ -126,34 +145,44 @@ def measure(subject: Subject, limit: int) -> Measured:
             tokens += store.rows_of(unit.number)
             for first in range(0, store.unit_tokens // store.context, prompts):
                 stop.check()
-                of = slice(*np.searchsorted(prompt, [first, first + prompts]))
-                if of.start == of.stop:
+                batch = slice(*np.searchsorted(prompt, [first, first + prompts]))
+                if batch.start == batch.stop:
                     continue  # a mean of nothing
-                raw = unit.rows[torch.from_numpy(rows[of]).to(subject.device)]
-                kept, x = sae.encode(raw), raw.double()
+                raw = unit.rows[torch.from_numpy(rows[batch]).to(subject.device)]
+                kept = sae.encode(raw)
+                x = raw.double()
                 hat = sae.decode(kept).double()
                 sums.append(_sums(x, hat, kept))
-                _count(latents, kept, prompt[of] - first, prompts)
-                figures = ((x - hat).square().sum(1), subject.about_mean(x))
-                parts.append(
-                    (*(figure.cpu().numpy() for figure in figures), unit.document[rows[of]])
-                )
+                latents.count(kept, prompt[batch] - first, prompts)
+                error = (x - hat).square().sum(1).cpu().numpy()
+                about_mean = subject.about_mean(x).cpu().numpy()
+                by_row.append((error, about_mean, unit.document[rows[batch]]))
             progress.show(f"{tokens:,} tokens read")
-    if not parts:
+    if not by_row:
         raise StoreError(
             f"no held-out row of {store.name} passes the run's policy {subject.policy}"
         )
-    error, about_mean, document = map(np.concatenate, zip(*parts, strict=True))
+    error, about_mean, document = map(np.concatenate, zip(*by_row, strict=True))
     return Measured(
-        Sums._make(np.array(sums).T), latents, error, about_mean, document, tokens, prompts
+        sums=Sums._make(np.array(sums).T),
+        latents=latents,
+        error=error,
+        about_mean=about_mean,
+        document=document,
+        tokens=tokens,
+        prompts=prompts,
     )
 
 
 def _sums(x: Tensor, hat: Tensor, kept: Kept) -> list[float]:
     """The fields of `Sums` for one batch of (n, d) float64 rows."""
-    error, about_batch = (x - hat).square().sum(1), (x - x.mean(0)).square().sum(1)
-    squared, squared_hat, dot = x.square().sum(1), hat.square().sum(1), (x * hat).sum(1)
-    norm, norm_hat = squared.sqrt(), squared_hat.sqrt()
+    error = (x - hat).square().sum(1)
+    about_batch = (x - x.mean(0)).square().sum(1)
+    squared = x.square().sum(1)
+    squared_hat = hat.square().sum(1)
+    dot = (x * hat).sum(1)
+    norm = squared.sqrt()
+    norm_hat = squared_hat.sqrt()
     by_row = (
         error,
         squared,
@@ -166,25 +195,10 @@ def _sums(x: Tensor, hat: Tensor, kept: Kept) -> list[float]:
         1 - error / about_batch,
         kept.active().double(),
     )
+    sums = [figure.sum() for figure in by_row]
+    l1 = kept.values.double().sum()
     # Device sync: eleven numbers.
-    return [
-        len(x),
-        *torch.stack([*(row.sum() for row in by_row), kept.values.double().sum()]).tolist(),
-    ]
-
-
-def _count(latents: Latents, kept: Kept, prompt: NDArray[np.int64], prompts: int) -> None:
-    """Count a batch's rows, and its prompts, in which latents fire.
-
-    Args:
-        prompt: (n,) of each row, from 0.
-        prompts: B.
-    """
-    d_sae, fires = len(latents.rows), kept.values > 0
-    there = torch.zeros(prompts, d_sae, dtype=torch.bool, device=kept.values.device)
-    there[torch.from_numpy(prompt).to(there.device)[kept.rows[fires]], kept.indices[fires]] = True
-    latents.rows += dead.firings(kept, d_sae).cpu().numpy().astype(np.int64)
-    latents.prompts += there.sum(0).cpu().numpy()
+    return [len(x), *torch.stack([*sums, l1]).tolist()]
 
 
 # -- figures ---------------------------------------------------------------------------------------
@@ -196,7 +210,7 @@ def divisor(sums: Sums, d_model: int) -> float:
     return s - (s / d_model) ** 2
 
 
-@np.errstate(divide="ignore", invalid="ignore")  # what is no number is written as such
+@np.errstate(divide="ignore", invalid="ignore")  # NaN and infinity are written as -1
 def of_rows(sums: Sums, d_model: int) -> Metrics:
     """The categories that are about rows."""
     total = sums.rows.sum()
@@ -222,47 +236,56 @@ def of_rows(sums: Sums, d_model: int) -> Metrics:
     }
 
 
-@np.errstate(invalid="ignore")  # 0 / 0: latents that are silent, or have no direction
-def of_latents(sae: SAE, latents: Latents, rows: int) -> dict[str, Floats]:
-    """What is said of every latent, by the names of SAEBench's CoreFeatureMetric; (F,) each.
+@np.errstate(invalid="ignore")  # 0 / 0: a latent that is silent, or has no direction
+def of_latents(sae: SAE, latents: Latents, rows: int, block: int = BLOCK) -> dict[str, Floats]:
+    """Figures of every latent, by the names of SAEBench's CoreFeatureMetric; (F,) each.
 
     Args:
         rows: that count.
+        block: latents whose weights are float64 at a time.
     """
-    norms = [torch.linalg.vector_norm(sae.W_enc, dim=0), torch.linalg.vector_norm(sae.W_dec, dim=1)]
-    blocks = [slice(at, at + _LATENTS) for at in range(0, sae.d_sae, _LATENTS)]
-    dots = torch.cat(
-        [(sae.W_enc[:, of].T.double() * sae.W_dec[of].double()).sum(1) for of in blocks]
-    )
-    largest = [nearest(one, one, 1, itself=False)[0][:, 0] for one in (sae.W_dec, sae.W_enc.T)]
-    found = {
+    norm_enc = torch.linalg.vector_norm(sae.W_enc, dim=0)
+    norm_dec = torch.linalg.vector_norm(sae.W_dec, dim=1)
+    dots = []
+    for start in range(0, sae.d_sae, block):
+        span = slice(start, start + block)
+        dots.append((sae.W_enc[:, span].T.double() * sae.W_dec[span].double()).sum(1))
+    columns = {
         "encoder_bias": sae.b_enc,
-        "encoder_norm": norms[0],
-        "encoder_decoder_cosine_sim": dots / (norms[0].double() * norms[1].double()),
-        "max_decoder_cosine_sim": largest[0],
-        "max_encoder_cosine_sim": largest[1],
+        "encoder_norm": norm_enc,
+        "encoder_decoder_cosine_sim": torch.cat(dots) / (norm_enc.double() * norm_dec.double()),
+        "max_decoder_cosine_sim": _largest_cosine(sae.W_dec),
+        "max_encoder_cosine_sim": _largest_cosine(sae.W_enc.T),
     }
-    return {
+    figures = {
         "feature_density": latents.rows / rows,
         "consistent_activation_heuristic": latents.rows / latents.prompts,
-        **{name: column.detach().double().cpu().numpy() for name, column in found.items()},
     }
+    for name, column in columns.items():
+        figures[name] = column.detach().double().cpu().numpy()
+    return figures
 
 
-def of_dictionary(found: Mapping[str, Floats]) -> dict[str, float]:
-    """The category misc_metrics, from what is said of every latent."""
-    density = found["feature_density"]
+def _largest_cosine(directions: Tensor) -> Tensor:
+    """(F,) each direction's largest cosine with another one."""
+    cosines, _ = nearest(directions, directions, 1, itself=False)
+    return cosines[:, 0]
+
+
+def of_dictionary(latents: Mapping[str, Floats]) -> dict[str, float]:
+    """The category misc_metrics, from the figures of every latent."""
+    density = latents["feature_density"]
     total = density.sum()
-    dense = {name: density > share for name, share in (("1", 0.01), ("10", 0.1))}
+    frequent = {"1": density > 0.01, "10": density > 0.1}
+    figures = {}
+    for percent, mask in frequent.items():
+        figures[f"freq_over_{percent}_percent"] = float(mask.mean())
+    for percent, mask in frequent.items():
+        share = float(density[mask].sum() / total) if total else 0.0
+        figures[f"normalized_freq_over_{percent}_percent"] = share
     return {
-        **{f"freq_over_{name}_percent": float(mask.mean()) for name, mask in dense.items()},
-        **{
-            f"normalized_freq_over_{name}_percent": float(density[mask].sum() / total)
-            if total
-            else 0.0
-            for name, mask in dense.items()
-        },
-        "average_max_encoder_cosine_sim": float(found["max_encoder_cosine_sim"].mean()),
-        "average_max_decoder_cosine_sim": float(found["max_decoder_cosine_sim"].mean()),
+        **figures,
+        "average_max_encoder_cosine_sim": float(latents["max_encoder_cosine_sim"].mean()),
+        "average_max_decoder_cosine_sim": float(latents["max_decoder_cosine_sim"].mean()),
         "frac_alive": float((density > 0).mean()),
     }

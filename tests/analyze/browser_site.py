@@ -1,6 +1,4 @@
-"""A feature browser of a small run whose tokens' texts are hostile, for the tests of its data and
-of its page.
-"""
+"""A feature browser of a small run whose tokens' texts are hostile, for tests of data and page."""
 
 from __future__ import annotations
 
@@ -18,13 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from analyze import contexts
+from analyze import contexts, directions
 from analyze.outcome import Outcome
 from analyze.pages.browser.serve import server
 from analyze.pages.browser.study import DEFINITION, PAGE
 from analyze.results import FEATURES
 from analyze.studies.catalogue import study as catalogue
-from analyze.studies.catalogue.table import Ranked
 from analyze.study import Definition, Study, write_features
 from analyze.subject import Subject
 from harvest.model import ModelConfig
@@ -55,18 +52,17 @@ class Built(NamedTuple):
 
 
 def say(token: int) -> str:
-    """A text for every token id, each another: hostile, then its number. Not made visible: the page
-    must stand it.
-    """
+    """A hostile text of every token id, each another. It is not made visible: the page must cope."""
     return f"{HOSTILE[token % len(HOSTILE)]}{token}"
 
 
 def build(root: Path) -> Built:
-    """The folder; with the same latents in another order as another run, and with figures of two
-    studies.
+    """The folder, with figures of two studies and another run.
+
+    The other run has the same latents in another order.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(catalogue, "_logits", _logits)
+        with_logits(patch)
         made = make_run(root, random_rows())
         of_run(made.run)
         order = torch.randperm(F, generator=torch.Generator().manual_seed(1))
@@ -83,10 +79,12 @@ def build(root: Path) -> Built:
         return Built(study.folder, study.perform(DEFINITION), made, order)
 
 
-def _logits(study: Study, *_: object) -> tuple[tuple[Ranked, Ranked], None]:
-    ids = np.arange(F * 4).reshape(F, 4) % 50
-    scores = np.linspace(2, 1, F * 4, dtype=np.float32).reshape(F, 4)
-    return (Ranked(scores, ids), Ranked(-scores, ids[::-1])), None
+def with_logits(patch: pytest.MonkeyPatch) -> None:
+    """Give catalogues logits without a language model."""
+    ids = torch.arange(F * 4).view(F, 4) % 50
+    scores = torch.linspace(2, 1, F * 4).view(F, 4)
+    patch.setattr(Study, "lm", None)
+    patch.setattr(directions, "logits", lambda *_: ((scores, ids), (-scores, ids.flip(0))))
 
 
 def study_of(run: Path, name: str = "browser", **options: Any) -> Study:

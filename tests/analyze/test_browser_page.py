@@ -1,6 +1,4 @@
-"""The feature browser's page in a real Chromium, from the disk and served, with hostile text in
-every place.
-"""
+"""The feature browser's page in a real Chromium, from the disk and served, with hostile text."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""What is said of every latent in the list: the catalogue's figures, and those of other studies
-that were done.
+"""Figures of every latent for the list: the catalogue's, and those that other studies left.
 
-A study that looks at every latent leaves a table of them, one row per latent, with a column
-`feature`. Without it, and of latents that are not in it, nothing is said.
+Such a study leaves a table with a row per latent and a column `feature`. A latent that is not in it
+has no figure. Definitions name the columns, see analyze/study.py.
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ from analyze import study
 from analyze.results import Result
 from analyze.subject import Subject
 
-Values = NDArray[np.float64]
-
 
 class Column(NamedTuple):
     """A figure of every latent."""
@@ -29,13 +26,13 @@ class Column(NamedTuple):
     key: str
     label: str
     about: str  # what it is, in a sentence
-    values: Values  # (F,); NaN where it is not known
+    values: NDArray[np.float64]  # (F,); NaN where it is not known
 
 
 def of_studies(subject: Subject, done: Mapping[str, Result]) -> list[Column]:
     """The columns that the definitions of the studies in `done` name."""
     columns = []
-    for path, wanted in _tables(done).values():
+    for path, wanted in _tables(done):
         table = pq.read_table(path, columns=["feature", *(column.name for column in wanted)])
         feature = table.column("feature").to_numpy()
         for column in wanted:
@@ -48,15 +45,16 @@ def of_studies(subject: Subject, done: Mapping[str, Result]) -> list[Column]:
 
 def files(done: Mapping[str, Result]) -> list[Path]:
     """The tables that `of_studies` reads."""
-    return [path for path, _ in _tables(done).values()]
+    return [path for path, _ in _tables(done)]
 
 
-def _tables(done: Mapping[str, Result]) -> dict[str, tuple[Path, tuple[study.Column, ...]]]:
-    """By study its table and the columns wanted of it, where the study has such and it is there."""
-    tables = {}
-    definitions = {name: study.find(name) for name in done if name in study.modules()}
+def _tables(done: Mapping[str, Result]) -> list[tuple[Path, tuple[study.Column, ...]]]:
+    """Tables that are there, with the columns wanted of each, in the order of the studies."""
+    known = study.modules()
+    definitions = {name: study.find(name) for name in done if name in known}
+    tables = []
     for name, definition in sorted(definitions.items(), key=lambda item: item[1].order):
         path = done[name].folder / definition.table
         if definition.columns and path.is_file():
-            tables[name] = path, definition.columns
+            tables.append((path, definition.columns))
     return tables

@@ -1,7 +1,7 @@
-"""Which latents of other runs on the same store fire on the same tokens: other arms of a sweep, or
-another layer.
+"""Which latents of other runs on the same store fire on the same tokens.
 
-The cosine of two latents' activations over the tokens that both catalogues have read,
+Other runs are other arms of a sweep, or of another layer. The cosine of two latents' activations
+over the tokens that both catalogues have read,
 
     sum a_i b_j / (|a_i| |b_j|)
 
@@ -26,9 +26,8 @@ from analyze.studies.catalogue.study import Files
 from analyze.subject import Subject
 from data.errors import StopRequest, StoreError
 
-TOP = 5
-# latents whose products with all others are held at a time: 67 MB at 32,768, were none of them 0
-_BLOCK = 256
+TOP = 5  # partners of a latent
+_BLOCK = 256  # latents whose cosines are held at a time: 67 MB at 32,768, were none of them 0
 
 Partners = list[list[tuple[int, float]]]  # (F,) of each latent up to TOP others with their cosines
 
@@ -67,37 +66,38 @@ def partners(ours: Index, theirs: Index, rows: int, stop: StopRequest) -> Partne
             f"{ours.folder} and {theirs.folder} have no unit in common; make both with one study.part="
         )
     units = both[: max(1, -(-rows // ours.unit_tokens))]
-    a, b = (
-        sparse.hstack([_by_latent(index, unit, stop) for unit in units], format="csr")
-        for index in (ours, theirs)
-    )
-    a, b = _unit(a), sparse.csr_array(_unit(b).T)
-    found: Partners = []
+    a = _activations(ours, units, stop)
+    b = sparse.csr_array(_activations(theirs, units, stop).T)
+    strongest: Partners = []
     for first in range(0, a.shape[0], _BLOCK):
         stop.check()
-        product = a[first : first + _BLOCK] @ b
-        for row in range(product.shape[0]):
-            span = slice(*product.indptr[row : row + 2])
-            columns, cosines = product.indices[span], product.data[span]
-            few = (
-                np.argpartition(-cosines, TOP)[:TOP]
-                if len(cosines) > TOP
-                else np.arange(len(cosines))
-            )
-            best = few[np.lexsort((columns[few], -cosines[few]))]
-            found.append(list(zip(columns[best].tolist(), cosines[best].tolist(), strict=True)))
-    return found
+        cosines = a[first : first + _BLOCK] @ b
+        for row in range(cosines.shape[0]):
+            span = slice(*cosines.indptr[row : row + 2])
+            strongest.append(_largest(cosines.indices[span], cosines.data[span]))
+    return strongest
 
 
-def _by_latent(index: Index, unit: int, stop: StopRequest) -> Any:
-    """(F, tokens of the unit) activations."""
-    stop.check()
-    found = index.all_of(unit)
-    where = found.feature.astype(np.int64), found.token.astype(np.int64)
-    return sparse.csr_array((found.value, where), shape=(index.d_sae, index.unit_tokens))
+def _largest(latents: NDArray[np.int32], cosines: NDArray[Any]) -> list[tuple[int, float]]:
+    """The TOP largest cosines, each with its latent; of equals the lower latent comes first."""
+    few = np.arange(len(cosines))
+    if len(cosines) > TOP:
+        few = np.argpartition(-cosines, TOP)[:TOP]
+    best = few[np.lexsort((latents[few], -cosines[few]))]
+    return list(zip(latents[best].tolist(), cosines[best].tolist(), strict=True))
 
 
-def _unit(rows: Any) -> Any:
-    """Rows of length 1; those of zeros stay."""
+def _activations(index: Index, units: list[int], stop: StopRequest) -> Any:
+    """(F, tokens of the units) activations, each latent's to length 1; zeros stay zeros."""
+    parts = [_of_unit(index, unit, stop) for unit in units]
+    rows = sparse.hstack(parts, format="csr")
     norm: NDArray[np.float64] = np.sqrt(np.asarray(rows.multiply(rows).sum(1), np.float64)).ravel()
     return sparse.csr_array(sparse.diags_array(1 / np.where(norm > 0, norm, 1)) @ rows)
+
+
+def _of_unit(index: Index, unit: int, stop: StopRequest) -> Any:
+    """(F, tokens of the unit) activations."""
+    stop.check()
+    postings = index.all_of(unit)
+    places = postings.feature.astype(np.int64), postings.token.astype(np.int64)
+    return sparse.csr_array((postings.value, places), shape=(index.d_sae, index.unit_tokens))

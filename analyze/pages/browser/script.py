@@ -1,9 +1,8 @@
-"""Data as scripts: `loaded(NAME, VALUE);`, which a page takes from any static host and from a disk
-alike.
+"""Data as scripts: `loaded(NAME, VALUE);`, which a page takes from a static host and from a disk.
 
 A browser refuses to fetch from file://, but runs a script that lies beside the page. A file is
-ASCII whatever the text is (a host may call it any charset), and `<` is escaped too, so it could
-stand in a page as well.
+ASCII whatever the text is, since a host may declare any charset. `<` is escaped too, so the script
+could stand in a page as well.
 """
 
 from __future__ import annotations
@@ -20,15 +19,22 @@ DIGITS = 4  # of a number, significant
 
 def script(name: str, value: Any) -> bytes:
     """The file that hands `value` (plain JSON without NaN) to the page as `name`."""
-    said = (
-        json.dumps(one, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-        for one in (name, value)
-    )
-    return f"loaded({','.join(said)});\n".encode("ascii")
+    return f"loaded({_json(name)},{_json(value)});\n".encode("ascii")
+
+
+def _json(value: Any) -> str:
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c")
 
 
 def short(values: Iterable[float] | NDArray[np.floating[Any]]) -> list[float | None]:
-    """Numbers of few digits; None for NaN and infinity."""
-    every = values.tolist() if isinstance(values, np.ndarray) else values
-    rounded = (float(f"{value:.{DIGITS}g}") if np.isfinite(value) else None for value in every)
-    return [int(value) if value is not None and value == int(value) else value for value in rounded]
+    """Numbers of DIGITS digits, whole ones as integers; None for NaN and infinity."""
+    numbers = values.tolist() if isinstance(values, np.ndarray) else values
+    rounded: list[float | None] = []
+    for number in numbers:
+        if not np.isfinite(number):
+            rounded.append(None)
+            continue
+        few = float(f"{number:.{DIGITS}g}")
+        rounded.append(int(few) if few == int(few) else few)
+    return rounded

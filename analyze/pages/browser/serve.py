@@ -1,6 +1,4 @@
-"""A folder on 127.0.0.1, for where opening index.html from the disk will not do (a remote machine,
-say).
-"""
+"""A server of a folder on 127.0.0.1, for where the disk will not do, as on a remote machine."""
 
 from __future__ import annotations
 
@@ -15,10 +13,13 @@ HOST = "127.0.0.1"
 
 
 class _Quiet(SimpleHTTPRequestHandler):
-    """Files alone; a line for each would bury the address. A rebuilt folder is seen at once."""
+    """Serves files without logging: a line for each would bury the address.
+
+    Nothing is cached, so a rebuilt folder is seen at once.
+    """
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def end_headers(self) -> None:
         self.send_header("Cache-Control", "no-cache")
@@ -27,14 +28,14 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 
 def server(folder: Path, port: int) -> ThreadingHTTPServer:
-    """A server of `folder` on this machine alone, not yet running.
+    """A server of `folder` on this machine alone; it does not run yet.
 
     Args:
-        port: 0 takes one that is free.
+        port: 0 takes a free one.
 
     Raises:
         StoreError: there is no browser in `folder`.
-        SettingError: the port cannot be had.
+        SettingError: the port is taken or not allowed.
     """
     if not (folder / "index.html").is_file():
         raise StoreError(
@@ -49,7 +50,7 @@ def server(folder: Path, port: int) -> ThreadingHTTPServer:
 
 
 def serve(folder: Path, port: int) -> None:
-    """Serve `folder` until interrupted, and say where.
+    """Print the address and serve `folder` until Ctrl-C.
 
     Raises:
         StoreError, SettingError: see `server`.

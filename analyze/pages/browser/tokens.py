@@ -1,8 +1,8 @@
 """Which latents fire on a token, for every token id that the catalogue has read.
 
-Of each id the latents with the largest mean activation over its occurrences; beside it on which
-share of them the latent fires, and which share of all of the latent's activation that is: a latent
-that fires everywhere has little of it on any one token.
+Of each id the latents with the largest mean activation over its occurrences. Beside the mean stand
+the share of the occurrences on which the latent fires, and the share of all of the latent's
+activation that is on this id. A latent that fires everywhere has little of it on any id.
 
 Shapes: V token ids, F latents.
 """
@@ -34,48 +34,54 @@ class Tallies(NamedTuple):
 
 
 def tally(store: Store, index: Index, stop: StopRequest) -> Tallies:
-    """Everything that the index says of tokens."""
+    """Sums over all units of the index."""
     size = 1 + max(int(store.tokens(unit).max()) for unit in index.units)
-    shape = size, index.d_sae
+    shape = (size, index.d_sae)
     occurrences = np.zeros(size, np.int64)
-    fired, activation = (
-        sparse.csr_array(shape, dtype=np.int64),
-        sparse.csr_array(shape, dtype=np.float64),
-    )
+    fired = sparse.csr_array(shape, dtype=np.int64)
+    activation = sparse.csr_array(shape, dtype=np.float64)
     for unit in index.units:
         stop.check()
-        ids, found = store.tokens(unit).ravel(), index.all_of(unit)
+        ids = store.tokens(unit).ravel()
+        postings = index.all_of(unit)
         occurrences += np.bincount(ids[~store.piece_starts(unit).ravel()], minlength=size)
-        where = ids[found.token].astype(np.int64), found.feature.astype(np.int64)
-        fired += sparse.csr_array((np.ones(len(found.value), np.int64), where), shape=shape)
-        activation += sparse.csr_array((found.value.astype(np.float64), where), shape=shape)
+        places = ids[postings.token].astype(np.int64), postings.feature.astype(np.int64)
+        ones = np.ones(len(postings.value), np.int64)
+        fired += sparse.csr_array((ones, places), shape=shape)
+        activation += sparse.csr_array((postings.value.astype(np.float64), places), shape=shape)
     return Tallies(occurrences, fired, activation)
 
 
 def ranked(occurrences: NDArray[np.int64]) -> NDArray[np.int64]:
     """The ids that occur, the most frequent first."""
-    there = np.flatnonzero(occurrences)
-    return there[np.argsort(-occurrences[there], kind="stable")]
+    ids = np.flatnonzero(occurrences)
+    return ids[np.argsort(-occurrences[ids], kind="stable")]
 
 
 def shards(tallies: Tallies, ids: NDArray[np.int64]) -> Iterator[list[list[float | None]]]:
-    """Files of SHARD tokens in the order of `ids`: of each latent, mean, share of occurrences,
-    share of the latent.
-    """
-    whole = np.asarray(tallies.activation.sum(0)).ravel()
+    """Files of SHARD tokens in the order of `ids`; of each token what `_top` gives."""
+    of_latents = np.asarray(tallies.activation.sum(0)).ravel()
     for first in range(0, len(ids), SHARD):
-        yield [_top(tallies, whole, token) for token in ids[first : first + SHARD].tolist()]
+        tokens = ids[first : first + SHARD].tolist()
+        yield [_top(tallies, of_latents, token) for token in tokens]
 
 
-def _top(tallies: Tallies, whole: NDArray[np.float64], token: int) -> list[float | None]:
-    """Flat: four numbers a latent."""
+def _top(tallies: Tallies, of_latents: NDArray[np.float64], token: int) -> list[float | None]:
+    """A token's TOP latents, four numbers each in one flat list.
+
+    They are the latent, its mean activation, its share of the occurrences, the share of the latent.
+
+    Args:
+        of_latents: (F,) each latent's activation over all tokens.
+    """
     span = slice(*tallies.activation.indptr[token : token + 2])
-    latents, sums = tallies.activation.indices[span], tallies.activation.data[span]
+    latents = tallies.activation.indices[span]
+    sums = tallies.activation.data[span]
     best = np.argsort(-sums, kind="stable")[:TOP]
+    chosen = latents[best]
+    total = sums[best]
     times = tallies.fired.data[span][best]
-    chosen, total, occurrences = latents[best], sums[best], tallies.occurrences[token]
-    return short(
-        np.stack(
-            [chosen, total / occurrences, times / occurrences, total / whole[chosen]], 1
-        ).ravel()
-    )
+    occurrences = tallies.occurrences[token]
+    shares = total / of_latents[chosen]
+    numbers = np.stack([chosen, total / occurrences, times / occurrences, shares], axis=1)
+    return short(numbers.ravel())
