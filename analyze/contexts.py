@@ -1,6 +1,4 @@
-"""Where in the held-out text chosen latents fire most: contexts with an activation for every
-token.
-"""
+"""Contexts: where in the held-out text a latent fires most, with its activation at every token."""
 
 from __future__ import annotations
 
@@ -14,10 +12,14 @@ from numpy.typing import NDArray
 from analyze.subject import Firings, Subject
 from data.errors import PipelineError, SettingError
 from data.store.kinds import SERVED
-from harvest import model_folder as checkpoint
+from data.store.store import Store
+from harvest import model_folder
 from harvest.tokens import Tokenizer
 
-BEFORE, AFTER = 24, 8  # tokens around the peak
+BEFORE = 24  # tokens of a context ahead of its peak
+AFTER = 8  # and behind it
+_MARKS = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
+_INVISIBLE = ("Cc", "Cf", "Co", "Cs")  # Unicode categories: control, format, private, surrogate
 
 
 class Context(NamedTuple):
@@ -30,17 +32,20 @@ class Context(NamedTuple):
 
 
 def choose(fired: NDArray[np.int64], count: int) -> list[int]:
-    """`count` latents spread evenly over the ranking by density, so that none is picked for its
-    looks.
+    """`count` latents spread evenly over the ranking by density: none is picked for its looks.
+
+    Args:
+        fired: (F,) rows in which each latent fires. Silent latents are not chosen.
     """
     alive = np.flatnonzero(fired)
     ranked = alive[np.argsort(-fired[alive], kind="stable")]
-    at = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)
-    return [int(latent) for latent in ranked[at]]
+    count = min(count, len(ranked))
+    rank = np.linspace(0, len(ranked) - 1, count).round().astype(int)
+    return [int(latent) for latent in ranked[rank]]
 
 
 def firing_counts(subject: Subject, limit: int) -> NDArray[np.int64]:
-    """(F,) held-out rows, BOS left out, in which each latent fires."""
+    """(F,) held-out rows in which each latent fires, outliers included, BOS left out."""
     counts = np.zeros(subject.sae.d_sae, np.int64)
     for firings in subject.firings(limit, SERVED):
         counts += np.bincount(firings.latent, minlength=len(counts))
@@ -50,22 +55,39 @@ def firing_counts(subject: Subject, limit: int) -> NDArray[np.int64]:
 def top_contexts(
     subject: Subject, latents: Sequence[int], each: int, limit: int
 ) -> dict[int, list[Context]]:
-    """The `each` contexts with the largest activations of each latent, one per document, BOS left
-    out.
+    """The contexts with the largest activations of each latent, in descending order.
+
+    Args:
+        each: contexts of a latent, at most one per document. BOS is never a peak.
+        limit: see `Subject.rows`.
     """
     best: dict[int, dict[int, Context]] = {latent: {} for latent in latents}
     for firings in subject.firings(limit, SERVED):
-        unit = firings.unit.number
-        tokens = subject.store.tokens(unit).ravel()
-        starts = subject.store.piece_starts(unit).ravel()
-        document = subject.store.document(unit).ravel()
-        dense = _dense(firings, latents, len(tokens))
+        text = _Text.read(subject.store, firings.unit.number)
+        dense = _dense(firings, latents, len(text.tokens))
         for column, latent in enumerate(latents):
-            _merge(best[latent], dense[:, column], tokens, starts, document, each)
-    return {
-        latent: sorted(found.values(), key=lambda c: -c.peak)[:each]
-        for latent, found in best.items()
-    }
+            _merge(best[latent], dense[:, column], text, each)
+    contexts = {}
+    for latent, by_document in best.items():
+        ranked = sorted(by_document.values(), key=lambda context: -context.peak)
+        contexts[latent] = ranked[:each]
+    return contexts
+
+
+class _Text(NamedTuple):
+    """The tokens of one unit, (t,) each, in the order of the text."""
+
+    tokens: NDArray[np.uint32]
+    starts: NDArray[np.bool_]  # whether a document's piece starts here, with its BOS
+    document: NDArray[np.uint32]
+
+    @classmethod
+    def read(cls, store: Store, unit: int) -> _Text:
+        return cls(
+            tokens=store.tokens(unit).ravel(),
+            starts=store.piece_starts(unit).ravel(),
+            document=store.document(unit).ravel(),
+        )
 
 
 def _dense(firings: Firings, latents: Sequence[int], tokens: int) -> NDArray[np.float32]:
@@ -80,52 +102,46 @@ def _dense(firings: Firings, latents: Sequence[int], tokens: int) -> NDArray[np.
 
 
 def _merge(
-    best: dict[int, Context],
-    activations: NDArray[np.float32],
-    tokens: NDArray[np.uint32],
-    starts: NDArray[np.bool_],
-    document: NDArray[np.uint32],
-    each: int,
+    best: dict[int, Context], activations: NDArray[np.float32], text: _Text, each: int
 ) -> None:
-    """Take the strongest places of the unit's `each` strongest documents into `best` (by
-    document).
-    """
-    pieces = np.flatnonzero(starts)
+    """Take the unit's `each` strongest documents into `best`, which is by document."""
+    pieces = np.flatnonzero(text.starts)
+    ends = np.append(pieces[1:], len(text.tokens))
     peaks = np.maximum.reduceat(activations, pieces)
     seen: set[int] = set()
     for number in np.argsort(-peaks, kind="stable"):
-        piece, peak = int(pieces[number]), float(peaks[number])
-        owner = int(document[piece])
+        start = int(pieces[number])
+        peak = float(peaks[number])
+        document = int(text.document[start])
         if peak <= 0 or len(seen) == each:
             return
-        if owner in seen or (owner in best and best[owner].peak >= peak):
+        if document in seen or (document in best and best[document].peak >= peak):
             continue
-        seen.add(owner)
-        at = piece + int(
-            np.argmax(activations[piece : pieces[number + 1] if number + 1 < len(pieces) else None])
+        seen.add(document)
+        index = start + int(np.argmax(activations[start : ends[number]]))
+        # The context ends with the piece; its BOS is left out.
+        span = slice(max(start + 1, index - BEFORE), min(index + 1 + AFTER, int(ends[number])))
+        best[document] = Context(
+            document, peak, text.tokens[span].tolist(), activations[span].tolist()
         )
-        behind = starts[at + 1 : at + 1 + AFTER]
-        end = at + 1 + (int(np.argmax(behind)) if behind.any() else len(behind))
-        span = slice(max(piece + 1, at - BEFORE), end)
-        best[owner] = Context(owner, peak, tokens[span].tolist(), activations[span].tolist())
 
 
 def token_names(
     subject: Subject, model_path: str | None, *, raw: bool = False
 ) -> Callable[[int], str] | None:
-    """What each token id says, or None if the model's tokenizer is not at hand.
+    """A function from token id to text; None if the model's tokenizer is not at hand.
 
     Args:
-        raw: as it is, and not with marks for what cannot be seen.
+        model_path: the model as asked for; None: the model that the store's manifest records.
+        raw: the text itself, without marks for invisible characters.
 
     Raises:
-        SettingError: `model_path` was asked for and its tokenizer is not the one that the store was
-            made with.
+        SettingError: `model_path` was asked for, and the store was made with another tokenizer.
     """
     recorded: dict[str, Any] = subject.store.manifest["model"]
     path = subject.model_path(model_path)
     try:
-        tokenizer = Tokenizer.load(checkpoint.resolve(path, recorded["revision"]))
+        tokenizer = Tokenizer.load(model_folder.resolve(path, recorded["revision"]))
     except PipelineError:
         if model_path is not None:
             raise
@@ -134,7 +150,8 @@ def token_names(
         if model_path is None:
             return None
         raise SettingError(
-            f"the tokenizer of model.path={model_path} is not the one that made {subject.store.name}"
+            f"the tokenizer of model.path={model_path} is not the one that made "
+            f"{subject.store.name}"
         )
     shown = str if raw else visible
     return lambda token: shown(tokenizer.inner.decode([token]))
@@ -142,8 +159,10 @@ def token_names(
 
 def visible(text: str) -> str:
     """Text in which line breaks, tabs and other control and direction characters show as marks."""
-    marks = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
-    return "".join(
-        marks.get(c, "�" if unicodedata.category(c) in ("Cc", "Cf", "Co", "Cs") else c)
-        for c in text
-    )
+    return "".join(map(_shown, text))
+
+
+def _shown(character: str) -> str:
+    if character in _MARKS:
+        return _MARKS[character]
+    return "�" if unicodedata.category(character) in _INVISIBLE else character

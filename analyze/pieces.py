@@ -1,4 +1,4 @@
-"""The held-out text as the language model read it: pieces of documents, each behind its own BOS."""
+"""The held-out text as the language model read it: pieces of documents, each with its own BOS."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from data.rows.split import held_out_units
 
 
 class Piece(NamedTuple):
-    """A document's stretch of one packed row. The model sees nothing of its neighbours."""
+    """A document's part of one packed row. The model sees nothing of the row's other pieces."""
 
-    ids: list[int]  # with BOS
+    ids: list[int]  # token ids, BOS first
     document: int
-    kind: NDArray[np.uint8]  # (t,) of its rows in the SAE's layer: see data/store/kinds.py
+    kind: NDArray[np.uint8]  # (t,) kinds of its rows in the SAE's layer: see data/store/kinds.py
 
 
 def held_out(subject: Subject) -> Iterator[Piece]:

@@ -99,7 +99,7 @@ def built(root: Path, tokens: int, d_sae: int) -> dict[str, Any]:
 
     ids = draw.integers(VOCABULARY, size=(2, d_sae, LOGITS))
     scores = -np.sort(-draw.standard_normal((2, d_sae, LOGITS)).astype(np.float32))
-    catalogue._logits = lambda *_: ((Ranked(scores[0], ids[0]), Ranked(-scores[1], ids[1])), None)
+    catalogue.logits = lambda *_: ((Ranked(scores[0], ids[0]), Ranked(-scores[1], ids[1])), None)
     catalogue.contexts.token_names = lambda *_, **__: text
     began = time.perf_counter()
     study("catalogue", part="all", rows=tokens).perform(catalogue.DEFINITION)

@@ -1,30 +1,30 @@
-"""Where every latent fires: latent -> (document, position, activation), in Parquet files that any
-reader takes.
+"""The inverted index: where every latent fires, as Parquet files that any reader opens.
 
-One file per unit of the store, written once and at once, so that making an index goes on behind its
-last unit. A row is one latent above 0 at one token, sorted by latent and then by token:
+One file per unit of the store, written once and whole. A row is one latent above 0 at one token,
+sorted by latent and then by token:
 
     feature    uint32    latent
-    token      uint32    flat position in the unit's spine rows; + unit * unit_tokens, in the store's
+    token      uint32    flat position in the unit's spine rows; + unit * unit_tokens: in the store's
     document   uint32    as the store numbers them
     position   uint32    tokens since the BOS of the document's piece, which is 0
     value      float32   activation, exactly as encoded
 
-Row group g holds the latents from BLOCK * g on: one latent is read without reading the others, by
-us or by any reader that looks at statistics (`pyarrow.parquet.read_table(file, filters=[("feature",
-"==", 17)])`). Integers are dictionaries of few bits: 9.2 bytes a row in all in units of 65,536, so
-4.7 GB for 4 million tokens at k = 128.
+Row group g holds the latents from BLOCK * g on. So a reader that looks at statistics reads one
+latent without the others: `pyarrow.parquet.read_table(file, filters=[("feature", "==", 17)])`.
+Integers are dictionaries of few bits: 9.2 bytes a row in all in units of 65,536 tokens, so 4.7 GB
+for 4 million tokens at k = 128.
 
 Shapes: p pairs of a latent and a token, F d_sae.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -39,11 +39,10 @@ from train import kernels
 
 BLOCK = 1024  # latents of a row group
 _INTEGERS = ("feature", "token", "document", "position")
-_FIGURES = ("rows", "d_sae", "unit_tokens")  # in the files' metadata, beside `identity`
 
 
 class Postings(NamedTuple):
-    """Latents above 0, sorted by latent and then by token; (p,) each."""
+    """The rows of one file, or of one row group of it; (p,) each."""
 
     feature: NDArray[np.uint32]
     token: NDArray[np.uint32]  # flat position in the unit's spine rows
@@ -72,9 +71,8 @@ def encode(subject: Subject, unit: Unit) -> tuple[Postings, int]:
     # SAE's device.
     order = kernels.group_by_latent(pairs.latent, subject.sae.d_sae).order
     row = rows[pairs.row[order].cpu().numpy()]
-    feature = pairs.latent[order].cpu().numpy()
     postings = Postings(
-        feature=feature.astype(np.uint32),
+        feature=pairs.latent[order].cpu().numpy().astype(np.uint32),
         token=unit.local[row].astype(np.uint32),
         document=unit.document[row],
         position=unit.position[row].astype(np.uint32),
@@ -84,21 +82,30 @@ def encode(subject: Subject, unit: Unit) -> tuple[Postings, int]:
 
 
 def write(
-    path: Path, found: Postings, identity: str, *, rows: int, d_sae: int, unit_tokens: int
+    path: Path,
+    postings: Postings,
+    identity: str,
+    *,
+    rows: int,
+    d_sae: int,
+    unit_tokens: int,
 ) -> None:
     """Write a unit's file.
 
     Args:
-        identity: digest of what the pairs follow from.
-        rows: that were encoded.
-        unit_tokens: of a whole unit of the store.
+        identity: digest of everything that the activations follow from.
+        rows: number of rows that were encoded.
+        unit_tokens: tokens of a whole unit of the store.
     """
-    said = dict(zip(_FIGURES, map(str, (rows, d_sae, unit_tokens)), strict=True)) | {
-        "identity": identity
+    metadata = {
+        "rows": str(rows),
+        "d_sae": str(d_sae),
+        "unit_tokens": str(unit_tokens),
+        "identity": identity,
     }
-    table = pa.table(found._asdict()).replace_schema_metadata(said)
+    table = pa.table(postings._asdict()).replace_schema_metadata(metadata)
     sink = pa.BufferOutputStream()
-    bounds = np.searchsorted(found.feature, np.arange(0, d_sae + BLOCK, BLOCK))
+    bounds = np.searchsorted(postings.feature, np.arange(0, d_sae + BLOCK, BLOCK))
     with pq.ParquetWriter(
         sink, table.schema, compression="NONE", use_dictionary=list(_INTEGERS)
     ) as writer:
@@ -108,14 +115,15 @@ def write(
 
 
 def rows_of(path: Path, identity: str) -> int | None:
-    """The rows that a unit's file is of; None if it is missing or damaged, or follows from
-    something else.
+    """The number of rows that were encoded for a unit's file.
+
+    None if the file is missing, damaged, or of another identity.
     """
     try:
-        said = pq.read_schema(path).metadata or {}
+        metadata = pq.read_schema(path).metadata or {}
     except (OSError, pa.ArrowInvalid):
         return None
-    return int(said[b"rows"]) if said.get(b"identity") == identity.encode() else None
+    return int(metadata[b"rows"]) if metadata.get(b"identity") == identity.encode() else None
 
 
 # -- all units -------------------------------------------------------------------------------------
@@ -123,7 +131,7 @@ def rows_of(path: Path, identity: str) -> int | None:
 
 @dataclass(frozen=True)
 class Index:
-    """The files of some units."""
+    """The files of some units, in one folder."""
 
     folder: Path
     units: Sequence[int]
@@ -132,25 +140,36 @@ class Index:
 
     @classmethod
     def open(cls, folder: Path) -> Index:
-        """All of the index in `folder`.
+        """The index of every unit that has a file in `folder`.
 
         Raises:
-            StoreError: there is none.
+            StoreError: there is no file.
         """
         paths = sorted(folder.glob("unit_*.parquet"))
         if not paths:
             raise StoreError(
                 f"no index in {folder}; `python -m analyze study=catalogue run=...` makes one"
             )
-        said = pq.read_schema(paths[0]).metadata
+        metadata = pq.read_schema(paths[0]).metadata
         units = [int(path.stem.split("_")[1]) for path in paths]
-        return cls(folder, units, int(said[b"d_sae"]), int(said[b"unit_tokens"]))
+        return cls(folder, units, int(metadata[b"d_sae"]), int(metadata[b"unit_tokens"]))
 
     def path(self, unit: int) -> Path:
         return self.folder / f"unit_{unit:06d}.parquet"
 
+    def linked(self, folder: Path) -> Index:
+        """The same index in `folder`: hard links to the files, or copies where links fail."""
+        for unit in self.units:
+            source = self.path(unit)
+            target = folder / source.name
+            try:
+                os.link(source, target)
+            except OSError:  # the file system has no hard links
+                durable.write(target, [source.read_bytes()])
+        return replace(self, folder=folder)
+
     def block(self, unit: int, number: int) -> Postings:
-        """What fires in a unit of the latents from BLOCK * number on."""
+        """A unit's row group `number`: the latents from BLOCK * number on."""
         with pq.ParquetFile(self.path(unit)) as file:
             return _postings(file.read_row_group(number))
 
@@ -159,20 +178,20 @@ class Index:
         return _postings(pq.read_table(self.path(unit)))
 
     def search(self, feature: int) -> Found:
-        """Every place where a latent fires.
+        """Every token at which a latent fires.
 
         Raises:
             SettingError: there is no such latent.
         """
         if not 0 <= feature < self.d_sae:
             raise SettingError(f"feature={feature} must be from 0 to {self.d_sae - 1}")
-        found: list[tuple[Any, ...]] = []
+        parts = []
         for unit in self.units:
             block = self.block(unit, feature // BLOCK)
             low, high = np.searchsorted(block.feature, [feature, feature + 1])
             token = block.token[low:high].astype(np.int64) + unit * self.unit_tokens
-            found.append((token, *(column[low:high] for column in block[2:])))
-        return Found._make(map(np.concatenate, zip(*found, strict=True)))
+            parts.append((token, *(column[low:high] for column in block[2:])))
+        return Found._make(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
 def _postings(table: pa.Table) -> Postings:

@@ -1,11 +1,11 @@
-"""What is known of every latent after some units, in memory that does not grow with them.
+"""What is known of every latent after some units, in memory that does not grow with the units.
 
-The result does not depend on the order of the units: sums are of float64 (to rounding), what is
-kept are the largest by a key and, of equal keys, those at the earliest tokens. Random samples are
-the largest by a pseudo-random key of (latent, token), so a sample is uniform over the places where
-its latent fires, and the same however often the work was cut off.
+The result does not depend on the order of the units. Sums are float64 (equal to rounding). The
+places kept are those with the largest keys, and of equal keys the earliest tokens. Random samples
+are the places with the largest pseudo-random key of (latent, token). So a sample is uniform over the
+places where its latent fires, and a study that was stopped draws the same one.
 
-Shapes: p pairs of a latent and a token, F d_sae, K kept of each.
+Shapes: p pairs of a latent and a token, F d_sae, K places kept of each latent.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from data import order
 
 BINS = 64  # of an activation histogram
 SEED = 0  # of the samples
-_PER_OCTAVE = 4
+_PER_OCTAVE = 4  # bins
 _OCTAVES_BELOW = 12  # from the histogram's left end up to the scale; four are above
 _MANTISSA = 21  # bits of a float32 below its exponent and the first two of its fraction
 
@@ -28,7 +28,7 @@ Key = NDArray[np.uint32]
 
 
 class Places(NamedTuple):
-    """Places where latents fire, with what they are ranked by; (p,) each, or (F, K)."""
+    """Tokens at which latents fire, with what they are ranked by; (p,) each, or (F, K)."""
 
     key: Key
     token: NDArray[np.int64]  # flat position in the store's spine
@@ -40,73 +40,83 @@ class Largest:
     """Of each latent the K places with the largest keys, in descending order."""
 
     def __init__(self, features: int, count: int, *, distinct: bool) -> None:
-        """Nothing yet.
+        """Start empty.
 
         Args:
-            distinct: at most one place of a document.
+            count: K.
+            distinct: keep at most one place of a document.
         """
-        shape = features, count
-        kinds = (np.uint32, np.int64, np.uint32, np.float32)
-        self._kept = Places._make(
-            np.zeros(shape, kind) for kind in kinds
-        )  # with key 0 where there are fewer
+        shape = (features, count)
+        # The key is 0 where a latent has fewer than K places.
+        self._kept = Places(
+            key=np.zeros(shape, np.uint32),
+            token=np.zeros(shape, np.int64),
+            document=np.zeros(shape, np.uint32),
+            value=np.zeros(shape, np.float32),
+        )
         self._distinct = distinct
-        self._pending: list[tuple[NDArray[np.uint32], Places]] = []
+        self._pending: list[tuple[NDArray[np.uint32], Places]] = []  # (latent, places), unsorted
 
-    def update(self, key: Key, first: int, found: Postings) -> None:
-        """Take in a unit's places.
+    def update(self, key: Key, first: int, postings: Postings) -> None:
+        """Add a unit's places.
 
         Args:
             key: (p,) > 0.
             first: the unit's first token in the store's spine.
         """
-        floor = self._kept.key[:, -1].copy()
-        passing = np.flatnonzero(
-            key >= floor[found.feature]
-        )  # of equal keys the earlier token is kept
+        # A key equal to the smallest one kept passes: of equal keys the earlier token is kept.
+        smallest = self._kept.key[:, -1].copy()
+        passing = np.flatnonzero(key >= smallest[postings.feature])
         if self._distinct:
-            passing = passing[_peaks(found.feature[passing], found.document[passing], key[passing])]
-        token = found.token[passing].astype(np.int64) + first
-        places = Places(key[passing], token, found.document[passing], found.value[passing])
-        self._pending.append((found.feature[passing], places))
-        # Every merge sorts all that is kept, 2.4 s at 32,768 latents: not at every unit, but at
-        # half as much again.
-        if sum(len(one) for one, _ in self._pending) > self._kept.key.size // 2:
+            peaks = _peaks(postings.feature[passing], postings.document[passing], key[passing])
+            passing = passing[peaks]
+        places = Places(
+            key=key[passing],
+            token=postings.token[passing].astype(np.int64) + first,
+            document=postings.document[passing],
+            value=postings.value[passing],
+        )
+        self._pending.append((postings.feature[passing], places))
+        # A merge sorts all that is kept: 2.4 s at 32,768 latents. So it waits until the pending
+        # places are half as many as the kept ones.
+        pending = sum(len(feature) for feature, _ in self._pending)
+        if pending > self._kept.key.size // 2:
             self._merge()
 
     def settled(self) -> Places:
-        """(F, K) each, with key 0 where there are fewer."""
+        """(F, K) each; the key is 0 where a latent has fewer than K places."""
         self._merge()
         return self._kept
 
     def _merge(self) -> None:
         features, count = self._kept.key.shape
+        # Join kept and pending places.
         there = self._kept.key > 0
-        old = np.repeat(np.arange(features, dtype=np.uint32), there.sum(1))
-        groups = [(old, Places._make(column[there] for column in self._kept)), *self._pending]
+        kept_feature = np.repeat(np.arange(features, dtype=np.uint32), there.sum(1))
+        kept = Places._make(column[there] for column in self._kept)
+        groups = [(kept_feature, kept), *self._pending]
         self._pending = []
         feature = np.concatenate([group for group, _ in groups]).astype(np.uint64)
-        every = Places._make(
-            map(np.concatenate, zip(*(places for _, places in groups), strict=True))
-        )
+        columns = zip(*(places for _, places in groups), strict=True)
+        every = Places._make(np.concatenate(column) for column in columns)
+        # Order them by latent, then descending key, then token.
         best = _ordered(feature << np.uint64(32) | ~every.key, every.token)
         if self._distinct:
-            _, once = np.unique(
-                (feature << np.uint64(32) | every.document)[best], return_index=True
-            )
-            best = best[np.sort(once)]
+            owner = (feature << np.uint64(32) | every.document)[best]
+            _, first_of_document = np.unique(owner, return_index=True)
+            best = best[np.sort(first_of_document)]
+        # Keep the first K of each latent.
         rank = rank_within(feature[best])
-        best, rank = best[rank < count], rank[rank < count]
-        where = feature[best].astype(np.int64), rank
+        inside = rank < count
+        best = best[inside]
+        cell = (feature[best].astype(np.int64), rank[inside])
         self._kept.key[:] = 0
-        self._kept.key[where] = every.key[best]
-        self._kept.token[where] = every.token[best]
-        self._kept.document[where] = every.document[best]
-        self._kept.value[where] = every.value[best]
+        for column, values in zip(self._kept, every, strict=True):
+            column[cell] = values[best]
 
 
 def _ordered(major: NDArray[np.uint64], minor: NDArray[np.int64]) -> NDArray[np.int64]:
-    """`np.lexsort((minor, major))` where ties are few: three times as fast."""
+    """`np.lexsort((minor, major))`, three times as fast where ties are few."""
     order = np.argsort(major)
     ranked = major[order]
     same = ranked[1:] == ranked[:-1]
@@ -116,12 +126,12 @@ def _ordered(major: NDArray[np.uint64], minor: NDArray[np.int64]) -> NDArray[np.
 
 
 def rank_within(group: NDArray[np.generic]) -> NDArray[np.int64]:
-    """(n,) how many before each belong to its group, whose members lie together."""
+    """(n,) how many members of its group stand before each; a group's members lie together."""
     begins = np.ones(len(group), np.bool_)
     begins[1:] = group[1:] != group[:-1]
-    at = np.arange(len(group))
-    first: NDArray[np.int64] = np.maximum.accumulate(np.where(begins, at, 0))
-    return at - first
+    index = np.arange(len(group))
+    first: NDArray[np.int64] = np.maximum.accumulate(np.where(begins, index, 0))
+    return index - first
 
 
 def _peaks(
@@ -133,8 +143,9 @@ def _peaks(
     begins = np.ones(len(key), np.bool_)
     begins[1:] = (feature[1:] != feature[:-1]) | (document[1:] != document[:-1])
     run = np.cumsum(begins) - 1
-    at = np.flatnonzero(key == np.maximum.reduceat(key, np.flatnonzero(begins))[run])
-    first: NDArray[np.int64] = at[rank_within(run[at]) == 0]
+    largest = np.maximum.reduceat(key, np.flatnonzero(begins))
+    equal = np.flatnonzero(key == largest[run])
+    first: NDArray[np.int64] = equal[rank_within(run[equal]) == 0]
     return first
 
 
@@ -142,12 +153,12 @@ class State:
     """Counts, moments, histogram, strongest places and a sample of every latent."""
 
     def __init__(self, features: int, scale: float, *, top: int, sample: int) -> None:
-        """Nothing counted yet.
+        """Start empty.
 
         Args:
-            scale: what activations are compared with; the histogram's bins lie about it.
-            top: strongest places, one per document.
-            sample: random places.
+            scale: typical size of an activation; the histogram's bins lie about it.
+            top: strongest places of a latent, one per document.
+            sample: random places of a latent.
         """
         self.rows = 0
         self.count = np.zeros(features, np.int64)  # rows in which it fires
@@ -160,57 +171,60 @@ class State:
         self._left = _left(scale)
         self._salt = _random(features, -1)
 
-    def update(self, unit: int, unit_tokens: int, found: Postings, rows: int) -> None:
-        """Take in one unit.
+    def update(self, unit: int, unit_tokens: int, postings: Postings, rows: int) -> None:
+        """Add one unit.
 
         Args:
-            unit_tokens: of a whole unit.
-            rows: that were encoded.
+            unit_tokens: tokens of a whole unit.
+            rows: number of rows that were encoded.
         """
         features = len(self.count)
-        value = found.value.astype(np.float64)
+        first = unit * unit_tokens
+        # Counts and moments.
+        value = postings.value.astype(np.float64)
         self.rows += rows
-        self.count += np.bincount(found.feature, minlength=features)
-        self.sum += np.bincount(found.feature, value, minlength=features)
-        self.squares += np.bincount(found.feature, value * value, minlength=features)
-        np.maximum.at(self.largest, found.feature, found.value)
-        bits = found.value.view(np.uint32)  # of positive floats in the order of their values
+        self.count += np.bincount(postings.feature, minlength=features)
+        self.sum += np.bincount(postings.feature, value, minlength=features)
+        self.squares += np.bincount(postings.feature, value * value, minlength=features)
+        np.maximum.at(self.largest, postings.feature, postings.value)
+        # Histogram: a bin is the leading bits of the float. Bits of positive floats have the order
+        # of their values.
+        bits = postings.value.view(np.uint32)
         cell = np.clip((bits >> _MANTISSA).astype(np.int64) - self._left, 0, BINS - 1)
-        cell += found.feature.astype(np.int64) * BINS
+        cell += postings.feature.astype(np.int64) * BINS
         self.histogram += np.bincount(cell, minlength=features * BINS).reshape(features, BINS)
-        self.top.update(bits, unit * unit_tokens, found)
-        chance = _random(unit_tokens, unit)[found.token] ^ self._salt[found.feature]
-        self.sample.update(np.maximum(chance, 1), unit * unit_tokens, found)
+        # Strongest and random places.
+        self.top.update(bits, first, postings)
+        chance = _random(unit_tokens, unit)[postings.token] ^ self._salt[postings.feature]
+        self.sample.update(np.maximum(chance, 1), first, postings)
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        """(F,) of the activations where a latent fires; NaN if it never does."""
+        """(F,) mean of the activations where a latent fires; NaN if it never does."""
         return self._where_it_fires(self.sum)
 
     @property
     def deviation(self) -> NDArray[np.float64]:
-        """(F,) standard deviation of the same, of the population."""
+        """(F,) standard deviation of the same activations, of the population."""
         variance = self._where_it_fires(self.squares) - self.mean**2
         return np.sqrt(np.where(variance < 0, 0, variance))
 
     def _where_it_fires(self, total: NDArray[np.float64]) -> NDArray[np.float64]:
-        found = np.full(len(total), np.nan)
-        np.divide(total, self.count, out=found, where=self.count > 0)
-        return found
+        mean = np.full(len(total), np.nan)
+        np.divide(total, self.count, out=mean, where=self.count > 0)
+        return mean
 
     @property
     def edges(self) -> NDArray[np.float32]:
-        """(BINS + 1,) of the histogram; the first bin also holds what is below, the last what is
-        above.
-        """
-        return ((np.arange(BINS + 1) + self._left).astype(np.uint32) << np.uint32(_MANTISSA)).view(
-            np.float32
-        )
+        """(BINS + 1,) edges of the bins. The end bins also count what lies beyond them."""
+        number = (np.arange(BINS + 1) + self._left).astype(np.uint32)
+        return (number << np.uint32(_MANTISSA)).view(np.float32)
 
 
 def _left(scale: float) -> int:
-    """The first bin's number: a float32's exponent and first two bits of its fraction, four bins to
-    the octave.
+    """The first bin's number: a float32's exponent and the first two bits of its fraction.
+
+    Four bins make an octave.
     """
     power = np.float32(2.0 ** np.floor(np.log2(scale)))
     return int(power.view(np.uint32) >> _MANTISSA) - _OCTAVES_BELOW * _PER_OCTAVE

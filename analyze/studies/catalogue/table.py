@@ -1,26 +1,31 @@
-"""The table of all latents: a Parquet file of one row per latent, which pyarrow, pandas, polars or
-DuckDB read.
+"""The table of all latents: a Parquet file of one row per latent.
 
     feature        uint32
     count          int64     rows in which it fires
     density        float64   count / rows
-    mean, std      float64   of its activations where it fires (std of the population); null if it never does
+    mean, std      float64   of its activations where it fires (std of the population); null if it
+                             never does
     max            float32
-    histogram      list<int64>, BINS long; the edges are in the file's metadata as JSON, under histogram_edges
+    histogram      list<int64>, BINS long; the edges are in the file's metadata as JSON, under
+                   histogram_edges
     top            list<context>, the largest activations, one per document, descending
-    quantiles      list<context with quantile>: of the quantile-th part of its activations in ascending order, some at
-                   random; an activation's part is floor(parts * #(smaller activations) / count),
-                   counted exactly
-    raised, lowered   list<{token, logit, text}>, by analyze/directions.py; null without the language model
+    quantiles      list<context with quantile>: some activations of the quantile-th part, at random.
+                   Parts are equal and ascending: an activation's part is
+                   floor(parts * #(smaller activations) / count), counted exactly
+    raised, lowered   list<{token, logit, text}>, by analyze/directions.py; null without the language
+                      model
     neighbours     list<{feature, cosine}>, of the decoder's directions
 
 A context is {document, position, value, peak, tokens, text, activations}: the tokens from `BEFORE`
-before to `AFTER` behind its peak, as far as the document's piece goes, without BOS; `tokens[peak]`
-is the peak, at `position` after the piece's BOS, and its activation `value`. A token whose row was
-not encoded (run's policy) has activation 0. Activations beside the peak come from the inverted
-index: nothing is encoded twice.
+ahead of its peak to `AFTER` behind it, as far as the document's piece goes, without BOS.
+`tokens[peak]` is the peak. It is at `position` after the piece's BOS, and its activation is `value`.
+A token whose row was not encoded (by the run's policy) has activation 0. Activations beside the peak
+come from the inverted index: nothing is encoded twice.
 
-Block by block of latents, so memory is that of one block's contexts and one row group of the index.
+The table is written block by block of latents, so memory is that of one block's contexts and one row
+group of the index.
+
+Shapes: F d_sae, m places of a block's latents.
 """
 
 from __future__ import annotations
@@ -72,7 +77,7 @@ _SCHEMA = {
 
 
 class Ranked(NamedTuple):
-    """Of each latent some numbers with their scores, (F, K) each."""
+    """The K best ids of each latent with their scores, (F, K) each."""
 
     scores: NDArray[np.float32]
     ids: NDArray[np.int64]
@@ -87,13 +92,13 @@ class Content:
     state: State
     neighbours: Ranked
     logits: tuple[Ranked, Ranked] | None  # raised, lowered
-    names: Callable[[int], str] | None  # what a token id says
-    quantiles: int
-    each: int  # of a quantile
+    names: Callable[[int], str] | None  # from token id to text
+    quantiles: int  # equal parts of a latent's activations
+    each: int  # contexts of a part
 
 
 class Picked(NamedTuple):
-    """Places of a block's latents of which contexts are shown, by latent; (m,) each."""
+    """Places of a block's latents whose contexts go into the table, by latent; (m,) each."""
 
     feature: NDArray[np.int64]
     token: NDArray[np.int64]  # flat position in the store's spine
@@ -103,14 +108,14 @@ class Picked(NamedTuple):
 
 
 def write(path: Path, content: Content, stop: StopRequest) -> None:
-    """Write the table, all at once."""
-    edges = json.dumps([float(edge) for edge in content.state.edges])
+    """Write the table; the file appears only when it is whole."""
+    edges = json.dumps(content.state.edges.astype(float).tolist())
     schema = pa.schema(_SCHEMA, {"histogram_edges": edges, "rows": str(content.state.rows)})
     durable.write(path, _encoded(schema, _blocks(content, stop)))
 
 
 class _Sink(io.RawIOBase):
-    """Takes what the Parquet writer writes until it is taken away."""
+    """A buffer between the Parquet writer and the file; `taken` empties it."""
 
     def __init__(self) -> None:
         self.parts: list[bytes] = []
@@ -128,7 +133,8 @@ class _Sink(io.RawIOBase):
         return self._size
 
     def taken(self) -> list[bytes]:
-        parts, self.parts = self.parts, []
+        parts = self.parts
+        self.parts = []
         return parts
 
 
@@ -142,8 +148,11 @@ def _encoded(schema: pa.Schema, tables: Iterator[pa.Table]) -> Iterator[bytes]:
 
 
 def _blocks(content: Content, stop: StopRequest) -> Iterator[pa.Table]:
-    state, progress = content.state, Progress()
-    top, sample, features = state.top.settled(), state.sample.settled(), len(state.count)
+    state = content.state
+    top = state.top.settled()
+    sample = state.sample.settled()
+    features = len(state.count)
+    progress = Progress()
     for first in range(0, features, BLOCK):
         stop.check()
         block = slice(first, min(first + BLOCK, features))
@@ -156,27 +165,25 @@ def _blocks(content: Content, stop: StopRequest) -> Iterator[pa.Table]:
             **_logit_columns(content, block),
             "neighbours": _ranked(content.neighbours, block, ("feature", "cosine")),
         }
-        yield pa.table(
-            [columns[name].cast(kind) for name, kind in _SCHEMA.items()], schema=pa.schema(_SCHEMA)
-        )
-        progress.show(
-            f"contexts of {block.stop:,}/{features:,} latents", last=block.stop == features
-        )
+        arrays = [columns[name].cast(kind) for name, kind in _SCHEMA.items()]
+        yield pa.table(arrays, schema=pa.schema(_SCHEMA))
+        last = block.stop == features
+        progress.show(f"contexts of {block.stop:,}/{features:,} latents", last=last)
 
 
 def _figures(state: State, block: slice) -> dict[str, pa.Array]:
     count = state.count[block]
-    lengths = np.arange(
-        0, count.size * state.histogram.shape[1] + 1, state.histogram.shape[1], dtype=np.int32
-    )
+    silent = count == 0
+    histogram = state.histogram[block]
+    offsets = np.arange(len(histogram) + 1) * histogram.shape[1]
     return {
         "feature": pa.array(np.arange(block.start, block.stop)),
         "count": pa.array(count),
         "density": pa.array(count / max(state.rows, 1)),
-        "mean": pa.array(state.mean[block], mask=count == 0),
-        "std": pa.array(state.deviation[block], mask=count == 0),
-        "max": pa.array(state.largest[block], mask=count == 0),
-        "histogram": pa.ListArray.from_arrays(lengths, state.histogram[block].ravel()),
+        "mean": pa.array(state.mean[block], mask=silent),
+        "std": pa.array(state.deviation[block], mask=silent),
+        "max": pa.array(state.largest[block], mask=silent),
+        "histogram": pa.ListArray.from_arrays(offsets.astype(np.int32), histogram.ravel()),
     }
 
 
@@ -190,92 +197,105 @@ def _flat(places: Places, first: int) -> Picked:
 
 
 def _spread(content: Content, sample: Places, first: int) -> Picked:
-    """Of a block's samples at most `each` of every quantile, in its order."""
-    every, count = _flat(sample, first), content.state.count
+    """At most `each` of a block's samples in every quantile, quantile by quantile."""
+    every = _flat(sample, first)
     smaller = _smaller(content.index, every, first)
-    quantile = smaller * content.quantiles // count[every.feature]
-    order = np.lexsort(
-        (quantile, every.feature)
-    )  # stable: in a quantile they stay in their random order
+    quantile = smaller * content.quantiles // content.state.count[every.feature]
+    # The sort is stable: inside a quantile the samples stay in their random order.
+    order = np.lexsort((quantile, every.feature))
     rank = rank_within(every.feature[order] * content.quantiles + quantile[order])
     chosen = order[rank < content.each]
     return Picked._make(column[chosen] for column in every._replace(quantile=quantile))
 
 
 def _smaller(index: Index, picked: Picked, first: int) -> NDArray[np.int64]:
-    """(m,) how many of its latent's activations are smaller than each place's, over the whole
-    index.
+    """(m,) activations of the place's latent that are smaller than the place's, in the whole index.
+
+    Bits of positive floats have the order of their values, so a key is (latent, bits of the value).
     """
-    base = (picked.feature - first).astype(np.uint64) << np.uint64(32)
-    wanted = base | picked.value.view(np.uint32)
-    found = np.zeros(len(wanted), np.int64)
+    latent = (picked.feature - first).astype(np.uint64) << np.uint64(32)
+    wanted = latent | picked.value.view(np.uint32)
+    smaller = np.zeros(len(wanted), np.int64)
     for unit in index.units:
         block = index.block(unit, first // BLOCK)
-        # Bits of positive floats are in the order of their values.
-        keys = (block.feature.astype(np.uint64) - np.uint64(first)) << np.uint64(
-            32
-        ) | block.value.view(np.uint32)
+        keys = (block.feature.astype(np.uint64) - np.uint64(first)) << np.uint64(32)
+        keys |= block.value.view(np.uint32)
         keys.sort()
-        found += np.searchsorted(keys, wanted) - np.searchsorted(keys, base)
-    return found
+        smaller += np.searchsorted(keys, wanted) - np.searchsorted(keys, latent)
+    return smaller
 
 
 # -- contexts --------------------------------------------------------------------------------------
 
 
 class Windows(NamedTuple):
-    """The tokens around m places of one unit, all in one row; lengths are the places'."""
+    """The tokens around m places, one window after the other."""
 
-    length: NDArray[np.int64]  # (m,)
-    peak: NDArray[np.int64]  # (m,) which of its window's tokens is the place
+    length: NDArray[np.int64]  # (m,) tokens of the place's window
+    peak: NDArray[np.int64]  # (m,) index of the place in its window
     position: NDArray[np.int64]  # (m,) of the place after its piece's BOS
-    tokens: NDArray[np.uint32]
-    activations: NDArray[np.float32]
+    tokens: NDArray[np.uint32]  # (sum of lengths,)
+    activations: NDArray[np.float32]  # (sum of lengths,)
+
+
+_NO_WINDOWS = Windows(
+    length=np.empty(0, np.int64),
+    peak=np.empty(0, np.int64),
+    position=np.empty(0, np.int64),
+    tokens=np.empty(0, np.uint32),
+    activations=np.empty(0, np.float32),
+)
 
 
 def _windows(
-    store: Store, unit: int, block: Postings, feature: NDArray[np.int64], at: NDArray[np.int64]
+    store: Store, unit: int, block: Postings, feature: NDArray[np.int64], peak: NDArray[np.int64]
 ) -> Windows:
-    """What is around the tokens `at` (m,) of a unit.
+    """The windows around tokens of one unit.
 
     Args:
         block: where the block's latents fire in the unit.
-        feature: (m,) the latent whose activations are shown.
+        feature: (m,) the latent whose activations the window shows.
+        peak: (m,) flat position of the token in the unit's spine rows.
     """
+    # Each window's bounds: inside the document's piece, behind its BOS.
     starts = np.flatnonzero(store.piece_starts(unit).ravel())
     ids = store.tokens(unit).ravel()
-    piece = np.searchsorted(starts, at, side="right") - 1
-    low = np.maximum(starts[piece] + 1, at - BEFORE)
-    high = np.minimum(np.append(starts, len(ids))[piece + 1], at + AFTER + 1)
+    piece = np.searchsorted(starts, peak, side="right") - 1
+    end = np.append(starts, len(ids))[piece + 1]
+    low = np.maximum(starts[piece] + 1, peak - BEFORE)
+    high = np.minimum(end, peak + AFTER + 1)
+    # The tokens of all windows.
     length = high - low
-    inside = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
-    where = np.repeat(low, length) + inside
+    first = np.cumsum(length) - length
+    inside = np.arange(length.sum()) - np.repeat(first, length)
+    token = np.repeat(low, length) + inside
+    # Their activations: those in the index, else 0.
     keys = block.feature.astype(np.int64) * len(ids) + block.token
-    wanted = np.repeat(feature, length) * len(ids) + where
-    found = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    activations = np.where(keys[found] == wanted, block.value[found], np.float32(0))
-    return Windows(length, at - low, at - starts[piece], ids[where], activations)
+    wanted = np.repeat(feature, length) * len(ids) + token
+    nearest = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    activations = np.where(keys[nearest] == wanted, block.value[nearest], np.float32(0))
+    return Windows(length, peak - low, peak - starts[piece], ids[token], activations)
 
 
 def _contexts(
     content: Content, picked: Picked, block: slice, *, with_quantile: bool
 ) -> pa.ListArray:
     """One list of contexts per latent of a block."""
-    index, parts, orders = content.index, list[Windows](), list[NDArray[np.int64]]()
+    # The windows, unit by unit, and how to bring them back into the order of `picked`.
+    index = content.index
+    parts = [_NO_WINDOWS]
+    orders = [np.empty(0, np.int64)]
     unit_of = picked.token // index.unit_tokens
     for unit in np.unique(unit_of).tolist():
         here = np.flatnonzero(unit_of == unit)
-        at = picked.token[here] - unit * index.unit_tokens
+        peak = picked.token[here] - unit * index.unit_tokens
         postings = index.block(unit, block.start // BLOCK)
-        parts.append(_windows(content.store, unit, postings, picked.feature[here], at))
+        parts.append(_windows(content.store, unit, postings, picked.feature[here], peak))
         orders.append(here)
-    none = Windows._make(
-        np.empty(0, kind) for kind in (np.int64, np.int64, np.int64, np.uint32, np.float32)
-    )
-    joined = Windows._make(map(np.concatenate, zip(none, *parts, strict=True)))
+    joined = Windows._make(np.concatenate(column) for column in zip(*parts, strict=True))
+    back = pa.array(np.argsort(np.concatenate(orders)))
     inner = np.append(0, np.cumsum(joined.length)).astype(np.int32)
-    by_unit = np.concatenate([np.empty(0, np.int64), *orders])
-    back = pa.array(np.argsort(by_unit))
+    # The contexts' fields, then lists of contexts.
     fields = {
         "quantile": pa.array(picked.quantile),
         "document": pa.array(picked.document),
@@ -288,17 +308,16 @@ def _contexts(
     }
     if not with_quantile:
         del fields["quantile"]
+    contexts = pa.StructArray.from_arrays(list(fields.values()), list(fields))
     per_latent = np.bincount(picked.feature - block.start, minlength=block.stop - block.start)
     offsets = np.append(0, np.cumsum(per_latent)).astype(np.int32)
-    return pa.ListArray.from_arrays(
-        offsets, pa.StructArray.from_arrays(list(fields.values()), list(fields))
-    )
+    return pa.ListArray.from_arrays(offsets, contexts)
 
 
 def _texts(
     names: Callable[[int], str] | None, offsets: NDArray[np.int32], tokens: NDArray[np.uint32]
 ) -> pa.Array:
-    """What the tokens say, in lists like theirs; null without a tokenizer."""
+    """The tokens' texts, in lists as long as those of the tokens; null without a tokenizer."""
     if names is None:
         return pa.nulls(len(offsets) - 1, pa.list_(pa.string()))
     return pa.ListArray.from_arrays(offsets, _named(names, tokens))
@@ -306,12 +325,11 @@ def _texts(
 
 def _named(names: Callable[[int], str], ids: NDArray[Any]) -> pa.Array:
     distinct, which = np.unique(ids, return_inverse=True)
-    return pa.array([names(token) for token in distinct.tolist()], pa.string()).take(
-        pa.array(which.ravel())
-    )
+    texts = [names(token) for token in distinct.tolist()]
+    return pa.array(texts, pa.string()).take(pa.array(which.ravel()))
 
 
-# -- numbers with scores ---------------------------------------------------------------------------
+# -- ids with scores -------------------------------------------------------------------------------
 
 
 def _ranked(
@@ -320,27 +338,26 @@ def _ranked(
     fields: tuple[str, str],
     extra: Mapping[str, pa.Array] | None = None,
 ) -> Any:
-    ids, scores = ranked.ids[block], ranked.scores[block]
-    offsets = np.arange(0, ids.size + 1, max(ids.shape[1], 1), dtype=np.int32)
-    if not ids.shape[1]:
-        offsets = np.zeros(len(ids) + 1, np.int32)
+    """One list per latent of a block, of {id, score} under the names in `fields`."""
+    ids = ranked.ids[block]
+    scores = ranked.scores[block]
+    offsets = np.arange(len(ids) + 1) * ids.shape[1]
     columns = {
         fields[0]: pa.array(ids.ravel()),
         fields[1]: pa.array(scores.ravel()),
         **(extra or {}),
     }
-    return pa.ListArray.from_arrays(
-        offsets, pa.StructArray.from_arrays(list(columns.values()), list(columns))
-    )
+    items = pa.StructArray.from_arrays(list(columns.values()), list(columns))
+    return pa.ListArray.from_arrays(offsets.astype(np.int32), items)
 
 
 def _logit_columns(content: Content, block: slice) -> dict[str, pa.Array]:
     names = ("raised", "lowered")
     if content.logits is None:
         return {name: pa.nulls(block.stop - block.start, _LOGITS) for name in names}
-    found = {}
+    columns = {}
     for name, ranked in zip(names, content.logits, strict=True):
         ids = ranked.ids[block].ravel()
         text = _named(content.names, ids) if content.names else pa.nulls(len(ids), pa.string())
-        found[name] = _ranked(ranked, block, ("token", "logit"), {"text": text})
-    return found
+        columns[name] = _ranked(ranked, block, ("token", "logit"), {"text": text})
+    return columns
