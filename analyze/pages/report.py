@@ -226,7 +226,7 @@ def _sweep(subject: Subject) -> dict[str, Any] | None:
 
     This is the core's one door to analyze/studies/sweep.
     """
-    from analyze.studies.sweep import words as sweep_page
+    from analyze.studies.sweep import page as sweep_page
 
     run = subject.run.absolute()
     compared = sweep_page.read(run.parent, subject.layer)

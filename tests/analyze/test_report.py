@@ -22,7 +22,7 @@ from analyze.outcome import Outcome, Picture, Table
 from analyze.pages import facts
 from analyze.pages.report import report
 from analyze.results import current
-from analyze.studies.sweep import words as sweep_page
+from analyze.studies.sweep import page as sweep_page
 from analyze.studies.sweep.arms import read_all
 from analyze.studies.sweep.comparison import sweep
 from analyze.study import Definition, Study

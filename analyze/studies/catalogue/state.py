@@ -111,8 +111,8 @@ class Largest:
         best = best[inside]
         cell = (feature[best].astype(np.int64), rank[inside])
         self._kept.key[:] = 0
-        for column, values in zip(self._kept, every, strict=True):
-            column[cell] = values[best]
+        for name in Places._fields:
+            getattr(self._kept, name)[cell] = getattr(every, name)[best]
 
 
 def _ordered(major: NDArray[np.uint64], minor: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,22 +1,24 @@
-"""Which arm of a sweep is best on rows that none was trained on, and which ones cannot be told from
-it.
+"""Which arm of a sweep is best on held-out rows, and which arms cannot be told from the best.
 
-All arms of a layer see the same held-out rows: those that every arm's policy keeps. With e_a the
-error of arm a, E_a and T its sums of |e_a|^2 and of |x - mu|^2 over the rows of each document, and
-w how often a document was drawn:
+All arms of a layer read the same held-out rows: those that every arm's policy keeps. E_a and T are
+sums over the rows of each document: E_a of |e_a|^2, the squared error of arm a, and T of |x - mu|^2.
+w is how often each document was drawn.
 
     variance explained of a      1 - (w . E_a) / (w . T)
-    behind the best arm b        (w . (E_a - E_b)) / (w . T): paired, so what makes a document hard for all cancels
+    behind the best arm b        (w . (E_a - E_b)) / (w . T)    paired: what makes a document hard for
+                                                                all arms cancels
 
-Intervals are percentiles over resampled documents, the same draws for all arms and as in
-`analyze.stats`. The best arm is the one with the largest figure on all documents; how often it is
-first among the resamples says what that is worth.
+Intervals are percentiles over resampled documents. All arms have the same draws, those of
+`analyze.stats`. The best arm has the largest variance explained on all documents. The share of
+resamples in which an arm is first says how sure its place is.
+
+Shapes: D documents, A arms.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +28,7 @@ from numpy.typing import NDArray
 from analyze.stats import sums_by
 from analyze.studies.quality import BATCH_ROWS
 from analyze.studies.sweep.arms import SEEDS, Arm, common_folder, exact, varying
-from analyze.subject import Subject, open_store
+from analyze.subject import Subject, Unit, open_store
 from data import durable
 from data.device import free_bytes
 from data.errors import StoreError
@@ -38,21 +40,23 @@ from train.sae import SAE
 
 _DRAWS = 1000
 _TIE = 1e-12  # of variance explained: arms nearer than this are first together
-_MEMORY_SHARE = 0.5  # of what is free, for the SAEs that are measured in one reading
-_MEMORY_UNKNOWN = 4 << 30  # bytes, where the system does not say
+_MEMORY_SHARE = 0.5  # of the free memory, for the SAEs that are measured in one reading
+_MEMORY_UNKNOWN = 4 << 30  # bytes, where the system does not report free memory
+_RECORDED = ("variance_explained", "mse", "dead_share", "coverage", "l0")  # by training
+_COMPARED = ("variance_explained_95", "behind_best", "behind_best_95", "first_share")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Sums over the held-out rows of each document (D of them), by arm's name."""
+    """Sums over the held-out rows of each document."""
 
     rows: int
     about_mean: NDArray[np.float64]  # (D,) |x - mu|^2
-    squared_error: dict[str, NDArray[np.float64]]  # (D,) |e|^2 of each arm
+    squared_error: dict[str, NDArray[np.float64]]  # (D,) |e|^2, by the arm's name
 
 
 class Standing(NamedTuple):
-    """Where one arm stands."""
+    """One arm's figures beside the best arm's."""
 
     variance_explained: float
     interval: list[float]  # low, high
@@ -68,40 +72,42 @@ def sweep(
     limit: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Every figure, as plain JSON; arms are in order, the best of each layer first.
+    """Every figure, as plain JSON; each layer's arms in order, the best first.
 
     Args:
-        damaged: what is wrong with each arm that could not be read, by name; arms whose SAE is
-            found damaged join it.
+        damaged: the error of each arm that could not be read, by name. Arms whose SAE turns out to
+            be damaged are added.
         store: where the store is now, if it has moved since.
         limit: held-out rows to measure on, in whole units.
     """
     finished = [arm for arm in arms if arm.finished]
-    any_run = finished[0] if finished else None
-    opened = (
-        open_store(any_run.run, any_run.store_path, any_run.identity, store) if any_run else None
-    )
+    opened = None
+    if finished:
+        first = finished[0]
+        opened = open_store(first.run, first.store_path, first.identity, store)
     keys = varying(arms)
-    layers = [
-        _layer(layer, arms, damaged, opened, keys, limit, device)
-        for layer in sorted({a.layer for a in arms})
-    ]
-    return {
-        "folder": str(common_folder([arm.run for arm in arms]).absolute()) if arms else None,
-        "store": opened.name if opened else arms[0].store_path if arms else None,
-        "identity": arms[0].identity if arms else None,
-        "model": opened.manifest["model"]["id"] if opened else None,
-        "settings": keys,
-        "same_in_all": {key: value for key, value in arms[0].settings.items() if key not in keys}
-        if arms
-        else {},
-        "layers": [layer for layer in layers if layer["arms"]],
-        "damaged": damaged,
-    }
+    layers = []
+    for number in sorted({arm.layer for arm in arms}):
+        here = [arm for arm in arms if arm.layer == number]
+        layer = _layer(here, damaged, opened, keys, limit, device)
+        if layer["arms"]:
+            layers.append(layer)
+    figures: dict[str, Any] = dict.fromkeys(("folder", "store", "identity", "model"))
+    figures |= {"settings": keys, "same_in_all": {}, "layers": layers, "damaged": damaged}
+    if arms:
+        same = {key: value for key, value in arms[0].settings.items() if key not in keys}
+        figures |= {
+            "folder": str(common_folder([arm.run for arm in arms]).absolute()),
+            "store": opened.name if opened else arms[0].store_path,
+            "identity": arms[0].identity,
+            "same_in_all": same,
+        }
+    if opened:
+        figures["model"] = opened.manifest["model"]["id"]
+    return figures
 
 
 def _layer(
-    layer: int,
     arms: Sequence[Arm],
     damaged: dict[str, str],
     store: Store | None,
@@ -110,58 +116,63 @@ def _layer(
     device: torch.device,
 ) -> dict[str, Any]:
     """The comparison of one layer's arms."""
-    here = [arm for arm in arms if arm.layer == layer]
-    finished = [arm for arm in here if arm.finished]
+    # The rows that every arm's policy keeps.
     policy = Policy(
-        *(any(getattr(a.policy, name) for a in here) for name in ("drop_bos", "drop_outliers"))
+        drop_bos=any(arm.policy.drop_bos for arm in arms),
+        drop_outliers=any(arm.policy.drop_outliers for arm in arms),
     )
-    measured = (
-        measure(finished, damaged, store, policy, limit, device) if store and finished else None
-    )
+    finished = [arm for arm in arms if arm.finished]
+    measured = None
+    if store and finished:
+        measured = measure(finished, damaged, store, policy, limit, device)
     standings = compare(measured) if measured and measured.squared_error else {}
-    figures = [
-        _figures(arm, standings.get(arm.name), measured, store, keys)
-        for arm in here
-        if arm.name not in damaged
-    ]
-    figures.sort(
-        key=lambda one: (not one["finished"], -(one["variance_explained"] or 0), one["name"])
-    )
+    figures = []
+    for arm in arms:
+        if arm.name not in damaged:
+            figures.append(_figures(arm, standings.get(arm.name), measured, store, keys))
+    figures.sort(key=_rank)
     best = next(iter(standings), None)
+    alike = []
+    for name, standing in standings.items():
+        if name != best and standing.behind_interval[0] <= 0:
+            alike.append(name)
     return {
-        "layer": layer,
+        "layer": arms[0].layer,
         "rows": measured.rows if measured else 0,
         "documents": len(measured.about_mean) if measured else 0,
         "drop_bos": policy.drop_bos,
         "drop_outliers": policy.drop_outliers,
-        "one_policy": len({arm.policy for arm in here}) == 1,
+        "one_policy": len({arm.policy for arm in arms}) == 1,
         "best": best,
-        "not_distinguishable": [
-            name
-            for name, standing in standings.items()
-            if name != best and standing.behind_interval[0] <= 0
-        ],
+        "not_distinguishable": alike,
         "seed_spread": seed_spread(figures),
         "arms": figures,
     }
 
 
+def _rank(arm: dict[str, Any]) -> tuple[bool, float, str]:
+    """Sort key: finished arms first, by falling variance explained, equal ones by name."""
+    return not arm["finished"], -(arm["variance_explained"] or 0), arm["name"]
+
+
 def seed_spread(figures: Sequence[dict[str, Any]]) -> float | None:
-    """By how much variance explained differs at most between compared arms that differ in their
-    seeds alone.
+    """The largest difference of variance explained between arms that differ in their seeds alone.
+
+    None if no two compared arms do.
     """
-    groups: dict[str, list[tuple[str, float]]] = {}
+    groups: dict[str, dict[str, list[float]]] = {}  # by the other settings, then by the seeds
     for arm in figures:
         if arm["variance_explained_95"] is not None:
             seeds = {key: value for key, value in arm["settings"].items() if key in SEEDS}
             others = {key: value for key, value in arm["settings"].items() if key not in SEEDS}
-            groups.setdefault(exact(others), []).append((exact(seeds), arm["variance_explained"]))
-    repeated = [
-        [explained for _, explained in group]
-        for group in groups.values()
-        if len({s for s, _ in group}) > 1
-    ]
-    return max((max(group) - min(group) for group in repeated), default=None)
+            group = groups.setdefault(exact(others), {})
+            group.setdefault(exact(seeds), []).append(arm["variance_explained"])
+    spreads = []
+    for group in groups.values():
+        if len(group) > 1:
+            values = np.concatenate(list(group.values()))
+            spreads.append(float(values.max() - values.min()))
+    return max(spreads, default=None)
 
 
 def _figures(
@@ -171,8 +182,10 @@ def _figures(
     store: Store | None,
     keys: Sequence[str],
 ) -> dict[str, Any]:
-    """One arm: of a finished one variance explained and MSE as measured here, the rest as training
-    recorded it.
+    """One arm's figures.
+
+    Variance explained and MSE of a finished arm are measured here. The rest is as training recorded
+    it.
     """
     last = arm.last_held_out
     figures: dict[str, Any] = {
@@ -185,11 +198,8 @@ def _figures(
         "steps": arm.steps,
         "tokens": arm.step * int(arm.settings["batch"]),
         "tokens_per_s": arm.tokens_per_s,
-        **{
-            key: last.get(key)
-            for key in ("variance_explained", "mse", "dead_share", "coverage", "l0")
-        },
-        **dict.fromkeys(("variance_explained_95", "behind_best", "behind_best_95", "first_share")),
+        **{key: last.get(key) for key in _RECORDED},
+        **dict.fromkeys(_COMPARED),
     }
     if standing and measured and store:
         error = float(measured.squared_error[arm.name].sum())
@@ -217,31 +227,29 @@ def measure(
 ) -> Measured | None:
     """Read each held-out unit once for as many arms as fit into memory, as a rule all of them.
 
-    None if no arm's SAE can be read; each that cannot joins `damaged`.
+    Arms whose SAE cannot be read, or reconstructs no finite rows, are added to `damaged`. None if
+    no arm's SAE can be read.
     """
-    found: Measured | None = None
-    for group in _groups(arms, int((free_bytes(device) or _MEMORY_UNKNOWN) * _MEMORY_SHARE)):
+    measured: Measured | None = None
+    squared_error: dict[str, NDArray[np.float64]] = {}
+    budget = int((free_bytes(device) or _MEMORY_UNKNOWN) * _MEMORY_SHARE)
+    for group in groups(arms, budget):
         saes = dict(_load(group, damaged, store, device))
         if not saes:
             continue
-        one = next(arm for arm in group if arm.name in saes)
-        # With the policy of all arms, the mean about which variance is taken is theirs in common
-        # too.
-        subject = Subject(one.run, {}, store, saes[one.name], one.layer, policy)
-        new = _read(subject, saes, limit)
-        for name in [
-            name for name, error in new.squared_error.items() if not np.isfinite(error).all()
-        ]:
-            damaged[name] = (
-                f"the reconstruction of {name} is not finite: {sae_file.FILE} is damaged, or training diverged"
-            )
-            del new.squared_error[name]
-        found = Measured(
-            new.rows,
-            new.about_mean,
-            {**(found.squared_error if found else {}), **new.squared_error},
-        )
-    return found
+        arm = next(arm for arm in group if arm.name in saes)
+        # With the policy of all arms, they also share the mean that variance is about.
+        subject = Subject(arm.run, {}, store, saes[arm.name], arm.layer, policy)
+        measured = _read(subject, saes, limit)
+        for name, error in measured.squared_error.items():
+            if np.isfinite(error).all():
+                squared_error[name] = error
+            else:
+                damaged[name] = (
+                    f"the reconstruction of {name} is not finite: {sae_file.FILE} is damaged, "
+                    "or training diverged"
+                )
+    return measured and replace(measured, squared_error=squared_error)
 
 
 def _load(
@@ -251,10 +259,8 @@ def _load(
         path = arm.run / sae_file.FILE
         try:
             loaded = sae_file.load(path, device)
-            shape, wanted = (
-                (loaded.d_model, loaded.d_sae),
-                (store.d_model, arm.settings.get("sae.d_sae")),
-            )
+            shape = (loaded.d_model, loaded.d_sae)
+            wanted = (store.d_model, arm.settings.get("sae.d_sae"))
             if shape != wanted:
                 raise StoreError(
                     f"{path} has width and latents {shape}, the store and config.yaml say {wanted}"
@@ -265,14 +271,16 @@ def _load(
             yield arm.name, loaded
 
 
-def _groups(arms: Sequence[Arm], budget: int) -> Iterator[list[Arm]]:
+def groups(arms: Sequence[Arm], budget: int) -> Iterator[list[Arm]]:
     """Arms in order, as many at a time as `budget` bytes hold, and at least one."""
-    group, used = list[Arm](), 0
+    group: list[Arm] = []
+    used = 0
     for arm in arms:
         size = (arm.run / sae_file.FILE).stat().st_size  # float32, as in memory
         if group and used + size > budget:
             yield group
-            group, used = [], 0
+            group = []
+            used = 0
         group.append(arm)
         used += size
     if group:
@@ -280,68 +288,77 @@ def _groups(arms: Sequence[Arm], budget: int) -> Iterator[list[Arm]]:
 
 
 def _read(subject: Subject, saes: Mapping[str, SAE], limit: int) -> Measured:
-    """One reading of the held-out units; only each document's sums stay."""
-    rows, parts = 0, list[tuple[NDArray[np.uint32], list[NDArray[np.float64]]]]()
-    progress, units = Progress(), len(held_out_units(subject.store))
+    """One reading of the held-out units. Only the sums of each document are kept."""
+    rows = 0
+    documents: list[NDArray[np.uint32]] = []
+    sums: list[list[NDArray[np.float64]]] = []  # unit by unit: |x - mu|^2, then |e|^2 of each SAE
+    units = len(held_out_units(subject.store))
+    progress = Progress()
     for unit in subject.rows(limit):
-        mask = np.flatnonzero(unit.of_kinds(subject.policy.kinds))
-        columns = [list[NDArray[np.float64]]() for _ in range(1 + len(saes))]
-        for chosen in (mask[at : at + BATCH_ROWS] for at in range(0, len(mask), BATCH_ROWS)):
-            x = unit.rows[torch.from_numpy(chosen).to(subject.device)]
-            exact = x.double()
-            columns[0].append(subject.about_mean(exact).cpu().numpy())
-            for column, one in zip(columns[1:], saes.values(), strict=True):
-                column.append((exact - one(x).double()).square().sum(1).cpu().numpy())
-        rows += len(mask)
-        if len(mask):
-            document = unit.document[mask]
-            parts.append((np.unique(document), sums_by(document, *map(np.concatenate, columns))))
-        count = len(parts)
+        chosen = np.flatnonzero(unit.of_kinds(subject.policy.kinds))
+        if len(chosen):
+            document = unit.document[chosen]
+            documents.append(np.unique(document))
+            sums.append(sums_by(document, *_squares(subject, saes, unit, chosen)))
+            rows += len(chosen)
+        count = len(sums)
         progress.show(
             f"layer {subject.layer}: held-out unit {count}/{units} for {len(saes)} arms",
             last=count == units,
         )
-    if not parts:
+    if not sums:
         raise StoreError(
             f"no held-out row of {subject.store.name} passes the runs' policy {subject.policy}"
         )
-    document = np.concatenate(
-        [part[0] for part in parts]
-    )  # one that goes on in the next unit occurs twice
-    about_mean, *errors = sums_by(
-        document, *(np.concatenate(c) for c in zip(*(p[1] for p in parts), strict=True))
-    )
+    # A document that goes on in the next unit has sums in both.
+    columns = [np.concatenate(column) for column in zip(*sums, strict=True)]
+    about_mean, *errors = sums_by(np.concatenate(documents), *columns)
     return Measured(rows, about_mean, dict(zip(saes, errors, strict=True)))
+
+
+def _squares(
+    subject: Subject, saes: Mapping[str, SAE], unit: Unit, chosen: NDArray[np.int64]
+) -> list[NDArray[np.float64]]:
+    """(n,) each: |x - mu|^2 of the chosen rows, then |x - x_hat|^2 of each SAE."""
+    columns: list[list[NDArray[np.float64]]] = [[] for _ in range(1 + len(saes))]
+    for start in range(0, len(chosen), BATCH_ROWS):
+        batch = torch.from_numpy(chosen[start : start + BATCH_ROWS]).to(subject.device)
+        rows = unit.rows[batch]
+        x = rows.double()
+        columns[0].append(subject.about_mean(x).cpu().numpy())
+        for column, sae in zip(columns[1:], saes.values(), strict=True):
+            column.append((x - sae(rows).double()).square().sum(1).cpu().numpy())
+    return [np.concatenate(column) for column in columns]
 
 
 # -- the comparison --------------------------------------------------------------------------------
 
 
 def compare(measured: Measured, draws: int = _DRAWS) -> dict[str, Standing]:
-    """Each arm's standing, the best arm first; equal ones by name."""
+    """Each arm's standing, the best arm first; equal arms by name."""
     total = measured.about_mean.sum()
-    unexplained = {
-        name: float(error.sum() / total) for name, error in measured.squared_error.items()
-    }
+    unexplained = {}
+    for name, error in measured.squared_error.items():
+        unexplained[name] = float(error.sum() / total)
     names = sorted(unexplained, key=lambda name: (unexplained[name], name))
     best = measured.squared_error[names[0]]
-    # Differences first, then sums: of equal arms it is 0 to the last bit.
+    # Differences first, then sums: between equal arms the sum is exactly 0.
     behind_sums = np.stack([measured.squared_error[name] - best for name in names])
     best_draws, behind_draws = resample(best, behind_sums, measured.about_mean, draws)
     lead = behind_draws <= behind_draws.min(1, keepdims=True) + _TIE
     first = (lead / lead.sum(1, keepdims=True)).mean(0)
     explained = np.quantile(1 - best_draws[:, None] - behind_draws, [0.025, 0.975], axis=0)
     behind = np.quantile(behind_draws, [0.025, 0.975], axis=0)
-    return {
-        name: Standing(
+    standings = {}
+    for i, name in enumerate(names):
+        standings[name] = Standing(
             variance_explained=1 - unexplained[name],
             interval=explained[:, i].tolist(),
             behind=float(behind_sums[i].sum() / total),
             behind_interval=behind[:, i].tolist(),
             first_share=float(first[i]),
         )
-        for i, name in enumerate(names)
-    }
+    return standings
 
 
 def resample(
@@ -351,16 +368,23 @@ def resample(
     draws: int,
     seed: int = 0,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Ratios over resampled documents: (draws,) of `best` (D,) and (draws, A) of `behind` (A, D),
-    both to `total` (D,).
+    """Ratios to `total` over resampled documents: of `best` (draws,), and of `behind` (draws, A).
 
     The draws are those of `analyze.stats.bootstrap_ratio`, so an arm has the interval that
     study=quality gives it.
+
+    Args:
+        best: (D,) sums of each document.
+        behind: (A, D) likewise.
+        total: (D,) likewise.
     """
-    rng, n = np.random.default_rng(seed), len(total)
-    of_best, of_behind = np.empty(draws), np.empty((draws, len(behind)))
+    rng = np.random.default_rng(seed)
+    n = len(total)
+    of_best = np.empty(draws)
+    of_behind = np.empty((draws, len(behind)))
     for draw in range(draws):
         times = np.bincount(rng.integers(0, n, n), minlength=n).astype(np.float64)
         whole = times @ total
-        of_best[draw], of_behind[draw] = (times @ best) / whole, (behind @ times) / whole
+        of_best[draw] = (times @ best) / whole
+        of_behind[draw] = (behind @ times) / whole
     return of_best, of_behind

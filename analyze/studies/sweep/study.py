@@ -1,4 +1,4 @@
-"""study=sweep: all arms of a sweep on the same held-out rows, and which of them is best."""
+"""All arms of a sweep on the same held-out rows, and which of them is best."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analyze.studies.sweep import arms, words
+from analyze.studies.sweep import arms, page, words
 from analyze.studies.sweep.comparison import sweep
 from analyze.study import Definition, at_least
 from data.device import torch_device
@@ -31,7 +31,7 @@ def compare(settings: Mapping[str, Any]) -> None:
 
     Raises:
         SettingError: runs= is missing, or run= is given.
-        StoreError: an arm is damaged (the others are compared first), or none is finished.
+        StoreError: an arm is damaged (the others are compared first), or no arm is finished.
     """
     if settings["run"] or not settings["runs"]:
         raise SettingError(
@@ -44,10 +44,10 @@ def compare(settings: Mapping[str, Any]) -> None:
     read, damaged = arms.read_all(folders)
     figures = sweep(read, damaged, store, limit, torch_device(settings["device"]))
     out = Path(settings["out"]) if settings["out"] else arms.common_folder(folders)
-    page = words.write(out, figures, read)
+    path = page.write(out, figures, read)
     print("\n".join(words.markdown(figures)), flush=True)
     print(
-        f"\nwrote {page}: open it in a browser; beside it {words.JSON} and {words.MARKDOWN}",
+        f"\nwrote {path}: open it in a browser; beside it {page.JSON} and {page.MARKDOWN}",
         file=sys.stderr,
     )
     if damaged:

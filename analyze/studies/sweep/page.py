@@ -1,0 +1,184 @@
+"""The files of a sweep's comparison: JSON, Markdown, pictures, and a page that needs no network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from analyze.contexts import visible
+from analyze.studies.sweep import plot, words
+from analyze.studies.sweep.arms import Arm, short
+from analyze.studies.sweep.plot import Layout, Point, formatted
+from data import durable
+
+JSON = "sweep.json"
+MARKDOWN = "sweep.md"
+PAGE = "sweep.html"
+PICTURE = "sweep_layer_{}.svg"
+_AGAINST = (  # figure, scale, label of the axis, caption
+    (
+        "variance_explained",
+        1,
+        "variance explained",
+        "Variance explained on held-out rows, with its interval",
+    ),
+    ("dead_share", 100, "dead latents, %", "Latents that were dead at the end of training"),
+    ("coverage", 100, "latents that fired, %", "Latents that fired on held-out rows"),
+)
+
+Drawn = list[tuple[str, str]]  # (caption, SVG)
+
+
+class Shown(NamedTuple):
+    """What the files say of one layer."""
+
+    saes: dict[str, str | None]  # digest of each arm's SAE
+    verdict: list[str]
+    caption: str
+    svg: str
+
+
+def write(folder: Path, figures: dict[str, Any], arms: Sequence[Arm]) -> Path:
+    """Write all files into `folder`; returns the page's path."""
+    durable.make_directory(folder)
+    drawn: list[Drawn] = []
+    layers = []
+    for layer in figures["layers"]:
+        own = [arm for arm in arms if arm.layer == layer["layer"]]
+        pictures = _pictures(layer, own, figures["settings"])
+        drawn.append(pictures)
+        caption, svg = pictures[0]
+        durable.write(folder / PICTURE.format(layer["layer"]), [svg.encode()])
+        layers.append({**layer, "picture": caption})
+    record = json.dumps({**figures, "layers": layers}, indent=1, allow_nan=False)
+    durable.write(folder / JSON, [record.encode() + b"\n"])
+    durable.write(folder / MARKDOWN, ["\n".join(words.markdown(figures)).encode() + b"\n"])
+    durable.write(folder / PAGE, [_page(folder, figures, drawn).encode()])
+    return folder / PAGE
+
+
+def read(folder: Path, layer: int) -> Shown | None:
+    """What `write` left of a layer in `folder`; None if there is nothing whole."""
+    try:
+        layers = json.loads((folder / JSON).read_bytes())["layers"]
+        (figures,) = (entry for entry in layers if entry["layer"] == layer)
+        svg = (folder / PICTURE.format(layer)).read_text()
+        saes = {arm["name"]: arm["sae"] for arm in figures["arms"]}
+        verdict = words.verdict(figures, words.name_in(figures))
+        return Shown(saes, verdict, figures["picture"], svg)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+def _page(folder: Path, figures: dict[str, Any], drawn: Sequence[Drawn]) -> str:
+    environment = Environment(
+        loader=PackageLoader("analyze.pages"), autoescape=True, undefined=StrictUndefined
+    )
+    layers = []
+    for layer, pictures in zip(figures["layers"], drawn, strict=True):
+        heads, table = words.table(figures, layer)
+        rows = []
+        for cells, arm in zip(table, layer["arms"], strict=True):
+            rows.append({"cells": cells, "run": visible(arm["run"]), "class": _class(arm, layer)})
+        layers.append(
+            {
+                "layer": layer["layer"],
+                "verdict": words.verdict(layer, words.name_in(layer)),
+                "heads": heads,
+                "rows": rows,
+                # The SVG is ours, and matplotlib escapes the texts in it.
+                "pictures": [(caption, Markup(svg)) for caption, svg in pictures],
+            }
+        )
+    return environment.get_template("sweep.html").render(
+        name=visible(Path(figures["folder"] or folder.absolute()).name),
+        overview=words.overview(figures),
+        layers=layers,
+        same={key: formatted(value) for key, value in figures["same_in_all"].items()},
+        left_out=words.left_out(figures),
+    )
+
+
+def _class(arm: dict[str, Any], layer: dict[str, Any]) -> str:
+    if arm["name"] == layer["best"]:
+        return "best"
+    if arm["name"] in layer["not_distinguishable"]:
+        return "alike"
+    return "" if arm["finished"] else "unfinished"
+
+
+# -- pictures --------------------------------------------------------------------------------------
+
+
+def _pictures(layer: dict[str, Any], arms: Sequence[Arm], keys: Sequence[str]) -> Drawn:
+    """Figures against the swept setting, then training curves: a picture for each line of those."""
+    names = {arm["name"] for arm in layer["arms"]}
+    shown = [arm for arm in arms if arm.name in names]
+    axes = plot.layout(shown, keys)
+    if not axes.x:
+        return _curves(layer, shown, axes, "")
+    label = visible(short(keys)[axes.x])
+    shown.sort(
+        key=lambda arm: (plot.line_of(arm, axes), _order(arm.settings.get(axes.x)), arm.name)
+    )
+    return _against(layer, shown, axes, label) + _curves(layer, shown, axes, label)
+
+
+def _against(layer: dict[str, Any], arms: Sequence[Arm], axes: Layout, label: str) -> Drawn:
+    """Each figure of the finished arms against the swept setting."""
+    figures_of = {arm["name"]: arm for arm in layer["arms"]}
+    drawn = []
+    for key, scale, y_label, caption in _AGAINST:
+        points = []
+        for arm in arms:
+            figures = figures_of[arm.name]
+            if figures["finished"] and figures[key] is not None:
+                interval = figures.get(f"{key}_95")
+                points.append(
+                    Point(
+                        x=arm.settings.get(axes.x),
+                        line=plot.line_of(arm, axes),
+                        y=scale * figures[key],
+                        interval=(interval[0], interval[1]) if interval else None,
+                    )
+                )
+        if points:
+            drawn.append((caption, plot.against(points, label, y_label)))
+    return drawn
+
+
+def _curves(layer: dict[str, Any], arms: Sequence[Arm], axes: Layout, label: str) -> Drawn:
+    """Variance explained over training."""
+    name_of = words.name_in(layer)
+    bottom, top = plot.settled_range(arms)
+    by_line: dict[str, list[Arm]] = {}
+    for arm in arms:
+        by_line.setdefault(plot.line_of(arm, axes), []).append(arm)
+    drawn = []
+    for line, own in by_line.items():
+        names = [name_of(arm.name) for arm in own]
+        if axes.x:
+            values = [f"{label} {formatted(arm.settings.get(axes.x))}" for arm in own]
+            # Arms that differ in the seed, and copies, have the same value: they keep their names.
+            if len(set(values)) == len(values):
+                names = values
+        caption = "Over training: batches faint, held-out rows with marks"
+        if line:
+            caption += f"; {line}"
+        curves = list(zip(names, own, strict=True))
+        drawn.append((caption, plot.over_tokens(curves, bottom, top)))
+    return drawn
+
+
+def _order(value: Any) -> tuple[bool, float, str]:
+    """A sort key for a setting's values: numbers by size, before everything else."""
+    number = isinstance(value, int | float)
+    return not number, float(value) if number else 0.0, str(value)
