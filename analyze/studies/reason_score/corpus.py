@@ -1,8 +1,6 @@
-"""Words in a store's text: where they stand, the windows around them, and other tokens that are as
-frequent.
+"""The held-out text as a corpus: where words stand, the windows around them, and their look-alikes.
 
-Shapes: n tokens of the corpus in the order of the text, F latents, G words (or what stands for them
-    in a vocabulary).
+Shapes: n tokens of the corpus in the order of the text, F latents, G words of a vocabulary.
 """
 
 from __future__ import annotations
@@ -20,26 +18,32 @@ from data.journal import Progress
 from harvest.tokens import Tokenizer
 
 Places = NDArray[np.int64]  # positions in a corpus, ascending, without repetition
-_NEAR = np.log(2)  # tokens up to twice as frequent, or half, may stand for a word,
-_FEWEST, _MOST = 10, 50  # but at least and at most so many of the nearest
+_NEAR = np.log(2)  # look-alikes are up to twice as frequent as a word, or half,
+_FEWEST = 10  # but at least so many of the nearest
+_MOST = 50  # and at most so many
+_REDRAWS = 100  # of a vocabulary in which one token stands for two words
 
 
 class Corpus(NamedTuple):
     """Held-out text with its activations."""
 
     tokens: NDArray[np.int64]  # (n,)
-    piece: NDArray[np.int64]  # (n,) number of the document's piece; no window reaches into another
+    piece: NDArray[np.int64]  # (n,) number of the document's piece; no window crosses its end
     document: NDArray[np.int64]  # (n,)
-    kept: NDArray[np.bool_]  # (n,) neither BOS nor dropped by the run's policy: only these count
-    active: Any  # (n, F) scipy CSR float32, empty where not kept
+    kept: NDArray[np.bool_]  # (n,) False for BOS and what the run's policy drops: these never count
+    active: Any  # (n, F) scipy CSR float32 activations, empty where not kept
 
 
 def read_corpus(subject: Subject, limit: int, stop: StopRequest) -> Corpus:
-    """Held-out units until at least `limit` rows, encoded: 8 bytes per active latent, 0.5 GB at 5e5
-    rows of k = 128.
+    """The held-out text, encoded: 8 bytes per active latent, 0.5 GB at 5e5 rows of k = 128.
+
+    Args:
+        limit: see `Subject.rows`.
     """
     parts: list[Corpus] = []
-    progress, rows, pieces = Progress(), 0, 0
+    rows = 0
+    pieces = 0
+    progress = Progress()
     for firings in subject.firings(limit):
         stop.check()
         unit = firings.unit
@@ -55,11 +59,12 @@ def read_corpus(subject: Subject, limit: int, stop: StopRequest) -> Corpus:
         parts.append(Corpus(tokens, piece, document, kept, active))
         rows += len(tokens)
         progress.show(f"{rows:,} tokens encoded")
-    tokens, piece, document, kept = (
-        np.concatenate(column) for column in list(zip(*parts, strict=True))[:4]
-    )
     return Corpus(
-        tokens, piece, document, kept, sparse.vstack([part.active for part in parts], "csr")
+        tokens=np.concatenate([part.tokens for part in parts]),
+        piece=np.concatenate([part.piece for part in parts]),
+        document=np.concatenate([part.document for part in parts]),
+        kept=np.concatenate([part.kept for part in parts]),
+        active=sparse.vstack([part.active for part in parts], "csr"),
     )
 
 
@@ -71,37 +76,42 @@ class Word(NamedTuple):
 
 
 def words_of(tokenizer: Tokenizer, names: Sequence[str]) -> list[Word]:
-    """Words by name. One all in small letters is meant with and without a capital, with and without
-    a space before it; one that begins with a capital or a space is meant just as it stands.
+    """Words by name.
+
+    A name in small letters stands for four spellings: with and without a capital, with and without a
+    space before it. A name with a capital, or with a space before it, stands for itself alone.
     """
-    found = []
+    words = []
     for name in names:
-        as_it_stands = name[:1].isspace() or name != name.lower()
-        spellings = (
-            [name]
-            if as_it_stands
-            else [s + n for s in ("", " ") for n in (name, name.capitalize())]
-        )
-        phrases = dict.fromkeys(tuple(ids) for ids in tokenizer.encode(list(spellings)) if ids)
-        found.append(Word(name, tuple(phrases)))
-    return found
+        spellings = [name]
+        if name == name.lower() and not name[:1].isspace():
+            capital = name.capitalize()
+            spellings = [name, capital, f" {name}", f" {capital}"]
+        phrases = [tuple(ids) for ids in tokenizer.encode(list(spellings)) if ids]
+        words.append(Word(name, tuple(dict.fromkeys(phrases))))
+    return words
 
 
 def occurrences(corpus: Corpus, phrase: Sequence[int]) -> Places:
     """Where the phrase begins; all of it stands in one piece."""
-    last = len(corpus.tokens) - len(phrase) + 1
-    if last < 1:
+    count = len(corpus.tokens) - len(phrase) + 1
+    if count < 1:
         return np.empty(0, np.int64)
-    found = np.ones(last, bool)
-    for at, token in enumerate(phrase):
-        found &= corpus.tokens[at : last + at] == token
-    found &= corpus.piece[:last] == corpus.piece[len(phrase) - 1 :]
-    return np.flatnonzero(found)
+    matches = np.ones(count, bool)
+    for offset, token in enumerate(phrase):
+        matches &= corpus.tokens[offset : count + offset] == token
+    matches &= corpus.piece[:count] == corpus.piece[len(phrase) - 1 :]
+    return np.flatnonzero(matches)
 
 
 def windows(corpus: Corpus, starts: Places, length: int, before: int, after: int) -> Places:
-    """The kept tokens from `before` ahead of phrases of `length` tokens to `after` behind them, in
-    the same piece.
+    """The kept tokens around phrases, in the same piece.
+
+    Args:
+        starts: where the phrases begin.
+        length: tokens of a phrase.
+        before: tokens of a window ahead of a phrase.
+        after: and behind it.
     """
     around = starts[:, None] + np.arange(-before, length + after)
     inside = (around >= 0) & (around < len(corpus.tokens))
@@ -113,32 +123,36 @@ def windows(corpus: Corpus, starts: Places, length: int, before: int, after: int
 def look_alikes(
     corpus: Corpus, frequencies: Sequence[int], excluded: set[int], rng: np.random.Generator
 ) -> list[NDArray[np.int64]]:
-    """For each frequency the tokens that are nearest to it in log frequency, ties by chance.
+    """For each frequency the tokens nearest to it in log frequency, ties by chance.
 
     Those within a factor of 2, at most 50 of them, at least the 10 nearest. A frequency of 0 has
     none.
+
+    Args:
+        excluded: tokens that are no look-alikes.
 
     Raises:
         SettingError: the corpus has fewer than 10 other tokens.
     """
     ids, counts = np.unique(corpus.tokens[corpus.kept], return_counts=True)
     allowed = ~np.isin(ids, list(excluded))
-    ids, counts = ids[allowed], counts[allowed]
+    ids = ids[allowed]
+    counts = counts[allowed]
     if len(ids) < _FEWEST:
         raise SettingError(
-            f"the corpus has {len(ids)} tokens beside study.words, and {_FEWEST} are needed to draw others as "
-            "frequent; give fewer words, or more study.rows"
+            f"the corpus has {len(ids)} tokens beside study.words, and {_FEWEST} are needed to draw "
+            "others as frequent; give fewer words, or more study.rows"
         )
-    found = []
+    alike = []
     for frequency in frequencies:
         if not frequency:
-            found.append(np.empty(0, np.int64))
+            alike.append(np.empty(0, np.int64))
             continue
         distance = np.abs(np.log(counts) - np.log(frequency))
         order = np.lexsort((rng.random(len(ids)), distance))
         near = int((distance <= _NEAR).sum())
-        found.append(ids[order[: min(max(near, _FEWEST), _MOST)]])
-    return found
+        alike.append(ids[order[: min(max(near, _FEWEST), _MOST)]])
+    return alike
 
 
 def draw_vocabularies(
@@ -146,13 +160,12 @@ def draw_vocabularies(
 ) -> NDArray[np.int64]:
     """(count, G) vocabularies: for each word one of its look-alikes, -1 where it has none.
 
-    No token stands for two words, unless the look-alikes are so few that chance does not find
-    another in 100 times.
+    No token stands for two words, unless 100 draws in a row repeat one because look-alikes are few.
     """
     drawn = np.full((count, len(alike)), -1)
     occurring = [word for word, tokens in enumerate(alike) if len(tokens)]
     again = np.arange(count)
-    for _ in range(100):
+    for _ in range(_REDRAWS):
         for word in occurring:
             drawn[again, word] = rng.choice(alike[word], len(again))
         ordered = np.sort(drawn[again][:, occurring], axis=1)

@@ -1,34 +1,37 @@
 """ReasonScore: which latents fire around words of reasoning (Galichin et al., arXiv 2503.18878).
 
     s_i  = p_i+ H_i^0.7 - p_i-
-    p_i+ = mu_i+ / sum_j mu_j+       mu+: mean activation in the windows around the words' occurrences
-    p_i- = mu_i- / sum_j mu_j-       mu-: mean over all other tokens of the same corpus
+    p_i+ = mu_i+ / sum_j mu_j+    mu+: mean activation in the windows around the words' occurrences
+    p_i- = mu_i- / sum_j mu_j-    mu-: mean over all other tokens of the same corpus
     H_i  = entropy of latent i's share by word, from its mean in each word's windows, over ln |R|
 
 |R| counts all words, those that the corpus lacks too. Tokens are those that the run's policy keeps,
-never BOS, and windows end with the document. Nothing in the formula knows of reasoning: every
-vocabulary has latents that score high. So the scores stand beside those of random vocabularies,
-each word replaced by a token as frequent.
+never BOS. Windows end with the document.
+
+Nothing in the formula knows of reasoning: every vocabulary has latents that score high. So the
+scores stand beside those of random vocabularies, in which each word is replaced by a token as
+frequent.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 
 from analyze.contexts import Context, top_contexts, visible
-from analyze.drawing import STYLE, empty, svg
-from analyze.outcome import Outcome, Picture, Table
+from analyze.outcome import Outcome
 from analyze.results import FEATURES
 from analyze.stats import Floats, benjamini_hochberg, percentiles, permutation_p
-from analyze.studies.reason_score.corpus import read_corpus, words_of
+from analyze.studies.reason_score import words as sentences
+from analyze.studies.reason_score.corpus import Word, read_corpus, words_of
 from analyze.studies.reason_score.score import (
     ALPHA,
     FORMULAS,
     LEVEL,
+    Marked,
     Null,
     Scorer,
     halves,
@@ -38,7 +41,7 @@ from analyze.studies.reason_score.score import (
 from analyze.study import Column, Definition, Study, write_features
 from data.errors import MismatchError, SettingError, StopRequest
 from data.settings import build
-from harvest import model_folder as checkpoint
+from harvest import model_folder
 from harvest.tokens import Tokenizer
 
 WORDS = (
@@ -46,18 +49,19 @@ WORDS = (
 )  # fmt: skip
 _SEED = 0
 _FIRED = 10  # rows in which a latent must fire to be tested, whatever the words
-_SHOWN, _EACH = 10, 3  # latents shown with contexts, and how many of these
+_SHOWN = 10  # latents shown with contexts
+_EACH = 3  # contexts of each
 
 
 @dataclass(frozen=True)
 class Options:
-    """See conf/study/reason_score.yaml."""
+    """Settings of conf/study/reason_score.yaml."""
 
-    rows: int = 500_000
-    words: list[str] | None = None
-    formula: str = "published"
-    draws: int = 30_000
-    top: int = 50  # latents
+    rows: int
+    words: list[str] | None
+    formula: str
+    draws: int
+    top: int  # latents
 
     def __post_init__(self) -> None:
         for name in ("rows", "draws", "top"):
@@ -65,19 +69,23 @@ class Options:
                 raise SettingError(f"study.{name}={getattr(self, name)} must be at least 1")
         if self.formula not in FORMULAS:
             raise SettingError(f"study.formula={self.formula} must be one of {', '.join(FORMULAS)}")
-        if self.words is not None:
-            texts = isinstance(self.words, list) and all(
-                isinstance(one, str) and one.strip() for one in self.words
+        if self.words is not None and not _are_words(self.words):
+            raise SettingError(
+                f"study.words={self.words} must be a list of at least two words or phrases, for the "
+                "entropy over them, such as [more, left]; null takes the paper's ten"
             )
-            if not texts or len(set(self.words)) < 2:
-                raise SettingError(
-                    f"study.words={self.words} must be a list of at least two words or phrases, for the entropy over "
-                    "them, such as [more, left]; null takes the paper's ten"
-                )
 
     @property
     def names(self) -> list[str]:
         return list(WORDS if self.words is None else dict.fromkeys(self.words))
+
+
+def _are_words(value: Any) -> bool:
+    """Whether `value` is a list of texts, two of them different."""
+    if not isinstance(value, list):
+        return False
+    texts = [text for text in value if isinstance(text, str) and text.strip()]
+    return len(texts) == len(value) and len(set(texts)) >= 2
 
 
 # -- the study -------------------------------------------------------------------------------------
@@ -86,15 +94,17 @@ class Options:
 def reason_score(study: Study) -> Outcome:
     """Rank latents by ReasonScore, beside frequency-matched vocabularies."""
     options = build(Options, "study", study.options)
-    tokenizer, formula = _tokenizer(study), FORMULAS[options.formula]
+    tokenizer = _tokenizer(study)
+    formula = FORMULAS[options.formula]
     words = words_of(tokenizer, options.names)
     with StopRequest() as stop:
         corpus = read_corpus(study.subject, options.rows, stop)
         marked = mark(corpus, words, formula)
         if not any(map(len, marked.of_word)):
             raise SettingError(
-                f"none of the words {', '.join(map(repr, options.names))} is in the {len(corpus.tokens):,} held-out "
-                "tokens; give words that are as study.words=[...], or more study.rows"
+                f"none of the words {', '.join(map(repr, options.names))} is in the "
+                f"{len(corpus.tokens):,} held-out tokens; give words that are as study.words=[...], "
+                "or more study.rows"
             )
         fired = np.bincount(corpus.active.indices, minlength=corpus.active.shape[1])
         tested = np.flatnonzero(fired >= _FIRED)
@@ -115,76 +125,89 @@ def reason_score(study: Study) -> Outcome:
         )
     q = np.ones(len(scores))
     q[tested] = benjamini_hochberg(null.p[tested])
-    rank = tested[np.argsort(-scores[tested], kind="stable")]
-    shown = [int(latent) for latent in rank[: min(options.top, _SHOWN)]]
-    contexts = top_contexts(study.subject, shown, _EACH, options.rows)
-
-    def name(token: int) -> str:
-        return visible(tokenizer.inner.decode([token]))
-
-    listed = [*rank[: options.top], *(one for one in rank[options.top :] if q[one] <= LEVEL)]
     density = fired / corpus.kept.sum()
+    columns = {"score": scores, "p": null.p, "q": q, "density": density}
+    of_tested = {name: column[tested] for name, column in columns.items()}
+    write_features(study.folder / FEATURES, {"feature": tested, **of_tested})
+
+    # The first latents in rank, then those behind them that are significant.
+    rank = tested[np.argsort(-scores[tested], kind="stable")]
+    significant = q <= LEVEL
+    listed = [*rank[: options.top], *(rank[options.top :][significant[rank[options.top :]]])]
+    features = []
+    for latent in listed:
+        row = {name: column[latent] for name, column in columns.items()}
+        features.append({"feature": int(latent), **row})
+
+    shown = [int(latent) for latent in rank[: min(options.top, _SHOWN)]]
+    contexts = {}
+    for latent, ranked in top_contexts(study.subject, shown, _EACH, options.rows).items():
+        contexts[latent] = [_with_texts(context, tokenizer) for context in ranked]
     figures: dict[str, Any] = {
         "formula": {"name": options.formula, "alpha": ALPHA, **formula._asdict()},
         "seed": _SEED,
         "tokens": int(corpus.kept.sum()),
         "documents": len(np.unique(corpus.document)),
-        "words": [
+        "words": _word_figures(words, marked),
+        "tested": len(tested),
+        "significant": int(significant[tested].sum()),
+        "null": _null_figures(null, scores[rank], len(tested)),
+        "halves": halves(corpus, words, formula, tested),
+        "features": features,
+        "contexts": {latent: [_joined(c) for c in ranked] for latent, ranked in contexts.items()},
+    }
+    picture = sentences.picture(figures["null"], scores[rank[: options.top]], options.top)
+    return Outcome(
+        figures,
+        sentences.summary(figures),
+        sentences.tables(figures, contexts),
+        {"scores": picture},
+    )
+
+
+def _word_figures(words: Sequence[Word], marked: Marked) -> list[dict[str, Any]]:
+    figures = []
+    for word, times, places in zip(words, marked.frequency, marked.of_word, strict=True):
+        figures.append(
             {
                 "word": word.name,
                 "ids": word.phrases,
                 "occurrences": times,
                 "tokens_in_windows": len(places),
             }
-            for word, times, places in zip(words, marked.frequency, marked.of_word, strict=True)
-        ],
-        "tested": len(tested),
-        "significant": int((q[tested] <= LEVEL).sum()),
-        "null": _null_figures(null, scores[rank], len(tested)),
-        "halves": halves(corpus, words, formula, tested),
-        "features": [
-            {
-                "feature": int(one),
-                "score": scores[one],
-                "p": null.p[one],
-                "q": q[one],
-                "density": density[one],
-            }
-            for one in listed
-        ],
-        "contexts": {one: [_told(context, name) for context in contexts[one]] for one in shown},
-    }
-    of_all = {"score": scores, "p": null.p, "q": q, "density": density}
-    write_features(
-        study.folder / FEATURES, {"feature": tested, **{key: of_all[key][tested] for key in of_all}}
-    )
-    caption = f"ReasonScore of the first {options.top} latents beside random vocabularies of the same frequencies"
-    picture = Picture(caption, _picture(figures["null"], scores[rank[: options.top]]))
-    return Outcome(
-        figures, _summary(figures), _tables(figures, contexts, name), {"scores": picture}
-    )
+        )
+    return figures
+
+
+def _with_texts(context: Context, tokenizer: Tokenizer) -> dict[str, Any]:
+    texts = [visible(tokenizer.inner.decode([token])) for token in context.tokens]
+    return {**context._asdict(), "texts": texts}
+
+
+def _joined(context: Mapping[str, Any]) -> dict[str, Any]:
+    """A context as figures keep it: its text in one piece."""
+    figures = dict(context)
+    return {**figures, "text": "".join(figures.pop("texts"))}
 
 
 def _tokenizer(study: Study) -> Tokenizer:
     """The store's tokenizer, without the model.
 
     Raises:
-        MismatchError: model= has another one.
+        MismatchError: model= has another tokenizer.
     """
-    found = Tokenizer.load(checkpoint.resolve(study.model.path, study.model.revision))
+    tokenizer = Tokenizer.load(model_folder.resolve(study.model.path, study.model.revision))
     store = study.subject.store
-    if (recorded := store.manifest["model"]["tokenizer"]) != found.digest:
-        unequal = {"tokenizer": (recorded, found.digest)}
-        raise MismatchError(
-            f"store {store.name}",
-            unequal,
-            "Give the model that it was harvested with, as model.path=",
-        )
-    return found
+    recorded = store.manifest["model"]["tokenizer"]
+    if recorded != tokenizer.digest:
+        unequal = {"tokenizer": (recorded, tokenizer.digest)}
+        way_out = "Give the model that it was harvested with, as model.path="
+        raise MismatchError(f"store {store.name}", unequal, way_out)
+    return tokenizer
 
 
 def _null_figures(null: Null, ranked: Floats, tested: int) -> dict[str, Any]:
-    """The largest scores beside those of random vocabularies, and what p values can be had."""
+    """The largest scores beside those of random vocabularies, and the smallest p there can be."""
     low, middle, high = np.quantile(null.leading, [0.025, 0.5, 0.975], axis=0)
     few = min(10, null.leading.shape[1])
     sums = null.leading[:, :few].sum(1)
@@ -208,104 +231,6 @@ def _null_figures(null: Null, ranked: Floats, tested: int) -> dict[str, Any]:
         "fewest_significant": int(np.ceil(tested / (1 + null.draws) / LEVEL)),
         "band": {"low": low, "median": middle, "high": high},
     }
-
-
-def _told(context: Context, name: Any) -> dict[str, Any]:
-    return {**context._asdict(), "text": "".join(map(name, context.tokens))}
-
-
-def _summary(figures: dict[str, Any]) -> list[str]:
-    null, half = figures["null"], figures["halves"]
-    fewest = null["fewest_significant"]
-    found = [
-        f"{figures['significant']} of {figures['tested']:,} latents have a higher ReasonScore "
-        f"({figures['formula']['name']} formula) than frequency-matched vocabularies give them: Benjamini-Hochberg "
-        f"q <= {LEVEL} among {null['draws']:,} vocabularies"
-        + (f", of which fewer than {fewest} latents could not be seen." if fewest > 1 else ".")
-    ]
-    for key, said in (
-        ("largest", "The largest score"),
-        ("largest_10", "The sum of the ten largest"),
-    ):
-        one = null[key]
-        found.append(
-            f"{said} is {one['observed']:.4f}; random vocabularies have {one['null']:.4f}, 95 % of them "
-            f"{one['interval'].low:.4f} to {one['interval'].high:.4f} (p = {one['p']:.3g})."
-        )
-    if half["spearman"] is None:
-        found.append(f"Halves were not compared: {half['said']}.")
-    else:
-        found.append(
-            f"Between two halves of the documents the scores' rank correlation is {half['spearman']:.3f}, and "
-            f"{half['shared']} of the first {half['top']} are shared ({half['shared_by_chance']:.1f} by chance, "
-            f"p = {half['p']:.2g})."
-        )
-    if missing := [one["word"] for one in figures["words"] if not one["occurrences"]]:
-        found.append(f"Not in the {figures['tokens']:,} tokens: {', '.join(missing)}.")
-    return found
-
-
-def _tables(figures: dict[str, Any], contexts: dict[int, list[Context]], name: Any) -> list[Table]:
-    words = [
-        (repr(one["word"]), f"{one['occurrences']:,}", f"{one['tokens_in_windows']:,}")
-        for one in figures["words"]
-    ]
-    rows = [
-        (
-            str(one["feature"]),
-            f"{one['score']:.4f}",
-            f"{one['p']:.2g}",
-            f"{one['q']:.2g}",
-            f"{one['density']:.3%}",
-        )
-        for one in figures["features"]
-    ]
-    shown = [
-        (str(latent), str(context.document), f"{context.peak:.3g}", _marked(context, name))
-        for latent, found in contexts.items()
-        for context in found
-    ]
-    return [
-        Table("Words", ("word", "occurrences", "tokens in windows"), words),
-        Table("Latents by ReasonScore", ("latent", "ReasonScore", "p", "q", "density"), rows),
-        Table(
-            "Where the first of them fire most, the peak in «»",
-            ("latent", "document", "peak", "context"),
-            shown,
-        ),
-    ]
-
-
-def _marked(context: Context, name: Any) -> str:
-    peak = int(np.argmax(context.activations))
-    near = range(max(0, peak - 12), min(len(context.tokens), peak + 5))
-    return "".join(
-        f"«{name(context.tokens[at])}»" if at == peak else name(context.tokens[at]) for at in near
-    )
-
-
-def _picture(null: dict[str, Any], scores: Floats) -> str:
-    with mpl.rc_context(STYLE):
-        figure, axes = empty("rank", "ReasonScore")
-        rank = np.arange(1, 1 + min(len(scores), len(null["band"]["low"])))
-        low, middle, high = (
-            np.asarray(null["band"][key])[: len(rank)] for key in ("low", "median", "high")
-        )
-        axes.fill_between(
-            rank,
-            low,
-            high,
-            alpha=0.25,
-            color="#6b7280",
-            linewidth=0,
-            label="random vocabularies, 95 %",
-        )
-        axes.plot(rank, middle, color="#6b7280", linewidth=1, label="their median")
-        axes.plot(
-            rank, scores[: len(rank)], marker="o", markersize=3, linewidth=1, label="these words"
-        )
-        axes.legend(frameon=False)
-        return svg(figure)
 
 
 DEFINITION = Definition(

@@ -82,7 +82,7 @@ class Arm:
         """The last held-out record. A finished run's is of all held-out rows, after the last step."""
         for record in reversed(self.records):
             if record["split"] == "held_out":
-                return record
+                return dict(record)
         return {}
 
     @property

@@ -123,17 +123,17 @@ def _pictures(layer: dict[str, Any], arms: Sequence[Arm], keys: Sequence[str]) -
     names = {arm["name"] for arm in layer["arms"]}
     shown = [arm for arm in arms if arm.name in names]
     axes = plot.layout(shown, keys)
-    if not axes.x:
+    key = axes.x
+    if not key:
         return _curves(layer, shown, axes, "")
-    label = visible(short(keys)[axes.x])
-    shown.sort(
-        key=lambda arm: (plot.line_of(arm, axes), _order(arm.settings.get(axes.x)), arm.name)
-    )
+    label = visible(short(keys)[key])
+    shown.sort(key=lambda arm: (plot.line_of(arm, axes), _order(arm.settings.get(key)), arm.name))
     return _against(layer, shown, axes, label) + _curves(layer, shown, axes, label)
 
 
 def _against(layer: dict[str, Any], arms: Sequence[Arm], axes: Layout, label: str) -> Drawn:
     """Each figure of the finished arms against the swept setting."""
+    assert axes.x
     figures_of = {arm["name"]: arm for arm in layer["arms"]}
     drawn = []
     for key, scale, y_label, caption in _AGAINST:
@@ -165,8 +165,9 @@ def _curves(layer: dict[str, Any], arms: Sequence[Arm], axes: Layout, label: str
     drawn = []
     for line, own in by_line.items():
         names = [name_of(arm.name) for arm in own]
-        if axes.x:
-            values = [f"{label} {formatted(arm.settings.get(axes.x))}" for arm in own]
+        key = axes.x
+        if key:
+            values = [f"{label} {formatted(arm.settings.get(key))}" for arm in own]
             # Arms that differ in the seed, and copies, have the same value: they keep their names.
             if len(set(values)) == len(values):
                 names = values
