@@ -161,7 +161,7 @@ def _one_line(refusal: str) -> str:
     if is_unknown:
         return unknown.strip().rstrip(".") + ": no such setting; --help lists them all"
     malformed, is_malformed, _ = text.partition("See https://")
-    if "override" in malformed and is_malformed:
+    if "override" in text and is_malformed:
         way_out = "a value with signs or spaces needs quotes: \"run='a=b'\""
         return f"{' '.join(malformed.split())}; {way_out}"
     return " ".join(text.split())

@@ -15,11 +15,12 @@ from data.store import manifest
 from data.store.place import place_of
 from data.store.repair import is_derived, repair, require_store
 from data.text.sources import source_name, source_of
+from harvest.config import Faults, HarvestConfig
 from harvest.cost import cost
 from harvest.loop import harvest
 from harvest.model import ModelConfig, load
 from harvest.model_folder import EMBEDDED, read_config, resolve
-from harvest.plan import Faults, HarvestConfig, Plan, plan, probe, require_fit, share_done
+from harvest.plan import Plan, plan, probe, require_fit, share_done
 from harvest.status import status
 from harvest.verify import verify
 

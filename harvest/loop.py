@@ -1,21 +1,19 @@
-"""Stage one: text -> tokens -> residuals -> store.
+"""Stage one, the loop: text -> tokens -> residuals -> store.
 
-The spine (which token stands where) is committed by one reader of the text. Residuals are then a
-pure function of a spine unit, so that any unit can be made at any time, by anyone, with the same
-bits.
+The spine (which token stands where) is committed by one reader of the text. The residuals of a unit
+are then a pure function of its spine, so any process can make any unit at any time, with the same
+bits. `harvest` is the whole stage, `make` its loop over units.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from typing import Any
 
 import numpy as np
 import torch
 
-from data import environment
 from data.errors import PipelineError, StopRequest
 from data.journal import Progress, duration, size, tell
 from data.rows import summary
@@ -27,116 +25,71 @@ from data.store.retention import KeepAll
 from data.store.ring import Ring
 from data.store.store import Store
 from data.text.documents import TextSource
-from harvest import spine
+from harvest.config import Faults, HarvestConfig, check_layers
 from harvest.forward import unit_residuals
 from harvest.model import LanguageModel
 from harvest.model_folder import is_out_of_memory
-from harvest.plan import Faults, HarvestConfig, check_layers
+from harvest.others import Others
+from harvest.provenance import manifest_of
 from harvest.selfcheck import check, choose_isolation
-from harvest.spine import POLL_S, Spine
+from harvest.spine import Spine, tell_end
 from harvest.writer import Writer
 
 
-def manifest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> dict[str, Any]:
-    """Everything that the store's bytes follow from."""
-    template = {"chat_template": lm.tokenizer.template_digest} if source.chats else {}
-    return {
-        "site": "resid_post",
-        "model": lm.identity | template,
-        "isolation": lm.isolation,
-        "text": source.identity(),
-        "tokens": config.tokens,
-        "context": config.context,
-        "seed": config.seed,
-        "unit": config.unit_tokens,
-        "chunk": config.chunk_rows,
-        "batch": config.batch,
-        "codec": config.codec,
-        "environment": environment.of_harvest(torch.device(lm.config.device)),
-    }
-
-
 def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Store:
-    """Bring the store to what `config` asks for, from wherever it stands, beside whoever else is at
-    work on it.
+    """Bring the store to what `config` asks for, from whatever it holds, beside other ranks.
 
     Raises:
         MismatchError: the store there was made with other settings.
-        StoreError: the disk is too small, or what is on it is damaged.
+        StoreError: the disk is full, or the store is damaged.
         Interrupted: SIGINT or SIGTERM arrived; everything committed stays.
     """
+    began = time.monotonic()
+    layers = config.layers
     check_layers(config, lm)
     lm.isolation = choose_isolation(lm)
-    place, began = place_of(config.store), time.monotonic()
-    settings = manifest(config, lm, source)
-    agree(place, settings)  # before anything is made in a folder that may be no store
+
+    # Agree on the manifest twice: here, so that no file of claims comes into a folder that is no
+    # store; and below under the claims, since until then another start may replace a manifest
+    # without commits.
+    place = place_of(config.store)
+    manifest = manifest_of(config, lm, source)
+    agree(place, manifest)
     with closing(place.claims(config.rank, config.world)) as claims, StopRequest() as stop:
         whole_spine = retention.needs_whole_spine(place, claims, config.max_bytes)
-        store = Store.open_or_create(place, settings)
-        with Spine(store, claims, source, lm.tokenizer, stop) as text:
+        store = Store.open_or_create(place, manifest)
+
+        with Spine(store, claims, source, lm.tokenizer, stop) as spine:
+            # Wait for the spine: a ring needs all of it, else the first unit is enough.
             if whole_spine:
-                text.wait()
+                spine.wait()
             else:
-                text.wait_for(unit=0)
-            check(store, lm, config.layers)
-            before = store.units - len(store.missing(config.layers))
-            if before:
-                tell(f"going on: {before} of {store.units} units are committed")
-            _fit_codec(store, lm, config.layers)
+                spine.wait_for(unit=0)
+
+            # Check the model before its first row, and recompute a committed unit.
+            check(store, lm, layers)
+            committed = store.units - len(store.missing(layers))
+            if committed:
+                tell(f"going on: {committed} of {store.units} units are committed")
+
+            # Describe the arrays for other Zarr readers; a lossy codec is part of that.
+            fit_codec(store, lm, layers)
             with claims.held(METADATA):
-                store.declare(config.layers)
-            room = ring.join(store, config.layers, claims, config.max_bytes, config.readers)
-            tokens = make(store, lm, config.layers, claims, text, stop, config.faults, room)
+                store.declare(layers)
+
+            # Make every missing unit.
+            room = ring.join(store, layers, claims, config.max_bytes, config.readers)
+            tokens = make(store, lm, layers, claims, spine, stop, config.faults, room)
             room.sweep()
-        spine.tell_end(store)
+        tell_end(store)
+
+        # Write what only whole layers have: statistics, and the arrays' final shapes.
         with claims.held(METADATA):
-            _finish(store, config.layers)
-    spent = time.monotonic() - began
-    if tokens:
-        share = f", {tokens:,} of them made here" if tokens < store.rows else ""
-        speed = f"{duration(spent)}, {tokens / spent:,.0f} tokens/s"
-        tell(f"{store.name} is complete: {store.rows:,} tokens{share} in {speed}")
-    else:
-        tell(f"{store.name} is complete: {store.units} units, {store.rows:,} rows a layer")
+            for layer in layers:
+                summary.write(store, layer)
+            store.declare(layers)
+    _tell_complete(store, tokens, time.monotonic() - began)
     return store
-
-
-def _finish(store: Store, layers: Sequence[int]) -> None:
-    """What can be said of whole layers only: their statistics, and the final shapes."""
-    for layer in layers:
-        summary.write(store, layer)
-    store.declare(layers)
-
-
-def _fit_codec(store: Store, lm: LanguageModel, layers: Sequence[int]) -> None:
-    """Fit a lossy codec to the rows of unit 0, before the first row is written."""
-    lacking = codec.unfitted(store.manifest["codec"], store.place, layers)
-    if lacking:
-        rows = unit_residuals(store, lm, 0, lacking, store.manifest["batch"])
-        bos = torch.from_numpy(store.piece_starts(0).ravel())
-        for layer, of_layer in rows.items():
-            codec.fit(store.place, layer, of_layer, bos.to(of_layer.device))
-
-
-# -- units --------
-
-
-class OutOfMemory(PipelineError):
-    """A batch of `batch` packed rows of unit `unit` did not fit in memory; nothing of the unit was
-    written.
-    """
-
-    def __init__(self, unit: int, batch: int) -> None:
-        super().__init__(
-            f"unit {unit}: a batch of {batch} rows does not fit in memory; what was committed before is intact. Go on "
-            "with oom=halve (smaller batches may change bits, and are recorded), or begin another store= with less "
-            "batch= or context="
-        )
-        self.unit, self.batch = unit, batch
-
-
-_PATIENCE_S = 60.0  # without a commit by another rank, where no lock says whether it lives
-_PATIENCE_UNITS = 10  # or this many times what a unit takes here, if that is longer
 
 
 def make(
@@ -149,29 +102,66 @@ def make(
     faults: Faults,
     room: KeepAll | Ring,
 ) -> int:
-    """Make and commit units until every one of `layers` is whole; how many tokens were made here.
+    """Make and commit units until each of `layers` is whole; the tokens that were made here.
 
     Args:
-        room: on the disk: units are made in its order, when it admits them.
+        room: on the disk. It decides the order of units, and admits a unit when it fits.
     """
-    progress, began, batch, tokens = Progress(), time.monotonic(), int(store.manifest["batch"]), 0
+    began = time.monotonic()
+    progress = Progress()
+    others = Others(claims)
+    batch = int(store.manifest["batch"])  # halved where memory runs out
+    tokens = 0
     with Writer(store, claims, faults, lm.config.device) as writer:
-        for unit, lacking in _to_make(store, layers, claims, spine, stop, writer, room):
-            rows, batch = _computed(store, lm, unit, lacking, batch, stop, faults)
+        while True:
+            # Make all units that are free at present.
+            taken = 0
+            for unit, lacking in room.ordered(store.missing(layers)):
+                stop.check()
+                if not spine.ready(unit) or not room.admits(unit):
+                    break
+
+                # Claim the unit. Skip it if it is in other hands, or was committed meanwhile.
+                if unit in writer.holds or not claims.take(unit_claim(unit)):
+                    continue
+                if store.committed_meanwhile(unit, lacking):
+                    claims.release(unit_claim(unit))
+                    continue
+                room.clear(unit)
+
+                # Compute its residuals.
+                unit_began = time.monotonic()
+                residuals, batch = compute(store, lm, unit, lacking, batch, stop, faults)
+                stop.check()
+
+                # Hand them to the writer, which commits them beside the next unit's forward pass.
+                halved = batch if batch != store.manifest["batch"] else None
+                writer.submit(unit, residuals, halved)
+                taken += 1
+                tokens += store.rows_of(unit)
+                rate = tokens / (time.monotonic() - began)
+                progress.show(progress_line(store, layers, tokens, rate, writer.written))
+                others.unit_s = time.monotonic() - unit_began
+            if taken:
+                continue
+
+            # No unit is free. Either all is done, or the text or another process has to go on.
+            writer.wait()
+            spine.follow()
+            if store.spine_complete and not store.missing(layers):
+                break
             stop.check()
-            writer.submit(unit, rows, batch if batch != store.manifest["batch"] else None)
-            tokens += store.rows_of(unit)
-            rate = tokens / (time.monotonic() - began)
-            progress.show(_line(store, layers, tokens, rate, writer.written))
+            others.wait(store, layers)
     for layer in layers:
         if bad := store.non_finite(layer):
             tell(
-                f"layer {layer}: {bad} rows hold NaN or infinity; they are stored, counted and never served"
+                f"layer {layer}: {bad} rows hold NaN or infinity; they are stored, counted and "
+                "never served"
             )
     return tokens
 
 
-def _computed(
+def compute(
     store: Store,
     lm: LanguageModel,
     unit: int,
@@ -180,7 +170,11 @@ def _computed(
     stop: StopRequest,
     faults: Faults,
 ) -> tuple[dict[int, torch.Tensor], int]:
-    """A unit's rows, and the batch that they were made with."""
+    """A unit's residuals by layer, and the batch that fitted in memory: `batch`, or less.
+
+    Raises:
+        OutOfMemory: the batch did not fit, and `faults` allows no smaller one.
+    """
     while True:
         try:
             return unit_residuals(store, lm, unit, layers, batch, stop), batch
@@ -191,77 +185,61 @@ def _computed(
                 raise OutOfMemory(unit, batch) from error
         batch //= 2
         tell(
-            f"unit {unit}: out of memory; going on with batch={batch}, which is recorded, since bits may differ"
+            f"unit {unit}: out of memory; going on with batch={batch}, which is recorded, since "
+            "bits may differ"
         )
         if lm.config.device.startswith("cuda"):
             torch.cuda.empty_cache()
 
 
-def _to_make(
-    store: Store,
-    layers: Sequence[int],
-    claims: Claims,
-    spine: Spine,
-    stop: StopRequest,
-    writer: Writer,
-    room: KeepAll | Ring,
-) -> Iterator[tuple[int, list[int]]]:
-    """Units that are ours to make, with the layers that each lacks, until there are none that
-    anybody has to make.
+class OutOfMemory(PipelineError):
+    """A batch did not fit in memory; nothing of its unit was written."""
+
+    def __init__(self, unit: int, batch: int) -> None:
+        super().__init__(
+            f"unit {unit}: a batch of {batch} rows does not fit in memory; what was committed "
+            "before is intact. Go on with oom=halve (smaller batches may change bits, and are "
+            "recorded), or begin another store= with less batch= or context="
+        )
+        self.unit = unit
+        self.batch = batch  # packed rows
+
+
+def fit_codec(store: Store, lm: LanguageModel, layers: Sequence[int]) -> None:
+    """Fit a lossy codec to the rows of unit 0, before the first row is written."""
+    unfitted = codec.unfitted(store.manifest["codec"], store.place, layers)
+    if unfitted:
+        residuals = unit_residuals(store, lm, 0, unfitted, store.manifest["batch"])
+        bos = torch.from_numpy(store.piece_starts(0).ravel())
+        for layer, rows in residuals.items():
+            codec.fit(store.place, layer, rows, bos.to(rows.device))
+
+
+# -- messages --------------------------------------------------------------------------------------
+
+
+def progress_line(
+    store: Store, layers: Sequence[int], tokens: int, rate: float, written: int
+) -> str:
+    """How far the store is.
+
+    Args:
+        tokens: made here.
+        rate: tokens/s made here.
+        written: bytes of residuals committed here, before encoding.
     """
-    others = _Others(claims)
-    while True:
-        took, missing = 0, store.missing(layers)
-        for unit, lacking in room.ordered(missing):
-            stop.check()
-            if not spine.ready(unit):
-                break
-            if not room.admits(unit):
-                break
-            if unit in writer.holds or not claims.take(unit_claim(unit)):
-                continue
-            if store.committed_meanwhile(unit, lacking):
-                claims.release(unit_claim(unit))
-                continue
-            room.clear(unit)
-            began = time.monotonic()
-            yield unit, lacking
-            others.unit_s, took = time.monotonic() - began, took + 1
-        if not took:
-            writer.wait()
-            spine.follow()
-            if store.spine_complete and not store.missing(layers):
-                return
-            stop.check()
-            others.wait(store, layers)
-
-
-class _Others:
-    """Waiting for what other ranks have in hand; where no lock says whether they live, their
-    silence does.
-    """
-
-    def __init__(self, claims: Claims) -> None:
-        self._claims, self.unit_s = claims, 0.0
-        self._missing, self._since = -1, time.monotonic()
-
-    def wait(self, store: Store, layers: Sequence[int]) -> None:
-        missing = len(store.missing(layers))
-        if missing != self._missing:
-            self._missing, self._since = missing, time.monotonic()
-        silence = time.monotonic() - self._since
-        if not self._claims.exact and silence > max(_PATIENCE_S, _PATIENCE_UNITS * self.unit_s):
-            tell(
-                f"no other rank has committed anything for {duration(silence)}: taking over their {missing} units"
-            )
-            self._claims.take_over()
-        time.sleep(POLL_S)
-
-
-def _line(store: Store, layers: Sequence[int], tokens: int, rate: float, written: int) -> str:
-    have = int(np.min([store.committed(layer).sum() for layer in layers]))
-    left = duration((store.units - have) * store.unit_tokens / rate)
+    units = int(np.min([store.committed(layer).sum() for layer in layers]))
+    left = duration((store.units - units) * store.unit_tokens / rate)
     return (
-        f"{have}/{store.units} units | {tokens:,} tokens here | {rate:,.0f} tokens/s | "
+        f"{units}/{store.units} units | {tokens:,} tokens here | {rate:,.0f} tokens/s | "
         f"{size(written)} at {size(written * rate / max(tokens, 1))}/s | ETA {left}"
     )
+
+
+def _tell_complete(store: Store, tokens: int, seconds: float) -> None:
+    if tokens:
+        share = f", {tokens:,} of them made here" if tokens < store.rows else ""
+        speed = f"{duration(seconds)}, {tokens / seconds:,.0f} tokens/s"
+        tell(f"{store.name} is complete: {store.rows:,} tokens{share} in {speed}")
+    else:
+        tell(f"{store.name} is complete: {store.units} units, {store.rows:,} rows a layer")

@@ -1,4 +1,4 @@
-"""Looking at a store: is every byte what was committed, how far is it, and what is in it."""
+"""How far a store is, and what is in it."""
 
 from __future__ import annotations
 
@@ -18,27 +18,34 @@ from data.store.place import Place
 from data.store.store import Store
 
 _SAMPLED = 8  # units whose documents are counted
-_RECENT = 20  # units from whose records' times the present rate is taken
-# deviations of the median channel: a channel whose mean is farther from 0 dominates every norm
-_MASSIVE = 50.0
+_RECENT = 20  # newest records, whose times give the present rate
+_MASSIVE = 50.0  # median deviations: a channel whose mean is farther from 0 dominates every norm
 
 
 def status(place: Place) -> Iterator[str]:
     """How far a store is and what is in it, in lines."""
     store = Store.open(place)
-    end, pieces = store.spine_end, int(store.ledger.pieces.sum())
-    tokens = int(store.ledger.spine_rows.sum()) * store.context
-    spine = f"{tokens:,} tokens" + ("" if end else f" of {store.rows:,}, still being read")
-    if end and not store.spine_complete:
-        spine += ", units of the text missing: harvest again"
-    if end and end.ended_early:
-        spine += f", where the text ended ({store.planned_rows * store.context:,} were asked for)"
-    yield f"{store.name}: {spine}, in {pieces:,} pieces of documents, model {store.manifest['model']['id']}"
+    yield _spine_status(store)
     for layer in store.layers:
         yield from _layer_status(store, layer)
     yield from retention.read(place).status(place, store.units)
     if rate := _rate(store):
         yield rate
+
+
+def _spine_status(store: Store) -> str:
+    end = store.spine_end
+    pieces = int(store.ledger.pieces.sum())
+    tokens = int(store.ledger.spine_rows.sum()) * store.context
+    model = store.manifest["model"]["id"]
+    spine = f"{tokens:,} tokens"
+    if end is None:
+        spine += f" of {store.rows:,}, still being read"
+    elif not store.spine_complete:
+        spine += ", units of the text missing: harvest again"
+    if end and end.ended_early:
+        spine += f", where the text ended ({store.planned_rows * store.context:,} were asked for)"
+    return f"{store.name}: {spine}, in {pieces:,} pieces of documents, model {model}"
 
 
 def _layer_status(store: Store, layer: int) -> Iterator[str]:
@@ -52,56 +59,60 @@ def _layer_status(store: Store, layer: int) -> Iterator[str]:
         f"({nbytes / max(rows, 1):,.0f} bytes a token, codec {store.manifest['codec']})"
     )
     if store.complete(layer):
-        yield from (f"    {line}" for line in layer_statistics(store, layer))
+        for line in layer_statistics(store, layer):
+            yield f"    {line}"
         yield f"    a training batch mixes about {effective_documents(store):,.0f} documents"
     if halved := np.count_nonzero(store.batches(layer)):
-        yield f"    {halved} units were made with less than batch={store.manifest['batch']} (oom=halve)"
+        batch = store.manifest["batch"]
+        yield f"    {halved} units were made with less than batch={batch} (oom=halve)"
 
 
 def layer_statistics(store: Store, layer: int) -> Iterator[str]:
-    """What a complete layer's rows are like."""
+    """Norms, kinds of rows and massive channels of a complete layer, in lines."""
     whole = summary.read(store, layer)
-    counts, sums = whole.counts.sum(0), whole.norm_sums.sum(0)
+    counts = whole.counts.sum(0)
     ordinary = whole.of(split.TRAINING, (ORDINARY,))
     deviation = np.sqrt(ordinary.variance)
     gamma = float(np.linalg.norm(ordinary.mean) / np.linalg.norm(deviation))
     massive = np.flatnonzero(np.abs(ordinary.mean) > _MASSIVE * np.median(deviation))
-    norms = sums / np.maximum(counts, 1)
+    norms = whole.norm_sums.sum(0) / np.maximum(counts, 1)
     yield (
         f"mean norm {norms[ORDINARY]:.4g} (BOS {norms[BOS]:.4g}, outliers {norms[OUTLIER]:.4g}); "
         f"gamma = |mean| / |deviation| = {gamma:.3g}"
     )
     bad = store.non_finite(layer)
+    listed = ", ".join(map(str, massive[:8])) or "none"
+    if len(massive) > 8:
+        listed += f" and {len(massive) - 8} more"
     yield (
         f"{counts[BOS]:,} BOS, {counts[OUTLIER]:,} outliers, {bad:,} not finite; massive channels "
-        f"(|mean| > {_MASSIVE:g} median deviations): {', '.join(map(str, massive[:8])) or 'none'}"
-        + (f" and {len(massive) - 8} more" if len(massive) > 8 else "")
+        f"(|mean| > {_MASSIVE:g} median deviations): {listed}"
     )
     if (lost := summary.variance_lost(store, layer)) is not None:
         yield f"share of variance lost by codec={store.manifest['codec']}: {lost:.2e}"
 
 
 def effective_documents(store: Store) -> float:
-    """1 / P(two rows of a training batch are of one document), for the reader's window; from a few
-    units.
+    """Documents that a training batch mixes: 1 / P(two of its rows are of one document).
 
-    Two rows of a window come from one chunk with probability 1/K and else from one unit with 1/U;
-    rows of one unit share a document with probability sum (n_d / n)^2, since they were permuted in
-    it.
+    Two rows of the reader's window come from one chunk with probability 1/K, and else from one unit
+    with 1/U. Rows of one unit share a document with probability sum (n_d / n)^2, since they were
+    permuted in it; its mean is taken over a few units.
     """
-    share = []
+    same_document: list[float] = []
     for unit in order.permutation(store.units, 0)[:_SAMPLED]:
-        counts = np.unique(store.document(int(unit)), return_counts=True)[1].astype(np.float64)
-        share.append(np.square(counts / counts.sum()).sum())
+        _, counts = np.unique(store.document(int(unit)), return_counts=True)
+        shares = counts.astype(np.float64) / counts.sum()
+        same_document.append(float(np.square(shares).sum()))
     span = retention.read(store.place).span or store.units
-    units = min(span, store.units)  # that are shuffled together
-    window = min(WINDOW, units * store.chunks)
+    units = min(span, store.units)  # units that are shuffled together
+    window = min(WINDOW, units * store.chunks)  # chunks
     same_unit = 1 / window + (1 - 1 / window) / units
-    return float(1 / (same_unit * np.mean(share)))
+    return float(1 / (same_unit * np.mean(same_document)))
 
 
 def _rate(store: Store) -> str | None:
-    """Tokens per second by the times of the newest records; for show only."""
+    """Tokens/s by the times of the newest records; None where they tell nothing."""
     times = sorted(store.place.times(RESIDUALS))[-_RECENT:]
     if len(times) < 2 or times[-1] <= times[0]:
         return None

@@ -1,4 +1,4 @@
-"""Is every byte of a store what was committed?"""
+"""Whether every byte of a store is what was committed."""
 
 from __future__ import annotations
 
@@ -16,44 +16,50 @@ from harvest.selfcheck import require_same
 
 
 def verify(place: Place, lm: LanguageModel) -> str:
-    """Check every digest of the store, and one random unit through the model; what was found to be
-    right.
+    """Check every digest of the store, and recompute one random unit; the good news as a line.
 
     Raises:
         StoreError: there is no store, or something is wrong; a line for each object.
+        MismatchError: the store was made with another model.
     """
     require_store(place)
-    if wrong := [line for _, lines in damage(place) for line in lines]:
-        raise StoreError(
-            "\n".join([*wrong, f"`python -m harvest action=repair store={place.name}` drops these"])
-        )
+    wrong: list[str] = []
+    for _, lines in damage(place):
+        wrong += lines
+    if wrong:
+        way_out = f"`python -m harvest action=repair store={place.name}` drops these"
+        raise StoreError("\n".join([*wrong, way_out]))
     store = Store.open(place)
-    recorded = {
-        key: value for key, value in store.manifest["model"].items() if key != "chat_template"
-    }
+    require_model(store, lm)
+    if not store.spine_complete:
+        raise StoreError(
+            f"{store.name}: some units of its text have no record; run its `python -m harvest` "
+            "again"
+        )
+    intact = f"{store.name}: every object holds the bytes that were committed"
+    committed = [store.committed(layer) for layer in store.layers]
+    whole = np.flatnonzero(np.all(committed, axis=0)).tolist() if committed else []
+    if not whole:
+        return f"{intact}; no unit has residuals yet"
+
+    lm.isolation = store.manifest["isolation"]
+    lm.truncate_(max(store.layers))
+    kept = retention.read(place)
+    unit = random.choice([unit for unit in whole if not kept.is_freed(unit)] or whole)
+    require_same(store, lm, unit, store.layers)
+    freed = ""
+    if kept.freed:
+        freed = f"; the shards of {kept.freed} units are freed, as in a ring they may be"
+    return f"{intact}; unit {unit}, recomputed, is the same{freed}"
+
+
+def require_model(store: Store, lm: LanguageModel) -> None:
+    """Raise MismatchError if the store was made with another model."""
+    recorded = dict(store.manifest["model"])
+    recorded.pop("chat_template", None)  # of the text, not of the residuals
     if unequal := differences(recorded, lm.identity):
         raise MismatchError(
             f"store {store.name}",
             unequal,
             "Give the model it was made with as model= or model.path=.",
         )
-    if not store.spine_complete:
-        raise StoreError(
-            f"{store.name}: some units of its text have no record; run its `python -m harvest` again"
-        )
-    have = np.flatnonzero(
-        np.all([store.committed(layer) for layer in store.layers], axis=0)
-    ).tolist()
-    if not store.layers or not have:
-        return f"{store.name}: every object holds the bytes that were committed; no unit has residuals yet"
-    lm.isolation = store.manifest["isolation"]
-    lm.truncate_(max(store.layers))
-    kept = retention.read(place)
-    unit = random.choice([unit for unit in have if not kept.is_freed(unit)] or have)
-    require_same(store, lm, unit, store.layers)
-    gone = (
-        f"; the shards of {kept.freed} units are freed, as in a ring they may be"
-        if kept.freed
-        else ""
-    )
-    return f"{store.name}: every object holds the bytes that were committed; unit {unit}, recomputed, is the same{gone}"

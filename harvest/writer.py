@@ -13,8 +13,8 @@ from data.errors import PipelineError
 from data.store.claims import Claims, unit_claim
 from data.store.store import Store
 from data.store.unit import Prepared
+from harvest.config import Faults
 from harvest.forward import prepared
-from harvest.plan import Faults
 
 IN_FLIGHT = 2  # units made and not yet committed: 0.67 GB a layer at width 2560
 

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from analyze import study
 from analyze.answering import Asking
 from data.rows.split import Policy
-from harvest.plan import Faults, HarvestConfig
+from harvest.config import Faults, HarvestConfig
 from tests.bench import house_signs
 from tests.bench.outcome import absolute_paths
 from train.optim import OptimConfig

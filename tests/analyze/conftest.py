@@ -19,10 +19,10 @@ from analyze.subject import Subject
 from data import durable
 from data.store.store import Store
 from data.text.sources import TinyText
+from harvest.config import HarvestConfig
 from harvest.loop import harvest
 from harvest.model import ModelConfig, load
 from harvest.model_folder import EMBEDDED
-from harvest.plan import HarvestConfig
 from tests.conftest import make_store
 from train import sae, sae_file
 from train.optim import OptimConfig

@@ -33,12 +33,12 @@ from transformers import AutoModel, Gemma4TextConfig
 from data.store.store import Store
 from data.text.sources import TinyText
 from data.tiny.embedded import MODEL_DIR
+from harvest.config import HarvestConfig
 from harvest.cost import cost
 from harvest.forward import batch_residuals
 from harvest.isolation import forward_inputs
 from harvest.loop import harvest
 from harvest.model import LanguageModel, ModelConfig, find_blocks
-from harvest.plan import HarvestConfig
 from harvest.tokens import Tokenizer
 from tests.bench.outcome import finish
 from tests.harvest.models import E4B

@@ -103,9 +103,9 @@ def save_inputs(folder: Path, case: Case) -> None:
 def harvest_seconds(folder: Path, case: Case, tokens: int, layers: int) -> float:
     """Seconds of one harvest of ours."""
     from data.text.sources import FileText
+    from harvest.config import HarvestConfig
     from harvest.loop import harvest
     from harvest.model import ModelConfig, load
-    from harvest.plan import HarvestConfig
 
     lm = load(ModelConfig(str(folder / "model"), dtype="float32"))
     chosen = tuple(range(case.depth - 1 - layers, case.depth - 1))

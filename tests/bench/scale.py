@@ -39,7 +39,8 @@ from data.store.claims import METADATA
 from data.store.place import place_of
 from data.store.store import SpineEnd, Store
 from data.text.packing import Cursor
-from harvest.plan import HarvestConfig, share_done
+from harvest.config import HarvestConfig
+from harvest.plan import share_done
 from harvest.status import status
 from tests.bench.outcome import finish
 from tests.conftest import commit, make_manifest, make_spine

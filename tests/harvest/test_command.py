@@ -23,7 +23,8 @@ from data.journal import size
 from data.store.store import Store
 from data.store.unit import prepare
 from harvest.command import command, default_store, harvest_config, model_config, planned_for
-from harvest.plan import HarvestConfig, require_fit
+from harvest.config import HarvestConfig
+from harvest.plan import require_fit
 
 
 def settings(*overrides: str) -> dict[str, Any]:

@@ -25,10 +25,11 @@ from data.store.store import Store
 from data.text import retry
 from data.text.documents import Document, State
 from data.text.sources import FileText
-from harvest import forward, loop, selfcheck
+from harvest import forward, selfcheck
+from harvest.config import Faults, HarvestConfig
 from harvest.loop import OutOfMemory, harvest
 from harvest.model import LanguageModel, ModelConfig, load
-from harvest.plan import Faults, HarvestConfig
+from harvest.provenance import manifest_of
 from harvest.selfcheck import choose_isolation
 from harvest.spine_writer import work, write_spine
 from tests.harvest.models import VOCABULARY, save_model
@@ -49,7 +50,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     lm, source = open_model(folder), FileText(folder / "text.jsonl")
     begun = config(folder / "spine.zarr")
-    store = Store.open_or_create(begun.store, loop.manifest(begun, lm, source))
+    store = Store.open_or_create(begun.store, manifest_of(begun, lm, source))
     write_spine(store, source, lm.tokenizer)
     shutil.copytree(folder / "spine.zarr", folder / "done.zarr")
     harvest(config(folder / "done.zarr"), lm, source)

@@ -21,10 +21,10 @@ from data.store.place import LocalPlace
 from data.store.repair import repair
 from data.store.store import Store
 from data.text.sources import FileText
-from harvest import loop
+from harvest.config import HarvestConfig
 from harvest.loop import harvest
 from harvest.model import LanguageModel, ModelConfig, load
-from harvest.plan import HarvestConfig
+from harvest.provenance import manifest_of
 from harvest.selfcheck import choose_isolation
 from harvest.spine_writer import write_spine
 from tests.harvest.models import save_model
@@ -66,7 +66,7 @@ def tree(path: Path) -> dict[str, bytes]:
 def make_spine(target: HarvestConfig, lm: LanguageModel, source: FileText) -> Store:
     """The first half of a harvest, in this process."""
     lm.isolation = choose_isolation(lm)
-    store = Store.open_or_create(target.store, loop.manifest(target, lm, source))
+    store = Store.open_or_create(target.store, manifest_of(target, lm, source))
     with closing(
         store.place.claims(0, 1)
     ):  # as in a harvest, what a killed one left half written goes

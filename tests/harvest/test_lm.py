@@ -21,12 +21,12 @@ from transformers.models.gemma4 import modeling_gemma4
 from data.errors import PipelineError, SettingError
 from data.store.store import Store
 from data.text.sources import FileText
+from harvest.config import HarvestConfig
 from harvest.forward import batch_residuals, forward, scatter
 from harvest.isolation import attention_mask, forward_inputs
 from harvest.loop import OutOfMemory, harvest
 from harvest.model import LanguageModel, ModelConfig, load
 from harvest.model_folder import is_out_of_memory
-from harvest.plan import HarvestConfig
 from harvest.selfcheck import choose_isolation, truncate_checked_
 from harvest.site import ResidPost, tap
 from tests.harvest.models import COMPOSITE, CONFIGS, VOCABULARY, save_composite, save_model

@@ -31,12 +31,13 @@ from data.store.repair import damage, repair
 from data.store.ring_state import Registration, RingState
 from data.store.store import Store
 from data.text.sources import FileText
-from harvest import loop, plan
+from harvest import plan
 from harvest.command import command
+from harvest.config import HarvestConfig
 from harvest.cost import Cost
 from harvest.loop import harvest
 from harvest.model import LanguageModel, ModelConfig, load
-from harvest.plan import HarvestConfig
+from harvest.provenance import manifest_of
 from harvest.selfcheck import choose_isolation
 from harvest.spine_writer import write_spine
 from harvest.status import status
@@ -77,7 +78,7 @@ class Bench:
         return FileText(self.folder / "text.txt")
 
     def manifest(self) -> dict[str, Any]:
-        return loop.manifest(config(self.spine), self.model(), self.source())
+        return manifest_of(config(self.spine), self.model(), self.source())
 
     def harvest(self, store: Path, **changes: Any) -> None:
         harvest(config(store, **changes), self.model(), self.source())
