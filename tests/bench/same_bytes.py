@@ -249,7 +249,7 @@ TIMED = rf"{PASSING}|commits/ring\.json|commits/readers/.*"
 BESIDE = rf"{PASSING}|(studies|export)/.*|quality\..*|(timings|metrics)\.jsonl|sae_final\.pt"
 TREES = {"store": (PASSING, ""), "ring": (TIMED, r"layer_\d+/c\..*"), "tree": ("", "")}
 SEEN = r".*\.(md|svg)|.*-[0-9a-f]{12}\.\w+"  # of a study: what is looked at, and caches
-# What follows from the clock, from the place, or from the bytes of another study's JSON.
+# By the clock, the place, or the bytes of another study's JSON. Of absolute paths names count.
 VOLATILE = {"seconds", "tokens_per_s", "folder", "eval_id", "datetime_epoch_millis"}
 
 
@@ -293,7 +293,7 @@ def in_sae(old: Path, new: Path) -> str | None:
 def leaves(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
     """The plain values in a JSON value that are not volatile, with their places."""
     if not value or not isinstance(value, dict | list):
-        yield where, repr(value)
+        yield where, repr(re.sub("^/.*/", "/", value) if isinstance(value, str) else value)
         return
     for key, one in value.items() if isinstance(value, dict) else enumerate(value):
         if key not in VOLATILE:
