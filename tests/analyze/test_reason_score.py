@@ -312,4 +312,4 @@ def test_refusals(tiny_study, setting: dict) -> None:
 
 
 def test_by_default_the_words_are_the_papers() -> None:
-    assert Options(rows=1, words=None, formula="published", draws=1, top=1).names == list(WORDS)
+    assert Options().names == list(WORDS)

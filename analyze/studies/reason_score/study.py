@@ -57,11 +57,11 @@ _EACH = 3  # contexts of each
 class Options:
     """Settings of conf/study/reason_score.yaml."""
 
-    rows: int
-    words: list[str] | None
-    formula: str
-    draws: int
-    top: int  # latents
+    rows: int = 500_000  # held-out rows at most, in whole units
+    words: list[str] | None = None  # None: the paper's
+    formula: str = "published"  # one of FORMULAS
+    draws: int = 30_000  # random vocabularies at most
+    top: int = 50  # latents listed
 
     def __post_init__(self) -> None:
         for name in ("rows", "draws", "top"):
