@@ -134,14 +134,14 @@ def test_a_cut_shard_is_never_read(tmp_path: Path, size: int) -> None:
     write(tmp_path, array, sample(array))
     path = tmp_path / array.key(0)
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(StoreError, match="index is damaged or cut off"):
+    with pytest.raises(StoreError, match=r"a/c\.0\.0.*action=repair"):
         array.read(LocalPlace(tmp_path), 0, 64)
 
 
 def test_an_absent_chunk_is_never_taken_for_zeros(tmp_path: Path) -> None:
     array = UnitArray("a", "bfloat16", 20, (24,), 64, exact("blosc", 2), 16)
     write(tmp_path, array, sample(array))
-    with Shard(array, LocalPlace(tmp_path), 0) as shard, pytest.raises(StoreError, match="absent"):
+    with Shard(array, LocalPlace(tmp_path), 0) as shard, pytest.raises(StoreError, match="chunk 3"):
         shard.read(3, np.empty((16, 24), np.uint16))
 
 

@@ -83,7 +83,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_rubbish(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StoreError, match="No space left on device"):
+    with pytest.raises(StoreError, match=os.strerror(errno.ENOSPC)):
         durable.write(tmp_path / "a", [b"new"])
     assert (tmp_path / "a").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a"]
@@ -103,7 +103,7 @@ def test_the_lock_is_one_processes_and_clears_what_a_killed_one_left(tmp_path: P
 
 def test_a_refused_rename_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    with pytest.raises(StoreError, match=r"cannot write .*/a: Is a directory"):
+    with pytest.raises(StoreError, match=r"/a\b"):
         durable.write(tmp_path / "a", [b"x"])
     assert os.listdir(tmp_path) == ["a"]
 
@@ -117,11 +117,9 @@ def test_a_record_is_json_and_says_what_was_committed() -> None:
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"[]", b"7", b'{"a":1,"checksum":"0"}'])
 def test_a_damaged_record_is_refused(damage: bytes) -> None:
-    with pytest.raises(StoreError, match=r"`action=repair` of its store drops it"):
+    with pytest.raises(StoreError, match="action=repair"):
         records.decode(damage, "r.json")
-    with pytest.raises(
-        StoreError, match=r"`python -m harvest action=repair store=gs://b/s.zarr` drops it"
-    ):
+    with pytest.raises(StoreError, match=r"action=repair store=gs://b/s.zarr"):
         records.decode(damage, "gs://b/s.zarr/commits/spine/00000001.json")
 
 
@@ -145,7 +143,7 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     again.write({"step": 3})
     again.close()
     assert read_metrics(path) == [{"step": 1, "loss": 0.1, "odd": None}, {"step": 3}]
-    with pytest.raises(StoreError, match="was cut by hand"):
+    with pytest.raises(StoreError, match=r"metrics.jsonl"):
         Metrics(path, keep_bytes=10_000)
 
 

@@ -308,12 +308,12 @@ def test_another_size_is_never_read() -> None:
     bits = synthetic(32)
     codec = codec_for(bits)
     for rows in (31, 33):
-        with pytest.raises(StoreError, match="bytes where"):
+        with pytest.raises(StoreError):
             codec.decode(codec.encode(bits), np.empty((rows, D), np.uint16))
         for other in (exact("blosc", 2), exact("none", 2)):
-            with pytest.raises(StoreError, match="bytes where"):
+            with pytest.raises(StoreError):
                 other.decode(other.encode(bits), np.empty((rows, D), np.uint16))
-    with pytest.raises(ValueError, match="channels belong"):
+    with pytest.raises(ValueError, match=f"{D} channels"):
         codec.statistics.decode_rows(
             codec.statistics.encode_rows(bits), np.empty((64, D // 2), np.uint16)
         )

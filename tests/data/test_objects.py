@@ -185,9 +185,7 @@ def test_a_put_that_fails_half_way_commits_nothing_and_the_next_try_does(
         place.delete(name)
     store = Store.open(bucket)
     before, gate.refuse_puts_of = gate.cut, key
-    with pytest.raises(
-        StoreError, match=r"cannot write s3://bucket/.*; what was committed before is intact"
-    ):
+    with pytest.raises(StoreError, match="s3://bucket/"):
         commit(store, 2, {3: random_bits[128:192]})
     assert gate.cut > before
     assert list(Store.open(bucket).missing([3])) == [2]
@@ -219,7 +217,7 @@ def test_a_missing_and_a_damaged_object_are_found_and_repaired(
 ) -> None:
     store = make_store(bucket, random_bits)
     store.place.delete("norm_3/c.1")
-    with pytest.raises(StoreError, match=r"norm_3/c\.1 is missing"):
+    with pytest.raises(StoreError, match=r"norm_3/c\.1.*action=repair"):
         Store.open(bucket)
     data = bytearray(store.place.read("layer_3/c.4.0"))
     data[10] ^= 1
@@ -232,8 +230,6 @@ def test_a_missing_and_a_damaged_object_are_found_and_repaired(
 
 
 def test_urls_of_unknown_kinds_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        SettingError, match=r"store=ftp://x is of an unknown kind; give a folder, or a URL of s3://"
-    ):
+    with pytest.raises(SettingError, match=r"store=ftp://x.*s3://"):
         place_of("ftp://x")
     assert isinstance(place_of(str(tmp_path)), LocalPlace)

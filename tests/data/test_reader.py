@@ -149,13 +149,13 @@ def test_windows_mix_units(store: Store) -> None:
 def test_bad_settings_and_stores_are_refused(tmp_path: Path, store: Store) -> None:
     with pytest.raises(SettingError, match="batch=0"):
         reader(store, batch=0)
-    with pytest.raises(StoreError, match=r"layer 4 is not in .*; it has \[3\]"):
+    with pytest.raises(StoreError, match=r"layer 4 .*\[3\]"):
         Reader(store, 4, batch=1, seed=0, policy=EVERYTHING)
     single = make_store(tmp_path / "one.zarr", numbered(64), context=CONTEXT, unit=UNIT)
-    with pytest.raises(StoreError, match="single unit of 64 tokens"):
+    with pytest.raises(StoreError, match=r"64.*unit="):
         reader(single)
     (Path(store.name) / "commits" / "residuals" / "00000001.3.json").unlink()
-    with pytest.raises(StoreError, match="lacks 1 of 16 units"):
+    with pytest.raises(StoreError, match="1 of 16"):
         reader(Store.open(store.name))
 
 
@@ -166,7 +166,7 @@ def test_damage_stops_the_reader(store: Store) -> None:
     data[5] ^= 1
     path.write_bytes(data)
     stream = reader(store)
-    with pytest.raises(StoreError, match=rf"c\.{unit}\.0, chunk 0, cannot be read: crc32c"):
+    with pytest.raises(StoreError, match=rf"c\.{unit}\.0, chunk 0,.*crc32c"):
         list(islice(stream.batches(0), stream.rows // stream.batch))
 
 

@@ -173,7 +173,7 @@ def test_rows_that_are_not_there_are_an_error_and_come_when_they_are(store: Stor
     hidden = Hidden(store, later)
     batches = reader(Store.open(store.name)).batches(0)
     assert len(list(islice(batches, SPAN * UNIT // 16))) == SPAN * UNIT // 16
-    with pytest.raises(StoreError, match="is not harvested that far"):
+    with pytest.raises(StoreError, match="python -m harvest"):
         next(batches)
     for unit in later:
         hidden.commit(unit)
@@ -206,10 +206,8 @@ def test_a_signal_ends_the_waiting(store: Store, capsys: pytest.CaptureFixture[s
         threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
         waiting.wait(SPAN * UNIT // 16, stop)
         assert stop.signum == signal.SIGTERM
-    assert (
-        "waiting for the harvest: 5 of 16 units are there, not yet batch 16"
-        in capsys.readouterr().err
-    )
+    told = capsys.readouterr().err
+    assert "5 of 16" in told and "batch 16" in told
 
 
 # -- how many rows there are -----------------------------------------------------------------------
@@ -249,25 +247,21 @@ def test_rows_are_counted_before_they_are_there(tmp_path: Path, store: Store) ->
 def test_a_stream_that_gives_out_says_so(tmp_path: Path) -> None:
     made = spoilt(tmp_path / "o.zarr", range(11 * UNIT + 1, 14 * UNIT, 4))
     stream = reader(made, Policy(drop_bos=False))
-    with pytest.raises(
-        StoreError, match=r"ended after \d+ rows, and \d+ were counted on.*tokens=\d+ at most"
-    ):
+    with pytest.raises(StoreError, match=rf"{stream.rows:,}.*tokens=\d+"):
         list(islice(stream.batches(0), stream.rows // stream.batch))
 
 
 def test_more_than_a_pass_and_too_large_a_batch_are_refused(store: Store) -> None:
     stream = reader(store)
     follower(store, stream).require(stream.rows)
-    with pytest.raises(
-        SettingError, match=rf"tokens={stream.rows + 1} is more than the {stream.rows} rows"
-    ):
+    with pytest.raises(SettingError, match=rf"tokens={stream.rows + 1} .*{stream.rows}\b"):
         follower(store, stream).require(stream.rows + 1)
     with pytest.raises(
         SettingError,
-        match=f"batch={SPAN * UNIT + 1} is more than the {SPAN * UNIT} rows of 4 units",
+        match=f"batch={SPAN * UNIT + 1} .*max_bytes=",
     ):
         reader(store, batch=SPAN * UNIT + 1)
-    with pytest.raises(StoreError, match=r"layer 4 is not in the ring .*; it has \[3\]"):
+    with pytest.raises(StoreError, match=r"layer 4 .*\[3\]"):
         Reader(store, 4, batch=1, seed=0, policy=EVERYTHING)
 
 
@@ -316,9 +310,9 @@ def test_what_is_freed_is_said_where_it_is_asked_for(store: Store) -> None:
     harvester(store).free()
     again = Store.open(store.name)
     assert again.complete(3) and not list(damage(again.place))
-    with pytest.raises(StoreError, match=r"layer_3/c\.\d+\.0 is freed: the store is a ring"):
+    with pytest.raises(StoreError, match=r"layer_3/c\.\d+\.0 .*max_bytes="):
         again.residuals(3, training(store)[0])
-    with pytest.raises(StoreError, match=r"layer_3/c\.\d+\.0 is freed: the store is a ring"):
+    with pytest.raises(StoreError, match=r"layer_3/c\.\d+\.0 .*max_bytes="):
         next(reader(again).batches(0))
     assert sum(map(len, held_out(again, 3, EVERYTHING, 50))) == rows_of(
         store, held_out_units(store)
@@ -326,7 +320,7 @@ def test_what_is_freed_is_said_where_it_is_asked_for(store: Store) -> None:
     assert summary.read(again, 3).counts.sum() == N  # statistics of all units stay
     norms = Path(store.name, f"norm_3/c.{training(store)[0]}")
     norms.unlink()
-    with pytest.raises(StoreError, match=r"norm_3/c\.\d+ is missing"):
+    with pytest.raises(StoreError, match=r"norm_3/c\.\d+ .*action=repair"):
         Store.open(store.name)
 
 
@@ -337,7 +331,7 @@ def test_nothing_else_may_be_absent(store: Store, what: str) -> None:
     Path(store.name, f"layer_3/c.{training(store)[2]}.0").unlink()
     Store.open(store.name)
     Path(store.name, f"layer_3/c.{unit}.0").unlink()
-    with pytest.raises(StoreError, match=rf"layer_3/c\.{unit}\.0 is missing"):
+    with pytest.raises(StoreError, match=rf"layer_3/c\.{unit}\.0 .*action=repair"):
         Store.open(store.name)
 
 
@@ -368,7 +362,7 @@ def test_a_run_that_comes_too_late_is_refused(store: Store) -> None:
     late = follower(store, name="late")
     with pytest.raises(
         StoreError,
-        match=r"runs/late needs training units 4 to 7 .* which are freed.*another store=",
+        match=r"runs/late .*4 to 7 .*store=",
     ):
         late.begin(7 * UNIT // 16)
     late.begin(8 * UNIT // 16)  # a run that was moved, with a checkpoint behind them
@@ -436,7 +430,7 @@ def in_child(body: Callable[[], object]) -> int:
 def test_a_damaged_ring_is_not_repaired_away(store: Store) -> None:
     path = Path(store.name, ring_state.KEY)
     path.write_bytes(path.read_bytes().replace(b'"freed":0', b'"freed":9'))
-    with pytest.raises(StoreError, match="is damaged, and nothing else says what was freed"):
+    with pytest.raises(StoreError, match=ring_state.KEY):
         reader(store)
     path.write_bytes(records.encode(RingState(1, 2, [3], [0], 4)._asdict()))
     assert ring_state.read(store.place) == RingState(1, 2, [3], [0], 4)

@@ -59,7 +59,7 @@ def test_non_finite_rows_are_counted_and_kept_out_of_the_moments(
 
 
 def test_a_changed_setting_is_refused_with_both_values(store: Store) -> None:
-    with pytest.raises(MismatchError, match="tokens is 1008 there and 2000 here"):
+    with pytest.raises(MismatchError, match=r"tokens.*1008.*2000"):
         Store.open_or_create(store.name, {**store.manifest, "tokens": 2000})
 
 
@@ -71,15 +71,15 @@ def test_a_store_without_a_commit_takes_new_settings(tmp_path: Path) -> None:
 
 
 def test_other_folders_are_no_stores(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="no activation store"):
+    with pytest.raises(StoreError, match=r"/none.*python -m harvest"):
         Store.open(tmp_path / "none")
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "a.txt").touch()
     manifest = make_manifest(4, tokens=64, context=16, unit=64, chunk=16)
-    with pytest.raises(StoreError, match="is not an activation store"):
+    with pytest.raises(StoreError, match=r"letters.*store="):
         Store.open_or_create(tmp_path / "letters", manifest)
     assert sorted(file.name for file in (tmp_path / "letters").iterdir()) == ["a.txt"]
-    with pytest.raises(StoreError, match="no activation store"):
+    with pytest.raises(StoreError, match=r"/letters.*python -m harvest"):
         Store.open(tmp_path / "letters")
 
 
@@ -89,7 +89,7 @@ def test_a_unit_without_a_record_does_not_exist(store: Store) -> None:
     again = Store.open(store.name)
     assert again.missing([3]) == {4: [3]}
     assert not again.complete(3)
-    with pytest.raises(StoreError, match="unit 4 of layer 3 is not in"):
+    with pytest.raises(StoreError, match="unit 4 of layer 3"):
         again.residuals(3, 4)  # its file is still there, whole
 
 
@@ -103,7 +103,7 @@ def test_a_cut_object_is_noticed_on_open(store: Store, name: str) -> None:
     with pytest.raises(StoreError, match="action=repair"):
         Store.open(store.name)
     path.unlink()
-    with pytest.raises(StoreError, match="is missing"):
+    with pytest.raises(StoreError, match=name):
         Store.open(store.name)
 
 
@@ -145,16 +145,14 @@ def test_swapped_objects_are_found_by_their_digests(store: Store) -> None:
 
 
 def test_two_writers_of_a_spine_unit_do_not_mix(store: Store) -> None:
-    with pytest.raises(
-        StoreError, match=r"00000000.json was committed by another process and says something else"
-    ):
+    with pytest.raises(StoreError, match=r"00000000.json"):
         store.commit_spine(0, store.tokens(0), store.document(0), Cursor(9, 9, None))
 
 
 def test_a_store_of_another_format_is_refused(tmp_path: Path) -> None:
     place = LocalPlace(tmp_path / "s.zarr")
     place.create("commits/manifest.json", records.encode({"format": 9, "context": "something new"}))
-    with pytest.raises(StoreError, match="store format 9"):
+    with pytest.raises(StoreError, match=r"\b9\b.*\b2\b"):
         Store.open(place)
 
 
@@ -170,14 +168,14 @@ def test_a_layer_is_read_while_a_lower_one_is_added(
 
 def test_a_second_commit_must_say_the_same(store: Store, random_bits: NDArray[np.uint16]) -> None:
     commit(store, 0, {3: random_bits[:64]})
-    with pytest.raises(StoreError, match="committed by another process and says something else"):
+    with pytest.raises(StoreError, match="action=verify"):
         commit(store, 0, {3: random_bits[64:128]})
 
 
 def test_settings_may_not_change_while_any_record_is_left(store: Store) -> None:
     for record in (Path(store.name) / "commits" / "spine").glob("0*.json"):
         record.unlink()
-    with pytest.raises(MismatchError, match="seed is 7 there and 8 here"):
+    with pytest.raises(MismatchError, match=r"seed.*7.*8"):
         Store.open_or_create(store.name, {**store.manifest, "seed": 8})
 
 

@@ -119,10 +119,8 @@ def test_damage_to_plain_chunks_is_found(tmp_path: Path, how: str) -> None:
         data[-index:] = table.tobytes() + google_crc32c.value(table.tobytes()).to_bytes(4, "little")
     path.write_bytes(data)
     stream = reader(made)
-    said = {"absent": "it is absent", "short": "chunk of 36 bytes where 128 belong"}.get(
-        how, "crc32c does not match"
-    )
-    with pytest.raises(StoreError, match=rf"c\.{unit}\.0, chunk 1, cannot be read: {said}"):
+    reason = {"absent": "absent", "short": "36 bytes"}.get(how, "crc32c")
+    with pytest.raises(StoreError, match=rf"c\.{unit}\.0, chunk 1,.*{reason}"):
         list(islice(stream.batches(0), stream.rows // stream.batch))
 
 
