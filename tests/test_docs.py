@@ -80,6 +80,45 @@ def test_benchmarks_and_their_flags_are_there() -> None:
     assert count > 20
 
 
+def is_module(name: str) -> bool:
+    """Whether a dotted name is a module or package of ours, or something in one."""
+    path = ROOT / name.replace(".", "/")
+    if path.is_dir() or path.with_suffix(".py").exists():
+        return True
+    module = path.parent.with_suffix(".py")
+    return module.exists() and re.search(rf"\b{path.name}\b", module.read_text()) is not None
+
+
+def test_files_and_modules_that_are_named_exist() -> None:
+    """Paths with NAME in them are a form, not a file."""
+    count = 0
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
+        text = page.read_text()
+        if page.name == "CHANGELOG.md":  # the first column has the names of before
+            text = re.sub(r"^\|[^|]*\|", "|", text, flags=re.MULTILINE)
+        folders = "data|harvest|train|analyze|conf|tests"
+        files = re.findall(rf"`((?:{folders})/[\w/.-]+)`", text)
+        modules = re.findall(rf"`((?:{folders})(?:\.[A-Za-z]\w*)+)`", text)
+        for name in files:
+            assert "NAME" in name or (ROOT / name).exists(), (page, name)
+        for name in modules:
+            setting = name.startswith("train.matmul")
+            assert setting or is_module(name), (page, name)
+        count += len(files) + len(modules)
+    assert count > 40
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if "://" in link:
+                continue
+            file, _, anchor = link.partition("#")
+            target = page.parent / file if file else page
+            assert target.exists(), (page, link)
+            assert not anchor or f'<a id="{anchor}"></a>' in target.read_text(), (page, link)
+
+
 # -- docs/store.md ---------------------------------------------------------------------------------
 
 

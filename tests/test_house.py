@@ -370,11 +370,3 @@ def test_readme_first_commands_learn(tmp_path: Path) -> None:
         check=True,
     )
     assert float(shown.stdout) > 0.9
-
-
-def test_readme_names_files_that_exist() -> None:
-    text = (ROOT / "README.md").read_text()
-    named = re.findall(r"`((?:data|harvest|train|analyze|conf|tests)/[\w/.-]+)`", text)
-    assert named
-    for name in named:
-        assert (ROOT / name).exists(), name
