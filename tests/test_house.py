@@ -55,6 +55,8 @@ ANNEXES = {
     "data.rows.groups": "data.rows.rounds",
     "train.triton_kernels": "train.kernels",
     "train.sweep": "hydra_plugins.one_pass",
+    # Objectives are found by name, in train/objective.py.
+    "train.objectives": None,
     "train.export": None,
     "train.publish": None,
     # Studies are found by name, in analyze/study.py; quality, which every run has, is of the core.
@@ -63,7 +65,10 @@ ANNEXES = {
     "analyze.peers": "analyze.command",
     "analyze.pages.browser": "analyze.command",
 }
-CORE = {"analyze.studies", "analyze.studies.quality"}
+CORE = {
+    *("analyze.studies", "analyze.studies.quality"),
+    *("train.objectives", "train.objectives.topk", "train.objectives.auxk"),
+}
 PLUGIN = "hydra_plugins.one_pass"
 
 

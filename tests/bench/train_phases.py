@@ -47,7 +47,7 @@ from tests.bench.train_speed import InMemory, seconds
 from train.kernels import Matmul
 from train.optim import OptimConfig
 from train.sae import SAEConfig
-from train.stream import Rows, first_rows
+from train.stream import first_rows
 from train.trainer import TrainConfig, Trainer
 
 PHASES = [
@@ -111,7 +111,7 @@ class Shape:
             layer=0, batch=self.batch, matmul=self.matmul, log_every=BLOCK, sae=sae, optim=optim
         )
 
-    def trainer(self, reader: Rows) -> Trainer:
+    def trainer(self, reader: Reader) -> Trainer:
         """One that has begun, under train.loop's own rules."""
         as_in_training(True)
         trainer = Trainer(self.config(), reader, torch.device(self.device))
@@ -259,7 +259,7 @@ def tabled(
 @torch.no_grad()
 def phases(shape: Shape, store: Path | None, layer: int, blocks: int) -> dict[str, Any]:
     """Alternate blocks of steps with clocks and without."""
-    device, reader = torch.device(shape.device), cast("Rows", InMemory(shape.d, shape.batch))
+    device, reader = torch.device(shape.device), cast("Reader", InMemory(shape.d, shape.batch))
     if store:
         how: Any = {"batch": shape.batch, "policy": Policy(), "pinned": device.type == "cuda"}
         reader = Reader(Store.open(store), layer, seed=0, **how)
