@@ -52,16 +52,18 @@ def batches(
     group: list[int] = []
     for number in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
         if group and (len(group) + 1) * len(sequences[group[0]]) > tokens:
-            yield group, _padded([sequences[i] for i in group])
+            yield group, _padded(sequences, group)
             group = []
         group.append(number)
     if group:
-        yield group, _padded([sequences[i] for i in group])
+        yield group, _padded(sequences, group)
 
 
-def _padded(sequences: Sequence[Sequence[int]]) -> Tensor:
-    ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.int64)
-    for row, sequence in zip(ids, sequences, strict=True):
+def _padded(sequences: Sequence[Sequence[int]], group: Sequence[int]) -> Tensor:
+    """(b, t) ids of the sequences in `group`, of which the first is the longest."""
+    ids = torch.zeros(len(group), len(sequences[group[0]]), dtype=torch.int64)
+    for row, number in zip(ids, group, strict=True):
+        sequence = sequences[number]
         row[: len(sequence)] = torch.tensor(sequence)
     return ids
 

@@ -262,23 +262,17 @@ def auroc(score: ArrayLike, label: NDArray[np.bool_]) -> float:
 
 def spearman(x: ArrayLike, y: ArrayLike) -> float:
     """Rank correlation, ties averaged; NaN if one of the two is constant."""
-    return _correlation(stats.rankdata(x), stats.rankdata(y))
+    x_ranks = _centred_ranks(x)
+    y_ranks = _centred_ranks(y)
+    scale = float(np.sqrt((x_ranks @ x_ranks) * (y_ranks @ y_ranks)))
+    if scale <= 1e-12 * len(x_ranks):
+        return float("nan")
+    return float(x_ranks @ y_ranks) / scale
 
 
-def partial_spearman(x: ArrayLike, y: ArrayLike, given: ArrayLike) -> float:
-    """Rank correlation of x and y with the ranks of `given` regressed out of both."""
-    x_ranks = stats.rankdata(x)
-    y_ranks = stats.rankdata(y)
-    third = stats.rankdata(given)
-    third = third - third.mean()
-    if not third.any():
-        return _correlation(x_ranks, y_ranks)
-
-    def rest(ranks: Floats) -> Floats:
-        explained = third * ((ranks @ third) / (third @ third))
-        return np.asarray(ranks - ranks.mean() - explained, np.float64)
-
-    return _correlation(rest(x_ranks), rest(y_ranks))
+def _centred_ranks(x: ArrayLike) -> Floats:
+    ranks = stats.rankdata(x)
+    return np.asarray(ranks - ranks.mean(), np.float64)
 
 
 def spearman_cap(share: float) -> float:
@@ -290,10 +284,3 @@ def spearman_cap(share: float) -> float:
         share: p, of the labels that are yes.
     """
     return float(np.sqrt(3 * share * (1 - share)))
-
-
-def _correlation(x: Floats, y: Floats) -> float:
-    x = x - x.mean()
-    y = y - y.mean()
-    scale = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / scale if scale > 1e-12 * len(x) else float("nan")

@@ -1,6 +1,4 @@
-"""The contrast of right and wrong answers: what is averaged, what is compared, what is found, and
-what is written.
-"""
+"""Right against wrong answers: what is averaged, compared, found and written."""
 
 from __future__ import annotations
 
@@ -71,15 +69,15 @@ def test_means_are_those_of_each_answer_read_alone(
     lm, sae, layer = study.lm, study.subject.sae, study.subject.layer
     assert found.hidden.shape == (65, lm.n_layers, lm.d_model)
     for number in (0, 3, 17, 64):
-        one = answers[number]
+        answer = answers[number]
         with torch.no_grad():
             states = lm.decoder(
-                torch.tensor([one.sequence]), output_hidden_states=True
+                torch.tensor([answer.sequence]), output_hidden_states=True
             ).hidden_states
         # The last entry has gone through the final norm.
         alone = (
-            torch.stack(states[1:-1])[:, 0, len(one.prompt_ids) :]
-            if one.ids
+            torch.stack(states[1:-1])[:, 0, len(answer.prompt_ids) :]
+            if answer.ids
             else torch.stack(states[1:-1])[:, 0, -1:]
         )
         np.testing.assert_allclose(found.hidden[number, :-1], alone.mean(1), rtol=1e-3, atol=1e-4)
@@ -89,8 +87,8 @@ def test_means_are_those_of_each_answer_read_alone(
         np.testing.assert_allclose(
             found.features[[number]].toarray()[0], dense.mean(0), rtol=1e-3, atol=1e-3
         )
-    assert (found.correct == [one.correct for one in answers]).all()
-    assert (found.length == [len(one.ids) for one in answers]).all()
+    assert (found.correct == [answer.correct for answer in answers]).all()
+    assert (found.length == [len(answer.ids) for answer in answers]).all()
     assert found.question[64] == found.question[3] == answers[3].problem.id
 
 
@@ -156,9 +154,7 @@ def test_equal_means_give_no_direction() -> None:
 # -- what is compared ------------------------------------------------------------------------------
 
 
-def test_answers_without_tokens_are_left_out_and_questions_without_both_labels_if_they_have_several() -> (
-    None
-):
+def test_answers_without_tokens_and_questions_without_both_labels_are_left_out() -> None:
     means = made_up(60)
     means.length[7] = 0
     kept, paired = contrast.comparable(means)
@@ -196,16 +192,18 @@ def test_a_planted_direction_and_planted_features_are_found_where_they_are() -> 
     dense[~means.correct, 8] += 1
     means = means._replace(features=sparse.csr_array(dense))
     found = compared(means)
-    said = figures(found)
+    measured = figures(found)
     for kind in ("raw", "adjusted"):
-        peak = said[kind]["peak"]
+        peak = measured[kind]["peak"]
         assert peak["layer"] == 2 and peak["p"] == 1 / 200
-        assert {one["dimension"] for one in peak["dimensions"][:2]} == {3, 11}
-        assert [one["p_family"] <= 0.05 for one in peak["dimensions"]] == [True] * 2 + [False] * 8
-        assert said[kind]["p_of_layer"][2] == 1 / 200
-        assert said["features"][kind]["p"] == 1 / 200
-    assert tuple(said["peak_rank"]["rank_interval"]) == (1, 1)
-    assert said["peak_rank"]["share_of_peaks"][2] > 0.95
+        assert {dimension["dimension"] for dimension in peak["dimensions"][:2]} == {3, 11}
+        assert [dimension["p_family"] <= 0.05 for dimension in peak["dimensions"]] == [True] * 2 + [
+            False
+        ] * 8
+        assert measured[kind]["p_of_layer"][2] == 1 / 200
+        assert measured["features"][kind]["p"] == 1 / 200
+    assert tuple(measured["peak_rank"]["rank_interval"]) == (1, 1)
+    assert measured["peak_rank"]["share_of_peaks"][2] > 0.95
     chosen = lists(found)
     assert (chosen["helpful"][0]["feature"], chosen["harmful"][0]["feature"]) == (5, 8)
     top = chosen["helpful"][0]
@@ -215,10 +213,10 @@ def test_a_planted_direction_and_planted_features_are_found_where_they_are() -> 
 
 
 def test_with_shuffled_labels_nothing_is_found() -> None:
-    said = figures(compared(made_up(200, seed=3)))
-    assert said["raw"]["peak"]["p"] > 0.05 and said["features"]["raw"]["p"] > 0.05
-    assert abs(said["halves"][0]["carried"]) < 0.2
-    low, high = said["peak_rank"]["rank_interval"]
+    measured = figures(compared(made_up(200, seed=3)))
+    assert measured["raw"]["peak"]["p"] > 0.05 and measured["features"]["raw"]["p"] > 0.05
+    assert abs(measured["halves"][0]["carried"]) < 0.2
+    low, high = measured["peak_rank"]["rank_interval"]
     assert (low, high) != (1, 1)
 
 
@@ -227,24 +225,23 @@ def test_what_length_explains_is_gone_at_equal_length() -> None:
     longer = np.log(means.length) - np.log(means.length).mean()
     means = means._replace(correct=longer + np.random.default_rng(0).normal(0, 0.5, 200) > 0)
     means.hidden[:, 1] += longer[:, None].astype(np.float32)
-    said = figures(compared(means))
-    assert said["raw"]["peak"]["p"] <= 0.01 < 0.05 < said["adjusted"]["peak"]["p"]
+    measured = figures(compared(means))
+    assert measured["raw"]["peak"]["p"] <= 0.01 < 0.05 < measured["adjusted"]["peak"]["p"]
     assert (
-        said["covariates"]["log length"]["d"] > 1 and said["covariates"]["log length"]["p"] <= 0.01
+        measured["covariates"]["log length"]["d"] > 1
+        and measured["covariates"]["log length"]["p"] <= 0.01
     )
 
 
 def test_what_questions_explain_is_gone_within_them() -> None:
-    """Questions of which more answers are right look different; their answers among themselves do
-    not.
-    """
+    """Questions differ by how many answers are right; answers to one question do not differ."""
     means, rng = made_up(240, each=4), np.random.default_rng(0)
     rights = rng.integers(1, 4, 60)
     means.correct[:] = np.concatenate([rng.permutation(np.arange(4) < right) for right in rights])
     means.hidden[:, 1] += 3 * np.repeat(rights, 4)[:, None]
     within, across = (
-        figures(compared(one))
-        for one in (means, means._replace(question=np.arange(240).astype(str)))
+        figures(compared(labelled))
+        for labelled in (means, means._replace(question=np.arange(240).astype(str)))
     )
     assert within["within_questions"] and not across["within_questions"]
     assert across["raw"]["peak"]["p"] == 1 / 200
@@ -299,14 +296,14 @@ def test_the_study_leaves_directions_lists_and_pictures(study: Study) -> None:
     )
     assert written["layer"] == study.subject.layer
     for key, sign in (("helpful", 1), ("harmful", -1)):
-        values = [sign * one["d"] for one in written[key]]
+        values = [sign * feature["d"] for feature in written[key]]
         assert values == sorted(values, reverse=True) and values[-1] > 0
-        assert [np.sign(one["mean_right"] - one["mean_wrong"]) for one in written[key]] == [
-            sign
-        ] * len(values)
+        assert [
+            np.sign(feature["mean_right"] - feature["mean_wrong"]) for feature in written[key]
+        ] == [sign] * len(values)
     every = pq.read_table(study.folder / "features.parquet").to_pylist()
     assert len(every) == written["tested"]
-    assert [one for one in every if one["feature"] == written["helpful"][0]["feature"]] == [
+    assert [row for row in every if row["feature"] == written["helpful"][0]["feature"]] == [
         written["helpful"][0]
     ]
     assert set(outcome.pictures) == {"contrast", "contrast_adjusted"}
@@ -321,15 +318,15 @@ def test_the_study_leaves_directions_lists_and_pictures(study: Study) -> None:
 
 def test_labelled_solutions_are_compared_within_questions(tiny_study, tmp_path: Path) -> None:
     lines = []
-    for one, _ in zip(tiny.problems("heldout"), range(12), strict=False):
-        right, wrong = tiny.solution(one), f"{one.steps}\n#### {one.answer + 1}"
+    for drawn, _ in zip(tiny.problems("heldout"), range(12), strict=False):
+        right, wrong = tiny.solution(drawn), f"{drawn.steps}\n#### {drawn.answer + 1}"
         labelled = {
             "a": {"solution": right, "is_correct": True},
             "b": {"solution": wrong, "is_correct": False},
         }
         labelled |= {"c": {"solution": wrong + "0", "is_correct": False}}
         lines.append(
-            json.dumps({"question": one.question, "ground_truth": str(one.answer), **labelled})
+            json.dumps({"question": drawn.question, "ground_truth": str(drawn.answer), **labelled})
         )
     path = tmp_path / "labelled.jsonl"
     path.write_text("\n".join(lines))

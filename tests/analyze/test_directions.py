@@ -30,8 +30,9 @@ def test_nearest_directions(block: int) -> None:
 
 @pytest.mark.parametrize("block", [1 << 28, 1])
 def test_logits_of_the_embedded_model(block: int) -> None:
-    """By the model's own modules: final norm of the direction, head, the norm's common factor taken
-    out.
+    """Against the model's own modules: its final norm and its head.
+
+    The norm's common factor is taken out.
     """
     lm = language_model.load(ModelConfig("embedded", dtype="float32"), head=True)
     W_dec = torch.randn(6, lm.d_model, generator=torch.Generator().manual_seed(1))

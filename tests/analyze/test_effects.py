@@ -1,6 +1,4 @@
-"""Effects and their nulls against definitions written out, and against data whose truth is planted
-or empty.
-"""
+"""Effects and their nulls against definitions written out, and against planted data."""
 
 from __future__ import annotations
 
@@ -158,7 +156,7 @@ def test_halves_part_questions_and_keep_both_labels(paired: bool) -> None:
     made = design(correct, question, paired=paired)
     splits = effects.split(made, 40, np.random.default_rng(0))
     for first, labels, shuffled in zip(*splits, strict=True):
-        assert all(len(set(first[question == one])) == 1 for one in question)
+        assert all(len(set(first[question == number])) == 1 for number in question)
         assert abs(2 * len(set(question[first])) - len(set(question))) <= 2
         assert (labels == correct).all()
         for half in (first, ~first):
@@ -185,14 +183,14 @@ def test_halves_agree_on_what_is_planted_and_on_nothing_else() -> None:
     first, g = splits.first[0], []
     for half in (first, ~first):
         g.append(stats.hedges_g(x[half], correct[half]))
-    one = effects.halves(x, effects.Splits(*(part[:1] for part in splits)), 5)
+    single = effects.halves(x, effects.Splits(*(part[:1] for part in splits)), 5)
     best = [np.argsort(-np.abs(d))[:5] for d in g]
-    assert one.shared == len(set(best[0]) & set(best[1])) / 5
+    assert single.shared == len(set(best[0]) & set(best[1])) / 5
     there = [
         np.mean(np.sign(d[chosen]) * other[chosen])
         for d, other, chosen in zip(g, g[::-1], best, strict=True)
     ]
-    assert one.carried == pytest.approx(np.mean(there))
+    assert single.carried == pytest.approx(np.mean(there))
 
 
 # -- nulls -----------------------------------------------------------------------------------------
@@ -201,9 +199,7 @@ LAYERS, N, D = 3, 30, 20
 
 
 def null_data(kind: str, rng: np.random.Generator) -> tuple[NDArray[np.float64], Design]:
-    """Correlated columns in which the labels say nothing that covariates or questions do not
-    say.
-    """
+    """Correlated columns; labels say no more of them than covariates and questions do."""
     question, correct = np.arange(N), rng.permutation(N) < rng.integers(8, 22)
     covariates = rng.normal(size=(N, 2))
     x = rng.normal(size=(LAYERS, N, D)) + rng.normal(size=(LAYERS, N, 1))
@@ -221,17 +217,18 @@ def null_data(kind: str, rng: np.random.Generator) -> tuple[NDArray[np.float64],
 
 
 def false_positives(kind: str, effect: str, sets: int, seed: int) -> tuple[int, int]:
-    """In how many of `sets` the peak's top |d|, and the largest |d|, are beyond 95 % of the joint
-    null.
-    """
+    """In how many of `sets` the top |d|, and the largest |d|, exceed 95 % of the joint null."""
     rng, counts = np.random.default_rng(seed), np.zeros(2, int)
     for _ in range(sets):
         x, made = null_data(kind, rng)
-        found = [effects.against_shuffled(one, getattr(made, effect), 5) for one in x]
-        top = max(one.top for one in found), np.max([one.null_top for one in found], axis=0)
+        found = [effects.against_shuffled(layer, getattr(made, effect), 5) for layer in x]
+        top = (
+            max(tested.top for tested in found),
+            np.max([tested.null_top for tested in found], axis=0),
+        )
         largest = (
-            max(np.abs(one.d).max() for one in found),
-            np.max([one.null_max for one in found], axis=0),
+            max(np.abs(tested.d).max() for tested in found),
+            np.max([tested.null_max for tested in found], axis=0),
         )
         counts += [stats.permutation_p(*top) <= 0.05, stats.permutation_p(*largest) <= 0.05]
     return int(counts[0]), int(counts[1])
@@ -264,10 +261,11 @@ def test_a_planted_direction_is_found_at_its_layer_and_only_there() -> None:
     made = design(correct, covariates=rng.normal(size=(80, 2)), shuffles=199)
     for effect in (made.raw, made.adjusted):
         assert effect is not None
-        found = [effects.against_shuffled(one, effect, 2) for one in x]
-        assert np.argmax([one.top for one in found]) == 3
+        found = [effects.against_shuffled(layer, effect, 2) for layer in x]
+        assert np.argmax([tested.top for tested in found]) == 3
         p = effects.family_wise_p(
-            np.abs([one.d for one in found]), np.max([one.null_max for one in found], axis=0)
+            np.abs([tested.d for tested in found]),
+            np.max([tested.null_max for tested in found], axis=0),
         )
         assert set(zip(*np.nonzero(p <= 0.01), strict=True)) == {(3, 4), (3, 9)}
         assert found[3].d[4] > 1 and found[3].d[9] < -1
@@ -315,8 +313,9 @@ def test_rank_p_of_rare_firing_is_exact_where_the_normal_approximation_is_not() 
 def test_rank_p_counts_what_is_as_far_out_as_what_was_seen(
     n: int, wrong: int, fired: int, both: int
 ) -> None:
-    """Of columns that fire or do not, it is a hypergeometric count; rounding must not part what is
-    equal.
+    """Of columns that are 0 or 1, it is a hypergeometric count.
+
+    Rounding must not part what is equal.
     """
     correct, x = np.arange(n) >= wrong, np.zeros((n, 1))
     x[:both] = x[wrong : wrong + fired - both] = 1

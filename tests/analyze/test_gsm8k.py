@@ -57,17 +57,19 @@ def test_gsm8ks_own_solutions_are_all_right() -> None:
         found = problems.read(str(SHARED / f"{name}.jsonl"), count)
         assert len(found) == len({line["question"] for line in lines})
         right = {line["question"]: line["answer"] for line in lines}
-        for one in found:
-            assert problems.strict(right[one.question]) == one.answer
-            assert re.fullmatch(r"-?\d+(\.\d+)?", one.answer)
+        for problem in found:
+            assert problems.strict(right[problem.question]) == problem.answer
+            assert re.fullmatch(r"-?\d+(\.\d+)?", problem.answer)
 
 
 @shared
 def test_labelled_solutions_are_read_as_they_are() -> None:
     found = problems.read(str(SHARED / "example_model_solutions.jsonl"), 10_000)
-    assert len(found) == 5276 and sum(one.correct for one in found) == 2001
-    graded = [problems.flexible(one.text) == one.problem.answer for one in found]
-    assert sum(a == one.correct for a, one in zip(graded, found, strict=True)) > 0.99 * len(found)
+    assert len(found) == 5276 and sum(solution.correct for solution in found) == 2001
+    graded = [problems.flexible(solution.text) == solution.problem.answer for solution in found]
+    assert sum(
+        a == solution.correct for a, solution in zip(graded, found, strict=True)
+    ) > 0.99 * len(found)
     assert len(problems.read(str(SHARED / "example_model_solutions.jsonl"), 7)) == 28
 
 
@@ -89,9 +91,13 @@ def test_lines_that_are_no_problems_are_named(tmp_path: Path) -> None:
 
 def test_an_id_is_of_the_question_alone_and_the_first_of_equals_counts(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
-    file.write_text(
-        '{"question": "q", "answer": 1}\n\n{"question": "r", "answer": "2"}\n{"question": "q", "answer": 3}'
-    )
+    lines = [
+        '{"question": "q", "answer": 1}',
+        "",
+        '{"question": "r", "answer": "2"}',
+        '{"question": "q", "answer": 3}',
+    ]
+    file.write_text("\n".join(lines))
     assert problems.read(str(file), 9) == [problems.problem("q", "1"), problems.problem("r", "2")]
     assert problems.problem("q", "7").id == problems.problem("q", "1").id
     assert problems.read(str(file), 1) == [problems.problem("q", "1")]
@@ -102,14 +108,15 @@ def test_an_id_is_of_the_question_alone_and_the_first_of_equals_counts(tmp_path:
 
 def test_prompts_are_what_the_embedded_model_was_trained_on() -> None:
     tokenizer = Tokenizer.load(MODEL_DIR)
-    one = tiny_problem("heldout", 3)
+    drawn = tiny_problem("heldout", 3)
     for style, form in (("lm_eval", "plain"), ("chat", "chat")):
-        assert answering.PROMPTS[style](tokenizer, one.question) == prompt_ids(
-            tokenizer.inner, one, form
+        assert answering.PROMPTS[style](tokenizer, drawn.question) == prompt_ids(
+            tokenizer.inner, drawn, form
         )
-    said = tokenizer.inner.decode(answering.PROMPTS["reference"](tokenizer, "How many?"))
-    assert said == (
-        "<bos><|turn>user\nSolve step by step and give final answer as '#### N'.\n\nHow many?<turn|>\n<|turn>model\n"
+    text = tokenizer.inner.decode(answering.PROMPTS["reference"](tokenizer, "How many?"))
+    assert text == (
+        "<bos><|turn>user\nSolve step by step and give final answer as '#### N'.\n\nHow many?"
+        "<turn|>\n<|turn>model\n"
     )
 
 
@@ -128,9 +135,9 @@ def test_a_question_cannot_smuggle_in_a_turn() -> None:
 
 def test_no_tiny_problem_comes_twice() -> None:
     found = problems.read("tiny", 1319)
-    assert len(found) == len({one.id for one in found}) == 1319
+    assert len(found) == len({problem.id for problem in found}) == 1319
     drawn = list(dict.fromkeys(tiny_problem("heldout", n).question for n in range(1400)))
-    assert len(set(drawn[:1319])) < 1400 and [one.question for one in found] == drawn[:1319]
+    assert len(set(drawn[:1319])) < 1400 and [problem.question for problem in found] == drawn[:1319]
 
 
 def is_loaded(study: Study) -> bool:
@@ -141,15 +148,15 @@ def is_loaded(study: Study) -> bool:
 def test_answers_are_kept_and_used_again(tiny_study) -> None:
     study = tiny_study("gsm8k", answers={"questions": 12, "batch": 5})
     first = answering.answers(study)
-    assert [one.problem.question for one in first] == [
+    assert [answer.problem.question for answer in first] == [
         tiny_problem("heldout", n).question for n in range(12)
     ]
-    for number, one in enumerate(first):
-        assert one.correct == (
-            problems.strict(one.text) == str(tiny_problem("heldout", number).answer)
+    for number, answer in enumerate(first):
+        assert answer.correct == (
+            problems.strict(answer.text) == str(tiny_problem("heldout", number).answer)
         )
-        assert one.finished
-    assert 4 <= sum(one.correct for one in first) < 12
+        assert answer.finished
+    assert 4 <= sum(answer.correct for answer in first) < 12
     again = tiny_study("contrast", answers={"questions": 12, "batch": 5})
     assert answering.answers(again) == first
     assert not is_loaded(again)
@@ -191,8 +198,8 @@ def test_other_settings_lose_nothing(tiny_study) -> None:
 
 def test_the_limit_truncates(tiny_study) -> None:
     cut = answering.answers(tiny_study("gsm8k", answers={"questions": 3, "new_tokens": 3}))
-    assert not any(one.finished or one.correct for one in cut)
-    assert all(one.unparsable and len(one.ids) == 3 for one in cut)
+    assert not any(answer.finished or answer.correct for answer in cut)
+    assert all(answer.unparsable and len(answer.ids) == 3 for answer in cut)
 
 
 def test_labelled_solutions_need_no_generation(
@@ -208,20 +215,20 @@ def test_labelled_solutions_need_no_generation(
         Solution(
             Problem(problems.problem("1 + 1?", "2").id, "1 + 1?", "2"),
             name,
-            one["solution"],
-            one["is_correct"],
+            fields["solution"],
+            fields["is_correct"],
         )
-        for name, one in solved.items()
+        for name, fields in solved.items()
     ]
     study = tiny_study("gsm8k", problems=str(file))
     monkeypatch.setattr(study.lm.causal, "generate", None)
     found = answering.answers(study)
-    assert [(one.correct, one.source, one.finished) for one in found] == [
+    assert [(answer.correct, answer.source, answer.finished) for answer in found] == [
         (True, "a", True),
         (False, "b", True),
     ]
     cut = answering.answers(tiny_study("gsm8k", problems=str(file), answers={"new_tokens": 3}))
-    assert [(len(one.ids), one.finished) for one in cut] == [(3, False), (2, True)]
+    assert [(len(answer.ids), answer.finished) for answer in cut] == [(3, False), (2, True)]
     assert (
         study.lm.tokenizer.inner.decode(found[0].sequence)
         == "<bos>Question: 1 + 1?\nAnswer: 1 + 1 = 2\nA: 2"
@@ -249,10 +256,10 @@ def test_the_study_is_done_once_and_read_back_whole(
 ) -> None:
     study = tiny_study("gsm8k", answers={"questions": 10})
     first = study.perform(gsm8k.DEFINITION)
-    right = sum(one.correct for one in answering.answers(study))
+    right = sum(answer.correct for answer in answering.answers(study))
     assert first.figures["strict"]["count"] == right == len(first.figures["right"])
     assert sorted(first.figures["right"] + first.figures["wrong"]) == sorted(
-        one.problem.id for one in answering.answers(study)
+        answer.problem.id for answer in answering.answers(study)
     )
     again = study.perform(replace(gsm8k.DEFINITION, run=lambda _: pytest.fail("done again")))
     assert again.summary == first.summary

@@ -28,10 +28,10 @@ def sequences(lm: LanguageModel) -> list[list[int]]:
     ]
 
 
-def hidden_states(lm: LanguageModel, one: list[int]) -> tuple[torch.Tensor, ...]:
+def hidden_states(lm: LanguageModel, sequence: list[int]) -> tuple[torch.Tensor, ...]:
     with torch.inference_mode():
         return lm.causal(
-            torch.tensor([one]), output_hidden_states=True, use_cache=False
+            torch.tensor([sequence]), output_hidden_states=True, use_cache=False
         ).hidden_states
 
 
@@ -59,8 +59,8 @@ def test_residuals_are_transformers_hidden_states(
 ) -> None:
     found = dict(language_model.residuals(lm, sequences, [0, 5, 10]))
     assert sorted(found) == list(range(5))
-    for number, one in enumerate(sequences):
-        states = hidden_states(lm, one)
+    for number, sequence in enumerate(sequences):
+        states = hidden_states(lm, sequence)
         for layer in (0, 5, 10):
             torch.testing.assert_close(
                 found[number][layer], states[layer + 1][0], rtol=1e-5, atol=1e-5
@@ -71,22 +71,22 @@ def test_a_sequence_is_not_changed_by_its_batch(
     lm: LanguageModel, sequences: list[list[int]]
 ) -> None:
     together = dict(language_model.residuals(lm, sequences, [11]))
-    for number, one in enumerate(sequences):
-        ((_, alone),) = language_model.residuals(lm, [one], [11])
+    for number, sequence in enumerate(sequences):
+        ((_, alone),) = language_model.residuals(lm, [sequence], [11])
         torch.testing.assert_close(together[number][11], alone[11], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_unembedded_states_are_the_models_logits(family: str, tmp_path: Path) -> None:
     other = load(ModelConfig(str(save_model(tmp_path, family)), dtype="float32"), head=True)
-    one = [other.tokenizer.bos, 7, 9, 11, 8]
-    ((_, expected),) = language_model.logits(other, [one])
+    sequence = [other.tokenizer.bos, 7, 9, 11, 8]
+    ((_, expected),) = language_model.logits(other, [sequence])
     last = other.n_layers - 1
-    ((_, states),) = language_model.residuals(other, [one], [last])
+    ((_, states),) = language_model.residuals(other, [sequence], [last])
     torch.testing.assert_close(
         language_model.unembedded(other, states[last]), expected, rtol=1e-4, atol=1e-4
     )
-    normed = hidden_states(other, one)[-1][0]
+    normed = hidden_states(other, sequence)[-1][0]
     torch.testing.assert_close(
         language_model.unembedded(other, normed, normed=True), expected, rtol=1e-4, atol=1e-4
     )

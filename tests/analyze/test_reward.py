@@ -1,6 +1,4 @@
-"""The dense reward is its definition, orders completions as planted, knows no neighbours, and TRL
-trains on it.
-"""
+"""The dense reward: its definition, a planted order, no influence of neighbours, TRL."""
 
 from __future__ import annotations
 
@@ -33,11 +31,11 @@ def lm() -> LanguageModel:
 
 def texts(lm: LanguageModel, count: int) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts with BOS, and solutions, as ids."""
-    some = [one for one, _ in zip(problems("heldout"), range(count), strict=False)]
+    some = [drawn for drawn, _ in zip(problems("heldout"), range(count), strict=False)]
     prompts = [
-        [lm.tokenizer.bos, *ids] for ids in lm.tokenizer.encode([prompt(one) for one in some])
+        [lm.tokenizer.bos, *ids] for ids in lm.tokenizer.encode([prompt(drawn) for drawn in some])
     ]
-    return prompts, lm.tokenizer.encode([" " + solution(one) for one in some])
+    return prompts, lm.tokenizer.encode([" " + solution(drawn) for drawn in some])
 
 
 def residual(lm: LanguageModel, ids: list[int]) -> torch.Tensor:
@@ -69,18 +67,16 @@ def test_rewards_are_the_definition(lm: LanguageModel) -> None:
             expected.append(sum(max(row[i], 0) * float(weights[i]) for i in top))
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4)
     pooled = reward(
-        [prompt(one) for one, _ in zip(problems("heldout"), range(4), strict=False)],
+        [prompt(drawn) for drawn, _ in zip(problems("heldout"), range(4), strict=False)],
         [""] * 4,
         completions,
     )
     tokens = reward.token_rewards(prompts, completions)
-    assert pooled == pytest.approx([float(one.mean()) for one in tokens], abs=1e-6)
+    assert pooled == pytest.approx([float(rewards.mean()) for rewards in tokens], abs=1e-6)
 
 
 def test_a_planted_reward_orders_completions(lm: LanguageModel) -> None:
-    """A latent that reads the direction of one token's residuals pays completions by how often they
-    hold it.
-    """
+    """A latent that reads one token's residuals pays a completion by how often it holds it."""
     prompts, completions = texts(lm, 60)
     (token,) = lm.tokenizer.encode([" left"])[0]
     rows = torch.cat(
@@ -89,7 +85,7 @@ def test_a_planted_reward_orders_completions(lm: LanguageModel) -> None:
             for before, ids in zip(prompts, completions, strict=True)
         ]
     )
-    here = torch.tensor([one for ids in completions for one in ids]) == token
+    here = torch.tensor([id_ for ids in completions for id_ in ids]) == token
     assert here.sum() > 10
     direction = rows[here].mean(0) - rows[~here].mean(0)
     unit = torch.cat([direction[None], -direction[None]]) / direction.norm()
@@ -105,7 +101,9 @@ def test_a_planted_reward_orders_completions(lm: LanguageModel) -> None:
     found = pay([question] * 3, written, lm.tokenizer.encode(written))
     assert found[0] < found[1] < found[2]
     fine = DenseReward(lm, sae, TINY_LAYER, torch.tensor([-1.0, 0.0]))
-    assert fine([question] * 3, written, lm.tokenizer.encode(written)) == [-one for one in found]
+    assert fine([question] * 3, written, lm.tokenizer.encode(written)) == [
+        -reward for reward in found
+    ]
 
 
 def test_batch_mates_change_nothing(lm: LanguageModel) -> None:
@@ -146,8 +144,8 @@ def test_the_truncated_model_pays_the_same(lm: LanguageModel) -> None:
     prompts, completions = texts(lm, 3)
     sae, weights = random_sae(lm.d_model), torch.linspace(-1, 1, 96)
     whole, cut = (
-        DenseReward(one, sae, TINY_LAYER, weights).token_rewards(prompts, completions)
-        for one in (lm, short)
+        DenseReward(model, sae, TINY_LAYER, weights).token_rewards(prompts, completions)
+        for model in (lm, short)
     )
     assert all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
 
@@ -242,8 +240,8 @@ def test_grpo_trains_on_it(lm: LanguageModel, tmp_path: Path) -> None:
 
     reward = DenseReward(lm, random_sae(lm.d_model), TINY_LAYER, torch.linspace(-1, 1, 96))
     some = [
-        {"prompt": prompt(one), "answer": one.answer}
-        for one, _ in zip(problems("heldout"), range(4), strict=False)
+        {"prompt": prompt(drawn), "answer": drawn.answer}
+        for drawn, _ in zip(problems("heldout"), range(4), strict=False)
     ]
     config = GRPOConfig(
         output_dir=str(tmp_path),

@@ -1,5 +1,6 @@
-"""The stage gate passes what is planted, fails what is chance, and chooses nothing on the questions
-that judge.
+"""The stage gate passes what is planted and fails what is chance.
+
+It chooses nothing on the questions that judge.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import optimize, sparse
+from scipy.stats import rankdata
 
 from analyze import answering, stats
 from analyze.outcome import dumped
@@ -63,8 +65,8 @@ def verdict(means: Means, options: Options = OPTIONS, fit_probe=probe.cross_vali
 def test_planted_features_pass() -> None:
     found = verdict(made(np.random.default_rng(0), effect=2.0))
     assert found["verdict"] == "pass" and found["missing"] == []
-    assert {one["feature"] for one in found["helpful"]} == set(range(10))
-    assert {one["feature"] for one in found["harmful"]} == set(range(10, 20))
+    assert {feature["feature"] for feature in found["helpful"]} == set(range(10))
+    assert {feature["feature"] for feature in found["harmful"]} == set(range(10, 20))
     own = found["scores"][SCORE]
     assert own["auroc"]["interval"].low > 0.8 and own["p"] == 1 / 101
     held = found["validation"]
@@ -113,9 +115,7 @@ def test_what_only_tells_length_does_not_pass() -> None:
     ],
 )
 def test_the_verdict_follows_its_rule(change: dict, expected: str, missing: list[str]) -> None:
-    """Values of the change are those of rho and p, and the lower ends of the other two's
-    intervals.
-    """
+    """`change` gives values of rho and p, and lower ends of the other two's intervals."""
     values = {"rho": 0.30, "p": 0.049, "auroc": 0.51, "rho_given_length": 0.01, **change}
     found = {
         name: {"value": value, "interval": stats.Interval(value, 1.0)}
@@ -129,20 +129,20 @@ def test_validation_answers_choose_nothing() -> None:
     discovery = in_discovery(means.question, 0.5)
     assert 0.4 < discovery.mean() < 0.6
     changed = means._replace(correct=np.where(discovery, means.correct, ~means.correct))
-    one, other = verdict(means), verdict(changed)
-    assert dumped(one) == dumped(verdict(means))
-    assert one["helpful"] == other["helpful"] and one["harmful"] == other["harmful"]
-    for name in one["scores"]:  # so every score is the same, and tells the opposite
-        assert one["scores"][name]["auroc"]["value"] == pytest.approx(
-            1 - other["scores"][name]["auroc"]["value"]
+    first, second = verdict(means), verdict(changed)
+    assert dumped(first) == dumped(verdict(means))
+    assert first["helpful"] == second["helpful"] and first["harmful"] == second["harmful"]
+    for name in first["scores"]:  # so every score is the same, and tells the opposite
+        assert first["scores"][name]["auroc"]["value"] == pytest.approx(
+            1 - second["scores"][name]["auroc"]["value"]
         )
-    assert other["verdict"] == "fail"
+    assert second["verdict"] == "fail"
 
 
 def test_a_question_has_one_side_whatever_else_is_asked() -> None:
     question = np.array([f"q{number // 4}" for number in range(400)])
     side = in_discovery(question, 0.3)
-    assert all(len(set(side[question == one])) == 1 for one in np.unique(question))
+    assert all(len(set(side[question == number])) == 1 for number in np.unique(question))
     assert side.mean() == pytest.approx(0.3, abs=0.12)
     np.testing.assert_array_equal(in_discovery(question[40:80], 0.3), side[40:80])
 
@@ -154,29 +154,37 @@ def test_features_are_those_of_largest_effect_that_fire_enough() -> None:
     x[:, 7] = 0
     x[np.flatnonzero(correct)[:4], 7] = 9  # large, in four answers
     chosen = choose(sparse.csr_array(x), correct, 5)
-    g = np.array([stats.hedges_g(x[:, [one]], correct)[0] for one in range(30)])
+    g = np.array([stats.hedges_g(x[:, [feature]], correct)[0] for feature in range(30)])
     g[7] = 0
-    assert chosen.helpful.tolist() == [one for one in np.argsort(-g)[:10] if g[one] > 0]
-    assert chosen.harmful.tolist() == [one for one in np.argsort(g)[:10] if g[one] < 0]
+    assert chosen.helpful.tolist() == [feature for feature in np.argsort(-g)[:10] if g[feature] > 0]
+    assert chosen.harmful.tolist() == [feature for feature in np.argsort(g)[:10] if g[feature] < 0]
     assert 7 not in chosen.eligible
 
 
 # -- figures ---------------------------------------------------------------------------------------
 
 
-def test_three_figures_are_those_of_stats() -> None:
+def partial_spearman(x: np.ndarray, y: np.ndarray, given: np.ndarray) -> float:
+    """Rank correlation of what a regression on the ranks of `given` leaves."""
+    design = np.c_[np.ones(len(x)), rankdata(given)]
+    rest = []
+    for ranks in (rankdata(x), rankdata(y)):
+        coefficients = np.linalg.lstsq(design, ranks)[0]
+        rest.append(ranks - design @ coefficients)
+    return float(np.corrcoef(*rest)[0, 1])
+
+
+def test_three_figures_are_their_definitions() -> None:
     rng = np.random.default_rng(4)
     for _ in range(20):
         values = rng.integers(0, 6, (3, 30)).astype(float)
         correct, length = rng.random(30) < 0.4, rng.integers(0, 5, 30)
-        expected = [
-            [
-                stats.auroc(one, correct),
-                stats.spearman(one, correct),
-                stats.partial_spearman(one, correct, length),
-            ]
-            for one in values
-        ]
+        expected = []
+        for score in values:
+            given_length = partial_spearman(score, correct, length)
+            expected.append(
+                [stats.auroc(score, correct), stats.spearman(score, correct), given_length]
+            )
         np.testing.assert_allclose(three(values, correct, length), expected, rtol=1e-9)
     constant = np.zeros((1, 30))
     np.testing.assert_array_equal(three(constant, correct, length), [[0.5, np.nan, np.nan]])
@@ -189,18 +197,14 @@ def test_permutations_keep_questions_whole() -> None:
     question = np.array([0, 1, 0, 2, 3, 3, 4, 5, 6, 6, 6])
     correct = np.array([1, 0, 0, 1, 1, 1, 0, 1, 0, 1, 1], bool)
     labels = permuted(correct, question, 500, 0)
-    pairs = {
-        (tuple(row[question == 0]), tuple(row[question == 3]))
-        for row in labels.tolist()
-        for row in [np.array(row)]
-    }
+    pairs = {(tuple(row[question == 0]), tuple(row[question == 3])) for row in labels}
     assert pairs == {((True, False), (True, True)), ((True, True), (True, False))}
     assert (labels[:, 8:] == correct[8:]).all()  # no other question has three answers
     single = labels[:, [1, 3, 6, 7]]
     assert (single.sum(1) == 2).all() and len(np.unique(single, axis=0)) == 6
     for cases in resampled(question, 50, 0):
         counts = np.bincount(cases, minlength=11)
-        assert all(len(set(counts[question == one])) == 1 for one in range(7))
+        assert all(len(set(counts[question == number])) == 1 for number in range(7))
 
 
 def test_answers_to_one_question_do_not_make_p_small() -> None:
@@ -294,16 +298,16 @@ def test_log_probabilities_are_the_models(tiny_study) -> None:
     with StopRequest() as stop:
         answers = answering.answers(study, stop)
         found = log_probabilities(study, answers, stop)
-        for one, value in zip(answers, found, strict=True):
+        for answer, value in zip(answers, found, strict=True):
             with torch.inference_mode():
                 logits = (
-                    study.lm.causal(input_ids=torch.tensor([one.sequence]), use_cache=False)
+                    study.lm.causal(input_ids=torch.tensor([answer.sequence]), use_cache=False)
                     .logits[0]
                     .double()
                 )
             steps = [
-                float(logits[at - 1].log_softmax(0)[one.sequence[at]])
-                for at in range(len(one.prompt_ids), len(one.sequence))
+                float(logits[at - 1].log_softmax(0)[answer.sequence[at]])
+                for at in range(len(answer.prompt_ids), len(answer.sequence))
             ]
             assert value == pytest.approx(np.mean(steps), abs=1e-4)
         np.testing.assert_array_equal(log_probabilities(study, answers, stop), found)

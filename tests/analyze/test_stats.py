@@ -43,9 +43,9 @@ def test_holm_and_benjamini_hochberg_of_a_worked_example() -> None:
 
 
 def test_hedges_g_of_a_worked_example() -> None:
-    one, other = np.array([2.0, 4.0, 6.0]), np.array([1.0, 2.0, 3.0, 2.0])
+    first, second = np.array([2.0, 4.0, 6.0]), np.array([1.0, 2.0, 3.0, 2.0])
     pooled = np.sqrt((2 * 4.0 + 3 * (2 / 3)) / 5)
-    x, label = np.concatenate([one, other])[:, None], np.array([True] * 3 + [False] * 4)
+    x, label = np.concatenate([first, second])[:, None], np.array([True] * 3 + [False] * 4)
     assert stats.hedges_g(x, label)[0] == pytest.approx((4 - 2) / pooled * (1 - 3 / 19))
 
 
@@ -56,9 +56,9 @@ def test_hedges_g_of_many_labels_against_the_definition() -> None:
     labels = rng.random((30, 40)) < 0.3
     found = stats.hedges_g_of_labels(x, labels)
     for label, row in zip(labels, found, strict=True):
-        one, other = x[label, :3], x[~label, :3]
-        within = (len(one) - 1) * one.var(0, ddof=1) + (len(other) - 1) * other.var(0, ddof=1)
-        expected = (one.mean(0) - other.mean(0)) / np.sqrt(within / 38) * (1 - 3 / 151)
+        first, second = x[label, :3], x[~label, :3]
+        within = (len(first) - 1) * first.var(0, ddof=1) + (len(second) - 1) * second.var(0, ddof=1)
+        expected = (first.mean(0) - second.mean(0)) / np.sqrt(within / 38) * (1 - 3 / 151)
         np.testing.assert_allclose(row[:3], expected, atol=1e-6)
     assert not found[:, 3].any()
 
@@ -73,16 +73,11 @@ def test_auroc_is_the_share_of_pairs() -> None:
 
 def test_rank_correlations() -> None:
     rng = np.random.default_rng(0)
-    x, noise, length = rng.normal(size=200), rng.normal(size=200), rng.normal(size=200)
+    x, noise = rng.normal(size=(2, 200))
     assert stats.spearman(x, x + noise) == pytest.approx(
         reference.spearmanr(x, x + noise).statistic
     )
     assert np.isnan(stats.spearman(x, np.ones(200)))
-    assert stats.spearman(x + 3 * length, noise + 3 * length) > 0.7
-    assert abs(stats.partial_spearman(x + 3 * length, noise + 3 * length, length)) < 0.2
-    assert stats.partial_spearman(x, x + noise, np.ones(200)) == pytest.approx(
-        stats.spearman(x, x + noise)
-    )
 
 
 def test_the_cap_of_spearman_is_reached_by_a_perfect_score() -> None:
@@ -130,18 +125,18 @@ def test_bootstrap_ratios_are_bootstrap_ratio_column_by_column() -> None:
     first = stats.bootstrap_ratios(numerators, denominators[:, 0], draws=50, seed=3)
     for column in range(3):
         for found, by in ((every[column], column), (first[column], 0)):
-            one = stats.bootstrap_ratio(
+            alone = stats.bootstrap_ratio(
                 numerators[:, column], denominators[:, by], draws=50, seed=3
             )
-            assert found == pytest.approx(one) and found.low < found.high
+            assert found == pytest.approx(alone) and found.low < found.high
 
 
 def test_detectable_change_is_found_as_often_as_it_says() -> None:
     """The published figures, and McNemar's test on drawn pairs."""
     found = [stats.detectable_change(pairs, 0.2) for pairs in (50, 200, 1319)]
     assert found == pytest.approx([0.17, 0.088, 0.034], abs=5e-3)
-    assert [f"{100 * one:.0f}" for one in found[:1]] + [
-        f"{100 * one:.1f}" for one in found[1:]
+    assert [f"{100 * change:.0f}" for change in found[:1]] + [
+        f"{100 * change:.1f}" for change in found[1:]
     ] == ["17", "8.8", "3.4"]
     rng, pairs, share = np.random.default_rng(0), 400, 0.3
     change = stats.detectable_change(pairs, share)

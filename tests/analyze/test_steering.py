@@ -1,6 +1,4 @@
-"""The study of steering: its table against planted outcomes, its verdict, and the study from end to
-end.
-"""
+"""The study of steering: planted outcomes, its verdict, and the study from end to end."""
 
 from __future__ import annotations
 
@@ -23,6 +21,7 @@ from analyze.studies.steering import words
 from analyze.studies.steering.hook import Steer, steered
 from analyze.studies.steering.outcomes import Findings, Reply, Row, nulls, overlaps
 from analyze.studies.steering.study import Options
+from analyze.studies.steering.sweeps import Sweeps
 from analyze.study import Study
 from data.errors import Interrupted, SettingError, StopRequest
 from data.journal import Progress
@@ -36,8 +35,8 @@ from harvest.site import tap
 def replies(right: str, ids: Sequence[int] = (1, 2), **more: Any) -> list[Reply]:
     """One reply per letter: `1` right, `0` wrong, `-` unparsable."""
     return [
-        Reply(f"q{at}", list(ids), one == "1", one == "-", True, **more)
-        for at, one in enumerate(right)
+        Reply(f"q{at}", list(ids), letter == "1", letter == "-", True, **more)
+        for at, letter in enumerate(right)
     ]
 
 
@@ -59,30 +58,28 @@ def test_a_row_counts_what_was_planted() -> None:
     assert (found.unparsable, found.truncated, found.length, found.changed) == (1, 0, 1.0, 5)
     assert found.kl == pytest.approx(5 * 6 / 15) and (found.norm, found.relative) == (20.0, 0.25)
     assert np.isnan(Row.of(None, unsteered, unsteered).kl)
-    assert Row.of(V, [one._replace(finished=False) for one in unsteered], unsteered).changed == 5
+    assert (
+        Row.of(V, [reply._replace(finished=False) for reply in unsteered], unsteered).changed == 5
+    )
 
 
 def test_the_references_own_figures() -> None:
-    """+15 gains 3 and loses 9 of 50: p = .146; +10 and -5 recover 5 each of 25, 3 of them in
-    common: p = .038.
+    """Scale +15 gains 3 and loses 9 of 50: p = .146.
+
+    +10 and -5 recover 5 of 25 each, 3 of them in common: p = .038.
     """
     half = "1" * 25 + "0" * 25
     assert row("0" * 9 + "1" * 16 + "1" * 3 + "0" * 22, half).p == pytest.approx(0.146, abs=5e-4)
 
-    def recovering(*at: int) -> Row:
-        return row(
-            "".join("1" if 25 + number in at or number < 0 else "0" for number in range(-25, 25)),
-            half,
-        )
+    def recovering(*numbers: int) -> Row:
+        """Right are the first half of the questions and these."""
+        letters = ["1" if number < 25 or number in numbers else "0" for number in range(50)]
+        return row("".join(letters), half)
 
-    (found,) = overlaps(
-        [recovering(30, 36, 43, 51 - 8, 49, 48), recovering(30, 36, 43, 26, 25)], 25
-    )
-    assert (len(found.shared), found.recovered, found.p) == (
-        3,
-        (5, 5),
-        pytest.approx(0.038, abs=5e-4),
-    )
+    scales = [recovering(30, 36, 43, 49, 48), recovering(30, 36, 43, 26, 25)]
+    (found,) = overlaps(scales, 25)
+    assert (len(found.shared), found.recovered) == (3, (5, 5))
+    assert found.p == pytest.approx(0.038, abs=5e-4)
     assert found.p_holm == found.p
 
 
@@ -91,15 +88,17 @@ def test_nulls_are_found_out() -> None:
         row("1100", "1100", "scale 0", 0.0),
         row("1100", "1100", "positions", positions="prompt"),
     )
-    assert [one.held for one in nulls([exact, moved], 5, 6)] == [True]
-    assert [one.held for one in nulls([exact, moved], 6, 6)] == [True, False]
-    assert [one.held for one in nulls([replace(exact, kl=1e-9), row("11", "11")], 5, 6)] == [False]
+    assert [null.held for null in nulls([exact, moved], 5, 6)] == [True]
+    assert [null.held for null in nulls([exact, moved], 6, 6)] == [True, False]
+    assert [null.held for null in nulls([replace(exact, kl=1e-9), row("11", "11")], 5, 6)] == [
+        False
+    ]
 
 
 def findings(v: str, unsteered: str, random: Sequence[str], **more: Any) -> Findings:
     rows = [row(unsteered, unsteered, "unsteered"), row(unsteered, unsteered, "scale 0", 0.0)]
     rows += [row(v, unsteered), row(unsteered, unsteered, scale=-5.0)]
-    rows += [row(one, unsteered, kind) for kind in ("random", "shuffled") for one in random]
+    rows += [row(right, unsteered, kind) for kind in ("random", "shuffled") for right in random]
     ids = {"train": ["a"], "dev": ["b", "c"], "test": [f"q{at}" for at in range(len(v))]}
     given = {
         "best": 5.0,
@@ -158,19 +157,23 @@ def test_a_page_states_rank_holm_and_what_could_be_seen() -> None:
 
 def test_questions_keep_their_part_whoever_else_is_asked() -> None:
     every = [
-        Answer(problem(one.question, "1"), "generated", [2], [3], "", True, "1", "1", True)
-        for one, _ in zip(tiny_problems("heldout"), range(600), strict=False)
+        Answer(problem(drawn.question, "1"), "generated", [2], [3], "", True, "1", "1", True)
+        for drawn, _ in zip(tiny_problems("heldout"), range(600), strict=False)
     ]
     split = steering.split_of([*every, *every], Options())
     parts = [
         set(split.train),
-        {one.problem.id for one in split.dev},
-        {one.problem.id for one in split.test},
+        {answer.problem.id for answer in split.dev},
+        {answer.problem.id for answer in split.test},
     ]
-    assert sum(map(len, parts)) == len(set.union(*parts)) == len({one.problem.id for one in every})
+    assert (
+        sum(map(len, parts))
+        == len(set.union(*parts))
+        == len({answer.problem.id for answer in every})
+    )
     assert [len(part) / 600 for part in parts] == pytest.approx([0.3, 0.2, 0.5], abs=0.06)
     fewer = steering.split_of(every[300:], Options())
-    assert set(fewer.train) < parts[0] and {one.problem.id for one in fewer.test} < parts[2]
+    assert set(fewer.train) < parts[0] and {answer.problem.id for answer in fewer.test} < parts[2]
 
 
 def test_directions_are_unit_and_v_points_from_wrong_to_right() -> None:
@@ -184,12 +187,12 @@ def test_directions_are_unit_and_v_points_from_wrong_to_right() -> None:
         "shuffled": 4,
         "random": 7,
     }
-    assert np.allclose([np.linalg.norm(one) for each in found.values() for one in each], 1)
+    assert np.allclose([np.linalg.norm(vector) for each in found.values() for vector in each], 1)
     v, across = found["v"][0], found["orthogonal"][0]
     assert v[4] > 0.97 and abs(v @ across) < 1e-12 and across @ found["random"][0] > 0.5
     assert (
-        all(abs(one @ v) < 0.9 for one in found["shuffled"])
-        and len({one[0] for one in found["random"]}) == 7
+        all(abs(vector @ v) < 0.9 for vector in found["shuffled"])
+        and len({vector[0] for vector in found["random"]}) == 7
     )
 
 
@@ -203,7 +206,8 @@ def test_controls_are_at_the_best_scale() -> None:
     vectors = {kind: [np.eye(3)[1]] * 2 for kind in ("orthogonal", "shuffled", "random")}
     tried = [V._replace(scale=scale) for scale in (2.0, 5.0)]
     found = [
-        (one.kind, one.scale, one.positions) for one in steering.steers(tried, tried[1], vectors)
+        (steer.kind, steer.scale, steer.positions)
+        for steer in steering.steers(tried, tried[1], vectors)
     ]
     assert found[:4] == [
         ("scale 0", 0.0, "all"),
@@ -212,9 +216,9 @@ def test_controls_are_at_the_best_scale() -> None:
         ("opposite", -5.0, "all"),
     ]
     assert found[4:6] == [("positions", 5.0, "prompt"), ("positions", 5.0, "generated")]
-    assert {one[1:] for one in found[6:]} == {(5.0, "all")} and len(found) == 12
+    assert {control[1:] for control in found[6:]} == {(5.0, "all")} and len(found) == 12
     assert "opposite" not in [
-        one.kind for one in steering.steers([*tried, V._replace(scale=-5.0)], tried[1], vectors)
+        steer.kind for steer in steering.steers([*tried, V._replace(scale=-5.0)], tried[1], vectors)
     ]
 
 
@@ -243,14 +247,15 @@ Tiny = Callable[..., Study]
 def small(tiny_study: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Study:
     """At layer 8, on 16 problems of one step, whose answers are short."""
     easy = [
-        one
-        for one, _ in zip(tiny_problems("heldout"), range(99), strict=False)
-        if one.kind in ("add", "multiply")
+        drawn
+        for drawn, _ in zip(tiny_problems("heldout"), range(99), strict=False)
+        if drawn.kind in ("add", "multiply")
     ]
     path = tmp_path_factory.mktemp("easy") / "easy.jsonl"
     path.write_text(
         "".join(
-            json.dumps({"question": one.question, "answer": str(one.answer)}) + "\n" for one in easy
+            json.dumps({"question": drawn.question, "answer": str(drawn.answer)}) + "\n"
+            for drawn in easy
         )
     )
     asked = {"questions": 16, "new_tokens": 20, "batch": 8}
@@ -305,15 +310,15 @@ def test_the_study_end_to_end_stopped_and_continued(small: Study, counted: Count
         "shuffled",
         "random",
     ]
-    assert [one["kind"] for one in rows] == kinds
-    assert [(one["kind"], one["positions"], one["held"]) for one in figures["nulls"]] == [
+    assert [row["kind"] for row in rows] == kinds
+    assert [(null["kind"], null["positions"], null["held"]) for null in figures["nulls"]] == [
         ("scale 0", "all", True),
         ("positions", "prompt", True),  # layer 8 is above those that make keys and values
     ]
-    assert all(one["kl"] > 0 for one in rows[2:4]) and any(one["changed"] for one in rows[2:4])
+    assert all(row["kl"] > 0 for row in rows[2:4]) and any(row["changed"] for row in rows[2:4])
     assert figures["mean_norm"] == pytest.approx(20 / rows[2]["of_mean_norm"])
-    unsteered = {one.problem.id: one.correct for one in answers(small)}
-    assert rows[0]["right"] == sum(unsteered[one] for one in figures["ids"]["test"])
+    unsteered = {answer.problem.id: answer.correct for answer in answers(small)}
+    assert rows[0]["right"] == sum(unsteered[question] for question in figures["ids"]["test"])
 
 
 def test_a_sweep_goes_on_behind_its_last_batch(small: Study, counted: Counted) -> None:
@@ -321,7 +326,7 @@ def test_a_sweep_goes_on_behind_its_last_batch(small: Study, counted: Counted) -
     given = V._replace(vector=np.eye(small.lm.d_model)[3], scale=30.0)
 
     def run(*rest: Any, **changes: Any) -> list[Reply]:
-        sweeps = steering.Sweeps(small, 3, replace(asking, **changes), StopRequest(), Progress())
+        sweeps = Sweeps(small, 3, replace(asking, **changes), StopRequest(), Progress())
         return sweeps.run(asked, given, "some", *rest)
 
     batches = counted.batches
@@ -332,10 +337,10 @@ def test_a_sweep_goes_on_behind_its_last_batch(small: Study, counted: Counted) -
     counted.stop_at = None
     kept = run()
     assert batches == [2, 2, 2, 1]
-    assert [one.id for one in kept] == [one.problem.id for one in asked]
+    assert [reply.id for reply in kept] == [answer.problem.id for answer in asked]
     assert run() == kept and len(batches) == 4
     # With effects, which the kept replies do not have, it is another sweep.
-    assert [one.ids for one in run(kept)] == [one.ids for one in kept]
+    assert [reply.ids for reply in run(kept)] == [reply.ids for reply in kept]
     assert len(batches) == 8
     run(new_tokens=4)
     assert len(batches) == 12
@@ -348,33 +353,35 @@ def test_a_row_of_the_study_is_a_steered_generation(small: Study) -> None:
     study, found = small, steering.steering(small).figures
     lm, every = study.lm, answers(study)
     means: dict[bool, list[Tensor]] = {True: [], False: []}
-    for one in every:
-        if one.problem.id in found["ids"]["train"]:
+    for answer in every:
+        if answer.problem.id in found["ids"]["train"]:
             with torch.inference_mode(), tap(lm.blocks, [8]) as taken:
-                lm.decoder(input_ids=torch.tensor([one.sequence]), use_cache=False)
-            means[one.correct].append(taken[8][0, len(one.prompt_ids) :].double().mean(0))
+                lm.decoder(input_ids=torch.tensor([answer.sequence]), use_cache=False)
+            means[answer.correct].append(taken[8][0, len(answer.prompt_ids) :].double().mean(0))
     v = torch.stack(means[True]).mean(0) - torch.stack(means[False]).mean(0)
     right = []
-    for one in every:
-        if one.problem.id in found["ids"]["test"]:
+    for answer in every:
+        if answer.problem.id in found["ids"]["test"]:
             by = Steer("v", (v / v.norm()).numpy(), -20.0, "all")
-            with steered(lm, 8, by, [len(one.prompt_ids)]):
-                (alone,) = completions(lm, [(one.problem, one.prompt_ids)], Asking(new_tokens=20))
+            with steered(lm, 8, by, [len(answer.prompt_ids)]):
+                (alone,) = completions(
+                    lm, [(answer.problem, answer.prompt_ids)], Asking(new_tokens=20)
+                )
             right.append(alone.correct)
     assert sum(right) == next(
-        one["right"] for one in found["rows"] if one["kind"] == "v" and one["scale"] == -20
+        row["right"] for row in found["rows"] if row["kind"] == "v" and row["scale"] == -20
     )
 
 
 def labelled(path: Path, count: int, right: Callable[[int], bool]) -> str:
     lines = []
-    for at, one in zip(range(count), tiny_problems("heldout"), strict=False):
-        solution = {"solution": f"{one.steps}\n#### {one.answer}", "is_correct": right(at)}
+    for at, drawn in zip(range(count), tiny_problems("heldout"), strict=False):
+        solution = {"solution": f"{drawn.steps}\n#### {drawn.answer}", "is_correct": right(at)}
         lines.append(
             json.dumps(
                 {
-                    "question": one.question,
-                    "ground_truth": str(one.answer),
+                    "question": drawn.question,
+                    "ground_truth": str(drawn.answer),
                     "a": solution,
                     "b": solution,
                 }

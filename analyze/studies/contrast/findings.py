@@ -59,22 +59,22 @@ class Findings(NamedTuple):
 # -- figures ---------------------------------------------------------------------------------------
 
 
-def figures(found: Findings) -> dict[str, Any]:
+def figures(findings: Findings) -> dict[str, Any]:
     """Everything, as plain JSON."""
-    raw = _joint([layer.raw for layer in found.layers])
-    adjusted = [layer.adjusted for layer in found.layers if layer.adjusted is not None]
-    drawn = np.array([layer.drawn for layer in found.layers])
+    raw = _joint([layer.raw for layer in findings.layers])
+    adjusted = [layer.adjusted for layer in findings.layers if layer.adjusted is not None]
+    drawn = np.array([layer.drawn for layer in findings.layers])
     covariates = {}
-    for name, values in found.covariates.items():
-        covariates[name] = _covariate(values, found.design)
-    features = found.features
+    for name, values in findings.covariates.items():
+        covariates[name] = _covariate(values, findings.design)
+    features = findings.features
     return {
-        **_counts(found),
-        "questions": np.unique(found.question),
+        **_counts(findings),
+        "questions": np.unique(findings.question),
         "raw": raw,
         "adjusted": _joint(adjusted) if adjusted else None,
         "peak_rank": _peak_rank(drawn, raw["peak"]["layer"]),
-        "halves": [layer.halves._asdict() for layer in found.layers],
+        "halves": [layer.halves._asdict() for layer in findings.layers],
         "covariates": covariates,
         "features": {
             "tested": len(features.ids),
@@ -85,12 +85,12 @@ def figures(found: Findings) -> dict[str, Any]:
     }
 
 
-def _counts(found: Findings) -> dict[str, Any]:
-    correct = found.design.correct
+def _counts(findings: Findings) -> dict[str, Any]:
+    correct = findings.design.correct
     return {
         "answers": len(correct),
         "right": int(correct.sum()),
-        "within_questions": found.design.paired,
+        "within_questions": findings.design.paired,
     }
 
 
@@ -162,9 +162,9 @@ def _ranked_figures(ranked: Ranked | None) -> dict[str, Any] | None:
 # -- features one by one ---------------------------------------------------------------------------
 
 
-def feature_table(found: Findings) -> dict[str, Any]:
+def feature_table(findings: Findings) -> dict[str, Any]:
     """Columns (c,) of figures of every feature that was tested; none if none was."""
-    features = found.features
+    features = findings.features
     if features.raw is None or features.means is None:
         return {}
     right, wrong = features.means
@@ -183,12 +183,12 @@ def _ranked_columns(ranked: Ranked, suffix: str = "") -> dict[str, Any]:
     }
 
 
-def lists(found: Findings) -> dict[str, Any]:
+def lists(findings: Findings) -> dict[str, Any]:
     """The features that fire most for right answers and for wrong ones, by d, with figures."""
-    table = feature_table(found)
+    table = feature_table(findings)
     return {
-        **_counts(found),
-        "tested": len(found.features.ids),
+        **_counts(findings),
+        "tested": len(findings.features.ids),
         "helpful": _extreme(table, 1),
         "harmful": _extreme(table, -1),
     }

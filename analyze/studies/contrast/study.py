@@ -81,23 +81,23 @@ def contrast(study: Study) -> Outcome:
     with StopRequest() as stop:
         answered = answers(study, stop)
         means = answer_means(study, answered, stop)
-        found = compare(means, [answer.source for answer in answered], options, stop)
+        findings = compare(means, [answer.source for answer in answered], options, stop)
 
-    for layer, of_layer in enumerate(found.layers):
+    for layer, of_layer in enumerate(findings.layers):
         _save_direction(study.folder / f"steering_vec_L{layer}.pt", of_layer.caa)
     d = io.BytesIO()
-    np.save(d, np.array([of_layer.raw.d for of_layer in found.layers], np.float32))
+    np.save(d, np.array([of_layer.raw.d for of_layer in findings.layers], np.float32))
     durable.write(study.folder / "cohens_d.npy", [d.getbuffer()])
     sae_layer = study.subject.layer
-    chosen = {"layer": sae_layer, **lists(found), "options": vars(options)}
+    chosen = {"layer": sae_layer, **lists(findings), "options": vars(options)}
     path = study.folder / f"contrastive_features_L{sae_layer}.json"
     durable.write(path, [dumped(chosen).encode()])
-    table = feature_table(found)
+    table = feature_table(findings)
     if table:
         write_features(study.folder / FEATURES, table)
 
-    measured = {**figures(found), "options": vars(options)}
-    return Outcome(measured, summary(measured), tables(measured), pictures(found))
+    measured = {**figures(findings), "options": vars(options)}
+    return Outcome(measured, summary(measured), tables(measured), pictures(findings))
 
 
 def _save_direction(path: Path, direction: Floats) -> None:

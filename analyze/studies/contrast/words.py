@@ -128,13 +128,13 @@ def tables(figures: dict[str, Any]) -> list[Table]:
     return [Table(caption, tuple(header), rows)]
 
 
-def pictures(found: Findings) -> dict[str, Picture]:
+def pictures(findings: Findings) -> dict[str, Picture]:
     """d over layers, raw and adjusted."""
-    raw = [layer.raw for layer in found.layers]
+    raw = [layer.raw for layer in findings.layers]
     drawn = {"contrast": _picture("Right against wrong answers", raw)}
-    adjusted = [layer.adjusted for layer in found.layers if layer.adjusted is not None]
+    adjusted = [layer.adjusted for layer in findings.layers if layer.adjusted is not None]
     if adjusted:
-        caption = f"The same at equal {', '.join(found.covariates)}"
+        caption = f"The same at equal {', '.join(findings.covariates)}"
         drawn["contrast_adjusted"] = _picture(caption, adjusted)
     return drawn
 

@@ -103,8 +103,8 @@ def _p(rho: float, score: Floats, labels: NDArray[np.bool_]) -> float:
 def three(values: Floats, correct: NDArray[np.bool_], length: NDArray[np.int64]) -> Floats:
     """(S, 3) of (S, n) scores: AUROC, rho, and rho given length; NaN where they are not defined.
 
-    They are `stats.auroc`, `spearman` and `partial_spearman` of each score, by one ranking. Those
-    functions would take ten times as long.
+    rho is the rank correlation with `correct`; given length, the ranks of `length` are regressed
+    out of both. One ranking serves all: `stats.auroc` and `spearman` would take ten times as long.
     """
     ranks = _centred(stats.rankdata(np.vstack([values, length]), axis=1))
     y = _centred(correct[None].astype(np.float64))[0]

@@ -191,14 +191,16 @@ def overlaps(scales: Sequence[Row], wrong: int) -> list[Overlap]:
     Args:
         wrong: questions that are wrong without steering.
     """
-    found = []
+    measured = []
     for first, second in combinations(scales, 2):
         shared = sorted(set(first.gained) & set(second.gained))
         recovered = (len(first.gained), len(second.gained))
         p = overlap_p(wrong, *recovered, len(shared))
-        found.append(Overlap((first.scale, second.scale), recovered, wrong, shared, p, p))
-    adjusted = holm([overlap.p for overlap in found])
-    return [overlap._replace(p_holm=float(p)) for overlap, p in zip(found, adjusted, strict=True)]
+        measured.append(Overlap((first.scale, second.scale), recovered, wrong, shared, p, p))
+    adjusted = holm([overlap.p for overlap in measured])
+    return [
+        overlap._replace(p_holm=float(p)) for overlap, p in zip(measured, adjusted, strict=True)
+    ]
 
 
 # -- everything ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import matplotlib as mpl
+import numpy as np
 
 from analyze.drawing import STYLE, empty, svg
 from analyze.studies.steering.outcomes import Findings
@@ -10,19 +11,17 @@ from analyze.studies.steering.outcomes import Findings
 _GREY = "#9ca3af"
 
 
-def over_scales(found: Findings) -> str:
+def over_scales(findings: Findings) -> str:
     """v as a line with its intervals; other directions as points beside it, unsteered dashed."""
-    line = sorted(found.of("scale 0", "v"), key=lambda row: row.scale)
-    scales = [row.scale for row in line]
-    shares = [row.accuracy for row in line]
-    below = [row.accuracy - row.interval.low for row in line]
-    above = [row.interval.high - row.accuracy for row in line]
+    line = sorted(findings.of("scale 0", "v"), key=lambda row: row.scale)
+    points = [(row.scale, row.accuracy, *row.interval) for row in line]
+    scales, shares, low, high = np.array(points).T
     with mpl.rc_context(STYLE):
         figure, axes = empty("scale of the unit vector", "share of right answers")
         axes.errorbar(
             scales,
             shares,
-            [below, above],
+            [shares - low, high - shares],
             marker="o",
             markersize=4,
             linewidth=1.5,
@@ -35,10 +34,10 @@ def over_scales(found: Findings) -> str:
             ("shuffled", "x", "shuffled labels", beside),
         )
         for kind, marker, label, shift in others:
-            rows = found.of(kind)
+            rows = findings.of(kind)
             x = [row.scale + shift for row in rows]
             y = [row.accuracy for row in rows]
             axes.plot(x, y, marker, color=_GREY, markersize=4, label=label)
-        axes.axhline(found.unsteered.accuracy, color="#6b7280", linestyle="--", linewidth=1)
+        axes.axhline(findings.unsteered.accuracy, color="#6b7280", linestyle="--", linewidth=1)
         axes.legend(frameon=False)
         return svg(figure)

@@ -12,41 +12,28 @@ Shapes: n answers, d d_model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import isfinite
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.answering import (
-    Answer,
-    Asking,
-    answers,
-    asking_of,
-    completions,
-    grow_answers,
-    inputs,
-    model_key,
-)
+from analyze.answering import Answer, answers, asking_of, inputs
 from analyze.outcome import Outcome
-from analyze.results import digest_of
 from analyze.stats import Floats
 from analyze.studies.contrast.means import answer_means, caa
 from analyze.studies.steering import words
-from analyze.studies.steering.hook import POSITIONS, Steer, effects, prompt_inert_from, steered
+from analyze.studies.steering.hook import POSITIONS, Steer, prompt_inert_from
 from analyze.studies.steering.outcomes import Findings, Reply, Row
-from analyze.study import Definition, Study, read_lines
+from analyze.studies.steering.sweeps import Sweeps
+from analyze.study import Definition, Study
 from data import durable
 from data.errors import SettingError, StopRequest
 from data.journal import Progress
 from data.settings import build, number
 
-VERSION = 1  # of the kept replies: raise it when the same settings give other ones
 SEED = 0  # of random directions and shuffled labels
-_FILE = "replies.jsonl"
 
 
 @dataclass(frozen=True)
@@ -104,6 +91,7 @@ def steering(study: Study) -> Outcome:
             f"study.layer={layer} must be one of the model's layers, 0 to {study.lm.n_layers - 1}"
         )
     with StopRequest() as stop:
+        # The vector and its controls, from the answers to the train questions.
         answered = answers(study, stop)
         split = split_of(answered, options)
         means = answer_means(study, answered, stop)
@@ -112,14 +100,18 @@ def steering(study: Study) -> Outcome:
         correct = means.correct[in_train]
         _require_both(correct, len(split.train))
         vectors = directions(hidden, correct, options)
+
+        # The scale, by the dev questions.
         tried = []
         for scale in options.scales:
             tried.append(Steer("v", vectors["v"][0], float(scale), options.positions))
         sweeps = Sweeps(study, layer, asking_of(study), stop, Progress())
         dev = _right_on_dev(sweeps, tried, split.dev)
         best = chosen(tried, dev)
+
+        # Every scale and every control, on the test questions.
         rows = _test_rows(sweeps, steers(tried, best, vectors), split.test)
-    found = Findings(
+    findings = Findings(
         rows=rows,
         best=best.scale,
         dev=dev,
@@ -129,7 +121,7 @@ def steering(study: Study) -> Outcome:
         inert_from=prompt_inert_from(study.lm),
         seed=SEED,
     )
-    return words.outcome(found)
+    return words.outcome(findings)
 
 
 def _require_both(correct: NDArray[np.bool_], questions: int) -> None:
@@ -251,98 +243,6 @@ def steers(
         for vector in vectors[kind]:
             sweeps.append(best._replace(kind=kind, vector=vector))
     return sweeps
-
-
-# -- generation ------------------------------------------------------------------------------------
-
-
-class Sweeps(NamedTuple):
-    """Generates answers under steering, and keeps them: see `Study.kept`."""
-
-    study: Study
-    layer: int
-    asking: Asking
-    stop: StopRequest
-    progress: Progress
-
-    def run(
-        self,
-        asked: Sequence[Answer],
-        steer: Steer | None,
-        label: str,
-        unsteered: Sequence[Reply] | None = None,
-    ) -> list[Reply]:
-        """The replies to questions, in batches of consecutive ones, the same in every sweep.
-
-        Args:
-            steer: None: no hook at all.
-            label: of the sweep, for the line of progress.
-            unsteered: replies to the same questions; the effect of steering is then measured, too,
-                on these texts.
-        """
-
-        def make(part: slice) -> list[dict[str, Any]]:
-            before = None if unsteered is None else unsteered[part]
-            return [reply._asdict() for reply in self._replies(asked[part], steer, before)]
-
-        def show(line: str, *, last: bool) -> None:
-            self.progress.show(f"{label}: {line}")  # other sweeps follow, so none is the last
-
-        def fill(folder: Path) -> None:
-            path = folder / _FILE
-            grow_answers(path, len(asked), self.asking.batch, make, show, self.stop)
-
-        folder = self.study.kept("steered", self._key(asked, steer, unsteered), fill)
-        return [Reply(**line) for line in read_lines(folder / _FILE)]
-
-    def _key(
-        self, asked: Sequence[Answer], steer: Steer | None, unsteered: Sequence[Reply] | None
-    ) -> dict[str, Any]:
-        steered_by = None
-        if steer is not None:
-            vector = durable.digest(steer.vector.tobytes())
-            steered_by = [self.layer, vector, steer.scale, steer.positions]
-        prompts = [[answer.prompt_ids, asdict(answer.problem)] for answer in asked]
-        texts = None if unsteered is None else [reply.ids for reply in unsteered]
-        return {
-            "version": VERSION,
-            **model_key(self.study),
-            "asked": digest_of({"asked": prompts}),
-            "asking": [self.asking.new_tokens, self.asking.batch],
-            "steer": steered_by,
-            "unsteered": digest_of({"ids": texts}),
-        }
-
-    def _replies(
-        self, asked: Sequence[Answer], steer: Steer | None, unsteered: Sequence[Reply] | None
-    ) -> list[Reply]:
-        """The replies to one batch of questions."""
-        lm = self.study.lm
-        prompts = [answer.prompt_ids for answer in asked]
-        lengths = [len(prompt) for prompt in prompts]
-        hook = nullcontext() if steer is None else steered(lm, self.layer, steer, lengths)
-        with hook:
-            batch = [(answer.problem, answer.prompt_ids) for answer in asked]
-            written = completions(lm, batch, self.asking)
-        replies = []
-        for answer in written:
-            replies.append(
-                Reply(
-                    id=answer.problem.id,
-                    ids=answer.ids,
-                    correct=answer.correct,
-                    unparsable=answer.unparsable,
-                    finished=answer.finished,
-                )
-            )
-        if steer is None or unsteered is None:
-            return replies
-        texts = [(prompt, reply.ids) for prompt, reply in zip(prompts, unsteered, strict=True)]
-        measured = effects(lm, texts, self.layer, steer)
-        return [
-            reply._replace(**effect._asdict())
-            for reply, effect in zip(replies, measured, strict=True)
-        ]
 
 
 DEFINITION = Definition(steering, version=1, options=Options, inputs=inputs, order=40)

@@ -12,61 +12,61 @@ from analyze.studies.steering.plot import over_scales
 LEVEL = 0.05
 
 
-def outcome(found: Findings) -> Outcome:
+def outcome(findings: Findings) -> Outcome:
     """The whole result."""
     caption = (
-        f"Accuracy on {found.unsteered.questions} test questions against the scale of v at layer "
-        f"{found.layer}, with Wilson's 95 % intervals. Grey: other directions at the best dev "
+        f"Accuracy on {findings.unsteered.questions} test questions against the scale of v at layer "
+        f"{findings.layer}, with Wilson's 95 % intervals. Grey: other directions at the best dev "
         "scale, beside it. Dashed: unsteered."
     )
-    picture = Picture(caption, over_scales(found))
+    picture = Picture(caption, over_scales(findings))
     tables = [
-        _scale_table(found),
-        _control_table(found),
-        _overlap_table(found),
-        _dev_table(found),
+        _scale_table(findings),
+        _control_table(findings),
+        _overlap_table(findings),
+        _dev_table(findings),
     ]
-    return Outcome(found.figures(), summary(found), tables, {"steering": picture})
+    return Outcome(findings.figures(), summary(findings), tables, {"steering": picture})
 
 
 # -- sentences -------------------------------------------------------------------------------------
 
 
-def summary(found: Findings) -> list[str]:
+def summary(findings: Findings) -> list[str]:
     """The verdict first, then what it rests on."""
     return [
-        _verdict(found),
-        _best_scale(found),
-        _other_scales(found),
-        _against_chance(found),
-        *_null_tests(found),
-        _power(found),
+        _verdict(findings),
+        _best_scale(findings),
+        _other_scales(findings),
+        _against_chance(findings),
+        *_null_tests(findings),
+        _power(findings),
     ]
 
 
-def verdict(found: Findings) -> str:
+def verdict(findings: Findings) -> str:
     """What v does to accuracy at the best scale.
 
     Returns:
         `broken` (a null test failed), `no effect`, `not shown` (a change that directions by chance
             may make, too), `raises` or `lowers`.
     """
-    if not all(test.held for test in found.nulls):
+    if not all(test.held for test in findings.nulls):
         return "broken"
-    best = found.best_row
+    best = findings.best_row
     if best.p >= LEVEL:
         return "no effect"
-    chance = found.ranks["random"]
+    chance = findings.ranks["random"]
     p = chance.p_high if best.net > 0 else chance.p_low
     if p >= LEVEL:
         return "not shown"
     return "raises" if best.net > 0 else "lowers"
 
 
-def _verdict(found: Findings) -> str:
-    best = found.best_row
-    word = verdict(found)
-    where = f"Steering layer {found.layer} by {best.scale:+g} v ({best.positions} positions)"
+def _verdict(findings: Findings) -> str:
+    best = findings.best_row
+    word = verdict(findings)
+    where = f"Steering layer {findings.layer} by {best.scale:+g} v ({best.positions} positions)"
     if word == "broken":
         return (
             "Nothing here is to be trusted: a sweep that must equal the unsteered one does not "
@@ -78,7 +78,7 @@ def _verdict(found: Findings) -> str:
         return f"{where} {word} accuracy, and more than directions by chance do."
     # Even the smallest p that so few directions can give is too large.
     few = ""
-    if 1 / (1 + found.ranks["random"].of) >= LEVEL:
+    if 1 / (1 + findings.ranks["random"].of) >= LEVEL:
         few = "; too few were tried to tell more"
     change = "raises" if best.net > 0 else "lowers"
     return (
@@ -87,22 +87,22 @@ def _verdict(found: Findings) -> str:
     )
 
 
-def _best_scale(found: Findings) -> str:
-    best = found.best_row
-    tried = len(found.holm)
+def _best_scale(findings: Findings) -> str:
+    best = findings.best_row
+    tried = len(findings.holm)
     return (
-        f"Its scale is the best of {tried} on {len(found.ids['dev'])} dev questions "
-        f"({found.dev[found.best]} right, {found.dev[0.0]} unsteered). Of {best.questions} test "
-        f"questions {_accuracy(best)} are right, unsteered {_accuracy(found.unsteered)}: "
+        f"Its scale is the best of {tried} on {len(findings.ids['dev'])} dev questions "
+        f"({findings.dev[findings.best]} right, {findings.dev[0.0]} unsteered). Of {best.questions} test "
+        f"questions {_accuracy(best)} are right, unsteered {_accuracy(findings.unsteered)}: "
         f"{len(best.gained)} gained, {len(best.lost)} lost, exact McNemar p = {_p(best.p)}, by "
-        f"Holm over the {tried} scales {_p(found.holm[found.best])}."
+        f"Holm over the {tried} scales {_p(findings.holm[findings.best])}."
     )
 
 
-def _other_scales(found: Findings) -> str:
+def _other_scales(findings: Findings) -> str:
     shown = []
-    for row in found.of("v"):
-        p = found.holm[row.scale]
+    for row in findings.of("v"):
+        p = findings.holm[row.scale]
         if p < LEVEL:
             shown.append(f"{row.scale:+g} ({row.net:+d} net, p = {_p(p)})")
     if not shown:
@@ -110,11 +110,11 @@ def _other_scales(found: Findings) -> str:
     return f"By Holm's p < 0.05, accuracy differs from unsteered at {', '.join(shown)}."
 
 
-def _against_chance(found: Findings) -> str:
+def _against_chance(findings: Findings) -> str:
     directions = {"random": "directions by chance", "shuffled": "vectors from shuffled labels"}
     parts = []
     for kind, words in directions.items():
-        rank = found.ranks[kind]
+        rank = findings.ranks[kind]
         parts.append(
             f"{rank.as_high} of {rank.of} {words} give at least as many right answers (p = "
             f"{_p(rank.p_high)}) and {rank.as_low} at most as many (p = {_p(rank.p_low)})"
@@ -122,12 +122,12 @@ def _against_chance(found: Findings) -> str:
     return f"With the same norm and positions, {'; '.join(parts)}."
 
 
-def _null_tests(found: Findings) -> list[str]:
-    sentences = [_null_test(null) for null in found.nulls]
-    if found.layer < found.inert_from:
+def _null_tests(findings: Findings) -> list[str]:
+    sentences = [_null_test(null) for null in findings.nulls]
+    if findings.layer < findings.inert_from:
         sentences.append(
-            f"Steering the prompt alone is no null test at layer {found.layer}: only from layer "
-            f"{found.inert_from} on does no later layer make keys and values from it."
+            f"Steering the prompt alone is no null test at layer {findings.layer}: only from layer "
+            f"{findings.inert_from} on does no later layer make keys and values from it."
         )
     return sentences
 
@@ -144,9 +144,9 @@ def _null_test(null: Null) -> str:
     )
 
 
-def _power(found: Findings) -> str:
-    questions = found.best_row.questions
-    observed = found.best_row.discordant
+def _power(findings: Findings) -> str:
+    questions = findings.best_row.questions
+    observed = findings.best_row.discordant
     usual_change = _points(detectable_change(questions, DISCORDANT))
     observed_change = _points(detectable_change(questions, observed))
     return (
@@ -161,27 +161,27 @@ _OUTCOMES = ("positions", "right", "95 %", "gained", "lost", "net", "McNemar p")
 _CHANGES = ("unparsable", "truncated", "tokens", "KL per token", "|Δ| / |h|")
 
 
-def _scale_table(found: Findings) -> Table:
+def _scale_table(findings: Findings) -> Table:
     cells = []
-    for row in found.of("unsteered", "scale 0", "v"):
+    for row in findings.of("unsteered", "scale 0", "v"):
         scale = ("unsteered", "")
         if row.kind != "unsteered":
-            scale = (f"{row.scale:g}", f"{row.scale / found.norm:.1%}")
-        holm_p = _p(found.holm[row.scale]) if row.kind == "v" else ""
+            scale = (f"{row.scale:g}", f"{row.scale / findings.norm:.1%}")
+        holm_p = _p(findings.holm[row.scale]) if row.kind == "v" else ""
         cells.append((*scale, *_outcomes(row), holm_p, *_changes(row)))
     header = ("scale", "of mean norm", *_OUTCOMES, "Holm p", *_CHANGES)
-    return Table(f"v on {found.best_row.questions} test questions", header, cells)
+    return Table(f"v on {findings.best_row.questions} test questions", header, cells)
 
 
-def _control_table(found: Findings) -> Table:
+def _control_table(findings: Findings) -> Table:
     cells = []
-    for row in found.of("opposite", "positions", "orthogonal", "shuffled", "random"):
+    for row in findings.of("opposite", "positions", "orthogonal", "shuffled", "random"):
         cells.append((row.kind, f"{row.scale:g}", *_outcomes(row), *_changes(row)))
     header = ("control", "scale", *_OUTCOMES, *_CHANGES)
     return Table("Controls at the best dev scale", header, cells)
 
 
-def _overlap_table(found: Findings) -> Table:
+def _overlap_table(findings: Findings) -> Table:
     header = (
         "scales",
         "recovered by the first",
@@ -190,7 +190,7 @@ def _overlap_table(found: Findings) -> Table:
         "hypergeometric p",
         "Holm p",
     )
-    cells = [_overlap_cells(overlap) for overlap in found.overlaps]
+    cells = [_overlap_cells(overlap) for overlap in findings.overlaps]
     return Table("Questions that are wrong unsteered and right at two scales", header, cells)
 
 
@@ -207,10 +207,10 @@ def _overlap_cells(overlap: Overlap) -> tuple[str, ...]:
     )
 
 
-def _dev_table(found: Findings) -> Table:
-    total = len(found.ids["dev"])
+def _dev_table(findings: Findings) -> Table:
+    total = len(findings.ids["dev"])
     cells = []
-    for scale, right in found.dev.items():
+    for scale, right in findings.dev.items():
         cells.append((f"{scale:g}" if scale else "unsteered", str(right), f"{right / total:.1%}"))
     return Table(f"v on {total} dev questions", ("scale", "right", "accuracy"), cells)
 

@@ -1,5 +1,6 @@
-"""Steering's hook against plain loops over whole forward passes, exact nulls, and a token that is
-asked for.
+"""Steering's hook against plain loops over whole forward passes.
+
+Its nulls are exact, and it can be made to write a token.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def lm() -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def prompts(lm: LanguageModel) -> list[list[int]]:
-    found = [PROMPTS["lm_eval"](lm.tokenizer, one.question) for one in read("tiny", 3)]
-    assert len({len(one) for one in found}) == 3
+    found = [PROMPTS["lm_eval"](lm.tokenizer, problem.question) for problem in read("tiny", 3)]
+    assert len({len(prompt) for prompt in found}) == 3
     return found
 
 
@@ -54,8 +55,9 @@ def direction(lm: LanguageModel) -> Tensor:
 def traced(
     lm: LanguageModel, prompts: list[list[int]], *how: Any, new_tokens: int = 6
 ) -> tuple[Any, list[Tensor]]:
-    """Generations, and the logits that each step chose from; `how` is layer, scale and
-    positions.
+    """Generations, and the logits that each step chose from.
+
+    `how` is layer, scale and positions; without, nothing is steered.
     """
     seen: list[Tensor] = []
     handle = lm.causal.register_forward_hook(
@@ -71,10 +73,10 @@ def traced(
         handle.remove()
 
 
-def same(one: tuple[Any, list[Tensor]], other: tuple[Any, list[Tensor]]) -> bool:
+def same(first: tuple[Any, list[Tensor]], second: tuple[Any, list[Tensor]]) -> bool:
     """Token for token, and every logit bit for bit."""
-    return one[0] == other[0] and all(
-        torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True)
+    return first[0] == second[0] and all(
+        torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True)
     )
 
 
@@ -98,10 +100,10 @@ def test_the_prompt_alone_is_inert_from_the_layer_that_is_said_on(
         layer >= 6 for layer in range(12)
     ]  # 12 layers, the last 5 of which share keys and values
     assert hook.prompt_inert_from(lm) == 6
-    texts = [(one, written.ids) for one, written in zip(prompts, unsteered[0], strict=True)]
+    texts = [(prompt, written.ids) for prompt, written in zip(prompts, unsteered[0], strict=True)]
     for layer in (5, 6, 11):
-        kl = [one.kl for one in hook.effects(lm, texts, layer, by(lm, 20.0, "prompt"))]
-        assert all(one == 0 for one in kl) if layer > 5 else all(one > 1e-6 for one in kl)
+        kl = [effect.kl for effect in hook.effects(lm, texts, layer, by(lm, 20.0, "prompt"))]
+        assert all(value == 0 for value in kl) if layer > 5 else all(value > 1e-6 for value in kl)
     assert not same(traced(lm, prompts, 8, 20.0, "generated", new_tokens=3), unsteered)
 
 
@@ -123,9 +125,7 @@ def test_other_families_are_inert_from_the_layer_that_is_said_on(
 def plain(
     lm: LanguageModel, prompt: list[int], layer: int, scale: float, positions: str, new_tokens: int
 ) -> list[int]:
-    """Greedy steered generation of one prompt by a whole forward pass per token, positions counted
-    by hand.
-    """
+    """Greedy steered generation of one prompt, by a whole forward pass per token."""
     ids, step = list(prompt), (scale * direction(lm)).float()
 
     def edit(states: Tensor) -> Tensor:
@@ -151,11 +151,11 @@ def test_a_cached_batch_is_what_single_whole_passes_give(
 ) -> None:
     scale = 60.0
     written, _ = traced(lm, prompts, layer, scale, positions, new_tokens=8)
-    assert [one.ids for one in written] == [
-        plain(lm, one, layer, scale, positions, 8) for one in prompts
+    assert [answer.ids for answer in written] == [
+        plain(lm, prompt, layer, scale, positions, 8) for prompt in prompts
     ]
-    changed = [one.ids for one in written] != [
-        one.ids for one in traced(lm, prompts, new_tokens=8)[0]
+    changed = [answer.ids for answer in written] != [
+        answer.ids for answer in traced(lm, prompts, new_tokens=8)[0]
     ]
     assert changed == (positions != "prompt" or layer == 3)
 
@@ -176,10 +176,11 @@ def test_padding_is_not_steered(lm: LanguageModel, prompts: Any) -> None:
         torch.testing.assert_close(delta[max(widths) - width :], expected, rtol=0, atol=2e-5)
 
 
-def test_the_hook_goes_when_something_fails(lm: LanguageModel) -> None:
-    with pytest.raises(IndexError), hook.steered(lm, 4, by(lm, 1.0, "all"), [3]):
-        [][len(lm.blocks[4]._forward_hooks)]
-    assert not lm.blocks[4]._forward_hooks
+def test_the_hook_goes_when_something_fails(lm: LanguageModel, prompts: Any) -> None:
+    unsteered = traced(lm, prompts)
+    with pytest.raises(IndexError), hook.steered(lm, 4, by(lm, 30.0, "all"), lengths(prompts)):
+        raise IndexError
+    assert same(traced(lm, prompts), unsteered)
 
 
 def test_steering_towards_a_token_writes_it(lm: LanguageModel, prompts: Any) -> None:
@@ -190,15 +191,15 @@ def test_steering_towards_a_token_writes_it(lm: LanguageModel, prompts: Any) -> 
     towards = Steer("v", rows[token].numpy().astype(np.float64), 1e4, "generated")
     with hook.steered(lm, 11, towards, lengths(prompts)):
         written = generate(lm, prompts, 4)
-    assert all(one.ids == [token] * 4 for one in written)
+    assert all(answer.ids == [token] * 4 for answer in written)
 
 
 def test_effects_are_those_of_whole_distributions(lm: LanguageModel, prompts: Any) -> None:
     three = 3 * 4 * lm.vocabulary  # bytes of 3 positions' logits
-    texts = [(one, [7, 30, 99, 12, 200][: at % 3 + 3]) for at, one in enumerate(prompts)]
+    texts = [(prompt, [7, 30, 99, 12, 200][: at % 3 + 3]) for at, prompt in enumerate(prompts)]
     texts[1] = (texts[1][0], [])
     found = hook.effects(lm, texts, 3, by(lm, 4.0, "all"), 150, three)
-    for (prompt, written), one in zip(texts, found, strict=True):
+    for (prompt, written), effect in zip(texts, found, strict=True):
         ids, last = torch.tensor([[*prompt, *written]]), len(prompt) - 1
         with torch.inference_mode():
             with tap(lm.blocks, [3]) as taken:
@@ -206,8 +207,8 @@ def test_effects_are_those_of_whole_distributions(lm: LanguageModel, prompts: An
             with edited(lm.blocks[3], lambda states: states + 4.0 * direction(lm).float()):
                 moved = lm.causal(ids, use_cache=False).logits[0, last:-1].double().log_softmax(-1)
         norms = taken[3][0].double().norm(dim=1)
-        assert one.kl == pytest.approx(
+        assert effect.kl == pytest.approx(
             float((moved.exp() * (moved - clean)).sum()), rel=1e-3, abs=1e-6
         )
-        assert one.norm == pytest.approx(float(norms[last:].mean()), rel=1e-4)
-        assert one.relative == pytest.approx(float((4.0 / norms).mean()), rel=1e-4)
+        assert effect.norm == pytest.approx(float(norms[last:].mean()), rel=1e-4)
+        assert effect.relative == pytest.approx(float((4.0 / norms).mean()), rel=1e-4)
