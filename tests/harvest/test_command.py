@@ -1,4 +1,4 @@
-"""The command line: what it makes of settings, and one clear line for each that cannot be."""
+"""The command line: settings become a configuration; a wrong one is one clear line."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_ranks_are_set_by_hand_or_by_the_launcher(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("WORLD_SIZE", "8")
     launched = harvest_config(settings())
     assert (launched.rank, launched.world) == (5, 8)
-    with pytest.raises(SettingError, match="rank=8 must be from 0 to world - 1, and world=8"):
+    with pytest.raises(SettingError, match=r"rank=8 .*world=8"):
         harvest_config(settings("rank=8"))
 
 
@@ -87,8 +87,8 @@ def test_status_plan_verify_and_repair(harvested: Path, capsys: pytest.CaptureFi
     for action, expected in {
         "status": "layer 5: 47 of 47 units",
         "plan": "3,008 tokens in 47 rows and 47 units, layers 5",
-        "verify": ", recomputed, is the same",
-        "repair": "0 to make again",
+        "verify": ", recomputed,",
+        "repair": "0 ",
     }.items():
         command(tiny(harvested, f"action={action}"))
         assert expected in capsys.readouterr().out
@@ -103,32 +103,28 @@ def test_verify_names_what_is_damaged(
     with pytest.raises(SystemExit) as exit_code:
         run_command(lambda: command(tiny(store, "action=verify")))
     assert exit_code.value.code == 2
-    assert f"{path} does not hold the bytes that were committed" in capsys.readouterr().err
+    assert str(path) in capsys.readouterr().err
     record = store / "commits" / "spine" / "00000003.json"
     record.write_bytes(record.read_bytes()[:-2])
-    with pytest.raises(StoreError, match=f"{record} does not match its own checksum\n") as error:
+    with pytest.raises(StoreError, match=f"{record} ") as error:
         command(tiny(store, "action=verify"))
     assert str(error.value).count("action=repair") == 1
-    with pytest.raises(
-        StoreError, match=f"`python -m harvest action=repair store={store}` drops it"
-    ):
+    with pytest.raises(StoreError, match=f"{record} .*action=repair store={store}`"):
         Store.open(store)
     command(tiny(store, "action=repair"))
-    assert capsys.readouterr().out.endswith(
-        "\n2 to make again: run the same `python -m harvest` again\n"
-    )
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("2 ") and "`python -m harvest`" in last
     command(tiny(store))
     (store / "zarr.json").write_text("{")
     command(tiny(store, "action=repair"))
-    assert capsys.readouterr().out == "wrote again zarr.json\n0 to make again\n"
+    written, left = capsys.readouterr().out.splitlines()
+    assert written.endswith(" zarr.json") and left.startswith("0 ")
     command(tiny(store, "action=verify"))
 
 
-def test_where_no_store_is_that_is_said(tmp_path: Path) -> None:
+def test_a_missing_store_is_named_before_the_model_is_loaded(tmp_path: Path) -> None:
     for action in ("status", "verify", "repair"):
-        with pytest.raises(
-            StoreError, match=f"^no activation store at {tmp_path}/none; make one with [^\n]*$"
-        ):
+        with pytest.raises(StoreError, match=f"^[^\n]*{tmp_path}/none[^\n]*$"):
             command(tiny(tmp_path / "none", f"action={action}", "model.path=/no/such/folder"))
     assert not (tmp_path / "none").exists()
 
@@ -140,13 +136,11 @@ def test_what_was_made_here_is_told_from_what_was_there(
     for unit in (3, 9):
         (store / "commits" / "residuals" / f"{unit:08d}.5.json").unlink()
     command(tiny(store))
-    said = capsys.readouterr().err
-    assert re.search(
-        r"is complete: 3,008 tokens, 128 of them made here in \d+s, [\d,]+ tokens/s\n", said
-    ), said
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r" 3,008 tokens, 128 .* \d+s, [\d,]+ tokens/s$", last), last
     command(tiny(tmp_path / "whole.zarr"))
-    said = capsys.readouterr().err
-    assert re.search(r"is complete: 3,008 tokens in \d+s, [\d,]+ tokens/s\n", said), said
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r" 3,008 tokens in \d+s, [\d,]+ tokens/s$", last), last
 
 
 def test_verify_catches_rows_of_another_model(harvested: Path, tmp_path: Path) -> None:
@@ -162,40 +156,37 @@ def test_verify_catches_rows_of_another_model(harvested: Path, tmp_path: Path) -
             torch.bfloat16
         )
         again.commit_residuals(unit, {5: prepare(rows, permutation, starts, store.arrays.rows(5))})
-    with pytest.raises(StoreError, match="differs in 64 of 64 rows when recomputed"):
+    with pytest.raises(StoreError, match="64 of 64 rows"):
         command(tiny(path, "action=verify"))
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["tokens=0"], "tokens=0 must be at least 1"),
-        (["tokens=-3"], "tokens=-3 must be at least 1"),
-        (["tokens=1e9.5"], "tokens=1e9.5 must be a whole number"),
-        (["tokens=2.5"], "tokens=2.5 must be a whole number"),
-        (["tokens=1B"], "tokens=1B must be a whole number"),
-        (["layer=12"], "layer=12 is out of range: .*layers 0 to 11"),
-        (["layer=-1"], r"layer=\[-1\] must be different numbers from 0 on"),
-        (["layer=[5,5]"], r"layer=\[5, 5\] must be different numbers"),
-        (["layer=[]"], "asks for nothing"),
-        (["layer=top"], "layer=top must be a whole number"),
-        (["context=1"], "context=1 must be at least 2"),
-        (["context=2048"], "context=2048 is more than the model's 1024 positions"),
-        (["unit=100"], "unit=100 must be a multiple of context=64"),
-        (["batch=0"], "batch=0 must be at least 1"),
-        (["codec.name=zip"], "codec='zip' is unknown; choose one of blosc, none, int8"),
-        (["action=dance"], "action=dance is unknown; choose one of run, plan"),
-        (["model.path=/no/such/folder"], "model.path=/no/such/folder is no folder"),
-        (
-            ["model.path=nobody/nothing"],
-            "cannot be had from the Hugging Face hub .*model=tiny text=tiny",
-        ),
-        (["model.dtype=float8"], "model.dtype=float8 must be bfloat16 or float32"),
-        (["text.path=/no/such/file"], "text.path=/no/such/file does not exist"),
-        (["device=cuda"], "device=cuda needs a CUDA GPU"),
-        (["oom=shrug"], "oom=shrug must be stop or halve"),
-        (["non_finite=-1"], "non_finite=-1 must be at least 0"),
-        (["store=ftp://x/y"], "store=ftp://x/y is of an unknown kind"),
+        (["tokens=0"], "tokens=0 .* 1"),
+        (["tokens=-3"], "tokens=-3 .* 1"),
+        (["tokens=1e9.5"], r"tokens=1e9\.5 "),
+        (["tokens=2.5"], r"tokens=2\.5 "),
+        (["tokens=1B"], "tokens=1B "),
+        (["layer=12"], "layer=12 .* 0 to 11"),
+        (["layer=-1"], r"layer=\[-1\] "),
+        (["layer=[5,5]"], r"layer=\[5, 5\] "),
+        (["layer=[]"], r"layer=\[\] "),
+        (["layer=top"], "layer=top "),
+        (["context=1"], "context=1 .* 2"),
+        (["context=2048"], "context=2048 .* 1024 "),
+        (["unit=100"], "unit=100 .* context=64"),
+        (["batch=0"], "batch=0 .* 1"),
+        (["codec.name=zip"], "codec='zip' .* blosc, none, int8"),
+        (["action=dance"], "action=dance .* run, plan, status, verify, repair"),
+        (["model.path=/no/such/folder"], "model.path=/no/such/folder "),
+        (["model.path=nobody/nothing"], "model.path=nobody/nothing .*model=tiny text=tiny"),
+        (["model.dtype=float8"], "model.dtype=float8 .*bfloat16 or float32"),
+        (["text.path=/no/such/file"], "text.path=/no/such/file "),
+        (["device=cuda"], "device=cuda "),
+        (["oom=shrug"], "oom=shrug .*stop or halve"),
+        (["non_finite=-1"], "non_finite=-1 .* 0"),
+        (["store=ftp://x/y"], "store=ftp://x/y "),
     ],
 )
 def test_bad_settings_are_one_line(tmp_path: Path, overrides: list[str], message: str) -> None:
@@ -206,7 +197,7 @@ def test_bad_settings_are_one_line(tmp_path: Path, overrides: list[str], message
 
 
 def test_a_store_of_another_model_is_not_verified(harvested: Path) -> None:
-    with pytest.raises(StoreError, match=r"dtype is 'float32' there and 'bfloat16' here"):
+    with pytest.raises(StoreError, match=r"dtype .*'float32'.*'bfloat16'"):
         command(tiny(harvested, "model.dtype=bfloat16", "action=verify"))
 
 
@@ -219,28 +210,29 @@ def test_a_file_in_the_stores_place_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "said"),
+    ("argument", "facts"),
     [
-        ("codec=zip", "Could not find 'codec/zip' Available options in 'codec': blosc int8 none"),
-        ("lyer=3", "Could not override 'lyer': no such setting; --help lists them all"),
-        ("store=/tmp/a=b.zarr", "needs quotes"),
+        ("codec=zip", ["codec/zip", "blosc int8 none"]),
+        ("lyer=3", ["lyer", "--help"]),
+        ("store=/tmp/a=b.zarr", ["quotes"]),
     ],
 )
-def test_what_the_parser_refuses_is_one_line_too(argument: str, said: str) -> None:
+def test_the_parsers_refusals_are_one_line_too(argument: str, facts: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "harvest", argument], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
-    assert said in done.stderr
+    for fact in facts:
+        assert fact in done.stderr
 
 
 def test_a_changed_setting_loses_nothing(harvested: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in harvested.rglob("*") if path.is_file()}
     for override, values in {
-        "seed=1": "seed is 0 there and 1 here",
-        "context=128": "context is 64 there and 128",
+        "seed=1": "seed .* 0 .* 1 ",
+        "context=128": "context .* 64 .* 128 ",
     }.items():
         with pytest.raises(StoreError, match=values):
             command(tiny(harvested, override))
@@ -251,9 +243,7 @@ def test_a_changed_setting_loses_nothing(harvested: Path) -> None:
 
 def test_empty_text_is_refused_and_leaves_the_place_free(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(
-        StoreError, match="the text ends before one row of context=64 tokens is full"
-    ):
+    with pytest.raises(StoreError, match="context=64 "):
         command(tiny(tmp_path / "s.zarr", f"text.path={tmp_path / 'empty.txt'}"))
     command(tiny(tmp_path / "s.zarr"))
     assert Store.open(tmp_path / "s.zarr").complete(5)
@@ -267,7 +257,7 @@ def test_text_that_ends_early_closes_the_store_there(
     overrides = [f"text.path={tmp_path / 'short.jsonl'}", "text.field=body", "unit=320"]
     command(tiny(tmp_path / "s.zarr", "tokens=1e6", *overrides))
     store = Store.open(tmp_path / "s.zarr")
-    assert f"the text ended at {store.rows:,} of 1,000,000 tokens" in capsys.readouterr().err
+    assert f" {store.rows:,} of 1,000,000 tokens" in capsys.readouterr().err
     assert 0 < store.rows < 5000
     assert store.rows % 320  # the last unit is ragged
     assert store.complete(5)
@@ -280,7 +270,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**9, 10**9 - 10**5, 10**5))
-    with pytest.raises(StoreError, match=r"needs about \d+ kB and its disk has 100 kB free"):
+    with pytest.raises(StoreError, match=r" \d+ kB .* 100 kB "):
         command(tiny(tmp_path / "deep" / "s.zarr"))
     assert not (tmp_path / "deep").exists()
 
@@ -304,11 +294,9 @@ def test_the_plan_is_what_a_store_takes(harvested: Path) -> None:
 def test_a_model_that_does_not_fit_in_memory_is_refused(harvested: Path) -> None:
     asked = tiny(harvested)
     planned = planned_for(harvest_config(asked), model_config(asked["model"], "cpu"))
-    with pytest.raises(
-        SettingError, match=r"the model needs about .* and the device has 1 MB free; lower batch="
-    ):
+    with pytest.raises(SettingError, match=r" 1 MB .*batch="):
         require_fit(replace(planned, device_bytes=10**6), harvested)
 
 
-def test_sizes_are_said_as_people_say_them() -> None:
+def test_sizes_are_printed_in_powers_of_ten() -> None:
     assert [size(n) for n in (0, 999, 1000, 5.12e12)] == ["0 B", "999 B", "1 kB", "5.12 TB"]

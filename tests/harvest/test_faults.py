@@ -92,31 +92,32 @@ def finish(root: Path, target: HarvestConfig) -> None:
 def test_a_disk_that_refuses_at_any_step_loses_nothing(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    source, refused, at = FileText(root / "text.jsonl"), True, 0
-    step = {"fsync": 47, "replace": 29, "link": 5}[call]  # samples: kills meet every step
+    source = FileText(root / "text.jsonl")
+    stride = {"fsync": 47, "replace": 29, "link": 5}[call]  # samples: kills meet every step
     original: Callable[..., Any] = getattr(os, call)
+    step = 0
+    refused = True
     while refused:
-        at += step
-        target = config(shutil.copytree(root / "spine.zarr", tmp_path / f"{at}.zarr"))
+        step += stride
+        target = config(shutil.copytree(root / "spine.zarr", tmp_path / f"{step}.zarr"))
         seen = [0]
 
-        def refusing(*args: Any, at: int = at, seen: list[int] = seen) -> Any:
+        def refusing(*args: Any, step: int = step, seen: list[int] = seen) -> Any:
             seen[0] += 1
-            if seen[0] == at:
+            if seen[0] == step:
                 raise OSError(28, "No space left on device")
             return original(*args)
 
         with monkeypatch.context() as patch:
             patch.setattr(os, call, refusing)
-            said = refusal(lambda target=target: harvest(target, open_model(root), source))
-        refused = said is not None
-        assert said is None or re.match(
-            "cannot (write|create the folder) .*: No space left on device; ", said
-        )
+            message = refusal(lambda target=target: harvest(target, open_model(root), source))
+        refused = message is not None
+        if message is not None:
+            assert target.store in message and "No space left on device" in message
         assert not list(damage(LocalPlace(Path(target.store)))) or refused
         assert not list(Path(target.store).rglob("*.tmp"))
         finish(root, target)
-    assert at > step
+    assert step > stride
 
 
 def test_a_real_full_disk(root: Path, tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_a_real_full_disk(root: Path, tmp_path: Path) -> None:
 
 
 def refusal(action: Callable[[], object]) -> str | None:
-    """What a StoreError said; None if there was none."""
+    """The message of a StoreError; None if there was none."""
     try:
         action()
     except StoreError as error:
@@ -208,7 +209,7 @@ def test_truncated_missing_and_swapped_objects_are_never_served(
         with pytest.raises(StoreError, match=re.escape(key)):
             Store.open(path)
     (path / key).unlink()
-    with pytest.raises(StoreError, match=rf"{re.escape(key)} is missing"):
+    with pytest.raises(StoreError, match=re.escape(key)):
         Store.open(path)
     (path / key).write_bytes(other.read_bytes())
     other.write_bytes(whole)
@@ -229,13 +230,11 @@ def test_reading_a_shard_finds_its_flipped_byte(root: Path, tmp_path: Path) -> N
         (path / key).write_bytes(data)
 
 
-def test_a_manifest_and_its_copy_both_damaged_is_said(root: Path, tmp_path: Path) -> None:
+def test_a_manifest_damaged_with_its_copy_is_refused(root: Path, tmp_path: Path) -> None:
     path = shutil.copytree(root / "done.zarr", tmp_path / "s.zarr")
     for key in ("commits/manifest.json", "zarr.json"):
         (path / key).write_bytes(b"{")
-    with pytest.raises(
-        StoreError, match="nothing says any more what the store was made from; harvest it anew"
-    ):
+    with pytest.raises(StoreError, match="harvest it anew"):
         repair(LocalPlace(path))
 
 
@@ -264,13 +263,11 @@ def test_rows_that_are_not_finite_are_named_and_their_unit_is_not_committed(
     with pytest.raises(PipelineError) as error:
         harvest(target, lm, source)
     unit = row // 4
-    said = str(error.value)
+    message = str(error.value)
     # Attention spreads NaN over the whole packed row, masked or not: 0 * NaN is NaN.
-    assert (
-        f"rows of unit {unit} of {target.store}, first at token 0 (id 2) of packed row {row % 4}"
-        in said
-    )
-    assert said.startswith("layer 1 gave NaN or infinity in")
+    assert f"unit {unit} of {target.store}," in message
+    assert f"token 0 (id 2) of packed row {row % 4}" in message
+    assert message.startswith("layer 1 ") and "non_finite=" in message
     assert unit in Store.open(target.store).missing([1, 4])
     allowed = replace(target, faults=Faults(non_finite=64))
     harvest(allowed, poisoned(open_model(root), rare, value), source)
@@ -302,9 +299,7 @@ def test_out_of_memory_stops_resumably_and_names_the_batch(
     target = begun(root, tmp_path)
     with monkeypatch.context() as patch:
         run_out(patch, most=1)
-        with pytest.raises(
-            OutOfMemory, match="unit 0: a batch of 2 rows does not fit in memory"
-        ) as error:
+        with pytest.raises(OutOfMemory, match=r"unit 0: .* 2 rows .*oom=halve") as error:
             harvest(target, open_model(root), FileText(root / "text.jsonl"))
         assert error.value.batch == 2
     finish(root, target)
@@ -317,7 +312,7 @@ def test_halving_goes_on_and_records_it(
     with monkeypatch.context() as patch:
         run_out(patch, most=1)
         store = harvest(target, open_model(root), FileText(root / "text.jsonl"))
-    assert "out of memory; going on with batch=1" in capsys.readouterr().err
+    assert "batch=1" in capsys.readouterr().err
     assert store.batches(1).tolist() == [1] * 8
     for unit in range(8):  # recomputed with the batch on record, whatever memory there is now
         lm = open_model(root)
@@ -332,14 +327,10 @@ def test_another_model_tokenizer_or_setting_is_refused_with_both_values(
     lm = open_model(root)
     for key in ("weights", "tokenizer", "config"):
         lm.identity = {**open_model(root).identity, key: "other"}
-        with pytest.raises(
-            MismatchError, match=f"model.{key} is '[0-9a-f]+' there and 'other' here"
-        ):
+        with pytest.raises(MismatchError, match=f"model.{key} .*'[0-9a-f]+'.*'other'"):
             harvest(target, lm, source)
     (tmp_path / "text.jsonl").write_text('{"text": "Something else."}')
-    with pytest.raises(
-        MismatchError, match=r"text.files.text.jsonl is '[0-9a-f]+' there and '[0-9a-f]+' here"
-    ):
+    with pytest.raises(MismatchError, match=r"text.files.text.jsonl .*'[0-9a-f]+'.*'[0-9a-f]+'"):
         harvest(target, open_model(root), FileText(tmp_path / "text.jsonl"))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -128,14 +129,14 @@ def test_jobs_of_submitit(tmp_path: Path, one: dict[str, bytes]) -> None:
 
 @submitit
 @pytest.mark.long
-def test_what_a_job_refuses_comes_back_as_one_line(tmp_path: Path) -> None:
+def test_a_jobs_refusal_comes_back_as_one_line(tmp_path: Path) -> None:
     """Exit code and message are those of the command without a launcher."""
     assert harvest(tmp_path, "store=s.zarr").returncode == 0
     done = harvest(
         tmp_path, "-m", "hydra/launcher=local", "store=s.zarr", "seed=1", "rank=0", "world=1"
     )
     assert done.returncode == 2
-    assert "seed is 0 there and 1 here" in done.stderr.splitlines()[-1]
+    assert re.search("seed .* 0 .* 1 ", done.stderr.splitlines()[-1])
     assert "Traceback" not in done.stderr
 
 

@@ -1,11 +1,10 @@
-"""Harvest and training round a small ring, as processes of their own, killed at any moment: the
-same bits.
-"""
+"""Harvest and training round a small ring, as processes killed at any moment: the same bits."""
 
 from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -136,9 +135,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Short waits; and what a test that failed left running, and might wait for ever, ends with
-    it.
-    """
+    """Short waits; and processes that a failed test left running end with the test."""
     monkeypatch.setattr("train.stream.Reader", partial(Reader, tuning=Tuning(poll_s=0.01)))
     yield
     for child in list(CHILDREN):
@@ -148,9 +145,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def reference(bench: Bench) -> dict[int, dict[str, bytes]]:
-    """The bits of one run per layer, from a store that keeps everything and is taken in the same
-    groups.
-    """
+    """The bits of one run per layer, from a store that keeps all rows, in the same groups."""
     store = Path(shutil.copytree(bench.spine, bench.folder / "whole.zarr"))
     place = LocalPlace(store)
     held_out = split.parts(Store.open(place))[split.HELD_OUT]
@@ -208,10 +203,14 @@ def on_disk(store: Path) -> int:
 def together(
     bodies: Sequence[Callable[[], object]], store: Path, kills: int = 0, seed: int = 0
 ) -> tuple[int, int]:
-    """Run processes side by side, each killed and started again at random moments; the peak of
-    bytes, the kills.
+    """Run processes side by side, each killed and started again at random moments.
+
+    Returns:
+        The peak of bytes on the disk, and the number of kills.
     """
-    rng, peak, killed = random.Random(seed), 0, 0
+    rng = random.Random(seed)
+    peak = 0
+    killed = 0
     running = {start(body): body for body in bodies}
     due, deadline = time.monotonic() + rng.uniform(0.1, 0.6), time.monotonic() + 100
     while running:
@@ -257,9 +256,7 @@ def test_two_ranks_and_two_runs_round_a_small_ring(
 
 
 def check_finished(bench: Bench, store: Path) -> None:
-    """A finished ring is whole but for its freed shards, and looked at and repaired as any
-    store.
-    """
+    """A finished ring is whole but for its freed shards, for status, verify and repair too."""
     done = Store.open(str(store))
     held = set(split.parts(done)[split.HELD_OUT])
     record = ring_state.read(done.place)
@@ -273,11 +270,8 @@ def check_finished(bench: Bench, store: Path) -> None:
             summary.read(done, layer).moments.tobytes()
             == summary.read(whole, layer).moments.tobytes()
         )
-    assert any(
-        f"{record.freed} of 38 training units freed; readers: " in line
-        for line in status(done.place)
-    )
-    assert f"the shards of {record.freed} units are freed" in verify(done.place, bench.model())
+    assert any(f" {record.freed} of 38 " in line for line in status(done.place))
+    assert f" {record.freed} units " in verify(done.place, bench.model())
     assert repair(done.place) == []
 
 
@@ -306,9 +300,7 @@ def test_killed_at_any_moment_the_bits_are_the_same(
 def test_what_training_has_passed_is_what_its_oldest_checkpoint_has(
     bench: Bench, reference: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At every release, the units that are given up lie before the oldest checkpoint that is whole
-    on the disk.
-    """
+    """Units that are given up always lie before the oldest whole checkpoint on the disk."""
     store, run, seen = bench.folder / "whole.zarr", tmp_path / "run", []
     copy = Path(shutil.copytree(store, tmp_path / "s.zarr"))
     advance = ring_state.advance
@@ -362,9 +354,9 @@ def test_a_run_that_lost_its_folder_is_refused(
     ring_state.write(LocalPlace(store), record._replace(freed=30))
     train(settings(store, run))  # finished: it asks for nothing
     shutil.rmtree(run)
-    with pytest.raises(StoreError, match=r"run needs training units 0 to 29 of .* which are freed"):
+    with pytest.raises(StoreError, match=r"run .* 0 to 29 "):
         train(settings(store, run))
-    with pytest.raises(SettingError, match="tokens=20000 is more than the"):
+    with pytest.raises(SettingError, match="tokens=20000 "):
         train(settings(store, tmp_path / "other", tokens=20_000))
 
 
@@ -379,12 +371,10 @@ def test_the_plan_asks_for_the_ring_alone(tmp_path: Path) -> None:
             if limit is None
             else 0 <= planned.disk_bytes - limit < 4e10
         )
-        assert ("a ring of 500 GB" in planned.lines()[1]) == (limit is not None)
-    with pytest.raises(
-        SettingError, match=r"cannot hold 64 held-out units and 3 groups of 1 units .*the least is"
-    ):
+        assert ("500 GB" in planned.lines()[1]) == (limit is not None)
+    with pytest.raises(SettingError, match=r"max_bytes=.* 64 .*max_bytes="):
         plan.plan(config(tmp_path, **large, max_bytes=10**10), cost, 2560, "cpu")
-    with pytest.raises(SettingError, match="readers=0 must be at least 1"):
+    with pytest.raises(SettingError, match="readers=0 "):
         config(tmp_path, readers=0)
 
 
@@ -398,9 +388,7 @@ def composed(command: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def test_the_commands(tmp_path: Path) -> None:
-    """With the settings that a user gives, on the embedded model; training starts when the harvest
-    says that it may.
-    """
+    """As a user runs them, on the embedded model; training starts once the ring is full."""
     store, limit, log = tmp_path / "s.zarr", 480_000, tmp_path / "log"
     make = [
         "model=tiny",
@@ -428,12 +416,9 @@ def test_the_commands(tmp_path: Path) -> None:
         time.sleep(0.02)
     training = start(lambda: train(asked[1]))
     assert wait(harvesting) == wait(training) == 0
-    said = log.read_text()
-    assert (
-        "a ring of 480 kB, freed behind its readers in groups of 2 units: training may start now"
-        in said
-    )
-    assert "of 480 kB; 0 of readers=1 have registered: start `python -m train" in said
-    assert "s.zarr is complete" in said
+    printed = log.read_text()
+    assert "480 kB" in printed and "groups of 2 units" in printed
+    assert re.search("480 kB; 0 of readers=1 .*`python -m train", printed)
+    assert "s.zarr is complete" in printed
     assert sum(path.stat().st_size for path in (store / "layer_3").glob("c.*")) <= limit
     assert (tmp_path / "run" / WEIGHTS).exists()
