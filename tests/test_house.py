@@ -24,6 +24,7 @@ from data.rows.split import Policy
 from harvest.config import Faults, HarvestConfig
 from tests.bench import house_signs
 from tests.bench.outcome import absolute_paths
+from train.objective import find
 from train.optim import OptimConfig
 from train.sae import SAEConfig
 from train.trainer import TrainConfig
@@ -217,9 +218,11 @@ def test_every_setting_can_be_set() -> None:
     from hydra import compose, initialize_config_module
 
     with initialize_config_module("conf", version_base="1.3"):
-        for group, kind in (("sae", SAEConfig), ("optim", OptimConfig)):
+        for group in ("sae", "optim"):
             for path in sorted((ROOT / "conf" / group).glob("*.yaml")):
                 composed = compose(config_name="train", overrides=[f"{group}={path.stem}"])[group]
+                sae = group == "sae"
+                kind = find(composed["activation"]).settings if sae else OptimConfig
                 assert set(composed) - {"name"} == set(defaults(kind)), path
 
 

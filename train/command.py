@@ -17,13 +17,12 @@ from data.rows.split import Policy
 from data.settings import build, flag, optional_whole, whole
 from data.store import retention
 from data.store.store import Store
-from train import parallel
+from train import objective, parallel
 from train.arm import Arm
 from train.loop import train
 from train.optim import OptimConfig
 from train.parallel import Group
 from train.run import source_of
-from train.sae import SAEConfig
 from train.stream import rows_of, store_at
 from train.trainer import TrainConfig
 
@@ -47,10 +46,9 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
             "store= is missing; give the path of an activation store, e.g. store=activations/tiny.zarr"
         )
     device, name = own_device(settings["device"]), settings["sae"].pop("name", "sae")
-    optim, sae = (
-        build(OptimConfig, "optim", settings["optim"]),
-        build(SAEConfig, "sae", settings["sae"]),
-    )
+    optim = build(OptimConfig, "optim", settings["optim"])
+    chosen = objective.find(settings["sae"]["activation"])
+    sae = build(chosen.settings, "sae", settings["sae"])
     policy = Policy(*(flag(name, settings[name]) for name in ("drop_bos", "drop_outliers")))
     store = store_at(str(settings["store"]))
     layer = first_layer(store) if settings["layer"] is None else whole("layer", settings["layer"])

@@ -16,7 +16,7 @@ from data.rows.split import Policy
 from data.store.place import place_of
 from data.store.store import Store
 from train import sae_file
-from train.export.formats import FORMATS
+from train.export import format
 from train.run import CONFIG, source_of
 from train.sae import SAE, SAEConfig
 
@@ -29,7 +29,9 @@ def _reference(path: Path) -> SAE:
 
 
 # By what stands before the colon.
-READERS: dict[str, Callable[[Path], SAE]] = {name: peer.read for name, peer in FORMATS.items()}
+READERS: dict[str, Callable[[Path], SAE]] = {
+    name: format.find(name).read for name in format.names()
+}
 READERS["reference"] = _reference
 
 

@@ -33,7 +33,8 @@ from analyze.subject import Subject
 from data import durable
 from data.journal import tell
 from data.settings import build
-from train.export.formats import About, about, saelens_config
+from train.export import saelens
+from train.export.format import About, about
 
 FOLDER = "core"  # SAEBench's plots read the kind of a result from its path
 SUFFIX = "_eval_results.json"  # by which the plots find it
@@ -127,7 +128,7 @@ def _details(latents: Mapping[str, Floats]) -> list[dict[str, float]]:
 
 def _sae_config(subject: Subject, known: About) -> dict[str, Any]:
     """SAELens' configuration; SAEBench's plots read architecture, d_sae and training_tokens."""
-    config = saelens_config(subject.sae, known)
+    config = saelens.config_of(subject.sae, known)
     tokens = subject.config["settings"].get("tokens")
     if tokens is not None:
         config["training_tokens"] = tokens

@@ -16,7 +16,8 @@ from analyze.studies.quality import quality
 from analyze.subject import Subject
 from data.errors import SettingError, StoreError
 from tests.analyze.conftest import LAYER, Made
-from train.export.formats import FORMATS, About
+from train.export import format
+from train.export.format import About
 
 ABOUT = About("nobody/none", LAYER, 32, "made up")
 
@@ -26,8 +27,8 @@ def exported(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Names of the made run's SAE in every format."""
     monkeypatch.chdir(tmp_path)
     names = {"reference": f"reference:{made.run}"}
-    for name, peer in FORMATS.items():
-        for file, content in peer.write(made.sae, ABOUT).items():
+    for name in format.names():
+        for file, content in format.find(name).write(made.sae, ABOUT).items():
             (path := tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         names[name] = f"{name}:{path.parent}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from train.objectives.gated import GatedConfig, GatedSAE
 from train.sae import SAE, SAEConfig
 
 
@@ -27,6 +28,14 @@ def random_sae(
     if threshold is not None:
         tensors["threshold"] = threshold + torch.rand(d_sae, generator=draw, dtype=dtype)
     return SAE.of(**{**tensors, "W_enc": tensors["W_enc"].T}, k=k)
+
+
+def random_gated(d: int, d_sae: int, dtype: torch.dtype = torch.float64) -> GatedSAE:
+    """Of which about half of all gates are open."""
+    draw = torch.Generator().manual_seed(1)
+    plain = random_sae(d, d_sae, 4, dtype=dtype)
+    r_mag, b_gate = torch.randn(2, d_sae, generator=draw, dtype=dtype)
+    return GatedSAE(**plain.parameters(), k=4, r_mag=r_mag / 2, b_gate=b_gate)
 
 
 class Jump(torch.autograd.Function):
@@ -74,8 +83,22 @@ def activations_and_penalty(
         return Jump.apply(pre, p["threshold"], config.bandwidth), config.l0_coef * (
             l0 / config.k - 1
         ) ** 2
+    if config.activation == "gated":
+        return gated_and_penalty(p, x, config)
     values, indices = pre.flatten().topk(len(x) * config.k)
     return torch.zeros_like(pre).flatten().scatter(0, indices, values.relu()).view_as(pre), none
+
+
+def gated_and_penalty(
+    p: dict[str, Tensor], x: Tensor, config: GatedConfig
+) -> tuple[Tensor, Tensor]:
+    """(n, F) activations of arXiv 2404.16014, and its loss (8) but for the reconstruction's."""
+    u = (x - p["b_dec"]) @ p["W_enc"]
+    gate = (u + p["b_gate"]).relu()
+    f = (gate > 0) * (p["r_mag"].exp() * u + p["b_enc"]).relu()
+    frozen = gate @ p["W_dec"].detach() + p["b_dec"].detach()
+    l1 = gate.sum(1).mean() / x.shape[1]
+    return f, config.l1_coef * l1 + (x - frozen).square().mean()
 
 
 def dense_activations(parameters: dict[str, Tensor], x: Tensor, k: int) -> Tensor:
@@ -108,6 +131,8 @@ def reference_losses(sae: SAE, x: Tensor, dead: Tensor, config: SAEConfig, mean_
             aux = aux / (target - target.mean(0)).square().mean()
     if config.aux_norm == "variance":
         main = main / mean_variance
+        if config.activation == "gated":
+            penalty = penalty / mean_variance
     total = main + penalty + aux
     total.backward()
     return (

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.train.reference import random_sae, reference_losses
+from tests.train.reference import random_gated, random_sae, reference_losses
 from train import objective
+from train.objectives.gated import GatedConfig
 from train.parallel import Group
 from train.sae import SAEConfig, in_files
 
@@ -75,6 +76,31 @@ def test_gradients_of_jumprelu(threshold, dead, aux_norm):
     result = losses(sae, rows(), dead_latents(dead), config, 1.7)
     assert bool(result.gradients["threshold"].any()) == (threshold < 50)
     assert_equal_to_autograd(sae, rows(), dead_latents(dead), config, 1e-12)
+
+
+@pytest.mark.parametrize("aux_norm", ["raw", "variance"])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+def test_gradients_of_gated(dtype, rtol, aux_norm):
+    config = GatedConfig(d_sae=D_SAE, k=K, l1_coef=0.7, aux_norm=aux_norm)
+    sae = random_gated(D, D_SAE, dtype)
+    result = losses(sae, rows(dtype=dtype), dead_latents(0), config, 1.7)
+    assert result.gradients.keys() == sae.tensors().keys()
+    assert_equal_to_autograd(sae, rows(dtype=dtype), dead_latents(0), config, rtol)
+
+
+def test_a_gated_sae_is_one_with_thresholds():
+    """Also where a gate is open and the magnitude negative, and the reverse."""
+    sae, x = random_gated(D, D_SAE), rows()
+    u = (x - sae.b_dec) @ sae.W_enc
+    is_open = u + sae.b_gate > 0
+    magnitude = sae.r_mag.exp() * u + sae.b_enc
+    assert (is_open & (magnitude < 0)).any() and (~is_open & (magnitude > 0)).any()
+    f = is_open * magnitude.relu()
+    torch.testing.assert_close(sae.thresholded()(x), f @ sae.W_dec + sae.b_dec)
+    kept = sae.encode(x)
+    dense = torch.zeros_like(f).index_put((kept.rows, kept.indices), kept.values)
+    torch.testing.assert_close(dense, f)
+    torch.testing.assert_close(sae.folded(0.3)(x / 0.3) * 0.3, f @ sae.W_dec + sae.b_dec)
 
 
 @pytest.mark.parametrize("aux_norm", ["raw", "variance"])

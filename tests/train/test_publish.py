@@ -26,7 +26,7 @@ from data.errors import SettingError, StoreError
 from data.tiny.embedded import MODEL_DIR
 from tests.analyze.conftest import make_run, random_rows
 from tests.train.test_formats import PYTHON, a_run, has, made
-from train.export.formats import FORMATS
+from train.export import saelens, safetensors
 from train.publish import release
 from train.publish.card import ABSENT, escaped
 from train.publish.command import command
@@ -114,8 +114,8 @@ def test_a_bare_run_says_what_is_absent(tmp_path: Path, capsys: pytest.CaptureFi
     x = torch.randn(50, 12, generator=torch.Generator().manual_seed(2))
     for again in (
         load(folder / FILE),
-        FORMATS["saelens"].read(folder / "saelens"),
-        FORMATS["safetensors"].read(folder),
+        saelens.read(folder / "saelens"),
+        safetensors.read(folder),
     ):
         torch.testing.assert_close(again(x), load(run / FILE)(x), rtol=1e-5, atol=1e-5)
 

@@ -13,7 +13,7 @@ from data import durable
 from data.errors import SettingError
 from data.settings import names
 from train import sae_file
-from train.export.formats import FORMATS, about
+from train.export import format
 from train.run import read_config
 
 
@@ -24,12 +24,12 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
             "run= is missing; give the directory of a finished training run, e.g. run=runs/demo"
         )
     run = Path(settings["run"])
-    asked = names("to", settings["to"], FORMATS)
+    asked = names("to", settings["to"], format.names())
     config, trained = read_config(run), sae_file.load(run / sae_file.FILE)
-    what = about(run, config)
+    what = format.about(run, config)
     for name in asked:
         folder = (Path(settings["out"]) if settings["out"] else run / "export") / name
-        for file, content in FORMATS[name].write(trained, what).items():
+        for file, content in format.find(name).write(trained, what).items():
             durable.make_directory((folder / file).parent)
             durable.write(folder / file, [content])
             print(f"wrote {folder / file}", file=sys.stderr)

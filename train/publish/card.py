@@ -18,7 +18,7 @@ from jinja2 import Environment, StrictUndefined
 
 from data.markdown import table_lines
 from data.site import RESID_POST
-from train.export.formats import About
+from train.export.format import About
 from train.sae import SAE
 
 ABSENT = "not recorded"

@@ -27,7 +27,8 @@ from data import durable
 from data.errors import PipelineError, SettingError, StoreError
 from data.journal import read_metrics, tell
 from train import sae_file
-from train.export.formats import FORMATS, about
+from train.export import saelens, safetensors
+from train.export.format import about
 from train.publish import card
 from train.run import CONFIG, METRICS, read_config
 
@@ -119,8 +120,8 @@ def contents(run: Path, repo: str) -> dict[str, Content]:
     quality = _read_json(run / QUALITY) if (run / QUALITY).exists() else None
 
     files: dict[str, Content] = {sae_file.FILE: run / sae_file.FILE, METRICS: run / METRICS}
-    files |= FORMATS["safetensors"].write(trained, described)
-    for name, content in FORMATS["saelens"].write(trained, described).items():
+    files |= safetensors.write(trained, described)
+    for name, content in saelens.write(trained, described).items():
         files[f"saelens/{name}"] = content
     # Of the store's place only its last name: our folders are nobody's business.
     store = PurePosixPath(str(config.get("store_path", ""))).name
