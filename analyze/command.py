@@ -38,6 +38,7 @@ def command(settings: Settings, _: Job = ALONE) -> None:
     print("\n".join([f"# {name}", "", *markdown(outcome)]))
     print(f"\nresults are in {study.folder}", file=sys.stderr)
     if action == "serve":
+        # The one door to the browser's pages.
         from analyze.pages.browser.serve import serve
 
         serve(study.folder, port)

@@ -159,8 +159,9 @@ def _pictures(figures: dict[str, Any]) -> dict[str, Markup]:
 
 
 def _span(group: dict[str, Any]) -> str:
-    first, last = group["from"], group["to"]
-    return str(first) if first == last else f"{first}-{last}"
+    if group["from"] == group["to"]:
+        return str(group["from"])
+    return f"{group['from']}-{group['to']}"
 
 
 # -- studies ---------------------------------------------------------------------------------------

@@ -42,9 +42,10 @@ def is_foreign(run: str) -> bool:
 
 
 def run_of(named: str, store: str | None, layer: int | None) -> Path:
-    """The run directory of a foreign SAE, made on first use: its weights and what it is measured on.
+    """The run directory of a foreign SAE, made on first use.
 
-    Its name ends with a digest of what it was made from: the weights, the store, the layer.
+    It has the weights as sae_final.pt, and what they are measured on as config.yaml. Its name ends
+    with a digest of what it was made from: the weights, the store, the layer.
 
     Args:
         named: FORMAT:PATH.

@@ -153,7 +153,7 @@ def value_at(record: Any, path: str) -> Any:
 
 
 def _formatted(record: Any, path: str, form: str = "") -> str:
-    """The value at a dotted path as text; `ABSENT` if it is not there or `form` does not take it."""
+    """The value at a dotted path as text; `ABSENT` without one, or if `form` does not take it."""
     value = value_at(record, path)
     try:
         return ABSENT if value is None else format(value, form)
@@ -200,7 +200,8 @@ def _training_specs(facts: Facts) -> Rows:
     tokens = setting("settings.tokens", ",")
     betas = f"{setting('settings.optim.beta1')}, {setting('settings.optim.beta2')}"
     floor = f"{setting('settings.optim.lr_floor', '.3g')} ({setting('settings.optim.decay')})"
-    aux = f"coefficient {setting('settings.sae.aux_coef')}, k_aux {setting('settings.sae.k_aux', ',')}"
+    aux = f"coefficient {setting('settings.sae.aux_coef')}"
+    k_aux = setting("settings.sae.k_aux", ",")
     norms = torch.linalg.vector_norm(facts.sae.W_dec, dim=1)
     seeds = f"weights {setting('settings.seed')}, order of rows {setting('settings.data_seed')}"
     return [
@@ -210,7 +211,7 @@ def _training_specs(facts: Facts) -> Rows:
         ("optimizer", f"Adam ({betas}), learning rate {setting('lr', '.3g')} to {floor}"),
         (
             "loss on dead latents (AuxK)",
-            f"{aux}, normalisation {setting('settings.sae.aux_norm')}",
+            f"{aux}, k_aux {k_aux}, normalisation {setting('settings.sae.aux_norm')}",
         ),
         ("dead after", f"{setting('dead_after', ',')} tokens without firing"),
         ("decoder directions' norms", f"{norms.min():.6f} to {norms.max():.6f}"),

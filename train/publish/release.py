@@ -3,7 +3,7 @@
     README.md                           the model card: train/publish/card.py
     sae_final.pt                        as the run has it
     config.json, sae.safetensors        the same tensors by the same names
-    saelens/                            the same for SAELens, which loads it by the repository's name
+    saelens/                            the same for SAELens, which loads it by the repository
     config.yaml, metrics.jsonl          settings and curves; of the store's place only its last name
     quality.json, studies/NAME/*.json   figures, where they were made
 
@@ -56,7 +56,8 @@ def require_repository(repo: Any) -> str:
         valid = False
     if not valid:
         raise SettingError(
-            f"repo={repo} must be OWNER/NAME, of letters, digits, '-', '_' and '.', at most 96 in all"
+            f"repo={repo} must be OWNER/NAME, "
+            "of letters, digits, '-', '_' and '.', at most 96 in all"
         )
     return str(repo)
 
@@ -112,7 +113,8 @@ def contents(run: Path, repo: str) -> dict[str, Content]:
     held_out = [line for line in read_metrics(run / METRICS) if line.get("split") == "held_out"]
     if not held_out:
         raise StoreError(
-            f"{run / METRICS} has no held-out figures: the run is not finished; run its `python -m train`"
+            f"{run / METRICS} has no held-out figures: the run is not finished; "
+            "run its `python -m train`"
         )
     described = about(run, config)
     digest = durable.digest_file(run / sae_file.FILE).xxh3_128

@@ -63,7 +63,8 @@ def partners(ours: Index, theirs: Index, rows: int, stop: StopRequest) -> Partne
     both = sorted(set(ours.units) & set(theirs.units))
     if not both:
         raise StoreError(
-            f"{ours.folder} and {theirs.folder} have no unit in common; make both with one study.part="
+            f"{ours.folder} and {theirs.folder} have no unit in common; "
+            "make both with one study.part="
         )
     units = both[: max(1, -(-rows // ours.unit_tokens))]
     a = _activations(ours, units, stop)

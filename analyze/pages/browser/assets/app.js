@@ -1,9 +1,9 @@
 "use strict";
-// The address behind # says what is shown: #feature=12, #tokens=wait&id=7, else the list, #q=...&sort=-density&page=2.
+// The part of the address behind # is the state: #feature=12, #tokens=wait&id=7, else the list: #q=...&sort=-density&page=2.
 
 let lastList = "#";
-let turn = 0;
-let wantedFocus = null; // an input, once its view is shown
+let turn = 0; // counts calls of show(): only the last one renders
+let wantedFocus = null; // id of an input that gets the focus once its view is shown
 let lastFeature = null;
 
 const stateNow = () => new URLSearchParams(location.hash.slice(1));
@@ -18,7 +18,7 @@ async function show() {
   try {
     if (!meta()) throw new Error("data/meta.js cannot be read");
     const render = await { list: showList, feature: showFeature, tokens: showTokens }[view](state);
-    if (mine !== turn) return; // something else was asked for meanwhile
+    if (mine !== turn) return; // the address has changed meanwhile
     error.hidden = true;
     render();
     if (view === "list") lastList = location.hash || "#";
@@ -27,15 +27,17 @@ async function show() {
     error.textContent = failure.message;
     error.hidden = false;
   }
-  for (const one of ["list", "feature", "tokens"]) document.getElementById(one).hidden = one !== view || !error.hidden;
+  for (const name of ["list", "feature", "tokens"]) document.getElementById(name).hidden = name !== view || !error.hidden;
   const moved = root.dataset.view && root.dataset.view !== view;
   root.dataset.view = error.hidden ? view : "error";
   document.getElementById("to-list").setAttribute("href", lastList);
-  for (const [id, one] of [["to-list", "list"], ["to-tokens", "tokens"]]) {
-    if (one === view) document.getElementById(id).setAttribute("aria-current", "page");
-    else document.getElementById(id).removeAttribute("aria-current");
+  for (const [id, name] of [["to-list", "list"], ["to-tokens", "tokens"]]) {
+    const link = document.getElementById(id);
+    if (name === view) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
   }
-  document.title = `${view === "feature" ? `Feature ${state.get("feature")} · ` : view === "tokens" ? "Tokens · " : ""}${meta()?.name ?? "SAE"} features`;
+  const heading = { list: "", feature: `Feature ${state.get("feature")} · `, tokens: "Tokens · " }[view];
+  document.title = `${heading}${meta()?.name ?? "SAE"} features`;
   if (view === "feature") {
     lastFeature = state.get("feature");
     if (error.hidden) document.getElementById("feature-title").focus({ preventScroll: true });
@@ -43,12 +45,12 @@ async function show() {
   } else if (wantedFocus) document.getElementById(wantedFocus).select();
   else if (moved && view === "list") rowLinks().find((link) => link.textContent === lastFeature)?.focus();
   wantedFocus = null;
-  // What was shown, after how long: `shown` since it was asked for, `first` since the page was opened.
+  // Milliseconds: `shown` from the change of the address, `first` from the opening of the page.
   root.dataset.shown = (performance.now() - began).toFixed(1);
   root.dataset.first ??= performance.now().toFixed(1);
 }
 
-// Changes some of the list's state, from its first page on unless told otherwise.
+// Changes some of the list's state; the list starts at its first page again, unless `changes` has a page.
 function change(changes) {
   const state = stateNow();
   state.delete("page");
@@ -59,6 +61,7 @@ function change(changes) {
   location.replace(`#${state}`);
 }
 
+// `act`, once 120 ms have passed without another call.
 function later(act) {
   let timer = 0;
   return () => {
@@ -67,22 +70,25 @@ function later(act) {
   };
 }
 
+// The links that j and k go through.
 const rowLinks = () => [...document.querySelectorAll("#features tbody a, #matches a")].filter((link) => link.offsetParent);
 
-// Moves among the rows.
+// Moves the focus by some rows.
 function focusRow(step) {
   const links = rowLinks();
-  const at = links.indexOf(document.activeElement);
-  links[Math.min(Math.max(at + step, 0), links.length - 1)]?.focus();
+  const current = links.indexOf(document.activeElement);
+  links[Math.min(Math.max(current + step, 0), links.length - 1)]?.focus();
 }
 
+// The next row of the list, or the next feature.
 function step(by) {
   const state = stateNow();
   if (!state.has("feature")) return focusRow(by);
   const next = beside(Number(state.get("feature")), by);
-  if (next !== null) location.hash = where({ feature: next });
+  if (next !== null) location.hash = hashOf({ feature: next });
 }
 
+// By key the input that it leads to.
 const KEYS = {
   "/": () => (stateNow().has("tokens") ? "token-q" : "q"),
   t: () => "token-q",
@@ -92,7 +98,7 @@ function focusInput(id) {
   const view = id === "q" ? "list" : "tokens";
   if (document.documentElement.dataset.view === view) return document.getElementById(id).select();
   wantedFocus = id;
-  location.hash = id === "q" ? lastList : where({ tokens: "" });
+  location.hash = id === "q" ? lastList : hashOf({ tokens: "" });
 }
 
 function onKey(event) {
@@ -114,23 +120,23 @@ function onKey(event) {
 }
 
 function begin() {
-  const found = meta();
-  if (found) {
-    document.getElementById("title").textContent = `Features of ${found.name}`;
-    const ids = found.as_ids ? " Tokens are shown as ids: the tokenizer was not at hand." : "";
-    document.getElementById("about").textContent = `Layer ${found.layer} of ${found.model}, ${said(found.features)} features on ${said(found.rows)} rows.${ids}`;
+  if (meta()) {
+    const { name, layer, model, features, rows, as_ids } = meta();
+    document.getElementById("title").textContent = `Features of ${name}`;
+    const ids = as_ids ? " Tokens are shown as ids: the tokenizer was not at hand." : "";
+    document.getElementById("about").textContent = `Layer ${layer} of ${model}, ${formatted(features)} features on ${formatted(rows)} rows.${ids}`;
   }
   const q = document.getElementById("q");
   q.addEventListener("input", later(() => change({ q: q.value })));
   document.getElementById("alive").addEventListener("change", (event) => change({ alive: event.target.checked ? "1" : "" }));
   const token = document.getElementById("token-q");
-  token.addEventListener("input", later(() => location.replace(where({ tokens: token.value }))));
+  token.addEventListener("input", later(() => location.replace(hashOf({ tokens: token.value }))));
   document.addEventListener("click", (event) => {
     const button = event.target.closest("button");
     if (!button) return;
     if (button.dataset.sort) change({ sort: button.dataset.sort === "feature" ? "" : button.dataset.sort });
     if (button.dataset.page) change({ page: button.dataset.page });
-    if (button.dataset.feature) location.hash = where({ feature: button.dataset.feature });
+    if (button.dataset.feature) location.hash = hashOf({ feature: button.dataset.feature });
   });
   document.addEventListener("keydown", onKey);
   addEventListener("hashchange", show);

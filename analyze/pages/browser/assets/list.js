@@ -1,12 +1,12 @@
 "use strict";
-// All features: searched, sorted, a hundred at a time.
+// The list of all features: searched, sorted, a hundred at a time.
 
 const ROWS = 100;
 
 const list = {
-  order: null, // features as they are sorted and filtered now
-  key: null, // what they were sorted and filtered by
-  haystacks: null, // of each feature its words in small letters
+  order: null, // numbers of the features, filtered and sorted
+  key: null, // the state by which they are
+  haystacks: null, // by feature its words in small letters
 };
 
 function sortOf(state) {
@@ -22,7 +22,8 @@ const table = () => arrived.get("table");
 
 function words(feature) {
   const { words: texts, strongest, raised } = table();
-  return { strongest: strongest[feature].map((at) => texts[at]), raised: raised[feature].map((at) => texts[at]) };
+  const text = (number) => texts[number];
+  return { strongest: strongest[feature].map(text), raised: raised[feature].map(text) };
 }
 
 function matching(query, alive) {
@@ -35,7 +36,7 @@ function matching(query, alive) {
   return every.filter((feature) => feature === number || list.haystacks[feature].includes(text));
 }
 
-// Features that have no figure come last either way; of equals the lower number comes first.
+// Features without a figure come last in both directions. Of equals the lower number comes first.
 function ordered(features, { key, descending }) {
   if (key === "feature") return descending ? features.reverse() : features;
   const values = table().columns[key];
@@ -52,6 +53,7 @@ function arrange(state) {
   const key = JSON.stringify([sort, query, state.get("alive")]);
   if (list.key === key) return;
   list.order = ordered(matching(query, state.get("alive") === "1"), sort);
+  // The feature whose number is searched for comes first.
   const exact = /^\d+$/.test(query.trim()) ? list.order.indexOf(Number(query)) : -1;
   if (exact > 0) list.order.unshift(...list.order.splice(exact, 1));
   list.key = key;
@@ -62,8 +64,9 @@ function heads(state) {
   const sortable = [{ key: "feature", label: "feature", about: "its number" }, ...meta().columns];
   const cells = sortable.map(({ key, label, about }) => {
     const active = key === sort.key;
-    // Numbers are looked at from the largest on, and so is every column that was looked at the other way round.
-    const next = key === "feature" ? (active && !sort.descending ? "-feature" : "feature") : active && sort.descending ? key : `-${key}`;
+    // A click sorts in the other direction. The first one sorts figures from the largest, features from 0.
+    const descends = active ? !sort.descending : key !== "feature";
+    const next = descends ? `-${key}` : key;
     const button = el("button", { type: "button", title: about, "data-sort": next }, label, active ? (sort.descending ? " ↓" : " ↑") : "");
     return el("th", { scope: "col", class: "number", "aria-sort": active ? (sort.descending ? "descending" : "ascending") : "none" }, button);
   });
@@ -98,9 +101,9 @@ function renderList(state) {
   const shown = list.order.slice(from, from + ROWS);
   const head = document.querySelector("#features thead tr");
   const focused = document.activeElement?.closest("#features th");
-  const at = focused ? [...head.children].indexOf(focused) : -1;
+  const focusedColumn = focused ? [...head.children].indexOf(focused) : -1;
   head.replaceChildren(...heads(state));
-  if (at >= 0) head.children[at].querySelector("button")?.focus();
+  if (focusedColumn >= 0) head.children[focusedColumn].querySelector("button")?.focus();
   document.querySelector("#features tbody").replaceChildren(...shown.map(row));
   const input = document.getElementById("q");
   if (input !== document.activeElement) input.value = state.get("q") || "";

@@ -1,9 +1,9 @@
 "use strict";
-// Data comes as scripts that call loaded(NAME, VALUE): that works from a disk, where fetch() does not.
+// Data comes as scripts that call loaded(NAME, VALUE), because fetch() does not work from a disk.
 
 const KEPT = 24; // files in memory, some 400 kB each
-const arrived = new Map();
-const awaited = new Map();
+const arrived = new Map(); // values by name, the least recently used first
+const awaited = new Map(); // promises by name
 
 function loaded(name, value) {
   arrived.set(name, value);
@@ -13,11 +13,11 @@ function loaded(name, value) {
   }
 }
 
-// The value of data/NAME.js, asked for once.
+// A promise of the value of data/NAME.js, which is requested once.
 function load(name) {
   if (arrived.has(name)) {
     const value = arrived.get(name);
-    arrived.delete(name); // behind the others: the least recently used goes first
+    arrived.delete(name); // and set again, so that it is the last
     arrived.set(name, value);
     return Promise.resolve(value);
   }
@@ -33,25 +33,29 @@ function load(name) {
   return awaited.get(name);
 }
 
-// A feature's page does without the list; everything else begins with it, before the other scripts are read.
-if (!location.hash.includes("feature=")) load("table").catch(() => {}); // which says so when it is needed
+// All but a feature's page needs the list: it is requested before the other scripts are read. showList() reports a failure.
+if (!location.hash.includes("feature=")) load("table").catch(() => {});
 
 const padded = (number) => String(number).padStart(3, "0");
 
-// An element; children that are no elements become text, and nothing is ever markup.
+// An element. Children that are no elements become text, so nothing foreign becomes markup.
 function el(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
+  const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (value === null || value === undefined || value === false) continue;
-    made.setAttribute(name, value === true ? "" : value);
+    element.setAttribute(name, value === true ? "" : value);
   }
-  made.append(...children.filter((child) => child !== null && child !== undefined).map((child) => (child instanceof Node ? child : String(child))));
-  return made;
+  for (const child of children) {
+    if (child === null || child === undefined) continue;
+    element.append(child instanceof Node ? child : String(child));
+  }
+  return element;
 }
 
+// A token's text.
 const word = (text) => el("span", { class: "word" }, text);
 
-function said(value) {
+function formatted(value) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
   if (value === 0) return "0";
@@ -59,10 +63,16 @@ function said(value) {
   return Number.isInteger(value) ? value.toLocaleString("en") : value.toPrecision(3);
 }
 
-const percent = (share) => (share === null || share === undefined ? "–" : share === 0 ? "0 %" : `${share < 1e-4 ? (100 * share).toExponential(1) : (100 * share).toPrecision(3)} %`);
+function percent(share) {
+  if (share === null || share === undefined) return "–";
+  if (share === 0) return "0 %";
+  const percents = 100 * share;
+  return `${share < 1e-4 ? percents.toExponential(1) : percents.toPrecision(3)} %`;
+}
 
-const figure = (key, value) => (key === "density" ? percent(value) : said(value));
+const figure = (key, value) => (key === "density" ? percent(value) : formatted(value));
 
-const where = (state) => `#${new URLSearchParams(state)}`;
+// The address of a state.
+const hashOf = (state) => `#${new URLSearchParams(state)}`;
 
-const featureLink = (number, text = number) => el("a", { href: where({ feature: number }) }, text);
+const featureLink = (number, text = number) => el("a", { href: hashOf({ feature: number }) }, text);
