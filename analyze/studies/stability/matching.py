@@ -1,19 +1,19 @@
-"""Latents of one dictionary matched with latents of another by how their activations go together on
-the same rows.
+"""Latents of two dictionaries matched by the correlation of their activations on the same rows.
 
 The correlation of latents i and j is Pearson's over rows, zeros included:
 
     r_ij = (sum a_i b_j / n - mean a_i mean b_j) / (sd a_i sd b_j)
 
-Only pairs that are ever active together can have r > 0, so best partners are found in a product of
-sparse matrices, block by block. A maximum over many candidates is above 0 by chance: so partners
-are chosen on some documents, and correlations are measured on others.
+Only pairs that are active together on some row can have r > 0. So a product of sparse matrices finds
+the best partners, block by block of our latents. A maximum over many candidates is above 0 by
+chance. So partners are chosen on some documents, and correlations are measured on others.
 
 Shapes: n rows, F and G latents, m documents.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,67 +25,70 @@ Codes = Any  # scipy.sparse.csr_array, (n, F) float32: activations, 0 where a la
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-# latents whose products with all others are held at a time: 67 MB at 32,768, were none of them 0
-_BLOCK = 256
-NONE = -1  # no partner: never active together with any
+# Latents whose products with all others are in memory at a time: at most 67 MB at 32,768 latents.
+BLOCK = 256
+NONE = -1  # no partner: never active together with any latent of the other dictionary
 
 
 class Partners(NamedTuple):
-    """The latent of the other dictionary with the largest correlation, NONE if there is none above
-    0.
-    """
+    """The latent of the other dictionary with the largest correlation; NONE if none is above 0."""
 
-    ours: Ints  # (F,) for each of ours
-    theirs: Ints  # (G,) for each of theirs
-    correlation: Floats  # (F,) on the rows on which they were chosen; 0 without a partner
+    ours: Ints  # (F,) partners of our latents
+    theirs: Ints  # (G,) partners of theirs
+    correlation: Floats  # (F,) on the rows on which partners were chosen; 0 without a partner
 
 
-def best_partners(a: Codes, b: Codes) -> Partners:
-    """Each latent's best partner, of equals the first."""
-    largest, other = np.zeros(a.shape[1]), np.zeros(b.shape[1])
-    ours, theirs = np.full(a.shape[1], NONE), np.full(b.shape[1], NONE)
-    for first, row, column, r in _correlations(a, b):
+def best_partners(a: Codes, b: Codes, block: int = BLOCK) -> Partners:
+    """Each latent's best partner; of equal ones the first."""
+    ours = np.full(a.shape[1], NONE)
+    theirs = np.full(b.shape[1], NONE)
+    our_best = np.zeros(a.shape[1])
+    their_best = np.zeros(b.shape[1])
+    for first, row, column, r in _blocks(a, b, block):
         rows = row + first
-        np.maximum.at(largest, rows, r)
-        best = np.flatnonzero((r == largest[rows]) & (r > 0))[::-1]
-        ours[rows[best]] = column[best]  # backwards: the first is written last
-        before = other.copy()
-        np.maximum.at(other, column, r)
-        best = np.flatnonzero((r == other[column]) & (r > before[column]))[::-1]
+        # Written backwards, so that of equal ones the first is written last.
+        np.maximum.at(our_best, rows, r)
+        best = np.flatnonzero((r == our_best[rows]) & (r > 0))[::-1]
+        ours[rows[best]] = column[best]
+        before = their_best.copy()
+        np.maximum.at(their_best, column, r)
+        best = np.flatnonzero((r == their_best[column]) & (r > before[column]))[::-1]
         theirs[column[best]] = rows[best]
-    return Partners(ours, theirs, largest)
+    return Partners(ours, theirs, our_best)
 
 
-def correlations(a: Codes, b: Codes) -> Floats:
-    """(F, G) all of them, 0 for a latent without variance. For dictionaries whose product fits into
-    memory.
+def correlations(a: Codes, b: Codes, block: int = BLOCK) -> Floats:
+    """(F, G) all correlations, 0 for a latent without variance.
+
+    For dictionaries whose product fits into memory.
     """
-    (mean_a, inverse_a), (mean_b, inverse_b) = _moments(a), _moments(b)
-    found = -np.outer(
-        mean_a * inverse_a, mean_b * inverse_b
-    )  # of pairs that are never active together
-    for first, row, column, r in _correlations(a, b):
-        found[row + first, column] = r
-    return found
+    mean_a, inverse_a = _moments(a)
+    mean_b, inverse_b = _moments(b)
+    # Pairs that are never active together.
+    r_of_pairs = -np.outer(mean_a * inverse_a, mean_b * inverse_b)
+    for first, row, column, r in _blocks(a, b, block):
+        r_of_pairs[row + first, column] = r
+    return r_of_pairs
 
 
-def _correlations(a: Codes, b: Codes) -> Any:
-    """By blocks of our latents: the first of them, and (row, column, r) of each pair ever active
-    together.
+def _blocks(a: Codes, b: Codes, block: int) -> Iterator[tuple[int, Ints, Ints, Floats]]:
+    """The correlations of all pairs that are active together on some row, by blocks of our latents.
+
+    Yields:
+        the block's first latent; then by pair our latent, counted from that one, their latent, and
+        r.
     """
-    by_latent, n = sparse.csr_array(a.T), a.shape[0]
-    (mean_a, inverse_a), (mean_b, inverse_b) = _moments(a), _moments(b)
-    for first in range(0, a.shape[1], _BLOCK):
-        product = by_latent[first : first + _BLOCK] @ b
+    by_latent = sparse.csr_array(a.T)
+    n = a.shape[0]
+    mean_a, inverse_a = _moments(a)
+    mean_b, inverse_b = _moments(b)
+    for first in range(0, a.shape[1], block):
+        product = by_latent[first : first + block] @ b
         product.sort_indices()
         row = np.repeat(np.arange(product.shape[0]), np.diff(product.indptr))
         column = product.indices.astype(np.int64)
-        r = (
-            (product.data / n - mean_a[row + first] * mean_b[column])
-            * inverse_a[row + first]
-            * inverse_b[column]
-        )
-        yield first, row, column, r
+        covariance = product.data / n - mean_a[row + first] * mean_b[column]
+        yield first, row, column, covariance * inverse_a[row + first] * inverse_b[column]
 
 
 def _moments(codes: Codes) -> tuple[Floats, Floats]:
@@ -98,13 +101,14 @@ def _moments(codes: Codes) -> tuple[Floats, Floats]:
 
 
 def assignment(r: Floats) -> Ints:
-    """(F,) the one-to-one assignment with the largest sum of correlations (Kuhn, 1955); NONE for
-    who is left over.
+    """(F,) the one-to-one assignment with the largest sum of correlations (Kuhn, 1955).
+
+    NONE for latents that are left over.
     """
     rows, columns = linear_sum_assignment(r, maximize=True)
-    found = np.full(len(r), NONE)
-    found[rows] = columns
-    return found
+    partner = np.full(len(r), NONE)
+    partner[rows] = columns
+    return partner
 
 
 class Measured(NamedTuple):
@@ -114,38 +118,45 @@ class Measured(NamedTuple):
     draws: Floats  # (draws, F) the same over documents drawn with replacement
 
 
-def measure(a: Codes, b: Codes, partner: Ints, document: Ints, draws: int, seed: int) -> Measured:
-    """The correlation of each latent with its partner, and over resampled documents.
+def measure(
+    a: Codes, b: Codes, partner: Ints, document: Ints, draws: int, seed: int, block: int = BLOCK
+) -> Measured:
+    """The correlation of each latent with its partner, on all rows and over resampled documents.
 
     Args:
-        document: (n,) each row's.
+        document: (n,) the row's document.
     """
     _, dense = np.unique(document, return_inverse=True)
-    m, n = int(dense.max()) + 1, len(dense)
-    into = sparse.csr_array((np.ones(n), (dense, np.arange(n))), shape=(m, n))
+    n = len(dense)
+    m = int(dense.max()) + 1
+    into_documents = sparse.csr_array((np.ones(n), (dense, np.arange(n))), shape=(m, n))
     size = np.bincount(dense, minlength=m).astype(np.float64)
+    # How often each document counts: once, then as often as it is drawn.
     rng = np.random.default_rng(seed)
-    times = np.stack(
-        [np.ones(m), *(np.bincount(rng.integers(0, m, m), minlength=m) for _ in range(draws))]
-    )
-    ours, theirs = sparse.csc_array(a.astype(np.float64)), sparse.csc_array(b.astype(np.float64))
-    found = []
-    for first in range(0, a.shape[1], _BLOCK):
-        x = ours[:, first : first + _BLOCK]
-        chosen = partner[first : first + _BLOCK]
-        y = theirs[:, np.maximum(chosen, 0)] @ sparse.diags_array(
-            (chosen != NONE).astype(np.float64)
-        )
+    times = np.ones((1 + draws, m))
+    for draw in range(1, 1 + draws):
+        times[draw] = np.bincount(rng.integers(0, m, m), minlength=m)
+    rows = times @ size
+    ours = sparse.csc_array(a.astype(np.float64))
+    theirs = sparse.csc_array(b.astype(np.float64))
+    parts = []
+    for first in range(0, a.shape[1], block):
+        chosen = partner[first : first + block]
+        has_partner = sparse.diags_array((chosen != NONE).astype(np.float64))
+        x = ours[:, first : first + block]
+        y = theirs[:, np.maximum(chosen, 0)] @ has_partner
         columns = (x, y, x.multiply(x), y.multiply(y), x.multiply(y))
-        found.append(_pearson(times @ size, *(times @ (into @ one).toarray() for one in columns)))
-    r = np.concatenate(found, axis=1)
+        sums = [times @ (into_documents @ column).toarray() for column in columns]
+        parts.append(_pearson(rows, *sums))
+    r = np.concatenate(parts, axis=1)
     return Measured(r[0], r[1:])
 
 
 def _pearson(n: Floats, x: Floats, y: Floats, xx: Floats, yy: Floats, xy: Floats) -> Floats:
-    """(draws, F) of sums over rows (draws, F), n (draws,) rows."""
+    """(draws, F) correlations from sums over rows (draws, F); n (draws,) is the number of rows."""
     n = n[:, None]
-    spread = np.maximum(xx / n - (x / n) ** 2, 0), np.maximum(yy / n - (y / n) ** 2, 0)
-    scale = np.sqrt(spread[0] * spread[1])
+    variance_x = np.maximum(xx / n - (x / n) ** 2, 0)
+    variance_y = np.maximum(yy / n - (y / n) ** 2, 0)
+    scale = np.sqrt(variance_x * variance_y)
     r = np.divide(xy / n - x * y / n**2, scale, out=np.zeros_like(x), where=scale > 0)
-    return np.where(spread[0] > 0, r, np.nan)
+    return np.where(variance_x > 0, r, np.nan)
