@@ -1,24 +1,24 @@
-"""What the model loses when the SAE's reconstruction takes the place of its residual stream.
+"""What the language model loses when the SAE's reconstruction replaces its residual stream.
 
-Pieces of held-out documents are read alone, with the stream of the SAE's layer replaced row by row:
+Pieces of held-out documents are read alone. The stream behind the SAE's layer is replaced row by row:
 
-    identity   by itself, through the same path: must change nothing, exactly
+    identity   by itself, through the same code: must change nothing, exactly
     sae        by its reconstruction
-    random     by itself plus noise of the reconstruction error's own length, in a random direction: the error's null
-               (Gurnee, "SAE reconstruction errors are (empirically) pathological", 2024)
+    random     by itself plus noise as long as the reconstruction error, in a random direction: the
+               error's null (Gurnee, "SAE reconstruction errors are (empirically) pathological", 2024)
     mean       by the training rows' mean
-    zero       by nothing
+    zero       by zeros
 
-once at all positions, and once only at those whose rows the SAE was trained on (without BOS and
-outliers, by the run's policy), the others left as they are. With CE the mean cross entropy of the
-next token, in nats:
+Each replacement is made twice: at all positions, and only at those whose rows the SAE was trained on
+(by the run's policy, as a rule without BOS and outliers). With CE the mean cross entropy of the next
+token, in nats:
 
-    loss recovered   (CE_zero - CE) / (CE_zero - CE_clean), and the same with mean in the place of zero
+    loss recovered   (CE_zero - CE) / (CE_zero - CE_clean), and the same with mean in place of zero
     KL               KL(clean || replaced) per token, nats
     KL score         1 - KL / KL_zero
 
-Ablations are of the same positions as the row they are compared with. Every interval is from
-resampling documents, each with all its rows: differences are paired.
+A row is compared with ablations at the same positions. Every interval is from resampling documents,
+each with all its rows: differences are paired.
 
 Shapes: b sequences, t positions, n tokens that are predicted, R replacements, d d_model, V
     vocabulary.
@@ -60,7 +60,7 @@ _SPANS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 2**62)  # of 
 
 @dataclass(frozen=True)
 class Options:
-    """How much is read."""
+    """Settings of conf/study/splice.yaml."""
 
     tokens: int = 100_000  # held-out tokens at most, in whole pieces
 
@@ -72,20 +72,18 @@ class Options:
 
 
 class Replacement(NamedTuple):
-    """What takes the place of which rows."""
+    """One way to replace the stream."""
 
     name: str
     where: str  # ALL or TRAINED
-    rows: Callable[[Tensor], Tensor]  # (n, d) float32 to what takes their place
+    rows: Callable[[Tensor], Tensor]  # from (n, d) float32 rows to those that replace them
 
 
 class Losses(NamedTuple):
-    """What each predicted token cost: row 0 of the model as it is, then a row for every
-    replacement.
-    """
+    """The loss of each predicted token: of the clean model, then of every replacement."""
 
     document: NDArray[np.int64]  # (n,)
-    position: NDArray[np.int64]  # (n,) of the token that is predicted, since the BOS, which is 0
+    position: NDArray[np.int64]  # (n,) of the predicted token, since the BOS, which is 0
     ce: NDArray[np.float64]  # (1 + R, n) nats
     kl: NDArray[np.float64]  # (1 + R, n) nats
 
@@ -94,13 +92,12 @@ class Losses(NamedTuple):
 
 
 def choose(subject: Subject, tokens: int) -> list[Piece]:
-    """The first held-out pieces of at most `tokens` together, at least one, that have something to
-    predict.
+    """The first held-out pieces of two tokens or more, of at most `tokens` together, at least one.
 
-    Pieces with a row that is not finite are left out: their loss is none.
+    Pieces with a row that is not finite are left out: their loss would be NaN.
 
     Raises:
-        StoreError: there is none.
+        StoreError: there is no such piece.
     """
     chosen: list[Piece] = []
     left = tokens
@@ -119,21 +116,22 @@ def choose(subject: Subject, tokens: int) -> list[Piece]:
 
 
 def replacements(subject: Subject) -> list[Replacement]:
-    """All rows of the table but the clean one. Each random one draws anew in every batch."""
+    """All replacements. Each random one draws new directions in every batch."""
     sae = subject.sae
     mean = subject.mean.float()
-    found = [Replacement("identity", ALL, lambda rows: rows)]
+    every = [Replacement("identity", ALL, lambda rows: rows)]
     for where in (ALL, TRAINED):
-        found += [
+        every += [
             Replacement("sae", where, sae),
-            Replacement("random", where, _random(sae, subject.device)),
+            Replacement("random", where, random_error(sae, subject.device)),
             Replacement("mean", where, mean.expand_as),
             Replacement("zero", where, torch.zeros_like),
         ]
-    return found
+    return every
 
 
-def _random(sae: SAE, device: torch.device) -> Callable[[Tensor], Tensor]:
+def random_error(sae: SAE, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A function that adds noise as long as the SAE's error to rows (n, d)."""
     generator = torch.Generator(device).manual_seed(SEED)
 
     def noisy(rows: Tensor) -> Tensor:
@@ -158,50 +156,61 @@ def measure(
     Args:
         kinds: of the rows that the SAE was trained on.
     """
-    parts: list[tuple[NDArray[Any], ...]] = []
-    progress, done = Progress(), 0
+    device = lm.config.device
+    parts: list[Losses] = []
+    done = 0
+    progress = Progress()
     with StopRequest() as stop:
         for numbers, ids in batches([piece.ids for piece in read]):
             stop.check()
-            lengths = torch.tensor([len(read[number].ids) for number in numbers])
+            chosen = [read[number] for number in numbers]
+
+            # Positions that have a next token, and those whose rows the SAE was trained on.
+            predicts = torch.zeros(ids.shape, dtype=torch.bool)
             trained = torch.zeros(ids.shape, dtype=torch.bool)
-            for mask, number in zip(trained, numbers, strict=True):
-                mask[: len(read[number].ids)] = torch.from_numpy(np.isin(read[number].kind, kinds))
-            row, at = torch.nonzero(
-                torch.arange(ids.shape[1] - 1) < lengths[:, None] - 1, as_tuple=True
-            )
-            there, device = ids.to(lm.config.device), lm.config.device
-            masks = {ALL: torch.ones_like(there, dtype=torch.bool), TRAINED: trained.to(device)}
+            for sequence, piece in enumerate(chosen):
+                predicts[sequence, : len(piece.ids) - 1] = True
+                trained[sequence, : len(piece.ids)] = torch.from_numpy(np.isin(piece.kind, kinds))
+            row, position = torch.nonzero(predicts, as_tuple=True)
+
+            # Final states of the clean model, then with each replacement.
+            inputs = ids.to(device)
+            masks = {ALL: torch.ones_like(inputs, dtype=torch.bool), TRAINED: trained.to(device)}
+            edits = [_edit(replacement.rows, masks[replacement.where]) for replacement in how]
             finals = []
-            for edit in (None, *(_edit(one.rows, masks[one.where]) for one in how)):
+            for edit in (None, *edits):
                 with nullcontext() if edit is None else edited(lm.blocks[layer], edit):
-                    states = lm.decoder(input_ids=there, use_cache=False).last_hidden_state
-                finals.append(states[row.to(device), at.to(device)])
-            ce, kl = _losses(lm, finals, ids[row, at + 1].to(device))
-            document = np.array([read[number].document for number in numbers])[row.numpy()]
-            parts.append((document, at.numpy() + 1, ce, kl))
-            progress.show(
-                f"{(done := done + len(numbers))}/{len(read)} pieces", last=done == len(read)
-            )
+                    states = lm.decoder(input_ids=inputs, use_cache=False).last_hidden_state
+                finals.append(states[row.to(device), position.to(device)])
+
+            ce, kl = _losses(lm, finals, ids[row, position + 1].to(device))
+            document = np.array([piece.document for piece in chosen])[row.numpy()]
+            parts.append(Losses(document, position.numpy() + 1, ce, kl))
+            done += len(numbers)
+            progress.show(f"{done}/{len(read)} pieces", last=done == len(read))
     return Losses._make(np.concatenate(column, -1) for column in zip(*parts, strict=True))
 
 
 def _edit(replace: Callable[[Tensor], Tensor], mask: Tensor) -> Callable[[Tensor], Tensor]:
-    """The stream (b, t, d) with what `replace` makes of it where `mask` (b, t) is set."""
+    """A function that replaces the rows of the stream (b, t, d) where `mask` (b, t) is set."""
 
     def edit(stream: Tensor) -> Tensor:
         assert stream.shape[:2] == mask.shape, "the whole sequence goes through every layer"
-        put = replace(stream.reshape(-1, stream.shape[-1]).float())
-        return torch.where(mask[..., None], put.to(stream.dtype).view_as(stream), stream)
+        replaced = replace(stream.reshape(-1, stream.shape[-1]).float())
+        return torch.where(mask[..., None], replaced.to(stream.dtype).view_as(stream), stream)
 
     return edit
 
 
 def _losses(lm: LanguageModel, finals: Sequence[Tensor], targets: Tensor) -> tuple[Floats, Floats]:
-    """CE and KL to the first, (1 + R, m) each, of final states (m, d) that have gone through the
-    final norm.
+    """CE, and KL to the first, (1 + R, m) each.
+
+    Args:
+        finals: (m, d) final states behind the final norm, of the clean model first.
+        targets: (m,) next tokens.
     """
-    ce, kl = (targets.new_empty(len(finals), len(targets), dtype=torch.float32) for _ in range(2))
+    ce = targets.new_empty(len(finals), len(targets), dtype=torch.float32)
+    kl = torch.empty_like(ce)
     for part in language_model.blocks(lm, len(targets)):
         clean = Prediction.of_states(lm, finals[0][part], normed=True)
         for number, states in enumerate(finals):
@@ -215,25 +224,28 @@ def _losses(lm: LanguageModel, finals: Sequence[Tensor], targets: Tensor) -> tup
 
 
 def figures_of(losses: Losses, how: Sequence[Replacement]) -> list[dict[str, Any]]:
-    """A row of figures for the clean model and for every replacement, each with its interval over
-    documents.
-    """
-    count = sums_by(losses.document, np.ones(len(losses.document)))[0]
-    ce, kl = (np.stack(sums_by(losses.document, *values)) for values in (losses.ce, losses.kl))
-    number = {(one.name, one.where): at for at, one in enumerate(how, 1)}
+    """Figures of the clean model and of every replacement, each with its interval over documents."""
+    (count,) = sums_by(losses.document, np.ones(len(losses.document)))
+    ce = np.stack(sums_by(losses.document, *losses.ce))
+    kl = np.stack(sums_by(losses.document, *losses.kl))
+    index = {}  # of each replacement in the rows of `ce` and `kl`
+    for row, replacement in enumerate(how, 1):
+        index[replacement.name, replacement.where] = row
     rows: list[dict[str, Any]] = [{"name": CLEAN, "where": "", **_ratios({"ce": (ce[0], count)})}]
-    for (name, where), at in number.items():
-        zero, mean, random = (number[other, where] for other in ("zero", "mean", "random"))
+    for (name, where), row in index.items():
+        zero = index["zero", where]
+        mean = index["mean", where]
+        random = index["random", where]
         ratios = {
-            "ce": (ce[at], count),
-            "difference": (ce[at] - ce[0], count),
-            "loss_recovered": (ce[zero] - ce[at], ce[zero] - ce[0]),
-            "loss_recovered_of_mean": (ce[mean] - ce[at], ce[mean] - ce[0]),
-            "kl": (kl[at], count),
-            "kl_score": (kl[zero] - kl[at], kl[zero]),
-            "kl_of_random": (kl[at], kl[random]),
+            "ce": (ce[row], count),
+            "difference": (ce[row] - ce[0], count),
+            "loss_recovered": (ce[zero] - ce[row], ce[zero] - ce[0]),
+            "loss_recovered_of_mean": (ce[mean] - ce[row], ce[mean] - ce[0]),
+            "kl": (kl[row], count),
+            "kl_score": (kl[zero] - kl[row], kl[zero]),
+            "kl_of_random": (kl[row], kl[random]),
         }
-        largest = float(np.abs(losses.ce[at] - losses.ce[0]).max())
+        largest = float(np.abs(losses.ce[row] - losses.ce[0]).max())
         rows.append(
             {"name": name, "where": where, **_ratios(ratios), "largest_difference": largest}
         )
@@ -241,58 +253,59 @@ def figures_of(losses: Losses, how: Sequence[Replacement]) -> list[dict[str, Any
 
 
 def _ratios(sums: Mapping[str, tuple[Floats, Floats]]) -> dict[str, dict[str, Any]]:
-    """Ratios of sums over documents, by name, from the same resamples. NaN where what is divided by
-    is not positive.
+    """Ratios of sums over documents, by name, from the same resamples.
+
+    NaN where the denominator is not positive: an ablation that costs nothing is no measure.
     """
-    above, below = (np.stack(column, 1) for column in zip(*sums.values(), strict=True))
-    below = np.where(
-        below.sum(0) > 0, below, np.nan
-    )  # an ablation that costs nothing is no measure
-    values, intervals = above.sum(0) / below.sum(0), bootstrap_ratios(above, below, seed=SEED)
-    return {
-        name: figure(value, interval)
-        for name, value, interval in zip(sums, values, intervals, strict=True)
-    }
+    numerators = np.stack([numerator for numerator, _ in sums.values()], 1)
+    denominators = np.stack([denominator for _, denominator in sums.values()], 1)
+    denominators = np.where(denominators.sum(0) > 0, denominators, np.nan)
+    values = numerators.sum(0) / denominators.sum(0)
+    intervals = bootstrap_ratios(numerators, denominators, seed=SEED)
+    return dict(zip(sums, map(figure, values, intervals), strict=True))
 
 
-def by_position(losses: Losses, at: int) -> list[dict[str, Any]]:
-    """What replacement number `at` of `Losses` costs by the position of the predicted token, in
-    spans that double.
+def by_position(losses: Losses, row: int) -> list[dict[str, Any]]:
+    """The cost of a replacement by the position of the predicted token, in spans that double.
+
+    Args:
+        row: of `Losses.ce`.
     """
-    found = []
+    spans = []
     for low, high in pairwise(_SPANS):
         inside = (losses.position >= low) & (losses.position < high)
         if inside.any():
-            cost, count = sums_by(
-                losses.document[inside],
-                losses.ce[at, inside] - losses.ce[0, inside],
-                np.ones(inside.sum()),
-            )
-            to = int(losses.position[inside].max())
-            found.append(
+            more = losses.ce[row, inside] - losses.ce[0, inside]
+            cost, count = sums_by(losses.document[inside], more, np.ones(inside.sum()))
+            spans.append(
                 {
                     "from": low,
-                    "to": to,
+                    "to": int(losses.position[inside].max()),
                     "tokens": int(inside.sum()),
                     **_ratios({"difference": (cost, count)}),
                 }
             )
-    return found
+    return spans
 
 
 # -- the study -------------------------------------------------------------------------------------
 
 
 def splice(study: Study) -> Outcome:
-    """CE and KL with the SAE in place, beside identity, random errors of the same length, and
-    ablations.
-    """
-    options, subject, lm = build(Options, "study", study.options), study.subject, study.lm
+    """CE and KL with the SAE in place, beside the identity, random errors, and ablations."""
+    options = build(Options, "study", study.options)
+    subject = study.subject
+    lm = study.lm
     read = choose(subject, options.tokens)
     deviation = language_model.head_deviation(lm, read[0].ids)
     how = replacements(subject)
     losses = measure(lm, subject.layer, read, subject.policy.kinds, how)
     kinds = np.concatenate([piece.kind for piece in read])
+    positions = {}
+    for row, replacement in enumerate(how, 1):
+        if replacement.name in ("sae", "random"):
+            name = f"{replacement.name}, {replacement.where}"
+            positions[name] = by_position(losses, row)
     figures = {
         "pieces": len(read),
         "documents": len(np.unique(losses.document)),
@@ -301,92 +314,86 @@ def splice(study: Study) -> Outcome:
         "seed": SEED,
         "head_deviation": deviation,
         "rows": figures_of(losses, how),
-        "by_position": {
-            f"{one.name}, {one.where}": by_position(losses, at)
-            for at, one in enumerate(how, 1)
-            if one.name in ("sae", "random")
-        },
+        "by_position": positions,
     }
     return Outcome(figures, _summary(figures, subject), [_table(figures)], _pictures(figures))
 
 
 def _summary(figures: dict[str, Any], subject: Subject) -> list[str]:
-    row = {(one["name"], one["where"]): one for one in figures["rows"]}
-    clean, moved = row[CLEAN, ""], row["identity", ALL]["largest_difference"]
-    found = []
+    rows = {(row["name"], row["where"]): row for row in figures["rows"]}
+    replaced = figures["replaced"]
+    lines = []
     for where in (ALL, TRAINED):
-        sae, random = row["sae", where], row["random", where]
-        found.append(
+        sae = rows["sae", where]
+        random = rows["random", where]
+        lines.append(
             f"With the SAE's reconstruction in place of layer {subject.layer}'s residual at {where}, "
-            f"{figures['replaced'][where]:,} of {figures['replaced'][ALL]:,}, the model loses "
-            f"{formatted(sae['difference'], '.4f')} nats per token: loss recovered {formatted(sae['loss_recovered'], '.2%')} of "
-            f"zero ablation's, {formatted(sae['loss_recovered_of_mean'], '.2%')} of mean ablation's, KL score "
+            f"{replaced[where]:,} of {replaced[ALL]:,}, the model loses "
+            f"{formatted(sae['difference'], '.4f')} nats per token: loss recovered "
+            f"{formatted(sae['loss_recovered'], '.2%')} of zero ablation's, "
+            f"{formatted(sae['loss_recovered_of_mean'], '.2%')} of mean ablation's, KL score "
             f"{formatted(sae['kl_score'], '.2%')}. A random error of the same length costs "
-            f"{formatted(random['difference'], '.4f')}; the SAE's KL is {formatted(sae['kl_of_random'], '.2f')} times that one's."
+            f"{formatted(random['difference'], '.4f')}; the SAE's KL is "
+            f"{formatted(sae['kl_of_random'], '.2f')} times that one's."
         )
-    exact = (
-        "The identity splice changes no token's loss, exactly."
-        if moved == 0
-        else f"The identity splice, which must change nothing, moves a token's loss by up to {moved:.1e} nats: no "
-        "figure here is better than that."
+    moved = rows["identity", ALL]["largest_difference"]
+    if moved == 0:
+        lines[0] += " The identity splice changes no token's loss, exactly."
+    else:
+        lines[0] += (
+            " The identity splice, which must change nothing, moves a token's loss by up to "
+            f"{moved:.1e} nats: no figure here is better than that."
+        )
+    lines.append(
+        f"The model itself has {formatted(rows[CLEAN, '']['ce'], '.4f')} nats on these "
+        f"{figures['tokens']:,} tokens of {figures['documents']} documents. Brackets are 95 % "
+        "intervals, paired, over documents."
     )
-    found[0] += f" {exact}"
-    return [
-        *found,
-        f"The model itself has {formatted(clean['ce'], '.4f')} nats on these {figures['tokens']:,} tokens of "
-        f"{figures['documents']} documents. Brackets are 95 % intervals, paired, over documents.",
-    ]
+    return lines
+
+
+_COLUMNS = {  # of the table: figure, head and form
+    "ce": ("CE (nats)", ".4f"),
+    "difference": ("difference", "+.4f"),
+    "loss_recovered": ("loss recovered", ".2%"),
+    "loss_recovered_of_mean": ("of mean ablation", ".2%"),
+    "kl": ("KL (nats)", ".4f"),
+    "kl_score": ("KL score", ".2%"),
+}
 
 
 def _table(figures: dict[str, Any]) -> Table:
-    header = (
-        "stream",
-        "where",
-        "CE (nats)",
-        "difference",
-        "loss recovered",
-        "of mean ablation",
-        "KL (nats)",
-        "KL score",
-    )
-    forms = {
-        "ce": ".4f",
-        "difference": "+.4f",
-        "loss_recovered": ".2%",
-        "loss_recovered_of_mean": ".2%",
-        "kl": ".4f",
-        "kl_score": ".2%",
-    }
-    rows = [
-        (
-            row["name"],
-            row["where"],
-            *(formatted(row[key], form) if key in row else "" for key, form in forms.items()),
-        )
-        for row in figures["rows"]
-    ]
+    header = ("stream", "where", *(head for head, _ in _COLUMNS.values()))
+    rows = []
+    for row in figures["rows"]:
+        cells = [row["name"], row["where"]]
+        for key, (_, form) in _COLUMNS.items():
+            cells.append(formatted(row[key], form) if key in row else "")
+        rows.append(tuple(cells))
     return Table("The model with each stream, nats per token", header, rows)
 
 
 def _pictures(figures: dict[str, Any]) -> dict[str, Picture]:
-    rows = figures["rows"]
-    ce = [row["ce"] for row in rows]
-    names = [f"{row['name']}, {row['where']}".removesuffix(", ") for row in rows]
-    bars = whiskers(
-        names, [one["value"] for one in ce], [one["interval"] for one in ce], "CE, nats per token"
-    )
-    lines = {
-        name: Line(
+    names = [f"{row['name']}, {row['where']}".removesuffix(", ") for row in figures["rows"]]
+    values = [row["ce"]["value"] for row in figures["rows"]]
+    intervals = [row["ce"]["interval"] for row in figures["rows"]]
+    lines = {}
+    for name, spans in figures["by_position"].items():
+        lines[name] = Line(
             [span["from"] for span in spans],
             [span["difference"]["value"] for span in spans],
             [span["difference"]["interval"] for span in spans],
         )
-        for name, spans in figures["by_position"].items()
-    }
-    by = bands(lines, "position of the predicted token, from", "CE more than clean, nats", log=True)
+    x_label = "position of the predicted token, from"
     return {
-        "splice": Picture("Cross entropy with each stream in place of the residual", bars),
-        "splice_position": Picture("What the replacement costs by position in the piece", by),
+        "splice": Picture(
+            "Cross entropy with each stream in place of the residual",
+            whiskers(names, values, intervals, "CE, nats per token"),
+        ),
+        "splice_position": Picture(
+            "What the replacement costs by position in the piece",
+            bands(lines, x_label, "CE more than clean, nats", log=True),
+        ),
     }
 
 
