@@ -1,3 +1,1 @@
-"""The bottom of the pipeline: what flows between the stages. Knows nothing of models or
-autoencoders.
-"""
+"""What flows between the stages. Nothing here knows of models or autoencoders."""

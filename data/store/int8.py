@@ -1,5 +1,6 @@
-"""Residual rows at one byte per element: the Zarr codec `standardized_int8`. Importing this module
-registers it.
+"""Residual rows at one byte per element: the Zarr codec `standardized_int8`.
+
+Importing this module registers the codec with zarr-python.
 
 A row x is stored as q = round(z / s), with z = (x − mean) / deviation per channel and s = max |z| /
 127 per row. It is read as mean + deviation · s · q, rounded to bfloat16.

@@ -40,13 +40,13 @@ def count_residuals(place: Place, layers: Iterable[int]) -> int:
     count = 0
     for name in place.names(RESIDUALS):
         if match := _RESIDUAL_RECORD.fullmatch(name):
-            count += len(asked & _layers(match))
+            count += len(asked.intersection(_layers(match)))
     return count
 
 
-def _layers(match: re.Match[str]) -> set[int]:
+def _layers(match: re.Match[str]) -> list[int]:
     """The layers that a record of residuals names."""
-    return set(map(int, match["layers"].split("_")))
+    return [int(layer) for layer in match["layers"].split("_")]
 
 
 @dataclass
@@ -122,9 +122,10 @@ class Ledger:
         if not match:
             return False
         unit = self._checked(name)
-        return not all(
-            layer in self.layers and self.layers[layer].committed[unit] for layer in _layers(match)
-        )
+        for layer in _layers(match):
+            if layer not in self.layers or not self.layers[layer].committed[unit]:
+                return True
+        return False
 
     def _checked(self, name: str) -> int:
         """The unit of a record; StoreError if the store cannot have it."""

@@ -1,6 +1,4 @@
-"""Claims keep living processes apart and end with their process; where there are no locks, numbers
-share out.
-"""
+"""Claims keep living processes apart, and end with their process; or numbers divide the units."""
 
 from __future__ import annotations
 

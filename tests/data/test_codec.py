@@ -28,8 +28,9 @@ D = 256
 
 
 def synthetic(n: int, seed: int = 0) -> NDArray[np.uint16]:
-    """Bits of rows of very uneven lengths, hence heavy tails; some channels are massive: |mean| of
-    400 deviations.
+    """Bits of rows of very uneven lengths, hence heavy tails.
+
+    Some channels are massive: |mean| of 400 deviations.
     """
     rng = np.random.default_rng(seed)
     deviation = np.exp(np.linspace(-1, 1, D))

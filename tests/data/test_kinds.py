@@ -1,6 +1,4 @@
-"""Row statistics against a two-pass reference in extended precision that shares nothing with
-them.
-"""
+"""Row statistics against a two-pass reference in extended precision, which shares no code."""
 
 from __future__ import annotations
 
@@ -108,8 +106,9 @@ def test_planted_kinds_are_found_and_described(device: str) -> None:
 
 @pytest.mark.parametrize("ratio", [400, 1e5])
 def test_moments_are_exact_where_the_mean_dwarfs_the_deviation(device: str, ratio: float) -> None:
-    """Steps of one bfloat16 ulp about a large mean; float32 sums, or E[x²] − E[x]² in float64, fail
-    this.
+    """Steps of one bfloat16 ulp about a large mean.
+
+    float32 sums, or E[x²] − E[x]² in float64, would fail.
     """
     rows = normal(500, 24)
     sparse = torch.rand(500, 24, generator=torch.Generator().manual_seed(5)) < min(

@@ -29,9 +29,7 @@ N, CONTEXT, UNIT = 1008, 16, 64
 
 
 def numbered(n: int = N) -> NDArray[np.uint16]:
-    """(n, 4) rows from which the spine position can be read back: three base-100 digits and a
-    constant.
-    """
+    """(n, 4) rows that hold their spine position: three base-100 digits and a constant."""
     position = np.arange(n)
     digits = np.stack(
         [position // 10_000, position // 100 % 100, position % 100, np.full(n, 50)], axis=1
@@ -174,8 +172,9 @@ def test_damage_stops_the_reader(store: Store) -> None:
 
 
 def in_order(store: Store, policy: Policy, window: int, seed: int) -> Iterator[NDArray[np.uint16]]:
-    """The stream's rows, one by one: chunks shuffled, `window` of them gathered, their kept rows
-    shuffled.
+    """The stream's rows, one by one, by its definition.
+
+    Chunks are shuffled, `window` of them are gathered, and their kept rows are shuffled.
     """
     chunk, held = store.manifest["chunk"], held_out_units(store)
     found = []
@@ -192,9 +191,7 @@ def in_order(store: Store, policy: Policy, window: int, seed: int) -> Iterator[N
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory) -> list[Store]:
-    """Every codec, inner chunks of several blocks and of part of one, ragged ends, rows that are
-    dropped.
-    """
+    """Both lossless codecs, inner chunks of several sizes, ragged ends, rows that are dropped."""
     folder, bits = tmp_path_factory.mktemp("several"), numbered(1264)
     bits[::97], bits[50::501] = to_bits(np.full(4, 9000, np.float32)), 0x7FC0
     return [
@@ -228,9 +225,7 @@ def test_the_order_is_a_function_of_seed_and_step(
     block: int,
     kept: bool,
 ) -> None:
-    """Whatever threads read it, however far ahead, in whatever blocks, from wherever, and whoever
-    keeps the batches.
-    """
+    """The number of threads, the blocks, the start and kept batches change nothing."""
     store = several[which]
     start = start // batch
     stream = reader(store, policy, batch, window, tuning=Tuning(threads, ahead, block))

@@ -1,6 +1,4 @@
-"""A ring: groups in their order, nothing freed that anybody may still need, nothing that waits for
-ever.
-"""
+"""A ring: groups in their order, and nothing freed that a run may still need."""
 
 from __future__ import annotations
 
@@ -86,9 +84,7 @@ def served(stream: Reader, rows: int) -> list[int]:
 
 
 class Hidden:
-    """A store from which some units' records are taken away, to come back as a harvest would commit
-    them.
-    """
+    """A store without some units' records, which come back as a harvest would commit them."""
 
     def __init__(self, store: Store, units: list[int]) -> None:
         self._texts = {unit: self._record(store, unit).read_bytes() for unit in units}

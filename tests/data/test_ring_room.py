@@ -120,9 +120,7 @@ class Run:
 @pytest.mark.parametrize("batch", [16, 50, 64])  # 64: a whole group of the smallest ring
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_smallest_ring_never_stands_still(tmp_path: Path, batch: int, seed: int) -> None:
-    """Two ranks and two runs, on two layers, at whatever pace: each goes on as long as the others
-    do.
-    """
+    """Two ranks and two runs on two layers go on, at whatever pace."""
     store, rng = spine_only(tmp_path / "s.zarr", 20), random.Random(seed)
     held = held_out_units(store)
     least = (len(held) + ring_state.GROUPS) * EACH

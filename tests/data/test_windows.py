@@ -1,6 +1,4 @@
-"""Windows: memory that is used again and never too soon, threads that end, damage that is found,
-copies in order.
-"""
+"""Windows: buffers are reused and never too soon, threads end, damage is found, copies in order."""
 
 from __future__ import annotations
 
@@ -92,7 +90,8 @@ def test_blocks_come_back_when_the_last_view_of_them_is_gone() -> None:
 
 
 def reading_threads() -> list[str]:
-    return [one.name for one in threading.enumerate() if one.name.startswith(("decode", "window"))]
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name.startswith(("decode", "window"))]
 
 
 def test_closing_stops_the_threads(store: Store) -> None:
