@@ -52,7 +52,7 @@ class Built(NamedTuple):
 
 
 def say(token: int) -> str:
-    """A hostile text of every token id, each another. It is not made visible: the page must cope."""
+    """A hostile text of every token id, each another. It is not escaped: the page must cope."""
     return f"{HOSTILE[token % len(HOSTILE)]}{token}"
 
 

@@ -247,7 +247,7 @@ def test_the_order_and_what_cannot_be_told_apart(figures: dict[str, Any]) -> Non
 
 
 def simulated(rng: np.random.Generator, gaps: list[float], n: int = 60) -> Measured:
-    """Documents of very different difficulty, the same for all arms; arms differ by known amounts."""
+    """Documents of very different difficulty, the same for all arms, which differ as given."""
     about = rng.uniform(1, 3, n)
     difficulty = about * rng.uniform(0.1, 0.5, n)
     errors = {

@@ -44,9 +44,11 @@ HOSTILE = st.lists(st.sampled_from(PIECES), max_size=8).map("".join)
 # Templates that trim, that join messages directly, that end in EOS, that begin with BOS twice.
 TEMPLATES = {
     "own": None,
-    "trims": "{{bos_token}}{% for m in messages %}<|turn>{{m.role}} {{ m.content | trim }}<turn|>{% endfor %}",
+    "trims": "{{bos_token}}{% for m in messages %}"
+    "<|turn>{{m.role}} {{ m.content | trim }}<turn|>{% endfor %}",
     "joins": "{% for m in messages %}{{ m.content }}{% endfor %}{{eos_token}}",
-    "joins_trimmed": "{{bos_token}}{{bos_token}}{% for m in messages %}{{ m.content | trim }}{% endfor %}",
+    "joins_trimmed": "{{bos_token}}{{bos_token}}"
+    "{% for m in messages %}{{ m.content | trim }}{% endfor %}",
     "mid_bos": "{% for m in messages %}{{bos_token}}[{{ m.content }}]{{eos_token}}{% endfor %}",
 }
 
@@ -202,7 +204,8 @@ def test_an_eos_that_stands_in_for_bos_still_ends_turns(tmp_path: Path) -> None:
 
 
 def test_the_day_does_not_matter(tmp_path: Path) -> None:
-    template = "\n{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %} {{ messages[0].content }}"
+    day = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}"
+    template = f"\n{day} {{{{ messages[0].content }}}}"
     tokenizer = with_template(tmp_path, template)
     (ids,) = tokenizer.encode([chat("x")])
     assert tokenizer.inner.decode(ids) == "\n26 Jul 2024 x"
