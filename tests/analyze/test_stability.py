@@ -197,7 +197,7 @@ def test_assignment_is_one_to_one() -> None:
 
 
 def test_what_was_chosen_is_measured_elsewhere() -> None:
-    """The largest correlation of unrelated latents is above 0 where it was chosen, not elsewhere."""
+    """Unrelated latents correlate above 0 where the partner was chosen, not elsewhere."""
     ours, theirs = (sparse.csr_array(random_codes(400, 60, seed)) for seed in (4, 5))
     document = np.arange(400) // 5
     found = stability.match(ours, theirs, document, stability.choosing_half(document))
