@@ -271,6 +271,11 @@ def test_the_study_of_the_embedded_model(tiny_study) -> None:
     assert all(one["occurrences"] > 0 for one in figures["words"])
     assert 0 < figures["halves"]["spearman"] <= 1
     assert len(figures["contexts"]) == 10
+    for contexts in figures["contexts"].values():
+        for context in contexts:
+            assert list(context) == ["document", "peak", "tokens", "activations", "text"]
+            shown = context["text"].replace("⏎", "\n")
+            assert shown == tokenizer.inner.decode(context["tokens"])
     assert outcome.pictures["scores"].svg.startswith("<svg")
     assert reason_score(study).figures["features"] == outcome.figures["features"]
 

@@ -187,7 +187,8 @@ def _with_texts(context: Context, tokenizer: Tokenizer) -> dict[str, Any]:
 def _joined(context: Mapping[str, Any]) -> dict[str, Any]:
     """A context as figures keep it: its text in one piece."""
     figures = dict(context)
-    return {**figures, "text": "".join(figures.pop("texts"))}
+    texts = figures.pop("texts")
+    return {**figures, "text": "".join(texts)}
 
 
 def _tokenizer(study: Study) -> Tokenizer:
