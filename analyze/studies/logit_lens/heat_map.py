@@ -1,9 +1,10 @@
-"""A picture of a number and a word in each cell: what the logit lens says by layer and token."""
+"""A picture of the logit lens by layer and token: a colour and a word in each cell."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from analyze.drawing import STYLE, svg
 
-_LETTERS = 9  # of a word, the rest cut: what a cell holds
+_LETTERS = 9  # of a word that fit into a cell; the rest is cut
 
 
 def heat_map(
@@ -23,20 +24,18 @@ def heat_map(
     y_label: str,
     label: str,
 ) -> str:
-    """Cells coloured by `colour` (rows, columns) between 0 and 1, each with its word; row 0 is the
-    lowest.
+    """Coloured cells, each with its word; row 0 is the lowest.
 
     Args:
-        label: what the colour is.
+        colour: (rows, columns) between 0 and 1.
+        words: likewise.
+        label: what the colour stands for.
     """
     values = np.asarray(colour, np.float64)
     rows, width = values.shape
-    # Words are no TeX, and those in scripts that matplotlib's own font lacks are drawn by the
-    # browser's.
-    with (
-        mpl.rc_context({**STYLE, "text.parse_math": False, "axes.grid": False}),
-        warnings.catch_warnings(),
-    ):
+    style: Any = {**STYLE, "text.parse_math": False, "axes.grid": False}  # words are no TeX
+    with mpl.rc_context(style), warnings.catch_warnings():
+        # A letter that matplotlib's font lacks is drawn by the browser's font.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(1.6 + 0.52 * width, 1.0 + 0.2 * rows), layout="constrained")
         axes = figure.subplots()

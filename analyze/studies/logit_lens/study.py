@@ -1,22 +1,26 @@
-"""What the model would say if it ended after each layer: softcap(unembed(final_norm(h_l)))
-(nostalgebraist, 2020).
+"""The logit lens: what the language model would predict if it ended after each layer.
 
-h_l is the residual stream behind layer l, before the final norm, the last layer's too, so that the
-last layer's lens is the model's own prediction. A prompt is the first tokens of a held-out
-document's longest piece, one per document. Positions are those behind which a token follows, the
-BOS left out. Of each, with p_l the lens' distribution:
+The lens of layer l is softcap(unembed(final_norm(h_l))) (nostalgebraist, 2020). h_l is the residual
+stream behind layer l, before the final norm, also for the last layer: the last layer's lens is the
+model's own prediction. A prompt is the first tokens of a held-out document's longest piece, one per
+document. Positions are those behind which a token follows, without BOS. With p_l the lens'
+distribution, a position has:
 
-    mass        p_l of all ids of a class of text (analyze/studies/logit_lens/token_classes.py)
+    mass        p_l of all ids of a class of text (token_classes.py)
     CE          -ln p_l(next token), nats
-    KL          KL(p_last || p_l), nats: as the tuned lens is measured (Belrose et al., arXiv 2303.08112)
-    rank        of the last layer's top token in p_l, from 1; its mean is the geometric one, as a few ranks are huge
+    KL          KL(p_last || p_l), nats: as the tuned lens is measured (Belrose et al.,
+                arXiv 2303.08112)
+    rank        of the last layer's top token in p_l, from 1; its mean is the geometric one, because
+                a few ranks are huge
     agrees      whether the top token is the last layer's
-    commitment  the first layer from which mass(target) >= 0.5 at every later layer; none if the last has less
+    commitment  the first layer from which mass(target) >= 0.5 at every later layer; none if the last
+                layer has less
 
 Null: the unembedding's rows in random order. The lens is then as peaked as before, and its words
 mean nothing. Intervals are from resampling prompts.
 
-Shapes: L layers, n positions of all prompts, C classes, S orders of the null, V vocabulary.
+Shapes: L layers, n positions of all prompts, m positions of one block, C classes, S orders of the
+    null, V vocabulary, d d_model.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ from analyze.language_model import BLOCK_BYTES, Prediction, residuals
 from analyze.outcome import Outcome, Picture
 from analyze.pieces import Piece
 from analyze.stats import Floats, Interval, bootstrap, bootstrap_ratios, figure, percentiles
-from analyze.studies.logit_lens import words as logit_lens_page
+from analyze.studies.logit_lens import words
 from analyze.studies.logit_lens.heat_map import heat_map
 from analyze.studies.logit_lens.token_classes import CLASSES, classes
 from analyze.study import Definition, Study
@@ -56,7 +60,7 @@ _SCALARS = ("ce", "kl", "rank", "agrees")
 
 @dataclass(frozen=True)
 class Options:
-    """What is read, and what is looked for."""
+    """Settings of conf/study/logit_lens.yaml."""
 
     prompts: int = 200  # documents
     tokens: int = 128  # of a prompt, at most
@@ -65,7 +69,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.prompts < 2:
             raise SettingError(
-                f"study.prompts={self.prompts} must be at least 2: intervals are from resampling them"
+                f"study.prompts={self.prompts} must be at least 2: "
+                "intervals are from resampling them"
             )
         if self.tokens < 2:
             raise SettingError(
@@ -76,9 +81,9 @@ class Options:
 
 
 class Reading(NamedTuple):
-    """The lens at every position, prompt by prompt."""
+    """The lens at every position; each prompt's positions lie together."""
 
-    prompt: NDArray[np.int64]  # (n,) number of the prompt, each prompt's positions together
+    prompt: NDArray[np.int64]  # (n,) number of the prompt
     following: NDArray[np.int64]  # (n,) the next token
     top: NDArray[np.int64]  # (L, n) most probable id
     top_p: NDArray[np.float32]  # (L, n)
@@ -92,7 +97,7 @@ class Reading(NamedTuple):
 
     @property
     def firsts(self) -> NDArray[np.int64]:
-        """Where each prompt's positions begin."""
+        """(prompts,) where each prompt's positions begin."""
         return np.flatnonzero(np.diff(self.prompt, prepend=-1))
 
 
@@ -100,28 +105,28 @@ class Null(NamedTuple):
     """The vocabulary's classes, with the unembedding's rows in their own and in S random orders."""
 
     orders: Tensor  # (V, S) the id whose row an id has
-    members: (
-        Tensor  # (V, (1 + S) C) float32, 1 where the id's row counts for a class, order by order
-    )
+    # (V, (1 + S) C) float32, order by order: 1 where the id's row counts for a class
+    members: Tensor
 
 
 # -- the pass --------------------------------------------------------------------------------------
 
 
 def prompts(subject: Subject, count: int) -> list[Piece]:
-    """The longest piece of each of the first `count` held-out documents that have two tokens to
-    read.
+    """The longest pieces of the first `count` held-out documents, one per document.
+
+    Documents without two tokens to read are left out.
 
     Raises:
-        StoreError: there are fewer than two.
+        StoreError: there are fewer than two such documents.
     """
     longest: dict[int, Piece] = {}
     for piece in pieces.held_out(subject):
-        if piece.document not in longest and len(longest) == count:
+        known = longest.get(piece.document)
+        if known is None and len(longest) == count:
             break
-        if len(piece.ids) > max(
-            2, len(longest[piece.document].ids) if piece.document in longest else 0
-        ):
+        # BOS and two tokens.
+        if len(piece.ids) > (2 if known is None else len(known.ids)):
             longest[piece.document] = piece
     if len(longest) < 2:
         raise StoreError(
@@ -132,15 +137,15 @@ def prompts(subject: Subject, count: int) -> list[Piece]:
 
 def shuffled(kinds: NDArray[np.int64], device: str) -> Null:
     """The null of a vocabulary whose ids have classes `kinds` (V,)."""
-    rng, own = np.random.default_rng(SEED), np.eye(len(CLASSES), dtype=np.float32)[kinds]
+    rng = np.random.default_rng(SEED)
+    own = np.eye(len(CLASSES), dtype=np.float32)[kinds]  # (V, C)
     orders = np.stack([rng.permutation(len(kinds)) for _ in range(ORDERS)], 1)
-    members = np.stack([own, *(np.empty_like(own) for _ in range(ORDERS))], 1)  # (V, 1 + S, C)
+    members = np.empty((len(kinds), 1 + ORDERS, len(CLASSES)), np.float32)
+    members[:, 0] = own
     for number, order in enumerate(orders.T, 1):
         members[order, number] = own
-    return Null(
-        torch.from_numpy(orders).to(device),
-        torch.from_numpy(members.reshape(len(kinds), -1)).to(device),
-    )
+    flat = members.reshape(len(kinds), -1)
+    return Null(torch.from_numpy(orders).to(device), torch.from_numpy(flat).to(device))
 
 
 def read(
@@ -154,50 +159,72 @@ def read(
     """The lens on every sequence's tokens but the first and the last.
 
     Args:
-        target: number of the class of which the null's mass is kept by position.
+        target: number of the class whose mass under the null is kept by position.
         block_bytes: of one layer's logits at a time.
     """
     layers = range(len(lm.blocks))
-    parts: list[list[NDArray[Any]]] = []
-    sums: list[NDArray[np.float64]] = []
+    columns: list[list[NDArray[Any]]] = []  # by block: the fields of `Reading` that go by position
+    sums: list[NDArray[np.float64]] = []  # by block, (L, S, C + 1): the null's masses, and its CE
     progress = Progress()
     for done, (number, states) in enumerate(residuals(lm, sequences, layers), 1):
         stop.check()
         following = torch.tensor(sequences[number][2:], device=lm.config.device)
         for part in language_model.blocks(lm, len(following), block_bytes):
             ids = following[part]
-            *columns, masses, losses = _lens(
-                lm, [states[layer][1:-1][part] for layer in layers], ids, null
+            lens = measure(lm, [states[layer][1:-1][part] for layer in layers], ids, null)
+            shape = (*lens.masses.shape[:2], 1 + ORDERS, len(CLASSES))
+            masses = lens.masses.reshape(shape)
+            columns.append(
+                [
+                    np.full(len(ids), number),
+                    ids.cpu().numpy(),
+                    lens.top,
+                    lens.top_p,
+                    lens.ce,
+                    lens.kl,
+                    lens.rank,
+                    masses[:, :, 0],
+                    masses[:, :, 1:, target],
+                ]
             )
-            masses = masses.reshape(*masses.shape[:2], 1 + ORDERS, len(CLASSES))
-            parts.append([np.full(len(ids), number), ids.cpu().numpy(), *columns])
-            parts[-1] += [masses[:, :, 0], masses[:, :, 1:, target]]
-            sums.append(
-                np.dstack(
-                    [masses[:, :, 1:].sum(1, dtype=np.float64), losses.sum(1, dtype=np.float64)]
-                )
-            )
+            shuffled_mass = masses[:, :, 1:].sum(1, dtype=np.float64)
+            shuffled_ce = lens.shuffled_ce.sum(1, dtype=np.float64)
+            sums.append(np.dstack([shuffled_mass, shuffled_ce]))
         progress.show(f"{done}/{len(sequences)} prompts", last=done == len(sequences))
-    joined = [
-        np.concatenate(column, min(column[0].ndim - 1, 1)) for column in zip(*parts, strict=True)
-    ]
-    means = np.sum(sums, 0) / len(joined[0])  # (L, S, C + 1)
+    joined = []
+    for column in zip(*columns, strict=True):
+        positions = min(column[0].ndim - 1, 1)  # the axis of positions: behind that of layers
+        joined.append(np.concatenate(column, positions))
+    means = np.sum(sums, 0) / len(joined[0])
     return Reading._make([*joined, means[:, :, :-1].swapaxes(1, 2), means[:, :, -1]])
 
 
-@torch.inference_mode()
-def _lens(
-    lm: LanguageModel, states: Sequence[Tensor], following: Tensor, null: Null
-) -> list[NDArray[Any]]:
-    """Of m positions, whose states are (m, d) by layer: top, top_p, ce, kl, rank (L, m), masses and
-    the null's CE.
+class Lens(NamedTuple):
+    """The lens at m positions of one block."""
 
-    Everything is reduced where it was computed: only one layer's (m, V), and the last one's, are
-    there at a time.
+    top: NDArray[np.int64]  # (L, m)
+    top_p: NDArray[np.float32]  # (L, m)
+    ce: NDArray[np.float32]  # (L, m)
+    kl: NDArray[np.float32]  # (L, m)
+    rank: NDArray[np.int64]  # (L, m)
+    masses: NDArray[np.float32]  # (L, m, (1 + S) C)
+    shuffled_ce: NDArray[np.float32]  # (L, m, S)
+
+
+@torch.inference_mode()
+def measure(lm: LanguageModel, states: Sequence[Tensor], following: Tensor, null: Null) -> Lens:
+    """The lens at m positions.
+
+    Everything is reduced where it was computed: only the (m, V) of one layer and of the last one are
+    in memory at a time.
+
+    Args:
+        states: (m, d) by layer.
+        following: (m,) next tokens.
     """
     last = Prediction.of_states(lm, states[-1])
     best = last.log_p.argmax(1, keepdim=True)
-    found: list[list[Tensor]] = []
+    by_layer: list[list[Tensor]] = []
     for state in states:
         lens = Prediction.of_states(lm, state)
         top_p, top = lens.p.max(1)
@@ -206,108 +233,94 @@ def _lens(
         rank = (lens.log_p > lens.log_p.gather(1, best)).sum(1) + 1
         masses = lens.p @ null.members
         shuffled_ce = -lens.log_p.gather(1, null.orders[following])
-        found.append([top, top_p, ce, kl, rank, masses, shuffled_ce])
-    return [torch.stack(column).cpu().numpy() for column in zip(*found, strict=True)]
+        by_layer.append([top, top_p, ce, kl, rank, masses, shuffled_ce])
+    return Lens._make(torch.stack(column).cpu().numpy() for column in zip(*by_layer, strict=True))
 
 
 # -- figures ---------------------------------------------------------------------------------------
 
 
 def commitment(mass: NDArray[Any]) -> Floats:
-    """(n,) the first layer from which mass (L, n) is at least one half at every later one; NaN
-    where none is.
+    """(n,) the first layer from which mass (L, n) is at least 0.5 at every later layer.
+
+    NaN where there is none.
     """
     held = np.logical_and.accumulate((mass >= 0.5)[::-1])[::-1]
     return np.where(held[-1], held.argmax(0), np.nan)
 
 
 def by_layer(reading: Reading) -> list[dict[str, Any]]:
-    """Of each layer the mean of every figure over positions, with its interval, and of the null."""
-    log_rank, agrees = np.log(reading.rank), reading.top == reading.top[-1]
-    columns = np.stack(
-        [*np.moveaxis(reading.mass, 2, 0), reading.ce, reading.kl, log_rank, agrees], 2
-    )
+    """Each layer's mean of every figure over positions, with its interval, and the null's."""
     names = (*CLASSES, *_SCALARS)
+    masses = np.moveaxis(reading.mass, 2, 0)
+    agrees = reading.top == reading.top[-1]
+    scalars = (reading.ce, reading.kl, np.log(reading.rank), agrees)
+    columns = np.stack([*masses, *scalars], 2).astype(np.float64)
+    # Sums over each prompt's positions, (L, prompts, figures).
     firsts = reading.firsts
-    sums = np.add.reduceat(columns.astype(np.float64), firsts, axis=1)  # (L, prompts, figures)
+    sums = np.add.reduceat(columns, firsts, axis=1)
     counts = np.diff(np.append(firsts, len(reading.prompt))).astype(np.float64)
     means = sums.sum(1) / counts.sum()
-    intervals = bootstrap_ratios(
-        np.moveaxis(sums, 1, 0).reshape(len(firsts), -1), counts, seed=SEED
-    )
-    found = []
+    by_prompt = np.moveaxis(sums, 1, 0).reshape(len(firsts), -1)
+    intervals = bootstrap_ratios(by_prompt, counts, seed=SEED)
+    rows = []
     for layer, mean in enumerate(means):
         of_layer = intervals[layer * len(names) : (layer + 1) * len(names)]
-        row = {
-            name: figure(value, bounds)
-            for name, value, bounds in zip(names, mean, of_layer, strict=True)
-        }
-        row["rank"] = figure(
-            np.exp(mean[names.index("rank")]), Interval(*np.exp(of_layer[names.index("rank")]))
-        )
-        null = {
-            name: _null(reading.shuffled_mass[layer, number]) for number, name in enumerate(CLASSES)
-        }
-        found.append(
-            {"layer": layer, **row, "shuffled": {**null, "ce": _null(reading.shuffled_ce[layer])}}
-        )
-    return found
+        row = dict(zip(names, map(figure, mean, of_layer), strict=True))
+        # The mean was of log ranks.
+        log_rank = row["rank"]
+        low, high = np.exp(log_rank["interval"])
+        row["rank"] = figure(np.exp(log_rank["value"]), Interval(low, high))
+        null = {}
+        for number, name in enumerate(CLASSES):
+            null[name] = _null(reading.shuffled_mass[layer, number])
+        null["ce"] = _null(reading.shuffled_ce[layer])
+        rows.append({"layer": layer, **row, "shuffled": null})
+    return rows
 
 
 def _null(values: NDArray[Any]) -> dict[str, Any]:
-    """Mean and middle 95 % over the orders of the unembedding's rows, but those in which it is not
-    defined.
-    """
+    """Mean and middle 95 % over the orders of the unembedding's rows, NaN left out."""
     exact = values.astype(np.float64)
     return figure(_defined(np.mean, exact), percentiles(exact))
 
 
-def _committed(reading: Reading, target: int) -> dict[str, Any]:
+def committed(reading: Reading, target: int) -> dict[str, Any]:
     """When positions commit to the target class, and how often."""
     layer = commitment(reading.mass[:, :, target])
-    firsts = reading.firsts
-    groups = np.split(layer, firsts[1:])
-    medians = np.array([_defined(np.median, group) for group in groups])
-    sums = np.array([np.nansum(group) for group in groups])
-    commits = np.array([np.sum(~np.isnan(group)) for group in groups], np.float64)
-    counts = np.array([len(group) for group in groups], np.float64)
+    by_prompt = np.split(layer, reading.firsts[1:])
+    medians = np.array([_defined(np.median, layers) for layers in by_prompt])
+    sums = np.array([np.nansum(layers) for layers in by_prompt])
+    commits = np.array([np.sum(~np.isnan(layers)) for layers in by_prompt], np.float64)
+    counts = np.array([len(layers) for layers in by_prompt], np.float64)
 
-    def mean(cases: NDArray[np.int64]) -> float:
-        return (
-            float(sums[cases].sum() / commits[cases].sum())
-            if commits[cases].any()
-            else float("nan")
-        )
+    def mean_layer(cases: NDArray[np.int64]) -> float:
+        if not commits[cases].any():
+            return float("nan")
+        return float(sums[cases].sum() / commits[cases].sum())
 
-    def median(cases: NDArray[np.int64]) -> float:
+    def median_layer(cases: NDArray[np.int64]) -> float:
         return _defined(np.median, medians[cases])
 
     def never(cases: NDArray[np.int64]) -> float:
         return float(1 - commits[cases].sum() / counts[cases].sum())
 
-    every = np.arange(len(groups))
+    every = np.arange(len(by_prompt))
+    figures: dict[str, Any] = {"class": CLASSES[target]}
+    for statistic in (mean_layer, median_layer, never):
+        interval, _ = bootstrap(statistic, len(every), seed=SEED)
+        figures[statistic.__name__] = figure(statistic(every), interval)
     under_null = [commitment(mass) for mass in np.moveaxis(reading.shuffled_target, 2, 0)]
-    of_layers = np.bincount(layer[~np.isnan(layer)].astype(int), minlength=len(reading.mass))
-    return {
-        "class": CLASSES[target],
-        **{
-            name: figure(statistic(every), bootstrap(statistic, len(every), seed=SEED)[0])
-            for name, statistic in (
-                ("mean_layer", mean),
-                ("median_layer", median),
-                ("never", never),
-            )
-        },
-        "positions_by_layer": of_layers,
-        "shuffled": {
-            "never": _null(np.array([np.isnan(one).mean() for one in under_null])),
-            "mean_layer": _null(np.array([_defined(np.mean, one) for one in under_null])),
-        },
-    }
+    null_never = np.array([np.isnan(layers).mean() for layers in under_null])
+    null_mean = np.array([_defined(np.mean, layers) for layers in under_null])
+    committing = layer[~np.isnan(layer)].astype(int)
+    figures["positions_by_layer"] = np.bincount(committing, minlength=len(reading.mass))
+    figures["shuffled"] = {"never": _null(null_never), "mean_layer": _null(null_mean)}
+    return figures
 
 
 def _defined(statistic: Callable[[Floats], Any], values: Floats) -> float:
-    """A statistic of what is no NaN; NaN of nothing."""
+    """A statistic of the values that are not NaN; NaN if there are none."""
     left = values[~np.isnan(values)]
     return float(statistic(left)) if len(left) else float("nan")
 
@@ -316,10 +329,9 @@ def _defined(statistic: Callable[[Floats], Any], values: Floats) -> float:
 
 
 def logit_lens(study: Study) -> Outcome:
-    """The lens over held-out documents: text classes, CE, KL, rank and commitment by layer, beside
-    their null.
-    """
-    options, lm = build(Options, "study", study.options), study.lm
+    """The lens over held-out documents, layer by layer, beside its null."""
+    options = build(Options, "study", study.options)
+    lm = study.lm
     target = CLASSES.index(options.target)
     chosen = prompts(study.subject, options.prompts)
     sequences = [piece.ids[: options.tokens + 1] for piece in chosen]
@@ -327,12 +339,9 @@ def logit_lens(study: Study) -> Outcome:
     kinds = classes(lm.tokenizer, language_model.vocabulary_size(lm))
     with StopRequest() as stop:
         reading = read(lm, sequences, shuffled(kinds, lm.config.device), target, stop)
-    layers, committed = by_layer(reading), _committed(reading, target)
-    share = np.bincount(kinds, minlength=len(CLASSES)) / len(kinds)
-    following = np.bincount(kinds[reading.following], minlength=len(CLASSES)) / len(
-        reading.following
-    )
-    common = [_common(reading.top[layer], lm) for layer in range(len(layers))]
+    layers = by_layer(reading)
+    for layer, top in zip(layers, reading.top, strict=True):
+        layer["top"] = _common(top, lm)
     figures = {
         "prompts": len(chosen),
         "positions": len(reading.prompt),
@@ -340,41 +349,46 @@ def logit_lens(study: Study) -> Outcome:
         "seed": SEED,
         "orders": ORDERS,
         "head_deviation": deviation,
-        "vocabulary_share": dict(zip(CLASSES, share, strict=True)),
-        "next_token_share": dict(zip(CLASSES, following, strict=True)),
-        "commitment": committed,
-        "layers": [{**row, "top": top} for row, top in zip(layers, common, strict=True)],
+        "vocabulary_share": _shares(kinds),
+        "next_token_share": _shares(kinds[reading.following]),
+        "commitment": committed(reading, target),
+        "layers": layers,
     }
-    pictures = logit_lens_page.pictures(figures)
-    shown = next(
-        number for number, one in enumerate(sequences) if len(one) == max(map(len, sequences))
-    )
-    pictures["logit_lens_map"] = _map(reading, shown, sequences[shown], lm)
-    return Outcome(
-        figures, logit_lens_page.summary(figures), logit_lens_page.tables(figures), pictures
-    )
+    pictures = words.pictures(figures)
+    lengths = [len(sequence) for sequence in sequences]
+    longest = lengths.index(max(lengths))
+    pictures["logit_lens_map"] = _map(reading, longest, sequences[longest], lm)
+    return Outcome(figures, words.summary(figures), words.tables(figures), pictures)
+
+
+def _shares(kinds: NDArray[np.int64]) -> dict[str, float]:
+    """The share of each class."""
+    shares = np.bincount(kinds, minlength=len(CLASSES)) / len(kinds)
+    return dict(zip(CLASSES, shares, strict=True))
 
 
 def _common(top: NDArray[np.int64], lm: LanguageModel) -> list[dict[str, Any]]:
     """The ids that are most often the most probable one, with their share of positions."""
-    counted = Counter(top.tolist()).most_common(_COMMON)
-    return [
-        {"id": token, "text": _text(lm, token), "share": count / len(top)}
-        for token, count in counted
-    ]
+    common = []
+    for token, times in Counter(top.tolist()).most_common(_COMMON):
+        common.append({"id": token, "text": _text(lm, token), "share": times / len(top)})
+    return common
 
 
 def _map(reading: Reading, number: int, sequence: Sequence[int], lm: LanguageModel) -> Picture:
-    """The top token by layer and position, at the end of one prompt."""
-    at = np.flatnonzero(reading.prompt == number)[-_MAP_TOKENS:]
-    words = [[_text(lm, int(token)) for token in row] for row in reading.top[:, at]]
-    read_ = [_text(lm, token) for token in sequence[1:-1][-len(at) :]]
+    """The top token by layer and position, at the end of prompt `number`."""
+    shown = np.flatnonzero(reading.prompt == number)[-_MAP_TOKENS:]
+    top = []
+    for row in reading.top[:, shown]:
+        top.append([_text(lm, int(token)) for token in row])
+    tokens = [_text(lm, token) for token in sequence[1:-1][-len(shown) :]]
     drawn = heat_map(
-        reading.top_p[:, at], words, read_, "token read", "layer", "p of the top token"
+        reading.top_p[:, shown], top, tokens, "token read", "layer", "p of the top token"
     )
-    return Picture(
-        f"The lens' top token by layer over the last {len(at)} tokens of the longest prompt", drawn
+    caption = (
+        f"The lens' top token by layer over the last {len(shown)} tokens of the longest prompt"
     )
+    return Picture(caption, drawn)
 
 
 def _text(lm: LanguageModel, token: int) -> str:
