@@ -56,68 +56,66 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 def test_pages_are_the_catalogue(built: Built) -> None:
     rows = pq.read_table(built.made.run / "studies/catalogue/features.parquet").to_pylist()
-    found = read(built.folder, "features/000")
-    assert len(rows) == F <= CHUNK and len(found["features"]) == F
-    words, shown = found["words"], 0
+    page = read(built.folder, "features/000")
+    figures = read(built.folder, "table")["columns"].values()
+    words = page["words"]
+    assert len(rows) == F <= CHUNK and len(page["features"]) == F
+    checked = 0
 
     def check(context: list[Any], row: dict[str, Any]) -> None:
         document, position, peak, tokens, pairs = context
         assert (document, position, peak) == (row["document"], row["position"], row["peak"])
-        assert [words[at] for at in tokens] == [say(token) for token in row["tokens"]]
+        assert [words[number] for number in tokens] == [say(token) for token in row["tokens"]]
         values = dict(zip(pairs[::2], pairs[1::2], strict=True))
-        for at, value in enumerate(row["activations"]):
-            assert values.get(at, 0) == pytest.approx(value, rel=1e-3) and (at in values) == (
-                value != 0
-            )
+        for index, value in enumerate(row["activations"]):
+            assert values.get(index, 0) == pytest.approx(value, rel=1e-3)
+            assert (index in values) == (value != 0)
 
-    for own, row in zip(found["features"], rows, strict=True):
+    for own, row in zip(page["features"], rows, strict=True):
         assert own["count"] == row["count"]
-        assert own["figures"] == [
-            column[row["feature"]] for column in read(built.folder, "table")["columns"].values()
-        ]
+        assert own["figures"] == [column[row["feature"]] for column in figures]
         for key in ("mean", "std"):
             assert own[key] == (None if row[key] is None else pytest.approx(row[key], rel=1e-3))
-        for context, there in zip(own["top"], row["top"][:3], strict=True):
-            check(context, there)
-            shown += 1
+        for context, expected in zip(own["top"], row["top"][:3], strict=True):
+            check(context, expected)
+            checked += 1
+        samples: dict[int, list[Any]] = {}
+        for sample in row["quantiles"]:
+            samples.setdefault(sample["quantile"], []).append(sample)
         quantiles = [quantile for quantile, _ in own["quantiles"]]
-        assert quantiles == sorted({one["quantile"] for one in row["quantiles"]}, reverse=True)
+        assert quantiles == sorted(samples, reverse=True)
         for quantile, kept in own["quantiles"]:
-            there = [one for one in row["quantiles"] if one["quantile"] == quantile][:2]
-            for context, one in zip(kept, there, strict=True):
-                check(context, one)
+            for context, expected in zip(kept, samples[quantile][:2], strict=True):
+                check(context, expected)
         if own["histogram"]:
             first, *counts = own["histogram"]
-            assert [0] * first + counts == row["histogram"][: first + len(counts)] and sum(
-                counts
-            ) == row["count"]
-        assert [(words[at], r) for at, r in own["raised"]] == [
-            (say(one["token"]), pytest.approx(one["logit"], rel=1e-3)) for one in row["raised"]
-        ]
-        assert [one[0] for one in own["neighbours"]] == [
-            one["feature"] for one in row["neighbours"]
-        ]
-    assert shown > 90
+            assert [0] * first + counts == row["histogram"][: first + len(counts)]
+            assert sum(counts) == row["count"]
+        raised = [(words[number], logit) for number, logit in own["raised"]]
+        assert [text for text, _ in raised] == [say(token["token"]) for token in row["raised"]]
+        logits = [token["logit"] for token in row["raised"]]
+        assert [logit for _, logit in raised] == pytest.approx(logits, rel=1e-3)
+        neighbours = [neighbour["feature"] for neighbour in row["neighbours"]]
+        assert [feature for feature, _ in own["neighbours"]] == neighbours
+    assert checked > 90
 
 
 def test_the_list(built: Built) -> None:
-    table, meta = read(built.folder, "table"), read(built.folder, "meta")
+    table = read(built.folder, "table")
     rows = pq.read_table(built.made.run / "studies/catalogue/features.parquet").to_pylist()
-    assert (
-        [one["key"] for one in meta["columns"]]
-        == list(table["columns"])
-        == built.outcome.figures["columns"]
-    )
-    assert built.outcome.figures["columns"] == ["density", "max", "d", "d_q", "stability"]
+    keys = ["density", "max", "d", "d_q", "stability"]
+    described = [column["key"] for column in read(built.folder, "meta")["columns"]]
+    assert described == list(table["columns"]) == built.outcome.figures["columns"] == keys
     for row in rows:
-        at = row["feature"]
-        assert table["columns"]["density"][at] == pytest.approx(row["density"], rel=1e-3)
-        peaks = dict.fromkeys(say(one["tokens"][one["peak"]]) for one in row["top"])
-        assert [table["words"][one] for one in table["strongest"][at]] == list(peaks)[:3]
-        assert table["columns"]["d"][at] == {7: 1.5, 3: -0.5}.get(at)
-        assert table["columns"]["stability"][at] == (
-            None if at % 2 else pytest.approx(at / F, rel=1e-3)
-        )
+        feature = row["feature"]
+        figures = {key: column[feature] for key, column in table["columns"].items()}
+        assert figures["density"] == pytest.approx(row["density"], rel=1e-3)
+        peaks = dict.fromkeys(say(context["tokens"][context["peak"]]) for context in row["top"])
+        strongest = [table["words"][number] for number in table["strongest"][feature]]
+        assert strongest == list(peaks)[:3]
+        assert figures["d"] == {7: 1.5, 3: -0.5}.get(feature)
+        stability = None if feature % 2 else pytest.approx(feature / F, rel=1e-3)
+        assert figures["stability"] == stability
 
 
 def test_figures_of_another_sae_are_left_out(built: Built) -> None:
@@ -132,27 +130,26 @@ def test_figures_of_another_sae_are_left_out(built: Built) -> None:
 
 
 def test_tokens_against_brute_force(built: Built) -> None:
-    truth, every, shard = (
-        Truth(built.made),
-        read(built.folder, "tokens"),
-        read(built.folder, "tokens/000"),
-    )
+    truth = Truth(built.made)
+    listed = read(built.folder, "tokens")
+    shard = read(built.folder, "tokens/000")
     inside = ~truth.starts
     ids, occurrences = np.unique(truth.tokens[inside], return_counts=True)
-    assert sorted(every["ids"]) == ids.tolist() and every["occurrences"] == sorted(
-        occurrences, reverse=True
-    )
-    for at in (0, 1, len(shard) - 1):
-        token = every["ids"][at]
+    assert sorted(listed["ids"]) == ids.tolist()
+    assert listed["occurrences"] == sorted(occurrences, reverse=True)
+    for position in (0, 1, len(shard) - 1):
+        token = listed["ids"][position]
         f = truth.f[inside & (truth.tokens == token)]
-        assert every["occurrences"][at] == len(f) and every["texts"][at] == say(token)
-        flat = np.array(shard[at]).reshape(-1, 4)
+        assert listed["occurrences"][position] == len(f)
+        assert listed["texts"][position] == say(token)
+        flat = np.array(shard[position]).reshape(-1, 4)
         best = np.sort(f.mean(0))[::-1][: min(TOP, (f > 0).any(0).sum())]
         np.testing.assert_allclose(flat[:, 1], best, rtol=2e-3)
-        for feature, mean, share, mass in flat:
-            one = f[:, int(feature)]
-            expected = [one.mean(), (one > 0).mean(), one.sum() / truth.f[:, int(feature)].sum()]
-            np.testing.assert_allclose([mean, share, mass], expected, rtol=2e-3)
+        for feature, *figures in flat:
+            on_token = f[:, int(feature)]
+            share = on_token.sum() / truth.f[:, int(feature)].sum()
+            expected = [on_token.mean(), (on_token > 0).mean(), share]
+            np.testing.assert_allclose(figures, expected, rtol=2e-3)
 
 
 def test_another_layer_is_joined_token_by_token(tmp_path: Path) -> None:
@@ -298,8 +295,8 @@ def test_what_the_pages_depend_on(
     seen.append(inputs(study))
     monkeypatch.setattr(contexts, "token_names", lambda *_, **__: say)
     seen.append(inputs(study))
-    assert len({str(one) for one in seen}) == 3
-    assert [one["as_ids"] for one in seen] == [True, True, False]
+    assert len(set(map(str, seen))) == 3
+    assert [depends["as_ids"] for depends in seen] == [True, True, False]
 
 
 def test_serving_is_of_this_machine_alone(built: Built, tmp_path: Path) -> None:

@@ -40,17 +40,16 @@ def url(request: pytest.FixtureRequest, built: Built) -> Iterator[str]:
 
 
 def texts(chrome: Chromium, selector: str) -> list[str]:
-    found: list[str] = chrome.js(
-        f"[...document.querySelectorAll({selector!r})].map((one) => one.textContent)"
-    )
-    return found
+    elements = f"[...document.querySelectorAll({selector!r})]"
+    contents: list[str] = chrome.js(f"{elements}.map((element) => element.textContent)")
+    return contents
 
 
 def quiet(chrome: Chromium, url: str) -> None:
     """Nothing was complained of, asked for from elsewhere, or run that came as text."""
     assert chrome.troubles == []
     base = url.rsplit("/", 1)[0]
-    assert chrome.requests and all(one.startswith((base, "data:,")) for one in chrome.requests)
+    assert chrome.requests and all(url.startswith((base, "data:,")) for url in chrome.requests)
     assert "caught" not in chrome.js("document.title")
     assert (
         chrome.js("document.querySelectorAll('main script, main img, main b, main i').length") == 0
@@ -63,10 +62,9 @@ def test_a_visit(chrome: Chromium, url: str, built: Built) -> None:
     density = table["columns"]["density"]
     chrome.open(url)
     assert texts(chrome, "#features tbody td:first-child") == [str(at) for at in range(F)]
-    assert not any(
-        "features/" in one for one in chrome.requests
-    )  # chunks come when they are asked for
-    expected = [table["words"][one] for row in table["strongest"] for one in row]
+    # Chunks come when they are asked for.
+    assert not any("features/" in url for url in chrome.requests)
+    expected = [table["words"][number] for row in table["strongest"] for number in row]
     assert [
         text.encode("utf-16", "surrogatepass") for text in texts(chrome, "td:nth-child(2) .word")
     ] == [text.encode("utf-16", "surrogatepass") for text in expected]
@@ -116,7 +114,9 @@ def test_a_visit(chrome: Chromium, url: str, built: Built) -> None:
     assert chrome.js("document.querySelectorAll('svg rect').length") == len(own["histogram"]) - 1
     chrome.press("Escape")
     chrome.until("document.documentElement.dataset.view === 'list' && location.hash.includes('q=')")
-    assert chrome.js("document.activeElement.textContent") == "7"  # on the row that one comes from
+    assert (
+        chrome.js("document.activeElement.textContent") == "7"
+    )  # on the row of the feature that was shown
     quiet(chrome, url)
 
 
@@ -152,7 +152,7 @@ def test_keys_and_tokens(chrome: Chromium, built: Built) -> None:
 def test_a_feature_needs_its_own_file_alone(chrome: Chromium, built: Built) -> None:
     url = (built.folder / PAGE).as_uri()
     chrome.open(f"{url}#feature=7")
-    assert sorted(one.split("data/")[1] for one in chrome.requests if "/data/" in one) == [
+    assert sorted(url.split("data/")[1] for url in chrome.requests if "/data/" in url) == [
         "features/000.js",
         "meta.js",
     ]

@@ -112,16 +112,13 @@ def test_what_lies_beside(done: Done) -> None:
     assert list(near) == [str(latent) for latent in range(F)]
     for latent in range(F):
         best = cosines[latent].sort(descending=True)
-        assert [one for _, one in near[str(latent)]] == best.indices[:10].tolist()
+        assert [neighbour for _, neighbour in near[str(latent)]] == best.indices[:10].tolist()
         np.testing.assert_allclose(
             [cosine for cosine, _ in near[str(latent)]], best.values[:10], rtol=1e-5
         )
     config = json.loads((done.folder / "config.json").read_text())
-    assert (config["cache_ctx_len"], config["n_tokens"], config["n_splits"]) == (
-        CONTEXT,
-        len(done.f),
-        3,
-    )
+    sizes = [config["cache_ctx_len"], config["n_tokens"], config["n_splits"]]
+    assert sizes == [CONTEXT, len(done.f), 3]
     assert config["model_name"] == "nowhere/none"
 
 

@@ -63,9 +63,7 @@ ACTIVATION = {
 
 
 def say(token: int) -> str:
-    """Hostile texts; some spell an escape of NUL, behind one backslash or two, which the importer
-    must leave.
-    """
+    """Hostile texts. Some spell NUL's escape behind a backslash or two, which must be left alone."""
     return ("", "\\u0000", "\\\\u0000\n", "\0")[token % 4] + browser_site.say(token)
 
 
@@ -139,11 +137,13 @@ def test_features_are_the_catalogue(done: Done) -> None:
         assert own["frac_nonzero"] == row["density"]
         assert own["maxActApprox"] == own["vectorDefaultSteerStrength"] == close(row["max"] or 0)
         for name, column in (("pos", "raised"), ("neg", "lowered")):
-            assert own[f"{name}_str"] == [storable(say(one["token"])) for one in row[column]] != []
-            assert own[f"{name}_values"] == close([one["logit"] for one in row[column]])
+            assert (
+                own[f"{name}_str"] == [storable(say(logit["token"])) for logit in row[column]] != []
+            )
+            assert own[f"{name}_values"] == close([logit["logit"] for logit in row[column]])
         near = row["neighbours"]
-        assert own["topkCosSimIndices"] == [row["feature"], *(one["feature"] for one in near)]
-        assert own["topkCosSimValues"] == close([1, *(one["cosine"] for one in near)])
+        assert own["topkCosSimIndices"] == [row["feature"], *(other["feature"] for other in near)]
+        assert own["topkCosSimValues"] == close([1, *(other["cosine"] for other in near)])
         assert own["hasVector"] and own["hookName"] == f"blocks.{LAYER}.hook_resid_post"
         assert own["vector"] == close(done.made.sae.W_dec[row["feature"]].tolist())
 
@@ -202,10 +202,10 @@ def test_activations_are_the_contexts(done: Done) -> None:
                 )
                 assert share == close(inside.mean())
     assert next(given, None) is None
-    numbers = [one["binMin"] for one in done.activations if one["binMin"] >= 0]
+    numbers = [row["binMin"] for row in done.activations if row["binMin"] >= 0]
     assert 0 in numbers and len(set(numbers)) > 20
     assert (
-        len({one["id"] for one in done.activations})
+        len({row["id"] for row in done.activations})
         == len(done.activations)
         == done.outcome.figures["activations"]
     )
@@ -236,9 +236,12 @@ def test_the_importer_loses_no_text(done: Done) -> None:
         gzip.decompress(path.read_bytes()) for path in done.folder.rglob("*.gz")
     ).decode()
     assert "\\u0000" not in raw and "\0" not in raw and "u005cu0000" in raw
-    shown = {text for one in done.activations for text in one["tokens"]}
-    assert shown == {storable(say(token)) for row in done.table for one in row["top"] + row["quantiles"]
-                     for token in one["tokens"]}  # fmt: skip
+    shown = {text for row in done.activations for text in row["tokens"]}
+    expected = set()
+    for row in done.table:
+        for context in row["top"] + row["quantiles"]:
+            expected |= {storable(say(token)) for token in context["tokens"]}
+    assert shown == expected
     assert any("\\\\u0000" in text for text in shown) and any("\ufffd" in text for text in shown)
 
 
@@ -257,8 +260,8 @@ def test_lines_belong_together(done: Done) -> None:
     )
     assert (source["num_prompts"], source["num_tokens_in_prompt"]) == (64, 32)
     owners = {
-        one["creatorId"]
-        for one in (release, model, sourceset, source, *done.features, *done.activations)
+        row["creatorId"]
+        for row in (release, model, sourceset, source, *done.features, *done.activations)
     }
     assert len(owners) == 1 and f"modelId=none&sourceId={source['id']}" in " ".join(
         done.outcome.summary
@@ -338,9 +341,7 @@ def _key(row: dict[str, Any]) -> str:
 
 
 def test_postgresql_takes_all(done: Done) -> None:
-    """The importer's own statement, in tables of the columns' types: what comes out is what went
-    in.
-    """
+    """The importer's statement, in tables of the columns' types: what comes out is what went in."""
     if not (shutil.which("initdb") and shutil.which("postgres")):
         pytest.skip("PostgreSQL is not installed: no initdb and postgres in PATH")
     with tempfile.TemporaryDirectory() as name:
@@ -351,10 +352,8 @@ def test_postgresql_takes_all(done: Done) -> None:
             ("Activation", ACTIVATION, done.activations),
         ):
             (root / f"{table}.json").write_text(json.dumps(rows, ensure_ascii=False))
-            typed, names = (
-                ", ".join(f'"{one}" {kind}' for one, kind in columns.items()),
-                ", ".join(map('"{}"'.format, columns)),
-            )
+            typed = ", ".join(f'"{name}" {kind}' for name, kind in columns.items())
+            names = ", ".join(map('"{}"'.format, columns))
             key = '"id"' if table == "Activation" else '"modelId", "layer", "index"'
             statements += [
                 f'CREATE TABLE "{table}" ({typed}, PRIMARY KEY ({key}))',

@@ -82,7 +82,7 @@ class Reference:
         assert outlier.sum() >= len(units)
         self.mask = ((tokens != BOS) & ~outlier).reshape(shape)
         self.x, self.f, self.hat = (
-            one.reshape(*self.mask.shape, -1) for one in (self.x, self.f, self.hat)
+            rows.reshape(*self.mask.shape, -1) for rows in (self.x, self.f, self.hat)
         )
 
     def batches(self) -> list[tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]]:
@@ -116,7 +116,7 @@ def perform(run: Path) -> Outcome:
 
 
 def written(run: Path) -> dict[str, Any]:
-    """What is in the results file, of which there is one."""
+    """What is in the only results file."""
     (path,) = (run / "studies" / "saebench").rglob("*eval_results.json")
     assert path.parent.name == "core" and path.name == f"{run.name}_custom_sae_eval_results.json"
     found: dict[str, Any] = json.loads(
@@ -139,14 +139,14 @@ def test_figures_of_rows(results: dict[str, Any], reference: Reference) -> None:
     assert len({len(x) for x, _, _ in batches}) > 1  # a mean over batches is not that over rows
     error = [((x - hat) ** 2).sum(1) for x, hat, _ in batches]
     s = np.mean([(x**2).sum(1).mean() for x, _, _ in batches])
-    r = np.mean([one.mean() for one in error])
+    r = np.mean([squares.mean() for squares in error])
     about = [((x - x.mean(0)) ** 2).sum(1) for x, _, _ in batches]
     x, hat, f = map(np.concatenate, zip(*batches, strict=True))
     norm, norm_hat = np.linalg.norm(x, axis=1), np.linalg.norm(hat, axis=1)
     expected = {
         "explained_variance": 1 - r / (s - (s / D) ** 2),
         "explained_variance_legacy": np.mean(1 - np.concatenate(error) / np.concatenate(about)),
-        "mse": np.mean(np.concatenate([one / len(one) for one in error])),
+        "mse": np.mean(np.concatenate([squares / len(squares) for squares in error])),
         "cossim": np.mean((x * hat).sum(1) / norm / norm_hat),
         "l2_norm_in": norm.mean(),
         "l2_norm_out": norm_hat.mean(),
@@ -185,15 +185,15 @@ def test_figures_of_latents(results: dict[str, Any], reference: Reference, made:
                 np.nan_to_num(unit) @ np.nan_to_num(unit).T - 9 * np.eye(F)
             ).max(1),
         }
-    found = results["eval_result_details"]
-    assert [one.keys() for one in found] == [expected.keys()] * F
+    details = results["eval_result_details"]
+    assert [latent.keys() for latent in details] == [expected.keys()] * F
     for name, column in expected.items():
-        values = np.array([one[name] for one in found])
+        values = np.array([latent[name] for latent in details])
         np.testing.assert_allclose(
             values, np.nan_to_num(column, nan=-1.0), rtol=1e-5, atol=1e-6, err_msg=name
         )
-    assert found[SILENT]["consistent_activation_heuristic"] == -1  # as SAEBench writes 0 / 0
-    assert found[BLIND]["encoder_decoder_cosine_sim"] == -1
+    assert details[SILENT]["consistent_activation_heuristic"] == -1  # as SAEBench writes 0 / 0
+    assert details[BLIND]["encoder_decoder_cosine_sim"] == -1
 
     density = expected["feature_density"]
     assert (
@@ -335,7 +335,7 @@ def test_the_file_is_made_once_and_again_where_it_is_gone(made: Made, tmp_path: 
     assert written(run)["eval_result_metrics"] == first["eval_result_metrics"]
     moved = run.rename(tmp_path / "other")
     perform(moved)
-    assert written(moved)["sae_lens_release_id"] == "other"  # and there is one file: `written`
+    assert written(moved)["sae_lens_release_id"] == "other"  # `written`: the former file is gone
 
 
 def test_refusals(made: Made) -> None:
@@ -457,5 +457,5 @@ def flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
     """Leaves with their paths."""
     if isinstance(value, dict | list):
         items = value.items() if isinstance(value, dict) else enumerate(value)
-        return [leaf for key, one in items for leaf in flat(one, f"{name}.{key}".strip("."))]
+        return [leaf for key, item in items for leaf in flat(item, f"{name}.{key}".strip("."))]
     return [(name, value)]
