@@ -11,6 +11,7 @@ os.environ.update({**ENVIRONMENT, **os.environ, "HF_HUB_OFFLINE": "1"})
 
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,15 @@ from data.store.unit import prepare
 from data.text.packing import Cursor
 
 torch.set_num_threads(1)
+
+# The same examples every time, whatever else loads the machine.
+hypothesis.settings.register_profile(
+    "ours",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("ours")
 
 BOS = 2
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data import durable, order
@@ -21,7 +21,6 @@ from data.store.moments import Moments, merge_all
 
 
 @given(st.integers(0, 500), st.integers(-5, 2**70), st.integers(0, 100))
-@settings(derandomize=True, deadline=None)
 def test_permutation_is_one_and_depends_on_every_seed(n: int, seed: int, unit: int) -> None:
     permutation = order.permutation(n, seed, unit)
     np.testing.assert_array_equal(np.sort(permutation), np.arange(n))
@@ -55,7 +54,6 @@ def test_held_out_is_a_share_and_at_least_one() -> None:
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(0, 99))
-@settings(derandomize=True, deadline=None)
 def test_moments_merge_to_those_of_all_rows(sizes: list[int], seed: int) -> None:
     rng = np.random.default_rng(seed)
     parts = [(rng.normal(size=(size, 3)) + 400).astype(np.float32) for size in sizes]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec, ShardingCodec
@@ -174,12 +174,7 @@ def test_tiny_and_huge_rows_do_not_overflow() -> None:
 
 
 @given(n=st.integers(1, 140), d=st.integers(1, 40), seed=st.integers(0, 99))
-@settings(
-    derandomize=True,
-    deadline=None,
-    max_examples=60,
-    suppress_health_check=[HealthCheck.too_slow],  # on a loaded machine
-)
+@settings(max_examples=60)
 def test_int8_round_trip_of_any_shape(n: int, d: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     bits = to_bits(
