@@ -31,10 +31,9 @@ class Arm:
     config: TrainConfig
     stream: Stream
     folder: Path
-    following: Follower = field(default_factory=FollowsNobody)
-    facts: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # written to config.yaml beside the settings
+    follower: Follower = field(default_factory=FollowsNobody)
+    # Written to config.yaml beside the settings.
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Run:
@@ -50,12 +49,16 @@ class Run:
             MismatchError: the directory holds a run with other settings or another store.
             StoreError: it is in use, damaged, or holds something else.
         """
-        self.arm, self.group = arm, group
+        self.arm = arm
+        self.group = group
         self.outcome: Outcome | None = None
         self.trainer = Trainer(arm.config, arm.stream.reader, device, group)
         with ExitStack() as stack:
             if group.rank == 0:
-                busy = f"another process is training in {arm.folder}; wait for it, or choose another run="
+                busy = (
+                    f"another process is training in {arm.folder}; wait for it, or choose "
+                    "another run="
+                )
                 stack.enter_context(durable.locked(arm.folder, busy))
                 durable.make_directory(arm.folder / run.CHECKPOINTS)
             self._settings = self._agree(device) if group.rank == 0 else ""
@@ -65,44 +68,48 @@ class Run:
             self._closing = stack.pop_all()
 
     def _agree(self, device: torch.device) -> str:
-        """Compare with what the directory holds; the settings' digest."""
-        arm, trainer = self.arm, self.trainer
+        """Compare the settings with the directory's, or write them; their digest."""
+        arm = self.arm
+        trainer = self.trainer
         tokens = trainer.steps * arm.config.batch
-        arm.following.require(tokens)
-        order = {"span": arm.following.span} if arm.following.span else {}
+        arm.follower.require(tokens)
+        order = {"span": arm.follower.span} if arm.follower.span else {}
         settings = {
             "store": {"identity": arm.stream.identity, **order},
             **asdict(arm.config),
             "tokens": tokens,
         }
         del settings["checkpoint_every"]
-        found = {"lr": trainer.optim.lr, "dead_after": trainer.dead_after}
-        shown = {**arm.facts, "scale": trainer.scale, "steps": trainer.steps, **found}
+        resolved = {"lr": trainer.optim.lr, "dead_after": trainer.dead_after}
+        facts = {**arm.facts, "scale": trainer.scale, "steps": trainer.steps, **resolved}
         if arm.config.optim.lr == "auto":
             tell(
-                f"{arm.folder}: optim.lr=auto is {trainer.optim.lr:.3g} for {arm.config.sae.d_sae:,} latents and "
-                f"{trainer.steps:,} steps (docs/method.md)"
+                f"{arm.folder}: optim.lr=auto is {trainer.optim.lr:.3g} for "
+                f"{arm.config.sae.d_sae:,} latents and {trainer.steps:,} steps (docs/method.md)"
             )
         for line in run.agree(
-            arm.folder, settings, shown, environment.of_training(device, self.group.world)
+            arm.folder, settings, facts, environment.of_training(device, self.group.world)
         ):
             tell(line)
         return records.digest(settings)
 
     def _open(self, stack: ExitStack, stop: StopRequest) -> None:
-        folder, following = self.arm.folder, self.arm.following
+        """Take up the last checkpoint, or begin; open the metrics. A finished run has its outcome."""
+        folder = self.arm.folder
+        follower = self.arm.follower
         saved = resume(folder, self._settings)
         if is_finished(folder):
-            following.finish()
+            follower.finish()
             tell(f"{folder} is finished: {folder / sae_file.FILE} is there, nothing to do")
             self.outcome = read_metrics(folder / run.METRICS)[-1]
             return
-        following.begin(checkpoint.oldest(folder / run.CHECKPOINTS))
+        follower.begin(checkpoint.oldest(folder / run.CHECKPOINTS))
         if saved:
             self.trainer.restore(saved)
             tell(f"{folder}: going on from step {saved.step:,} of {self.trainer.steps:,}")
         elif needed := self.trainer.rows_to_begin:
-            following.wait(min(-(-needed // self.arm.config.batch), self.trainer.steps) - 1, stop)
+            batches = min(-(-needed // self.arm.config.batch), self.trainer.steps)
+            follower.wait(batches - 1, stop)
             stop.check()
             self.trainer.begin_(self.arm.stream.first(needed))
         metrics = Metrics(folder / run.METRICS, saved.metrics_bytes if saved else 0)
@@ -111,9 +118,9 @@ class Run:
         durable.sync_directory(folder)
 
     def _share(self) -> None:
-        """Let all processes begin with what process 0 found."""
-        state, device = self.trainer.state, self.trainer.device
-        step = torch.tensor([state.step], device=device)
+        """Let all processes begin with process 0's state."""
+        state = self.trainer.state
+        step = torch.tensor([state.step], device=self.trainer.device)
         self.group.from_first_([step, *state.tensors().values()])
         state.step = self.start = self.saved = int(step)
         if self.group.any(self.outcome is not None) and self.outcome is None:
@@ -126,8 +133,8 @@ class Run:
 
     @property
     def fresh(self) -> bool:
-        """Whether it took a step here: what was due at the boundary where it goes on has been done
-        there.
+        """True once this process has stepped: a resumed run must not evaluate or save again where
+        it resumed.
         """
         return self.step > self.start
 
@@ -141,23 +148,21 @@ class Run:
 
     @property
     def save_due(self) -> bool:
-        round_of = self.arm.following.round
-        entered = self.fresh and round_of(self.step) != round_of(self.step - 1)
-        return self.fresh and (
-            self.last or entered or self.step % self.arm.config.checkpoint_every == 0
-        )
+        if not self.fresh:
+            return False
+        round_of = self.arm.follower.round
+        entered = round_of(self.step) != round_of(self.step - 1)
+        return self.last or entered or self.step % self.arm.config.checkpoint_every == 0
 
     def save(self) -> None:
-        """Save a checkpoint unless this step's is there; what no kept one needs is free from then
-        on.
-        """
+        """Save a checkpoint unless this step has one, then release the rows before the oldest."""
         if self.group.rank == 0 and self.saved != self.step:
             folder = self.arm.folder / run.CHECKPOINTS
-            moment = Checkpoint(
-                self.step, self._metrics.sync(), self._settings, self.trainer.state.tensors()
+            tensors = self.trainer.state.tensors()
+            checkpoint.save(
+                folder, Checkpoint(self.step, self._metrics.sync(), self._settings, tensors)
             )
-            checkpoint.save(folder, moment)
-            self.arm.following.release(checkpoint.oldest(folder))
+            self.arm.follower.release(checkpoint.oldest(folder))
         self.saved = self.step
 
     def note(self, record: dict[str, Any], speed: float | None = None) -> None:
@@ -173,7 +178,7 @@ class Run:
         if self.group.rank == 0:
             state = self.trainer.state
             path = sae_file.write_final(state.sae, self.trainer.scale, self.arm.folder, state.basis)
-            self.arm.following.finish()
+            self.arm.follower.finish()
             final = read_metrics(self.arm.folder / run.METRICS)[-1]
             tell(
                 f"wrote {path}: held-out variance explained {final['variance_explained']:.4f}, "
@@ -193,7 +198,7 @@ class Run:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the final SAE is there; a damaged one is exported again from the last checkpoint."""
+    """Whether the final SAE is there and whole. A damaged one is written again."""
     try:
         sae_file.load(folder / sae_file.FILE)
     except StoreError:
@@ -202,6 +207,14 @@ def is_finished(folder: Path) -> bool:
 
 
 def resume(folder: Path, settings: str) -> Checkpoint | None:
+    """The checkpoint from which a run goes on, if any.
+
+    Args:
+        settings: digest of the run's settings.
+
+    Raises:
+        StoreError: the checkpoints are another run's.
+    """
     saved, passed_over = checkpoint.latest(folder / run.CHECKPOINTS)
     for name in passed_over:
         tell(f"{folder}: checkpoint {name} is damaged and passed over")

@@ -27,6 +27,15 @@ from train.stream import rows_of, store_at
 from train.trainer import TrainConfig
 
 _ARM_BYTES = 150  # of a directory's name; file systems allow 255
+_COUNTS = (
+    "seed",
+    "data_seed",
+    "batch",
+    "log_every",
+    "eval_every",
+    "eval_rows",
+    "checkpoint_every",
+)
 
 
 def command(settings: dict[str, Any], job: Job = ALONE) -> None:
@@ -40,27 +49,26 @@ def command(settings: dict[str, Any], job: Job = ALONE) -> None:
 
 
 def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
-    """Turn the settings into objects."""
+    """The arm that the settings describe.
+
+    Raises:
+        SettingError: a setting is missing or wrong.
+        StoreError: there is no such store.
+    """
     if not settings["store"]:
         raise SettingError(
             "store= is missing; give the path of an activation store, e.g. store=activations/tiny.zarr"
         )
-    device, name = own_device(settings["device"]), settings["sae"].pop("name", "sae")
+    device = own_device(settings["device"])
+    sae_name = settings["sae"].pop("name", "sae")
     optim = build(OptimConfig, "optim", settings["optim"])
     chosen = objective.find(settings["sae"]["activation"])
     sae = build(chosen.settings, "sae", settings["sae"])
-    policy = Policy(*(flag(name, settings[name]) for name in ("drop_bos", "drop_outliers")))
+    policy = Policy(
+        flag("drop_bos", settings["drop_bos"]), flag("drop_outliers", settings["drop_outliers"])
+    )
     store = store_at(str(settings["store"]))
     layer = first_layer(store) if settings["layer"] is None else whole("layer", settings["layer"])
-    counts = (
-        "seed",
-        "data_seed",
-        "batch",
-        "log_every",
-        "eval_every",
-        "eval_rows",
-        "checkpoint_every",
-    )
     config = TrainConfig(
         layer=layer,
         matmul=settings["train"]["matmul"] or ("tf32" if device.type == "cuda" else "fp32"),
@@ -68,21 +76,24 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
         policy=policy,
         sae=sae,
         optim=optim,
-        **{key: whole(key, settings[key]) for key in counts},
+        **{name: whole(name, settings[name]) for name in _COUNTS},
     )
-    stream, reader = rows_of(
-        store, layer, config.batch, config.data_seed, policy, device.type == "cuda"
-    )
-    folder = run_directory(settings["run"], f"{Path(store.name).stem}_{name}_L{layer}", job)
-    registration = file_name(str(folder.resolve()))
-    following = reader.follower(registration, str(folder))
-    facts: dict[str, Any] = {"store_path": store.name, "sae_name": name, "source": source_of(store)}
+    pinned = device.type == "cuda"
+    stream = rows_of(store, layer, config.batch, config.data_seed, policy, pinned)
+    folder = run_directory(settings["run"], f"{Path(store.name).stem}_{sae_name}_L{layer}", job)
+    follower = stream.reader.follower(file_name(str(folder.resolve())), str(folder))
+    facts: dict[str, Any] = {
+        "store_path": store.name,
+        "sae_name": sae_name,
+        "source": source_of(store),
+    }
     if store.complete(layer) and (lost := summary.variance_lost(store, layer)) is not None:
-        facts |= {"store_variance_lost": lost}
+        facts["store_variance_lost"] = lost
         tell(
-            f"{store.name} keeps rows as {store.manifest['codec']}, which lost {lost:.2e} of their variance"
+            f"{store.name} keeps rows as {store.manifest['codec']}, which lost {lost:.2e} of their "
+            "variance"
         )
-    return Arm(config, stream, folder, following, facts)
+    return Arm(config, stream, folder, follower, facts)
 
 
 def first_layer(store: Store) -> int:
@@ -96,9 +107,7 @@ def first_layer(store: Store) -> int:
 
 
 def run_directory(asked: str | None, name: str, job: Job) -> Path:
-    """Where the run lives: as asked, or under runs/ by store, dictionary and layer, and by its arm
-    in a multirun.
-    """
+    """The run's directory: as asked, else under runs/ by `name`, and by the arm in a multirun."""
     if asked:
         return Path(asked)
     folder = Path("runs") / file_name(name)
@@ -106,17 +115,15 @@ def run_directory(asked: str | None, name: str, job: Job) -> Path:
 
 
 def arm_name(overrides: Sequence[str]) -> str:
-    """A directory name made of a job's overrides; `store` is left out, because the parent directory
-    names it.
+    """A directory name made of a job's overrides.
+
+    `store` is left out: the parent directory names it.
     """
-    return file_name(
-        ",".join(item for item in overrides if not item.startswith("store=")) or "default"
-    )
+    named = [override for override in overrides if not override.startswith("store=")]
+    return file_name(",".join(named) or "default")
 
 
 def file_name(text: str) -> str:
-    """`text` as one path component. Where something had to be changed, a digest keeps different
-    texts apart.
-    """
+    """`text` as one path component. A digest keeps changed texts apart."""
     safe = re.sub(r"[^A-Za-z0-9._=,-]", "-", text)[:_ARM_BYTES].lstrip(".")
     return safe if safe == text else f"{safe}-{durable.digest(text.encode())[:8]}"

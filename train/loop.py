@@ -1,13 +1,13 @@
-"""Training SAEs, one or many on one read of their rows.
+"""The training loop: SAEs, one or many, on one read of their rows.
 
 All that changes in a run is in its State. A run that was killed and started again ends with the
-same bits, metrics included, as one that was not, within one recorded environment; and so does one
-that was trained beside others. For runs that share a stream are shown the same batches in turn,
-each takes those that it has not had, and nothing else is between them.
+same bits, metrics included, as one that was not, within one recorded environment. So does a run
+that was trained beside others: runs share the batches and nothing else.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -26,18 +26,95 @@ from train.parallel import Group
 from train.stream import Stream
 
 
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """Only deterministic algorithms; the former setting comes back."""
-    fill = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), fill.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True)
-    fill.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # every torch.empty here is written first
+def _train(runs: list[Run], stop: StopRequest, group: Group) -> None:
+    """Train all runs to their end; each keeps its outcome."""
+    step = min(run.step for run in runs)
+    shown = _Shown(step, len(runs))
+    with ExitStack() as stack:
+        feeds = {}
+        for stream in _streams(runs):
+            feeds[stream] = stack.enter_context(closing(_feed(stream, runs, step)))  # type: ignore[type-var]
+        while True:
+            # A run that went on from a later step waits until the others are there.
+            here = [run for run in runs if run.step == step]
+
+            # Once in a while, and at the end: evaluate on held-out rows.
+            if group.rank == 0:
+                _evaluate([run for run in here if run.evaluation_due])
+
+            # Once in a while, and at the end: save a checkpoint. At the end: write the final SAE.
+            for run in here:
+                if run.save_due:
+                    run.save()
+                if run.last:
+                    run.finish()
+            runs = [run for run in runs if run.outcome is None]
+            here = [run for run in here if run.outcome is None]
+            if not runs:
+                return
+
+            # Wait for a harvest that is still writing. It may need the checkpoint saved above.
+            for run in here:
+                run.arm.follower.wait(step, stop)
+
+            # After a signal: save and stop, all processes at the same step.
+            if group.any(stop.signum is not None):
+                for run in runs:
+                    run.save()
+                raise Interrupted(stop.signum or signal.SIGTERM)
+
+            # One batch of each stream.
+            batches = {}
+            for stream in _streams(runs):
+                batches[stream] = next(feeds[stream])
+
+            # One optimizer step of each run.
+            for run in here:
+                _step(run, batches[run.arm.stream], shown)
+            step += 1
+            if group.rank == 0:
+                shown.line()
+
+
+def _step(run: Run, batch: Tensor, shown: _Shown) -> None:
+    """One optimizer step: train/trainer.py. A run that fails leaves the others alone."""
     try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        fill.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]
+        record = run.trainer.step_(batch)
+    except PipelineError as error:
+        run.fail(error)
+        if shown.arms > 1:  # alone, the caller says it
+            tell(f"{run.arm.folder}: {error}")
+        return
+    if record:
+        speed = shown.speed(run.step) * run.arm.config.batch
+        run.note(record, speed)
+        shown.add(record, run.trainer.steps, speed)
+
+
+def _evaluate(runs: Sequence[Run]) -> None:
+    """Evaluate runs; those of one stream share the reading of its held-out rows."""
+    for stream in _streams(runs):
+        due = [run for run in runs if run.arm.stream is stream]
+        evaluations = [run.trainer.evaluation() for run in due]
+        evaluate(evaluations, stream.held_out())
+        for run, evaluation in zip(due, evaluations, strict=True):
+            run.note(run.trainer.held_out_record(evaluation))
+
+
+def _streams(runs: Sequence[Run]) -> list[Stream]:
+    """The streams of runs, each once, in the order of the runs."""
+    return list(dict.fromkeys(run.arm.stream for run in runs))
+
+
+def _feed(stream: Stream, runs: Sequence[Run], first: int) -> Iterator[Tensor]:
+    """The stream's batches from number `first` on, on the device of its runs."""
+    run = next(run for run in runs if run.arm.stream is stream)
+    follower = run.arm.follower
+    return to_device(
+        stream.reader.batches(first),
+        run.trainer.device,
+        lambda ahead: follower.has(first + ahead),
+    )
 
 
 def train(arm: Arm, device: torch.device, group: Group | None = None) -> dict[str, Any]:
@@ -57,8 +134,7 @@ def train(arm: Arm, device: torch.device, group: Group | None = None) -> dict[st
 def train_together(
     arms: Sequence[Arm], device: torch.device, group: Group | None = None
 ) -> list[Outcome]:
-    """Train arms whose streams have the same rhythm on one read; an arm that fails leaves the
-    others alone.
+    """Train arms that take the same batches on one read; an arm that fails leaves the others alone.
 
     Raises:
         Interrupted: a signal came; checkpoints are saved.
@@ -66,132 +142,81 @@ def train_together(
     group = group or Group()
     with _deterministic(), torch.no_grad(), StopRequest() as stop, ExitStack() as stack:
         opened = [_opened(arm, device, group, stop, stack) for arm in arms]
-        live = [one for one in opened if isinstance(one, Run) and one.outcome is None]
+        live = [run for run in opened if isinstance(run, Run) and run.outcome is None]
         if live:
-            _pass(live, stop, group)
-    return [one.outcome or {} if isinstance(one, Run) else one for one in opened]
+            _train(live, stop, group)
+    return [run.outcome or {} if isinstance(run, Run) else run for run in opened]
 
 
 def _opened(
     arm: Arm, device: torch.device, group: Group, stop: StopRequest, stack: ExitStack
 ) -> Run | PipelineError:
+    """The arm's run, or why it cannot be trained."""
     try:
-        one = Run(arm, device, group, stop)
+        run = Run(arm, device, group, stop)
     except PipelineError as error:
         return error
-    stack.callback(one.close)
-    return one
+    stack.callback(run.close)
+    return run
 
 
-def _pass(runs: list[Run], stop: StopRequest, group: Group) -> None:
-    """Steps N + 1 times, so that the last boundary, where there is no batch any more, is like the
-    others.
-    """
-    at = min(one.step for one in runs)
-    shown = _Shown(at, len(runs))
-    with ExitStack() as stack:
-        feeds = {
-            stream: stack.enter_context(closing(_feed(stream, runs, at)))  # type: ignore[type-var]
-            for stream in dict.fromkeys(one.arm.stream for one in runs)
-        }
-        while True:
-            _at_boundary([one for one in runs if one.step == at], group)
-            runs = [one for one in runs if one.outcome is None]
-            if not runs:
-                return
-            here = [one for one in runs if one.step == at]
-            for one in here:
-                one.arm.following.wait(
-                    at, stop
-                )  # behind the checkpoint, on which what is waited for may depend
-            if group.any(stop.signum is not None):
-                for one in runs:
-                    one.save()
-                raise Interrupted(stop.signum or signal.SIGTERM)
-            batches = {
-                stream: next(feeds[stream])
-                for stream in dict.fromkeys(one.arm.stream for one in runs)
-            }
-            for one in here:
-                _step(one, batches[one.arm.stream], shown)
-            at += 1
-            if group.rank == 0:
-                shown.line()
-
-
-def _feed(stream: Stream, runs: Sequence[Run], at: int) -> Iterator[Tensor]:
-    """The stream's batches from number `at` on, on the device on which its runs are trained."""
-    first = next(one for one in runs if one.arm.stream is stream)
-    following = first.arm.following
-    return to_device(
-        stream.reader.batches(at), first.trainer.device, lambda ahead: following.has(at + ahead)
-    )
-
-
-def _at_boundary(runs: Sequence[Run], group: Group) -> None:
-    """Evaluate, save and finish what is due; runs that share their rows share the reading of the
-    held-out ones.
-    """
-    due: dict[Stream, list[Run]] = {}
-    for one in runs if group.rank == 0 else ():
-        if one.evaluation_due:
-            due.setdefault(one.arm.stream, []).append(one)
-    for stream, evaluated in due.items():
-        evaluations = [one.trainer.evaluation() for one in evaluated]
-        evaluate(evaluations, stream.held_out())
-        for one, evaluation in zip(evaluated, evaluations, strict=True):
-            one.note(one.trainer.held_out_record(evaluation))
-    for one in runs:
-        if one.save_due:
-            one.save()
-        if one.last:
-            one.finish()
-
-
-def _step(one: Run, batch: Tensor, shown: _Shown) -> None:
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Only deterministic algorithms; the former setting comes back."""
+    # cuBLAS reads this when it starts. The commands set it earlier, for other products before.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    debug = torch.utils.deterministic
+    enabled = torch.are_deterministic_algorithms_enabled()
+    fill = debug.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    debug.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # every torch.empty here is written first
     try:
-        record = one.trainer.step_(batch)
-    except PipelineError as error:
-        one.fail(error)
-        if shown.arms > 1:  # alone, it is the caller's to say
-            tell(f"{one.arm.folder}: {error}")
-        return
-    if record:
-        speed = shown.speed(one.step) * one.arm.config.batch
-        one.note(record, speed)
-        shown.add(record, one.trainer.steps, speed)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled)
+        debug.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
 class _Shown:
-    """The progress line of one pass."""
+    """The progress line of all runs."""
 
     def __init__(self, start: int, arms: int) -> None:
         self.arms = arms
-        self._start, self._began, self._progress = start, time.monotonic(), Progress()
+        self._start = start
+        self._began = time.monotonic()
+        self._progress = Progress()
         self._new: list[tuple[dict[str, Any], int, float]] = []
 
     def speed(self, step: int) -> float:
-        """Steps per second since the pass began."""
+        """Steps per second since the loop began."""
         return (step - self._start) / (time.monotonic() - self._began)
 
     def add(self, record: dict[str, Any], steps: int, tokens_per_s: float) -> None:
+        """Keep a run's record for the next line.
+
+        Args:
+            steps: optimizer steps of the whole run.
+        """
         self._new.append((record, steps, tokens_per_s))
 
     def line(self) -> None:
-        """Show what the last step gave, if anything."""
+        """Show the records since the last line, if any."""
         if not self._new:
             return
         records = [record for record, _, _ in self._new]
         record, steps, tokens_per_s = max(self._new, key=lambda new: new[1])
-        explained = sorted(one["variance_explained"] for one in records)
+        explained = sorted(record["variance_explained"] for record in records)
         if len(records) == 1:
-            figures = f"variance explained {explained[0]:.4f}  mse {record['mse']:.4g}  l0 {record['l0']:.1f}"
-            figures += f"  dead {record['dead_share']:.1%}  lr {record['lr']:.2g}"
-        else:
             figures = (
-                f"{len(records)} arms  variance explained {explained[0]:.4f} to {explained[-1]:.4f}"
+                f"variance explained {explained[0]:.4f}  mse {record['mse']:.4g}  "
+                f"l0 {record['l0']:.1f}  dead {record['dead_share']:.1%}  lr {record['lr']:.2g}"
             )
-            figures += f"  dead up to {max(one['dead_share'] for one in records):.1%}"
+        else:
+            most_dead = max(record["dead_share"] for record in records)
+            figures = (
+                f"{len(records)} arms  variance explained {explained[0]:.4f} to "
+                f"{explained[-1]:.4f}  dead up to {most_dead:.1%}"
+            )
         left = (steps - record["step"]) / self.speed(record["step"])
         self._progress.show(
             f"step {record['step']:,}/{steps:,}  {record['tokens']:,} tokens  {figures}  "

@@ -22,9 +22,7 @@ class Stream:
     identity: str  # digest of the store
     reader: Reader
     held_out: Callable[[], Iterator[Tensor]]  # (n, d) batches of all held-out rows
-    _first: list[Tensor] = field(
-        default_factory=list
-    )  # what `first` found, for the other arms of a sweep
+    _first: list[Tensor] = field(default_factory=list)  # cache of `first`, for the arms of a sweep
 
     def first(self, rows: int) -> Tensor:
         """(rows, d) the first rows of the stream; read once, however many runs ask."""
@@ -35,11 +33,12 @@ class Stream:
 
 def first_rows(reader: Reader, rows: int) -> Tensor:
     """(rows, d) the first rows of a reader's stream."""
-    parts, have = list[Tensor](), 0
+    parts = list[Tensor]()
+    count = 0
     with closing(reader.batches(0)) as batches:  # type: ignore[type-var]
-        while have < rows:
-            parts.append(next(batches)[: rows - have].clone())
-            have += len(parts[-1])
+        while count < rows:
+            parts.append(next(batches)[: rows - count].clone())
+            count += len(parts[-1])
     return torch.cat(parts)
 
 
@@ -52,11 +51,11 @@ def store_at(path: str) -> Store:
 @cache  # so that they share the reading
 def rows_of(
     store: Store, layer: int, batch: int, data_seed: int, policy: Policy, pinned: bool
-) -> tuple[Stream, Reader]:
+) -> Stream:
     """One layer's rows in one order.
 
     Args:
         pinned: into memory from which a GPU copies by itself.
     """
     reader = Reader(store, layer, batch=batch, seed=data_seed, policy=policy, pinned=pinned)
-    return Stream(store.identity, reader, lambda: held_out(store, layer, policy, batch)), reader
+    return Stream(store.identity, reader, lambda: held_out(store, layer, policy, batch))

@@ -37,18 +37,15 @@ class TrainConfig:
     """Everything that decides a run's bits, with the store and the environment."""
 
     layer: int
-    tokens: int | None = (
-        None  # kept rows to train on; None: one pass over the store, more: several passes
-    )
+    # Kept rows to train on. None: one pass over the store; more than it has: several passes.
+    tokens: int | None = None
     batch: int = 4096  # rows per optimizer step
     seed: int = 0  # of the initial weights
     data_seed: int = 0  # of the order of rows; runs that share it share the reading
     log_every: int = 10  # optimizer steps
     eval_every: int = 5_000  # optimizer steps; the end is evaluated in any case
     eval_rows: int = 262_144  # held-out rows per evaluation; all of them at the end
-    checkpoint_every: int = (
-        1_000  # optimizer steps; decides no bit, so it may change between starts
-    )
+    checkpoint_every: int = 1_000  # optimizer steps; decides no bit, so it may change
     matmul: Matmul = "fp32"  # of the encoder product; everything else is float32
     policy: Policy = field(default_factory=Policy)
     sae: SAEConfig = field(default_factory=SAEConfig)
@@ -105,16 +102,17 @@ class Trainer:
     def __init__(
         self, config: TrainConfig, reader: Reader, device: torch.device, group: Group | None = None
     ) -> None:
-        self.config, self.device, self.group = config, device, group or Group()
+        self.config = config
+        self.device = device
+        self.group = group or Group()
         _require_divisible(config, self.group.world)
         if config.matmul == "tf32" and device.type != "cuda":
             raise SettingError(
                 "train.matmul=tf32 is a precision of CUDA GPUs; on a CPU take fp32 or bf16"
             )
         self.steps = config.steps(reader.rows)
-        self.scale = math.sqrt(reader.d_model) / float(
-            reader.mean_norm
-        )  # E||x|| -> sqrt(d), as Gao et al.
+        # E||x|| becomes sqrt(d), as in Gao et al.
+        self.scale = math.sqrt(reader.d_model) / float(reader.mean_norm)
         self.mean = torch.from_numpy(reader.mean).to(device) * self.scale
         self.mean_variance = float(reader.variance.mean()) * self.scale**2
         self.objective = objective.find(config.sae.activation)(config.sae, config.matmul)
@@ -139,19 +137,23 @@ class Trainer:
 
     @property
     def rows_to_begin(self) -> int:
-        """How many rows `begin_` wants; 0 if there is nothing to begin with."""
-        config, run = self.config.sae, self.steps * self.config.batch
-        wanted = config.rotate or config.init == "rows"
-        return min(start.rows_needed(len(self.mean), config.d_sae), run) if wanted else 0
+        """Rows that `begin_` needs; 0: it is not to be called."""
+        config = self.config.sae
+        if not config.rotate and config.init != "rows":
+            return 0
+        return min(start.rows_needed(len(self.mean), config.d_sae), self.steps * self.config.batch)
 
     def begin_(self, first: Tensor) -> None:
-        """Start from the stream's first raw rows (rows_to_begin, d): basis, directions, the
-        encoder's scale.
+        """Set basis, directions and the encoder's scale by rows.
+
+        Args:
+            first: (rows_to_begin, d) the stream's first raw rows.
 
         Raises:
             NonFiniteError: some are NaN or infinite.
         """
-        state, config = self.state, self.config.sae
+        state = self.state
+        config = self.config.sae
         if bad := len(first) - int(torch.isfinite(first).all(1).sum()):
             raise NonFiniteError(
                 f"{bad} of the {len(first)} rows to begin with hold NaN or infinity; {_VERIFY}"
@@ -160,8 +162,8 @@ class Trainer:
         centred = rows - state.sae.b_dec
         if state.basis is not None:
             state.basis.copy_(start.principal_axes(centred))
-            centred, b_dec = centred @ state.basis, state.sae.b_dec @ state.basis
-            state.sae.b_dec.copy_(b_dec)
+            centred = centred @ state.basis
+            state.sae.b_dec.copy_(state.sae.b_dec @ state.basis)
         if config.init == "rows":
             start.from_rows_(state.sae, centred, whiten=state.basis is not None)
 
@@ -171,30 +173,41 @@ class Trainer:
         Raises:
             NonFiniteError: the loss is NaN or infinite; nothing was changed.
         """
-        state, config = self.state, self.config
+        state = self.state
+        config = self.config
+
+        # The rows: this process's share, scaled, in the basis.
         rows = self.group.share(batch).to(self.device).float() * self.scale
         x = rows if state.basis is None else rows @ state.basis
-        # Device sync: nonzero must know how many latents are dead.
+
+        # Losses and gradients. Device sync: nonzero must know how many latents are dead.
         dying = dead.dead_latents(state.silent, self.dead_after)
         if state.step == 0:
             self.objective.begin_(state.sae, x - state.sae.b_dec)
         result = objective.losses(
             self.objective, state.sae, x, dying, self.mean_variance, self.group
         )
-        # Device sync, once a step: one NaN would spoil every weight in one update.
+
+        # Stop before one NaN spoils every weight. Device sync, once a step.
         value = self.group.mean_(result.loss).item()
         if not math.isfinite(value):
             raise NonFiniteError(_blame(batch, state.step, value))
+
+        # The update.
         for gradient in result.gradients.values():
             self.group.mean_(gradient)
         lr = learning_rate(state.step, self.steps, self.optim)
         state.adam.step_(result.gradients, lr)
         self.objective.after_(state.sae, result.kept)
         state.step += 1
+
+        # Count tokens since each latent fired, and restart those that are dead for long.
         fired = self.group.sum_(dead.firings(result.kept, config.sae.d_sae, result.bags))
         dead.count_(state.silent, fired, len(batch))
         if state.restarted is not None:
             self._resample(result.error, len(batch))
+
+        # Decoder directions have norm 1, in any case at the end.
         if state.step % self.optim.project_every == 0 or state.step == self.steps:
             state.sae.project_()
         if state.step % config.log_every == 0 or state.step in (1, self.steps):
@@ -202,9 +215,7 @@ class Trainer:
         return None
 
     def _resample(self, error: Tensor, tokens: int) -> None:
-        """Restart the latents that have been dead since they were last restarted, until 80 % of the
-        run.
-        """
+        """Restart latents that did not fire since their last restart, in the run's first 80 %."""
         state = self.state
         assert state.restarted is not None
         state.restarted.add_(tokens)
@@ -213,9 +224,8 @@ class Trainer:
         quiet = torch.minimum(state.silent, state.restarted)
         latents = dead.dead_latents(quiet, _RESAMPLE_AFTER * self.dead_after)
         if len(latents):
-            drawn = order.permutation(
-                max(len(error), len(latents)), self.config.seed, state.step
-            ) % len(error)
+            count = max(len(error), len(latents))
+            drawn = order.permutation(count, self.config.seed, state.step) % len(error)
             draw = torch.from_numpy(drawn[: len(latents)]).to(error.device)
             dead.resample_(state.sae, state.adam, latents, error, draw)
             self.objective.restart_(state.sae, state.adam, latents)
@@ -232,9 +242,8 @@ class Trainer:
             "split": "train",
             **self._position(),
             "loss": value,
-            "aux_loss": self.group.mean_(
-                result.aux
-            ).item(),  # Device sync, in steps that are logged
+            # Device sync, in steps that are logged.
+            "aux_loss": self.group.mean_(result.aux).item(),
             **fidelity.figures(),
             "dead": dead_count,
             "dead_share": dead_count / self.config.sae.d_sae,
@@ -270,12 +279,14 @@ def _require_divisible(config: TrainConfig, world: int) -> None:
         )
     if world > 1 and config.sae.resample:
         raise SettingError(
-            f"sae.resample draws rows of a whole batch, so {world} processes cannot share it; use one"
+            f"sae.resample draws rows of a whole batch, so {world} processes cannot share it; "
+            "use one"
         )
     if world > 1 and objective.find(config.sae.activation).whole_batch:
         raise SettingError(
-            f"sae.activation={config.sae.activation} looks at a whole batch, so {world} processes cannot share it; "
-            "train it on one, or sweep with -m, which gives every process its own arms"
+            f"sae.activation={config.sae.activation} looks at a whole batch, so {world} processes "
+            "cannot share it; train it on one, or sweep with -m, which gives every process its own "
+            "arms"
         )
 
 
@@ -284,10 +295,10 @@ def _blame(batch: Tensor, number: int, value: float) -> str:
     bad = (~torch.isfinite(batch).all(1)).nonzero()
     if len(bad):
         return (
-            f"batch {number} holds NaN or infinity, first in row {int(bad[0])} of {len(batch)} ({len(bad)} such rows); "
-            f"stopped before the step; {_VERIFY}"
+            f"batch {number} holds NaN or infinity, first in row {int(bad[0])} of {len(batch)} "
+            f"({len(bad)} such rows); stopped before the step; {_VERIFY}"
         )
     return (
-        f"the loss is {value} at batch {number} though all its {len(batch)} rows are finite: training diverged; "
-        "stopped before the step; start another run with a lower optim.lr="
+        f"the loss is {value} at batch {number} though all its {len(batch)} rows are finite: "
+        "training diverged; stopped before the step; start another run with a lower optim.lr="
     )
