@@ -1,4 +1,4 @@
-"""Checkpoints: what a killed run needs to end with the same bits as one that was not killed.
+"""Checkpoints: with one, a killed run ends with the bits of one that was not killed.
 
 checkpoint/step_00001000.safetensors holds the state's tensors, step_00001000.json the rest, the
 tensors' digest and its own. Both are written once under a new name, tensors first; the two newest
@@ -66,9 +66,7 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[Buffer]:
 
 
 def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint, if any, and the names of newer damaged ones that were passed
-    over.
-    """
+    """The newest whole checkpoint, if any, and the names of newer damaged ones."""
     passed_over: list[str] = []
     for path in _newest_first(folder):
         try:
@@ -79,9 +77,7 @@ def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def oldest(folder: Path) -> int:
-    """The earliest step that training may still fall back to: its start, as long as no second
-    checkpoint is there.
-    """
+    """The earliest step that training may fall back to: 0 until there are two checkpoints."""
     kept = list(_newest_first(folder))
     return int(kept[-1].stem.removeprefix("step_")) if len(kept) >= _KEEP else 0
 
@@ -89,8 +85,8 @@ def oldest(folder: Path) -> int:
 def _read(path: Path) -> Checkpoint:
     body = records.decode(path.read_bytes(), str(path))
     data = path.with_suffix(".safetensors")
-    found = durable.digest_file(data) if data.exists() else None
-    if found != Written(*body["tensors"]):
+    digest = durable.digest_file(data) if data.exists() else None
+    if digest != Written(*body["tensors"]):
         raise StoreError(f"{data} is missing or not what was written")
     tensors = safetensors.torch.load_file(data)
     return Checkpoint(body["step"], body["metrics_bytes"], body["settings"], tensors)

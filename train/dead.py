@@ -19,24 +19,23 @@ def never_fired(d_sae: int, device: torch.device) -> Tensor:
 
 
 def firings(kept: Kept, d_sae: int, bags: Bags | None = None) -> Tensor:
-    """(F,) times that each latent fired in a batch: was kept and positive. Among the k largest with
-    0 is silence.
+    """(F,) times that each latent fired in a batch: was kept with a value above 0.
 
     Args:
         bags: the pairs grouped by latent, if that has been done.
     """
+    # Sums, because indexing by a mask syncs the device.
     positive = (kept.values > 0).to(kept.values.dtype)
-    return kernels.latent_sums(
-        positive, kept.indices, d_sae, bags
-    )  # sums, because indexing by a mask syncs the device
+    return kernels.latent_sums(positive, kept.indices, d_sae, bags)
 
 
 def count_(silent: Tensor, fired: Tensor, tokens: int) -> None:
-    """Add a batch of `tokens` rows to the counters (F,) of tokens since each latent fired, in
-    place.
+    """Count a batch, in place.
 
     Args:
-        fired: (F,) times that each latent fired in it.
+        silent: (F,) tokens since each latent fired.
+        fired: (F,) times that each latent fired in the batch.
+        tokens: rows of the batch.
     """
     silent.add_(tokens).masked_fill_(fired > 0, 0)
 
@@ -47,10 +46,10 @@ def dead_latents(silent: Tensor, dead_after: int) -> Tensor:
 
 
 def resample_(sae: SAE, adam: Adam, latents: Tensor, error: Tensor, draw: Tensor) -> None:
-    """Restart latents (D,) where the reconstruction is worst off: along the errors of random rows.
+    """Restart latents (D,) along the errors of random rows, where the reconstruction is worst.
 
-    Each reads and writes along the error e of a row, with an encoder as long as the others' along
-    their own directions, no bias, and the optimizer's moments of a latent that it knows nothing of.
+    Each reads and writes along the error e of one row. Its encoder is as long as the others' are
+    along their own directions, its bias is 0, and the optimizer's moments start anew.
 
     Args:
         error: (n, d) of the batch.

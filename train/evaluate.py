@@ -4,9 +4,9 @@ Sums are float64. With e = x - x_hat on raw rows x (n, d) and mu (d,) the store'
 training rows:
 
     mse                         mean of e^2 over all n d elements
-    variance_explained          1 - sum(e^2) / sum((x - mu)^2): centred per dimension, the figure to quote
-    variance_explained_scalar   1 - mse / x.var(): one variance over all elements, as the reference has it; nearly
-                                uncentred, so higher
+    variance_explained          1 - sum(e^2) / sum((x - mu)^2): centred per dimension; quote this
+    variance_explained_scalar   1 - mse / x.var(): one variance over all elements, as the reference
+                                has it; nearly uncentred, so higher
     l0                          kept latents per row with a value above 0
     coverage                    share of latents that fired on these rows
 """
@@ -35,17 +35,23 @@ class Fidelity:
             mean: (d,) float64, mu times `scale`.
             scale: what the rows that `add` sees are multiplied by; figures are of raw rows.
         """
-        self._mean, self._scale = mean, scale
+        self._mean = mean
+        self._scale = scale
         self._rows = 0
         # sums of: squared error, squares about mu, elements, squared elements, active latents
         self._sums = torch.zeros(5, dtype=torch.float64, device=mean.device)
         self._fired = torch.zeros(d_sae, dtype=torch.bool, device=mean.device)
 
     def add(self, x: Tensor, error: Tensor, kept: Kept) -> None:
-        """Count (n, d) scaled rows, their errors in whatever orthogonal basis, and the latents kept
-        for them.
+        """Count rows.
+
+        Args:
+            x: (n, d) scaled rows.
+            error: (n, d) their errors, in any orthogonal basis.
+            kept: their latents.
         """
-        rows, active = x.double(), kept.values > 0
+        rows = x.double()
+        active = kept.values > 0
         self._rows += len(x)
         self._sums += torch.stack(
             [
@@ -83,20 +89,23 @@ class Fidelity:
 
 
 class Evaluation:
-    """Figures of an SAE that works on scaled rows, over the first `limit` raw rows or some more
-    (None: all of them).
-    """
+    """Figures of an SAE that works on scaled rows, over raw rows."""
 
     def __init__(
         self, sae: SAE, mean: Tensor, scale: float, limit: int | None, basis: Tensor | None = None
     ) -> None:
-        """Nothing is counted yet.
+        """Start empty.
 
         Args:
             mean: as in `Fidelity`.
+            limit: rows, to the end of the batch that reaches it; None: all.
             basis: (d, d) orthogonal, if the SAE works on scaled rows times that.
         """
-        self._sae, self._scale, self._limit, self._rows, self._basis = sae, scale, limit, 0, basis
+        self._sae = sae
+        self._scale = scale
+        self._limit = limit
+        self._basis = basis
+        self._rows = 0
         self._fidelity = Fidelity(mean, sae.d_sae, scale)
         self._device = mean.device
 
@@ -118,7 +127,7 @@ class Evaluation:
 
 
 def evaluate(evaluations: Sequence[Evaluation], rows: Iterable[Tensor]) -> None:
-    """Show the same (n, d) raw rows to all evaluations, until none wants more."""
+    """Show the same batches (n, d) of raw rows to all evaluations, until none wants more."""
     for batch in rows:
         wanting = [evaluation for evaluation in evaluations if evaluation.wants_more]
         if not wanting:

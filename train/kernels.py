@@ -1,20 +1,20 @@
-"""The sparse autoencoder's arithmetic: exact, deterministic, without autograd, the same functions
-on CPU and CUDA.
+"""The sparse autoencoder's arithmetic: exact, deterministic, the same functions on CPU and CUDA.
 
-On CUDA the sparse ones are train/triton_kernels.py's; what is said here of speed is of the CPU.
+train/functions.py makes autograd functions of them. On CUDA the sparse ones are those of
+train/triton_kernels.py; all speeds here are the CPU's.
 
 Shapes: n rows, d = d_model, F = d_sae, k = kept latents per row.
 
 Each function is the fastest exact way found for its phase (one core, d 384, F 4,096, k 32, n 2,048,
 in ms):
 
-    phase                       here                                              ms     otherwise
-    encoder product             addmm into one reused buffer, block by block   72     88 (new output, linear)
-    top k                       two stages, partition on the CPU                  10     31 (torch.topk)
-    decoding                    embedding_bag with weights                        2.1    44 (dense product)
-    gradient of kept values     embedding_bag's own weights backward              4.7    57 (dense product)
-    gradient of one weight      embedding_bag over rows, a bag per latent         2.0    45 (dense), 69 (index_add)
-    sort of the n k pairs       once for both weights                             0.6
+    phase                    here                                       ms   otherwise
+    encoder product          addmm into one reused buffer, by blocks    72   88 (new output, linear)
+    top k                    two stages, partition on the CPU           10   31 (torch.topk)
+    decoding                 embedding_bag with weights                2.1   44 (dense product)
+    gradient of kept values  embedding_bag's own weights backward      4.7   57 (dense product)
+    gradient of one weight   embedding_bag over rows, a bag per latent 2.0   45 (dense), 69 (index_add)
+    sort of the n k pairs    once for both weights                     0.6
 
 embedding_bag sums each bag in one thread and in index order, so no result depends on which thread
 ran when, as atomics and index_add would have it.
@@ -42,11 +42,10 @@ _GROUP = 8  # columns per group in the first stage: 4 costs 12 ms, 16 costs 11, 
 
 
 class Kept(NamedTuple):
-    """The active latents of n rows as p pairs (row, latent), row by row.
+    """The kept latents of n rows as p pairs (row, latent), row by row.
 
-    TopK keeps k of each row, other activations as many as there are. What is summed over the pairs
-    of a row is summed over a bag; so `rows` and `starts` may name other bags than rows, as
-    Matryoshka's nested dictionaries do.
+    TopK keeps k of each row, other activations any number. A row's pairs are a bag, over which
+    sums run. `rows` and `starts` may name smaller bags than rows: Matryoshka's dictionaries.
     """
 
     values: Tensor  # (p,) float32 activations, >= 0
@@ -56,16 +55,15 @@ class Kept(NamedTuple):
 
     @classmethod
     def even(cls, values: Tensor, indices: Tensor) -> Kept:
-        """Of (n, k) values and indices."""
+        """The same number of pairs in each row: (n, k) values and indices."""
         n, k = indices.shape
-        at = torch.arange(n * k, device=indices.device)
-        return cls(values.reshape(-1), indices.reshape(-1), at // k, at[::k])
+        position = torch.arange(n * k, device=indices.device)
+        return cls(values.reshape(-1), indices.reshape(-1), position // k, position[::k])
 
     def active(self) -> Tensor:
         """(n,) int64 latents above 0 in each row."""
-        return torch.zeros_like(self.starts).scatter_add_(
-            0, self.rows, (self.values > 0).to(torch.int64)
-        )
+        positive = (self.values > 0).to(torch.int64)
+        return torch.zeros_like(self.starts).scatter_add_(0, self.rows, positive)
 
 
 class Bags(NamedTuple):
@@ -252,8 +250,9 @@ def _largest(x: Tensor, k: int) -> Tensor:
 
 
 def _threshold_mask(x: NDArray[np.float32], k: int) -> NDArray[np.bool_]:
-    """(n, F) true at the k largest of each row, by a partition (five times as fast as torch.topk's
-    selection).
+    """(n, F) true at the k largest of each row.
+
+    By a partition, five times as fast as torch.topk's selection.
     """
     width = x.shape[1]
     threshold = np.partition(x, width - k, axis=1)[:, width - k, None]
@@ -278,8 +277,9 @@ def decode(kept: Kept, W_dec: Tensor) -> Tensor:
 
 
 def values_gradient(upstream: Tensor, kept: Kept, W_dec: Tensor) -> Tensor:
-    """(p,) each pair's direction times its bag's `upstream` (bags, d): the gradient of its
-    value.
+    """(p,) the gradients of the kept values.
+
+    Each is the product of the pair's direction with its bag's row of `upstream` (bags, d).
     """
     if W_dec.is_cuda:
         from train import triton_kernels
@@ -292,17 +292,20 @@ def values_gradient(upstream: Tensor, kept: Kept, W_dec: Tensor) -> Tensor:
 
 
 def group_by_latent(indices: Tensor, d_sae: int) -> Bags:
-    """Sort the pairs with latents `indices` (p,) by latent; the sort is stable, so that sums have
-    one order.
-    """
+    """Sort pairs by their latents `indices` (p,), stably: sums then have one order."""
     latents, order = indices.to(torch.int32).sort(stable=True)
     every = torch.arange(d_sae, dtype=torch.int32, device=indices.device)
     return Bags(order, torch.searchsorted(latents, every))
 
 
 def weight_gradient(source: Tensor, weights: Tensor, rows: Tensor, bags: Bags) -> Tensor:
-    """(F, d) for each latent, the sum over its pairs of `source` (m, d) at `rows` (p,), times
-    `weights` (p,).
+    """(F, d) for each latent, the sum over its pairs of weight * source[row].
+
+    Args:
+        source: (m, d).
+        weights: (p,).
+        rows: (p,) the pairs' rows of `source`.
+        bags: the pairs by latent.
     """
     order = bags.order
     if source.is_cuda:

@@ -1,10 +1,10 @@
 """Adam, and its learning rate as a pure function of the step.
 
 Left out, because measurement found no use for them (embedded model, layers 5 and 8, 544 steps, lr
-1e-2): - clipping the global gradient norm at 1.0, as the reference does on unscaled rows: with rows
-scaled to E||x|| = sqrt(d)
-  the norm is 0.55 at the first step and 0.02 later, so it never acts. A batch that is not finite
-  stops the run instead.
+1e-2):
+- clipping the global gradient norm at 1.0, as the reference does on unscaled rows. With rows scaled
+  to E||x|| = sqrt(d) the norm is 0.55 at the first step and 0.02 later, so clipping never acts. A
+  batch that is not finite stops the run instead.
 - removing the gradient along each decoder direction before Adam (Gao et al., appendix A): held-out
   variance explained .9759 and .9606 with it, .9756 and .9605 without; projecting at every step
   instead of every tenth, .9752 and .9600.
@@ -25,15 +25,20 @@ DECAYS = ("cosine", "linear")
 # rarely would learn nothing. openai/sparse_autoencoder train.py has this value.
 _EPS = 6.25e-10
 # lr=auto, from the best rates of docs/method.md.
-_AUTO_LR, _AUTO_STEPS, _AUTO_D_SAE = 1.2e-2, 146, 4096
-_AUTO_BY_STEPS, _AUTO_BY_D_SAE = 0.4, 0.25
-_AUTO_LEAST, _AUTO_MOST = 1e-4, 1.5e-2
+_AUTO_LR = 1.2e-2  # of _AUTO_STEPS steps and _AUTO_D_SAE latents
+_AUTO_STEPS = 146
+_AUTO_D_SAE = 4096
+_AUTO_BY_STEPS = 0.4
+_AUTO_BY_D_SAE = 0.25
+_AUTO_LEAST = 1e-4
+_AUTO_MOST = 1.5e-2
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Adam's schedule. Defaults: caiovicentino/mechreward scripts/train_sae_qwen35.py (the
-    reference).
+    """Adam's schedule.
+
+    Defaults: caiovicentino/mechreward scripts/train_sae_qwen35.py (the reference).
     """
 
     lr: float | str = 2e-4  # after warm-up; "auto" goes by the dictionary and the run's length
@@ -61,12 +66,13 @@ class OptimConfig:
             raise SettingError(f"optim.lr_floor={self.lr_floor} must be 0 or a positive number")
         if not isinstance(self.lr, str) and self.lr_floor > self.lr:
             raise SettingError(
-                f"optim.lr_floor={self.lr_floor} must be between 0 and optim.lr={self.lr}; set both, "
-                f"for example optim.lr={self.lr} optim.lr_floor={0.3 * self.lr:.2g}"
+                f"optim.lr_floor={self.lr_floor} must be between 0 and optim.lr={self.lr}; set "
+                f"both, for example optim.lr={self.lr} optim.lr_floor={0.3 * self.lr:.2g}"
             )
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise SettingError(
-                f"optim.warmup_steps={self.warmup_steps} must be 0 or more, or null for 5 % of the run"
+                f"optim.warmup_steps={self.warmup_steps} must be 0 or more, or null for 5 % of the "
+                "run"
             )
         if self.project_every < 1:
             raise SettingError(
@@ -75,20 +81,17 @@ class OptimConfig:
 
 
 def resolved(config: OptimConfig, d_sae: int, steps: int) -> OptimConfig:
-    """With lr as a number: what `auto` means for a dictionary and a run's length in steps."""
+    """The schedule with lr as a number: `auto` goes by dictionary size and steps of the run."""
     if config.lr != "auto":
         return config
-    lr = (
-        _AUTO_LR
-        * (steps / _AUTO_STEPS) ** -_AUTO_BY_STEPS
-        * (d_sae / _AUTO_D_SAE) ** -_AUTO_BY_D_SAE
-    )
+    by_steps = (steps / _AUTO_STEPS) ** -_AUTO_BY_STEPS
+    by_size = (d_sae / _AUTO_D_SAE) ** -_AUTO_BY_D_SAE
+    lr = _AUTO_LR * by_steps * by_size
     return replace(config, lr=min(max(lr, _AUTO_LEAST), _AUTO_MOST))
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """The rate of step 0 ... steps - 1: linear warm-up to `lr`, then a decay that reaches
-    `lr_floor` at the last.
+    """The rate of step 0 ... steps - 1: linear warm-up to `lr`, then decay to `lr_floor`.
 
     Args:
         config: resolved.

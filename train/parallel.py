@@ -29,7 +29,7 @@ def world() -> int:
 
 
 class Group:
-    """The processes that train one SAE together; by default this one alone."""
+    """The processes that train one SAE together; by default this process alone."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         """Join the others.
@@ -37,10 +37,13 @@ class Group:
         Args:
             device: this process's own; None: there are no others.
         """
-        self.rank, self.world, self._device = 0, 1, device
+        self.rank = 0
+        self.world = 1
+        self._device = device
         if device is not None:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
-            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+            self.rank = dist.get_rank()
+            self.world = dist.get_world_size()
 
     def __enter__(self) -> Group:
         return self
@@ -71,7 +74,7 @@ class Group:
             tensor.copy_(whole)
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so in any process."""
+        """Whether `flag` is true in any process."""
         if self.world == 1:
             return flag
         # Device sync, once a step: all must stop at the same one.

@@ -12,14 +12,14 @@ from data import durable
 from data.errors import MismatchError, StoreError, differences
 from data.store.store import Store
 
-CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoint"
-TIMINGS = (
-    "timings.jsonl"  # apart from the metrics, which a run that was killed repeats byte for byte
-)
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoint"
+TIMINGS = "timings.jsonl"  # not in the metrics, which a killed run repeats byte for byte
 
 
 def source_of(store: Store) -> dict[str, Any]:
-    """What a store was harvested from, for those who use an SAE without it."""
+    """What a store was harvested from, for users of an SAE who do not have the store."""
     model = {key: store.manifest["model"].get(key) for key in ("revision", "weights", "n_layers")}
     return {
         "model": store.manifest["model"]["id"],
@@ -30,13 +30,11 @@ def source_of(store: Store) -> dict[str, Any]:
 
 
 def text_of(store: Store) -> str:
-    """What a store's text is called."""
+    """The name of a store's text: a data set's, or its sources'."""
     text = store.manifest["text"]
-    return (
-        str(text["dataset"])
-        if text["kind"] == "hub"
-        else ", ".join(text.get("sources", [text["kind"]]))
-    )
+    if text["kind"] == "hub":
+        return str(text["dataset"])
+    return ", ".join(text.get("sources", [text["kind"]]))
 
 
 def agree(
@@ -70,7 +68,8 @@ def agree(
     if unequal := differences(old, settings):
         raise MismatchError(f"run {run}", unequal, "Use those settings to go on, or another run=.")
     return [
-        f"{key} was {was!r} and is now {now!r}: the run goes on, but its bits may differ from an undisturbed run's"
+        f"{key} was {was!r} and is now {now!r}: the run goes on, but its bits may differ from an "
+        "undisturbed run's"
         for key, (was, now) in differences(there, here).items()
     ]
 

@@ -1,5 +1,4 @@
-"""Where training starts from, if it starts from rows: a basis, decoder directions, the encoder's
-scale.
+"""A start from rows: the basis, decoder directions, the encoder's scale.
 
 Shapes: n rows, d = d_model, F = d_sae.
 
@@ -14,8 +13,8 @@ from torch import Tensor
 from train import kernels
 from train.sae import SAE
 
-_LEAST_VARIANCE = 1e-3  # of the mean, by which an axis is whitened: below that it is mostly noise
-_ROWS_PER_AXIS = 10  # rows for each dimension, from which the principal axes are estimated
+_LEAST_VARIANCE = 1e-3  # of the mean variance; an axis with less is mostly noise
+_ROWS_PER_AXIS = 10  # rows per dimension, for the principal axes
 
 
 def rows_needed(d: int, d_sae: int) -> int:
@@ -32,16 +31,14 @@ def principal_axes(centred: Tensor) -> Tensor:
 
 
 def from_rows_(sae: SAE, centred: Tensor, whiten: bool) -> None:
-    """Set the decoder's directions to those of rows about their mean, and the encoder to the same,
-    scaled.
+    """Set the decoder's directions to those of rows, and the encoder to the same, scaled.
 
-    `whiten` divides each axis by the fourth root of its variance first: half of whitening. The
-    scale is the one by which the first reconstructions are the best multiple of themselves, <x,
-    x_hat> / |x_hat|^2: TopK keeps the same latents whatever it is. Directions for which there is no
-    row stay random.
+    The scale makes the first reconstructions fit best: <x, x_hat> / |x_hat|^2. TopK keeps the same
+    latents whatever the scale is. Directions for which there is no row stay random.
 
     Args:
         centred: (n, d) rows less b_dec.
+        whiten: first divide each axis by the fourth root of its variance, half of whitening.
     """
     norms = torch.linalg.vector_norm(centred, dim=1)
     directions = centred[norms > 0][: sae.d_sae]

@@ -14,29 +14,35 @@ from data import device as devices
 from data.errors import SettingError
 from data.journal import size, tell
 from train.arm import Arm, Outcome
+from train.kernels import GPU_BLOCK_BYTES
 from train.loop import train_together
 
-_ROOM = 0.9  # of the free memory that is planned with
+_ROOM = 0.9  # share of the free memory that a pass may plan with
 _STATE = 3  # tensors of each parameter's size: itself, and Adam's two moments
-_ROW_BUFFERS = (
-    8  # (batch, d) float32 at a time: rows, centred rows, reconstruction, error, gradient, ...
-)
+# (batch, d) float32 at a time: rows, centred rows, reconstruction, error, gradient, ...
+_ROW_BUFFERS = 8
 
 
 def arm_bytes(arm: Arm) -> int:
-    """Memory that an arm holds all the time, on its device."""
-    d, sae = arm.stream.reader.d_model, arm.config.sae
+    """Bytes that an arm holds all the time, on its device."""
+    d = arm.stream.reader.d_model
+    sae = arm.config.sae
+    parameters = 2 * d * sae.d_sae + sae.d_sae + d
     counters = 8 * sae.d_sae * (1 + sae.resample)
-    return 4 * _STATE * (2 * d * sae.d_sae + sae.d_sae + d) + counters + 4 * d * d * sae.rotate
+    basis = 4 * d * d * sae.rotate
+    return 4 * _STATE * parameters + counters + basis
 
 
 def step_bytes(arm: Arm) -> int:
-    """Memory that an arm needs while it makes a step, which it leaves to the next one: gradients,
-    pre-activations.
-    """
-    d, d_sae, batch = arm.stream.reader.d_model, arm.config.sae.d_sae, arm.config.batch
+    """Bytes that an arm needs during a step and frees after it."""
+    d = arm.stream.reader.d_model
+    d_sae = arm.config.sae.d_sae
+    batch = arm.config.batch
+    gradients = 4 * 2 * d * d_sae
+    rows = 4 * _ROW_BUFFERS * batch * d
+    pre_activations = min(4 * batch * d_sae, GPU_BLOCK_BYTES)
     pairs = 4 * 12 * batch * arm.config.sae.k
-    return 4 * (2 * d * d_sae + _ROW_BUFFERS * batch * d) + min(4 * batch * d_sae, 1 << 30) + pairs
+    return gradients + rows + pre_activations + pairs
 
 
 def passes(arms: Sequence[Arm], free: int | None) -> list[list[int]]:
