@@ -109,7 +109,7 @@ def edited(block: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator[None]
     """While open, `edit` replaces the block's output (b, t, d), and the layers above see that.
 
     With a cache, t is 1 after the prompt. In generation of models that share keys and values
-    between layers (Gemma 4), the prompt's pass gives the sharing layers its last position alone.
+    between layers (Gemma 4), layers that share them see only the prompt's last position.
     """
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:

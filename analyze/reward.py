@@ -7,8 +7,8 @@ features of right answers and -1 for those of wrong ones (the lists that `study=
 The model that reads is frozen and none of the policy's. It reads prompt and completion once, up to
 the SAE's layer.
 
-Each sequence is read alone. In a batch, matrix products of other shapes round otherwise, TopK makes
-a jump of that where two latents are nearly equal, and a completion's reward would depend on its
+Each sequence is read alone. In a batch, matrix products of other shapes round differently. TopK may
+then keep another of two nearly equal latents, and a completion's reward would depend on its
 neighbours. A completion of 500 tokens keeps a GPU busy anyway (2.7 TFLOP in Gemma 4 E4B to layer
 27).
 
@@ -124,8 +124,8 @@ class DenseReward:
         features were chosen.
 
         Args:
-            prompts: texts, in which spelled special tokens are such, or chats; BOS is put before
-                either if it is not there.
+            prompts: texts or chats. Special tokens in a text are parsed. BOS is added where it is
+                missing.
             completions: as text; not used, for texts may not encode to the ids that were sampled.
             completion_ids: of the model's own tokenizer.
         """

@@ -1,4 +1,4 @@
-"""Statistics that the studies share: intervals, tests, effect sizes. scipy's where scipy has them.
+"""Statistics that the studies share: intervals, tests, effect sizes. from scipy where it has them.
 
 Everything random takes a seed and is a pure function of it. p values of permutations count the data
 themselves as one more permutation: (1 + #{null >= observed}) / (1 + draws). They are never 0

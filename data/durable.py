@@ -87,8 +87,8 @@ def _write_temporary(path: Path, parts: Iterable[Buffer]) -> tuple[Path, Written
 
 def _begin_write_back(handle: int, offset: int, nbytes: int) -> None:
     """Have the disk begin on part of a file, without waiting for it."""
-    # This advice drops pages from the cache only if they are on the disk already. Pages that were
-    # just written are not, so all of them stay cached.
+    # DONTNEED starts the write-back. It drops only pages that are on the disk already, so pages
+    # that were just written stay cached.
     if hasattr(os, "posix_fadvise"):  # not on macOS
         with suppress(OSError):  # some file systems take no advice
             os.posix_fadvise(handle, offset, nbytes, os.POSIX_FADV_DONTNEED)

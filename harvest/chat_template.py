@@ -1,8 +1,8 @@
 """Chats as a model's template renders them, with its special tokens told from the messages' text.
 
-A message that spells a special token (`<bos>`) must stay text. So what could become part of one is
-masked with private characters while the template runs: special tokens in the rendered text are then
-the template's own.
+A message that spells a special token (`<bos>`) must stay text. So characters that could become
+part of a special token are replaced by private characters while the template runs. Special tokens
+in the rendered text are then the template's own.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Spellings:
     def suspects(self, text: str) -> set[int]:
         """Indices of characters that could become part of a special token in a template.
 
-        These are whole spellings, and halves at either end. Templates trim, so the ends are those
-        of the text without the white space around it.
+        These are whole special tokens, a token's end where the text starts, and a token's start
+        where the text ends. Templates trim white space, so the ends are those of the trimmed text.
         """
         indices: set[int] = set()
         for start, stop in self.find(text):

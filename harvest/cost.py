@@ -155,8 +155,8 @@ def _activation_bytes(
     """Bytes that one forward pass of `tokens` holds at its peak, beside the weights.
 
     There are two peaks: inside a gated MLP, and where the inputs of every layer are prepared
-    (Gemma 4). The higher one counts. It estimates what eager kernels hold at once; measured on the
-    classes themselves, it is within a third.
+    (Gemma 4). The result is the higher one. It is an estimate of what eager kernels hold at once,
+    within a third of what was measured.
 
     Args:
         layers: how many are taken.

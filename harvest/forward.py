@@ -57,8 +57,8 @@ def batch_residuals(
 ) -> dict[int, torch.Tensor]:
     """Residuals of a batch: (B*T, d) bfloat16 a layer, in the order of its tokens.
 
-    Nothing here waits for the device, but for transformers itself in families that `attention_mask`
-    does not know. On an accelerator the rows are complete only after what the caller queues behind
+    Nothing here waits for the device, except transformers' own mask code in families that
+    `attention_mask` does not know. On an accelerator the rows are complete only after what the caller queues behind
     them, or a synchronisation.
 
     Args:

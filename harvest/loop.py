@@ -49,9 +49,8 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Sto
     check_layers(config, lm)
     lm.isolation = choose_isolation(lm)
 
-    # Agree on the manifest twice: here, so that no file of claims comes into a folder that is no
-    # store; and below under the claims, since until then another start may replace a manifest
-    # without commits.
+    # Check the manifest before the claims file is created: the folder may be no store. Check it
+    # again under the claims: another start may have replaced a manifest without commits.
     place = place_of(config.store)
     manifest = manifest_of(config, lm, source)
     agree(place, manifest)
@@ -102,7 +101,7 @@ def make(
     faults: Faults,
     room: KeepAll | Ring,
 ) -> int:
-    """Make and commit units until each of `layers` is whole; the tokens that were made here.
+    """Make and commit units until each of `layers` is whole. Returns the tokens made here.
 
     Args:
         room: on the disk. It decides the order of units, and admits a unit when it fits.
@@ -145,7 +144,7 @@ def make(
             if taken:
                 continue
 
-            # No unit is free. Either all is done, or the text or another process has to go on.
+            # No unit is free: the store is complete, or we wait for the spine or another rank.
             writer.wait()
             spine.follow()
             if store.spine_complete and not store.missing(layers):

@@ -1,4 +1,4 @@
-"""The language model as a source of residuals: loaded, and truncated behind the deepest layer.
+"""The language model as a source of residuals: loaded, and truncated after the deepest layer.
 
 Shapes: b rows and t positions of one pass, d d_model. Layer 0 is the first decoder layer, never the
 embedding.
@@ -61,12 +61,12 @@ class LanguageModel:
     def truncate_(self, deepest: int) -> None:
         """Drop every layer above `deepest` and what only these read, and free the memory.
 
-        Loading fewer layers would not do: the whole model's configuration lays out the layers that
-        stay (which of them share keys and values, which ends a pattern).
+        Loading fewer layers would not do: the whole model's configuration decides which of the
+        layers that stay share keys and values, and where the attention pattern ends.
         """
         del self.blocks[deepest + 1 :]
         narrow_per_layer_inputs_(self.decoder, len(self.blocks))
-        gc.collect()  # modules are circular, and GBs cannot wait for the next collection
+        gc.collect()  # modules form reference cycles, and hold GBs
         if self.config.device.startswith("cuda"):
             torch.cuda.empty_cache()
 

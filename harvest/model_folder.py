@@ -15,8 +15,8 @@ from data.errors import SettingError, first_line
 from data.tiny.embedded import MODEL_DIR
 
 EMBEDDED = "embedded"  # model.path of the model that ships with the package
-# Multimodal checkpoints name their text decoder's weights in two orders. Both are renamed to those
-# of a decoder alone, or of one below a head.
+# Multimodal checkpoints name their text decoder's weights in two orders. Both are renamed to the
+# names of AutoModel, or of AutoModelForCausalLM.
 _DECODER_NAMES = {r"^(?:model\.)?language_model\.(?:model\.)?": ""}
 _CAUSAL_NAMES = {
     r"^language_model\.lm_head\.": "lm_head.",
@@ -153,8 +153,8 @@ def weights_digest(folder: Path) -> str:
 def config_digest(folder: Path, whole: Any) -> str:
     """Digest of the text decoder's part of config.json.
 
-    The same weights with other settings are another model. The file counts, and not transformers'
-    reading of it, which every version completes with other defaults.
+    The same weights with other settings are another model. The digest is of the file itself:
+    transformers adds defaults that differ between its versions.
     """
     recorded = json.loads((folder / "config.json").read_text())
     text = whole.get_text_config()

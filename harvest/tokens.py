@@ -125,14 +125,14 @@ class Tokenizer:
 
     @property
     def _own_bos(self) -> int | None:
-        """BOS, unless an EOS stands in for it: a template ends turns with that."""
+        """BOS; None if an EOS stands in for it, because templates end turns with EOS."""
         return None if self.stand_in else self.bos
 
     def _chat_ids(self, chats: Sequence[Chat], reply: bool) -> list[list[int]]:
         """Ids of chats as the template renders them, without BOS.
 
-        If the whole rendered text encodes to just the template's special tokens, that is the
-        encoding. Else the parts between them are encoded one by one, as text.
+        The whole rendered text is encoded at once. If that gives a special token which is not the
+        template's, the parts between the template's are encoded one by one, as text.
         """
         rendered = [self._template.parts(chat, reply=reply) for chat in chats]
         wholes = ["".join(parts) for parts in rendered]

@@ -62,7 +62,7 @@ def to_device(
 
     Args:
         batches: each valid until the next is asked for; closed with this iterator.
-        has: whether the batch behind so many can be asked for without waiting.
+        has: has(n) tells whether batch n can be asked for without waiting.
     """
     if device.type != "cuda":
         yield from batches

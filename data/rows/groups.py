@@ -17,7 +17,7 @@ from data.rows.split import held_out_units, training_units
 from data.store import ring_state
 from data.store.ring_state import Registration, RingState
 
-# The rows to come are expected to lose twice the share that the first group lost, and 1/1000.
+# Later groups may drop twice the first group's share of rows, and 1/1000 of them.
 _MARGIN = 1000
 
 
@@ -125,8 +125,8 @@ class Groups:
                 f"{name} is not harvested that far; `python -m harvest` must be at work on it"
             )
         return StoreError(
-            f"the ring {name} ended after {self._ends[-1]:,} rows, and {self.rows:,} were counted "
-            "on: more rows than twice the share of the first units were outliers or not finite. "
+            f"the ring {name} ended after {self._ends[-1]:,} rows, and {self.rows:,} were expected: "
+            "later units had more than twice the first units' share of outliers and NaN. "
             f"Harvest again and train with tokens={self._ends[-1] // self._batch * self._batch} at "
             "most, or with drop_outliers=false"
         )

@@ -8,8 +8,8 @@ How a batch is made:
 
 The order is a pure function of (seed, position), so any batch can be asked for by number: a
 trainer's whole cursor is one integer, and threads and restarts change no bit. Rows were permuted
-inside their unit when they were written, so `window` chunks from as many units mix the documents of
-window x unit tokens (512 x 65,536 by default).
+inside their unit when they were written, so a window mixes the documents of up to `window` units
+(512 units of 65,536 tokens by default).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from data.rows.split import Policy
 from data.rows.windows import Filler, Tuning, Window
 from data.store.store import Store
 
-# Inner chunks that are shuffled together in memory: 2.7 GB at width 2560. Of 1,024-token documents
-# in units of 65,536, 128 mix 8,234 in a batch and 512 mix 32,683 (`python -m
-# tests.bench.reader_speed`).
+# Inner chunks that are shuffled together in memory: 2.7 GB at width 2560. With
+# documents of 1,024 tokens in units of 65,536, a window of 128 chunks puts 8,234 documents in a
+# batch, one of 512 puts 32,683 (`python -m tests.bench.reader_speed`).
 WINDOW = 512
 
 
@@ -96,7 +96,7 @@ class Reader:
     def batches(self, start: int) -> Iterator[torch.Tensor]:
         """Batches number `start`, `start` + 1, ..., each (batch, d) bfloat16 on the CPU.
 
-        Of a whole store they have no end. Batches are views of a reused buffer, 2.7 GB by default
+        A whole store gives batches without end. Batches are views of a reused buffer, 2.7 GB by default
         at width 2560, of which there are two. Copy one to keep it past the next: as long as a
         tensor of a buffer lives, the buffer is not reused.
 

@@ -1,4 +1,4 @@
-"""Rounds: in which portions training takes the units of a layer.
+"""Rounds: which units of a layer training shuffles together.
 
 Inside a round the reader (data/rows/reader.py) shuffles; between rounds nothing is mixed. Of a
 whole store each round is a pass over all training units, without end. Of a ring each round is the
@@ -26,7 +26,7 @@ from data.store.store import Store
 class Rounds(Protocol):
     """The rounds of one layer's stream, which is cut into batches."""
 
-    rows: int  # kept rows of one pass; in a ring, as many as there will be at least
+    rows: int  # kept rows of one pass; in a ring, a lower bound
     most_units: int  # in a round
     statistics: Summary  # of the training rows and of the held-out rows
 

@@ -36,8 +36,7 @@ class Tuning(NamedTuple):
     """What decides speed and memory, never an order."""
 
     # Threads that decode, per reader. 16 decode 16 GB/s of blosc and ask a bucket for 1 GB/s; idle
-    # ones cost nothing. Where training shares the cores it is held up for the second that a window
-    # takes, once a window.
+    # ones cost nothing. Where training shares the cores it pauses about 1 s per window.
     threads: int = min(16, os.cpu_count() or 1)
     ahead: int = 1  # windows that are filled while one is served
     scatter_bytes: int = SCATTER_BYTES  # rows that are moved at a time
@@ -73,8 +72,8 @@ class Blocks:
         self.shape = (rows, d)
         self._most = most
         self._pinned = pinned
-        # A buffer with its lease: a view that every tensor of the buffer keeps alive. Nothing of
-        # ours holds the view itself.
+        # A buffer with its lease: a view that every tensor of the buffer keeps alive. Only batches
+        # hold the view. When the view dies, the buffer is free.
         self._blocks: list[tuple[NDArray[np.uint16], weakref.ref[NDArray[np.uint16]]]] = []
 
     def take(self, needed: bool = True) -> torch.Tensor | None:

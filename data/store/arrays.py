@@ -1,8 +1,7 @@
 """Which arrays a store has, with the name, type and shape of each.
 
 Names are made here and nowhere else, and no code takes a name apart again. `layer_L` holds the rows
-of the site resid_post behind decoder layer L; a further site would get names of its own from
-`_name`, such as mlp_out_L.
+of the site resid_post after decoder layer L. A store holds one site; its manifest names it.
 """
 
 from __future__ import annotations

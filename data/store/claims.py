@@ -67,7 +67,8 @@ class Claims(Protocol):
 class FileClaims:
     """Locks on the bytes of a file.
 
-    Open one per process and store: closing any one drops the locks of all.
+    Open one per process and store: POSIX drops all locks that a process has on a file when the
+    process closes any handle of it.
     """
 
     exact = True

@@ -101,8 +101,8 @@ class Ledger:
         self.spine_rows = np.zeros(units, np.int32)  # (units,) packed rows; 0: not committed
         self.pieces = np.zeros(units, np.int64)  # (units,) pieces of documents: as many BOS rows
         self.layers: dict[int, LayerLedger] = {}
-        # Bytes of every object, by folder and name. None after the start: what is committed from
-        # then on is written in this process's lifetime, and is not looked for.
+        # Bytes of every object, by folder and name. None after the start: the objects of
+        # later records are not checked.
         self._sizes: dict[str, dict[str, int]] | None = {}
         self.refresh()
         self._sizes = None

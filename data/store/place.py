@@ -39,7 +39,7 @@ class Blob(Protocol):
 class Place(Protocol):
     """A root of objects.
 
-    Every method raises OSError where the medium refuses, StoreError where it refuses a write.
+    Methods that read raise OSError, methods that write StoreError, where the medium refuses.
     """
 
     name: str  # as the user gave it

@@ -93,7 +93,7 @@ def _wrong_with_text(place: Place, key: str, text: bytes) -> str | None:
 
 
 def repair(place: Place) -> list[str]:
-    """Drop damaged records, and write again what follows from others.
+    """Drop damaged records; rebuild the manifest and zarr.json where they are damaged.
 
     The next harvest makes the units of dropped records again. Gives the keys of both; `is_derived`
     tells them apart.
@@ -127,7 +127,7 @@ def require_store(place: Place) -> None:
 
 
 def is_derived(key: str) -> bool:
-    """Whether a repair writes it again by itself, because it follows from what else is there."""
+    """Whether `repair` can rebuild the object from the rest of the store."""
     return key == manifest.KEY or _is_metadata(key)
 
 

@@ -11,9 +11,9 @@ There is no deadlock, whatever the number of ranks, layers and runs, in a ring t
 held-out units and 3 groups:
 - A run saves a checkpoint in every group that it enters and keeps two. So a run in group g has
   passed all groups before g - 1.
-- The slowest run therefore waits for units of group g + 1 at most. Those fit beside what lies
-  between: room is given in ascending order, and counts every unit below the asked one, committed
-  or not.
+- The slowest run therefore waits for units of group g + 1 at most.
+- Those units fit beside groups g - 1 and g. Room is given in ascending order, and room for a unit
+  counts every unit below it, committed or not.
 - A harvest waits only where the ring holds those three groups whole, and then the slowest run has
   all that it needs to go on.
 """
@@ -150,12 +150,12 @@ class Ring:
         return False
 
     def _fits(self, unit: int) -> bool:
-        # In this order: a unit that is committed while the folders are listed counts twice. In the
-        # other order it could be left out.
+        # Read `committed` before the sizes: a unit that is committed in between counts twice, never
+        # zero times.
         committed = self._committed()
         nbytes = self.sizes()
 
-        # A unit below a committed training unit is a gap. Its room was given before.
+        # A unit below a committed training unit was dropped by a repair. Its bytes are reserved.
         for later in np.flatnonzero(committed[unit:]) + unit:
             if not self.state.stays(int(later)):
                 return True
@@ -228,7 +228,7 @@ class Ring:
                 self._store.place.delete(key)
 
     def waits_for(self) -> tuple[str, str]:
-        """The name of the reader that a full ring waits for, or "", and that as a sentence."""
+        """The run that a full ring waits for ("": none), and a message for the user."""
         place = self._store.place
         runs = registrations(place)
         if len(runs) < self._readers:

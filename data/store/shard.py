@@ -188,7 +188,7 @@ class Shard:
         """Open the shard and read its index.
 
         Args:
-            scatter_bytes: that `scatter` reads and moves at a time.
+            scatter_bytes: bytes that `scatter` reads and moves at a time.
 
         Raises:
             StoreError: the object is missing, or its index is damaged.
@@ -274,7 +274,7 @@ class Shard:
         with self._located(chunk) as (offset, nbytes):
             if nbytes != len(places) * row_bytes + CRC_BYTES:
                 raise StoreError(
-                    f"chunk of {nbytes - CRC_BYTES} bytes where {len(places) * row_bytes} belong"
+                    f"chunk of {nbytes - CRC_BYTES} bytes, expected {len(places) * row_bytes}"
                 )
             crc = 0
             for start in range(0, len(places), step):

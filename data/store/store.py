@@ -103,7 +103,7 @@ class Store:
 
     @property
     def name(self) -> str:
-        """Its path or URL, as the user gave it."""
+        """The store's path or URL, as the user gave it."""
         return self.place.name
 
     def refresh(self) -> None:
@@ -180,8 +180,8 @@ class Store:
 
         Gives the entry of the record: the object's key, its size and checksum.
         """
-        # Threads share out compression. Checksums alone hold the interpreter, so that threads would
-        # only take turns.
+        # Threads share out compression. Without it only checksums remain; they hold the GIL, so
+        # threads gain nothing.
         pool = self._pool if array.codec.compresses else None
         key = array.key(unit)
         return {key: self.place.write(key, array.encode(rows, pool))}
@@ -195,8 +195,8 @@ class Store:
         data = records.encode(record)
         if not self.place.create(key, data) and self.place.read(key) != data:
             raise StoreError(
-                f"{self.name}/{key} was committed by another process and says something else; the "
-                "two do not compute the same: stop one, and run `python -m harvest action=verify`"
+                f"{self.name}/{key} was committed by another process with other contents: the two "
+                "processes computed different bits. Stop one, and run `python -m harvest action=verify`"
             )
 
     def close_spine(self, end: SpineEnd) -> None:
@@ -345,7 +345,7 @@ class Store:
         return missing
 
     def committed_meanwhile(self, unit: int, layers: Sequence[int]) -> bool:
-        """Whether another process committed just these layers of a unit since `refresh`."""
+        """Whether another process committed exactly these layers of a unit since `refresh`."""
         key = ledger.residual_key(unit, layers)
         if not self.place.exists(key):
             return False
@@ -399,7 +399,7 @@ class Store:
         return int(self._layer(layer).batch[unit] or self.manifest["batch"])
 
     def batches(self, layer: int) -> NDArray[np.int32]:
-        """(units,) the same, where it was not the manifest's; else 0."""
+        """(units,) packed rows per pass of each unit; 0: the manifest's batch."""
         return self._layer(layer).batch[: self.units]
 
     def lost(self, layer: int, unit: int) -> float:

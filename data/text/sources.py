@@ -6,7 +6,8 @@ bytes) or a problem's number.
 
 A new kind of source is one frozen dataclass with a `kind` and the methods of
 `data.text.documents.TextSource`, listed in `KINDS`. Its fields are its settings in
-conf/text/NAME.yaml.
+conf/text/NAME.yaml: text, a path or null. It is sent to the process that reads the text, so it must
+pickle.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ _KINDS = {
     "batchtopk": "BatchTopK",
     "jumprelu": "JumpReLU",
     "matryoshka": "Matryoshka",
+    "gated": "Gated",
 }
 
 Rows = list[tuple[str, str]]  # of a table: label and value

@@ -21,10 +21,10 @@ from scipy import stats as scipy_stats
 
 from analyze.stats import Floats, hedges_g_of_labels
 
-# Columns at a time: 16 MB for each of some arrays of 1,000 shufflings.
+# Columns at a time: 16 MB for each array of 1,000 permutations.
 WIDTH = 2048
-# Firings expected in the rarer label, from which on columns are alike. From 10 on, the share of
-# shufflings beyond the normal's 1e-4 is 0.6e-4 to 1.6e-4 (n = 1,319, 132 or 660 wrong); with 2.5 it
+# Firings expected in the rarer label. With at least 10, all columns share one null: the share of
+# permutations beyond the normal's 1e-4 is 0.6e-4 to 1.6e-4 (n = 1,319, 132 or 660 wrong); with 2.5 it
 # is 3.6e-4.
 _MANY = 10
 # Share of the labels' variance below which covariates leave nothing of them.
@@ -116,9 +116,9 @@ class Design:
         """Differences within blocks at equal covariates.
 
         The coefficient of the label in x ~ blocks + covariates + label, by the residual standard
-        deviation, with Hedges' correction of its degrees of freedom. What is shuffled are the
-        residuals of x ~ blocks + covariates (Freedman and Lane, 1983). Shuffled labels would also
-        lose what ties them to the covariates, and give a null that is too wide.
+        deviation, with Hedges' correction of its degrees of freedom. The residuals
+        of x ~ blocks + covariates are permuted (Freedman and Lane, 1983). Permuted labels would
+        lose their correlation with the covariates, and widen the null.
 
         Returns:
             None if the covariates leave nothing of the labels.
@@ -176,8 +176,8 @@ def _basis(covariates: Floats, before: Floats) -> Floats:
     """(n, rank) orthonormal basis of what the columns span.
 
     Args:
-        before: (q,) their lengths before they were centred. Of a column that is constant in every
-            block only rounding is left, which this tells.
+        before: (q,) their lengths before they were centred. A ratio near 0 marks a column
+            that is constant in every block: only rounding is left of it.
     """
     sizes = np.linalg.norm(covariates, axis=0)
     varying = sizes > 1e-9 * before
@@ -285,11 +285,11 @@ def drawn(cluster: NDArray[np.int64], draws: int, rng: np.random.Generator) -> N
 class Halves(NamedTuple):
     """What one half of the questions says of the other.
 
-    Means over splits, of the labels as they are and of shuffled ones.
+    Means over splits, of the labels as they are and of permuted ones.
     """
 
     shared: float  # share of one half's top columns that are the other's too
-    # mean d in one half, with the sign it has in the other, of the columns that the other chose
+    # mean signed d, in one half, of the columns that were chosen in the other half
     carried: float
     null_shared: float
     null_carried: float

@@ -54,7 +54,7 @@ from data.settings import build
 
 VERSION = 1  # of the kept log-probabilities: raise it when the same answers give other ones
 EACH = 10  # helpful features, and harmful ones
-PASSING_RHO = 0.30  # the reference's
+PASSING_RHO = 0.30  # the reference's pass mark
 _LEVEL = 0.05
 _LEAST = 5  # right answers, and wrong ones, on either side
 _SEED = 0
@@ -87,7 +87,7 @@ class Options:
 
 
 def stage_gate(study: Study) -> Outcome:
-    """The verdict by `RULE`, with R's figures and its baselines' on questions that chose nothing."""
+    """The verdict by `RULE`, with the figures of R and its baselines on validation questions."""
     options = build(Options, "study", study.options)
     with StopRequest() as stop:
         answered = [answer for answer in answers(study, stop) if answer.ids]
@@ -149,7 +149,7 @@ def choose(features: Any, correct: NDArray[np.bool_], min_firing: int) -> Chosen
 def random_features(
     features: Any, correct: NDArray[np.bool_], chosen: Chosen, draws: int, stop: StopRequest
 ) -> Floats:
-    """(draws,) AUROC of as many random features as were chosen, as many of them subtracted.
+    """(draws,) AUROC of random features, as many added and as many subtracted as were chosen.
 
     Args:
         features: (n, F) of the validation answers.

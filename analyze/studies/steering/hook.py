@@ -1,7 +1,7 @@
 """Steering: a vector added to a layer's output, in generation and on given texts.
 
-A position is `generated` if what the model predicts there is a token of its own: the prompt's last
-token, and every token that it wrote. `prompt` are the prompt's tokens before the last one, `all`
+A position is `generated` if the model samples the next token there: at the prompt's last token, and
+at every token that it wrote. `prompt` are the prompt's tokens before the last one, `all`
 are both.
 
 An edit of `prompt` therefore reaches the completion through keys and values alone. Where no later
