@@ -58,8 +58,8 @@ def batch_residuals(
     """Residuals of a batch: (B*T, d) bfloat16 a layer, in the order of its tokens.
 
     Nothing here waits for the device, except transformers' own mask code in families that
-    `attention_mask` does not know. On an accelerator the rows are complete only after what the caller queues behind
-    them, or a synchronisation.
+    `attention_mask` does not know. On an accelerator the rows are complete only after what the
+    caller queues behind them, or a synchronisation.
 
     Args:
         out: where to write, (B*T, d) a layer on the model's device, e.g. slices of a unit; None:

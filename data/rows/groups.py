@@ -125,8 +125,9 @@ class Groups:
                 f"{name} is not harvested that far; `python -m harvest` must be at work on it"
             )
         return StoreError(
-            f"the ring {name} ended after {self._ends[-1]:,} rows, and {self.rows:,} were expected: "
-            "later units had more than twice the first units' share of outliers and NaN. "
+            f"the ring {name} ended after {self._ends[-1]:,} rows, "
+            f"and {self.rows:,} were expected: later units had more than twice the first units' "
+            "share of outliers and NaN. "
             f"Harvest again and train with tokens={self._ends[-1] // self._batch * self._batch} at "
             "most, or with drop_outliers=false"
         )

@@ -96,9 +96,9 @@ class Reader:
     def batches(self, start: int) -> Iterator[torch.Tensor]:
         """Batches number `start`, `start` + 1, ..., each (batch, d) bfloat16 on the CPU.
 
-        A whole store gives batches without end. Batches are views of a reused buffer, 2.7 GB by default
-        at width 2560, of which there are two. Copy one to keep it past the next: as long as a
-        tensor of a buffer lives, the buffer is not reused.
+        A whole store gives batches without end. Batches are views of a reused buffer, 2.7 GB by
+        default at width 2560, of which there are two. Copy one to keep it past the next: as long as
+        a tensor of a buffer lives, the buffer is not reused.
 
         Raises:
             StoreError: a shard is damaged or freed; or a ring is not harvested that far, or ended.

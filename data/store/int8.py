@@ -5,10 +5,10 @@ Importing this module registers the codec with zarr-python.
 A row x is stored as q = round(z / s), with z = (x − mean) / deviation per channel and s = max |z| /
 127 per row. It is read as mean + deviation · s · q, rounded to bfloat16.
 
-Massive channels (|mean| up to 400 deviations) make int8 per token and fp8 inaccurate. Standardised per
-channel, int8 loses 7e-5 of the variance of ordinary rows. In attention sinks the massive channels
-set s: sinks keep those channels and little else. A row without a finite z is read as NaN in every
-channel, so that it stays a row that is never served.
+Massive channels (|mean| up to 400 deviations) make int8 per token and fp8 inaccurate. Standardised
+per channel, int8 loses 7e-5 of the variance of ordinary rows. In attention sinks the massive
+channels set s: sinks keep those channels and little else. A row without a finite z is read as NaN
+in every channel, so that it stays a row that is never served.
 
 A chunk of n rows is n little-endian float32 scales s, then n·d int8. The statistics stand in the
 array's own metadata. Every step is a separate, correctly rounded float32 operation: every machine
@@ -231,8 +231,8 @@ def squared_errors(
 ) -> NDArray[np.float64]:
     """(n,) sum over channels of (x − x')² per row, for (n, d) bfloat16 bits before and after.
 
-    A row that is not finite gives NaN or infinity. The sum over ORDINARY rows, divided by the sum of their
-    `m2`, is the share of their variance that storing lost.
+    A row that is not finite gives NaN or infinity. The sum over ORDINARY rows, divided by the sum
+    of their `m2`, is the share of their variance that storing lost.
 
     Args:
         block: elements held as float64 at a time; it changes no bit.

@@ -5,8 +5,8 @@ first axis (data/store/arrays.py):
 
     tokens, document   (S, T) uint32              the spine: packed rows, and each token's document
     token_index        (N,)   uint32 | uint64     flat spine index of each stored row
-    layer_L            (N, d) bfloat16            residual stream after decoder layer L; the rows
-                                                  are permuted inside their unit
+    layer_L            (N, d) bfloat16            residual stream after decoder layer L, in
+                                                  the order of token_index, for every layer
     norm_L             (N,)   float32             Euclidean norms of those rows
     kind_L             (N,)   uint8               what each row is: see data/store/kinds.py
     moments_L          (units, 3, 2, d) float64   [BOS, outlier, ordinary] x [mean, sum of squared
@@ -196,7 +196,8 @@ class Store:
         if not self.place.create(key, data) and self.place.read(key) != data:
             raise StoreError(
                 f"{self.name}/{key} was committed by another process with other contents: the two "
-                "processes computed different bits. Stop one, and run `python -m harvest action=verify`"
+                "processes computed different bits. Stop one, and run `python -m harvest "
+                "action=verify`"
             )
 
     def close_spine(self, end: SpineEnd) -> None:
