@@ -152,8 +152,8 @@ def test_files_and_functions_fit(path: Path) -> None:
     """One noun a file, at most 600 lines; at most 80 lines a function."""
     text = path.read_text()
     assert len(text.splitlines()) <= 600
-    for name, lines in house_signs.functions(ast.parse(text)):
-        assert lines <= 80, name
+    for function in house_signs.functions(ast.parse(text)):
+        assert function.lines <= 80, function.name
 
 
 def test_packages_have_no_code() -> None:
@@ -161,6 +161,23 @@ def test_packages_have_no_code() -> None:
     for path in OURS:
         if path.name == "__init__.py" and path.parent != ROOT / "tests/bench":
             assert not house_signs.has_code(path), path
+
+
+def test_the_product_is_not_dense() -> None:
+    """Limits of what `python -m tests.bench.house_signs` prints.
+
+    Peers have 7 to 24 comprehensions, 0 to 8 assignments of tuples, lines of 72 to 88 columns.
+    """
+    signs = house_signs.signs(ROOT)
+    assert signs["comprehensions per 1,000 code lines"] <= 30
+    assert signs["tuple-to-tuple assignments per 1,000 code lines"] <= 6
+    assert signs["90th percentile line, columns"] <= 92
+    readme = (ROOT / "README.md").read_text()
+    lines, core = re.findall(r"([\d,]+) lines", readme[readme.index("## Read it") :])[:2]
+    assert abs(int(lines.replace(",", "")) - signs["lines"]) < 1000
+    of_core = [path for module, path in MODULES.items() if annex(module) is None]
+    counted = sum(len(path.read_text().splitlines()) for path in of_core)
+    assert abs(int(core.replace(",", "")) - counted) < 1000
 
 
 # -- safety ----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import statistics
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 PACKAGES = ("conf", "data", "harvest", "train", "analyze", "hydra_plugins")
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -97,12 +98,22 @@ def has_code(path: Path) -> bool:
     return bool(body) and not is_docstring
 
 
-def functions(tree: ast.AST) -> Iterator[tuple[str, int]]:
-    """Name and lines of each function and method; decorators do not count."""
+class Function(NamedTuple):
+    """A function or method."""
+
+    name: str
+    lines: int  # without decorators
+    declared: bool  # it has a docstring or `...` for a body, as a Protocol's methods have
+
+
+def functions(tree: ast.AST) -> Iterator[Function]:
+    """Every function and method of a file."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
-            yield node.name, node.end_lineno - node.lineno + 1
+            constants = [isinstance(part, ast.Expr) for part in node.body]
+            declared = all(constants) and isinstance(node.body[-1].value, ast.Constant)
+            yield Function(node.name, node.end_lineno - node.lineno + 1, declared)
 
 
 def _pairs(tree: ast.AST) -> int:
@@ -124,7 +135,9 @@ def signs(root: Path) -> dict[str, float]:
     trees = [ast.parse(text) for text in texts]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     comprehensions = sum(isinstance(node, _COMPREHENSIONS) for node in nodes)
-    lengths = [length for tree in trees for _, length in functions(tree)]
+    every = [function for tree in trees for function in functions(tree)]
+    lengths = [function.lines for function in every]
+    written = [function.lines for function in every if not function.declared]
     widths = sorted(map(len, filled))
     packages = [path for path in modules.values() if path.name == "__init__.py"]
     edges = {module: imported(path, modules)[0] for module, path in modules.items()}
@@ -142,6 +155,7 @@ def signs(root: Path) -> dict[str, float]:
         "longest line, columns": widths[-1],
         "functions": len(lengths),
         "median function, lines": statistics.median(lengths),
+        "the same without a Protocol's declarations": statistics.median(written),
         "longest function, lines": max(lengths),
     }
 
