@@ -17,6 +17,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from analyze.stats import Interval
 from data import durable
 
+_FEW = 20  # points of a line that get marks
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed")
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's own font
@@ -38,19 +39,14 @@ def curves(
     *,
     log: bool = False,
 ) -> str:
-    """Lines by name, each of (x, y) points."""
+    """Lines by name, each of (x, y) points; few points get marks."""
     with mpl.rc_context(STYLE):
         figure, axes = empty(x_label, y_label)
         for name, points in series.items():
-            xs, ys = zip(*points, strict=True) if points else ((), ())
-            axes.plot(
-                xs,
-                ys,
-                label=name,
-                linewidth=1.5,
-                marker="o" if len(points) < 20 else None,
-                markersize=4,
-            )
+            x = [point[0] for point in points]
+            y = [point[1] for point in points]
+            marker = "o" if len(points) < _FEW else None
+            axes.plot(x, y, label=name, linewidth=1.5, marker=marker, markersize=4)
         if log:
             axes.set_xscale("log")
         else:
@@ -62,7 +58,7 @@ def curves(
 
 
 def histogram(counts: Sequence[float], edges: Sequence[float], x_label: str, y_label: str) -> str:
-    """Bars of a histogram that has been counted already."""
+    """Bars of a histogram from its counts."""
     with mpl.rc_context(STYLE):
         figure, axes = empty(x_label, y_label)
         axes.stairs(counts, edges, fill=True, color=_COLOURS[0], alpha=0.8)
@@ -70,21 +66,20 @@ def histogram(counts: Sequence[float], edges: Sequence[float], x_label: str, y_l
 
 
 def bars(names: Sequence[str], values: Sequence[float], x_label: str, y_label: str) -> str:
-    """One bar per name. The axis starts at the foot of the lowest bar's tenth, not at 0, when all
-    are high.
-    """
+    """One bar per name. If all values are above 0.2, the axis starts at a tenth below them."""
     with mpl.rc_context(STYLE):
         figure, axes = empty(x_label, y_label)
         axes.bar(names, values, color=_COLOURS[0], alpha=0.8)
         low = min(values)
-        axes.set_ylim(
-            int(low * 10) / 10 if low > 0.2 else min(0.0, low), 1.0 if max(values) <= 1 else None
-        )
+        bottom = int(low * 10) / 10 if low > 0.2 else min(0.0, low)
+        top = 1.0 if max(values) <= 1 else None
+        axes.set_ylim(bottom, top)
         axes.tick_params(axis="x", labelrotation=45)
         return svg(figure)
 
 
 def empty(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    """A figure with empty axes, as large as the report shows it."""
     figure = Figure(figsize=(5.2, 3.0), layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel(x_label)
@@ -93,28 +88,31 @@ def empty(x_label: str, y_label: str) -> tuple[Figure, Axes]:
 
 
 def svg(figure: Figure) -> str:
-    text = io.StringIO()
+    """The figure as the SVG element alone, without date and creator."""
+    file = io.StringIO()
     metadata: dict[str, Any] = {"Date": None, "Creator": None, "Type": None, "Format": None}
-    figure.savefig(text, format="svg", transparent=True, metadata=metadata)
-    return _own_ids(text.getvalue()[text.getvalue().index("<svg") :])
+    figure.savefig(file, format="svg", transparent=True, metadata=metadata)
+    text = file.getvalue()
+    return _own_ids(text[text.index("<svg") :])
 
 
 def _own_ids(text: str) -> str:
-    """The picture with ids that no different one has, for a page of many; those that nothing refers
-    to go.
+    """The picture with a prefix of its own on every id, for a page of many pictures.
+
+    Ids that nothing refers to are removed. Labels, outside of tags, are left as they are.
     """
-    own = durable.digest(text.encode())[:8]
+    prefix = durable.digest(text.encode())[:8]
     used = set(re.findall(r"#([\w.-]+)", text))
 
-    def renamed(found: re.Match[str]) -> str:
-        return f' id="{own}-{found[1]}"' if found[1] in used else ""
+    def renamed(identifier: re.Match[str]) -> str:
+        name = identifier[1]
+        return f' id="{prefix}-{name}"' if name in used else ""
 
     def of_tag(tag: re.Match[str]) -> str:
-        return re.sub(
-            r'(href="#|url\(#)', rf"\g<1>{own}-", re.sub(r' id="([^"]*)"', renamed, tag[0])
-        )
+        with_ids = re.sub(r' id="([^"]*)"', renamed, tag[0])
+        return re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", with_ids)
 
-    return re.sub(r"<[^>]*>", of_tag, text)  # labels are left as they are
+    return re.sub(r"<[^>]*>", of_tag, text)
 
 
 class Line(NamedTuple):
@@ -122,9 +120,8 @@ class Line(NamedTuple):
 
     x: Sequence[float]
     y: Sequence[float]
-    intervals: Sequence[Interval] | None = (
-        None  # a band around the line; None: a dashed line, as for a null
-    )
+    # A band around the line. None: a dashed line, as for a null.
+    intervals: Sequence[Interval] | None = None
 
 
 def bands(lines: Mapping[str, Line], x_label: str, y_label: str, *, log: bool = False) -> str:
@@ -161,14 +158,8 @@ def whiskers(
         figure.set_size_inches(5.2, 0.6 + 0.28 * len(names))
         low, high = np.array(intervals, np.float64).T
         error = np.maximum([np.subtract(values, low), np.subtract(high, values)], 0)
-        axes.barh(
-            names,
-            values,
-            xerr=error,
-            alpha=0.8,
-            height=0.6,
-            error_kw={"elinewidth": 1, "capsize": 2},
-        )
+        whisker = {"elinewidth": 1, "capsize": 2}
+        axes.barh(names, values, xerr=error, alpha=0.8, height=0.6, error_kw=whisker)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         return svg(figure)

@@ -1,17 +1,18 @@
 """What the language model loses when the SAE's reconstruction replaces its residual stream.
 
-Pieces of held-out documents are read alone. The stream behind the SAE's layer is replaced row by row:
+Pieces of held-out documents are read alone. The stream behind the SAE's layer is replaced:
 
     identity   by itself, through the same code: must change nothing, exactly
     sae        by its reconstruction
     random     by itself plus noise as long as the reconstruction error, in a random direction: the
-               error's null (Gurnee, "SAE reconstruction errors are (empirically) pathological", 2024)
+               error's null (Gurnee, "SAE reconstruction errors are (empirically)
+               pathological", 2024)
     mean       by the training rows' mean
     zero       by zeros
 
-Each replacement is made twice: at all positions, and only at those whose rows the SAE was trained on
-(by the run's policy, as a rule without BOS and outliers). With CE the mean cross entropy of the next
-token, in nats:
+Each replacement is made twice: at all positions, and only at those whose rows the SAE was trained
+on (by the run's policy, as a rule without BOS and outliers). With CE the mean cross entropy of
+the next token, in nats:
 
     loss recovered   (CE_zero - CE) / (CE_zero - CE_clean), and the same with mean in place of zero
     KL               KL(clean || replaced) per token, nats
@@ -224,7 +225,7 @@ def _losses(lm: LanguageModel, finals: Sequence[Tensor], targets: Tensor) -> tup
 
 
 def figures_of(losses: Losses, how: Sequence[Replacement]) -> list[dict[str, Any]]:
-    """Figures of the clean model and of every replacement, each with its interval over documents."""
+    """Figures of the clean model and of every replacement, with intervals over documents."""
     (count,) = sums_by(losses.document, np.ones(len(losses.document)))
     ce = np.stack(sums_by(losses.document, *losses.ce))
     kl = np.stack(sums_by(losses.document, *losses.kl))
@@ -327,8 +328,8 @@ def _summary(figures: dict[str, Any], subject: Subject) -> list[str]:
         sae = rows["sae", where]
         random = rows["random", where]
         lines.append(
-            f"With the SAE's reconstruction in place of layer {subject.layer}'s residual at {where}, "
-            f"{replaced[where]:,} of {replaced[ALL]:,}, the model loses "
+            f"With the SAE's reconstruction in place of layer {subject.layer}'s residual at "
+            f"{where}, {replaced[where]:,} of {replaced[ALL]:,}, the model loses "
             f"{formatted(sae['difference'], '.4f')} nats per token: loss recovered "
             f"{formatted(sae['loss_recovered'], '.2%')} of zero ablation's, "
             f"{formatted(sae['loss_recovered_of_mean'], '.2%')} of mean ablation's, KL score "

@@ -4,7 +4,7 @@ One file per unit of the store, written once and whole. A row is one latent abov
 sorted by latent and then by token:
 
     feature    uint32    latent
-    token      uint32    flat position in the unit's spine rows; + unit * unit_tokens: in the store's
+    token      uint32    flat position in the unit's spine rows; + unit * unit_tokens: in all
     document   uint32    as the store numbers them
     position   uint32    tokens since the BOS of the document's piece, which is 0
     value      float32   activation, exactly as encoded

@@ -2,8 +2,8 @@
 
 The result does not depend on the order of the units. Sums are float64 (equal to rounding). The
 places kept are those with the largest keys, and of equal keys the earliest tokens. Random samples
-are the places with the largest pseudo-random key of (latent, token). So a sample is uniform over the
-places where its latent fires, and a study that was stopped draws the same one.
+are the places with the largest pseudo-random key of (latent, token). So a sample is uniform over
+the places where its latent fires, and a study that was stopped draws the same one.
 
 Shapes: p pairs of a latent and a token, F d_sae, K places kept of each latent.
 """

@@ -8,8 +8,8 @@ was stopped goes on behind its last unit. The rest follows from the index: a sta
     features.parquet            one row per latent
     index/unit_NNNNNN.parquet   where latents fire: `Index.open(folder / "index").search(latent)`
 
-The files of the index lie in studies/kept/postings-DIGEST, where results of other settings find them.
-The result's own index/ holds hard links to those of its units.
+The files of the index lie in studies/kept/postings-DIGEST, where results of other settings find
+them. The result's own index/ holds hard links to those of its units.
 """
 
 from __future__ import annotations
@@ -191,8 +191,8 @@ def read(
     """The state after all units. Units without a file in `folder` are encoded and get one.
 
     Returns:
-        the state, the index in `folder`, and the rows encoded with the seconds that all work on them
-        took.
+        the state, the index in `folder`, and the rows encoded with the seconds that all work on
+        them took.
     """
     index = Index(folder, units_of(subject, options), subject.sae.d_sae, subject.store.unit_tokens)
     identity = _identity(subject)

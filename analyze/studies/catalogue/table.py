@@ -12,18 +12,18 @@
     quantiles      list<context with quantile>: some activations of the quantile-th part, at random.
                    Parts are equal and ascending: an activation's part is
                    floor(parts * #(smaller activations) / count), counted exactly
-    raised, lowered   list<{token, logit, text}>, by analyze/directions.py; null without the language
-                      model
+    raised, lowered   list<{token, logit, text}>, by analyze/directions.py; null without the
+                      language model
     neighbours     list<{feature, cosine}>, of the decoder's directions
 
-A context is {document, position, value, peak, tokens, text, activations}: the tokens from `BEFORE`
-ahead of its peak to `AFTER` behind it, as far as the document's piece goes, without BOS.
-`tokens[peak]` is the peak. It is at `position` after the piece's BOS, and its activation is `value`.
-A token whose row was not encoded (by the run's policy) has activation 0. Activations beside the peak
-come from the inverted index: nothing is encoded twice.
+A context is {document, position, value, peak, tokens, text, activations}: the tokens from
+`BEFORE` ahead of its peak to `AFTER` behind it, as far as the document's piece goes, without BOS.
+`tokens[peak]` is the peak. It is at `position` after the piece's BOS, and its activation is
+`value`. A token whose row was not encoded (by the run's policy) has activation 0. Activations
+beside the peak come from the inverted index: nothing is encoded twice.
 
-The table is written block by block of latents, so memory is that of one block's contexts and one row
-group of the index.
+The table is written block by block of latents, so memory is that of one block's contexts and one
+row group of the index.
 
 Shapes: F d_sae, m places of a block's latents.
 """

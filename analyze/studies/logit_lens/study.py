@@ -13,8 +13,8 @@ distribution, a position has:
     rank        of the last layer's top token in p_l, from 1; its mean is the geometric one, because
                 a few ranks are huge
     agrees      whether the top token is the last layer's
-    commitment  the first layer from which mass(target) >= 0.5 at every later layer; none if the last
-                layer has less
+    commitment  the first layer from which mass(target) >= 0.5 at every later layer; none if the
+                last layer has less
 
 Null: the unembedding's rows in random order. The lens is then as peaked as before, and its words
 mean nothing. Intervals are from resampling prompts.
@@ -215,8 +215,8 @@ class Lens(NamedTuple):
 def measure(lm: LanguageModel, states: Sequence[Tensor], following: Tensor, null: Null) -> Lens:
     """The lens at m positions.
 
-    Everything is reduced where it was computed: only the (m, V) of one layer and of the last one are
-    in memory at a time.
+    Everything is reduced where it was computed: only the (m, V) of one layer and of the last one
+    are in memory at a time.
 
     Args:
         states: (m, d) by layer.

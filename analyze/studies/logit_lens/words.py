@@ -31,11 +31,12 @@ def summary(figures: dict[str, Any]) -> list[str]:
     disagreeing = [row["layer"] for row in layers if row["agrees"]["value"] < 0.5]
     return [
         f"{when}. {formatted(commitment['never'], '.1%')} of {figures['positions']:,} positions of "
-        f"{figures['prompts']} prompts never do, with random rows {formatted(null['never'], '.1%')}; "
-        f"{name} is {figures['next_token_share'][name]:.1%} of what follows. Brackets are 95 % "
-        f"intervals over prompts, the null's over {figures['orders']} orders.",
-        f"From layer {max(disagreeing, default=-1) + 1} on the lens' top token is the model's own at "
-        f"half of the positions or more. Its cross entropy falls from "
+        f"{figures['prompts']} prompts never do, with random rows "
+        f"{formatted(null['never'], '.1%')}; {name} is {figures['next_token_share'][name]:.1%} of "
+        f"what follows. Brackets are 95 % intervals over prompts, the null's over "
+        f"{figures['orders']} orders.",
+        f"From layer {max(disagreeing, default=-1) + 1} on the lens' top token is the model's own "
+        f"at half of the positions or more. Its cross entropy falls from "
         f"{formatted(first['ce'], '.2f')} nats behind layer 0 to {formatted(last['ce'], '.2f')} "
         f"behind the last, where random rows have {formatted(last['shuffled']['ce'], '.2f')}.",
     ]

@@ -78,8 +78,9 @@ class Word(NamedTuple):
 def words_of(tokenizer: Tokenizer, names: Sequence[str]) -> list[Word]:
     """Words by name.
 
-    A name in small letters stands for four spellings: with and without a capital, with and without a
-    space before it. A name with a capital, or with a space before it, stands for itself alone.
+    A name in small letters stands for four spellings: with and without a capital, with and
+    without a space before it. A name with a capital, or with a space before it, stands for itself
+    alone.
     """
     words = []
     for name in names:
@@ -140,8 +141,8 @@ def look_alikes(
     counts = counts[allowed]
     if len(ids) < _FEWEST:
         raise SettingError(
-            f"the corpus has {len(ids)} tokens beside study.words, and {_FEWEST} are needed to draw "
-            "others as frequent; give fewer words, or more study.rows"
+            f"the corpus has {len(ids)} tokens beside study.words, and {_FEWEST} are needed to "
+            "draw others as frequent; give fewer words, or more study.rows"
         )
     alike = []
     for frequency in frequencies:

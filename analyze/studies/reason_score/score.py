@@ -30,8 +30,8 @@ from data.journal import Progress
 
 ALPHA = 0.7
 LEVEL = 0.05  # of the false discovery rate
-# Vocabularies that every latent is compared with. Only latents that may still become significant are
-# compared with more.
+# Vocabularies that every latent is compared with. Only latents that may still become significant
+# are compared with more.
 FIRST = 1000
 _PROMISING = 0.01  # largest p value after the first vocabularies with which a latent gets more
 _HALF_TOP = 20  # latents whose overlap between halves is counted
@@ -233,7 +233,7 @@ def matched(
 def _frequency_ratio(
     marked: Marked, frequency: Sequence[int], stand_in: NDArray[np.int64]
 ) -> float:
-    """Median frequency of a word's stand-ins, over the word's; words that do not occur are left out."""
+    """Median frequency of a word's stand-ins, over the word's own, of words that occur."""
     occurring = np.flatnonzero(marked.frequency)
     own = np.array(marked.frequency)[occurring]
     return float(np.median(np.array(frequency)[stand_in][:, occurring] / own))

@@ -45,7 +45,8 @@ from harvest import model_folder
 from harvest.tokens import Tokenizer
 
 WORDS = (
-    "alternatively", "hmm", "maybe", "wait", "perhaps", "let me", "therefore", "however", "But", "Another",
+    "alternatively", "hmm", "maybe", "wait", "perhaps", "let me", "therefore", "however", "But",
+    "Another",
 )  # fmt: skip
 _SEED = 0
 _FIRED = 10  # rows in which a latent must fire to be tested, whatever the words
@@ -71,8 +72,8 @@ class Options:
             raise SettingError(f"study.formula={self.formula} must be one of {', '.join(FORMULAS)}")
         if self.words is not None and not _are_words(self.words):
             raise SettingError(
-                f"study.words={self.words} must be a list of at least two words or phrases, for the "
-                "entropy over them, such as [more, left]; null takes the paper's ten"
+                f"study.words={self.words} must be a list of at least two words or phrases, for "
+                "the entropy over them, such as [more, left]; null takes the paper's ten"
             )
 
     @property
@@ -103,8 +104,8 @@ def reason_score(study: Study) -> Outcome:
         if not any(map(len, marked.of_word)):
             raise SettingError(
                 f"none of the words {', '.join(map(repr, options.names))} is in the "
-                f"{len(corpus.tokens):,} held-out tokens; give words that are as study.words=[...], "
-                "or more study.rows"
+                f"{len(corpus.tokens):,} held-out tokens; give words that are as "
+                "study.words=[...], or more study.rows"
             )
         fired = np.bincount(corpus.active.indices, minlength=corpus.active.shape[1])
         tested = np.flatnonzero(fired >= _FIRED)

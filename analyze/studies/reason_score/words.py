@@ -119,6 +119,7 @@ def picture(null: dict[str, Any], scores: Floats, top: int) -> Picture:
         axes.legend(frameon=False)
         drawn = svg(figure)
     return Picture(
-        f"ReasonScore of the first {top} latents beside random vocabularies of the same frequencies",
+        f"ReasonScore of the first {top} latents beside random vocabularies of the same "
+        "frequencies",
         drawn,
     )

@@ -4,9 +4,9 @@ The correlation of latents i and j is Pearson's over rows, zeros included:
 
     r_ij = (sum a_i b_j / n - mean a_i mean b_j) / (sd a_i sd b_j)
 
-Only pairs that are active together on some row can have r > 0. So a product of sparse matrices finds
-the best partners, block by block of our latents. A maximum over many candidates is above 0 by
-chance. So partners are chosen on some documents, and correlations are measured on others.
+Only pairs that are active together on some row can have r > 0. So a product of sparse matrices
+finds the best partners, block by block of our latents. A maximum over many candidates is above 0
+by chance. So partners are chosen on some documents, and correlations are measured on others.
 
 Shapes: n rows, F and G latents, m documents.
 """

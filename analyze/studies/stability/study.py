@@ -10,8 +10,8 @@ Nulls:
     random    a random dictionary on the same rows: directions normal with the second moments of the
               other run's decoder, encoder = decoder transposed, TopK with its k. It says what any
               dictionary would match.
-    shifted   the other run's own activations, shifted along the text by about half of the rows. They
-              say what latents' densities alone would match.
+    shifted   the other run's own activations, shifted along the text by about half of the rows.
+              They say what latents' densities alone would match.
 
 Shapes: n rows, F latents.
 """
@@ -166,7 +166,7 @@ def encode(ours: Subject, theirs: Subject, drawn: SAE, limit: int, stop: StopReq
 def _shared(
     ours: Subject, our_unit: Unit, theirs: Subject, their_unit: Unit
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The rows of both layers of a unit that belong to the same tokens, in the order of the text."""
+    """The rows of both layers of a unit that belong to the same tokens, in text order."""
     assert our_unit.number == their_unit.number
     our_rows = ours.text_rows(our_unit)
     their_rows = theirs.text_rows(their_unit)

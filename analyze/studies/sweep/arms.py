@@ -1,4 +1,4 @@
-"""The arms of a sweep: the runs that runs= names, what their files record, and where they differ."""
+"""The arms of a sweep: the runs that runs= names, what their files record, how they differ."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Arm:
 
     @property
     def last_held_out(self) -> dict[str, Any]:
-        """The last held-out record. A finished run's is of all held-out rows, after the last step."""
+        """The last held-out record; of a finished run it covers all held-out rows."""
         for record in reversed(self.records):
             if record["split"] == "held_out":
                 return dict(record)
@@ -227,8 +227,8 @@ def read_all(runs: Sequence[Path]) -> tuple[list[Arm], dict[str, str]]:
     for arm in arms[1:]:
         if arm.identity != arms[0].identity:
             raise StoreError(
-                f"{_origin(arms[0])} and {_origin(arm)}: arms of different stores are not compared; "
-                "narrow runs="
+                f"{_origin(arms[0])} and {_origin(arm)}: arms of different stores are not "
+                "compared; narrow runs="
             )
     return arms, damaged
 

@@ -1,12 +1,13 @@
 """Which arm of a sweep is best on held-out rows, and which arms cannot be told from the best.
 
 All arms of a layer read the same held-out rows: those that every arm's policy keeps. E_a and T are
-sums over the rows of each document: E_a of |e_a|^2, the squared error of arm a, and T of |x - mu|^2.
-w is how often each document was drawn.
+sums over the rows of each document: E_a of |e_a|^2, the squared error of arm a, and T of
+|x - mu|^2. w is how often each document was drawn.
 
     variance explained of a      1 - (w . E_a) / (w . T)
-    behind the best arm b        (w . (E_a - E_b)) / (w . T)    paired: what makes a document hard for
-                                                                all arms cancels
+    behind the best arm b        (w . (E_a - E_b)) / (w . T)
+
+The difference is paired: what makes a document hard for all arms cancels.
 
 Intervals are percentiles over resampled documents. All arms have the same draws, those of
 `analyze.stats`. The best arm has the largest variance explained on all documents. The share of

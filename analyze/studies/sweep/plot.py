@@ -54,9 +54,9 @@ class Point(NamedTuple):
 def layout(arms: Sequence[Arm], keys: Sequence[str]) -> Layout:
     """Which setting lies along the axis, and which ones make lines.
 
-    Along the axis lies the learning rate, else the numeric setting with most values. The others make
-    lines, but for a setting that follows from those chosen before, as a floor follows from its
-    learning rate.
+    Along the axis lies the learning rate, else the numeric setting with most values. The others
+    make lines, but for a setting that follows from those chosen before, as a floor follows from
+    its learning rate.
     """
     values = {key: [arm.settings.get(key) for arm in arms] for key in keys}
     count = {key: len(set(map(exact, values[key]))) for key in keys}
