@@ -79,6 +79,7 @@ def report(subject: Subject, limit: int, model_path: str | None) -> Path:
         pictures=_curves(metrics) | _pictures(figures),
         features=_features(subject, limit, model_path),
         studies=_studies(subject, done),
+        quality_variants=_variants(subject, "quality"),
         sweep=_sweep(subject),
     )
     path = subject.run / "report.html"
@@ -182,7 +183,7 @@ def _studies(subject: Subject, done: Mapping[str, Result]) -> dict[str, dict[str
             "pictures": pictures,
             "file": f"{FOLDER}/{name}/{name}.json",
             "page": _page(subject, name),
-            "variants": _variants(subject, done[name]),
+            "variants": _variants(subject, name),
         }
     return shown
 
@@ -193,20 +194,21 @@ def _page(subject: Subject, name: str) -> str | None:
     return page if (subject.run / page).is_file() else None
 
 
-def _variants(subject: Subject, shown: Result) -> list[dict[str, Any]]:
-    """The study's other results of this SAE.
+def _variants(subject: Subject, name: str) -> list[dict[str, Any]]:
+    """The other results of a study of this SAE.
 
     Of each the settings that differ from those of the result that is shown, as (name, its value,
     the value shown), its first sentence, and its file.
     """
+    shown, *others = results.of_study(subject.run, name)
     variants = []
-    for result in results.of_study(subject.run, shown.name)[1:]:
+    for result in others:
         if result.settings.get("sae") != subject.digest:
             continue
         settings = []
         for key, (here, there) in differences(shown.settings, result.settings).items():
             settings.append((_setting(key), _shortened(there), _shortened(here)))
-        file = result.folder.relative_to(subject.run) / f"{shown.name}.json"
+        file = result.folder.relative_to(subject.run) / f"{name}.json"
         verdict = next(iter(result.outcome.summary), "")
         variants.append({"settings": settings, "verdict": verdict, "file": file.as_posix()})
     return variants
@@ -218,6 +220,8 @@ def _setting(key: str) -> str:
 
 
 def _shortened(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     text = str(value)
     return text if len(text) <= _VALUE_LENGTH else text[: _VALUE_LENGTH - 1] + "…"
 

@@ -22,6 +22,7 @@ from analyze.outcome import Outcome, Picture, Table
 from analyze.pages import facts
 from analyze.pages.report import report
 from analyze.results import current
+from analyze.studies import quality
 from analyze.studies.sweep import page as sweep_page
 from analyze.studies.sweep.arms import read_all
 from analyze.studies.sweep.comparison import sweep
@@ -213,7 +214,13 @@ def test_every_variant_is_listed(tmp_path: Path) -> None:
     subject = Subject.open(make_run(tmp_path, random_rows()[:1024]).run, None, torch.device("cpu"))
     for top in (3, 5, 7):
         perform(subject, "contrast", f"found <{top}>", top=top, same="x" * 99)
-    section = report(subject, 10**6, None).read_text().partition('<h2 id="contrast">')[2]
+    for rows in (1e2, 1e3):
+        study = Study("quality", subject, {"rows": rows}, ModelConfig("nobody/none"))
+        study.perform(quality.DEFINITION)
+    text = report(subject, 10**6, None).read_text()
+    of_quality = text.partition('<h2 id="quality">')[2].partition("<h2")[0]
+    assert "<code>study.rows=100</code> <small>(above: 1000)</small>" in of_quality
+    section = text.partition('<h2 id="contrast">')[2]
     variants = section.partition('<ul class="variants">')[2].partition("</ul>")[0]
     assert "<p>3 variants" in section and variants.count("<li>") == 2
     for top in (3, 5):
