@@ -1,9 +1,7 @@
-"""Hydra's launcher of `python -m train -m ...`: all arms of a sweep on one read of the store, in
-this process.
+"""Hydra's launcher of `python -m train -m ...`: all arms of a sweep on one read of the store.
 
-It stands in this package because Hydra takes plugins from no other, without an __init__.py because
-Hydra's own plugins share the package. Every command of Hydra's imports it, so what it needs is
-imported when it launches.
+Hydra takes plugins from this package alone. The package has no __init__.py, because Hydra's own
+plugins share it. Every command imports this file, so it imports what it needs when it launches.
 """
 
 from __future__ import annotations
@@ -22,20 +20,22 @@ if TYPE_CHECKING:
 
 
 class OnePass(Launcher):
-    """Trains a sweep's arms together; under torchrun or accelerate, each process its share of them
-    on its own GPU.
+    """Trains a sweep's arms together.
+
+    Under torchrun or accelerate, each process trains its share of them on its own GPU.
     """
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Take what Hydra gives; the task function, which trains a single arm, is not needed."""
-        self._context, self._config = hydra_context, config
+        """Keep what `launch` needs. The task function trains a single arm, so it is not used."""
+        self._context = hydra_context
+        self._config = config
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Compose the jobs, and train their arms; what became of each."""
+        """Compose the jobs and train their arms; the jobs with their results."""
         from data.device import own_device
         from data.errors import PipelineError
         from data.journal import tell
@@ -43,10 +43,9 @@ class OnePass(Launcher):
         from train.sweep import train_sweep
 
         setup_globals()
-        share = range(parallel.rank(), len(job_overrides), parallel.world())
-        jobs = [
-            self._prepare(list(job_overrides[number]), initial_job_idx + number) for number in share
-        ]
+        jobs = []
+        for number in range(parallel.rank(), len(job_overrides), parallel.world()):
+            jobs.append(self._prepare(list(job_overrides[number]), initial_job_idx + number))
         by_device: dict[str | None, list[JobReturn]] = {}
         for job in jobs:
             if not isinstance(job.return_value, PipelineError):
@@ -59,11 +58,11 @@ class OnePass(Launcher):
         for job in failed[1:]:
             tell(f"{' '.join(job.overrides or [])}: {job.return_value}")
         if failed:
-            raise failed[0].return_value  # Hydra would say it in lines of its own
+            raise failed[0].return_value  # here, or Hydra adds lines of its own
         return jobs
 
     def _prepare(self, overrides: list[str], number: int) -> JobReturn:
-        """Compose one job; its Arm, or why it is refused, stands where its result will."""
+        """Compose one job. Its value is its Arm, or the error for which it is refused."""
         from conf.command import current_job, plain
         from data.errors import PipelineError
         from train.command import arm

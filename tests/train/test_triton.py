@@ -63,9 +63,9 @@ def assert_close(found, wanted):
 # -- top k -----------------------------------------------------------------------------------------
 
 
-def assert_is_topk(x, k):
+def assert_is_topk(x, k, **pieces):
     """Those of a stable sort, which puts the lower of equal columns first; ascending columns."""
-    values, columns = kernels.topk(x, k)
+    values, columns = kernels.topk(x, k, **pieces)
     wanted = x.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
     assert torch.equal(columns, wanted)
     torch.testing.assert_close(values, x.gather(1, wanted), rtol=0, atol=0, equal_nan=True)
@@ -81,10 +81,9 @@ def test_topk_leaves_the_next_one_out():
 
 
 @pytest.mark.parametrize(("width", "k"), [(600, 40), (512, 128), (515, 1)])
-def test_topk_is_exact_in_pieces(width, k, monkeypatch):
-    monkeypatch.setattr(kernels, "_PIECE", 256)
-    assert_is_topk(draw(1, width), k)
-    assert_is_topk(whole(3, (1, width)).float(), k)
+def test_topk_is_exact_in_pieces(width, k):
+    assert_is_topk(draw(1, width), k, piece=256)
+    assert_is_topk(whole(3, (1, width)).float(), k, piece=256)
 
 
 @pytest.mark.parametrize("k", [1, 60, 199])
@@ -181,8 +180,7 @@ LONG = {
 
 @pytest.mark.parametrize("lengths", LONG.values(), ids=LONG)
 @pytest.mark.parametrize("d", [24, 130])
-def test_weight_gradient_equals_the_dense_one(lengths, d, monkeypatch):
-    monkeypatch.setattr(kernels, "_CHUNK", 16)
+def test_weight_gradient_equals_the_dense_one(lengths, d):
     n, d_sae = 25, len(lengths)
     shuffled = torch.randperm(sum(lengths), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     latent, row = bag_of(lengths)[shuffled], whole(n, (sum(lengths),), seed=1)
@@ -190,7 +188,10 @@ def test_weight_gradient_equals_the_dense_one(lengths, d, monkeypatch):
     order, source, starts = sorted_pairs(latent, row, d_sae)
     dense = torch.zeros(n, d_sae, dtype=torch.float64, device=DEVICE)
     dense.index_put_((row, latent), weights.double(), accumulate=True)
-    found = [kernels.weight_gradient(rows, weights, order, source, starts, d_sae) for _ in range(2)]
+    found = [
+        kernels.weight_gradient(rows, weights, order, source, starts, d_sae, chunk=16)
+        for _ in range(2)
+    ]
     torch.testing.assert_close(found[0].double(), dense.T @ rows.double(), rtol=1e-5, atol=1e-5)
     sums = kernels.latent_sums(weights, order, starts)
     torch.testing.assert_close(sums.double(), dense.sum(0), rtol=1e-5, atol=1e-5)
@@ -205,11 +206,10 @@ def test_slices_stay_within_the_cache():
         (4096, 100, torch.float32, 128),
         (1 << 20, 2560, torch.float32, 128),
     ]:
-        assert kernels._slice(torch.empty(rows, d, dtype=dtype, device="meta")) == wanted
+        assert kernels.slice_columns(torch.empty(rows, d, dtype=dtype, device="meta")) == wanted
 
 
-def test_bits_repeat(monkeypatch):
-    monkeypatch.setattr(kernels, "_CHUNK", 16)
+def test_bits_repeat():
     lengths = [0, 50, 3, 20]
     latent, row = bag_of(lengths), whole(50, (73,))
     rows, weights, W_dec = draw(50, 130), draw(73, seed=1), draw(60, 130, seed=2)
@@ -220,7 +220,7 @@ def test_bits_repeat(monkeypatch):
         yield from kernels.topk(whole(9, (1, 300)).float(), 100)
         yield kernels.decode(weights, spread, ragged, W_dec)
         yield kernels.values_gradient(rows[:4].clone(), spread, ragged, W_dec)
-        yield kernels.weight_gradient(rows, weights, order, source, starts, 4)
+        yield kernels.weight_gradient(rows, weights, order, source, starts, 4, chunk=16)
         yield kernels.latent_sums(weights, order, starts)
 
     for first, second in zip(everything(), everything(), strict=True):
