@@ -84,6 +84,7 @@ def harvest_config(settings: dict[str, Any]) -> HarvestConfig:
         batch=whole("batch", settings["batch"]),
         unit=optional_whole("unit", settings["unit"]),
         chunk=whole("chunk", settings["chunk"]),
+        site=str(settings["site"]),
         codec=settings["codec"]["name"],
         rank=launched("rank", settings["rank"], "RANK", 0),
         world=launched("world", settings["world"], "WORLD_SIZE", 1),

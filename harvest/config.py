@@ -9,6 +9,7 @@ from typing import Literal
 from data.errors import SettingError
 from data.store.codec import require_known
 from harvest.model import LanguageModel
+from harvest.site import RESID_POST, SITES
 
 # 335 MB a layer at width 2560. Larger shards gain nothing, and peak at 3 times their size in
 # memory.
@@ -48,6 +49,7 @@ class HarvestConfig:
     batch: int = 16  # packed rows per forward pass; another number changes bits
     unit: int | None = None  # tokens per unit; None: 65,536, less for small stores
     chunk: int = CHUNK_ROWS  # rows per inner chunk
+    site: str = RESID_POST.name  # where in a layer rows are taken: one of harvest.site.SITES
     codec: Literal["blosc", "none", "int8"] = "blosc"
     rank: int = 0  # of this process, from 0 to world - 1; used only where there are no locks
     world: int = 1  # processes that make the store
@@ -65,6 +67,8 @@ class HarvestConfig:
                 f"rank={self.rank} must be from 0 to world - 1, and world={self.world}"
             )
         require_known(self.codec)
+        if self.site not in SITES:
+            raise SettingError(f"site={self.site} must be one of {', '.join(SITES)}")
         if not self.layers:
             raise SettingError("layer=[] asks for nothing; give a layer number or a list of them")
         if len(set(self.layers)) != len(self.layers) or min(self.layers) < 0:

@@ -15,7 +15,7 @@ from data.store.store import Store
 from data.store.unit import Prepared, prepare
 from harvest.isolation import Inputs, Mask, attention_mask, forward_inputs
 from harvest.model import LanguageModel
-from harvest.site import RESID_POST, Site, tap
+from harvest.site import tap
 
 
 def unit_residuals(
@@ -53,7 +53,6 @@ def batch_residuals(
     passes: Sequence[Inputs],
     layers: Sequence[int],
     out: dict[int, torch.Tensor] | None = None,
-    site: Site = RESID_POST,
 ) -> dict[int, torch.Tensor]:
     """Residuals of a batch: (B*T, d) bfloat16 a layer, in the order of its tokens.
 
@@ -67,7 +66,7 @@ def batch_residuals(
     """
     if out is None:
         out = empty_residuals(lm, sum(inputs.tokens for inputs in passes), layers)
-    with tap(lm.blocks, layers, site) as taken:
+    with tap(lm.blocks, layers, lm.site) as taken:
         for inputs in passes:
             here = upload(inputs, lm.config.device)
             forward(lm, here, attention_mask(lm.decoder.config, here.positions))

@@ -32,6 +32,7 @@ from harvest.model_folder import is_out_of_memory
 from harvest.others import Others
 from harvest.provenance import manifest_of
 from harvest.selfcheck import check, choose_isolation
+from harvest.site import SITES
 from harvest.spine import Spine, tell_end
 from harvest.writer import Writer
 
@@ -48,6 +49,7 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Sto
     layers = config.layers
     check_layers(config, lm)
     lm.isolation = choose_isolation(lm)
+    lm.site = SITES[config.site]
 
     # Check the manifest before the claims file is created: the folder may be no store. Check it
     # again under the claims: another start may have replaced a manifest without commits.

@@ -25,6 +25,7 @@ from harvest.model_folder import (
     resolve,
     weights_digest,
 )
+from harvest.site import RESID_POST, Site
 from harvest.tokens import Tokenizer
 
 
@@ -56,6 +57,7 @@ class LanguageModel:
     max_context: int  # tokens
     identity: dict[str, Any]  # the model's entry in the manifest
     isolation: Isolation = "packed"
+    site: Site = RESID_POST  # where in a layer rows are taken
     causal: Any = None  # transformers' model of decoder and head, where the head was asked for
 
     def truncate_(self, deepest: int) -> None:

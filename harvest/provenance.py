@@ -10,7 +10,6 @@ from data import environment
 from data.text.documents import TextSource
 from harvest.config import HarvestConfig
 from harvest.model import LanguageModel
-from harvest.site import RESID_POST
 
 
 def manifest_of(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> dict[str, Any]:
@@ -19,7 +18,7 @@ def manifest_of(config: HarvestConfig, lm: LanguageModel, source: TextSource) ->
     if source.chats:
         model["chat_template"] = lm.tokenizer.template_digest
     return {
-        "site": RESID_POST.name,
+        "site": lm.site.name,
         "model": model,
         "isolation": lm.isolation,
         "text": source.identity(),

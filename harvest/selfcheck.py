@@ -21,7 +21,7 @@ from harvest.forward import (
 )
 from harvest.isolation import Inputs, Isolation, attention_mask, forward_inputs
 from harvest.model import LanguageModel, final_norm
-from harvest.site import RESID_POST, Site, tap
+from harvest.site import tap
 
 # bf16 keeps 8 bits: one rounding is 2^-9 relative. Truncation changes no kernel, so 2^-7 is
 # generous.
@@ -85,9 +85,7 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def truncate_checked_(
-    lm: LanguageModel, passes: Sequence[Inputs], layers: Sequence[int], site: Site = RESID_POST
-) -> None:
+def truncate_checked_(lm: LanguageModel, passes: Sequence[Inputs], layers: Sequence[int]) -> None:
     """Truncate to the deepest of `layers`, and compare with the whole model's residuals.
 
     The reference is transformers' own `output_hidden_states` of the untruncated model on the same
@@ -96,9 +94,9 @@ def truncate_checked_(
     Raises:
         PipelineError: a layer's rows differ from the reference by more than bf16 rounding.
     """
-    reference = _reference(lm, passes, layers, site)
+    reference = _reference(lm, passes, layers)
     lm.truncate_(max(layers))
-    harvested = batch_residuals(lm, passes, layers, site=site)
+    harvested = batch_residuals(lm, passes, layers)
     for layer in layers:
         rows = harvested[layer]
         if layer == lm.n_layers - 1:  # the reference has gone through the final norm
@@ -116,7 +114,7 @@ def truncate_checked_(
 
 
 def _reference(
-    lm: LanguageModel, passes: Sequence[Inputs], layers: Sequence[int], site: Site
+    lm: LanguageModel, passes: Sequence[Inputs], layers: Sequence[int]
 ) -> dict[int, torch.Tensor]:
     """What transformers reports of `layers` in the whole model: (B*T, d) bfloat16 each."""
     reference = empty_residuals(lm, sum(inputs.tokens for inputs in passes), layers)
@@ -129,7 +127,7 @@ def _reference(
                 "check"
             )
         for layer in layers:
-            scatter(site.reported(states, layer), here, reference[layer])
+            scatter(lm.site.reported(states, layer), here, reference[layer])
         # 0.44 GB in E4B for 2 rows: must be free before the next pass and the truncation.
         del states
     return reference

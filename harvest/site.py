@@ -1,7 +1,7 @@
 """Sites: where in a decoder layer residuals are taken, and how.
 
-A new site is one class here with the methods of `Site`, the names of its arrays in
-data/store/arrays.py, and its word in conf/harvest.yaml.
+A new site is one class here with the methods of `Site`, listed in `SITES`, and the names of its
+arrays in data/store/arrays.py.
 
 Shapes: b rows and t tokens of one forward pass, d d_model.
 """
@@ -52,6 +52,7 @@ class ResidPost:
 
 
 RESID_POST = ResidPost()
+SITES: dict[str, Site] = {site.name: site for site in (RESID_POST,)}  # by their names in settings
 
 
 @contextmanager

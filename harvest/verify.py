@@ -13,6 +13,7 @@ from data.store.repair import damage, require_store
 from data.store.store import Store
 from harvest.model import LanguageModel
 from harvest.selfcheck import require_same
+from harvest.site import SITES
 
 
 def verify(place: Place, lm: LanguageModel) -> str:
@@ -43,6 +44,7 @@ def verify(place: Place, lm: LanguageModel) -> str:
         return f"{intact}; no unit has residuals yet"
 
     lm.isolation = store.manifest["isolation"]
+    lm.site = SITES[store.manifest["site"]]
     lm.truncate_(max(store.layers))
     kept = retention.read(place)
     unit = random.choice([unit for unit in whole if not kept.is_freed(unit)] or whole)

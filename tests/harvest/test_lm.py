@@ -160,8 +160,9 @@ def test_the_self_check_catches_a_layer_off_by_one(
     lm = open_model(folders["gemma4"])
     monkeypatch.setattr(LanguageModel, "truncate_", lambda self, deepest: None)
     passes = forward_inputs(*batch(), "packed")
+    lm.site = Neighbour(shift)
     with pytest.raises(PipelineError, match="layer 2 "):
-        truncate_checked_(lm, passes, [2], site=Neighbour(shift))
+        truncate_checked_(lm, passes, [2])
 
 
 class Neighbour(ResidPost):
