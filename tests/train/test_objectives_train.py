@@ -97,6 +97,11 @@ def test_the_threshold_starts_where_the_first_batch_keeps_k(changes):
     assert len(kept.values) == 2 * killing.BATCH - 1
 
 
+def test_gated_needs_its_own_settings():
+    with pytest.raises(SettingError, match="GatedConfig"):
+        find("gated")(SAEConfig(activation="gated"))
+
+
 def test_every_objective_is_tried():
     assert sorted(changes["activation"] for changes in EVERY) == names()
 
