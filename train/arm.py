@@ -94,7 +94,7 @@ class Run:
         return records.digest(settings)
 
     def _open(self, stack: ExitStack, stop: StopRequest) -> None:
-        """Take up the last checkpoint, or begin; open the metrics. A finished run has its outcome."""
+        """Take up the last checkpoint, or begin. A finished run has its outcome at once."""
         folder = self.arm.folder
         follower = self.arm.follower
         saved = resume(folder, self._settings)

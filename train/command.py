@@ -57,7 +57,8 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
     """
     if not settings["store"]:
         raise SettingError(
-            "store= is missing; give the path of an activation store, e.g. store=activations/tiny.zarr"
+            "store= is missing; give the path of an activation store, "
+            "e.g. store=activations/tiny.zarr"
         )
     device = own_device(settings["device"])
     sae_name = settings["sae"].pop("name", "sae")

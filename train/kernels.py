@@ -13,7 +13,8 @@ in ms):
     top k                    two stages, partition on the CPU           10   31 (torch.topk)
     decoding                 embedding_bag with weights                2.1   44 (dense product)
     gradient of kept values  embedding_bag's own weights backward      4.7   57 (dense product)
-    gradient of one weight   embedding_bag over rows, a bag per latent 2.0   45 (dense), 69 (index_add)
+    gradient of one weight   embedding_bag, a bag per latent           2.0   45 (dense)
+                                                                             69 (index_add)
     sort of the n k pairs    once for both weights                     0.6
 
 embedding_bag sums each bag in one thread and in index order, so no result depends on which thread

@@ -66,7 +66,8 @@ class SAEConfig:
                 raise SettingError(f"sae.{name}={value!r} must be a whole number of at least 1")
         if self.k > self.d_sae:
             raise SettingError(
-                f"sae.k={self.k} must be at most sae.d_sae={self.d_sae}: so many latents can be kept"
+                f"sae.k={self.k} must be at most sae.d_sae={self.d_sae}: "
+                "so many latents can be kept"
             )
         if not (math.isfinite(self.aux_coef) and self.aux_coef >= 0):
             raise SettingError(f"sae.aux_coef={self.aux_coef} must be 0 or a positive number")

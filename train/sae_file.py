@@ -59,7 +59,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> SAE:
 def _checked(path: Path, content: Any) -> SAE:
     if not isinstance(content, dict) or set(content) - {"threshold"} != {*WEIGHTS, "k"}:
         raise StoreError(
-            f"{path} is not an SAE: expected the keys {', '.join(WEIGHTS)}, k, and perhaps threshold"
+            f"{path} is not an SAE: expected the keys {', '.join(WEIGHTS)}, k, "
+            "and perhaps threshold"
         )
     for name in content.keys() - {"k"}:
         if not isinstance(content[name], Tensor):

@@ -89,7 +89,8 @@ def train_sweep(arms: Sequence[Arm], device: torch.device) -> list[Outcome]:
     folders = [arm.folder.resolve() for arm in arms]
     if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
         raise SettingError(
-            f"several arms have run={twice}; leave run= out of a multirun, and each gets a folder of its own"
+            f"several arms have run={twice}; leave run= out of a multirun, "
+            "and each gets a folder of its own"
         )
     planned = passes(arms, devices.free_bytes(device))
     for line in announcement(arms, planned):

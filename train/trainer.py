@@ -65,14 +65,16 @@ class TrainConfig:
             )
         if self.tokens is not None and self.tokens < self.batch:
             raise SettingError(
-                f"tokens={self.tokens} is less than one batch={self.batch}; raise it or lower batch="
+                f"tokens={self.tokens} is less than one batch={self.batch}; "
+                "raise it or lower batch="
             )
 
     def steps(self, rows: int) -> int:
         """Optimizer steps of the run; a last, incomplete batch is left out."""
         if self.tokens is None and rows < self.batch:
             raise SettingError(
-                f"batch={self.batch} is more than the {rows} training rows; lower it, or set tokens="
+                f"batch={self.batch} is more than the {rows} training rows; "
+                "lower it, or set tokens="
             )
         return (self.tokens or rows) // self.batch
 

@@ -121,13 +121,18 @@ def has(package: str) -> bool:
 def test_the_library_computes_the_same(tmp_path: Path, name: str, kind: str) -> None:
     if not has(PACKAGES[name]):
         pytest.skip(
-            f"{PACKAGES[name]} is not installed: pip install 'residual-saes[interop]', or set INTEROP_PYTHON"
+            f"{PACKAGES[name]} is not installed: pip install 'residual-saes[interop]', "
+            "or set INTEROP_PYTHON"
         )
     sae, x = made(kind), rows()
     np.save(tmp_path / "x.npy", x.numpy())
     folder = written(tmp_path / "export", name, sae)
-    code = "import sys, numpy as np, torch; folder = sys.argv[1]; x = torch.from_numpy(np.load('x.npy'))\n"
-    code += f"torch.set_grad_enabled(False){LOADERS[name]}np.savez('found.npz', f=f.numpy(), x_hat=x_hat.numpy())"
+    code = (
+        "import sys, numpy as np, torch\n"
+        "folder = sys.argv[1]; x = torch.from_numpy(np.load('x.npy'))\n"
+        f"torch.set_grad_enabled(False){LOADERS[name]}"
+        "np.savez('found.npz', f=f.numpy(), x_hat=x_hat.numpy())"
+    )
     environment = {**os.environ, "SPARSIFY_DISABLE_TRITON": "1"}  # which is there and finds no GPU
     subprocess.run([PYTHON, "-c", code, str(folder)], check=True, cwd=tmp_path, env=environment)
     with np.load(tmp_path / "found.npz") as found:

@@ -1,4 +1,4 @@
-"""A published run: true figures, code that runs, foreign text that stays text, no upload unasked."""
+"""A published run: true figures, code that runs, foreign text inert, no upload unasked."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ from train.sae import SAE
 from train.sae_file import FILE, load
 
 REPO, TOKEN = "somebody/an-sae", "hf_SecretSecretSecretSecret"
-HOSTILE = "</summary><script>alert(1)</script> | [x](http://evil.example) `a` **b** $$c$$ \\(d\\) <!-- \n# big\n| row |"
+HOSTILE = (
+    "</summary><script>alert(1)</script> | [x](http://evil.example) "
+    "`a` **b** $$c$$ \\(d\\) <!-- \n# big\n| row |"
+)
 
 
 def publishes(run: Path, *overrides: str) -> Path:
@@ -140,8 +143,9 @@ def test_every_figure_of_quality_is_there_with_its_definition(tmp_path: Path) ->
     assert "| digest of its weights | w123 |" in text
     for name, subset in figures["variance_explained"].items():
         low, high = subset["centred_95"]
-        row = f"| centred, {name} | 1 - sum \\|e\\|² / sum \\|x - μ\\|², the figure to quote | {subset['centred']:.4f}"
-        assert f"{row} [{low:.4f}, {high:.4f}] ({subset['rows']:,} rows) |" in text
+        row = f"| centred, {name} | 1 - sum \\|e\\|² / sum \\|x - μ\\|², the figure to quote | "
+        interval = f"{subset['centred']:.4f} [{low:.4f}, {high:.4f}] ({subset['rows']:,} rows) |"
+        assert row + interval in text
     for key in ("batch_mean", "mean_of_ratios", "variance_of_error", "scalar"):
         assert re.search(rf"\| {key.replace('_', ' ')} \| .* \| {figures[key]:.4f} \|", text), key
     assert f"| latents silent on all these rows | {figures['silent']:,} |" in text

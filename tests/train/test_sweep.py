@@ -202,7 +202,8 @@ def test_arms_that_take_other_batches_share_no_read(tmp_path):
     assert passes(five, None) == [[0, 2, 4], [1], [3]]
     (line, *_) = sweep.announcement(five, passes(five, None))
     assert line == (
-        "5 arms in 3 passes of 3 + 1 + 1: arms that differ in store, batch, data_seed or policy share no read"
+        "5 arms in 3 passes of 3 + 1 + 1: "
+        "arms that differ in store, batch, data_seed or policy share no read"
     )
 
 

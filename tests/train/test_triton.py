@@ -238,14 +238,25 @@ from train import triton_kernels as kernels
 FLOATS = {"pre", "values", "weights", "table", "parts", "sums", "upstream", "shares"}
 WHOLE = {"columns", "which", "starts", "owners", "order", "indices"}
 FIXED = {"BLOCK": 2048, "GROUPS": 256, "STEP": 256, "CHUNK": 512, "P": 8, "D": 128}
-for kernel in (kernels._topk_kernel, kernels._part_kernel, kernels._bag_kernel, kernels._sums_kernel,
-               kernels._dots_kernel):
-    kinds = {name: "*fp32" if name in FLOATS else "*i64" if name in WHOLE else "i32"
-             for name in kernel.arg_names} | {name: "constexpr" for name in FIXED if name in kernel.arg_names}
-    source = triton.compiler.ASTSource(kernel, kinds, {name: FIXED[name] for name in kinds if name in FIXED})
-    ptx = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": 2}).asm["ptx"]
+target = GPUTarget("cuda", int(sys.argv[1]), 32)
+for kernel in (
+    kernels._topk_kernel,
+    kernels._part_kernel,
+    kernels._bag_kernel,
+    kernels._sums_kernel,
+    kernels._dots_kernel,
+):
+    kinds = {}
+    for name in kernel.arg_names:
+        kinds[name] = "*fp32" if name in FLOATS else "*i64" if name in WHOLE else "i32"
+        if name in FIXED:
+            kinds[name] = "constexpr"
+    fixed = {name: FIXED[name] for name in kinds if name in FIXED}
+    source = triton.compiler.ASTSource(kernel, kinds, fixed)
+    ptx = triton.compile(source, target=target, options={"num_warps": 2}).asm["ptx"]
     assert ".visible .entry" in ptx
-    assert "atom." not in ptx and "red.global" not in ptx and "red.shared" not in ptx, "an atomic: sums in any order"
+    for atomic in ("atom.", "red.global", "red.shared"):
+        assert atomic not in ptx, "an atomic: sums in any order"
 print("compiled")
 """
 

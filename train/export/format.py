@@ -48,7 +48,8 @@ def about(run: Path, config: Mapping[str, Any]) -> About:
     source = config.get("source")
     if source is None:
         raise StoreError(
-            f"{run} does not say what it was trained on: it is of an earlier version; train it again"
+            f"{run} does not say what it was trained on: it is of an earlier version; "
+            "train it again"
         )
     return About(source["model"], config["settings"]["layer"], source["context"], source["text"])
 

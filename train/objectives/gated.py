@@ -2,7 +2,7 @@
 
     u       = (x - b_dec) W_gate                                W_gate is the encoder
     pi      = u + b_gate                                        the gate: open where pi > 0
-    f       = H(pi) ReLU(exp(r_mag) u + b_mag)                  weights tied by r_mag; b_mag is b_enc
+    f       = H(pi) ReLU(exp(r_mag) u + b_mag)                  tied by r_mag; b_mag is b_enc
     x_hat   = f W_dec + b_dec
     x_gate  = ReLU(pi) W_dec + b_dec                            W_dec and b_dec are constants here
     loss    = mean over rows of (|x - x_hat|^2 + l1_coef sum_i ReLU(pi_i) + |x - x_gate|^2)

@@ -24,8 +24,8 @@ from analyze.stats import Floats, hedges_g_of_labels
 # Columns at a time: 16 MB for each array of 1,000 permutations.
 WIDTH = 2048
 # Firings expected in the rarer label. With at least 10, all columns share one null: the share of
-# permutations beyond the normal's 1e-4 is 0.6e-4 to 1.6e-4 (n = 1,319, 132 or 660 wrong); with 2.5 it
-# is 3.6e-4.
+# permutations beyond the normal's 1e-4 is 0.6e-4 to 1.6e-4 (n = 1,319, 132 or 660 wrong). With 2.5
+# it is 3.6e-4.
 _MANY = 10
 # Share of the labels' variance below which covariates leave nothing of them.
 _EXPLAINED = 1e-9
@@ -67,7 +67,8 @@ class Design:
     """The labels, how they may be exchanged, and what else the answers differ by."""
 
     correct: NDArray[np.bool_]  # (n,)
-    # (n,) Labels are exchanged within a block: the question if each has both labels, else 0 for all.
+    # (n,) Labels are exchanged within a block: the question if each has both labels, else 0 for
+    # all.
     block: NDArray[np.int64]
     cluster: NDArray[np.int64]  # (n,) question, which is what is resampled
     covariates: Floats  # (n, q)
@@ -106,7 +107,7 @@ class Design:
 
     @cached_property
     def within(self) -> Effect:
-        """Differences within blocks, by the spread within them. With one block the same as `raw`."""
+        """Differences within blocks, by the spread within them. With one block it is `raw`."""
         effect = self._adjusted(np.empty((len(self.correct), 0)))
         assert effect is not None  # every block has both labels
         return effect
@@ -338,7 +339,7 @@ def halves(x: Any, splits: Splits, top: int, width: int = WIDTH) -> Halves:
 def _across_halves(
     x: Any, first: NDArray[np.bool_], labels: NDArray[np.bool_], top: int, width: int
 ) -> tuple[Floats, Floats]:
-    """(B,) share of the top columns that both halves choose, and d carried from one to the other."""
+    """(B,) share of the top columns that both halves choose; d carried to the other half."""
     effects = []
     for side in (first, ~first):
         right = (side & labels).astype(np.float64)

@@ -15,9 +15,9 @@ LEVEL = 0.05
 def outcome(findings: Findings) -> Outcome:
     """The whole result."""
     caption = (
-        f"Accuracy on {findings.unsteered.questions} test questions against the scale of v at layer "
-        f"{findings.layer}, with Wilson's 95 % intervals. Grey: other directions at the best dev "
-        "scale, beside it. Dashed: unsteered."
+        f"Accuracy on {findings.unsteered.questions} test questions against the scale of v at "
+        f"layer {findings.layer}, with Wilson's 95 % intervals. Grey: other directions at the best "
+        "dev scale, beside it. Dashed: unsteered."
     )
     picture = Picture(caption, over_scales(findings))
     tables = [
@@ -92,8 +92,9 @@ def _best_scale(findings: Findings) -> str:
     tried = len(findings.holm)
     return (
         f"Its scale is the best of {tried} on {len(findings.ids['dev'])} dev questions "
-        f"({findings.dev[findings.best]} right, {findings.dev[0.0]} unsteered). Of {best.questions} test "
-        f"questions {_accuracy(best)} are right, unsteered {_accuracy(findings.unsteered)}: "
+        f"({findings.dev[findings.best]} right, {findings.dev[0.0]} unsteered). "
+        f"Of {best.questions} test questions {_accuracy(best)} are right, "
+        f"unsteered {_accuracy(findings.unsteered)}: "
         f"{len(best.gained)} gained, {len(best.lost)} lost, exact McNemar p = {_p(best.p)}, by "
         f"Holm over the {tried} scales {_p(findings.holm[findings.best])}."
     )
