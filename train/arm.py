@@ -188,12 +188,12 @@ class Run:
         self.close()
 
     def fail(self, error: PipelineError) -> None:
-        """Leave it at its last checkpoint."""
+        """Leave the run at its last checkpoint."""
         self.outcome = error
         self.close()
 
     def close(self) -> None:
-        """Close its files."""
+        """Close the run's files."""
         self._closing.close()
 
 

@@ -13,8 +13,8 @@ from train.sae import SAE
 _TINY = 1e-30  # of a norm, so that an error of 0 gives a direction of 0
 
 
-def never_fired(d_sae: int, device: torch.device) -> Tensor:
-    """(F,) counters at the start of training: every latent counts as having just fired."""
+def fresh_counters(d_sae: int, device: torch.device) -> Tensor:
+    """(F,) counters at the start of training: 0 tokens since each latent fired."""
     return torch.zeros(d_sae, dtype=torch.int64, device=device)
 
 

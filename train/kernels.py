@@ -121,8 +121,8 @@ def encode_batch(
 ) -> Kept:
     """Keep the n k largest positive elements of all of x @ W_enc + b_enc; fewer if there are fewer.
 
-    A bound drops most elements block by block. Half as many again of a sample's elements as can
-    be kept exceed the bound. If too few are left, a second pass keeps all that are positive.
+    A bound drops most elements block by block. It is estimated from a sample of rows, so that
+    1.5 n k elements pass. If too few pass, a second pass keeps all that are positive.
     """
     bound = None
     parts = []
@@ -220,10 +220,10 @@ def _tf32(on: bool) -> Iterator[None]:
 def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row of (n, F), exactly, in no particular order: values and indices.
 
-    They lie in the k groups of columns with the largest maxima. Group g holds columns g, g + F/8, g
-    + 2F/8, ...: so strided, maxima are four times as fast as over neighbours. Of values equal to
-    the k-th largest, which ones are kept is fixed for given bits, but unspecified. NaN counts as
-    largest, so that it cannot hide.
+    The k largest lie in the k groups of columns with the largest maxima. Group g holds columns g, g
+    + F/8, g + 2F/8, ...: strided maxima are four times as fast as maxima over neighbours. Of values
+    equal to the k-th largest, which ones are kept is fixed for given bits, but unspecified. NaN
+    counts as largest, so that it cannot hide.
     """
     if x.is_cuda:  # only CUDA builds of torch bring Triton
         from train import triton_kernels
@@ -267,7 +267,7 @@ def _threshold_mask(x: NDArray[np.float32], k: int) -> NDArray[np.bool_]:
 
 
 def decode(kept: Kept, W_dec: Tensor) -> Tensor:
-    """(bags, d) sums of the kept latents' directions; b_dec is the caller's."""
+    """(bags, d) sums of the kept latents' directions; the caller adds b_dec."""
     if W_dec.is_cuda:
         from train import triton_kernels
 

@@ -131,7 +131,7 @@ class Adam:
     def restart_(self, name: str, latents: Tensor) -> None:
         """Restart a parameter's moments at `latents`: first 0, second the mean over all latents.
 
-        With a second moment of 0 their first step would be the largest there is, and most of them
+        With a second moment of 0 restarted latents would take the largest steps, and most of them
         would die again (docs/method.md).
         """
         state = self._adam.state[self._parameters[name]]

@@ -32,7 +32,8 @@ class SAEConfig:
 
     activation: str = "topk"  # a file of train/objectives
     d_sae: int = 32_768  # latents
-    k: int = 128  # latents kept per row: exactly in topk, on average in the others
+    # Latents kept per row: exactly in topk, on average in the others; in gated at the start only.
+    k: int = 128
     # Weight of the AuxK loss; 0 turns it off. Gao et al. have 1/32 with aux_norm=variance.
     aux_coef: float = 0.125
     k_aux: int = 512  # dead latents that reconstruct the error of each row

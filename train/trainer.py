@@ -124,7 +124,7 @@ class Trainer:
             1, min(_DEAD_AFTER, self.steps * config.batch // 25)
         )
         learned = {name: getattr(fresh, name) for name in self.objective.learned}
-        silent = dead.never_fired(config.sae.d_sae, device)
+        silent = dead.fresh_counters(config.sae.d_sae, device)
         self.state = State(0, fresh, Adam(learned, self.optim), silent)
         if config.sae.resample:
             self.state.restarted = torch.zeros_like(silent)

@@ -37,7 +37,7 @@ from torch import Tensor
 _PIECE = 8192
 # columns per group in topk's first bound: one thread's own, so their maximum needs no other thread
 _GROUP = 8
-# pairs; a longer bag is summed in parts, else a latent that fires in every row is one program's
+# pairs; a longer bag is summed in parts, else one program would sum a latent that always fires
 _CHUNK = 512
 # pairs that a program of bag_sums reads at once: 8 independent 16-byte loads per thread in flight
 _PAIRS = 8
@@ -329,8 +329,9 @@ def _part_kernel(
     P: tl.constexpr,
     D: tl.constexpr,
 ):
-    """What one long bag has in one part, into (parts, 2, d); `owners` (parts, 2): bags of its first
-    and last pair.
+    """Sum one long bag's pairs inside one part, into (parts, 2, d).
+
+    `owners` (parts, 2): the bags of the part's first and last pair.
     """
     slot = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * D + tl.arange(0, D)

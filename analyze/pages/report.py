@@ -52,7 +52,7 @@ def report(subject: Subject, limit: int, model_path: str | None) -> Path:
 
     Args:
         limit: held-out rows to look for contexts in, and to measure on.
-        model_path: where the model's tokenizer is; None: where the store's own record leads.
+        model_path: where the model's tokenizer is; None: the model that the manifest names.
 
     Raises:
         StoreError: the run was not trained here.

@@ -16,9 +16,9 @@ and its converter:
                            index, because the catalogue's own bins are of octaves.
     topkCosSim             the latent itself comes first, which the page leaves out
     binMin, binMax,        of the largest contexts: -1, the largest activation, -1.
-    binContains            Of samples: the one of INTERVALS equal parts of 0 to the largest
-                           activation that the value at the peak is in, and the share of all rows
-                           in it. Rows that do not fire are in the first part.
+    binContains            Of samples: the interval that holds the value at the peak, and its share
+                           of all rows. INTERVALS equal ones go from 0 to the largest activation.
+                           Rows that do not fire are in the first.
     qualifyingTokenIndex   the peak
     maxValueTokenIndex     where the context is largest, which may be another token
     dataIndex              ours: document:position in the store

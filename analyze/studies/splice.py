@@ -204,7 +204,7 @@ def _edit(replace: Callable[[Tensor], Tensor], mask: Tensor) -> Callable[[Tensor
 
 
 def _losses(lm: LanguageModel, finals: Sequence[Tensor], targets: Tensor) -> tuple[Floats, Floats]:
-    """CE, and KL to the first, (1 + R, m) each.
+    """CE, and KL(clean || replaced), (1 + R, m) each.
 
     Args:
         finals: (m, d) final states behind the final norm, of the clean model first.

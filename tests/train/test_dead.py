@@ -11,7 +11,7 @@ def count_(silent, kept):
 
 
 def test_counters_count_tokens_and_reset_on_firing():
-    silent = dead.never_fired(4, torch.device("cpu"))
+    silent = dead.fresh_counters(4, torch.device("cpu"))
     first = Kept.even(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[0, 1], [0, 2]]))
     assert dead.firings(first, 4).tolist() == [2, 1, 0, 0]
     count_(silent, first)
@@ -32,7 +32,7 @@ def test_dead_from_the_threshold_on():
 
 def test_counters_do_not_overflow():
     """A billion tokens and more: int32 would wrap."""
-    silent = dead.never_fired(1, torch.device("cpu"))
+    silent = dead.fresh_counters(1, torch.device("cpu"))
     silent += 2**31 - 1
     count_(silent, Kept.even(torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.int64)))
     assert silent.tolist() == [2**31 + 1]

@@ -2,7 +2,7 @@
 
     f     = ReLU(TopK((x - b_dec) W_enc + b_enc))
     x_hat = f W_dec + b_dec
-    loss  = mean((x - x_hat)^2) / denominator
+    main  = mean((x - x_hat)^2) / denominator          train/objective.py adds AuxK to it
 
 denominator: 1 under aux_norm=raw (the reference), the rows' variance under variance (the paper).
 
@@ -30,7 +30,7 @@ class TopK(Objective):
     def main(self, sae: SAE, centred: Tensor, denominator: float) -> Main:
         b_enc = bias(sae.b_enc, sae)
         kept, bags = encode(self._largest, centred, sae.encoder, b_enc)
-        # The values are ReLU's already. Applied again, ReLU gives the gradient: none at 0.
+        # kernels.encode has applied ReLU. Here ReLU only makes the gradient 0 where the value is 0.
         f = kept._replace(values=kept.values.relu())
         error = centred - decode(f, bags, sae.W_dec)  # x - x_hat, as centred is x - b_dec
         return Main(mean_square(error, denominator), error, f, bags, b_enc)

@@ -89,7 +89,8 @@ def card(facts: Facts, files: Sequence[str]) -> str:
 
 # -- escaping --------------------------------------------------------------------------------------
 
-# What Markdown, the Hub's formulas or its links would read as a mark; none is one inside HTML.
+# What Markdown, the Hub's formulas or its links would read as a mark. HTML entities are not read as
+# marks.
 _ENTITIES = {
     "\\": "&#92;",
     "$": "&#36;",

@@ -9,7 +9,7 @@
     histogram      list<int64>, BINS long; the edges are in the file's metadata as JSON, under
                    histogram_edges
     top            list<context>, the largest activations, one per document, descending
-    quantiles      list<context with quantile>: some activations of the quantile-th part, at random.
+    quantiles      list<context with quantile>: random activations of part `quantile`.
                    Parts are equal and ascending: an activation's part is
                    floor(parts * #(smaller activations) / count), counted exactly
     raised, lowered   list<{token, logit, text}>, by analyze/directions.py; null without the

@@ -1,10 +1,10 @@
 """Effect sizes of very many columns at once, with what chance makes of them.
 
 A column is a dimension of a layer, or an SAE feature. All nulls shuffle the labels. The same
-shufflings serve every column and every layer, so that a maximum over them is a joint one (Westfall
-and Young, 1993).
+permutations serve every column and every layer, so that a maximum over them is a joint one
+(Westfall and Young, 1993).
 
-Shapes: n answers, c columns, L shufflings of the labels, B draws or splits.
+Shapes: n answers, c columns, L permutations of the labels, B draws or splits.
 """
 
 from __future__ import annotations
@@ -377,7 +377,7 @@ def rank_p(x: Any, fired: NDArray[np.int64], correct: NDArray[np.bool_], effect:
     column's ranks can do depends on nothing else, since all its zeros share a rank. Columns that
     fire often in the rarer label (`_MANY`) are alike whatever their number, and are one pool.
 
-    Pooling is needed: a column's own 1,000 shufflings reach 1e-3, where 32,768 hypotheses need
+    Pooling is needed: a column's own 1,000 permutations reach 1e-3, where 32,768 hypotheses need
     1e-6. The normal approximation reaches that, but is wrong there: of 5 firings all among the 132
     wrong of 1,319 answers it says 2e-11, and the truth is 9e-6.
 

@@ -1,6 +1,6 @@
 """What right and wrong answers differ by, as figures and lists.
 
-Shapes: n answers, d d_model, c columns, L shufflings of the labels, B draws.
+Shapes: n answers, d d_model, c columns, L permutations of the labels, B draws.
 """
 
 from __future__ import annotations

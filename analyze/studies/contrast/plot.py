@@ -15,7 +15,7 @@ def over_layers(observed: Floats, null: Floats, label: str) -> str:
 
     Args:
         observed: (layers,).
-        null: (layers, L) of shuffled labels, the same shufflings at every layer.
+        null: (layers, L) of shuffled labels, the same permutations at every layer.
         label: of the vertical axis.
     """
     layers = np.arange(len(observed))

@@ -57,7 +57,7 @@ _SPLITS = 100
 class Options:
     """The settings of conf/study/contrast.yaml."""
 
-    permutations: int = 1000  # shufflings of the labels
+    permutations: int = 1000  # permutations of the labels
     min_firing: int = 5  # answers in which a feature fires, for it to be tested
     seed: int = 0
 

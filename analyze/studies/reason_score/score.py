@@ -167,9 +167,9 @@ def matched(
 ) -> tuple[Floats, Null]:
     """(F,) scores of the words, and what random vocabularies score.
 
-    No more are drawn than one latent needs to be significant alone among all. Latents whose p value
-    after the first 1,000 is at most 0.01 are compared with the rest too. That leaves p valid: a p
-    below 0.01 is as rare as if all latents had been compared with all vocabularies.
+    As many are drawn as one latent needs to be significant alone among all tested. Latents whose p
+    value after the first 1,000 is at most 0.01 are compared with the rest too. That leaves p valid:
+    a p below 0.01 is as rare as if all latents had been compared with all vocabularies.
 
     Args:
         tested: latents, ascending.

@@ -267,7 +267,7 @@ def short(keys: Iterable[str]) -> dict[str, str]:
 def labels(names: Sequence[str]) -> dict[str, str]:
     """Each arm's name without the folder and the overrides that all arms share.
 
-    The whole names where nothing would be left of one, or two would be alike.
+    The whole names, if a short name would be empty or not unique.
     """
     if len({os.path.dirname(name) for name in names}) == 1:
         parts = [os.path.basename(name).split(",") for name in names]
