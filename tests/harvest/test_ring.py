@@ -98,7 +98,7 @@ def settings(store: Path, run: Path, layer: int = 4, **changes: Any) -> dict[str
     """A small run whose logs, evaluations and checkpoints are out of step with one another and with
     the ring.
     """
-    sae = {"d_sae": 48, "k": 4, "k_aux": 8, "dead_after": 300}
+    sae = {"activation": "topk", "d_sae": 48, "k": 4, "k_aux": 8, "dead_after": 300}
     optim = {"lr": 0.01, "project_every": 3}
     counts = {
         "batch": 16,
