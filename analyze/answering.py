@@ -166,7 +166,7 @@ def _problems(study: Study, asking: Asking) -> Sequence[Problem | Solution]:
 
 
 def model_key(study: Study) -> dict[str, Any]:
-    """What generated text depends on of the model, for the key of kept results."""
+    """What a forward pass depends on beside its tokens, for the key of kept results."""
     return {
         "weights": study.identity["weights"],
         "dtype": study.model.dtype,

@@ -214,7 +214,7 @@ def test_a_file_in_the_stores_place_is_one_line(tmp_path: Path) -> None:
     [
         ("codec=zip", ["codec/zip", "blosc int8 none"]),
         ("lyer=3", ["lyer", "--help"]),
-        ("store=/tmp/a=b.zarr", ["quotes"]),
+        ("store=activations/a=b.zarr", ["quotes"]),
     ],
 )
 def test_the_parsers_refusals_are_one_line_too(argument: str, facts: list[str]) -> None:

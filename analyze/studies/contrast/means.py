@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 from torch import Tensor
 
-from analyze.answering import Answer
+from analyze.answering import Answer, model_key
 from analyze.language_model import residuals
 from analyze.results import digest_of
 from analyze.stats import Floats
@@ -68,7 +68,8 @@ def answer_means(study: Study, answers: Sequence[Answer], stop: StopRequest) -> 
         _write(folder, hidden, features)
 
     texts = [(answer.prompt_ids, answer.ids) for answer in answers]
-    key = {"version": VERSION, **study.identity, "texts": digest_of({"ids": texts})}
+    model = {**study.identity, **model_key(study)}
+    key = {"version": VERSION, **model, "texts": digest_of({"ids": texts})}
     hidden, features = _read(study.kept("means", key, fill))
     return Means(
         hidden=hidden,

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analyze.answering import Answer, answers, inputs
+from analyze.answering import Answer, answers, inputs, model_key
 from analyze.language_model import Prediction, blocks, logits
 from analyze.outcome import Outcome
 from analyze.results import digest_of
@@ -206,8 +206,7 @@ def log_probabilities(study: Study, answered: Sequence[Answer], stop: StopReques
     """(n,) mean log-probability in nats of each answer's tokens, NaN of one without; kept."""
     key = {
         "version": VERSION,
-        "weights": study.identity["weights"],
-        "dtype": study.model.dtype,
+        **model_key(study),
         "texts": digest_of({"ids": [(answer.prompt_ids, answer.ids) for answer in answered]}),
     }
 
