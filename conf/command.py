@@ -7,15 +7,18 @@ command line.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from conf.help import described
-from data.errors import Interrupted, PipelineError
+from conf.names import quoted
+from data.errors import Interrupted, PipelineError, SettingError
 
 if TYPE_CHECKING:  # hydra and omegaconf take 0.3 s to load: `start` first makes Ctrl-C quiet
     from omegaconf import DictConfig
@@ -58,47 +61,64 @@ def start(name: str, module: str) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     import_module(module)
-    sys.argv[1:] = map(verbatim, sys.argv[1:])
+    sys.argv[1:] = quoted(sys.argv[1:])
 
     @hydra.main(version_base="1.3", config_path=".", config_name=name)
     def main(cfg: DictConfig) -> None:
-        command, settings, job = import_module(module).command, plain(cfg), current_job()
-        if job.multirun:
-            command(
-                settings, job
-            )  # a launcher must see what went wrong, and would take an exit for an answer
+        command = import_module(module).command
+        if is_multirun():
+            # A launcher must see what went wrong, and would take an exit for an answer.
+            command(plain(cfg), current_job())
         else:
-            run_command(lambda: command(settings, job))
+            run_command(lambda: command(plain(cfg), current_job()))
 
     run_main(main, (HydraException, OmegaConfBaseException), lambda: described(name, sys.argv[1:]))
 
 
-def verbatim(argument: str) -> str:
-    """`runs=` in the quotes that Hydra wants: commas and equals signs in an arm's name are no
-    multirun.
-    """
-    key, _, value = argument.partition("=")
-    if key != "runs" or value[:1] in ("", "'", '"', "["):
-        return argument
-    return "runs='" + value.replace("'", "\\'") + "'"
-
-
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """Hydra's settings as plain values."""
+    """Hydra's settings as plain values.
+
+    Raises:
+        SettingError: a value refers to a setting that is not there.
+    """
     from omegaconf import OmegaConf
 
-    settings = OmegaConf.to_container(cfg, resolve=True)
+    with _resolving():
+        settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
     return {str(key): value for key, value in settings.items()}
 
 
-def current_job() -> Job:
-    """The job that Hydra runs at present."""
+def is_multirun() -> bool:
+    """Whether the job that Hydra runs at present is one of a multirun."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    config = HydraConfig.get()
-    return Job(config.mode == RunMode.MULTIRUN, tuple(config.overrides.task))
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
+
+
+def current_job() -> Job:
+    """The job that Hydra runs at present.
+
+    Raises:
+        SettingError: a value refers to a setting that is not there.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    with _resolving():
+        return Job(is_multirun(), tuple(HydraConfig.get().overrides.task))
+
+
+@contextmanager
+def _resolving() -> Iterator[None]:
+    """Refuse a ${...} that leads nowhere."""
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise SettingError(f"{reason}; ${{NAME}} in a value stands for another setting") from error
 
 
 def run_main(
@@ -123,7 +143,7 @@ def run_main(
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Run a command. Our exceptions become one line on stderr and an exit code."""
+    """Run a command. Exceptions that the user can mend become one line and an exit code."""
     try:
         command()
     except PipelineError as error:
@@ -134,6 +154,12 @@ def run_command(command: Callable[[], None]) -> None:
         # interpreter complain when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.errno not in _WRONG_NAME:
+            raise
+        reason = f"{error.filename}: {error.strerror}"
+        print(f"error: {reason}; choose another place", file=sys.stderr, flush=True)
+        sys.exit(2)
     except Interrupted as stop:
         print(f"stopped by {stop}; {_KEPT}", file=sys.stderr, flush=True)
         sys.exit(stop.exit_code)
@@ -143,6 +169,8 @@ def run_command(command: Callable[[], None]) -> None:
 
 
 _KEPT = "what was finished is kept, and the same command again goes on"
+# What the file system answers to a path that cannot be, or that is not the user's.
+_WRONG_NAME = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
 # A launcher as Hydra names it when it is missing, its plugin, and our extra.
 _LAUNCHERS = (
     ("submitit_", "hydra-submitit-launcher", "slurm"),
@@ -162,6 +190,6 @@ def _one_line(refusal: str) -> str:
         return unknown.strip().rstrip(".") + ": no such setting; --help lists them all"
     malformed, is_malformed, _ = text.partition("See https://")
     if "override" in text and is_malformed:
-        way_out = "a value with signs or spaces needs quotes: \"run='a=b'\""
+        way_out = "a value with signs or spaces needs quotes: \"NAME='a=b'\""
         return f"{' '.join(malformed.split())}; {way_out}"
     return " ".join(text.split())

@@ -139,7 +139,8 @@ def create(path: Path, data: bytes) -> bool:
 
 def make_directory(path: Path) -> None:
     """Create `path` and its parents, durably."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    # Path.exists would raise for a name that is too long.
+    missing = [folder for folder in (path, *path.parents) if not os.path.exists(folder)]
     if not missing:
         return
     try:

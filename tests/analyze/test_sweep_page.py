@@ -19,7 +19,6 @@ from analyze.command import command
 from analyze.studies.sweep import page as sweep_page
 from analyze.studies.sweep import plot as sweep_pictures
 from analyze.studies.sweep.arms import Arm, find, labels, read_all, short, varying
-from conf.command import verbatim
 from data.errors import MismatchError, PipelineError, SettingError, StoreError
 from tests.analyze.test_sweep import (
     Planted,
@@ -103,13 +102,6 @@ def test_runs_are_named_in_many_ways(folder: Path, monkeypatch: pytest.MonkeyPat
         find([])
     with pytest.raises(SettingError, match="runs="):
         find("x" * 5000)
-
-
-def test_hydra_gets_runs_verbatim() -> None:
-    assert verbatim("runs=a/x=1,y=2") == "runs='a/x=1,y=2'"
-    assert verbatim("runs=it's") == "runs='it\\'s'"
-    for untouched in ("runs=[a,b]", "runs='a'", "runs=", "run=a,b", "study=sweep"):
-        assert verbatim(untouched) == untouched
 
 
 def test_the_command_line(folder: Path) -> None:

@@ -17,7 +17,7 @@ from data.errors import SettingError
 from data.journal import read_metrics
 from data.store.store import SpineEnd, Store
 from data.text.packing import Cursor
-from tests.conftest import commit
+from tests.conftest import commit, make_manifest
 from tests.train import killing
 from train import checkpoint, command
 from train.sae_file import load
@@ -29,16 +29,8 @@ UNIT, CONTEXT, D = 512, 32, 8
 
 def make_store(path, units=8, layers=(3, 5)):
     """A store of planted rows, with BOS rows that would spoil any fit."""
-    manifest = {
-        "model": {"d_model": D, "id": "nobody/none"},
-        "text": {"kind": "made up"},
-        "context": CONTEXT,
-        "unit": UNIT,
-        "chunk": 128,
-        "codec": "none",
-        "seed": 0,
-        "tokens": units * UNIT,
-    }
+    shape = {"tokens": units * UNIT, "context": CONTEXT, "unit": UNIT, "chunk": 128}
+    manifest = {**make_manifest(D, **shape, codec="none"), "seed": 0}
     store, reader = Store.open_or_create(path, manifest), killing.planted()
     for unit in range(units):
         tokens = np.ones((UNIT // CONTEXT, CONTEXT), np.uint32)

@@ -1,0 +1,92 @@
+"""Settings whose values are names: what was typed is the name.
+
+Hydra would read `run=20240101` as a number, `store=2024_01_02` as the number 20240102, `run=a=b` as
+a mistake. So such values get Hydra's quotes before Hydra reads the command line. What keeps its
+meaning: `null`, an empty value, a value that is quoted already, ${...} inside a value, and in a
+multirun commas and functions such as choice(a,b).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+# Paths, stores, runs, repositories, revisions, columns, ids: any text is one.
+NAMES = (
+    *("run", "out", "store", "repo", "problems"),
+    *("model.path", "model.revision"),
+    *("text.path", "text.field", "text.messages", "text.sources.*.*"),
+    *("study.other", "study.author", "study.creator", "study.model", "study.release", "study.set"),
+    *("hydra.run.dir", "hydra.sweep.dir"),
+)
+# Lists of names, in brackets. A value without brackets is one name, commas and all: an arm's
+# directory has commas.
+LISTS = ("runs", "study.others", "study.words")
+_NUMBERS = ("text.sources.*.weight",)  # settings that NAMES would match
+
+_MULTIRUN = ("-m", "--multirun")
+_SWEEP = re.compile(r"(choice|glob|interval|range|shuffle|sort|tag)\(.*\)", re.DOTALL)
+_QUOTED = re.compile(r"'([^'\\]|\\.)*'|\"([^\"\\]|\\.)*\"", re.DOTALL)
+_CLOSES = {"[": "]", "{": "}", "(": ")"}
+
+
+def quoted(arguments: Sequence[str]) -> list[str]:
+    """A command line with the values of all names in the quotes that Hydra wants."""
+    multirun = any(argument in _MULTIRUN for argument in arguments)
+    return [_argument(argument, multirun) for argument in arguments]
+
+
+def _argument(argument: str, multirun: bool) -> str:
+    key, sign, value = argument.partition("=")
+    name = key.lstrip("+")
+    if not sign or not value:
+        return argument
+    if _is_in(name, LISTS):
+        is_list = value.startswith("[") and value.endswith("]")
+        return f"{key}={_listed(value) if is_list else _quote(value)}"
+    if not _is_in(name, NAMES) or _is_in(name, _NUMBERS):
+        return argument
+    if not multirun:
+        return f"{key}={_quote(value)}"
+    if _SWEEP.fullmatch(value):
+        return argument
+    return f"{key}={','.join(map(_quote, _split(value)))}"
+
+
+def _is_in(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _listed(value: str) -> str:
+    """A list in brackets with its items in quotes."""
+    items = (item.strip() for item in _split(value[1:-1]))
+    return f"[{','.join(map(_quote, items))}]"
+
+
+def _quote(value: str) -> str:
+    """One name in quotes; as it is if it is null, empty or quoted already."""
+    if value.lower() in ("", "null") or _QUOTED.fullmatch(value):
+        return value
+    # A backslash stands for itself, but before a quote it must be doubled.
+    doubled = re.sub(r"(\\+)(?='|$)", r"\1\1", value)
+    return "'" + doubled.replace("'", "\\'") + "'"
+
+
+def _split(value: str) -> Iterator[str]:
+    """The parts of `value` between commas that stand outside of quotes and brackets."""
+    start = 0
+    end = 0
+    expected: list[str] = []  # brackets that are open
+    while end < len(value):
+        if not expected and value[end] == ",":
+            yield value[start:end]
+            start = end + 1
+        elif expected and value[end] == expected[-1]:
+            expected.pop()
+        elif value[end] in _CLOSES:
+            expected.append(_CLOSES[value[end]])
+        elif end == start and (whole := _QUOTED.match(value, end)):
+            end = whole.end() - 1
+        end += 1
+    yield value[start:]

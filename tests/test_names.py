@@ -1,0 +1,228 @@
+"""What was typed is the name: settings that name a path, a run, a store, a revision, a column."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from conf import command as command_line
+from conf.names import LISTS, NAMES, quoted
+from data.text.sources import source_of
+from harvest.command import harvest_config, model_config
+from tests.train.test_command import SMALL, make_store
+
+CONF = Path(__file__).parents[1] / "conf"
+ODD = [
+    *("20240101", "2024_01_02", "1e5", "1e10", "0x10", "0b1", "1.50", "007", "-1", "+1", ".5"),
+    *("true", "No", "on", "none", "None", "nan", "inf", "~", "*?", "@", "!", "=", "a=b", "a:b"),
+    *("my run", " a", "a ", "it(s)", "it's", "'a", '"', 'a"b', "a'b'c", "[x]", "a[1,2]", "{a: 1}"),
+    *("a, b", "#a", "a #b", "50%", "a\\b", "a\\", "a\\'", "a\\\\'b\\\\", "naïve é 数"),
+]
+OF_FUNCTIONS = ["choice(a,b)", "range(1,4)", "a,b"]  # that Hydra sweeps over in a multirun
+# Settings with other text, by the last part of their name: they take a fixed set of words.
+WORDS = {
+    *("action", "activation", "aux_norm", "decay", "dtype", "formula", "init", "kind", "lr"),
+    *("name", "oom", "part", "positions", "prompt", "site", "target", "to"),
+}
+# Settings without a default that name nothing.
+NAMELESS = {
+    *("layer", "tokens", "unit", "max_bytes", "rank", "world", "device", "train.matmul", "codec"),
+    *("sae.dead_after", "optim.warmup_steps", "study.splits", "study.layer", "model.dtype"),
+}
+
+
+def read(*arguments: str) -> dict[str, Any]:
+    """What Hydra makes of a command line's overrides, by key."""
+    parsed = OverridesParser.create().parse_overrides(quoted(arguments))
+    return {override.key_or_group: override.value() for override in parsed}
+
+
+@pytest.mark.parametrize("key", ["run", "+text.sources.mine.path", "model.revision", "study.other"])
+def test_hydra_reads_what_was_typed(key: str) -> None:
+    for name in [*ODD, *OF_FUNCTIONS]:
+        assert read(f"{key}={name}") == {key.lstrip("+"): name}
+
+
+def test_so_does_it_in_a_multirun() -> None:
+    for name in {*ODD} - {"'a", "a, b"}:  # they end where the sweep says
+        first, *overrides = quoted(["-m", f"run={name}", f"store=x,{name},'y,z'"])
+        assert first == "-m"
+        run, stores = OverridesParser.create().parse_overrides(overrides)
+        assert run.value() == name and not run.is_sweep_override()
+        swept = [f"store={text}" for text in stores.sweep_string_iterator()]
+        again = OverridesParser.create().parse_overrides(swept)
+        assert [override.value() for override in again] == ["x", name, "y,z"]
+
+
+def test_sweeps_and_what_hydra_means_stay() -> None:
+    for same in ("run=choice(a,b)", "run=range(1,4)", "run=null", "run=NULL", "run=", "run='a,b'"):
+        assert quoted(["--multirun", same]) == ["--multirun", same]
+    for same in (
+        "run=null",
+        "run=",
+        "run='a b'",
+        'run="a b"',
+        "layer=2",
+        "text=tiny",
+        "-m",
+        "~run",
+    ):
+        assert quoted([same]) == [same]
+    assert read("+text.sources.mine.weight=2") == {"text.sources.mine.weight": 2}
+    assert read("run='null'") == {"run": "null"}
+
+
+def test_lists_of_names() -> None:
+    for key in LISTS:
+        assert read(f"{key}=[2024_01, a=b,'c,d', it's,f(x,y),null]") == {
+            key: ["2024_01", "a=b", "c,d", "it's", "f(x,y)", None]
+        }
+        assert read(f"{key}=a/x=1,y=2") == {key: "a/x=1,y=2"}
+        assert read(f"{key}=[]") == {key: []}
+    assert quoted(["-m", "runs=a,b"])[1] == "runs='a,b'"
+
+
+def test_a_name_may_refer_to_a_setting() -> None:
+    with initialize_config_module("conf", version_base="1.3"):
+        overrides = quoted(["sae=tiny", "run=${sae.name}_${sae.k}", "store=1"])
+        assert OmegaConf.to_container(compose("train", overrides), resolve=True)["run"] == "tiny_16"
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """As Hydra reads it: 1e9 is a number, which YAML 1.1 takes for text."""
+    settings = OmegaConf.to_container(OmegaConf.load(file))
+    assert isinstance(settings, dict)
+    return {str(key): value for key, value in settings.items()}
+
+
+def leaves(settings: Mapping[str, Any], under: str) -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if key in ("defaults", "hydra"):
+            continue
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{under}{key}.")
+        else:
+            yield under + str(key), value
+
+
+@pytest.mark.parametrize(
+    "file", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF))
+)
+def test_every_setting_of_text_is_a_name_or_a_word(file: Path) -> None:
+    """A new setting of text must be declared: else a name of digits would be read as a number."""
+    first, *_ = file.read_text().splitlines()
+    group = "" if file.parent == CONF else f"{file.parent.name}."
+    if first.startswith("# @package "):
+        group = first.removeprefix("# @package ") + "."
+    if group.startswith("launcher"):
+        return
+    for key, value in leaves(read_yaml(file), group):
+        if isinstance(value, str) and not value.startswith("$"):
+            declared = any(fnmatchcase(key, pattern) for pattern in (*NAMES, *LISTS))
+            assert declared or key.rpartition(".")[2] in WORDS, key
+
+
+def test_paths_are_declared() -> None:
+    """Settings that have no default name a path, or are listed above."""
+    for file in sorted(CONF.rglob("*.yaml")):
+        if file.parent.name in ("launcher", "text"):
+            continue
+        group = "" if file.parent == CONF else f"{file.parent.name}."
+        for key, value in leaves(read_yaml(file), group):
+            if value is None and key not in NAMELESS:
+                assert any(fnmatchcase(key, pattern) for pattern in (*NAMES, *LISTS)), key
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+Call = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Call:
+    """Run a command in this process, in an empty directory: exit code, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def called(name: str, module: str, *arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        code = 0
+        try:
+            command_line.start(name, module)
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        return code, capsys.readouterr().err
+
+    return called
+
+
+def train(call: Call, *arguments: str) -> tuple[int, str]:
+    return call("train", "train.command", *arguments, *SMALL, "tokens=256")
+
+
+def test_every_command_takes_odd_names(tmp_path: Path, call: Call) -> None:
+    make_store(tmp_path / "2024_01_02")
+    code, err = train(call, "-m", "store=2024_01_02", "run=20240101,a=b,it(s)")
+    assert code == 0, err
+    code, err = call("analyze", "analyze.command", "run=20240101", "store=2024_01_02", "device=cpu")
+    assert code == 0, err
+    sweep = ("study=sweep", "runs=[20240101,a=b,it(s)]", "out=1e5", "device=cpu")
+    code, err = call("analyze", "analyze.command", *sweep)
+    assert code == 0, err
+    code, err = call("export", "train.export.command", "run=a=b", "to=saelens", "out=0x10")
+    assert code == 0, err
+    code, err = call("publish", "train.publish.command", "run=it(s)", "repo=1/2", "out=2024")
+    assert code == 0, err
+    expected = ["0x10", "1e5", "2024", "20240101", "2024_01_02", "a=b", "it(s)", "runs"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == expected
+    assert 'hf_hub_download("1/2"' in (tmp_path / "2024" / "README.md").read_text()
+
+
+def test_a_harvest_takes_odd_names(tmp_path: Path) -> None:
+    (tmp_path / "1e5").mkdir()
+    (tmp_path / "1e5" / "0").with_suffix(".jsonl").write_text('{"2024": "words"}\n')
+    overrides = ["model.path=123", "model.revision=1234567", "text.field=2024", "store=1_0"]
+    with initialize_config_module("conf", version_base="1.3"):
+        composed = compose("harvest", quoted([f"text.path={tmp_path}/1e5", *overrides]))
+        settings: Any = OmegaConf.to_container(composed, resolve=True)
+        composed = compose("harvest", quoted(["text.path=1.50", "model.path=2024_1"]))
+        unnamed: Any = OmegaConf.to_container(composed, resolve=True)
+    assert harvest_config(settings).store == "1_0"
+    assert harvest_config(unnamed).store == "activations/2024_1_1.zarr"
+    model = model_config(settings["model"], "cpu")
+    assert (model.path, model.revision) == ("123", "1234567")
+    (document, _), *_ = source_of(settings["text"], 0).documents(None)
+    assert document == "words"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["store={store}", "run={long}"], "run={long}"),
+        (["store={long}"], "{long}"),
+        (["store={store}", "run=file/a"], "file/a"),
+        (["store=file/a"], "file/a"),
+        (["store={store}", "run=${nothing}"], "nothing"),
+    ],
+)
+def test_a_name_that_cannot_be_is_one_line(
+    arguments: list[str], named: str, tmp_path: Path, call: Call
+) -> None:
+    (tmp_path / "file").write_text("")
+    words = {"{store}": str(make_store(tmp_path / "s.zarr", units=2, layers=(3,)))}
+    words["{long}"] = "x" * 300
+    for short, full in words.items():
+        arguments = [argument.replace(short, full) for argument in arguments]
+        named = named.replace(short, full)
+    code, err = train(call, *arguments)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert named.removeprefix("run=") in err
