@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from conf.help import described
 from conf.names import quoted
+from data import stopping
 from data.errors import Interrupted, PipelineError, SettingError
 
 if TYPE_CHECKING:  # hydra and omegaconf take 0.3 s to load: `start` first makes Ctrl-C quiet
@@ -72,6 +73,7 @@ def start(name: str, module: str) -> None:
         else:
             run_command(lambda: command(plain(cfg), current_job()))
 
+    stopping.watch()
     run_main(main, (HydraException, OmegaConfBaseException), lambda: described(name, sys.argv[1:]))
 
 
@@ -131,9 +133,7 @@ def run_main(
         refusals: exceptions by which the parser refuses settings. They exit like a `PipelineError`.
         help_text: makes what --help prints.
     """
-    # `start` had it so while libraries loaded.
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    stopping.answer_signals()  # while libraries loaded, they ended the process at once
     wants_help = {"--help", "-h"} & {*sys.argv[1:]}
     try:
         run_command((lambda: print(help_text())) if wants_help else main)
@@ -161,14 +161,18 @@ def run_command(command: Callable[[], None]) -> None:
         print(f"error: {reason}; choose another place", file=sys.stderr, flush=True)
         sys.exit(2)
     except Interrupted as stop:
-        print(f"stopped by {stop}; {_KEPT}", file=sys.stderr, flush=True)
+        _tell_stopped(stop)
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
-        print(f"stopped by SIGINT; {_KEPT}", file=sys.stderr)
+        _tell_stopped("SIGINT")
         sys.exit(130)
 
 
-_KEPT = "what was finished is kept, and the same command again goes on"
+def _tell_stopped(reason: object) -> None:
+    stopping.told.set()
+    print(f"stopped by {reason}; {stopping.KEPT}", file=sys.stderr, flush=True)
+
+
 # What the file system answers to a path that cannot be, or that is not the user's.
 _WRONG_NAME = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
 # A launcher as Hydra names it when it is missing, its plugin, and our extra.

@@ -65,11 +65,16 @@ class Interrupted(BaseException):
         self.exit_code = 128 + signum
 
 
+def raise_interrupted(signum: int, _frame: FrameType | None) -> None:
+    """A signal handler; Python's own one for SIGINT raises KeyboardInterrupt."""
+    raise Interrupted(signum)
+
+
 class StopRequest:
     """Turns SIGINT and SIGTERM into a flag that loops check between units or steps.
 
     A context manager; the former handlers come back on exit. A second signal of the same kind acts
-    at once.
+    at once. In a command, data/stopping.py ends the process if no check comes within a second.
     """
 
     def __init__(self) -> None:
@@ -80,7 +85,8 @@ class StopRequest:
         for signum in (signal.SIGINT, signal.SIGTERM):
             # A launcher's own handler stays: submitit ignores SIGTERM, which Slurm sends before it
             # requeues a job.
-            if signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler):
+            replaced = (signal.SIG_DFL, signal.default_int_handler, raise_interrupted)
+            if signal.getsignal(signum) in replaced:
                 self._former[signum] = signal.signal(signum, self._note)
         return self
 

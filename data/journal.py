@@ -94,17 +94,26 @@ def tell(*lines: str) -> None:
 class Progress:
     """One line: redrawn on a terminal; elsewhere printed every `interval_s` seconds."""
 
-    def __init__(self, stream: TextIO | None = None, interval_s: float = 5.0) -> None:
+    def __init__(
+        self, stream: TextIO | None = None, interval_s: float = 5.0, quiet_s: float = 0.0
+    ) -> None:
+        """Nothing is shown yet.
+
+        Args:
+            interval_s: between two lines, off a terminal.
+            quiet_s: nothing is shown before so many seconds: short work needs no line.
+        """
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
         self._interval_s = 0.2 if self._live else interval_s
         self._last = -math.inf
+        self._quiet_until = time.monotonic() + quiet_s
         self._width = 0
 
     def show(self, text: str, *, last: bool = False) -> None:
         """Show `text` if the interval has passed, or if it is the `last` of its loop."""
         now = time.monotonic()
-        if not last and now - self._last < self._interval_s:
+        if now < self._quiet_until or (not last and now - self._last < self._interval_s):
             return
         self._last = now
         if self._live:
@@ -113,6 +122,13 @@ class Progress:
         else:
             self._stream.write(text + "\n")
         self._stream.flush()
+
+    def close(self) -> None:
+        """End the line on a terminal, so that others can be printed behind it."""
+        if self._live and self._width:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._width = 0
 
 
 def duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +46,6 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Sto
         StoreError: the disk is full, or the store is damaged.
         Interrupted: SIGINT or SIGTERM arrived; everything committed stays.
     """
-    began = time.monotonic()
     layers = config.layers
     check_layers(config, lm)
     lm.isolation = choose_isolation(lm)
@@ -80,7 +80,7 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Sto
 
             # Make every missing unit.
             room = ring.join(store, layers, claims, config.max_bytes, config.readers)
-            tokens = make(store, lm, layers, claims, spine, stop, config.faults, room)
+            made = make(store, lm, layers, claims, spine, stop, config.faults, room)
             room.sweep()
         tell_end(store)
 
@@ -89,8 +89,15 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Sto
             for layer in layers:
                 summary.write(store, layer)
             store.declare(layers)
-    _tell_complete(store, tokens, time.monotonic() - began)
+    _tell_complete(store, made)
     return store
+
+
+class Made(NamedTuple):
+    """What one process has made."""
+
+    tokens: int
+    seconds: float  # that it took, without the checks at its start
 
 
 def make(
@@ -102,8 +109,8 @@ def make(
     stop: StopRequest,
     faults: Faults,
     room: KeepAll | Ring,
-) -> int:
-    """Make and commit units until each of `layers` is whole. Returns the tokens made here.
+) -> Made:
+    """Make and commit units until each of `layers` is whole.
 
     Args:
         room: on the disk. It decides the order of units, and admits a unit when it fits.
@@ -153,13 +160,14 @@ def make(
                 break
             stop.check()
             others.wait(store, layers)
+    seconds = time.monotonic() - began
     for layer in layers:
         if bad := store.non_finite(layer):
             tell(
                 f"layer {layer}: {bad} rows hold NaN or infinity; they are stored, counted and "
                 "never served"
             )
-    return tokens
+    return Made(tokens, seconds)
 
 
 def compute(
@@ -237,10 +245,10 @@ def progress_line(
     )
 
 
-def _tell_complete(store: Store, tokens: int, seconds: float) -> None:
-    if tokens:
-        share = f", {tokens:,} of them made here" if tokens < store.rows else ""
-        speed = f"{duration(seconds)}, {tokens / seconds:,.0f} tokens/s"
+def _tell_complete(store: Store, made: Made) -> None:
+    if made.tokens:
+        share = f", {made.tokens:,} of them made here" if made.tokens < store.rows else ""
+        speed = f"{duration(made.seconds)}, {made.tokens / made.seconds:,.0f} tokens/s"
         tell(f"{store.name} is complete: {store.rows:,} tokens{share} in {speed}")
     else:
         tell(f"{store.name} is complete: {store.units} units, {store.rows:,} rows a layer")

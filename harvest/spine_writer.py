@@ -6,9 +6,12 @@ for the interpreter lock of the process that feeds the device.
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from contextlib import suppress
 from itertools import islice
 from multiprocessing import Pipe
@@ -18,6 +21,7 @@ from typing import Protocol
 import numpy as np
 
 from data.errors import Interrupted, PipelineError, StoreError
+from data.stopping import GRACE_S
 from data.store.store import SpineEnd, Store
 from data.text import packing, retry
 from data.text.documents import TextSource
@@ -114,7 +118,7 @@ class SpineProcess:
         return True
 
     def stop(self) -> None:
-        """End the child, behind the unit that it is writing."""
+        """End the child, behind the unit that it is writing if that takes no second."""
         self._line.close()
         self._child.wait()
 
@@ -154,6 +158,19 @@ def work(line: Connection, name: str, source: TextSource, tokenizer: Tokenizer) 
         line.send(failure)
 
 
+def end_with_parent(line: Connection) -> None:
+    """End this process soon after its parent is gone, whatever it waits for.
+
+    What is committed survives that.
+    """
+    with suppress(OSError):  # the line is closed here: the work is done
+        line.poll(None)
+        time.sleep(GRACE_S)
+        os._exit(128 + signal.SIGTERM)
+
+
 if __name__ == "__main__":
     with Connection(int(sys.argv[1])) as line, suppress(EOFError):  # the parent may be gone already
-        work(line, *line.recv())
+        arguments = line.recv()
+        threading.Thread(target=end_with_parent, args=(line,), daemon=True).start()
+        work(line, *arguments)

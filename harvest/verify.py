@@ -7,6 +7,7 @@ import random
 import numpy as np
 
 from data.errors import MismatchError, StoreError, differences
+from data.journal import tell
 from data.store import retention
 from data.store.place import Place
 from data.store.repair import damage, require_store
@@ -48,6 +49,7 @@ def verify(place: Place, lm: LanguageModel) -> str:
     lm.truncate_(max(store.layers))
     kept = retention.read(place)
     unit = random.choice([unit for unit in whole if not kept.is_freed(unit)] or whole)
+    tell(f"every digest is right; recomputing unit {unit}")
     require_same(store, lm, unit, store.layers)
     freed = ""
     if kept.freed:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from data import stopping
 from data.errors import PipelineError
 from data.store.claims import Claims, unit_claim
 from data.store.store import Store
@@ -53,12 +54,19 @@ class Writer:
         if made is not None:
             made.record()
         self.holds.add(unit)
-        self._pending.append(self._pool.submit(self._commit, unit, residuals, batch, made))
+        self._pending.append(self._pool.submit(self._finish, unit, residuals, batch, made))
 
     def wait(self, most: int = 0) -> None:
         """Return once at most `most` units are in flight; raise what a thread raised."""
         while len(self._pending) > most or (self._pending and self._pending[0].done()):
             self.written += self._pending.popleft().result()
+
+    def _finish(
+        self, unit: int, residuals: dict[int, torch.Tensor], batch: int | None, made: Any
+    ) -> int:
+        """`_commit`, also where a signal ends the process meanwhile."""
+        with stopping.holding():
+            return self._commit(unit, residuals, batch, made)
 
     def _commit(
         self, unit: int, residuals: dict[int, torch.Tensor], batch: int | None, made: Any

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data import stopping
 from data.errors import Interrupted, PipelineError, StopRequest
 from data.journal import Progress, duration, tell
 from data.rows.copy import to_device
@@ -144,7 +145,8 @@ def train_together(
         opened = [_opened(arm, device, group, stop, stack) for arm in arms]
         live = [run for run in opened if isinstance(run, Run) and run.outcome is None]
         if live:
-            _train(live, stop, group)
+            with stopping.holding():  # it saves at the next step, then ends by itself
+                _train(live, stop, group)
     return [run.outcome or {} if isinstance(run, Run) else run for run in opened]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from data.durable import Written
 from data.errors import StoreError
+from data.journal import Progress
 from data.store import manifest, records
 from data.store.place import Place
 from data.store.retention import Absences
@@ -31,13 +32,18 @@ _FOLDERS = (
 def damage(place: Place) -> Iterator[tuple[str, list[str]]]:
     """Every record whose objects are not whole, and every zarr.json that is not what it must be.
 
-    Gives the key of each, with what is wrong, a line each. Reads all that was ever committed.
+    Gives the key of each, with what is wrong, a line each. Reads all that was ever committed, and
+    shows how far it is where that takes long.
     """
     damaged = False
-    for key in _records(place):
+    keys = list(_records(place))
+    progress = Progress(quiet_s=5.0)
+    for number, key in enumerate(keys, 1):
+        progress.show(f"checking the digests of record {number:,} of {len(keys):,}")
         if wrong := list(_wrong_with_record(place, key)):
             damaged = True
             yield key, wrong
+    progress.close()
     if damaged:
         return
     # Metadata follows from the records, so it can be compared only when they are whole.

@@ -1,0 +1,102 @@
+"""How a command ends on SIGINT and SIGTERM: within seconds, whatever its main thread is doing.
+
+Python runs a signal's handler in the main thread, between two of its own instructions. A read of
+5 GB, a product of large matrices or the wait for another thread keeps it from there. So a thread
+hears of each signal too, and ends the process if it has not ended GRACE_S later. That loses
+nothing that was committed: what lies on the disk survives a kill at any moment.
+
+A loop that must save before it ends (training), or is about to commit what took long to make
+(harvesting), holds the end off with `holding`. The same signal again ends the process at once.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from data.errors import raise_interrupted
+
+GRACE_S = 1.0  # from a signal to the end, unless it is held off
+_HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: raise_interrupted}
+KEPT = "what was finished is kept, and the same command again goes on"
+_POLL_S = 0.1  # between looks whether the end is still held off
+
+
+class _Held:
+    """How many callers hold the end off."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.lock = threading.Lock()
+
+    def change(self, by: int) -> None:
+        with self.lock:
+            self.count += by
+
+
+_held = _Held()
+told = threading.Event()  # whether the command has said by itself that it was stopped
+
+
+@contextmanager
+def holding() -> Iterator[None]:
+    """While open, a first signal does not end the process: what runs here is worth the wait."""
+    _held.change(1)
+    try:
+        yield
+    finally:
+        _held.change(-1)
+
+
+def answer_signals() -> set[int]:
+    """Have signals raise in the main thread; those that do, in numbers.
+
+    A signal that is ignored, as in jobs behind `&`, stays so, and another's handler stays.
+    """
+    answered: set[int] = set()
+    for signum, handler in _HANDLERS.items():
+        if signal.getsignal(signum) is signal.SIG_DFL:
+            signal.signal(signum, handler)
+        if signal.getsignal(signum) is handler:
+            answered.add(signum)
+    return answered
+
+
+def watch() -> None:
+    """From now on until the process ends, end it soon after a signal. For the main thread."""
+    answered = answer_signals()
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
+    threading.Thread(target=_listen, args=(ours, answered), name="signals", daemon=True).start()
+
+
+def _listen(pipe: int, answered: set[int]) -> None:
+    """End the process after signals, of which Python writes a byte each into `pipe`."""
+    numbers: list[int] = []  # of the signals so far
+    deadline = 0.0
+    while True:
+        ready, _, _ = select.select([pipe], [], [], _POLL_S if numbers else None)
+        if ready:
+            signum = os.read(pipe, 1)[0]
+            if signum in numbers:
+                _end(signum)
+            if signum in answered:
+                deadline = deadline or time.monotonic() + GRACE_S
+                numbers.append(signum)
+        if numbers and not _held.count and time.monotonic() > deadline:
+            _end(numbers[0])
+
+
+def _end(signum: int) -> None:
+    if not told.is_set():
+        line = f"stopped by {signal.Signals(signum).name}; {KEPT}\n"
+        with suppress(OSError):  # nobody may be reading
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, line.encode())
+    os._exit(128 + signum)

@@ -1,0 +1,193 @@
+"""Ctrl-C and SIGTERM while a command is in something slow that Python cannot leave: it ends.
+
+Each command runs in a fork of this process. The slow step is C code that takes minutes and answers
+no signal, in the place of a read, a digest or a layer's forward pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from transformers import PreTrainedModel
+
+from conf.command import start
+from data import durable
+from data.store import codec
+from data.store.place import LocalPlace
+from harvest.command import command
+from harvest.model import ModelConfig, load
+from tests.analyze.conftest import tiny_run  # noqa: F401 (a fixture)
+from tests.harvest.test_command import tiny
+
+PATIENCE_S = 30.0  # of these tests: a command that does not answer fails them
+HARVEST = ["model=tiny", "text=tiny", "tokens=3000", "context=64", "layer=5"]
+
+
+@pytest.fixture(scope="module")
+def harvested(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("stopping") / "s.zarr"
+    command(tiny(store))
+    return store
+
+
+class Slow:
+    """A function that never returns, in C code; it tells a file that it has begun."""
+
+    def __init__(self, begun: Path) -> None:
+        self._begun = begun
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        self._begun.touch()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+
+
+def stopped(
+    arguments: list[str], slow_down: Callable[[Slow], object], signum: int, folder: Path
+) -> tuple[int, str]:
+    """Run a command line, signal it in its slow step; its exit code and what it printed."""
+    program, *rest = arguments
+    begun, printed = folder / "begun", folder / "printed"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of forks beside threads
+        child = os.fork()
+    if not child:
+        try:
+            for number, handler in {2: signal.default_int_handler, 15: signal.SIG_DFL}.items():
+                signal.signal(number, handler)
+            for stream in (1, 2):
+                os.dup2(os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+            sys.argv = [program, *rest]
+            GlobalHydra.instance().clear()
+            slow_down(Slow(begun))
+            start(program, f"{program}.command")
+        except SystemExit as end:
+            os._exit(int(end.code or 0))
+        finally:
+            os._exit(99)
+    deadline = time.monotonic() + PATIENCE_S
+    ended = 0
+    signalled = False
+    while not ended and time.monotonic() < deadline:
+        if not signalled and begun.exists():
+            os.kill(child, signum)
+            signalled = True
+        time.sleep(0.05)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail(f"no end within {PATIENCE_S} s: {printed.read_text()}")
+    assert signalled, printed.read_text()
+    return os.waitstatus_to_exitcode(status), printed.read_text()
+
+
+def slow_layer(slow: Slow) -> None:
+    """Every decoder layer of the embedded model."""
+    family = type(load(ModelConfig("embedded", dtype="float32")).blocks[0])
+    family.forward = slow  # type: ignore[method-assign]
+
+
+def slow_loading(slow: Slow) -> None:
+    PreTrainedModel.from_pretrained = slow  # type: ignore[method-assign]
+
+
+def slow_digest(slow: Slow) -> None:
+    durable.digest_file = slow  # type: ignore[assignment]
+
+
+def slow_check(slow: Slow) -> None:
+    LocalPlace.digest = slow  # type: ignore[method-assign]
+
+
+def slow_fit(slow: Slow) -> None:
+    codec.fit = slow  # type: ignore[assignment]
+
+
+PHASES: dict[str, tuple[list[str], Callable[[Slow], object]]] = {
+    "loading": ([], slow_loading),
+    "digest": ([], slow_digest),
+    "self-check": ([], slow_layer),
+    "codec": (["codec=int8"], slow_fit),
+    "verify": (["action=verify"], slow_check),
+    "verify, recomputing": (["action=verify"], slow_layer),
+    "repair": (["action=repair"], slow_check),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_slow_phase_is_left(phase: str, harvested: Path, tmp_path: Path) -> None:
+    overrides, slow_down = PHASES[phase]
+    there = any("action=" in override for override in overrides)
+    store = harvested if there else tmp_path / "s.zarr"
+    signum = signal.SIGINT if there else signal.SIGTERM
+    arguments = ["harvest", *HARVEST, *overrides, f"store={store}"]
+    code, printed = stopped(arguments, slow_down, signum, tmp_path)
+    assert code == 128 + signum, printed
+    assert printed.count("stopped by") == 1
+    assert "Traceback" not in printed
+
+
+def test_generating_answers_is_left(tiny_run: Path, tmp_path: Path) -> None:  # noqa: F811
+    arguments = ["analyze", "study=gsm8k", f"run={tiny_run}", "problems=tiny", "device=cpu"]
+    code, printed = stopped(arguments, slow_layer, signal.SIGINT, tmp_path)
+    assert code == 130, printed
+    assert printed.count("stopped by SIGINT") == 1
+    assert "Traceback" not in printed
+
+
+def test_waiting_for_text_is_left_by_the_reader_too(tmp_path: Path) -> None:
+    """One document of 40 MB is tokenised in one call."""
+    (tmp_path / "long.txt").write_text("a small text about nothing at all. " * 1_200_000)
+    store = tmp_path / "s.zarr"
+    line = [sys.executable, "-m", "harvest", *HARVEST, f"text.path={tmp_path}/long.txt"]
+    with subprocess.Popen([*line, f"store={store}"], stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + PATIENCE_S
+        while not (store / "commits").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, printed = process.communicate(timeout=PATIENCE_S)  # also until the reader is gone
+    assert process.returncode == 143
+    assert "Traceback" not in printed
+
+
+def test_what_is_worth_the_wait_is_waited_for() -> None:
+    """A commit ends before the process does; the same signal again does not wait."""
+    program = """
+import os, signal, sys, time
+from data import stopping
+stopping.watch()
+signal.signal(signal.SIGTERM, lambda *_: None)
+with stopping.holding():
+    for _ in range(int(sys.argv[1])):
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(3 * stopping.GRACE_S)
+    print("committed", flush=True)
+time.sleep(60)
+"""
+    for signals, committed in ((1, "committed\n"), (2, "")):
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(signals)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (143, committed)
+        assert done.stderr.count("stopped by SIGTERM") == 1
+
+
+def test_torch_is_single_threaded_here() -> None:
+    """Forks beside running threads would hang."""
+    assert torch.get_num_threads() == 1
