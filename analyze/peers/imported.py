@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,11 +14,13 @@ import yaml
 from data import durable
 from data.errors import SettingError
 from data.rows.split import Policy
+from data.site import RESID_POST, hook_name
 from data.store.place import place_of
 from data.store.store import Store
 from train import sae_file
 from train.export import format
-from train.run import CONFIG, source_of
+from train.export.origin import Origin
+from train.run import CONFIG, read_config, source_of
 from train.sae import SAE, SAEConfig
 
 FOLDER = Path("runs", "imported")
@@ -28,11 +31,26 @@ def _reference(path: Path) -> SAE:
     return sae_file.load(path / sae_file.FILE if path.is_dir() else path)
 
 
+def _reference_origin(path: Path) -> Origin:
+    """The layer and the model of a run of ours; the reference's own file names none."""
+    run = path if path.is_dir() else path.parent
+    if not (run / CONFIG).is_file():
+        return Origin()
+    config = read_config(run)
+    source = config.get("source", {})
+    layer = config["settings"].get("layer")
+    return Origin(None, None, layer, source.get("model"), source.get("context"))
+
+
 # By what stands before the colon.
 READERS: dict[str, Callable[[Path], SAE]] = {
     name: format.find(name).read for name in format.names()
 }
 READERS["reference"] = _reference
+_ORIGINS: dict[str, Callable[[Path], Origin]] = {
+    name: format.find(name).origin for name in format.names()
+}
+_ORIGINS["reference"] = _reference_origin
 
 
 def is_foreign(run: str) -> bool:
@@ -49,10 +67,12 @@ def run_of(named: str, store: str | None, layer: int | None) -> Path:
 
     Args:
         named: FORMAT:PATH.
-        layer: the store's layer that it is of; None: the store's first.
+        layer: the store's layer that it is of; None: the one that its files say, or the store's
+            only one.
 
     Raises:
-        SettingError: no store was named, or it lacks the layer, or its rows have another width.
+        SettingError: no store was named, or it lacks the SAE's layer or site, or its rows have
+            another width; or `layer` is not the one that the files say.
         StoreError: PATH is not what FORMAT says, or has what cannot be taken.
     """
     kind, _, where = named.partition(":")
@@ -60,12 +80,15 @@ def run_of(named: str, store: str | None, layer: int | None) -> Path:
     if store is None:
         raise SettingError(
             f"run={named} is measured on a store: "
-            "give store=, and layer= if it is not the store's first"
+            "give store=, and layer= if the SAE's files do not say its layer"
         )
     opened = Store.open(place_of(store))
     sae = READERS[kind](path)
-    layer = opened.layers[0] if layer is None else layer
-    _require_fit(named, sae, opened, layer)
+    origin = _ORIGINS[kind](path)
+    layer = _layer(named, origin, layer, opened)
+    _require_fit(named, sae, origin, opened)
+    for note in _notes(origin, opened):
+        print(f"run={named} {note}", file=sys.stderr)
     config = asdict(SAEConfig(d_sae=sae.d_sae, k=sae.k))
     config["activation"] = "topk" if sae.threshold is None else "jumprelu"
     settings = {
@@ -93,13 +116,74 @@ def run_of(named: str, store: str | None, layer: int | None) -> Path:
     return run
 
 
-def _require_fit(named: str, sae: SAE, store: Store, layer: int) -> None:
-    """Raise SettingError if the store lacks the layer, or its rows have another width."""
+def _layer(named: str, origin: Origin, asked: int | None, store: Store) -> int:
+    """The store's layer that the SAE is of.
+
+    Raises:
+        SettingError: it is not known, not the one asked for, or not in the store.
+    """
+    has = ", ".join(map(str, store.layers))
+    own = origin.layer
+    if own is not None and asked not in (None, own):
+        raise SettingError(
+            f"layer={asked}, and run={named} says that it is of layer {own}; leave layer= out, or "
+            "mend what its files say"
+        )
+    if own is None and asked is None and len(store.layers) > 1:
+        raise SettingError(
+            f"run={named} does not say its layer, and {store.name} has {has}; give layer="
+        )
+    layer = own if own is not None else store.layers[0] if asked is None else asked
     if layer not in store.layers:
-        layers = ", ".join(map(str, store.layers))
-        raise SettingError(f"layer={layer} is not in {store.name}; it has {layers}")
+        whose = (
+            f"layer={layer} is" if own is None else f"layer {layer}, which run={named} is of, is"
+        )
+        raise SettingError(
+            f"{whose} not in {store.name}; it has {has}, and "
+            f"`python -m harvest layer={layer} store={store.name}` adds it"
+        )
+    return layer
+
+
+def _require_fit(named: str, sae: SAE, origin: Origin, store: Store) -> None:
+    """Raise SettingError if the store's rows are of another site, or have another width."""
+    site = store.manifest.get("site", RESID_POST)
+    if origin.site not in (None, site):
+        raise SettingError(
+            f"run={named} is of {origin.hook}, and the rows of {store.name} are {site}"
+            f"{_same_rows(origin)}"
+        )
     if sae.d_model != store.d_model:
         raise SettingError(
             f"run={named} is of rows of width {sae.d_model}, "
             f"those of {store.name} have {store.d_model}"
         )
+
+
+def _same_rows(origin: Origin) -> str:
+    """What a hook has in common with a layer's output, for the message that refuses it."""
+    if origin.site == "resid_pre" and origin.layer:
+        before = hook_name(origin.layer - 1)
+        return f"; a layer's input is the output of the one before, so {before} would be the same"
+    return ""
+
+
+def _notes(origin: Origin, store: Store) -> list[str]:
+    """What the SAE's files say otherwise than the store, where it need not be wrong.
+
+    Libraries have names of their own for models, and a fine-tune has another one.
+    """
+    notes = []
+    model = str(store.manifest["model"]["id"])
+    if origin.model is not None and _last(origin.model) != _last(model):
+        notes.append(f"is of the model {origin.model}, the rows of {store.name} are {model}'s")
+    if origin.context is not None and origin.context != store.context:
+        notes.append(
+            f"was trained in a context of {origin.context} tokens, {store.name} has {store.context}"
+        )
+    return notes
+
+
+def _last(model: str) -> str:
+    """A model's name without its owner or folder."""
+    return model.rstrip("/").rpartition("/")[2].casefold()

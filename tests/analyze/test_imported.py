@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +17,14 @@ from analyze.peers import imported
 from analyze.studies.quality import quality
 from analyze.subject import Subject
 from data.errors import SettingError, StoreError
-from tests.analyze.conftest import LAYER, Made
+from data.rows import summary
+from data.store.store import Store
+from tests.analyze.conftest import LAYER, Made, make_run, random_rows
+from tests.conftest import commit
 from train.export import format
 from train.export.format import About
+from train.export.origin import of_hook
+from train.run import read_config
 
 ABOUT = About("nobody/none", LAYER, 32, "made up")
 
@@ -76,3 +83,122 @@ def test_the_command_and_its_refusals(
     ]:
         with pytest.raises(error, match=re.escape(name)):
             analyze(*overrides)
+
+
+# -- which layer ----------------------------------------------------------------------------------
+
+OTHER = LAYER - 2  # the store's first layer
+
+
+@pytest.fixture(scope="module")
+def two_layers(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A run on LAYER of a store that has OTHER too."""
+    bits = random_rows()
+    made = make_run(tmp_path_factory.mktemp("layers"), bits)
+    unit = made.store.unit_tokens
+    for number in range(made.store.units):
+        commit(made.store, number, {OTHER: bits[number * unit : (number + 1) * unit]})
+    summary.write(made.store, OTHER)
+    made.store.declare([OTHER])
+    return made._replace(store=Store.open(made.store.name))
+
+
+def saelens(folder: Path, made: Made, **change: Any) -> str:
+    """The run's SAE as SAELens', with other metadata; its name."""
+    folder.mkdir(exist_ok=True)
+    for file, content in format.find("saelens").write(made.sae, ABOUT).items():
+        (folder / file).write_bytes(content)
+    config = json.loads((folder / "cfg.json").read_text())
+    config["metadata"] |= change
+    (folder / "cfg.json").write_text(json.dumps(config))
+    return f"saelens:{folder}"
+
+
+def layer_of(named: str, made: Made, asked: int | None = None) -> int:
+    return int(read_config(imported.run_of(named, made.store.name, asked))["settings"]["layer"])
+
+
+def test_it_is_measured_on_the_layer_that_its_files_say(
+    two_layers: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert two_layers.store.layers == [OTHER, LAYER]
+    for name in format.names():
+        for file, content in format.find(name).write(two_layers.sae, ABOUT).items():
+            (path := tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        assert layer_of(f"{name}:{tmp_path / name}", two_layers) == LAYER
+        assert layer_of(f"{name}:{tmp_path / name}", two_layers, LAYER) == LAYER
+    assert layer_of(f"reference:{two_layers.run}", two_layers) == LAYER
+    for hook, layer in (
+        (f"blocks.{OTHER}.hook_resid_post", None),
+        ("blocks.{layer}.hook_resid_post", OTHER),
+        (f"model.layers.{OTHER}", OTHER),
+        (None, OTHER),
+    ):
+        named = saelens(tmp_path / "s", two_layers, hook_name=hook, hook_layer=layer)
+        assert layer_of(named, two_layers) == OTHER
+
+
+def test_another_layer_site_or_width_is_refused(
+    two_layers: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = two_layers.store.name
+
+    def refused(error: type[Exception], *words: str, asked: int | None = None, **change: Any):
+        named = saelens(tmp_path / "s", two_layers, **change)
+        with pytest.raises(error) as caught:
+            imported.run_of(named, store, asked)
+        assert all(word in str(caught.value) for word in words), caught.value
+        assert "\n" not in str(caught.value)
+
+    refused(SettingError, f"layer={OTHER}", f"of layer {LAYER}", asked=OTHER)
+    refused(SettingError, "give layer=", hook_name=None)
+    refused(SettingError, "layer=4", f"{OTHER}, {LAYER}", asked=4, hook_name=None)
+    refused(SettingError, "layer 7", f"{OTHER}, {LAYER}", hook_name="blocks.7.hook_resid_post")
+    for hook in ("blocks.3.hook_mlp_out", "blocks.3.attn.hook_z", "model.layers.3.mlp", "encoder"):
+        refused(SettingError, hook, "resid_post", asked=LAYER, hook_name=hook)
+    before = f"blocks.{LAYER - 1}.hook_resid_post"
+    refused(SettingError, before, asked=LAYER, hook_name=f"blocks.{LAYER}.hook_resid_pre")
+    refused(StoreError, "hook_layer 1 and 3", hook_layer=1)
+    assert not (tmp_path / "runs").exists()
+    named = saelens(tmp_path / "s", two_layers, hook_name=None)
+    assert layer_of(named, two_layers, OTHER) == OTHER  # nothing contradicts it
+
+
+def test_what_the_files_say_of_model_and_context_is_told(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for change, told in (
+        ({}, []),
+        ({"model_name": "None"}, []),  # without the owner
+        ({"model_name": "gpt2-small"}, ["gpt2-small"]),
+        ({"context_size": 128}, ["128"]),
+        ({"model_name": "b", "context_size": 64}, ["model b", "64"]),
+    ):
+        imported.run_of(saelens(tmp_path / "s", made, **change), made.store.name, None)
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == len(told)
+        assert all(word in line for word, line in zip(told, lines, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("hook", "site", "layer"),
+    [
+        ("blocks.21.hook_resid_post", "resid_post", 21),
+        ("blocks.21.hook_mlp_out", "mlp_out", 21),
+        ("blocks.0.attn.hook_z", "attn.hook_z", 0),
+        ("resid_post_layer_8", "resid_post", 8),
+        ("mlp_out_layer8", "mlp_out", 8),
+        ("layers.5", "resid_post", 5),
+        ("layers.5.mlp", "mlp", 5),
+        ("transformer.h.11", "resid_post", 11),
+        ("model.language_model.layers.27.output", "resid_post", 27),
+        ("embed_tokens", "embed_tokens", None),
+        ("hook_embed", "hook_embed", None),
+    ],
+)
+def test_hooks_are_known_by_name(hook: str, site: str, layer: int | None) -> None:
+    assert of_hook(hook)[:3] == (hook, site, layer)

@@ -1,6 +1,16 @@
 """dictionary_learning: config.json and ae.pt.
 
-AutoEncoderTopK; JumpReluAutoEncoder, whose encoder does not subtract b_dec from the row.
+A class is known by its name in config.json and by its tensors. With u = x W_enc + b_enc, and
+v = (x - b_dec) W_enc + b_enc:
+
+    AutoEncoder              ReLU(v)
+    AutoEncoderNew           ReLU(u)
+    GatedAutoEncoder         v where its gate is open
+    JumpReluAutoEncoder      u where it is above the latent's threshold and 0
+    AutoEncoderTopK          the k largest of ReLU(v)
+    BatchTopKSAE             v where it is above one threshold and 0; so is MatryoshkaBatchTopKSAE
+
+AutoEncoderTopK and BatchTopKSAE have the same tensors, so without config.json they are refused.
 """
 
 from __future__ import annotations
@@ -8,14 +18,73 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from data.errors import StoreError
 from data.site import RESID_POST
-from train.export.format import About, read_json, refuse, tensor_of, thresholded, to_json
+from train.export.format import (
+    About,
+    Weights,
+    agree_on,
+    only,
+    read_json,
+    refuse,
+    refuse_unknown,
+    tensor_of,
+    thresholded,
+    to_json,
+    topk,
+    ungated,
+    vector_of,
+    whole_of,
+)
+from train.export.origin import Origin, of_hook
 from train.sae import SAE
+
+_LINEAR = {"encoder.weight", "encoder.bias", "decoder.weight"}
+_MATRICES = {"W_enc", "b_enc", "W_dec", "b_dec"}
+_TOPK = _LINEAR | {"b_dec"}
+# The tensors of each class.
+_CLASSES = {
+    "AutoEncoder": _LINEAR | {"bias"},
+    "AutoEncoderNew": _LINEAR | {"decoder.bias"},
+    "GatedAutoEncoder": {
+        *("encoder.weight", "decoder.weight", "decoder_bias"),
+        *("gate_bias", "mag_bias", "r_mag"),
+    },
+    "JumpReluAutoEncoder": _MATRICES | {"threshold"},
+    "AutoEncoderTopK": _TOPK,
+    "BatchTopKSAE": _TOPK | {"k", "threshold"},
+    "MatryoshkaBatchTopKSAE": _MATRICES | {"k", "threshold", "group_sizes"},
+}
+# b_dec's names where it has another one.
+_B_DEC = {
+    "AutoEncoder": "bias",
+    "AutoEncoderNew": "decoder.bias",
+    "GatedAutoEncoder": "decoder_bias",
+}
+# Tensors that versions of a class lack. AutoEncoderTopK's threshold is for use_threshold=True.
+_OPTIONAL = {"AutoEncoderTopK": {"k", "threshold"}}
+
+# What would change the function otherwise.
+_IO = {"io": ("out",)}  # in: before the module; in_and_out: a transcoder
+_TRAINER_HONOURED = {
+    *("dict_class", "k", "activation_dim", "dict_size", "layer", "lm_name", "submodule_name"),
+}
+# How it was trained. norm_factor is in the biases already when the file is written.
+_TRAINER_HARMLESS = """
+anneal_start auxk_alpha bandwidth decay_start device group_fractions group_sizes group_weights
+l1_penalty lr n_sparsity_updates norm_factor p_end p_start resample_steps seed
+sparsity_function sparsity_penalty sparsity_queue_length sparsity_warmup_steps steps target_l0
+threshold_beta threshold_start_step top_k_aux trainer_class wandb_name warmup_steps
+"""
+_BUFFER_HARMLESS = {
+    *("d_submodule", "n_ctxs", "ctx_len", "refresh_batch_size", "out_batch_size", "device"),
+    "layer",
+}
 
 
 def _pickled(state: Mapping[str, Tensor]) -> bytes:
@@ -61,34 +130,119 @@ def write(sae: SAE, about: About) -> dict[str, bytes]:
 
 def read(folder: Path) -> SAE:
     """See train.export.format.Format."""
+    state = _state(folder)
+    trainer, _ = _config(folder)
+    kind = _class(state, trainer, folder)
+    sae = _sae(kind, state, trainer, folder)
+    for name, size in (("activation_dim", sae.d_model), ("dict_size", sae.d_sae)):
+        whole_of(name, folder, trainer.get(name), size)
+    return sae
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    """The content of ae.pt."""
     path = folder / "ae.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a file that is not its own
         raise StoreError(f"{path} cannot be read as an SAE ({type(error).__name__})") from error
-    refuse(
-        not isinstance(state, dict),
-        folder,
-        "an ae.pt that is no state dict",
-        "dictionary_learning's",
+    library = "dictionary_learning's"
+    refuse(not isinstance(state, dict), folder, "an ae.pt that is no state dict", library)
+    return {str(name): value for name, value in state.items()}
+
+
+def _config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json's trainer and buffer; empty where there is no such file.
+
+    Raises:
+        StoreError: it says what is not known, or what our SAE cannot compute.
+    """
+    if not (folder / "config.json").is_file():
+        return {}, {}
+    config = read_json(folder / "config.json")
+    refuse_unknown(config, {"trainer", "buffer"}, folder, "config.json with")
+    trainer, buffer = config.get("trainer"), config.get("buffer") or {}
+    is_whole = isinstance(trainer, dict) and isinstance(buffer, dict)
+    refuse(not is_whole, folder, "a config.json without a trainer", "one with trainer.dict_class")
+    trainer = cast("dict[str, Any]", trainer)
+    refuse_unknown(
+        trainer, {*_TRAINER_HONOURED, *_TRAINER_HARMLESS.split()}, folder, "trainer with"
     )
-    if "encoder.weight" in state:
+    refuse_unknown(buffer, _BUFFER_HARMLESS | _IO.keys(), folder, "buffer with")
+    only(buffer, _IO, folder)
+    return trainer, buffer
+
+
+def _class(state: Mapping[str, Any], trainer: Mapping[str, Any], folder: Path) -> str:
+    """One of _CLASSES: the one that config.json names, else the only one with such tensors."""
+    named = trainer.get("dict_class")
+    if named is None:
+        fitting = [kind for kind in _CLASSES if _has_tensors_of(kind, state)]
+        refuse(not fitting, folder, f"the tensors {', '.join(sorted(state))}", ", ".join(_CLASSES))
         refuse(
-            "k" not in state,
+            len(fitting) > 1,
             folder,
-            "an autoencoder with an encoder but no k",
-            "AutoEncoderTopK or BatchTopKSAE",
+            f"the tensors of {' and of '.join(fitting)}, and no config.json that says which",
+            'one with a config.json {"trainer": {"dict_class": ...}} beside ae.pt',
         )
-        W_enc, W_dec = (
-            tensor_of(state, f"{name}.weight", folder).T.contiguous()
-            for name in ("encoder", "decoder")
-        )
-        b_enc, b_dec = (tensor_of(state, name, folder) for name in ("encoder.bias", "b_dec"))
-        threshold = float(state.get("threshold", -1.0))
-        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-        if "BatchTopK" in str(config.get("trainer", {}).get("dict_class", "")) and threshold >= 0:
-            return thresholded(W_enc, W_dec, b_enc, b_dec, torch.full_like(b_enc, threshold))
-        return SAE.of(W_enc, W_dec, b_enc, b_dec, int(state["k"]))
-    names = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
-    W_enc, W_dec, b_enc, b_dec, thresholds = (tensor_of(state, name, folder) for name in names)
-    return thresholded(W_enc, W_dec, b_enc + b_dec @ W_enc, b_dec, thresholds)
+        return fitting[0]
+    named = str(named)
+    refuse(named not in _CLASSES, folder, f"dict_class {named}", ", ".join(_CLASSES))
+    known = _CLASSES[named] | _OPTIONAL.get(named, set())
+    refuse_unknown(state, known, folder, f"dict_class {named} with the tensor")
+    missing = ", ".join(sorted(_CLASSES[named] - state.keys()))
+    refuse(bool(missing), folder, f"dict_class {named} without the tensor {missing}", "a whole one")
+    return named
+
+
+def _has_tensors_of(kind: str, state: Mapping[str, Any]) -> bool:
+    return _CLASSES[kind] <= state.keys() <= _CLASSES[kind] | _OPTIONAL.get(kind, set())
+
+
+def _sae(kind: str, state: Mapping[str, Any], trainer: Mapping[str, Any], folder: Path) -> SAE:
+    """The SAE of a class, by the formulas above."""
+    weights = _weights(kind, state, folder)
+    zero, size = torch.zeros_like(weights.b_enc), len(weights.b_enc)
+    if kind == "AutoEncoder":
+        return thresholded(weights, zero)
+    if kind == "AutoEncoderNew":
+        return thresholded(weights.on_whole_rows(), zero)
+    if kind == "GatedAutoEncoder":
+        b_gate, r_mag = (vector_of(state, name, size, folder) for name in ("gate_bias", "r_mag"))
+        return thresholded(*ungated(weights, b_gate, r_mag))
+    if kind == "JumpReluAutoEncoder":
+        threshold = vector_of(state, "threshold", size, folder)
+        return thresholded(weights.on_whole_rows(), threshold)
+    k = whole_of("k", folder, state.get("k"), trainer.get("k"))
+    if kind == "AutoEncoderTopK":
+        return topk(weights, k, folder)
+    threshold = tensor_of(state, "threshold", folder)
+    refuse(threshold.numel() != 1, folder, f"threshold {tuple(threshold.shape)}", "one number")
+    if kind == "MatryoshkaBatchTopKSAE":
+        sizes = state["group_sizes"]
+        total = int(sizes.sum()) if isinstance(sizes, Tensor) else None
+        refuse(total != size, folder, f"group_sizes of {total}", f"all {size} latents")
+    return thresholded(weights, zero + threshold)
+
+
+def _weights(kind: str, state: Mapping[str, Any], folder: Path) -> Weights:
+    """The tensors that every class has, under the names of this one."""
+    if "W_enc" in _CLASSES[kind]:
+        return Weights.of(state, folder)
+    b_enc = "mag_bias" if kind == "GatedAutoEncoder" else "encoder.bias"
+    matrices = ("encoder.weight", "decoder.weight")
+    return Weights.of(state, folder, (*matrices, b_enc, _B_DEC.get(kind, "b_dec")), matrices)
+
+
+def origin(folder: Path) -> Origin:
+    """See train.export.format.Format."""
+    trainer, buffer = _config(folder)
+    hook, layer = trainer.get("submodule_name"), trainer.get("layer")
+    found = of_hook(str(hook)) if hook else Origin()
+    if layer is not None:
+        layer = whole_of("layer", folder, layer, found.layer)
+    return found._replace(
+        layer=found.layer if layer is None else layer,
+        model=None if trainer.get("lm_name") is None else str(trainer["lm_name"]),
+        context=agree_on("ctx_len", folder, buffer.get("ctx_len")),
+    )

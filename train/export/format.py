@@ -1,19 +1,21 @@
 """Trained SAEs in the files of other libraries, and theirs as ours.
 
-A library is a file of this folder with two functions, found by its name (to=NAME):
+A library is a file of this folder with three functions, found by its name (to=NAME):
 
     write(sae, about)     contents by path below the export's folder
     read(folder)          the SAE in such files
+    origin(folder)        the hook and the model that they say it is of
 
 What our SAE computes is in train/sae.py. The others differ in small things. What can be folded into
-the weights exactly is folded; the rest is refused.
+the weights exactly is folded; the rest is refused. A key, a tensor or an activation that is not
+known is refused by its name: it may change the function.
 """
 
 from __future__ import annotations
 
 import json
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
@@ -25,9 +27,10 @@ from torch import Tensor
 
 from data.errors import StoreError
 from train import export
-from train.sae import SAE
+from train.export.origin import Origin
+from train.sae import SAE, WEIGHTS
 
-_OTHERS = {"__main__", "command", "format"}  # modules here that are no library
+_OTHERS = {"__main__", "command", "format", "origin"}  # modules here that are no library
 
 
 class About(NamedTuple):
@@ -70,6 +73,14 @@ class Format(Protocol):
 
         Raises:
             StoreError: they are missing, unreadable, or hold what our SAE cannot compute.
+        """
+        ...
+
+    def origin(self, folder: Path) -> Origin:
+        """What the library's files say of the place that the SAE is of.
+
+        Raises:
+            StoreError: they are missing or unreadable, or contradict themselves.
         """
         ...
 
@@ -126,14 +137,82 @@ def unit_decoder(sae: SAE) -> SAE:
     )
 
 
-def thresholded(
-    W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor, threshold: Tensor
-) -> SAE:
-    """An SAE that keeps what is above a threshold and above 0, ReLU's own.
+class Weights(NamedTuple):
+    """The tensors that every kind of SAE has, float32."""
+
+    W_enc: Tensor  # (d, F)
+    W_dec: Tensor  # (F, d)
+    b_enc: Tensor  # (F,)
+    b_dec: Tensor  # (d,)
+
+    @classmethod
+    def of(
+        cls,
+        state: Mapping[str, Any],
+        folder: Path,
+        names: Sequence[str] = WEIGHTS,
+        transposed: Collection[str] = (),
+    ) -> Weights:
+        """The weights in a file.
+
+        Args:
+            names: the file's, in the order of the fields.
+            transposed: of which the file has the transpose.
+
+        Raises:
+            StoreError: one is missing, unfit (`tensor_of`), or of another shape than the biases
+                say.
+        """
+        tensors = [tensor_of(state, name, folder) for name in names]
+        d, d_sae = tensors[3].numel(), tensors[2].numel()
+        shapes = ((d, d_sae), (d_sae, d), (d_sae,), (d,))
+        for number, name in enumerate(names):
+            shape = shapes[number][::-1] if name in transposed else shapes[number]
+            refuse_shape(name, tensors[number], shape, folder)
+            if name in transposed:
+                tensors[number] = tensors[number].T.contiguous()
+        return cls(*tensors)
+
+    def on_whole_rows(self) -> Weights:
+        """The same function, of an encoder that does not subtract b_dec from the row."""
+        shift = self.b_dec.double() @ self.W_enc.double()
+        return self._replace(b_enc=(self.b_enc.double() + shift).float())
+
+
+def topk(weights: Weights, k: int, folder: Path, *, by_norm: bool = False) -> SAE:
+    """An SAE that keeps the k largest.
+
+    Args:
+        by_norm: largest by activation times the norm of the decoder's row.
+
+    Raises:
+        StoreError: there are fewer latents than k.
+    """
+    d_sae = len(weights.b_enc)
+    refuse(not 1 <= k <= d_sae, folder, f"k={k}", f"1 to {d_sae}, its latents")
+    sae = SAE.of(*weights, k)
+    return unit_decoder(sae) if by_norm else sae
+
+
+def thresholded(weights: Weights, threshold: Tensor) -> SAE:
+    """An SAE that keeps what is above a threshold (F,) and above 0, ReLU's own.
 
     Its k is no part of its function.
     """
-    return unit_decoder(SAE.of(W_enc, W_dec, b_enc, b_dec, len(b_enc), threshold.clamp_min(0)))
+    return unit_decoder(SAE.of(*weights, len(weights.b_enc), threshold.clamp_min(0)))
+
+
+def ungated(weights: Weights, b_gate: Tensor, r_mag: Tensor) -> tuple[Weights, Tensor]:
+    """The weights and the thresholds of a gated SAE (arXiv 2404.16014), which is one with such.
+
+    With u = x W_enc, the gate is open where u + b_gate > 0, and the magnitude is
+    z = exp(r_mag) u + b_mag. It is open where z > b_mag - exp(r_mag) b_gate.
+
+    Args:
+        weights: b_enc is b_mag.
+    """
+    growth = r_mag.exp()
+    return weights._replace(W_enc=weights.W_enc * growth), weights.b_enc - growth * b_gate
 
 
 def refuse(condition: bool, folder: Path, got: str, allowed: str) -> None:
@@ -142,24 +221,98 @@ def refuse(condition: bool, folder: Path, got: str, allowed: str) -> None:
         raise StoreError(f"{folder} has {got}; what can be taken is {allowed}")
 
 
-def required(config: Mapping[str, Any], name: str, folder: Path) -> Any:
-    """A value of a configuration. Raises StoreError if it is not there."""
-    refuse(name not in config, folder, f"no {name} in its configuration", "a whole one")
-    return config[name]
+def refuse_shape(name: str, tensor: Tensor, shape: tuple[int, ...], folder: Path) -> None:
+    """Raise StoreError if a tensor of a file has another shape."""
+    got = tuple(tensor.shape)
+    refuse(got != shape, folder, f"{name} of shape {got}", f"{shape}, which the others say")
+
+
+def refuse_unknown(names: Iterable[str], known: Collection[str], folder: Path, what: str) -> None:
+    """Raise StoreError if one of `names` is not known: it may change the function."""
+    unknown = ", ".join(sorted(set(names) - set(known)))
+    got = f"{what} {unknown}, which may change its function"
+    refuse(bool(unknown), folder, got, "an SAE without")
+
+
+def only(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], folder: Path) -> None:
+    """Raise StoreError if a value is none of those `allowed` by its name.
+
+    A missing one is allowed.
+    """
+    for name, values in allowed.items():
+        got = config.get(name, values[0])
+        shown = str(got).lower() if isinstance(got, bool) else str(got)
+        words = " or ".join(json.dumps(value).strip('"') for value in values)
+        refuse(got not in values, folder, f"{name}={shown}", words)
+
+
+def flag(config: Mapping[str, Any], name: str, default: bool, folder: Path) -> bool:
+    """A value that is true or false. Raises StoreError: it is neither."""
+    value = config.get(name, default)
+    refuse(not isinstance(value, bool), folder, f"{name}={value}", "true or false")
+    return bool(value)
+
+
+def agree_on(name: str, folder: Path, *values: Any) -> Any:
+    """The one value that files give in several places; None: none gives it.
+
+    Raises:
+        StoreError: two of them differ.
+    """
+    given = [value for value in values if value is not None]
+    different = " and ".join(str(value) for value in given)
+    refuse(any(value != given[0] for value in given), folder, f"{name} {different}", "one value")
+    return given[0] if given else None
+
+
+def whole_of(name: str, folder: Path, *values: Any) -> int:
+    """The whole number that files give in one place or several.
+
+    Raises:
+        StoreError: none gives it, it is no whole number, or two differ.
+    """
+    numbers = []
+    for value in values:
+        single = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+        numbers.append(value.item() if single else value)
+    value = agree_on(name, folder, *numbers)
+    refuse(value is None, folder, f"no {name} in its configuration", "a whole one")
+    is_whole = (
+        isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+    )
+    refuse(not is_whole, folder, f"{name}={value}", "a whole number")
+    return int(value)
 
 
 def tensor_of(state: Mapping[str, Any], name: str, folder: Path) -> Tensor:
-    """A tensor of a file as float32. Raises StoreError: it is not there."""
+    """A tensor of a file as float32.
+
+    Raises:
+        StoreError: it is not there, not of real floating-point numbers, or not finite.
+    """
     tensor = state.get(name)
-    refuse(not isinstance(tensor, Tensor), folder, f"no tensor {name}", "an SAE that has it")
-    return cast(Tensor, tensor).float()
+    if not isinstance(tensor, Tensor):
+        raise StoreError(f"{folder} has no tensor {name}; what can be taken is an SAE that has it")
+    kind = str(tensor.dtype).removeprefix("torch.")
+    refuse(not tensor.is_floating_point(), folder, f"{name} as {kind}", "floating point")
+    values = tensor.detach().float()
+    finite = bool(torch.isfinite(values).all())
+    refuse(not finite, folder, f"NaN or infinity in {name}", "finite weights")
+    return values
+
+
+def vector_of(state: Mapping[str, Any], name: str, size: int, folder: Path) -> Tensor:
+    """A tensor of one number for each latent. Raises StoreError as `tensor_of`, or by its shape."""
+    vector = tensor_of(state, name, folder)
+    refuse_shape(name, vector, (size,), folder)
+    return vector
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A configuration. Raises StoreError if it is missing or no JSON object."""
     try:
         config = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"{path} cannot be read: {type(error).__name__}") from error
     refuse(not isinstance(config, dict), path.parent, f"a {path.name} that is no object", "one")
     return dict(config)

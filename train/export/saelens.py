@@ -1,32 +1,91 @@
-"""SAELens: cfg.json and sae_weights.safetensors.
+"""SAELens: cfg.json and sae_weights.safetensors, as its versions 1 to 6 write them.
 
-Its architectures topk, jumprelu and standard (which is jumprelu with thresholds of 0).
+Its architectures topk, jumprelu, gated (which is jumprelu with other weights) and standard: ReLU
+(jumprelu with thresholds of 0), or topk by the name of its activation, as before version 6.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data.site import hook_name
 from train.export.format import (
     About,
+    Weights,
+    agree_on,
+    flag,
+    only,
     read_json,
     read_tensors,
     refuse,
-    required,
-    tensor_of,
+    refuse_unknown,
     thresholded,
     to_json,
     to_safetensors,
-    unit_decoder,
+    topk,
+    ungated,
+    vector_of,
+    whole_of,
 )
+from train.export.origin import Origin, of_hook
 from train.sae import SAE
 
 # SAELens before this version takes files that do not name theirs for another layout.
 _LAYOUT = "6.0.0"
+
+# Tensors of an architecture beside W_enc, W_dec, b_dec; log_threshold is a training file's.
+_TENSORS = {
+    "standard": {"b_enc"},
+    "topk": {"b_enc"},
+    "jumprelu": {"b_enc", "threshold", "log_threshold"},
+    "gated": {"b_gate", "b_mag", "r_mag"},
+}
+_SCALES = ("scaling_factor", "finetuning_scaling_factor")  # one tensor's names, over the versions
+
+# What would change the function otherwise: null, false or none, where a file has it at all.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "normalize_activations": ("none", None, False),
+    "reshape_activations": ("none", None),
+    "hook_head_index": (None,),
+    "hook_point_head_index": (None,),
+    "hook_name_out": (None, ""),
+    "hook_layer_out": (None,),
+    "hook_head_index_out": (None,),
+}
+# What `read` looks at.
+_HONOURED = {
+    *("architecture", "k", "d_in", "d_sae", "activation_fn", "activation_fn_str"),
+    *("activation_fn_kwargs", "apply_b_dec_to_input", "rescale_acts_by_decoder_norm"),
+    *("finetuning_scaling_factor", "metadata"),
+}
+# How it was trained and on what, over SAELens' versions: no part of the function.
+_HARMLESS = """
+act_store_device adam_beta1 adam_beta2 autocast autocast_lm aux_loss_coefficient
+b_dec_init_method cached_activations_path checkpoint_path compile_llm compile_sae context_size
+dataset_path dataset_trust_remote_code dead_feature_threshold dead_feature_window
+decoder_heuristic_init decoder_heuristic_init_norm decoder_init_norm decoder_orthogonal_init
+device dtype eval_batch_size_prompts eval_every_n_wandb_logs exclude_special_tokens
+expansion_factor feature_sampling_window finetuning_method finetuning_tokens
+from_pretrained_path hf_hook_name hook_eval hook_layer hook_name hook_point hook_point_eval
+hook_point_layer init_encoder_as_decoder_transpose is_dataset_tokenized jumprelu_bandwidth
+jumprelu_init_threshold jumprelu_sparsity_loss_mode jumprelu_ste_to_input jumprelu_tanh_scale
+l0_coefficient l0_warm_up_steps l1_coefficient l1_warm_up_steps llm_compilation_mode
+log_activations_store_to_wandb log_optimizer_state_to_wandb log_to_wandb lp_norm lr
+lr_decay_steps lr_end lr_scheduler_name lr_warm_up_steps model_class_name
+model_from_pretrained_kwargs model_kwargs model_name mse_loss_normalization
+n_batches_in_buffer n_checkpoints n_eval_batches n_eval_seqs n_restart_cycles neuronpedia_id
+noise_scale normalize_sae_decoder pre_act_loss_coefficient prepend_bos resume run_name
+sae_compilation_mode sae_lens_training_version sae_lens_version
+scale_sparsity_penalty_by_decoder_norm seed seqpos_slice store_batch_size
+store_batch_size_prompts streaming target_l0 tokens_per_buffer train_batch_size
+train_batch_size_tokens training_tokens use_cached_activations use_ghost_grads
+use_sparse_activations verbose wandb_entity wandb_id wandb_log_frequency wandb_project
+"""
 
 
 def config_of(sae: SAE, about: About) -> dict[str, Any]:
@@ -65,28 +124,129 @@ def read(folder: Path) -> SAE:
     """See train.export.format.Format."""
     config = read_json(folder / "cfg.json")
     tensors = read_tensors(folder / "sae_weights.safetensors")
-    kind = required(config, "architecture", folder)
-    refuse(
-        kind not in ("topk", "jumprelu", "standard"),
-        folder,
-        f"architecture {kind}",
-        "topk, jumprelu or standard",
-    )
-    for name in ("normalize_activations", "reshape_activations"):
-        asked = config.get(name, "none")
-        refuse(asked not in ("none", None), folder, f"{name}={asked}", "none")
-    W_enc, W_dec, b_enc, b_dec = (
-        tensor_of(tensors, name, folder) for name in ("W_enc", "W_dec", "b_enc", "b_dec")
-    )
-    if not config.get("apply_b_dec_to_input", True):
-        b_enc = b_enc + b_dec @ W_enc
+    refuse_unknown(config, {*_HONOURED, *_HARMLESS.split(), *_ONLY}, folder, "cfg.json with")
+    only(config, _ONLY, folder)
+    only(_metadata(config, folder), _ONLY, folder)
+    kind = _kind(config, folder)
+    known = {"W_enc", "W_dec", "b_dec", *_SCALES, *_TENSORS[kind]}
+    refuse_unknown(tensors, known, folder, f"architecture {kind} with the tensor")
+    sae = _sae(kind, config, tensors, folder)
+    for name, size in (("d_in", sae.d_model), ("d_sae", sae.d_sae)):
+        whole_of(name, folder, config.get(name), size)
+    return sae
+
+
+def _sae(kind: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> SAE:
+    """The SAE of an architecture."""
+    b_enc = "b_mag" if kind == "gated" else "b_enc"
+    weights = Weights.of(tensors, folder, ("W_enc", "W_dec", b_enc, "b_dec"))
+    weights, threshold = _thresholds(kind, tensors, weights, folder)
+    scale = _scale(config, tensors, len(weights.b_enc), folder)
+    if scale is not None:  # the decoder's alone: TopK keeps what it keeps
+        weights = weights._replace(W_dec=weights.W_dec * scale[:, None])
+    if not flag(config, "apply_b_dec_to_input", True, folder):
+        weights = weights.on_whole_rows()
+    if threshold is None:
+        by_norm = flag(config, "rescale_acts_by_decoder_norm", False, folder)
+        k = whole_of("k", folder, config.get("k"), _arguments(config, folder).get("k"))
+        return topk(weights, k, folder, by_norm=by_norm)
+    only(config, {"rescale_acts_by_decoder_norm": (False, None)}, folder)
+    return thresholded(weights, threshold)
+
+
+def _thresholds(
+    kind: str, tensors: Mapping[str, Tensor], weights: Weights, folder: Path
+) -> tuple[Weights, Tensor | None]:
+    """The weights and the thresholds of an architecture; None: TopK."""
     if kind == "topk":
-        if config.get("rescale_acts_by_decoder_norm", False):
-            return unit_decoder(
-                SAE.of(W_enc, W_dec, b_enc, b_dec, int(required(config, "k", folder)))
-            )
-        return SAE.of(W_enc, W_dec, b_enc, b_dec, int(required(config, "k", folder)))
-    threshold = (
-        tensor_of(tensors, "threshold", folder) if kind == "jumprelu" else torch.zeros_like(b_enc)
+        return weights, None
+    size = len(weights.b_enc)
+    if kind == "gated":
+        b_gate, r_mag = (vector_of(tensors, name, size, folder) for name in ("b_gate", "r_mag"))
+        return ungated(weights, b_gate, r_mag)
+    if kind == "standard":
+        return weights, torch.zeros_like(weights.b_enc)
+    if "log_threshold" in tensors:
+        refuse("threshold" in tensors, folder, "threshold and log_threshold", "one of them")
+        return weights, vector_of(tensors, "log_threshold", size, folder).exp()
+    return weights, vector_of(tensors, "threshold", size, folder)
+
+
+def _kind(config: Mapping[str, Any], folder: Path) -> str:
+    """One of _TENSORS: the architecture, or topk where the activation says so."""
+    # Version 3 had one, and did not name it.
+    kind = str(config.get("architecture", "standard"))
+    known = ", ".join(_TENSORS)
+    refuse(kind not in _TENSORS, folder, f"architecture {kind}", known)
+    names = (config.get("activation_fn_str"), config.get("activation_fn"))
+    activation = agree_on("activation_fn", folder, *names)
+    if activation == "topk" and kind == "standard":
+        kind = "topk"
+    allowed = "topk" if kind == "topk" else "relu"
+    refuse(
+        activation not in (None, allowed),
+        folder,
+        f"activation {activation} in architecture {kind}",
+        allowed,
     )
-    return thresholded(W_enc, W_dec, b_enc, b_dec, threshold)
+    arguments = {"k", "signed"} if kind == "topk" else set()
+    given = _arguments(config, folder)
+    refuse_unknown(given, arguments, folder, "activation_fn_kwargs with")
+    only(given, {"signed": (False, None)}, folder)
+    return kind
+
+
+def _arguments(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """The activation's arguments."""
+    arguments = config.get("activation_fn_kwargs") or {}
+    refuse(not isinstance(arguments, dict), folder, "activation_fn_kwargs", "a JSON object")
+    return dict(arguments)
+
+
+def _scale(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], size: int, folder: Path
+) -> Tensor | None:
+    """(F,) factors of the activations in the decoder, from finetuning.
+
+    Versions 1 and 2 wrote them always, and applied them. Since then cfg.json says whether they
+    count.
+    """
+    present = [name for name in _SCALES if name in tensors]
+    refuse(len(present) > 1, folder, " and ".join(present), "one of them")
+    says = config.get("finetuning_scaling_factor")
+    refuse(says not in (None, True, False), folder, f"finetuning_scaling_factor={says}", "a flag")
+    if not present:
+        refuse(bool(says), folder, "finetuning_scaling_factor=true and no such tensor", "both")
+        return None
+    scale = vector_of(tensors, present[0], size, folder)
+    if says is not False:
+        return scale
+    is_one = torch.allclose(scale, torch.ones_like(scale))
+    got = f"a {present[0]} that is not 1, and finetuning_scaling_factor=false"
+    refuse(not is_one, folder, got, "one with true")
+    return None
+
+
+def _metadata(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """Where the SAE is from: in cfg.json's metadata; before version 6, in cfg.json itself."""
+    metadata = config.get("metadata", {})
+    refuse(not isinstance(metadata, dict), folder, "metadata in cfg.json", "a JSON object")
+    return {**config, **metadata}
+
+
+def origin(folder: Path) -> Origin:
+    """See train.export.format.Format."""
+    metadata = _metadata(read_json(folder / "cfg.json"), folder)
+    hook = metadata.get("hook_name", metadata.get("hook_point"))
+    layer = metadata.get("hook_layer", metadata.get("hook_point_layer"))
+    found = Origin()
+    if hook is not None:
+        found = of_hook(str(hook).replace("{layer}", str(layer)))
+    if layer is not None:
+        layer = whole_of("hook_layer", folder, layer, found.layer)
+    context = metadata.get("context_size")
+    return found._replace(
+        layer=found.layer if layer is None else layer,
+        model=None if metadata.get("model_name") is None else str(metadata["model_name"]),
+        context=context if isinstance(context, int) else None,
+    )

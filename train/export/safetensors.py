@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from data.site import RESID_POST
 from train.export.format import (
     About,
+    Weights,
     read_json,
     read_tensors,
-    required,
-    tensor_of,
+    refuse_unknown,
     to_json,
     to_safetensors,
+    topk,
+    vector_of,
+    whole_of,
 )
-from train.sae import SAE
+from train.export.origin import Origin
+from train.sae import SAE, WEIGHTS
+
+_KEYS = {"k", "d_model", "d_sae", "site", *About._fields}
 
 
 def write(sae: SAE, about: About) -> dict[str, bytes]:
@@ -33,9 +40,19 @@ def read(folder: Path) -> SAE:
     """See train.export.format.Format."""
     config = read_json(folder / "config.json")
     tensors = read_tensors(folder / "sae.safetensors")
-    W_enc, W_dec, b_enc, b_dec = (
-        tensor_of(tensors, name, folder) for name in ("W_enc", "W_dec", "b_enc", "b_dec")
-    )
-    return SAE.of(
-        W_enc, W_dec, b_enc, b_dec, int(required(config, "k", folder)), tensors.get("threshold")
-    )
+    refuse_unknown(config, _KEYS, folder, "config.json with")
+    refuse_unknown(tensors, {*WEIGHTS, "threshold"}, folder, "the tensor")
+    weights = Weights.of(tensors, folder)
+    sae = topk(weights, whole_of("k", folder, config.get("k")), folder)
+    if "threshold" not in tensors:
+        return sae
+    return replace(sae, threshold=vector_of(tensors, "threshold", sae.d_sae, folder))
+
+
+def origin(folder: Path) -> Origin:
+    """See train.export.format.Format."""
+    config = read_json(folder / "config.json")
+    site, layer = config.get("site"), config.get("layer")
+    hook = None if site is None else f"{site} of layer {layer}"
+    layer = None if layer is None else whole_of("layer", folder, layer)
+    return Origin(hook, site, layer, config.get("model"), config.get("context"))

@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from train.export.format import (
     About,
+    Weights,
+    only,
     read_json,
     read_tensors,
     refuse,
+    refuse_unknown,
     require_topk,
-    required,
-    tensor_of,
     to_json,
     to_safetensors,
+    topk,
+    whole_of,
 )
+from train.export.origin import Origin, of_hook
 from train.sae import SAE
+
+# In the order of our weights.
+_TENSORS = ("encoder.weight", "W_dec", "encoder.bias", "b_dec")
+# What would change the function otherwise. signed is of 2024; the last two are newer than 1.3.3.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "signed": (False,),
+    "transcode": (False,),
+    "skip_connection": (False,),
+    "embed_skip": (False,),
+    "gram_lookup": (False,),
+}
+_HONOURED = {"activation", "k", "d_in", "num_latents", "d_sae"}
+# How it was trained, and the size where num_latents does not give it.
+_HARMLESS = {
+    *("expansion_factor", "normalize_decoder", "multi_topk", "naive_decoder"),
+    *("lookup_max_order", "gram_table_hash"),
+}
 
 
 def write(sae: SAE, about: About) -> dict[str, bytes]:
@@ -49,19 +71,36 @@ def write(sae: SAE, about: About) -> dict[str, bytes]:
 
 def read(folder: Path) -> SAE:
     """See train.export.format.Format."""
-    inside = sorted(path.parent for path in folder.glob("*/cfg.json"))
-    if inside and not (folder / "cfg.json").exists():
-        which = ", ".join(hookpoint.name for hookpoint in inside)
-        refuse(len(inside) > 1, folder, f"several hookpoints ({which})", "one of them")
-        (folder,) = inside
+    folder = _hookpoint(folder)
     config = read_json(folder / "cfg.json")
     tensors = read_tensors(folder / "sae.safetensors")
-    kind = config.get("activation", "topk")
-    refuse(kind != "topk", folder, f"activation {kind}", "topk")
-    for name in ("transcode", "skip_connection"):
-        refuse(bool(config.get(name)), folder, f"{name}=true", "an autoencoder of one layer")
-    weight = tensor_of(tensors, "encoder.weight", folder)
-    W_dec, b_enc, b_dec = (
-        tensor_of(tensors, name, folder) for name in ("W_dec", "encoder.bias", "b_dec")
-    )
-    return SAE.of(weight.T.contiguous(), W_dec, b_enc, b_dec, int(required(config, "k", folder)))
+    refuse_unknown(config, _HONOURED | _HARMLESS | _ONLY.keys(), folder, "cfg.json with")
+    only(config, _ONLY, folder)
+    activation = config.get("activation", "topk")
+    refuse(activation != "topk", folder, f"activation {activation}", "topk")
+    refuse_unknown(tensors, _TENSORS, folder, "the tensor")
+    weights = Weights.of(tensors, folder, _TENSORS, transposed={"encoder.weight"})
+    sae = topk(weights, whole_of("k", folder, config.get("k")), folder)
+    whole_of("d_in", folder, config.get("d_in"), sae.d_model)
+    for name in ("num_latents", "d_sae"):
+        whole_of(name, folder, config.get(name) or None, sae.d_sae)  # 0 is none
+    return sae
+
+
+def origin(folder: Path) -> Origin:
+    """See train.export.format.Format.
+
+    sparsify names a hook's folder after its module. A folder of another name says nothing.
+    """
+    found = of_hook(_hookpoint(folder).resolve().name)
+    return Origin() if found.layer is None and found.hook != "embed_tokens" else found
+
+
+def _hookpoint(folder: Path) -> Path:
+    """The folder of the SAE's files: `folder`, or the only one in it that has some."""
+    inside = sorted(path.parent for path in folder.glob("*/cfg.json"))
+    if not inside or (folder / "cfg.json").exists():
+        return folder
+    which = ", ".join(hookpoint.name for hookpoint in inside)
+    refuse(len(inside) > 1, folder, f"several hookpoints ({which})", "one of them")
+    return inside[0]
