@@ -2,7 +2,8 @@
 
 Grades are those of lm-evaluation-harness' GSM8K task (v3). `strict` is the number behind the first
 `#### `, `flexible` the last number of the text. An answer is right if `strict` is. Without `#### `
-it is unparsable, and wrong.
+it is unparsable, and wrong. Texts are compared, as there; numbers, where the file of problems does
+not write a truth in plain digits (18.00, 1e6, 0.5).
 """
 
 from __future__ import annotations
@@ -53,6 +54,10 @@ class Answer:
     def sequence(self) -> list[int]:
         """Prompt and completion: what a language model reads to see this answer."""
         return self.prompt_ids + self.ids
+
+    def record(self) -> dict[str, Any]:
+        """A line of the kept answers."""
+        return asdict(self) | {"problem": self.problem.record()}
 
 
 # -- prompts ---------------------------------------------------------------------------------------
@@ -108,7 +113,7 @@ def inputs(study: Study) -> dict[str, Any]:
 
 
 def _inputs(asked: Sequence[Problem | Solution], asking: Asking) -> dict[str, Any]:
-    content = dumped([asdict(item) for item in asked])
+    content = dumped([item.record() for item in asked])
     return {"problems": durable.digest(content.encode()), "answers": asdict(asking)}
 
 
@@ -132,7 +137,7 @@ def answers(study: Study, stop: StopRequest | None = None) -> list[Answer]:
         prompt = PROMPTS[asking.prompt]
         tokenizer = study.lm.tokenizer
         batch = [(item, prompt(tokenizer, item.question)) for item in questions[part]]
-        return [asdict(answer) for answer in completions(study.lm, batch, asking)]
+        return [answer.record() for answer in completions(study.lm, batch, asking)]
 
     def fill(folder: Path) -> None:
         path = folder / _FILE
@@ -244,7 +249,7 @@ def _graded(
         prompt_ids=prompt,
         ids=completion.ids,
         text=text,
-        correct=strict == item.answer,
+        correct=item.is_answer(strict),
         strict=strict,
         flexible=problems.flexible(text),
         finished=completion.finished,

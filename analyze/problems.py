@@ -5,14 +5,17 @@ A source is GSM8K's files, others of their form, or the embedded model's own pro
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from decimal import Decimal, InvalidOperation
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from analyze.truth import NotANumber, is_right, truth_of
 from data import durable
 from data.errors import SettingError, StoreError
 from data.tiny import problems as tiny
@@ -29,7 +32,19 @@ class Problem:
 
     id: str  # digest of the question's text alone, so it is the same in every file
     question: str
-    answer: str  # a number, as `number` writes it
+    answer: str  # a number, as analyze.truth writes it
+    by_number: bool = False  # compared as numbers, since the file does not write plain digits
+
+    def is_answer(self, found: str | None) -> bool:
+        """Whether a number found in an answer is the right one."""
+        return is_right(found, self.answer, by_number=self.by_number)
+
+    def record(self) -> dict[str, Any]:
+        """What keys and kept files hold: `by_number` where it is set."""
+        fields = asdict(self)
+        if not self.by_number:
+            del fields["by_number"]
+        return fields
 
 
 @dataclass(frozen=True)
@@ -41,10 +56,15 @@ class Solution:
     text: str
     correct: bool
 
+    def record(self) -> dict[str, Any]:
+        """See `Problem.record`."""
+        return asdict(self) | {"problem": self.problem.record()}
 
-def problem(question: str, answer: str) -> Problem:
+
+def problem(question: str, answer: str, *, by_number: bool = False) -> Problem:
     """The problem of a question, with its id and its answer as a bare number."""
-    return Problem(durable.digest(question.encode())[:16], question, number(answer))
+    identity = durable.digest(question.encode())[:16]
+    return Problem(identity, question, number(answer), by_number)
 
 
 # -- numbers in texts ------------------------------------------------------------------------------
@@ -74,12 +94,13 @@ def read(source: str, limit: int) -> list[Problem] | list[Solution]:
     """The first `limit` problems of a source, or every labelled solution of these.
 
     Args:
-        source: `tiny`; a .jsonl of {question, answer}, where an answer's number may stand behind
-            `#### `; or a .jsonl of {question, ground_truth, NAME: {solution, is_correct}, ...}.
+        source: `tiny`; a .jsonl of {question, answer}, where an answer is a number, or a text
+            whose number stands behind `#### ` or is the last one (analyze/truth.py); or a .jsonl
+            of {question, ground_truth, NAME: {solution, is_correct}, ...}.
 
     Raises:
         SettingError: there is no such file.
-        StoreError: a line of it is none of these.
+        StoreError: a line of it is none of these, or its answer may be read in two ways.
     """
     if source == TINY:
         return _embedded(limit)
@@ -120,34 +141,91 @@ def _embedded(limit: int) -> list[Problem]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects in a file of JSON lines, each with its place, for error messages."""
-    with path.open(encoding="utf-8") as file:
-        for row, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            place = f"{path} line {row}"
-            try:
-                line = json.loads(text)
-            except ValueError as error:
-                raise StoreError(f"{place} is not JSON") from error
-            if not isinstance(line, dict):
-                raise StoreError(f"{place} is not an object of question and answer")
-            yield place, line
+    """The objects in a file of JSON lines, each with its place, for error messages.
+
+    Numbers are int or Decimal, so they are exactly what is written.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"problems={path} cannot be read: {error.strerror}") from error
+    for row, raw in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), 1):
+        place = f"{path} line {row}"
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError as error:
+            got = f"byte 0x{raw[error.start]:02x} at {error.start}"
+            raise StoreError(f"{place} is not UTF-8 ({got}); save the file as UTF-8") from error
+        if not text.strip():
+            continue
+        line = _object(place, text)
+        _require_unicode(place, line)
+        yield place, line
+
+
+def _object(place: str, text: str) -> dict[str, Any]:
+    """The JSON object of a line."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        line = dict(pairs)
+        if len(line) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise StoreError(f"{place} has {twice!a} twice; it may be there once")
+        return line
+
+    try:
+        line = json.loads(
+            text,
+            object_pairs_hook=unique,
+            parse_float=_decimal,
+            parse_int=_whole,
+            parse_constant=Decimal,  # NaN, Infinity
+        )
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{place} is not JSON") from error
+    if not isinstance(line, dict):
+        raise StoreError(f"{place} is not an object of question and answer")
+    return line
+
+
+def _decimal(written: str) -> Decimal:
+    """A number of JSON; infinite, if its exponent is."""
+    try:
+        return Decimal(written)
+    except InvalidOperation:
+        return Decimal("Infinity")
+
+
+def _whole(digits: str) -> int | Decimal:
+    """A whole number of JSON; Python reads no int of more than some thousand digits."""
+    return int(digits) if len(digits) < 1000 else Decimal(digits)
+
+
+def _require_unicode(place: str, line: dict[str, Any]) -> None:
+    """Raise StoreError if a text of a line holds half of a surrogate pair, which has no UTF-8."""
+    for name, value in line.items():
+        texts = value.values() if isinstance(value, dict) else (name, value)
+        for text in texts:
+            if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise StoreError(
+                    f"{place}: {name!a} holds half of a surrogate pair, which no tokenizer can "
+                    "read; write the whole character"
+                )
 
 
 def _problem(place: str, line: dict[str, Any]) -> Problem:
     question = line.get("question")
-    answer = line.get("answer", line.get("ground_truth"))
-    is_answer = isinstance(answer, str | int | float) and not isinstance(answer, bool)
-    if not isinstance(question, str) or not is_answer:
+    is_asked = isinstance(question, str) and bool(question.strip())
+    if not is_asked or not line.keys() & {"answer", "ground_truth"}:
         raise StoreError(
             f"{place}: a problem has a text `question` and an `answer` (or `ground_truth`)"
         )
-    text = str(answer)
-    asked = problem(question, strict(text) or flexible(text) or "")
-    if not asked.answer:
-        raise StoreError(f"{place}: there is no number in its answer {text[-60:]!r}")
-    return asked
+    try:
+        truth = truth_of(line.get("answer", line.get("ground_truth")))
+    except NotANumber as error:
+        raise StoreError(f"{place}: {error}; write one number, such as 18 or '#### 18'") from error
+    return problem(str(question), truth.number, by_number=not truth.plain)
 
 
 def _solutions(asked: Problem, line: dict[str, Any]) -> list[Solution]:

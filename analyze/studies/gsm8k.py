@@ -43,7 +43,7 @@ def _shares(graded: Sequence[Answer]) -> dict[str, dict[str, Any]]:
     total = len(graded)
     counts = {
         "strict": sum(answer.correct for answer in graded),
-        "flexible": sum(answer.flexible == answer.problem.answer for answer in graded),
+        "flexible": sum(answer.problem.is_answer(answer.flexible) for answer in graded),
         "unparsable": sum(answer.unparsable for answer in graded),
         "truncated": sum(not answer.finished for answer in graded),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class Sweeps:
         if steer is not None:
             vector = durable.digest(steer.vector.tobytes())
             steered_by = [self.layer, vector, steer.scale, steer.positions]
-        prompts = [[answer.prompt_ids, asdict(answer.problem)] for answer in asked]
+        prompts = [[answer.prompt_ids, answer.problem.record()] for answer in asked]
         texts = None if unsteered is None else [reply.ids for reply in unsteered]
         return {
             "version": VERSION,
