@@ -2,6 +2,7 @@
 
     PipelineError           one line on stderr with a way out, exit code 2
     ├── SettingError        a setting that cannot be right (also a ValueError)
+    │   └── DocumentError   one document that cannot be stored; text.bad=skip leaves it out
     ├── StoreError          a store or run directory that is not what it must be
     │   └── MismatchError   recorded settings differ from the ones asked for; names both values
     └── NonFiniteError      NaN or infinity where numbers must be
@@ -26,6 +27,19 @@ class PipelineError(Exception):
 
 class SettingError(PipelineError, ValueError):
     """A setting that cannot be right, whatever is on the disk."""
+
+
+class DocumentError(SettingError):
+    """One document of a text cannot be stored."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        """Take the kind, by which such documents are counted, and what is wrong, on any lines."""
+        super().__init__(" ".join(message.splitlines()))
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle, as `MismatchError` has it."""
+        return type(self), (self.kind, str(self))
 
 
 class StoreError(PipelineError):

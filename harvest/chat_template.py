@@ -1,23 +1,23 @@
 """Chats as a model's template renders them, with its special tokens told from the messages' text.
 
-A message that spells a special token (`<bos>`) must stay text. So characters that could become
-part of a special token are replaced by private characters while the template runs. Special tokens
-in the rendered text are then the template's own.
+A message that spells a special token (`<bos>`) must stay text, in every field at any depth. So
+characters that could become part of a special token are replaced by characters that the chat does
+not use while the template runs. Special tokens in the rendered text are then the template's own.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from data import durable
-from data.errors import SettingError, first_line
-
-Chat = Sequence[dict[str, str]]  # messages (role, content)
+from data.errors import DocumentError, SettingError, first_line
+from data.text.chats import Chat, Message, strings, with_strings
 
 # Templates that print today's date (Llama 3's) get this one, their own default: a store must not
 # depend on the day.
@@ -36,7 +36,10 @@ _CALENDAR = (
     + "".join(f" | replace('{field}', '{value}')" for field, value in _TODAY.items())
     + " }}{%- endmacro +%}"
 )
-_PRIVATE = 0xF0000  # first code point of the two private planes
+# Where characters that stand for others are taken from: Yi syllables, which have no case, and which
+# Python prints as they are where a template prints a list.
+_STAND_INS = 0xA000
+_PROBE = "abcdefgh"
 
 
 class Spellings:
@@ -130,52 +133,122 @@ class ChatTemplate:
         """Digest of the template, which decides a chat's tokens beside the tokenizer's digest."""
         return durable.digest(self.text.encode())
 
-    def parts(self, chat: Chat, *, reply: bool) -> list[str]:
+    def parts(self, chat: list[Message] | Chat, *, reply: bool) -> list[str]:
         """A chat as rendered: text, special token, text, ..., text.
 
         Args:
             reply: end with the beginning of the model's turn.
 
         Raises:
-            SettingError: the template refuses the chat.
+            DocumentError: the template refuses the chat.
         """
-        masked, unmask = self._masked(chat)
-        rendered = self._render(masked, reply) if chat else ""
+        whole = chat if isinstance(chat, Chat) else Chat(chat, {})
+        if not whole.messages:
+            return [""]
+        masked, unmask = self._masked(self._fitted(whole))
+        try:
+            rendered = self._render(masked, reply)
+        except Exception as error:  # whatever an expression of a template raises
+            raise self._refusal(whole, error) from error
         parts = self._spellings.split(rendered)
         parts[0::2] = [text.translate(unmask) for text in parts[0::2]]
         return parts
 
-    def _masked(self, chat: Chat) -> tuple[list[dict[str, str]], dict[int, str]]:
-        """The chat with suspects replaced by private characters, and the table that undoes it."""
-        used = set(chain.from_iterable(message["content"] for message in chat))
-        suspects = [self._spellings.suspects(message["content"]) for message in chat]
+    # -- contents in parts -------------------------------------------------------------------------
+
+    def _fitted(self, chat: Chat) -> Chat:
+        """The chat with each content in the form that the template reads: text, or text parts."""
+        messages: list[Message] = []
+        for message in chat.messages:
+            content = message.get("content")
+            if isinstance(content, list) and not self._readable["parts"]:
+                text = "".join(part["text"] for part in content)
+                message = {**message, "content": text}
+            elif isinstance(content, str) and self._readable == {"text": False, "parts": True}:
+                message = {**message, "content": [{"type": "text", "text": content}]}
+            messages.append(message)
+        return Chat(messages, chat.variables)
+
+    @cached_property
+    def _readable(self) -> dict[str, bool]:
+        """Whether the template prints contents that are text, and contents in parts."""
+        forms = {"text": _PROBE, "parts": [{"type": "text", "text": _PROBE}]}
+        readable: dict[str, bool] = {}
+        for name, content in forms.items():
+            probe = Chat([{"role": "user", "content": content}], {})
+            try:
+                rendered = self._render(probe, reply=False)
+            except Exception:  # as in `parts`: this template does not read this form
+                rendered = ""
+            # A template for text prints a list as Python or JSON, so with quotation marks.
+            readable[name] = bool(re.search(rf"(?<!['\"]){_PROBE}(?!['\"])", rendered))
+        return readable
+
+    # -- rendering ---------------------------------------------------------------------------------
+
+    def _masked(self, chat: Chat) -> tuple[Chat, dict[int, str]]:
+        """The chat with suspects replaced by stand-ins, and the table that undoes it."""
+        used: set[str] = set()
         letters: set[str] = set()
-        for message, indices in zip(chat, suspects, strict=True):
-            letters.update(message["content"][index] for index in indices)
-        unused = (chr(code) for code in count(_PRIVATE) if chr(code) not in used)
+        suspects: dict[str, set[int]] = {}
+        for text in strings({"messages": chat.messages, "variables": chat.variables}):
+            if text not in suspects:
+                used.update(text)
+                suspects[text] = self._spellings.suspects(text)
+                letters.update(text[index] for index in suspects[text])
+        unused = (chr(code) for code in count(_STAND_INS) if chr(code) not in used)
         mask = dict(zip(sorted(letters), unused, strict=False))
-        masked: list[dict[str, str]] = []
-        for message, indices in zip(chat, suspects, strict=True):
-            content = list(message["content"])
-            for index in indices:
-                content[index] = mask[content[index]]
-            masked.append({**message, "content": "".join(content)})
-        return masked, {ord(hidden): letter for letter, hidden in mask.items()}
+
+        def masked(text: str) -> str:
+            if not suspects[text]:
+                return text
+            characters = list(text)
+            for index in suspects[text]:
+                characters[index] = mask[characters[index]]
+            return "".join(characters)
+
+        messages: list[Message] = []
+        for message in chat.messages:
+            # Roles are of a closed list, and templates compare them.
+            messages.append({**with_strings(message, masked), "role": message["role"]})
+        hidden = Chat(messages, with_strings(chat.variables, masked))
+        return hidden, {ord(stand_in): letter for letter, stand_in in mask.items()}
 
     def _render(self, chat: Chat, reply: bool) -> str:
-        from jinja2 import TemplateError
+        """What the template makes of a chat; raises whatever the template raises."""
+        if reserved := self._reserved & chat.variables.keys():
+            raise ValueError(f"chat_template_kwargs has {min(reserved)}, which is no variable")
+        tools = chat.variables.get("tools")
+        text = self.text if tools is None else str(self._inner.get_chat_template(tools=tools))
+        rendered = self._inner.apply_chat_template(
+            chat.messages,
+            chat_template=_CALENDAR + text if "strftime_now" in text else text,
+            tokenize=False,
+            add_generation_prompt=reply,
+            **chat.variables,
+        )
+        return str(rendered)
 
-        dated = "strftime_now" in self.text
-        template = _CALENDAR + self.text if dated else self.text
-        try:
-            rendered = self._inner.apply_chat_template(
-                list(chat), chat_template=template, tokenize=False, add_generation_prompt=reply
+    def _refusal(self, chat: Chat, error: Exception) -> SettingError:
+        from jinja2 import TemplateSyntaxError
+
+        if isinstance(error, SettingError):
+            return error  # there is no template
+        if isinstance(error, TemplateSyntaxError):
+            return SettingError(
+                f"the chat template of {self._folder} cannot be read: {first_line(error)}; "
+                "download it again, or name a column of plain text with field="
             )
-            return str(rendered)
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            begins = next((message["content"][:60] for message in chat), "")
-            raise SettingError(
-                f"the chat template of {self._folder} refuses the chat that begins {begins!r}: "
-                f"{first_line(error)}; drop such chats first, or name a column of plain text with "
-                "field="
-            ) from error
+        contents = [message["content"] for message in chat.messages if message.get("content")]
+        begins = contents[0] if contents and isinstance(contents[0], str) else str(contents[:1])
+        return DocumentError(
+            "refused by the chat template",
+            f"the chat template of {self._folder} refuses the chat that begins {begins[:60]!r}: "
+            f"{first_line(error)}",
+        )
+
+    @cached_property
+    def _reserved(self) -> set[str]:
+        """Names that mean something to transformers: a row must not set them."""
+        names = inspect.signature(self._inner.apply_chat_template).parameters
+        return {*names, "messages"} - {"tools", "documents"}

@@ -88,10 +88,16 @@ def harvest_config(settings: dict[str, Any]) -> HarvestConfig:
         codec=settings["codec"]["name"],
         rank=launched("rank", settings["rank"], "RANK", 0),
         world=launched("world", settings["world"], "WORLD_SIZE", 1),
-        faults=Faults(settings["oom"], whole("non_finite", settings["non_finite"])),
+        faults=faults(settings),
         max_bytes=optional_whole("max_bytes", settings["max_bytes"]),
         readers=whole("readers", settings["readers"]),
     )
+
+
+def faults(settings: dict[str, Any]) -> Faults:
+    """What happens where something fails, from plain settings."""
+    non_finite = whole("non_finite", settings["non_finite"])
+    return Faults(settings["oom"], non_finite, settings["text"].get("bad", "stop"))
 
 
 def launched(name: str, value: Any, variable: str, alone: int) -> int:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from data.errors import SettingError
 from data.store.codec import require_known
+from harvest.encoder import Bad
 from harvest.model import LanguageModel
 from harvest.site import RESID_POST, SITES
 
@@ -21,15 +22,18 @@ _LEAST = {"tokens": 1, "context": 2, "batch": 1, "chunk": 1, "unit": 1, "readers
 
 @dataclass(frozen=True)
 class Faults:
-    """What happens where the model or the machine fails."""
+    """What happens where the text, the model or the machine fails."""
 
     # out of memory: stop, or go on with half the batch, which changes bits
     oom: Literal["stop", "halve"] = "stop"
     non_finite: int = 0  # rows with NaN or infinity that a committed unit may have
+    bad: Bad = "stop"  # a document that cannot be stored: stop, or skip (leave out and count) it
 
     def __post_init__(self) -> None:
         if self.oom not in ("stop", "halve"):
             raise SettingError(f"oom={self.oom} must be stop or halve")
+        if self.bad not in ("stop", "skip"):
+            raise SettingError(f"text.bad={self.bad} must be stop or skip")
         if self.non_finite < 0:
             raise SettingError(f"non_finite={self.non_finite} must be at least 0 (rows of a unit)")
 

@@ -60,7 +60,8 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Sto
         whole_spine = retention.needs_whole_spine(place, claims, config.max_bytes)
         store = Store.open_or_create(place, manifest)
 
-        with Spine(store, claims, source, lm.tokenizer, stop) as spine:
+        bad = config.faults.bad
+        with Spine(store, claims, source, lm.tokenizer, stop, bad) as spine:
             # Wait for the spine: a ring needs all of it, else the first unit is enough.
             if whole_spine:
                 spine.wait()

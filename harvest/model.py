@@ -85,7 +85,7 @@ def load(config: ModelConfig, *, head: bool = False) -> LanguageModel:
     """
     folder = resolve(config.path, config.revision)
     whole = read_config(folder)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder, whole.get_text_config().vocab_size)
     with ThreadPoolExecutor(1, thread_name_prefix="digest") as pool:
         digest = pool.submit(weights_digest, folder)
         loaded: Any = load_decoder(folder, whole, config.dtype, config.device, head=head)

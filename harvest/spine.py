@@ -13,6 +13,7 @@ from data.journal import tell
 from data.store.claims import SPINE, Claims
 from data.store.store import Store
 from data.text.documents import TextSource
+from harvest.encoder import Bad, skipped_before
 from harvest.spine_writer import SpineProcess
 from harvest.tokens import Tokenizer
 
@@ -30,12 +31,14 @@ class Spine:
         source: TextSource,
         tokenizer: Tokenizer,
         stop: StopRequest,
+        bad: Bad = "stop",
     ) -> None:
         self._store = store
         self._claims = claims
         self._source = source
         self._tokenizer = tokenizer
         self._stop = stop
+        self._bad: Bad = bad
         self._process: SpineProcess | None = None
         self._refreshed = 0.0  # time.monotonic() of the last look
 
@@ -86,13 +89,17 @@ class Spine:
             return
         if self._process is None:
             if self._claims.take(SPINE):
-                self._process = SpineProcess(self._store, self._source, self._tokenizer)
+                self._process = SpineProcess(self._store, self._source, self._tokenizer, self._bad)
         elif self._process.finished():
             self._store.refresh()
 
 
 def tell_end(store: Store) -> None:
-    """Tell the user if the text had less than was asked for."""
+    """Tell the user if the text had less than was asked for, and what was left out of it."""
+    _, cursor = store.spine_cursor()
+    if skipped := skipped_before(cursor.state):
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in skipped.items())
+        tell(f"documents left out by text.bad=skip: {kinds}")
     end = store.spine_end
     if end is not None and end.ended_early:
         planned = store.planned_rows * store.context

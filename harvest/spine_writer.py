@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from contextlib import suppress
 from itertools import islice
 from multiprocessing import Pipe
@@ -20,11 +21,12 @@ from typing import Protocol
 
 import numpy as np
 
-from data.errors import Interrupted, PipelineError, StoreError
+from data.errors import Interrupted, PipelineError, StoreError, first_line
 from data.stopping import GRACE_S
 from data.store.store import SpineEnd, Store
 from data.text import packing, retry
 from data.text.documents import TextSource
+from harvest.encoder import Bad, Encoder
 from harvest.tokens import Tokenizer
 
 
@@ -37,19 +39,25 @@ class Stop(Protocol):
 
 
 def write_spine(
-    store: Store, source: TextSource, tokenizer: Tokenizer, stop: Stop | None = None
+    store: Store,
+    source: TextSource,
+    tokenizer: Tokenizer,
+    stop: Stop | None = None,
+    bad: Bad = "stop",
 ) -> None:
     """Commit the missing spine units, and the spine's end.
 
     Args:
         stop: checked before every unit.
+        bad: what becomes of a document that cannot be stored.
 
     Raises:
+        DocumentError: a document cannot be stored, and bad=stop.
         StoreError: the text ends before one row is full.
     """
     ended = False
     while not ended and not store.ledger.spine_rows[: store.units].all():
-        ended = _fill_gap(store, source, tokenizer, stop)
+        ended = _fill_gap(store, source, tokenizer, stop, bad)
     if store.spine_end is None:
         rows = int(store.ledger.spine_rows.sum())
         if rows == 0:
@@ -60,10 +68,12 @@ def write_spine(
         store.close_spine(SpineEnd(rows, ended_early=rows < store.planned_rows))
 
 
-def _fill_gap(store: Store, source: TextSource, tokenizer: Tokenizer, stop: Stop | None) -> bool:
+def _fill_gap(
+    store: Store, source: TextSource, tokenizer: Tokenizer, stop: Stop | None, bad: Bad
+) -> bool:
     """Write units from the first missing one to the next that is there; True if the text ended."""
     unit, cursor = store.spine_cursor()
-    documents = packing.tokenized(source.documents(cursor.state), tokenizer.encode)
+    documents = Encoder(tokenizer, bad).ids(source, cursor.state)
     rows = packing.pack(documents, cursor, store.context, tokenizer.bos)
     unit_rows = store.unit_tokens // store.context
     while unit < store.units and not store.ledger.spine_rows[unit]:
@@ -87,16 +97,19 @@ def _fill_gap(store: Store, source: TextSource, tokenizer: Tokenizer, stop: Stop
 class SpineProcess:
     """A child process that writes a store's spine."""
 
-    def __init__(self, store: Store, source: TextSource, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, store: Store, source: TextSource, tokenizer: Tokenizer, bad: Bad = "stop"
+    ) -> None:
         # A new interpreter: a fork would copy threads' locks and a GPU's context. Not by
         # multiprocessing, which would run the parent's main module there again, and so import
         # torch: 4 seconds of both cores.
+        self._store = store
         self._line, theirs = Pipe()
         command = [sys.executable, "-m", "harvest.spine_writer", str(theirs.fileno())]
         # In a process group of its own, which Ctrl-C does not reach: the parent says when to stop.
         self._child = subprocess.Popen(command, pass_fds=[theirs.fileno()], process_group=0)
         theirs.close()
-        self._line.send((store.name, source, tokenizer))
+        self._line.send((store.name, source, tokenizer, bad))
 
     def finished(self) -> bool:
         """Whether the child has written all.
@@ -108,14 +121,23 @@ class SpineProcess:
             return False
         try:
             failure = self._line.recv()
-        except EOFError as error:
-            raise StoreError(
-                "the process that reads the text died; what it committed is intact: run the same "
-                "command again"
-            ) from error
+        except (EOFError, ConnectionResetError) as error:
+            raise StoreError(self._death()) from error
         if failure is not None:
             raise StoreError(failure)
         return True
+
+    def _death(self) -> str:
+        """The message for a child that ended without an answer."""
+        code = self._child.wait()
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        _, cursor = self._store.spine_cursor()
+        return (
+            f"the process that reads the text was ended ({how}) behind document "
+            f"{cursor.document:,}; what it committed is intact, and the same command goes on. If "
+            "it ends there again, the machine has too little memory for one of the next documents: "
+            "begin another store= with a text in shorter documents"
+        )
 
     def stop(self) -> None:
         """End the child, behind the unit that it is writing if that takes no second."""
@@ -142,15 +164,20 @@ class Parent:
             raise Interrupted(signal.SIGTERM)
 
 
-def work(line: Connection, name: str, source: TextSource, tokenizer: Tokenizer) -> None:
+def work(
+    line: Connection, name: str, source: TextSource, tokenizer: Tokenizer, bad: Bad = "stop"
+) -> None:
     """Write the spine of the store `name`, and answer with None or the message of a failure."""
     parent = Parent(line)
     retry.sleep = parent.sleep  # a server may ask for ten minutes
     failure = None
     try:
-        write_spine(Store.open(name), source, tokenizer, parent)
+        write_spine(Store.open(name), source, tokenizer, parent, bad)
     except PipelineError as error:
         failure = str(error)
+    except Exception as error:
+        traceback.print_exc()  # a defect of ours: what a text can cause is a PipelineError
+        failure = f"the text could not be stored ({type(error).__name__}: {first_line(error)})"
     except Interrupted:
         return
     # A parent that is gone reads no answer. Its next start finds what is committed.

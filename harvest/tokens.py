@@ -2,6 +2,10 @@
 
 A document never makes special tokens: text that spells one (`<bos>`) stays text. In a chat only the
 template makes special tokens.
+
+Some vocabularies have their BOS as an ordinary word too (a chess model's `;`). Where a text begins
+with it, that one is left out: each document gets its BOS when it is packed. Further ones are
+ordinary tokens of the text: pieces are told apart by their document's number, never by BOS.
 """
 
 from __future__ import annotations
@@ -13,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from data import durable
-from data.errors import SettingError, first_line
+from data.errors import DocumentError, SettingError, first_line
+from data.text.chats import Chat, Message
 from data.text.documents import Content
-from harvest.chat_template import Chat, ChatTemplate, Spellings
+from harvest.chat_template import ChatTemplate, Spellings
+
+Ids = list[int] | DocumentError  # token ids of a document, or why it has none
 
 
 @dataclass(frozen=True)
@@ -30,10 +37,15 @@ class Tokenizer:
     digest: str  # of everything that decides the ids of a text
     backend: Any = field(repr=False)  # of the package tokenizers
     stand_in: bool = False  # whether `bos` is an EOS, where there is no BOS
+    vocabulary: int | None = None  # ids that the model has embeddings for; None: not known
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
+    def load(cls, folder: Path, vocabulary: int | None = None) -> Tokenizer:
         """The tokenizer of a Hugging Face model folder.
+
+        Args:
+            vocabulary: ids that the model has embeddings for. A tokenizer may have more, such as a
+                pad token that was added for fine-tuning: a document is refused only if it uses one.
 
         Raises:
             SettingError: there is none, or it has no fast form, or no token to start pieces with.
@@ -52,17 +64,23 @@ class Tokenizer:
             raise SettingError(
                 f"the tokenizer of {folder} has neither a BOS nor an EOS token to start pieces with"
             )
+        if vocabulary is not None and bos >= vocabulary:
+            raise SettingError(
+                f"the tokenizer of {folder} starts pieces with token {bos}, and the model has "
+                f"embeddings for {vocabulary:,}; take the tokenizer that belongs to the model"
+            )
         backend.no_truncation()
         backend.no_padding()
-        return cls(folder, bos, digest, backend, stand_in=inner.bos_token_id is None)
+        return cls(folder, bos, digest, backend, inner.bos_token_id is None, vocabulary)
 
-    def __reduce__(self) -> tuple[Any, tuple[Path, int, str, str, bool]]:
+    def __reduce__(self) -> tuple[Any, tuple[Path, int, str, str, bool, int | None]]:
         return _unpickled, (
             self.folder,
             self.bos,
             self.digest,
             self.backend.to_str(),
             self.stand_in,
+            self.vocabulary,
         )
 
     @cached_property
@@ -80,32 +98,79 @@ class Tokenizer:
         return self._template.digest
 
     def encode(self, contents: list[Content], *, reply: bool = False) -> list[list[int]]:
-        """Token ids of documents, without BOS.
+        """Token ids of documents, without the BOS that each begins with.
 
         Args:
             reply: chats end with the beginning of the model's turn.
 
         Raises:
-            SettingError: a chat, and the model has no chat template, or one that refuses it.
+            DocumentError: the first document that has no ids.
+            SettingError: a chat, and the model has no chat template.
         """
-        texts = [content for content in contents if isinstance(content, str)]
-        chats = [content for content in contents if not isinstance(content, str)]
-        text_ids = iter(self._text_ids(texts))
-        chat_ids = iter(self._chat_ids(chats, reply) if chats else [])
         encoded: list[list[int]] = []
-        for content in contents:
-            ids = next(text_ids if isinstance(content, str) else chat_ids)
-            assert self._own_bos not in ids, "a document must not encode to BOS"
+        for ids in self.attempt(contents, reply=reply):
+            if isinstance(ids, DocumentError):
+                raise ids
             encoded.append(ids)
         return encoded
 
+    def attempt(self, contents: Sequence[Content], *, reply: bool = False) -> list[Ids]:
+        """Like `encode`, with a `DocumentError` in the place of each document that has no ids.
+
+        It has none if the chat template refuses it, if the tokenizer cannot encode it, or if the
+        model has no embedding for one of its tokens.
+        """
+        texts = [content for content in contents if isinstance(content, str)]
+        chats = [content for content in contents if not isinstance(content, str)]
+        text_ids = map(self._without_first, self._text_ids(texts))
+        chat_ids = iter(self._chat_ids(chats, reply) if chats else [])
+        encoded: list[Ids] = []
+        for content in contents:
+            ids = next(text_ids if isinstance(content, str) else chat_ids)
+            encoded.append(self._embedded(ids))
+        return encoded
+
+    def _without_first(self, ids: Ids) -> Ids:
+        """`ids` less a BOS at their beginning."""
+        return ids if isinstance(ids, DocumentError) or ids[:1] != [self.bos] else ids[1:]
+
+    def _embedded(self, ids: Ids) -> Ids:
+        """`ids` if the model has an embedding for each of them."""
+        if isinstance(ids, DocumentError) or self.vocabulary is None:
+            return ids
+        largest = max(ids, default=0)
+        if largest < self.vocabulary:
+            return ids
+        return DocumentError(
+            "tokens without an embedding",
+            f"it has token {largest} ({self.backend.id_to_token(largest)!r}), and the model has "
+            f"embeddings for {self.vocabulary:,}",
+        )
+
     # -- text --------------------------------------------------------------------------------------
 
-    def _text_ids(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+    def _text_ids(self, texts: Sequence[str], special: bool = False) -> list[Ids]:
         """Ids of each text; a spelled special token becomes one only if `special`."""
         self.backend.encode_special_tokens = not special
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception:  # the tokenizers' own class; it does not tell which text it was
+            return [self._ids_alone(text) for text in texts]
         return [encoding.ids for encoding in encodings]
+
+    def _ids_alone(self, text: str) -> Ids:
+        try:
+            (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=False)
+        except Exception as error:
+            try:
+                text.encode()
+            except UnicodeEncodeError as half:
+                reason = f"it holds half of a surrogate pair (character {half.start})"
+                return DocumentError("not Unicode", reason)
+            reason = f"the tokenizer cannot encode it: {first_line(error)}"
+            return DocumentError("not in the vocabulary", reason)
+        ids: list[int] = encoding.ids
+        return ids
 
     # -- chats -------------------------------------------------------------------------------------
 
@@ -128,41 +193,52 @@ class Tokenizer:
         """BOS; None if an EOS stands in for it, because templates end turns with EOS."""
         return None if self.stand_in else self.bos
 
-    def _chat_ids(self, chats: Sequence[Chat], reply: bool) -> list[list[int]]:
-        """Ids of chats as the template renders them, without BOS.
+    def _chat_ids(self, chats: Sequence[list[Message] | Chat], reply: bool) -> list[Ids]:
+        """Ids of chats as the template renders them, without the template's BOS tokens.
 
         The whole rendered text is encoded at once. If that gives a special token which is not the
         template's, the parts between the template's are encoded one by one, as text.
         """
-        rendered = [self._template.parts(chat, reply=reply) for chat in chats]
-        wholes = ["".join(parts) for parts in rendered]
+        rendered = [self._parts(chat, reply) for chat in chats]
+        wholes = ["" if isinstance(parts, DocumentError) else "".join(parts) for parts in rendered]
         special = set(self._spellings.ids.values())
-        encoded: list[list[int]] = []
+        encoded: list[Ids] = []
         for parts, ids in zip(rendered, self._text_ids(wholes, special=True), strict=True):
+            if isinstance(parts, DocumentError) or isinstance(ids, DocumentError):
+                encoded.append(parts if isinstance(parts, DocumentError) else ids)
+                continue
             expected = [self._spellings.ids[part] for part in parts[1::2]]
-            if [token for token in ids if token in special] != expected:
-                ids = self._joined(parts[0::2], expected)
-            encoded.append(self._without_bos(ids))
+            if [token for token in ids if token in special] == expected:
+                first = int(ids[:1] == [self.bos])
+                encoded.append([token for token in ids[first:] if token != self._own_bos])
+            else:
+                encoded.append(self._without_first(self._joined(parts[0::2], expected)))
         return encoded
 
-    def _joined(self, texts: Sequence[str], between: Sequence[int]) -> list[int]:
-        """Ids of `texts`, each encoded as text, with the special tokens `between` them."""
-        first, *others = self._text_ids(texts)
-        ids = list(first)
-        for token, text in zip(between, others, strict=True):
-            ids += [token, *text]
+    def _parts(self, chat: list[Message] | Chat, reply: bool) -> list[str] | DocumentError:
+        try:
+            return self._template.parts(chat, reply=reply)
+        except DocumentError as error:
+            return error
+
+    def _joined(self, texts: Sequence[str], between: Sequence[int]) -> Ids:
+        """Ids of `texts`, each encoded as text, with the special tokens `between` them but BOS."""
+        ids: list[int] = []
+        for number, text in enumerate(self._text_ids(texts)):
+            if isinstance(text, DocumentError):
+                return text
+            if number and between[number - 1] != self._own_bos:
+                ids.append(between[number - 1])
+            ids += text
         return ids
 
-    def _without_bos(self, ids: list[int]) -> list[int]:
-        if ids and ids[0] == self.bos:
-            ids = ids[1:]
-        return [token for token in ids if token != self._own_bos]
 
-
-def _unpickled(folder: Path, bos: int, digest: str, backend: str, stand_in: bool) -> Tokenizer:
+def _unpickled(
+    folder: Path, bos: int, digest: str, backend: str, stand_in: bool, vocabulary: int | None
+) -> Tokenizer:
     from tokenizers import Tokenizer as Backend
 
-    return Tokenizer(folder, bos, digest, Backend.from_str(backend), stand_in)
+    return Tokenizer(folder, bos, digest, Backend.from_str(backend), stand_in, vocabulary)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -225,8 +225,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class SpineHere:
     """Writes the spine in this process, at once."""
 
-    def __init__(self, store: Any, source: Any, tokenizer: Any) -> None:
-        write_spine(store, source, tokenizer)
+    def __init__(self, store: Any, source: Any, tokenizer: Any, bad: Any) -> None:
+        write_spine(store, source, tokenizer, bad=bad)
 
     def finished(self) -> bool:
         return True

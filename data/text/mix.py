@@ -91,7 +91,7 @@ class Mix:
             # An empty document counts as one character: the order must move on.
             served = before.served + max(1, characters(document.content))
             progress = {**progress, name: Progress(document.after, served, False)}
-            yield Document(document.content, progress)
+            yield document._replace(after=progress)
 
 
 def require_weight(name: str, weight: Any) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.text.documents import Content, Document, State
+from data.text.documents import State
 
 
 class Cursor(NamedTuple):
@@ -26,22 +25,6 @@ class Row(NamedTuple):
     tokens: NDArray[np.uint32]  # (T,)
     document: NDArray[np.uint32]  # (T,) document number of each token
     end: Cursor  # where the next row starts
-
-
-def tokenized(
-    documents: Iterator[Document],
-    encode: Callable[[list[Content]], list[list[int]]],
-    batch: int = 64,
-) -> Iterator[tuple[list[int], State]]:
-    """Token ids of each document, with the state of the source behind it.
-
-    Args:
-        encode: gets `batch` documents at a time.
-    """
-    while block := list(islice(documents, batch)):
-        encoded = encode([document.content for document in block])
-        for ids, document in zip(encoded, block, strict=True):
-            yield ids, document.after
 
 
 def pack(

@@ -12,6 +12,7 @@ pickle.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import cached_property
@@ -20,13 +21,15 @@ from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
 from data import durable
-from data.errors import SettingError, StoreError
-from data.text.documents import Column, Document, State, TextSource, read_files
+from data.errors import DocumentError, SettingError, StoreError
+from data.journal import tell
+from data.text import folder
+from data.text.documents import Column, Document, State, TextSource
+from data.text.folder import Folder
+from data.text.formats import COMPRESSIONS, FORMATS, format_of, read_files
 from data.text.hub import HubText
 from data.text.mix import Mix, Part, require_weight
 from data.tiny import problems
-
-SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -44,43 +47,67 @@ class TinyText:
     def documents(self, state: State) -> Iterator[Document]:
         start = state or 0
         for number, problem in enumerate(problems.problems("train", start), start + 1):
-            yield Document(problems.document(problem), number)
+            yield Document(problems.document(problem), number, f"problem {number}")
 
 
 @dataclass(frozen=True)
 class FileText:
     """Local files in the order of their names.
 
-    A .txt file is one document; .jsonl and .parquet files give one a row.
+    A .txt file is one document; the other formats give one a row. In a folder, files of other
+    kinds are named in one line, and so is a .json file without the column.
     """
 
     kind: ClassVar[str] = "files"
     path: Path  # a file, or a folder that is searched for such files
-    field: str = "text"  # column of .jsonl and .parquet that holds the document
+    field: str = "text"  # column that holds the document
     messages: str | None = None  # column that holds a chat, in the place of `field`
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))  # settings give it as text
         if not self.path.exists():
             raise SettingError(f"text.path={self.path} does not exist")
-        if not self._files:
+        found = self._folder
+        allowed = ", ".join(self._formats)
+        if not found.files:
+            held = f" ({found.summary})" if found.others else ""
             raise SettingError(
-                f"text.path={self.path} holds no text; allowed are {', '.join(SUFFIXES)} files"
+                f"text.path={self.path} holds no text{held}; allowed are {allowed} files, also "
+                f"with {', '.join(COMPRESSIONS)}"
             )
-        plain = [file for file in self._files if file.suffix == ".txt"]
-        if self.chats and plain:
-            raise SettingError(
-                f"{plain[0]} holds no messages; text.messages= is for .jsonl and .parquet files"
-            )
+        if found.others:
+            tell(f"text: {len(found.files):,} files of {self.path} are read and {found.summary}")
 
     @property
     def chats(self) -> bool:
         return self.messages is not None
 
+    @property
+    def _formats(self) -> tuple[str, ...]:
+        """What this reads: a .txt file has no messages."""
+        return FORMATS[1:] if self.chats else FORMATS
+
     @cached_property
-    def _files(self) -> list[Path]:
-        candidates = sorted(self.path.rglob("*")) if self.path.is_dir() else [self.path]
-        return [path for path in candidates if path.suffix in SUFFIXES and path.is_file()]
+    def _folder(self) -> Folder:
+        if self.path.is_dir():
+            return folder.scan(self.path, self._fault)
+        if format_of(self.path.name) in self._formats:
+            return Folder([self.path], [])
+        why = "it has no text.messages=" if self.chats else "another ending"
+        return Folder([], [f"{self.path.name}: {why}"])
+
+    def _fault(self, file: Path) -> str | None:
+        """Why a file of a folder is not read; None if it is."""
+        kind = format_of(file.name)
+        if kind not in self._formats:
+            return ""
+        # Data sets keep their descriptions in .json files.
+        if kind == ".json":
+            first = next(read_files([str(file)], _open, self._column, None), None)
+            error = first.content if first else None
+            if isinstance(error, DocumentError) and error.kind == "no such column":
+                return f"no {self._column.setting}={self._column.name}"
+        return None
 
     @property
     def _column(self) -> Column:
@@ -89,15 +116,17 @@ class FileText:
     def identity(self) -> dict[str, Any]:
         root = self.path if self.path.is_dir() else self.path.parent
         digests: dict[str, str] = {}
-        for file in self._files:
+        for file in self._folder.files:
+            # A name that is not UTF-8 cannot stand in the manifest as it is.
+            name = os.fsencode(file.relative_to(root)).decode("utf-8", "backslashreplace")
             try:
-                digests[str(file.relative_to(root))] = durable.digest_file(file).xxh3_128
+                digests[name] = durable.digest_file(file).xxh3_128
             except OSError as error:
                 raise _unreadable(file, error) from error
         return {"kind": self.kind, **self._column.identity(), "files": digests}
 
     def documents(self, state: State) -> Iterator[Document]:
-        return read_files([str(file) for file in self._files], _open, self._column, state)
+        return read_files([str(file) for file in self._folder.files], _open, self._column, state)
 
 
 def _open(name: str) -> BinaryIO:

@@ -9,8 +9,8 @@ import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data.text.documents import Content, Document, State
-from data.text.packing import Cursor, Row, pack, tokenized
+from data.text.documents import State
+from data.text.packing import Cursor, Row, pack
 
 BOS = 2
 START = Cursor(0, 0, None)
@@ -80,17 +80,3 @@ def test_rows_that_were_given_out_stay_as_they_were() -> None:
     first, second = pack(stated([[5] * 6]), START, 4, BOS)
     assert first.tokens.tolist() == second.tokens.tolist() == [BOS, 5, 5, 5]
     assert first.tokens.base is None and not np.shares_memory(first.tokens, second.tokens)
-
-
-def test_tokenizing_keeps_documents_and_their_states_together() -> None:
-    sizes: list[int] = []
-
-    def encode(contents: list[Content]) -> list[list[int]]:
-        sizes.append(len(contents))
-        return [[int(str(content))] for content in contents]
-
-    documents = (Document(str(number), [number]) for number in range(200))
-    assert list(tokenized(documents, encode, batch=7)) == [
-        ([number], [number]) for number in range(200)
-    ]
-    assert sizes == [7] * 28 + [4]

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from data.errors import PipelineError, SettingError, StoreError
+from data.errors import DocumentError, SettingError, StoreError
 from data.text.documents import Document, State, TextSource, characters
 from data.text.hub import HubText
 from data.text.mix import Mix, Part
@@ -42,7 +42,13 @@ class Made:
 
 
 def contents(source: TextSource, state: State = None) -> list[Any]:
-    return [document.content for document in source.documents(state)]
+    """The documents of a source; raises the first `DocumentError` in the place of one."""
+    taken: list[Any] = []
+    for document in source.documents(state):
+        if isinstance(document.content, DocumentError):
+            raise document.content
+        taken.append(document.content)
+    return taken
 
 
 def require_restarts(source: TextSource, limit: int | None = None) -> list[Document]:
@@ -100,8 +106,8 @@ def test_a_restart_does_not_read_what_came_before(tmp_path: Path) -> None:
     data[start : start + chunk.total_compressed_size] = bytes(chunk.total_compressed_size)
     (tmp_path / "c.parquet").write_bytes(data)
     assert list(source.documents(whole[8 + 4].after)) == whole[8 + 5 :]
-    with pytest.raises(PipelineError):
-        list(source.documents(whole[7].after))
+    with pytest.raises(DocumentError, match=r"c.parquet is damaged behind row 0"):
+        contents(source, whole[7].after)
 
 
 def test_row_groups_larger_than_a_batch(tmp_path: Path) -> None:
@@ -296,7 +302,7 @@ def test_chats_of_both_forms(tmp_path: Path) -> None:
     assert source.identity()["messages"] == "m"
     (tmp_path / "c.txt").write_text("no chat")
     with pytest.raises(SettingError, match=r"c.txt.*text.messages="):
-        FileText(tmp_path, messages="m")
+        FileText(tmp_path / "c.txt", messages="m")
 
 
 @pytest.mark.parametrize(
@@ -351,7 +357,7 @@ def test_bad_columns_of_parquet_are_named(tmp_path: Path) -> None:
         [None, pyarrow.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0])), pyarrow.py_buffer(b"\xff")],
     )
     parquet.write_table(pyarrow.table({"text": not_utf8}), tmp_path / "a.parquet")
-    with pytest.raises(SettingError, match=r"a.parquet .* row 0 .*UTF-8"):
+    with pytest.raises(SettingError, match=r"a.parquet row 1 .*UTF-8"):
         contents(FileText(tmp_path))
 
 
