@@ -15,6 +15,7 @@ from conf.command import ALONE, Job
 from data.device import torch_device
 from data.errors import SettingError
 from data.settings import optional_whole, whole
+from train.run import named_or_newest
 
 Settings = dict[str, Any]  # conf/analyze.yaml, composed
 
@@ -62,15 +63,14 @@ def _port(value: Any) -> int:
 def subject_of(settings: Settings, device: torch.device) -> Subject:
     """The SAE that run= names: a run's directory, or an SAE of another library as FORMAT:PATH.
 
+    Without run=, it is that of the newest finished run.
+
     Raises:
-        SettingError: run= is missing, or names neither; or layer= is given for a run of ours.
+        SettingError: run= names neither, or is missing and no run is finished; or layer= is given
+            for a run of ours.
         StoreError: the run or its store is missing, unfinished or damaged.
     """
-    if not settings["run"]:
-        raise SettingError(
-            "run= is missing; give the directory of a finished training run, e.g. run=runs/demo"
-        )
-    named = str(settings["run"])
+    named = str(named_or_newest(settings["run"]))
     store = str(settings["store"]) if settings["store"] else None
     layer = optional_whole("layer", settings["layer"])
     run = _imported(named, store, layer) if ":" in named else None

@@ -11,7 +11,7 @@ from data.device import own_device
 from data.errors import SettingError
 from data.journal import tell
 from data.settings import optional_whole, whole
-from data.store import manifest
+from data.store import default, manifest
 from data.store.place import place_of
 from data.store.repair import is_derived, repair, require_store
 from data.text.sources import source_name, source_of
@@ -110,8 +110,9 @@ def launched(name: str, value: Any, variable: str, alone: int) -> int:
 
 def default_store(model: dict[str, Any], text: dict[str, Any]) -> str:
     """activations/MODEL_TEXT.zarr, after the folder, file or data sets that the groups name."""
-    model_name = "tiny" if model["path"] == EMBEDDED else Path(str(model["path"])).name
-    return f"activations/{model_name}_{source_name(text)}.zarr"
+    path = Path(str(model["path"]))
+    model_name = "tiny" if model["path"] == EMBEDDED else path.name or path.resolve().name
+    return default.path_of(model_name, source_name(text))
 
 
 def model_config(model: dict[str, Any], device: str | None) -> ModelConfig:

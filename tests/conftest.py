@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 
-from conf.command import ENVIRONMENT
+from conf import command as command_line
 
 # Offline: a test that reaches for the network is wrong.
-os.environ.update({**ENVIRONMENT, **os.environ, "HF_HUB_OFFLINE": "1"})
+os.environ.update({**command_line.ENVIRONMENT, **os.environ, "HF_HUB_OFFLINE": "1"})
 
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from data.rows import summary
 from data.store.store import SpineEnd, Store
 from data.store.unit import prepare
 from data.text.packing import Cursor
+from train import stream
 
 torch.set_num_threads(1)
 
@@ -119,3 +122,30 @@ _LONGEST = ("test_docs_run.py", "test_house.py", "test_kills.py", "test_faults.p
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no process waits for another one in the end."""
     items.sort(key=lambda item: item.path.name not in _LONGEST)
+
+
+Call = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Call:
+    """Run a command in this process (a new one takes seconds to start), in an empty directory.
+
+    It takes the settings' name, the module and the arguments, and gives exit code and stderr.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def called(name: str, module: str, *arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        for opened in (stream.store_at, stream.rows_of):
+            opened.cache_clear()  # a new process has seen no store
+        code = 0
+        try:
+            command_line.start(name, module)
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        return code, capsys.readouterr().err
+
+    return called

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from conf import command as command_line
 from conf.names import LISTS, NAMES, quoted
 from data.text.sources import source_of
 from harvest.command import harvest_config, model_config
+from tests.conftest import Call
 from tests.train.test_command import SMALL, make_store
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -142,27 +141,6 @@ def test_paths_are_declared() -> None:
 
 
 # -- commands --------------------------------------------------------------------------------------
-
-Call = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Call:
-    """Run a command in this process, in an empty directory: exit code, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def called(name: str, module: str, *arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", [name, *arguments])
-        code = 0
-        try:
-            command_line.start(name, module)
-        except SystemExit as stopped:
-            code = int(stopped.code or 0)
-        return code, capsys.readouterr().err
-
-    return called
 
 
 def train(call: Call, *arguments: str) -> tuple[int, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from data.journal import tell
 from data.rows import summary
 from data.rows.split import Policy
 from data.settings import build, flag, optional_whole, whole
-from data.store import retention
+from data.store import default, retention
 from data.store.store import Store
 from train import objective, parallel
 from train.arm import Arm
 from train.loop import train
 from train.optim import OptimConfig
 from train.parallel import Group
+from train.run import FOLDER as RUNS
 from train.run import source_of
 from train.stream import rows_of, store_at
 from train.trainer import TrainConfig
@@ -52,14 +54,9 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
     """The arm that the settings describe.
 
     Raises:
-        SettingError: a setting is missing or wrong.
+        SettingError: a setting is wrong, or store= is missing and no one store is meant.
         StoreError: there is no such store.
     """
-    if not settings["store"]:
-        raise SettingError(
-            "store= is missing; give the path of an activation store, "
-            "e.g. store=activations/tiny.zarr"
-        )
     device = own_device(settings["device"])
     sae_name = settings["sae"].pop("name", "sae")
     optim = build(OptimConfig, "optim", settings["optim"])
@@ -68,8 +65,9 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
     policy = Policy(
         flag("drop_bos", settings["drop_bos"]), flag("drop_outliers", settings["drop_outliers"])
     )
-    store = store_at(str(settings["store"]))
-    layer = first_layer(store) if settings["layer"] is None else whole("layer", settings["layer"])
+    asked_layer = optional_whole("layer", settings["layer"])
+    store = store_at(str(settings["store"] or default_store(Path.cwd(), asked_layer)))
+    layer = first_layer(store) if asked_layer is None else asked_layer
     config = TrainConfig(
         layer=layer,
         matmul=settings["train"]["matmul"] or ("tf32" if device.type == "cuda" else "fp32"),
@@ -97,6 +95,14 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
     return Arm(config, stream, folder, follower, facts)
 
 
+@cache  # the arms of a sweep take the same one, which is said once
+def default_store(here: Path, layer: int | None) -> str:
+    """The store that is meant where none is named, in the working directory `here`."""
+    path, reason = default.find(layer)
+    tell(f"store={path}: {reason}")
+    return path
+
+
 def first_layer(store: Store) -> int:
     """The default layer."""
     layers = retention.read(store.place).layers or store.layers
@@ -111,7 +117,7 @@ def run_directory(asked: str | None, name: str, job: Job) -> Path:
     """The run's directory: as asked, else under runs/ by `name`, and by the arm in a multirun."""
     if asked:
         return Path(asked)
-    folder = Path("runs") / file_name(name)
+    folder = RUNS / file_name(name)
     return folder / arm_name(job.overrides) if job.multirun else folder
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from data import durable
-from data.errors import MismatchError, StoreError, differences
+from data.errors import MismatchError, SettingError, StoreError, differences
+from data.journal import tell
 from data.store.store import Store
+from train import sae_file
 
+FOLDER = Path("runs")  # where runs go by default
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoint"
@@ -56,7 +61,8 @@ def agree(
             for file in run.iterdir()
             if file.name != CHECKPOINTS and not durable.is_temporary(file)
         ]
-        if foreign:
+        holds_arms = any((folder / CONFIG).exists() for folder in run.iterdir())
+        if foreign and not holds_arms:
             raise StoreError(
                 f"{run} is no run and holds other files ({foreign[0]}); choose another run="
             )
@@ -72,6 +78,35 @@ def agree(
         "undisturbed run's"
         for key, (was, now) in differences(there, here).items()
     ]
+
+
+def named_or_newest(named: str | None) -> Path:
+    """The run that run= names. Without a name: the one under runs/ that was finished last.
+
+    Raises:
+        SettingError: none is named, and none is finished.
+    """
+    return Path(named) if named else _newest(Path.cwd())
+
+
+@cache  # the jobs of a multirun take the same one, which is said once
+def _newest(here: Path) -> Path:
+    """The run under `here`/runs that was finished last."""
+    finished: list[tuple[int, Path]] = []
+    for parent, folders, files in os.walk(FOLDER):
+        if CONFIG in files:  # a run holds many files, and perhaps the arms of a multirun
+            folders[:] = [name for name in folders if Path(parent, name, CONFIG).exists()]
+        if {CONFIG, METRICS, sae_file.FILE} <= {*files}:
+            run = Path(parent)
+            finished.append(((run / sae_file.FILE).stat().st_mtime_ns, run))
+    if not finished:
+        raise SettingError(
+            f"run= is missing, and there is no finished run under {FOLDER}/; train one with "
+            "`python -m train`, or give the directory of one as run="
+        )
+    _, run = max(finished)
+    tell(f"run={run}: the newest finished run under {FOLDER}/")
+    return run
 
 
 def read_config(run: Path) -> dict[str, Any]:

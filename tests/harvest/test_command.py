@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from conf.command import run_command
 from data.errors import SettingError, StoreError
 from data.journal import size
+from data.store import default
 from data.store.store import Store
 from data.store.unit import prepare
 from harvest.command import command, default_store, harvest_config, model_config, planned_for
@@ -60,6 +61,11 @@ def test_settings_become_the_configuration() -> None:
     assert harvest_config(settings("layer=3")).layers == (3,)
     assert harvest_config(settings("model=tiny")).layers == (5, 8)
     assert harvest_config(settings()).store == "activations/gemma-4-E4B_fineweb_edu.zarr"
+    assert harvest_config(settings()).store == default.HARVESTED  # which training looks for
+    assert (
+        default_store({"path": "."}, {"path": "a.txt"})
+        == f"activations/{Path().resolve().name}_a.zarr"
+    )
     assert default_store({"path": "embedded"}, {"path": "books/a.txt"}) == "activations/tiny_a.zarr"
 
 
@@ -214,7 +220,7 @@ def test_a_file_in_the_stores_place_is_one_line(tmp_path: Path) -> None:
     [
         ("codec=zip", ["codec/zip", "blosc int8 none"]),
         ("lyer=3", ["lyer", "--help"]),
-        ("store=activations/a=b.zarr", ["quotes"]),
+        ("oom=a=b", ["quotes"]),
     ],
 )
 def test_the_parsers_refusals_are_one_line_too(argument: str, facts: list[str]) -> None:

@@ -10,21 +10,16 @@ from typing import Any
 
 from conf.command import ALONE, Job
 from data import durable
-from data.errors import SettingError
 from data.settings import names
 from train import sae_file
 from train.export import format
-from train.run import read_config
+from train.run import named_or_newest, read_config
 
 
 def command(settings: dict[str, Any], _: Job = ALONE) -> None:
     """Write the files and say where they are."""
-    if not settings["run"]:
-        raise SettingError(
-            "run= is missing; give the directory of a finished training run, e.g. run=runs/demo"
-        )
-    run = Path(settings["run"])
     asked = names("to", settings["to"], format.names())
+    run = named_or_newest(settings["run"])
     config, trained = read_config(run), sae_file.load(run / sae_file.FILE)
     what = format.about(run, config)
     for name in asked:

@@ -134,17 +134,19 @@ def find(runs: str | Sequence[Any]) -> list[Path]:
 
     Args:
         runs: paths and patterns, in a list or between commas. A folder that is no run stands for
-            the runs in it.
+            the runs in it. So does a run that is named alone and holds the arms of a multirun.
 
     Raises:
         SettingError: a part of `runs` names no run.
     """
     texts = [runs] if isinstance(runs, str) else [str(text) for text in runs]
+    paths_of = [_paths(text) for text in texts]
+    alone = sum(map(len, paths_of)) == 1
     by_path: dict[Path, Path] = {}
-    for text in texts:
+    for text, paths in zip(texts, paths_of, strict=True):
         matched = []
-        for path in _paths(text):
-            matched += _runs_at(path)
+        for path in paths:
+            matched += _runs_at(path, alone)
         if not matched:
             raise _none(text)
         for run in matched:
@@ -188,12 +190,13 @@ def _matches(text: str) -> list[Path]:
     return [Path(match) for match in sorted(glob.glob(text))]
 
 
-def _runs_at(path: Path) -> list[Path]:
+def _runs_at(path: Path, alone: bool) -> list[Path]:
     if not path.is_dir():
         return []
-    if _is_run(path):
+    if _is_run(path) and not alone:
         return [path]
-    return sorted(child for child in path.iterdir() if child.is_dir() and _is_run(child))
+    arms = sorted(child for child in path.iterdir() if child.is_dir() and _is_run(child))
+    return [path] if _is_run(path) and not arms else arms
 
 
 def _is_run(folder: Path) -> bool:

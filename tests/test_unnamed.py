@@ -1,0 +1,177 @@
+"""What is meant where store= and run= are not given: the owner's commands in an empty folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data.errors import SettingError
+from data.store import default
+from tests.conftest import Call
+from tests.train.test_command import SMALL, make_store
+from train import run
+from train.command import default_store
+
+ROOT = Path(__file__).parents[1]
+HARVEST = ("model=tiny", "text=tiny", "layer=5", "tokens=3000", "context=32", "device=cpu")
+
+
+@pytest.fixture
+def train(call: Call, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """`python -m train` on small SAEs, as a process of its own would do it."""
+
+    def trained(*arguments: str) -> tuple[int, str]:
+        default_store.cache_clear()
+        return call("train", "train.command", *arguments, *SMALL, "tokens=256")
+
+    return trained
+
+
+def test_the_first_commands_find_each_other(tmp_path: Path, call: Call, train: Call) -> None:
+    code, err = call("harvest", "harvest.command", *HARVEST)
+    assert code == 0, err
+    store = "activations/tiny_tiny.zarr"
+    folder = Path("runs/tiny_tiny_tiny_L5")
+
+    # A multirun first, then a run of its own, and both again: one folder holds them.
+    for _ in range(2):
+        code, err = train("-m", "optim.lr=1e-2,2e-2", "sae.aux_coef=0,0.125")
+        assert (code, err.count(f"store={store}")) == (0, 1), err
+        code, err = train()
+        assert (code, err.count(f"store={store}")) == (0, 1), err
+    arms = [path for path in folder.iterdir() if path.name.startswith("optim.lr")]
+    assert len(arms) == 4
+    for trained in (folder, *arms):
+        recorded = yaml.safe_load((trained / run.CONFIG).read_text())
+        assert recorded["store_path"] == store
+
+    code, err = call("analyze", "analyze.command", "device=cpu", "study.rows=100")
+    assert (code, err.count(f"run={folder}: ")) == (0, 1), err
+    assert (folder / "studies" / "quality").is_dir()
+    code, err = call("export", "train.export.command", "to=saelens")
+    assert code == 0, err
+    assert (folder / "export" / "saelens").is_dir()
+    code, err = call("analyze", "analyze.command", "device=cpu", "study=sweep", f"runs={folder}")
+    assert code == 0, err
+    assert (folder / "sweep.html").is_file()
+
+
+def test_nothing_there_is_one_line(tmp_path: Path, call: Call, train: Call) -> None:
+    (tmp_path / "activations").mkdir()
+    (tmp_path / "activations" / "README").write_text("")
+    (tmp_path / "activations" / "other").mkdir()
+    calls = {
+        "store=": train(),
+        "run=": call("analyze", "analyze.command"),
+        "run= ": call("export", "train.export.command"),
+        "run=  ": call("publish", "train.publish.command", "repo=a/b"),
+    }
+    for name, (code, err) in calls.items():
+        assert (code, err.count("\n")) == (2, 1), err
+        assert f"{name.strip()} is missing" in err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def activations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A complete store, one that lacks a unit of layer 3, and a damaged one."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "activations"
+    whole = make_store(folder / "whole.zarr", units=2)
+    part = shutil.copytree(whole, folder / "part.zarr")
+    record = part / "commits" / "residuals" / "00000001.3_5.json"
+    record.unlink()
+    damaged = shutil.copytree(whole, folder / "damaged")
+    next((damaged / "layer_3").glob("c.1*")).unlink()
+    return folder
+
+
+def test_the_only_complete_store_is_taken(activations: Path) -> None:
+    assert default.find(None)[0] == default.find(5)[0] == "activations/whole.zarr"
+    with pytest.raises(SettingError, match="store=") as refused:
+        default.find(4)
+    assert str(refused.value).count("no layer 4") == 2
+
+
+def test_several_stores_are_listed_with_their_states(activations: Path) -> None:
+    make_store(activations / "more.zarr", units=2, layers=(5,))
+    assert default.find(3)[0] == "activations/whole.zarr"
+    with pytest.raises(SettingError, match="store=activations/more") as refused:
+        default.find(None)
+    for state in ("more.zarr (complete)", "whole.zarr (complete)", "part.zarr (layer 3: 1 of 2 "):
+        assert f"activations/{state}" in str(refused.value)
+    shutil.rmtree(activations / "more.zarr")
+    shutil.rmtree(activations / "whole.zarr")
+    with pytest.raises(SettingError, match="harvest") as refused:
+        default.find(None)
+    assert "damaged (damaged), " in str(refused.value)
+
+
+def test_the_default_harvests_store_comes_first(activations: Path) -> None:
+    shutil.copytree(activations / "part.zarr", default.HARVESTED)
+    assert default.find(None)[0] == default.HARVESTED
+
+
+def test_the_newest_finished_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = ["a", "b/arm", "b", "c", "imported/d", "b/studies/e"]
+    for number, name in enumerate(made):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in (run.CONFIG, run.METRICS, "sae_final.pt"):
+            (folder / file).write_text("")
+            os.utime(folder / file, (number, number))
+    (tmp_path / "runs" / "c" / "sae_final.pt").unlink()  # not finished
+    (tmp_path / "runs" / "imported" / "d" / run.METRICS).unlink()  # not trained here
+    os.utime(tmp_path / "runs" / "b" / "arm" / "sae_final.pt", (9, 9))
+    assert run.named_or_newest("x") == Path("x")
+    assert run.named_or_newest(None) == run.named_or_newest(None) == Path("runs/b/arm")
+    assert capsys.readouterr().err.count("run=runs/b/arm") == 1
+
+
+@pytest.mark.long
+def test_the_first_commands_from_a_wheel(tmp_path: Path) -> None:
+    """As they stand, but on the embedded model: from an installed wheel, in an empty folder."""
+    unbuilt = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "tests", "activations")
+    shutil.copytree(ROOT, tmp_path / "source", ignore=unbuilt)
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    run_command(tmp_path, *pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "./source")
+    (wheel,) = tmp_path.glob("*.whl")
+    run_command(
+        tmp_path, *pip, "install", "-q", "--no-deps", f"--target={tmp_path}/lib", str(wheel)
+    )
+    (empty := tmp_path / "empty").mkdir()
+
+    def python(*arguments: str) -> str:
+        return run_command(empty, sys.executable, *arguments, lib=tmp_path / "lib")
+
+    where = python("-c", "import conf, train, sys; print(train.__file__, file=sys.stderr)")
+    assert where.startswith(f"{tmp_path}/lib/")
+    python("-m", "harvest", "layer=5", "tokens=1e4", "model=tiny", "text=tiny", "context=64")
+    said = "store=activations/tiny_tiny.zarr: "
+    assert said in python("-m", "train", "sae=topk_32k")
+    swept = python("-m", "train", "-m", "optim.lr=1e-4,2e-4", "sae.aux_coef=0,0.125")
+    assert swept.count(said) == 1 and swept.count("wrote runs/tiny_tiny_topk_32k_L5/") == 4
+    assert "run=runs/tiny_tiny_topk_32k_L5" in python("-m", "analyze", "study.rows=64")
+    assert sorted(path.name for path in empty.iterdir()) == ["activations", "runs"]
+
+
+def run_command(folder: Path, *command: str, lib: Path | None = None) -> str:
+    """What a command says on stderr; it must end with 0."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    if lib:
+        environment["PYTHONPATH"] = str(lib)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, (command, done.stderr)
+    return done.stderr
