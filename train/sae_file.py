@@ -65,7 +65,13 @@ def _checked(path: Path, content: Any) -> SAE:
     for name in content.keys() - {"k"}:
         if not isinstance(content[name], Tensor):
             raise StoreError(f"{path}: {name} is not a tensor but {type(content[name]).__name__}")
-    k, tensors = int(content["k"]), {name: content[name].float() for name in content if name != "k"}
+        if not content[name].is_floating_point():
+            raise StoreError(f"{path}: {name} is {content[name].dtype}, allowed is floating point")
+    try:
+        k = int(content["k"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise StoreError(f"{path}: k is {content['k']!r}, allowed is a whole number") from error
+    tensors = {name: content[name].float() for name in content if name != "k"}
     d, d_sae = tensors["b_dec"].numel(), tensors["b_enc"].numel()
     shapes = {
         "W_enc": (d, d_sae),

@@ -28,7 +28,10 @@ FOLDER = Path("runs", "imported")
 
 def _reference(path: Path) -> SAE:
     """A sae_final.pt, or the one in a folder: the public reference SAE's, or ours."""
-    return sae_file.load(path / sae_file.FILE if path.is_dir() else path)
+    sae = sae_file.load(path / sae_file.FILE if path.is_dir() else path)
+    for name, tensor in sae.tensors().items():
+        format.tensor_of({name: tensor}, name, path)
+    return sae
 
 
 def _reference_origin(path: Path) -> Origin:

@@ -167,6 +167,26 @@ def test_another_layer_site_or_width_is_refused(
     assert layer_of(named, two_layers, OTHER) == OTHER  # nothing contradicts it
 
 
+def test_a_reference_file_that_cannot_be_right_is_refused(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    good = {**made.sae.tensors(), "k": made.sae.k}
+    for name, wrong in (
+        ("W_enc", good["W_enc"] / 0),
+        ("b_dec", good["b_dec"] * torch.nan),
+        ("W_dec", torch.complex(good["W_dec"], good["W_dec"])),
+        ("k", "four"),
+        ("norm_factor", torch.ones(1)),
+    ):
+        torch.save({**good, name: wrong}, tmp_path / "sae_final.pt")
+        with pytest.raises(StoreError, match=r"sae_final\.pt") as caught:
+            imported.run_of(f"reference:{tmp_path / 'sae_final.pt'}", made.store.name, None)
+        assert "\n" not in str(caught.value)
+    torch.save(good, tmp_path / "sae_final.pt")
+    imported.run_of(f"reference:{tmp_path / 'sae_final.pt'}", made.store.name, None)
+
+
 def test_what_the_files_say_of_model_and_context_is_told(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -309,7 +309,10 @@ REFUSED = {
             six("abstopk", None, {"k": K}),
             "abstopk",
         ),
-        "transcoder, skip_transcoder, ...": (six("transcoder", None, {"d_out": D}), "d_out"),
+        "transcoder, skip_transcoder, ...": (
+            six("transcoder", None, {"d_out": D}),
+            "architecture transcoder",
+        ),
         "rescale_acts_by_decoder_norm of another architecture than topk": (
             six("standard", None, {"rescale_acts_by_decoder_norm": True}),
             "rescale_acts_by_decoder_norm",

@@ -124,10 +124,10 @@ def read(folder: Path) -> SAE:
     """See train.export.format.Format."""
     config = read_json(folder / "cfg.json")
     tensors = read_tensors(folder / "sae_weights.safetensors")
+    kind = _kind(config, folder)
     refuse_unknown(config, {*_HONOURED, *_HARMLESS.split(), *_ONLY}, folder, "cfg.json with")
     only(config, _ONLY, folder)
     only(_metadata(config, folder), _ONLY, folder)
-    kind = _kind(config, folder)
     known = {"W_enc", "W_dec", "b_dec", *_SCALES, *_TENSORS[kind]}
     refuse_unknown(tensors, known, folder, f"architecture {kind} with the tensor")
     sae = _sae(kind, config, tensors, folder)
