@@ -13,7 +13,7 @@ from analyze.subject import Firings, Subject
 from data.errors import PipelineError, SettingError
 from data.store.kinds import SERVED
 from data.store.store import Store
-from harvest import model_folder
+from harvest import hub_model
 from harvest.tokens import Tokenizer
 
 BEFORE = 24  # tokens of a context ahead of its peak
@@ -141,7 +141,7 @@ def token_names(
     recorded: dict[str, Any] = subject.store.manifest["model"]
     path = subject.model_path(model_path)
     try:
-        tokenizer = Tokenizer.load(model_folder.resolve(path, recorded["revision"]))
+        tokenizer = Tokenizer.load(hub_model.described(path, recorded["revision"]))
     except PipelineError:
         if model_path is not None:
             raise

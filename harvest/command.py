@@ -17,9 +17,10 @@ from data.store.repair import is_derived, repair, require_store
 from data.text.sources import source_name, source_of
 from harvest.config import Faults, HarvestConfig
 from harvest.cost import cost
+from harvest.hub_model import described
 from harvest.loop import harvest
 from harvest.model import ModelConfig, load
-from harvest.model_folder import EMBEDDED, read_config, resolve
+from harvest.model_folder import EMBEDDED, read_config
 from harvest.plan import Plan, plan, probe, require_fit, share_done
 from harvest.status import status
 from harvest.verify import verify
@@ -130,7 +131,7 @@ def model_config(model: dict[str, Any], device: str | None) -> ModelConfig:
 
 def planned_for(config: HarvestConfig, model: ModelConfig) -> Plan:
     """The plan, from the model's configuration alone: no weight is loaded."""
-    architecture = read_config(resolve(model.path, model.revision))
+    architecture = read_config(described(model.path, model.revision))
     costs = cost(architecture, config.layers, model.dtype, config.batch, config.context)
     d_model = architecture.get_text_config().hidden_size
     return plan(config, costs, d_model, model.device, share_done(config))

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from data.errors import PipelineError, SettingError
+from harvest.hub_model import complete
 from harvest.isolation import Isolation
 from harvest.model_folder import (
     EMBEDDED,
     config_digest,
     load_decoder,
     read_config,
-    resolve,
     weights_digest,
 )
 from harvest.site import RESID_POST, Site
@@ -83,11 +83,11 @@ def load(config: ModelConfig, *, head: bool = False) -> LanguageModel:
         SettingError: the folder holds no complete causal language model with a tokenizer that has a
             BOS token.
     """
-    folder = resolve(config.path, config.revision)
+    folder, weights = complete(config.path, config.revision)
     whole = read_config(folder)
     tokenizer = Tokenizer.load(folder, whole.get_text_config().vocab_size)
     with ThreadPoolExecutor(1, thread_name_prefix="digest") as pool:
-        digest = pool.submit(weights_digest, folder)
+        digest = pool.submit(weights_digest, weights)
         loaded: Any = load_decoder(folder, whole, config.dtype, config.device, head=head)
     decoder = loaded.get_decoder() if head else loaded
     text: Any = decoder.config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import nn
 
 from data import durable
 from data.errors import SettingError, first_line
-from data.tiny.embedded import MODEL_DIR
 
 EMBEDDED = "embedded"  # model.path of the model that ships with the package
 # Multimodal checkpoints name their text decoder's weights in two orders. Both are renamed to the
@@ -32,34 +32,6 @@ _NOISE = {
     "transformers_version",
     "use_cache",
 }
-
-
-def resolve(path: str, revision: str) -> Path:
-    """The local folder of a model, downloaded if `path` is a hub id.
-
-    Raises:
-        SettingError: there is no such folder, or the hub refuses the model.
-    """
-    if path == EMBEDDED:
-        return MODEL_DIR
-    if Path(path).is_dir():
-        return Path(path)
-    if Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1:
-        raise SettingError(
-            f"model.path={path} is no folder; give a Hugging Face model folder or a hub id "
-            "(owner/name)"
-        )
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.safetensors", "*.model"]
-    try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
-    except Exception as error:  # network, gate, unknown name: the client has a dozen kinds
-        raise SettingError(
-            f"model.path={path} cannot be had from the Hugging Face hub ({type(error).__name__}). "
-            "If it is gated, accept its terms on its page and set HF_TOKEN; without network give a "
-            "local folder; `model=tiny text=tiny` runs offline"
-        ) from error
 
 
 def read_config(folder: Path) -> Any:
@@ -139,13 +111,13 @@ def _not_loadable(folder: Path, error: Exception) -> SettingError:
     return SettingError(f"{folder} is not a loadable causal language model: {first_line(error)}")
 
 
-def weights_digest(folder: Path) -> str:
-    """Digest of the weight files' names and bytes.
+def weights_digest(files: Sequence[Path]) -> str:
+    """Digest of the weight files' names and bytes, in the order of `files`.
 
     Hashing releases the interpreter's lock, so it can run in a thread while the weights load.
     """
     lines: list[bytes] = []
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in files:
         lines.append(f"{file.name} {durable.digest_file(file).xxh3_128}\n".encode())
     return durable.digest(*lines)
 

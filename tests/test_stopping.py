@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
@@ -116,7 +117,12 @@ def slow_fit(slow: Slow) -> None:
     codec.fit = slow  # type: ignore[assignment]
 
 
+def slow_download(slow: Slow) -> None:
+    huggingface_hub.snapshot_download = slow
+
+
 PHASES: dict[str, tuple[list[str], Callable[[Slow], object]]] = {
+    "downloading": (["model.path=me/model"], slow_download),
     "loading": ([], slow_loading),
     "digest": ([], slow_digest),
     "self-check": ([], slow_layer),

@@ -59,7 +59,8 @@ from data.errors import SettingError, StopRequest, StoreError
 from data.journal import Progress, duration
 from data.safetensors import Entry, header
 from data.settings import build
-from harvest.model_folder import EMBEDDED, resolve
+from harvest.hub_model import described
+from harvest.model_folder import EMBEDDED
 from train.run import text_of
 
 LATENTS = "latents"
@@ -273,7 +274,7 @@ def _config(study: Study, cache: Cache, splits: int) -> bytes:
 
 def _model(study: Study) -> str:
     path = study.model.path
-    return str(resolve(path, study.model.revision)) if path == EMBEDDED else path
+    return str(described(path, study.model.revision)) if path == EMBEDDED else path
 
 
 # -- what to do with them --------------------------------------------------------------------------

@@ -36,8 +36,9 @@ from analyze.studies.catalogue import study as catalogue
 from analyze.study import Study
 from analyze.subject import Subject
 from data.errors import SettingError, StopRequest, StoreError
+from harvest.hub_model import described
 from harvest.model import ModelConfig
-from harvest.model_folder import EMBEDDED, resolve
+from harvest.model_folder import EMBEDDED
 from harvest.tokens import Tokenizer
 from tests.analyze import browser_site
 from tests.analyze.conftest import LAYER, F, Made, make_run, random_rows
@@ -320,7 +321,7 @@ def test_refusals(done: Done) -> None:
 
 
 def test_texts_are_the_tokenizers(done: Done) -> None:
-    tokenizer = Tokenizer.load(resolve(EMBEDDED, "main"))
+    tokenizer = Tokenizer.load(described(EMBEDDED, "main"))
     for digest in (tokenizer.digest, "another"):
         store = SimpleNamespace(
             manifest={"model": {"tokenizer": digest, "revision": "main"}}, name="s"

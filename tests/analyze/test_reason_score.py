@@ -24,7 +24,7 @@ from analyze.studies.reason_score.study import WORDS, Options, reason_score
 from data import durable
 from data.errors import SettingError, StopRequest
 from data.rows.split import held_out_units
-from harvest import model_folder as checkpoint
+from harvest import hub_model
 from harvest.tokens import Tokenizer
 
 BOS, TOKENS, LATENTS = 2, 60, 40
@@ -239,7 +239,7 @@ def test_look_alikes_are_as_frequent_and_never_the_words() -> None:
 
 
 def test_words_are_spelled_as_they_are_meant() -> None:
-    tokenizer = Tokenizer.load(checkpoint.resolve("embedded", "main"))
+    tokenizer = Tokenizer.load(hub_model.described("embedded", "main"))
     more, but, many = words_of(tokenizer, ["more", "But", " How many"])
     texts = [tokenizer.inner.decode(list(ids)) for ids in more.phrases]
     assert sorted(texts) == [" More", " more", "More", "more"]
@@ -261,7 +261,7 @@ def test_the_study_of_the_embedded_model(tiny_study) -> None:
     outcome = reason_score(study)
     figures = json.loads(dumped(outcome.figures))
     corpus = whole_corpus(study.subject)
-    tokenizer = Tokenizer.load(checkpoint.resolve("embedded", "main"))
+    tokenizer = Tokenizer.load(hub_model.described("embedded", "main"))
     expected = naive(corpus, words_of(tokenizer, SETTINGS["words"]), *FORMULAS["published"])
     for one in figures["features"]:
         assert one["score"] == pytest.approx(expected[one["feature"]], rel=1e-3, abs=1e-6)

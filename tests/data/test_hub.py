@@ -5,13 +5,9 @@ Each check runs in its own process, since the hub's client reads its address at 
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
 import re
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from io import BytesIO, StringIO
@@ -19,134 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import close_session
 
-from data.durable import digest
 from data.errors import PipelineError, SettingError, StoreError
 from data.text import hub, retry
 from data.text.documents import State
 from data.text.hub import HubText
+from tests.stand_in_hub import Hub, run_alone, serving
 
 ROWS = 40
 TEXTS = [
     f"row {i} " + chr(0x4E00 + i) * (2000 + i) for i in range(ROWS)
 ]  # 250 kB: a footer is read with 64 kB
-
-
-class Hub(http.server.ThreadingHTTPServer):
-    """The part of the Hugging Face hub that readers of a data set use.
-
-    Files come by a redirect to /cdn, as large ones do. Each request takes the first of `faults`
-    whose path it begins with: an HTTP status with headers, "cut" (half a body), or "drop" (no
-    answer).
-    """
-
-    daemon_threads = True
-
-    def __init__(self, files: dict[str, bytes]) -> None:
-        super().__init__(("127.0.0.1", int(os.environ["HF_ENDPOINT"].rpartition(":")[2])), _Answers)
-        self.files = files
-        # Clients cache what they saw of a commit, so other files need another one.
-        self.commit = digest(repr(files).encode())[:32] + "0" * 8
-        self.faults: list[tuple[str, Any]] = []
-        self.ranges: list[tuple[str, int, int]] = []  # (file, start, stop) of each range request
-        self.whole = False  # whether ranges are ignored
-
-    def handle_error(self, *_: Any) -> None:
-        """A client that goes away is no error."""
-
-
-class _Answers(http.server.BaseHTTPRequestHandler):
-    server: Hub
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else each answer waits 40 ms for the headers' acknowledgement
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing."""
-
-    def do_GET(self) -> None:
-        for number, (begins, fault) in enumerate(self.server.faults):
-            if self.path.startswith(begins):
-                del self.server.faults[number]
-                if fault == "drop":
-                    self.close_connection = True
-                elif fault == "cut":
-                    self._bytes(cut=True)
-                elif fault is not None:
-                    self._say(fault[0], b"no", fault[1])
-                if fault is not None:
-                    return
-                break
-        self._answer()
-
-    do_HEAD = do_GET
-
-    def _answer(self) -> None:
-        path = self.path.split("?")[0]
-        files, commit = self.server.files, self.server.commit
-        if path in (
-            "/api/datasets/me/data/revision/main",
-            f"/api/datasets/me/data/revision/{commit}",
-        ):
-            self._json(
-                {
-                    "id": "me/data",
-                    "sha": commit,
-                    "siblings": [],
-                    "tags": [],
-                    "downloads": 0,
-                    "private": False,
-                }
-            )
-        elif path == f"/api/datasets/me/data/tree/{commit}/data":
-            self._json(
-                [
-                    {"type": "file", "path": f, "size": len(b), "oid": "b" * 40}
-                    for f, b in files.items()
-                ]
-            )
-        elif path == f"/api/datasets/me/data/tree/{commit}":
-            self._json([{"type": "directory", "path": "data", "oid": "c" * 40}])
-        elif path.removeprefix(f"/datasets/me/data/resolve/{commit}/") in files:
-            self._say(
-                302,
-                b"",
-                {"Location": "/cdn/" + path.removeprefix(f"/datasets/me/data/resolve/{commit}/")},
-            )
-        elif path.startswith("/cdn/"):
-            self._bytes()
-        else:
-            missing = "EntryNotFound" if path.startswith("/datasets/me/data/") else "RepoNotFound"
-            self._say(404, b"", {"X-Error-Code": missing, "X-Repo-Commit": commit})
-
-    def _bytes(self, cut: bool = False) -> None:
-        name = self.path.removeprefix("/cdn/")
-        data = self.server.files[name]
-        if self.server.whole:
-            self._say(200, data)
-            return
-        first, last = (int(n) for n in self.headers["Range"].removeprefix("bytes=").split("-"))
-        if first >= len(data):
-            self._say(416, b"", {"Content-Range": f"bytes */{len(data)}"})
-            return
-        part = data[first : last + 1]
-        self.server.ranges.append((name, first, last + 1))
-        headers = {"Content-Range": f"bytes {first}-{first + len(part) - 1}/{len(data)}"}
-        self._say(206, part, headers, half=cut)
-
-    def _json(self, value: Any) -> None:
-        self._say(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-    def _say(
-        self, status: int, body: bytes, headers: dict[str, str] | None = None, half: bool = False
-    ) -> None:
-        self.send_response(status)
-        for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body[: len(body) // 2] if half else body)
-        self.close_connection = half
 
 
 def jsonl(texts: list[str]) -> bytes:
@@ -182,37 +61,12 @@ def served(files: dict[str, bytes]) -> Iterator[tuple[Hub, list[float]]]:
     slept: list[float] = []
     retry.sleep = slept.append
     hub.BLOCK_BYTES = 30_000
-    with Hub(files) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving(files) as server:
         yield server, slept
-        server.shutdown()
-        close_session()  # or the next hub's requests go on over the connections to this one
 
 
 def texts(source: HubText, state: State = None) -> list[str]:
     return [str(document.content) for document in source.documents(state)]
-
-
-def run_alone(check: Callable[[], None], tmp_path: Path) -> None:
-    """Run `check` in a process of its own, whose hub is at a free port of this machine."""
-    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as free:
-        port = free.server_port
-    hub_is = {
-        "HF_ENDPOINT": f"http://127.0.0.1:{port}",
-        "HF_HOME": str(tmp_path),
-        "HF_HUB_OFFLINE": "0",
-    }
-    environment = {**os.environ, **hub_is, "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    code = f"from tests.data import test_hub; test_hub.{check.__name__}()"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent.parent.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
 
 
 # -- checks, each in a process of its own ----------------------------------------------------------

@@ -41,7 +41,7 @@ from analyze.studies.reason_score.score import (
 from analyze.study import Column, Definition, Study, write_features
 from data.errors import MismatchError, SettingError, StopRequest
 from data.settings import build
-from harvest import model_folder
+from harvest import hub_model
 from harvest.tokens import Tokenizer
 
 WORDS = (
@@ -198,7 +198,7 @@ def _tokenizer(study: Study) -> Tokenizer:
     Raises:
         MismatchError: model= has another tokenizer.
     """
-    tokenizer = Tokenizer.load(model_folder.resolve(study.model.path, study.model.revision))
+    tokenizer = Tokenizer.load(hub_model.described(study.model.path, study.model.revision))
     store = study.subject.store
     recorded = store.manifest["model"]["tokenizer"]
     if recorded != tokenizer.digest:

@@ -1,0 +1,151 @@
+"""A model's files, from its folder or from the Hugging Face hub.
+
+Of a hub model only what is used is downloaded, in two steps: what describes it (configuration,
+tokenizer, chat template), then its weights. The weights are those of the whole text decoder, not
+only up to the layers that are asked for: their digest is in the store's manifest, and another layer
+may be added to the store later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from data.errors import SettingError
+from data.journal import size, tell
+from data.tiny.embedded import MODEL_DIR
+from harvest.model_folder import EMBEDDED
+from harvest.weight_files import INDEX, SINGLE, shards
+
+# What configurations, tokenizers and chat templates are read from: never weights, never code.
+_DESCRIPTION = [
+    *("*.json", "*.jinja", "*.model", "tokenizer.model.*", "vocab.txt", "merges.txt"),
+    "additional_chat_templates/*.jinja",
+]
+# Patterns match across slashes: these are all folders but the one above, and other formats' files.
+_NO_DESCRIPTION = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "*.bin.index.json", "trainer_state.json"]
+
+T = TypeVar("T")
+
+
+class ModelFiles(NamedTuple):
+    """A model that is all there."""
+
+    folder: Path
+    # The safetensors files whose digest identifies the model. All that lie in a folder of the
+    # user's; of a hub model those that it needs, whatever else its cache holds.
+    weights: list[Path]
+
+
+def is_local(path: str) -> bool:
+    """Whether `path` names a folder of this machine, or the embedded model.
+
+    Raises:
+        SettingError: it is neither that nor a hub id.
+    """
+    if path == EMBEDDED or Path(path).is_dir():
+        return True
+    if Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1:
+        raise SettingError(
+            f"model.path={path} is no folder; give a Hugging Face model folder or a hub id "
+            "(owner/name)"
+        )
+    return False
+
+
+def described(path: str, revision: str) -> Path:
+    """A folder with the model's configuration, tokenizer and chat template.
+
+    Of a hub model it is the cache's folder of the commit that `revision` names.
+
+    Raises:
+        SettingError: there is no such folder, or the hub refuses the model.
+    """
+    if is_local(path):
+        return MODEL_DIR if path == EMBEDDED else Path(path)
+    folder = _from_hub(path, revision, lambda: _download_description(path, revision))
+    if not (folder / "config.json").is_file():
+        raise SettingError(
+            f"model.path={path} has no config.json; take a repository of a transformers model"
+        )
+    return folder
+
+
+def complete(path: str, revision: str) -> ModelFiles:
+    """The model's folder with its weights; raises like `described`."""
+    folder = described(path, revision)
+    if is_local(path):
+        return ModelFiles(folder, sorted(folder.glob("*.safetensors")))
+    names = needed(folder)
+    if not all((folder / name).is_file() for name in names):
+        names = _from_hub(path, revision, lambda: _download_weights(path, folder))
+    return ModelFiles(folder, [folder / name for name in names])
+
+
+def needed(folder: Path) -> list[str]:
+    """The names of a hub model's weight files: the shards of its index, or the single file.
+
+    Args:
+        folder: what `described` gave.
+    """
+    index = folder / INDEX
+    return shards(index) if index.is_file() and not (folder / SINGLE).is_file() else [SINGLE]
+
+
+# -- the hub ---------------------------------------------------------------------------------------
+
+
+def _download_description(path: str, revision: str) -> Path:
+    """The commit's folder in the cache; as it is there where no hub answers."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            path, revision=revision, allow_patterns=_DESCRIPTION, ignore_patterns=_NO_DESCRIPTION
+        )
+        return Path(folder)
+    except OSError as error:
+        # Without a network: files that were never asked for may be missing in the cache, as a
+        # chat template from before this version looked for one.
+        cached = Path(getattr(error, "snapshot_path", ""))
+        if (cached / "config.json").is_file():
+            return cached
+        raise
+
+
+def _download_weights(path: str, folder: Path) -> list[str]:
+    """Download the weights of the commit that `folder` is of; the names of their files."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    commit = folder.name
+    found = HfApi().get_paths_info(path, [SINGLE, *needed(folder)], revision=commit)
+    sizes = {file.path: getattr(file, "size", 0) for file in found}
+    if SINGLE in sizes:  # as transformers chooses where a repository has both
+        sizes = {SINGLE: sizes[SINGLE]}
+    if not sizes:
+        raise SettingError(
+            f"model.path={path} has neither {SINGLE} nor {INDEX}; take a repository whose weights "
+            "are in the safetensors format, or convert them"
+        )
+    missing = {name: nbytes for name, nbytes in sizes.items() if not (folder / name).is_file()}
+    files = f"{len(missing)} files" if len(missing) > 1 else next(iter(missing), "")
+    tell(f"downloading {size(sum(missing.values()))} of weights of {path} ({files}) to {folder}")
+    snapshot_download(path, revision=commit, allow_patterns=list(missing))
+    return sorted(sizes)
+
+
+def _from_hub(path: str, revision: str, ask: Callable[[], T]) -> T:
+    """What `ask` gets; the hub's refusals as ours."""
+    try:
+        return ask()
+    except SettingError:
+        raise
+    except Exception as error:  # network, gate, unknown name: the client has a dozen kinds
+        at = "" if revision == "main" else f" at revision={revision}"
+        raise SettingError(
+            f"model.path={path}{at} cannot be had from the Hugging Face hub "
+            f"({type(error).__name__}). "
+            "If it is gated, accept its terms on its page and set HF_TOKEN; without network give a "
+            "local folder; `model=tiny text=tiny` runs offline"
+        ) from error

@@ -1,0 +1,164 @@
+"""Models from a hub of our own on this machine: what is downloaded, and what it makes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save
+
+from data.errors import SettingError
+from data.store.store import Store
+from data.tiny.embedded import MODEL_DIR
+from harvest.command import command
+from harvest.hub_model import complete
+from harvest.weight_files import INDEX, SINGLE
+from tests.harvest.models import save_model
+from tests.harvest.test_command import settings
+from tests.stand_in_hub import MODEL, run_alone, serving
+
+EMBEDDED_FILES = {path.name: path.read_bytes() for path in MODEL_DIR.iterdir()}
+DESCRIPTION = {name for name in EMBEDDED_FILES if name.endswith((".json", ".jinja"))}
+# What a repository may hold beside what is used.
+BESIDE = {
+    "consolidated.safetensors": b"another layout",
+    "original/model.safetensors": b"another layout",
+    "original/params.json": b"{}",
+    "model.gguf": b"another format",
+    "onnx/model.onnx": b"another format",
+    "onnx/config.json": b"{}",
+    "pytorch_model.bin": b"a pickle",
+    "pytorch_model.bin.index.json": b"{}",
+    "training_args.bin": b"a pickle",
+    "modeling.py": b"raise SystemExit",
+    "LICENSE.txt": b"words",
+}
+CHAT = [
+    {"role": "user", "content": "Sam has 3 apples and buys 4 more. How many apples has Sam?"},
+    {"role": "assistant", "content": "3 + 4 = 7\n#### 7"},
+]
+
+
+def harvest(folder: str, store: str, *overrides: str) -> str:
+    """Harvest chats with the hub's model; what was printed."""
+    chats = Path(folder) / "chats.jsonl"
+    chats.write_text((json.dumps({"messages": CHAT}) + "\n") * 60)
+    with redirect_stderr(StringIO()) as told, redirect_stdout(StringIO()) as printed:
+        command(
+            settings(
+                "model=tiny",
+                f"model.path={MODEL}",
+                f"text.path={chats}",
+                "text.messages=messages",
+                "tokens=1280",
+                "context=64",
+                "layer=2",
+                f"store={folder}/{store}",
+                *overrides,
+            )
+        )
+    return told.getvalue() + printed.getvalue()
+
+
+# -- checks, each in a process of its own ----------------------------------------------------------
+
+
+def check_the_embedded_model(folder: str) -> None:
+    assert "chat_template" not in json.loads(EMBEDDED_FILES["tokenizer_config.json"])
+    with serving({**EMBEDDED_FILES, **BESIDE}, MODEL) as hub:
+        told = harvest(folder, "s.zarr")
+        assert set(hub.downloads) == DESCRIPTION | {SINGLE}
+        assert re.search(rf"2\.8 MB .*{MODEL}.*{SINGLE}", told), told
+        hub.downloads.clear()
+        there = complete(MODEL, "main")
+        assert hub.downloads == []
+    assert complete(MODEL, "main") == there  # the hub is gone, and the cache is not
+
+
+def check_offline(folder: str) -> None:
+    harvest(folder, "offline.zarr")
+
+
+def check_shards(folder: str) -> None:
+    """A model that sees, in three files."""
+    source = Path(folder, "model")
+    hub_files = sharded(source)
+    with serving({**hub_files, **BESIDE}, MODEL) as hub:
+        harvest(folder, "s.zarr", "model.dtype=bfloat16")
+        weights = {name for name in hub.downloads if name.endswith(".safetensors")}
+        assert weights == {f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)}
+        # A later start, and another layer, ask for nothing.
+        hub.downloads.clear()
+        harvest(folder, "s.zarr", "model.dtype=bfloat16", "layer=4")
+        assert hub.downloads == []
+
+
+def check_refusals(folder: str) -> None:
+    no_weights = {name: data for name, data in EMBEDDED_FILES.items() if name != SINGLE}
+    with serving({**no_weights, **BESIDE}, MODEL) as hub:
+        for status, code in ((401, "GatedRepo"), (403, "GatedRepo"), (404, "RepoNotFound")):
+            hub.faults = [(hub.api, (status, {"X-Error-Code": code}))]
+            refused(folder, f"model.path={MODEL}", "HF_TOKEN")
+        refused(folder, MODEL, "nothing", more=["model.revision=nothing"])
+        refused(folder, SINGLE, INDEX)
+    with serving(BESIDE, MODEL):
+        refused(folder, MODEL, "config.json")
+
+
+def refused(folder: str, *facts: str, more: list[str] | None = None) -> None:
+    with pytest.raises(SettingError) as caught:
+        harvest(folder, "none.zarr", *(more or []))
+    assert "\n" not in str(caught.value)
+    for fact in facts:
+        assert fact in str(caught.value), caught.value
+    assert not Path(folder, "none.zarr").exists()
+
+
+def sharded(folder: Path) -> dict[str, bytes]:
+    """A multimodal model's files, its towers in the second of three shards."""
+    save_model(folder, "gemma4_multimodal")
+    tensors = load_file(folder / SINGLE)
+    names = sorted(tensors)
+    towers = [name for name in names if "language_model" not in name]
+    text = [name for name in names if "language_model" in name]
+    assert len(towers) > 3
+    parts = [text[:9], towers, text[9:]]
+    weight_map: dict[str, str] = {}
+    files: dict[str, bytes] = {}
+    for number, part in enumerate(parts, 1):
+        file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        files[file] = save({name: tensors[name] for name in part}, {"format": "pt"})
+        weight_map.update(dict.fromkeys(part, file))
+    files[INDEX] = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
+    files["chat_template.jinja"] = EMBEDDED_FILES["chat_template.jinja"]
+    for path in folder.glob("*.json"):
+        files[path.name] = path.read_bytes()
+    return files
+
+
+# -- tests -----------------------------------------------------------------------------------------
+
+
+def test_the_embedded_model_is_a_hub_model_too(tmp_path: Path) -> None:
+    run_alone(check_the_embedded_model, tmp_path / "cache", str(tmp_path))
+    run_alone(check_offline, tmp_path / "cache", str(tmp_path), offline=True)
+    cached = Store.open(tmp_path / "offline.zarr")
+    assert cached.complete(2)
+    assert cached.manifest["model"]["id"] == MODEL
+    local = tmp_path / "local.zarr"
+    harvest(str(tmp_path), local.name, f"model.path={MODEL_DIR}")
+    there, here = (
+        dict(Store.open(path).manifest["model"]) for path in (tmp_path / "s.zarr", local)
+    )
+    assert there.pop("id") != here.pop("id")
+    assert there == here
+
+
+@pytest.mark.parametrize("check", [check_shards, check_refusals])
+def test_against_a_hub(check: Callable[[str], None], tmp_path: Path) -> None:
+    run_alone(check, tmp_path / "cache", str(tmp_path))
