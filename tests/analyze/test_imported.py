@@ -204,6 +204,25 @@ def test_what_the_files_say_of_model_and_context_is_told(
         assert all(word in line for word, line in zip(told, lines, strict=True))
 
 
+def test_sparsifys_run_says_model_and_context(made: Made, tmp_path: Path) -> None:
+    sparsify = format.find("sparsify")
+    for file, content in sparsify.write(made.sae, ABOUT).items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(content)
+    for run, model, context in (
+        (
+            {"sae": {}, "model": "EleutherAI/pythia-160m", "ctx_len": 2048},
+            "EleutherAI/pythia-160m",
+            2048,
+        ),
+        ({"model": "of another program", "ctx_len": 9}, None, None),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(run))
+        found = sparsify.origin(tmp_path / f"layers.{LAYER}")
+        assert found == (f"layers.{LAYER}", "resid_post", LAYER, model, context)
+        assert sparsify.origin(tmp_path) == found
+
+
 @pytest.mark.parametrize(
     ("hook", "site", "layer"),
     [

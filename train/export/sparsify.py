@@ -90,10 +90,22 @@ def read(folder: Path) -> SAE:
 def origin(folder: Path) -> Origin:
     """See train.export.format.Format.
 
-    sparsify names a hook's folder after its module. A folder of another name says nothing.
+    sparsify names a hook's folder after its module. A folder of another name says nothing. The
+    run's config.json, beside the hooks' folders, has model and context.
     """
-    found = of_hook(_hookpoint(folder).resolve().name)
-    return Origin() if found.layer is None and found.hook != "embed_tokens" else found
+    folder = _hookpoint(folder).resolve()
+    found = of_hook(folder.name)
+    if found.layer is None and found.hook != "embed_tokens":
+        found = Origin()
+    run = folder.parent / "config.json"
+    config = read_json(run) if run.is_file() else {}
+    if "sae" not in config:  # not sparsify's
+        return found
+    model, context = config.get("model"), config.get("ctx_len")
+    return found._replace(
+        model=model if isinstance(model, str) else None,
+        context=context if isinstance(context, int) else None,
+    )
 
 
 def _hookpoint(folder: Path) -> Path:
