@@ -78,9 +78,12 @@ def characters_of(messages: list[Message]) -> int:
 def messages_of(cell: Any, where: str) -> list[Message]:
     """The messages in a cell, as {role, content, ...}; ShareGPT's {from, value} is translated.
 
+    The cell may be JSON in text.
+
     Raises:
         DocumentError: the cell holds no chat.
     """
+    cell = _parsed(cell)
     if not isinstance(cell, list):
         raise DocumentError(
             "not a chat",

@@ -37,29 +37,32 @@ def scan(root: Path, fault: Callable[[Path], str | None]) -> Folder:
     files: list[Path] = []
     others: dict[Path, str] = {}
     read: set[str] = set()  # real paths
-    # Files before links, so that a file which a link names too is read under its own name.
-    for path, why in sorted(_walk(root), key=lambda found: (found[0].is_symlink(), found[0])):
-        real = os.path.realpath(path)
-        if why is None:
-            why = "read already" if real in read else fault(path)
-        if why is None:
-            read.add(real)
-            files.append(path)
-        else:
-            others[path] = why
+    for found in _walk(root):
+        # Files before links, so that a file which a link names too is read under its own name.
+        for path in sorted(found, key=lambda path: (path.is_symlink(), path)):
+            real = os.path.realpath(path)
+            why = found[path] or ("read already" if real in read else fault(path))
+            if why is None:
+                read.add(real)
+                files.append(path)
+            else:
+                others[path] = why
     return Folder(sorted(files), [_named(path, root, others[path]) for path in sorted(others)])
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, str | None]]:
-    """Every file, and every folder that is left out; each with why it is, or None."""
+def _walk(root: Path) -> Iterator[dict[Path, str | None]]:
+    """The files of `root`, then those of each folder that is linked there.
+
+    Folders that are left out stand among them. Each has why it is, or None.
+    """
     entered: set[str] = set()
-    queue = [root]
-    while queue:
-        # Folders behind links come last: what lies in the folder itself keeps its own path.
-        top = queue.pop(0)
+    linked = [root]
+    while linked:
+        top = linked.pop(0)
         if os.path.realpath(top) in entered:
-            yield top, "read already"
+            yield {top: "read already"}
             continue
+        found: dict[Path, str | None] = {}
         refused: list[OSError] = []
         for place, folders, names in os.walk(top, onerror=refused.append):
             entered.add(os.path.realpath(place))
@@ -67,15 +70,16 @@ def _walk(root: Path) -> Iterator[tuple[Path, str | None]]:
             for name in list(folders):
                 if name.startswith("."):
                     folders.remove(name)
-                    yield here / name, "hidden"
+                    found[here / name] = "hidden"
                 elif (here / name).is_symlink():
-                    queue.append(here / name)
+                    linked.append(here / name)
             for name in names:
                 path = here / name
                 why = None if path.is_file() else "no regular file"
-                yield path, "hidden" if name.startswith(".") else why
+                found[path] = "hidden" if name.startswith(".") else why
         for error in refused:
-            yield Path(error.filename), str(error.strerror)
+            found[Path(error.filename)] = str(error.strerror)
+        yield found
 
 
 def _named(path: Path, root: Path, why: str) -> str:

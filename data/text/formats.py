@@ -142,7 +142,7 @@ def _decoded(where: str, data: bytes) -> str:
         return data.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        hint = "; it begins as UTF-16 does" if utf16 else ""
+        hint = "; it begins as UTF-16 does: `iconv -f UTF-16 -t UTF-8` converts it" if utf16 else ""
         raise DocumentError(
             "not UTF-8", f"{where} is not UTF-8 text (byte {error.start}{hint})"
         ) from error
@@ -295,7 +295,8 @@ class _Zstandard(io.RawIOBase):
 
         self._file.seek(0)
         self._position = 0
-        self._stream = arrow.CompressedInputStream(arrow.PythonFile(self._file, mode="r"), "zstd")
+        borrowed = arrow.PythonFile(_Borrowed(self._file), mode="r")
+        self._stream = arrow.CompressedInputStream(borrowed, "zstd")
 
     def readable(self) -> bool:
         return True
@@ -323,3 +324,15 @@ class _Zstandard(io.RawIOBase):
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
+
+
+class _Borrowed:
+    """A file that Arrow reads from: it closes what it has read from."""
+
+    closed = False
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.read = file.read
+
+    def close(self) -> None:
+        """Leave the file open."""

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Regex, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data.durable import digest
-from data.errors import SettingError
+from data.errors import DocumentError, SettingError
 from data.text.documents import Content
 from data.tiny.embedded import MODEL_DIR
 from harvest.tokens import Tokenizer
@@ -247,3 +249,85 @@ def test_the_digest_is_that_of_the_tokenizer_as_it_was_loaded() -> None:
 def test_folders_without_a_tokenizer_are_named(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=str(tmp_path)):
         Tokenizer.load(tmp_path)
+
+
+# -- texts that have no tokens ---------------------------------------------------------------------
+
+
+def chess(folder: Path, special: dict[str, str] | None = None) -> Path:
+    """A word-level tokenizer of characters without <unk>, whose BOS is one of them."""
+    words = {letter: number for number, letter in enumerate(";abcdefgh12345678KQRBNx+-=O. ")}
+    backend = Backend(models.WordLevel(words))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    given = special or {"bos_token": ";"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **given).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token"])
+def test_a_bos_that_is_a_word_is_left_out_at_the_beginning_alone(tmp_path: Path, name: str) -> None:
+    tokenizer = Tokenizer.load(chess(tmp_path, {name: ";"}))
+    games, plain = [";e4;e5", ";;", ";", "e4"], ["e4;e5", ";", "", "e4"]
+    assert [tokenizer.inner.decode(ids) for ids in tokenizer.encode(games)] == [
+        " ".join(text) for text in plain
+    ]
+
+
+def test_a_chats_own_bos_words_are_kept(tmp_path: Path) -> None:
+    """The template's are not: each document gets its BOS when it is packed."""
+    template = "{% for m in messages %};{{ m.content }}{% endfor %}"
+    chess(tmp_path, {"bos_token": ";", "chat_template": template})
+    tokenizer = Tokenizer.load(tmp_path)
+    (ids,) = tokenizer.encode([chat("e4;", "e5")])
+    assert tokenizer.inner.decode(ids) == "e 4 ; e 5"
+
+
+HALF = "an emoji cut \ud83d in two"
+
+
+def test_texts_that_cannot_be_encoded_stand_alone(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(chess(tmp_path))
+    contents: list[Content] = ["e4", "e4?", HALF, "e5", "\udc00"]
+    first, lacking, half, last, low = tokenizer.attempt(contents)
+    assert [first, last] == tokenizer.encode(["e4", "e5"])
+    kinds = [error.kind for error in (lacking, half, low) if isinstance(error, DocumentError)]
+    assert kinds == ["not in the vocabulary", "not Unicode", "not Unicode"]
+    with pytest.raises(DocumentError, match="UNK"):
+        tokenizer.encode(contents)
+
+
+def test_half_pairs_in_a_chat(tmp_path: Path) -> None:
+    tokenizer = with_template(tmp_path, TEMPLATES["mid_bos"])
+    in_text, in_another_field = chat(HALF), [{"role": "user", "content": "a", HALF: [HALF]}]
+    refused, kept = tokenizer.attempt([in_text, in_another_field])
+    assert isinstance(refused, DocumentError) and refused.kind == "not Unicode"
+    assert [kept] == tokenizer.encode([chat("a")])
+
+
+def test_characters_that_are_odd_are_text() -> None:
+    for text in ("a\0b", "a\rb", "\ufeff", "\U0010ffff", "\u2028"):
+        assert TINY.inner.decode(TINY.encode([text])[0]) == text
+
+
+def test_only_what_uses_a_token_without_an_embedding_is_refused(tmp_path: Path) -> None:
+    inner = AutoTokenizer.from_pretrained(MODEL_DIR, trust_remote_code=False)
+    known = len(inner)
+    inner.add_special_tokens({"pad_token": "<my_pad>"})
+    inner.add_tokens(["grandmother"])
+    inner.chat_template = "{{ messages[0].content }}{{ pad_token if messages[0].pad }}"
+    inner.save_pretrained(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path, known)
+    whole = Tokenizer.load(tmp_path)
+    contents: list[Content] = ["a <my_pad>", "my grandmother", chat("x")]
+    contents.append([{"role": "user", "content": "x", "pad": 1}])
+    padded = [whole.encode([content])[0] for content in contents]
+    assert [max(ids) >= known for ids in padded] == [False, True, False, True]
+    assert pickle.loads(pickle.dumps(tokenizer)).vocabulary == known
+    for ids, expected in zip(tokenizer.attempt(contents), padded, strict=True):
+        if max(expected) < known:
+            assert ids == expected
+        else:
+            assert isinstance(ids, DocumentError) and ids.kind == "tokens without an embedding"
+            assert str(max(expected)) in str(ids) and str(known) in str(ids)
+    with pytest.raises(SettingError, match=f"token {tokenizer.bos}, "):
+        Tokenizer.load(tmp_path, tokenizer.bos)

@@ -1,0 +1,186 @@
+"""Documents that cannot be stored: named and stopped at, or left out by count, with equal bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import Iterator
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.errors import DocumentError, PipelineError, SettingError, StoreError
+from data.store.store import Store
+from data.text import retry
+from data.text.documents import Document, State
+from data.text.mix import Mix, Part
+from data.text.sources import FileText, TinyText
+from data.tiny.embedded import MODEL_DIR
+from harvest.config import Faults
+from harvest.encoder import Encoder, skipped_before
+from harvest.spine import tell_end
+from harvest.spine_writer import SpineProcess, work, write_spine
+from harvest.tokens import Tokenizer
+from tests.conftest import make_manifest
+
+TINY = Tokenizer.load(MODEL_DIR)
+HALF = r'{"text": "cut \ud83d in two"}'
+BAD = [HALF, "{", '{"text": null}', '{"body": 1}', HALF]
+
+
+def write_text(path: Path, rows: int = 90, every: int = 3) -> FileText:
+    """Lines of text, a bad one behind each `every`-th."""
+    lines: list[str] = []
+    for number in range(rows):
+        lines.append(json.dumps({"text": f"number {number} of many" * (number % 5)}))
+        if every and number % every == every - 1:
+            lines.append(BAD[number // every % len(BAD)])
+    path.write_text("\n".join(lines))
+    return FileText(path)
+
+
+def make(path: Path, tokens: int = 640) -> Store:
+    return Store.open_or_create(
+        path, make_manifest(8, tokens=tokens, context=16, unit=64, chunk=16)
+    )
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+class StopAfter:
+    """Ends the writing before a unit."""
+
+    def __init__(self, units: int) -> None:
+        self.units = units
+
+    def check(self) -> None:
+        self.units -= 1
+        if self.units < 0:
+            raise KeyboardInterrupt
+
+
+def test_what_is_left_out_is_as_if_it_were_empty(tmp_path: Path) -> None:
+    source = write_text(tmp_path / "a.jsonl")
+    lines = (tmp_path / "a.jsonl").read_text().split("\n")
+    empty = ['{"text": ""}' if line in BAD else line for line in lines]
+    (tmp_path / "b.jsonl").write_text("\n".join(empty))
+    encoded = list(Encoder(TINY, "skip").ids(source, None))
+    plain = list(Encoder(TINY).ids(FileText(tmp_path / "b.jsonl"), None))
+    assert [ids for ids, _ in encoded] == [ids for ids, _ in plain]
+    for number, (_, state) in enumerate(encoded, 1):
+        rest = Encoder(TINY, "skip").ids(source, json.loads(json.dumps(state)))
+        assert list(rest) == encoded[number:]
+
+
+def test_states_are_the_sources_own_where_nothing_is_left_out(tmp_path: Path) -> None:
+    source = write_text(tmp_path / "a.jsonl", every=0)
+    states = [document.after for document in source.documents(None)]
+    assert [state for _, state in Encoder(TINY, "skip").ids(source, None)] == states
+    mix = Mix({"skipped": Part(1, source), "source": Part(1, source)}, 0)
+    for _, state in Encoder(TINY, "skip").ids(mix, None):
+        assert skipped_before(json.loads(json.dumps(state))) == {}
+
+
+def test_a_store_that_stopped_goes_on_with_skip_and_ends_in_the_same_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_text(tmp_path / "a.jsonl")
+    whole = make(tmp_path / "whole.zarr")
+    write_spine(whole, source, TINY, bad="skip")
+    first = capsys.readouterr().err
+    assert [kind in first for kind in ("Unicode", "JSON", "null", "column")] == [True] * 4
+    assert first.count("a.jsonl line 4") == 1 and len(first.splitlines()) == 4
+    tell_end(whole)
+    counted = capsys.readouterr().err.splitlines()[0]
+
+    # Stopped at the first bad document, which no further start gets past.
+    store = make(tmp_path / "s.zarr")
+    for _ in range(2):
+        with pytest.raises(DocumentError, match=r"a.jsonl line 4: .*text.bad=skip"):
+            write_spine(store, source, TINY)
+        store = Store.open(tmp_path / "s.zarr")
+
+    # Ended before each unit.
+    while not store.spine_complete:
+        try:
+            write_spine(store, source, TINY, StopAfter(1), "skip")
+        except KeyboardInterrupt:
+            store = Store.open(tmp_path / "s.zarr")
+    assert tree(tmp_path / "s.zarr") == tree(tmp_path / "whole.zarr")
+    tell_end(store)
+    assert counted in capsys.readouterr().err
+    numbers = [int(number) for number in re.findall(r"(\d+) (?:no|null)", counted)]
+    assert len(numbers) == 4 and 6 < sum(numbers) < 30
+
+
+def test_a_text_of_nothing_else_ends_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(BAD))
+    with pytest.raises(StoreError, match="context=16"):
+        write_spine(make(tmp_path / "s.zarr"), FileText(tmp_path / "a.jsonl"), TINY, bad="skip")
+
+
+def test_the_setting_is_checked() -> None:
+    with pytest.raises(SettingError, match=r"text.bad=ignore .*stop or skip"):
+        Faults(bad="ignore")  # type: ignore[arg-type]
+
+
+# -- the process that reads ------------------------------------------------------------------------
+
+
+class Breaking(FileText):
+    """A source with a defect."""
+
+    def documents(self, state: State) -> Iterator[Document]:
+        for number, document in enumerate(super().documents(state)):
+            if number == 3:
+                raise RuntimeError("a defect\nof two lines")
+            yield document
+
+
+def answer(tmp_path: Path, source: Any, monkeypatch: pytest.MonkeyPatch, **bad: Any) -> str | None:
+    """What the child tells its parent."""
+    monkeypatch.setattr(retry, "sleep", retry.sleep)  # the child sets its own
+    make(tmp_path / "s.zarr")
+    ours, theirs = Pipe()
+    with ours, theirs:
+        work(theirs, str(tmp_path / "s.zarr"), source, TINY, **bad)
+        told: str | None = ours.recv()
+    return told
+
+
+def test_the_parent_is_told_which_document_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_text(tmp_path / "a.jsonl")
+    told = answer(tmp_path, source, monkeypatch)
+    assert told and "a.jsonl line 4" in told and "text.bad=skip" in told
+    assert answer(tmp_path, source, monkeypatch, bad="skip") is None
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_defect_of_a_source_is_one_line_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_text(tmp_path / "a.jsonl")
+    told = answer(tmp_path, Breaking(tmp_path / "a.jsonl"), monkeypatch)
+    assert told and re.search(r"behind .*a.jsonl line 3 \(RuntimeError: a defect\); ", told)
+    assert "\n" not in told and "Traceback" not in capsys.readouterr().err
+
+
+def test_a_process_that_was_killed_is_no_promise(tmp_path: Path) -> None:
+    process = SpineProcess(make(tmp_path / "s.zarr", tokens=10**7), TinyText(), TINY)
+    os.kill(process._child.pid, signal.SIGKILL)
+    process._child.wait()
+    with pytest.raises(
+        PipelineError, match=r"SIGKILL.*document [0-9,]+; .*store="
+    ) as caught:
+        process.finished()
+    assert "\n" not in str(caught.value)
+    process.stop()
