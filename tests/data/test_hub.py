@@ -5,6 +5,7 @@ Each check runs in its own process, since the hub's client reads its address at 
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -95,6 +96,29 @@ def check_restarts() -> None:
                     ]
                     assert starts and min(starts) > size // 4
             assert not slept
+
+
+def check_other_forms() -> None:
+    """Compressed files, and one list of rows: read again up to their place, whatever fails."""
+    import pyarrow
+
+    halves = (TEXTS[:25], TEXTS[25:])
+    forms: dict[str, Callable[[list[str]], bytes]] = {
+        "jsonl.gz": lambda part: gzip.compress(jsonl(part)),
+        "jsonl.zst": lambda part: pyarrow.compress(jsonl(part), codec="zstd", asbytes=True),
+        "json": lambda part: json.dumps([{"text": text} for text in part], indent=1).encode(),
+    }
+    for form, made in forms.items():
+        files = {f"data/train-{n}.{form}": made(part) for n, part in enumerate(halves)}
+        with served(files) as (server, slept):
+            source = HubText("me/data")
+            whole = list(source.documents(None))
+            assert [document.content for document in whole] == TEXTS
+            for number in (1, 13, 24, 25, 26, ROWS):
+                server.faults = [("/cdn/", (503, {})), ("/cdn/", None), ("/cdn/", "cut")]
+                rest = list(source.documents(json.loads(json.dumps(whole[number - 1].after))))
+                assert rest == whole[number:]
+            assert slept
 
 
 def check_every_request_may_fail() -> None:
@@ -235,6 +259,7 @@ def require_refusal(act: Callable[[], Any], *facts: str) -> None:
     "check",
     [
         check_restarts,
+        check_other_forms,
         check_every_request_may_fail,
         check_the_messages,
         check_giving_up_and_going_on,

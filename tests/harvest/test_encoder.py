@@ -178,9 +178,7 @@ def test_a_process_that_was_killed_is_no_promise(tmp_path: Path) -> None:
     process = SpineProcess(make(tmp_path / "s.zarr", tokens=10**7), TinyText(), TINY)
     os.kill(process._child.pid, signal.SIGKILL)
     process._child.wait()
-    with pytest.raises(
-        PipelineError, match=r"SIGKILL.*document [0-9,]+; .*store="
-    ) as caught:
+    with pytest.raises(PipelineError, match=r"SIGKILL.*document [0-9,]+; .*store=") as caught:
         process.finished()
     assert "\n" not in str(caught.value)
     process.stop()
