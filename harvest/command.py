@@ -10,18 +10,21 @@ from conf.command import ALONE, Job
 from data.device import own_device
 from data.errors import SettingError
 from data.journal import tell
-from data.settings import optional_whole, whole
+from data.settings import flag, optional_whole, whole
 from data.store import default, manifest
 from data.store.place import place_of
 from data.store.repair import is_derived, repair, require_store
+from data.text.documents import TextSource
 from data.text.sources import source_name, source_of
-from harvest.config import Faults, HarvestConfig
+from harvest.config import Faults, HarvestConfig, check_context
 from harvest.cost import cost
-from harvest.hub_model import described
+from harvest.description import Description
+from harvest.headers import Stored, require_usable, stored
 from harvest.loop import harvest
 from harvest.model import ModelConfig, load
-from harvest.model_folder import EMBEDDED, read_config
-from harvest.plan import Plan, plan, probe, require_fit, share_done
+from harvest.model_folder import EMBEDDED
+from harvest.plan import Plan, guess, plan, probe, require_fit, share_done
+from harvest.provenance import require_same_so_far
 from harvest.status import status
 from harvest.verify import verify
 
@@ -51,18 +54,48 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
         print(verify(place, load(model)))
         return
 
-    # What needs room for a store.
+    # What needs room for a store. No weight is read before a plan is made that fits.
+    probing = flag("probe", settings["probe"])
+    force = flag("force", settings["force"])
     manifest.require_free(place)
-    planned = planned_for(config, model)
-    if action == "plan":
-        print("\n".join(planned.lines()))
-        require_fit(planned, config.store)
-        print(planned.hours(probe(load(model), config), config.world))
-        return
-    tell(*planned.lines())
-    require_fit(planned, config.store)
     source = source_of(settings["text"], config.seed)
-    harvest(config, load(model), source)
+    planned = checked_plan(config, model, source, action, force=force)
+    if action == "run":
+        harvest(config, load(model), source)
+    elif probing:
+        tell("probe: loading the model, then timing a few batches")
+        print(planned.hours(probe(load(model), config), config.world, "(measured)"))
+
+
+def checked_plan(
+    config: HarvestConfig, model: ModelConfig, source: TextSource, action: str, *, force: bool
+) -> Plan:
+    """Make the plan and print it, then refuse what cannot be, without reading any weight.
+
+    Args:
+        force: of disk or memory that seem too small, warn.
+
+    Raises:
+        SettingError: the model, its tokenizer, its template, a layer, the context or the memory.
+        StoreError: the disk, or a store that was made with other settings.
+    """
+    described = Description.of(model)
+    files = stored(model.path, described.folder, max(config.layers))
+    planned = planned_for(config, described, files)
+    speed = planned.hours(guess(planned, model.dtype), config.world, "(a guess)")
+    lines = [*planned.lines(), speed]
+    if action == "plan":
+        print("\n".join(lines), flush=True)
+    else:
+        tell(*lines)
+
+    check_context(config, described.max_context)
+    if source.chats:
+        described.require_template()
+    require_same_so_far(place_of(config.store), config, described, source)
+    require_usable(files, planned.model.kept, model.path)
+    require_fit(planned, config.store, force=force)
+    return planned
 
 
 # -- settings --------------------------------------------------------------------------------------
@@ -129,12 +162,13 @@ def model_config(model: dict[str, Any], device: str | None) -> ModelConfig:
 # -- parts of actions ------------------------------------------------------------------------------
 
 
-def planned_for(config: HarvestConfig, model: ModelConfig) -> Plan:
-    """The plan, from the model's configuration alone: no weight is loaded."""
-    architecture = read_config(described(model.path, model.revision))
-    costs = cost(architecture, config.layers, model.dtype, config.batch, config.context)
-    d_model = architecture.get_text_config().hidden_size
-    return plan(config, costs, d_model, model.device, share_done(config))
+def planned_for(config: HarvestConfig, described: Description, files: Stored) -> Plan:
+    """The plan, from the model's configuration and its files' headers."""
+    model = described.config
+    costs = cost(described.whole, config.layers, model.dtype, config.batch, config.context)
+    copied = files.other_share(model.dtype)
+    d_model = described.text.hidden_size
+    return plan(config, costs, d_model, model.device, share_done(config), copied=copied)
 
 
 def repaired(keys: list[str]) -> list[str]:

@@ -110,6 +110,14 @@ class HarvestConfig:
         return -(-self.tokens // self.unit_tokens)
 
 
+def check_context(config: HarvestConfig, max_context: int | None) -> None:
+    """Raise SettingError for a context that the model does not have; None: it has any."""
+    if max_context is not None and config.context > max_context:
+        raise SettingError(
+            f"context={config.context} is more than the model's {max_context} positions"
+        )
+
+
 def check_layers(config: HarvestConfig, lm: LanguageModel) -> None:
     """Raise SettingError for layers or a context that the model does not have."""
     deepest = max(config.layers)
@@ -118,7 +126,4 @@ def check_layers(config: HarvestConfig, lm: LanguageModel) -> None:
             f"layer={deepest} is out of range: {lm.identity['id']} has layers 0 to "
             f"{lm.n_layers - 1}; choose layer="
         )
-    if config.context > lm.max_context:
-        raise SettingError(
-            f"context={config.context} is more than the model's {lm.max_context} positions"
-        )
+    check_context(config, lm.max_context)

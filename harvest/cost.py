@@ -31,8 +31,7 @@ class Cost:
 
     parameters: int  # of the text decoder, without a language-model head
     kept: int  # parameters up to the deepest layer, embedding tables included
-    loaded_bytes: int  # weights on the device until the self-check at start is done
-    kept_bytes: int  # weights on the device afterwards
+    kept_bytes: int  # of these weights, in the model's type
     activation_bytes: int  # at the peak of one forward pass of B rows, an estimate
     matmul_flop: float  # per token: two for each weight of a matrix product
     attention_flop: float  # per token: scores and sums, mean over a row of one document
@@ -41,11 +40,6 @@ class Cost:
     def flop(self) -> float:
         """FLOP per token."""
         return self.matmul_flop + self.attention_flop
-
-    @property
-    def peak_bytes(self) -> int:
-        """Highest use of the device's memory."""
-        return max(self.loaded_bytes, self.kept_bytes + self.activation_bytes)
 
 
 def cost(config: Any, layers: Sequence[int], dtype: str, batch: int, context: int) -> Cost:
@@ -75,7 +69,6 @@ def cost(config: Any, layers: Sequence[int], dtype: str, batch: int, context: in
     return Cost(
         parameters=parameters,
         kept=kept,
-        loaded_bytes=parameters * size,
         kept_bytes=kept * size,
         activation_bytes=_activation_bytes(
             decoder, blocks, len(layers), size, batch * context, context
@@ -137,15 +130,18 @@ def _attention_flop(block: nn.Module, text: Any, context: int) -> float:
 
     The projections around attention are weights, and counted as such.
     """
+    heads = getattr(text, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        return 0.0  # none, or another number in each layer: it is counted without
     for module in block.modules():
         if type(module).__name__.endswith("Attention"):
             # Gemma 4 has two head widths, so the module's own counts first.
             width = getattr(module, "head_dim", None)
-            width = width or text.hidden_size // text.num_attention_heads
+            width = width or text.hidden_size // heads
             window = min(getattr(module, "sliding_window", None) or context, context)
             # mean over the row of min(position + 1, window)
             seen = window - window * (window - 1) / (2 * context)
-            return float(4 * seen * width * text.num_attention_heads)
+            return float(4 * seen * width * heads)
     return 0.0
 
 

@@ -64,7 +64,7 @@ def described(path: str, revision: str) -> Path:
     """
     if is_local(path):
         return MODEL_DIR if path == EMBEDDED else Path(path)
-    folder = _from_hub(path, revision, lambda: _download_description(path, revision))
+    folder = asked_of_hub(path, lambda: _download_description(path, revision), revision)
     if not (folder / "config.json").is_file():
         raise SettingError(
             f"model.path={path} has no config.json; take a repository of a transformers model"
@@ -79,7 +79,7 @@ def complete(path: str, revision: str) -> ModelFiles:
         return ModelFiles(folder, sorted(folder.glob("*.safetensors")))
     names = needed(folder)
     if not all((folder / name).is_file() for name in names):
-        names = _from_hub(path, revision, lambda: _download_weights(path, folder))
+        names = asked_of_hub(path, lambda: _download_weights(path, folder))
     return ModelFiles(folder, [folder / name for name in names])
 
 
@@ -124,10 +124,7 @@ def _download_weights(path: str, folder: Path) -> list[str]:
     if SINGLE in sizes:  # as transformers chooses where a repository has both
         sizes = {SINGLE: sizes[SINGLE]}
     if not sizes:
-        raise SettingError(
-            f"model.path={path} has neither {SINGLE} nor {INDEX}; take a repository whose weights "
-            "are in the safetensors format, or convert them"
-        )
+        raise _no_safetensors(path)
     missing = {name: nbytes for name, nbytes in sizes.items() if not (folder / name).is_file()}
     files = f"{len(missing)} files" if len(missing) > 1 else next(iter(missing), "")
     tell(f"downloading {size(sum(missing.values()))} of weights of {path} ({files}) to {folder}")
@@ -135,12 +132,16 @@ def _download_weights(path: str, folder: Path) -> list[str]:
     return sorted(sizes)
 
 
-def _from_hub(path: str, revision: str, ask: Callable[[], T]) -> T:
+def asked_of_hub(path: str, ask: Callable[[], T], revision: str = "main") -> T:
     """What `ask` gets; the hub's refusals as ours."""
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
     try:
         return ask()
     except SettingError:
         raise
+    except NotASafetensorsRepoError as error:
+        raise _no_safetensors(path) from error
     except Exception as error:  # network, gate, unknown name: the client has a dozen kinds
         at = "" if revision == "main" else f" at revision={revision}"
         raise SettingError(
@@ -149,3 +150,10 @@ def _from_hub(path: str, revision: str, ask: Callable[[], T]) -> T:
             "If it is gated, accept its terms on its page and set HF_TOKEN; without network give a "
             "local folder; `model=tiny text=tiny` runs offline"
         ) from error
+
+
+def _no_safetensors(path: str) -> SettingError:
+    return SettingError(
+        f"model.path={path} has neither {SINGLE} nor {INDEX}; take a repository whose weights are "
+        "in the safetensors format, or convert them"
+    )

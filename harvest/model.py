@@ -92,7 +92,7 @@ def load(config: ModelConfig, *, head: bool = False) -> LanguageModel:
     decoder = loaded.get_decoder() if head else loaded
     text: Any = decoder.config
     identity = {
-        "id": _recorded_name(config.path, folder),
+        "id": recorded_name(config.path, folder),
         "revision": config.revision,
         "architecture": (whole.architectures or [type(decoder).__name__])[0],
         "weights": digest.result(),
@@ -117,7 +117,7 @@ def load(config: ModelConfig, *, head: bool = False) -> LanguageModel:
     )
 
 
-def _recorded_name(path: str, folder: Path) -> str:
+def recorded_name(path: str, folder: Path) -> str:
     """The model's name in manifests: the hub id, or the folder's last name, which may move."""
     if path == EMBEDDED:
         return "tiny"

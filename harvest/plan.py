@@ -1,8 +1,9 @@
-"""What a harvest will take, before anything runs: rows, bytes, disk, memory, hours."""
+"""What a harvest will take, before any weight is read: rows, bytes, disk, memory, hours."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from data import order
 from data.device import free_bytes
 from data.errors import SettingError, StoreError
-from data.journal import duration, size
+from data.journal import Progress, duration, size, tell
 from data.store import retention, ring_state
 from data.store.arrays import rows_name
 from data.store.codec import EXPECTED_RATIO
@@ -23,10 +24,40 @@ from harvest.cost import Cost
 from harvest.forward import batch_residuals
 from harvest.isolation import forward_inputs
 from harvest.model import LanguageModel
+from harvest.writer import IN_FLIGHT
 
 _SPINE_BYTES = 3.0  # tokens, document and token_index per token, compressed
 _NORM_BYTES = 4  # per row and layer
 _PROBES = 3  # passes that are timed; the first also warms up
+# Share of the speed of one large matrix product that a forward pass reaches: 30 to 50 % of the
+# peak are usual on a GPU with models of this size.
+_REACHED = 0.4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a harvest holds in the memory of its device, and that no setting of the system
+    can take back from it.
+    """
+
+    weights: int  # up to the deepest layer; on a CPU those alone that are not mapped files
+    mapped: int  # of weights that stay in their files: they take what is free, and no more
+    activations: int  # of one forward pass
+    units: int  # residuals that are made and not yet written
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations + self.units
+
+    def line(self, device: str, free: int | None) -> str:
+        """These figures as text, beside the `free` bytes of the device."""
+        of = "" if free is None else f" of {size(free)} that are free"
+        mapped = f"; {size(self.mapped)} of weights stay in their files" if self.mapped else ""
+        return (
+            f"about {size(self.total)}{of} on {device}: {size(self.weights)} of weights, "
+            f"{size(self.activations)} for a forward pass, {size(self.units)} of units on their "
+            f"way to the disk{mapped}"
+        )
 
 
 @dataclass(frozen=True)
@@ -37,12 +68,15 @@ class Plan:
     rows: int  # packed rows of `context` tokens
     units: int
     layers: tuple[int, ...]
+    codec: str
     raw_bytes: int  # of all residuals as bfloat16
     expected_bytes: int  # still to be written
     ring_bytes: int | None  # most bytes of residuals at a time; None: no limit
     disk_bytes: int  # room needed for what is still to be written
     free_bytes: int | None  # None where that is unbounded or unknown
     model: Cost
+    memory: Memory
+    device: str
     device_bytes: int | None  # free memory of the device; None if unknown
 
     def lines(self) -> list[str]:
@@ -53,29 +87,47 @@ class Plan:
         ring = ""
         if self.ring_bytes:
             ring = f"; a ring of {size(self.ring_bytes)} needs {size(self.disk_bytes)}"
-        memory = "" if self.device_bytes is None else f" of {size(self.device_bytes)}"
+        by_codec: list[str] = []
+        for codec, ratio in EXPECTED_RATIO.items():
+            by_codec.append(f"{size(self.raw_bytes / ratio)} with codec={codec}")
         return [
             f"plan: {self.tokens:,} tokens in {self.rows:,} rows and {self.units:,} units, "
             f"layers {layers}{alone if self.units == 1 else ''}",
-            f"      {size(self.raw_bytes)} of residuals, about {size(self.expected_bytes)} still "
-            f"to write; {free}{ring}",
-            f"      {self.model.flop / 1e9:.3g} GFLOP a token; about "
-            f"{size(self.model.peak_bytes)}{memory} on the device ({size(self.model.kept_bytes)} "
-            "of weights in use)",
+            f"      disk: {size(self.raw_bytes)} of residuals, about {size(self.expected_bytes)} "
+            f"still to write; {free}{ring}",
+            f"      whole: about {', '.join(by_codec)}",
+            f"      memory: {self.memory.line(self.device, self.device_bytes)}",
         ]
 
-    def hours(self, tokens_per_s: float, world: int) -> str:
-        """The duration of the whole run as text, at a measured speed of one process."""
+    def hours(self, tokens_per_s: float, world: int, how: str) -> str:
+        """The duration of the whole run, as text.
+
+        Args:
+            tokens_per_s: of one process.
+            how: where that figure is from.
+        """
         rate = tokens_per_s * world
         written = self.expected_bytes / self.tokens * rate
         return (
-            f"      {tokens_per_s:,.0f} tokens/s in a short probe: {duration(self.tokens / rate)} "
-            f"with world={world}, writing {size(written)}/s"
+            f"      hours: {duration(self.tokens / rate)} at {tokens_per_s:,.0f} tokens/s {how}, "
+            f"world={world}, writing {size(written)}/s; {self.model.flop / 1e9:.3g} GFLOP a token"
         )
 
 
-def plan(config: HarvestConfig, model: Cost, d_model: int, device: str, done: float = 0.0) -> Plan:
-    """The plan for `config`, of which the share `done` is stored already.
+def plan(
+    config: HarvestConfig,
+    model: Cost,
+    d_model: int,
+    device: str,
+    done: float = 0.0,
+    *,
+    copied: float = 1.0,
+) -> Plan:
+    """The plan for `config`.
+
+    Args:
+        done: share of the residuals that is stored already.
+        copied: share of the weights that a CPU copies, because their files have another type.
 
     Raises:
         SettingError: max_bytes= is too small for a ring that training could follow.
@@ -97,13 +149,34 @@ def plan(config: HarvestConfig, model: Cost, d_model: int, device: str, done: fl
         rows=rows,
         units=config.units,
         layers=config.layers,
+        codec=config.codec,
         raw_bytes=raw,
         expected_bytes=round(to_write + beside),
         ring_bytes=limit,
         disk_bytes=round(disk + beside),
         free_bytes=place.free_bytes(),
         model=model,
+        memory=_memory(config, model, d_model, device, copied),
+        device=device,
         device_bytes=free_bytes(torch.device(device)),
+    )
+
+
+def _memory(config: HarvestConfig, model: Cost, d_model: int, device: str, copied: float) -> Memory:
+    unit_bytes = min(config.unit_tokens, config.tokens) * d_model * 2 * len(config.layers)
+    # One unit is computed while others are permuted, in copies, and written.
+    held = 1 + IN_FLIGHT
+    if device.startswith("cuda"):
+        permuted = IN_FLIGHT / len(config.layers)  # a layer at a time, then on to the host
+        return Memory(
+            model.kept_bytes, 0, model.activation_bytes, round(unit_bytes * (held + permuted))
+        )
+    weights = round(model.kept_bytes * copied)
+    return Memory(
+        weights,
+        model.kept_bytes - weights,
+        model.activation_bytes,
+        unit_bytes * (held + IN_FLIGHT),
     )
 
 
@@ -125,25 +198,56 @@ def share_done(config: HarvestConfig) -> float:
     return min(1.0, committed / (config.units * len(config.layers)))
 
 
-def require_fit(planned: Plan, store: str | Path) -> None:
+def require_fit(planned: Plan, store: str | Path, *, force: bool = False) -> None:
     """Check the plan against the machine.
+
+    Args:
+        force: say what does not fit, and go on.
 
     Raises:
         StoreError: the store does not fit on the disk.
         SettingError: the model does not fit on the device.
     """
     if planned.free_bytes is not None and planned.disk_bytes > planned.free_bytes:
-        raise StoreError(
+        _refuse(
+            StoreError,
             f"{store} needs about {size(planned.disk_bytes)} and its disk has "
             f"{size(planned.free_bytes)} free; give store= a larger disk, take fewer tokens= or "
-            "layers, or codec=int8, or train beside it with max_bytes="
+            "layers, or codec=int8, or train beside it with max_bytes=",
+            force,
         )
-    if planned.device_bytes is not None and planned.model.peak_bytes > planned.device_bytes:
-        raise SettingError(
-            f"the model needs about {size(planned.model.peak_bytes)} and the device has "
-            f"{size(planned.device_bytes)} free; lower batch= or context=, take "
-            "model.dtype=bfloat16 or another device="
+    needed = planned.memory.total
+    if planned.device_bytes is not None and needed > planned.device_bytes:
+        _refuse(
+            SettingError,
+            f"the harvest needs about {size(needed)} of memory and device={planned.device} has "
+            f"{size(planned.device_bytes)} free; lower batch=, context= or unit=, take "
+            "model.dtype=bfloat16 or another device=",
+            force,
         )
+
+
+def _refuse(kind: Callable[[str], Exception], reason: str, force: bool) -> None:
+    if not force:
+        raise kind(f"{reason}; force=true goes on as it is")
+    tell(f"warning: {reason}")
+
+
+# -- speed -----------------------------------------------------------------------------------------
+
+
+def guess(planned: Plan, dtype: str) -> float:
+    """Tokens/s of the forward pass, guessed from the speed of one matrix product here."""
+    device = torch.device(planned.device)
+    n = 4096 if device.type == "cuda" else 512
+    matrix = torch.ones(n, n, dtype=getattr(torch, dtype), device=device)
+    seconds: list[float] = []
+    for _ in range(_PROBES):
+        began = time.monotonic()
+        float((matrix @ matrix)[0, 0])  # waits for the device
+        seconds.append(time.monotonic() - began)
+    flops = 2.0 * n**3 / max(min(seconds), 1e-9)
+    return _REACHED * flops / planned.model.flop
 
 
 def probe(lm: LanguageModel, config: HarvestConfig) -> float:
@@ -155,10 +259,13 @@ def probe(lm: LanguageModel, config: HarvestConfig) -> float:
     starts = np.zeros(shape, np.bool_)
     starts[:, 0] = True
     passes = forward_inputs(tokens, starts, "packed")
+    progress = Progress()
     speeds: list[float] = []
-    for _ in range(_PROBES):
+    for number in range(_PROBES):
+        progress.show(f"probe: batch {number + 1} of {_PROBES}, {tokens.size:,} tokens")
         began = time.monotonic()
         residuals = batch_residuals(lm, passes, config.layers)
         residuals[config.layers[0]][-1].cpu()  # waits for the device, so that its work is timed
         speeds.append(tokens.size / (time.monotonic() - began))
+    progress.close()
     return max(speeds)

@@ -7,8 +7,11 @@ from typing import Any
 import torch
 
 from data import environment
+from data.store import manifest
+from data.store.place import Place
 from data.text.documents import TextSource
 from harvest.config import HarvestConfig
+from harvest.description import Description
 from harvest.model import LanguageModel
 
 
@@ -21,6 +24,13 @@ def manifest_of(config: HarvestConfig, lm: LanguageModel, source: TextSource) ->
         "site": lm.site.name,
         "model": model,
         "isolation": lm.isolation,
+        **_without_model(config, source, lm.config.device),
+    }
+
+
+def _without_model(config: HarvestConfig, source: TextSource, device: str) -> dict[str, Any]:
+    """What follows from settings, text and machine alone."""
+    return {
         "text": source.identity(),
         "tokens": config.tokens,
         "context": config.context,
@@ -29,5 +39,24 @@ def manifest_of(config: HarvestConfig, lm: LanguageModel, source: TextSource) ->
         "chunk": config.chunk_rows,
         "batch": config.batch,
         "codec": config.codec,
-        "environment": environment.of_harvest(torch.device(lm.config.device)),
+        "environment": environment.of_harvest(torch.device(device)),
     }
+
+
+def require_same_so_far(
+    place: Place, config: HarvestConfig, described: Description, source: TextSource
+) -> None:
+    """Compare a store that is there with all that is known before any weight is read.
+
+    Raises:
+        MismatchError: the store was made with other settings, or another model.
+    """
+    if not manifest.exists(place):
+        return
+    recorded = manifest.read(place)
+    model = {**recorded["model"], **described.identity}
+    if source.chats:
+        model["chat_template"] = described.tokenizer.template_digest
+    known = {"site": config.site, "model": model}
+    device = described.config.device
+    manifest.require_same(place, {**recorded, **known, **_without_model(config, source, device)})

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from data.errors import SettingError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# Weights of what sees or hears, by the first parts of their names. What is not known to be of a
+# tower counts as the decoder's.
+_TOWER = re.compile(
+    r"(?:model\.)?(?:\w*(?:vision|visual|audio|image|speech)\w*|mm_projector|multi_modal_projector)\."
+)
+
+
+def is_tower(weight: str) -> bool:
+    """Whether a weight of this name belongs to a vision or audio tower."""
+    return _TOWER.match(weight) is not None
 
 
 def shards(index: Path) -> list[str]:

@@ -56,15 +56,23 @@ def agree(place: Place, settings: Mapping[str, Any]) -> dict[str, Any]:
         require_free(place)
         # If another process was first, its manifest is compared below.
         place.create(KEY, records.encode(wanted))
-    recorded = read(place)
-    unequal = differences(recorded, wanted)
-    if not unequal:
-        return recorded
-    if not _untouched(place):
-        way_out = "Use those settings, or another store=."
-        raise MismatchError(f"store {place.name}", unequal, way_out)
+    if require_same(place, wanted):
+        return read(place)
     place.write(KEY, [records.encode(wanted)])  # without a commit there is nothing to protect
     return wanted
+
+
+def require_same(place: Place, wanted: Mapping[str, Any]) -> bool:
+    """Whether a store has the manifest `wanted`; False also means that nothing depends on its own.
+
+    Raises:
+        MismatchError: the store was made with other settings; the message names both values.
+    """
+    unequal = differences(read(place), wanted)
+    if unequal and not _untouched(place):
+        way_out = "Use those settings, or another store=."
+        raise MismatchError(f"store {place.name}", unequal, way_out)
+    return not unequal
 
 
 def require_free(place: Place) -> None:

@@ -25,7 +25,9 @@ from data.store.store import Store
 from data.store.unit import prepare
 from harvest.command import command, default_store, harvest_config, model_config, planned_for
 from harvest.config import HarvestConfig
-from harvest.plan import require_fit
+from harvest.description import Description
+from harvest.headers import Stored
+from harvest.plan import Plan, require_fit
 
 
 def settings(*overrides: str) -> dict[str, Any]:
@@ -45,6 +47,11 @@ def tiny(store: Path, *overrides: str) -> dict[str, Any]:
         f"store={store}",
         *overrides,
     )
+
+
+def plan_of(asked: dict[str, Any]) -> Plan:
+    described = Description.of(model_config(asked["model"], "cpu"))
+    return planned_for(harvest_config(asked), described, Stored({"F32": 1}))
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +290,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(
 
 def test_the_plan_is_what_a_store_takes(harvested: Path) -> None:
     asked = tiny(harvested)
-    planned = planned_for(harvest_config(asked), model_config(asked["model"], "cpu"))
+    planned = plan_of(asked)
     store = Store.open(harvested)
     assert (planned.rows, planned.units) == (store.spine_rows, store.units)
     taken = sum(path.stat().st_size for path in harvested.glob("layer_5/c.*"))
@@ -293,13 +300,13 @@ def test_the_plan_is_what_a_store_takes(harvested: Path) -> None:
     larger = tiny(
         harvested, "unit=128"
     )  # of another unit, the store has more units than are asked for
-    planned = planned_for(harvest_config(larger), model_config(asked["model"], "cpu"))
+    planned = plan_of(larger)
     assert (planned.expected_bytes, planned.disk_bytes) == (0, 0)
 
 
 def test_a_model_that_does_not_fit_in_memory_is_refused(harvested: Path) -> None:
     asked = tiny(harvested)
-    planned = planned_for(harvest_config(asked), model_config(asked["model"], "cpu"))
+    planned = plan_of(asked)
     with pytest.raises(SettingError, match=r" 1 MB .*batch="):
         require_fit(replace(planned, device_bytes=10**6), harvested)
 

@@ -71,8 +71,13 @@ def harvest(folder: str, store: str, *overrides: str) -> str:
 def check_the_embedded_model(folder: str) -> None:
     assert "chat_template" not in json.loads(EMBEDDED_FILES["tokenizer_config.json"])
     with serving({**EMBEDDED_FILES, **BESIDE}, MODEL) as hub:
+        planned = harvest(folder, "s.zarr", "action=plan")
+        assert "hours: " in planned
+        assert set(hub.downloads) == DESCRIPTION  # a plan reads headers, by ranges, and no weight
+        assert {name for name, _, _ in hub.ranges} == {SINGLE}
+        hub.downloads.clear()
         told = harvest(folder, "s.zarr")
-        assert set(hub.downloads) == DESCRIPTION | {SINGLE}
+        assert hub.downloads == [SINGLE]
         assert re.search(rf"2\.8 MB .*{MODEL}.*{SINGLE}", told), told
         hub.downloads.clear()
         there = complete(MODEL, "main")

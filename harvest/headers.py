@@ -1,0 +1,126 @@
+"""What a model's weight files hold, by their headers: no weight is read or downloaded.
+
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+from data.errors import SettingError, first_line
+from harvest.hub_model import asked_of_hub, is_local, needed
+from harvest.weight_files import INDEX, SINGLE, is_tower
+
+# As the file format names the types that decoders are trained and published in.
+_PLAIN = ("F64", "F32", "F16", "BF16")
+_SAME = {"float32": "F32", "bfloat16": "BF16"}
+_LAYER = re.compile(r"\.(\d+)\.")  # the first number in a weight's name is its layer's
+# Least share of the decoder's numbers that files hold. What exactly is missing tells the loading,
+# which knows every family's names; here a part of a download is told from a model.
+_LEAST = 0.9
+
+
+class Entry(NamedTuple):
+    """A weight in a file."""
+
+    name: str
+    dtype: str  # as the format names it
+    numbers: int
+
+
+class Stored(NamedTuple):
+    """What files hold of a text decoder up to its deepest layer that is wanted."""
+
+    numbers: Mapping[str, int]  # by the data type, as the format names it
+
+    @property
+    def total(self) -> int:
+        return sum(self.numbers.values())
+
+    def other_share(self, dtype: str) -> float:
+        """Share of the numbers that are of another type than `dtype`, as torch names it."""
+        return 1 - self.numbers.get(_SAME[dtype], 0) / self.total if self.total else 0.0
+
+
+def stored(path: str, folder: Path, deepest: int) -> Stored:
+    """What the files of a model hold of its decoder up to layer `deepest`.
+
+    Args:
+        path: folder, hub id or `embedded`.
+        folder: what `harvest.hub_model.described` gave for it.
+
+    Raises:
+        SettingError: there are no weights, or a header cannot be read.
+    """
+    numbers: dict[str, int] = {}
+    for entry in _entries(path, folder):
+        layer = _LAYER.search(entry.name)
+        if not is_tower(entry.name) and (layer is None or int(layer[1]) <= deepest):
+            numbers[entry.dtype] = numbers.get(entry.dtype, 0) + entry.numbers
+    return Stored(numbers)
+
+
+def require_usable(files: Stored, wanted: int, path: str) -> None:
+    """Check that the files can hold the weights of a decoder.
+
+    Args:
+        wanted: numbers in the decoder's parameters up to the deepest layer.
+
+    Raises:
+        SettingError: the weights are quantised, or a good part of them is missing.
+    """
+    odd = {dtype: count for dtype, count in files.numbers.items() if dtype not in _PLAIN}
+    if sum(odd.values()) > files.total / 2:
+        raise SettingError(
+            f"model.path={path} stores its weights as {', '.join(sorted(odd))}: quantised models "
+            "are not harvested; take the model that it was made from, in bfloat16 or float32"
+        )
+    if files.total < _LEAST * wanted:
+        raise SettingError(
+            f"model.path={path} holds {files.total:,} of the {wanted:,} numbers of its decoder up "
+            "to the deepest layer; it is incomplete: download or copy it again"
+        )
+
+
+def _entries(path: str, folder: Path) -> Iterator[Entry]:
+    """Every weight of a model's files."""
+    names = needed(folder)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if not missing:
+        for name in names:
+            yield from _in_file(folder / name)
+    elif is_local(path):
+        raise SettingError(
+            f"model.path={path} lacks {missing[0]}; a model's folder holds {SINGLE}, or {INDEX} "
+            "and the files that it names"
+        )
+    else:
+        yield from _on_hub(path, folder.name)
+
+
+def _in_file(file: Path) -> Iterator[Entry]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            for name in opened.keys():  # noqa: SIM118 (no mapping)
+                weight = opened.get_slice(name)
+                yield Entry(name, weight.get_dtype(), prod(weight.get_shape()))
+    except (SafetensorError, OSError) as error:
+        raise SettingError(
+            f"{file} is damaged ({first_line(error)}); copy or download it again"
+        ) from error
+
+
+def _on_hub(path: str, commit: str) -> Iterator[Entry]:
+    """The headers come by range requests: 100 kB of each file."""
+    from huggingface_hub import HfApi
+
+    metadata = asked_of_hub(path, lambda: HfApi().get_safetensors_metadata(path, revision=commit))
+    for part in metadata.files_metadata.values():
+        for name, weight in part.tensors.items():
+            yield Entry(name, weight.dtype, weight.parameter_count)
