@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data import durable
 from data.errors import MismatchError, SettingError, StoreError
-from data.rows import split, summary
+from data.rows import statistics
 from data.rows.split import Policy, held_out_units, require_complete
 from data.store import manifest
 from data.store.kinds import BOS, NON_FINITE
@@ -45,7 +45,7 @@ class Unit(NamedTuple):
     document: NDArray[np.uint32]  # (n,)
     position: NDArray[np.int64]  # (n,) tokens since the BOS of the document's piece, which is 0
     norm: NDArray[np.float32]  # (n,)
-    kind: NDArray[np.uint8]  # (n,) see data/store/kinds.py
+    kind: NDArray[np.uint8]  # (n,) as the run's `Policy.kinds_of` has it
 
     def of_kinds(self, kinds: Sequence[int]) -> NDArray[np.bool_]:
         """(n,) which rows are of one of `kinds`."""
@@ -155,7 +155,7 @@ class Subject:
             store=open_store(run, str(config["store_path"]), settings["store"]["identity"], store),
             sae=sae_file.load(path, device),
             layer=settings["layer"],
-            policy=Policy(**settings["policy"]),
+            policy=Policy.of(settings["policy"]),
         )
 
     def beside(self, run: str) -> Subject:
@@ -193,7 +193,7 @@ class Subject:
     def moments(self) -> Moments:
         """Mean and variance of the training rows, as training used them."""
         require_complete(self.store, self.layer)
-        return summary.read(self.store, self.layer).of(split.TRAINING, self.policy.kinds)
+        return statistics.of_training(self.store, self.layer, self.policy).moments
 
     @cached_property
     def mean(self) -> Tensor:
@@ -234,7 +234,7 @@ class Subject:
 
     def unit(self, number: int) -> Unit:
         """Unit `number`, held out or not."""
-        kind = self.store.kinds(self.layer, number)
+        kind = self.policy.kinds_of(self.store, self.layer, number)
         finite = np.flatnonzero(kind != NON_FINITE)
         local = self.store.permutation(number)[finite]
         bits = torch.from_numpy(self.store.residuals(self.layer, number)[finite])

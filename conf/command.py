@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from conf.help import described
-from conf.names import quoted
+from conf.names import quoted, texts
 from data import stopping
 from data.errors import Interrupted, PipelineError, SettingError
 
@@ -88,7 +88,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     with _resolving():
         settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
-    return {str(key): value for key, value in settings.items()}
+    return texts({str(key): value for key, value in settings.items()})
 
 
 def is_multirun() -> bool:

@@ -9,8 +9,9 @@ multirun commas and functions such as choice(a,b).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 # Paths, stores, runs, repositories, revisions, columns, ids: any text is one.
 NAMES = (
@@ -37,6 +38,28 @@ def quoted(arguments: Sequence[str]) -> list[str]:
     return [_argument(argument, multirun) for argument in arguments]
 
 
+def texts(settings: Mapping[str, Any], under: str = "") -> dict[str, Any]:
+    """Settings with all names as text: `run=${sae.k}` gives Hydra's settings a number."""
+    plain: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{under}{key}"
+        if isinstance(value, Mapping):
+            plain[key] = texts(value, f"{name}.")
+        elif isinstance(value, list) and _is_in(name, LISTS):
+            plain[key] = [_text(item) for item in value]
+        else:
+            plain[key] = _text(value) if _is_name(name) or _is_in(name, LISTS) else value
+    return plain
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _is_name(name: str) -> bool:
+    return _is_in(name, NAMES) and not _is_in(name, _NUMBERS)
+
+
 def _argument(argument: str, multirun: bool) -> str:
     key, sign, value = argument.partition("=")
     name = key.lstrip("+")
@@ -45,7 +68,7 @@ def _argument(argument: str, multirun: bool) -> str:
     if _is_in(name, LISTS):
         is_list = value.startswith("[") and value.endswith("]")
         return f"{key}={_listed(value) if is_list else _quote(value)}"
-    if not _is_in(name, NAMES) or _is_in(name, _NUMBERS):
+    if not _is_name(name):
         return argument
     if not multirun:
         return f"{key}={_quote(value)}"

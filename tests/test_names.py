@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from conf.command import plain
 from conf.names import LISTS, NAMES, quoted
 from data.text.sources import source_of
 from harvest.command import harvest_config, model_config
@@ -29,7 +30,7 @@ OF_FUNCTIONS = ["choice(a,b)", "range(1,4)", "a,b"]  # that Hydra sweeps over in
 # Settings with other text, by the last part of their name: they take a fixed set of words.
 WORDS = {
     *("action", "activation", "aux_norm", "decay", "dtype", "formula", "init", "kind", "lr"),
-    *("name", "oom", "part", "positions", "prompt", "site", "target", "to"),
+    *("bad", "name", "oom", "part", "positions", "prompt", "site", "target", "to"),
 }
 # Settings without a default that name nothing.
 NAMELESS = {
@@ -92,7 +93,16 @@ def test_lists_of_names() -> None:
 def test_a_name_may_refer_to_a_setting() -> None:
     with initialize_config_module("conf", version_base="1.3"):
         overrides = quoted(["sae=tiny", "run=${sae.name}_${sae.k}", "store=1"])
-        assert OmegaConf.to_container(compose("train", overrides), resolve=True)["run"] == "tiny_16"
+        assert plain(compose("train", overrides))["run"] == "tiny_16"
+        settings = plain(compose("train", ["run=${batch}", "store=2"]))  # numbers, for Hydra
+        assert (settings["run"], settings["store"], settings["batch"]) == ("4096", "2", 4096)
+        settings = plain(compose("analyze", ["study=browser", "study.others=[1,null]", "runs=7"]))
+        assert (settings["study"]["others"], settings["runs"]) == (["1", None], "7")
+        added = ["+text.sources.a.path=1", "+text.sources.a.weight=2"]
+        assert plain(compose("harvest", added))["text"]["sources"]["a"] == {
+            "path": "1",
+            "weight": 2,
+        }
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -178,8 +188,8 @@ def test_a_harvest_takes_odd_names(tmp_path: Path) -> None:
     assert harvest_config(unnamed).store == "activations/2024_1_1.zarr"
     model = model_config(settings["model"], "cpu")
     assert (model.path, model.revision) == ("123", "1234567")
-    (document, _), *_ = source_of(settings["text"], 0).documents(None)
-    assert document == "words"
+    document, *_ = source_of(settings["text"], 0).documents(None)
+    assert document[0] == "words"
 
 
 @pytest.mark.parametrize(

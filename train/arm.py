@@ -77,6 +77,7 @@ class Run:
         settings = {
             "store": {"identity": arm.stream.identity, **order},
             **asdict(arm.config),
+            "policy": arm.config.policy.recorded(),
             "tokens": tokens,
         }
         del settings["checkpoint_every"]

@@ -63,7 +63,9 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
     chosen = objective.find(settings["sae"]["activation"])
     sae = build(chosen.settings, "sae", settings["sae"])
     policy = Policy(
-        flag("drop_bos", settings["drop_bos"]), flag("drop_outliers", settings["drop_outliers"])
+        flag("drop_bos", settings["drop_bos"]),
+        flag("drop_outliers", settings["drop_outliers"]),
+        token_ids("drop_tokens", settings["drop_tokens"]),
     )
     asked_layer = optional_whole("layer", settings["layer"])
     store = store_at(str(settings["store"] or default_store(Path.cwd(), asked_layer)))
@@ -85,6 +87,7 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
         "store_path": store.name,
         "sae_name": sae_name,
         "source": source_of(store),
+        "left_out": stream.left_out,
     }
     if store.complete(layer) and (lost := summary.variance_lost(store, layer)) is not None:
         facts["store_variance_lost"] = lost
@@ -101,6 +104,12 @@ def default_store(here: Path, layer: int | None) -> str:
     path, reason = default.find(layer)
     tell(f"store={path}: {reason}")
     return path
+
+
+def token_ids(name: str, value: Any) -> tuple[int, ...]:
+    """One token id or a list of them, ascending."""
+    listed = value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(sorted({whole(name, token) for token in listed}))
 
 
 def first_layer(store: Store) -> int:

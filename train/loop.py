@@ -20,6 +20,7 @@ from torch import Tensor
 from data import stopping
 from data.errors import Interrupted, PipelineError, StopRequest
 from data.journal import Progress, duration, tell
+from data.rows import statistics
 from data.rows.copy import to_device
 from train.arm import Arm, Outcome, Run
 from train.evaluate import evaluate
@@ -31,6 +32,8 @@ def _train(runs: list[Run], stop: StopRequest, group: Group) -> None:
     """Train all runs to their end; each keeps its outcome."""
     step = min(run.step for run in runs)
     shown = _Shown(step, len(runs))
+    if group.rank == 0:
+        _tell_left_out(runs)
     with ExitStack() as stack:
         feeds = {}
         for stream in _streams(runs):
@@ -75,6 +78,15 @@ def _train(runs: list[Run], stop: StopRequest, group: Group) -> None:
             step += 1
             if group.rank == 0:
                 shown.line()
+
+
+def _tell_left_out(runs: list[Run]) -> None:
+    """Say once for each stream which rows are not served."""
+    span = runs[0].arm.follower.span
+    of_what = "training" if span is None else f"the first {span} training units"
+    for stream in _streams(runs):
+        if stream.left_out:
+            tell(f"left out of {of_what}: {statistics.told(stream.policy, stream.left_out)}")
 
 
 def _step(run: Run, batch: Tensor, shown: _Shown) -> None:

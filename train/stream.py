@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ class Stream:
     identity: str  # digest of the store
     reader: Reader
     held_out: Callable[[], Iterator[Tensor]]  # (n, d) batches of all held-out rows
+    policy: Policy = field(default_factory=Policy)
+    # What the policy left out, by the rule: `rows` and `energy`, see data/rows/statistics.py.
+    left_out: Mapping[str, dict[str, float]] = field(default_factory=dict)
     _first: list[Tensor] = field(default_factory=list)  # cache of `first`, for the arms of a sweep
 
     def first(self, rows: int) -> Tensor:
@@ -58,4 +61,6 @@ def rows_of(
         pinned: into memory from which a GPU copies by itself.
     """
     reader = Reader(store, layer, batch=batch, seed=data_seed, policy=policy, pinned=pinned)
-    return Stream(store.identity, reader, lambda: held_out(store, layer, policy, batch))
+    shares = {rule: share._asdict() for rule, share in reader.left_out.items()}
+    rows = partial(held_out, store, layer, policy, batch)
+    return Stream(store.identity, reader, rows, policy, shares)

@@ -6,7 +6,7 @@ from typing import Any
 
 from analyze.studies import quality
 from analyze.subject import Subject
-from data.rows import summary
+from data.rows import statistics, summary
 from data.site import RESID_POST
 from train.optim import OptimConfig
 from train.sae import SAEConfig
@@ -40,7 +40,7 @@ def of_run(subject: Subject) -> dict[str, str]:
         "optimizer": _optimizer(optim, config, settings),
         "trained on": f"{settings['tokens']:,} tokens in {config['steps']:,} steps, "
         f"data seed {data_seed}",
-        "rows left out": _left_out(subject),
+        "rows left out": statistics.told(subject.policy, config.get("left_out")),
         "environment": ", ".join(environment),
     }
 
@@ -70,12 +70,6 @@ def _optimizer(optim: dict[str, Any], config: dict[str, Any], settings: dict[str
         f"({optim['decay']}), batch {settings['batch']:,}, "
         f"encoder product in {settings.get('matmul', 'fp32')}"
     )
-
-
-def _left_out(subject: Subject) -> str:
-    bos = "BOS" if subject.policy.drop_bos else "no BOS"
-    outliers = ", and others above ten median norms" if subject.policy.drop_outliers else ""
-    return bos + outliers
 
 
 def of_store(subject: Subject) -> dict[str, str]:

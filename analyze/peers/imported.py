@@ -97,7 +97,7 @@ def run_of(named: str, store: str | None, layer: int | None) -> Path:
     settings = {
         "store": {"identity": opened.identity},
         "layer": layer,
-        "policy": asdict(Policy()),
+        "policy": Policy().recorded(),
         "sae": config,
     }
     weights = durable.digest(*(tensor.numpy().tobytes() for tensor in sae.tensors().values()))

@@ -185,7 +185,7 @@ def _unstructured(subject: Subject, measured: Measured, losses: Spliced | None) 
         "mse_per_element": float(measured.error.mean() / d_model),
         "rows": len(measured.error),
         "documents": len(np.unique(measured.document)),
-        "policy": vars(subject.policy),
+        "policy": subject.policy.recorded(),
         "losses": by_name,
     }
 

@@ -36,7 +36,9 @@ from analyze.study import Definition, Study, at_least
 from analyze.subject import Subject, Unit, positive
 from data import durable
 from data.errors import StoreError
+from data.rows import statistics
 from data.rows import summary as summary_of_layer
+from data.rows.split import stored_kind
 from data.settings import build
 from data.store.kinds import BOS, ORDINARY
 from data.store.moments import Moments
@@ -255,11 +257,12 @@ def variance_explained(rows: Rows, kept: NDArray[np.bool_]) -> dict[str, Any]:
     Args:
         kept: (n,) the rows that the run's policy keeps.
     """
+    stored = stored_kind(rows.kind)
     subsets = {
         "as trained": kept,
         "all rows": np.ones(len(kept), np.bool_),
-        "without BOS": rows.kind != BOS,
-        "without BOS and outliers": rows.kind == ORDINARY,
+        "without BOS": stored != BOS,
+        "without BOS and outliers": stored == ORDINARY,
     }
     figures = {}
     for name, mask in subsets.items():
@@ -369,6 +372,7 @@ def outcome_of(subject: Subject, figures: dict[str, Any]) -> Outcome:
         "documents.",
         f"It has {figures['d_sae']:,} latents and L0 {figures['l0']:.1f}, on layer "
         f"{subject.layer} of {model}.",
+        f"Training left out {statistics.told(subject.policy, subject.config.get('left_out'))}.",
     ]
     rows = [("variance explained, centred", explained)]
     rows += [(text, f"{figures[key]:.4f}") for key, text in NAMED.items()]

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from data import order
 from data.errors import SettingError, StoreError
-from data.rows import split, windows
+from data.rows import split, statistics, windows
 from data.rows.follower import Follower
 from data.rows.rounds import KeptRows, rounds_of
 from data.rows.split import Policy
@@ -80,18 +80,20 @@ class Reader:
 
     def _set_statistics(self) -> None:
         """Mean and variance (d,) of the training rows, and their mean norm."""
-        statistics = self._rounds.statistics
-        kinds = self._policy.kinds
-        moments = statistics.of(split.TRAINING, kinds)
-        if moments.count == 0 or statistics.of(split.HELD_OUT, kinds).count == 0:
+        whole = self._rounds.statistics
+        policy = self._policy
+        found = statistics.of_training(self._store, self._layer, policy, whole)
+        held_out = self._kept.of_chunks(split.held_out_units(self._store))
+        if found.moments.count == 0 or held_out.sum() == 0:
             raise StoreError(
-                f"no row of layer {self._layer} in {self._store.name} is left by drop_bos and "
-                "drop_outliers"
+                f"no row of layer {self._layer} in {self._store.name} is left by drop_bos, "
+                "drop_outliers and drop_tokens"
             )
-        norm_sum = float(statistics.norm_sums[split.TRAINING, list(kinds)].sum())
-        self.mean_norm = norm_sum / moments.count
-        self.mean = moments.mean
-        self.variance = moments.variance
+        self.mean_norm = found.mean_norm
+        self.mean = found.moments.mean
+        self.variance = found.moments.variance
+        # By the rule, of the first round: of a whole store these are all training units.
+        self.left_out = statistics.left_out(self._kept, self._rounds.units(0), whole)
 
     def batches(self, start: int) -> Iterator[torch.Tensor]:
         """Batches number `start`, `start` + 1, ..., each (batch, d) bfloat16 on the CPU.
@@ -105,7 +107,7 @@ class Reader:
         """
         number, skip = self._rounds.locate(start)
         filler = Filler(
-            self._store, self._layer, self._policy.kinds, self.seed, self._pinned, self._tuning
+            self._store, self._layer, self._policy, self.seed, self._pinned, self._tuning
         )
         chunks = min(self.window, self._rounds.most_units * self._store.chunks)
         yield from windows.batches(

@@ -1,15 +1,17 @@
-"""Which rows are trained on: held-out units and some kinds of rows are left out."""
+"""Which rows are trained on: held-out units, some kinds of rows and some tokens are left out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from data import order
-from data.errors import StoreError
+from data.errors import SettingError, StoreError
 from data.store.kinds import BOS, ORDINARY, OUTLIER
 from data.store.store import Store
 
@@ -23,21 +25,66 @@ def parts(store: Store) -> list[list[int]]:
     return [[unit for unit in range(store.units) if unit not in excepted], held_out]
 
 
+# Added to the kind of a row that is left out by its token alone. It is never stored.
+EXCLUDED = 4
+
+
 @dataclass(frozen=True)
 class Policy:
-    """Which stored rows a reader serves, by their kind (data/store/kinds.py).
+    """Which stored rows a reader serves, by their kind (data/store/kinds.py) and their token.
 
     Rows with NaN or infinity are never served.
     """
 
     drop_bos: bool = True  # leave out the BOS token of every piece
     drop_outliers: bool = True  # leave out other rows longer than ten median norms
+    drop_tokens: tuple[int, ...] = ()  # token ids whose rows are left out, ascending
+
+    def __post_init__(self) -> None:
+        if (
+            self.drop_tokens != tuple(sorted(set(self.drop_tokens)))
+            or min(self.drop_tokens, default=0) < 0
+        ):
+            raise SettingError(
+                f"drop_tokens={list(self.drop_tokens)} must be token ids from 0 on, each once"
+            )
+
+    @staticmethod
+    def of(recorded: Mapping[str, Any]) -> Policy:
+        """The policy that a run recorded."""
+        return Policy(**{**recorded, "drop_tokens": tuple(recorded.get("drop_tokens", ()))})
+
+    def recorded(self) -> dict[str, Any]:
+        """What a run records. Without drop_tokens, it is what runs recorded before it was there."""
+        kinds = {"drop_bos": self.drop_bos, "drop_outliers": self.drop_outliers}
+        return {**kinds, "drop_tokens": list(self.drop_tokens)} if self.drop_tokens else kinds
 
     @property
     def kinds(self) -> tuple[int, ...]:
         """The kinds that are served."""
         served = {BOS: not self.drop_bos, OUTLIER: not self.drop_outliers, ORDINARY: True}
         return tuple(kind for kind in served if served[kind])
+
+    def kinds_of(self, store: Store, layer: int, unit: int) -> NDArray[np.uint8]:
+        """(n,) the kind of each of a unit's stored rows. A row is served if its kind is in `kinds`.
+
+        `EXCLUDED` is added where the kind is served and the token is not.
+        """
+        kinds = store.kinds(layer, unit)
+        if not self.drop_tokens:
+            return kinds
+        dropped = self.tokens_dropped(store, unit)[store.permutation(unit)]
+        excluded = dropped & np.isin(kinds, self.kinds)
+        return np.where(excluded, kinds + EXCLUDED, kinds).astype(np.uint8)
+
+    def tokens_dropped(self, store: Store, unit: int) -> NDArray[np.bool_]:
+        """(n,) which tokens of a unit drop_tokens names, in the order of the text."""
+        return np.isin(store.tokens(unit).ravel(), self.drop_tokens)
+
+
+def stored_kind(kinds: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(n,) `kinds` without what `Policy.kinds_of` added."""
+    return kinds % EXCLUDED
 
 
 def held_out_units(store: Store) -> list[int]:
@@ -78,7 +125,7 @@ def held_out(store: Store, layer: int, policy: Policy, batch: int) -> Iterator[t
     Gives (n, d) bfloat16 with n <= `batch`.
     """
     for unit in held_out_units(store):
-        keep = np.isin(store.kinds(layer, unit), policy.kinds)
+        keep = np.isin(policy.kinds_of(store, layer, unit), policy.kinds)
         rows = torch.from_numpy(store.residuals(layer, unit)[keep]).view(torch.bfloat16)
         for start in range(0, len(rows), batch):
             yield rows[start : start + batch]

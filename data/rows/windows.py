@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from data import order
 from data.errors import StoreError
+from data.rows.split import Policy
 from data.store.shard import SCATTER_BYTES, Shard
 from data.store.store import Store
 
@@ -106,13 +107,13 @@ class Blocks:
 
 
 class Filler:
-    """How a window is read: the rows of one layer that are of some kinds."""
+    """How a window is read: the rows of one layer that a policy keeps."""
 
     def __init__(
         self,
         store: Store,
         layer: int,
-        kinds: Sequence[int],
+        policy: Policy,
         seed: int,
         pinned: bool,
         tuning: Tuning,
@@ -123,7 +124,8 @@ class Filler:
         self._seed = seed
         self._pinned = pinned
         # By kind: whether it is served. `np.isin` over all rows took 0.2 ms a unit.
-        self._served = np.isin(np.arange(256), kinds)
+        self._served = np.isin(np.arange(256), policy.kinds)
+        self._policy = policy
         self._array = store.arrays.rows(layer)
         self._chunk: int = store.manifest["chunk"]
         self._memory = threading.local()
@@ -174,7 +176,7 @@ class Filler:
             nowhere: the place of rows that are not served.
             wanted: each chunk, with the places of its kept rows.
         """
-        kinds = self._store.kinds(self._layer, unit)
+        kinds = self._policy.kinds_of(self._store, self._layer, unit)
         try:
             shard = Shard(self._array, self._store.place, unit, self.tuning.scatter_bytes)
         except StoreError:

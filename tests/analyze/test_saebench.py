@@ -13,7 +13,6 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from analyze.study import Definition, Study
 from analyze.subject import Subject
 from data import order
 from data.errors import SettingError, StoreError
-from data.rows.split import held_out_units
+from data.rows.split import Policy, held_out_units
 from harvest.model import ModelConfig
 from harvest.model_folder import EMBEDDED
 from tests.analyze.conftest import LAYER, D, F, K, Made, make_run
@@ -344,7 +343,7 @@ def test_refusals(made: Made) -> None:
         saebench.saebench(replace(study, options={"rows": 0}))
     with pytest.raises(SettingError, match=r"study\.row "):
         saebench.saebench(replace(study, options={"row": 1}))
-    subject = replace(study.subject, policy=SimpleNamespace(kinds=()))
+    subject = replace(study.subject, policy=Policy(drop_tokens=tuple(range(1000))))
     subject.__dict__["moments"] = study.subject.moments
     with pytest.raises(StoreError, match=r"s\.zarr"):
         saebench_metrics.measure(subject, 10**6)

@@ -17,6 +17,8 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from data.markdown import table_lines
+from data.rows import statistics
+from data.rows.split import Policy
 from data.site import RESID_POST
 from train.export.format import About
 from train.sae import SAE
@@ -227,12 +229,7 @@ def _left_out(config: Mapping[str, Any]) -> str:
     policy = value_at(config, "settings.policy")
     if policy is None:
         return ABSENT
-    kinds = []
-    if value_at(policy, "drop_bos"):
-        kinds.append("the first token of each document's piece")
-    if value_at(policy, "drop_outliers"):
-        kinds.append("rows of ten median norms")
-    return ", ".join(kinds) or "none"
+    return statistics.told(Policy.of(policy), value_at(config, "left_out"))
 
 
 def _final(record: Mapping[str, Any]) -> Rows:

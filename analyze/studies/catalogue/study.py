@@ -240,7 +240,7 @@ def _identity(subject: Subject) -> str:
         "k": subject.sae.k,
         "layer": subject.layer,
         "store": subject.store.identity,
-        "policy": vars(subject.policy),
+        "policy": subject.policy.recorded(),
     }
     return durable.digest(json.dumps(follows, sort_keys=True).encode())
 

@@ -54,7 +54,7 @@ class Arm:
                 run=run,
                 name=name,
                 settings=_flat(own_settings),
-                policy=Policy(**settings["policy"]),
+                policy=Policy.of(settings["policy"]),
                 layer=int(settings["layer"]),
                 identity=str(settings["store"]["identity"]),
                 store_path=str(config["store_path"]),

@@ -121,6 +121,7 @@ def _layer(
     policy = Policy(
         drop_bos=any(arm.policy.drop_bos for arm in arms),
         drop_outliers=any(arm.policy.drop_outliers for arm in arms),
+        drop_tokens=tuple(sorted({token for arm in arms for token in arm.policy.drop_tokens})),
     )
     finished = [arm for arm in arms if arm.finished]
     measured = None
@@ -141,8 +142,7 @@ def _layer(
         "layer": arms[0].layer,
         "rows": measured.rows if measured else 0,
         "documents": len(measured.about_mean) if measured else 0,
-        "drop_bos": policy.drop_bos,
-        "drop_outliers": policy.drop_outliers,
+        **policy.recorded(),
         "one_policy": len({arm.policy for arm in arms}) == 1,
         "best": best,
         "not_distinguishable": alike,

@@ -98,6 +98,8 @@ def _basis(layer: dict[str, Any]) -> str:
         dropped.append("BOS")
     if layer["drop_outliers"]:
         dropped.append("outliers")
+    if layer.get("drop_tokens"):
+        dropped.append(f"token ids {', '.join(map(str, layer['drop_tokens']))}")
     without = f" without {' and '.join(dropped)}" if dropped else ""
     basis = (
         f"Measured on {layer['rows']:,} held-out rows{without} of {layer['documents']:,} documents"
