@@ -39,7 +39,7 @@ _CALENDAR = (
 # Where characters that stand for others are taken from: Yi syllables, which have no case, and which
 # Python prints as they are where a template prints a list.
 _STAND_INS = 0xA000
-_PROBE = "abcdefgh"
+_PROBE = "abcdefgh"  # a content that shows which form a template reads
 
 
 class Spellings:
@@ -157,32 +157,35 @@ class ChatTemplate:
     # -- contents in parts -------------------------------------------------------------------------
 
     def _fitted(self, chat: Chat) -> Chat:
-        """The chat with each content in the form that the template reads: text, or text parts."""
+        """The chat with its contents as text, or as text parts if the template reads nothing else.
+
+        Text comes first, since many templates read parts from users alone: of a system message in
+        parts Gemma 4's prints the Python list.
+        """
         messages: list[Message] = []
         for message in chat.messages:
             content = message.get("content")
-            if isinstance(content, list) and not self._readable["parts"]:
+            if isinstance(content, list) and not self._reads_parts_alone:
                 text = "".join(part["text"] for part in content)
                 message = {**message, "content": text}
-            elif isinstance(content, str) and self._readable == {"text": False, "parts": True}:
+            elif isinstance(content, str) and self._reads_parts_alone:
                 message = {**message, "content": [{"type": "text", "text": content}]}
             messages.append(message)
         return Chat(messages, chat.variables)
 
     @cached_property
-    def _readable(self) -> dict[str, bool]:
-        """Whether the template prints contents that are text, and contents in parts."""
-        forms = {"text": _PROBE, "parts": [{"type": "text", "text": _PROBE}]}
-        readable: dict[str, bool] = {}
-        for name, content in forms.items():
-            probe = Chat([{"role": "user", "content": content}], {})
-            try:
-                rendered = self._render(probe, reply=False)
-            except Exception:  # as in `parts`: this template does not read this form
-                rendered = ""
-            # A template for text prints a list as Python or JSON, so with quotation marks.
-            readable[name] = bool(re.search(rf"(?<!['\"]){_PROBE}(?!['\"])", rendered))
-        return readable
+    def _reads_parts_alone(self) -> bool:
+        parts = [{"type": "text", "text": _PROBE}]
+        return self._prints(parts) and not self._prints(_PROBE)
+
+    def _prints(self, content: str | list[dict[str, str]]) -> bool:
+        """Whether the template prints the probe in a user's content."""
+        try:
+            rendered = self._render(Chat([{"role": "user", "content": content}], {}), reply=False)
+        except Exception:  # as in `parts`: the template does not read this form
+            return False
+        # A template for text prints a list as Python or JSON, so with quotation marks.
+        return bool(re.search(rf"(?<!['\"]){_PROBE}(?!['\"])", rendered))
 
     # -- rendering ---------------------------------------------------------------------------------
 

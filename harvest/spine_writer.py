@@ -135,8 +135,9 @@ class SpineProcess:
         return (
             f"the process that reads the text was ended ({how}) behind document "
             f"{cursor.document:,}; what it committed is intact, and the same command goes on. If "
-            "it ends there again, the machine has too little memory for one of the next documents: "
-            "begin another store= with a text in shorter documents"
+            "it ends there again, one of the next documents is more than the machine's memory or "
+            "the tokenizer can take: begin another store= with a text without it, or in shorter "
+            "documents"
         )
 
     def stop(self) -> None:

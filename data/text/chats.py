@@ -24,6 +24,7 @@ VARIABLES = ("tools", "documents", "chat_template_kwargs")
 """Columns beside the messages that reach the template."""
 
 _SHAREGPT = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+_SPEAKERS = ("system", "developer", "user", "human")  # who must say something
 _TEXT_PARTS = ("text", "input_text", "output_text")  # types of a content's parts that are text
 _DEPTH = 64  # of lists and mappings in each other: templates recurse, and Python stops at 1,000
 
@@ -140,8 +141,8 @@ def _message(message: Any, where: str) -> Message:
         if value is not None:
             fields[name] = value
     role, content = (fields.pop(name, None) for name in names)
-    # OpenAI's form has no content beside a call, nor have some data sets beside a thought.
-    silent = content is None and role in ("assistant", "gpt") and any(fields.values())
+    # OpenAI's form has no content beside a call; Gemma 4's has none beside `tool_responses`.
+    silent = content is None and role not in _SPEAKERS and any(fields.values())
     if isinstance(content, list):
         content = [_part(part, where) for part in content]
     if not isinstance(role, str) or not (silent or isinstance(content, str | list)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,10 +38,13 @@ def scan(root: Path, fault: Callable[[Path], str | None]) -> Folder:
     files: list[Path] = []
     others: dict[Path, str] = {}
     read: set[str] = set()  # real paths
+    real_folder = cache(os.path.realpath)
     for found in _walk(root):
         # Files before links, so that a file which a link names too is read under its own name.
         for path in sorted(found, key=lambda path: (path.is_symlink(), path)):
-            real = os.path.realpath(path)
+            real = os.path.join(real_folder(path.parent), path.name)
+            if path.is_symlink():
+                real = os.path.realpath(path)
             why = found[path] or ("read already" if real in read else fault(path))
             if why is None:
                 read.add(real)

@@ -260,6 +260,12 @@ def test_chats_keep_every_field(tmp_path: Path) -> None:
         {"role": "assistant", "content": "19", "reasoning_content": "hm"},
     ]
     assert characters(chat) > characters([asked | {"unknown": ""}])
+    long = [{"role": "tool", "content": None, "tool_responses": [{"response": "9" * 5000}]}]
+    data = lines([{"m": long}]).replace(b'"' + b"9" * 5000 + b'"', b"9" * 5000)
+    (tmp_path / "b.jsonl").write_bytes(data)
+    assert contents(FileText(tmp_path / "b.jsonl", messages="m")) == [
+        [{"role": "tool", "tool_responses": [{"response": "9" * 5000}]}]
+    ]
 
 
 def test_parts_of_a_content(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ LOOP = "{% for p in m.content %}{% if p.type == 'text' %}({{ p.text }}){% endif 
         ("{% for m in messages %}[{{ m.content | trim }}]{% endfor %}", "[a<b]", "[a<bc]"),
         ("{% for m in messages %}{{ m.content | tojson }}{% endfor %}", '"a<b"', '"a<bc"'),
         ("{% for m in messages %}{{ '[' + m.content + ']' }}{% endfor %}", "[a<b]", "[a<bc]"),
-        (f"{BOTH}{LOOP}{{% endif %}}{{% endfor %}}", "[a<b]", "(a<b)(c)"),
+        (f"{BOTH}{LOOP}{{% endif %}}{{% endfor %}}", "[a<b]", "[a<bc]"),
         (f"{{% for m in messages %}}{LOOP}{{% endfor %}}", "(a<b)", "(a<b)(c)"),
     ],
 )
