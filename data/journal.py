@@ -132,7 +132,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """A span of time for people: 48s, 3m07s, 5h02m."""
+    """A span of time for people: 48s, 3m07s, 5h02m, 11d14h."""
     if not math.isfinite(seconds):
         return "?"
     whole = round(seconds)
@@ -140,7 +140,9 @@ def duration(seconds: float) -> str:
         return f"{whole}s"
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    if whole < 100 * 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86_400}d{whole % 86_400 // 3600:02d}h"
 
 
 def size(count: float) -> str:

@@ -61,6 +61,7 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
     source = source_of(settings["text"], config.seed)
     planned = checked_plan(config, model, source, action, force=force)
     if action == "run":
+        tell(f"loading {model.path} onto {model.device}, its digest taken meanwhile")
         harvest(config, load(model), source)
     elif probing:
         tell("probe: loading the model, then timing a few batches")
@@ -93,7 +94,8 @@ def checked_plan(
     if source.chats:
         described.require_template()
     require_same_so_far(place_of(config.store), config, described, source)
-    require_usable(files, planned.model.kept, model.path)
+    if not described.quantised:
+        require_usable(files, planned.model.kept, model.path)
     require_fit(planned, config.store, force=force)
     return planned
 

@@ -43,6 +43,11 @@ class Description:
         """Positions of the model; None: any number."""
         return getattr(self.text, "max_position_embeddings", None) or None
 
+    @property
+    def quantised(self) -> bool:
+        """Whether config.json declares how to read weights of fewer bits."""
+        return getattr(self.whole, "quantization_config", None) is not None
+
     def require_template(self) -> None:
         """Raise SettingError if the model has no chat template."""
         assert self.tokenizer.template_digest

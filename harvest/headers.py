@@ -65,19 +65,20 @@ def stored(path: str, folder: Path, deepest: int) -> Stored:
 
 
 def require_usable(files: Stored, wanted: int, path: str) -> None:
-    """Check that the files can hold the weights of a decoder.
+    """Check that the files can hold the weights of a decoder that is not declared as quantised.
 
     Args:
         wanted: numbers in the decoder's parameters up to the deepest layer.
 
     Raises:
-        SettingError: the weights are quantised, or a good part of them is missing.
+        SettingError: the weights are of types that nothing declares, or a good part is missing.
     """
     odd = {dtype: count for dtype, count in files.numbers.items() if dtype not in _PLAIN}
     if sum(odd.values()) > files.total / 2:
         raise SettingError(
-            f"model.path={path} stores its weights as {', '.join(sorted(odd))}: quantised models "
-            "are not harvested; take the model that it was made from, in bfloat16 or float32"
+            f"model.path={path} stores its weights as {', '.join(sorted(odd))}, and its "
+            "config.json has no quantization_config to read them by; take the model that it was "
+            "made from, in bfloat16 or float32"
         )
     if files.total < _LEAST * wanted:
         raise SettingError(

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from conf.command import run_command
 from data.errors import SettingError, StoreError
-from data.journal import size
+from data.journal import duration, size
 from data.store import default
 from data.store.store import Store
 from data.store.unit import prepare
@@ -313,3 +313,8 @@ def test_a_model_that_does_not_fit_in_memory_is_refused(harvested: Path) -> None
 
 def test_sizes_are_printed_in_powers_of_ten() -> None:
     assert [size(n) for n in (0, 999, 1000, 5.12e12)] == ["0 B", "999 B", "1 kB", "5.12 TB"]
+
+
+def test_spans_of_time_are_printed_in_two_units() -> None:
+    spans = (48, 187, 18_120, 359_999, 1_000_000)
+    assert [duration(span) for span in spans] == ["48s", "3m07s", "5h02m", "99h59m", "11d13h"]

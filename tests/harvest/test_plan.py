@@ -61,7 +61,7 @@ def test_a_plan_names_disk_memory_and_hours_before_it_refuses(
         (["model.path={folder}/dumb"], "tokenizer"),
         (["model.path={folder}/lost"], f"{SINGLE}.*{INDEX}"),
         (["model.path={folder}/half"], "incomplete"),
-        (["model.path={folder}/quantised"], "I8.*quantised"),
+        (["model.path={folder}/quantised"], "I8.*quantization_config"),
         (["model.path={folder}/damaged"], f"{SINGLE} is damaged"),
         (["force=perhaps"], "force=perhaps "),
         (["probe=1"], "probe=1 "),
