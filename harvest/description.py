@@ -31,7 +31,8 @@ class Description:
         """
         folder = described(config.path, config.revision)
         whole = read_config(folder)
-        return cls(config, folder, whole, Tokenizer.load(folder))
+        vocabulary = whole.get_text_config().vocab_size
+        return cls(config, folder, whole, Tokenizer.load(folder, vocabulary))
 
     @property
     def text(self) -> Any:

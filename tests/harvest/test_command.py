@@ -66,6 +66,7 @@ def test_settings_become_the_configuration() -> None:
     assert (config.layers, config.tokens, config.context) == ((21, 27), 10**9, 1024)
     assert (config.unit_tokens, config.chunk_rows) == (65_536, 1024)
     assert harvest_config(settings("layer=3")).layers == (3,)
+    assert harvest_config(settings("layer=3", "text.bad=skip")).faults.bad == "skip"
     assert harvest_config(settings("model=tiny")).layers == (5, 8)
     assert harvest_config(settings()).store == "activations/gemma-4-E4B_fineweb_edu.zarr"
     assert harvest_config(settings()).store == default.HARVESTED  # which training looks for
@@ -198,6 +199,7 @@ def test_verify_catches_rows_of_another_model(harvested: Path, tmp_path: Path) -
         (["text.path=/no/such/file"], "text.path=/no/such/file "),
         (["device=cuda"], "device=cuda "),
         (["oom=shrug"], "oom=shrug .*stop or halve"),
+        (["text.bad=shrug"], "text.bad=shrug .*stop or skip"),
         (["non_finite=-1"], "non_finite=-1 .* 0"),
         (["store=ftp://x/y"], "store=ftp://x/y "),
     ],

@@ -359,6 +359,23 @@ def test_a_text_that_raises_in_the_middle_goes_on_where_it_was(root: Path, tmp_p
     assert tree(tmp_path / "s.zarr") == tree(whole.name)
 
 
+def test_a_document_that_cannot_be_stored_ends_a_harvest_that_goes_on_without_it(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f'{{"text": "{n}"}}' for n in range(250)]
+    lines[100] = r'{"text": "cut \ud83d in two"}'
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+    target, source = config(tmp_path / "s.zarr"), FileText(tmp_path / "lines.jsonl")
+    with pytest.raises(StoreError, match=r"lines.jsonl line 101.*text.bad=skip"):
+        harvest(target, open_model(root), source)
+    capsys.readouterr()
+    skipping = replace(target, faults=Faults(bad="skip"))
+    store = harvest(skipping, open_model(root), source)
+    assert "text.bad=skip: 1 not Unicode" in capsys.readouterr().err
+    numbers = {int(number) for unit in range(store.units) for number in store.document(unit).flat}
+    assert 100 not in numbers and {99, 101} <= numbers
+
+
 def test_a_parent_that_left_is_told_nothing(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
