@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from harvest.model import LanguageModel, final_norm
+from harvest.model import LanguageModel
 
 BLOCK_BYTES = 1 << 28  # of products held at a time
 VOCABULARY_BLOCK = 16_384  # ids whose unembeddings are float32 at a time: 168 MB at d = 2560
@@ -95,7 +95,7 @@ def logits(
             (F, count) each.
     """
     head = lm.causal.get_output_embeddings()
-    norm = final_norm(lm.decoder)
+    norm = lm.final_norm
     device = head.weight.device
     directions = W_dec.to(device).float()
     if isinstance(norm, nn.LayerNorm):

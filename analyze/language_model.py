@@ -11,7 +11,7 @@ in float32, from matrix products of other shapes).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import PipelineError
-from harvest.model import LanguageModel, final_norm
-from harvest.site import tap
+from harvest.model import LanguageModel
+from harvest.site import DeepestReached, tap
 
 # Tokens of a batch of texts, padding included. With all 42 layers of Gemma 4 E4B kept in bfloat16
 # they are 0.9 GB of residuals.
@@ -82,7 +82,7 @@ def residuals(
             rows are views that the next pass does not overwrite.
     """
     for numbers, ids in batches(sequences, tokens):
-        with tap(lm.blocks, layers) as taken:
+        with tap(lm.blocks, layers, ends=True) as taken, suppress(DeepestReached):
             lm.decoder(input_ids=ids.to(lm.config.device), use_cache=False)
         for row, number in enumerate(numbers):
             length = len(sequences[number])
@@ -113,7 +113,9 @@ def edited(block: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator[None]
     """
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+        if isinstance(output, tuple | list):
+            return type(output)([edit(output[0]), *output[1:]])
+        return edit(output)
 
     handle = block.register_forward_hook(hook)
     try:
@@ -139,7 +141,7 @@ def unembedded(lm: LanguageModel, states: Tensor, *, normed: bool = False) -> Te
     """
     head = lm.causal.get_output_embeddings()
     states = states.to(head.weight.dtype)
-    output: Tensor = head(states if normed else final_norm(lm.decoder)(states)).float()
+    output: Tensor = head(states if normed else lm.final_norm(states)).float()
     cap = getattr(lm.causal.config.get_text_config(), "final_logit_softcapping", None)
     return output if cap is None else cap * torch.tanh(output / cap)
 

@@ -90,9 +90,8 @@ class DenseReward:
         sae = sae_file.load(run / sae_file.FILE, model.device)
         path = features or run / FOLDER / "contrast" / f"contrastive_features_L{layer}.json"
         weights = _weights(path, layer, sae.d_sae)
-        lm = language_model.load(model)
+        lm = language_model.load(model, deepest=layer)
         _require_same_model(path, lm)
-        lm.truncate_(layer)
         return cls(lm, sae, layer, weights)
 
     def token_rewards(

@@ -51,7 +51,7 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
     model = model_config(settings["model"], settings["device"])
     if action == "verify":
         require_store(place)  # before the minutes that a model may take to load
-        print(verify(place, load(model)))
+        print(verify(place, lambda deepest: load(model, deepest=deepest)))
         return
 
     # What needs room for a store. No weight is read before a plan is made that fits.
@@ -60,12 +60,15 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
     manifest.require_free(place)
     source = source_of(settings["text"], config.seed)
     planned = checked_plan(config, model, source, action, force=force)
-    if action == "run":
-        tell(f"loading {model.path} onto {model.device}, its digest taken meanwhile")
-        harvest(config, load(model), source)
-    elif probing:
-        tell("probe: loading the model, then timing a few batches")
-        print(planned.hours(probe(load(model), config), config.world, "(measured)"))
+    if action == "plan" and not probing:
+        return
+    purpose = "; a few batches are timed then" if action == "plan" else ""
+    tell(f"loading {model.path} onto {model.device}, its digest taken meanwhile{purpose}")
+    lm = load(model, deepest=max(config.layers))
+    if action == "plan":
+        print(planned.hours(probe(lm, config), config.world, "(measured)"))
+    else:
+        harvest(config, lm, source)
 
 
 def checked_plan(

@@ -13,7 +13,6 @@ Shapes: B rows, T context, d d_model.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from torch import nn
 
 from data.errors import SettingError
-from harvest.model import find_blocks, narrow_per_layer_inputs_
+from harvest.decoder import find_blocks, meta_decoder, narrow_per_layer_inputs_
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,12 @@ def cost(config: Any, layers: Sequence[int], dtype: str, batch: int, context: in
     """
     text = config.get_text_config()
     deepest = max(layers)
-    if deepest >= text.num_hidden_layers:
+    decoder = meta_decoder(text)
+    blocks = find_blocks(decoder)
+    if deepest >= len(blocks):
         raise SettingError(
-            f"layer={deepest} is out of range: there are layers 0 to {text.num_hidden_layers - 1}"
+            f"layer={deepest} is out of range: there are layers 0 to {len(blocks) - 1}"
         )
-    decoder = _on_meta(text)
-    blocks = find_blocks(decoder, text.num_hidden_layers)
     parameters = _parameters(decoder)
     del blocks[deepest + 1 :]
     narrow_per_layer_inputs_(decoder, len(blocks))
@@ -76,15 +75,6 @@ def cost(config: Any, layers: Sequence[int], dtype: str, batch: int, context: in
         matmul_flop=_matmul_flop(decoder, text),
         attention_flop=sum(_attention_flop(block, text, context) for block in blocks),
     )
-
-
-def _on_meta(text: Any) -> nn.Module:
-    """The decoder without memory."""
-    from transformers import AutoModel
-
-    with torch.device("meta"):
-        decoder: nn.Module = AutoModel.from_config(copy.deepcopy(text), trust_remote_code=False)
-    return decoder
 
 
 def _parameters(decoder: nn.Module) -> int:

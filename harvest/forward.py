@@ -5,7 +5,9 @@ Shapes: B rows, T context, d d_model; b rows and t positions of one pass; n rows
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from data.store.store import Store
 from data.store.unit import Prepared, prepare
 from harvest.isolation import Inputs, Mask, attention_mask, forward_inputs
 from harvest.model import LanguageModel
-from harvest.site import tap
+from harvest.site import DeepestReached, tap
 
 
 def unit_residuals(
@@ -66,10 +68,13 @@ def batch_residuals(
     """
     if out is None:
         out = empty_residuals(lm, sum(inputs.tokens for inputs in passes), layers)
-    with tap(lm.blocks, layers, lm.site) as taken:
+    with tap(lm.blocks, layers, lm.site, ends=True) as taken:
         for inputs in passes:
             here = upload(inputs, lm.config.device)
-            forward(lm, here, attention_mask(lm.decoder.config, here.positions))
+            mask = None
+            if lm.isolation != "alone":
+                mask = attention_mask(lm.decoder.config, here.positions)
+            forward(lm, here, mask)
             for layer in layers:
                 scatter(taken.pop(layer), here, out[layer])
     return out
@@ -95,19 +100,20 @@ def upload(inputs: Inputs, device: str) -> Inputs:
     return Inputs(*map(moved, inputs))
 
 
-def forward(lm: LanguageModel, inputs: Inputs, mask: Mask = None, **options: Any) -> Any:
-    """The decoder's output for a pass on its device.
+def forward(lm: LanguageModel, inputs: Inputs, mask: Mask = None) -> None:
+    """Run a pass on its device; a tap may end it.
 
-    Without `mask`, transformers finds pieces by their positions.
+    Without `mask`, transformers finds pieces by their positions. A decoder is told only what its
+    forward takes: some take no positions (Bloom, Mamba).
     """
-    with torch.inference_mode():
-        return lm.decoder(
-            input_ids=inputs.ids,
-            position_ids=inputs.positions,
-            attention_mask=mask,
-            use_cache=False,
-            **options,
-        )
+    told = {"position_ids": inputs.positions, "attention_mask": mask}
+    taken = inspect.signature(lm.decoder.forward).parameters
+    options: dict[str, Any] = {"use_cache": False}
+    for name, value in told.items():
+        if name in taken and value is not None:
+            options[name] = value
+    with torch.inference_mode(), suppress(DeepestReached):
+        lm.decoder(input_ids=inputs.ids, **options)
 
 
 def scatter(states: torch.Tensor, inputs: Inputs, out: torch.Tensor) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.errors import SettingError, first_line
-from harvest.hub_model import asked_of_hub, is_local, needed
-from harvest.weight_files import INDEX, SINGLE, is_tower
+from harvest.hub_model import asked_of_hub, is_local
+from harvest.weight_files import INDEX, SINGLE, is_tower, needed
 
 # As the file format names the types that decoders are trained and published in.
 _PLAIN = ("F64", "F32", "F16", "BF16")

@@ -16,7 +16,7 @@ from data.errors import SettingError
 from data.journal import size, tell
 from data.tiny.embedded import MODEL_DIR
 from harvest.model_folder import EMBEDDED
-from harvest.weight_files import INDEX, SINGLE, shards
+from harvest.weight_files import INDEX, SINGLE, needed
 
 # What configurations, tokenizers and chat templates are read from: never weights, never code.
 _DESCRIPTION = [
@@ -81,16 +81,6 @@ def complete(path: str, revision: str) -> ModelFiles:
     if not all((folder / name).is_file() for name in names):
         names = asked_of_hub(path, lambda: _download_weights(path, folder))
     return ModelFiles(folder, [folder / name for name in names])
-
-
-def needed(folder: Path) -> list[str]:
-    """The names of a hub model's weight files: the shards of its index, or the single file.
-
-    Args:
-        folder: what `described` gave.
-    """
-    index = folder / INDEX
-    return shards(index) if index.is_file() and not (folder / SINGLE).is_file() else [SINGLE]
 
 
 # -- the hub ---------------------------------------------------------------------------------------

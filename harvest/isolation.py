@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-Isolation = Literal["packed", "padded"]
+# packed: pieces share a row; positions and masks keep them apart. padded: each piece has a row of
+# its own, padded on the right. alone: each piece is a pass of its own, as the model would run it.
+Isolation = Literal["packed", "padded", "alone"]
 Mask = torch.Tensor | dict[str, torch.Tensor | None] | None
 # Fixed cost of a pass, in tokens. With it, padding adds 5 to 11 % at 16 rows
 # of 1,024 in 5 to 10 passes. Filling each pass to the batch's size (2 or 3 passes) added 27 to
@@ -43,7 +45,7 @@ def forward_inputs(
     """The forward passes for a (B, T) batch whose pieces begin where `starts` is true.
 
     A pure function. `packed` is one pass, in which positions tell pieces apart; `padded` gives each
-    piece a row of its own.
+    piece a row of its own, `alone` a pass of its own.
     """
     ids = torch.from_numpy(tokens.astype(np.int64))
     begins = np.flatnonzero(starts)
@@ -51,8 +53,13 @@ def forward_inputs(
     if isolation == "packed":
         positions = np.arange(tokens.size) - np.repeat(begins, lengths)
         return [Inputs(ids, torch.from_numpy(positions.reshape(tokens.shape)), None, None)]
+    if isolation == "padded":
+        partition = groups(lengths, tokens.size)
+    else:
+        longest_first = np.argsort(-lengths, kind="stable")
+        partition = [longest_first[i : i + 1] for i in range(len(lengths))]
     passes: list[Inputs] = []
-    for group in groups(lengths, tokens.size):
+    for group in partition:
         passes.append(_padded(ids.flatten(), begins[group], lengths[group]))
     return passes
 
@@ -92,7 +99,10 @@ def groups(
 
 
 def _padded(ids: torch.Tensor, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> Inputs:
-    """Single pieces, padded on the right: causal attention never sees padding, so no mask."""
+    """Single pieces, padded on the right: causal attention never sees padding, so no mask.
+
+    A group of one piece has no padding.
+    """
     reach = np.arange(lengths.max())[None, :]
     valid = reach < lengths[:, None]
     source = torch.from_numpy(np.where(valid, starts[:, None] + reach, 0))
@@ -106,24 +116,25 @@ def attention_mask(config: Any, positions: torch.Tensor | None) -> Mask:
     Left to itself, transformers reads the positions' values to find out whether rows are packed. So
     it waits for the device once per kind of mask in every pass. Its decoders take a boolean (b, 1,
     t, t) mask as it is, or one per kind of layer. True is "seen": in the same piece, not later, and
-    within the window.
+    within the window. Families without SDPA (gpt-oss) add the mask to their scores instead.
 
     SDPA with this mask was chosen over FlashAttention's variable lengths, which end at head widths
     of 256 (Gemma 4 has 512), and over FlexAttention, which needs compilation, so that its bits
     depend on the compiler's choices.
 
     Returns:
-        None where transformers must decide by itself: attention other than SDPA, or layers of an
+        None where transformers must decide by itself: another kind of attention, or layers of an
             unknown kind.
     """
     kinds = set(getattr(config, "layer_types", None) or ())
     if positions is None:
         # Single pieces. A missing mask means causal; that is wrong only for windows and for kinds
         # we do not know.
-        known = kinds and kinds <= {"full_attention", "linear_attention"}
+        known = "full_attention" in kinds and kinds <= {"full_attention", "linear_attention"}
         return dict.fromkeys(kinds) if known else None
+    implementation = config._attn_implementation
     if (
-        config._attn_implementation != "sdpa"
+        implementation not in ("sdpa", "eager")
         or not kinds <= {"full_attention", "sliding_attention"}
         or getattr(config, "attention_chunk_size", None) is not None
     ):
@@ -134,6 +145,16 @@ def attention_mask(config: Any, positions: torch.Tensor | None) -> Mask:
     back = index[:, None] - index[None, :]
     seen = ((piece[:, :, None] == piece[:, None, :]) & (back >= 0))[:, None]
     near = seen if window is None else seen & (back < window)
+    if implementation == "eager":
+        seen = _added(seen, config.dtype)
+        near = _added(near, config.dtype)
     if not kinds:
         return near
     return {kind: seen if kind == "full_attention" else near for kind in kinds}
+
+
+def _added(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask as eager attention adds it to scores: 0 where seen, else the least number."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
+        ~seen, torch.finfo(dtype).min
+    )

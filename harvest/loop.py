@@ -20,7 +20,8 @@ from data.journal import Progress, duration, size, tell
 from data.rows import summary
 from data.store import codec, retention, ring
 from data.store.claims import METADATA, Claims, unit_claim
-from data.store.manifest import agree
+from data.store.manifest import agree, exists
+from data.store.manifest import read as read_manifest
 from data.store.place import place_of
 from data.store.retention import KeepAll
 from data.store.ring import Ring
@@ -28,13 +29,14 @@ from data.store.store import Store
 from data.text.documents import TextSource
 from harvest.config import Faults, HarvestConfig, check_layers
 from harvest.forward import unit_residuals
+from harvest.isolation import Isolation
 from harvest.model import LanguageModel
-from harvest.model_folder import is_out_of_memory
 from harvest.others import Others
 from harvest.provenance import manifest_of
 from harvest.selfcheck import check, choose_isolation
 from harvest.site import SITES
 from harvest.spine import Spine, tell_end
+from harvest.weights import is_out_of_memory
 from harvest.writer import Writer
 
 
@@ -48,12 +50,14 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Sto
     """
     layers = config.layers
     check_layers(config, lm)
-    lm.isolation = choose_isolation(lm)
+    place = place_of(config.store)
     lm.site = SITES[config.site]
+    lm.truncate_(max(layers))
+    begun: Isolation = read_manifest(place)["isolation"] if exists(place) else "packed"
+    lm.isolation = choose_isolation(lm, layers, config.context, begun)
 
     # Check the manifest before the claims file is created: the folder may be no store. Check it
     # again under the claims: another start may have replaced a manifest without commits.
-    place = place_of(config.store)
     manifest = manifest_of(config, lm, source)
     agree(place, manifest)
     with closing(place.claims(config.rank, config.world)) as claims, StopRequest() as stop:
@@ -68,7 +72,7 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Sto
             else:
                 spine.wait_for(unit=0)
 
-            # Check the model before its first row, and recompute a committed unit.
+            # Recompute a committed unit.
             check(store, lm, layers)
             committed = store.units - len(store.missing(layers))
             if committed:

@@ -15,18 +15,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from data.errors import PipelineError, SettingError
+from data.errors import SettingError
+from harvest.decoder import cut_, find_blocks, find_final_norm
 from harvest.hub_model import complete
 from harvest.isolation import Isolation
-from harvest.model_folder import (
-    EMBEDDED,
-    config_digest,
-    load_decoder,
-    read_config,
-    weights_digest,
-)
+from harvest.model_folder import EMBEDDED, config_digest, read_config, weights_digest
 from harvest.site import RESID_POST, Site
 from harvest.tokens import Tokenizer
+from harvest.weights import load_cut, load_with_head
 
 
 @dataclass(frozen=True)
@@ -49,35 +45,41 @@ class LanguageModel:
 
     config: ModelConfig
     decoder: nn.Module
-    blocks: nn.ModuleList  # the decoder's layers; all of them until it is truncated
+    blocks: nn.ModuleList  # all of the decoder's layers; those above `deepest` have no weights
     tokenizer: Tokenizer
     d_model: int
     vocabulary: int  # token ids
     n_layers: int  # of the whole model
+    deepest: int  # the last layer that has its weights
     max_context: int  # tokens
     identity: dict[str, Any]  # the model's entry in the manifest
     isolation: Isolation = "packed"
     site: Site = RESID_POST  # where in a layer rows are taken
     causal: Any = None  # transformers' model of decoder and head, where the head was asked for
+    # The norm between the last layer and the head, where the head was asked for; nn.Identity in
+    # families without one.
+    final_norm: Any = None
 
     def truncate_(self, deepest: int) -> None:
-        """Drop every layer above `deepest` and what only these read, and free the memory.
-
-        Loading fewer layers would not do: the whole model's configuration decides which of the
-        layers that stay share keys and values, and where the attention pattern ends.
-        """
-        del self.blocks[deepest + 1 :]
-        narrow_per_layer_inputs_(self.decoder, len(self.blocks))
+        """Free what only layers above `deepest` use. No forward pass may go further."""
+        if deepest >= self.deepest:
+            return
+        cut_(self.decoder, self.blocks, deepest)
+        self.deepest = deepest
         gc.collect()  # modules form reference cycles, and hold GBs
         if self.config.device.startswith("cuda"):
             torch.cuda.empty_cache()
 
 
-def load(config: ModelConfig, *, head: bool = False) -> LanguageModel:
-    """Load the whole text decoder in its own dtype, straight onto its device.
+def load(config: ModelConfig, *, deepest: int | None = None, head: bool = False) -> LanguageModel:
+    """Load a text decoder in its own dtype, straight onto its device.
 
     Vision and audio towers are neither built nor read, nor is the language-model head unless
     `head`. The digest of the weights is taken while they load.
+
+    Args:
+        deepest: the last layer that is wanted, from 0 on; None: all. What lies above takes no
+            memory.
 
     Raises:
         SettingError: the folder holds no complete causal language model with a tokenizer that has a
@@ -88,8 +90,12 @@ def load(config: ModelConfig, *, head: bool = False) -> LanguageModel:
     tokenizer = Tokenizer.load(folder, whole.get_text_config().vocab_size)
     with ThreadPoolExecutor(1, thread_name_prefix="digest") as pool:
         digest = pool.submit(weights_digest, weights)
-        loaded: Any = load_decoder(folder, whole, config.dtype, config.device, head=head)
+        if head:
+            loaded: Any = load_with_head(folder, whole, config.dtype, config.device)
+        else:
+            loaded = load_cut(folder, whole, config.dtype, config.device, deepest)
     decoder = loaded.get_decoder() if head else loaded
+    blocks = find_blocks(decoder)
     text: Any = decoder.config
     identity = {
         "id": recorded_name(config.path, folder),
@@ -101,19 +107,21 @@ def load(config: ModelConfig, *, head: bool = False) -> LanguageModel:
         "bos": tokenizer.bos,
         "dtype": config.dtype,
         "d_model": text.hidden_size,
-        "n_layers": text.num_hidden_layers,
+        "n_layers": len(blocks),
     }
     return LanguageModel(
         config=config,
         decoder=decoder,
-        blocks=find_blocks(decoder, text.num_hidden_layers),
+        blocks=blocks,
         tokenizer=tokenizer,
         d_model=text.hidden_size,
         vocabulary=text.vocab_size,
-        n_layers=text.num_hidden_layers,
+        n_layers=len(blocks),
+        deepest=len(blocks) - 1 if deepest is None else deepest,
         max_context=getattr(text, "max_position_embeddings", None) or 2**31,
         identity=identity,
         causal=loaded if head else None,
+        final_norm=find_final_norm(decoder, blocks) if head else None,
     )
 
 
@@ -122,62 +130,3 @@ def recorded_name(path: str, folder: Path) -> str:
     if path == EMBEDDED:
         return "tiny"
     return folder.name if folder == Path(path) else path
-
-
-# -- parts of a decoder ----------------------------------------------------------------------------
-
-
-def find_blocks(decoder: nn.Module, n_layers: int) -> nn.ModuleList:
-    """The decoder's own list of layers: `layers` in most families, `h` in GPT-2's."""
-    for child in decoder.children():
-        if isinstance(child, nn.ModuleList) and len(child) == n_layers:
-            return child
-    raise SettingError(
-        f"{type(decoder).__name__} has no list of {n_layers} layers to take residuals from"
-    )
-
-
-def final_norm(decoder: nn.Module) -> nn.Module:
-    """The norm between the last layer and the head, by the names that families give it."""
-    for name in ("norm", "ln_f", "final_layernorm", "final_layer_norm"):
-        norm = getattr(decoder, name, None)
-        if isinstance(norm, nn.Module):
-            return norm
-    raise PipelineError(f"{type(decoder).__name__} has no final norm by a known name")
-
-
-def narrow_per_layer_inputs_(decoder: nn.Module, layers: int) -> None:
-    """Keep the per-layer token inputs of the first `layers` only (Gemma 4); else do nothing.
-
-    Their table is (vocabulary, layers * width): 5.6 GB in Gemma 4 E4B, 3.8 GB of it to layer 27.
-    """
-    table = getattr(decoder, "embed_tokens_per_layer", None)
-    if table is None:
-        return
-    config: Any = decoder.config
-    projection: Any = decoder.per_layer_model_projection
-    width = layers * config.hidden_size_per_layer_input
-    kept = table.weight[:, :width].clone()  # a view would keep all of it in memory
-    table.weight = nn.Parameter(kept, requires_grad=False)
-    table.embedding_dim = width
-    decoder.per_layer_model_projection = _Leading(projection, width)
-    config.num_hidden_layers = layers  # the decoder shapes both by it
-
-
-class _Leading(nn.Module):
-    """The first `width` outputs of `whole`, computed with all of them.
-
-    A product of fewer columns may get another kernel, which rounds its sums otherwise. Then a
-    layer's rows would depend on where the model was cut. All columns cost 0.3 % of E4B's forward to
-    layer 27.
-    """
-
-    def __init__(self, whole: nn.Module, width: int) -> None:
-        super().__init__()
-        self.whole = whole
-        self.width = width
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """(b, t, d) to (b, t, width)."""
-        outputs: torch.Tensor = self.whole(states)
-        return outputs[..., : self.width]

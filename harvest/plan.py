@@ -253,7 +253,6 @@ def guess(planned: Plan, dtype: str) -> float:
 def probe(lm: LanguageModel, config: HarvestConfig) -> float:
     """Tokens/s of the forward pass to the deepest layer, on random tokens in single pieces."""
     check_layers(config, lm)
-    lm.truncate_(max(config.layers))
     shape = (config.batch, config.context)
     tokens = np.random.default_rng(0).integers(0, lm.vocabulary, shape, dtype=np.uint32)
     starts = np.zeros(shape, np.bool_)

@@ -1,51 +1,58 @@
-"""Checks at every start: documents stay apart, truncation changes nothing, stored bits recur."""
+"""Checks at every start: documents stay apart, rows are the model's, stored bits recur.
+
+The measure is each piece run alone, as transformers runs it when it is told nothing but the ids.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from data.errors import PipelineError, StoreError
+from data.errors import PipelineError, SettingError, StoreError, first_line
+from data.journal import tell
 from data.store import retention
 from data.store.store import Store
-from harvest.forward import (
-    batch_residuals,
-    empty_residuals,
-    forward,
-    prepared,
-    scatter,
-    unit_residuals,
-    upload,
-)
-from harvest.isolation import Inputs, Isolation, attention_mask, forward_inputs
-from harvest.model import LanguageModel, final_norm
-from harvest.site import tap
+from harvest.forward import batch_residuals, prepared, scatter, unit_residuals, upload
+from harvest.isolation import Isolation, forward_inputs
+from harvest.model import LanguageModel
+from harvest.precise import in_float32
+from harvest.site import DeepestReached, tap
+from harvest.weights import is_out_of_memory
 
-# bf16 keeps 8 bits: one rounding is 2^-9 relative. Truncation changes no kernel, so 2^-7 is
-# generous.
-_ROUNDING = 2.0**-7
-# A packed piece against the same piece alone. Random networks showed 3 % of bf16 noise; ignored
-# masks give more than 30 %.
-_SAME_PIECE = 0.15
-# The same piece beside two different ones. Masked attention adds exactly 0; other kernels may
-# round the last bits.
-_SAME_NEIGHBOUR = 1e-4
-# The reference keeps hidden states of all layers: 0.44 GB at 43 x 2 x 1,024 x 2,560 in bfloat16.
-_CHECKED_ROWS = 2
+# Largest error of a row against its piece alone, both in float32. One rounding of a stored value
+# is 2^-8 (bfloat16). Ways that are right stay below 2^-13 in every family that was tried; ignored
+# masks, positions and neighbours give more than 2^-6.
+SAME_ROW = 2.0**-10
+# Length of the first piece of the tried rows: odd, so that no chunk of a recurrent layer ends with
+# it, and below every window that is in use.
+_FIRST_TOKENS = 23
+
+
+class Trial(NamedTuple):
+    """A batch that is run in every way: two rows of two pieces each."""
+
+    tokens: NDArray[np.uint32]  # (2, T)
+    starts: NDArray[np.bool_]  # (2, T)
+    neighbour: NDArray[np.uint32]  # (2, T) other tokens in the first piece of each row
+
+    @property
+    def kept(self) -> NDArray[np.bool_]:
+        """(2 * T,) the tokens of each row's second piece, which `neighbour` leaves as they are."""
+        kept: NDArray[np.bool_] = (self.starts.cumsum(1) > 1).ravel()
+        return kept
 
 
 def check(store: Store, lm: LanguageModel, layers: Sequence[int]) -> None:
-    """Truncate the model, checked against the whole one, and recompute one committed unit if any.
+    """Recompute one committed unit of the store, if there is any.
 
     Raises:
-        PipelineError: the truncated model gives other residuals than the whole one.
         StoreError: the recomputed unit has other bits than the stored one.
     """
-    rows = slice(0, _CHECKED_ROWS)
-    passes = forward_inputs(store.tokens(0)[rows], store.piece_starts(0)[rows], lm.isolation)
-    truncate_checked_(lm, passes, layers)
     have = {layer: store.committed(layer) for layer in layers}
     some = np.flatnonzero(np.any(list(have.values()), axis=0)).tolist()
     kept = retention.read(store.place)  # others may be freed while this one is recomputed
@@ -54,83 +61,212 @@ def check(store: Store, lm: LanguageModel, layers: Sequence[int]) -> None:
         require_same(store, lm, unit, [layer for layer in layers if have[layer][unit]])
 
 
-def choose_isolation(lm: LanguageModel) -> Isolation:
-    """How documents in one packed row stay apart in this architecture, found by trying.
+def choose_isolation(
+    lm: LanguageModel, layers: Sequence[int], context: int, first: Isolation = "packed"
+) -> Isolation:
+    """How pieces stay apart in this model, found by trying: the fastest way whose rows are right.
 
-    Two pieces share a row. `packed` is right if changing the first leaves the second's last
-    residuals as they were (masked attention adds exactly 0), and if the second equals itself run
-    alone, where positions start at 0. Linear attention fails the first test and gets `padded`.
-    """
-    generator = torch.Generator().manual_seed(0)
-    length = min(24, lm.max_context // 2)
-    first, other, second = torch.randint(lm.vocabulary, (3, 1, length), generator=generator)
-    positions = torch.arange(length).repeat(2)[None]
-    layer = len(lm.blocks) - 1
+    A way is right if every row of `layers` is that of its piece alone, and if other tokens in a
+    neighbour change nothing. Both are judged in float32 (harvest/precise.py). The pieces are as
+    long as the context allows, so that they cross the thresholds in the model's configuration:
+    windows, chunks, the first length of `longrope`.
 
-    def last_piece(ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-        inputs = upload(Inputs(ids, positions, None, None), lm.config.device)
-        with tap(lm.blocks, [layer]) as taken:
-            forward(lm, inputs, attention_mask(lm.decoder.config, inputs.positions))
-        return taken[layer][:, -length:].float()
-
-    beside_first = last_piece(torch.cat([first, second], 1), positions)
-    beside_other = last_piece(torch.cat([other, second], 1), positions)
-    alone = last_piece(second, None)
-    unmoved = _distance(beside_first, beside_other) <= _SAME_NEIGHBOUR
-    same = _distance(beside_first, alone) <= _SAME_PIECE
-    return "packed" if unmoved and same else "padded"
-
-
-def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
-
-
-def truncate_checked_(lm: LanguageModel, passes: Sequence[Inputs], layers: Sequence[int]) -> None:
-    """Truncate to the deepest of `layers`, and compare with the whole model's residuals.
-
-    The reference is transformers' own `output_hidden_states` of the untruncated model on the same
-    batch, with masks of its own making.
+    Args:
+        context: T, tokens of a packed row.
+        first: is tried first, e.g. as a store was begun.
 
     Raises:
-        PipelineError: a layer's rows differ from the reference by more than bf16 rounding.
+        SettingError: no way is right.
     """
-    reference = _reference(lm, passes, layers)
-    lm.truncate_(max(layers))
-    harvested = batch_residuals(lm, passes, layers)
-    for layer in layers:
-        rows = harvested[layer]
-        if layer == lm.n_layers - 1:  # the reference has gone through the final norm
-            rows = final_norm(lm.decoder)(rows.to(getattr(torch, lm.config.dtype)))
-        # Row by row: in a common sum, one attention sink at 1000 times the norm hides all others.
-        expected = reference[layer].float()
-        errors = (rows.float() - expected).norm(dim=1) / expected.norm(dim=1)
-        worst = float(errors.max())
-        if not worst <= _ROUNDING:
-            raise PipelineError(
-                f"self-check failed: layer {layer} as harvested differs from the whole model's "
-                f"hidden state by up to {worst:.2%} (allowed {_ROUNDING:.2%}); this version of "
-                "transformers and this model do not agree"
-            )
+    trial = _trial(lm, context)
+    former = lm.isolation
+    reasons: list[str] = []
+    try:
+        with in_float32(lm.blocks):
+            expected = _alone(lm, trial, layers)
+            for way in dict.fromkeys((first, *get_args(Isolation))):
+                lm.isolation = way
+                reason = _wrong(lm, trial, layers, expected)
+                if reason is None:
+                    because = f" ({'; '.join(reasons)})" if reasons else ""
+                    tell(f"isolation: pieces run {way}, each as if alone{because}")
+                    return lm.isolation
+                reasons.append(f"{way}: {reason}")
+    finally:
+        lm.isolation = former
+    raise SettingError(
+        f"{type(lm.decoder).__name__} gives a piece other rows than the piece alone "
+        f"({'; '.join(reasons)}); take another model, or another version of transformers"
+    )
 
 
-def _reference(
-    lm: LanguageModel, passes: Sequence[Inputs], layers: Sequence[int]
-) -> dict[int, torch.Tensor]:
-    """What transformers reports of `layers` in the whole model: (B*T, d) bfloat16 each."""
-    reference = empty_residuals(lm, sum(inputs.tokens for inputs in passes), layers)
-    for inputs in passes:
+def _trial(lm: LanguageModel, context: int) -> Trial:
+    """Random pieces behind BOS, of ordinary tokens: some families look at padding tokens."""
+    rng = np.random.default_rng(0)
+    special = list(lm.tokenizer.backend.get_added_tokens_decoder())
+    known = min(lm.vocabulary, lm.tokenizer.backend.get_vocab_size())
+    ordinary = np.setdiff1d(np.arange(known), special)
+    shape = (2, context)
+    tokens, neighbour = rng.choice(ordinary, (2, *shape)).astype(np.uint32)
+    starts = np.zeros(shape, np.bool_)
+    starts[:, 0] = True
+    lengths = [min(_FIRST_TOKENS, context // 2), context - context // 3]
+    for row, length in enumerate(lengths):
+        starts[row, length] = True
+        neighbour[row, length:] = tokens[row, length:]
+    tokens[starts] = lm.tokenizer.bos
+    neighbour[starts] = lm.tokenizer.bos
+    return Trial(tokens, starts, neighbour)
+
+
+def _alone(lm: LanguageModel, trial: Trial, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+    """(2 * T, d) float32 rows a layer, each piece run alone with nothing said beside its ids.
+
+    The shortest piece comes first, and the longest in a harvest: a family that remembers the
+    longest piece so far (dynamic NTK) then differs.
+
+    Raises:
+        SettingError: the decoder fails, or its layers give no residual stream.
+    """
+    rows = _empty(lm, trial, layers)
+    for inputs in reversed(forward_inputs(trial.tokens, trial.starts, "alone")):
         here = upload(inputs, lm.config.device)
-        states = forward(lm, here, output_hidden_states=True).hidden_states
-        if len(states) != lm.n_layers + 1:
-            raise PipelineError(
-                f"the model gives {len(states)} hidden states for {lm.n_layers} layers: cannot "
-                "check"
-            )
+        ends = max(layers) == lm.n_layers - 1  # else where the next layer is entered
+        with tap(lm.blocks, layers, lm.site, ends=ends) as taken, _entered(lm, layers) as read:
+            _run_alone(lm, here.ids)
         for layer in layers:
-            scatter(lm.site.reported(states, layer), here, reference[layer])
-        # 0.44 GB in E4B for 2 rows: must be free before the next pass and the truncation.
-        del states
-    return reference
+            states = taken.get(layer)
+            if states is None or tuple(states.shape) != (*here.ids.shape, lm.d_model):
+                have = "nothing" if states is None else tuple(states.shape)
+                raise SettingError(
+                    f"layer {layer} of {type(lm.decoder).__name__} gives {have}, and not one "
+                    f"residual stream {(*here.ids.shape, lm.d_model)}; take another model"
+                )
+            if layer in read and not torch.equal(read[layer].to(states.dtype), states):
+                raise SettingError(
+                    f"layer {layer + 1} of {type(lm.decoder).__name__} reads other states than "
+                    f"layer {layer} gives; take another model"
+                )
+            scatter(states, here, rows[layer])
+    for layer in layers:
+        if not bool(torch.isfinite(rows[layer]).all(1).any()):
+            raise SettingError(
+                f"layer {layer} of {type(lm.decoder).__name__} gives NaN or infinity in every row; "
+                "take model.dtype=float32, or another model"
+            )
+    return rows
+
+
+def _empty(lm: LanguageModel, trial: Trial, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+    """Memory for (2 * T, d) float32 a layer."""
+    shape = (trial.tokens.size, lm.d_model)
+    return {layer: torch.empty(shape, device=lm.config.device) for layer in layers}
+
+
+@contextmanager
+def _entered(lm: LanguageModel, layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """While open, each forward pass leaves what the layer behind each of `layers` reads.
+
+    The pass ends where the layer behind the deepest one is entered. A module list may hold half a
+    layer (XLM), whose output is not the residual stream.
+    """
+    read: dict[int, torch.Tensor] = {}
+
+    def note(layer: int) -> Any:
+        def on_input(_module: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+            values = [*inputs, *options.values()]
+            tensors = [value for value in values if isinstance(value, torch.Tensor)]
+            read[layer] = tensors[0]
+            if layer == max(layers):
+                raise DeepestReached
+
+        return on_input
+
+    handles: list[Any] = []
+    for layer in layers:
+        if layer + 1 < lm.n_layers:
+            hook = lm.blocks[layer + 1].register_forward_pre_hook
+            # Before the hooks that give the layer float32 weights: it may have none.
+            handles.append(hook(note(layer), with_kwargs=True, prepend=True))
+    try:
+        yield read
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run_alone(lm: LanguageModel, ids: torch.Tensor) -> None:
+    """One piece (1, t), with transformers' defaults.
+
+    A cache is among them: a family that gives other states without one must not pass. Some families
+    cannot make a cache for few layers (Bamba), and run without one.
+
+    Raises:
+        SettingError: the decoder fails.
+    """
+    options: dict[str, Any] = {}
+    while True:
+        try:
+            with torch.inference_mode(), suppress(DeepestReached):
+                lm.decoder(input_ids=ids, **options)
+            return
+        except Exception as error:  # the family's own code may raise anything
+            if options or is_out_of_memory(error):
+                raise _fails(lm, error) from error
+        options["use_cache"] = False
+
+
+def _fails(lm: LanguageModel, error: Exception) -> PipelineError:
+    """A decoder that cannot run one piece: the memory's fault, or the family's."""
+    if is_out_of_memory(error):
+        return SettingError(
+            f"one piece does not fit in the memory of device={lm.config.device}; lower context="
+        )
+    return SettingError(
+        f"{type(lm.decoder).__name__} cannot run a single piece of text "
+        f"({type(error).__name__}: {first_line(error)}); take another model"
+    )
+
+
+def _wrong(
+    lm: LanguageModel, trial: Trial, layers: Sequence[int], expected: dict[int, torch.Tensor]
+) -> str | None:
+    """What is wrong with the rows as `lm.isolation` makes them; None: nothing."""
+    try:
+        rows = _rows(lm, trial, trial.tokens, layers)
+        beside_others = _rows(lm, trial, trial.neighbour, layers)
+    except Exception as error:  # the family's own code may raise anything
+        if is_out_of_memory(error):
+            raise _fails(lm, error) from error
+        return f"{type(error).__name__}"
+    kept = torch.from_numpy(trial.kept).to(lm.config.device)
+    for layer in layers:
+        moved = worst(beside_others[layer][kept], rows[layer][kept])
+        if not moved <= SAME_ROW:
+            return f"a neighbour changes a row of layer {layer} by {moved:.2%}"
+        off = worst(rows[layer], expected[layer])
+        if not off <= SAME_ROW:
+            return f"a row of layer {layer} differs by {off:.2%}"
+    return None
+
+
+def _rows(
+    lm: LanguageModel, trial: Trial, tokens: NDArray[np.uint32], layers: Sequence[int]
+) -> dict[int, torch.Tensor]:
+    """(2 * T, d) float32 rows a layer, as the harvest makes them."""
+    passes = forward_inputs(tokens, trial.starts, lm.isolation)
+    return batch_residuals(lm, passes, layers, _empty(lm, trial, layers))
+
+
+def worst(rows: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest error of a row relative to its norm; both (n, d). NaN if a row holds it wrongly.
+
+    Row by row: in a common sum, one attention sink at 1000 times the norm hides all others. Rows
+    that must hold NaN or infinity are left out.
+    """
+    finite = torch.isfinite(expected).all(1)
+    errors = (rows - expected).norm(dim=1) / expected.norm(dim=1)
+    return float(errors[finite].max()) if bool(finite.any()) else 0.0
 
 
 def require_same(store: Store, lm: LanguageModel, unit: int, layers: Sequence[int]) -> None:

@@ -30,10 +30,6 @@ class Site(Protocol):
         """Call `keep` with the site's states in every forward pass, until the handle is removed."""
         ...
 
-    def reported(self, hidden_states: Sequence[torch.Tensor], layer: int) -> torch.Tensor:
-        """The same states in transformers' `output_hidden_states`: the self-check's reference."""
-        ...
-
 
 class ResidPost:
     """The output of a decoder layer: the value that the next layer reads."""
@@ -42,30 +38,39 @@ class ResidPost:
 
     def hook(self, blocks: nn.ModuleList, layer: int, keep: Keep) -> RemovableHandle:
         def on_output(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            keep(output[0] if isinstance(output, tuple) else output)
+            keep(output[0] if isinstance(output, tuple | list) else output)
 
         return blocks[layer].register_forward_hook(on_output)
-
-    def reported(self, hidden_states: Sequence[torch.Tensor], layer: int) -> torch.Tensor:
-        # Entry 0 is the embedding. The last entry has gone through the final norm.
-        return hidden_states[layer + 1]
 
 
 RESID_POST = ResidPost()
 SITES: dict[str, Site] = {site.name: site for site in (RESID_POST,)}  # by their names in settings
 
 
+class DeepestReached(Exception):
+    """A forward pass has left the deepest layer that is tapped; what lies above is not wanted."""
+
+
 @contextmanager
 def tap(
-    blocks: nn.ModuleList, layers: Sequence[int], site: Site = RESID_POST
+    blocks: nn.ModuleList, layers: Sequence[int], site: Site = RESID_POST, *, ends: bool = False
 ) -> Iterator[dict[int, torch.Tensor]]:
-    """While open, each forward pass leaves its states of `layers`, (b, t, d) each, in the dict."""
+    """While open, each forward pass leaves its states of `layers`, (b, t, d) each, in the dict.
+
+    Args:
+        ends: end each pass after the deepest of `layers`, by `DeepestReached`.
+    """
     taken: dict[int, torch.Tensor] = {}
 
     def keep(layer: int) -> Keep:
         return lambda states: taken.update({layer: states})
 
+    def end(*_: object) -> None:
+        raise DeepestReached
+
     handles = [site.hook(blocks, layer, keep(layer)) for layer in layers]
+    if ends:  # behind the hooks that keep
+        handles.append(blocks[max(layers)].register_forward_hook(end))
     try:
         yield taken
     finally:

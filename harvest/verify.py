@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 
@@ -17,8 +18,11 @@ from harvest.selfcheck import require_same
 from harvest.site import SITES
 
 
-def verify(place: Place, lm: LanguageModel) -> str:
+def verify(place: Place, open_model: Callable[[int], LanguageModel]) -> str:
     """Check every digest of the store, and recompute one random unit; the good news as a line.
+
+    Args:
+        open_model: loads the model up to a layer. It may take minutes, so it comes last.
 
     Raises:
         StoreError: there is no store, or something is wrong; a line for each object.
@@ -32,7 +36,6 @@ def verify(place: Place, lm: LanguageModel) -> str:
         way_out = f"`python -m harvest action=repair store={place.name}` drops these"
         raise StoreError("\n".join([*wrong, way_out]))
     store = Store.open(place)
-    require_model(store, lm)
     if not store.spine_complete:
         raise StoreError(
             f"{store.name}: some units of its text have no record; run its `python -m harvest` "
@@ -41,12 +44,13 @@ def verify(place: Place, lm: LanguageModel) -> str:
     intact = f"{store.name}: every object holds the bytes that were committed"
     committed = [store.committed(layer) for layer in store.layers]
     whole = np.flatnonzero(np.all(committed, axis=0)).tolist() if committed else []
+    lm = open_model(max(store.layers, default=0))
+    require_model(store, lm)
     if not whole:
         return f"{intact}; no unit has residuals yet"
 
     lm.isolation = store.manifest["isolation"]
     lm.site = SITES[store.manifest["site"]]
-    lm.truncate_(max(store.layers))
     kept = retention.read(place)
     unit = random.choice([unit for unit in whole if not kept.is_freed(unit)] or whole)
     tell(f"every digest is right; recomputing unit {unit}")

@@ -35,3 +35,29 @@ def shards(index: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SettingError(f"{index} is no index of shards; download it again") from error
     return sorted(names)
+
+
+def needed(folder: Path) -> list[str]:
+    """The names of a model's weight files: the single file, or the shards of its index.
+
+    Args:
+        folder: has the index, if there is one.
+    """
+    index = folder / INDEX
+    return shards(index) if index.is_file() and not (folder / SINGLE).is_file() else [SINGLE]
+
+
+def present(folder: Path) -> list[Path]:
+    """A model's weight files.
+
+    Raises:
+        SettingError: one is not there.
+    """
+    files = [folder / name for name in needed(folder)]
+    for file in files:
+        if not file.is_file():
+            raise SettingError(
+                f"{folder} has no {file.name}; its weights must be complete, and in the "
+                "safetensors format"
+            )
+    return files

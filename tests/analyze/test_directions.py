@@ -41,9 +41,7 @@ def test_logits_of_the_embedded_model(block: int) -> None:
     )
     with torch.inference_mode():
         size = W_dec.square().mean(1, keepdim=True).sqrt()
-        expected = (
-            lm.causal.get_output_embeddings()(language_model.final_norm(lm.decoder)(W_dec)) * size
-        )
+        expected = lm.causal.get_output_embeddings()(lm.final_norm(W_dec)) * size
     values, ids = expected.sort(dim=1, descending=True)
     assert best.tolist() == ids[:, :4].tolist()
     assert worst.tolist() == ids.flip(1)[:, :4].tolist()

@@ -23,7 +23,7 @@ from analyze.subject import Subject
 from data.errors import PipelineError, SettingError, StopRequest
 from data.rows.split import held_out_units
 from data.settings import build
-from harvest.model import LanguageModel, ModelConfig, final_norm, load
+from harvest.model import LanguageModel, ModelConfig, load
 from harvest.model_folder import EMBEDDED
 
 DIGIT = CLASSES.index("digit")
@@ -70,7 +70,7 @@ def naive(lm: LanguageModel, one: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """
     with torch.inference_mode():
         output = lm.causal(torch.tensor([one]), output_hidden_states=True, use_cache=False)
-        norm, weight = final_norm(lm.decoder), lm.causal.lm_head.weight
+        norm, weight = lm.final_norm, lm.causal.lm_head.weight
         states = [
             *(norm(state[0]) for state in output.hidden_states[1:-1]),
             output.hidden_states[-1][0],
@@ -166,7 +166,7 @@ def test_the_lens_finds_planted_directions(lm: LanguageModel, kinds: np.ndarray)
         (weight[planted] @ weight.T).argmax(1) == planted
     ]  # some rows are shadowed by longer ones
     assert len(planted) > 100
-    states = 5 * weight[planted] / final_norm(lm.decoder).weight
+    states = 5 * weight[planted] / lm.final_norm.weight
     null = logit_lens.shuffled(kinds, "cpu")
     top, top_p, ce, kl, rank, masses, _ = logit_lens.measure(lm, [states, states], planted, null)
     assert (top == planted.numpy()).all()

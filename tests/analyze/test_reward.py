@@ -174,7 +174,7 @@ def write_features(run: Path, content: object) -> Path:
 
 def test_from_run_takes_the_features_that_contrast_chose(run: Path) -> None:
     reward = DenseReward.from_run(run, FLOAT32)
-    assert reward.layer == TINY_LAYER and len(reward.lm.blocks) == TINY_LAYER + 1
+    assert reward.layer == TINY_LAYER and reward.lm.deepest == TINY_LAYER
     assert torch.nonzero(reward.weights).ravel().tolist() == [3, 5]
     assert reward.weights[[3, 5]].tolist() == [1, -1]
     assert reward.__name__ == "dense_reward"

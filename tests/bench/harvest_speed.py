@@ -35,10 +35,11 @@ from data.text.sources import TinyText
 from data.tiny.embedded import MODEL_DIR
 from harvest.config import HarvestConfig
 from harvest.cost import cost
+from harvest.decoder import find_blocks
 from harvest.forward import batch_residuals
 from harvest.isolation import forward_inputs
 from harvest.loop import harvest
-from harvest.model import LanguageModel, ModelConfig, find_blocks
+from harvest.model import LanguageModel, ModelConfig
 from harvest.tokens import Tokenizer
 from tests.bench.outcome import finish
 from tests.harvest.models import E4B
@@ -104,11 +105,12 @@ def random_model(shape: Shape, device: str) -> LanguageModel:
     return LanguageModel(
         config=ModelConfig("random", dtype=dtype, device=device),
         decoder=decoder.eval().requires_grad_(False),
-        blocks=find_blocks(decoder, text.num_hidden_layers),
+        blocks=find_blocks(decoder),
         tokenizer=tokenizer,
         d_model=text.hidden_size,
         vocabulary=text.vocab_size,
         n_layers=text.num_hidden_layers,
+        deepest=text.num_hidden_layers - 1,
         max_context=text.max_position_embeddings,
         identity=identity | measures,
     )

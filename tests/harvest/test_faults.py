@@ -59,7 +59,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def open_model(root: Path) -> LanguageModel:
     lm = load(ModelConfig(str(root / "model"), dtype="float32"))
-    lm.isolation = choose_isolation(lm)
+    lm.isolation = choose_isolation(lm, [1, 4], 16)
     return lm
 
 

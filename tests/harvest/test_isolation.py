@@ -115,9 +115,7 @@ def test_unknown_attention_is_left_to_transformers(model: Callable[[str], Langua
     config.attention_chunk_size = 2
     assert attention_mask(config, positions) is None
     config.attention_chunk_size = None
-    config._attn_implementation = (
-        "eager"  # adds its mask to the scores: a boolean one would mean 0 and 1
-    )
+    config._attn_implementation = "flex_attention"  # takes no dense mask
     assert attention_mask(config, positions) is None
     assert attention_mask(model("qwen3_5").decoder.config, positions) is None
 
@@ -178,3 +176,16 @@ def test_padding_adds_less_than_15_percent_to_documents_of_usual_lengths(median:
     assert max(b - a for a, b in pairwise(edges)) <= 1024
     passes = forward_inputs(np.ones(starts.shape, np.uint32), starts, "padded")
     assert sum(inputs.ids.numel() for inputs in passes) < 1.15 * starts.size
+
+
+def test_eager_attention_adds_its_mask(model: Callable[[str], LanguageModel]) -> None:
+    """Families without SDPA (gpt-oss) add the mask to their scores: the rows are the same."""
+    lm = model("gemma3")
+    tokens, starts = batch()
+    passes = forward_inputs(tokens, starts, "packed")
+    by_sdpa = batch_residuals(lm, passes, [2], {2: torch.empty(tokens.size, 32)})[2]
+    config: Any = lm.decoder.config
+    config._attn_implementation = "eager"
+    assert attention_mask(config, passes[0].positions)["full_attention"].dtype == torch.float32
+    by_adding = batch_residuals(lm, passes, [2], {2: torch.empty(tokens.size, 32)})[2]
+    torch.testing.assert_close(by_adding, by_sdpa, rtol=1e-3, atol=1e-4)

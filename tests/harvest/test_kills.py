@@ -65,7 +65,7 @@ def tree(path: Path) -> dict[str, bytes]:
 
 def make_spine(target: HarvestConfig, lm: LanguageModel, source: FileText) -> Store:
     """The first half of a harvest, in this process."""
-    lm.isolation = choose_isolation(lm)
+    lm.isolation = choose_isolation(lm, target.layers, target.context)
     store = Store.open_or_create(target.store, manifest_of(target, lm, source))
     with closing(
         store.place.claims(0, 1)
