@@ -130,7 +130,10 @@ class ChatTemplate:
 
     @cached_property
     def digest(self) -> str:
-        """Digest of the template, which decides a chat's tokens beside the tokenizer's digest."""
+        """Digest of the template, which decides a chat's tokens beside the tokenizer's digest.
+
+        Of a model's several templates it is of the default alone, as stores of before have it.
+        """
         return durable.digest(self.text.encode())
 
     def parts(self, chat: list[Message] | Chat, *, reply: bool) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from data.errors import DocumentError, PipelineError, StoreError, first_line
 from data.journal import tell
+from data.store.store import Store
 from data.text.documents import Document, State, TextSource
 from harvest.tokens import Tokenizer
 
@@ -107,6 +108,14 @@ def skipped_before(state: State) -> Mapping[str, int]:
     """How many documents were left out before a position in the text, by kind."""
     skipped: dict[str, int] = state[_SKIPPED] if _is_ours(state) else {}
     return skipped
+
+
+def left_out(store: Store) -> Iterator[str]:
+    """The line that counts what was left out before a store's last token; none if nothing was."""
+    _, cursor = store.spine_cursor()
+    if skipped := skipped_before(cursor.state):
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in skipped.items())
+        yield f"documents left out by text.bad=skip: {kinds}"
 
 
 def _of_source(state: State) -> State:

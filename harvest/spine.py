@@ -13,7 +13,7 @@ from data.journal import tell
 from data.store.claims import SPINE, Claims
 from data.store.store import Store
 from data.text.documents import TextSource
-from harvest.encoder import Bad, skipped_before
+from harvest.encoder import Bad, left_out
 from harvest.spine_writer import SpineProcess
 from harvest.tokens import Tokenizer
 
@@ -96,10 +96,7 @@ class Spine:
 
 def tell_end(store: Store) -> None:
     """Tell the user if the text had less than was asked for, and what was left out of it."""
-    _, cursor = store.spine_cursor()
-    if skipped := skipped_before(cursor.state):
-        kinds = ", ".join(f"{number:,} {kind}" for kind, number in skipped.items())
-        tell(f"documents left out by text.bad=skip: {kinds}")
+    tell(*left_out(store))
     end = store.spine_end
     if end is not None and end.ended_early:
         planned = store.planned_rows * store.context

@@ -16,6 +16,7 @@ from data.store.kinds import BOS, ORDINARY, OUTLIER
 from data.store.ledger import RESIDUALS
 from data.store.place import Place
 from data.store.store import Store
+from harvest.encoder import left_out
 
 _SAMPLED = 8  # units whose documents are counted
 _RECENT = 20  # newest records, whose times give the present rate
@@ -26,6 +27,7 @@ def status(place: Place) -> Iterator[str]:
     """How far a store is and what is in it, in lines."""
     store = Store.open(place)
     yield _spine_status(store)
+    yield from left_out(store)
     for layer in store.layers:
         yield from _layer_status(store, layer)
     yield from retention.read(place).status(place, store.units)

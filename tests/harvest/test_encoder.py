@@ -24,6 +24,7 @@ from harvest.config import Faults
 from harvest.encoder import Encoder, skipped_before
 from harvest.spine import tell_end
 from harvest.spine_writer import SpineProcess, work, write_spine
+from harvest.status import status
 from harvest.tokens import Tokenizer
 from tests.conftest import make_manifest
 
@@ -116,6 +117,7 @@ def test_a_store_that_stopped_goes_on_with_skip_and_ends_in_the_same_bytes(
     assert tree(tmp_path / "s.zarr") == tree(tmp_path / "whole.zarr")
     tell_end(store)
     assert counted in capsys.readouterr().err
+    assert counted in list(status(store.place))
     numbers = [int(number) for number in re.findall(r"(\d+) (?:no|null)", counted)]
     assert len(numbers) == 4 and 6 < sum(numbers) < 30
 
