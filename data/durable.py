@@ -169,8 +169,8 @@ def lock(call: Callable[..., None], *arguments: int) -> bool:
 def locked(folder: Path, busy: str) -> Iterator[None]:
     """Hold the lock of `folder` for a `with` block; it ends with the process at the latest.
 
-    Makes the folder if need be, and removes the temporaries of killed processes: under the lock
-    none can be in use.
+    Makes the folder if need be, and removes the temporaries of killed processes directly in it:
+    under the lock none can be in use. Its subfolders may have locks of their own.
 
     Raises:
         StoreError: another process on this machine holds the lock; `busy` is the message.
@@ -180,7 +180,7 @@ def locked(folder: Path, busy: str) -> Iterator[None]:
     try:
         if not lock(fcntl.flock, handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
             raise StoreError(busy)
-        sweep(folder)
+        _remove_temporaries(folder, os.listdir(folder))
         yield
     finally:
         os.close(handle)
@@ -190,9 +190,13 @@ def sweep(folder: Path) -> None:
     """Remove the temporaries of killed processes; no other process may be writing in `folder`."""
     # Not `rglob`: it takes three times as long for the 200,000 objects of a billion tokens.
     for parent, _, names in os.walk(folder):
-        for name in names:
-            if name.startswith(".") and is_temporary(path := Path(parent, name)):
-                path.unlink(missing_ok=True)
+        _remove_temporaries(Path(parent), names)
+
+
+def _remove_temporaries(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if name.startswith(".") and is_temporary(path := folder / name):
+            path.unlink(missing_ok=True)
 
 
 def is_temporary(path: Path) -> bool:

@@ -61,6 +61,7 @@ class Run:
                 )
                 stack.enter_context(durable.locked(arm.folder, busy))
                 durable.make_directory(arm.folder / run.CHECKPOINTS)
+                durable.sweep(arm.folder / run.CHECKPOINTS)
             self._settings = self._agree(device) if group.rank == 0 else ""
             if group.rank == 0:
                 self._open(stack, stop)

@@ -88,11 +88,13 @@ def test_a_full_disk_leaves_the_old_file_and_no_rubbish(
 
 
 def test_the_lock_is_one_processes_and_clears_what_a_killed_one_left(tmp_path: Path) -> None:
-    left = tmp_path / "deep" / ".c.0.1234abcd.tmp"
-    left.parent.mkdir()
-    left.touch()
+    left = tmp_path / ".c.0.1234abcd.tmp"
+    in_use = tmp_path / "arm" / left.name  # an arm of a multirun has a lock of its own
+    in_use.parent.mkdir()
+    for path in (left, in_use):
+        path.touch()
     with durable.locked(tmp_path, "held"):
-        assert not left.exists()
+        assert in_use.exists() and not left.exists()
         with pytest.raises(StoreError, match="held"), durable.locked(tmp_path, "held"):
             raise AssertionError("two hold it")
     with durable.locked(tmp_path, "held"):
