@@ -8,12 +8,10 @@ file is read again up to its position.
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import gzip
 import io
 import json
-import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -30,11 +28,10 @@ Read = tuple[
 ]  # document, its place in messages, what is read
 
 FORMATS = (".txt", ".jsonl", ".ndjson", ".json", ".parquet")
-COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")  # of all but .parquet, which has its own
 
 _BATCH_ROWS = 1024  # decoded at a time: a row group may hold a million
 _HEAD_BYTES = 1 << 16  # of a .json file, that tell whether a line is a row
-_BLOCK_BYTES = 1 << 20  # decompressed at a time on the way to a position
+_BLOCK_BYTES = 1 << 20  # decompressed at a time
 _INTEGER_DIGITS = 640  # Python reads so many whatever its limit is
 
 
@@ -73,7 +70,7 @@ def read_files(
                     yield Document(content, [number, *position], where)
             except DocumentError as error:
                 yield Document(error, [number + 1, 0, 0], name)
-            except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+            except (EOFError, zlib.error, OSError) as error:
                 # The errors of damaged bytes have no number; those of the system have one.
                 if isinstance(error, OSError) and error.errno is not None:
                     raise StoreError(f"{name} cannot be read: {error.strerror}") from error
@@ -90,7 +87,7 @@ def read(file: BinaryIO, name: str, column: Column, start: Position) -> Iterator
 
     Raises:
         DocumentError: the rest of the file holds no document.
-        EOFError, zlib.error, lzma.LZMAError, OSError: the bytes are damaged.
+        EOFError, zlib.error, OSError: the bytes are damaged.
     """
     kind = format_of(name)
     data = decompressed(file, name)
@@ -270,60 +267,23 @@ def _without_nulls(cell: Any) -> Any:
 
 def decompressed(file: BinaryIO, name: str) -> BinaryIO:
     """The file itself, or what it holds where its name ends in one of `COMPRESSIONS`."""
-    name = name.lower()
-    opened: Any = file
-    if name.endswith(".gz"):
-        opened = gzip.GzipFile(fileobj=file)
-    elif name.endswith(".bz2"):
-        opened = bz2.BZ2File(file)
-    elif name.endswith(".xz"):
-        opened = lzma.LZMAFile(file)  # noqa: SIM115  # closing it would not close `file`
-    elif name.endswith(".zst"):
-        opened = io.BufferedReader(_Zstandard(file), _BLOCK_BYTES)
-    return cast(BinaryIO, opened)
+    begin = next((COMPRESSIONS[end] for end in COMPRESSIONS if name.lower().endswith(end)), None)
+    if begin is None:
+        return file
+    return cast(BinaryIO, io.BufferedReader(_Decompressed(file, begin)))
 
 
-class _Zstandard(io.RawIOBase):
-    """What a .zst file holds, by Arrow, as Python reads it from 3.14 on. Going back begins anew."""
+def _gzip(file: BinaryIO) -> Any:
+    return gzip.GzipFile(fileobj=file)
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._begin()
 
-    def _begin(self) -> None:
+def _by_arrow(codec: str) -> Callable[[BinaryIO], Any]:
+    def begin(file: BinaryIO) -> Any:
         import pyarrow as arrow
 
-        self._file.seek(0)
-        self._position = 0
-        borrowed = arrow.PythonFile(_Borrowed(self._file), mode="r")
-        self._stream = arrow.CompressedInputStream(borrowed, "zstd")
+        return arrow.CompressedInputStream(arrow.PythonFile(_Borrowed(file), mode="r"), codec)
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        target = offset + (self._position if whence == io.SEEK_CUR else 0)
-        assert whence != io.SEEK_END, "the end is not known before it is read"
-        if target < self._position:
-            self._begin()
-        while self._position < target:
-            skipped = self._stream.read(min(_BLOCK_BYTES, target - self._position))
-            if not skipped:
-                break
-            self._position += len(skipped)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._stream.read(len(buffer))
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
+    return begin
 
 
 class _Borrowed:
@@ -336,3 +296,58 @@ class _Borrowed:
 
     def close(self) -> None:
         """Leave the file open."""
+
+
+COMPRESSIONS = {".gz": _gzip, ".zst": _by_arrow("zstd"), ".bz2": _by_arrow("bz2")}
+"""Endings behind those of `FORMATS` (but .parquet, which has its own compression), and how the
+reading of such a file begins."""
+
+
+class _Decompressed(io.RawIOBase):
+    """What a compressed file holds. Going back begins anew.
+
+    It is read in blocks at fixed places. So which documents stand before a damage does not depend
+    on where a restart goes on.
+    """
+
+    def __init__(self, file: BinaryIO, begin: Callable[[BinaryIO], Any]) -> None:
+        self._file = file
+        self._begin = begin
+        self._rewind()
+
+    def _rewind(self) -> None:
+        self._file.seek(0)
+        self._stream = self._begin(self._file)
+        self._block = b""
+        self._block_start = 0
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        assert whence != io.SEEK_END, "the end is not known before it is read"
+        target = offset + (self._position if whence == io.SEEK_CUR else 0)
+        if target < self._block_start:
+            self._rewind()
+        self._position = target
+        return target
+
+    def readinto(self, buffer: Any) -> int:
+        while self._position >= self._block_start + len(self._block):
+            block = self._stream.read(_BLOCK_BYTES)
+            if not block:
+                return 0
+            self._block_start += len(self._block)
+            self._block = block
+        start = self._position - self._block_start
+        part = self._block[start : start + len(buffer)]
+        buffer[: len(part)] = part
+        self._position += len(part)
+        return len(part)

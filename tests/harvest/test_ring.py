@@ -122,6 +122,7 @@ def settings(store: Path, run: Path, layer: int = 4, **changes: Any) -> dict[str
         **counts,
         "drop_bos": True,
         "drop_outliers": True,
+        "drop_tokens": [],
         "sae": sae,
         "optim": optim,
         **changes,
