@@ -74,7 +74,13 @@ def start(name: str, module: str) -> None:
             run_command(lambda: command(plain(cfg), current_job()))
 
     stopping.watch()
-    run_main(main, (HydraException, OmegaConfBaseException), lambda: described(name, sys.argv[1:]))
+    try:
+        run_main(
+            main, (HydraException, OmegaConfBaseException), lambda: described(name, sys.argv[1:])
+        )
+    except SystemExit as end:
+        stopping.leave(end)
+        raise
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 
 from data.errors import raise_interrupted
 
-GRACE_S = 1.0  # from a signal to the end, unless it is held off
+GRACE_S = 0.5  # from a signal to the end, unless it is held off
 _HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: raise_interrupted}
 KEPT = "what was finished is kept, and the same command again goes on"
 _POLL_S = 0.1  # between looks whether the end is still held off
@@ -42,6 +42,7 @@ class _Held:
 
 _held = _Held()
 told = threading.Event()  # whether the command has said by itself that it was stopped
+expected = threading.Event()  # whether Ctrl-C is how the command's work ends
 
 
 @contextmanager
@@ -77,6 +78,16 @@ def watch() -> None:
     threading.Thread(target=_listen, args=(ours, answered), name="signals", daemon=True).start()
 
 
+def leave(end: SystemExit) -> None:
+    """After a command that has said that it was stopped, end the process at once.
+
+    Taking the interpreter down takes seconds once torch is loaded, and no thread runs meanwhile.
+    """
+    if told.is_set():
+        sys.stdout.flush()
+        os._exit(int(end.code or 0))
+
+
 def _listen(pipe: int, answered: set[int]) -> None:
     """End the process after signals, of which Python writes a byte each into `pipe`."""
     numbers: list[int] = []  # of the signals so far
@@ -87,7 +98,7 @@ def _listen(pipe: int, answered: set[int]) -> None:
             signum = os.read(pipe, 1)[0]
             if signum in numbers:
                 _end(signum)
-            if signum in answered:
+            if signum in answered and not (signum == signal.SIGINT and expected.is_set()):
                 deadline = deadline or time.monotonic() + GRACE_S
                 numbers.append(signum)
         if numbers and not _held.count and time.monotonic() > deadline:

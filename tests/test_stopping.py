@@ -194,6 +194,22 @@ time.sleep(60)
         assert done.stderr.count("stopped by SIGTERM") == 1
 
 
+def test_a_server_ends_by_an_interrupt() -> None:
+    program = """
+import os, signal, sys, time
+from data import stopping
+stopping.watch()
+stopping.expected.set()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(3 * stopping.GRACE_S)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_torch_is_single_threaded_here() -> None:
     """Forks beside running threads would hang."""
     assert torch.get_num_threads() == 1

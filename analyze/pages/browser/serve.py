@@ -7,6 +7,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from data import stopping
 from data.errors import SettingError, StoreError
 
 HOST = "127.0.0.1"
@@ -57,5 +58,6 @@ def serve(folder: Path, port: int) -> None:
     """
     with server(folder, port) as running:
         print(f"http://{HOST}:{running.server_port}/ until Ctrl-C", flush=True)
+        stopping.expected.set()
         with suppress(KeyboardInterrupt):  # which is how it ends
             running.serve_forever()
