@@ -134,12 +134,11 @@ def _are_mappings(value: Any) -> bool:
 
 
 def _message(message: Any, where: str) -> Message:
-    given = message if isinstance(message, dict) else {}
-    names = ("role", "content") if "role" in given else ("from", "value")
     fields: Message = {}
-    for name, value in given.items():
+    for name, value in message.items() if isinstance(message, dict) else ():
         if value is not None:
             fields[name] = value
+    names = ("role", "content") if "role" in fields else ("from", "value")
     role, content = (fields.pop(name, None) for name in names)
     # OpenAI's form has no content beside a call; Gemma 4's has none beside `tool_responses`.
     silent = content is None and role not in _SPEAKERS and any(fields.values())

@@ -101,6 +101,9 @@ class FileText:
         kind = format_of(file.name)
         if kind not in self._formats:
             return ""
+        # Programs that compress a file may keep it.
+        if file.suffix.lower() in COMPRESSIONS and file.with_suffix("").is_file():
+            return "read uncompressed"
         # Data sets keep their descriptions in .json files.
         if kind == ".json":
             first = next(read_files([str(file)], _open, self._column, None), None)

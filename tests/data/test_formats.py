@@ -70,9 +70,9 @@ def test_compressed_files_go_on_from_every_document(tmp_path: Path, ending: str)
 
 
 def test_members_and_frames_behind_each_other_are_one_file(tmp_path: Path) -> None:
-    for ending, compress in COMPRESSED.items():
+    for number, (ending, compress) in enumerate(COMPRESSED.items()):
         parts = compress(lines(ROWS[:2])) + compress(lines(ROWS[2:]))
-        (tmp_path / f"a.jsonl{ending}").write_bytes(parts)
+        (tmp_path / f"{number}.jsonl{ending}").write_bytes(parts)
     assert contents(FileText(tmp_path)) == TEXTS * len(COMPRESSED)
 
 
@@ -194,6 +194,7 @@ def test_nothing_in_a_folder_is_left_out_without_a_word_or_read_twice(
     for name, text in texts.items():
         (folder / name).write_text(text)
     (folder / "info.json").write_text('{"version": 1}')
+    (folder / "a.txt.gz").write_bytes(gzip.compress(b"a"))
     (folder / "rows.json").write_text('[{"text": "r"}]')
     for name, target in {
         **{"link.txt": "a.txt", "far.txt": "../outside/d.txt", "gone.txt": "nowhere"},
@@ -212,7 +213,7 @@ def test_nothing_in_a_folder_is_left_out_without_a_word_or_read_twice(
         *(".hidden.txt (hidden)", ".ipynb_checkpoints/ (hidden)", "README.md", "x.csv", "y.pdf"),
         *("z.txt.bak", "data.gz", "info.json (no text.field=text)", "link.txt (read already)"),
         *("gone.txt (no regular file)", "loop/ (read already)", "beside/ (read already)"),
-        *("out/.cache/ (hidden)", "out/d.txt (read already)"),
+        *("a.txt.gz (read uncompressed)", "out/.cache/ (hidden)", "out/d.txt (read already)"),
     ):
         assert name in others, name
     assert f"{len(source._folder.others)} not read" in line
@@ -261,7 +262,7 @@ def test_chats_keep_every_field(tmp_path: Path) -> None:
     asked = {"role": "user", "content": "How warm?", "name": "Ann", "unknown": None}
     called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
     told = {"role": "tool", "content": "19", "tool_call_id": "1"}
-    thought = {"from": "gpt", "value": "19", "reasoning_content": "hm"}
+    thought = {"role": None, "from": "gpt", "value": "19", "reasoning_content": "hm"}
     (chat,) = chats(tmp_path / "a.jsonl", [{"m": [asked, called, told, thought]}])
     assert chat == [
         {"role": "user", "content": "How warm?", "name": "Ann"},
