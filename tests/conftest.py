@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from conf import command as command_line
 
@@ -19,6 +20,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from data import stopping
 from data.rows import summary
 from data.store.store import SpineEnd, Store
 from data.store.unit import prepare
@@ -124,12 +126,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in _LONGEST)
 
 
+@pytest.fixture
+def unwatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For commands in this process: none may end it when a later test sends itself a signal."""
+    monkeypatch.setattr(stopping, "watch", stopping.answer_signals)
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
 Call = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
 def call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    unwatched: None,
 ) -> Call:
     """Run a command in this process (a new one takes seconds to start), in an empty directory.
 

@@ -399,6 +399,7 @@ def test_commands_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     request: pytest.FixtureRequest,
+    unwatched: None,
 ) -> None:
     shell, text = Shell(monkeypatch, capsys), page.read_text()
     if "s3://" in text and any("s3://" in command.written for command in commands(text)):

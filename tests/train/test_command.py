@@ -67,7 +67,7 @@ def start(*arguments, cwd):
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
+def call(tmp_path, monkeypatch, capsys, unwatched):
     """Run the command in this process (a new one takes seconds to start), in an empty directory:
     exit code, stderr.
     """

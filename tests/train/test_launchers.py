@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from conf.command import start
+from data import stopping
 from tests.train import killing
 from tests.train.test_command import SMALL, make_store
 
@@ -29,6 +30,7 @@ def sweep(folder, *overrides):
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["train", "-m", "store=s.zarr", *SWEEP, *overrides])
         patch.setenv("HYDRA_FULL_ERROR", "1")
+        patch.setattr(stopping, "watch", stopping.answer_signals)  # see `unwatched`
         try:
             start("train", "train.command")
         except SystemExit as stopped:
