@@ -40,12 +40,19 @@ class Inputs(NamedTuple):
 
 
 def forward_inputs(
-    tokens: NDArray[np.uint32], starts: NDArray[np.bool_], isolation: Isolation
+    tokens: NDArray[np.uint32],
+    starts: NDArray[np.bool_],
+    isolation: Isolation,
+    *,
+    one_pass: bool = False,
 ) -> list[Inputs]:
     """The forward passes for a (B, T) batch whose pieces begin where `starts` is true.
 
     A pure function. `packed` is one pass, in which positions tell pieces apart; `padded` gives each
     piece a row of its own, `alone` a pass of its own.
+
+    Args:
+        one_pass: pad all pieces to the longest of the batch, for a trial of padding.
     """
     ids = torch.from_numpy(tokens.astype(np.int64))
     begins = np.flatnonzero(starts)
@@ -53,7 +60,9 @@ def forward_inputs(
     if isolation == "packed":
         positions = np.arange(tokens.size) - np.repeat(begins, lengths)
         return [Inputs(ids, torch.from_numpy(positions.reshape(tokens.shape)), None, None)]
-    if isolation == "padded":
+    if one_pass and isolation == "padded":
+        partition = [np.arange(len(lengths))]
+    elif isolation == "padded":
         partition = groups(lengths, tokens.size)
     else:
         longest_first = np.argsort(-lengths, kind="stable")

@@ -34,17 +34,12 @@ _FIRST_TOKENS = 23
 
 
 class Trial(NamedTuple):
-    """A batch that is run in every way: two rows of two pieces each."""
+    """A batch that is run in every way: a row of one piece, and a row of two."""
 
     tokens: NDArray[np.uint32]  # (2, T)
     starts: NDArray[np.bool_]  # (2, T)
-    neighbour: NDArray[np.uint32]  # (2, T) other tokens in the first piece of each row
-
-    @property
-    def kept(self) -> NDArray[np.bool_]:
-        """(2 * T,) the tokens of each row's second piece, which `neighbour` leaves as they are."""
-        kept: NDArray[np.bool_] = (self.starts.cumsum(1) > 1).ravel()
-        return kept
+    neighbour: NDArray[np.uint32]  # (2, T) other tokens in the second row's first piece
+    kept: NDArray[np.bool_]  # (2 * T,) all tokens but those of that piece
 
 
 def check(store: Store, lm: LanguageModel, layers: Sequence[int]) -> None:
@@ -110,13 +105,14 @@ def _trial(lm: LanguageModel, context: int) -> Trial:
     tokens, neighbour = rng.choice(ordinary, (2, *shape)).astype(np.uint32)
     starts = np.zeros(shape, np.bool_)
     starts[:, 0] = True
-    lengths = [min(_FIRST_TOKENS, context // 2), context - context // 3]
-    for row, length in enumerate(lengths):
-        starts[row, length] = True
-        neighbour[row, length:] = tokens[row, length:]
+    first = min(_FIRST_TOKENS, context // 2)
+    starts[1, first] = True
+    kept = np.ones(shape, np.bool_)
+    kept[1, :first] = False
+    neighbour[kept] = tokens[kept]
     tokens[starts] = lm.tokenizer.bos
     neighbour[starts] = lm.tokenizer.bos
-    return Trial(tokens, starts, neighbour)
+    return Trial(tokens, starts, neighbour, kept.ravel())
 
 
 def _alone(lm: LanguageModel, trial: Trial, layers: Sequence[int]) -> dict[int, torch.Tensor]:
@@ -253,8 +249,8 @@ def _wrong(
 def _rows(
     lm: LanguageModel, trial: Trial, tokens: NDArray[np.uint32], layers: Sequence[int]
 ) -> dict[int, torch.Tensor]:
-    """(2 * T, d) float32 rows a layer, as the harvest makes them."""
-    passes = forward_inputs(tokens, trial.starts, lm.isolation)
+    """(2 * T, d) float32 rows a layer, as the harvest makes them, at the most padding."""
+    passes = forward_inputs(tokens, trial.starts, lm.isolation, one_pass=True)
     return batch_residuals(lm, passes, layers, _empty(lm, trial, layers))
 
 
