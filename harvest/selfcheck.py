@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from data.errors import PipelineError, SettingError, StoreError, first_line
-from data.journal import tell
+from data.journal import Progress, tell
 from data.store import retention
 from data.store.store import Store
 from harvest.forward import batch_residuals, prepared, scatter, unit_residuals, upload
@@ -77,7 +77,7 @@ def choose_isolation(
     former = lm.isolation
     reasons: list[str] = []
     try:
-        with in_float32(lm.blocks):
+        with in_float32(lm.blocks), _progress(lm):
             expected = _alone(lm, trial, layers)
             for way in dict.fromkeys((first, *get_args(Isolation))):
                 lm.isolation = way
@@ -93,6 +93,26 @@ def choose_isolation(
         f"{type(lm.decoder).__name__} gives a piece other rows than the piece alone "
         f"({'; '.join(reasons)}); take another model, or another version of transformers"
     )
+
+
+@contextmanager
+def _progress(lm: LanguageModel) -> Iterator[None]:
+    """While open, say how far the self-check is, once it has taken 5 s."""
+    progress = Progress(quiet_s=5.0)
+    layers = 0
+
+    def show(*_: object) -> None:
+        nonlocal layers
+        layers += 1
+        progress.show(f"self-check: pieces run alone and beside others, {layers} layers run")
+
+    handles = [block.register_forward_hook(show) for block in lm.blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        progress.close()
 
 
 def _trial(lm: LanguageModel, context: int) -> Trial:
