@@ -3,7 +3,7 @@
 Of a hub model only what is used is downloaded, in two steps: what describes it (configuration,
 tokenizer, chat template), then its weights. The weights are those of the whole text decoder, not
 only up to the layers that are asked for: their digest is in the store's manifest, and another layer
-may be added to the store later.
+may be added to the store later. Shards that hold vision or audio towers alone are left out.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def is_tower(weight: str) -> bool:
 
 
 def shards(index: Path) -> list[str]:
-    """The files that an index names.
+    """The files that an index names, without those that hold towers' weights alone.
 
     Raises:
         SettingError: it is no index of shards.
@@ -31,7 +31,7 @@ def shards(index: Path) -> list[str]:
     try:
         weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
         # A name is a plain one: an index from the network must not lead out of its folder.
-        names = {Path(file).name for file in weight_map.values()}
+        names = {Path(file).name for weight, file in weight_map.items() if not is_tower(weight)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SettingError(f"{index} is no index of shards; download it again") from error
     return sorted(names)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,15 +119,24 @@ def hollowed(block: nn.Module) -> Emptied:
 
 def load_with_head(folder: Path, whole: Any, dtype: str, device: str) -> nn.Module:
     """The whole causal language model of a folder's text decoder; raises like `load_cut`."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    return _loaded(
-        folder,
-        lambda options: AutoModelForCausalLM.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=False, **options
-        ),
-        _options(whole, dtype, device, _CAUSAL_NAMES),
-    )
+    options = _options(whole, dtype, device, _CAUSAL_NAMES)
+    with suppress(OSError):  # else the family's own
+        options["generation_config"] = GenerationConfig.from_pretrained(
+            folder, trust_remote_code=False
+        )
+    with _mapped_weights(folder) as weights:
+
+        def from_mapped(options: dict[str, Any]) -> Any:
+            with torch.device("meta"):
+                family: Any = type(AutoModelForCausalLM.from_config(options["config"]))
+            # Not by the folder: its index may name files of towers alone, which are not there.
+            return family.from_pretrained(
+                None, state_dict=weights, trust_remote_code=False, **options
+            )
+
+        return _loaded(folder, from_mapped, options)
 
 
 def _options(whole: Any, dtype: str, device: str, names: dict[str, str]) -> dict[str, Any]:

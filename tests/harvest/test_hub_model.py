@@ -10,6 +10,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save
 
 from data.errors import SettingError
@@ -17,7 +18,8 @@ from data.store.store import Store
 from data.tiny.embedded import MODEL_DIR
 from harvest.command import command
 from harvest.hub_model import complete
-from harvest.weight_files import INDEX, SINGLE
+from harvest.model import ModelConfig, load
+from harvest.weight_files import INDEX, SINGLE, is_tower
 from tests.harvest.models import save_model
 from tests.harvest.test_command import settings
 from tests.stand_in_hub import MODEL, run_alone, serving
@@ -90,17 +92,23 @@ def check_offline(folder: str) -> None:
 
 
 def check_shards(folder: str) -> None:
-    """A model that sees, in three files."""
+    """A model that sees, in three files: the one of its towers alone stays where it is."""
     source = Path(folder, "model")
     hub_files = sharded(source)
     with serving({**hub_files, **BESIDE}, MODEL) as hub:
         harvest(folder, "s.zarr", "model.dtype=bfloat16")
         weights = {name for name in hub.downloads if name.endswith(".safetensors")}
-        assert weights == {f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)}
+        assert weights == {f"model-0000{number}-of-00003.safetensors" for number in (1, 3)}
         # A later start, and another layer, ask for nothing.
         hub.downloads.clear()
         harvest(folder, "s.zarr", "model.dtype=bfloat16", "layer=4")
+        there, here = (
+            load(ModelConfig(path, dtype="float32"), head=True) for path in (MODEL, str(source))
+        )
         assert hub.downloads == []
+    weights = here.causal.state_dict()
+    for name, weight in there.causal.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
 
 
 def check_refusals(folder: str) -> None:
@@ -129,8 +137,8 @@ def sharded(folder: Path) -> dict[str, bytes]:
     save_model(folder, "gemma4_multimodal")
     tensors = load_file(folder / SINGLE)
     names = sorted(tensors)
-    towers = [name for name in names if "language_model" not in name]
-    text = [name for name in names if "language_model" in name]
+    towers = [name for name in names if is_tower(name)]
+    text = [name for name in names if not is_tower(name)]
     assert len(towers) > 3
     parts = [text[:9], towers, text[9:]]
     weight_map: dict[str, str] = {}
@@ -167,3 +175,24 @@ def test_the_embedded_model_is_a_hub_model_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("check", [check_shards, check_refusals])
 def test_against_a_hub(check: Callable[[str], None], tmp_path: Path) -> None:
     run_alone(check, tmp_path / "cache", str(tmp_path))
+
+
+def test_towers_are_told_by_their_names() -> None:
+    for name in (
+        "model.vision_tower.encoder.layers.0.mlp.fc1.weight",
+        "vision_tower.encoder.layers.0.mlp.fc1.weight",
+        "model.visual.blocks.0.attn.qkv.weight",
+        "visual.blocks.0.attn.qkv.weight",
+        "model.embed_audio.embedding_projection.weight",
+        "multi_modal_projector.linear_1.weight",
+    ):
+        assert is_tower(name), name
+    for name in (
+        "model.language_model.layers.0.mlp.gate_proj.weight",
+        "language_model.model.layers.3.cross_attn.q_proj.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+        "transformer.h.0.attn.c_attn.weight",
+        "lm_head.weight",
+        "model.image_newline",
+    ):
+        assert not is_tower(name), name

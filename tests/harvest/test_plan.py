@@ -119,7 +119,7 @@ def test_force_turns_refusals_into_warnings(
 def test_the_probe_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command(tiny(tmp_path / "s.zarr", "action=plan", "probe=true"))
     captured = capsys.readouterr()
-    assert "loading the model" in captured.err and "batch 1 of 3" in captured.err
+    assert "loading embedded" in captured.err and "batch 1 of 3" in captured.err
     assert captured.out.count("hours: ") == 2
     assert not (tmp_path / "s.zarr").exists()
 
