@@ -23,7 +23,7 @@ from tests.harvest.families import (
     save_family,
     tried,
 )
-from tests.harvest.models import save_tokenizer
+from tests.harvest.models import save_model, save_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FAMILIES = sorted(families().keys() - UNTRIED.keys())
@@ -124,3 +124,66 @@ def test_a_store_goes_on_as_it_was_begun(tmp_path: Path) -> None:
     """Where several ways are right, the one on record is tried first."""
     lm = opened(save_family(tmp_path, "llama"))
     assert choose_isolation(lm, [2], 40, "padded") == "padded"
+
+
+# -- what config.json says beside the model's function ---------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"attn_implementation": "flash_attention_2"},
+        {"_attn_implementation": "flash_attention_2"},
+        {"output_hidden_states": True, "output_attentions": False, "use_cache": False},
+        {"torch_dtype": "float16", "return_dict": False},
+    ],
+)
+def test_how_a_configuration_would_run_the_model_does_not_matter(
+    tmp_path: Path, said: dict[str, Any]
+) -> None:
+    lm = opened(save_family(tmp_path, "llama"), **said)
+    assert choose_isolation(lm, [0, 2], 40) == "packed"
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}},
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "awq", "bits": 4},
+        {"quant_method": "unheard of"},
+        {"bits": 4},
+        {},
+        "gptq",
+    ],
+)
+def test_a_quantised_model_without_its_library_is_one_line(tmp_path: Path, method: Any) -> None:
+    folder = save_family(tmp_path, "llama")
+    with pytest.raises(SettingError, match=str(folder)):
+        opened(folder, quantization_config=method)
+
+
+def test_quantised_weights_of_a_multimodal_model_are_refused(tmp_path: Path) -> None:
+    """The method stands beside the text part, which would be read as if it had none."""
+    folder = save_model(tmp_path, "gemma4_multimodal")
+    with pytest.raises(SettingError, match="fp8"):
+        opened(folder, quantization_config={"quant_method": "fp8"})
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"hidden_size": 64},
+        {"vocab_size": 301},
+        {"num_attention_heads": 3},
+        {"hidden_act": "no such function"},
+        {"model_type": "no_such_model"},
+        {"auto_map": {"AutoModel": "modeling_mine.Mine"}, "model_type": "mine"},
+        {"rope_parameters": {"rope_type": "no such rope"}},
+    ],
+)
+def test_a_configuration_that_cannot_be_is_one_line(tmp_path: Path, said: dict[str, Any]) -> None:
+    folder = save_family(tmp_path, "llama")
+    with pytest.raises(SettingError):
+        choose_isolation(opened(folder, **said), [0], 40)
