@@ -84,7 +84,7 @@ def checked_plan(
         StoreError: the disk, or a store that was made with other settings.
     """
     described = Description.of(model)
-    files = stored(model.path, described.folder, max(config.layers))
+    files = stored(model.path, described.folder)
     planned = planned_for(config, described, files)
     speed = planned.hours(guess(planned, model.dtype), config.world, "(a guess)")
     lines = [*planned.lines(), speed]
@@ -98,7 +98,7 @@ def checked_plan(
         described.require_template()
     require_same_so_far(place_of(config.store), config, described, source)
     if not described.quantised:
-        require_usable(files, planned.model.kept, model.path)
+        require_usable(files, planned.model.parameters, model.path)
     require_fit(planned, config.store, force=force)
     return planned
 

@@ -5,7 +5,6 @@ Format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -18,7 +17,6 @@ from harvest.weight_files import INDEX, SINGLE, is_tower, needed
 # As the file format names the types that decoders are trained and published in.
 _PLAIN = ("F64", "F32", "F16", "BF16")
 _SAME = {"float32": "F32", "bfloat16": "BF16"}
-_LAYER = re.compile(r"\.(\d+)\.")  # the first number in a weight's name is its layer's
 # Least share of the decoder's numbers that files hold. What exactly is missing tells the loading,
 # which knows every family's names; here a part of a download is told from a model.
 _LEAST = 0.9
@@ -33,7 +31,7 @@ class Entry(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """What files hold of a text decoder up to its deepest layer that is wanted."""
+    """What files hold of a text decoder and its head."""
 
     numbers: Mapping[str, int]  # by the data type, as the format names it
 
@@ -46,8 +44,8 @@ class Stored(NamedTuple):
         return 1 - self.numbers.get(_SAME[dtype], 0) / self.total if self.total else 0.0
 
 
-def stored(path: str, folder: Path, deepest: int) -> Stored:
-    """What the files of a model hold of its decoder up to layer `deepest`.
+def stored(path: str, folder: Path) -> Stored:
+    """What the files of a model hold of its text decoder.
 
     Args:
         path: folder, hub id or `embedded`.
@@ -58,8 +56,7 @@ def stored(path: str, folder: Path, deepest: int) -> Stored:
     """
     numbers: dict[str, int] = {}
     for entry in _entries(path, folder):
-        layer = _LAYER.search(entry.name)
-        if not is_tower(entry.name) and (layer is None or int(layer[1]) <= deepest):
+        if not is_tower(entry.name):
             numbers[entry.dtype] = numbers.get(entry.dtype, 0) + entry.numbers
     return Stored(numbers)
 
@@ -68,7 +65,7 @@ def require_usable(files: Stored, wanted: int, path: str) -> None:
     """Check that the files can hold the weights of a decoder that is not declared as quantised.
 
     Args:
-        wanted: numbers in the decoder's parameters up to the deepest layer.
+        wanted: numbers in the decoder's parameters.
 
     Raises:
         SettingError: the weights are of types that nothing declares, or a good part is missing.
@@ -82,8 +79,8 @@ def require_usable(files: Stored, wanted: int, path: str) -> None:
         )
     if files.total < _LEAST * wanted:
         raise SettingError(
-            f"model.path={path} holds {files.total:,} of the {wanted:,} numbers of its decoder up "
-            "to the deepest layer; it is incomplete: download or copy it again"
+            f"model.path={path} holds {files.total:,} of the {wanted:,} numbers of its decoder; it "
+            "is incomplete: download or copy it again"
         )
 
 

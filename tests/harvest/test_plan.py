@@ -125,9 +125,8 @@ def test_the_probe_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_weights_of_the_files_type_are_no_memory_on_a_cpu(tmp_path: Path) -> None:
-    files = stored("embedded", MODEL_DIR, 11)
+    files = stored("embedded", MODEL_DIR)
     assert files.numbers == {"F32": NUMBERS}
-    assert stored("embedded", MODEL_DIR, 3).total < NUMBERS
     assert (files.other_share("float32"), files.other_share("bfloat16")) == (0, 1)
     plans = [
         plan_of(tiny(tmp_path / "s.zarr", f"model.dtype={dtype}"))
