@@ -79,11 +79,13 @@ def watch() -> None:
 
 
 def leave(end: SystemExit) -> None:
-    """After a command that has said that it was stopped, end the process at once.
+    """After a command that has said that it was stopped, end the process, unless it is held off.
 
     Taking the interpreter down takes seconds once torch is loaded, and no thread runs meanwhile.
     """
     if told.is_set():
+        while _held.count:
+            time.sleep(_POLL_S)
         sys.stdout.flush()
         os._exit(int(end.code or 0))
 

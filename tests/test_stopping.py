@@ -194,6 +194,27 @@ time.sleep(60)
         assert done.stderr.count("stopped by SIGTERM") == 1
 
 
+def test_leaving_waits_for_what_threads_finish() -> None:
+    program = """
+import threading, time
+from data import stopping
+def finish():
+    with stopping.holding():
+        begun.set()
+        time.sleep(3 * stopping.GRACE_S)
+        print("committed", flush=True)
+begun = threading.Event()
+threading.Thread(target=finish, daemon=True).start()
+begun.wait()
+stopping.told.set()
+stopping.leave(SystemExit(143))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (143, "committed\n")
+
+
 def test_a_server_ends_by_an_interrupt() -> None:
     program = """
 import os, signal, sys, time
