@@ -32,6 +32,7 @@ class Cost:
     kept: int  # parameters up to the deepest layer, embedding tables included
     kept_bytes: int  # of these weights, in the model's type
     activation_bytes: int  # at the peak of one forward pass of B rows, an estimate
+    check_bytes: int  # of the self-check at start: two rows in float32, and the widest layer
     matmul_flop: float  # per token: two for each weight of a matrix product
     attention_flop: float  # per token: scores and sums, mean over a row of one document
 
@@ -65,6 +66,11 @@ def cost(config: Any, layers: Sequence[int], dtype: str, batch: int, context: in
     narrow_per_layer_inputs_(decoder, len(blocks))
     kept = _parameters(decoder)
     size = getattr(torch, dtype).itemsize
+    # In float32 a layer has a second copy (harvest/precise.py), and of each tapped layer there are
+    # the rows of the pieces alone, of a trial and of another one.
+    widened = 0 if size == 4 else 4 * max(_parameters(block) for block in blocks)
+    compared = 3 * len(layers) * 2 * context * text.hidden_size * 4
+    check = _activation_bytes(decoder, blocks, len(layers), 4, 2 * context, context)
     return Cost(
         parameters=parameters,
         kept=kept,
@@ -72,6 +78,7 @@ def cost(config: Any, layers: Sequence[int], dtype: str, batch: int, context: in
         activation_bytes=_activation_bytes(
             decoder, blocks, len(layers), size, batch * context, context
         ),
+        check_bytes=widened + compared + check,
         matmul_flop=_matmul_flop(decoder, text),
         attention_flop=sum(_attention_flop(block, text, context) for block in blocks),
     )

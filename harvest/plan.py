@@ -44,10 +44,12 @@ class Memory:
     mapped: int  # of weights that stay in their files: they take what is free, and no more
     activations: int  # of one forward pass
     units: int  # residuals that are made and not yet written
+    check: int  # of the self-check, before the first forward pass
 
     @property
     def total(self) -> int:
-        return self.weights + self.activations + self.units
+        """The peak: at the self-check, or while units are made."""
+        return self.weights + max(self.check, self.activations + self.units)
 
     def line(self, device: str, free: int | None) -> str:
         """These figures as text, beside the `free` bytes of the device."""
@@ -56,7 +58,7 @@ class Memory:
         return (
             f"about {size(self.total)}{of} on {device}: {size(self.weights)} of weights, "
             f"{size(self.activations)} for a forward pass, {size(self.units)} of units on their "
-            f"way to the disk{mapped}"
+            f"way to the disk, before these {size(self.check)} for the self-check{mapped}"
         )
 
 
@@ -167,12 +169,13 @@ def _memory(config: HarvestConfig, model: Cost, d_model: int, device: str, copie
     if device.startswith("cuda"):
         # One unit is computed while others are permuted, a layer at a time, on to the host.
         units = unit_bytes * (1 + IN_FLIGHT * (1 + 1 / len(config.layers)))
-        return Memory(model.kept_bytes, 0, model.activation_bytes, round(units))
+        return Memory(model.kept_bytes, 0, model.activation_bytes, round(units), model.check_bytes)
     # A CPU computes a unit for longer than it takes to write one, so a single one is written
     # meanwhile, from a permuted copy. Measured: 621 MB where this gives 713 (width 768).
     weights = round(model.kept_bytes * copied)
     mapped = model.kept_bytes - weights
-    return Memory(weights, mapped, model.activation_bytes, unit_bytes * 3)
+    units = unit_bytes * 3
+    return Memory(weights, mapped, model.activation_bytes, units, model.check_bytes)
 
 
 def _ring_bytes(config: HarvestConfig, d_model: int) -> int | None:

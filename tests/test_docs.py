@@ -258,7 +258,7 @@ def test_bytes_and_minutes_are_counted(tmp_path: Path) -> None:
     def planned(layers: tuple[int, ...], codec: Any) -> Any:
         return plan(
             HarvestConfig(tmp_path / "s", layers, 10**9, 512, codec=codec),
-            Cost(*[1] * 6),
+            Cost(*[1] * 7),
             2560,
             "cpu",
         )

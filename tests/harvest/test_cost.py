@@ -22,6 +22,7 @@ from harvest.decoder import find_blocks
 from harvest.forward import batch_residuals
 from harvest.isolation import forward_inputs
 from harvest.model import LanguageModel, ModelConfig
+from harvest.selfcheck import choose_isolation
 from harvest.tokens import Tokenizer
 from tests.harvest.models import COMPOSITE, CONFIGS, E4B
 
@@ -200,3 +201,15 @@ def test_a_mixture_counts_the_experts_that_a_token_meets() -> None:
         3 * 32 * 16
     )  # two flop, layers, experts; three matrices
     assert flop(16, 2) - flop(8, 2) == 2 * 2 * 8 * 32  # the router alone
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", MEDIUM)
+def test_the_self_check_holds_what_is_counted(family: str, dtype: str) -> None:
+    config = MEDIUM[family]
+    predicted = cost(config, [3, 7], dtype, 2, CONTEXT)
+    lm = random_model(config, dtype)
+    lm.truncate_(7)
+    with Live() as live:
+        assert choose_isolation(lm, [3, 7], CONTEXT) == "packed"
+    assert live.peak / 1.5 < predicted.check_bytes < live.peak * 1.5
