@@ -106,11 +106,12 @@ def _download_description(path: str, revision: str) -> Path:
 
 def _download_weights(path: str, folder: Path) -> list[str]:
     """Download the weights of the commit that `folder` is of; the names of their files."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
 
     commit = folder.name
-    found = HfApi().get_paths_info(path, [SINGLE, *needed(folder)], revision=commit)
-    sizes = {file.path: getattr(file, "size", 0) for file in found}
+    names = [SINGLE, *needed(folder)]
+    found = snapshot_download(path, revision=commit, allow_patterns=names, dry_run=True)
+    sizes = {file.filename: file.file_size or 0 for file in found}
     if SINGLE in sizes:  # as transformers chooses where a repository has both
         sizes = {SINGLE: sizes[SINGLE]}
     if not sizes:

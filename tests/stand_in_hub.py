@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
 
 from huggingface_hub import close_session
 
@@ -81,15 +80,6 @@ class _Answers(http.server.BaseHTTPRequestHandler):
         self._answer()
 
     do_HEAD = do_GET
-
-    def do_POST(self) -> None:
-        """Which of some paths there are."""
-        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        if self.path == f"{self.server.api}/paths-info/{self.server.commit}":
-            asked = parse_qs(body)["paths"]
-            self._json([self._described(name) for name in asked if name in self.server.files])
-        else:
-            self._say(404, b"")
 
     def _answer(self) -> None:
         path, _, query = self.path.partition("?")
