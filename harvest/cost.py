@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from data.errors import SettingError
-from harvest.decoder import find_blocks, meta_decoder, narrow_per_layer_inputs_
+from harvest.decoder import find_blocks, meta_decoder, narrow_per_layer_inputs_, outline
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ def cost(config: Any, layers: Sequence[int], dtype: str, batch: int, context: in
     """
     text = config.get_text_config()
     deepest = max(layers)
+    outline(text)  # a family without residuals is refused here, before its weights are there
     decoder = meta_decoder(text)
     blocks = find_blocks(decoder)
     if deepest >= len(blocks):

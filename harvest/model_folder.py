@@ -36,12 +36,11 @@ def read_config(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         text = config.get_text_config()
-        for name in ("hidden_size", "vocab_size"):
-            getattr(text, name)
     except Exception as error:  # checks of the configuration's class may raise anything
         raise not_loadable(folder, error) from error
     kind = text.model_type
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    sizes = hasattr(text, "hidden_size") and hasattr(text, "vocab_size")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or not sizes:
         raise SettingError(
             f"{folder} is not a loadable causal language model but of model_type={kind}; take one "
             "that transformers' AutoModelForCausalLM loads"

@@ -17,6 +17,7 @@ from data.errors import PipelineError, SettingError, StoreError, first_line
 from data.journal import Progress, tell
 from data.store import retention
 from data.store.store import Store
+from harvest.decoder import require_residuals
 from harvest.forward import batch_residuals, prepared, scatter, unit_residuals, upload
 from harvest.isolation import Isolation, forward_inputs
 from harvest.model import LanguageModel
@@ -73,7 +74,7 @@ def choose_isolation(
     Raises:
         SettingError: no way is right.
     """
-    trial = _trial(lm, context)
+    trial = trial_of(lm, context)
     former = lm.isolation
     reasons: list[str] = []
     try:
@@ -115,7 +116,7 @@ def _progress(lm: LanguageModel) -> Iterator[None]:
         progress.close()
 
 
-def _trial(lm: LanguageModel, context: int) -> Trial:
+def trial_of(lm: LanguageModel, context: int) -> Trial:
     """Random pieces behind BOS, of ordinary tokens: some families look at padding tokens."""
     rng = np.random.default_rng(0)
     special = list(lm.tokenizer.backend.get_added_tokens_decoder())
@@ -152,13 +153,11 @@ def _alone(lm: LanguageModel, trial: Trial, layers: Sequence[int]) -> dict[int, 
             _run_alone(lm, here.ids)
         for layer in layers:
             states = taken.get(layer)
-            if states is None or tuple(states.shape) != (*here.ids.shape, lm.d_model):
-                have = "nothing" if states is None else tuple(states.shape)
-                raise SettingError(
-                    f"layer {layer} of {type(lm.decoder).__name__} gives {have}, and not one "
-                    f"residual stream {(*here.ids.shape, lm.d_model)}; take another model"
-                )
-            if layer in read and not torch.equal(read[layer].to(states.dtype), states):
+            shape = None if states is None else tuple(states.shape)
+            expected = (*here.ids.shape, lm.d_model)
+            require_residuals(type(lm.decoder).__name__, layer, shape, expected)
+            assert states is not None
+            if layer in read and not _same(read[layer].to(states.dtype), states):
                 raise SettingError(
                     f"layer {layer + 1} of {type(lm.decoder).__name__} reads other states than "
                     f"layer {layer} gives; take another model"
@@ -171,6 +170,11 @@ def _alone(lm: LanguageModel, trial: Trial, layers: Sequence[int]) -> dict[int, 
                 "take model.dtype=float32, or another model"
             )
     return rows
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are equal, NaN to NaN."""
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _empty(lm: LanguageModel, trial: Trial, layers: Sequence[int]) -> dict[int, torch.Tensor]:

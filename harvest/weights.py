@@ -25,9 +25,8 @@ from harvest.decoder import (
     PER_LAYER_TABLE,
     cut_,
     find_blocks,
-    meta_decoder,
+    outline,
     plain_config,
-    require_one_visit,
 )
 
 # Multimodal checkpoints name their text decoder's weights in two orders. Both are renamed to the
@@ -57,17 +56,13 @@ def load_cut(folder: Path, whole: Any, dtype: str, device: str, deepest: int | N
     """
     require_plain(folder, whole)
     text = whole.get_text_config()
-    model = meta_decoder(text)
-    blocks = find_blocks(model)
-    layers = len(blocks)
-    require_one_visit(model, blocks)
+    family, layers = outline(text)
     if deepest is None:
         deepest = layers - 1
     if not 0 <= deepest < layers:
         raise SettingError(
             f"layer={deepest} is out of range: {folder} has layers 0 to {layers - 1}"
         )
-    family = type(model)
     above: Emptied = []
 
     def build(self: Any, config: Any, *args: Any, **options: Any) -> None:

@@ -130,6 +130,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def unwatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """For commands in this process: none may end it when a later test sends itself a signal."""
     monkeypatch.setattr(stopping, "watch", stopping.answer_signals)
+    for event in (stopping.told, stopping.expected):
+        event.clear()  # an earlier test's command may have been stopped
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     yield
     for signum, handler in handlers.items():

@@ -30,9 +30,9 @@ from harvest.config import Faults, HarvestConfig
 from harvest.loop import OutOfMemory, harvest
 from harvest.model import LanguageModel, ModelConfig, load
 from harvest.provenance import manifest_of
-from harvest.selfcheck import choose_isolation
+from harvest.selfcheck import choose_isolation, trial_of
 from harvest.spine_writer import work, write_spine
-from tests.harvest.models import VOCABULARY, save_model
+from tests.harvest.models import save_model
 
 TOKENS = 512
 
@@ -253,10 +253,8 @@ def test_rows_that_are_not_finite_are_named_and_their_unit_is_not_committed(
 ) -> None:
     source, target = FileText(root / "text.jsonl"), begun(root, tmp_path)
     tokens = np.concatenate([Store.open(target.store).tokens(unit) for unit in range(8)])
-    probed = torch.randint(
-        VOCABULARY, (3, 1, 24), generator=torch.Generator().manual_seed(0)
-    )  # by choose_isolation
-    seen = {*tokens[:12].ravel().tolist(), *probed.ravel().tolist()}
+    probed = trial_of(open_model(root), 16)  # of the self-check
+    seen = {*tokens[:12].ravel(), *probed.tokens.ravel(), *probed.neighbour.ravel()}
     rare = next(int(token) for token in np.unique(tokens) if token not in seen)
     row = int(np.nonzero(tokens == rare)[0][0])
     lm = poisoned(open_model(root), rare, value)

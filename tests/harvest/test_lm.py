@@ -203,10 +203,13 @@ def test_truncation_changes_no_bit(
         before = weights(lm)
         lm.truncate_(deepest)
         assert weights(lm) < before or deepest == lm.n_layers - 1
-        loaded = load(ModelConfig(str(folders[family]), dtype=dtype), deepest=deepest)
-        loaded.isolation = lm.isolation
-        assert weights(loaded) == weights(lm)
-        for cut in (lm, loaded):
+        cuts = [lm]
+        if deepest in (1, lm.n_layers - 2):
+            loaded = load(ModelConfig(str(folders[family]), dtype=dtype), deepest=deepest)
+            loaded.isolation = lm.isolation
+            assert weights(loaded) == weights(lm)
+            cuts.append(loaded)
+        for cut in cuts:
             for layer, rows in residuals(cut, range(deepest + 1)).items():
                 assert rows.abs().max() > 0
                 assert torch.equal(rows, whole[layer]), (deepest, layer)
