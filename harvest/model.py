@@ -94,7 +94,7 @@ def load(config: ModelConfig, *, deepest: int | None = None, head: bool = False)
             loaded: Any = load_with_head(folder, whole, config.dtype, config.device)
         else:
             loaded = load_cut(folder, whole, config.dtype, config.device, deepest)
-    decoder = loaded.get_decoder() if head else loaded
+    decoder = loaded.base_model if head else loaded
     blocks = find_blocks(decoder)
     text: Any = decoder.config
     identity = {
