@@ -146,12 +146,15 @@ def _alone(lm: LanguageModel, trial: Trial, layers: Sequence[int]) -> dict[int, 
         SettingError: the decoder fails, or its layers give no residual stream.
     """
     rows = _empty(lm, trial, layers)
+    last = lm.n_layers - 1
+    ends = max(layers) == last  # else the pass ends where the next layer is entered
+    # No layer reads what the last one gives, so the one below it is followed in its place.
+    followed = sorted({*layers, last - 1} if ends and last else layers)
     for inputs in reversed(forward_inputs(trial.tokens, trial.starts, "alone")):
         here = upload(inputs, lm.config.device)
-        ends = max(layers) == lm.n_layers - 1  # else where the next layer is entered
-        with tap(lm.blocks, layers, lm.site, ends=ends) as taken, _entered(lm, layers) as read:
+        with tap(lm.blocks, followed, lm.site, ends=ends) as taken, _entered(lm, followed) as read:
             _run_alone(lm, here.ids)
-        for layer in layers:
+        for layer in followed:
             states = taken.get(layer)
             shape = None if states is None else tuple(states.shape)
             expected = (*here.ids.shape, lm.d_model)
@@ -162,7 +165,8 @@ def _alone(lm: LanguageModel, trial: Trial, layers: Sequence[int]) -> dict[int, 
                     f"layer {layer + 1} of {type(lm.decoder).__name__} reads other states than "
                     f"layer {layer} gives; take another model"
                 )
-            scatter(states, here, rows[layer])
+            if layer in rows:
+                scatter(states, here, rows[layer])
     for layer in layers:
         if not bool(torch.isfinite(rows[layer]).all(1).any()):
             raise SettingError(

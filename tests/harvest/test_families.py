@@ -93,6 +93,14 @@ def test_a_model_that_remembers_the_longest_piece_is_refused(tmp_path: Path) -> 
         choose_isolation(lm, [2], 40)
 
 
+def test_a_last_layer_that_gives_no_residual_is_refused(tmp_path: Path) -> None:
+    """XLM lists its attentions apart; nothing reads what the last one gives."""
+    folder = save_family(tmp_path, "xlm")
+    lm = load(ModelConfig(str(folder), dtype="float32"))
+    with pytest.raises(SettingError, match="layer 3 of XLMModel"):
+        choose_isolation(lm, [3], 40)
+
+
 def test_bfloat16_noise_decides_nothing(tmp_path: Path) -> None:
     """40 random layers, whose rows in bfloat16 differ by more than the 2 % of an ignored mask."""
     torch.manual_seed(0)
