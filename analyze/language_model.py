@@ -194,8 +194,15 @@ def head_deviation(lm: LanguageModel, ids: Sequence[int]) -> float:
         the largest difference, relative to the largest of the model's logits.
 
     Raises:
-        PipelineError: by more than rounding: the head has a step that `unembedded` does not know.
+        PipelineError: by more than rounding, or the head has another width: it has a step that
+            `unembedded` does not know.
     """
+    width = lm.causal.get_output_embeddings().weight.shape[1]
+    if width != lm.d_model:
+        raise PipelineError(
+            f"{type(lm.causal).__name__} has a head for states of width {width}, and its layers "
+            f"have {lm.d_model}, so they cannot be read this way"
+        )
     last = len(lm.blocks) - 1
     first = torch.tensor([ids[:_CHECKED_TOKENS]], device=lm.config.device)
     with tap(lm.blocks, [last]) as taken:

@@ -385,3 +385,13 @@ def test_options() -> None:
     for wrong in ({"prompts": 1}, {"tokens": 1}, {"target": "french"}):
         with pytest.raises(SettingError, match=f"study.{next(iter(wrong))}"):
             build(Options, "study", wrong)
+
+
+def test_a_head_of_another_width_is_one_line() -> None:
+    """RemBERT's head reads wider states than its layers give."""
+    lm = load(ModelConfig(EMBEDDED, dtype="float32"), head=True)
+    head = lm.causal.get_output_embeddings()
+    wider = torch.nn.Linear(head.in_features + 8, head.out_features, bias=False)
+    lm.causal.set_output_embeddings(wider)
+    with pytest.raises(PipelineError, match=str(head.in_features + 8)):
+        language_model.head_deviation(lm, [2, 5, 6])
