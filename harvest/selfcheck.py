@@ -29,9 +29,9 @@ from harvest.weights import is_out_of_memory
 # is 2^-8 (bfloat16). Ways that are right stay below 2^-13 in every family that was tried; ignored
 # masks, positions and neighbours give more than 2^-6.
 SAME_ROW = 2.0**-10
-# Length of the first piece of the tried rows: odd, so that no chunk of a recurrent layer ends with
-# it, and below every window that is in use.
-_FIRST_TOKENS = 23
+# Length of the first piece of a row: below every threshold that is in use (windows, chunks, first
+# lengths), and odd, so that no chunk of a recurrent layer ends with it.
+_FIRST_TOKENS = 5
 
 
 class Trial(NamedTuple):

@@ -65,19 +65,20 @@ def test_a_model_that_reads_its_padding_runs_each_piece_alone(tmp_path: Path) ->
     assert choose_isolation(opened(folder, is_causal=False), [2], 40) == "alone"
 
 
-def test_a_threshold_counts_only_where_a_context_crosses_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("threshold", [8, 16, 30])
+def test_a_threshold_counts_only_where_a_context_crosses_it(tmp_path: Path, threshold: int) -> None:
     """Phi's longrope takes its factors from the longest piece of a batch."""
     rope = {
         "rope_type": "longrope",
         "rope_theta": 1e4,
         "short_factor": [1.0] * 4,
         "long_factor": [8.0] * 4,
-        "original_max_position_embeddings": 30,
+        "original_max_position_embeddings": threshold,
         "partial_rotary_factor": 1.0,
     }
     folder = save_family(tmp_path, "phi3")
-    lm = opened(folder, rope_parameters=rope, original_max_position_embeddings=30)
-    assert choose_isolation(lm, [2], 28) == "packed"
+    lm = opened(folder, rope_parameters=rope, original_max_position_embeddings=threshold)
+    assert choose_isolation(lm, [2], threshold) == "packed"
     assert choose_isolation(lm, [2], 40) == "alone"
 
 
