@@ -28,7 +28,8 @@ def read_config(folder: Path) -> Any:
     """The configuration in a model's folder; its `get_text_config()` is the decoder's.
 
     Raises:
-        SettingError: there is none, or it is not of a causal language model.
+        SettingError: there is none, or it is not of a causal language model, or its weights are
+            quantised in a way that cannot be read.
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -45,7 +46,30 @@ def read_config(folder: Path) -> Any:
             f"{folder} is not a loadable causal language model but of model_type={kind}; take one "
             "that transformers' AutoModelForCausalLM loads"
         )
+    _require_readable(folder, config)
     return config
+
+
+def _require_readable(folder: Path, whole: Any) -> None:
+    """Refuse quantised weights that transformers would read as if they were plain numbers.
+
+    Raises:
+        SettingError: the method is unknown, or stands beside the text part's configuration.
+    """
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    quantised = getattr(whole, "quantization_config", None)
+    if quantised is None:
+        return
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+    known = isinstance(quantised, dict) and method is not None
+    if known:
+        known = AutoHfQuantizer.supports_quant_method(quantised)
+    if not known or whole.get_text_config() is not whole:
+        raise SettingError(
+            f"{folder} is quantised in a way that cannot be read here (quant_method={method}); "
+            "take the model that it was made from"
+        )
 
 
 def weights_digest(files: Sequence[Path]) -> str:

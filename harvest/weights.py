@@ -54,7 +54,6 @@ def load_cut(folder: Path, whole: Any, dtype: str, device: str, deepest: int | N
         SettingError: there is no such layer, or the weights do not fit in memory, or are damaged or
             incomplete, or transformers cannot build the family, or it has no list of layers.
     """
-    require_plain(folder, whole)
     text = whole.get_text_config()
     family, layers = outline(text)
     if deepest is None:
@@ -133,28 +132,6 @@ def load_with_head(folder: Path, whole: Any, dtype: str, device: str) -> nn.Modu
             )
 
         return _loaded(folder, from_mapped, options)
-
-
-def require_plain(folder: Path, whole: Any) -> None:
-    """Refuse quantised weights that transformers would read as if they were plain numbers.
-
-    Raises:
-        SettingError: the method is unknown, or stands beside the text part's configuration.
-    """
-    from transformers.quantizers.auto import AutoHfQuantizer
-
-    quantised = getattr(whole, "quantization_config", None)
-    if quantised is None:
-        return
-    method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-    known = isinstance(quantised, dict) and method is not None
-    if known:
-        known = AutoHfQuantizer.supports_quant_method(quantised)
-    if not known or whole.get_text_config() is not whole:
-        raise SettingError(
-            f"{folder} is quantised in a way that cannot be read here (quant_method={method}); "
-            "take the model that it was made from"
-        )
 
 
 def _options(whole: Any, dtype: str, device: str, names: dict[str, str]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from harvest.model import ModelConfig, load
 from harvest.model_folder import read_config
 from harvest.selfcheck import choose_isolation, worst
 from harvest.site import tap
-from tests.harvest.models import VOCABULARY, save_tokenizer
+from tests.harvest.models import VOCABULARY, enlarge_, save_tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 CONTEXT = 40
@@ -208,10 +208,7 @@ def save_family(folder: Path, family: str) -> Path:
     meta = meta_decoder(config)
     assert sum(weight.numel() for weight in meta.parameters()) < 2e7, "not a tiny model"
     model: Any = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 2 and "embed" not in name:
-                parameter.mul_(4.0)
+    enlarge_(model)
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return folder

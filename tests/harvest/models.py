@@ -161,13 +161,18 @@ def save_model(folder: Path, family: str) -> Path:
     """A random model with weights large enough that attention matters, and its tokenizer."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
-    with torch.no_grad():
-        for name, parameter in model.get_decoder().named_parameters():
-            if parameter.ndim == 2 and "embed" not in name:
-                parameter.mul_(4.0)
+    enlarge_(model.get_decoder())
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return folder
+
+
+def enlarge_(model: torch.nn.Module) -> None:
+    """Make random matrices large enough that attention matters."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "embed" not in name:
+                parameter.mul_(4.0)
 
 
 def save_tokenizer(folder: Path) -> None:
