@@ -13,7 +13,7 @@ from data.journal import tell
 from data.settings import flag, optional_whole, whole
 from data.store import default, manifest
 from data.store.place import place_of
-from data.store.repair import is_derived, repair, require_store
+from data.store.repair import is_derived, is_pack, repair, require_store
 from data.text.documents import TextSource
 from data.text.sources import source_name, source_of
 from harvest.config import Faults, HarvestConfig, check_context
@@ -185,6 +185,6 @@ def repaired(keys: list[str]) -> list[str]:
             lines.append(f"wrote again {key}")
         else:
             lines.append(f"dropped {key}")
-            dropped += 1
+            dropped += not is_pack(key)
     way_on = ": run the same `python -m harvest` again" if dropped else ""
     return [*lines, f"{dropped} to make again{way_on}"]

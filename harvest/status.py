@@ -52,7 +52,7 @@ def _spine_status(store: Store) -> str:
 
 def _layer_status(store: Store, layer: int) -> Iterator[str]:
     committed = store.committed(layer)
-    nbytes = sum(store.place.sizes(rows_name(layer)).values())
+    nbytes = store.ledger.nbytes[rows_name(layer)]
     retained = retention.read(store.place)
     kept = [unit for unit in np.flatnonzero(committed).tolist() if not retained.is_freed(unit)]
     rows = int(store.ledger.spine_rows.astype(np.int64)[kept].sum()) * store.context

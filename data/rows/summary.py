@@ -72,8 +72,8 @@ def make(store: Store, layer: int, of: Sequence[Sequence[int]] | None = None) ->
     )
     for part, units in enumerate(parts(store) if of is None else of):
         merged = [Moments.empty(store.d_model)] * KINDS
-        for unit in units:
-            of_unit = store.unit_moments(layer, unit)
+        of_units = store.unit_moments(layer, units)
+        for unit, of_unit in zip(units, of_units, strict=True):
             merged = list(map(Moments.merge, merged, of_unit))
             summary.norm_sums[part] += store.norm_sums(layer, unit)
         for kind, moments in enumerate(merged):

@@ -26,6 +26,11 @@ def rows_name(layer: int) -> str:
     return _name("layer", layer)
 
 
+def is_rows_name(name: str) -> bool:
+    """Whether an array of this name holds some layer's rows."""
+    return name.startswith("layer_")
+
+
 def rows_key(layer: int, unit: int) -> str:
     """The object that holds a unit's rows of a layer."""
     return object_key(rows_name(layer), unit, dimensions=2)

@@ -7,16 +7,19 @@ A put is atomic: if it fails half-way there is no object. Keys and secrets come 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from data import durable
 from data.durable import Buffer, Written
 from data.errors import SettingError, StoreError, first_line
 from data.store.claims import Claims, NumberedClaims
+
+T = TypeVar("T")
 
 SCHEMES = ("s3", "gs", "az")
 # Small objects that are read at a time: a request takes some 20 ms, and there are 30,000 records.
@@ -53,6 +56,8 @@ def _refusals(name: str) -> Iterator[None]:
 
 class ObjectPlace:
     """A bucket, or a prefix in one. It has no locks: ranks divide the units by number."""
+
+    page: int | None = 1000
 
     def __init__(self, url: str) -> None:
         """Open the bucket; nothing is sent yet.
@@ -101,23 +106,31 @@ class ObjectPlace:
         return True
 
     def read_many(self, keys: Iterable[str]) -> Iterator[bytes]:
-        with ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="read") as pool:
-            yield from pool.map(self.read, keys)
+        return _in_order(self.read, keys)
 
-    def names(self, folder: str) -> list[str]:
-        return list(self.sizes(folder))
+    def names(self, folder: str, after: str = "") -> list[str]:
+        return [_name(entry) for entry in self._listed(folder, after)]
+
+    def folders(self) -> list[str]:
+        with _as_os_error():
+            found = self._api.list_with_delimiter(self.store)
+        return [str(path) for path in found["common_prefixes"]]
 
     def sizes(self, folder: str) -> dict[str, int]:
         return {_name(entry): entry["size"] for entry in self._listed(folder)}
 
+    def sizes_of_many(self, folders: Iterable[str]) -> Iterator[dict[str, int]]:
+        return _in_order(self.sizes, folders)
+
     def times(self, folder: str) -> list[float]:
         return [entry["last_modified"].timestamp() for entry in self._listed(folder)]
 
-    def _listed(self, folder: str) -> list[Any]:
-        """The objects directly in `folder`, as obstore describes them."""
+    def _listed(self, folder: str, after: str = "") -> list[Any]:
+        """The objects directly in `folder` behind `after`, as obstore describes them."""
         objects = []
+        offset = f"{folder}/{after}" if after else None
         with _as_os_error():
-            for page in self._api.list(self.store, prefix=f"{folder}/"):
+            for page in self._api.list(self.store, prefix=f"{folder}/", offset=offset):
                 objects += [entry for entry in page if entry["path"].rpartition("/")[0] == folder]
         return objects
 
@@ -154,6 +167,18 @@ class ObjectPlace:
 
     def claims(self, rank: int, world: int) -> Claims:
         return NumberedClaims(rank, world)
+
+
+def _in_order(request: Callable[[str], T], keys: Iterable[str]) -> Iterator[T]:
+    """The answers to many requests in their order; a few dozen are under way at a time."""
+    with ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="request") as pool:
+        coming: deque[Future[T]] = deque()
+        for key in keys:
+            if len(coming) == 2 * _CONNECTIONS:
+                yield coming.popleft().result()
+            coming.append(pool.submit(request, key))
+        while coming:
+            yield coming.popleft().result()
 
 
 def _name(entry: Mapping[str, Any]) -> str:

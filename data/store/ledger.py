@@ -1,13 +1,13 @@
 """What the records of a store say, as arrays: 0.8 KB a unit and layer, however large the store.
 
-The records are the truth. A ledger is read from them and only ever grows, so that a process can
-follow what others commit.
+The records are the truth. A ledger is read from them, or from their copies in packs
+(data/store/packs.py), and only ever grows, so that a process can follow what others commit.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import StoreError
-from data.store import records
+from data.store import packs, records
+from data.store.arrays import is_rows_name, rows_name
 from data.store.place import Place
 from data.store.retention import Absences
 
 SPINE, RESIDUALS = "commits/spine", "commits/residuals"
-_SPINE_RECORD = re.compile(r"\d{8}\.json")
+_SPINE_RECORD = re.compile(r"(?P<unit>\d{8})\.json")
 _RESIDUAL_RECORD = re.compile(r"(?P<unit>\d{8})\.(?P<layers>\d+(_\d+)*)\.json")
+
+_AT_A_TIME = 32  # records of the spine that a look asks for at a time
 
 
 def spine_key(unit: int) -> str:
@@ -31,7 +34,12 @@ def spine_key(unit: int) -> str:
 
 def residual_key(unit: int, layers: Iterable[int]) -> str:
     """The record of one commit of residuals."""
-    return f"{RESIDUALS}/{unit:08d}.{'_'.join(map(str, sorted(layers)))}.json"
+    return f"{RESIDUALS}/{unit:08d}.{_kind(layers)}.json"
+
+
+def _kind(layers: Iterable[int]) -> str:
+    """What the name of a record, or of a pack of records, says of its layers."""
+    return "_".join(map(str, sorted(layers)))
 
 
 def count_residuals(place: Place, layers: Iterable[int]) -> int:
@@ -40,20 +48,21 @@ def count_residuals(place: Place, layers: Iterable[int]) -> int:
     count = 0
     for name in place.names(RESIDUALS):
         if match := _RESIDUAL_RECORD.fullmatch(name):
-            count += len(asked.intersection(_layers(match)))
+            count += len(asked.intersection(_layers(match["layers"])))
     return count
 
 
-def _layers(match: re.Match[str]) -> list[int]:
-    """The layers that a record of residuals names."""
-    return [int(layer) for layer in match["layers"].split("_")]
+def _layers(kind: str) -> list[int]:
+    """The layers that a record's name names."""
+    return [int(layer) for layer in kind.split("_")]
 
 
 @dataclass
 class LayerLedger:
     """One layer's units."""
 
-    committed: NDArray[np.bool_]  # (units,)
+    named: NDArray[np.bool_]  # (units,) whose record is there
+    committed: NDArray[np.bool_]  # (units,) whose record is taken in; the others' entries are zeros
     # (units, C, 3) rows of each inner chunk that are BOS, OUTLIER, ORDINARY
     chunks: NDArray[np.int32]
     norm_sums: NDArray[np.float64]  # (units, 3) sums of the norms of those rows
@@ -65,6 +74,7 @@ class LayerLedger:
     @staticmethod
     def empty(units: int, chunks: int) -> LayerLedger:
         return LayerLedger(
+            named=np.zeros(units, np.bool_),
             committed=np.zeros(units, np.bool_),
             chunks=np.zeros((units, chunks, 3), np.int32),
             norm_sums=np.zeros((units, 3)),
@@ -79,6 +89,7 @@ class LayerLedger:
         self.lost[unit] = entry.get("lost", 0.0)
         self.batch[unit] = entry.get("batch", 0)
         self.committed[unit] = True
+        self.named[unit] = True
 
 
 class Ledger:
@@ -101,18 +112,93 @@ class Ledger:
         self.spine_rows = np.zeros(units, np.int32)  # (units,) packed rows; 0: not committed
         self.pieces = np.zeros(units, np.int64)  # (units,) pieces of documents: as many BOS rows
         self.layers: dict[int, LayerLedger] = {}
+        # (units,) which residuals were committed together, by the layers of their records' names.
+        self._kinds: dict[str, NDArray[np.bool_]] = {}
+        self._packs: set[str] = set()  # that were read
         # Bytes of every object, by folder and name. None after the start: the objects of
         # later records are not checked.
-        self._sizes: dict[str, dict[str, int]] | None = {}
-        self.refresh()
+        sizes: dict[str, dict[str, int]] = {}
+        self._sizes: dict[str, dict[str, int]] | None = sizes
+        self.refresh(units)
         self._sizes = None
+        # Bytes of the objects of each array, as they were at the start.
+        self.nbytes = {folder: sum(of_folder.values()) for folder, of_folder in sizes.items()}
 
-    def refresh(self) -> None:
-        """Take in the records that were not there the last time."""
-        for name, record in self._new(SPINE, self._is_new_spine):
-            self.note_spine(_unit(name), record)
-        for name, record in self._new(RESIDUALS, self._is_new_residuals):
-            self.note_residuals(_unit(name), record)
+    # -- following what is committed ---------------------------------------------------------------
+
+    def refresh(self, units: int) -> None:
+        """Take in the records that were not there the last time.
+
+        Args:
+            units: of the store, as far as is known.
+        """
+        # Many at a time, where they are packed.
+        chosen = [name for name in packs.names(self._place) if self._may_give(name, units)]
+        self._packs.update(chosen)
+        for name, lines in packs.read(self._place, chosen):
+            for line in lines:
+                self._note(records.decode(line, f"{self._place.name}/{packs.FOLDER}/{name}"))
+
+        # The others one by one, from the first unit on that no pack gave.
+        first = _first_missing([self.spine_rows[:units]])
+        if first < units:
+            self._read(SPINE, first, self._is_new_spine)
+        first = self._first_unknown(units)
+        if first < units:
+            self._read(RESIDUALS, first, self._is_new_residuals)
+
+    def _may_give(self, pack: str, units: int) -> bool:
+        """Whether a pack may have records that are not taken in."""
+        first, kind = packs.parse(pack)
+        return pack not in self._packs and not self._is_whole(kind, first, units)
+
+    def _is_whole(self, kind: str, first: int, units: int) -> bool:
+        """Whether all units of a pack's range are taken in: the spine's, or those of all layers."""
+        of_range = slice(first, min(first + packs.UNITS, units))
+        if kind == packs.SPINE:
+            return bool(self.spine_rows[of_range].all())
+        return all(self.layer(layer).committed[of_range].all() for layer in _layers(kind))
+
+    def _first_unknown(self, units: int) -> int:
+        """The first unit that may have a record of residuals that is not taken in."""
+        known = {rows_name(layer) for layer in self.layers}
+        if not known or any(map(is_rows_name, set(self._place.folders()) - known)):
+            return 0
+        return _first_missing([layer.committed[:units] for layer in self.layers.values()])
+
+    def look(self, units: int, layers: Iterable[int]) -> int:
+        """Take in by name which units of `layers` are there, and the records of the spine.
+
+        Gives the number of names that were listed.
+        """
+        self._follow_spine(units)
+        first = _first_missing([self.layer(layer).named[:units] for layer in layers])
+        if first == units:
+            return 0
+        names = self._place.names(RESIDUALS, after=_before(first))
+        for name in names:
+            if match := _RESIDUAL_RECORD.fullmatch(name):
+                for layer in _layers(match["layers"]):
+                    self.layer(layer).named[self._checked(name)] = True
+        return len(names)
+
+    def _follow_spine(self, units: int) -> None:
+        """Take in the records of the spine from the first missing one to the next missing one.
+
+        The text is read in order, so a look costs little more requests than there are new records:
+        it asks for one, then for twice as many as were there, and ends where one is not there.
+        """
+        count = 1
+        while (first := _first_missing([self.spine_rows[:units]])) < units:
+            keys = [spine_key(unit) for unit in range(first, min(first + count, units))]
+            try:
+                for key, data in zip(keys, self._place.read_many(keys), strict=True):
+                    self._note(records.decode(data, f"{self._place.name}/{key}"))
+            except FileNotFoundError:
+                return
+            count = min(2 * count, _AT_A_TIME)
+
+    # -- reading records ---------------------------------------------------------------------------
 
     def _is_new_spine(self, name: str) -> bool:
         return bool(_SPINE_RECORD.fullmatch(name)) and not self.spine_rows[self._checked(name)]
@@ -122,14 +208,13 @@ class Ledger:
         if not match:
             return False
         unit = self._checked(name)
-        for layer in _layers(match):
-            if layer not in self.layers or not self.layers[layer].committed[unit]:
-                return True
-        return False
+        return any(not self.layer(layer).committed[unit] for layer in _layers(match["layers"]))
 
     def _checked(self, name: str) -> int:
         """The unit of a record; StoreError if the store cannot have it."""
-        unit = _unit(name)
+        return self._planned(int(name[:8]))
+
+    def _planned(self, unit: int) -> int:
         if unit >= self._units:
             raise StoreError(
                 f"{self._place.name} has a record of unit {unit}, and was planned with "
@@ -137,26 +222,32 @@ class Ledger:
             )
         return unit
 
-    def _new(
-        self, folder: str, is_new: Callable[[str], bool]
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """New records of a folder, in order of their names."""
-        names = sorted(filter(is_new, self._place.names(folder)))
+    def _read(self, folder: str, first: int, is_new: Callable[[str], bool]) -> None:
+        """Take in the new records of a folder from unit `first` on, in order of their names."""
+        names = sorted(filter(is_new, self._place.names(folder, after=_before(first))))
         keys = [f"{folder}/{name}" for name in names]
-        for name, key, data in zip(names, keys, self._place.read_many(keys), strict=True):
-            record = records.decode(data, f"{self._place.name}/{key}")
-            self._require_objects(record)
-            yield name, record
+        for key, data in zip(keys, self._place.read_many(keys), strict=True):
+            self._note(records.decode(data, f"{self._place.name}/{key}"))
+
+    def _note(self, record: Mapping[str, Any]) -> None:
+        """Take in a record that was read, after a check of its objects."""
+        self._require_objects(record)
+        note = self.note_residuals if "layers" in record else self.note_spine
+        note(self._planned(record["unit"]), record)
 
     def _require_objects(self, record: Mapping[str, Any]) -> None:
         """At the start, raise StoreError if an object of a record is missing or cut."""
         if self._sizes is None:
             return
-        for key, (size, _) in record["objects"].items():
+        objects = record["objects"]
+        fresh = {key.rpartition("/")[0] for key in objects} - self._sizes.keys()
+        if fresh:
+            self._sizes.update(zip(fresh, self._place.sizes_of_many(fresh), strict=True))
+        for key, (size, _) in objects.items():
             folder, _, name = key.rpartition("/")
-            if folder not in self._sizes:
-                self._sizes[folder] = self._place.sizes(folder)
             present = self._sizes[folder].get(name)
+            if present != size:  # it may have come, with its record, after the folder was listed
+                present = self._size_now(key)
             if present == size:
                 continue
             if present is None and self.absences.allow(key, record["unit"]):
@@ -168,6 +259,16 @@ class Ledger:
                 "the unit"
             )
 
+    def _size_now(self, key: str) -> int | None:
+        """Bytes of an object; None if there is none."""
+        try:
+            with self._place.open(key) as blob:
+                return blob.size
+        except FileNotFoundError:
+            return None
+
+    # -- taking in records -------------------------------------------------------------------------
+
     def note_spine(self, unit: int, record: Mapping[str, Any]) -> None:
         """Take in a spine record."""
         self.spine_rows[unit] = record["rows"]
@@ -176,12 +277,45 @@ class Ledger:
     def note_residuals(self, unit: int, record: Mapping[str, Any]) -> None:
         """Take in a record of residuals."""
         for layer, entry in record["layers"].items():
-            if int(layer) not in self.layers:
-                # `setdefault` is atomic: threads that commit come here too.
-                self.layers.setdefault(int(layer), LayerLedger.empty(self._units, self._chunks))
-            self.layers[int(layer)].note(unit, entry)
+            self.layer(int(layer)).note(unit, entry)
+        kind = _kind(map(int, record["layers"]))
+        self._kinds.setdefault(kind, np.zeros(self._units, np.bool_))[unit] = True
+
+    def layer(self, layer: int) -> LayerLedger:
+        """The units of a layer, of which there may be none."""
+        if layer not in self.layers:
+            # `setdefault` is atomic: threads that commit come here too.
+            self.layers.setdefault(layer, LayerLedger.empty(self._units, self._chunks))
+        return self.layers[layer]
+
+    # -- packs -------------------------------------------------------------------------------------
+
+    def finished(self, units: int) -> Iterator[tuple[str, list[str]]]:
+        """Names of the packs of every range of units that is whole, with the keys of their records.
+
+        A range is whole for records of residuals if each of its units has all of their layers.
+        """
+        kinds = {packs.SPINE: self.spine_rows != 0, **self._kinds}
+        for first in range(0, units, packs.UNITS):
+            for kind, there in kinds.items():
+                of_kind = first + np.flatnonzero(there[first : min(first + packs.UNITS, units)])
+                if len(of_kind) and self._is_whole(kind, first, units):
+                    yield (
+                        packs.name_of(first, kind),
+                        [_key(kind, unit) for unit in of_kind.tolist()],
+                    )
 
 
-def _unit(name: str) -> int:
-    """The unit of a record's name."""
-    return int(name[:8])
+def _key(kind: str, unit: int) -> str:
+    """The record of a unit."""
+    return spine_key(unit) if kind == packs.SPINE else residual_key(unit, _layers(kind))
+
+
+def _first_missing(of_units: Sequence[NDArray[Any]]) -> int:
+    """The first unit that some array lacks; as many as there are units, if none is missing."""
+    return min(int(np.argmin(np.append(there != 0, False))) for there in of_units)
+
+
+def _before(unit: int) -> str:
+    """What comes behind all records of the units before `unit`, and before its own."""
+    return f"{unit:08d}"

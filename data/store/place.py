@@ -43,6 +43,7 @@ class Place(Protocol):
     """
 
     name: str  # as the user gave it
+    page: int | None  # names that one request lists; None: a listing is no request
 
     def read(self, key: str) -> bytes:
         """The bytes of an object; FileNotFoundError if there is none."""
@@ -60,12 +61,20 @@ class Place(Protocol):
         """The bytes of several objects, in the order of `keys`."""
         ...
 
-    def names(self, folder: str) -> list[str]:
-        """Names of the finished objects directly in `folder`."""
+    def names(self, folder: str, after: str = "") -> list[str]:
+        """Names of the finished objects directly in `folder`, of those that come after `after`."""
+        ...
+
+    def folders(self) -> list[str]:
+        """Names of the folders directly under the root."""
         ...
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Bytes of every finished object directly in `folder`, by name."""
+        ...
+
+    def sizes_of_many(self, folders: Iterable[str]) -> Iterator[dict[str, int]]:
+        """The same of several folders, in their order."""
         ...
 
     def times(self, folder: str) -> list[float]:
@@ -129,6 +138,8 @@ def place_of(where: str | Path | Place) -> Place:
 class LocalPlace:
     """A folder."""
 
+    page: int | None = None
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = str(path)
@@ -151,15 +162,25 @@ class LocalPlace:
     def read_many(self, keys: Iterable[str]) -> Iterator[bytes]:
         return map(self.read, keys)
 
-    def names(self, folder: str) -> list[str]:
+    def names(self, folder: str, after: str = "") -> list[str]:
         try:
             names = os.listdir(self.path / folder)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return [name for name in names if not name.startswith(".")]
+        return [name for name in names if name > after and not name.startswith(".")]
+
+    def folders(self) -> list[str]:
+        try:
+            with os.scandir(self.path) as entries:
+                return [entry.name for entry in entries if entry.is_dir()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def sizes(self, folder: str) -> dict[str, int]:
         return {name: status.st_size for name, status in self._listed(folder)}
+
+    def sizes_of_many(self, folders: Iterable[str]) -> Iterator[dict[str, int]]:
+        return map(self.sizes, folders)
 
     def times(self, folder: str) -> list[float]:
         return [status.st_mtime for _, status in self._listed(folder)]

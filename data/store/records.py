@@ -53,9 +53,14 @@ def fault(data: bytes) -> str | None:
     """What is wrong with a record's bytes; None if they are the bytes that were written."""
     if not data.startswith(_HEAD) or data[_BODY - 2 : _BODY] != b'",':
         return "is not a commit record"
-    if durable.digest(data[_BODY:]).encode() != data[len(_HEAD) : _BODY - 2]:
+    if durable.digest(data[_BODY:]).encode() != checksum(data):
         return "does not match its own checksum"
     return None
+
+
+def checksum(data: bytes) -> bytes:
+    """The checksum that a record states: 32 hexadecimal digits."""
+    return data[len(_HEAD) : _BODY - 2]
 
 
 def _way_out(name: str) -> str:

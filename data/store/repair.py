@@ -1,7 +1,8 @@
 """Finding and dropping what a disk has damaged.
 
-To repair a unit, dropping its record is enough: the next harvest makes the unit again. What follows
-from the records is written again at once.
+To repair a unit, dropping its record is enough: the next harvest makes the unit again. A pack that
+holds the record goes before, or it would still be served. What follows from the records is written
+again at once, or by the next harvest.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from data.durable import Written
 from data.errors import StoreError
 from data.journal import Progress
-from data.store import manifest, records
+from data.store import manifest, packs, records
 from data.store.place import Place
 from data.store.retention import Absences
 from data.store.ring_state import REGISTRATIONS
@@ -36,14 +37,20 @@ def damage(place: Place) -> Iterator[tuple[str, list[str]]]:
     shows how far it is where that takes long.
     """
     damaged = False
+    sound: set[bytes] = set()  # digests of the records that are whole
     keys = list(_records(place))
     progress = Progress(quiet_s=5.0)
     for number, key in enumerate(keys, 1):
         progress.show(f"checking the digests of record {number:,} of {len(keys):,}")
-        if wrong := list(_wrong_with_record(place, key)):
+        if wrong := list(_wrong_with_record(place, key, sound)):
             damaged = True
             yield key, wrong
     progress.close()
+    for name in packs.names(place):
+        key = f"{packs.FOLDER}/{name}"
+        if wrong := list(_wrong_with_pack(place, key, sound)):
+            damaged = True
+            yield key, wrong
     if damaged:
         return
     # Metadata follows from the records, so it can be compared only when they are whole.
@@ -61,7 +68,8 @@ def _records(place: Place) -> Iterator[str]:
                 yield f"{folder}/{name}"
 
 
-def _wrong_with_record(place: Place, key: str) -> Iterator[str]:
+def _wrong_with_record(place: Place, key: str, sound: set[bytes]) -> Iterator[str]:
+    """What is wrong with a record and its objects; the record joins `sound` if it is nothing."""
     try:
         data = place.read(key)
     except OSError as error:
@@ -69,8 +77,22 @@ def _wrong_with_record(place: Place, key: str) -> Iterator[str]:
         return
     if wrong := records.fault(data):
         yield f"{place.name}/{key} {wrong}"
-    else:
-        yield from _damaged_objects(place, records.decode(data, key))
+        return
+    damaged = list(_damaged_objects(place, records.decode(data, key)))
+    yield from damaged
+    if not damaged:
+        sound.add(records.checksum(data))
+
+
+def _wrong_with_pack(place: Place, key: str, sound: set[bytes]) -> Iterator[str]:
+    try:
+        lines = packs.decode(place.read(key), f"{place.name}/{key}")
+    except (OSError, StoreError) as error:
+        yield f"{place.name}/{key} cannot be read: {error}"
+        return
+    stale = [line for line in lines if records.checksum(line) not in sound]
+    if stale:
+        yield f"{place.name}/{key} packs {len(stale)} records that are damaged or not there"
 
 
 def _damaged_objects(place: Place, record: dict[str, Any]) -> Iterator[str]:
@@ -101,8 +123,8 @@ def _wrong_with_text(place: Place, key: str, text: bytes) -> str | None:
 def repair(place: Place) -> list[str]:
     """Drop damaged records; rebuild the manifest and zarr.json where they are damaged.
 
-    The next harvest makes the units of dropped records again. Gives the keys of both; `is_derived`
-    tells them apart.
+    The next harvest makes the units of dropped records again, and packs. Gives the keys of both;
+    `is_derived` tells them apart.
 
     Raises:
         StoreError: there is no store, or a harvest is writing it.
@@ -113,7 +135,7 @@ def repair(place: Place) -> list[str]:
             raise StoreError(f"{place.name} is being written; stop the harvest before repairing")
         damaged = [key for key, _ in damage(place)]
         metadata = {key for key in damaged if _is_metadata(key)}
-        for key in damaged:
+        for key in sorted(damaged, key=is_pack, reverse=True):  # packs before their records
             if key not in metadata:
                 place.delete(key)
         if manifest.KEY in damaged:
@@ -125,7 +147,7 @@ def repair(place: Place) -> list[str]:
 
 def require_store(place: Place) -> None:
     """Raise StoreError if there is no store; one that lost its manifest can be repaired."""
-    if not place.names("commits"):
+    if not (manifest.exists(place) or any(place.names(folder) for folder in _FOLDERS)):
         raise StoreError(
             f"no activation store at {place.name}; make one with "
             f"`python -m harvest store={place.name} ...`"
@@ -135,6 +157,11 @@ def require_store(place: Place) -> None:
 def is_derived(key: str) -> bool:
     """Whether `repair` can rebuild the object from the rest of the store."""
     return key == manifest.KEY or _is_metadata(key)
+
+
+def is_pack(key: str) -> bool:
+    """Whether the object only copies records; a harvest may do without it."""
+    return key.startswith(f"{packs.FOLDER}/")
 
 
 def _is_metadata(key: str) -> bool:

@@ -12,7 +12,7 @@ lie past the end altogether are absent.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -144,17 +144,32 @@ class UnitArray:
         Raises:
             StoreError: the object is missing, cut, or does not match its checksum.
         """
-        step = self.chunk or self.unit
-        count = -(-rows // step)
-        out = np.empty((count * step, *self.inner), self.dtype)
         if self.chunk is None:
-            key = self.key(unit)
-            with explained(place, key):
-                self.codec.decode(place.read(key), out)
-        else:
-            with Shard(self, place, unit) as shard:
-                for chunk in range(count):
-                    shard.read(chunk, out[chunk * step : (chunk + 1) * step])
+            return self._decoded(place, unit, rows, lambda: place.read(self.key(unit)))
+        count = -(-rows // self.chunk)
+        out = np.empty((count * self.chunk, *self.inner), self.dtype)
+        with Shard(self, place, unit) as shard:
+            for chunk in range(count):
+                shard.read(chunk, out[chunk * self.chunk : (chunk + 1) * self.chunk])
+        return out[:rows]
+
+    def read_many(self, place: Place, units: Sequence[int], rows: int) -> Iterator[NDArray[Any]]:
+        """All rows of several units in their order, of each of which there are `rows`.
+
+        A bucket is asked for a few dozen at a time. Raises as `read` does.
+        """
+        assert self.chunk is None
+        objects = place.read_many(map(self.key, units))
+        for unit in units:
+            yield self._decoded(place, unit, rows, lambda: next(objects))
+
+    def _decoded(
+        self, place: Place, unit: int, rows: int, read: Callable[[], bytes]
+    ) -> NDArray[Any]:
+        """The rows of an object that is one plain chunk."""
+        out = np.empty((self.unit, *self.inner), self.dtype)
+        with explained(place, self.key(unit)):
+            self.codec.decode(read(), out)
         return out[:rows]
 
 

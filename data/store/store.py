@@ -32,7 +32,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
 from pathlib import Path
@@ -44,7 +44,7 @@ from numpy.typing import NDArray
 from data import order
 from data.durable import Written
 from data.errors import StoreError
-from data.store import codec, ledger, manifest, records
+from data.store import codec, ledger, manifest, packs, records
 from data.store.arrays import Arrays
 from data.store.ledger import LayerLedger, Ledger
 from data.store.moments import Moments
@@ -56,6 +56,7 @@ if TYPE_CHECKING:  # the process that writes the spine runs without torch
     from data.store.unit import Prepared
 
 _END = "commits/spine/end.json"
+_GROUP = "zarr.json"
 
 
 class SpineEnd(NamedTuple):
@@ -109,7 +110,26 @@ class Store:
     def refresh(self) -> None:
         """Take in what other processes have committed."""
         self.spine_end = self.spine_end or self._read_end()
-        self.ledger.refresh()
+        self.ledger.refresh(self.units)
+
+    def look(self, layers: Iterable[int] = ()) -> int:
+        """Take in which units others have committed, as cheaply as the place allows.
+
+        `missing` counts them from then on. What their records of residuals say comes with
+        `refresh`; the spine's are taken in whole.
+
+        Args:
+            layers: to look for, beside those that are there already.
+
+        Returns:
+            The requests that listed names: 0 in a folder.
+        """
+        if self.place.page is None:
+            self.refresh()
+            return 0
+        self.spine_end = self.spine_end or self._read_end()
+        names = self.ledger.look(self.units, {*self.layers, *layers})
+        return -(-names // self.place.page)
 
     def _read_end(self) -> SpineEnd | None:
         try:
@@ -208,10 +228,26 @@ class Store:
     def declare(self, layers: Iterable[int]) -> None:
         """Write the Zarr metadata of the group and of every array, at their present shapes.
 
-        Other Zarr readers need it. Of ours only `verify` reads it.
+        Other Zarr readers need it. Of ours only `verify` reads it. The group's, which repeats all
+        others, is written last: if it is right already, so are they.
         """
-        for key, text in self.metadata(layers).items():
+        self.spine_end = self.spine_end or self._read_end()  # another process may have declared it
+        texts = self.metadata(layers)
+        try:
+            if self.place.read(_GROUP) == texts[_GROUP]:
+                return
+        except FileNotFoundError:
+            pass
+        for key, text in texts.items():
             self.place.write(key, [text])
+
+    def pack(self) -> None:
+        """Write the packs that lack, for places where they spare requests: a folder has none.
+
+        See data/store/packs.py.
+        """
+        if self.place.page is not None:
+            packs.write(self.place, self.ledger.finished(self.units))
 
     def metadata(self, layers: Iterable[int]) -> dict[str, bytes]:
         """The zarr.json of the group and of every array, by key."""
@@ -231,7 +267,7 @@ class Store:
             },
         }
         texts = {f"{name}/zarr.json": _json(metadata) for name, metadata in by_name.items()}
-        return {**texts, "zarr.json": _json(group)}
+        return {**texts, _GROUP: _json(group)}
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
@@ -276,7 +312,7 @@ class Store:
     @property
     def layers(self) -> list[int]:
         """Layers that have at least one committed unit."""
-        return sorted(self.ledger.layers)
+        return sorted(layer for layer, its in self.ledger.layers.items() if its.named.any())
 
     @property
     def lossless(self) -> bool:
@@ -333,24 +369,25 @@ class Store:
     # -- reading residuals -------------------------------------------------------------------------
 
     def committed(self, layer: int) -> NDArray[np.bool_]:
-        """(units,) which units of `layer` are there."""
+        """(units,) which units of `layer` are there and taken in."""
         return self._layer(layer).committed[: self.units]
 
     def missing(self, layers: Sequence[int]) -> dict[int, list[int]]:
         """Units that lack some of `layers`, with the layers that each lacks, in order."""
-        committed = {layer: self.committed(layer) for layer in layers}
-        incomplete = np.flatnonzero(~np.all(list(committed.values()), axis=0))
+        there = {layer: self._layer(layer).named[: self.units] for layer in layers}
+        incomplete = np.flatnonzero(~np.all(list(there.values()), axis=0))
         missing = {}
         for unit in incomplete.tolist():
-            missing[unit] = [layer for layer in layers if not committed[layer][unit]]
+            missing[unit] = [layer for layer in layers if not there[layer][unit]]
         return missing
 
     def committed_meanwhile(self, unit: int, layers: Sequence[int]) -> bool:
         """Whether another process committed exactly these layers of a unit since `refresh`."""
-        key = ledger.residual_key(unit, layers)
-        if not self.place.exists(key):
+        try:
+            record = self._read_record(ledger.residual_key(unit, layers))
+        except FileNotFoundError:
             return False
-        self.ledger.note_residuals(unit, self._read_record(key))
+        self.ledger.note_residuals(unit, record)
         return True
 
     def complete(self, layer: int) -> bool:
@@ -426,12 +463,13 @@ class Store:
         spine_rows = self.ledger.spine_rows.astype(np.int64)[entries.committed]
         return int(spine_rows.sum() * self.context - entries.chunks.sum(dtype=np.int64))
 
-    def unit_moments(self, layer: int, unit: int) -> list[Moments]:
-        """Exact statistics of a unit's BOS, OUTLIER and ORDINARY rows."""
-        counts = self.chunk_counts(layer, unit).sum(0, dtype=np.int64)
-        moments = self.arrays.moments(layer).read(self.place, unit, 1)[0]
-        pairs = zip(counts, moments, strict=True)
-        return [Moments(int(count), *of_kind) for count, of_kind in pairs]
+    def unit_moments(self, layer: int, units: Sequence[int]) -> Iterator[list[Moments]]:
+        """Exact statistics of the BOS, OUTLIER and ORDINARY rows of each of some units."""
+        read = self.arrays.moments(layer).read_many(self.place, units, 1)
+        for unit, moments in zip(units, read, strict=True):
+            counts = self.chunk_counts(layer, unit).sum(0, dtype=np.int64)
+            pairs = zip(counts, moments[0], strict=True)
+            yield [Moments(int(count), *of_kind) for count, of_kind in pairs]
 
 
 def _starts(document: NDArray[np.uint32]) -> NDArray[np.bool_]:
