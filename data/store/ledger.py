@@ -162,14 +162,18 @@ class Ledger:
     def _first_unknown(self, units: int) -> int:
         """The first unit that may have a record of residuals that is not taken in."""
         known = {rows_name(layer) for layer in self.layers}
-        if not known or any(map(is_rows_name, set(self._place.folders()) - known)):
+        if any(map(is_rows_name, set(self._place.folders()) - known)):
             return 0
         return _first_missing([layer.committed[:units] for layer in self.layers.values()])
 
     def look(self, units: int, layers: Iterable[int]) -> int:
-        """Take in by name which units of `layers` are there, and the records of the spine.
+        """Take in by name which units are there, and the records of the spine.
 
-        Gives the number of names that were listed.
+        Args:
+            layers: to look for; if there are none, all are listed.
+
+        Returns:
+            The requests that listed names.
         """
         self._follow_spine(units)
         first = _first_missing([self.layer(layer).named[:units] for layer in layers])
@@ -180,7 +184,7 @@ class Ledger:
             if match := _RESIDUAL_RECORD.fullmatch(name):
                 for layer in _layers(match["layers"]):
                     self.layer(layer).named[self._checked(name)] = True
-        return len(names)
+        return max(1, -(-len(names) // self._place.page)) if self._place.page else 0
 
     def _follow_spine(self, units: int) -> None:
         """Take in the records of the spine from the first missing one to the next missing one.
@@ -312,8 +316,11 @@ def _key(kind: str, unit: int) -> str:
 
 
 def _first_missing(of_units: Sequence[NDArray[Any]]) -> int:
-    """The first unit that some array lacks; as many as there are units, if none is missing."""
-    return min(int(np.argmin(np.append(there != 0, False))) for there in of_units)
+    """The first unit that some array lacks; as many as there are units, if none is missing.
+
+    Of no array it is 0.
+    """
+    return min((int(np.argmin(np.append(there != 0, False))) for there in of_units), default=0)
 
 
 def _before(unit: int) -> str:

@@ -53,15 +53,16 @@ def encode(lines: Sequence[bytes]) -> bytes:
 
 
 def decode(data: bytes, name: str) -> list[bytes]:
-    """The records of a pack, each with its own checksum still to be checked.
+    """The records of a pack.
 
     Raises:
-        StoreError: `data` is not the pack that was written.
+        StoreError: `data` is not the pack that was written, or holds what is no record.
     """
     head, _, body = data.partition(b"\n")
     said = records.decode(head + b"\n", name)
     lines = body.splitlines(keepends=True)
-    if said != {"digest": durable.digest(body), "records": len(lines)}:
+    is_whole = said == {"digest": durable.digest(body), "records": len(lines)}
+    if not is_whole or any(map(records.fault, lines)):
         raise StoreError(f"{name} does not hold the records that were packed")
     return lines
 

@@ -128,8 +128,7 @@ class Store:
             self.refresh()
             return 0
         self.spine_end = self.spine_end or self._read_end()
-        names = self.ledger.look(self.units, {*self.layers, *layers})
-        return -(-names // self.place.page)
+        return self.ledger.look(self.units, {*self.layers, *layers})
 
     def _read_end(self) -> SpineEnd | None:
         try:
