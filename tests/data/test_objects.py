@@ -160,6 +160,8 @@ def test_zarr_reads_it_through_its_own_object_store(
     import zarr
     from zarr.storage import ObjectStore
 
+    import data.store.zarr_bfloat16  # noqa: F401 (registers the type of the rows)
+
     store = make_store(bucket, random_bits)
     assert isinstance(store.place, ObjectPlace)
     group = zarr.open_group(ObjectStore(store.place.store, read_only=True), mode="r")
