@@ -17,7 +17,7 @@ from typing import Any
 
 from analyze.truth import NotANumber, is_right, truth_of
 from data import durable
-from data.errors import SettingError, StoreError
+from data.errors import SettingError, StoreError, caused
 from data.tiny import problems as tiny
 
 TINY = "tiny"
@@ -148,7 +148,8 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise StoreError(f"problems={path} cannot be read: {error.strerror}") from error
+        got = f"problems={path} cannot be read: {error.strerror}"
+        raise caused(error, got, "mend the file's rights") from error
     for row, raw in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), 1):
         place = f"{path} line {row}"
         try:

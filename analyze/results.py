@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from analyze import outcome as outcomes
 from analyze.outcome import Outcome, dumped
 from data import durable
-from data.errors import SettingError
+from data.errors import SettingError, caused
 from data.journal import tell
 
 FOLDER = "studies"  # in a run's directory
@@ -102,5 +102,6 @@ def made(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SettingError(f"{folder} cannot be made: {error.strerror}") from error
+        got = f"{folder} cannot be made: {error.strerror}"
+        raise caused(error, got, "choose another run=", SettingError) from error
     return folder

@@ -25,7 +25,7 @@ from analyze import results
 from analyze.outcome import Outcome, dumped
 from analyze.results import FEATURES, FOLDER, digest_of, made
 from analyze.subject import Subject
-from data import durable
+from data import durable, locks
 from data.durable import Written
 from data.errors import MismatchError, SettingError
 from data.journal import tell
@@ -166,7 +166,7 @@ class Study:
         settings = json.loads(dumped({**self.identity, **inputs, **options}))
         run = self.subject.run
         busy = f"study={self.name} of {run} is being done by another process; wait, or stop it"
-        with durable.locked(run / FOLDER / f".{self.name}", busy):
+        with locks.locked(run / FOLDER / f".{self.name}", busy):
             earlier = results.of_study(run, self.name)
             for result in earlier:
                 if result.settings == settings:

@@ -7,19 +7,26 @@ command line.
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from conf.help import described
 from conf.names import quoted, texts
 from data import stopping
-from data.errors import Interrupted, PipelineError, SettingError
+from data.errors import (
+    AGAIN,
+    Interrupted,
+    PipelineError,
+    SettingError,
+    first_line,
+    is_passing,
+    is_wrong_name,
+)
 
 if TYPE_CHECKING:  # hydra and omegaconf take 0.3 s to load: `start` first makes Ctrl-C quiet
     from omegaconf import DictConfig
@@ -55,6 +62,7 @@ def start(name: str, module: str) -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load: no traceback
+    stopping.answer_early()
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     import hydra
@@ -144,8 +152,7 @@ def run_main(
     try:
         run_command((lambda: print(help_text())) if wants_help else main)
     except refusals as error:
-        print(f"error: {_one_line(str(error))}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _refuse(_one_line(str(error)), 2)
 
 
 def run_command(command: Callable[[], None]) -> None:
@@ -153,19 +160,19 @@ def run_command(command: Callable[[], None]) -> None:
     try:
         command()
     except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _refuse(str(error), error.exit_code)
     except BrokenPipeError:
         # The reader has seen enough, as `head` does. A pipe that stays closed would make the
         # interpreter complain when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        if error.errno not in _WRONG_NAME:
+        reason = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+        if is_passing(error):
+            _refuse(f"{reason or first_line(error)}; {stopping.KEPT}", AGAIN)
+        if not is_wrong_name(error):
             raise
-        reason = f"{error.filename}: {error.strerror}"
-        print(f"error: {reason}; choose another place", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _refuse(f"{reason}; choose another place", 2)
     except Interrupted as stop:
         _tell_stopped(stop)
         sys.exit(stop.exit_code)
@@ -174,13 +181,17 @@ def run_command(command: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def _refuse(message: str, code: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
 def _tell_stopped(reason: object) -> None:
-    stopping.told.set()
-    print(f"stopped by {reason}; {stopping.KEPT}", file=sys.stderr, flush=True)
+    with stopping.telling:
+        stopping.told.set()
+        print(f"stopped by {reason}; {stopping.KEPT}", file=sys.stderr, flush=True)
 
 
-# What the file system answers to a path that cannot be, or that is not the user's.
-_WRONG_NAME = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
 # A launcher as Hydra names it when it is missing, its plugin, and our extra.
 _LAUNCHERS = (
     ("submitit_", "hydra-submitit-launcher", "slurm"),

@@ -7,7 +7,6 @@ a crash that the file's contents do not. Every lasting file of the pipeline is w
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +16,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from data.errors import StoreError
+from data.errors import StoreError, TemporaryError, caused, is_passing
 
 Buffer = bytes | bytearray | memoryview
 
@@ -96,14 +95,19 @@ def _begin_write_back(handle: int, offset: int, nbytes: int) -> None:
 
 @contextmanager
 def refusals(path: Path) -> Iterator[None]:
-    """Turn the disk's refusal to write `path` into a StoreError with a way out."""
+    """Turn the disk's refusal to write `path` into a StoreError with a way out.
+
+    It is a TemporaryError if the disk is what failed, and not the path.
+    """
     try:
         yield
     except OSError as error:
-        raise StoreError(
-            f"cannot write {path}: {error.strerror}; what was committed before is intact, "
-            "so free space or mend the disk and run the same command again"
-        ) from error
+        refusal = f"cannot write {path}: {error.strerror}; what was committed before is intact"
+        if is_passing(error) or error.errno == errno.ENOENT:  # somebody removed the folder
+            raise TemporaryError(
+                f"{refusal}, so free space or mend the disk and run the same command again"
+            ) from error
+        raise StoreError(f"{refusal}, so choose another place") from error
 
 
 def write(path: Path, parts: Iterable[Buffer]) -> Written:
@@ -148,10 +152,8 @@ def make_directory(path: Path) -> None:
         for created in reversed(missing):
             sync_directory(created.parent)
     except OSError as error:
-        raise StoreError(
-            f"cannot create the folder {path}: {error.strerror}; mend the disk or choose another "
-            "place"
-        ) from error
+        refusal = f"cannot create the folder {path}: {error.strerror}"
+        raise caused(error, refusal, "mend the disk or choose another place") from error
 
 
 def lock(call: Callable[..., None], *arguments: int) -> bool:
@@ -165,35 +167,15 @@ def lock(call: Callable[..., None], *arguments: int) -> bool:
     return True
 
 
-@contextmanager
-def locked(folder: Path, busy: str) -> Iterator[None]:
-    """Hold the lock of `folder` for a `with` block; it ends with the process at the latest.
-
-    Makes the folder if need be, and removes the temporaries of killed processes directly in it:
-    under the lock none can be in use. Its subfolders may have locks of their own.
-
-    Raises:
-        StoreError: another process on this machine holds the lock; `busy` is the message.
-    """
-    make_directory(folder)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        if not lock(fcntl.flock, handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            raise StoreError(busy)
-        _remove_temporaries(folder, os.listdir(folder))
-        yield
-    finally:
-        os.close(handle)
-
-
 def sweep(folder: Path) -> None:
     """Remove the temporaries of killed processes; no other process may be writing in `folder`."""
     # Not `rglob`: it takes three times as long for the 200,000 objects of a billion tokens.
     for parent, _, names in os.walk(folder):
-        _remove_temporaries(Path(parent), names)
+        remove_temporaries(Path(parent), names)
 
 
-def _remove_temporaries(folder: Path, names: Iterable[str]) -> None:
+def remove_temporaries(folder: Path, names: Iterable[str]) -> None:
+    """Remove those of the `names` in `folder` that are temporaries."""
     for name in names:
         if name.startswith(".") and is_temporary(path := folder / name):
             path.unlink(missing_ok=True)

@@ -4,25 +4,50 @@
     ├── SettingError        a setting that cannot be right (also a ValueError)
     │   └── DocumentError   one document that cannot be stored; text.bad=skip leaves it out
     ├── StoreError          a store or run directory that is not what it must be
-    │   └── MismatchError   recorded settings differ from the ones asked for; names both values
+    │   ├── MismatchError   recorded settings differ from the ones asked for; names both values
+    │   └── TemporaryError  nothing that was given is wrong: a disk, a server or another process is
+    │                       in the way; exit code 75, the same command goes on later
     └── NonFiniteError      NaN or infinity where numbers must be
-    Interrupted             SIGINT or SIGTERM at a safe boundary; exit code 130 or 143
+    Interrupted             a signal at a safe boundary: SIGINT 130, SIGTERM 143; SIGUSR1 and
+                            SIGUSR2, by which engines announce the end, 75
 
 The line of a PipelineError says what was got, what is allowed, and the way out.
 
-Any other exception is a defect of ours and keeps its traceback.
+Any other exception is a defect of ours: it keeps its traceback, and the exit code is 1.
 """
 
 from __future__ import annotations
 
+import errno
 import signal
 from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
+# EX_TEMPFAIL of sysexits.h: engines that restart by exit code take it for "again".
+AGAIN = 75
+ANNOUNCED = (signal.SIGUSR1, signal.SIGUSR2)  # by which engines announce the end
+
+# What a disk, a mount or a network answers while something is wrong with it that may pass.
+_PASSING = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("EIO", "ENOSPC", "EDQUOT", "ESTALE", "EREMOTEIO", "ENODEV", "ENXIO", "ENOMEDIUM"),
+        *("EAGAIN", "EBUSY", "EINTR", "EMFILE", "ENFILE", "ENOMEM", "ENOLCK", "ENOBUFS"),
+        *("ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "ENOTCONN", "ESHUTDOWN", "ETIMEDOUT"),
+        *("ENETDOWN", "ENETRESET", "ENETUNREACH", "EHOSTDOWN", "EHOSTUNREACH", "ECOMM"),
+    )
+    if hasattr(errno, name)  # macOS lacks some
+)
+
+# What the file system answers to a path that cannot be, or that is not the user's.
+_WRONG_NAME = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
+
 
 class PipelineError(Exception):
     """An error that the user can mend; its text is the whole message."""
+
+    exit_code = 2
 
 
 class SettingError(PipelineError, ValueError):
@@ -44,6 +69,12 @@ class DocumentError(SettingError):
 
 class StoreError(PipelineError):
     """A store or a run directory is missing, damaged, or of another kind."""
+
+
+class TemporaryError(StoreError):
+    """What is in the way may pass: the same command goes on later."""
+
+    exit_code = AGAIN
 
 
 class NonFiniteError(PipelineError):
@@ -76,7 +107,17 @@ class Interrupted(BaseException):
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
-        self.exit_code = 128 + signum
+        self.signum = signum
+        self.exit_code = exit_code(signum)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle, as `MismatchError` has it."""
+        return type(self), (self.signum,)
+
+
+def exit_code(signum: int) -> int:
+    """How a command ends that a signal has stopped."""
+    return AGAIN if signum in ANNOUNCED else 128 + signum
 
 
 def raise_interrupted(signum: int, _frame: FrameType | None) -> None:
@@ -85,7 +126,7 @@ def raise_interrupted(signum: int, _frame: FrameType | None) -> None:
 
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a flag that loops check between units or steps.
+    """Turns signals to stop into a flag that loops check between units or steps.
 
     A context manager; the former handlers come back on exit. A second signal of the same kind acts
     at once. In a command, data/stopping.py ends the process if no check comes within a second.
@@ -96,9 +137,9 @@ class StopRequest:
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (signal.SIGINT, signal.SIGTERM, *ANNOUNCED):
             # A launcher's own handler stays: submitit ignores SIGTERM, which Slurm sends before it
-            # requeues a job.
+            # requeues a job, and requeues it at SIGUSR2.
             replaced = (signal.SIG_DFL, signal.default_int_handler, raise_interrupted)
             if signal.getsignal(signum) in replaced:
                 self._former[signum] = signal.signal(signum, self._note)
@@ -116,6 +157,30 @@ class StopRequest:
         """Raise `Interrupted` if a signal has arrived since the last check."""
         if self.signum is not None:
             raise Interrupted(self.signum)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether a disk or a network failed, and not a name or a right that was given."""
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    return isinstance(error, OSError) and error.errno in _PASSING
+
+
+def is_wrong_name(error: OSError) -> bool:
+    """Whether the path is what is wrong."""
+    return error.errno in _WRONG_NAME
+
+
+def caused(
+    error: BaseException,
+    got: str,
+    way_out: str,
+    kind: type[PipelineError] = StoreError,
+) -> PipelineError:
+    """The error for `got`: a TemporaryError if `error` may pass by itself, else a `kind`."""
+    if is_passing(error):
+        return TemporaryError(f"{got}; the same command goes on once that is mended")
+    return kind(f"{got}; {way_out}")
 
 
 def first_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from data.durable import refusals
-from data.errors import StoreError
+from data.errors import StoreError, caused
 
 Record = Mapping[str, Any]
 
@@ -73,7 +73,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror}; restore it") from error
+        got = f"{path} cannot be read: {error.strerror}"
+        raise caused(error, got, "restore it") from error
     records = []
     for number, line in enumerate(lines, 1):
         try:

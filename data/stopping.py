@@ -1,4 +1,4 @@
-"""How a command ends on SIGINT and SIGTERM: within seconds, whatever its main thread is doing.
+"""How a command ends on a signal to stop: within seconds, whatever its main thread is doing.
 
 Python runs a signal's handler in the main thread, between two of its own instructions. A read of
 5 GB, a product of large matrices or the wait for another thread keeps it from there. So a thread
@@ -19,11 +19,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 
-from data.errors import raise_interrupted
+from data.errors import ANNOUNCED, exit_code, raise_interrupted
 
 GRACE_S = 0.5  # from a signal to the end, unless it is held off
-_HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: raise_interrupted}
+_HANDLERS = {
+    signal.SIGINT: signal.default_int_handler,
+    **dict.fromkeys((signal.SIGTERM, *ANNOUNCED), raise_interrupted),
+}
 KEPT = "what was finished is kept, and the same command again goes on"
 _POLL_S = 0.1  # between looks whether the end is still held off
 
@@ -42,6 +46,7 @@ class _Held:
 
 _held = _Held()
 told = threading.Event()  # whether the command has said by itself that it was stopped
+telling = threading.Lock()  # held while it says so
 expected = threading.Event()  # whether Ctrl-C is how the command's work ends
 
 
@@ -55,6 +60,17 @@ def holding() -> Iterator[None]:
         _held.change(-1)
 
 
+def answer_early() -> None:
+    """Until `answer_signals`, while libraries load, have an announced end take the process."""
+    for signum in ANNOUNCED:
+        if signal.getsignal(signum) is signal.SIG_DFL:
+            signal.signal(signum, _end_early)
+
+
+def _end_early(signum: int, _frame: FrameType | None) -> None:
+    _end(signum)
+
+
 def answer_signals() -> set[int]:
     """Have signals raise in the main thread; those that do, in numbers.
 
@@ -62,7 +78,7 @@ def answer_signals() -> set[int]:
     """
     answered: set[int] = set()
     for signum, handler in _HANDLERS.items():
-        if signal.getsignal(signum) is signal.SIG_DFL:
+        if signal.getsignal(signum) in (signal.SIG_DFL, _end_early):
             signal.signal(signum, handler)
         if signal.getsignal(signum) is handler:
             answered.add(signum)
@@ -108,8 +124,9 @@ def _listen(pipe: int, answered: set[int]) -> None:
 
 
 def _end(signum: int) -> None:
+    telling.acquire(timeout=GRACE_S)  # nobody may be reading what the command says
     if not told.is_set():
         line = f"stopped by {signal.Signals(signum).name}; {KEPT}\n"
         with suppress(OSError):  # nobody may be reading
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, line.encode())
-    os._exit(128 + signum)
+    os._exit(exit_code(signum))

@@ -15,7 +15,14 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, Literal
 
-from data.errors import DocumentError, PipelineError, StoreError, first_line
+from data.errors import (
+    DocumentError,
+    PipelineError,
+    StoreError,
+    TemporaryError,
+    first_line,
+    is_passing,
+)
 from data.journal import tell
 from data.store.store import Store
 from data.text.documents import Document, State, TextSource
@@ -66,7 +73,9 @@ class Encoder:
                 raise
             except Exception as error:
                 reason = f"{type(error).__name__}: {first_line(error)}"
-                raise StoreError(
+                passing = isinstance(error, MemoryError) or is_passing(error)
+                kind = TemporaryError if passing else StoreError
+                raise kind(
                     f"the text cannot be read on behind {where} ({reason}); what was committed is "
                     "intact. If the same command ends there again, begin another store= with a "
                     "text without that document"

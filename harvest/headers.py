@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-from data.errors import SettingError, first_line
+from data.errors import SettingError, caused, first_line
 from harvest.hub_model import asked_of_hub, is_local
 from harvest.weight_files import INDEX, SINGLE, is_tower, needed
 
@@ -109,9 +109,8 @@ def _in_file(file: Path) -> Iterator[Entry]:
                 weight = opened.get_slice(name)
                 yield Entry(name, weight.get_dtype(), prod(weight.get_shape()))
     except (SafetensorError, OSError) as error:
-        raise SettingError(
-            f"{file} is damaged ({first_line(error)}); copy or download it again"
-        ) from error
+        got = f"{file} is damaged ({first_line(error)})"
+        raise caused(error, got, "copy or download it again", SettingError) from error
 
 
 def _on_hub(path: str, commit: str) -> Iterator[Entry]:

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from data.errors import SettingError
+from data.errors import PipelineError, SettingError, TemporaryError
 from data.journal import size, tell
+from data.text import retry
 from data.tiny.embedded import MODEL_DIR
 from harvest.model_folder import EMBEDDED
 from harvest.weight_files import INDEX, SINGLE, needed
@@ -129,13 +130,14 @@ def asked_of_hub(path: str, ask: Callable[[], T], revision: str = "main") -> T:
 
     try:
         return ask()
-    except SettingError:
+    except PipelineError:
         raise
     except NotASafetensorsRepoError as error:
         raise _no_safetensors(path) from error
     except Exception as error:  # network, gate, unknown name: the client has a dozen kinds
         at = "" if revision == "main" else f" at revision={revision}"
-        raise SettingError(
+        kind = TemporaryError if retry.may_pass(error) else SettingError
+        raise kind(
             f"model.path={path}{at} cannot be had from the Hugging Face hub "
             f"({type(error).__name__}). "
             "If it is gated, accept its terms on its page and set HF_TOKEN; without network give a "

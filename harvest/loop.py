@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -217,6 +217,10 @@ class OutOfMemory(PipelineError):
         )
         self.unit = unit
         self.batch = batch  # packed rows
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle, by which a launcher's job returns it."""
+        return type(self), (self.unit, self.batch)
 
 
 def fit_codec(store: Store, lm: LanguageModel, layers: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data import durable
-from data.errors import DocumentError, SettingError, first_line
+from data.errors import DocumentError, SettingError, caused, first_line
 from data.text.chats import Chat, Message
 from data.text.documents import Content
 from harvest.chat_template import ChatTemplate, Spellings
@@ -252,4 +252,5 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise SettingError(f"{folder} has no loadable tokenizer: {first_line(error)}") from error
+        got = f"{folder} has no loadable tokenizer: {first_line(error)}"
+        raise caused(error, got, "copy or download it again", SettingError) from error

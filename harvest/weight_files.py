@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from data.errors import SettingError
+from data.errors import SettingError, caused
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -33,7 +33,9 @@ def shards(index: Path) -> list[str]:
         # A name is a plain one: an index from the network must not lead out of its folder.
         names = {Path(file).name for weight, file in weight_map.items() if not is_tower(weight)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SettingError(f"{index} is no index of shards; download it again") from error
+        raise caused(
+            error, f"{index} is no index of shards", "download it again", SettingError
+        ) from error
     return sorted(names)
 
 

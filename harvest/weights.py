@@ -19,7 +19,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from data.errors import PipelineError, SettingError, first_line
+from data.errors import (
+    PipelineError,
+    SettingError,
+    TemporaryError,
+    caused,
+    first_line,
+    is_passing,
+)
 from harvest import weight_files
 from harvest.decoder import (
     PER_LAYER_TABLE,
@@ -171,6 +178,11 @@ def _loaded(
                 f"the weights in {folder} do not fit into the memory of "
                 f"device={options['device_map']}; take a larger one, or layer= further down"
             ) from error
+        if is_passing(error):
+            raise TemporaryError(
+                f"{folder} cannot be read: {first_line(error)}; the same command goes on once that "
+                "is mended"
+            ) from error
         raise not_loadable(folder, error) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -199,10 +211,8 @@ def _mapped_weights(folder: Path) -> Iterator[dict[str, Any]]:
                 for name in file.keys():  # noqa: SIM118 (no mapping)
                     weights[name] = file.get_slice(name)
         except (SafetensorError, OSError) as error:
-            raise SettingError(
-                f"the weights in {folder} are damaged ({first_line(error)}); copy or download them "
-                "again"
-            ) from error
+            got = f"the weights in {folder} are damaged ({first_line(error)})"
+            raise caused(error, got, "copy or download them again", SettingError) from error
         yield weights
 
 

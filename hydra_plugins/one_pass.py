@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hydra.core.utils import JobReturn, run_job, setup_globals
+from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
@@ -38,7 +38,6 @@ class OnePass(Launcher):
         """Compose the jobs and train their arms; the jobs with their results."""
         from data.device import own_device
         from data.errors import PipelineError
-        from data.journal import tell
         from train import parallel
         from train.sweep import train_sweep
 
@@ -54,11 +53,9 @@ class OnePass(Launcher):
             outcomes = train_sweep([job.return_value for job in ours], own_device(name))
             for job, outcome in zip(ours, outcomes, strict=True):
                 job.return_value = outcome
-        failed = [job for job in jobs if isinstance(job.return_value, PipelineError)]
-        for job in failed[1:]:
-            tell(f"{' '.join(job.overrides or [])}: {job.return_value}")
-        if failed:
-            raise failed[0].return_value  # here, or Hydra adds lines of its own
+        for job in jobs:
+            if isinstance(job.return_value, PipelineError):
+                job.status = JobStatus.FAILED
         return jobs
 
     def _prepare(self, overrides: list[str], number: int) -> JobReturn:

@@ -132,7 +132,8 @@ def unwatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(stopping, "watch", stopping.answer_signals)
     for event in (stopping.told, stopping.expected):
         event.clear()  # an earlier test's command may have been stopped
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    handlers = {signum: signal.getsignal(signum) for signum in signals}
     yield
     for signum, handler in handlers.items():
         signal.signal(signum, handler)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from conf.command import run_command, run_main
-from data.errors import Interrupted, StoreError
+from data.errors import Interrupted, StopRequest, StoreError
 
 # Runs a module as `python -m` does, and interrupts itself when that asks for what is slow.
 _INTERRUPTED = """
@@ -49,6 +49,31 @@ def test_an_interrupt_that_is_ignored_stays_so() -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )
     assert done.returncode == 0 and "saelens" in done.stdout
+
+
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGUSR2])
+def test_an_engines_early_notice_is_one_line(signum: int) -> None:
+    program = _INTERRUPTED.replace("signal.SIGINT", str(int(signum)))
+    done = subprocess.run(
+        [sys.executable, "-c", program, "train.export"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (75, 1)
+
+
+def test_a_notice_that_a_launcher_answers_is_its_own() -> None:
+    """submitit puts a job back into the queue at SIGUSR2."""
+    heard: list[int] = []
+    former = signal.signal(signal.SIGUSR2, lambda signum, _: heard.append(signum))
+    try:
+        with StopRequest() as stop:
+            run_main(lambda: signal.raise_signal(signal.SIGUSR2), (), str)
+            stop.check()
+    finally:
+        signal.signal(signal.SIGUSR2, former)
+    assert heard == [signal.SIGUSR2]
 
 
 def test_a_command_can_be_interrupted_again(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from conf.command import start
 from data import durable
+from data.errors import exit_code
 from data.store import codec
 from data.store.place import LocalPlace
 from harvest.command import command
@@ -33,6 +34,7 @@ from tests.analyze.conftest import tiny_run  # noqa: F401 (a fixture)
 from tests.harvest.test_command import tiny
 
 PATIENCE_S = 30.0  # of these tests: a command that does not answer fails them
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
 HARVEST = ["model=tiny", "text=tiny", "tokens=3000", "context=64", "layer=5"]
 
 
@@ -65,8 +67,9 @@ def stopped(
         child = os.fork()
     if not child:
         try:
-            for number, handler in {2: signal.default_int_handler, 15: signal.SIG_DFL}.items():
-                signal.signal(number, handler)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+                signal.signal(number, signal.SIG_DFL)
             for stream in (1, 2):
                 os.dup2(os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
             sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
@@ -138,10 +141,10 @@ def test_a_slow_phase_is_left(phase: str, harvested: Path, tmp_path: Path) -> No
     overrides, slow_down = PHASES[phase]
     there = any("action=" in override for override in overrides)
     store = harvested if there else tmp_path / "s.zarr"
-    signum = signal.SIGINT if there else signal.SIGTERM
+    signum = SIGNALS[list(PHASES).index(phase) % len(SIGNALS)]
     arguments = ["harvest", *HARVEST, *overrides, f"store={store}"]
     code, printed = stopped(arguments, slow_down, signum, tmp_path)
-    assert code == 128 + signum, printed
+    assert code == exit_code(signum), printed
     assert printed.count("stopped by") == 1
     assert "Traceback" not in printed
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from data import durable, environment
-from data.errors import PipelineError, StopRequest, StoreError
+from data import durable, environment, locks
+from data.errors import PipelineError, StopRequest, StoreError, TemporaryError
 from data.journal import Metrics, read_metrics, tell
 from data.rows.follower import Follower, FollowsNobody
 from data.store import records
@@ -59,7 +59,7 @@ class Run:
                     f"another process is training in {arm.folder}; wait for it, or choose "
                     "another run="
                 )
-                stack.enter_context(durable.locked(arm.folder, busy))
+                stack.enter_context(locks.locked(arm.folder, busy))
                 durable.make_directory(arm.folder / run.CHECKPOINTS)
                 durable.sweep(arm.folder / run.CHECKPOINTS)
             self._settings = self._agree(device) if group.rank == 0 else ""
@@ -203,6 +203,8 @@ def is_finished(folder: Path) -> bool:
     """Whether the final SAE is there and whole. A damaged one is written again."""
     try:
         sae_file.load(folder / sae_file.FILE)
+    except TemporaryError:
+        raise
     except StoreError:
         return False
     return True

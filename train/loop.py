@@ -8,7 +8,6 @@ that was trained beside others: runs share the batches and nothing else.
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -62,10 +61,10 @@ def _train(runs: list[Run], stop: StopRequest, group: Group) -> None:
                 run.arm.follower.wait(step, stop)
 
             # After a signal: save and stop, all processes at the same step.
-            if group.any(stop.signum is not None):
+            if signum := group.largest(stop.signum or 0):
                 for run in runs:
                     run.save()
-                raise Interrupted(stop.signum or signal.SIGTERM)
+                raise Interrupted(signum)
 
             # One batch of each stream.
             batches = {}

@@ -8,13 +8,18 @@ the same weights, and dead latents are those that no process saw fire. Process 0
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.errors import TemporaryError, first_line
+
+_LOST = re.compile("gloo|closed by peer|reset by peer|timed? ?out|refused", re.IGNORECASE)
 _TIMEOUT = timedelta(hours=6)  # process 0 evaluates and saves while the others wait
 
 
@@ -26,6 +31,20 @@ def rank() -> int:
 def world() -> int:
     """Processes of the job."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Turn the loss of another process into a TemporaryError."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo has no exception class of its own
+        if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
+            raise
+        raise TemporaryError(
+            f"another process of this training was lost ({first_line(error)[:200]}); the same "
+            "command goes on from the last checkpoint"
+        ) from error
 
 
 class Group:
@@ -41,7 +60,9 @@ class Group:
         self.world = 1
         self._device = device
         if device is not None:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            with _together():
+                dist.init_process_group(backend, timeout=_TIMEOUT)
             self.rank = dist.get_rank()
             self.world = dist.get_world_size()
 
@@ -59,7 +80,8 @@ class Group:
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over the processes, in place; returns `tensor`, which must be contiguous."""
         if self.world > 1:
-            dist.all_reduce(tensor)
+            with _together():
+                dist.all_reduce(tensor)
         return tensor
 
     def mean_(self, tensor: Tensor) -> Tensor:
@@ -70,12 +92,19 @@ class Group:
         """Replace each tensor by process 0's."""
         for tensor in tensors if self.world > 1 else ():
             whole = tensor.contiguous()
-            dist.broadcast(whole, 0)
+            with _together():
+                dist.broadcast(whole, 0)
             tensor.copy_(whole)
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true in any process."""
+        return bool(self.largest(int(flag)))
+
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers."""
         if self.world == 1:
-            return flag
-        # Device sync, once a step: all must stop at the same one.
-        return bool(self.sum_(torch.tensor([float(flag)], device=self._device)).item())
+            return number
+        numbers = torch.tensor([number], device=self._device)
+        with _together():
+            dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return int(numbers.item())  # device sync, once a step: all must stop at the same one

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from data import durable
-from data.errors import MismatchError, SettingError, StoreError, differences
+from data import durable, locks
+from data.errors import MismatchError, SettingError, StoreError, caused, differences
 from data.journal import tell
 from data.store.store import Store
 from train import sae_file
@@ -59,7 +59,7 @@ def agree(
         foreign = [
             file.name
             for file in run.iterdir()
-            if file.name != CHECKPOINTS and not durable.is_temporary(file)
+            if file.name not in (CHECKPOINTS, locks.FILE) and not durable.is_temporary(file)
         ]
         holds_arms = any((folder / CONFIG).exists() for folder in run.iterdir())
         if foreign and not holds_arms:
@@ -125,7 +125,6 @@ def read_config(run: Path) -> dict[str, Any]:
         ):
             raise TypeError("settings")
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"{path} is not what training wrote; restore it, or choose another run="
-        ) from error
+        got = f"{path} is not what training wrote"
+        raise caused(error, got, "restore it, or choose another run=") from error
     return dict(recorded)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data import durable
-from data.errors import StoreError
+from data.errors import StoreError, caused
 from train.sae import SAE, WEIGHTS
 
 FILE = "sae_final.pt"
@@ -50,9 +50,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> SAE:
         way_out = (
             f"`python -m train ... run={path.parent}` writes it again from the last checkpoint"
         )
-        raise StoreError(
-            f"{path} cannot be read as an SAE ({type(error).__name__}); {way_out}"
-        ) from error
+        got = f"{path} cannot be read as an SAE ({type(error).__name__})"
+        raise caused(error, got, way_out) from error
     return _checked(path, content)
 
 

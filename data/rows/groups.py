@@ -9,7 +9,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from data.errors import SettingError, StopRequest, StoreError
+from data.errors import SettingError, StopRequest, StoreError, TemporaryError
 from data.journal import tell
 from data.rows import summary
 from data.rows.rounds import KeptRows
@@ -121,7 +121,7 @@ class Groups:
         """Why there is no group any more."""
         name = self.store.name
         if len(self._ends) < len(self._groups):
-            return StoreError(
+            return TemporaryError(
                 f"{name} is not harvested that far; `python -m harvest` must be at work on it"
             )
         return StoreError(

@@ -6,7 +6,9 @@ A put is atomic: if it fails half-way there is no object. Keys and secrets come 
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +18,7 @@ from typing import Any, Self, TypeVar
 
 from data import durable
 from data.durable import Buffer, Written
-from data.errors import SettingError, StoreError, first_line
+from data.errors import SettingError, caused, first_line
 from data.store.claims import Claims, NumberedClaims
 
 T = TypeVar("T")
@@ -38,7 +40,18 @@ def _as_os_error() -> Iterator[None]:
     except BaseError as error:
         if isinstance(error, FileNotFoundError):
             raise
-        raise OSError(5, first_line(error)) from error
+        reason = first_line(error)
+        raise OSError(_errno(reason), reason) from error
+
+
+def _errno(reason: str) -> int:
+    """The number for a refusal: of rights or names EACCES, of what may pass ECONNABORTED.
+
+    A listing's refusals have no class of their own, so the HTTP status in the text decides.
+    """
+    status = re.search(r"status code: (4\d\d)", reason)
+    wrong = "redirect" in reason if status is None else int(status[1]) not in (408, 425, 429)
+    return errno.EACCES if wrong else errno.ECONNABORTED
 
 
 @contextmanager
@@ -48,10 +61,9 @@ def _refusals(name: str) -> Iterator[None]:
         with _as_os_error():
             yield
     except OSError as error:
-        raise StoreError(
-            f"cannot write {name}: {error.strerror}; what was committed before is intact, so mend "
-            "the connection or the rights and run the same command again"
-        ) from error
+        refusal = f"cannot write {name}: {error.strerror or first_line(error)}"
+        way_out = "mend the rights or the bucket's name and run the same command again"
+        raise caused(error, f"{refusal}; what was committed before is intact", way_out) from error
 
 
 class ObjectPlace:

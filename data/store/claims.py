@@ -10,7 +10,6 @@ and the unit's record is created once.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from data import durable
+from data import durable, locks
 from data.errors import StoreError
 from data.journal import tell
 
@@ -26,7 +25,6 @@ from data.journal import tell
 # store, changing a ring's records.
 SPINE, METADATA, PRESENCE, RING = range(4)
 _FIRST_UNIT = 16  # the claim of unit 0
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
 def unit_claim(unit: int) -> int:
@@ -93,7 +91,7 @@ class FileClaims:
             self._lock(PRESENCE, fcntl.LOCK_SH)
         except OSError as error:
             os.close(self._handle)
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in locks.NONE:
                 raise
             raise NoLocksError(
                 f"{folder} is on a file system without locks ({error.strerror})"

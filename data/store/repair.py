@@ -13,7 +13,7 @@ from contextlib import closing
 from typing import Any
 
 from data.durable import Written
-from data.errors import StoreError
+from data.errors import StoreError, TemporaryError
 from data.journal import Progress
 from data.store import manifest, packs, records
 from data.store.place import Place
@@ -73,7 +73,7 @@ def _wrong_with_record(place: Place, key: str, sound: set[bytes]) -> Iterator[st
     try:
         data = place.read(key)
     except OSError as error:
-        yield f"{place.name}/{key} cannot be read: {error.strerror or error}"
+        yield _unread(place, key, error)
         return
     if wrong := records.fault(data):
         yield f"{place.name}/{key} {wrong}"
@@ -106,7 +106,7 @@ def _damaged_objects(place: Place, record: dict[str, Any]) -> Iterator[str]:
             if "unit" not in record or not absences.allow(key, record["unit"]):
                 yield f"{place.name}/{key} is missing"
         except OSError as error:
-            yield f"{place.name}/{key} cannot be read: {error.strerror or error}"
+            yield _unread(place, key, error)
 
 
 def _wrong_with_text(place: Place, key: str, text: bytes) -> str | None:
@@ -116,8 +116,15 @@ def _wrong_with_text(place: Place, key: str, text: bytes) -> str | None:
     except FileNotFoundError:
         return f"{place.name}/{key} is missing: other Zarr readers need it"
     except OSError as error:
-        return f"{place.name}/{key} cannot be read: {error.strerror or error}"
+        return _unread(place, key, error)
     return f"{place.name}/{key} is not the metadata of this store: other Zarr readers go by it"
+
+
+def _unread(place: Place, key: str, error: OSError) -> str:
+    """The line for what cannot be read; raises where that is no damage of the object."""
+    if isinstance(error, ConnectionError | TimeoutError):
+        raise error
+    return f"{place.name}/{key} cannot be read: {error.strerror or error}"
 
 
 def repair(place: Place) -> list[str]:
@@ -132,7 +139,9 @@ def repair(place: Place) -> list[str]:
     require_store(place)
     with closing(place.claims(0, 1)) as claims:
         if claims.exact and not claims.alone():
-            raise StoreError(f"{place.name} is being written; stop the harvest before repairing")
+            raise TemporaryError(
+                f"{place.name} is being written; stop the harvest before repairing"
+            )
         damaged = [key for key, _ in damage(place)]
         metadata = {key for key in damaged if _is_metadata(key)}
         for key in sorted(damaged, key=is_pack, reverse=True):  # packs before their records

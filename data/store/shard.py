@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.durable import Buffer
-from data.errors import StoreError
+from data.errors import StoreError, TemporaryError, is_passing
 from data.store.codec import CRC_BYTES, Codec
 from data.store.place import LocalPlace, Place
 
@@ -180,10 +180,17 @@ def explained(place: Place, key: str, part: str = "") -> Iterator[None]:
         yield
     except (OSError, StoreError, RuntimeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise StoreError(
-            f"{place.name}/{key}{part} cannot be read: {reason}; `python -m harvest action=repair "
-            f"store={place.name}` drops damaged units, and harvesting again redoes them"
-        ) from error
+        got = f"{place.name}/{key}{part} cannot be read: {reason}"
+        way_out = (
+            f"`python -m harvest action=repair store={place.name}` drops damaged units, and "
+            "harvesting again redoes them"
+        )
+        if is_passing(error):
+            raise TemporaryError(
+                f"{got}; the same command goes on once that is mended. Where the disk is damaged, "
+                f"{way_out}"
+            ) from error
+        raise StoreError(f"{got}; {way_out}") from error
 
 
 def _padded(rows: NDArray[Any], length: int) -> NDArray[Any]:

@@ -19,7 +19,7 @@ from contextlib import closing
 from decimal import Decimal
 from typing import Any, BinaryIO, cast
 
-from data.errors import DocumentError, StoreError, first_line
+from data.errors import DocumentError, caused, first_line
 from data.text.documents import Column, Content, Document, State
 
 Position = tuple[int, int]  # rows read, bytes read
@@ -73,7 +73,8 @@ def read_files(
             except (EOFError, zlib.error, OSError) as error:
                 # The errors of damaged bytes have no number; those of the system have one.
                 if isinstance(error, OSError) and error.errno is not None:
-                    raise StoreError(f"{name} cannot be read: {error.strerror}") from error
+                    got = f"{name} cannot be read: {error.strerror}"
+                    raise caused(error, got, "mend the file's rights") from error
                 damage = f"{name} is damaged behind row {row}: {first_line(error)}"
                 yield Document(DocumentError("damaged", damage), [number + 1, 0, 0], name)
 

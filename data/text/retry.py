@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
-from data.errors import PipelineError, StoreError, first_line
+from data.errors import PipelineError, StoreError, TemporaryError, first_line, is_passing
 from data.journal import tell
 
 T = TypeVar("T")
@@ -41,8 +41,9 @@ def persistent(what: str, request: Callable[[], T]) -> T:
     """The result of `request`, retried with growing waits while its errors are temporary.
 
     Raises:
-        StoreError: refused for good, or still failing after `TRIES` retries (`FIRST_TRIES` where
-            no server answers and no text has come before).
+        StoreError: refused for good.
+        TemporaryError: still failing after `TRIES` retries (`FIRST_TRIES` where no server answers
+            and no text has come before).
     """
     answered = False
     for number in range(1, TRIES + 2):
@@ -57,7 +58,7 @@ def persistent(what: str, request: Callable[[], T]) -> T:
             answered = answered or trouble.answered
             tries = TRIES if answered or text_came.is_set() else FIRST_TRIES
             if number > tries:
-                raise StoreError(
+                raise TemporaryError(
                     f"{what} cannot be reached ({trouble.reason}, {number} times); {_way_out()}"
                 ) from error
             wait = max(min(2.0**number, LONGEST_S), min(trouble.asked_s, LONGEST_ASKED_S))
@@ -67,6 +68,11 @@ def persistent(what: str, request: Callable[[], T]) -> T:
             )
             sleep(wait)
     raise AssertionError("the last try returns or raises")
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether what a server or the disk answered may be gone at another time."""
+    return _temporary(error) is not None or any(map(is_passing, _causes(error)))
 
 
 def _way_out() -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
 from data import durable
-from data.errors import DocumentError, SettingError, StoreError
+from data.errors import DocumentError, PipelineError, SettingError, caused
 from data.journal import tell
 from data.text import folder
 from data.text.documents import Column, Document, State, TextSource
@@ -139,8 +139,9 @@ def _open(name: str) -> BinaryIO:
         raise _unreadable(name, error) from error
 
 
-def _unreadable(file: Path | str, error: OSError) -> StoreError:
-    return StoreError(f"{file} cannot be read: {error.strerror}")
+def _unreadable(file: Path | str, error: OSError) -> PipelineError:
+    got = f"{file} cannot be read: {error.strerror}"
+    return caused(error, got, "mend its rights, or choose another text.path=")
 
 
 # -- from settings ---------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from analyze.studies.catalogue import table as feature_table
 from analyze.studies.catalogue.study import Options
 from analyze.studies.catalogue.table import Content
 from analyze.subject import Subject
-from data import durable
+from data import locks
 from data.errors import StopRequest
 from data.rows.split import Policy
 from data.store.store import Store
@@ -72,7 +72,7 @@ def subject(folder: Path, tokens: int, unit: int, width: int, d_sae: int, k: int
 def ours(one: Subject, folder: Path) -> int:
     """The whole catalogue without logits; the rows that it is of."""
     options = Options(part="all", logits=0)
-    with durable.locked(folder / "index", ""), StopRequest() as stop:
+    with locks.locked(folder / "index", ""), StopRequest() as stop:
         state, index, _ = catalogue.read(one, options, folder / "index", stop)
         near = catalogue.neighbours(one)
         content = Content(

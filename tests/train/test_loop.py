@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data import durable
+from data import locks
 from data.errors import MismatchError, NonFiniteError, SettingError, StoreError
 from data.journal import read_metrics
 from tests.train import killing
@@ -203,7 +203,7 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
 
 def test_second_process_in_one_run_is_refused(tmp_path):
     with (
-        durable.locked(tmp_path, "held"),
+        locks.locked(tmp_path, "held"),
         pytest.raises(StoreError, match="run="),
     ):
         run(tmp_path)

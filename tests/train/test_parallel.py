@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data.errors import Interrupted, SettingError
+from data.errors import Interrupted, SettingError, TemporaryError
 from data.journal import read_metrics
 from tests.train import killing
 from tests.train.killing import BATCH, CPU, config, in_child, outcome, planted
@@ -43,11 +43,11 @@ def together(folder, readers=None, **changes):
             "MASTER_PORT": str(port),
         }
         stream = planted_stream(readers[rank] if readers else planted())
-        with Group(CPU) as group:
-            try:
+        try:
+            with Group(CPU) as group:
                 train(Arm(config(**changes), stream, folder), CPU, group)
-            except Interrupted as stopped:
-                os._exit(stopped.exit_code)
+        except (Interrupted, TemporaryError) as stopped:
+            os._exit(stopped.exit_code)
 
     children = [in_child(lambda rank=rank: member(rank)) for rank in range(WORLD)]
     return [outcome(child) for child in children]
@@ -96,9 +96,9 @@ def test_the_state_is_of_all_processes(both):
 def test_a_signal_to_one_stops_both_at_one_step_and_they_go_on(both, tmp_path):
     folder = tmp_path / "run"
     stopping = planted(
-        spoil=lambda at, _: os.kill(os.getpid(), signal.SIGTERM) if at == 9 else None
+        spoil=lambda at, _: os.kill(os.getpid(), signal.SIGUSR1) if at == 9 else None
     )
-    assert together(folder, [planted(), stopping]) == [143, 143]
+    assert together(folder, [planted(), stopping]) == [75, 75]
     saved, _ = checkpoint.latest(folder / "checkpoint")
     assert saved.step == 10
     assert together(folder) == [0, 0]
@@ -107,6 +107,15 @@ def test_a_signal_to_one_stops_both_at_one_step_and_they_go_on(both, tmp_path):
             "two processes repeat their bits"
         )
     assert together(folder) == [0, 0], "finished, and left alone"
+
+
+def test_a_process_that_is_lost_ends_the_others_and_the_command_goes_on(both, tmp_path):
+    folder = tmp_path / "run"
+    dying = planted(spoil=lambda at, _: os.kill(os.getpid(), signal.SIGKILL) if at == 9 else None)
+    assert together(folder, [planted(), dying]) == [75, -signal.SIGKILL]
+    assert together(folder) == [0, 0]
+    for name, tensor in load(both[1] / "sae_final.pt").tensors().items():
+        assert torch.equal(load(folder / "sae_final.pt").tensors()[name], tensor), name
 
 
 class Pair(Group):

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from data.errors import StoreError
+from data.errors import StoreError, caused
 from train import export
 from train.export.origin import Origin
 from train.sae import SAE, WEIGHTS
@@ -313,7 +313,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise StoreError(f"{path} cannot be read: {type(error).__name__}") from error
+        got = f"{path} cannot be read: {type(error).__name__}"
+        raise caused(error, got, "restore or download it again") from error
     refuse(not isinstance(config, dict), path.parent, f"a {path.name} that is no object", "one")
     return dict(config)
 
@@ -323,4 +324,5 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise StoreError(f"{path} cannot be read as safetensors: {type(error).__name__}") from error
+        got = f"{path} cannot be read as safetensors: {type(error).__name__}"
+        raise caused(error, got, "restore or download it again") from error

@@ -24,8 +24,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from data import durable
-from data.errors import PipelineError, SettingError, StoreError
+from data.errors import PipelineError, SettingError, StoreError, TemporaryError, caused
 from data.journal import read_metrics, tell
+from data.text import retry
 from train import sae_file
 from train.export import saelens, safetensors
 from train.export.format import about
@@ -169,7 +170,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         if not isinstance(record, dict):
             raise ValueError("no object")
     except (OSError, ValueError) as error:
-        raise StoreError(f"{path} cannot be read as JSON; delete it, and measure again") from error
+        got = f"{path} cannot be read as JSON"
+        raise caused(error, got, "delete it, and measure again") from error
     return record
 
 
@@ -189,7 +191,8 @@ def upload(folder: Path, files: Mapping[str, int], repo: str, private: bool) -> 
 
     Raises:
         SettingError: `private` is asked for, and the repository is public.
-        PipelineError: the Hub refused, or could not be reached.
+        PipelineError: the Hub refused.
+        TemporaryError: it could not be reached.
     """
     try:
         api = HfApi()
@@ -217,4 +220,5 @@ def upload(folder: Path, files: Mapping[str, int], repo: str, private: bool) -> 
             way_out = "check the network, and give the same command again"
         # The error may quote a request's headers, and the token in them: neither its text nor
         # itself as the cause is kept.
-        raise PipelineError(f"{repo} could not be uploaded ({reason}); {way_out}") from None
+        kind = TemporaryError if retry.may_pass(error) else PipelineError
+        raise kind(f"{repo} could not be uploaded ({reason}); {way_out}") from None

@@ -1,0 +1,242 @@
+"""Exit codes: 2 for what was given, 75 where the same command goes on later, 1 for our defects."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import pytest
+from numpy.typing import NDArray
+
+from conf.command import run_command
+from data import durable, locks
+from data.errors import (
+    DocumentError,
+    Interrupted,
+    MismatchError,
+    NonFiniteError,
+    PipelineError,
+    SettingError,
+    StoreError,
+    TemporaryError,
+)
+from data.journal import read_metrics
+from data.store.claims import NoLocksError
+from data.store.place import LocalPlace
+from data.store.repair import repair
+from data.store.store import Store
+from data.text import retry
+from data.text.sources import FileText
+from harvest.hub_model import asked_of_hub
+from harvest.loop import OutOfMemory
+from tests.conftest import Call, make_store
+from tests.train.test_command import SMALL
+from tests.train.test_command import make_store as make_small_store
+from train.arm import is_finished
+from train.sae_file import load
+
+PASSING = ["ENOSPC", "EIO", "EDQUOT", "ESTALE", "ETIMEDOUT", "ECONNRESET", "EHOSTUNREACH"]
+OF_THE_PATH = ["EACCES", "ENAMETOOLONG", "ENOTDIR", "EROFS", "ELOOP"]
+
+
+def os_error(name: str) -> OSError:
+    number = getattr(errno, name)
+    return OSError(number, os.strerror(number), "/some/file")
+
+
+def raising(error: BaseException) -> Callable[..., NoReturn]:
+    def call(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    return call
+
+
+def code_of(work: Callable[[], object]) -> int:
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: (work(), None)[1])
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+ERRORS = {
+    2: [
+        PipelineError("x"),
+        SettingError("x"),
+        StoreError("x"),
+        DocumentError("empty", "x"),
+        MismatchError("there", {"seed": (0, 1)}, "Go on."),
+        NonFiniteError("x"),
+        NoLocksError("x"),
+        OutOfMemory(3, 16),
+        *map(os_error, OF_THE_PATH),
+    ],
+    75: [
+        TemporaryError("x"),
+        *map(os_error, PASSING),
+        ConnectionResetError("x"),
+        TimeoutError("x"),
+        Interrupted(signal.SIGUSR1),
+        Interrupted(signal.SIGUSR2),
+    ],
+    130: [Interrupted(signal.SIGINT), KeyboardInterrupt()],
+    143: [Interrupted(signal.SIGTERM)],
+}
+
+
+@pytest.mark.parametrize("code", ERRORS)
+def test_exceptions(code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    for error in ERRORS[code]:
+        assert code_of(raising(error)) == code, repr(error)
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_defects_keep_their_traceback() -> None:
+    for error in (ZeroDivisionError(), RuntimeError("x"), OSError("x"), OSError(errno.EBADF, "x")):
+        with pytest.raises(type(error)):
+            run_command(raising(error))
+
+
+def test_errors_come_back_from_jobs_as_they_are() -> None:
+    for code in (2, 75):
+        for error in ERRORS[code]:
+            again = pickle.loads(pickle.dumps(error))
+            assert (type(again), str(again)) == (type(error), str(error))
+
+
+# -- the disk --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*PASSING, "ENOENT"])
+def test_a_disk_that_refuses_to_write(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", raising(os_error(name)))
+    for write in (
+        lambda: durable.write(tmp_path / "a", [b"x"]),
+        lambda: durable.create(tmp_path / "a", b"x"),
+    ):
+        assert code_of(write) == 75
+    if name != "ENOENT":
+        assert code_of(lambda: durable.make_directory(tmp_path / "new")) == 75
+
+
+@pytest.mark.parametrize("name", OF_THE_PATH)
+def test_a_path_that_cannot_be_written(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", raising(os_error(name)))
+    assert code_of(lambda: durable.write(tmp_path / "a", [b"x"])) == 2
+    assert code_of(lambda: durable.make_directory(tmp_path / "new")) == 2
+
+
+def test_a_disk_that_refuses_to_read(
+    tmp_path: Path, random_bits: NDArray[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged object is 2, since `action=repair` comes first; a failing disk is 75."""
+    store = make_store(tmp_path / "s.zarr", random_bits)
+    monkeypatch.setattr(LocalPlace, "open", raising(os_error("EIO")))
+    assert code_of(lambda: store.tokens(1)) == 75
+    monkeypatch.undo()
+    part = tmp_path / "s.zarr" / "tokens" / "c.1.0"
+    part.write_bytes(part.read_bytes()[:-9])
+    assert code_of(lambda: store.tokens(1)) == 2
+    assert code_of(lambda: Store.open(tmp_path / "s.zarr")) == 2
+
+
+def test_text_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("words")
+    source = FileText(str(tmp_path / "a.txt"))
+    for code, names in ((75, PASSING), (2, OF_THE_PATH)):
+        for name in names:
+            monkeypatch.setattr(Path, "open", raising(os_error(name)))
+            assert code_of(lambda: list(source.documents(None))) == code
+            assert code_of(source.identity) == code
+            assert code_of(lambda: read_metrics(tmp_path / "metrics.jsonl")) == code
+
+
+def test_a_final_file_that_cannot_be_read_is_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "sae_final.pt"
+    path.write_bytes(b"rubbish")
+    assert not is_finished(tmp_path)
+    assert code_of(lambda: load(path)) == 2
+    monkeypatch.setattr("torch.load", raising(os_error("EIO")))
+    assert code_of(lambda: is_finished(tmp_path)) == 75
+
+
+# -- other processes -------------------------------------------------------------------------------
+
+
+def test_a_store_that_is_written_is_repaired_later(
+    tmp_path: Path, random_bits: NDArray[Any]
+) -> None:
+    place = make_store(tmp_path / "s.zarr", random_bits).place
+    joined, leave = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:
+        _claims = place.claims(0, 1)
+        os.write(joined[1], b"x")
+        os.close(leave[1])
+        os.read(leave[0], 1)
+        os._exit(0)
+    os.read(joined[0], 1)
+    assert code_of(lambda: repair(place)) == 75
+    os.close(leave[1])
+    os.waitpid(child, 0)
+    assert repair(place) == []
+
+
+def test_a_run_that_is_trained_by_another_process(tmp_path: Path, call: Call) -> None:
+    make_small_store(tmp_path / "s.zarr", units=2, layers=(3,))
+    settings = ("store=s.zarr", *SMALL, "tokens=64")
+    line = ("train", "train.command", "-m", *settings)
+    with locks.locked(tmp_path / "a", "held"):
+        assert call("train", "train.command", *settings, "run=a")[0] == 75
+        # Of several jobs: 75 if that is all that is wrong, with a line for each.
+        with locks.locked(tmp_path / "b", "held"):
+            for launcher in ("one_pass", "basic"):
+                code, err = call(*line, f"hydra/launcher={launcher}", "run=a,b")
+                assert code == 75, err
+                assert "another process is training in a;" in err
+                assert "another process is training in b;" in err
+                code, err = call(*line, f"hydra/launcher={launcher}", "run=a,b", "sae.k=2,65")
+                assert (code, err.count("error:")) == (2, 1)
+    assert call(*line, "run=a,b")[0] == 0
+
+
+# -- the hub ---------------------------------------------------------------------------------------
+
+
+class RequestException(Exception):
+    """As the hub's HTTP libraries name what goes wrong on the way."""
+
+
+def answer(status: int) -> Exception:
+    error = RequestException(f"HTTP {status}")
+    error.response = SimpleNamespace(status_code=status, headers={})  # type: ignore[attr-defined]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        *((answer(status), 2) for status in (400, 401, 403, 404, 410)),
+        *((answer(status), 75) for status in (408, 429, 500, 502, 503, 504)),
+        (RequestException("x"), 75),
+        (os_error("ENOSPC"), 75),  # the cache's disk
+        (ValueError("x"), 2),
+    ],
+    ids=repr,
+)
+def test_the_hub(error: Exception, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "sleep", lambda _: None)
+    assert code_of(lambda: asked_of_hub("me/model", raising(error))) == code
+    if not isinstance(error, OSError) or error.errno is None:
+        assert code_of(lambda: retry.persistent("me/data", raising(error))) == code
