@@ -196,7 +196,6 @@ def _tell_stopped(reason: object) -> None:
 _LAUNCHERS = (
     ("submitit_", "hydra-submitit-launcher", "slurm"),
     ("joblib", "hydra-joblib-launcher", "joblib"),
-    ("ray'", "hydra-ray-launcher", "ray"),
 )
 
 

@@ -21,7 +21,7 @@ from harvest.plan import plan
 from tests.conftest import make_store
 from tests.harvest.models import E4B
 from tests.test_docs_run import lines, parsed, pieces
-from tests.test_house import PRODUCT, ROOT
+from tests.test_house import PRODUCT, ROOT, SETTINGS
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 
@@ -40,7 +40,7 @@ def flat(config: Mapping[str, Any], above: str) -> Iterator[str]:
 def all_settings() -> set[str]:
     """The name of every setting and group in conf/. A source of text is called NAME."""
     names = {"hydra/launcher"}
-    for path in sorted((ROOT / "conf").rglob("*.yaml")):
+    for path in SETTINGS:
         group = path.relative_to(ROOT / "conf").parent.as_posix().replace("/", ".")
         above = {".": "", "text": "text.sources.NAME."}.get(group, f"{group}.")
         names |= {group, *flat(yaml.safe_load(path.read_text()), above)}

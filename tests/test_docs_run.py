@@ -8,6 +8,7 @@ fails here.
 
 - torchrun, accelerate: this process is rank 0 of as many as they would start. It is alone where the
   ranks would meet in one run.
+- conf/slurm.sbatch, conf/ray_ranks.py: this process runs the settings, as one rank.
 - `hydra/launcher=NAME`: the launcher's settings must compose. Hydra's basic launcher then runs the
   jobs one by one.
 - s3://: moto's server on loopback. The other rank of a bucket never comes, so it is given up at
@@ -20,7 +21,6 @@ fails here.
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import logging
 import os
@@ -92,6 +92,8 @@ OMITTED = {  # what `...` stands for
     "harvest": "layer=5 store=activations/e4b.zarr",
     "train": "layer=5 store=activations/e4b.zarr run=runs/omitted",
 }
+# Files that start ranks with the settings behind them: tests/engines starts them for real.
+BY_ENGINE = re.compile(r"(?:sbatch \S+ \S+/slurm\.sbatch|python -m conf\.ray_ranks \d+) (.*)")
 # Not run here: modules that are named alone, and benchmarks, which tests/test_docs.py looks up.
 OTHER = re.compile(r"python -m ((harvest|train|analyze)(\.export)?|(tests|data)\..*)")
 # Pages that go on from a store and a run of another page, and how those are made.
@@ -131,6 +133,8 @@ def lines(text: str) -> Iterator[str]:
 
 def parsed(line: str) -> Command | None:
     """The command in a line; None if it is none of ours, or has no settings."""
+    if match := BY_ENGINE.fullmatch(line):
+        return Command(line, 0, "harvest", shlex.split(match[1]))
     started = r"(?:python|(?:torchrun|accelerate launch) \S+ (\d+))"  # with the number of processes
     match = re.fullmatch(
         started + r" -m (harvest|train|analyze|train\.export|train\.publish) (.*)", line
@@ -310,9 +314,7 @@ def require_launcher(command: Command) -> None:
     from hydra import compose, initialize_config_module
 
     asked = [word for word in command.words if word.startswith("hydra")]
-    if not asked or (
-        "ray" in asked[0] and not importlib.util.find_spec("hydra_plugins.hydra_ray_launcher")
-    ):
+    if not asked:
         return
     with initialize_config_module("conf", version_base="1.3"):
         assert compose(command.module, asked, return_hydra_config=True).hydra.launcher._target_
@@ -440,7 +442,7 @@ def test_commands_are_found() -> None:
         "README.md": 20,
         "harvest.md": 20,
         "reproduce.md": 12,
-        "clusters.md": 7,
+        "clusters.md": 9,
         "training.md": 5,
         "studies.md": 2,
     }

@@ -17,6 +17,7 @@ from conf.names import LISTS, NAMES, quoted
 from data.text.sources import source_of
 from harvest.command import harvest_config, model_config
 from tests.conftest import Call
+from tests.test_house import SETTINGS
 from tests.train.test_command import SMALL, make_store
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -122,9 +123,7 @@ def leaves(settings: Mapping[str, Any], under: str) -> Iterator[tuple[str, Any]]
             yield under + str(key), value
 
 
-@pytest.mark.parametrize(
-    "file", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF))
-)
+@pytest.mark.parametrize("file", SETTINGS, ids=lambda path: str(path.relative_to(CONF)))
 def test_every_setting_of_text_is_a_name_or_a_word(file: Path) -> None:
     """A new setting of text must be declared: else a name of digits would be read as a number."""
     first, *_ = file.read_text().splitlines()
@@ -141,7 +140,7 @@ def test_every_setting_of_text_is_a_name_or_a_word(file: Path) -> None:
 
 def test_paths_are_declared() -> None:
     """Settings that have no default name a path, or are listed above."""
-    for file in sorted(CONF.rglob("*.yaml")):
+    for file in SETTINGS:
         if file.parent.name in ("launcher", "sweeper", "text"):
             continue
         group = "" if file.parent == CONF else f"{file.parent.name}."
