@@ -9,10 +9,11 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import xxhash
 
@@ -24,6 +25,7 @@ Buffer = bytes | bytearray | memoryview
 # and then this process waits: 0.24 s for a unit of 335 MB, instead of 0.17 s (`python -m
 # tests.bench.write_path`).
 _WRITE_BACK = 1 << 22
+_TRIES = 8  # of a move whose temporary was removed meanwhile
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
@@ -62,26 +64,73 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def _write_temporary(path: Path, parts: Iterable[Buffer]) -> tuple[Path, Written]:
-    # A random name: two machines on one file system may have the same process number.
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
-    state = xxhash.xxh3_128()
-    size = 0
-    begun = 0  # bytes that the disk was told to begin on
-    try:
-        with temporary.open("wb") as file:
-            for part in parts:
-                state.update(part)
-                size += file.write(part)
-                if size - begun >= _WRITE_BACK:
-                    _begin_write_back(file.fileno(), begun, size - begun)
-                    begun = size
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return temporary, Written(size, state.hexdigest())
+class _Temporary:
+    """The temporary of one file: filled, then moved to its name. A context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self._target = path
+        self._open()
+
+    def _open(self) -> None:
+        # A random name: two machines on one file system may have the same process number.
+        name = f".{self._target.name}.{os.urandom(4).hex()}.tmp"
+        self._path = self._target.with_name(name)
+        self._file = self._path.open("w+b")
+        self._is_left = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._file.close()
+        finally:
+            if self._is_left:
+                self._path.unlink(missing_ok=True)
+
+    def fill(self, parts: Iterable[Buffer]) -> Written:
+        """Write and sync the contents."""
+        state = xxhash.xxh3_128()
+        size = 0
+        begun = 0  # bytes that the disk was told to begin on
+        for part in parts:
+            state.update(part)
+            size += self._file.write(part)
+            if size - begun >= _WRITE_BACK:
+                _begin_write_back(self._file.fileno(), begun, size - begun)
+                begun = size
+        self._sync()
+        return Written(size, state.hexdigest())
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def replace(self) -> None:
+        """Become the file, in the place of what is there."""
+        self._move(os.replace)
+        self._is_left = False
+
+    def link(self) -> None:
+        """Give the file its name; FileExistsError if there is one."""
+        self._move(os.link)
+
+    def _move(self, call: Callable[[Path, Path], None]) -> None:
+        """Call `call`, again if the temporary was removed meanwhile.
+
+        Another machine whose locks we do not see (Lustre with localflock, NFS with nolock) takes
+        it for a killed process's. It is then written again, from the handle that is still open.
+        """
+        for _ in range(_TRIES):
+            try:
+                return call(self._path, self._target)
+            except FileNotFoundError:
+                with self._file as removed:
+                    self._open()  # raises if the folder itself was removed
+                    removed.seek(0)
+                    shutil.copyfileobj(removed, self._file)
+                self._sync()
+        return call(self._path, self._target)
 
 
 def _begin_write_back(handle: int, offset: int, nbytes: int) -> None:
@@ -116,27 +165,21 @@ def write(path: Path, parts: Iterable[Buffer]) -> Written:
     Raises:
         StoreError: the disk refused; the file that was there before is untouched.
     """
-    with refusals(path):
-        temporary, written = _write_temporary(path, parts)
-        try:
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink()
-            raise
+    with refusals(path), _Temporary(path) as temporary:
+        written = temporary.fill(parts)
+        temporary.replace()
         sync_directory(path.parent)
     return written
 
 
 def create(path: Path, data: bytes) -> bool:
     """Write a file unless it exists; False if it does. Of several writers the first one wins."""
-    with refusals(path):
-        temporary, _ = _write_temporary(path, [data])
+    with refusals(path), _Temporary(path) as temporary:
+        temporary.fill([data])
         try:
-            os.link(temporary, path)
+            temporary.link()
         except FileExistsError:
             return False
-        finally:
-            temporary.unlink(missing_ok=True)
         sync_directory(path.parent)
     return True
 

@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -29,6 +29,7 @@ _HANDLERS = {
     **dict.fromkeys((signal.SIGTERM, *ANNOUNCED), raise_interrupted),
 }
 KEPT = "what was finished is kept, and the same command again goes on"
+_LAST_ACTS_S = 1.0  # at most
 _POLL_S = 0.1  # between looks whether the end is still held off
 
 
@@ -45,6 +46,7 @@ class _Held:
 
 
 _held = _Held()
+last_acts: list[Callable[[], None]] = []  # done before a signal ends the process, in a second
 told = threading.Event()  # whether the command has said by itself that it was stopped
 telling = threading.Lock()  # held while it says so
 expected = threading.Event()  # whether Ctrl-C is how the command's work ends
@@ -129,4 +131,12 @@ def _end(signum: int) -> None:
         line = f"stopped by {signal.Signals(signum).name}; {KEPT}\n"
         with suppress(OSError):  # nobody may be reading
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, line.encode())
+    acts = threading.Thread(target=_do_last_acts, daemon=True)
+    acts.start()
+    acts.join(_LAST_ACTS_S)
     os._exit(exit_code(signum))
+
+
+def _do_last_acts() -> None:
+    for act in list(last_acts):
+        act()

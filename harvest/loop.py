@@ -20,7 +20,7 @@ from data.journal import Progress, duration, size, tell
 from data.rows import summary
 from data.store import codec, retention, ring
 from data.store.claims import METADATA, Claims, unit_claim
-from data.store.manifest import agree, exists
+from data.store.manifest import exists, require_free
 from data.store.manifest import read as read_manifest
 from data.store.place import place_of
 from data.store.retention import KeepAll
@@ -31,11 +31,11 @@ from harvest.config import Faults, HarvestConfig, check_layers
 from harvest.forward import unit_residuals
 from harvest.isolation import Isolation
 from harvest.model import LanguageModel
-from harvest.others import Others
 from harvest.provenance import manifest_of
 from harvest.selfcheck import check, choose_isolation
 from harvest.site import SITES
 from harvest.spine import Spine, tell_end
+from harvest.waiting import Waiting, pause
 from harvest.weights import is_out_of_memory
 from harvest.writer import Writer
 
@@ -56,16 +56,15 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Sto
     begun: Isolation = read_manifest(place)["isolation"] if exists(place) else "packed"
     lm.isolation = choose_isolation(lm, layers, config.context, begun)
 
-    # Check the manifest before the claims file is created: the folder may be no store. Check it
-    # again under the claims: another start may have replaced a manifest without commits.
+    # Join the others before anything is written: whoever believes to be alone removes temporaries.
     manifest = manifest_of(config, lm, source)
-    agree(place, manifest)
-    with closing(place.claims(config.rank, config.world)) as claims, StopRequest() as stop:
+    require_free(place)  # joining makes a file, and the folder may be no store
+    with closing(place.claims()) as claims, StopRequest() as stop:
         whole_spine = retention.needs_whole_spine(place, claims, config.max_bytes)
-        store = Store.open_or_create(place, manifest)
+        store = Store.open_or_create(place, manifest, claims)
 
         bad = config.faults.bad
-        with Spine(store, claims, source, lm.tokenizer, stop, bad) as spine:
+        with Spine(store, layers, claims, source, lm.tokenizer, stop, bad) as spine:
             # Wait for the spine: a ring needs all of it, else the first unit is enough.
             if whole_spine:
                 spine.wait()
@@ -73,6 +72,7 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Sto
                 spine.wait_for(unit=0)
 
             # Recompute a committed unit.
+            store.refresh()
             check(store, lm, layers)
             committed = store.units - len(store.missing(layers))
             if committed:
@@ -80,20 +80,18 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Sto
 
             # Describe the arrays for other Zarr readers; a lossy codec is part of that.
             fit_codec(store, lm, layers)
-            with claims.held(METADATA):
-                store.declare(layers)
+            if not store.is_declared(layers):
+                with claims.held(METADATA):
+                    store.pack()
+                    store.declare(layers)
 
             # Make every missing unit.
             room = ring.join(store, layers, claims, config.max_bytes, config.readers)
-            made = make(store, lm, layers, claims, spine, stop, config.faults, room)
+            made = make(store, lm, layers, claims, spine, stop, config, room)
             room.sweep()
-        tell_end(store)
-
-        # Write what only whole layers have: statistics, and the arrays' final shapes.
-        with claims.held(METADATA):
-            for layer in layers:
-                summary.write(store, layer)
-            store.declare(layers)
+        finish(store, layers, claims, stop)
+    tell_end(store)
+    tell_bad(store, layers)
     _tell_complete(store, made)
     return store
 
@@ -112,7 +110,7 @@ def make(
     claims: Claims,
     spine: Spine,
     stop: StopRequest,
-    faults: Faults,
+    config: HarvestConfig,
     room: KeepAll | Ring,
 ) -> Made:
     """Make and commit units until each of `layers` is whole.
@@ -120,18 +118,21 @@ def make(
     Args:
         room: on the disk. It decides the order of units, and admits a unit when it fits.
     """
+    faults = config.faults
     began = time.monotonic()
     progress = Progress()
-    others = Others(claims)
+    waiting = Waiting()
     batch = int(store.manifest["batch"])  # halved where memory runs out
     tokens = 0
     with Writer(store, claims, faults, lm.config.device) as writer:
         while True:
-            # Make all units that are free at present.
+            # Make all units that are free at present, each process from a place of its own on.
             taken = 0
-            for unit, lacking in room.ordered(store.missing(layers)):
+            is_full = False
+            for unit, lacking in room.ordered(spine.ready(store.missing(layers)), config.rank):
                 stop.check()
-                if not spine.ready(unit) or not room.admits(unit):
+                is_full = not room.admits(unit)
+                if is_full:
                     break
 
                 # Claim the unit. Skip it if it is in other hands, or was committed meanwhile.
@@ -139,11 +140,12 @@ def make(
                     continue
                 if store.committed_meanwhile(unit, lacking):
                     claims.release(unit_claim(unit))
+                    if spine.is_due() and not claims.exact:
+                        break  # one listing tells of many units, without three requests for each
                     continue
                 room.clear(unit)
 
                 # Compute its residuals.
-                unit_began = time.monotonic()
                 residuals, batch = compute(store, lm, unit, lacking, batch, stop, faults)
                 stop.check()
 
@@ -154,25 +156,44 @@ def make(
                 tokens += store.rows_of(unit)
                 rate = tokens / (time.monotonic() - began)
                 progress.show(progress_line(store, layers, tokens, rate, writer.written))
-                others.unit_s = time.monotonic() - unit_began
+            spine.follow()
             if taken:
+                waiting.over()
                 continue
 
-            # No unit is free: the store is complete, or we wait for the spine or another rank.
+            # No unit is free: the store is complete, or we wait for the spine or another process.
             writer.wait()
-            spine.follow()
-            if store.spine_complete and not store.missing(layers):
+            missing = store.missing(layers)
+            if store.spine_complete and not missing:
                 break
-            stop.check()
-            others.wait(store, layers)
-    seconds = time.monotonic() - began
-    for layer in layers:
-        if bad := store.non_finite(layer):
-            tell(
-                f"layer {layer}: {bad} rows hold NaN or infinity; they are stored, counted and "
-                "never served"
-            )
-    return Made(tokens, seconds)
+            if not is_full:
+                tell_waiting(waiting, store, claims, list(spine.ready(missing)))
+            spine.pause()
+    return Made(tokens, time.monotonic() - began)
+
+
+def finish(store: Store, layers: Sequence[int], claims: Claims, stop: StopRequest) -> None:
+    """Have one process write what only whole layers have: statistics, and the final shapes."""
+    waiting = Waiting()
+    while not is_finished(store, layers):
+        if claims.take(METADATA):
+            store.refresh()
+            for layer in layers:
+                summary.write(store, layer)
+            store.pack()
+            store.declare(layers)
+            claims.clear()
+            claims.release(METADATA)
+        else:
+            waiting.on("the statistics of the layers, which another process writes")
+            pause(claims.poll_s, stop)
+    store.refresh()
+
+
+def is_finished(store: Store, layers: Sequence[int]) -> bool:
+    """Whether `finish` has nothing to do."""
+    summed_up = all(summary.exists(store, layer) for layer in layers)
+    return summed_up and store.is_declared(layers)
 
 
 def compute(
@@ -252,6 +273,31 @@ def progress_line(
         f"{units}/{store.units} units | {tokens:,} tokens here | {rate:,.0f} tokens/s | "
         f"{size(written)} at {size(written * rate / max(tokens, 1))}/s | ETA {left}"
     )
+
+
+def tell_waiting(waiting: Waiting, store: Store, claims: Claims, units: Sequence[int]) -> None:
+    """Say what no free unit means, if that lasts.
+
+    Args:
+        units: that are missing though their text is there.
+    """
+    if not units:
+        there = np.count_nonzero(store.ledger.spine_rows)
+        waiting.on("the text", f": {there} of {store.units} units are read")
+        return
+    listed = ", ".join(map(str, units[:8])) + (", ..." if len(units) > 8 else "")
+    dead = "" if claims.exact else "; this process takes over what nobody renews"
+    waiting.on(f"{len(units)} units that other processes make ({listed})", dead)
+
+
+def tell_bad(store: Store, layers: Sequence[int]) -> None:
+    """Tell the user of rows that are not finite."""
+    for layer in layers:
+        if bad := store.non_finite(layer):
+            tell(
+                f"layer {layer}: {bad} rows hold NaN or infinity; they are stored, counted and "
+                "never served"
+            )
 
 
 def _tell_complete(store: Store, made: Made) -> None:

@@ -7,6 +7,7 @@ follow what it commits.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 
 from data.errors import StopRequest
 from data.journal import tell
@@ -16,9 +17,7 @@ from data.text.documents import TextSource
 from harvest.encoder import Bad, left_out
 from harvest.spine_writer import SpineProcess
 from harvest.tokens import Tokenizer
-
-# Seconds between looks for other processes' commits. A look lists all records: 40 ms for 30,000.
-POLL_S = 0.1
+from harvest.waiting import Waiting, pause
 
 
 class Spine:
@@ -27,6 +26,7 @@ class Spine:
     def __init__(
         self,
         store: Store,
+        layers: Sequence[int],
         claims: Claims,
         source: TextSource,
         tokenizer: Tokenizer,
@@ -34,13 +34,15 @@ class Spine:
         bad: Bad = "stop",
     ) -> None:
         self._store = store
+        self._layers = layers
         self._claims = claims
         self._source = source
         self._tokenizer = tokenizer
         self._stop = stop
         self._bad: Bad = bad
         self._process: SpineProcess | None = None
-        self._refreshed = 0.0  # time.monotonic() of the last look
+        self._due = 0.0  # time.monotonic() of the next look
+        self._waiting = Waiting()
 
     def __enter__(self) -> Spine:
         return self
@@ -50,12 +52,10 @@ class Spine:
             self._process.stop()
             self._claims.release(SPINE)
 
-    def ready(self, unit: int) -> bool:
-        """Whether the spine of `unit` is committed, as of the last POLL_S."""
+    def ready(self, missing: Mapping[int, list[int]]) -> dict[int, list[int]]:
+        """Those of the missing units whose spine is committed, as of the last look."""
         rows = self._store.ledger.spine_rows
-        if not rows[unit] and time.monotonic() - self._refreshed > POLL_S:
-            self.follow()
-        return bool(rows[unit])
+        return {unit: layers for unit, layers in missing.items() if rows[unit]}
 
     def wait_for(self, unit: int) -> None:
         """Return once the spine of `unit` is committed.
@@ -64,27 +64,38 @@ class Spine:
             StoreError: the text failed.
             Interrupted: a signal came.
         """
-        while not self._store.spine_complete and not self.ready(unit):
-            self._pause()
+        while not self._store.spine_complete and not self._store.ledger.spine_rows[unit]:
+            self._wait()
 
     def wait(self) -> None:
         """Return once the whole spine is committed; raises like `wait_for`."""
         while not self._store.spine_complete:
-            self._pause()
+            self._wait()
 
-    def _pause(self) -> None:
-        self._stop.check()
+    def _wait(self) -> None:
+        self._waiting.on("the text")
+        self.pause()
+
+    def pause(self) -> None:
+        """Sleep until a look is due, and look."""
+        pause(self._due - time.monotonic(), self._stop)
         self.follow()
-        time.sleep(POLL_S)
+
+    def is_due(self) -> bool:
+        """Whether enough time has passed since the last look."""
+        return time.monotonic() >= self._due
 
     def follow(self) -> None:
-        """Take in what is committed, and start the writing process if nobody else has.
+        """Take in what is committed, if that is due; see to it that a process writes the spine.
 
         Raises:
             StoreError: the text failed.
         """
-        self._refreshed = time.monotonic()
-        self._store.refresh()
+        if not self.is_due():
+            return
+        # A listing of a bucket is a request for every 1,000 names.
+        requests = self._store.look(self._layers)
+        self._due = time.monotonic() + self._claims.poll_s * max(1, requests)
         if self._store.spine_complete:
             return
         if self._process is None:

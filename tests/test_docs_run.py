@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 from urllib.request import Request, urlopen
 
 import pytest
+from harvest.others import Others
 
 import analyze.pages.browser.serve
 from data.store import bucket as objects
@@ -45,7 +46,6 @@ from data.store.store import Store
 from data.tiny import problems
 from data.tiny.embedded import MODEL_DIR
 from harvest import loop, spine
-from harvest.others import Others
 from harvest.spine_writer import write_spine
 from tests.test_house import ROOT
 from train import stream

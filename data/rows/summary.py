@@ -38,17 +38,22 @@ class Summary(NamedTuple):
 
 def read(store: Store, layer: int) -> Summary:
     """The summary of a complete layer; merged again if the harvest was stopped before it."""
-    key = _key(layer)
-    if not store.place.exists(key):
+    if not exists(store, layer):
         return make(store, layer)
+    key = _key(layer)
     record = records.decode(store.place.read(key), f"{store.name}/{key}")
     moments = store.arrays.summary(layer).read(store.place, 0, 2)
     return Summary(np.array(record["counts"]), np.array(record["norm_sums"]), moments)
 
 
+def exists(store: Store, layer: int) -> bool:
+    """Whether the summary of a layer is committed."""
+    return store.place.exists(_key(layer))
+
+
 def write(store: Store, layer: int) -> None:
     """Commit the summary of a complete layer, if it is not there."""
-    if store.place.exists(_key(layer)):
+    if exists(store, layer):
         return
     summary = make(store, layer)
     record = {

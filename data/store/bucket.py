@@ -19,7 +19,8 @@ from typing import Any, Self, TypeVar
 from data import durable
 from data.durable import Buffer, Written
 from data.errors import SettingError, caused, first_line
-from data.store.claims import Claims, NumberedClaims
+from data.store.claims import Claims
+from data.store.leases import Leases, Tag, Tagged
 
 T = TypeVar("T")
 
@@ -67,7 +68,7 @@ def _refusals(name: str) -> Iterator[None]:
 
 
 class ObjectPlace:
-    """A bucket, or a prefix in one. It has no locks: ranks divide the units by number."""
+    """A bucket, or a prefix in one. It has no locks: processes share the units by leases."""
 
     page: int | None = 1000
 
@@ -162,6 +163,23 @@ class ObjectPlace:
                 return False  # a retried put sees its own object and returns False too
         return True
 
+    def read_tagged(self, key: str) -> Tagged:
+        with _as_os_error():
+            answer = self._api.get(self.store, key)
+            meta = answer.meta
+            return Tagged(bytes(answer.bytes()), Tag(meta["e_tag"], meta["version"]))
+
+    def replace(self, key: str, data: bytes, tag: Tag) -> bool:
+        from obstore.exceptions import PreconditionError
+
+        with _refusals(f"{self.name}/{key}"):
+            try:
+                mode = {name: part for name, part in tag._asdict().items() if part is not None}
+                self._api.put(self.store, key, data, mode=mode, use_multipart=False)
+            except (FileNotFoundError, PreconditionError):
+                return False
+        return True
+
     def delete(self, key: str) -> None:
         with _refusals(f"{self.name}/{key}"), suppress(FileNotFoundError):
             self._api.delete(self.store, key)
@@ -177,8 +195,8 @@ class ObjectPlace:
     def free_bytes(self) -> None:
         return None
 
-    def claims(self, rank: int, world: int) -> Claims:
-        return NumberedClaims(rank, world)
+    def claims(self) -> Claims:
+        return Leases(self)
 
 
 def _in_order(request: Callable[[str], T], keys: Iterable[str]) -> Iterator[T]:

@@ -2,7 +2,7 @@
 
 With POSIX locks a claim is a lock on one byte of one file. It needs no clock and no clean-up: the
 kernel drops it when its process ends, so the units of a killed process are free at once. Without
-such locks, as on an object store, ranks divide the units by number.
+such locks, as in a bucket, a claim is a lease (data/store/leases.py).
 
 Claims only save work. Two processes that make the same unit do no harm: they write the same bytes,
 and the unit's record is created once.
@@ -11,7 +11,9 @@ and the unit's record is created once.
 from __future__ import annotations
 
 import fcntl
+import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -24,37 +26,43 @@ from data.journal import tell
 # Claims of other things than units: reading the text, writing Zarr metadata, being at work in the
 # store, changing a ring's records.
 SPINE, METADATA, PRESENCE, RING = range(4)
-_FIRST_UNIT = 16  # the claim of unit 0
+FIRST_UNIT = 16  # the claim of unit 0
+_POLL_S = 0.1  # a look lists all records: 40 ms for 30,000
+_QUIET_S = 2.0  # of a wait that is not worth a line
 
 
 def unit_claim(unit: int) -> int:
     """The number of a unit's claim."""
-    return _FIRST_UNIT + unit
+    return FIRST_UNIT + unit
 
 
 class Claims(Protocol):
     """What this process may make."""
 
     exact: bool  # whether a refused claim means that a living process holds it
+    poll_s: float  # between two looks whether a claim is free or a commit has come
 
     def take(self, claim: int) -> bool:
         """Take a claim without waiting; False if another process holds it."""
         ...
 
     def held(self, claim: int) -> AbstractContextManager[None]:
-        """Hold a claim for a `with` block, after waiting for it where claims are exact."""
+        """Hold a claim for a `with` block, after waiting for it."""
         ...
 
     def release(self, claim: int) -> None:
         """Give a claim back."""
         ...
 
-    def alone(self) -> bool:
-        """Whether it is certain that no other process is at work in the store."""
+    def alone(self) -> AbstractContextManager[bool]:
+        """Whether it is certain that no other process is at work in the store.
+
+        If so, none can come before the `with` block ends.
+        """
         ...
 
-    def take_over(self) -> None:
-        """Make the units of silent ranks too, where claims are not exact."""
+    def clear(self) -> None:
+        """Remove the traces of all claims on units, once no unit is missing."""
         ...
 
     def close(self) -> None:
@@ -70,6 +78,7 @@ class FileClaims:
     """
 
     exact = True
+    poll_s = _POLL_S
 
     def __init__(self, file: Path, folder: Path) -> None:
         """Join the processes at work in `folder`.
@@ -84,11 +93,9 @@ class FileClaims:
         with durable.refusals(file):
             self._handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if self.alone():
-                durable.sweep(folder)
-            elif not self._lock(PRESENCE, fcntl.LOCK_SH | fcntl.LOCK_NB):
-                tell(f"{folder} is being repaired or cleaned up by another process: waiting for it")
-            self._lock(PRESENCE, fcntl.LOCK_SH)
+            with self.alone() as alone:
+                if alone:
+                    durable.sweep(folder)
         except OSError as error:
             os.close(self._handle)
             if error.errno not in locks.NONE:
@@ -100,9 +107,26 @@ class FileClaims:
     def _lock(self, claim: int, how: int) -> bool:
         return durable.lock(fcntl.lockf, self._handle, how, 1, claim)
 
-    def alone(self) -> bool:
-        """Whether no other process is at work here; if so, none can come before `close`."""
-        return self._lock(PRESENCE, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Whether no other process is at work here; if so, none can come in the `with` block."""
+        alone = self._lock(PRESENCE, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield alone
+        finally:
+            self._share_presence()
+
+    def _share_presence(self) -> None:
+        """Be at work here beside others, after whoever wants to be alone."""
+        told_at = time.monotonic() + _QUIET_S
+        while not self._lock(PRESENCE, fcntl.LOCK_SH | fcntl.LOCK_NB):
+            if time.monotonic() > told_at:
+                told_at = math.inf
+                tell(
+                    f"{self._folder} is being repaired or cleaned up by another process: waiting "
+                    "for it"
+                )
+            time.sleep(_POLL_S)
 
     def take(self, claim: int) -> bool:
         return self._lock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -119,47 +143,16 @@ class FileClaims:
     def release(self, claim: int) -> None:
         self._lock(claim, fcntl.LOCK_UN)
 
-    def take_over(self) -> None:
-        raise AssertionError("a lock ends with its process: there is nothing to take over")
+    def clear(self) -> None:
+        pass  # a lock leaves no trace
 
     def close(self) -> None:
         """Leave; the last to go removes the temporary files of killed processes."""
-        if self.alone():
-            durable.sweep(self._folder)
+        with self.alone() as alone:
+            if alone:
+                durable.sweep(self._folder)
         os.close(self._handle)
 
 
 class NoLocksError(StoreError):
     """The file system has no locks that end with their process."""
-
-
-class NumberedClaims:
-    """Claims by number, for places without locks: rank r of w makes units r, r + w, r + 2 w, ..."""
-
-    exact = False
-
-    def __init__(self, rank: int, world: int) -> None:
-        self._rank = rank
-        self._world = world
-
-    def take(self, claim: int) -> bool:
-        if claim < _FIRST_UNIT:
-            return self._rank == 0
-        return (claim - _FIRST_UNIT) % self._world == self._rank
-
-    @contextmanager
-    def held(self, claim: int) -> Iterator[None]:
-        yield
-
-    def release(self, claim: int) -> None:
-        pass
-
-    def alone(self) -> bool:
-        return False
-
-    def take_over(self) -> None:
-        self._rank = 0
-        self._world = 1
-
-    def close(self) -> None:
-        pass

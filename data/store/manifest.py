@@ -7,11 +7,11 @@ attributes repeat it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import closing
 from typing import Any
 
 from data.errors import MismatchError, StoreError, differences
 from data.store import records
+from data.store.claims import Claims
 from data.store.place import Place
 
 FORMAT = 2
@@ -20,7 +20,7 @@ KEY = "commits/manifest.json"
 
 def exists(place: Place) -> bool:
     """Whether there is a store."""
-    return "manifest.json" in place.names("commits")
+    return place.exists(KEY)
 
 
 def read(place: Place) -> dict[str, Any]:
@@ -44,8 +44,12 @@ def read(place: Place) -> dict[str, Any]:
     return manifest
 
 
-def agree(place: Place, settings: Mapping[str, Any]) -> dict[str, Any]:
+def agree(place: Place, settings: Mapping[str, Any], claims: Claims) -> dict[str, Any]:
     """The manifest of the store; created from `settings` where there is none.
+
+    Args:
+        claims: this process's. Without them, a process that believes to be alone would remove the
+            temporary of the manifest while it is written.
 
     Raises:
         MismatchError: the store was made with other settings; the message names both values.
@@ -56,23 +60,30 @@ def agree(place: Place, settings: Mapping[str, Any]) -> dict[str, Any]:
         require_free(place)
         # If another process was first, its manifest is compared below.
         place.create(KEY, records.encode(wanted))
-    if require_same(place, wanted):
-        return read(place)
-    place.write(KEY, [records.encode(wanted)])  # without a commit there is nothing to protect
-    return wanted
+    there = read(place)
+    if unequal := differences(there, wanted):
+        with claims.alone() as alone:
+            # Without a commit there is nothing to protect.
+            if not alone or not _untouched(place):
+                raise _mismatch(place, unequal)
+            place.write(KEY, [records.encode(wanted)])
+        return wanted
+    return there
 
 
-def require_same(place: Place, wanted: Mapping[str, Any]) -> bool:
-    """Whether a store has the manifest `wanted`; False also means that nothing depends on its own.
+def require_same(place: Place, wanted: Mapping[str, Any]) -> None:
+    """Raise MismatchError if anything was committed under another manifest than `wanted`.
 
-    Raises:
-        MismatchError: the store was made with other settings; the message names both values.
+    The message names both values.
     """
     unequal = differences(read(place), wanted)
     if unequal and not _untouched(place):
-        way_out = "Use those settings, or another store=."
-        raise MismatchError(f"store {place.name}", unequal, way_out)
-    return not unequal
+        raise _mismatch(place, unequal)
+
+
+def _mismatch(place: Place, unequal: Mapping[str, tuple[Any, Any]]) -> MismatchError:
+    way_out = "Use those settings, or another store=."
+    return MismatchError(f"store {place.name}", unequal, way_out)
 
 
 def require_free(place: Place) -> None:
@@ -86,9 +97,6 @@ def require_free(place: Place) -> None:
 
 
 def _untouched(place: Place) -> bool:
-    """Whether nothing was ever committed, and no other process is about to commit."""
-    for folder in ("spine", "residuals", "scales", "summaries"):
-        if place.names(f"commits/{folder}"):
-            return False
-    with closing(place.claims(0, 1)) as claims:
-        return claims.alone()
+    """Whether nothing was ever committed."""
+    folders = ("spine", "residuals", "scales", "summaries")
+    return not any(place.names(f"commits/{folder}") for folder in folders)

@@ -17,7 +17,8 @@ from data import durable
 from data.durable import Buffer, Written
 from data.errors import SettingError
 from data.journal import tell
-from data.store.claims import Claims, FileClaims, NoLocksError, NumberedClaims
+from data.store.claims import Claims, FileClaims, NoLocksError
+from data.store.leases import Leases, Objects, Tag, Tagged
 
 _CLAIMS = "commits/claims"
 
@@ -36,7 +37,7 @@ class Blob(Protocol):
         ...
 
 
-class Place(Protocol):
+class Place(Objects, Protocol):
     """A root of objects.
 
     Methods that read raise OSError, methods that write StoreError, where the medium refuses.
@@ -85,10 +86,6 @@ class Place(Protocol):
         """Write an object durably and all at once; replaces what is there."""
         ...
 
-    def create(self, key: str, data: bytes) -> bool:
-        """Write an object that is not there yet; if it is there, do nothing and return False."""
-        ...
-
     def delete(self, key: str) -> None:
         """Remove an object, durably; nothing if there is none."""
         ...
@@ -105,8 +102,8 @@ class Place(Protocol):
         """Bytes that are free; None if they are unbounded or unknown."""
         ...
 
-    def claims(self, rank: int, world: int) -> Claims:
-        """The claims of this process, which is number `rank` of `world`; close them."""
+    def claims(self) -> Claims:
+        """The claims of this process; close them."""
         ...
 
 
@@ -205,6 +202,21 @@ class LocalPlace:
         durable.make_directory(path.parent)
         return durable.create(path, data)
 
+    def read_tagged(self, key: str) -> Tagged:
+        data = self.read(key)
+        return Tagged(data, Tag(durable.digest(data)))
+
+    def replace(self, key: str, data: bytes, tag: Tag) -> bool:
+        # Another process may write between the two steps. Leases alone come here, and two processes
+        # with one lease do the same work twice.
+        try:
+            is_same = self.read_tagged(key).tag == tag
+        except FileNotFoundError:
+            return False
+        if is_same:
+            self.write(key, [data])
+        return is_same
+
     def delete(self, key: str) -> None:
         path = self.path / key
         path.unlink(missing_ok=True)
@@ -229,12 +241,12 @@ class LocalPlace:
             folder = folder.parent
         return shutil.disk_usage(folder).free
 
-    def claims(self, rank: int, world: int) -> Claims:
+    def claims(self) -> Claims:
         try:
             return FileClaims(self.path / _CLAIMS, self.path)
         except NoLocksError as error:
-            tell(f"{error}: ranks divide the units by number alone")
-            return NumberedClaims(rank, world)
+            tell(f"{error}: processes share the units by leases, as in a bucket")
+            return Leases(self)
 
 
 class _File:

@@ -137,8 +137,8 @@ def repair(place: Place) -> list[str]:
         StoreError: there is no store, or a harvest is writing it.
     """
     require_store(place)
-    with closing(place.claims(0, 1)) as claims:
-        if claims.exact and not claims.alone():
+    with closing(place.claims()) as claims, claims.alone() as alone:
+        if claims.exact and not alone:
             raise TemporaryError(
                 f"{place.name} is being written; stop the harvest before repairing"
             )

@@ -43,9 +43,16 @@ class KeepAll:
         """Lines for `action=status`."""
         yield from ()
 
-    def ordered(self, missing: Mapping[int, list[int]]) -> Iterable[tuple[int, list[int]]]:
-        """Units to make with the layers that each lacks, in the order in which to make them."""
-        return missing.items()
+    def ordered(
+        self, missing: Mapping[int, list[int]], rank: int = 0
+    ) -> Iterable[tuple[int, list[int]]]:
+        """Units to make with the layers that each lacks, in the order in which to make them.
+
+        Each rank starts elsewhere, so that ranks meet rarely. Rank 0 starts at the first unit.
+        """
+        units = list(missing.items())
+        start = int(len(units) * _fraction(rank))
+        return units[start:] + units[:start]
 
     def admits(self, unit: int) -> bool:
         """Whether there is room for a unit now."""
@@ -56,6 +63,20 @@ class KeepAll:
 
     def sweep(self) -> None:
         """Remove what is freed and still there."""
+
+
+def _fraction(rank: int) -> float:
+    """Where of the whole a rank starts: 0, 1/2, 1/4, 3/4, 1/8, 5/8, ...
+
+    However many ranks there are, they lie apart: van der Corput's sequence of base 2.
+    """
+    fraction = 0.0
+    part = 0.5
+    while rank:
+        fraction += part * (rank & 1)
+        part /= 2
+        rank >>= 1
+    return fraction
 
 
 Retention = KeepAll | RingState

@@ -131,8 +131,13 @@ class Ring:
         assert state is not None
         return state
 
-    def ordered(self, missing: Mapping[int, list[int]]) -> Iterator[tuple[int, list[int]]]:
-        """Units to make, in the order of the ring: held-out ones first, each part ascending."""
+    def ordered(
+        self, missing: Mapping[int, list[int]], rank: int = 0
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Units to make, in the order of the ring: held-out ones first, each part ascending.
+
+        It is the same for every rank, because room is given in this order.
+        """
         held_out = set(self.state.held_out)
         yield from sorted(missing.items(), key=lambda item: (item[0] not in held_out, item[0]))
 

@@ -150,7 +150,7 @@ def write_registration(place: Place, name: str, run: Registration) -> None:
 
 @contextmanager
 def _claimed(place: Place) -> Iterator[None]:
-    with closing(place.claims(0, 1)) as claims:
+    with closing(place.claims()) as claims:
         require_locks(claims, place)
         with claims.held(RING):
             yield

@@ -34,6 +34,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,6 +47,7 @@ from data.durable import Written
 from data.errors import StoreError
 from data.store import codec, ledger, manifest, packs, records
 from data.store.arrays import Arrays
+from data.store.claims import Claims
 from data.store.ledger import LayerLedger, Ledger
 from data.store.moments import Moments
 from data.store.place import Place, place_of
@@ -93,14 +95,23 @@ class Store:
         return cls(place, manifest.read(place))
 
     @classmethod
-    def open_or_create(cls, where: Path | str | Place, settings: Mapping[str, Any]) -> Store:
+    def open_or_create(
+        cls, where: Path | str | Place, settings: Mapping[str, Any], claims: Claims | None = None
+    ) -> Store:
         """Open the store if its manifest equals `settings`; create it where there is none.
+
+        Args:
+            claims: this process's, if it has any: it may have them once.
 
         Raises:
             MismatchError: it was made with other settings; the message names both values.
         """
         place = place_of(where)
-        return cls(place, manifest.agree(place, settings))
+        if claims is not None:
+            return cls(place, manifest.agree(place, settings, claims))
+        manifest.require_free(place)  # claims make a file, and the folder may be no store
+        with closing(place.claims()) as briefly:
+            return cls(place, manifest.agree(place, settings, briefly))
 
     @property
     def name(self) -> str:
@@ -230,15 +241,17 @@ class Store:
         Other Zarr readers need it. Of ours only `verify` reads it. The group's, which repeats all
         others, is written last: if it is right already, so are they.
         """
+        if not self.is_declared(layers):
+            for key, text in self.metadata(layers).items():
+                self.place.write(key, [text])
+
+    def is_declared(self, layers: Iterable[int]) -> bool:
+        """Whether the Zarr metadata is there as `declare` writes it."""
         self.spine_end = self.spine_end or self._read_end()  # another process may have declared it
-        texts = self.metadata(layers)
         try:
-            if self.place.read(_GROUP) == texts[_GROUP]:
-                return
+            return self.place.read(_GROUP) == self.metadata(layers)[_GROUP]
         except FileNotFoundError:
-            pass
-        for key, text in texts.items():
-            self.place.write(key, [text])
+            return False
 
     def pack(self) -> None:
         """Write the packs that lack, for places where they spare requests: a folder has none.

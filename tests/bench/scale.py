@@ -107,7 +107,7 @@ def resume(path: Path) -> None:
     place = place_of(path)
     wanted = {name: value for name, value in manifest.read(place).items() if name != "format"}
     manifest.agree(place, wanted)
-    with closing(place.claims(0, 1)) as claims:
+    with closing(place.claims()) as claims:
         store = Store.open_or_create(place, wanted)
         assert not store.missing(LAYERS)
         with claims.held(METADATA):

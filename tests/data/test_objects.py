@@ -147,6 +147,7 @@ def test_a_bucket_holds_the_bytes_of_a_folder(
         for file in (tmp_path / "s.zarr").rglob("*")
     }
     files = {key: file for key, file in ours.items() if file.is_file()}
+    del files["commits/claims"]  # a folder's locks
     assert len(files) > 50
     for key, file in files.items():
         assert remote.place.read(key) == file.read_bytes(), key

@@ -266,7 +266,7 @@ def test_more_than_a_pass_and_too_large_a_batch_are_refused(store: Store) -> Non
 
 def harvester(store: Store, readers: int = 1) -> Ring:
     """The ring as a second harvest sees it. Its claims last to the end of the test."""
-    room = ring.join(store, [3], store.place.claims(0, 1), None, readers)
+    room = ring.join(store, [3], store.place.claims(), None, readers)
     assert isinstance(room, Ring)
     return room
 

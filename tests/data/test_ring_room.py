@@ -14,7 +14,7 @@ from data.errors import SettingError, StoreError
 from data.rows.reader import Reader
 from data.rows.split import held_out_units
 from data.store import ring, ring_state
-from data.store.claims import NumberedClaims
+from data.store.leases import Leases
 from data.store.retention import KeepAll
 from data.store.ring import Ring
 from data.store.store import SpineEnd, Store
@@ -51,7 +51,7 @@ def on_disk(store: Store) -> int:
 
 def joined(store: Store, max_bytes: int | None = None, readers: int = 1) -> Ring:
     """The ring as a harvest sees it. Its claims last to the end of the test."""
-    room = ring.join(store, LAYERS, store.place.claims(0, 1), max_bytes, readers)
+    room = ring.join(store, LAYERS, store.place.claims(), max_bytes, readers)
     assert isinstance(room, Ring)
     return room
 
@@ -162,19 +162,20 @@ def test_the_span_is_a_third_of_the_ring_and_stays(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=f"max_bytes={(held + 15) * EACH}"):
         joined(store, (held + 15) * EACH - 1)
     with pytest.raises(StoreError, match=r"\[1, 3\]"):
-        ring.join(store, [1], store.place.claims(0, 1), None, 1)
+        ring.join(store, [1], store.place.claims(), None, 1)
 
 
 def test_rings_need_locks_and_a_store_of_their_own(tmp_path: Path) -> None:
     whole = make_store(tmp_path / "w.zarr", numbered(), context=CONTEXT, unit=UNIT)
-    claims = whole.place.claims(0, 1)
+    claims = whole.place.claims()
     # There is nothing to make any more.
     assert isinstance(ring.join(whole, [3], claims, 1, 1), KeepAll)
     assert isinstance(ring.join(whole, [3], claims, None, 1), KeepAll)
     with pytest.raises(StoreError, match=r"\[3\]"):
         ring.join(whole, [5], claims, HUGE, 1)
+    spine = spine_only(tmp_path / "s.zarr", 20)
     with pytest.raises(SettingError, match="max_bytes="):
-        ring.join(spine_only(tmp_path / "s.zarr", 20), LAYERS, NumberedClaims(0, 1), HUGE, 1)
+        ring.join(spine, LAYERS, Leases(spine.place), HUGE, 1)
     assert not Path(tmp_path / "s.zarr" / ring_state.KEY).exists()
 
 

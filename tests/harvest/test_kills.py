@@ -67,9 +67,7 @@ def make_spine(target: HarvestConfig, lm: LanguageModel, source: FileText) -> St
     """The first half of a harvest, in this process."""
     lm.isolation = choose_isolation(lm, target.layers, target.context)
     store = Store.open_or_create(target.store, manifest_of(target, lm, source))
-    with closing(
-        store.place.claims(0, 1)
-    ):  # as in a harvest, what a killed one left half written goes
+    with closing(store.place.claims()):  # as in a harvest, what a killed one left half written goes
         write_spine(store, source, lm.tokenizer)
     return store
 
