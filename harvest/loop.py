@@ -82,8 +82,10 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Sto
             fit_codec(store, lm, layers)
             if not store.is_declared(layers):
                 with claims.held(METADATA):
-                    store.pack()
                     store.declare(layers)
+            if claims.take(METADATA):
+                store.pack()
+                claims.release(METADATA)
 
             # Make every missing unit.
             room = ring.join(store, layers, claims, config.max_bytes, config.readers)

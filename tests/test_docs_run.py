@@ -31,21 +31,19 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.request import Request, urlopen
 
 import pytest
-from harvest.others import Others
 
 import analyze.pages.browser.serve
 from data.store import bucket as objects
 from data.store.store import Store
 from data.tiny import problems
 from data.tiny.embedded import MODEL_DIR
-from harvest import loop, spine
+from harvest import spine
 from harvest.spine_writer import write_spine
 from tests.test_house import ROOT
 from train import stream
@@ -220,7 +218,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # as the commands set it themselves, for good
     monkeypatch.setattr(gc, "collect", lambda: 0)  # 0.2 s a model in a large process
-    monkeypatch.setattr(loop, "Others", partial(Others, patience_s=0.0))
     monkeypatch.setattr(spine, "SpineProcess", SpineHere)
     monkeypatch.setattr(analyze.pages.browser.serve, "serve", require_site)
     return tmp_path

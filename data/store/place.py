@@ -245,7 +245,7 @@ class LocalPlace:
         try:
             return FileClaims(self.path / _CLAIMS, self.path)
         except NoLocksError as error:
-            tell(f"{error}: processes share the units by leases, as in a bucket")
+            tell(f"{error}: processes lease the units, as in a bucket")
             return Leases(self)
 
 
