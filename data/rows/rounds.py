@@ -7,7 +7,6 @@ next `span` training units, and the stream ends with the last one (data/rows/gro
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,8 +23,6 @@ from data.rows.split import EXCLUDED, Policy, require_complete, training_units
 from data.rows.summary import Summary
 from data.store import retention
 from data.store.store import Store
-
-_THREADS = min(16, os.cpu_count() or 1)  # that count rows by their tokens
 
 
 class Rounds(Protocol):
@@ -127,7 +124,7 @@ class KeptRows:
         """What drop_tokens leaves out of each unit. Records do not have it: some 3 ms a unit."""
         fresh = [unit for unit in units if unit not in self._excluded]
         progress = Progress(quiet_s=5.0)
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(self.store.place.threads) as pool:
             for unit, excluded in zip(fresh, pool.map(self._count_excluded, fresh), strict=True):
                 self._excluded[unit] = excluded
                 progress.show(f"drop_tokens: counted in {len(self._excluded):,} units")

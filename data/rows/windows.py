@@ -12,7 +12,6 @@ is kept stays valid, and costs a window's memory.
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections import deque
@@ -36,9 +35,9 @@ _PAGE = 4096
 class Tuning(NamedTuple):
     """What decides speed and memory, never an order."""
 
-    # Threads that decode, per reader. 16 decode 16 GB/s of blosc and ask a bucket for 1 GB/s; idle
-    # ones cost nothing. Where training shares the cores it pauses about 1 s per window.
-    threads: int = min(16, os.cpu_count() or 1)
+    # Threads that read and decode, per reader; 0: as many as the store's place takes. Idle ones
+    # cost nothing.
+    threads: int = 0
     ahead: int = 1  # windows that are filled while one is served
     scatter_bytes: int = SCATTER_BYTES  # rows that are moved at a time
     poll_s: float = 0.2  # between looks for a harvest's commits; one takes 0.04 s at 15,000 units
@@ -119,6 +118,7 @@ class Filler:
         tuning: Tuning,
     ) -> None:
         self.tuning = tuning
+        self.threads = tuning.threads or store.place.threads
         self._store = store
         self._layer = layer
         self._seed = seed
@@ -178,7 +178,9 @@ class Filler:
         """
         kinds = self._policy.kinds_of(self._store, self._layer, unit)
         try:
-            shard = Shard(self._array, self._store.place, unit, self.tuning.scatter_bytes)
+            nbytes = self._store.rows_bytes(self._layer, unit)
+            place = self._store.place
+            shard = Shard(self._array, place, unit, self.tuning.scatter_bytes, nbytes)
         except StoreError:
             self._store.ledger.absences.refuse(self._array.key(unit), unit)
             raise
@@ -199,7 +201,7 @@ class _Ahead:
         self._ahead = filler.tuning.ahead
         self._blocks = filler.blocks(rows + 1, self._ahead + 1)
         self._loaders = ThreadPoolExecutor(self._ahead, thread_name_prefix="window")
-        self._decoders = ThreadPoolExecutor(filler.tuning.threads, thread_name_prefix="decode")
+        self._decoders = ThreadPoolExecutor(filler.threads, thread_name_prefix="decode")
         self._coming: deque[Future[torch.Tensor]] = deque()
         self._held_up = False  # whether a window waits for a buffer
 

@@ -71,6 +71,7 @@ class ObjectPlace:
     """A bucket, or a prefix in one. It has no locks: processes share the units by leases."""
 
     page: int | None = 1000
+    threads = _CONNECTIONS
 
     def __init__(self, url: str) -> None:
         """Open the bucket; nothing is sent yet.
@@ -102,9 +103,9 @@ class ObjectPlace:
         with _as_os_error():
             return bytes(self._api.get(self.store, key).bytes())
 
-    def open(self, key: str) -> _Object:
+    def open(self, key: str, size: int | None = None) -> _Object:
         with _as_os_error():
-            return _Object(self, key, self._api.head(self.store, key)["size"])
+            return _Object(self, key, size or self._api.head(self.store, key)["size"])
 
     def range(self, key: str, offset: int, nbytes: int) -> bytes:
         """`nbytes` of an object from `offset` on."""

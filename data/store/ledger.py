@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from data.errors import StoreError
 from data.store import packs, records
-from data.store.arrays import is_rows_name, rows_name
+from data.store.arrays import is_rows_name, rows_key, rows_name
 from data.store.place import Place
 from data.store.retention import Absences
 
@@ -70,6 +70,7 @@ class LayerLedger:
     lost: NDArray[np.float64]
     # (units,) packed rows per forward pass where it was not the manifest's; else 0
     batch: NDArray[np.int32]
+    nbytes: NDArray[np.int64]  # (units,) of the object that holds the rows
 
     @staticmethod
     def empty(units: int, chunks: int) -> LayerLedger:
@@ -80,14 +81,16 @@ class LayerLedger:
             norm_sums=np.zeros((units, 3)),
             lost=np.zeros(units),
             batch=np.zeros(units, np.int32),
+            nbytes=np.zeros(units, np.int64),
         )
 
-    def note(self, unit: int, entry: Mapping[str, Any]) -> None:
+    def note(self, unit: int, entry: Mapping[str, Any], nbytes: int) -> None:
         """Take in what a record says of this layer."""
         self.chunks[unit] = np.array(entry["chunks"], np.int32).reshape(self.chunks.shape[1:])
         self.norm_sums[unit] = entry["norm_sums"]
         self.lost[unit] = entry.get("lost", 0.0)
         self.batch[unit] = entry.get("batch", 0)
+        self.nbytes[unit] = nbytes
         self.committed[unit] = True
         self.named[unit] = True
 
@@ -281,7 +284,8 @@ class Ledger:
     def note_residuals(self, unit: int, record: Mapping[str, Any]) -> None:
         """Take in a record of residuals."""
         for layer, entry in record["layers"].items():
-            self.layer(int(layer)).note(unit, entry)
+            nbytes, _ = record["objects"][rows_key(int(layer), unit)]
+            self.layer(int(layer)).note(unit, entry, nbytes)
         kind = _kind(map(int, record["layers"]))
         self._kinds.setdefault(kind, np.zeros(self._units, np.bool_))[unit] = True
 

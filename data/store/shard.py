@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from data.durable import Buffer
 from data.errors import StoreError, TemporaryError, is_passing
 from data.store.codec import CRC_BYTES, Codec
-from data.store.place import LocalPlace, Place
+from data.store.place import Loaded, LocalPlace, Place
 
 # Bytes that `scatter` reads, checks and moves at a time: 0.66 MB, which fit a core's second-level
 # cache of 1 MB.
@@ -148,7 +148,8 @@ class UnitArray:
             return self._decoded(place, unit, rows, lambda: place.read(self.key(unit)))
         count = -(-rows // self.chunk)
         out = np.empty((count * self.chunk, *self.inner), self.dtype)
-        with Shard(self, place, unit) as shard:
+        is_bucket = not isinstance(place, LocalPlace)
+        with Shard(self, place, unit, load=is_bucket) as shard:
             for chunk in range(count):
                 shard.read(chunk, out[chunk * self.chunk : (chunk + 1) * self.chunk])
         return out[:rows]
@@ -205,12 +206,20 @@ class Shard:
     """One shard, open for reading single inner chunks by its index."""
 
     def __init__(
-        self, array: UnitArray, place: Place, unit: int, scatter_bytes: int = SCATTER_BYTES
+        self,
+        array: UnitArray,
+        place: Place,
+        unit: int,
+        scatter_bytes: int = SCATTER_BYTES,
+        nbytes: int | None = None,
+        load: bool = False,
     ) -> None:
         """Open the shard and read its index.
 
         Args:
             scatter_bytes: bytes that `scatter` reads and moves at a time.
+            nbytes: size of the shard, if it is known: spares a bucket a request.
+            load: read the whole shard by one request.
 
         Raises:
             StoreError: the object is missing, or its index is damaged.
@@ -221,7 +230,7 @@ class Shard:
         self._key = array.key(unit)
         self._scatter_bytes = scatter_bytes
         with explained(place, self._key):
-            self._blob = place.open(self._key)
+            self._blob = Loaded(place.read(self._key)) if load else place.open(self._key, nbytes)
             try:
                 self._index = self._read_index(array.unit // array.chunk)
             except BaseException:

@@ -457,6 +457,11 @@ class Store:
         self._require(layer, unit)
         return float(self._layer(layer).lost[unit])
 
+    def rows_bytes(self, layer: int, unit: int) -> int:
+        """Bytes of the object that holds a unit's rows."""
+        self._require(layer, unit)
+        return int(self._layer(layer).nbytes[unit])
+
     def chunk_counts(self, layer: int, unit: int) -> NDArray[np.int32]:
         """(C, 3) rows of each inner chunk of a unit that are BOS, OUTLIER, ORDINARY."""
         self._require(layer, unit)

@@ -377,39 +377,3 @@ def test_a_look_into_a_folder_is_a_refresh(tmp_path: Path, random_bits: NDArray[
     commit(writer, 2, {4: rows_of(random_bits, 2)})
     assert follower.look([4]) == 0
     assert follower.committed(4).sum() == 1
-
-
-# -- what the first rank has written ---------------------------------------------------------------
-
-
-def test_metadata_that_is_right_is_not_written_again(bucket: MemoryStore, store: Store) -> None:
-    requests = Counted()
-    again = Store.open(place(bucket, requests))
-    requests.sent.clear()
-    again.declare([3])
-    assert requests.sent == {"GET": 1}
-    before = again.place.read("zarr.json")
-    for wrong in (lambda: again.place.delete("zarr.json"), lambda: again.declare([4])):
-        wrong()
-        Store.open(place(bucket)).declare([3])
-        assert again.place.read("zarr.json") == before
-
-
-def test_metadata_of_a_text_that_ended_meanwhile_has_its_final_shape(
-    bucket: MemoryStore, random_bits: NDArray[np.uint16]
-) -> None:
-    writer = half_done(bucket, random_bits, units=0, spine=6)
-    late = Store.open(place(bucket))
-    writer.close_spine(SpineEnd(6 * UNIT // CONTEXT, ended_early=True))
-    writer.declare([3])
-    before = writer.place.read("tokens/zarr.json")
-    late.declare([3])
-    assert writer.place.read("tokens/zarr.json") == before
-
-
-def test_a_bucket_holds_the_summary_of_a_folder(
-    tmp_path: Path, store: Store, random_bits: NDArray[np.uint16]
-) -> None:
-    local = make_store(tmp_path / "s.zarr", random_bits[: 10 * UNIT])
-    for key in ("commits/summaries/00003.json", "summary_3/c.0.0.0.0", "zarr.json"):
-        assert store.place.read(key) == local.place.read(key), key
