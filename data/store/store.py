@@ -17,8 +17,9 @@ A unit is the unit of work, writing, commit, checksum, statistics and resume. Th
 committed:
 1. Each of its objects is written under its final name: whole, synced to the disk (`write`).
 2. Its record is created in commits/. It names every object, with size and checksum (`commit`).
-Readers believe records alone. After a kill between the two steps there is no record, so the next
-harvest makes the unit again and replaces its objects by the same bytes.
+Readers believe records alone, or their copies in packs (data/store/packs.py). After a kill between
+the two steps there is no record, so the next harvest makes the unit again and replaces its objects
+by the same bytes.
 
 commits/manifest.json records what the store is made from. It is written once and compared on every
 later open; the group's attributes repeat it.

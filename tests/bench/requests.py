@@ -154,6 +154,8 @@ def measured(units: int) -> dict[str, dict[str, int]]:
     table = Table(bucket)
     for unit in range(units // 2):
         commit(store, unit, rows)
+    table.measure("open, half done, without packs", Store.open)
+    Store.open(place(bucket)).pack()
     table.measure("open, half done", Store.open)
     table.of_store("look, half done", lambda store: store.look())
     table.of_store("refresh, half done", lambda store: store.refresh())
