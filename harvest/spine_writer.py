@@ -13,7 +13,8 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import islice
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -21,7 +22,8 @@ from typing import Protocol
 
 import numpy as np
 
-from data.errors import Interrupted, PipelineError, StoreError, first_line
+from data.errors import Interrupted, PipelineError, StoreError, TemporaryError, first_line
+from data.journal import tell
 from data.stopping import GRACE_S
 from data.store.store import SpineEnd, Store
 from data.text import packing, retry
@@ -94,51 +96,91 @@ def _fill_gap(
 # -- the child, seen from its parent ---------------------------------------------------------------
 
 
+# Engines send these to every process of a step. The child answers none: its parent says when to
+# stop, and if that is gone, the end of the line does.
+_SIGNALS = (
+    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+    *(signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2),
+)
+_DEATHS = 3  # of children, one behind the other, between which nothing was committed
+
+
+@contextmanager
+def _blocked() -> Iterator[None]:
+    """Hold signals back in this thread; a process that is begun meanwhile never has them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class SpineProcess:
-    """A child process that writes a store's spine."""
+    """A child process that writes a store's spine. One that dies is started again."""
 
     def __init__(
         self, store: Store, source: TextSource, tokenizer: Tokenizer, bad: Bad = "stop"
     ) -> None:
+        self._store = store
+        self._work = (store.name, source, tokenizer, bad)
+        self._deaths = 0  # since the last commit
+        self._committed = 0  # units at the last death
+        self._start()
+
+    def _start(self) -> None:
         # A new interpreter: a fork would copy threads' locks and a GPU's context. Not by
         # multiprocessing, which would run the parent's main module there again, and so import
         # torch: 4 seconds of both cores.
-        self._store = store
         self._line, theirs = Pipe()
         command = [sys.executable, "-m", "harvest.spine_writer", str(theirs.fileno())]
-        # In a process group of its own, which Ctrl-C does not reach: the parent says when to stop.
-        self._child = subprocess.Popen(command, pass_fds=[theirs.fileno()], process_group=0)
+        # In a process group of its own, which a terminal's Ctrl-Z does not reach.
+        with _blocked():
+            self._child = subprocess.Popen(command, pass_fds=[theirs.fileno()], process_group=0)
         theirs.close()
-        self._line.send((store.name, source, tokenizer, bad))
+        with suppress(BrokenPipeError, ConnectionResetError):  # it died: `finished` sees that
+            self._line.send(self._work)
 
     def finished(self) -> bool:
         """Whether the child has written all.
 
         Raises:
-            StoreError: it failed or died.
+            PipelineError, OSError: it failed; what it raised.
+            TemporaryError: it died, again and again.
+            RuntimeError: a defect.
         """
         if not self._line.poll():
             return False
         try:
             failure = self._line.recv()
-        except (EOFError, ConnectionResetError) as error:
-            raise StoreError(self._death()) from error
+        except (EOFError, ConnectionResetError):
+            self._start_again()
+            return False
         if failure is not None:
-            raise StoreError(failure)
+            raise failure
         return True
 
-    def _death(self) -> str:
-        """The message for a child that ended without an answer."""
+    def _start_again(self) -> None:
+        """Start the child that has died again, as long as one commits something before it dies."""
         code = self._child.wait()
+        self._line.close()
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        self._store.refresh()
+        committed = int(np.count_nonzero(self._store.ledger.spine_rows))
+        self._deaths = self._deaths + 1 if committed == self._committed else 1
+        self._committed = committed
         _, cursor = self._store.spine_cursor()
-        return (
-            f"the process that reads the text was ended ({how}) behind document "
-            f"{cursor.document:,}; what it committed is intact, and the same command goes on. If "
-            "it ends there again, one of the next documents is more than the machine's memory or "
-            "the tokenizer can take: begin another store= with a text without it, or in shorter "
-            "documents"
+        death = (
+            f"the process that reads the text was ended ({how}) behind document {cursor.document:,}"
         )
+        if self._deaths == _DEATHS:
+            raise TemporaryError(
+                f"{death}, {_DEATHS} times; what it committed is intact, and the same command goes "
+                "on. If it ends there again, one of the next documents is more than the machine's "
+                "memory or the tokenizer can take: begin another store= with a text without it, or "
+                "in shorter documents"
+            )
+        tell(f"{death}; it is started again")
+        self._start()
 
     def stop(self) -> None:
         """End the child, behind the unit that it is writing if that takes no second."""
@@ -168,17 +210,20 @@ class Parent:
 def work(
     line: Connection, name: str, source: TextSource, tokenizer: Tokenizer, bad: Bad = "stop"
 ) -> None:
-    """Write the spine of the store `name`, and answer with None or the message of a failure."""
+    """Write the spine of the store `name`, and answer with None or the failure."""
     parent = Parent(line)
     retry.sleep = parent.sleep  # a server may ask for ten minutes
-    failure = None
+    failure: Exception | None = None
     try:
         write_spine(Store.open(name), source, tokenizer, parent, bad)
     except PipelineError as error:
-        failure = str(error)
+        failure = error
+    except OSError as error:  # the store's disk or bucket; its subclasses may have no pickle
+        failure = OSError(error.errno, error.strerror or first_line(error), error.filename)
     except Exception as error:
         traceback.print_exc()  # a defect of ours: what a text can cause is a PipelineError
-        failure = f"the text could not be stored ({type(error).__name__}: {first_line(error)})"
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        failure = RuntimeError(f"the text could not be stored ({reason})")
     except Interrupted:
         return
     # A parent that is gone reads no answer. Its next start finds what is committed.

@@ -28,10 +28,12 @@ from data import durable
 from data.errors import exit_code
 from data.store import codec
 from data.store.place import LocalPlace
+from data.store.store import Store
 from harvest.command import command
 from harvest.model import ModelConfig, load
 from tests.analyze.conftest import tiny_run  # noqa: F401 (a fixture)
 from tests.harvest.test_command import tiny
+from tests.harvest.test_encoder import tree
 
 PATIENCE_S = 30.0  # of these tests: a command that does not answer fails them
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
@@ -170,6 +172,30 @@ def test_waiting_for_text_is_left_by_the_reader_too(tmp_path: Path) -> None:
         _, printed = process.communicate(timeout=PATIENCE_S)  # also until the reader is gone
     assert process.returncode == 143
     assert "Traceback" not in printed
+
+
+def test_an_engine_signals_every_process_of_a_step(harvested: Path, tmp_path: Path) -> None:
+    """The reader of the text hears SIGTERM first, and is not what ends the command."""
+    store = tmp_path / "s.zarr"
+    line = [sys.executable, "-m", "harvest", *HARVEST, f"store={store}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # which the manifest records
+    with subprocess.Popen(line, env=environment) as rank:
+        children = Path(f"/proc/{rank.pid}/task/{rank.pid}/children")
+        deadline = time.monotonic() + PATIENCE_S
+        while not [*store.glob("commits/spine/*.json")] and time.monotonic() < deadline:
+            time.sleep(0.002)
+        (reader,) = map(int, children.read_text().split())
+        for pid, signum in (
+            (reader, signal.SIGSTOP),  # or it might be done
+            (reader, signal.SIGTERM),
+            (rank.pid, signal.SIGTERM),
+            (reader, signal.SIGCONT),
+        ):
+            os.kill(pid, signum)
+        assert rank.wait(PATIENCE_S) == 143
+    assert Store.open(store).missing([5])
+    command(tiny(store))
+    assert tree(store) == tree(harvested)
 
 
 def test_what_is_worth_the_wait_is_waited_for() -> None:

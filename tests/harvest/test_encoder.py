@@ -6,20 +6,24 @@ import json
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
-from data.errors import DocumentError, PipelineError, SettingError, StoreError
+from data.errors import DocumentError, SettingError, StoreError, TemporaryError, is_passing
 from data.store.store import Store
 from data.text import retry
 from data.text.documents import Document, State
 from data.text.mix import Mix, Part
 from data.text.sources import FileText, TinyText
 from data.tiny.embedded import MODEL_DIR
+from harvest import spine_writer
 from harvest.config import Faults
 from harvest.encoder import Encoder, skipped_before
 from harvest.spine import tell_end
@@ -153,8 +157,8 @@ def answer(tmp_path: Path, source: Any, monkeypatch: pytest.MonkeyPatch, **bad: 
     ours, theirs = Pipe()
     with ours, theirs:
         work(theirs, str(tmp_path / "s.zarr"), source, TINY, **bad)
-        told: str | None = ours.recv()
-    return told
+        failure: Exception | None = ours.recv()
+    return None if failure is None else str(failure)
 
 
 def test_the_parent_is_told_which_document_it_was(
@@ -176,11 +180,85 @@ def test_a_defect_of_a_source_is_one_line_with_its_place(
     assert "\n" not in told and "Traceback" not in capsys.readouterr().err
 
 
-def test_a_process_that_was_killed_is_no_promise(tmp_path: Path) -> None:
-    process = SpineProcess(make(tmp_path / "s.zarr", tokens=10**7), TinyText(), TINY)
+@pytest.fixture
+def reading(tmp_path: Path) -> Iterator[SpineProcess]:
+    process = SpineProcess(make(tmp_path / "s.zarr", tokens=10**6), TinyText(), TINY)
+    yield process
+    process.stop()
+
+
+def kill(process: SpineProcess) -> None:
     os.kill(process._child.pid, signal.SIGKILL)
     process._child.wait()
-    with pytest.raises(PipelineError, match=r"SIGKILL.*document [0-9,]+; .*store=") as caught:
-        process.finished()
+
+
+def test_a_reader_that_is_killed_is_started_again(
+    reading: SpineProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twice at once, and again after each commit."""
+    for _ in range(2):
+        kill(reading)
+        assert not reading.finished()
+    store = Store.open(tmp_path / "s.zarr")
+    for deaths in range(3, 6):
+        before = np.count_nonzero(store.ledger.spine_rows)
+        while np.count_nonzero(store.ledger.spine_rows) == before:
+            assert not reading.finished()
+            time.sleep(0.01)
+            store.refresh()
+        kill(reading)
+        assert not reading.finished()
+        assert capsys.readouterr().err.count("started again") == (3 if deaths == 3 else 1)
+
+
+def test_a_reader_that_is_killed_again_and_again_is_given_up(reading: SpineProcess) -> None:
+    for _ in range(2):
+        kill(reading)
+        assert not reading.finished()
+    kill(reading)
+    with pytest.raises(TemporaryError, match=r"SIGKILL.*document 0.*store=") as caught:
+        reading.finished()
     assert "\n" not in str(caught.value)
-    process.stop()
+
+
+def test_no_signal_but_sigkill_ends_the_reader(tmp_path: Path) -> None:
+    """From its first instruction on. The parent has the signals as before."""
+    reading = SpineProcess(make(tmp_path / "s.zarr", tokens=6_000), TinyText(), TINY)
+    child = reading._child.pid
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    while not reading.finished():
+        for name in ("TERM", "INT", "HUP", "QUIT", "USR1", "USR2"):
+            if reading._child.poll() is None:
+                os.kill(child, getattr(signal, f"SIG{name}"))
+        time.sleep(0.01)
+    assert reading._child.pid == child
+    reading.stop()
+    assert reading._child.returncode == 0
+    assert Store.open(tmp_path / "s.zarr").spine_complete
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (SettingError("x"), SettingError),
+        (DocumentError("long", "x"), DocumentError),
+        (TemporaryError("x"), TemporaryError),
+        (StoreError("x"), StoreError),
+        (ConnectionResetError(104, "x", "s3://b"), OSError),
+        (ZeroDivisionError("x"), RuntimeError),
+    ],
+    ids=repr,
+)
+def test_what_the_reader_raises_is_raised_by_its_rank(
+    failure: Exception, kind: type[Exception], reading: SpineProcess
+) -> None:
+    kill(reading)
+    reading._line.close()
+    reading._line, theirs = Pipe()
+    with pytest.MonkeyPatch.context() as patch, theirs:
+        patch.setattr(retry, "sleep", retry.sleep)
+        patch.setattr(spine_writer, "write_spine", Mock(side_effect=failure))
+        work(theirs, reading._store.name, TinyText(), TINY)
+        with pytest.raises(kind, match="x") as caught:
+            reading.finished()
+    assert is_passing(caught.value) == is_passing(failure)
