@@ -129,7 +129,7 @@ def make(
     with Writer(store, claims, faults, lm.config.device) as writer:
         while True:
             # Make all units that are free at present, each process from a place of its own on.
-            taken = 0
+            went_on = False
             is_full = False
             for unit, lacking in room.ordered(spine.ready(store.missing(layers)), config.rank):
                 stop.check()
@@ -142,6 +142,7 @@ def make(
                     continue
                 if store.committed_meanwhile(unit, lacking):
                     claims.release(unit_claim(unit))
+                    went_on = True
                     if spine.is_due() and not claims.exact:
                         break  # one listing tells of many units, without three requests for each
                     continue
@@ -154,12 +155,12 @@ def make(
                 # Hand them to the writer, which commits them beside the next unit's forward pass.
                 halved = batch if batch != store.manifest["batch"] else None
                 writer.submit(unit, residuals, halved)
-                taken += 1
+                went_on = True
                 tokens += store.rows_of(unit)
                 rate = tokens / (time.monotonic() - began)
                 progress.show(progress_line(store, layers, tokens, rate, writer.written))
             spine.follow()
-            if taken:
+            if went_on:
                 waiting.over()
                 continue
 
