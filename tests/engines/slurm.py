@@ -190,10 +190,10 @@ class Slurm:
 _ENDS = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "PREEMPTED"}
 
 
-def kill(pid: int) -> None:
-    """Kill a process that may have ended meanwhile."""
+def kill(pid: int, signum: int = signal.SIGKILL) -> None:
+    """Signal a process that may have ended meanwhile."""
     with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, signum)
 
 
 def having(**variables: str) -> Iterator[int]:
