@@ -9,6 +9,8 @@ import os
 import re
 import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -162,6 +164,25 @@ def test_a_rank_is_killed(slurm: Slurm, tmp_path: Path, slow: Slow) -> None:
         kill(pid)
     assert sorted(slurm.wait(job, 300)) == [DONE, AGAIN]
     require(tmp_path, slow.whole)
+
+
+@pytest.mark.long
+def test_jobs_of_submitit(slurm: Slurm, tmp_path: Path, short: dict[str, bytes]) -> None:
+    """Hydra's launcher for Slurm: the command waits for its array of two jobs."""
+    pytest.importorskip("submitit", reason="no submitit: pip install 'residual-saes[slurm]'")
+    launcher = ("-m", "hydra/launcher=slurm", "hydra.launcher.partition=low")
+    ranks = ("rank=range(0,2)", "world=2", *SHORT, "store=s.zarr")
+    done = subprocess.run(
+        [sys.executable, "-m", "harvest", *launcher, *ranks],
+        cwd=tmp_path,
+        env=slurm.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len([*(tmp_path / "runs/harvest/jobs").glob("*/*_log.err")]) == 2
+    require(tmp_path, short)
 
 
 @pytest.mark.long
