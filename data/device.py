@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 import torch
 
+from data import rank
 from data.errors import SettingError
 
 
 def torch_device(name: str | None) -> torch.device:
     """The device asked for: cpu, cuda or cuda:N; None: the GPU if there is one.
+
+    A GPU with a number becomes the current one of this thread. Else every process of a node would
+    open a context on GPU 0 beside its own, of some 500 MB.
 
     Raises:
         SettingError: there is no such device.
@@ -28,13 +31,20 @@ def torch_device(name: str | None) -> torch.device:
         raise SettingError(f"device={name} must be cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise SettingError(f"device={name} needs a CUDA GPU, and torch sees {gpus}; use device=cpu")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
 def own_device(name: str | None) -> torch.device:
-    """Like `torch_device`; None: of several GPUs the one of this process's LOCAL_RANK."""
-    if name is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    """Like `torch_device`; None: of the GPUs that are visible here, the one of the local rank.
+
+    More ranks than GPUs share them. Some engines show each rank its own GPU alone, as number 0.
+    """
+    if name is None and torch.cuda.is_available():
+        number = rank.local_rank()
+        if number is not None:
+            name = f"cuda:{number % torch.cuda.device_count()}"
     return torch_device(name)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from conf.command import ALONE, Job
+from data import rank
 from data.device import own_device
 from data.errors import SettingError
 from data.journal import tell
+from data.rank import Rank
 from data.settings import flag, optional_whole, whole
 from data.store import default, manifest
 from data.store.place import place_of
@@ -49,6 +50,8 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
 
     # What needs a model, and a store that is there.
     model = model_config(settings["model"], settings["device"])
+    if action == "run":
+        tell_standing(standing(settings), model.device)
     if action == "verify":
         require_store(place)  # before the minutes that a model may take to load
         print(verify(place, lambda deepest: load(model, deepest=deepest)))
@@ -114,6 +117,7 @@ def harvest_config(settings: dict[str, Any]) -> HarvestConfig:
             "layer= is not set, and this model's configuration has no default; give a layer number"
         )
     listed = layers if isinstance(layers, list) else [layers]
+    stands = standing(settings)
     return HarvestConfig(
         store=str(settings["store"] or default_store(settings["model"], settings["text"])),
         layers=tuple(sorted(whole("layer", layer) for layer in listed)),
@@ -125,11 +129,18 @@ def harvest_config(settings: dict[str, Any]) -> HarvestConfig:
         chunk=whole("chunk", settings["chunk"]),
         site=str(settings["site"]),
         codec=settings["codec"]["name"],
-        rank=launched("rank", settings["rank"], "RANK", 0),
-        world=launched("world", settings["world"], "WORLD_SIZE", 1),
+        rank=stands.rank,
+        world=stands.world,
         faults=faults(settings),
         max_bytes=optional_whole("max_bytes", settings["max_bytes"]),
         readers=whole("readers", settings["readers"]),
+    )
+
+
+def standing(settings: dict[str, Any]) -> Rank:
+    """Where this process stands among those that make the store."""
+    return rank.here(
+        optional_whole("rank", settings["rank"]), optional_whole("world", settings["world"])
     )
 
 
@@ -137,14 +148,6 @@ def faults(settings: dict[str, Any]) -> Faults:
     """What happens where something fails, from plain settings."""
     non_finite = whole("non_finite", settings["non_finite"])
     return Faults(settings["oom"], non_finite, settings["text"].get("bad", "stop"))
-
-
-def launched(name: str, value: Any, variable: str, alone: int) -> int:
-    """`rank` or `world`: as set, else by the launcher's `variable`, else `alone`.
-
-    torchrun and accelerate set RANK and WORLD_SIZE.
-    """
-    return whole(name, int(os.environ.get(variable, alone)) if value is None else value)
 
 
 def default_store(model: dict[str, Any], text: dict[str, Any]) -> str:
@@ -162,6 +165,12 @@ def model_config(model: dict[str, Any], device: str | None) -> ModelConfig:
         dtype=model["dtype"],
         device=str(own_device(device)),
     )
+
+
+def tell_standing(stands: Rank, device: str) -> None:
+    """Tell which of several processes this is, if an engine has said so."""
+    if stands.source and stands.world > 1:
+        tell(f"rank {stands.rank} of {stands.world} by {stands.source}, device {device}")
 
 
 # -- parts of actions ------------------------------------------------------------------------------

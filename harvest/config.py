@@ -55,7 +55,7 @@ class HarvestConfig:
     chunk: int = CHUNK_ROWS  # rows per inner chunk
     site: str = RESID_POST.name  # where in a layer rows are taken: one of harvest.site.SITES
     codec: Literal["blosc", "none", "int8"] = "blosc"
-    rank: int = 0  # of this process, from 0 to world - 1; used only where there are no locks
+    rank: int = 0  # of this process, from 0 to world - 1: where it begins its walk over the units
     world: int = 1  # processes that make the store
     faults: Faults = field(default_factory=Faults)
     max_bytes: int | None = None  # of residuals on the disk at a time; None: all of them stay

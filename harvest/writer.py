@@ -27,7 +27,7 @@ class Writer:
         self._store = store
         self._claims = claims
         self._faults = faults
-        self._cuda = device.startswith("cuda")
+        self._gpu = torch.device(device) if device.startswith("cuda") else None
         self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="commit")
         self._pending: deque[Future[int]] = deque()
         self.holds: set[int] = set()  # units in flight
@@ -50,9 +50,10 @@ class Writer:
             batch: packed rows per forward pass, where it was not the manifest's.
         """
         self.wait(most=IN_FLIGHT - 1)
-        made = torch.cuda.Event() if self._cuda else None  # type: ignore[no-untyped-call]
-        if made is not None:
-            made.record()
+        made = None
+        if self._gpu is not None:
+            made = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            made.record(torch.cuda.current_stream(self._gpu))
         self.holds.add(unit)
         self._pending.append(self._pool.submit(self._finish, unit, residuals, batch, made))
 
@@ -72,7 +73,7 @@ class Writer:
         self, unit: int, residuals: dict[int, torch.Tensor], batch: int | None, made: Any
     ) -> int:
         """Commit a unit in this thread; the bytes of its rows."""
-        with _side_stream(made), torch.inference_mode():
+        with self._side_stream(made), torch.inference_mode():
             layers = prepared(self._store, unit, residuals)
         residuals.clear()  # frees the device's memory before the slow part
         for layer, rows in layers.items():
@@ -82,14 +83,14 @@ class Writer:
         self._claims.release(unit_claim(unit))
         return sum(rows.bits.nbytes for rows in layers.values())
 
-
-def _side_stream(made: Any) -> Any:
-    """On a GPU, a stream of this thread's own that waits for the event `made`."""
-    if made is None:
-        return nullcontext()
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_event(made)
-    return torch.cuda.stream(stream)
+    def _side_stream(self, made: Any) -> Any:
+        """On a GPU, a stream of this thread's own that waits for the event `made`."""
+        if made is None:
+            return nullcontext()
+        # By name: each thread has a current device of its own, which is GPU 0 at first.
+        stream = torch.cuda.Stream(self._gpu)  # type: ignore[no-untyped-call]
+        stream.wait_event(made)
+        return torch.cuda.stream(stream)
 
 
 def _require_finite(store: Store, unit: int, layer: int, rows: Prepared, tolerated: int) -> None:

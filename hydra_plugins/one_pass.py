@@ -36,14 +36,15 @@ class OnePass(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Compose the jobs and train their arms; the jobs with their results."""
+        from data import rank
         from data.device import own_device
         from data.errors import PipelineError
-        from train import parallel
         from train.sweep import train_sweep
 
         setup_globals()
         jobs = []
-        for number in range(parallel.rank(), len(job_overrides), parallel.world()):
+        process = rank.processes()
+        for number in range(process.rank, len(job_overrides), process.world):
             jobs.append(self._prepare(list(job_overrides[number]), initial_job_idx + number))
         by_device: dict[str | None, list[JobReturn]] = {}
         for job in jobs:

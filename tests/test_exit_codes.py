@@ -181,7 +181,7 @@ def test_a_store_that_is_written_is_repaired_later(
     joined, leave = os.pipe(), os.pipe()
     child = os.fork()
     if not child:
-        _claims = place.claims(0, 1)
+        _claims = place.claims()
         os.write(joined[1], b"x")
         os.close(leave[1])
         os.read(leave[0], 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.command import ALONE, Job
-from data import durable
+from data import durable, rank
 from data.device import own_device
 from data.errors import SettingError
 from data.journal import tell
@@ -18,7 +18,7 @@ from data.rows.split import Policy
 from data.settings import build, flag, optional_whole, whole
 from data.store import default, retention
 from data.store.store import Store
-from train import objective, parallel
+from train import objective
 from train.arm import Arm
 from train.loop import train
 from train.optim import OptimConfig
@@ -43,7 +43,7 @@ _COUNTS = (
 def command(settings: dict[str, Any], job: Job = ALONE) -> None:
     """Train one arm; with the other processes, if torchrun or accelerate started several."""
     device = own_device(settings["device"])
-    if parallel.world() > 1 and not job.multirun:
+    if rank.processes().world > 1 and not job.multirun:
         with Group(device) as group:
             train(arm(settings, job), device, group)
     else:

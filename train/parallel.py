@@ -1,13 +1,13 @@
 """Data-parallel training: every process has all weights and takes its share of each batch's rows.
 
-`accelerate launch` and torchrun set RANK, WORLD_SIZE and LOCAL_RANK; nothing else of them is used.
+`accelerate launch` and torchrun set RANK, WORLD_SIZE and LOCAL_RANK; nothing else of them is used,
+and no other engine's variables make a group: see `data.rank.processes`.
 Losses, gradients and firings are added up over the processes, so that each makes the same step on
 the same weights, and dead latents are those that no process saw fire. Process 0 alone writes.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,16 +21,6 @@ from data.errors import TemporaryError, first_line
 
 _LOST = re.compile("gloo|closed by peer|reset by peer|timed? ?out|refused", re.IGNORECASE)
 _TIMEOUT = timedelta(hours=6)  # process 0 evaluates and saves while the others wait
-
-
-def rank() -> int:
-    """This process's number in its job."""
-    return int(os.environ.get("RANK", 0))
-
-
-def world() -> int:
-    """Processes of the job."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 @contextmanager

@@ -23,7 +23,15 @@ from data.journal import duration, size
 from data.store import default
 from data.store.store import Store
 from data.store.unit import prepare
-from harvest.command import command, default_store, harvest_config, model_config, planned_for
+from harvest.command import (
+    command,
+    default_store,
+    harvest_config,
+    model_config,
+    planned_for,
+    standing,
+    tell_standing,
+)
 from harvest.config import HarvestConfig
 from harvest.description import Description
 from harvest.headers import Stored
@@ -85,7 +93,21 @@ def test_ranks_are_set_by_hand_or_by_the_launcher(monkeypatch: pytest.MonkeyPatc
     launched = harvest_config(settings())
     assert (launched.rank, launched.world) == (5, 8)
     with pytest.raises(SettingError, match=r"rank=8 .*world=8"):
-        harvest_config(settings("rank=8"))
+        harvest_config(settings("rank=8", "world=8"))
+    monkeypatch.setenv("RANK", "x")
+    with pytest.raises(SettingError, match="RANK=x"):
+        harvest_config(settings())
+
+
+def test_a_rank_says_by_what_it_is_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    tell_standing(standing(settings()), "cpu")
+    assert capsys.readouterr().err == "rank 1 of 2 by SLURM_PROCID=1 of 2, device cpu\n"
+    tell_standing(standing(settings("rank=0", "world=1")), "cpu")
+    assert capsys.readouterr().err == ""
 
 
 def test_small_stores_get_small_units() -> None:
