@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 from conf import command as command_line
 
@@ -25,6 +26,7 @@ from data.rows import summary
 from data.store.store import SpineEnd, Store
 from data.store.unit import prepare
 from data.text.packing import Cursor
+from tests.stand_in_hub import Alone
 from train import stream
 
 torch.set_num_threads(1)
@@ -116,6 +118,13 @@ def random_bits() -> NDArray[np.uint16]:
     """(1000, 24) bfloat16 bits of normal rows."""
     values = torch.randn(1008, 24, generator=torch.Generator().manual_seed(1))
     return values.bfloat16().view(torch.uint16).numpy()
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
+    """For checks against a hub of this machine; a process imports what they need once."""
+    with closing(Alone(tmp_path_factory.mktemp("hub"))) as processes:
+        yield processes
 
 
 _LONGEST = ("test_docs_run.py", "test_house.py", "test_kills.py", "test_faults.py", "test_lm.py")

@@ -1,17 +1,20 @@
 """The part of the Hugging Face hub that readers of data sets and of models use, on this machine.
 
-The hub's client reads its address when it is imported, so each check runs in a process of its own.
+The hub's client reads its address when it is imported, so each check runs in a process of its own:
+see `Alone`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import http.server
+import importlib
 import json
 import os
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -164,30 +167,68 @@ def serving(files: Mapping[str, bytes], repository: str = DATA) -> Iterator[Hub]
         close_session()  # or the next hub's requests go on over the connections to this one
 
 
-def run_alone(
-    check: Callable[..., None], cache: Path, *arguments: str, offline: bool = False
-) -> None:
-    """Run `check` in a process of its own, whose hub is at a free port of this machine.
+class Alone:
+    """Runs checks, each in a process of its own whose hub is at a free port of this machine.
 
-    Args:
-        cache: the client's folder.
-        arguments: of `check`.
+    The hub's client reads its address and its cache's folder when it is imported. A process imports
+    all that once, with a link in the folder's place, and forks for each check.
     """
-    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as free:
-        port = free.server_port
-    hub_is = {
-        "HF_ENDPOINT": f"http://127.0.0.1:{port}",
-        "HF_HOME": str(cache),
-        "HF_HUB_OFFLINE": "1" if offline else "0",
-    }
-    environment = {**os.environ, **hub_is, "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    code = f"import {check.__module__} as module; module.{check.__name__}(*{arguments!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+
+    def __init__(self, root: Path) -> None:
+        """`root` is an empty folder."""
+        with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as free:
+            port = free.server_port
+        self._cache = root / "cache"
+        hub_is = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+            "HF_HOME": str(self._cache),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "no_proxy": "127.0.0.1",
+        }
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", "from tests.stand_in_hub import fork; fork()"],
+            cwd=Path(__file__).parent.parent,
+            env={**os.environ, **hub_is},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, check: Callable[..., None], cache: Path, *arguments: str) -> None:
+        """Run `check(*arguments)` with the client's folder at `cache`."""
+        assert self._server.stdin and self._server.stdout
+        cache.mkdir(exist_ok=True)
+        self._cache.unlink(missing_ok=True)
+        self._cache.symlink_to(cache)
+        asked = {"module": check.__module__, "check": check.__name__, "arguments": arguments}
+        self._server.stdin.write(json.dumps(asked) + "\n")
+        self._server.stdin.flush()
+        failure = json.loads(self._server.stdout.readline())
+        assert failure == "", failure
+
+    def close(self) -> None:
+        self._server.communicate()
+
+
+def fork() -> None:
+    """Run the checks that stdin asks for; tell stdout of each how it failed."""
+    import datasets  # noqa: F401 (which takes a second, and each check would)
+
+    for line in sys.stdin:
+        asked = json.loads(line)
+        module = importlib.import_module(asked["module"])
+        reading, writing = os.pipe()
+        if not os.fork():
+            os.dup2(2, 1)
+            with os.fdopen(writing, "w") as told:
+                try:
+                    getattr(module, asked["check"])(*asked["arguments"])
+                except BaseException:
+                    told.write(traceback.format_exc())
+            os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading) as failed:
+            failure = failed.read()
+        _, status = os.wait()
+        print(json.dumps(failure or (f"ended by {status}" if status else "")), flush=True)

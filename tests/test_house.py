@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -23,6 +22,7 @@ from data.rows.split import Policy
 from harvest.config import Faults, HarvestConfig
 from tests.bench import house_signs
 from tests.bench.outcome import absolute_paths
+from tests.forked import run_forked
 from train.objective import find
 from train.optim import OptimConfig
 from train.sae import SAEConfig
@@ -357,9 +357,7 @@ def shorter(arguments: list[str]) -> list[str]:
 
 
 def test_readme_first_commands_learn(tmp_path: Path) -> None:
-    """Its harvest and training, nearly as they stand, in processes of their own; test_docs_run.py
-    has all.
-    """
+    """Its harvest and training, nearly as they stand; test_docs_run.py has all."""
     ran = 0
     for command in readme_commands():
         if command[0] == "make":
@@ -367,15 +365,7 @@ def test_readme_first_commands_learn(tmp_path: Path) -> None:
                 command
             )
         elif command[2] in ("harvest", "train") and any("tiny" in word for word in command):
-            arguments, environment = shorter(command[1:]), {**os.environ, "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(
-                [sys.executable, *arguments],
-                cwd=tmp_path,
-                env=environment,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
+            done = run_forked(*shorter(command[1:]), cwd=tmp_path)
             assert done.returncode == 0, (command, done.stderr)
             ran += 1
     assert ran == 2
@@ -386,11 +376,6 @@ def test_readme_first_commands_learn(tmp_path: Path) -> None:
     assert final["dead_share"] < 0.1
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     check = "\nprint(float(1 - (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()))"
-    shown = subprocess.run(
-        [sys.executable, "-W", "error", "-c", example + check],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    shown = run_forked("-c", example + check, cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
     assert float(shown.stdout) > 0.9

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -35,6 +33,7 @@ from tests.analyze.conftest import F, Made, make_run, random_rows
 from tests.analyze.test_quality import dense
 from tests.analyze.test_sweep import make_arm, planted_sae, planted_store
 from tests.conftest import BOS
+from tests.forked import run_forked
 
 
 def test_latents_are_chosen_evenly_and_alive() -> None:
@@ -259,17 +258,11 @@ def test_studies_of_another_sae_are_left_out(
     assert "variants" not in text_of(run).partition('<h2 id="contrast">')[2]
 
 
-def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "analyze", *arguments], capture_output=True, text=True, check=False
-    )
-
-
 def test_the_command(made: Made) -> None:
-    done = analyze("study=quality", f"run={made.run}")
+    done = run_forked("-m", "analyze", "study=quality", f"run={made.run}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("# quality")
-    failed = analyze("study=quality", f"run={made.run}", "study.rows=0")
+    failed = run_forked("-m", "analyze", "study=quality", f"run={made.run}", "study.rows=0")
     assert failed.returncode == 2
     assert failed.stderr.startswith("error: study.rows=0") and failed.stderr.count("\n") == 1
 

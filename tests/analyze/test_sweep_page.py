@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from tests.analyze.test_sweep import (
     planted_store,
     run_sweep,
 )
+from tests.forked import run_forked
 from train import sae_file
 from train.run import CONFIG
 
@@ -106,16 +104,8 @@ def test_runs_are_named_in_many_ways(folder: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_command_line(folder: Path) -> None:
     arms = sorted(folder.iterdir())
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    arguments = [
-        sys.executable,
-        "-m",
-        "analyze",
-        "study=sweep",
-        f"runs={arms[0]},{folder}/*=0.25,*",
-        "device=cpu",
-    ]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment)
+    runs = f"runs={arms[0]},{folder}/*=0.25,*"
+    done = run_forked("-m", "analyze", "study=sweep", runs, "device=cpu")
     assert done.returncode == 0, done.stderr
     figures = json.loads((folder / "sweep.json").read_bytes())
     (layer,) = figures["layers"]

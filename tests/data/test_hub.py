@@ -21,7 +21,7 @@ from data.errors import PipelineError, SettingError, StoreError
 from data.text import hub, retry
 from data.text.documents import State
 from data.text.hub import HubText
-from tests.stand_in_hub import Hub, run_alone, serving
+from tests.stand_in_hub import Alone, Hub, serving
 
 ROWS = 40
 TEXTS = [
@@ -268,8 +268,8 @@ def require_refusal(act: Callable[[], Any], *facts: str) -> None:
     ],
     ids=lambda check: check.__name__,
 )
-def test_against_a_hub(check: Callable[[], None], tmp_path: Path) -> None:
-    run_alone(check, tmp_path)
+def test_against_a_hub(check: Callable[[], None], alone: Alone, tmp_path: Path) -> None:
+    alone.run(check, tmp_path)
 
 
 # -- without a network -----------------------------------------------------------------------------

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +34,7 @@ from harvest.config import HarvestConfig
 from harvest.description import Description
 from harvest.headers import Stored
 from harvest.plan import Plan, require_fit
+from tests.forked import run_forked
 
 
 def settings(*overrides: str) -> dict[str, Any]:
@@ -255,9 +254,7 @@ def test_a_file_in_the_stores_place_is_one_line(tmp_path: Path) -> None:
     ],
 )
 def test_the_parsers_refusals_are_one_line_too(argument: str, facts: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "harvest", argument], capture_output=True, text=True, check=False
-    )
+    done = run_forked("-m", "harvest", argument)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1

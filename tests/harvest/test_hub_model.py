@@ -9,9 +9,11 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save
+from transformers import Gemma4ForCausalLM  # noqa: F401 (before the processes of the checks fork)
 
 from data.errors import SettingError
 from data.store.store import Store
@@ -22,7 +24,7 @@ from harvest.model import ModelConfig, load
 from harvest.weight_files import INDEX, SINGLE, is_tower
 from tests.harvest.models import save_model
 from tests.harvest.test_command import settings
-from tests.stand_in_hub import MODEL, run_alone, serving
+from tests.stand_in_hub import MODEL, Alone, serving
 
 EMBEDDED_FILES = {path.name: path.read_bytes() for path in MODEL_DIR.iterdir()}
 DESCRIPTION = {name for name in EMBEDDED_FILES if name.endswith((".json", ".jinja"))}
@@ -88,6 +90,7 @@ def check_the_embedded_model(folder: str) -> None:
 
 
 def check_offline(folder: str) -> None:
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # as the variable of that name would
     lm = load(ModelConfig(MODEL, dtype="float32"), deepest=2)
     recorded = dict(Store.open(Path(folder, "s.zarr")).manifest["model"])
     assert recorded == {**lm.identity, "chat_template": lm.tokenizer.template_digest}
@@ -159,9 +162,9 @@ def sharded(folder: Path) -> dict[str, bytes]:
 # -- tests -----------------------------------------------------------------------------------------
 
 
-def test_the_embedded_model_is_a_hub_model_too(tmp_path: Path) -> None:
-    run_alone(check_the_embedded_model, tmp_path / "cache", str(tmp_path))
-    run_alone(check_offline, tmp_path / "cache", str(tmp_path), offline=True)
+def test_the_embedded_model_is_a_hub_model_too(alone: Alone, tmp_path: Path) -> None:
+    alone.run(check_the_embedded_model, tmp_path / "cache", str(tmp_path))
+    alone.run(check_offline, tmp_path / "cache", str(tmp_path))
     recorded = dict(Store.open(tmp_path / "s.zarr").manifest["model"])
     local = load(ModelConfig(str(MODEL_DIR), dtype="float32"), deepest=2)
     assert recorded.pop("chat_template") == local.tokenizer.template_digest
@@ -170,8 +173,8 @@ def test_the_embedded_model_is_a_hub_model_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("check", [check_shards, check_refusals])
-def test_against_a_hub(check: Callable[[str], None], tmp_path: Path) -> None:
-    run_alone(check, tmp_path / "cache", str(tmp_path))
+def test_against_a_hub(check: Callable[[str], None], alone: Alone, tmp_path: Path) -> None:
+    alone.run(check, tmp_path / "cache", str(tmp_path))
 
 
 def test_towers_are_told_by_their_names() -> None:
