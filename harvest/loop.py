@@ -270,8 +270,9 @@ def progress_line(
         rate: tokens/s made here.
         written: bytes of residuals committed here, before encoding.
     """
-    units = int(np.min([store.committed(layer).sum() for layer in layers]))
-    left = duration((store.units - units) * store.unit_tokens / rate)
+    missing = len(store.missing(layers))
+    units = store.units - missing
+    left = duration(missing * store.unit_tokens / rate)
     return (
         f"{units}/{store.units} units | {tokens:,} tokens here | {rate:,.0f} tokens/s | "
         f"{size(written)} at {size(written * rate / max(tokens, 1))}/s | ETA {left}"

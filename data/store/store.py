@@ -131,7 +131,7 @@ class Store:
         `refresh`; the spine's are taken in whole.
 
         Args:
-            layers: to look for, beside those that are there already.
+            layers: to look for; if there are none, those that are there already.
 
         Returns:
             The requests that listed names: 0 in a folder.
@@ -140,7 +140,7 @@ class Store:
             self.refresh()
             return 0
         self.spine_end = self.spine_end or self._read_end()
-        return self.ledger.look(self.units, {*self.layers, *layers})
+        return self.ledger.look(self.units, list(layers) or self.layers)
 
     def _read_end(self) -> SpineEnd | None:
         try:
