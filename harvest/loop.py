@@ -196,7 +196,7 @@ def finish(store: Store, layers: Sequence[int], claims: Claims, stop: StopReques
 def is_finished(store: Store, layers: Sequence[int]) -> bool:
     """Whether `finish` has nothing to do."""
     summed_up = all(summary.exists(store, layer) for layer in layers)
-    return summed_up and store.is_declared(layers)
+    return summed_up and store.is_declared(layers) and store.is_packed()
 
 
 def compute(

@@ -80,16 +80,35 @@ def read(place: Place, chosen: Sequence[str]) -> Iterator[tuple[str, list[bytes]
 
 
 def write(place: Place, finished: Iterable[tuple[str, list[str]]]) -> None:
-    """Write the packs that are not there.
+    """Write the packs that are not there; on a folder, none: there they would spare nothing.
 
     Several processes may do so at once: they write the same bytes.
 
     Args:
         finished: names of packs, each with the keys of its records.
+
+    Raises:
+        StoreError: a record is damaged.
     """
+    for name, keys in _missing(place, finished):
+        lines = list(place.read_many(keys))
+        for key, line in zip(keys, lines, strict=True):
+            records.decode(line, f"{place.name}/{key}")
+        place.write(f"{FOLDER}/{name}", [encode(lines)])
+
+
+def are_there(place: Place, finished: Iterable[tuple[str, list[str]]]) -> bool:
+    """Whether `write` has nothing to do."""
+    return not any(_missing(place, finished))
+
+
+def _missing(
+    place: Place, finished: Iterable[tuple[str, list[str]]]
+) -> Iterator[tuple[str, list[str]]]:
+    """Those packs that `write` writes."""
+    if place.page is None:
+        return
     there = set(names(place))
     for name, keys in finished:
         if name not in there:
-            lines = list(place.read_many(keys))
-            if not any(map(records.fault, lines)):
-                place.write(f"{FOLDER}/{name}", [encode(lines)])
+            yield name, keys

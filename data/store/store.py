@@ -255,12 +255,12 @@ class Store:
             return False
 
     def pack(self) -> None:
-        """Write the packs that lack, for places where they spare requests: a folder has none.
+        """Write the packs of finished units that are not there (data/store/packs.py)."""
+        packs.write(self.place, self.ledger.finished(self.units))
 
-        See data/store/packs.py.
-        """
-        if self.place.page is not None:
-            packs.write(self.place, self.ledger.finished(self.units))
+    def is_packed(self) -> bool:
+        """Whether `pack` has nothing to do."""
+        return packs.are_there(self.place, self.ledger.finished(self.units))
 
     def metadata(self, layers: Iterable[int]) -> dict[str, bytes]:
         """The zarr.json of the group and of every array, by key."""

@@ -11,6 +11,7 @@ import argparse
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 import obstore
 from obstore.store import MemoryStore
 
-from data.rows import summary
+from data.errors import StopRequest
 from data.rows.reader import WINDOW, Reader
 from data.rows.split import Policy
 from data.store import manifest
@@ -27,6 +28,7 @@ from data.store.bucket import ObjectPlace
 from data.store.store import SpineEnd, Store
 from data.text.packing import Cursor
 from harvest.config import HarvestConfig
+from harvest.loop import finish as finish_store
 from harvest.plan import share_done
 from harvest.status import status
 from tests.bench import scale
@@ -133,7 +135,8 @@ def agree(where: ObjectPlace) -> None:
     wanted = {name: value for name, value in manifest.read(where).items() if name != "format"}
     requests = where._api
     requests.sent.clear()
-    manifest.agree(where, wanted)
+    with closing(where.claims()) as claims:
+        manifest.agree(where, wanted, claims)
 
 
 def done(where: ObjectPlace, units: int) -> None:
@@ -164,11 +167,9 @@ def measured(units: int) -> dict[str, dict[str, int]]:
         commit(store, unit, rows)
 
     def end(store: Store) -> None:
-        """What the rank that comes first does when all units are there, and any later one."""
-        store.pack()
-        for layer in scale.LAYERS:
-            summary.write(store, layer)
-        store.declare(scale.LAYERS)
+        """What each rank does when all units are there."""
+        with closing(store.place.claims()) as claims, StopRequest() as stop:
+            finish_store(store, scale.LAYERS, claims, stop)
 
     table.measure("open, complete, no summary", Store.open)
     table.of_store("end of a harvest, first rank", end)

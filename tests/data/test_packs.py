@@ -96,8 +96,20 @@ def test_packs_say_what_the_records_say_in_fewer_requests(
 
 def test_a_folder_needs_no_packs(tmp_path: Path, random_bits: NDArray[np.uint16]) -> None:
     store = make_store(tmp_path / "s.zarr", random_bits)
+    assert store.is_packed()
     store.pack()
     assert not (tmp_path / "s.zarr" / packs.FOLDER).exists()
+
+
+def test_a_damaged_record_is_not_packed(bucket: MemoryStore, store: Store) -> None:
+    pack = f"{packs.FOLDER}/{packs.name_of(RANGE, '3')}"
+    store.place.delete(pack)
+    key = "commits/residuals/00000005.3.json"
+    store.place.write(key, [store.place.read(key)[:-2] + b" \n"])
+    assert not store.is_packed()
+    with pytest.raises(StoreError, match=key):
+        store.pack()
+    assert pack not in pack_keys(store.place)
 
 
 def test_packs_are_written_once_and_the_same_by_whoever_writes_them(
@@ -173,7 +185,9 @@ def test_repair_drops_a_pack_with_the_record_in_it(
     again.pack()
     assert pack not in pack_keys(again.place)  # its range is not whole
     commit(again, 5, {3: rows_of(random_bits, 5)})
+    assert not again.is_packed()
     again.pack()
+    assert again.is_packed()
     assert {key: again.place.read(key) for key in pack_keys(again.place)} == before
     require_same(opened(bucket)[0], store)
 
