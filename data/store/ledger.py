@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from data.errors import StoreError
 from data.store import packs, records
 from data.store.arrays import is_rows_name, rows_key, rows_name
+from data.store.packs import Content, Pack
 from data.store.place import Place
 from data.store.retention import Absences
 
@@ -117,7 +118,7 @@ class Ledger:
         self.layers: dict[int, LayerLedger] = {}
         # (units,) which residuals were committed together, by the layers of their records' names.
         self._kinds: dict[str, NDArray[np.bool_]] = {}
-        self._packs: set[str] = set()  # that were read
+        self._packs: set[Pack] = set()  # that were read
         # Bytes of every object, by folder and name. None after the start: the objects of
         # later records are not checked.
         sizes: dict[str, dict[str, int]] = {}
@@ -136,11 +137,11 @@ class Ledger:
             units: of the store, as far as is known.
         """
         # Many at a time, where they are packed.
-        chosen = [name for name in packs.names(self._place) if self._may_give(name, units)]
+        chosen = [pack for pack in packs.fullest(self._place) if self._may_give(pack, units)]
         self._packs.update(chosen)
-        for name, lines in packs.read(self._place, chosen):
+        for pack, lines in packs.read(self._place, chosen):
             for line in lines:
-                self._note(records.decode(line, f"{self._place.name}/{packs.FOLDER}/{name}"))
+                self._note(records.decode(line, f"{self._place.name}/{pack.key}"))
 
         # The others one by one, from the first unit on that no pack gave.
         first = _first_missing([self.spine_rows[:units]])
@@ -150,10 +151,9 @@ class Ledger:
         if first < units:
             self._read(RESIDUALS, first, self._is_new_residuals)
 
-    def _may_give(self, pack: str, units: int) -> bool:
+    def _may_give(self, pack: Pack, units: int) -> bool:
         """Whether a pack may have records that are not taken in."""
-        first, kind = packs.parse(pack)
-        return pack not in self._packs and not self._is_whole(kind, first, units)
+        return pack not in self._packs and not self._is_whole(pack.kind, pack.first, units)
 
     def _is_whole(self, kind: str, first: int, units: int) -> bool:
         """Whether all units of a pack's range are taken in: the spine's, or those of all layers."""
@@ -298,20 +298,19 @@ class Ledger:
 
     # -- packs -------------------------------------------------------------------------------------
 
-    def finished(self, units: int) -> Iterator[tuple[str, list[str]]]:
-        """Names of the packs of every range of units that is whole, with the keys of their records.
+    def packable(self, units: int) -> Iterator[Content]:
+        """The records that were taken in, as packs.
 
-        A range is whole for records of residuals if each of its units has all of their layers.
+        Units are whole for records of residuals when each of them has all of their layers.
         """
         kinds = {packs.SPINE: self.spine_rows != 0, **self._kinds}
         for first in range(0, units, packs.UNITS):
             for kind, there in kinds.items():
                 of_kind = first + np.flatnonzero(there[first : min(first + packs.UNITS, units)])
-                if len(of_kind) and self._is_whole(kind, first, units):
-                    yield (
-                        packs.name_of(first, kind),
-                        [_key(kind, unit) for unit in of_kind.tolist()],
-                    )
+                keys = {unit: _key(kind, unit) for unit in of_kind.tolist()}
+                if keys:
+                    pack = Pack(first, kind, len(keys))
+                    yield Content(pack, keys, self._is_whole(kind, first, units))
 
 
 def _key(kind: str, unit: int) -> str:

@@ -46,11 +46,10 @@ def damage(place: Place) -> Iterator[tuple[str, list[str]]]:
             damaged = True
             yield key, wrong
     progress.close()
-    for name in packs.names(place):
-        key = f"{packs.FOLDER}/{name}"
-        if wrong := list(_wrong_with_pack(place, key, sound)):
+    for pack in packs.there(place):
+        if wrong := list(_wrong_with_pack(place, pack.key, sound)):
             damaged = True
-            yield key, wrong
+            yield pack.key, wrong
     if damaged:
         return
     # Metadata follows from the records, so it can be compared only when they are whole.

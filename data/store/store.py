@@ -255,12 +255,12 @@ class Store:
             return False
 
     def pack(self) -> None:
-        """Write the packs of finished units that are not there (data/store/packs.py)."""
-        packs.write(self.place, self.ledger.finished(self.units))
+        """Pack the records that were taken in, where that spares requests (data/store/packs.py)."""
+        packs.write(self.place, self.ledger.packable(self.units))
 
     def is_packed(self) -> bool:
         """Whether `pack` has nothing to do."""
-        return packs.are_there(self.place, self.ledger.finished(self.units))
+        return packs.are_written(self.place, self.ledger.packable(self.units))
 
     def metadata(self, layers: Iterable[int]) -> dict[str, bytes]:
         """The zarr.json of the group and of every array, by key."""

@@ -13,6 +13,8 @@ from data.errors import StoreError
 from data.rows import summary
 from data.store import packs
 from data.store.bucket import ObjectPlace
+from data.store.packs import Pack
+from data.store.place import Place
 from data.store.repair import damage, repair
 from data.store.store import SpineEnd, Store
 from data.text.packing import Cursor
@@ -67,8 +69,14 @@ def require_same(one: Store, other: Store) -> None:
             np.testing.assert_array_equal(values, vars(of_other)[name], err_msg=name)
 
 
-def pack_keys(place: ObjectPlace) -> list[str]:
-    return [f"{packs.FOLDER}/{name}" for name in packs.names(place)]
+def pack_keys(place: Place) -> list[str]:
+    return [pack.key for pack in packs.there(place)]
+
+
+def pack_key(store: Store, first: int, kind: str) -> str:
+    """The one pack of a range of units and a kind."""
+    (key,) = [pack.key for pack in packs.there(store.place) if pack[:2] == (first, kind)]
+    return key
 
 
 def without_packs(bucket: MemoryStore) -> Store:
@@ -102,7 +110,7 @@ def test_a_folder_needs_no_packs(tmp_path: Path, random_bits: NDArray[np.uint16]
 
 
 def test_a_damaged_record_is_not_packed(bucket: MemoryStore, store: Store) -> None:
-    pack = f"{packs.FOLDER}/{packs.name_of(RANGE, '3')}"
+    pack = pack_key(store, RANGE, "3")
     store.place.delete(pack)
     key = "commits/residuals/00000005.3.json"
     store.place.write(key, [store.place.read(key)[:-2] + b" \n"])
@@ -140,7 +148,7 @@ def test_what_lost_packs_held_is_read_from_the_records(
 def test_a_damaged_pack_is_read_around_and_dropped_by_repair(
     bucket: MemoryStore, store: Store, kind: str, how: str
 ) -> None:
-    key = f"{packs.FOLDER}/{packs.name_of(RANGE, kind)}"
+    key = pack_key(store, RANGE, kind)
     data = bytearray(store.place.read(key))
     lines = bytes(data).splitlines(keepends=True)
     if how.startswith("flipped"):
@@ -164,7 +172,7 @@ def test_a_damaged_pack_is_read_around_and_dropped_by_repair(
 
 def test_a_pack_that_lacks_records_gives_what_it_has(bucket: MemoryStore, store: Store) -> None:
     for kind in ("spine", "3"):
-        key = f"{packs.FOLDER}/{packs.name_of(RANGE, kind)}"
+        key = pack_key(store, RANGE, kind)
         lines = packs.decode(store.place.read(key), key)
         store.place.write(key, [packs.encode(lines[1:3])])
     require_same(opened(bucket)[0], store)
@@ -178,7 +186,7 @@ def test_repair_drops_a_pack_with_the_record_in_it(
     data = bytearray(store.place.read("layer_3/c.5.0"))
     data[10] ^= 1
     store.place.write("layer_3/c.5.0", [bytes(data)])
-    pack = f"{packs.FOLDER}/{packs.name_of(RANGE, '3')}"
+    pack = pack_key(store, RANGE, "3")
     assert set(repair(store.place)) == {"commits/residuals/00000005.3.json", pack}
     again = Store.open(place(bucket))
     assert again.missing([3]) == {5: [3]}
@@ -208,7 +216,7 @@ def test_a_repair_that_is_killed_has_dropped_packs_first(
 def test_a_record_dropped_beside_its_pack_is_found(bucket: MemoryStore, store: Store) -> None:
     """As by a version of this package that knows no packs."""
     store.place.delete("commits/residuals/00000005.3.json")
-    pack = f"{packs.FOLDER}/{packs.name_of(RANGE, '3')}"
+    pack = pack_key(store, RANGE, "3")
     assert repair(store.place) == [pack]
     assert Store.open(place(bucket)).missing([3]) == {5: [3]}
 
@@ -249,7 +257,7 @@ def test_layers_committed_together_and_apart_are_packed_apart(
         for layers in [(3,), (4,)] if unit < 2 else [(3, 4)]:
             commit(store, unit, dict.fromkeys(layers, rows))
     store.pack()
-    kinds = {packs.parse(name) for name in packs.names(store.place)}
+    kinds = {pack[:2] for pack in packs.there(store.place)}
     assert {kind for first, kind in kinds if first == 0} == {"spine", "3", "4", "3_4"}
     again, sent = opened(bucket)
     require_same(again, without_packs(bucket))
@@ -274,11 +282,8 @@ def test_finished_ranges_of_a_half_done_store_are_packed(
     bucket: MemoryStore, random_bits: NDArray[np.uint16]
 ) -> None:
     half_done(bucket, random_bits, units=6, spine=9).pack()
-    assert packs.names(place(bucket)) == [
-        packs.name_of(0, "3"),
-        packs.name_of(0, "spine"),
-        packs.name_of(4, "spine"),
-    ]
+    whole = [Pack(0, "3", 4), Pack(0, "spine", 4), Pack(4, "spine", 4)]
+    assert packs.there(place(bucket)) == whole
     again, sent = opened(bucket)
     require_same(again, without_packs(bucket))
     assert list(again.missing([3])) == [6, 7, 8, 9]
@@ -312,6 +317,47 @@ def test_a_unit_that_is_committed_while_the_store_is_opened_is_taken_in(
 
     monkeypatch.setattr(ObjectPlace, "sizes_of_many", late)
     assert list(Store.open(place(bucket)).missing([3])) == [6, 7, 8, 9]
+
+
+def test_what_is_there_of_unfinished_units_is_packed_once_it_is_worth_it(
+    bucket: MemoryStore, random_bits: NDArray[np.uint16], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packs, "FEW", 2)
+    store = half_done(bucket, random_bits, units=0)
+    sizes = []
+    for unit in (3, 1, 0, 2):
+        commit(store, unit, {3: rows_of(random_bits, unit)})
+        Store.open(place(bucket)).pack()
+        require_same(opened(bucket)[0], without_packs(bucket))
+        sizes.append([pack.size for pack in packs.there(store.place) if pack.kind == "3"])
+    assert sizes == [[], [2], [2], [4]]
+
+    # The pack is the same as one that is written from the records alone.
+    grown = store.place.read(pack_key(store, 0, "3"))
+    store.place.delete(pack_key(store, 0, "3"))
+    store.pack()
+    assert store.place.read(pack_key(store, 0, "3")) == grown
+
+    # What a slower process leaves beside it goes, and is read around while it is there.
+    lines = packs.decode(grown, "grown")
+    left = Pack(0, "3", 2)
+    store.place.write(left.key, [packs.encode(lines[:2])])
+    again, sent = opened(bucket)
+    require_same(again, store)
+    assert sent["GET"] == 2 + 3 + 1
+    assert not again.is_packed()
+    again.pack()
+    assert left not in packs.there(store.place)
+
+
+def test_a_pack_that_goes_while_it_is_read_is_read_around(
+    bucket: MemoryStore, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = packs.there(store.place)
+    for pack in gone[::2]:
+        store.place.delete(pack.key)
+    monkeypatch.setattr(packs, "there", lambda _: gone)
+    require_same(opened(bucket)[0], store)
 
 
 # -- look ------------------------------------------------------------------------------------------
