@@ -84,8 +84,10 @@ def test_arrays_that_begin_a_store(slurm: Slurm, tmp_path: Path, short: dict[str
 
 @pytest.mark.long
 def test_several_ranks_a_job(slurm: Slurm, tmp_path: Path, short: dict[str, bytes]) -> None:
+    """Each knows its number among all."""
     assert slurm.wait(submit(slurm, tmp_path, 2, "--ntasks-per-node=2", *SHORT), 300) == [DONE] * 2
     require(tmp_path, short)
+    assert sorted(re.findall(r"^rank (\d) of 4 by ", logs(tmp_path), re.MULTILINE)) == [*"0123"]
 
 
 @pytest.mark.long
