@@ -327,10 +327,13 @@ def test_what_is_there_of_unfinished_units_is_packed_once_it_is_worth_it(
     sizes = []
     for unit in (3, 1, 0, 2):
         commit(store, unit, {3: rows_of(random_bits, unit)})
-        Store.open(place(bucket)).pack()
+        again, sent = opened(bucket)
+        sent.clear()
+        again.pack()
         require_same(opened(bucket)[0], without_packs(bucket))
         sizes.append([pack.size for pack in packs.there(store.place) if pack.kind == "3"])
     assert sizes == [[], [2], [2], [4]]
+    assert sent["GET"] == 1 + 2  # the emptier pack, and what it lacks
 
     # The pack is the same as one that is written from the records alone.
     grown = store.place.read(pack_key(store, 0, "3"))
@@ -348,6 +351,17 @@ def test_what_is_there_of_unfinished_units_is_packed_once_it_is_worth_it(
     assert not again.is_packed()
     again.pack()
     assert left not in packs.there(store.place)
+
+
+def test_a_refresh_reads_no_pack_again(
+    bucket: MemoryStore, random_bits: NDArray[np.uint16], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packs, "FEW", 1)
+    half_done(bucket, random_bits, units=6).pack()
+    again, sent = opened(bucket)
+    sent.clear()
+    again.refresh()
+    assert set(sent) == {"LIST"}
 
 
 def test_a_pack_that_goes_while_it_is_read_is_read_around(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from data.rows import summary
 from data.rows.reader import Reader
 from data.rows.split import Policy
-from data.store.place import Loaded
+from data.store.place import Loaded, LocalPlace, Place
 from data.store.store import SpineEnd, Store
 from tests.conftest import make_store
 
@@ -62,6 +62,34 @@ def test_a_window_asks_for_no_size(bucket: MemoryStore, store: Store) -> None:
     for _ in islice(reader.batches(0), 8):
         pass
     assert set(requests.sent) == {"GET"}
+
+
+@pytest.mark.parametrize("is_bucket", [False, True])
+def test_a_folder_and_a_bucket_list_alike(
+    bucket: MemoryStore, tmp_path: Path, is_bucket: bool
+) -> None:
+    root: Place = place(bucket) if is_bucket else LocalPlace(tmp_path)
+    for key in ("a/00000001.x", "a/00000002.x", "a/b/00000003.x", "c/1", "zarr.json"):
+        root.write(key, [key.encode()])
+    assert {"00000001.x", "00000002.x"} <= set(root.names("a")) <= {"00000001.x", "00000002.x", "b"}
+    assert "00000001.x" in root.names("a", after="00000001")
+    assert "00000001.x" not in root.names("a", after="00000001.x")
+    assert "00000002.x" in root.names("a", after="00000002")
+    assert not [name for name in root.names("a", after="00000003") if name != "b"]
+    assert sorted(root.folders()) == ["a", "c"]
+    assert [sizes.get("1") for sizes in root.sizes_of_many(["c", "a", "none"])] == [3, None, None]
+
+
+def test_many_objects_come_in_their_order(bucket: MemoryStore) -> None:
+    root = place(bucket)
+    keys = [f"a/{number}" for number in range(200)]
+    for key in keys:
+        root.write(key, [key.encode()])
+    assert [data.decode() for data in root.read_many(reversed(keys))] == keys[::-1]
+    answers = root.read_many([*keys[:3], "none", *keys[3:]])
+    assert [next(answers) for _ in range(3)] == [key.encode() for key in keys[:3]]
+    with pytest.raises(FileNotFoundError):
+        next(answers)
 
 
 def test_bytes_in_memory_end_where_they_end() -> None:
