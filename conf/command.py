@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -123,6 +123,25 @@ def current_job() -> Job:
 
     with _resolving():
         return Job(is_multirun(), tuple(HydraConfig.get().overrides.task))
+
+
+def enter_folder(folder: str, settings: Mapping[str, Any]) -> None:
+    """Go to the folder where a multirun was given; a launcher may run its jobs in another one.
+
+    What is relative is meant from there: the defaults of store= and run= are.
+
+    Raises:
+        SettingError: a default is needed, and this machine does not have the folder.
+    """
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        unnamed = [f"{name}=" for name in ("store", "run") if settings.get(name, "") is None]
+        if unnamed:
+            raise SettingError(
+                f"{folder}, where the command was given, is not on this machine "
+                f"({error.strerror}); give {' and '.join(unnamed)} a place that all machines share"
+            ) from error
 
 
 @contextmanager

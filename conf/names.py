@@ -8,6 +8,7 @@ multirun commas and functions such as choice(a,b).
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -24,6 +25,10 @@ NAMES = (
 # Lists of names, in brackets. A value without brackets is one name, commas and all: an arm's
 # directory has commas.
 LISTS = ("runs", "study.others", "study.words")
+# Names of files and folders: of what a command writes or needs, and of what may be something else
+# too, such as a hub id, unless it is there.
+_PATHS = ("run", "out", "store", "text.path", "text.sources.*.path")
+_MAYBE_PATHS = ("model.path", "problems", "runs", "study.other", "study.others")
 _NUMBERS = ("text.sources.*.weight",)  # settings that NAMES would match
 
 _MULTIRUN = ("-m", "--multirun")
@@ -52,6 +57,24 @@ def texts(settings: Mapping[str, Any], under: str = "") -> dict[str, Any]:
     return plain
 
 
+def absolute(name: str, value: str, folder: str) -> str:
+    """A setting's value; if it is a relative path, the absolute one as from `folder`.
+
+    URLs, `~`, dots and ${...} stay. A path may stand behind the kind of an SAE, as in saelens:PATH.
+    """
+    key = name.lstrip("+")
+    kind, colon, path = value.partition(":")
+    if colon and re.fullmatch(r"[a-z_]\w*", kind):
+        there = _is_in(key, _PATHS) and os.path.exists(os.path.join(folder, path))
+        return f"{kind}:{os.path.join(folder, path)}" if there else value
+    whole = os.path.join(folder, value)
+    if value in ("", ".", "..") or value.startswith(("~", "${")):
+        return value
+    if _is_in(key, _PATHS) or (_is_in(key, _MAYBE_PATHS) and os.path.exists(whole)):
+        return whole
+    return value
+
+
 def _text(value: Any) -> str | None:
     return None if value is None else str(value)
 
@@ -67,14 +90,14 @@ def _argument(argument: str, multirun: bool) -> str:
         return argument
     if _is_in(name, LISTS):
         is_list = value.startswith("[") and value.endswith("]")
-        return f"{key}={_listed(value) if is_list else _quote(value)}"
+        return f"{key}={_listed(value) if is_list else quote(value)}"
     if not _is_name(name):
         return argument
     if not multirun:
-        return f"{key}={_quote(value)}"
+        return f"{key}={quote(value)}"
     if _SWEEP.fullmatch(value):
         return argument
-    return f"{key}={','.join(map(_quote, _split(value)))}"
+    return f"{key}={','.join(map(quote, _split(value)))}"
 
 
 def _is_in(name: str, patterns: Sequence[str]) -> bool:
@@ -84,10 +107,10 @@ def _is_in(name: str, patterns: Sequence[str]) -> bool:
 def _listed(value: str) -> str:
     """A list in brackets with its items in quotes."""
     items = (item.strip() for item in _split(value[1:-1]))
-    return f"[{','.join(map(_quote, items))}]"
+    return f"[{','.join(map(quote, items))}]"
 
 
-def _quote(value: str) -> str:
+def quote(value: str) -> str:
     """One name in quotes; as it is if it is null, empty or quoted already."""
     if value.lower() in ("", "null") or _QUOTED.fullmatch(value):
         return value

@@ -1,34 +1,57 @@
-"""Hydra's sweeper of every command: the exit code of a multirun stands for all of its jobs.
+"""Hydra's sweeper of every command: what stands for all jobs of a multirun.
 
-Hydra takes plugins from this package alone. Every command imports this file, so it imports what it
-needs when it launches.
+That is the folder where the command was given, and the exit code. Hydra takes plugins from this
+package alone. Every command imports this file, so it imports what it needs when it launches.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
 
+# Launchers that run the jobs in this process, and so in its folder.
+_HERE = ("BasicLauncher", "OnePass")
 # How launchers name a job whose process was lost: submitit, joblib, Ray.
 _LOST = ("UncompletedJobError", "TerminatedWorkerError", "WorkerCrashedError", "NodeDiedError")
 
 
 class AllJobs(BasicSweeper):
-    """Hydra's own sweeper. Of jobs that failed, it raises the one that matters most."""
+    """Hydra's own sweeper, behind a `_Guarded` launcher."""
 
-    def setup(self, **given: Any) -> None:
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
         """Take the launcher that the settings name."""
-        super().setup(**given)
+        there = _InFolder(task_function, os.getcwd())
+        super().setup(hydra_context=hydra_context, task_function=there, config=config)
         assert self.launcher is not None
-        self.launcher = _Judged(self.launcher)
+        self.launcher = _Guarded(self.launcher)
 
 
-class _Judged(Launcher):
-    """A launcher whose failed jobs are told, one line each, and the gravest is raised."""
+class _InFolder:
+    """A task that goes to the folder where the command was given before it begins."""
+
+    def __init__(self, task: TaskFunction, folder: str) -> None:
+        self._task = task
+        self._folder = folder
+
+    def __call__(self, settings: DictConfig) -> Any:
+        from conf.command import enter_folder
+
+        enter_folder(self._folder, settings)
+        return self._task(settings)
+
+
+class _Guarded(Launcher):
+    """A launcher that ships absolute paths. Of jobs that failed, the gravest is raised."""
 
     def __init__(self, launcher: Launcher) -> None:
         self._launcher = launcher
@@ -42,6 +65,10 @@ class _Judged(Launcher):
         from data.errors import TemporaryError, first_line
         from data.journal import tell
 
+        if type(self._launcher).__name__ not in _HERE:
+            # Hydra makes that folder in each job's own place. The launcher's logs are not there.
+            nowhere = "hydra.sweep.dir=."
+            job_overrides = [[*map(_absolute, overrides), nowhere] for overrides in job_overrides]
         try:
             jobs = self._launcher.launch(job_overrides, initial_job_idx)
         except Exception as error:
@@ -58,6 +85,21 @@ class _Judged(Launcher):
             if job is not gravest:
                 tell(f"{' '.join(job.overrides or [])}: {job._return_value}")
         raise gravest._return_value  # here, or Hydra adds lines of its own
+
+
+def _absolute(override: str) -> str:
+    """One NAME=VALUE of a job, with the paths in it as from this folder."""
+    from conf.names import absolute, quote
+
+    name = override.partition("=")[0]
+    value = OverridesParser.create().parse_override(override).value()
+    items = value if isinstance(value, list) else [value]
+    typed = [item for item in items if isinstance(item, str)]
+    paths = [absolute(name, item, os.getcwd()) for item in typed]
+    if paths == typed or len(typed) < len(items):
+        return override  # an arm's directory is named by what was typed
+    listed = ",".join(map(quote, paths))
+    return f"{name}=[{listed}]" if isinstance(value, list) else f"{name}={listed}"
 
 
 def _exit_code(error: BaseException) -> int:
