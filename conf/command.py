@@ -192,6 +192,11 @@ def run_command(command: Callable[[], None]) -> None:
         if not is_wrong_name(error):
             raise
         _refuse(f"{reason}; choose another place", 2)
+    except Exception as error:  # torch, whose class it may be, is not loaded for this
+        if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):
+            raise
+        reason = f"out of memory ({first_line(error)[:200]})"
+        _refuse(f"{reason}; take a smaller batch= or another device=; {stopping.KEPT}", 2)
     except Interrupted as stop:
         _tell_stopped(stop)
         sys.exit(stop.exit_code)

@@ -6,12 +6,16 @@ import errno
 import os
 import pickle
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from conf.command import run_command
@@ -27,9 +31,10 @@ from data.errors import (
     TemporaryError,
 )
 from data.journal import read_metrics
+from data.store import bucket
 from data.store.claims import NoLocksError
-from data.store.place import LocalPlace
-from data.store.repair import repair
+from data.store.place import LocalPlace, place_of
+from data.store.repair import damage, repair
 from data.store.store import Store
 from data.text import retry
 from data.text.sources import FileText
@@ -74,6 +79,8 @@ ERRORS = {
         NonFiniteError("x"),
         NoLocksError("x"),
         OutOfMemory(3, 16),
+        MemoryError("x"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate"),
         *map(os_error, OF_THE_PATH),
     ],
     75: [
@@ -149,6 +156,21 @@ def test_a_disk_that_refuses_to_read(
     assert code_of(lambda: Store.open(tmp_path / "s.zarr")) == 2
 
 
+def test_only_damage_is_repaired(
+    tmp_path: Path, random_bits: NDArray[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that cannot be reached says nothing of its objects; a disk's error is of one."""
+    place = make_store(tmp_path / "s.zarr", random_bits).place
+    for error, code in ((ConnectionAbortedError(errno.ECONNABORTED, "x"), 75), (None, 0)):
+        monkeypatch.setattr(LocalPlace, "digest", raising(error or os_error("EIO")))
+        if code:
+            assert code_of(lambda: repair(place)) == code
+            assert code_of(lambda: list(damage(place))) == code
+        else:
+            assert len(repair(place)) > 10
+        monkeypatch.undo()
+
+
 def test_text_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("words")
     source = FileText(str(tmp_path / "a.txt"))
@@ -201,13 +223,13 @@ def test_a_run_that_is_trained_by_another_process(tmp_path: Path, call: Call) ->
         assert call("train", "train.command", *settings, "run=a")[0] == 75
         # Of several jobs: 75 if that is all that is wrong, with a line for each.
         with locks.locked(tmp_path / "b", "held"):
-            for launcher in ("one_pass", "basic"):
-                code, err = call(*line, f"hydra/launcher={launcher}", "run=a,b")
-                assert code == 75, err
-                assert "another process is training in a;" in err
-                assert "another process is training in b;" in err
-                code, err = call(*line, f"hydra/launcher={launcher}", "run=a,b", "sae.k=2,65")
-                assert (code, err.count("error:")) == (2, 1)
+            code, err = call(*line, "run=a,b")
+            assert code == 75, err
+            assert "another process is training in a;" in err
+            assert "another process is training in b;" in err
+        for launcher in ("one_pass", "basic"):
+            code, err = call(*line, f"hydra/launcher={launcher}", "run=a", "sae.k=2,65")
+            assert (code, err.count("error:")) == (2, 1)
     assert call(*line, "run=a,b")[0] == 0
 
 
@@ -240,3 +262,80 @@ def test_the_hub(error: Exception, code: int, monkeypatch: pytest.MonkeyPatch) -
     assert code_of(lambda: asked_of_hub("me/model", raising(error))) == code
     if not isinstance(error, OSError) or error.errno is None:
         assert code_of(lambda: retry.persistent("me/data", raising(error))) == code
+
+
+# -- a bucket --------------------------------------------------------------------------------------
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Answers one status to everything."""
+
+    protocol_version = "HTTP/1.1"
+    status = 503
+
+    def answer(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(self.status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = answer
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Refusing]]:
+    pytest.importorskip("obstore", reason="obstore is not installed")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+        monkeypatch.setenv(name, "x")
+    tries = {"max_retries": 1, "retry_timeout": timedelta(seconds=2)}
+    monkeypatch.setattr(bucket, "RETRIES", tries)
+    yield Refusing
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(400, 2), (401, 2), (403, 2), (301, 2), (429, 75), (500, 75), (503, 75)]
+)
+def test_a_bucket_that_refuses(
+    status: int, code: int, refusing: type[Refusing], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No verdict of damage may come of it, or `repair` would drop what is whole."""
+    refusing.status = status
+    place = place_of("s3://bucket/store")
+    for work in (
+        lambda: Store.open(place),
+        lambda: place.names("commits"),
+        lambda: place.write("a", [b"x"]),
+        lambda: place.create("a", b"x"),
+        lambda: list(damage(place)),
+        lambda: repair(place),
+    ):
+        assert code_of(work) == code
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "bucket" in err
+
+
+def test_a_bucket_that_is_not_there(refusing: type[Refusing]) -> None:
+    refusing.status = 404
+    place = place_of("s3://bucket/store")
+    for work in (lambda: Store.open(place), lambda: place.write("a", [b"x"])):
+        assert code_of(work) == 2
+
+
+def test_a_bucket_that_cannot_be_reached(
+    refusing: type[Refusing], monkeypatch: pytest.MonkeyPatch, call: Call
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    settings = ["model=tiny", "text=tiny", "layer=5", "tokens=3000", "context=64"]
+    code, err = call("harvest", "harvest.command", *settings, "store=s3://bucket/store")
+    assert code == 75 and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("error: ")
+    code, err = call("train", "train.command", "store=s3://bucket/store", *SMALL)
+    assert code == 75 and err.count("\n") == 1

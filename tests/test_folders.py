@@ -112,6 +112,26 @@ def test_a_machine_without_the_folder_is_one_line(
     assert code == 2 and str(tmp_path) in err and "run=" in err
 
 
+class UncompletedJobError(RuntimeError):
+    """As submitit names a job whose process was killed."""
+
+
+def test_a_job_that_is_lost_goes_on_by_the_same_command(
+    tmp_path: Path, elsewhere: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_store(tmp_path / "s.zarr", units=2, layers=(3,))
+
+    def lose(*_: Any) -> None:
+        raise UncompletedJobError("Job 3 was lost\nwith a long log")
+
+    line = ("train", "train.command", "-m", *SETTINGS, "store=s.zarr", "seed=0")
+    with monkeypatch.context() as patch:
+        patch.setattr(Elsewhere, "launch", lose)
+        code, err = call(*line)
+        assert (code, err.count("\n")) == (75, 1)
+    assert call(*line)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
