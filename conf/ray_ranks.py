@@ -11,13 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import ray
 
+from conf.names import absolute
+
 # What ranks get from the environment of this command.
 PASSED_ON = ("AWS_", "AZURE_", "GOOGLE_", "HF_", "OMP_", "PYTHONPATH")
-PATHS = ("store", "text.path", "model.path")
 PAUSE_S = 10  # before a rank that goes on is started again
 
 
@@ -34,19 +34,15 @@ def rank(number: int, world: int, settings: list[str]) -> int:
         time.sleep(PAUSE_S)
 
 
-def absolute(setting: str) -> str:
-    """A setting whose path means the same in the folder of every worker."""
-    name, _, value = setting.partition("=")
-    return f"{name}={Path(value).absolute()}" if name in PATHS and "://" not in value else setting
-
-
 def main(world: int, settings: list[str]) -> int:
     """Run all ranks; 0, or the highest of their exit codes."""
     if not any(setting.startswith("store=") for setting in settings):
         sys.exit("error: store= is missing; give a folder that all machines share, or a bucket")
     passed_on = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
     ray.init(address="auto", runtime_env={"env_vars": passed_on})
-    settings = [absolute(setting) for setting in settings]
+    # Each worker has a folder of its own.
+    named = [setting.partition("=") for setting in settings]
+    settings = [name + sign + absolute(name, value, os.getcwd()) for name, sign, value in named]
     # If a node is lost, Ray starts its ranks on another one.
     task = ray.remote(num_gpus=1, num_cpus=1, max_retries=-1)(rank)
     codes: list[int] = ray.get([task.remote(number, world, settings) for number in range(world)])
