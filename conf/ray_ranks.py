@@ -12,45 +12,58 @@ import subprocess
 import sys
 import time
 
-import ray
-
+from conf.command import run_command
 from conf.names import absolute
+from data.errors import AGAIN, SettingError
 
 # What ranks get from the environment of this command.
 PASSED_ON = ("AWS_", "AZURE_", "GOOGLE_", "HF_", "OMP_", "PYTHONPATH")
-PAUSE_S = 10  # before a rank that goes on is started again
+STARTS = 1000  # of a rank
+PAUSE_S = 10  # between them
 
 
 def rank(number: int, world: int, settings: list[str]) -> int:
     """Run one rank to its end; its exit code."""
     command = [sys.executable, "-m", "harvest", f"rank={number}", f"world={world}", *settings]
     prctl = ctypes.CDLL(None).prctl
-    while True:
+    for _ in range(STARTS):
         # 1 is PR_SET_PDEATHSIG: a rank ends with its worker, for Ray starts both anew.
         ended = subprocess.run(command, preexec_fn=lambda: prctl(1, signal.SIGTERM), check=False)
         code = ended.returncode if ended.returncode >= 0 else 128 - ended.returncode
-        if code != 75 and code < 128:  # neither "again" nor a signal
-            return code
+        if code != AGAIN and code < 128:  # neither "again" nor a signal
+            break
         time.sleep(PAUSE_S)
+    return code
 
 
-def main(world: int, settings: list[str]) -> int:
-    """Run all ranks; 0, or the highest of their exit codes."""
+def main(world: str = "", *settings: str) -> None:
+    """Run all ranks, and exit with the highest of their codes.
+
+    Raises:
+        SettingError: the number of ranks or the store is missing, or Ray is.
+    """
+    if not world.isdecimal() or int(world) < 1:
+        raise SettingError(f"'{world}' is no number of ranks; give it first, then the settings")
     if not any(setting.startswith("store=") for setting in settings):
-        sys.exit("error: store= is missing; give a folder that all machines share, or a bucket")
+        raise SettingError("store= is missing; give a folder that all machines share, or a bucket")
+    try:
+        import ray
+    except ImportError as error:
+        raise SettingError("Ray is missing: pip install 'residual-saes[ray]'") from error
+
     passed_on = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
     ray.init(address="auto", runtime_env={"env_vars": passed_on})
     # Each worker has a folder of its own.
     named = [setting.partition("=") for setting in settings]
-    settings = [name + sign + absolute(name, value, os.getcwd()) for name, sign, value in named]
+    there = [name + sign + absolute(name, value, os.getcwd()) for name, sign, value in named]
     # If a node is lost, Ray starts its ranks on another one.
     task = ray.remote(num_gpus=1, num_cpus=1, max_retries=-1)(rank)
-    codes: list[int] = ray.get([task.remote(number, world, settings) for number in range(world)])
+    codes = ray.get([task.remote(number, int(world), there) for number in range(int(world))])
     for number, code in enumerate(codes):
         if code:
             print(f"error: rank {number} ended with {code}", file=sys.stderr)
-    return max(codes)
+    sys.exit(max(codes))
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))
+    run_command(lambda: main(*sys.argv[1:]))

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from conf.ray_ranks import main
+from data.errors import SettingError
 from tests.engines.conftest import Slow, wait_for_text
 from tests.engines.slurm import having, kill, until
 from tests.harvest.test_launchers import contents, environment
@@ -47,6 +49,20 @@ lacking = next(
     ),
     None,
 )
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ((), "ranks"),
+        (("layer=5", "store=s.zarr"), "'layer=5'"),
+        (("0", "store=s.zarr"), "'0'"),
+        (("4", "layer=5"), "store="),
+    ],
+)
+def test_what_is_missing_is_named(words: tuple[str, ...], named: str) -> None:
+    with pytest.raises(SettingError, match=named):
+        main(*words)
 
 
 @pytest.mark.long
