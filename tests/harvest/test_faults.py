@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.errors import MismatchError, PipelineError, StoreError
+from data.errors import DocumentError, MismatchError, PipelineError, StoreError
 from data.rows.reader import Reader
 from data.rows.split import Policy
 from data.store.place import LocalPlace
@@ -364,7 +364,7 @@ def test_a_document_that_cannot_be_stored_ends_a_harvest_that_goes_on_without_it
     lines[100] = r'{"text": "cut \ud83d in two"}'
     (tmp_path / "lines.jsonl").write_text("\n".join(lines))
     target, source = config(tmp_path / "s.zarr"), FileText(tmp_path / "lines.jsonl")
-    with pytest.raises(StoreError, match=r"lines.jsonl line 101.*text.bad=skip"):
+    with pytest.raises(DocumentError, match=r"lines.jsonl line 101.*text.bad=skip"):
         harvest(target, open_model(root), source)
     capsys.readouterr()
     skipping = replace(target, faults=Faults(bad="skip"))
