@@ -32,6 +32,7 @@ from data.store.store import Store
 from harvest.command import command
 from harvest.model import ModelConfig, load
 from tests.analyze.conftest import tiny_run  # noqa: F401 (a fixture)
+from tests.forked import start_forked
 from tests.harvest.test_command import tiny
 from tests.harvest.test_encoder import tree
 
@@ -177,22 +178,22 @@ def test_waiting_for_text_is_left_by_the_reader_too(tmp_path: Path) -> None:
 def test_an_engine_signals_every_process_of_a_step(harvested: Path, tmp_path: Path) -> None:
     """The reader of the text hears SIGTERM first, and is not what ends the command."""
     store = tmp_path / "s.zarr"
-    line = [sys.executable, "-m", "harvest", *HARVEST, f"store={store}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # which the manifest records
-    with subprocess.Popen(line, env=environment) as rank:
-        children = Path(f"/proc/{rank.pid}/task/{rank.pid}/children")
-        deadline = time.monotonic() + PATIENCE_S
-        while not [*store.glob("commits/spine/*.json")] and time.monotonic() < deadline:
-            time.sleep(0.002)
-        (reader,) = map(int, children.read_text().split())
-        for pid, signum in (
-            (reader, signal.SIGSTOP),  # or it might be done
-            (reader, signal.SIGTERM),
-            (rank.pid, signal.SIGTERM),
-            (reader, signal.SIGCONT),
-        ):
-            os.kill(pid, signum)
-        assert rank.wait(PATIENCE_S) == 143
+    files = [tmp_path / "stdout", tmp_path / "stderr"]
+    rank = start_forked("-m", "harvest", *HARVEST, f"store={store}", files=files)
+    children = Path(f"/proc/{rank}/task/{rank}/children")
+    deadline = time.monotonic() + PATIENCE_S
+    while not [*store.glob("commits/spine/*.json")] and time.monotonic() < deadline:
+        time.sleep(0.002)
+    (reader,) = map(int, children.read_text().split())
+    for pid, signum in (
+        (reader, signal.SIGSTOP),  # or it might be done
+        (reader, signal.SIGTERM),
+        (rank, signal.SIGTERM),
+        (reader, signal.SIGCONT),
+    ):
+        os.kill(pid, signum)
+    _, status = os.waitpid(rank, 0)
+    assert os.waitstatus_to_exitcode(status) == 143, files[1].read_text()
     assert Store.open(store).missing([5])
     command(tiny(store))
     assert tree(store) == tree(harvested)

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
@@ -23,7 +23,6 @@ from data.store.place import LocalPlace
 from data.store.repair import damage, is_derived, repair
 from data.store.store import Store
 from data.text import retry
-from data.text.documents import Document, State
 from data.text.sources import FileText
 from harvest import forward, selfcheck
 from harvest.config import Faults, HarvestConfig
@@ -32,6 +31,7 @@ from harvest.model import LanguageModel, ModelConfig, load
 from harvest.provenance import manifest_of
 from harvest.selfcheck import choose_isolation, trial_of
 from harvest.spine_writer import work, write_spine
+from tests.harvest.breaking import Breaking
 from tests.harvest.models import save_model
 
 TOKENS = 512
@@ -333,17 +333,6 @@ def test_another_model_tokenizer_or_setting_is_refused_with_both_values(
 
 
 # -- text and time ---------------------------------------------------------------------------------
-
-
-class Breaking(FileText):
-    """A source that raises in the middle, once."""
-
-    def documents(self, state: State) -> Iterator[Document]:
-        for number, document in enumerate(super().documents(state)):
-            if number == 100 and not (self.path.parent / "broke").exists():
-                (self.path.parent / "broke").touch()
-                raise StoreError("the line went dead; the same command goes on")
-            yield document
 
 
 def test_a_text_that_raises_in_the_middle_goes_on_where_it_was(root: Path, tmp_path: Path) -> None:

@@ -6,8 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -27,6 +25,7 @@ from harvest.model import LanguageModel, ModelConfig, load
 from harvest.provenance import manifest_of
 from harvest.selfcheck import choose_isolation
 from harvest.spine_writer import write_spine
+from tests.forked import start_forked
 from tests.harvest.models import save_model
 
 STEPS = (
@@ -275,14 +274,7 @@ def test_damage_is_repaired_to_the_same_bytes(
 def test_signals_stop_at_a_boundary_and_the_command_goes_on(
     root: Path, tmp_path: Path, signum: signal.Signals, code: int
 ) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "harvest",
-        f"model.path={root / 'model'}",
-        "model.dtype=float32",
-        "text=tiny",
-    ]
+    command = ["-m", "harvest", f"model.path={root / 'model'}", "model.dtype=float32", "text=tiny"]
     command += [
         "layer=1",
         "tokens=40000",
@@ -291,13 +283,15 @@ def test_signals_stop_at_a_boundary_and_the_command_goes_on(
         "batch=1",
         f"store={tmp_path / 's.zarr'}",
     ]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        assert any("units | " in line for line in iter(process.stderr.readline, ""))
-        process.send_signal(signum)
-        rest = process.stderr.read()
-    assert process.returncode == code
-    assert "the same command again goes on" in rest
+    said = tmp_path / "stderr"
+    process = start_forked(*command, files=[tmp_path / "stdout", said])
+    deadline = time.monotonic() + 60
+    while not (said.exists() and "units | " in said.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process, signum)
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == code, said.read_text()
+    assert "the same command again goes on" in said.read_text()
     done = Store.open(tmp_path / "s.zarr")
     assert 0 < len(done.missing([1])) < done.units
     assert not list((tmp_path / "s.zarr").rglob("*.tmp"))
