@@ -97,7 +97,8 @@ def test_ranks_as_tasks(tmp_path: Path, slow: Slow) -> None:
     assert contents(tmp_path / "s.zarr") == slow.whole
     told = (tmp_path / "log").read_text()
     workers = re.findall(r"rank pid=(\d+).* plan: ", told.partition("begins\n")[2])
-    assert len({*workers}) > 5
+    assert len({*workers}) >= 5  # a worker that is done may take another rank
+    assert "has been marked dead" in told
 
 
 def is_rank(pid: int) -> bool:
