@@ -24,7 +24,7 @@ from hydra.core.global_hydra import GlobalHydra
 from transformers import PreTrainedModel
 
 from conf.command import start
-from data import durable
+from data import durable, stopping
 from data.errors import exit_code
 from data.store import codec
 from data.store.place import LocalPlace
@@ -78,6 +78,7 @@ def stopped(
             sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
             sys.argv = [program, *rest]
             GlobalHydra.instance().clear()
+            stopping.told.clear()  # an earlier test's command may have been stopped
             slow_down(Slow(begun))
             start(program, f"{program}.command")
         except SystemExit as end:

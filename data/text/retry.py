@@ -72,7 +72,9 @@ def persistent(what: str, request: Callable[[], T]) -> T:
 
 def may_pass(error: BaseException) -> bool:
     """Whether what a server or the disk answered may be gone at another time."""
-    return _temporary(error) is not None or any(map(is_passing, _causes(error)))
+    causes = [*_causes(error)]
+    answered = any(getattr(cause, "response", None) is not None for cause in causes)
+    return _temporary(error) is not None or (not answered and any(map(is_passing, causes)))
 
 
 def _way_out() -> str:

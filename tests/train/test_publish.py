@@ -373,20 +373,26 @@ def test_upload_is_asked_for(tmp_path: Path, hub: Hub, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    ("status", "reason"), [(None, "ConnectionError"), (403, "HTTP 403"), (500, "HTTP 500")]
+    ("status", "reason", "code"),
+    [(None, "ConnectionError", 75), (403, "HTTP 403", 2), (500, "HTTP 500", 75)],
 )
 def test_no_token_in_what_is_printed(
-    tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str], status: int | None, reason: str
+    tmp_path: Path,
+    hub: Hub,
+    capsys: pytest.CaptureFixture[str],
+    status: int | None,
+    reason: str,
+    code: int,
 ) -> None:
     error = ConnectionError(f"Authorization: Bearer {TOKEN}")
     if status:
-        error.response = type("Answer", (), {"status_code": status})()
+        error.response = type("Answer", (), {"status_code": status, "headers": {}})()
     hub.fails.append(error)
     run = finished(tmp_path / "run", made("topk"))
     with pytest.raises(SystemExit) as stopped:
         run_command(lambda: publishes(run, "upload=true") and None)
     printed = capsys.readouterr()
-    assert stopped.value.code == 2 and reason in printed.err and printed.err.count("\n") == 1
+    assert stopped.value.code == code and reason in printed.err and printed.err.count("\n") == 1
     assert TOKEN not in printed.out + printed.err
     assert not any(TOKEN.encode() in path.read_bytes() for path in run.rglob("*") if path.is_file())
 
