@@ -72,9 +72,15 @@ def persistent(what: str, request: Callable[[], T]) -> T:
 
 def may_pass(error: BaseException) -> bool:
     """Whether what a server or the disk answered may be gone at another time."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
     causes = [*_causes(error)]
-    answered = any(getattr(cause, "response", None) is not None for cause in causes)
-    return _temporary(error) is not None or (not answered and any(map(is_passing, causes)))
+    # A setting keeps a machine offline, though the client calls it a failed connection.
+    decided = any(
+        isinstance(cause, OfflineModeIsEnabled) or getattr(cause, "response", None) is not None
+        for cause in causes
+    )
+    return _temporary(error) is not None or (not decided and any(map(is_passing, causes)))
 
 
 def _way_out() -> str:
