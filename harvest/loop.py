@@ -291,7 +291,7 @@ def tell_waiting(waiting: Waiting, store: Store, claims: Claims, units: Sequence
         return
     listed = ", ".join(map(str, units[:8])) + (", ..." if len(units) > 8 else "")
     dead = "" if claims.exact else "; this process takes over what nobody renews"
-    waiting.on(f"{len(units)} units that other processes make ({listed})", dead)
+    waiting.on(f"units that other processes make: {listed}", dead)
 
 
 def tell_bad(store: Store, layers: Sequence[int]) -> None:

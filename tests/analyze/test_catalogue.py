@@ -27,7 +27,7 @@ from analyze.studies.catalogue.index import Index, Postings
 from analyze.studies.catalogue.state import BINS, Largest, State
 from analyze.study import Study
 from analyze.subject import Subject
-from data.errors import Interrupted, SettingError, StopRequest, StoreError
+from data.errors import Interrupted, SettingError, StopRequest, StoreError, TemporaryError
 from data.rows.split import Policy, held_out_units
 from harvest.model import ModelConfig
 from tests.analyze.conftest import Made
@@ -462,6 +462,17 @@ def test_the_outcome_says_what_is_missing(
     assert "model.path=nowhere/none" in absent.figures["no_logits"]
     assert pq.read_table(tmp_path / "studies" / "catalogue" / study.FILE)["raised"].null_count == 40
     assert len(done[1].tables[0].rows) == 20
+
+
+def test_a_hub_that_cannot_be_reached_costs_the_logits_alone(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object) -> None:
+        raise TemporaryError("model.path=nowhere/none cannot be had")
+
+    monkeypatch.setattr(Study, "lm", property(refuse))
+    there, reason = study.logits(study_of(made, tmp_path), 2, StopRequest())
+    assert there is None and "model.path=" in str(reason)
 
 
 def test_texts_stand_beside_their_tokens(

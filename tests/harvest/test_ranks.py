@@ -16,10 +16,9 @@ from data.store.retention import KeepAll
 from data.text.sources import FileText
 from harvest.config import HarvestConfig
 from harvest.loop import harvest
-from harvest.model import LanguageModel, ModelConfig, load
 from harvest.waiting import Waiting
 from tests.harvest.models import save_model
-from tests.harvest.test_kills import in_child, tree
+from tests.harvest.test_kills import in_child, open_model, tree
 
 LIFE_S = 1.0
 
@@ -50,10 +49,6 @@ def config(store: Path, rank: int = 0) -> HarvestConfig:
 
 def harvest_into(store: Path, root: Path, rank: int = 0) -> None:
     harvest(config(store, rank), open_model(root), FileText(root / "text.txt"))
-
-
-def open_model(root: Path) -> LanguageModel:
-    return load(ModelConfig(str(root / "model"), dtype="float32"))
 
 
 def contents(store: Path) -> dict[str, bytes]:

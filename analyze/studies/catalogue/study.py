@@ -263,7 +263,7 @@ def logits(
         return None, "study.logits=0"
     try:
         lm = study.lm
-    except SettingError as error:
+    except PipelineError as error:
         return None, str(error)
     progress = Progress()
 
