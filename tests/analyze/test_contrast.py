@@ -278,16 +278,11 @@ def performed(study: Study):
     return study.perform(contrast.DEFINITION)
 
 
-def test_the_study_leaves_directions_lists_and_pictures(study: Study) -> None:
+def test_the_study_leaves_lists_and_pictures(study: Study) -> None:
     outcome = performed(study)
-    found = answering.answers(study)
-    means = answer_means(study, found, StopRequest())
+    assert not list(study.folder.glob("steering_vec*"))  # study=steering ships vectors
     d = np.load(study.folder / "cohens_d.npy")
     for layer in range(study.lm.n_layers):
-        vector = torch.load(study.folder / f"steering_vec_L{layer}.pt", weights_only=True)
-        assert vector.shape == (study.lm.d_model,) and vector.dtype == torch.float32
-        assert float(vector.norm()) == pytest.approx(1)
-        np.testing.assert_allclose(vector, caa(means.hidden[:, layer], means.correct), atol=1e-6)
         assert outcome.figures["raw"]["top"][layer] == pytest.approx(
             np.sort(np.abs(d[layer]))[-10:].mean(), rel=1e-5
         )

@@ -136,6 +136,54 @@ def test_the_verdict_needs_a_change_that_chance_directions_do_not_make() -> None
     assert words.summary(broken)[0] not in sentences
 
 
+@pytest.mark.parametrize("right_on_dev", [0, 1, 2])
+def test_where_no_scale_beats_unsteered_on_dev_the_choice_is_to_do_nothing(
+    right_on_dev: int,
+) -> None:
+    """Whatever the test questions say: here v breaks the model, and then it answers all."""
+    some = "1" * 10 + "0" * 10
+    for v, then in (("0" * 20, "lowers"), ("1" * 20, "raises")):
+        found = findings(v, some, [some] * 20, dev={0.0: 2, 5.0: right_on_dev, -5.0: 0})
+        assert (words.verdict(found), words.effect(found)) == ("do nothing", then)
+        assert (found.chosen, found.best) == (0.0, 5.0)
+        outcome = words.outcome(found, [])
+        assert (outcome.figures["verdict"], outcome.figures["chosen_scale"]) == ("do nothing", 0.0)
+        assert outcome.summary[0].startswith("Do nothing") and "best of" not in outcome.summary[2]
+        assert "do nothing" in outcome.tables[2].caption
+
+
+def test_a_direction_that_costs_as_much_as_v_gains_counts_against_v() -> None:
+    some = "1" * 10 + "0" * 10
+    found = findings("1" * 20, some, ["0" * 20] * 20)  # 10 gained; each of the others loses 10
+    rank = found.ranks["random"]
+    assert (rank.as_high, rank.as_low, rank.as_far) == (0, 20, 20)
+    assert rank.p == 1 and rank.p_high == pytest.approx(1 / 21)
+    assert words.verdict(found) == "not shown"
+    part = findings("1" * 20, some, ["0" * 20] * 3 + ["1" * 9 + "0" * 11] * 17).ranks["random"]
+    assert (part.as_far, part.p) == (3, pytest.approx(4 / 21))
+
+
+def test_recovered_and_lost_questions_are_named() -> None:
+    rows = [row("11100", "11000", "unsteered"), row("11100", "11000", "scale 0", 0.0)]
+    rows += [row("01110", "11000"), row("10101", "11000", scale=-5.0)]
+    rows += [row("11000", "11000", kind) for kind in ("random", "shuffled")]
+    found = replace(findings("11000", "11000", ["11000"]), rows=rows)
+    _, recovery, _, overlap, _ = words.outcome(found, []).tables
+    assert recovery.rows == [("5", "q2 q3", "q0"), ("-5", "q2 q4", "q1")]
+    assert overlap.rows[0][:5] == ("5 and -5", "2", "2", "1", "q2")
+    as_json = found.figures()
+    assert [shown["gained"] for shown in as_json["rows"][2:4]] == [["q2", "q3"], ["q2", "q4"]]
+    assert as_json["overlaps"][0]["shared"] == ["q2"]
+
+
+def test_gains_that_may_be_of_form_alone_are_counted() -> None:
+    assert (row("1111", "1-0-").mended, row("1-1-", "1111").mended) == (2, 0)
+    unparsable = findings("1" * 20, "1" * 10 + "-" * 10, ["1" * 10 + "0" * 10] * 20)
+    parsable = findings("1" * 20, "1" * 10 + "0" * 10, ["1" * 10 + "0" * 10] * 20)
+    sentences = ["####" in " ".join(words.summary(found)) for found in (unparsable, parsable)]
+    assert sentences == [True, False]
+
+
 def test_a_page_states_rank_holm_and_what_could_be_seen() -> None:
     found = findings(
         "1" * 20, "1" * 10 + "0" * 10, ["1" * 20, "1" * 5 + "0" * 15, "1" * 9 + "0" * 11]
@@ -146,7 +194,7 @@ def test_a_page_states_rank_holm_and_what_could_be_seen() -> None:
     assert found.best_row.p == pytest.approx(2 * 0.5**10) and found.holm[5.0] == pytest.approx(
         4 * 0.5**10
     )
-    outcome = words.outcome(found)
+    outcome = words.outcome(found, [])
     assert "100.0% [83.9%, 100.0%]" in " ".join(outcome.summary)
     assert len(outcome.tables[0].rows) == 4
     assert "<svg" in outcome.pictures["steering"].svg
@@ -198,8 +246,8 @@ def test_directions_are_unit_and_v_points_from_wrong_to_right() -> None:
 
 def test_the_scale_is_the_best_on_dev_and_the_smallest_of_equals() -> None:
     tried = [V._replace(scale=scale) for scale in (10.0, -5.0, 5.0, 15.0)]
-    assert steering.chosen(tried, {0.0: 9, 10.0: 4, -5.0: 4, 5.0: 4, 15.0: 3}).scale == 5.0
-    assert steering.chosen(tried, {0.0: 9, 10.0: 4, -5.0: 4, 5.0: 3, 15.0: 6}).scale == 15.0
+    assert steering.best_of(tried, {0.0: 9, 10.0: 4, -5.0: 4, 5.0: 4, 15.0: 3}).scale == 5.0
+    assert steering.best_of(tried, {0.0: 9, 10.0: 4, -5.0: 4, 5.0: 3, 15.0: 6}).scale == 15.0
 
 
 def test_controls_are_at_the_best_scale() -> None:
@@ -371,6 +419,16 @@ def test_a_row_of_the_study_is_a_steered_generation(small: Study) -> None:
     assert sum(right) == next(
         row["right"] for row in found["rows"] if row["kind"] == "v" and row["scale"] == -20
     )
+    # It is the vector that is shipped.
+    shipped = torch.load(study.folder / "steering_vec_L8.pt", weights_only=True)
+    torch.testing.assert_close(shipped, (v / v.norm()).float(), rtol=0, atol=1e-6)
+    about = json.loads((study.folder / "steering_vec_L8.json").read_text())
+    assert about["questions"] == found["ids"]["train"]
+    assert not {*about["questions"]} & {*found["ids"]["dev"], *found["ids"]["test"]}
+    assert (about["layer"], about["site"]) == (8, "resid_post")
+    assert (about["answers"]["right"], about["answers"]["wrong"]) == tuple(
+        len(means[label]) for label in (True, False)
+    )
 
 
 def labelled(path: Path, count: int, right: Callable[[int], bool]) -> str:
@@ -410,6 +468,20 @@ def test_labelled_solutions_make_the_vector_and_the_model_answers(
         steering.steering(
             tiny_study("steering", labelled(tmp_path / "none.jsonl", 16, lambda _: False), asked)
         )
+
+
+def test_no_other_layer_overwrites_a_vector(tiny_study: Tiny, tmp_path: Path) -> None:
+    source = labelled(tmp_path / "some.jsonl", 8, lambda at: at % 2 == 0)
+    asked = {"questions": 8, "new_tokens": 2, "batch": 8}
+    few = {"scales": [5], "n_random": 1, "n_shuffled": 1, "train": 0.5}
+    vectors = {}
+    for layer in (8, 3, 8):
+        study = tiny_study("steering", source, asked, layer=layer, **few)
+        study.perform(steering.DEFINITION)
+        shipped = torch.load(study.folder / f"steering_vec_L{layer}.pt", weights_only=True)
+        assert torch.equal(vectors.setdefault(layer, shipped), shipped)
+    every = study.folder.parent.glob("steering*/steering_vec_L*.pt")
+    assert sorted(path.name for path in every) == ["steering_vec_L3.pt", "steering_vec_L8.pt"]
 
 
 def test_a_layer_that_is_not_there_is_refused(tiny_study: Tiny) -> None:

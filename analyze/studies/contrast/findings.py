@@ -25,7 +25,6 @@ class Layer(NamedTuple):
     adjusted: Tested | None
     drawn: Floats  # (B,) top |d| of resampled questions
     halves: Halves
-    caa: Floats  # (d,)
 
 
 class Ranked(NamedTuple):

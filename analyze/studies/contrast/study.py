@@ -17,11 +17,9 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from analyze.answering import answers, inputs
@@ -40,7 +38,7 @@ from analyze.studies.contrast.findings import (
     figures,
     lists,
 )
-from analyze.studies.contrast.means import Means, answer_means, caa
+from analyze.studies.contrast.means import Means, answer_means
 from analyze.studies.contrast.words import pictures, summary, tables
 from analyze.study import Column, Definition, Study, write_features
 from data import durable
@@ -73,7 +71,6 @@ def contrast(study: Study) -> Outcome:
 
     Leaves these files:
         cohens_d.npy                         (layers, d)
-        steering_vec_L{layer}.pt             `caa` of the same answers, of every layer
         contrastive_features_L{layer}.json   the features of largest d, of the SAE's layer
         features.parquet                     figures of every feature that was tested
     """
@@ -83,8 +80,6 @@ def contrast(study: Study) -> Outcome:
         means = answer_means(study, answered, stop)
         findings = compare(means, [answer.source for answer in answered], options, stop)
 
-    for layer, of_layer in enumerate(findings.layers):
-        _save_direction(study.folder / f"steering_vec_L{layer}.pt", of_layer.caa)
     d = io.BytesIO()
     np.save(d, np.array([of_layer.raw.d for of_layer in findings.layers], np.float32))
     durable.write(study.folder / "cohens_d.npy", [d.getbuffer()])
@@ -98,13 +93,6 @@ def contrast(study: Study) -> Outcome:
 
     measured = {**figures(findings), "options": vars(options)}
     return Outcome(measured, summary(measured), tables(measured), pictures(findings))
-
-
-def _save_direction(path: Path, direction: Floats) -> None:
-    """Write a plain float32 tensor (d,) that opens with weights_only."""
-    content = io.BytesIO()
-    torch.save(torch.from_numpy(direction).float(), content)
-    durable.write(path, [content.getbuffer()])
 
 
 # -- what is compared ------------------------------------------------------------------------------
@@ -147,7 +135,6 @@ def compare(means: Means, sources: Sequence[str], options: Options, stop: StopRe
                 adjusted=adjusted,
                 drawn=effects.drawn_top(x, correct, times, TOP),
                 halves=effects.halves(x, splits, TOP),
-                caa=caa(x, correct),
             )
         )
         progress.show(f"{layer + 1}/{total} layers compared", last=layer + 1 == total)
@@ -232,7 +219,7 @@ def _features(every: Any, design: Design, splits: effects.Splits, least: int) ->
 
 DEFINITION = Definition(
     contrast,
-    version=1,
+    version=2,
     options=Options,
     inputs=inputs,
     order=30,

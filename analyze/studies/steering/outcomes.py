@@ -54,6 +54,9 @@ class Row:
     interval: Interval  # of right / questions
     gained: list[str]  # ids of the questions that are right with steering and wrong without
     lost: list[str]  # the other way round
+    # Of the gained ones, those whose unsteered answer holds no number where graders look: steering
+    # may have mended its form alone.
+    mended: int
     p: float  # exact McNemar
     unparsable: int
     truncated: int
@@ -75,11 +78,13 @@ class Row:
         """
         gained = []
         lost = []
+        mended = 0
         changed = 0
         for before, after in zip(unsteered, replies, strict=True):
             assert before.id == after.id
             if after.correct and not before.correct:
                 gained.append(after.id)
+                mended += before.unparsable
             if before.correct and not after.correct:
                 lost.append(after.id)
             changed += (before.ids, before.finished) != (after.ids, after.finished)
@@ -97,6 +102,7 @@ class Row:
             interval=wilson(right, questions),
             gained=gained,
             lost=lost,
+            mended=mended,
             p=mcnemar(len(gained), len(lost)),
             unparsable=sum(reply.unparsable for reply in replies),
             truncated=sum(not reply.finished for reply in replies),
@@ -149,23 +155,31 @@ def nulls(rows: Sequence[Row], layer: int, inert_from: int) -> list[Null]:
 
 
 class Rank(NamedTuple):
-    """Where v's count of right answers stands among those of other directions of its norm."""
+    """Where v's count of right answers stands among those of other directions of its norm.
+
+    p is two-sided: a direction that costs as many answers as v gains counts against v.
+    """
 
     of: int
     as_high: int  # directions that give at least as many right answers
     as_low: int  # at most as many
+    as_far: int  # whose count is as far from the unsteered one, to either side
     p_high: float
     p_low: float
+    p: float
 
     @classmethod
     def among(cls, row: Row, controls: Sequence[Row]) -> Rank:
         right = np.array([control.right for control in controls])
+        far = np.array([abs(control.net) for control in controls])
         return cls(
             of=len(right),
             as_high=int((right >= row.right).sum()),
             as_low=int((right <= row.right).sum()),
+            as_far=int((far >= abs(row.net)).sum()),
             p_high=permutation_p(row.right, right),
             p_low=permutation_p(-row.right, -right),
+            p=permutation_p(abs(row.net), far),
         )
 
 
@@ -211,13 +225,14 @@ class Findings:
     """Everything that was measured."""
 
     rows: Sequence[Row]  # of the test questions: unsteered, at scale 0, and the rest
-    best: float  # scale that the dev questions chose
+    best: float  # scale other than 0 that looks best on dev: the controls are measured at it
     dev: Mapping[float, int]  # right answers to the dev questions by scale of v, 0 being unsteered
     ids: Mapping[str, Sequence[str]]  # of the questions, by part: train, dev, test
     answers: tuple[int, int]  # right and wrong ones that made v
     layer: int
     inert_from: int  # see hook.prompt_inert_from
     seed: int
+    samples: int = 1  # answers to each train question that made v; every sweep has one, greedy
 
     def of(self, *kinds: str) -> list[Row]:
         """The rows of some kinds."""
@@ -227,9 +242,14 @@ class Findings:
     def unsteered(self) -> Row:
         return self.rows[0]
 
+    @property
+    def chosen(self) -> float:
+        """The scale that dev questions chose: 0, to do nothing, unless another has more right."""
+        return self.best if self.dev[self.best] > self.dev[0.0] else 0.0
+
     @cached_property
     def best_row(self) -> Row:
-        """v at the best scale."""
+        """v at the best scale other than 0."""
         return next(row for row in self.of("v") if row.scale == self.best)
 
     @cached_property
@@ -263,9 +283,11 @@ class Findings:
         return {
             "layer": self.layer,
             "seed": self.seed,
+            "samples": self.samples,
             "questions": {part: len(ids) for part, ids in self.ids.items()},
             "answers_of_the_vector": {"right": right, "wrong": wrong},
             "mean_norm": self.norm,
+            "chosen_scale": self.chosen,
             "best_scale": self.best,
             "best_p": self.best_row.p,
             "best_p_holm": self.holm[self.best],

@@ -1,10 +1,11 @@
 """Contrastive activation addition: does a direction from wrong to right answers make more right?
 
 The vector v is mean(h | right) - mean(h | wrong) of the train questions' answers, at unit norm
-(Rimsky et al., arXiv 2312.06681). The scale is chosen on dev questions, and everything is reported
-on test questions. Each sweep over the test questions is paired with an unsteered one in the same
-batches, so that nothing but the vector differs. Controls: the hook at scale 0, the opposite scale,
-other positions, vectors from shuffled labels, and directions by chance.
+(Rimsky et al., arXiv 2312.06681). The scale is chosen on dev questions, where 0, to do nothing,
+competes. Everything is reported on test questions. Each sweep over the test questions is paired
+with an unsteered one in the same batches, so that nothing but the vector differs. Controls: the
+hook at scale 0, the opposite scale, other positions, vectors from shuffled labels, and directions
+by chance.
 
 Shapes: n answers, d d_model.
 """
@@ -12,18 +13,19 @@ Shapes: n answers, d d_model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.answering import Answer, answers, asking_of, inputs
+from analyze.answering import Answer, Asking, answers, asking_of, inputs
 from analyze.outcome import Outcome
+from analyze.problems import Problem
 from analyze.stats import Floats
 from analyze.studies.contrast.means import answer_means, caa
-from analyze.studies.steering import words
+from analyze.studies.steering import vector, words
 from analyze.studies.steering.hook import POSITIONS, Steer, prompt_inert_from
 from analyze.studies.steering.outcomes import Findings, Reply, Row
 from analyze.studies.steering.sweeps import Sweeps
@@ -32,6 +34,7 @@ from data import durable
 from data.errors import SettingError, StopRequest
 from data.journal import Progress
 from data.settings import build, number
+from data.site import RESID_POST
 
 SEED = 0  # of random directions and shuffled labels
 
@@ -90,6 +93,7 @@ def steering(study: Study) -> Outcome:
         raise SettingError(
             f"study.layer={layer} must be one of the model's layers, 0 to {study.lm.n_layers - 1}"
         )
+    asking = asking_of(study)
     with StopRequest() as stop:
         # The vector and its controls, from the answers to the train questions.
         answered = answers(study, stop)
@@ -100,14 +104,13 @@ def steering(study: Study) -> Outcome:
         correct = means.correct[in_train]
         _require_both(correct, len(split.train))
         vectors = directions(hidden, correct, options)
+        v = vectors["v"][0]
 
         # The scale, by the dev questions.
-        tried = []
-        for scale in options.scales:
-            tried.append(Steer("v", vectors["v"][0], float(scale), options.positions))
-        sweeps = Sweeps(study, layer, asking_of(study), stop, Progress())
+        tried = [Steer("v", v, float(scale), options.positions) for scale in options.scales]
+        sweeps = Sweeps(study, layer, greedy(asking), stop, Progress())
         dev = _right_on_dev(sweeps, tried, split.dev)
-        best = chosen(tried, dev)
+        best = best_of(tried, dev)
 
         # Every scale and every control, on the test questions.
         rows = _test_rows(sweeps, steers(tried, best, vectors), split.test)
@@ -120,8 +123,32 @@ def steering(study: Study) -> Outcome:
         layer=layer,
         inert_from=prompt_inert_from(study.lm),
         seed=SEED,
+        samples=getattr(asking, "samples", 1),
     )
-    return words.outcome(findings)
+    files = vector.write(study.folder, layer, v, provenance(study, findings, options))
+    return words.outcome(findings, files)
+
+
+def greedy(asking: Asking) -> Asking:
+    """How the sweeps ask: once, and without chance, so that nothing but steering differs."""
+    return replace(asking)
+
+
+def provenance(study: Study, findings: Findings, options: Options) -> dict[str, Any]:
+    """What the vector follows from, for the file beside it."""
+    right, wrong = findings.answers
+    return {
+        "layer": findings.layer,
+        "site": RESID_POST,
+        "positions": options.positions,
+        "chosen_scale": findings.chosen,
+        "best_scale_but_0": findings.best,
+        "mean_norm": findings.norm,
+        "questions": findings.ids["train"],
+        "answers": {"right": right, "wrong": wrong, "settings": inputs(study)},
+        "model": study.subject.store.manifest["model"]["id"],
+        "weights": study.identity["weights"],
+    }
 
 
 def _require_both(correct: NDArray[np.bool_], questions: int) -> None:
@@ -177,19 +204,15 @@ class Split(NamedTuple):
 def split_of(answered: Sequence[Answer], options: Options) -> Split:
     """Each question's part is a function of its id, so other questions do not change it.
 
+    Problems that come as train.jsonl and test.jsonl keep that: train questions make the vector or
+    choose its scale, in the shares that `options` gives these two, and test questions are test.
+
     Raises:
         SettingError: a part is empty.
     """
     parts: dict[str, dict[str, Answer]] = {"train": {}, "dev": {}, "test": {}}
     for answer in answered:
-        digest = durable.digest(b"steering", answer.problem.id.encode())
-        position = int(digest, 16) / 2**128  # in [0, 1)
-        if position < options.train:
-            part = "train"
-        elif position < options.train + options.dev:
-            part = "dev"
-        else:
-            part = "test"
+        part = _part(answer.problem, options)
         parts[part].setdefault(answer.problem.id, answer)
     total = sum(map(len, parts.values()))
     for name, part_answers in parts.items():
@@ -198,6 +221,20 @@ def split_of(answered: Sequence[Answer], options: Options) -> Split:
                 f"of {total} questions none is left as {name} question; raise answers.questions"
             )
     return Split(list(parts["train"]), list(parts["dev"].values()), list(parts["test"].values()))
+
+
+def _part(asked: Problem, options: Options) -> str:
+    """`train`, `dev` or `test`."""
+    given = getattr(asked, "part", None)
+    if given == "test":
+        return "test"
+    digest = durable.digest(b"steering", asked.id.encode())
+    position = int(digest, 16) / 2**128  # in [0, 1)
+    if given == "train":
+        position *= options.train + options.dev
+    if position < options.train:
+        return "train"
+    return "dev" if given == "train" or position < options.train + options.dev else "test"
 
 
 def directions(
@@ -209,11 +246,11 @@ def directions(
         hidden: (n, d) means of the train answers at the steered layer.
         correct: (n,).
     """
-    v = caa(hidden, correct)
+    v = vector.as_shipped(caa(hidden, correct))
     rng = np.random.default_rng(SEED)
     random = [_unit(rng.normal(size=len(v))) for _ in range(options.n_random)]
     shuffled = [caa(hidden, rng.permutation(correct)) for _ in range(options.n_shuffled)]
-    orthogonal = _unit(random[0] - (random[0] @ v) * v)
+    orthogonal = _unit(random[0] - (random[0] @ v) / (v @ v) * v)
     return {"v": [v], "orthogonal": [orthogonal], "shuffled": shuffled, "random": random}
 
 
@@ -221,8 +258,11 @@ def _unit(vector: Floats) -> Floats:
     return np.asarray(vector / np.linalg.norm(vector), np.float64)
 
 
-def chosen(tried: Sequence[Steer], right: Mapping[float, int]) -> Steer:
-    """The scale with most right dev answers; of equals the smallest, and the positive one."""
+def best_of(tried: Sequence[Steer], right: Mapping[float, int]) -> Steer:
+    """The scale with most right dev answers; of equals the smallest, and the positive one.
+
+    It need not have more than 0 has, see `Findings.chosen`.
+    """
     return max(tried, key=lambda steer: (right[steer.scale], -abs(steer.scale), steer.scale))
 
 
@@ -240,9 +280,9 @@ def steers(
         if positions != best.positions:
             sweeps.append(best._replace(kind="positions", positions=positions))
     for kind in ("orthogonal", "shuffled", "random"):
-        for vector in vectors[kind]:
-            sweeps.append(best._replace(kind=kind, vector=vector))
+        for direction in vectors[kind]:
+            sweeps.append(best._replace(kind=kind, vector=direction))
     return sweeps
 
 
-DEFINITION = Definition(steering, version=1, options=Options, inputs=inputs, order=40)
+DEFINITION = Definition(steering, version=2, options=Options, inputs=inputs, order=40)

@@ -12,21 +12,27 @@ from analyze.studies.steering.plot import over_scales
 LEVEL = 0.05
 
 
-def outcome(findings: Findings) -> Outcome:
-    """The whole result."""
+def outcome(findings: Findings, files: list[str]) -> Outcome:
+    """The whole result.
+
+    Args:
+        files: that belong to it beside the figures.
+    """
     caption = (
         f"Accuracy on {findings.unsteered.questions} test questions against the scale of v at "
-        f"layer {findings.layer}, with Wilson's 95 % intervals. Grey: other directions at the best "
-        "dev scale, beside it. Dashed: unsteered."
+        f"layer {findings.layer}, with Wilson's 95 % intervals. Grey: other directions at "
+        f"{findings.best:+g}, beside it. Dashed: unsteered."
     )
     picture = Picture(caption, over_scales(findings))
     tables = [
         _scale_table(findings),
+        _recovery_table(findings),
         _control_table(findings),
         _overlap_table(findings),
         _dev_table(findings),
     ]
-    return Outcome(findings.figures(), summary(findings), tables, {"steering": picture})
+    figures = {"verdict": verdict(findings), **findings.figures()}
+    return Outcome(figures, summary(findings), tables, {"steering": picture}, files)
 
 
 # -- sentences -------------------------------------------------------------------------------------
@@ -34,44 +40,67 @@ def outcome(findings: Findings) -> Outcome:
 
 def summary(findings: Findings) -> list[str]:
     """The verdict first, then what it rests on."""
+    lines = [_verdict(findings)]
+    if verdict(findings) == "do nothing":
+        lines.append(_effect(findings))
     return [
-        _verdict(findings),
+        *lines,
         _best_scale(findings),
         _other_scales(findings),
         _against_chance(findings),
         *_null_tests(findings),
         _power(findings),
+        _vector(findings),
     ]
 
 
 def verdict(findings: Findings) -> str:
-    """What v does to accuracy at the best scale.
+    """What comes of steering by v.
 
     Returns:
-        `broken` (a null test failed), `no effect`, `not shown` (a change that directions by chance
-            may make, too), `raises` or `lowers`.
+        `broken` (a null test failed), `do nothing` (the dev questions chose no scale), or the
+            `effect` at the scale that they chose.
     """
     if not all(test.held for test in findings.nulls):
         return "broken"
+    return effect(findings) if findings.chosen else "do nothing"
+
+
+def effect(findings: Findings) -> str:
+    """What v does to accuracy at the best scale other than 0.
+
+    Returns:
+        `no effect`, `not shown` (a change that directions by chance make too, to either side),
+            `raises` or `lowers`.
+    """
     best = findings.best_row
     if best.p >= LEVEL:
         return "no effect"
-    chance = findings.ranks["random"]
-    p = chance.p_high if best.net > 0 else chance.p_low
-    if p >= LEVEL:
+    if findings.ranks["random"].p >= LEVEL:
         return "not shown"
     return "raises" if best.net > 0 else "lowers"
 
 
 def _verdict(findings: Findings) -> str:
-    best = findings.best_row
     word = verdict(findings)
-    where = f"Steering layer {findings.layer} by {best.scale:+g} v ({best.positions} positions)"
     if word == "broken":
         return (
             "Nothing here is to be trusted: a sweep that must equal the unsteered one does not "
             "(see below)."
         )
+    if word == "do nothing":
+        return (
+            f"Do nothing: of {len(findings.ids['dev'])} dev questions {findings.dev[0.0]} are "
+            f"right unsteered, and at no scale more. {findings.best:+g} looks best of the others "
+            f"({findings.dev[findings.best]} right); the controls are measured there."
+        )
+    return _effect(findings)
+
+
+def _effect(findings: Findings) -> str:
+    best = findings.best_row
+    word = effect(findings)
+    where = f"Steering layer {findings.layer} by {best.scale:+g} v ({best.positions} positions)"
     if word == "no effect":
         return f"{where} has no effect on accuracy that {best.questions} questions could show."
     if word in ("raises", "lowers"):
@@ -90,13 +119,23 @@ def _verdict(findings: Findings) -> str:
 def _best_scale(findings: Findings) -> str:
     best = findings.best_row
     tried = len(findings.holm)
+    source = ""
+    if findings.chosen:
+        source = (
+            f"The scale {best.scale:+g} is the best of {tried} on {len(findings.ids['dev'])} dev "
+            f"questions ({findings.dev[findings.best]} right, {findings.dev[0.0]} unsteered). "
+        )
+    form = ""
+    if best.mended:
+        form = (
+            f" {best.mended} of the gained had no number behind #### unsteered: there the answer's "
+            "form may be all that changed."
+        )
     return (
-        f"Its scale is the best of {tried} on {len(findings.ids['dev'])} dev questions "
-        f"({findings.dev[findings.best]} right, {findings.dev[0.0]} unsteered). "
-        f"Of {best.questions} test questions {_accuracy(best)} are right, "
-        f"unsteered {_accuracy(findings.unsteered)}: "
+        f"{source}At {best.scale:+g}, of {best.questions} test questions {_accuracy(best)} are "
+        f"right, unsteered {_accuracy(findings.unsteered)}: "
         f"{len(best.gained)} gained, {len(best.lost)} lost, exact McNemar p = {_p(best.p)}, by "
-        f"Holm over the {tried} scales {_p(findings.holm[findings.best])}."
+        f"Holm over the {tried} scales {_p(findings.holm[findings.best])}.{form}"
     )
 
 
@@ -117,8 +156,9 @@ def _against_chance(findings: Findings) -> str:
     for kind, words in directions.items():
         rank = findings.ranks[kind]
         parts.append(
-            f"{rank.as_high} of {rank.of} {words} give at least as many right answers (p = "
-            f"{_p(rank.p_high)}) and {rank.as_low} at most as many (p = {_p(rank.p_low)})"
+            f"{rank.as_far} of {rank.of} {words} move the number of right answers at least as far "
+            f"as v, up or down (p = {_p(rank.p)}; {rank.as_high} have at least as many right, "
+            f"{rank.as_low} at most as many)"
         )
     return f"With the same norm and positions, {'; '.join(parts)}."
 
@@ -156,6 +196,17 @@ def _power(findings: Findings) -> str:
     )
 
 
+def _vector(findings: Findings) -> str:
+    right, wrong = findings.answers
+    samples = ""
+    if findings.samples > 1:
+        samples = f", {findings.samples} sampled to each; every sweep has one greedy answer"
+    return (
+        f"v is of {right} right and {wrong} wrong answers to {len(findings.ids['train'])} train "
+        f"questions alone{samples}. It is steering_vec_L{findings.layer}.pt."
+    )
+
+
 # -- tables ----------------------------------------------------------------------------------------
 
 _OUTCOMES = ("positions", "right", "95 %", "gained", "lost", "net", "McNemar p")
@@ -179,7 +230,18 @@ def _control_table(findings: Findings) -> Table:
     for row in findings.of("opposite", "positions", "orthogonal", "shuffled", "random"):
         cells.append((row.kind, f"{row.scale:g}", *_outcomes(row), *_changes(row)))
     header = ("control", "scale", *_OUTCOMES, *_CHANGES)
-    return Table("Controls at the best dev scale", header, cells)
+    named = f"Controls at {findings.best:+g}, the best dev scale"
+    if not findings.chosen:
+        named += " other than 0; the dev questions chose to do nothing"
+    return Table(named, header, cells)
+
+
+def _recovery_table(findings: Findings) -> Table:
+    """Every scale's questions that became right, and that became wrong."""
+    cells = []
+    for row in findings.of("v"):
+        cells.append((f"{row.scale:g}", " ".join(row.gained), " ".join(row.lost)))
+    return Table("Questions gained and lost by scale, by id", ("scale", "gained", "lost"), cells)
 
 
 def _overlap_table(findings: Findings) -> Table:
@@ -188,6 +250,7 @@ def _overlap_table(findings: Findings) -> Table:
         "recovered by the first",
         "by the second",
         "by both",
+        "their ids",
         "hypergeometric p",
         "Holm p",
     )
@@ -203,6 +266,7 @@ def _overlap_cells(overlap: Overlap) -> tuple[str, ...]:
         str(by_first),
         str(by_second),
         str(len(overlap.shared)),
+        " ".join(overlap.shared),
         _p(overlap.p),
         _p(overlap.p_holm),
     )
