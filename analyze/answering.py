@@ -9,14 +9,16 @@ not write a truth in plain digits (18.00, 1e6, 0.5).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from analyze import problems
-from analyze.language_model import Generation, generate
+from analyze.language_model import Generation, Sampling, generate
 from analyze.outcome import dumped
 from analyze.problems import Problem, Solution
 from analyze.study import Study, grow, read_lines
@@ -45,6 +47,7 @@ class Answer:
     strict: str | None  # the number found, see analyze.problems
     flexible: str | None
     finished: bool  # not cut off by the limit
+    sample: int = 0  # which of the question's answers, see `Asking.samples`
 
     @property
     def unparsable(self) -> bool:
@@ -89,18 +92,44 @@ class Asking:
     """The settings `answers`: how problems are answered."""
 
     prompt: str = "lm_eval"
-    questions: int = 1319  # the first so many problems
+    questions: int = 1319  # the first so many problems of each file
+    samples: int = 1  # answers to each question
+    temperature: float = 0.0  # answers are drawn from softmax(logits / temperature); 0: greedy
+    seed: int = 0  # of what is drawn
     new_tokens: int = 512  # of an answer, at most
-    # Questions generated together. Another value may round otherwise, and so change an answer.
+    # Answers generated together. Another value may round otherwise, and so change an answer.
     batch: int = 32
 
     def __post_init__(self) -> None:
         if self.prompt not in PROMPTS:
             raise SettingError(f"answers.prompt={self.prompt} must be one of {', '.join(PROMPTS)}")
-        for name in ("questions", "new_tokens", "batch"):
+        for name in ("questions", "samples", "new_tokens", "batch"):
             value = getattr(self, name)
             if value < 1:
                 raise SettingError(f"answers.{name}={value} must be at least 1")
+        if not (self.temperature == 0 or 1e-3 <= self.temperature < float("inf")):
+            raise SettingError(
+                f"answers.temperature={self.temperature} must be 0 (greedy) or a number from 0.001"
+            )
+        if self.samples > 1 and self.temperature == 0:
+            raise SettingError(
+                f"answers.samples={self.samples} at answers.temperature=0 would be equal answers; "
+                "give a temperature such as 1"
+            )
+
+    @property
+    def added(self) -> dict[str, Any]:
+        """Settings that were added since answers were first kept, unless they are at defaults."""
+        names = ("samples", "temperature", "seed")
+        return {name: getattr(self, name) for name in names if self._is_changed(name)}
+
+    def record(self) -> dict[str, Any]:
+        """What keys hold; that of settings without `added` is as it always was."""
+        first = ("prompt", "questions", "new_tokens", "batch")
+        return {name: getattr(self, name) for name in first} | self.added
+
+    def _is_changed(self, name: str) -> bool:
+        return bool(getattr(self, name) != getattr(Asking, name))
 
 
 # -- answers of a study ----------------------------------------------------------------------------
@@ -114,40 +143,63 @@ def inputs(study: Study) -> dict[str, Any]:
 
 def _inputs(asked: Sequence[Problem | Solution], asking: Asking) -> dict[str, Any]:
     content = dumped([item.record() for item in asked])
-    return {"problems": durable.digest(content.encode()), "answers": asdict(asking)}
+    return {"problems": durable.digest(content.encode()), "answers": asking.record()}
 
 
-def answers(study: Study, stop: StopRequest | None = None) -> list[Answer]:
-    """Every problem's answer; the labelled solutions, if the problems come with such.
+def answers(study: Study, stop: StopRequest | None = None, part: str | None = None) -> list[Answer]:
+    """Every problem's answers; the labelled solutions, if the problems come with such.
 
     The model's own answers are generated once, batch by batch, and kept for all studies of a run.
     A run that is stopped goes on behind its last batch.
+
+    Args:
+        part: of a folder of problems, this file's alone; of a single file all the same.
+
+    Returns:
+        question by question, train.jsonl's before test.jsonl's; a question's samples in order.
 
     Raises:
         SettingError: there are no problems, or a prompt leaves no room for an answer.
     """
     asking = asking_of(study)
-    asked = _problems(study, asking)
-    solutions = [item for item in asked if isinstance(item, Solution)]
-    if solutions:
-        return _of_solutions(study.lm.tokenizer, solutions, asking)
-    questions = [item for item in asked if isinstance(item, Problem)]
+    by_part: dict[str | None, list[Problem | Solution]] = {}
+    for item in _problems(study, asking):
+        own = item.problem.part if isinstance(item, Solution) else item.part
+        if own is None or part in (None, own):
+            by_part.setdefault(own, []).append(item)
+    found = []
+    for asked in by_part.values():
+        solutions = [item for item in asked if isinstance(item, Solution)]
+        questions = [item for item in asked if isinstance(item, Problem)]
+        found += _of_solutions(study.lm.tokenizer, solutions, asking) if solutions else []
+        found += _generated(study, questions, asking, stop) if questions else []
+    return found
 
-    def make(part: slice) -> list[dict[str, Any]]:
+
+def _generated(
+    study: Study, questions: Sequence[Problem], asking: Asking, stop: StopRequest | None
+) -> list[Answer]:
+    """The model's own answers to the questions of one file."""
+    # Kept without their part: the file alone, or in a folder, has the same answers.
+    bare = [replace(question, part=None) for question in questions]
+    asked = [(question, sample) for question in bare for sample in range(asking.samples)]
+
+    def make(rows: slice) -> list[dict[str, Any]]:
         prompt = PROMPTS[asking.prompt]
         tokenizer = study.lm.tokenizer
-        batch = [(item, prompt(tokenizer, item.question)) for item in questions[part]]
-        return [answer.record() for answer in completions(study.lm, batch, asking)]
+        batch = [(item, prompt(tokenizer, item.question)) for item, _ in asked[rows]]
+        samples = [sample for _, sample in asked[rows]]
+        return [answer.record() for answer in completions(study.lm, batch, asking, samples)]
 
     def fill(folder: Path) -> None:
         path = folder / _FILE
-        grow_answers(
-            path, len(questions), asking.batch, make, Progress().show, stop or StopRequest()
-        )
+        grow_answers(path, len(asked), asking.batch, make, Progress().show, stop or StopRequest())
 
-    key = {"version": VERSION, **model_key(study), **_inputs(asked, asking)}
+    key = {"version": VERSION, **model_key(study), **_inputs(bare, asking)}
     folder = study.kept("answers", key, fill)
-    return [_revived(line) for line in read_lines(folder / _FILE)]
+    kept = [_revived(line) for line in read_lines(folder / _FILE)]
+    part = questions[0].part
+    return [replace(one, problem=replace(one.problem, part=part)) for one in kept]
 
 
 def asking_of(study: Study) -> Asking:
@@ -165,7 +217,7 @@ def _problems(study: Study, asking: Asking) -> Sequence[Problem | Solution]:
     if source is None:
         raise SettingError(
             "problems= is missing; give a .jsonl of {question, answer} such as GSM8K's test.jsonl, "
-            "one of labelled solutions, or problems=tiny"
+            "one of labelled solutions, a folder with train.jsonl and test.jsonl, or problems=tiny"
         )
     return problems.read(source, asking.questions)
 
@@ -215,9 +267,15 @@ def _revived(fields: dict[str, Any]) -> Answer:
 
 
 def completions(
-    lm: LanguageModel, asked: Sequence[tuple[Problem, list[int]]], asking: Asking
+    lm: LanguageModel,
+    asked: Sequence[tuple[Problem, list[int]]],
+    asking: Asking,
+    samples: Sequence[int] | None = None,
 ) -> list[Answer]:
     """The model's own completions of problems with their prompts, in one batch, graded.
+
+    Args:
+        samples: which of its question's answers each is; by default the first.
 
     Raises:
         SettingError: a prompt leaves no room for an answer.
@@ -229,11 +287,24 @@ def completions(
             f"answers.new_tokens={asking.new_tokens} behind a prompt of {longest} tokens pass the "
             f"model's context of {lm.max_context}; lower it"
         )
+    samples = [0] * len(asked) if samples is None else samples
+    sampling = None
+    if asking.temperature:
+        pairs = zip(asked, samples, strict=True)
+        uniform = [_uniform(asking, item.id, sample) for (item, _), sample in pairs]
+        sampling = Sampling(asking.temperature, torch.from_numpy(np.stack(uniform)))
+    generations = generate(lm, prompts, asking.new_tokens, STOPS, sampling)
     graded = []
-    generations = generate(lm, prompts, asking.new_tokens, STOPS)
-    for (item, prompt), generation in zip(asked, generations, strict=True):
-        graded.append(_graded(lm.tokenizer, item, prompt, generation))
+    for (item, prompt), generation, sample in zip(asked, generations, samples, strict=True):
+        answer = _graded(lm.tokenizer, item, prompt, generation)
+        graded.append(replace(answer, sample=sample))
     return graded
+
+
+def _uniform(asking: Asking, question: str, sample: int) -> NDArray[np.float64]:
+    """(new_tokens,) in [0, 1), by which an answer is drawn: a function of these alone."""
+    entropy = durable.digest(f"{asking.seed} {question} {sample}".encode())
+    return np.random.default_rng(int(entropy, 16)).random(asking.new_tokens)
 
 
 def _graded(

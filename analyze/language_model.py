@@ -1,6 +1,6 @@
 """The language model as the studies use it.
 
-Residuals and logits of given texts, edits of a layer, the head on any states, greedy generation.
+Residuals and logits of given texts, edits of a layer, the head on any states, generation.
 
 Shapes: b sequences, t positions, n positions of any sequences, d d_model, V vocabulary. A sequence
 is a list of token ids with its BOS. Batches are padded on the right without a mask. A causal model
@@ -227,15 +227,29 @@ class Generation(NamedTuple):
     finished: bool  # ended by itself or at a stop string, not by the limit
 
 
+class Sampling(NamedTuple):
+    """How tokens are drawn from softmax(logits / temperature)."""
+
+    temperature: float  # above 0
+    # (prompts, new_tokens) float64 in [0, 1). A token is where the cumulated probabilities pass its
+    # number, so a row's draws are its own, whatever the batch.
+    uniform: Tensor
+
+
 @torch.inference_mode()
 def generate(
-    lm: LanguageModel, prompts: Sequence[Sequence[int]], new_tokens: int, stops: Sequence[str] = ()
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    stops: Sequence[str] = (),
+    sampling: Sampling | None = None,
 ) -> list[Generation]:
-    """Greedy continuations of prompts, all in one batch, padded on the left and masked.
+    """Continuations of prompts, all in one batch, padded on the left and masked.
 
     Args:
         new_tokens: at most so many.
         stops: strings that end a text; its ids then go up to the token that completed one.
+        sampling: None: the most probable token each time (greedy).
     """
     ends = end_tokens(lm)
     width = max(map(len, prompts))
@@ -246,6 +260,7 @@ def generate(
         ids[row, start:] = torch.tensor(prompt)
         mask[row, start:] = 1
     stopping = _Stopping(lm, width, stops)
+    drawing = [] if sampling is None else [_Drawing(sampling, width)]
     output = lm.causal.generate(
         input_ids=ids.to(lm.config.device),
         attention_mask=mask.to(lm.config.device),
@@ -255,6 +270,7 @@ def generate(
         eos_token_id=sorted(ends) or None,
         pad_token_id=min(ends, default=0),
         stopping_criteria=[stopping],
+        logits_processor=drawing,
     )
     written = output[:, width:].tolist()
     return [_cut(new, ends, stopping.length[row]) for row, new in enumerate(written)]
@@ -283,6 +299,28 @@ def _cut(new: list[int], ends: set[int], stopped: int | None) -> Generation:
     if end is not None and (stopped is None or end < stopped):
         return Generation(new[:end], True)
     return Generation(new[:stopped], stopped is not None)
+
+
+class _Drawing:
+    """Leaves the drawn token alone, for the greedy search to take; a logits processor."""
+
+    def __init__(self, sampling: Sampling, width: int) -> None:
+        """
+        Args:
+            width: of the prompts with their padding, tokens.
+        """
+        self._sampling = sampling
+        self._width = width
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        temperature, uniform = self._sampling
+        step = ids.shape[1] - self._width
+        # In float64: a sum of 262,144 float32 probabilities is off by more than some of them.
+        cumulated = (scores.double() / temperature).softmax(1).cumsum(1)
+        level = uniform[:, step, None].to(scores.device) * cumulated[:, -1:]
+        token = torch.searchsorted(cumulated, level, right=True)
+        token.clamp_(max=scores.shape[1] - 1)  # where rounding put the level at the sum
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
 class _Stopping:

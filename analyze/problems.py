@@ -9,7 +9,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from decimal import Decimal, InvalidOperation
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from data.errors import SettingError, StoreError, caused
 from data.tiny import problems as tiny
 
 TINY = "tiny"
+PARTS = ("train", "test")  # of a folder of problems: its files, as GSM8K's are named
 # lm-evaluation-harness v3, task gsm8k: strict takes the first match, flexible the last one.
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
@@ -34,16 +35,19 @@ class Problem:
     question: str
     answer: str  # a number, as analyze.truth writes it
     by_number: bool = False  # compared as numbers, since the file does not write plain digits
+    part: str | None = None  # `train` or `test` in a folder of both; None in a single file
 
     def is_answer(self, found: str | None) -> bool:
         """Whether a number found in an answer is the right one."""
         return is_right(found, self.answer, by_number=self.by_number)
 
     def record(self) -> dict[str, Any]:
-        """What keys and kept files hold: `by_number` where it is set."""
+        """What keys and kept files hold: `by_number` and `part` where they are set."""
         fields = asdict(self)
         if not self.by_number:
             del fields["by_number"]
+        if self.part is None:
+            del fields["part"]
         return fields
 
 
@@ -95,20 +99,62 @@ def read(source: str, limit: int) -> list[Problem] | list[Solution]:
 
     Args:
         source: `tiny`; a .jsonl of {question, answer}, where an answer is a number, or a text
-            whose number stands behind `#### ` or is the last one (analyze/truth.py); or a .jsonl
-            of {question, ground_truth, NAME: {solution, is_correct}, ...}.
+            whose number stands behind `#### ` or is the last one (analyze/truth.py); a .jsonl
+            of {question, ground_truth, NAME: {solution, is_correct}, ...}; or a folder with such
+            files train.jsonl and test.jsonl.
+        limit: of each file.
 
     Raises:
-        SettingError: there is no such file.
-        StoreError: a line of it is none of these, or its answer may be read in two ways.
+        SettingError: there is no such file or folder, or a file of the folder is missing.
+        StoreError: a line is none of these, or its answer may be read in two ways; or a question
+            is in both files of a folder.
     """
     if source == TINY:
         return _embedded(limit)
     path = Path(source)
+    if path.is_dir():
+        return _of_folder(path, limit)
     if not path.is_file():
         raise SettingError(
-            f"problems={source} is no file; give a .jsonl of {{question, answer}}, or problems=tiny"
+            f"problems={source} is no file; give a .jsonl of {{question, answer}}, a folder with "
+            "such files train.jsonl and test.jsonl, or problems=tiny"
         )
+    return _of_file(path, limit)
+
+
+def _of_folder(folder: Path, limit: int) -> list[Problem] | list[Solution]:
+    """The problems of train.jsonl, then those of test.jsonl, each with its part."""
+    problems: list[Problem] = []
+    solutions: list[Solution] = []
+    part_of: dict[str, str] = {}
+    for part in PARTS:
+        path = folder / f"{part}.jsonl"
+        if not path.is_file():
+            raise SettingError(
+                f"problems={folder} has no {path.name}; a folder holds train.jsonl and test.jsonl; "
+                "else give one file"
+            )
+        for item in _of_file(path, limit):
+            asked = item if isinstance(item, Problem) else item.problem
+            if part_of.setdefault(asked.id, part) != part:
+                raise StoreError(
+                    f"{path} asks what train.jsonl asks, too: {asked.question[:60]!a}; remove it "
+                    "from one of them, for what is chosen on train would be judged by it"
+                )
+            asked = replace(asked, part=part)
+            if isinstance(item, Problem):
+                problems.append(asked)
+            else:
+                solutions.append(replace(item, problem=asked))
+    if problems and solutions:
+        raise StoreError(
+            f"of train.jsonl and test.jsonl in {folder} one has labelled solutions and one has "
+            "none; give one of them as problems="
+        )
+    return problems or solutions
+
+
+def _of_file(path: Path, limit: int) -> list[Problem] | list[Solution]:
     plain: dict[str, Problem] = {}
     labelled: dict[str, list[Solution]] = {}
     for place, line in _lines(path):

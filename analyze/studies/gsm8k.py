@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from analyze.answering import Answer, answers, inputs
 from analyze.outcome import Outcome, Table
-from analyze.stats import wilson
+from analyze.stats import Floats, Interval, bootstrap_ratio, sums_by, wilson
 from analyze.study import Definition, Study
 from data.errors import StopRequest
 
 
 def gsm8k(study: Study) -> Outcome:
-    """Accuracy by either grading, and which problems were answered right and wrong."""
+    """Accuracy by either grading, and which problems were answered right and wrong.
+
+    Of a folder of problems it is that of test.jsonl.
+    """
     with StopRequest() as stop:
-        graded = answers(study, stop)
+        graded = answers(study, stop, part="test")
     shares = _shares(graded)
     rows = []
     for name, share in shares.items():
@@ -23,34 +28,55 @@ def gsm8k(study: Study) -> Outcome:
         rows.append(
             (name, str(share["count"]), f"{share['share']:.1%}", f"{low:.1%} to {high:.1%}")
         )
+    questions = len({answer.problem.id for answer in graded})
     figures = {
         "answers": len(graded),
+        "questions": questions,
         **shares,
         "right": [answer.problem.id for answer in graded if answer.correct],
         "wrong": [answer.problem.id for answer in graded if not answer.correct],
     }
+    of, method = f"{len(graded)} answers", "Wilson"
+    if questions < len(graded):
+        of += f" to {questions} questions"
+        method = "over questions: answers to the same question depend on each other"
     _, right, share_right, interval = rows[0]
     summary = [
-        f"{right} of {len(graded)} answers are right by the strict grading: {share_right}, 95 % "
-        f"interval {interval} (Wilson)."
+        f"{right} of {of} are right by the strict grading: {share_right}, 95 % interval "
+        f"{interval} ({method})."
     ]
     table = Table("Graded answers", ("", "answers", "share", "95 %"), rows)
     return Outcome(figures, summary, [table])
 
 
 def _shares(graded: Sequence[Answer]) -> dict[str, dict[str, Any]]:
-    """By grade: how many answers have it, their share, and Wilson's 95 % interval of that."""
-    total = len(graded)
-    counts = {
-        "strict": sum(answer.correct for answer in graded),
-        "flexible": sum(answer.problem.is_answer(answer.flexible) for answer in graded),
-        "unparsable": sum(answer.unparsable for answer in graded),
-        "truncated": sum(not answer.finished for answer in graded),
+    """By grade: how many answers have it, their share, and the 95 % interval of that."""
+    by_grade = {
+        "strict": [answer.correct for answer in graded],
+        "flexible": [answer.problem.is_answer(answer.flexible) for answer in graded],
+        "unparsable": [answer.unparsable for answer in graded],
+        "truncated": [not answer.finished for answer in graded],
     }
+    question = [answer.problem.id for answer in graded]
     shares = {}
-    for name, count in counts.items():
-        shares[name] = {"count": count, "share": count / total, "interval": wilson(count, total)}
+    for name, has in by_grade.items():
+        count = sum(has)
+        interval = _interval(question, np.array(has, np.float64))
+        shares[name] = {"count": count, "share": count / len(has), "interval": interval}
     return shares
 
 
-DEFINITION = Definition(gsm8k, version=1, inputs=inputs, order=20)
+def _interval(question: Sequence[str], has: Floats) -> Interval:
+    """The interval of the mean of `has` (n,): Wilson's, or over resampled questions.
+
+    Where a question has several answers, Wilson's would take dependent answers for independent
+    ones. All or no answers give resampling no spread: then it is Wilson's over the questions.
+    """
+    of_question, answers_of = sums_by(question, has, np.ones(len(has)))
+    share = float(has.mean())
+    if len(of_question) == len(has) or share in (0.0, 1.0):
+        return wilson(round(share * len(of_question)), len(of_question))
+    return bootstrap_ratio(of_question, answers_of)
+
+
+DEFINITION = Definition(gsm8k, version=2, inputs=inputs, order=20)

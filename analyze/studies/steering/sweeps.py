@@ -75,6 +75,7 @@ class Sweeps:
             **model_key(self.study),
             "asked": digest_of({"asked": prompts}),
             "asking": [self.asking.new_tokens, self.asking.batch],
+            **self.asking.added,
             "steer": steered_by,
             "unsteered": digest_of({"ids": texts}),
         }
