@@ -14,7 +14,7 @@ from analyze.subject import Subject
 from conf.command import ALONE, Job
 from data.device import torch_device
 from data.errors import SettingError
-from data.settings import optional_whole, whole
+from data.settings import names, optional_whole, whole
 from train.run import named_or_newest
 
 Settings = dict[str, Any]  # conf/analyze.yaml, composed
@@ -66,22 +66,24 @@ def subject_of(settings: Settings, device: torch.device) -> Subject:
     Without run=, it is that of the newest finished run.
 
     Raises:
-        SettingError: run= names neither, or is missing and no run is finished; or layer= is given
-            for a run of ours.
+        SettingError: run= names neither, or is missing and no run is finished; or layer= or
+            accept= is given for a run of ours.
         StoreError: the run or its store is missing, unfinished or damaged.
     """
     named = str(named_or_newest(settings["run"]))
     store = str(settings["store"]) if settings["store"] else None
     layer = optional_whole("layer", settings["layer"])
-    run = _imported(named, store, layer) if ":" in named else None
-    if run is None and layer is not None:
-        raise SettingError(
-            f"layer={layer} is for SAEs of other libraries; run={named} knows its own layer"
-        )
+    accept = settings["accept"]
+    run = _imported(named, store, layer, accept) if ":" in named else None
+    for name, value in (("layer", layer), ("accept", accept)):
+        if run is None and value is not None:
+            raise SettingError(
+                f"{name}={value} is for SAEs of other libraries; run={named} knows its own"
+            )
     return Subject.open(run or Path(named), store, device)
 
 
-def _imported(named: str, store: str | None, layer: int | None) -> Path | None:
+def _imported(named: str, store: str | None, layer: int | None, accept: Any) -> Path | None:
     """The run directory made of an SAE of another library; None: `named` is a directory itself.
 
     This is the core's one door to analyze/peers.
@@ -89,7 +91,8 @@ def _imported(named: str, store: str | None, layer: int | None) -> Path | None:
     from analyze.peers import imported
 
     if imported.is_foreign(named):
-        return imported.run_of(named, store, layer)
+        accepted = [] if accept is None else names("accept", accept, imported.ACCEPT)
+        return imported.run_of(named, store, layer, accepted)
     if not Path(named).exists():
         prefix = named.partition(":")[0]
         known = ", ".join(imported.READERS)

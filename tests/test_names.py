@@ -36,6 +36,7 @@ WORDS = {
 # Settings without a default that name nothing.
 NAMELESS = {
     *("layer", "tokens", "unit", "max_bytes", "rank", "world", "device", "train.matmul", "codec"),
+    "accept",
     *("sae.dead_after", "optim.warmup_steps", "study.splits", "study.layer", "model.dtype"),
 }
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,22 @@ from data.site import RESID_POST, hook_name
 from data.store.place import place_of
 from data.store.store import Store
 from train import sae_file
-from train.export import format
+from train.export import format, golden
 from train.export.origin import Origin
 from train.run import CONFIG, read_config, source_of
 from train.sae import SAE, SAEConfig
 
 FOLDER = Path("runs", "imported")
+ACCEPT = ("model", "context")  # what an SAE's files may say otherwise than the store, if accepted
 
 
 def _reference(path: Path) -> SAE:
     """A sae_final.pt, or the one in a folder: the public reference SAE's, or ours."""
-    sae = sae_file.load(path / sae_file.FILE if path.is_dir() else path)
+    path = path / sae_file.FILE if path.is_dir() else path
+    sae = sae_file.load(path)
     for name, tensor in sae.tensors().items():
         format.tensor_of({name: tensor}, name, path)
-    return sae
+    return golden.checked(sae, path)
 
 
 def _reference_origin(path: Path) -> Origin:
@@ -62,7 +63,7 @@ def is_foreign(run: str) -> bool:
     return bool(colon) and prefix in READERS
 
 
-def run_of(named: str, store: str | None, layer: int | None) -> Path:
+def run_of(named: str, store: str | None, layer: int | None, accept: Collection[str] = ()) -> Path:
     """The run directory of a foreign SAE, made on first use.
 
     It has the weights as sae_final.pt, and what they are measured on as config.yaml. Its name ends
@@ -72,10 +73,12 @@ def run_of(named: str, store: str | None, layer: int | None) -> Path:
         named: FORMAT:PATH.
         layer: the store's layer that it is of; None: the one that its files say, or the store's
             only one.
+        accept: of ACCEPT, where the files may differ from the store.
 
     Raises:
         SettingError: no store was named, or it lacks the SAE's layer or site, or its rows have
-            another width; or `layer` is not the one that the files say.
+            another width, are another model's or of another context; or `layer` is not the one
+            that the files say.
         StoreError: PATH is not what FORMAT says, or has what cannot be taken.
     """
     kind, _, where = named.partition(":")
@@ -90,8 +93,7 @@ def run_of(named: str, store: str | None, layer: int | None) -> Path:
     origin = _ORIGINS[kind](path)
     layer = _layer(named, origin, layer, opened)
     _require_fit(named, sae, origin, opened)
-    for note in _notes(origin, opened):
-        print(f"run={named} {note}", file=sys.stderr)
+    _require_same(named, origin, opened, accept)
     config = asdict(SAEConfig(d_sae=sae.d_sae, k=sae.k))
     config["activation"] = "topk" if sae.threshold is None else "jumprelu"
     settings = {
@@ -171,22 +173,26 @@ def _same_rows(origin: Origin) -> str:
     return ""
 
 
-def _notes(origin: Origin, store: Store) -> list[str]:
-    """What the SAE's files say otherwise than the store, where it need not be wrong.
-
-    Libraries have names of their own for models, and a fine-tune has another one.
-    """
-    notes = []
-    model = str(store.manifest["model"]["id"])
-    if origin.model is not None and _last(origin.model) != _last(model):
-        notes.append(f"is of the model {origin.model}, the rows of {store.name} are {model}'s")
-    if origin.context is not None and origin.context != store.context:
-        notes.append(
-            f"was trained in a context of {origin.context} tokens, {store.name} has {store.context}"
+def _require_same(named: str, origin: Origin, store: Store, accept: Collection[str]) -> None:
+    """Raise SettingError if the files name another model or context, and that is not accepted."""
+    model, context = str(store.manifest["model"]["id"]), store.context
+    differ: dict[str, str] = {}
+    if origin.model is not None and plain_name(origin.model) != plain_name(model):
+        differ["model"] = f"is of {origin.model}, and the rows of {store.name} are {model}'s"
+    if origin.context not in (None, context):
+        differ["context"] = (
+            f"was trained in contexts of {origin.context} tokens, and {store.name} has {context}"
         )
-    return notes
+    refused = [said for what, said in differ.items() if what not in accept]
+    if refused:
+        raise SettingError(
+            f"run={named} {', and '.join(refused)}; accept=[{','.join(differ)}] measures it there"
+        )
 
 
-def _last(model: str) -> str:
-    """A model's name without its owner or folder."""
-    return model.rstrip("/").rpartition("/")[2].casefold()
+def plain_name(model: str) -> str:
+    """What the names of a model have in common: without owner or folder, as TransformerLens says
+    it, which SAELens uses.
+    """
+    name = model.rstrip("/").rpartition("/")[2].casefold().removesuffix("-hf")
+    return "gpt2" if name == "gpt2-small" else name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ def test_the_command_and_its_refusals(
         ((f"run={made.run}", "layer=3"), SettingError, "layer=3"),
         ((f"run='{named}'", store, "study=report"), StoreError, "study=quality"),
         (("run=saelenz:x", store), SettingError, "run=saelenz:x"),
+        ((f"run='{named}'", store, "accept=hook"), SettingError, "accept=hook"),
+        ((f"run={made.run}", "accept=model"), SettingError, "accept=model"),
     ]:
         with pytest.raises(error, match=re.escape(name)):
             analyze(*overrides)
@@ -187,21 +190,51 @@ def test_a_reference_file_that_cannot_be_right_is_refused(
     imported.run_of(f"reference:{tmp_path / 'sae_final.pt'}", made.store.name, None)
 
 
-def test_what_the_files_say_of_model_and_context_is_told(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_another_model_or_context_is_refused_with_both_unless_it_is_accepted(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for change, told in (
-        ({}, []),
-        ({"model_name": "None"}, []),  # without the owner
-        ({"model_name": "gpt2-small"}, ["gpt2-small"]),
-        ({"context_size": 128}, ["128"]),
-        ({"model_name": "b", "context_size": 64}, ["model b", "64"]),
+    model, context = "nobody/none", made.store.context
+    assert made.store.manifest["model"]["id"] == model
+    centred = {"center_writing_weights": True}
+    for change, said, accept in (
+        ({"model_name": "gpt2-small"}, [model, "gpt2-small"], ["model"]),
+        ({"context_size": 128}, [str(context), "128"], ["context"]),
+        ({"model_name": "b", "context_size": 64}, ["of b", model, "64"], ["model", "context"]),
+        # Rows of another function of the same model.
+        ({"model_from_pretrained_kwargs": centred}, [model, "center_writing_weights"], ["model"]),
+        ({"model_from_pretrained_kwargs": {"revision": "step1000"}}, ["step1000"], ["model"]),
+    ):
+        named = saelens(tmp_path / "s", made, **change)
+        with pytest.raises(SettingError) as caught:
+            imported.run_of(named, made.store.name, None)
+        assert all(word in str(caught.value) for word in [*said, f"accept=[{','.join(accept)}]"])
+        assert "\n" not in str(caught.value)
+        with pytest.raises(SettingError, match=re.escape(said[-1])):
+            imported.run_of(named, made.store.name, None, {"model", "context"} - {accept[-1]})
+        assert not (tmp_path / "runs").exists()
+        imported.run_of(named, made.store.name, None, accept)
+        shutil.rmtree(tmp_path / "runs")
+
+
+def test_a_model_is_known_by_its_librarys_name(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for change in (
+        {"model_name": "None"},  # without the owner
+        {"model_name": None, "context_size": None},
+        {"model_from_pretrained_kwargs": {"center_writing_weights": False, "dtype": "bfloat16"}},
     ):
         imported.run_of(saelens(tmp_path / "s", made, **change), made.store.name, None)
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == len(told)
-        assert all(word in line for word, line in zip(told, lines, strict=True))
+    for ours, theirs in (
+        ("openai-community/gpt2", "gpt2-small"),
+        ("google/gemma-2-2b", "gemma-2-2b"),
+        ("meta-llama/Llama-2-7b-hf", "Llama-2-7b"),
+        ("/models/pythia-70m-deduped/", "EleutherAI/pythia-70m-deduped"),
+    ):
+        assert imported.plain_name(ours) == imported.plain_name(theirs)
+    assert imported.plain_name("gpt2-medium") != imported.plain_name("gpt2-small")
 
 
 def test_sparsifys_run_says_model_and_context(made: Made, tmp_path: Path) -> None:

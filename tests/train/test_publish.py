@@ -97,9 +97,11 @@ def test_a_bare_run_says_what_is_absent(tmp_path: Path, capsys: pytest.CaptureFi
         "config.json",
         "config.yaml",
         "metrics.jsonl",
+        "golden.safetensors",
         "sae.safetensors",
         "sae_final.pt",
         "saelens/cfg.json",
+        "saelens/golden.safetensors",
         "saelens/sae_weights.safetensors",
     }
     for file in files:

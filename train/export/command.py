@@ -12,7 +12,7 @@ from conf.command import ALONE, Job
 from data import durable
 from data.settings import names
 from train import sae_file
-from train.export import format
+from train.export import format, golden
 from train.run import named_or_newest, read_config
 
 
@@ -24,7 +24,7 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
     what = format.about(run, config)
     for name in asked:
         folder = (Path(settings["out"]) if settings["out"] else run / "export") / name
-        for file, content in format.find(name).write(trained, what).items():
+        for file, content in golden.files(name, trained, what).items():
             durable.make_directory((folder / file).parent)
             durable.write(folder / file, [content])
             print(f"wrote {folder / file}", file=sys.stderr)

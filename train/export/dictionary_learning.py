@@ -25,6 +25,7 @@ from torch import Tensor
 
 from data.errors import StoreError
 from data.site import RESID_POST
+from train.export import golden
 from train.export.format import (
     About,
     Weights,
@@ -136,7 +137,7 @@ def read(folder: Path) -> SAE:
     sae = _sae(kind, state, trainer, folder)
     for name, size in (("activation_dim", sae.d_model), ("dict_size", sae.d_sae)):
         whole_of(name, folder, trainer.get(name), size)
-    return sae
+    return golden.checked(sae, folder / "ae.pt")
 
 
 def _state(folder: Path) -> dict[str, Any]:

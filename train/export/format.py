@@ -30,7 +30,7 @@ from train import export
 from train.export.origin import Origin
 from train.sae import SAE, WEIGHTS
 
-_OTHERS = {"__main__", "command", "format", "origin"}  # modules here that are no library
+_OTHERS = {"__main__", "command", "format", "golden", "origin"}  # modules here that are no library
 
 
 class About(NamedTuple):
@@ -69,10 +69,11 @@ class Format(Protocol):
         ...
 
     def read(self, folder: Path) -> SAE:
-        """The SAE in the library's files.
+        """The SAE in the library's files, checked by the golden rows beside them, if any.
 
         Raises:
-            StoreError: they are missing, unreadable, or hold what our SAE cannot compute.
+            StoreError: they are missing, unreadable or damaged, or hold what our SAE cannot
+                compute.
         """
         ...
 

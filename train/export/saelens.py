@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from data.site import hook_name
+from train.export import golden
 from train.export.format import (
     About,
     Weights,
@@ -56,6 +57,14 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "hook_name_out": (None, ""),
     "hook_layer_out": (None,),
     "hook_head_index_out": (None,),
+}
+# Of model_from_pretrained_kwargs: how TransformerLens or transformers load a model without changing
+# the rows between its layers. (center_writing_weights takes the mean out of them.)
+_SAME_ROWS = {
+    *("fold_ln", "center_unembed", "fold_value_biases", "refactor_factored_attn_matrices"),
+    *("dtype", "torch_dtype", "device", "device_map", "n_devices", "n_ctx", "first_n_layers"),
+    *("attn_implementation", "low_cpu_mem_usage", "trust_remote_code", "move_to_device"),
+    *("default_padding_side", "default_prepend_bos"),
 }
 # What `read` looks at.
 _HONOURED = {
@@ -123,7 +132,8 @@ def write(sae: SAE, about: About) -> dict[str, bytes]:
 def read(folder: Path) -> SAE:
     """See train.export.format.Format."""
     config = read_json(folder / "cfg.json")
-    tensors = read_tensors(folder / "sae_weights.safetensors")
+    weights = folder / "sae_weights.safetensors"
+    tensors = read_tensors(weights)
     kind = _kind(config, folder)
     refuse_unknown(config, {*_HONOURED, *_HARMLESS.split(), *_ONLY}, folder, "cfg.json with")
     only(config, _ONLY, folder)
@@ -133,7 +143,7 @@ def read(folder: Path) -> SAE:
     sae = _sae(kind, config, tensors, folder)
     for name, size in (("d_in", sae.d_model), ("d_sae", sae.d_sae)):
         whole_of(name, folder, config.get(name), size)
-    return sae
+    return golden.checked(sae, weights)
 
 
 def _sae(kind: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> SAE:
@@ -247,6 +257,20 @@ def origin(folder: Path) -> Origin:
     context = metadata.get("context_size")
     return found._replace(
         layer=found.layer if layer is None else layer,
-        model=None if metadata.get("model_name") is None else str(metadata["model_name"]),
+        model=_model(metadata, folder),
         context=context if isinstance(context, int) else None,
     )
+
+
+def _model(metadata: Mapping[str, Any], folder: Path) -> str | None:
+    """The model's name, with what was done to it beside loading it."""
+    options = metadata.get("model_from_pretrained_kwargs") or {}
+    refuse(not isinstance(options, dict), folder, "model_from_pretrained_kwargs", "a JSON object")
+    changed = []
+    for name, value in options.items():
+        if name not in _SAME_ROWS and value not in (None, False):
+            changed.append(f"{name}={value}")
+    name = metadata.get("model_name")
+    if name is None and not changed:
+        return None
+    return ", ".join(["a model" if name is None else str(name), *changed])

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data.site import RESID_POST
+from train.export import golden
 from train.export.format import (
     About,
     Weights,
@@ -44,9 +45,9 @@ def read(folder: Path) -> SAE:
     refuse_unknown(tensors, {*WEIGHTS, "threshold"}, folder, "the tensor")
     weights = Weights.of(tensors, folder)
     sae = topk(weights, whole_of("k", folder, config.get("k")), folder)
-    if "threshold" not in tensors:
-        return sae
-    return replace(sae, threshold=vector_of(tensors, "threshold", sae.d_sae, folder))
+    if "threshold" in tensors:
+        sae = replace(sae, threshold=vector_of(tensors, "threshold", sae.d_sae, folder))
+    return golden.checked(sae, folder / "sae.safetensors")
 
 
 def origin(folder: Path) -> Origin:

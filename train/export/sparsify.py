@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from train.export import golden
 from train.export.format import (
     About,
     Weights,
@@ -84,7 +85,7 @@ def read(folder: Path) -> SAE:
     whole_of("d_in", folder, config.get("d_in"), sae.d_model)
     for name in ("num_latents", "d_sae"):
         whole_of(name, folder, config.get(name) or None, sae.d_sae)  # 0 is none
-    return sae
+    return golden.checked(sae, folder / "sae.safetensors")
 
 
 def origin(folder: Path) -> Origin:

@@ -3,6 +3,7 @@
     README.md                           the model card: train/publish/card.py
     sae_final.pt                        as the run has it
     config.json, sae.safetensors        the same tensors by the same names
+    golden.safetensors                  rows with the latents that they have: train/export/golden.py
     saelens/                            the same for SAELens, which loads it by the repository
     config.yaml, metrics.jsonl          settings and curves; of the store's place only its last name
     quality.json, studies/NAME/*.json   figures, where they were made
@@ -28,7 +29,7 @@ from data.errors import PipelineError, SettingError, StoreError, TemporaryError,
 from data.journal import read_metrics, tell
 from data.text import retry
 from train import sae_file
-from train.export import saelens, safetensors
+from train.export import golden
 from train.export.format import about
 from train.publish import card
 from train.run import CONFIG, METRICS, read_config
@@ -123,8 +124,8 @@ def contents(run: Path, repo: str) -> dict[str, Content]:
     quality = _read_json(run / QUALITY) if (run / QUALITY).exists() else None
 
     files: dict[str, Content] = {sae_file.FILE: run / sae_file.FILE, METRICS: run / METRICS}
-    files |= safetensors.write(trained, described)
-    for name, content in saelens.write(trained, described).items():
+    files |= golden.files("safetensors", trained, described, {sae_file.FILE: digest})
+    for name, content in golden.files("saelens", trained, described).items():
         files[f"saelens/{name}"] = content
     # Of the store's place only its last name: our folders are nobody's business.
     store = PurePosixPath(str(config.get("store_path", ""))).name

@@ -1,0 +1,141 @@
+"""Exports hold golden rows, and a reader that computes something else of them is noticed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data.errors import StoreError
+from tests.train.test_formats import ABOUT, D, F, K, made
+from train.export import format, golden
+from train.sae import SAE
+
+KINDS = [
+    (name, kind)
+    for name in format.names()
+    for kind in ("topk", "thresholds")
+    if (name, kind) != ("sparsify", "thresholds")
+]
+
+
+def exported(folder: Path, name: str, sae: SAE) -> Path:
+    """The folder with the library's files."""
+    for file, content in golden.files(name, sae, ABOUT).items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(content)
+    return next(folder.rglob(golden.FILE)).parent
+
+
+def weights_of(folder: Path) -> Path:
+    found = [path for path in folder.iterdir() if path.suffix in (".pt", ".safetensors")]
+    return next(path for path in found if path.name != golden.FILE)
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_golden_rows_have_the_latents_of_the_sae(tmp_path: Path, name: str, kind: str) -> None:
+    sae = made(kind)
+    folder = exported(tmp_path, name, sae)
+    rows = load_file(folder / golden.FILE)
+    assert rows["rows"].shape == rows["x_hat"].shape == (8, D)
+    # By the formula, not by the code that wrote them.
+    pre = (rows["rows"] - sae.b_dec) @ sae.W_enc + sae.b_enc
+    if sae.threshold is None:
+        right = torch.where(pre >= pre.topk(K, dim=1).values[:, -1:], pre.relu(), 0)
+    else:
+        right = torch.where(pre > sae.threshold, pre, 0)
+    found = torch.zeros(8, F)
+    found[rows["row"], rows["latent"]] = rows["value"]
+    torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rows["x_hat"], right @ sae.W_dec + sae.b_dec)
+    assert int((right > 0).sum()) >= 8 * K  # every row fires
+    format.find(name).read(folder)
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_one_flipped_bit_in_the_weights_is_noticed(tmp_path: Path, name: str, kind: str) -> None:
+    folder = exported(tmp_path, name, made(kind))
+    weights = weights_of(folder)
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(StoreError, match=weights.name):
+        format.find(name).read(folder)
+
+
+def changed(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Write other weights, and make golden.safetensors forget the digest of the old ones."""
+    weights = weights_of(folder)
+    if weights.suffix == ".pt":
+        torch.save(tensors, weights)
+    else:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights)
+    save_file(load_file(folder / golden.FILE), folder / golden.FILE)
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_weights_that_compute_something_else_are_noticed_by_the_rows_alone(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    folder = exported(tmp_path, name, made(kind))
+    weights = weights_of(folder)
+    plain = torch.load(weights) if weights.suffix == ".pt" else load_file(weights)
+    changed(folder, name, plain)
+    format.find(name).read(folder)
+    decoder = next(key for key in plain if key in ("W_dec", "decoder.weight"))
+    encoder = next(key for key in plain if key in ("W_enc", "encoder.weight"))
+    turned = plain[decoder].roll(1, dims=0)
+    square = plain[encoder].T.reshape(plain[encoder].shape)  # transposed, and laid out anew
+    scaled = plain["b_dec"] * 1.01
+    for key, wrong in ((decoder, turned), (encoder, square), ("b_dec", scaled)):
+        changed(folder, name, {**plain, key: wrong})
+        with pytest.raises(StoreError, match=golden.FILE) as caught:
+            format.find(name).read(folder)
+        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    (folder / golden.FILE).unlink()  # another author's
+    format.find(name).read(folder)
+
+
+@pytest.mark.parametrize("name", format.names())
+def test_another_k_is_noticed(tmp_path: Path, name: str) -> None:
+    folder = exported(tmp_path, name, made("topk"))
+    (config,) = folder.glob("*.json")
+    content = json.loads(config.read_text())
+    (content["trainer"] if name == "dictionary_learning" else content)["k"] = K + 1
+    config.write_text(json.dumps(content))
+    if name == "dictionary_learning":  # which has it in both files
+        state = torch.load(folder / "ae.pt")
+        changed(folder, name, {**state, "k": torch.tensor(K + 1)})
+    with pytest.raises(StoreError, match=golden.FILE):
+        format.find(name).read(folder)
+
+
+def test_golden_rows_of_another_sae_are_refused(tmp_path: Path) -> None:
+    folder = exported(tmp_path, "safetensors", made("topk"))
+    good = load_file(folder / golden.FILE)
+    for wrong in (
+        {**good, "latent": good["latent"] + F},
+        {**good, "rows": good["rows"][:, 1:].contiguous()},
+        {name: tensor for name, tensor in good.items() if name != "x_hat"},
+        {**good, "x_hat": good["x_hat"] * torch.nan},
+    ):
+        save_file(wrong, folder / golden.FILE)
+        with pytest.raises(StoreError, match=golden.FILE) as caught:
+            format.find("safetensors").read(folder)
+        assert "\n" not in str(caught.value)
+    (folder / golden.FILE).write_bytes(b"damaged")
+    with pytest.raises(StoreError, match=golden.FILE):
+        format.find("safetensors").read(folder)
+
+
+@pytest.mark.parametrize("kind", ["topk", "thresholds"])
+def test_rows_far_from_0_and_large_weights_are_no_damage(tmp_path: Path, kind: str) -> None:
+    """Biases that libraries fold in float32, at the size of real residual streams."""
+    sae = made(kind)
+    far = SAE.of(sae.W_enc, sae.W_dec, sae.b_enc * 50, sae.b_dec * 1000, K, sae.threshold)
+    for name in format.names():
+        if (name, kind) != ("sparsify", "thresholds"):
+            format.find(name).read(exported(tmp_path / name, name, far))

@@ -1,0 +1,145 @@
+"""Golden rows: a few rows with the latents and the reconstruction that an export has to give.
+
+They lie beside the library's weights as golden.safetensors, which the library ignores:
+
+    rows (n, d), x_hat (n, d)            float32
+    row, latent (p,) int64, value (p,)   the latents above 0 and their activations, pair by pair
+    metadata                             the xxh3_128 of the weights' files, by their names
+
+Whoever reads the export checks its reader by them. Ours do: a file that was damaged, or that is
+read as another function, is refused. A folder without golden rows is another author's.
+
+Rows are made of the SAE's own directions, not taken from the store: so they are there wherever an
+export is made, the same ones each time, and they fire many latents with clear margins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from data import durable
+from data.errors import StoreError, caused
+from train.export.format import About, find, read_tensors
+from train.sae import SAE
+
+FILE = "golden.safetensors"
+_ROWS = 8
+_CANDIDATES = 64  # of which those are taken whose kept latents are the clearest
+# Libraries fold biases and norms in float32, in orders of their own.
+_X_HAT_ERROR = 1e-5  # of the norm of x_hat
+_LATENT_ERROR = 1e-3  # of the row's largest activation
+
+
+def files(
+    name: str, sae: SAE, about: About, others: Mapping[str, str] | None = None
+) -> dict[str, bytes]:
+    """A library's files, and golden rows beside its weights: contents by path.
+
+    Args:
+        others: xxh3_128 of other files of the same SAE in that folder, by name.
+
+    Raises:
+        StoreError: the library has no such SAE.
+    """
+    content = find(name).write(sae, about)
+    weights = next(PurePosixPath(path) for path in content if not path.endswith(".json"))
+    digests = {**(others or {}), weights.name: durable.digest(content[str(weights)])}
+    return {**content, str(weights.with_name(FILE)): of(sae, digests)}
+
+
+def of(sae: SAE, digests: Mapping[str, str]) -> bytes:
+    """The content of golden.safetensors.
+
+    Args:
+        digests: xxh3_128 of the weights' files, by name.
+    """
+    rows = _rows(sae)
+    latents = _latents(sae, rows)
+    row, latent = latents.nonzero(as_tuple=True)
+    tensors = {"rows": rows, "x_hat": sae(rows), "row": row, "latent": latent}
+    tensors["value"] = latents[row, latent]
+    return bytes(save({name: t.contiguous() for name, t in tensors.items()}, dict(digests)))
+
+
+def checked(sae: SAE, weights: Path) -> SAE:
+    """`sae` as it was read from a file, if the golden rows beside that are right or missing.
+
+    Raises:
+        StoreError: the file is not the one that was exported, or computes something else.
+    """
+    path = weights.with_name(FILE)
+    if not path.is_file():
+        return sae
+    golden = read_tensors(path)
+    digest = _digests(path).get(weights.name)
+    if digest not in (None, durable.digest_file(weights).xxh3_128):
+        raise _wrong(weights, "another digest than")
+    try:
+        right = torch.zeros(len(golden["rows"]), sae.d_sae)
+        right[golden["row"], golden["latent"]] = golden["value"]
+        latents, x_hat = _latents(sae, golden["rows"]), sae(golden["rows"])
+        error = torch.linalg.vector_norm(x_hat - golden["x_hat"])
+        limit = _X_HAT_ERROR * torch.linalg.vector_norm(golden["x_hat"])
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise caused(error, f"{path} is not of {weights.name}", "restore it") from error
+    same = (latents - right).abs() <= _LATENT_ERROR * right.amax(dim=1, keepdim=True)
+    if not bool(same.all()):
+        raise _wrong(weights, "other latents than")
+    if not bool(error <= limit):
+        raise _wrong(weights, "another reconstruction than")
+    return sae
+
+
+def _wrong(weights: Path, what: str) -> StoreError:
+    return StoreError(
+        f"{weights} has {what} {FILE} beside it says; restore or export it again, or delete "
+        f"{FILE} if the file was changed on purpose"
+    )
+
+
+def _digests(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise caused(error, f"{path} cannot be read", "restore it") from error
+
+
+def _latents(sae: SAE, rows: Tensor) -> Tensor:
+    """(n, F) activations."""
+    kept = sae.encode(rows)
+    latents = torch.zeros(len(rows), sae.d_sae)
+    latents[kept.rows, kept.indices] = kept.values
+    return latents
+
+
+def _rows(sae: SAE) -> Tensor:
+    """(n, d) b_dec and a few decoder directions each, long enough to pass biases and thresholds."""
+    draw = torch.Generator().manual_seed(0)
+    fire = min(2 * sae.k, max(sae.d_sae // 2, 1))
+    threshold = sae.b_enc * 0 if sae.threshold is None else sae.threshold
+    length = torch.maximum(
+        2 * (sae.b_enc.abs().mean() + threshold.mean()),
+        torch.linalg.vector_norm(sae.b_dec) / fire**0.5,
+    ).clamp_min(1e-3)
+    rows = sae.b_dec.repeat(_CANDIDATES, 1)
+    for number in range(_CANDIDATES):
+        latents = torch.randperm(sae.d_sae, generator=draw)[:fire]
+        sizes = length * (1 + torch.rand(fire, generator=draw))
+        rows[number] += sizes @ sae.W_dec[latents]
+    pre = (rows - sae.b_dec) @ sae.W_enc + sae.b_enc
+    if sae.threshold is not None:
+        margin = (pre - sae.threshold).abs().amin(dim=1)
+    elif sae.k < sae.d_sae:
+        largest = pre.topk(sae.k + 1, dim=1).values
+        margin = largest[:, -2] - largest[:, -1]
+    else:
+        margin = pre.new_ones(len(pre))
+    clear = (margin / pre.abs().amax(dim=1)).topk(_ROWS).indices
+    return rows[clear]
