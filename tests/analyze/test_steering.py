@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from analyze.answering import Answer, Asking, answers, completions
+from analyze.language_model import generate
 from analyze.outcome import dumped
 from analyze.problems import problem
 from analyze.studies.steering import study as steering
@@ -25,9 +28,13 @@ from analyze.studies.steering.sweeps import Sweeps
 from analyze.study import Study
 from data.errors import Interrupted, SettingError, StopRequest
 from data.journal import Progress
+from data.tiny.embedded import MODEL_DIR
 from data.tiny.problems import problems as tiny_problems
+from harvest import model as models
 from harvest.model import LanguageModel
+from harvest.model_folder import EMBEDDED
 from harvest.site import tap
+from train.publish.release import prepare
 
 # -- the table -------------------------------------------------------------------------------------
 
@@ -482,6 +489,48 @@ def test_no_other_layer_overwrites_a_vector(tiny_study: Tiny, tmp_path: Path) ->
         assert torch.equal(vectors.setdefault(layer, shipped), shipped)
     every = study.folder.parent.glob("steering*/steering_vec_L*.pt")
     assert sorted(path.name for path in every) == ["steering_vec_L3.pt", "steering_vec_L8.pt"]
+
+
+def test_the_cards_code_steers_as_the_study_does(
+    tiny_study: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The very block of the card, but for shorter answers, beside the study's own hook."""
+    source = labelled(tmp_path / "some.jsonl", 8, lambda at: at % 2 == 0)
+    asked = {"questions": 8, "new_tokens": 2, "batch": 8}
+    few = {"scales": [5], "n_random": 1, "n_shuffled": 1, "train": 0.5}
+    study = tiny_study("steering", source, asked, layer=3, **few)
+    study.perform(steering.DEFINITION)
+    exactly = {"dtype": torch.float32}  # bfloat16 rounds otherwise with a mask than without
+    for auto, given in (
+        (transformers.AutoModelForCausalLM, exactly),
+        (transformers.AutoTokenizer, {}),
+    ):
+        of_folder = partial(auto.from_pretrained, MODEL_DIR, **given)
+        monkeypatch.setattr(auto, "from_pretrained", lambda *_, of=of_folder, **__: of())
+    published = tmp_path / "publish"
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, file: published / file)
+    lm = models.load(models.ModelConfig(EMBEDDED, dtype="float32"), head=True)
+    about = study.folder / "steering_vec_L3.json"
+    provenance = json.loads(about.read_text())
+    answered = set()
+    for positions, scale in (("all", 30.0), ("generated", -30.0), ("prompt", 60.0), ("all", 0.0)):
+        changed = {"positions": positions, "chosen_scale": scale, "best_scale_but_0": 1e-9}
+        about.write_text(json.dumps(provenance | changed))
+        files = prepare(study.subject.run, "somebody/an-sae", published)
+        assert "studies/steering/steering_vec_L3.pt" in files
+        card = (published / "README.md").read_text()
+        assert ("chose 0" in card) == (scale == 0)
+        code = next(block for block in card.split("```python\n")[1:] if "steering_vec" in block)
+        found: dict[str, Any] = {}
+        exec(code.split("```")[0].replace("=256", "=16"), found)
+        prompt = found["ids"][0].tolist()
+        by = Steer("v", found["v"].double().numpy(), scale, positions)
+        with steered(lm, 3, by, [len(prompt)]):
+            (written,) = generate(lm, [prompt], 16)
+        answer = found["answer"][0, len(prompt) :].tolist()
+        assert answer[: len(written.ids)] == written.ids and len(written.ids) > 3
+        answered.add(tuple(answer))
+    assert len(answered) == 4  # each edit has an effect of its own
 
 
 def test_a_layer_that_is_not_there_is_refused(tiny_study: Tiny) -> None:

@@ -21,6 +21,7 @@ from data.rows import statistics
 from data.rows.split import Policy
 from data.site import RESID_POST
 from train.export.format import About
+from train.publish.vector import Vector
 from train.sae import SAE
 
 ABSENT = "not recorded"
@@ -49,6 +50,7 @@ class Facts(NamedTuple):
     held_out: Mapping[str, Any]  # the last held-out record of metrics.jsonl
     quality: Mapping[str, Any] | None  # quality.json
     studies: Mapping[str, Mapping[str, Any]]  # by name: settings, summary, tables
+    steering: Vector | None = None  # None: none was measured
 
 
 class Markdown(str):
@@ -61,6 +63,7 @@ def card(facts: Facts, files: Sequence[str]) -> str:
         finalize=_finalized, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
     environment.filters["in_html"] = _in_html
+    environment.filters["code"] = Markdown  # of names that were checked
     template = environment.from_string(resources.files(__package__).joinpath("card.md").read_text())
     about = facts.about
     usable_model = about.model if _HUB_ID.fullmatch(about.model) else "FOLDER/OF/THE/MODEL"
@@ -84,6 +87,8 @@ def card(facts: Facts, files: Sequence[str]) -> str:
         lost=_formatted(facts.config, "store_variance_lost", ".2e"),
         absent=ABSENT,
         studies=[_study(name, study) for name, study in facts.studies.items()],
+        steering=facts.steering,
+        steering_said=facts.studies["steering"]["summary"] if facts.steering else [],
         files=files,
         provenance=_provenance(facts),
     )

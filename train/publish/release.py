@@ -7,6 +7,7 @@
     saelens/                            the same for SAELens, which loads it by the repository
     config.yaml, metrics.jsonl          settings and curves; of the store's place only its last name
     quality.json, studies/NAME/*.json   figures, where they were made
+    studies/steering/steering_vec_L*.pt the vector that was steered
 
 Nothing else is in the folder, and nothing that is not in it is uploaded.
 """
@@ -31,7 +32,7 @@ from data.text import retry
 from train import sae_file
 from train.export import golden
 from train.export.format import about
-from train.publish import card
+from train.publish import card, vector
 from train.run import CONFIG, METRICS, read_config
 
 FOLDER = "publish"  # in a run's directory, unless it is to be elsewhere
@@ -97,7 +98,7 @@ def _require_ours(folder: Path, files: Mapping[str, Content]) -> None:
         name = path.relative_to(folder).as_posix()
         if path.is_dir() or name in files:
             continue
-        if not re.fullmatch(rf"{STUDIES}/\w+/\w+\.json", name):
+        if not re.fullmatch(rf"{STUDIES}/\w+/\w+\.(json|pt)", name):
             raise StoreError(
                 f"{path} is not of what is published; delete it, or choose another place with out="
             )
@@ -135,8 +136,12 @@ def contents(run: Path, repo: str) -> dict[str, Content]:
     for study in studies:
         for path in sorted((run / STUDIES / study).glob("*.json")):
             files[f"{STUDIES}/{study}/{path.name}"] = path
+    steering = None
+    if "steering" in studies and (steering := vector.of_study(run / STUDIES / "steering")):
+        name = f"{STUDIES}/steering/{steering.file}"
+        files[name] = run / name
     facts = card.Facts(
-        run.name, repo, described, config, trained, digest, held_out[-1], quality, studies
+        run.name, repo, described, config, trained, digest, held_out[-1], quality, studies, steering
     )
     return {**files, "README.md": card.card(facts, list(files)).encode()}
 

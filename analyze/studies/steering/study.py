@@ -35,6 +35,7 @@ from data.errors import SettingError, StopRequest
 from data.journal import Progress
 from data.settings import build, number
 from data.site import RESID_POST
+from harvest.model import LanguageModel
 
 SEED = 0  # of random directions and shuffled labels
 
@@ -140,6 +141,7 @@ def provenance(study: Study, findings: Findings, options: Options) -> dict[str, 
     return {
         "layer": findings.layer,
         "site": RESID_POST,
+        "module": _name_of(study.lm, findings.layer),
         "positions": options.positions,
         "chosen_scale": findings.chosen,
         "best_scale_but_0": findings.best,
@@ -149,6 +151,12 @@ def provenance(study: Study, findings: Findings, options: Options) -> dict[str, 
         "model": study.subject.store.manifest["model"]["id"],
         "weights": study.identity["weights"],
     }
+
+
+def _name_of(lm: LanguageModel, layer: int) -> str:
+    """The name of the layer's module in the model, as `get_submodule` takes it."""
+    named = lm.causal.named_modules()
+    return next(name for name, module in named if module is lm.blocks[layer])
 
 
 def _require_both(correct: NDArray[np.bool_], questions: int) -> None:
