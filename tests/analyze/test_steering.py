@@ -231,6 +231,28 @@ def test_questions_keep_their_part_whoever_else_is_asked() -> None:
     assert set(fewer.train) < parts[0] and {answer.problem.id for answer in fewer.test} < parts[2]
 
 
+def test_train_questions_of_a_folder_never_judge_and_its_test_questions_do_nothing_else() -> None:
+    every = []
+    for drawn, part in zip(tiny_problems("heldout"), ["train", "test"] * 200, strict=False):
+        asked = replace(problem(drawn.question, "1"), part=part)
+        every.append(Answer(asked, "generated", [2], [3], "", True, "1", "1", True))
+    split = steering.split_of(every, Options())
+    by_part = {"train": {*split.train}, "dev": {answer.problem.id for answer in split.dev}}
+    given = {part: {a.problem.id for a in every if a.problem.part == part} for part in ("train",)}
+    assert by_part["train"] | by_part["dev"] == given["train"]
+    assert not by_part["train"] & by_part["dev"]
+    assert len(by_part["train"]) / len(given["train"]) == pytest.approx(0.6, abs=0.1)
+    assert all(answer.problem.part == "test" for answer in split.test) and len(split.test) > 150
+
+
+def test_sweeps_are_greedy_whatever_made_the_vector() -> None:
+    sampled = Asking(samples=8, temperature=0.7, seed=3, new_tokens=9)
+    assert steering.greedy(sampled) == Asking(seed=3, new_tokens=9)
+    found = findings("1100", "1100", ["1100"], samples=8)
+    assert "greedy" in " ".join(words.summary(found))
+    assert "greedy" not in " ".join(words.summary(replace(found, samples=1)))
+
+
 def test_directions_are_unit_and_v_points_from_wrong_to_right() -> None:
     rng = np.random.default_rng(0)
     correct = rng.random(400) < 0.5

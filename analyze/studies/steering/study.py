@@ -99,8 +99,10 @@ def steering(study: Study) -> Outcome:
         # The vector and its controls, from the answers to the train questions.
         answered = answers(study, stop)
         split = split_of(answered, options)
-        means = answer_means(study, answered, stop)
-        in_train = np.array([answer.problem.id in split.train for answer in answered])
+        # Those that contrast reads too: of one file all, of a folder those to train questions.
+        read = [answer for answer in answered if answer.problem.part != "test"]
+        means = answer_means(study, read, stop)
+        in_train = np.isin(means.question, split.train)
         hidden = means.hidden[in_train, layer]
         correct = means.correct[in_train]
         _require_both(correct, len(split.train))
@@ -124,7 +126,7 @@ def steering(study: Study) -> Outcome:
         layer=layer,
         inert_from=prompt_inert_from(study.lm),
         seed=SEED,
-        samples=getattr(asking, "samples", 1),
+        samples=asking.samples,
     )
     files = vector.write(study.folder, layer, v, provenance(study, findings, options))
     return words.outcome(findings, files)
@@ -132,7 +134,7 @@ def steering(study: Study) -> Outcome:
 
 def greedy(asking: Asking) -> Asking:
     """How the sweeps ask: once, and without chance, so that nothing but steering differs."""
-    return replace(asking)
+    return replace(asking, samples=1, temperature=0.0)
 
 
 def provenance(study: Study, findings: Findings, options: Options) -> dict[str, Any]:
@@ -156,7 +158,7 @@ def provenance(study: Study, findings: Findings, options: Options) -> dict[str, 
 def _name_of(lm: LanguageModel, layer: int) -> str:
     """The name of the layer's module in the model, as `get_submodule` takes it."""
     named = lm.causal.named_modules()
-    return next(name for name, module in named if module is lm.blocks[layer])
+    return str(next(name for name, module in named if module is lm.blocks[layer]))
 
 
 def _require_both(correct: NDArray[np.bool_], questions: int) -> None:
@@ -233,16 +235,15 @@ def split_of(answered: Sequence[Answer], options: Options) -> Split:
 
 def _part(asked: Problem, options: Options) -> str:
     """`train`, `dev` or `test`."""
-    given = getattr(asked, "part", None)
-    if given == "test":
+    if asked.part == "test":
         return "test"
     digest = durable.digest(b"steering", asked.id.encode())
     position = int(digest, 16) / 2**128  # in [0, 1)
-    if given == "train":
+    if asked.part == "train":
         position *= options.train + options.dev
     if position < options.train:
         return "train"
-    return "dev" if given == "train" or position < options.train + options.dev else "test"
+    return "dev" if asked.part == "train" or position < options.train + options.dev else "test"
 
 
 def directions(
