@@ -13,6 +13,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
+from numpy.typing import NDArray
 
 from analyze.stats import Interval
 from data import durable
@@ -120,8 +121,14 @@ class Line(NamedTuple):
 
     x: Sequence[float]
     y: Sequence[float]
-    # A band around the line. None: a dashed line, as for a null.
-    intervals: Sequence[Interval] | None = None
+    # A band around the line, where there is one. None: a dashed line, as for a null.
+    intervals: Sequence[Interval | None] | None = None
+
+
+def _ends(intervals: Sequence[Sequence[float] | None]) -> NDArray[np.float64]:
+    """(2, n) low and high ends; NaN, which draws nothing, where there is no interval."""
+    ends = [(np.nan, np.nan) if interval is None else interval for interval in intervals]
+    return np.array(ends, np.float64).T
 
 
 def bands(lines: Mapping[str, Line], x_label: str, y_label: str, *, log: bool = False) -> str:
@@ -136,7 +143,7 @@ def bands(lines: Mapping[str, Line], x_label: str, y_label: str, *, log: bool = 
             style = "-" if line.intervals else "--"
             (drawn,) = axes.plot(line.x, line.y, style, label=name, linewidth=1.5)
             if line.intervals:
-                low, high = zip(*line.intervals, strict=True)
+                low, high = _ends(line.intervals)
                 axes.fill_between(
                     line.x, low, high, color=drawn.get_color(), alpha=0.2, linewidth=0
                 )
@@ -150,13 +157,16 @@ def bands(lines: Mapping[str, Line], x_label: str, y_label: str, *, log: bool = 
 
 
 def whiskers(
-    names: Sequence[str], values: Sequence[float], intervals: Sequence[Interval], x_label: str
+    names: Sequence[str],
+    values: Sequence[float],
+    intervals: Sequence[Interval | None],
+    x_label: str,
 ) -> str:
-    """One bar per name, from the top down, with its interval."""
+    """One bar per name, from the top down, with its interval, if it has one."""
     with mpl.rc_context(STYLE):
         figure, axes = empty(x_label, "")
         figure.set_size_inches(5.2, 0.6 + 0.28 * len(names))
-        low, high = np.array(intervals, np.float64).T
+        low, high = _ends(intervals)
         error = np.maximum([np.subtract(values, low), np.subtract(high, values)], 0)
         whisker = {"elinewidth": 1, "capsize": 2}
         axes.barh(names, values, xerr=error, alpha=0.8, height=0.6, error_kw=whisker)

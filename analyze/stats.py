@@ -8,7 +8,7 @@ themselves as one more permutation: (1 + #{null >= observed}) / (1 + draws). The
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
 
 Floats = NDArray[np.float64]
+FEW = 5  # of fewer clusters a bootstrap has 35 different resamples at most
 
 
 class Interval(NamedTuple):
@@ -25,7 +26,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def figure(value: float, interval: Interval) -> dict[str, Any]:
+def figure(value: float, interval: Interval | None) -> dict[str, Any]:
     """A value with its interval, as results keep it: {value, interval}."""
     return {"value": float(value), "interval": interval}
 
@@ -37,10 +38,34 @@ def formatted(measured: Mapping[str, Any], form: str) -> str:
         form: of each number, as in a format string.
     """
     value = measured["value"]
-    low, high = measured["interval"]
     if math.isnan(value):
         return "-"
-    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+    return f"{value:{form}} {bracketed(measured['interval'], form)}"
+
+
+def bracketed(interval: Sequence[float] | None, form: str) -> str:
+    """An interval's ends in brackets, each formatted by `form`."""
+    if interval is None:
+        return "[no interval]"
+    low, high = interval
+    return f"[{low:{form}}, {high:{form}}]"
+
+
+def resampled(count: int, noun: str) -> str:
+    """What the brackets of a study are worth, in a sentence.
+
+    Args:
+        count: of what was resampled.
+        noun: its name, for one.
+    """
+    if count < 2:
+        return f"No figure has an interval: all is from one {noun}."
+    if count < FEW:
+        return (
+            f"Brackets are what resampling {count} {noun}s gives: so few make them too narrow for "
+            "95 % intervals."
+        )
+    return f"Brackets are 95 % intervals from resampling {count:,} {noun}s."
 
 
 # -- resampling ------------------------------------------------------------------------------------
@@ -54,11 +79,11 @@ def sums_by(group: ArrayLike, *values: Floats) -> list[Floats]:
 
 def bootstrap_ratio(
     numerator: Floats, denominator: Floats, draws: int = 1000, seed: int = 0
-) -> Interval:
+) -> Interval | None:
     """Percentile interval of sum(numerator) / sum(denominator) over resampled clusters.
 
     See Efron and Tibshirani, ch. 13. Rows of one document resemble each other, so documents are
-    resampled, not rows.
+    resampled, not rows. None of a single cluster, whose resamples are all the same.
 
     Args:
         numerator: (clusters,) sums within each cluster.
@@ -69,15 +94,17 @@ def bootstrap_ratio(
 
 def bootstrap_ratios(
     numerators: Floats, denominators: Floats, draws: int = 1000, seed: int = 0
-) -> list[Interval]:
+) -> list[Interval | None]:
     """`bootstrap_ratio` of every column, over the same resampled clusters.
 
     Args:
         numerators: (clusters, columns).
         denominators: likewise, or (clusters,) for all columns.
     """
-    rng = np.random.default_rng(seed)
     n = len(numerators)
+    if n < 2:
+        return [None] * numerators.shape[1]
+    rng = np.random.default_rng(seed)
     ratios = np.empty((draws, numerators.shape[1]))
     for draw in range(draws):
         times = np.bincount(rng.integers(0, n, n), minlength=n)
@@ -87,17 +114,20 @@ def bootstrap_ratios(
 
 def variance_explained(
     document: ArrayLike, squared_error: Floats, about_mean: Floats
-) -> tuple[float, Interval]:
-    """1 - sum |e|^2 / sum |x - mu|^2 over rows (n,), and its interval over documents."""
+) -> tuple[float, Interval | None]:
+    """1 - sum |e|^2 / sum |x - mu|^2 over rows (n,), and its interval over documents, if many."""
     error, total = sums_by(document, squared_error, about_mean)
     unexplained = bootstrap_ratio(error, total)
-    return float(1 - error.sum() / total.sum()), Interval(1 - unexplained.high, 1 - unexplained.low)
+    interval = unexplained and Interval(1 - unexplained.high, 1 - unexplained.low)
+    return float(1 - error.sum() / total.sum()), interval
 
 
 def bootstrap(
     statistic: Callable[[NDArray[np.int64]], float], n: int, draws: int = 1000, seed: int = 0
-) -> tuple[Interval, Floats]:
+) -> tuple[Interval | None, Floats]:
     """Percentile interval of a statistic over resampled cases, and its (draws,) values.
+
+    A single case has no interval.
 
     Args:
         statistic: given (n,) indices of cases, drawn with replacement. A draw for which it is NaN
@@ -106,7 +136,7 @@ def bootstrap(
     """
     rng = np.random.default_rng(seed)
     values = np.array([statistic(rng.integers(0, n, n)) for _ in range(draws)], dtype=np.float64)
-    return percentiles(values), values
+    return percentiles(values) if n > 1 else None, values
 
 
 def percentiles(values: Floats) -> Interval:

@@ -13,6 +13,7 @@ import torch
 from data import durable, environment, locks
 from data.errors import PipelineError, StopRequest, StoreError, TemporaryError
 from data.journal import Metrics, read_metrics, tell
+from data.rows import statistics
 from data.rows.follower import Follower, FollowsNobody
 from data.store import records
 from train import checkpoint, run, sae_file
@@ -182,8 +183,10 @@ class Run:
             path = sae_file.write_final(state.sae, self.trainer.scale, self.arm.folder, state.basis)
             self.arm.follower.finish()
             final = read_metrics(self.arm.folder / run.METRICS)[-1]
+            stream = self.arm.stream
             tell(
-                f"wrote {path}: held-out variance explained {final['variance_explained']:.4f}, "
+                f"wrote {path}: held-out variance explained {final['variance_explained']:.4f} "
+                f"(left out: {statistics.told(stream.policy, stream.left_out)}), "
                 f"dead {final['dead_share']:.1%} of {self.arm.config.sae.d_sae:,} latents"
             )
         self.outcome = final

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from analyze.contexts import Context
 from analyze.outcome import Outcome
 from analyze.pages import facts
 from analyze.results import FOLDER, PAGE, Result
+from analyze.stats import resampled
 from analyze.studies import quality
 from analyze.study import Definition, Study, at_least, find, model_of, modules
 from analyze.subject import Subject
@@ -75,6 +77,10 @@ def report(subject: Subject, limit: int, model_path: str | None) -> Path:
         store=facts.of_store(subject),
         figures=figures,
         quality=facts.of_quality(figures, final),
+        subsets=quality.subset_rows(figures),
+        definitions=quality.SUBSET_HEADER,
+        notes=[resampled(figures["documents"], "document"), quality.ABOUT, quality.COVERAGE],
+        left_out=quality.left_out(figures["variance_explained"][quality.TRAINED]),
         final=final,
         pictures=_curves(metrics) | _pictures(figures),
         features=_features(subject, limit, model_path),
@@ -129,25 +135,28 @@ def _curves(metrics: list[dict[str, Any]]) -> dict[str, Markup]:
 def _pictures(figures: dict[str, Any]) -> dict[str, Markup]:
     """Pictures of the quality's figures."""
     coverage = [(point["rows"], 100 * point["share"]) for point in figures["coverage"]]
-    spans = figures["by_position"]
-    deciles = figures["by_norm_decile"]
+    # Rows that are all the same have no variance to explain.
+    spans = [span for span in figures["by_position"] if _is_known(span["centred"])]
+    deciles = [span for span in figures["by_norm_decile"] if _is_known(span["centred"])]
     drawn = {
         "coverage": drawing.curves(
             {"fired": coverage}, "held-out rows", "latents that fired, %", log=True
         ),
-        "position": drawing.bars(
+    }
+    if spans:
+        drawn["position"] = drawing.bars(
             [_span(span) for span in spans],
             [span["centred"] for span in spans],
             "position in the document",
             "variance explained",
-        ),
-        "norm": drawing.bars(
-            [str(number) for number in range(1, len(deciles) + 1)],
+        )
+    if deciles:
+        drawn["norm"] = drawing.bars(
+            [f"{decile['to']:.3g}" for decile in deciles],
             [decile["centred"] for decile in deciles],
-            "decile of the row's norm",
+            "the row's norm, tenths up to",
             "variance explained",
-        ),
-    }
+        )
     if density := figures["density"]["log10"]:
         drawn["density"] = drawing.histogram(
             **density, x_label="log10 of the share of rows", y_label="latents"
@@ -157,6 +166,11 @@ def _pictures(figures: dict[str, Any]) -> dict[str, Markup]:
             **activations, x_label="log10 of the activation", y_label="kept values"
         )
     return {name: Markup(svg) for name, svg in drawn.items()}
+
+
+def _is_known(value: float | None) -> bool:
+    """Whether a figure, fresh or as JSON has it, is a number."""
+    return value is not None and not math.isnan(value)
 
 
 def _span(group: dict[str, Any]) -> str:

@@ -26,12 +26,14 @@ from analyze.peers import saebench_metrics
 from analyze.peers.saebench_metrics import DEFINITIONS, Measured, Metrics
 from analyze.results import FOLDER as STUDIES
 from analyze.results import current, made
-from analyze.stats import Floats, figure, formatted, variance_explained
+from analyze.stats import Floats, figure, formatted, resampled, variance_explained
 from analyze.studies import splice
 from analyze.study import Definition, Study, at_least
 from analyze.subject import Subject
 from data import durable
 from data.journal import tell
+from data.rows.split import Policy
+from data.rows.statistics import told
 from data.settings import build
 from train.export import saelens
 from train.export.format import About, about
@@ -186,6 +188,7 @@ def _unstructured(subject: Subject, measured: Measured, losses: Spliced | None) 
         "rows": len(measured.error),
         "documents": len(np.unique(measured.document)),
         "policy": subject.policy.recorded(),
+        "left_out": measured.left_out,
         "losses": by_name,
     }
 
@@ -263,11 +266,11 @@ def saebench(
     durable.write(path, [dumped(results).encode()])
     figures = {key: results[key] for key in ("eval_config", "eval_id", "eval_result_unstructured")}
     figures |= {"metrics": metrics, "file": file}
-    lines = _summary(figures, losses=losses is not None)
+    lines = _summary(figures, subject.policy, losses=losses is not None)
     return Outcome(figures, lines, [_table(metrics)], files=[str(file)])
 
 
-def _summary(figures: Mapping[str, Any], *, losses: bool) -> list[str]:
+def _summary(figures: Mapping[str, Any], policy: Policy, *, losses: bool) -> list[str]:
     ours = figures["eval_result_unstructured"]
     quality = figures["metrics"]["reconstruction_quality"]
     config = figures["eval_config"]
@@ -279,10 +282,11 @@ def _summary(figures: Mapping[str, Any], *, losses: bool) -> list[str]:
         f"{ours['variance']:.4g}, and its explained_variance_legacy, which the figures of its "
         f"paper are, is {quality['explained_variance_legacy']:.4f}.",
         f"{figures['file']} has every field of SAEBench's core results by SAEBench's definitions, "
-        f"on {ours['rows']:,} held-out rows of {ours['documents']:,} documents, "
+        f"on {ours['rows']:,} held-out rows of {ours['documents']:,} documents, left out: "
+        f"{told(policy, ours['left_out'])}; "
         f"{config['n_eval_sparsity_variance_batches']:,} batches of "
         f"{config['batch_size_prompts']} prompts of {config['context_size']} tokens; "
-        "-1 is what has no value.",
+        f"-1 is what has no value. {resampled(ours['documents'], 'document')}",
         "SAEBench divides its mse by the rows of a batch; per element it is "
         f"{ours['mse_per_element']:.4g}.",
         "CE and KL are study=splice's at all positions."
@@ -300,4 +304,4 @@ def _table(metrics: Metrics) -> Table:
     return Table("SAEBench's core metrics, by its names", ("category", "metric", "value"), rows)
 
 
-DEFINITION = Definition(saebench, options=Options, inputs=inputs, order=95)
+DEFINITION = Definition(saebench, version=2, options=Options, inputs=inputs, order=95)

@@ -50,6 +50,7 @@ from analyze.stats import Floats
 from analyze.subject import Subject
 from data.errors import StopRequest, StoreError
 from data.journal import Progress
+from data.rows.statistics import Tally
 from train import dead
 from train.kernels import Kept
 from train.sae import SAE
@@ -110,6 +111,7 @@ class Measured(NamedTuple):
     error: Floats  # (n,) |e|^2
     about_mean: Floats  # (n,) |x - mu|^2, mu the training rows' mean
     document: NDArray[np.uint32]  # (n,)
+    left_out: dict[str, dict[str, float]]  # by the run's policy, see data/rows/statistics.py
     tokens: int  # read, those that do not count too
     prompts: int  # B
 
@@ -135,10 +137,12 @@ def measure(subject: Subject, limit: int, batch_tokens: int = BATCH_TOKENS) -> M
     latents = Latents(sae.d_sae)
     sums: list[list[float]] = []
     by_row: list[tuple[NDArray[Any], ...]] = []
+    tally = Tally()
     tokens = 0
     progress = Progress()
     with StopRequest() as stop:
         for unit in subject.rows(limit):
+            tally.add(unit.kind, np.square(unit.norm, dtype=np.float64))
             # In the order of the text the rows of one prompt lie together.
             rows = unit.text_order(unit.of_kinds(subject.policy.kinds))
             prompt = unit.local[rows] // store.context
@@ -169,6 +173,7 @@ def measure(subject: Subject, limit: int, batch_tokens: int = BATCH_TOKENS) -> M
         error=error,
         about_mean=about_mean,
         document=document,
+        left_out=tally.left_out(subject.policy),
         tokens=tokens,
         prompts=prompts,
     )

@@ -11,26 +11,33 @@ variance explained has five published definitions. All are float64 and come from
     scalar               1 - mean(e^2) / Var(all elements of x)    the reference SAE's; nearly
                                                                    uncentred, so higher
 
+Each is measured on several subsets of the rows, and a subset has one mean, its own: mu is over the
+training rows that are in the subset, mean_b over the batch's rows that are in it. About a mean of
+other rows too, a figure is too high: ordinary rows at .900 about their own mean are at .907 about
+one that includes a BOS in 512 that is 100 times as long. The store has no mean of the training rows
+of a span of positions or of norms; each span is about its own mean of the held-out rows.
+
 `measure` is the pass. The functions below it turn what the pass keeps into figures.
 
-Shapes: n rows, d d_model, F d_sae.
+Shapes: n rows, d d_model, F d_sae, S subsets.
 """
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from scipy.special import gammaln
 from torch import Tensor
 
 from analyze import stats
 from analyze.directions import nearest
-from analyze.outcome import Outcome, Table, markdown
+from analyze.outcome import Outcome, Table, dumped, markdown
 from analyze.stats import Floats
 from analyze.study import Definition, Study, at_least
 from analyze.subject import Subject, Unit, positive
@@ -38,17 +45,26 @@ from data import durable
 from data.errors import StoreError
 from data.rows import statistics
 from data.rows import summary as summary_of_layer
-from data.rows.split import stored_kind
+from data.rows.split import EXCLUDED, Policy, held_out_units, require_complete, stored_kind
 from data.settings import build
-from data.store.kinds import BOS, ORDINARY
-from data.store.moments import Moments
+from data.store.kinds import NON_FINITE
+from data.store.moments import Moments, merge_all
+from train.kernels import Kept
 
 BATCH_ROWS = 4096  # the reference's batch
 DEAD_SPANS = (1_000_000, 10_000_000, 100_000_000)  # tokens
 _SAMPLED_ROWS = 64  # of each batch, for the histogram of activations
 _HISTOGRAM_BINS = 40
-_POSITION_EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2**62)
-NAMED = {  # figures of all rows together that are one number, as people read them
+_POSITION_EDGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # between spans of positions
+# Of the rows' squares: a span with less variance, as BOS rows have, has no share of it explained.
+_NO_VARIANCE = 1e-12
+TRAINED = "as trained"  # the subset of the headline: the rows that the run's policy keeps
+_OTHERS = {
+    "all rows": Policy(drop_bos=False, drop_outliers=False),
+    "without BOS": Policy(drop_outliers=False),
+    "without BOS and outliers": Policy(),
+}
+NAMED = {  # figures that are one number, as people read them
     "scalar": "variance explained, scalar (the reference SAE's definition)",
     "batch_mean": "variance explained, about the batch's mean (sparsify)",
     "mean_of_ratios": "variance explained, mean of the rows' ratios (SAELens, legacy)",
@@ -59,6 +75,22 @@ NAMED = {  # figures of all rows together that are one number, as people read th
     "l2_ratio": "norm of reconstruction / norm of row",
     "shrinkage": "shrinkage (1 is none)",
 }
+
+DEFINITIONS = {  # of variance explained, but for the headline's, by the heads of their columns
+    "batch_mean": "batch mean",
+    "mean_of_ratios": "mean of ratios",
+    "variance_of_error": "variance of error",
+    "scalar": "scalar",
+}
+SUBSET_HEADER = ("rows", "number", "left out", "centred", *DEFINITIONS.values())
+ABOUT = (
+    "Each subset of the rows is centred about the mean of its own training rows, each span of "
+    "positions or norms about the mean of its own held-out rows."
+)
+COVERAGE = (
+    "Coverage is the mean over all orders of the rows; the reference's is of one random batch of "
+    "4,096."
+)
 
 
 @dataclass(frozen=True)
@@ -74,12 +106,29 @@ class Options:
 # -- the pass --------------------------------------------------------------------------------------
 
 
+class Subset(NamedTuple):
+    """Rows that figures are of, and the mean that they are about."""
+
+    kinds: tuple[int, ...]  # of its rows, as the run's `Policy.kinds_of` has them
+    mean: Tensor  # (d,) float64, of the training rows
+    mean_rows: int  # that the mean is over
+
+    @classmethod
+    def of(cls, subject: Subject, policy: Policy) -> Subset:
+        """The rows that a policy keeps: the run's, or one without drop_tokens."""
+        every = np.arange(2 * EXCLUDED, dtype=np.uint8)
+        kinds = every if policy.drop_tokens else stored_kind(every)
+        kept = np.flatnonzero(np.isin(kinds, policy.kinds)).tolist()
+        moments = statistics.of_training(subject.store, subject.layer, policy).moments
+        return cls(tuple(kept), torch.from_numpy(moments.mean).to(subject.device), moments.count)
+
+
 class Rows(NamedTuple):
-    """What is kept of each row, (n,) each."""
+    """What is kept of each row, (n,) each, or (n, S) by subset."""
 
     squared_error: Floats  # |e|^2
-    about_mean: Floats  # |x - mu|^2
-    about_batch: Floats  # |x - mean_b(x)|^2, the mean over the rows that the run's policy keeps
+    about_mean: Floats  # (n, S) |x - mu|^2
+    about_batch: Floats  # (n, S) |x - mean_b(x)|^2
     squared: Floats  # |x|^2
     dot: Floats  # x . x_hat
     squared_hat: Floats  # |x_hat|^2
@@ -95,49 +144,164 @@ class Rows(NamedTuple):
 
 
 class Latents:
-    """When each latent fires, over the rows that the run's policy keeps."""
+    """How often each latent fires, over the rows that the run's policy keeps."""
 
     def __init__(self, d_sae: int) -> None:
         """No row is counted yet."""
         self.rows = 0
         self.fired = np.zeros(d_sae, np.int64)  # (F,) rows in which it fires
-        # (F,) number of the first row in which it fires; huge if it never does
-        self.first = np.full(d_sae, np.iinfo(np.int64).max)
 
-    def add(self, latent: NDArray[np.int64], row: NDArray[np.int64], rows: int) -> None:
-        """Count a batch of `rows` rows: each `latent` (p,) fires in the batch's row `row` (p,)."""
+    def add(self, latent: NDArray[np.int64], rows: int) -> None:
+        """Count `rows` rows in which `latent` (p,) fire, each once a row."""
         self.fired += np.bincount(latent, minlength=len(self.fired))
-        np.minimum.at(self.first, latent, row + self.rows)
         self.rows += rows
 
     def coverage(self) -> list[dict[str, float]]:
-        """Share of latents that fired in the first n rows, n doubling from 256 to all rows."""
+        """Share of latents that fire in n rows, n doubling from 256 to all rows."""
         spans = []
         span = 256
         while span < self.rows:
             spans.append(span)
             span *= 2
         spans.append(self.rows)
-        return [{"rows": span, "share": float((self.first < span).mean())} for span in spans]
+        return [{"rows": span, "share": float(self.seen_in(span).mean())} for span in spans]
 
-    def silent_for(self, spans: Sequence[int] = DEAD_SPANS) -> dict[str, int]:
-        """Latents that fire in none of the first n rows, for each n in `spans` that was read."""
+    def silent_for(self, spans: Sequence[int] = DEAD_SPANS) -> dict[str, float]:
+        """How many latents fire in none of n rows, for each n in `spans` that was read."""
         silent = {}
         for span in spans:
             if span <= self.rows:
-                silent[str(span)] = int((self.first >= span).sum())
+                silent[str(span)] = float((1 - self.seen_in(span)).sum())
         return silent
 
+    def seen_in(self, span: int) -> Floats:
+        """(F,) the probability that each latent fires in `span` of the rows, drawn at random.
 
-class Measured(NamedTuple):
+        It is the mean over every order of the rows; in stored order the first rows are of few
+        documents. A latent that fires in f of N rows fires in none of n with probability
+        C(N - f, n) / C(N, n) (Hurlbert, 1971).
+        """
+        left = self.rows - self.fired
+        possible = left >= span
+        log_ways = gammaln(left + 1) - gammaln(self.rows + 1)
+        log_ways += gammaln(self.rows - span + 1) - gammaln(np.maximum(left - span, 0) + 1)
+        return 1 - np.where(possible, np.exp(log_ways), 0.0)
+
+
+class Group:
+    """Rows of a span of positions or of norms, about their own mean."""
+
+    def __init__(self, d_model: int) -> None:
+        """No row is counted yet."""
+        self.low = math.inf
+        self.high = -math.inf
+        self.spread = Moments.empty(d_model)
+        self.squared_error = 0.0
+        self.squared = 0.0
+        self.active = 0
+
+    def add(self, value: NDArray[Any], x: Floats, rows: Rows) -> None:
+        """Count rows x (n, d) with their positions or norms (n,)."""
+        self.low = min(self.low, value.min().item())
+        self.high = max(self.high, value.max().item())
+        self.spread = self.spread.merge(Moments.of(x))
+        self.squared_error += rows.squared_error.sum()
+        self.squared += rows.squared.sum()
+        self.active += int(rows.l0.sum())
+
+    def figures(self) -> dict[str, float]:
+        """Its rows, variance explained and L0."""
+        total = self.spread.m2.sum()
+        varies = total > _NO_VARIANCE * self.squared
+        return {
+            "from": self.low,
+            "to": self.high,
+            "rows": self.spread.count,
+            "centred": float(1 - self.squared_error / total) if varies else math.nan,
+            "l0": self.active / self.spread.count,
+        }
+
+
+class Groups:
+    """Rows in spans of a value."""
+
+    def __init__(self, edges: Sequence[float], d_model: int) -> None:
+        """No row is counted yet.
+
+        Args:
+            edges: between the spans; a value at an edge is above it.
+        """
+        self._edges = np.asarray(edges)
+        self._groups = [Group(d_model) for _ in range(len(edges) + 1)]
+
+    def add(self, value: NDArray[Any], x: Floats, rows: Rows) -> None:
+        """Count rows x (n, d) with their values (n,)."""
+        span = np.searchsorted(self._edges, value, side="right")
+        for number in np.unique(span):
+            mask = span == number
+            self._groups[number].add(value[mask], x[mask], rows.take(mask))
+
+    def figures(self) -> list[dict[str, float]]:
+        """Those of every span that has rows."""
+        return [group.figures() for group in self._groups if group.spread.count]
+
+
+class Measured:
     """What the pass keeps."""
 
-    rows: Rows  # every finite held-out row, BOS and outliers too
-    # The rest is of the rows that the run's policy keeps.
-    latents: Latents
-    error: Moments  # of e
-    spread: Moments  # of x
-    activations: NDArray[np.float32]  # a sample, > 0
+    def __init__(self, subject: Subject, limit: int) -> None:
+        """Begin; norms are read beforehand, since their deciles are spans of rows."""
+        d_model = subject.store.d_model
+        require_complete(subject.store, subject.layer)
+        self.names = {TRAINED: subject.policy, **_OTHERS}
+        self.subsets = {
+            policy: Subset.of(subject, policy) for policy in dict.fromkeys(self.names.values())
+        }
+        self.left_out = statistics.Tally()
+        self.error: dict[int, Moments] = {}  # of e, by kind
+        self.spread: dict[int, Moments] = {}  # of x, by kind
+        # The rest is of the rows that the run's policy keeps.
+        self.latents = Latents(subject.sae.d_sae)
+        deciles = np.quantile(_norms(subject, limit), np.linspace(0.1, 0.9, 9))
+        self.by_position = Groups(_POSITION_EDGES, d_model)
+        self.by_norm_decile = Groups(deciles.tolist(), d_model)
+        self._kinds = subject.policy.kinds
+        self._rows: list[Rows] = []  # every finite row, BOS and outliers too
+        self._activations: list[NDArray[np.float32]] = []  # a sample, > 0
+
+    def add(self, batch: Unit, kept: Kept, x_hat: Tensor) -> None:
+        """Count a batch and its reconstruction."""
+        x = batch.rows.double()
+        error = x - x_hat.double()
+        exact = x.cpu().numpy()
+        of_batch = _by_kind(exact, batch.kind)
+        _merge(self.spread, of_batch)
+        _merge(self.error, _by_kind(error.cpu().numpy(), batch.kind))
+
+        # Every row's squares: variance explained is the ratio of two of their sums.
+        subsets = self.subsets.values()
+        batch_means = [torch.from_numpy(_of(of_batch, subset).mean) for subset in subsets]
+        rows = _rows(batch, x, error, [subset.mean for subset in subsets], batch_means, kept)
+        self._rows.append(rows)
+        self.left_out.add(batch.kind, rows.squared)
+        trained = batch.of_kinds(self._kinds)
+        self.by_position.add(batch.position[trained], exact[trained], rows.take(trained))
+        self.by_norm_decile.add(batch.norm[trained], exact[trained], rows.take(trained))
+
+        # Which latents fire, and a sample of their values from the batch's first rows.
+        latent, row, value = (column.cpu().numpy() for column in positive(kept))
+        counted = trained[row]
+        self.latents.add(latent[counted], int(trained.sum()))
+        number = (np.cumsum(trained) - 1)[row[counted]]
+        self._activations.append(value[counted][number < _SAMPLED_ROWS])
+
+    @property
+    def rows(self) -> Rows:
+        return Rows._make(np.concatenate(column) for column in zip(*self._rows, strict=True))
+
+    @property
+    def activations(self) -> NDArray[np.float32]:
+        return np.concatenate(self._activations)
 
 
 def measure(subject: Subject, limit: int) -> Measured:
@@ -145,40 +309,34 @@ def measure(subject: Subject, limit: int) -> Measured:
 
     Args:
         limit: held-out rows to measure on, in whole units.
+
+    Raises:
+        StoreError: the run's policy keeps none of these rows.
     """
-    sae = subject.sae
-    latents = Latents(sae.d_sae)
-    error_moments = Moments.empty(sae.d_model)
-    row_moments = Moments.empty(sae.d_model)
-    parts: list[Rows] = []
-    activations: list[NDArray[np.float32]] = []
+    measured = Measured(subject, limit)
     for unit in subject.rows(limit):
         for batch in _batches(unit):
-            # Reconstruct the batch.
-            x = batch.rows.double()
-            kept = sae.encode(batch.rows)
-            error = x - sae.decode(kept).double()
+            kept = subject.sae.encode(batch.rows)
+            measured.add(batch, kept, subject.sae.decode(kept))
+    return measured
 
-            # Every row's squares: variance explained is the ratio of two of their sums.
-            trained = batch.of_kinds(subject.policy.kinds)
-            mean_b = x[trained].mean(0) if trained.any() else subject.mean
-            parts.append(_rows(batch, x, error, subject.about_mean(x), mean_b, kept.active()))
-            error_moments = error_moments.merge(Moments.of(error.cpu().numpy()[trained]))
-            row_moments = row_moments.merge(Moments.of(x.cpu().numpy()[trained]))
 
-            # Which latents fire, by the number of the row among those that the policy keeps.
-            latent, row, value = (column.cpu().numpy() for column in positive(kept))
-            counted = trained[row]
-            number = (np.cumsum(trained) - 1)[row[counted]]
-            latents.add(latent[counted], number, int(trained.sum()))
-            activations.append(value[counted][number < _SAMPLED_ROWS])
-    return Measured(
-        rows=Rows._make(np.concatenate(column) for column in zip(*parts, strict=True)),
-        latents=latents,
-        error=error_moments,
-        spread=row_moments,
-        activations=np.concatenate(activations),
-    )
+def _norms(subject: Subject, limit: int) -> NDArray[np.float32]:
+    """(n,) norms of the rows that the run's policy keeps, of those that `Subject.rows` yields."""
+    store = subject.store
+    norms = []
+    read = 0
+    for number in held_out_units(store):
+        kind = subject.policy.kinds_of(store, subject.layer, number)
+        norms.append(store.norms(subject.layer, number)[np.isin(kind, subject.policy.kinds)])
+        read += int((kind != NON_FINITE).sum())
+        if read >= limit:
+            break
+    if not any(map(len, norms)):
+        raise StoreError(
+            f"no held-out row of {store.name} passes the run's policy {subject.policy}"
+        )
+    return np.concatenate(norms)
 
 
 def _batches(unit: Unit) -> Iterator[Unit]:
@@ -188,23 +346,50 @@ def _batches(unit: Unit) -> Iterator[Unit]:
         yield Unit._make([unit.number, *(column[part] for column in unit[1:])])
 
 
+def _by_kind(rows: Floats, kind: NDArray[np.uint8]) -> dict[int, Moments]:
+    """Moments of rows (n, d) by their kind (n,)."""
+    return {int(number): Moments.of(rows[kind == number]) for number in np.unique(kind)}
+
+
+def _merge(into: dict[int, Moments], of_batch: dict[int, Moments]) -> None:
+    """Merge a batch's moments into those so far, in place."""
+    for kind, moments in of_batch.items():
+        into[kind] = into[kind].merge(moments) if kind in into else moments
+
+
+def _of(by_kind: dict[int, Moments], subset: Subset) -> Moments:
+    """The moments of a subset's rows."""
+    return merge_all([by_kind[kind] for kind in by_kind if kind in subset.kinds], len(subset.mean))
+
+
 def _rows(
-    unit: Unit, x: Tensor, error: Tensor, about_mean: Tensor, mean_b: Tensor, l0: Tensor
+    unit: Unit,
+    x: Tensor,
+    error: Tensor,
+    means: Sequence[Tensor],
+    batch_means: Sequence[Tensor],
+    kept: Kept,
 ) -> Rows:
     x_hat = x - error
     return Rows(
         squared_error=error.square().sum(1).cpu().numpy(),
-        about_mean=about_mean.cpu().numpy(),
-        about_batch=(x - mean_b).square().sum(1).cpu().numpy(),
+        about_mean=_about(x, means),
+        about_batch=_about(x, batch_means),
         squared=x.square().sum(1).cpu().numpy(),
         dot=(x * x_hat).sum(1).cpu().numpy(),
         squared_hat=x_hat.square().sum(1).cpu().numpy(),
-        l0=l0.cpu().numpy(),
+        l0=kept.active().cpu().numpy(),
         document=unit.document,
         position=unit.position,
         norm=unit.norm,
         kind=unit.kind,
     )
+
+
+def _about(x: Tensor, means: Sequence[Tensor]) -> Floats:
+    """(n, S) |x - mean|^2 of rows x (n, d) about each of some means (d,)."""
+    about = [(x - mean.to(x.device)).square().sum(1) for mean in means]
+    return torch.stack(about, 1).cpu().numpy()
 
 
 # -- figures ---------------------------------------------------------------------------------------
@@ -221,23 +406,18 @@ def quality(subject: Subject, limit: int) -> dict[str, Any]:
     """
     measured = measure(subject, limit)
     every = measured.rows
-    kept = np.isin(every.kind, subject.policy.kinds)
-    if not kept.any():
-        raise StoreError(
-            f"no held-out row of {subject.store.name} passes the run's policy {subject.policy}"
-        )
-    rows = every.take(kept)
+    rows = every.take(np.isin(every.kind, subject.policy.kinds))
+    by_subset = {}
+    for name, policy in measured.names.items():
+        by_subset[name] = variance_explained(measured, every, policy)
+    trained = by_subset[TRAINED]
     latents = measured.latents
-    unexplained = rows.squared_error / rows.about_batch
     activations = measured.activations
     return {
         "rows": len(rows.kind),
-        "documents": len(np.unique(rows.document)),
-        "variance_explained": variance_explained(every, kept),
-        "batch_mean": float(1 - rows.squared_error.sum() / rows.about_batch.sum()),
-        "mean_of_ratios": float(np.mean(1 - unexplained)),
-        "variance_of_error": 1 - measured.error.m2.sum() / measured.spread.m2.sum(),
-        "scalar": _scalar(rows, measured.spread),
+        "documents": trained["documents"],
+        "variance_explained": by_subset,
+        **{key: trained[key] for key in DEFINITIONS},
         **_reconstruction(rows, subject.store.d_model),
         "coverage": latents.coverage(),
         "d_sae": len(latents.fired),
@@ -246,37 +426,36 @@ def quality(subject: Subject, limit: int) -> dict[str, Any]:
         "density": _density(latents),
         "activations": _histogram(np.log10(activations)) if len(activations) else None,
         "decoder_cosine": decoder_cosine(subject.sae.W_dec),
-        "by_position": _by_position(rows),
-        "by_norm_decile": _by_norm_decile(rows),
+        "by_position": measured.by_position.figures(),
+        "by_norm_decile": measured.by_norm_decile.figures(),
     }
 
 
-def variance_explained(rows: Rows, kept: NDArray[np.bool_]) -> dict[str, Any]:
-    """The centred figure with its interval over documents, for several subsets of the rows.
-
-    Args:
-        kept: (n,) the rows that the run's policy keeps.
-    """
-    stored = stored_kind(rows.kind)
-    subsets = {
-        "as trained": kept,
-        "all rows": np.ones(len(kept), np.bool_),
-        "without BOS": stored != BOS,
-        "without BOS and outliers": stored == ORDINARY,
+def variance_explained(measured: Measured, every: Rows, policy: Policy) -> dict[str, Any]:
+    """Every definition, of the rows that a policy keeps, and what it leaves out of `every` row."""
+    subset = measured.subsets[policy]
+    rows = every.take(np.isin(every.kind, subset.kinds))
+    column = list(measured.subsets).index(policy)
+    about_batch = rows.about_batch[:, column]
+    total_error = rows.squared_error.sum()
+    centred, interval = stats.variance_explained(
+        rows.document, rows.squared_error, rows.about_mean[:, column]
+    )
+    spread = _of(measured.spread, subset)
+    ratios = rows.squared_error[about_batch > 0] / about_batch[about_batch > 0]
+    return {
+        "rows": len(rows.kind),
+        "documents": len(np.unique(rows.document)),
+        "policy": policy.recorded(),
+        "left_out": measured.left_out.left_out(policy),
+        "mean_rows": subset.mean_rows,  # training rows that mu is the mean of
+        "centred": centred,
+        "centred_95": interval and list(interval),
+        "batch_mean": float(1 - total_error / about_batch.sum()),
+        "mean_of_ratios": float(1 - ratios.mean()),
+        "variance_of_error": 1 - _of(measured.error, subset).m2.sum() / spread.m2.sum(),
+        "scalar": _scalar(rows, spread),
     }
-    figures = {}
-    for name, mask in subsets.items():
-        if mask.any():
-            subset = rows.take(mask)
-            centred, interval = stats.variance_explained(
-                subset.document, subset.squared_error, subset.about_mean
-            )
-            figures[name] = {
-                "rows": int(mask.sum()),
-                "centred": centred,
-                "centred_95": list(interval),
-            }
-    return figures
 
 
 def _scalar(rows: Rows, spread: Moments) -> float:
@@ -325,72 +504,62 @@ def decoder_cosine(W_dec: Tensor) -> dict[str, float]:
     }
 
 
-def _by_position(rows: Rows) -> list[dict[str, Any]]:
-    """Figures by position in the document piece, in spans that double."""
-    groups = []
-    for low, high in pairwise(_POSITION_EDGES):
-        mask = (rows.position >= low) & (rows.position < high)
-        if mask.any():
-            last = int(rows.position[mask].max())
-            groups.append({"from": low, "to": last, **_group(rows.take(mask))})
-    return groups
-
-
-def _by_norm_decile(rows: Rows) -> list[dict[str, Any]]:
-    edges = np.quantile(rows.norm, np.linspace(0, 1, 11))
-    decile = np.clip(np.searchsorted(edges, rows.norm, side="right") - 1, 0, 9)
-    groups = []
-    for number in range(10):
-        mask = decile == number
-        if mask.any():
-            norm = rows.norm[mask]
-            span = {"from": float(norm.min()), "to": float(norm.max())}
-            groups.append({**span, **_group(rows.take(mask))})
-    return groups
-
-
-def _group(rows: Rows) -> dict[str, float]:
-    return {
-        "rows": len(rows.kind),
-        "centred": float(1 - rows.squared_error.sum() / rows.about_mean.sum()),
-        "l0": float(rows.l0.mean()),
-    }
-
-
 # -- output ----------------------------------------------------------------------------------------
+
+
+def headline(figures: dict[str, Any]) -> str:
+    """The figure to quote, and the rows and the energy that it says nothing of."""
+    trained = figures["variance_explained"][TRAINED]
+    return (
+        f"The SAE explains {_centred(trained)} of the variance of {figures['rows']:,} held-out "
+        f"rows of {figures['documents']:,} documents; left out: {left_out(trained)}."
+    )
+
+
+def left_out(subset: dict[str, Any]) -> str:
+    """The held-out rows that a subset's figures say nothing of, and their share of E|x|^2."""
+    return statistics.told(Policy.of(subset["policy"]), subset["left_out"])
+
+
+def _centred(subset: dict[str, Any]) -> str:
+    return f"{subset['centred']:.4f} {stats.bracketed(subset['centred_95'], '.4f')}"
 
 
 def outcome_of(subject: Subject, figures: dict[str, Any]) -> Outcome:
     """The figures in words and tables."""
     model = subject.store.manifest["model"]["id"]
-    trained = figures["variance_explained"]["as trained"]
-    low, high = trained["centred_95"]
-    explained = f"{trained['centred']:.4f} [{low:.4f}, {high:.4f}]"
     summary = [
-        f"The SAE explains {explained} of the variance of {figures['rows']:,} held-out rows of "
-        f"{figures['documents']:,} documents; brackets are 95 % intervals from resampling "
-        "documents.",
+        f"{headline(figures)} {stats.resampled(figures['documents'], 'document')}",
         f"It has {figures['d_sae']:,} latents and L0 {figures['l0']:.1f}, on layer "
         f"{subject.layer} of {model}.",
         f"Training left out {statistics.told(subject.policy, subject.config.get('left_out'))}.",
+        f"{ABOUT} {COVERAGE}",
     ]
-    rows = [("variance explained, centred", explained)]
+    trained = figures["variance_explained"][TRAINED]
+    rows = [("variance explained, centred", _centred(trained))]
     rows += [(text, f"{figures[key]:.4f}") for key, text in NAMED.items()]
     if (lost := summary_of_layer.variance_lost(subject.store, subject.layer)) is not None:
         codec = subject.store.manifest["codec"]
         rows.append((f"variance of its rows that the store lost (codec {codec})", f"{lost:.2e}"))
     silent = f"{figures['silent']:,} of {figures['d_sae']:,}"
     rows.append(("latents silent on all held-out rows", silent))
-    subsets = []
-    for name, subset in figures["variance_explained"].items():
-        subsets.append((name, f"{subset['rows']:,}", f"{subset['centred']:.4f}"))
     fired = [(f"{point['rows']:,}", f"{point['share']:.1%}") for point in figures["coverage"]]
     tables = [
-        Table("Every definition", ("figure", "value"), rows),
-        Table("By kind of row", ("rows", "number", "centred"), subsets),
-        Table("Coverage", ("first rows", "latents that fired"), fired),
+        Table("Every definition, of the rows as trained", ("figure", "value"), rows),
+        Table("Variance explained by kind of row", SUBSET_HEADER, subset_rows(figures)),
+        Table("Coverage", ("rows", "latents that fire in so many"), fired),
     ]
     return Outcome(figures, summary, tables)
+
+
+def subset_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A row of `SUBSET_HEADER` for each subset."""
+    rows = []
+    for name, subset in figures["variance_explained"].items():
+        others = [f"{subset[key]:.4f}" for key in DEFINITIONS]
+        count = f"{subset['rows']:,}"
+        rows.append((name, count, left_out(subset), _centred(subset), *others))
+    return rows
 
 
 def run(study: Study) -> Outcome:
@@ -404,9 +573,9 @@ def run(study: Study) -> Outcome:
 def write(subject: Subject, outcome: Outcome) -> None:
     """Write quality.json and quality.md into the run's directory."""
     record = {"sae": subject.digest, **outcome.figures}
-    durable.write(subject.run / "quality.json", [json.dumps(record, indent=1).encode() + b"\n"])
+    durable.write(subject.run / "quality.json", [dumped(record).encode() + b"\n"])
     lines = [f"# Quality of {subject.run.name}", "", *markdown(outcome)]
     durable.write(subject.run / "quality.md", ["\n".join(lines).encode() + b"\n"])
 
 
-DEFINITION = Definition(run, options=Options, order=0)
+DEFINITION = Definition(run, version=2, options=Options, order=0)

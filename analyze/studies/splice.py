@@ -43,7 +43,7 @@ from analyze.drawing import Line, bands, whiskers
 from analyze.language_model import Prediction, batches, edited
 from analyze.outcome import Outcome, Picture, Table
 from analyze.pieces import Piece
-from analyze.stats import Floats, bootstrap_ratios, figure, formatted, sums_by
+from analyze.stats import Floats, bootstrap_ratios, figure, formatted, resampled, sums_by
 from analyze.study import Definition, Study
 from analyze.subject import Subject
 from data.errors import SettingError, StopRequest, StoreError
@@ -347,8 +347,8 @@ def _summary(figures: dict[str, Any], subject: Subject) -> list[str]:
         )
     lines.append(
         f"The model itself has {formatted(rows[CLEAN, '']['ce'], '.4f')} nats on these "
-        f"{figures['tokens']:,} tokens of {figures['documents']} documents. Brackets are 95 % "
-        "intervals, paired, over documents."
+        f"{figures['tokens']:,} tokens of {figures['documents']} documents. "
+        f"{resampled(figures['documents'], 'document')} Differences are paired."
     )
     return lines
 

@@ -12,10 +12,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from data.rows import summary
 from data.rows.rounds import KeptRows
-from data.rows.split import TRAINING, Policy, held_out_units, training_units
+from data.rows.split import (
+    EXCLUDED,
+    TRAINING,
+    Policy,
+    held_out_units,
+    stored_kind,
+    training_units,
+)
 from data.rows.summary import Summary
 from data.store import retention
 from data.store.kinds import BOS, OUTLIER, OUTLIER_NORM
@@ -104,18 +112,62 @@ def left_out(kept: KeptRows, units: Sequence[int], of_units: Summary) -> dict[st
         excluded = kept.excluded(units)
         rows = sum(int(unit.of_chunks.sum()) for unit in excluded)
         dropped["drop_tokens"] = rows, sum(unit.energy for unit in excluded)
-    shares = {}
-    for rule, (rows_dropped, energy) in dropped.items():
-        of_energy = float(energy / energies.sum()) if energies.any() else 0.0
-        shares[rule] = Share(float(rows_dropped / max(counts.sum(), 1)), of_energy)
-    return shares
+    return {rule: _share(*sums, counts, energies) for rule, sums in dropped.items()}
+
+
+def _share(count: float, energy: float, counts: NDArray[Any], energies: NDArray[Any]) -> Share:
+    """`count` rows and their energy as shares of sums by kind."""
+    of_energy = float(energy / energies.sum()) if energies.any() else 0.0
+    return Share(float(count / max(counts.sum(), 1)), of_energy)
+
+
+class Tally:
+    """Rows and their squared norms by kind, counted while they are measured."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(2 * EXCLUDED, np.int64)
+        self._energies = np.zeros(2 * EXCLUDED)
+
+    def add(self, kinds: NDArray[np.uint8], squared: NDArray[np.float64]) -> None:
+        """Count finite rows.
+
+        Args:
+            kinds: (n,) as `Policy.kinds_of` has them.
+            squared: (n,) |x|^2.
+        """
+        self._counts += np.bincount(kinds, minlength=2 * EXCLUDED)
+        self._energies += np.bincount(kinds, squared, minlength=2 * EXCLUDED)
+
+    def left_out(self, policy: Policy) -> dict[str, dict[str, float]]:
+        """What each rule leaves out of the counted rows: `count`, and as `Share` has it.
+
+        Args:
+            policy: the one whose kinds were counted, or one without drop_tokens.
+        """
+        kinds = np.arange(2 * EXCLUDED, dtype=np.uint8)
+        if not policy.drop_tokens:
+            kinds = stored_kind(kinds)
+        rules = {
+            "drop_bos": kinds == BOS,
+            "drop_outliers": kinds == OUTLIER,
+            "drop_tokens": kinds >= EXCLUDED,
+        }
+        shares = {}
+        for rule, mask in rules.items():
+            if getattr(policy, rule):
+                count = int(self._counts[mask].sum())
+                energy = float(self._energies[mask].sum())
+                share = _share(count, energy, self._counts, self._energies)
+                shares[rule] = {"count": count, **share._asdict()}
+        return shares
 
 
 def told(policy: Policy, shares: Mapping[str, Mapping[str, Any]] | None = None) -> str:
     """What a policy leaves out, on one line.
 
     Args:
-        shares: `rows` and `energy` by the rule, as a run records them; None: they are not known.
+        shares: `rows` and `energy` by the rule, as a run records them, or with `count`, as `Tally`
+            has them; None: they are not known.
     """
     rules = {}
     if policy.drop_bos:
@@ -132,4 +184,5 @@ def told(policy: Policy, shares: Mapping[str, Mapping[str, Any]] | None = None) 
 
 
 def _of_all(share: Mapping[str, Any]) -> str:
-    return f"{share['rows']:.3%} of rows, {share['energy']:.3%} of E|x|²"
+    count = f"{share['count']:,} rows: " if "count" in share else ""
+    return f"{count}{share['rows']:.3%} of rows, {share['energy']:.3%} of E|x|²"

@@ -322,6 +322,12 @@ def test_means_by_layer_and_their_intervals(reading: Reading) -> None:
     assert rows[-1]["ce"]["value"] < rows[-1]["shuffled"]["ce"]["interval"][0]
 
 
+def test_one_prompt_has_figures_without_intervals(reading: Reading) -> None:
+    row = logit_lens.by_layer(reading._replace(prompt=np.zeros_like(reading.prompt)))[0]
+    assert row["ce"]["interval"] is row["rank"]["interval"] is None
+    assert row["rank"]["value"] == pytest.approx(np.exp(np.log(reading.rank[0]).mean()))
+
+
 # -- the study -------------------------------------------------------------------------------------
 
 

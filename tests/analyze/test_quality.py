@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from analyze.outcome import dumped
 from analyze.stats import bootstrap_ratio
 from analyze.studies import quality as study
 from analyze.subject import Subject
 from data import durable
-from data.rows.split import held_out_units
+from data.rows.split import Policy, held_out_units
 from tests.analyze.conftest import F, K, Made
 from tests.conftest import BOS
 
@@ -43,7 +45,14 @@ class Reference:
         self.outlier = outlier[flat]
         self.kept = ~self.bos & ~self.outlier
         held = np.isin(np.arange(len(tokens)) // 128, units)
-        self.mu = made.rows[~held & (tokens != BOS) & ~outlier].mean(0)
+        self._training = made.rows[~held]
+        self._bos = (tokens == BOS)[~held]
+        self._outlier = outlier[~held]
+
+    def training_mean(self, subset: str) -> NDArray[np.float64]:
+        """The mean of the training rows of a subset."""
+        dropped = {"all rows": self._bos & False, "without BOS": self._bos}
+        return self._training[~dropped.get(subset, self._bos | self._outlier)].mean(0)
 
 
 def dense(made: Made, x: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -67,39 +76,76 @@ def figures(made: Made) -> dict[str, Any]:
     return found
 
 
-def centred(reference: Reference, mask: NDArray[np.bool_]) -> float:
-    return 1 - (reference.e[mask] ** 2).sum() / ((reference.x[mask] - reference.mu) ** 2).sum()
+SUBSETS = {
+    "as trained": lambda reference: reference.kept,
+    "all rows": lambda reference: reference.kept | True,
+    "without BOS": lambda reference: ~reference.bos,
+    "without BOS and outliers": lambda reference: reference.kept,
+}
 
 
-def test_variance_explained_by_every_definition(
-    figures: dict[str, Any], reference: Reference
+@pytest.mark.parametrize("name", SUBSETS)
+def test_every_definition_of_every_subset(
+    figures: dict[str, Any], reference: Reference, name: str
 ) -> None:
-    kept, x, e = reference.kept, reference.x[reference.kept], reference.e[reference.kept]
-    assert figures["rows"] == kept.sum()
-    subsets = figures["variance_explained"]
-    expected = {"as trained": kept, "all rows": kept | True, "without BOS": ~reference.bos}
-    for name, mask in expected.items():
-        assert subsets[name]["centred"] == pytest.approx(centred(reference, mask), rel=1e-5)
-    assert subsets["without BOS and outliers"]["centred"] == subsets["as trained"]["centred"]
-    assert subsets["all rows"]["centred"] != pytest.approx(
-        subsets["as trained"]["centred"], abs=1e-3
-    )
-    assert figures["variance_of_error"] == pytest.approx(
-        1 - e.var(0).sum() / x.var(0).sum(), rel=1e-5
-    )
-    assert figures["scalar"] == pytest.approx(1 - (e**2).mean() / x.var(ddof=1), rel=1e-5)
+    """A subset has one mean, its own: of its training rows, or of its rows of the batch."""
+    mask = SUBSETS[name](reference)
+    found = figures["variance_explained"][name]
+    x, e = reference.x[mask], reference.e[mask]
+    error = (e**2).sum(1)
+    mu = reference.training_mean(name)
+    about_batch = np.empty(len(reference.x))
+    for at in range(0, len(about_batch), 128):  # one batch a unit: units have fewer than 4,096 rows
+        part, inside = reference.x[at : at + 128], mask[at : at + 128]
+        about_batch[at : at + 128] = ((part - part[inside].mean(0)) ** 2).sum(1)
+    expected = {
+        "centred": 1 - error.sum() / ((x - mu) ** 2).sum(),
+        "batch_mean": 1 - error.sum() / about_batch[mask].sum(),
+        "mean_of_ratios": (1 - error / about_batch[mask]).mean(),
+        "variance_of_error": 1 - e.var(0).sum() / x.var(0).sum(),
+        "scalar": 1 - (e**2).mean() / x.var(ddof=1),
+    }
+    assert found["rows"] == mask.sum()
+    for definition, value in expected.items():
+        assert found[definition] == pytest.approx(value, rel=1e-5)
+    energy = (reference.x**2).sum(1)
+    left_out = found["left_out"].values()
+    assert sum(share["count"] for share in left_out) == (~mask).sum()
+    assert sum(share["rows"] for share in left_out) == pytest.approx((~mask).mean())
+    share = energy[~mask].sum() / energy.sum()
+    assert sum(share["energy"] for share in left_out) == pytest.approx(share)
+    if name == "as trained":
+        assert {key: figures[key] for key in study.DEFINITIONS} == {
+            key: found[key] for key in study.DEFINITIONS
+        }
 
 
-def test_batch_definitions(figures: dict[str, Any], reference: Reference) -> None:
-    error, batch = (reference.e**2).sum(1), np.empty(len(reference.x))
-    for at in range(0, len(batch), 128):  # one batch a unit: units are smaller than 4,096 rows
-        part, mask = reference.x[at : at + 128], reference.kept[at : at + 128]
-        batch[at : at + 128] = ((part - part[mask].mean(0)) ** 2).sum(1)
-    kept, found = reference.kept, figures
-    assert found["batch_mean"] == pytest.approx(1 - error[kept].sum() / batch[kept].sum(), rel=1e-5)
-    assert found["mean_of_ratios"] == pytest.approx(
-        (1 - error[kept] / batch[kept]).mean(), rel=1e-5
-    )
+def test_a_subset_has_one_figure_whatever_was_trained_on(
+    figures: dict[str, Any], subject: Subject
+) -> None:
+    """Outliers 100 times as long do not flatter the ordinary rows of a run that kept them."""
+    every = Policy(drop_bos=False, drop_outliers=False)
+    other = study.quality(replace(subject, policy=every), 10**6)["variance_explained"]
+    for name in ("all rows", "without BOS", "without BOS and outliers"):
+        assert other[name] == figures["variance_explained"][name]
+    assert other["as trained"] == other["all rows"]
+
+
+def test_what_is_left_out_stands_beside_the_headline(
+    figures: dict[str, Any], subject: Subject, reference: Reference
+) -> None:
+    first = study.outcome_of(subject, figures).summary[0]
+    energy = (reference.x**2).sum(1)
+    for mask in (reference.bos, reference.outlier):
+        share = energy[mask].sum() / energy.sum()
+        assert f"({mask.sum():,} rows: {mask.mean():.3%} of rows, {share:.3%} of E|x|²)" in first
+
+
+def test_one_document_has_figures_and_no_interval(subject: Subject) -> None:
+    measured = study.measure(subject, 10**6)
+    alone = measured.rows._replace(document=np.zeros_like(measured.rows.document))
+    found = study.variance_explained(measured, alone, subject.policy)
+    assert found["centred_95"] is None and found["documents"] == 1
 
 
 def test_reconstruction_figures(figures: dict[str, Any], reference: Reference) -> None:
@@ -125,38 +171,30 @@ def test_latents_are_counted(figures: dict[str, Any], reference: Reference) -> N
     assert figures["silent_for"] == {}  # too few rows to say
 
 
-@pytest.fixture
-def latents() -> study.Latents:
-    """900 rows in which five of six latents fire once."""
-    counted = study.Latents(6)
-    counted.add(np.arange(5), np.array([0, 255, 256, 511, 600]), 900)
-    return counted
-
-
-def test_coverage_counts_the_first_rows(latents: study.Latents) -> None:
-    assert latents.coverage() == [
-        {"rows": 256, "share": 2 / 6},
-        {"rows": 512, "share": 4 / 6},
-        {"rows": 900, "share": 5 / 6},
-    ]
-
-
-def test_latents_are_silent_for_a_span_or_not(latents: study.Latents) -> None:
-    assert latents.silent_for((300, 600, 10_000)) == {"300": 3, "600": 2}
-    assert latents.fired.tolist() == [1, 1, 1, 1, 1, 0]
-
-
-def test_counting_goes_on_from_batch_to_batch() -> None:
-    latents = study.Latents(3)
-    for latent, row in (([0, 0, 0], [0, 1, 1]), ([1, 0, 2], [0, 1, 1])):
-        latents.add(np.array(latent), np.array(row), 2)
-    assert latents.rows == 4
-    assert latents.fired.tolist() == [4, 1, 1]
-    assert latents.first.tolist() == [0, 2, 3]
+def test_coverage_is_over_rows_in_random_order() -> None:
+    """Of a document alone a latent would be seen at once, or not before the last rows."""
+    rng = np.random.default_rng(0)
+    fires = np.zeros((900, 6), np.bool_)
+    for latent, rows in enumerate((range(1), range(3), range(200), range(890, 900), range(900))):
+        fires[rows, latent] = True  # the sixth latent is silent
+    latents = study.Latents(6)
+    for part in np.array_split(fires, 3):
+        latents.add(np.nonzero(part)[1], len(part))
+    assert latents.rows == 900 and latents.fired.tolist() == [1, 3, 200, 10, 900, 0]
+    seen = np.mean([fires[rng.permutation(900)[:256]].any(0) for _ in range(2000)], axis=0)
+    assert latents.seen_in(256) == pytest.approx(seen, abs=0.03)
+    assert latents.seen_in(256)[0] == pytest.approx(256 / 900)
+    first, second, last = latents.coverage()
+    assert [first["rows"], second["rows"], last["rows"]] == [256, 512, 900]
+    assert first["share"] == pytest.approx(latents.seen_in(256).mean())
+    assert last["share"] == 5 / 6
+    silent = latents.silent_for((256, 900, 10_000))
+    assert silent == {"256": pytest.approx(6 - latents.seen_in(256).sum()), "900": 1}
 
 
 def test_groups_add_up(figures: dict[str, Any], reference: Reference) -> None:
-    error, total = (reference.e**2).sum(1), ((reference.x - reference.mu) ** 2).sum(1)
+    """Each group is about its own mean."""
+    error = (reference.e**2).sum(1)
     for groups, value in (
         (figures["by_position"], reference.position),
         (figures["by_norm_decile"], np.linalg.norm(reference.x, axis=1)),
@@ -169,12 +207,23 @@ def test_groups_add_up(figures: dict[str, Any], reference: Reference) -> None:
                 & (value <= group["to"] * (1 + 1e-6))
             )
             assert group["rows"] == inside.sum()
-            assert group["centred"] == pytest.approx(
-                1 - error[inside].sum() / total[inside].sum(), rel=1e-5
-            )
+            total = reference.x[inside].var(0).sum() * inside.sum()
+            assert group["centred"] == pytest.approx(1 - error[inside].sum() / total, rel=1e-5)
+            assert group["l0"] == pytest.approx((reference.f[inside] > 0).sum(1).mean())
     assert figures["by_position"][0]["from"] == 1  # BOS, at 0, is left out by the policy
     deciles = [group["rows"] for group in figures["by_norm_decile"]]
     assert max(deciles) - min(deciles) <= 2
+
+
+def test_rows_that_are_all_the_same_have_no_variance_to_explain() -> None:
+    same = study.Groups([10], 2)
+    x = np.array([[1e4 / 3, 2.0]] * 3)
+    row = np.ones(3)
+    rows = study.Rows._make([row, row, row, (x**2).sum(1), row, row, row, row, row, row, row])
+    same.add(np.array([3, 4, 5]), x, rows)
+    (group,) = same.figures()
+    assert np.isnan(group["centred"])
+    assert (group["from"], group["to"], group["rows"]) == (3, 5, 3)
 
 
 def test_the_interval_is_of_documents(figures: dict[str, Any], reference: Reference) -> None:
@@ -186,7 +235,10 @@ def test_the_interval_is_of_documents(figures: dict[str, Any], reference: Refere
         np.flatnonzero(kept & (reference.documents == d))
         for d in np.unique(reference.documents[kept])
     ]
-    error, total = (reference.e**2).sum(1), ((reference.x - reference.mu) ** 2).sum(1)
+    error, total = (
+        (reference.e**2).sum(1),
+        ((reference.x - reference.training_mean("as trained")) ** 2).sum(1),
+    )
     sums = np.array([[error[rows].sum(), total[rows].sum()] for rows in by_document])
     expected = bootstrap_ratio(sums[:, 0], sums[:, 1])
     assert (1 - high, 1 - low) == pytest.approx(tuple(expected), rel=1e-5)
@@ -215,7 +267,7 @@ def test_decoder_cosine_ignores_the_latent_itself() -> None:
 def test_files_are_written(figures: dict[str, Any], made: Made) -> None:
     written = json.loads((made.run / "quality.json").read_bytes())
     assert written.pop("sae") == durable.digest_file(made.run / "sae_final.pt").xxh3_128
-    assert written == json.loads(json.dumps(figures))
+    assert written == json.loads(dumped(figures))
     text = (made.run / "quality.md").read_text()
     assert f"{figures['variance_explained']['as trained']['centred']:.4f}" in text
     assert f"{figures['silent']} of {F}" in text

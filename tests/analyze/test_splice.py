@@ -230,6 +230,17 @@ def test_an_ablation_that_costs_nothing_makes_no_ratio() -> None:
     assert rows["sae"]["loss_recovered_of_mean"]["value"] == pytest.approx(0.8, abs=0.001)
 
 
+def test_one_document_has_figures_without_intervals() -> None:
+    losses, how = made_losses()
+    rows = splice.figures_of(losses._replace(document=np.zeros_like(losses.document)), how)
+    assert {row["ce"]["interval"] for row in rows} == {None}
+    assert rows[2]["difference"]["value"] == pytest.approx(0.4, abs=0.002)
+    spans = splice.by_position(losses, 2)
+    spans[0]["difference"]["interval"] = None  # one document alone reaches this far
+    svg = splice._pictures({"rows": rows, "by_position": {"sae": spans}})["splice_position"].svg
+    assert "nan" not in svg.lower()
+
+
 def test_spans_of_positions_hold_every_token_once() -> None:
     losses, _ = made_losses()
     spans = splice.by_position(losses, 2)

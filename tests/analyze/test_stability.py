@@ -75,7 +75,7 @@ def test_a_run_matches_itself(made: Made, tmp_path: Path) -> None:
     np.testing.assert_allclose(table["cosine"], 1, atol=1e-6)
     assert (table["nearest"] == table["feature"]).all()
     assert (alive["assigned"] == alive["feature"]).all()
-    assert figures["matched"]["other"]["above"]["0.9"] == {"share": 1.0, "share_95": [1.0, 1.0]}
+    assert figures["matched"]["other"]["above"]["0.9"] == {"share": 1.0, "share_95": (1.0, 1.0)}
     assert figures["matched"]["random"]["correlation"] < 0.9
     assert abs(figures["matched"]["shifted"]["correlation"]) < 0.1
     assert outcome.summary[0].startswith("100.0% [100.0%, 100.0%]")
@@ -189,6 +189,16 @@ def test_measuring_is_a_bootstrap_of_documents(block: int) -> None:
                     np.corrcoef(a[rows, latent], b[rows, other])[0, 1] if other != NONE else 0
                 )
                 assert r[latent] == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_single_document_gives_no_draws() -> None:
+    a = sparse.csr_array(random_codes(30, 4, 2))
+    found = matching.measure(a, a, np.arange(4), np.zeros(30, np.int64), draws=6, seed=5)
+    assert found.r == pytest.approx(np.ones(4)) and found.draws.shape == (0, 4)
+    figures = stability._match_figures(
+        stability.Match(np.arange(4), np.ones(4, np.bool_), found.r, found), np.ones(4, np.bool_)
+    )
+    assert figures["correlation_95"] is figures["above"]["0.7"]["share_95"] is None
 
 
 def test_assignment_is_one_to_one() -> None:

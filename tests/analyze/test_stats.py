@@ -131,6 +131,24 @@ def test_bootstrap_ratios_are_bootstrap_ratio_column_by_column() -> None:
             assert found == pytest.approx(alone) and found.low < found.high
 
 
+def test_one_cluster_has_no_interval() -> None:
+    """All its resamples are the same, which is no interval of width 0."""
+    one = np.ones(1)
+    assert stats.bootstrap_ratio(one, 2 * one) is None
+    assert stats.bootstrap_ratios(np.ones((1, 2)), one) == [None, None]
+    assert stats.bootstrap(lambda cases: float(cases.sum()), 1)[0] is None
+    rows = np.array([1.0, 2.0])
+    assert stats.variance_explained([7, 7], rows, 2 * rows) == (0.5, None)
+    assert stats.formatted(stats.figure(0.5, None), ".2f") == "0.50 [no interval]"
+
+
+def test_a_sentence_says_what_few_clusters_are_worth() -> None:
+    for count, words in ((1, "one prompt"), (2, "2 prompts"), (4, "4 prompts")):
+        sentence = stats.resampled(count, "prompt")
+        assert words in sentence and ("narrow" in sentence) == (count > 1)
+    assert stats.resampled(5, "prompt") == "Brackets are 95 % intervals from resampling 5 prompts."
+
+
 def test_detectable_change_is_found_as_often_as_it_says() -> None:
     """The published figures, and McNemar's test on drawn pairs."""
     found = [stats.detectable_change(pairs, 0.2) for pairs in (50, 200, 1319)]

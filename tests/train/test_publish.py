@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_module
 from markdown_it import MarkdownIt
 from omegaconf import OmegaConf
 
-from analyze.studies.quality import outcome_of, quality
+from analyze.studies.quality import DEFINITIONS, outcome_of, quality
 from analyze.studies.quality import write as write_quality
 from analyze.subject import Subject
 from conf.command import run_command
@@ -146,10 +146,13 @@ def test_every_figure_of_quality_is_there_with_its_definition(tmp_path: Path) ->
     for name, subset in figures["variance_explained"].items():
         low, high = subset["centred_95"]
         row = f"| centred, {name} | 1 - sum \\|e\\|² / sum \\|x - μ\\|², the figure to quote | "
-        interval = f"{subset['centred']:.4f} [{low:.4f}, {high:.4f}] ({subset['rows']:,} rows) |"
+        interval = f"{subset['centred']:.4f} [{low:.4f}, {high:.4f}] ({subset['rows']:,} rows; "
         assert row + interval in text
-    for key in ("batch_mean", "mean_of_ratios", "variance_of_error", "scalar"):
-        assert re.search(rf"\| {key.replace('_', ' ')} \| .* \| {figures[key]:.4f} \|", text), key
+        for key in DEFINITIONS:
+            label = f"{key.replace('_', ' ')}, {name}"
+            assert re.search(rf"\| {label} \| .* \| {subset[key]:.4f} \|", text), key
+        for share in subset["left_out"].values():
+            assert f"({share['count']:,} rows: {share['rows']:.3%} of rows, " in text
     assert f"| latents silent on all these rows | {figures['silent']:,} |" in text
     assert yaml.safe_load(text.split("---\n")[1])["datasets"] == ["HuggingFaceFW/fineweb"]
     kept = yaml.safe_load((run / "publish" / CONFIG).read_text())

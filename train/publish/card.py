@@ -80,7 +80,10 @@ def card(facts: Facts, files: Sequence[str]) -> str:
         last=value_at(facts.config, "source.n_layers") == about.layer + 1,
         drop_bos=value_at(facts.config, "settings.policy.drop_bos"),
         specs=_specs(facts),
-        final=_final(facts.held_out),
+        final=[
+            *_final(facts.held_out),
+            ("rows left out", _without(facts.config, "settings.policy")),
+        ],
         definitions=_definitions(facts.quality) if facts.quality else None,
         figures=_figures(facts.quality) if facts.quality else None,
         everything=_formatted(facts.quality, "variance_explained.all rows.centred", ".4f"),
@@ -216,7 +219,7 @@ def _training_specs(facts: Facts) -> Rows:
     return [
         ("training tokens", f"{tokens} in {setting('steps', ',')} steps"),
         ("batch", f"{setting('settings.batch', ',')} tokens"),
-        ("rows left out", _left_out(facts.config)),
+        ("rows left out", _without(facts.config, "settings.policy")),
         ("optimizer", f"Adam ({betas}), learning rate {setting('lr', '.3g')} to {floor}"),
         (
             "loss on dead latents (AuxK)",
@@ -230,11 +233,12 @@ def _training_specs(facts: Facts) -> Rows:
     ]
 
 
-def _left_out(config: Mapping[str, Any]) -> str:
-    policy = value_at(config, "settings.policy")
-    if policy is None:
+def _without(record: Any, policy: str = "policy") -> str:
+    """What the policy at a dotted path leaves out, with the shares under `left_out`."""
+    recorded = value_at(record, policy)
+    if recorded is None:
         return ABSENT
-    return statistics.told(Policy.of(policy), value_at(config, "left_out"))
+    return statistics.told(Policy.of(recorded), value_at(record, "left_out"))
 
 
 def _final(record: Mapping[str, Any]) -> Rows:
@@ -252,8 +256,8 @@ def _final(record: Mapping[str, Any]) -> Rows:
 
 def _definitions(quality: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Name, definition and value of every variance explained."""
-    centred = "1 - sum |e|² / sum |x - μ|², the figure to quote"
-    others = {
+    formulas = {
+        "centred": "1 - sum |e|² / sum |x - μ|², the figure to quote",
         "batch_mean": "1 - sum |e|² / sum |x - mean of its batch|² (sparsify)",
         "mean_of_ratios": "mean of 1 - |e|² / |x - mean of its batch|² (SAELens' legacy figure)",
         "variance_of_error": "1 - sum of Var(e_j) / sum of Var(x_j) "
@@ -261,19 +265,22 @@ def _definitions(quality: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         "scalar": "1 - mean(e²) / Var(all elements of x) (many published cards; nearly uncentred)",
     }
     rows = []
-    for name, subset in (quality.get("variance_explained") or {}).items():
-        rows.append((f"centred, {name}", centred, _centred(subset)))
-    for key, definition in others.items():
-        rows.append((key.replace("_", " "), definition, _formatted(quality, key, ".4f")))
+    for key, formula in formulas.items():
+        for name, subset in (quality.get("variance_explained") or {}).items():
+            value = _centred(subset) if key == "centred" else _formatted(subset, key, ".4f")
+            rows.append((f"{key.replace('_', ' ')}, {name}", formula, value))
     return rows
 
 
 def _centred(subset: Any) -> str:
+    """A subset's headline with its interval, its rows, and what it leaves out."""
     low, high = value_at(subset, "centred_95") or (None, None)
     bounds = {"low": low, "high": high}
     interval = f"[{_formatted(bounds, 'low', '.4f')}, {_formatted(bounds, 'high', '.4f')}]"
-    rows = _formatted(subset, "rows", ",")
-    return f"{_formatted(subset, 'centred', '.4f')} {interval} ({rows} rows)"
+    if low is None:
+        interval = "[no interval]"
+    rows = f"{_formatted(subset, 'rows', ',')} rows; left out: {_without(subset)}"
+    return f"{_formatted(subset, 'centred', '.4f')} {interval} ({rows})"
 
 
 def _figures(quality: Mapping[str, Any]) -> Rows:

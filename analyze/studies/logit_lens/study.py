@@ -25,6 +25,7 @@ Shapes: L layers, n positions of all prompts, m positions of one block, C classe
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -269,8 +270,10 @@ def by_layer(reading: Reading) -> list[dict[str, Any]]:
         row = dict(zip(names, map(figure, mean, of_layer), strict=True))
         # The mean was of log ranks.
         log_rank = row["rank"]
-        low, high = np.exp(log_rank["interval"])
-        row["rank"] = figure(np.exp(log_rank["value"]), Interval(low, high))
+        interval = log_rank["interval"]
+        row["rank"] = figure(
+            np.exp(log_rank["value"]), interval and Interval(*map(math.exp, interval))
+        )
         null = {}
         for number, name in enumerate(CLASSES):
             null[name] = _null(reading.shuffled_mass[layer, number])

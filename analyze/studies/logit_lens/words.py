@@ -7,7 +7,7 @@ from typing import Any
 
 from analyze.drawing import Line, bands
 from analyze.outcome import Picture, Table
-from analyze.stats import formatted
+from analyze.stats import formatted, resampled
 from analyze.studies.logit_lens.token_classes import CLASSES
 
 
@@ -33,7 +33,7 @@ def summary(figures: dict[str, Any]) -> list[str]:
         f"{when}. {formatted(commitment['never'], '.1%')} of {figures['positions']:,} positions of "
         f"{figures['prompts']} prompts never do, with random rows "
         f"{formatted(null['never'], '.1%')}; {name} is {figures['next_token_share'][name]:.1%} of "
-        f"what follows. Brackets are 95 % intervals over prompts, the null's over "
+        f"what follows. {resampled(figures['prompts'], 'prompt')} The null's are over "
         f"{figures['orders']} orders.",
         f"From layer {max(disagreeing, default=-1) + 1} on the lens' top token is the model's own "
         f"at half of the positions or more. Its cross entropy falls from "

@@ -115,7 +115,8 @@ class Measured(NamedTuple):
     """Correlations of fixed pairs."""
 
     r: Floats  # (F,) 0 where a partner is missing or silent, NaN where the latent itself is
-    draws: Floats  # (draws, F) the same over documents drawn with replacement
+    # (draws, F) the same over documents drawn with replacement; no draw of a single document
+    draws: Floats
 
 
 def measure(
@@ -133,8 +134,8 @@ def measure(
     size = np.bincount(dense, minlength=m).astype(np.float64)
     # How often each document counts: once, then as often as it is drawn.
     rng = np.random.default_rng(seed)
-    times = np.ones((1 + draws, m))
-    for draw in range(1, 1 + draws):
+    times = np.ones((1 + (draws if m > 1 else 0), m))
+    for draw in range(1, len(times)):
         times[draw] = np.bincount(rng.integers(0, m, m), minlength=m)
     rows = times @ size
     ours = sparse.csc_array(a.astype(np.float64))

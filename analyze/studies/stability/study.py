@@ -31,7 +31,7 @@ from scipy import sparse
 from analyze import directions
 from analyze import subject as subjects
 from analyze.outcome import Outcome
-from analyze.stats import percentiles
+from analyze.stats import Floats, Interval, percentiles
 from analyze.studies.stability import matching, words
 from analyze.studies.stability.matching import NONE, Codes, Measured
 from analyze.study import Column, Definition, Study, write_features
@@ -230,15 +230,20 @@ def _match_figures(match: Match, alive: NDArray[np.bool_]) -> dict[str, Any]:
         shares = (draws >= level).sum(1) / (~np.isnan(draws)).sum(1)
         above[str(level)] = {
             "share": float((r >= level).mean()),
-            "share_95": list(percentiles(np.asarray(shares, np.float64))),
+            "share_95": _interval(np.asarray(shares, np.float64)),
         }
     return {
         "correlation": float(np.mean(r)),
-        "correlation_95": list(percentiles(np.nanmean(draws, axis=1))),
+        "correlation_95": _interval(np.nanmean(draws, axis=1)),
         "correlation_where_chosen": float(match.chosen[alive].mean()),
         "mutual": float(match.mutual[alive].mean()),
         "above": above,
     }
+
+
+def _interval(draws: Floats) -> Interval | None:
+    """The middle 95 % of a statistic's draws (draws,); None if there was no document to draw."""
+    return percentiles(draws) if len(draws) else None
 
 
 def _cosines(of: SAE, among: SAE) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -304,7 +309,7 @@ def _assigned_figures(
     _, measured = assigned
     return {
         "correlation": float(measured.r[alive].mean()),
-        "correlation_95": list(percentiles(np.nanmean(measured.draws[:, alive], axis=1))),
+        "correlation_95": _interval(np.nanmean(measured.draws[:, alive], axis=1)),
     }
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from analyze import drawing
 from analyze.outcome import Picture, Table
+from analyze.stats import bracketed, resampled
 
 LEVELS = (0.7, 0.9)  # of correlation and cosine; the first one is quoted
 _NAMES = {"other": "other run", "random": "random dictionary", "shifted": "rows shifted"}
@@ -22,16 +23,18 @@ def summary(figures: dict[str, Any]) -> list[str]:
     random = matched["random"]
     shifted = matched["shifted"]
     share = {name: match["above"][level]["share"] for name, match in matched.items()}
-    share_95 = other["above"][level]["share_95"]
+    share_95 = bracketed(other["above"][level]["share_95"], ".1%")
+    mean_95 = bracketed(other["correlation_95"], ".3f")
     cosine = figures["cosine"]["other"]["mean_max_cosine"]
     random_cosine = figures["cosine"]["random"]["mean_max_cosine"]
+    measured = figures["documents"] - figures["documents"] // 2
     lines = [
-        f"{_formatted(share['other'], share_95, '.1%')} of the {figures['alive']:,} latents have a "
+        f"{share['other']:.1%} {share_95} of the {figures['alive']:,} latents have a "
         f"partner in {figures['other']} with a correlation of {level} or more; in a random "
         f"dictionary {share['random']:.1%} have, and with the other's rows shifted "
         f"{share['shifted']:.1%}.",
         "Mean correlation with the partner "
-        f"{_formatted(other['correlation'], other['correlation_95'], '.3f')}, random dictionary "
+        f"{other['correlation']:.3f} {mean_95}, random dictionary "
         f"{random['correlation']:.3f}, shifted {shifted['correlation']:.3f}; on the documents on "
         f"which partners were chosen it is {other['correlation_where_chosen']:.3f}.",
         f"Mean of the largest decoder cosines {cosine:.3f}, of random directions with the same "
@@ -39,8 +42,8 @@ def summary(figures: dict[str, Any]) -> list[str]:
         f"Each is the other's best for {other['mutual']:.1%} of latents ({random['mutual']:.1%} in "
         f"a random dictionary). {_one_to_one(figures['assigned'])}",
         f"{figures['rows']:,} rows of {figures['documents']:,} documents, half of them to choose "
-        "partners and half to measure; brackets are 95 % intervals from resampling the latter. "
-        "Latents that are silent in a half are left out.",
+        f"partners and half to measure. {resampled(measured, 'document')} Latents that are silent "
+        "in a half are left out.",
     ]
     ours, theirs = figures["layers"]
     if ours != theirs:
@@ -51,13 +54,8 @@ def summary(figures: dict[str, Any]) -> list[str]:
 def _one_to_one(assigned: dict[str, Any] | None) -> str:
     if assigned is None:
         return "There are too many latents for a one-to-one assignment."
-    mean = _formatted(assigned["correlation"], assigned["correlation_95"], ".3f")
-    return f"One to one, the mean correlation is {mean}."
-
-
-def _formatted(value: float, interval: Sequence[float], form: str) -> str:
-    low, high = interval
-    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+    interval = bracketed(assigned["correlation_95"], ".3f")
+    return f"One to one, the mean correlation is {assigned['correlation']:.3f} {interval}."
 
 
 def tables(figures: dict[str, Any]) -> list[Table]:
