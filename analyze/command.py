@@ -14,6 +14,7 @@ from analyze.subject import Subject
 from conf.command import ALONE, Job
 from data.device import torch_device
 from data.errors import SettingError
+from data.journal import heartbeat
 from data.settings import names, optional_whole, whole
 from train.run import named_or_newest
 
@@ -27,12 +28,15 @@ def command(settings: Settings, _: Job = ALONE) -> None:
     port = _port(settings["port"])
     definition = find(name)
     if definition.compare:
-        definition.compare(settings)
+        with heartbeat("opening the runs"):
+            definition.compare(settings)
         return
     if settings["runs"] is not None:
         raise SettingError(f"runs= is for study=sweep; study={name} takes one directory, as run=")
-    study = study_of(settings, subject_of(settings, torch_device(settings["device"])))
-    outcome = study.perform(definition)
+    with heartbeat("opening the run"):
+        study = study_of(settings, subject_of(settings, torch_device(settings["device"])))
+        outcome = study.perform(definition)
+    study.subject.forget()
     if definition.fresh:
         print("\n".join(outcome.summary), file=sys.stderr)
         return

@@ -5,15 +5,37 @@ Shapes: F latents, G other directions, d d_model, V vocabulary, K kept of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from analyze.parts import Arrays, Parts
+from analyze.subject import Subject
+from data import durable
+from data.errors import StopRequest
+from data.journal import Progress
 from harvest.model import LanguageModel
 
 BLOCK_BYTES = 1 << 28  # of products held at a time
+# Operations of a product at a time on a CPU: under a second of one core. A GPU does as many in a
+# millisecond, and is bounded by BLOCK_BYTES.
+BLOCK_OPERATIONS = 1 << 35
+NEIGHBOURS = 10  # of each latent
 VOCABULARY_BLOCK = 16_384  # ids whose unembeddings are float32 at a time: 168 MB at d = 2560
+VERSION = 1  # of the kept logits and neighbours: raise it when the same weights give other ones
+
+
+def _blocks(rows: int, others: Tensor, block_bytes: int) -> Iterator[slice]:
+    """Slices of `rows` rows, whose products with `others` (G, d) are made one after the other."""
+    step = block_bytes // (4 * len(others))
+    if not others.is_cuda:
+        step = min(step, BLOCK_OPERATIONS // (2 * others.numel()))
+    for start in range(0, rows, max(1, step)):
+        yield slice(start, min(start + max(1, step), rows))
 
 
 def unit(directions: Tensor) -> Tensor:
@@ -38,18 +60,40 @@ def nearest(
     is_same = among is of
     of = unit(of)
     among = of if is_same else unit(among)  # one copy: 0.3 GB at 32,768 x 2,560
-    step = max(1, block_bytes // (4 * len(among)))
     values = []
     numbers = []
-    for start in range(0, len(of), step):
-        cosines = of[start : start + step] @ among.T
+    progress = Progress(quiet_s=2.0)
+    for part in _blocks(len(of), among, block_bytes):
+        progress.show(f"cosines of {part.start:,} of {len(of):,} directions with all others")
+        cosines = of[part] @ among.T
         if not itself:
             rows = torch.arange(len(cosines), device=cosines.device)
-            cosines[rows, rows + start] = -2.0
+            cosines[rows, rows + part.start] = -2.0
         largest = cosines.topk(count, dim=1)
         values.append(largest.values)
         numbers.append(largest.indices)
+    progress.close()
     return torch.cat(values), torch.cat(numbers)
+
+
+def neighbours(subject: Subject) -> tuple[Tensor, Tensor]:
+    """The latents with the largest cosines of decoder directions to each latent's own, kept.
+
+    Returns:
+        cosines (F, NEIGHBOURS) in descending order, and the latents' numbers; fewer columns where
+        there are fewer other latents.
+    """
+    W_dec = subject.sae.W_dec
+
+    def make() -> Arrays:
+        count = min(NEIGHBOURS, len(W_dec) - 1)
+        cosines, ids = nearest(W_dec, W_dec, count, itself=False)
+        return {"cosines": cosines.cpu().numpy(), "ids": ids.cpu().numpy()}
+
+    follows = {"version": VERSION, "device": W_dec.device.type}
+    follows["W_dec"] = durable.digest(W_dec.cpu().contiguous().numpy().data)
+    found = subject.parts("neighbours", follows).of(0, make)
+    return torch.from_numpy(found["cosines"]), torch.from_numpy(found["ids"])
 
 
 def gain(norm: nn.Module, d_model: int, device: torch.device | str) -> Tensor:
@@ -71,7 +115,8 @@ def logits(
     lm: LanguageModel,
     W_dec: Tensor,
     count: int,
-    progress: Callable[[int, int], None],
+    stop: StopRequest,
+    parts: Parts,
     *,
     block_bytes: int = BLOCK_BYTES,
     vocabulary_block: int = VOCABULARY_BLOCK,
@@ -86,7 +131,7 @@ def logits(
     Args:
         W_dec: (F, d).
         count: of each sign.
-        progress: called with token ids done and V.
+        parts: where the best of each block of token ids are kept.
         block_bytes: of logits held at a time.
         vocabulary_block: token ids at a time.
 
@@ -102,37 +147,45 @@ def logits(
         directions = directions - directions.mean(1, keepdim=True)
     directions = directions * gain(norm, directions.shape[1], device)
 
-    none = directions.new_empty(len(directions), 0)
-    raised = (none, torch.empty(none.shape, dtype=torch.int64))
-    lowered = raised  # of the negative logits, until the end
     vocabulary = len(head.weight)
-    for first in range(0, vocabulary, vocabulary_block):
-        unembedding = head.weight[first : first + vocabulary_block].float()
-        raised = _best(raised, directions, unembedding, first, count, block_bytes)
-        lowered = _best(lowered, directions, -unembedding, first, count, block_bytes)
-        progress(min(first + vocabulary_block, vocabulary), vocabulary)
-    return (raised[0].cpu(), raised[1]), (-lowered[0].cpu(), lowered[1])
+    progress = Progress()
+    found: list[Arrays] = []
+    for number, first in enumerate(range(0, vocabulary, vocabulary_block)):
+        last = min(first + vocabulary_block, vocabulary)
+
+        def make(first: int = first, last: int = last) -> Arrays:
+            unembedding = head.weight[first:last].float()
+            blocks = []
+            for part in _blocks(len(directions), unembedding, block_bytes):
+                stop.check()
+                progress.show(
+                    f"logits of token ids {first:,} to {last:,} of {vocabulary:,}, "
+                    f"{part.start:,} of {len(directions):,} latents"
+                )
+                blocks.append(_extremes(directions[part] @ unembedding.T, count, first))
+            return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+
+        found.append(parts.of(number, make))
+    progress.show(f"logits of {vocabulary:,} token ids", last=True)
+    raised = _best(found, "raised", count, largest=True)
+    return raised, _best(found, "lowered", count, largest=False)
+
+
+def _extremes(product: Tensor, count: int, first: int) -> dict[str, NDArray[Any]]:
+    """The `count` largest and smallest logits of (n, v), and their token ids, from `first` on."""
+    extremes = {}
+    for name, largest in (("raised", True), ("lowered", False)):
+        chosen = product.topk(min(count, product.shape[1]), dim=1, largest=largest)
+        extremes[name] = chosen.values.cpu().numpy()
+        extremes[f"{name}_ids"] = chosen.indices.cpu().numpy() + first
+    return extremes
 
 
 def _best(
-    so_far: tuple[Tensor, Tensor],
-    directions: Tensor,
-    unembedding: Tensor,
-    first: int,
-    count: int,
-    block_bytes: int,
+    found: Sequence[Arrays], name: str, count: int, *, largest: bool
 ) -> tuple[Tensor, Tensor]:
-    """The `count` largest of those so far and of the logits of token ids from `first` on."""
-    step = max(1, block_bytes // (4 * len(unembedding)))
-    values = []
-    ids = []
-    for start in range(0, len(directions), step):
-        rows = slice(start, start + step)
-        product = directions[rows] @ unembedding.T
-        fresh = product.topk(min(count, product.shape[1]), dim=1)
-        both = torch.cat([so_far[0][rows], fresh.values], 1)
-        both_ids = torch.cat([so_far[1][rows], fresh.indices.cpu() + first], 1)
-        chosen = both.topk(min(count, both.shape[1]), dim=1)
-        values.append(chosen.values)
-        ids.append(both_ids.gather(1, chosen.indices.cpu()))
-    return torch.cat(values), torch.cat(ids)
+    """The `count` largest or smallest logits of all blocks, and their token ids; (F, count)."""
+    values = torch.from_numpy(np.concatenate([part[name] for part in found], axis=1))
+    ids = torch.from_numpy(np.concatenate([part[f"{name}_ids"] for part in found], axis=1))
+    chosen = values.topk(min(count, values.shape[1]), dim=1, largest=largest)
+    return chosen.values, ids.gather(1, chosen.indices)

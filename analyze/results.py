@@ -20,6 +20,7 @@ from data.errors import SettingError, caused
 from data.journal import tell
 
 FOLDER = "studies"  # in a run's directory
+_KEPT = "kept"  # folder of intermediate results, beside the studies'
 FEATURES = "features.parquet"  # of a study that has figures of every latent
 PAGE = "index.html"  # of a study that makes pages
 
@@ -91,6 +92,11 @@ def digest_of(key: Mapping[str, Any]) -> str:
     """Digest of settings in 12 hexadecimal digits, whatever the order of their keys."""
     canonical = json.dumps(json.loads(dumped(key)), sort_keys=True)
     return durable.digest(canonical.encode())[:12]
+
+
+def kept_folder(run: Path, name: str, key: Mapping[str, Any]) -> Path:
+    """RUN/studies/kept/NAME-DIGEST, of intermediate results that follow from `key`."""
+    return run / FOLDER / _KEPT / f"{name}-{digest_of(key)}"
 
 
 def made(folder: Path) -> Path:

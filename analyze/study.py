@@ -23,7 +23,7 @@ import torch
 from analyze import outcome as outcomes
 from analyze import results
 from analyze.outcome import Outcome, dumped
-from analyze.results import FEATURES, FOLDER, digest_of, made
+from analyze.results import FEATURES, FOLDER, kept_folder, made
 from analyze.subject import Subject
 from data import durable, locks
 from data.durable import Written
@@ -33,7 +33,6 @@ from harvest import model as models
 from harvest.model import LanguageModel, ModelConfig
 
 FOLDERS = ("analyze.studies", "analyze.peers", "analyze.pages")
-_KEPT = "kept"  # folder of intermediate results, beside the studies'
 _KEY = "key.json"  # in each of them: what it follows from, and the digests of its files
 
 
@@ -114,13 +113,15 @@ class Study:
     model: ModelConfig
     problems: str | None = None  # see analyze.problems.read
     answers: Mapping[str, Any] = field(default_factory=dict)  # see analyze.answers
+    # Language models that are in memory; studies that share this share them.
+    loaded: dict[ModelConfig, LanguageModel] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
         """Where this study's files go."""
         return made(self.subject.run / FOLDER / self.name)
 
-    @cached_property
+    @property
     def lm(self) -> LanguageModel:
         """The whole language model that the store was harvested with, its head too.
 
@@ -129,6 +130,11 @@ class Study:
         Raises:
             MismatchError: model= is another one.
         """
+        if self.model not in self.loaded:
+            self.loaded[self.model] = self._load()
+        return self.loaded[self.model]
+
+    def _load(self) -> LanguageModel:
         tell(f"loading {self.model.path}")
         loaded = models.load(self.model, head=True)
         recorded = self.subject.store.manifest["model"]
@@ -193,7 +199,7 @@ class Study:
 
     def kept_folder(self, name: str, key: Mapping[str, Any]) -> Path:
         """The folder RUN/studies/kept/NAME-DIGEST, for files that check themselves."""
-        return made(self.subject.run / FOLDER / _KEPT / f"{name}-{digest_of(key)}")
+        return made(kept_folder(self.subject.run, name, key))
 
     def kept(self, name: str, key: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
         """A folder of intermediate results, RUN/studies/kept/NAME-DIGEST; filled once.

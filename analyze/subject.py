@@ -7,7 +7,8 @@ Shapes: n rows of a unit, d d_model, p pairs of a row and a latent that is above
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analyze.parts import Arrays, Parts
+from analyze.results import kept_folder
 from data import durable
 from data.errors import MismatchError, SettingError, StoreError
+from data.journal import note
 from data.rows import statistics
 from data.rows.split import Policy, held_out_units, require_complete
 from data.store import manifest
@@ -34,6 +38,9 @@ from train.run import read_config
 from train.sae import SAE
 
 _BATCH_ROWS = 4096  # rows encoded at a time
+# Operations of encoding a unit on a CPU from which its latents are kept: half a minute of a core.
+SLOW_UNIT = 2e12
+ENCODED_VERSION = 1  # of those: raise it when the same rows give other ones
 
 
 class Unit(NamedTuple):
@@ -81,18 +88,62 @@ def positive(kept: Kept) -> Pairs:
     return Pairs(kept.indices[fires], kept.rows[fires], kept.values[fires])
 
 
+def encode(sae: SAE, unit: Unit, parts: Parts | None = None) -> Kept:
+    """The kept latents of all of a unit's rows.
+
+    Args:
+        parts: where they lie or are to lie; None: nowhere.
+    """
+    if parts is None:
+        return _encoded(sae, unit)
+
+    def make() -> Arrays:
+        kept = _encoded(sae, unit)
+        latents = kept.indices.to(torch.int32).cpu().numpy()
+        return {
+            "values": kept.values.cpu().numpy(),
+            "latents": latents.astype(np.uint16) if sae.d_sae <= 2**16 else latents,
+            "starts": kept.starts.cpu().numpy(),
+        }
+
+    part = parts.of(unit.number, make)
+    device = unit.rows.device
+    starts = torch.from_numpy(part["starts"]).to(device)
+    values = torch.from_numpy(part["values"]).to(device)
+    latents = torch.from_numpy(part["latents"].astype(np.int64)).to(device)
+    return Kept(values, latents, _owners(starts, len(values)), starts)
+
+
+def _owners(starts: Tensor, pairs: int) -> Tensor:
+    """(p,) the bag of each of `pairs` pairs, given where each bag begins."""
+    counts = torch.diff(starts, append=starts.new_tensor([pairs]))
+    return torch.repeat_interleave(counts)
+
+
 @torch.inference_mode()
-def encode(sae: SAE, unit: Unit, rows: NDArray[np.int64]) -> Pairs:
-    """What fires in some rows of a unit; `Pairs.row` counts from 0 in `rows`."""
-    parts = []
-    for start in range(0, len(rows), _BATCH_ROWS):
-        batch = torch.from_numpy(rows[start : start + _BATCH_ROWS]).to(unit.rows.device)
-        pairs = positive(sae.encode(unit.rows[batch]))
-        parts.append(pairs._replace(row=pairs.row + start))
-    if not parts:
+def _encoded(sae: SAE, unit: Unit) -> Kept:
+    total = len(unit.rows)
+    columns: list[Kept] = []
+    pairs = 0
+    for start in range(0, total, _BATCH_ROWS):
+        note(f"unit {unit.number}: {start:,} of {total:,} rows encoded")
+        kept = sae.encode(unit.rows[start : start + _BATCH_ROWS])
+        columns.append(kept._replace(rows=kept.rows + start, starts=kept.starts + pairs))
+        pairs += len(kept.values)
+    if not columns:
         nothing = torch.empty(0, dtype=torch.int64, device=unit.rows.device)
-        return Pairs(nothing, nothing, nothing.float())
-    return Pairs._make(torch.cat(column) for column in zip(*parts, strict=True))
+        return Kept(nothing.float(), nothing, nothing, nothing)
+    return Kept._make(torch.cat(column) for column in zip(*columns, strict=True))
+
+
+def taken(kept: Kept, rows: Tensor) -> Kept:
+    """The latents of some rows (m,), in that order; `Kept.rows` then counts from 0 in `rows`."""
+    ends = torch.cat([kept.starts[1:], kept.starts.new_tensor([len(kept.values)])])
+    counts = ends[rows] - kept.starts[rows]
+    starts = counts.cumsum(0) - counts
+    owners = torch.repeat_interleave(counts)
+    pair = torch.arange(len(owners), device=owners.device) + (kept.starts[rows] - starts)[owners]
+    return Kept(kept.values[pair], kept.indices[pair], owners, starts)
 
 
 def open_store(run: Path, recorded_place: str, identity: str, store: str | None) -> Store:
@@ -223,9 +274,52 @@ class Subject:
         """
         for unit in self.rows(limit):
             rows = self.text_rows(unit, kinds)
-            pairs = encode(self.sae, unit, rows)
-            latent, row, value = (column.cpu().numpy() for column in pairs)
+            latent, row, value = (column.cpu().numpy() for column in self.pairs(unit, rows))
             yield Firings(unit, rows, latent, rows[row], value)
+
+    def pairs(self, unit: Unit, rows: NDArray[np.int64]) -> Pairs:
+        """What fires in some rows of a unit; `Pairs.row` counts from 0 in `rows`."""
+        return positive(taken(self.encoded(unit), torch.from_numpy(rows).to(self.device)))
+
+    def encoded(self, unit: Unit) -> Kept:
+        """The kept latents of all of a unit's rows.
+
+        They are kept on the disk for the command's other passes, and for the next command after a
+        stop, where that is much faster than to encode the unit again.
+        """
+        return encode(self.sae, unit, self.encodings(self.sae, "own"))
+
+    def encodings(self, sae: SAE, name: str) -> Parts | None:
+        """Where encodings of this layer's units by `sae` are kept; None: nowhere, since they are
+        made again as fast as they are read.
+
+        Args:
+            name: tells `sae` from others, given this run.
+        """
+        is_slow = 2 * self.store.unit_tokens * sae.d_model * sae.d_sae > SLOW_UNIT
+        if sae.b_dec.is_cuda or not is_slow:
+            return None
+        follows = {"sae": self.digest, "store": self.store.identity, "layer": self.layer}
+        return self.parts("encoded", {"version": ENCODED_VERSION, "name": name, **follows})
+
+    def parts(self, name: str, key: Mapping[str, Any]) -> Parts:
+        """Parts of a result that follows from `key`, in RUN/studies/kept; see `forget`.
+
+        Args:
+            key: everything that they follow from, with the version of the code that makes them.
+        """
+        parts = Parts(kept_folder(self.run, name, key))
+        self._opened.add(parts.folder)
+        return parts
+
+    @cached_property
+    def _opened(self) -> set[Path]:
+        return set()
+
+    def forget(self) -> None:
+        """Remove the parts that were made or read: what they were for is whole."""
+        for folder in self._opened:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def text_rows(self, unit: Unit, kinds: Sequence[int] | None = None) -> NDArray[np.int64]:
         """The unit's rows that `firings` encodes, in the order of the text."""

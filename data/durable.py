@@ -44,14 +44,22 @@ def digest(*parts: Buffer) -> str:
     return state.hexdigest()
 
 
-def digest_file(path: Path, block: int = 1 << 22) -> Written:
-    """Size and digest of a file, read in blocks of `block` bytes."""
+def digest_file(
+    path: Path, block: int = 1 << 22, progress: Callable[[int], None] | None = None
+) -> Written:
+    """Size and digest of a file, read in blocks of `block` bytes.
+
+    Args:
+        progress: called with the bytes that were read so far.
+    """
     state = xxhash.xxh3_128()
     size = 0
     with path.open("rb") as file:
         while data := file.read(block):
             state.update(data)
             size += len(data)
+            if progress:
+                progress(size)
     return Written(size, state.hexdigest())
 
 

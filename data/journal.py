@@ -10,11 +10,14 @@ import json
 import math
 import os
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from data import stopping
 from data.durable import refusals
 from data.errors import StoreError, caused
 
@@ -86,50 +89,122 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+class _Said:
+    """What this process said last on standard error, and what it would say next."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.text = ""  # of the work at hand, printed or not
+        self.since = 0.0  # when the work's text last changed
+        self.printed = -math.inf  # when a line was last printed
+        self.width = 0  # of the line that is open on a terminal
+
+    def note(self, text: str) -> None:
+        if text != self.text:
+            self.text = text
+            self.since = time.monotonic()
+
+    def print(self, text: str) -> None:
+        """Print a line of its own."""
+        self.end_line()
+        print(text, file=sys.stderr, flush=True)
+        self.printed = time.monotonic()
+
+    def draw(self, text: str) -> None:
+        """On a terminal draw the open line again; elsewhere print one."""
+        if not sys.stderr.isatty():
+            self.print(text)
+            return
+        print("\r" + text.ljust(self.width), end="", file=sys.stderr, flush=True)
+        self.width = len(text)
+        self.printed = time.monotonic()
+
+    def end_line(self) -> None:
+        """End the line that is open on a terminal, so that others can be printed behind it."""
+        if self.width:
+            print(file=sys.stderr, flush=True)
+            self.width = 0
+
+
+_said = _Said()
+
+
 def tell(*lines: str) -> None:
-    """Print lines to standard error."""
-    for line in lines:
-        print(line, file=sys.stderr, flush=True)
+    """Print lines to standard error; the last one names the work at hand."""
+    with _said.lock:
+        for line in lines:
+            _said.print(line)
+            _said.note(line)
+
+
+def note(text: str) -> None:
+    """Name the work at hand. It is printed if it takes so long that nothing else is."""
+    with _said.lock:
+        _said.note(text)
+
+
+@contextmanager
+def heartbeat(text: str, interval_s: float = 4.0) -> Iterator[None]:
+    """While open, no stretch is silent: the work at hand is told again every `interval_s` seconds.
+
+    A product of large matrices, a library's load or a sort tells nothing by itself. A thread does.
+
+    Args:
+        text: the work at hand, until other work is told.
+    """
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(0.5):
+            with _said.lock:
+                now = time.monotonic()
+                if now - _said.printed >= interval_s and not stopping.expected.is_set():
+                    _said.draw(f"{_said.text}, {duration(now - _said.since)}")
+
+    with _said.lock:
+        _said.note(text)
+        _said.printed = time.monotonic()
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        with _said.lock:
+            _said.end_line()
 
 
 class Progress:
     """One line: redrawn on a terminal; elsewhere printed every `interval_s` seconds."""
 
-    def __init__(
-        self, stream: TextIO | None = None, interval_s: float = 5.0, quiet_s: float = 0.0
-    ) -> None:
+    def __init__(self, interval_s: float = 4.0, quiet_s: float = 0.0) -> None:
         """Nothing is shown yet.
 
         Args:
             interval_s: between two lines, off a terminal.
             quiet_s: nothing is shown before so many seconds: short work needs no line.
         """
-        self._stream = stream or sys.stderr
-        self._live = self._stream.isatty()
-        self._interval_s = 0.2 if self._live else interval_s
-        self._last = -math.inf
+        self._interval_s = 0.2 if sys.stderr.isatty() else interval_s
+        self._shown = False
         self._quiet_until = time.monotonic() + quiet_s
-        self._width = 0
 
     def show(self, text: str, *, last: bool = False) -> None:
         """Show `text` if the interval has passed, or if it is the `last` of its loop."""
         now = time.monotonic()
-        if now < self._quiet_until or (not last and now - self._last < self._interval_s):
+        if now < self._quiet_until:
             return
-        self._last = now
-        if self._live:
-            self._stream.write("\r" + text.ljust(self._width) + ("\n" if last else ""))
-            self._width = 0 if last else len(text)
-        else:
-            self._stream.write(text + "\n")
-        self._stream.flush()
+        with _said.lock:
+            _said.note(text)
+            if last or not self._shown or now - _said.printed >= self._interval_s:
+                _said.draw(text)
+                self._shown = True
+            if last:
+                _said.end_line()
 
     def close(self) -> None:
         """End the line on a terminal, so that others can be printed behind it."""
-        if self._live and self._width:
-            self._stream.write("\n")
-            self._stream.flush()
-            self._width = 0
+        with _said.lock:
+            _said.end_line()
 
 
 def duration(seconds: float) -> str:

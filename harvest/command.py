@@ -9,7 +9,7 @@ from conf.command import ALONE, Job
 from data import rank
 from data.device import own_device
 from data.errors import SettingError
-from data.journal import tell
+from data.journal import heartbeat, tell
 from data.rank import Rank
 from data.settings import flag, optional_whole, whole
 from data.store import default, manifest
@@ -45,7 +45,9 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
         print("\n".join(status(place)))
         return
     if action == "repair":
-        print("\n".join(repaired(repair(place))))
+        with heartbeat("checking the store"):
+            made_good = repair(place)
+        print("\n".join(repaired(made_good)))
         return
 
     # What needs a model, and a store that is there.
@@ -54,7 +56,9 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
         tell_standing(standing(settings), model.device)
     if action == "verify":
         require_store(place)  # before the minutes that a model may take to load
-        print(verify(place, lambda deepest: load(model, deepest=deepest)))
+        with heartbeat("checking the store"):
+            good_news = verify(place, lambda deepest: load(model, deepest=deepest))
+        print(good_news)
         return
 
     # What needs room for a store. No weight is read before a plan is made that fits.

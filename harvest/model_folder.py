@@ -9,6 +9,7 @@ from typing import Any
 
 from data import durable
 from data.errors import SettingError
+from data.journal import note, size
 from harvest.weights import not_loadable
 
 EMBEDDED = "embedded"  # model.path of the model that ships with the package
@@ -78,8 +79,16 @@ def weights_digest(files: Sequence[Path]) -> str:
     Hashing releases the interpreter's lock, so it can run in a thread while the weights load.
     """
     lines: list[bytes] = []
+    total = sum(file.stat().st_size for file in files)
+    before = 0
+
+    def show(done: int) -> None:
+        note(f"digest of the model's weights: {size(before + done)} of {size(total)}")
+
     for file in files:
-        lines.append(f"{file.name} {durable.digest_file(file).xxh3_128}\n".encode())
+        written = durable.digest_file(file, progress=show)
+        before += written.bytes
+        lines.append(f"{file.name} {written.xxh3_128}\n".encode())
     return durable.digest(*lines)
 
 

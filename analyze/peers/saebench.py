@@ -31,7 +31,6 @@ from analyze.studies import splice
 from analyze.study import Definition, Study, at_least
 from analyze.subject import Subject
 from data import durable
-from data.journal import tell
 from data.rows.split import Policy
 from data.rows.statistics import told
 from data.settings import build
@@ -229,9 +228,8 @@ def saebench(
     subject = study.subject
     losses = spliced(subject)
     measured = saebench_metrics.measure(subject, options.rows, batch_tokens)
-    tell(f"each latent's largest cosine with another one, of {subject.sae.d_sae:,}")
     rows = len(measured.error)
-    latents = saebench_metrics.of_latents(subject.sae, measured.latents, rows, block)
+    latents = saebench_metrics.of_latents(subject, measured.latents, rows, block)
     exact: Metrics = {
         **of_model(losses),
         **saebench_metrics.of_rows(measured.sums, subject.sae.d_model),

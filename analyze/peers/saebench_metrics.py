@@ -45,15 +45,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyze.directions import nearest
+from analyze.directions import nearest, neighbours
 from analyze.stats import Floats
-from analyze.subject import Subject
+from analyze.subject import Subject, taken
 from data.errors import StopRequest, StoreError
 from data.journal import Progress
 from data.rows.statistics import Tally
 from train import dead
 from train.kernels import Kept
-from train.sae import SAE
 
 DEFINITIONS = "sae_bench 0.6.0 (commit 8042bb3), evals/core"
 BATCH_TOKENS = 16 * 128  # SAEBench's defaults: batch_size_prompts and context_size
@@ -147,21 +146,22 @@ def measure(subject: Subject, limit: int, batch_tokens: int = BATCH_TOKENS) -> M
             rows = unit.text_order(unit.of_kinds(subject.policy.kinds))
             prompt = unit.local[rows] // store.context
             tokens += store.rows_of(unit.number)
+            encoded = subject.encoded(unit)
             for first in range(0, store.unit_tokens // store.context, prompts):
                 stop.check()
                 batch = slice(*np.searchsorted(prompt, [first, first + prompts]))
                 if batch.start == batch.stop:
                     continue  # a mean of nothing
-                raw = unit.rows[torch.from_numpy(rows[batch]).to(subject.device)]
-                kept = sae.encode(raw)
-                x = raw.double()
+                numbers = torch.from_numpy(rows[batch]).to(subject.device)
+                kept = taken(encoded, numbers)
+                x = unit.rows[numbers].double()
                 hat = sae.decode(kept).double()
                 sums.append(_sums(x, hat, kept))
                 latents.count(kept, prompt[batch] - first, prompts)
                 error = (x - hat).square().sum(1).cpu().numpy()
                 about_mean = subject.about_mean(x).cpu().numpy()
                 by_row.append((error, about_mean, unit.document[rows[batch]]))
-            progress.show(f"{tokens:,} tokens read")
+                progress.show(f"{tokens:,} tokens read")
     if not by_row:
         raise StoreError(
             f"no held-out row of {store.name} passes the run's policy {subject.policy}"
@@ -242,13 +242,16 @@ def of_rows(sums: Sums, d_model: int) -> Metrics:
 
 
 @np.errstate(invalid="ignore")  # 0 / 0: a latent that is silent, or has no direction
-def of_latents(sae: SAE, latents: Latents, rows: int, block: int = BLOCK) -> dict[str, Floats]:
+def of_latents(
+    subject: Subject, latents: Latents, rows: int, block: int = BLOCK
+) -> dict[str, Floats]:
     """Figures of every latent, by the names of SAEBench's CoreFeatureMetric; (F,) each.
 
     Args:
         rows: that count.
         block: latents whose weights are float64 at a time.
     """
+    sae = subject.sae
     norm_enc = torch.linalg.vector_norm(sae.W_enc, dim=0)
     norm_dec = torch.linalg.vector_norm(sae.W_dec, dim=1)
     dots = []
@@ -259,7 +262,7 @@ def of_latents(sae: SAE, latents: Latents, rows: int, block: int = BLOCK) -> dic
         "encoder_bias": sae.b_enc,
         "encoder_norm": norm_enc,
         "encoder_decoder_cosine_sim": torch.cat(dots) / (norm_enc.double() * norm_dec.double()),
-        "max_decoder_cosine_sim": _largest_cosine(sae.W_dec),
+        "max_decoder_cosine_sim": neighbours(subject)[0][:, 0],
         "max_encoder_cosine_sim": _largest_cosine(sae.W_enc.T),
     }
     figures = {

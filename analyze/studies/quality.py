@@ -36,13 +36,14 @@ from scipy.special import gammaln
 from torch import Tensor
 
 from analyze import stats
-from analyze.directions import nearest
+from analyze.directions import neighbours
 from analyze.outcome import Outcome, Table, dumped, markdown
 from analyze.stats import Floats
 from analyze.study import Definition, Study, at_least
-from analyze.subject import Subject, Unit, positive
+from analyze.subject import Subject, Unit, positive, taken
 from data import durable
 from data.errors import StoreError
+from data.journal import Progress
 from data.rows import statistics
 from data.rows import summary as summary_of_layer
 from data.rows.split import EXCLUDED, Policy, held_out_units, require_complete, stored_kind
@@ -314,10 +315,15 @@ def measure(subject: Subject, limit: int) -> Measured:
         StoreError: the run's policy keeps none of these rows.
     """
     measured = Measured(subject, limit)
+    progress = Progress()
+    read = 0
     for unit in subject.rows(limit):
-        for batch in _batches(unit):
-            kept = subject.sae.encode(batch.rows)
+        encoded = subject.encoded(unit)
+        for numbers, batch in _batches(unit):
+            kept = taken(encoded, numbers)
             measured.add(batch, kept, subject.sae.decode(kept))
+            read += len(numbers)
+            progress.show(f"{read:,} rows measured")
     return measured
 
 
@@ -339,11 +345,12 @@ def _norms(subject: Subject, limit: int) -> NDArray[np.float32]:
     return np.concatenate(norms)
 
 
-def _batches(unit: Unit) -> Iterator[Unit]:
-    """The unit in parts of BATCH_ROWS rows."""
+def _batches(unit: Unit) -> Iterator[tuple[Tensor, Unit]]:
+    """The unit in parts of BATCH_ROWS rows, each with the numbers of its rows."""
+    numbers = torch.arange(len(unit.rows), device=unit.rows.device)
     for start in range(0, len(unit.rows), BATCH_ROWS):
         part = slice(start, start + BATCH_ROWS)
-        yield Unit._make([unit.number, *(column[part] for column in unit[1:])])
+        yield numbers[part], Unit._make([unit.number, *(column[part] for column in unit[1:])])
 
 
 def _by_kind(rows: Floats, kind: NDArray[np.uint8]) -> dict[int, Moments]:
@@ -425,7 +432,7 @@ def quality(subject: Subject, limit: int) -> dict[str, Any]:
         "silent_for": latents.silent_for(),
         "density": _density(latents),
         "activations": _histogram(np.log10(activations)) if len(activations) else None,
-        "decoder_cosine": decoder_cosine(subject.sae.W_dec),
+        "decoder_cosine": decoder_cosine(neighbours(subject)[0][:, 0]),
         "by_position": measured.by_position.figures(),
         "by_norm_decile": measured.by_norm_decile.figures(),
     }
@@ -494,9 +501,8 @@ def _histogram(values: NDArray[Any]) -> dict[str, list[float]]:
     return {"counts": counts.tolist(), "edges": edges.tolist()}
 
 
-def decoder_cosine(W_dec: Tensor) -> dict[str, float]:
-    """Figures of each latent's largest cosine with another latent's direction, W_dec (F, d)."""
-    largest = nearest(W_dec, W_dec, 1, itself=False)[0]
+def decoder_cosine(largest: Tensor) -> dict[str, float]:
+    """Figures of each latent's largest cosine with another latent's direction, (F,)."""
     return {
         "median": float(largest.median()),
         "max": float(largest.max()),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from analyze import directions
+from analyze.parts import Parts
+from data.errors import StopRequest
 from harvest import model as language_model
 from harvest.model import ModelConfig
 
@@ -29,7 +33,7 @@ def test_nearest_directions(block: int) -> None:
 
 
 @pytest.mark.parametrize("block", [1 << 28, 1])
-def test_logits_of_the_embedded_model(block: int) -> None:
+def test_logits_of_the_embedded_model(block: int, tmp_path: Path) -> None:
     """Against the model's own modules: its final norm and its head.
 
     The norm's common factor is taken out.
@@ -37,7 +41,7 @@ def test_logits_of_the_embedded_model(block: int) -> None:
     lm = language_model.load(ModelConfig("embedded", dtype="float32"), head=True)
     W_dec = torch.randn(6, lm.d_model, generator=torch.Generator().manual_seed(1))
     (raised, best), (lowered, worst) = directions.logits(
-        lm, W_dec, 4, lambda done, total: None, block_bytes=block, vocabulary_block=100
+        lm, W_dec, 4, StopRequest(), Parts(tmp_path), block_bytes=block, vocabulary_block=100
     )
     with torch.inference_mode():
         size = W_dec.square().mean(1, keepdim=True).sqrt()

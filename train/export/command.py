@@ -4,12 +4,12 @@ libraries.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from conf.command import ALONE, Job
 from data import durable
+from data.journal import heartbeat, note, tell
 from data.settings import names
 from train import sae_file
 from train.export import format, golden
@@ -20,11 +20,13 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
     """Write the files and say where they are."""
     asked = names("to", settings["to"], format.names())
     run = named_or_newest(settings["run"])
-    config, trained = read_config(run), sae_file.load(run / sae_file.FILE)
-    what = format.about(run, config)
-    for name in asked:
-        folder = (Path(settings["out"]) if settings["out"] else run / "export") / name
-        for file, content in golden.files(name, trained, what).items():
-            durable.make_directory((folder / file).parent)
-            durable.write(folder / file, [content])
-            print(f"wrote {folder / file}", file=sys.stderr)
+    with heartbeat(f"reading {run / sae_file.FILE}"):
+        config, trained = read_config(run), sae_file.load(run / sae_file.FILE)
+        what = format.about(run, config)
+        for name in asked:
+            folder = (Path(settings["out"]) if settings["out"] else run / "export") / name
+            note(f"making the files of {name}")
+            for file, content in golden.files(name, trained, what).items():
+                durable.make_directory((folder / file).parent)
+                durable.write(folder / file, [content])
+                tell(f"wrote {folder / file}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from conf.command import ALONE, Job
 from data.errors import SettingError
-from data.journal import size
+from data.journal import heartbeat, size
 from data.settings import flag
 from train.publish import release
 
@@ -25,7 +25,8 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
     if upload:
         release.require_token()  # before gigabytes are written
     folder = Path(settings["out"]) if settings["out"] else run / release.FOLDER
-    files = release.prepare(run, repo, folder)
+    with heartbeat(f"writing {folder}"):
+        files = release.prepare(run, repo, folder)
     for name, count in files.items():
         print(f"{size(count):>8}  {folder / name}")
     visibility = "private" if private else "public"
@@ -33,5 +34,6 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
     if not upload:
         print(f"{total}: nothing was uploaded; upload=true does")
         return
-    release.upload(folder, files, repo, private)
+    with heartbeat(f"uploading {total}"):
+        release.upload(folder, files, repo, private)
     print(f"{total}: uploaded to https://huggingface.co/{repo}")

@@ -31,7 +31,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from analyze import subject as subjects
 from analyze.subject import Subject, Unit
 from data import durable
 from data.errors import SettingError, StoreError
@@ -66,7 +65,7 @@ class Found(NamedTuple):
 def encode(subject: Subject, unit: Unit) -> tuple[Postings, int]:
     """What fires in a unit, and the number of rows encoded: the policy's rows without BOS."""
     rows = subject.text_rows(unit)
-    pairs = subjects.encode(subject.sae, unit, rows)
+    pairs = subject.pairs(unit, rows)
     # The sort is stable, so the tokens of one latent stay in the order of the text. It runs on the
     # SAE's device.
     order = kernels.group_by_latent(pairs.latent, subject.sae.d_sae).order

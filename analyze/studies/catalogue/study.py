@@ -49,7 +49,6 @@ PARTS = ("held_out", "all")
 # Random places kept per place shown. With 10 quantiles of 5 contexts, one quantile in 2,000 is left
 # with fewer.
 _SAMPLE = 3
-_NEIGHBOURS = 10
 _RANGES = {  # of the settings: smallest and largest value
     "top": (1, 1000),
     "quantiles": (1, 100),
@@ -250,9 +249,8 @@ def _identity(subject: Subject) -> str:
 
 def neighbours(subject: Subject) -> Ranked:
     """The latents whose decoder directions have the largest cosines with each latent's own."""
-    W_dec = subject.sae.W_dec
-    cosines, ids = directions.nearest(W_dec, W_dec, min(_NEIGHBOURS, len(W_dec) - 1), itself=False)
-    return Ranked(cosines.cpu().numpy(), ids.cpu().numpy())
+    cosines, ids = directions.neighbours(subject)
+    return Ranked(cosines.numpy(), ids.numpy())
 
 
 def logits(
@@ -265,13 +263,14 @@ def logits(
         lm = study.lm
     except PipelineError as error:
         return None, str(error)
-    progress = Progress()
-
-    def show(done: int, total: int) -> None:
-        stop.check()
-        progress.show(f"logits of {done:,}/{total:,} token ids", last=done == total)
-
-    both = directions.logits(lm, study.subject.sae.W_dec, count, show)
+    key = {
+        "version": directions.VERSION,
+        **study.identity,
+        "device": study.model.device,
+        "count": count,
+    }
+    parts = study.subject.parts("logits", key)
+    both = directions.logits(lm, study.subject.sae.W_dec, count, stop, parts)
     raised, lowered = (Ranked(scores.numpy(), ids.numpy()) for scores, ids in both)
     return (raised, lowered), None
 

@@ -35,10 +35,11 @@ from analyze.stats import Floats, Interval, percentiles
 from analyze.studies.stability import matching, words
 from analyze.studies.stability.matching import NONE, Codes, Measured
 from analyze.study import Column, Definition, Study, write_features
-from analyze.subject import Subject, Unit
+from analyze.subject import Subject, Unit, positive, taken
 from data.errors import SettingError, StopRequest, StoreError
 from data.journal import Progress
 from data.settings import build
+from train.kernels import Kept
 from train.sae import SAE
 
 FILE = "matches.parquet"
@@ -118,7 +119,9 @@ def stability(study: Study) -> Outcome:
         ):
             stop.check()
             matches[name] = match(coded.ours, codes, coded.document, half)
-    return _outcome(study, theirs, coded, half, matches, drawn)
+    outcome = _outcome(study, theirs, coded, half, matches, drawn)
+    theirs.forget()
+    return outcome
 
 
 # -- the pass --------------------------------------------------------------------------------------
@@ -140,15 +143,18 @@ def random_dictionary(sae: SAE) -> SAE:
 def encode(ours: Subject, theirs: Subject, drawn: SAE, limit: int, stop: StopRequest) -> Coded:
     """All three dictionaries on the held-out rows that both runs' policies keep, without BOS."""
     parts: list[Coded] = []
+    drawn_kept = theirs.encodings(drawn, "random")
     progress = Progress()
     for our_unit, their_unit in zip(ours.rows(limit), theirs.rows(limit), strict=False):
         stop.check()
         our_rows, their_rows = _shared(ours, our_unit, theirs, their_unit)
         parts.append(
             Coded(
-                ours=_codes(ours.sae, our_unit, our_rows),
-                theirs=_codes(theirs.sae, their_unit, their_rows),
-                random=_codes(drawn, their_unit, their_rows),
+                ours=_codes(ours.encoded(our_unit), our_rows, ours.sae.d_sae),
+                theirs=_codes(theirs.encoded(their_unit), their_rows, theirs.sae.d_sae),
+                random=_codes(
+                    subjects.encode(drawn, their_unit, drawn_kept), their_rows, drawn.d_sae
+                ),
                 document=our_unit.document[our_rows].astype(np.int64),
             )
         )
@@ -179,10 +185,11 @@ def _shared(
     return our_rows[first], their_rows[second]
 
 
-def _codes(sae: SAE, unit: Unit, rows: NDArray[np.int64]) -> Codes:
+def _codes(encoded: Kept, rows: NDArray[np.int64], d_sae: int) -> Codes:
     """(n, F) activations of some of a unit's rows."""
-    latent, row, value = (column.cpu().numpy() for column in subjects.encode(sae, unit, rows))
-    return sparse.csr_array((value, (row, latent)), shape=(len(rows), sae.d_sae))
+    chosen = taken(encoded, torch.from_numpy(rows).to(encoded.values.device))
+    latent, row, value = (column.cpu().numpy() for column in positive(chosen))
+    return sparse.csr_array((value, (row, latent)), shape=(len(rows), d_sae))
 
 
 def _shifted(codes: Codes) -> Codes:
