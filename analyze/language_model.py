@@ -26,9 +26,13 @@ from harvest.site import DeepestReached, tap
 # Tokens of a batch of texts, padding included. With all 42 layers of Gemma 4 E4B kept in bfloat16
 # they are 0.9 GB of residuals.
 BATCH_TOKENS = 4096
+# On a CPU: a layer of Gemma 4 E4B then takes one core about a second.
+CPU_BATCH_TOKENS = 256
 # Bytes of float32 logits at a time: 256 positions of Gemma 4's 262,144 ids. What is computed from
 # them takes five times that.
 BLOCK_BYTES = 1 << 28
+# Operations of the head at a time on a CPU: under a second of a core.
+BLOCK_OPERATIONS = 1 << 35
 # Of the head check. bfloat16 keeps 8 bits, and a softcap rounds four times; a scale that
 # `unembedded` left out would be wrong by a factor.
 _ALLOWED_DEVIATION = 2.0**-6
@@ -36,6 +40,11 @@ _CHECKED_TOKENS = 32
 
 
 # -- texts through the whole model -----------------------------------------------------------------
+
+
+def batch_tokens(lm: LanguageModel) -> int:
+    """Tokens of a batch of texts, by the model's device."""
+    return CPU_BATCH_TOKENS if torch.device(lm.config.device).type == "cpu" else BATCH_TOKENS
 
 
 def batches(
@@ -73,15 +82,18 @@ def residuals(
     lm: LanguageModel,
     sequences: Sequence[Sequence[int]],
     layers: Sequence[int],
-    tokens: int = BATCH_TOKENS,
+    tokens: int | None = None,
 ) -> Iterator[tuple[int, dict[int, Tensor]]]:
     """Each sequence's residuals, by one forward pass, in the order of `batches`.
+
+    Args:
+        tokens: of a batch; None: see `batch_tokens`.
 
     Yields:
         the sequence's number, and by layer its resid_post (t, d) in the model's own dtype. The
             rows are views that the next pass does not overwrite.
     """
-    for numbers, ids in batches(sequences, tokens):
+    for numbers, ids in batches(sequences, tokens or batch_tokens(lm)):
         with tap(lm.blocks, layers, ends=True) as taken, suppress(DeepestReached):
             lm.decoder(input_ids=ids.to(lm.config.device), use_cache=False)
         for row, number in enumerate(numbers):
@@ -91,14 +103,17 @@ def residuals(
 
 @torch.inference_mode()
 def logits(
-    lm: LanguageModel, sequences: Sequence[Sequence[int]], tokens: int = BATCH_TOKENS
+    lm: LanguageModel, sequences: Sequence[Sequence[int]], tokens: int | None = None
 ) -> Iterator[tuple[int, Tensor]]:
     """Each sequence's logits, in the order of `batches`. Edits that are open take effect.
+
+    Args:
+        tokens: of a batch; None: see `batch_tokens`.
 
     Yields:
         the sequence's number, and the model's logits (t, V) behind each of its tokens.
     """
-    for numbers, ids in batches(sequences, tokens):
+    for numbers, ids in batches(sequences, tokens or batch_tokens(lm)):
         output = lm.causal(input_ids=ids.to(lm.config.device), use_cache=False).logits
         for row, number in enumerate(numbers):
             yield number, output[row, : len(sequences[number])]
@@ -147,8 +162,14 @@ def unembedded(lm: LanguageModel, states: Tensor, *, normed: bool = False) -> Te
 
 
 def blocks(lm: LanguageModel, positions: int, block_bytes: int = BLOCK_BYTES) -> Iterator[slice]:
-    """Consecutive slices of `positions`, each with `block_bytes` of float32 logits at most."""
-    step = max(1, block_bytes // (4 * vocabulary_size(lm)))
+    """Consecutive slices of `positions`, each with `block_bytes` of float32 logits at most.
+
+    On a CPU they also take no more than `BLOCK_OPERATIONS`.
+    """
+    step = block_bytes // (4 * vocabulary_size(lm))
+    if torch.device(lm.config.device).type == "cpu":
+        step = min(step, BLOCK_OPERATIONS // (2 * vocabulary_size(lm) * lm.d_model))
+    step = max(1, step)
     for start in range(0, positions, step):
         yield slice(start, min(start + step, positions))
 

@@ -7,7 +7,6 @@ Shapes: n rows of a unit, d d_model, p pairs of a row and a latent that is above
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyze.parts import Arrays, Parts
+from analyze.parts import NOWHERE, Arrays, Parts
 from analyze.results import kept_folder
 from data import durable
 from data.errors import MismatchError, SettingError, StoreError
@@ -88,13 +87,13 @@ def positive(kept: Kept) -> Pairs:
     return Pairs(kept.indices[fires], kept.rows[fires], kept.values[fires])
 
 
-def encode(sae: SAE, unit: Unit, parts: Parts | None = None) -> Kept:
+def encode(sae: SAE, unit: Unit, parts: Parts = NOWHERE) -> Kept:
     """The kept latents of all of a unit's rows.
 
     Args:
-        parts: where they lie or are to lie; None: nowhere.
+        parts: where they lie or are to lie.
     """
-    if parts is None:
+    if parts is NOWHERE:
         return _encoded(sae, unit)
 
     def make() -> Arrays:
@@ -289,16 +288,15 @@ class Subject:
         """
         return encode(self.sae, unit, self.encodings(self.sae, "own"))
 
-    def encodings(self, sae: SAE, name: str) -> Parts | None:
-        """Where encodings of this layer's units by `sae` are kept; None: nowhere, since they are
-        made again as fast as they are read.
+    def encodings(self, sae: SAE, name: str) -> Parts:
+        """Where encodings of this layer's units by `sae` are kept, if that is worth it.
 
         Args:
             name: tells `sae` from others, given this run.
         """
         is_slow = 2 * self.store.unit_tokens * sae.d_model * sae.d_sae > SLOW_UNIT
         if sae.b_dec.is_cuda or not is_slow:
-            return None
+            return NOWHERE
         follows = {"sae": self.digest, "store": self.store.identity, "layer": self.layer}
         return self.parts("encoded", {"version": ENCODED_VERSION, "name": name, **follows})
 
@@ -308,9 +306,9 @@ class Subject:
         Args:
             key: everything that they follow from, with the version of the code that makes them.
         """
-        parts = Parts(kept_folder(self.run, name, key))
-        self._opened.add(parts.folder)
-        return parts
+        folder = kept_folder(self.run, name, key)
+        self._opened.add(folder)
+        return Parts(folder)
 
     @cached_property
     def _opened(self) -> set[Path]:
@@ -319,7 +317,7 @@ class Subject:
     def forget(self) -> None:
         """Remove the parts that were made or read: what they were for is whole."""
         for folder in self._opened:
-            shutil.rmtree(folder, ignore_errors=True)
+            Parts(folder).remove()
 
     def text_rows(self, unit: Unit, kinds: Sequence[int] | None = None) -> NDArray[np.int64]:
         """The unit's rows that `firings` encodes, in the order of the text."""

@@ -28,7 +28,7 @@ Shapes: b sequences, t positions, n tokens that are predicted, R replacements, d
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -39,20 +39,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from analyze import language_model, pieces
+from analyze.answering import model_key
 from analyze.drawing import Line, bands, whiskers
 from analyze.language_model import Prediction, batches, edited
 from analyze.outcome import Outcome, Picture, Table
+from analyze.parts import NOWHERE, Arrays, Parts
 from analyze.pieces import Piece
+from analyze.results import digest_of
 from analyze.stats import Floats, bootstrap_ratios, figure, formatted, resampled, sums_by
 from analyze.study import Definition, Study
 from analyze.subject import Subject
+from data import durable
 from data.errors import SettingError, StopRequest, StoreError
-from data.journal import Progress
+from data.journal import Progress, note
 from data.settings import build
 from data.store.kinds import NON_FINITE
 from harvest.model import LanguageModel
 from train.sae import SAE
 
+VERSION = 1  # of the kept losses: raise it when the same pieces give other ones
 SEED = 0  # of the random directions and of every interval
 CLEAN = "clean"
 ALL, TRAINED = "all positions", "rows as trained"
@@ -117,7 +122,7 @@ def choose(subject: Subject, tokens: int) -> list[Piece]:
 
 
 def replacements(subject: Subject) -> list[Replacement]:
-    """All replacements. Each random one draws new directions in every batch."""
+    """All replacements."""
     sae = subject.sae
     mean = subject.mean.float()
     every = [Replacement("identity", ALL, lambda rows: rows)]
@@ -132,10 +137,14 @@ def replacements(subject: Subject) -> list[Replacement]:
 
 
 def random_error(sae: SAE, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A function that adds noise as long as the SAE's error to rows (n, d)."""
-    generator = torch.Generator(device).manual_seed(SEED)
+    """A function that adds noise as long as the SAE's error to rows (n, d).
+
+    The same rows get the same noise: a study that was stopped goes on with what it would have had.
+    """
 
     def noisy(rows: Tensor) -> Tensor:
+        seed = int(durable.digest(b"splice %d" % SEED, rows.cpu().numpy().tobytes())[:15], 16)
+        generator = torch.Generator(device).manual_seed(seed)
         noise = torch.randn(rows.shape, generator=generator, device=device)
         length = torch.linalg.vector_norm(sae(rows) - rows, dim=1, keepdim=True)
         noise *= length / torch.linalg.vector_norm(noise, dim=1, keepdim=True)
@@ -151,45 +160,87 @@ def measure(
     read: Sequence[Piece],
     kinds: Sequence[int],
     how: Sequence[Replacement],
+    parts: Parts = NOWHERE,
 ) -> Losses:
     """Losses of every token behind a BOS, clean and with each replacement at `layer`.
 
     Args:
         kinds: of the rows that the SAE was trained on.
+        parts: where the losses of each batch are kept.
     """
-    device = lm.config.device
-    parts: list[Losses] = []
+    found: list[Losses] = []
     done = 0
     progress = Progress()
     with StopRequest() as stop:
-        for numbers, ids in batches([piece.ids for piece in read]):
+        every = batches([piece.ids for piece in read], language_model.batch_tokens(lm))
+        for index, (numbers, ids) in enumerate(every):
             stop.check()
-            chosen = [read[number] for number in numbers]
+            batch = _Batch.of([read[number] for number in numbers], ids, kinds)
+            said = f"{done}/{len(read)} pieces"
 
-            # Positions that have a next token, and those whose rows the SAE was trained on.
-            predicts = torch.zeros(ids.shape, dtype=torch.bool)
-            trained = torch.zeros(ids.shape, dtype=torch.bool)
-            for sequence, piece in enumerate(chosen):
-                predicts[sequence, : len(piece.ids) - 1] = True
-                trained[sequence, : len(piece.ids)] = torch.from_numpy(np.isin(piece.kind, kinds))
-            row, position = torch.nonzero(predicts, as_tuple=True)
+            def make(batch: _Batch = batch, said: str = said) -> Arrays:
+                return _measured(lm, layer, batch, how, said, stop)._asdict()
 
-            # Final states of the clean model, then with each replacement.
-            inputs = ids.to(device)
-            masks = {ALL: torch.ones_like(inputs, dtype=torch.bool), TRAINED: trained.to(device)}
-            edits = [_edit(replacement.rows, masks[replacement.where]) for replacement in how]
-            finals = []
-            for edit in (None, *edits):
-                with nullcontext() if edit is None else edited(lm.blocks[layer], edit):
-                    states = lm.decoder(input_ids=inputs, use_cache=False).last_hidden_state
-                finals.append(states[row.to(device), position.to(device)])
-
-            ce, kl = _losses(lm, finals, ids[row, position + 1].to(device))
-            document = np.array([piece.document for piece in chosen])[row.numpy()]
-            parts.append(Losses(document, position.numpy() + 1, ce, kl))
+            found.append(Losses(**parts.of(index, make)))
             done += len(numbers)
             progress.show(f"{done}/{len(read)} pieces", last=done == len(read))
-    return Losses._make(np.concatenate(column, -1) for column in zip(*parts, strict=True))
+    return Losses._make(np.concatenate(column, -1) for column in zip(*found, strict=True))
+
+
+class _Batch(NamedTuple):
+    """Pieces that go through the model together."""
+
+    pieces: Sequence[Piece]
+    ids: Tensor  # (b, t), padded on the right
+    predicts: Tensor  # (b, t) positions that have a next token
+    trained: Tensor  # (b, t) positions whose rows the SAE was trained on
+
+    @classmethod
+    def of(cls, chosen: Sequence[Piece], ids: Tensor, kinds: Sequence[int]) -> _Batch:
+        predicts = torch.zeros(ids.shape, dtype=torch.bool)
+        trained = torch.zeros(ids.shape, dtype=torch.bool)
+        for sequence, piece in enumerate(chosen):
+            predicts[sequence, : len(piece.ids) - 1] = True
+            trained[sequence, : len(piece.ids)] = torch.from_numpy(np.isin(piece.kind, kinds))
+        return cls(chosen, ids, predicts, trained)
+
+
+def _measured(
+    lm: LanguageModel,
+    layer: int,
+    batch: _Batch,
+    how: Sequence[Replacement],
+    said: str,
+    stop: StopRequest,
+) -> Losses:
+    """The losses of one batch.
+
+    Args:
+        said: how far the study is, for the line of progress.
+    """
+    # Final states of the clean model, then with each replacement.
+    device = lm.config.device
+    row, position = torch.nonzero(batch.predicts, as_tuple=True)
+    inputs = batch.ids.to(device)
+    masks = {ALL: torch.ones_like(inputs, dtype=torch.bool), TRAINED: batch.trained.to(device)}
+    finals = []
+    for replacement in (None, *how):
+        stop.check()
+        hook: AbstractContextManager[None] = nullcontext()
+        if replacement is None:
+            note(f"{said}, {CLEAN}")
+        else:
+            note(f"{said}, {replacement.name}, {replacement.where}")
+            edit = _edit(replacement.rows, masks[replacement.where])
+            hook = edited(lm.blocks[layer], edit)
+        with hook:
+            states = lm.decoder(input_ids=inputs, use_cache=False).last_hidden_state
+        finals.append(states[row.to(device), position.to(device)])
+
+    note(f"{said}, losses")
+    ce, kl = _losses(lm, finals, batch.ids[row, position + 1].to(device), stop)
+    document = np.array([piece.document for piece in batch.pieces])[row.numpy()]
+    return Losses(document, position.numpy() + 1, ce, kl)
 
 
 def _edit(replace: Callable[[Tensor], Tensor], mask: Tensor) -> Callable[[Tensor], Tensor]:
@@ -203,7 +254,9 @@ def _edit(replace: Callable[[Tensor], Tensor], mask: Tensor) -> Callable[[Tensor
     return edit
 
 
-def _losses(lm: LanguageModel, finals: Sequence[Tensor], targets: Tensor) -> tuple[Floats, Floats]:
+def _losses(
+    lm: LanguageModel, finals: Sequence[Tensor], targets: Tensor, stop: StopRequest
+) -> tuple[Floats, Floats]:
     """CE, and KL(clean || replaced), (1 + R, m) each.
 
     Args:
@@ -213,6 +266,7 @@ def _losses(lm: LanguageModel, finals: Sequence[Tensor], targets: Tensor) -> tup
     ce = targets.new_empty(len(finals), len(targets), dtype=torch.float32)
     kl = torch.empty_like(ce)
     for part in language_model.blocks(lm, len(targets)):
+        stop.check()
         clean = Prediction.of_states(lm, finals[0][part], normed=True)
         for number, states in enumerate(finals):
             replaced = Prediction.of_states(lm, states[part], normed=True)
@@ -300,7 +354,14 @@ def splice(study: Study) -> Outcome:
     read = choose(subject, options.tokens)
     deviation = language_model.head_deviation(lm, read[0].ids)
     how = replacements(subject)
-    losses = measure(lm, subject.layer, read, subject.policy.kinds, how)
+    key = {
+        "version": VERSION,
+        **study.identity,
+        **model_key(study),
+        "read": digest_of({"pieces": [(piece.ids, piece.kind.tolist()) for piece in read]}),
+    }
+    parts = subject.parts("spliced", key)
+    losses = measure(lm, subject.layer, read, subject.policy.kinds, how, parts)
     kinds = np.concatenate([piece.kind for piece in read])
     positions = {}
     for row, replacement in enumerate(how, 1):
@@ -398,4 +459,4 @@ def _pictures(figures: dict[str, Any]) -> dict[str, Picture]:
     }
 
 
-DEFINITION = Definition(splice, options=Options, order=10)
+DEFINITION = Definition(splice, version=2, options=Options, order=10)

@@ -95,7 +95,7 @@ def test_means_are_those_of_each_answer_read_alone(
 def test_every_answer_is_read_once_and_never_again(
     study: Study, answers: list[answering.Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = replace(study, model=replace(study.model))  # its own model, to be counted
+    study = replace(study, loaded={})  # its own model, to be counted
     read: list[int] = []
     study.lm.decoder.register_forward_pre_hook(
         lambda _module, _args, kwargs: read.append(kwargs["input_ids"].shape[0]), with_kwargs=True

@@ -21,7 +21,8 @@ from scipy import sparse
 from torch import Tensor
 
 from analyze.answering import Answer, model_key
-from analyze.language_model import residuals
+from analyze.language_model import batch_tokens, batches, residuals
+from analyze.parts import Arrays, Parts
 from analyze.results import digest_of
 from analyze.stats import Floats
 from analyze.study import Study
@@ -33,6 +34,7 @@ from train.kernels import latent_sums
 VERSION = 1  # of the kept means: raise it when the same answers give other ones
 _HIDDEN = "hidden.npy"
 _FEATURES = "features.npz"
+_PARTS = "parts"  # of both, by batch, until all answers are read
 
 
 class Means(NamedTuple):
@@ -64,8 +66,10 @@ def answer_means(study: Study, answers: Sequence[Answer], stop: StopRequest) -> 
         raise SettingError("there is no answer to average over; give more with answers.questions=")
 
     def fill(folder: Path) -> None:
-        hidden, features = _measured(study, answers, stop)
+        parts = Parts(folder / _PARTS)
+        hidden, features = _measured(study, answers, parts, stop)
         _write(folder, hidden, features)
+        parts.remove()
 
     texts = [(answer.prompt_ids, answer.ids) for answer in answers]
     model = {**study.identity, **model_key(study)}
@@ -108,7 +112,7 @@ def caa(hidden: ArrayLike, correct: NDArray[np.bool_]) -> Floats:
 
 
 def _measured(
-    study: Study, answers: Sequence[Answer], stop: StopRequest
+    study: Study, answers: Sequence[Answer], parts: Parts, stop: StopRequest
 ) -> tuple[NDArray[np.float32], Any]:
     """Hidden (layers, n, d) and features (n, F), by one forward pass per answer."""
     lm = study.lm
@@ -121,17 +125,20 @@ def _measured(
     hidden = np.empty((lm.n_layers, len(answers), lm.d_model), np.float32)
     features: dict[int, Any] = {}
     progress = Progress()
-    layers = range(lm.n_layers)
-    for number, states in residuals(lm, [answer.sequence for answer in answers], layers):
+    sequences = [answer.sequence for answer in answers]
+    for index, (numbers, _) in enumerate(batches(sequences, batch_tokens(lm))):
         stop.check()
-        answer = answers[number]
-        first = len(answer.prompt_ids)
-        if not answer.ids:
-            first -= 1
-        means = torch.stack([states[layer][first:].float().mean(0) for layer in layers])
-        hidden[:, number] = means.cpu().numpy()  # device sync, once an answer
-        rows = states[study.subject.layer][first:].float()
-        features[number] = _mean_features(study, rows)
+        batch = [answers[number] for number in numbers]
+
+        def make(batch: Sequence[Answer] = batch) -> Arrays:
+            return _of_batch(study, batch)
+
+        part = parts.of(index, make)
+        hidden[:, numbers] = part["hidden"]
+        rows = (part["data"], part["indices"], part["indptr"])
+        matrix = sparse.csr_array(rows, shape=(len(numbers), study.subject.sae.d_sae))
+        for row, number in enumerate(numbers):
+            features[number] = matrix[[row]]
         done = len(features)
         progress.show(f"{done}/{len(answers)} answers read", last=done == len(answers))
     if not np.isfinite(hidden).all():
@@ -140,6 +147,24 @@ def _measured(
         )
     in_order = [features[number] for number in range(len(answers))]
     return hidden, sparse.vstack(in_order, format="csr")
+
+
+def _of_batch(study: Study, batch: Sequence[Answer]) -> Arrays:
+    """Hidden (layers, b, d), and features (b, F) as CSR, of answers that are read together."""
+    lm = study.lm
+    layers = range(lm.n_layers)
+    hidden = np.empty((lm.n_layers, len(batch), lm.d_model), np.float32)
+    features: dict[int, Any] = {}
+    for row, states in residuals(lm, [answer.sequence for answer in batch], layers):
+        first = len(batch[row].prompt_ids)
+        if not batch[row].ids:
+            first -= 1
+        means = torch.stack([states[layer][first:].float().mean(0) for layer in layers])
+        hidden[:, row] = means.cpu().numpy()  # device sync, once an answer
+        features[row] = _mean_features(study, states[study.subject.layer][first:].float())
+    matrix = sparse.vstack([features[row] for row in range(len(batch))], format="csr")
+    csr = {"data": matrix.data, "indices": matrix.indices, "indptr": matrix.indptr}
+    return {"hidden": hidden, **csr}
 
 
 def _mean_features(study: Study, rows: Tensor) -> Any:

@@ -37,10 +37,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from analyze import language_model, pieces
+from analyze.answering import model_key
 from analyze.contexts import visible
-from analyze.language_model import BLOCK_BYTES, Prediction, residuals
+from analyze.language_model import (
+    BATCH_TOKENS,
+    BLOCK_BYTES,
+    Prediction,
+    batch_tokens,
+    batches,
+    residuals,
+)
 from analyze.outcome import Outcome, Picture
+from analyze.parts import NOWHERE, Arrays, Parts
 from analyze.pieces import Piece
+from analyze.results import digest_of
 from analyze.stats import Floats, Interval, bootstrap, bootstrap_ratios, figure, percentiles
 from analyze.studies.logit_lens import words
 from analyze.studies.logit_lens.heat_map import heat_map
@@ -48,14 +58,16 @@ from analyze.studies.logit_lens.token_classes import CLASSES, classes
 from analyze.study import Definition, Study
 from analyze.subject import Subject
 from data.errors import SettingError, StopRequest, StoreError
-from data.journal import Progress
+from data.journal import Progress, note
 from data.settings import build
 from harvest.model import LanguageModel
 
 ORDERS = 20  # of the unembedding's rows
 SEED = 0
+VERSION = 1  # of what is kept of each batch: raise it when the same prompts give something else
 _MAP_TOKENS = 24  # of the heat map
 _COMMON = 3  # top tokens named per layer
+_BY_POSITION = 9  # fields of `Reading`, the first ones
 _SCALARS = ("ce", "kl", "rank", "agrees")
 
 
@@ -156,28 +168,74 @@ def read(
     target: int,
     stop: StopRequest,
     block_bytes: int = BLOCK_BYTES,
+    parts: Parts = NOWHERE,
 ) -> Reading:
     """The lens on every sequence's tokens but the first and the last.
 
     Args:
         target: number of the class whose mass under the null is kept by position.
         block_bytes: of one layer's logits at a time.
+        parts: where what is read of each batch is kept.
+    """
+    found: list[Arrays] = []
+    done = 0
+    progress = Progress()
+    for index, (numbers, _) in enumerate(batches(sequences, _batch_tokens(lm))):
+        said = f"{done}/{len(sequences)} prompts"
+
+        def make(numbers: Sequence[int] = numbers, said: str = said) -> Arrays:
+            return _read_batch(lm, sequences, numbers, null, target, stop, block_bytes, said)
+
+        found.append(parts.of(index, make))
+        done += len(numbers)
+        progress.show(f"{done}/{len(sequences)} prompts", last=done == len(sequences))
+    columns = {}
+    for name in Reading._fields[:_BY_POSITION]:
+        axis = min(found[0][name].ndim - 1, 1)  # of positions: behind that of layers
+        columns[name] = np.concatenate([part[name] for part in found], axis)
+    means = np.sum([part["sums"] for part in found], 0) / len(columns["prompt"])
+    return Reading(
+        **columns, shuffled_mass=means[:, :, :-1].swapaxes(1, 2), shuffled_ce=means[:, :, -1]
+    )
+
+
+def _batch_tokens(lm: LanguageModel) -> int:
+    """Tokens of a batch: on a CPU the lens of a single prompt takes long enough."""
+    tokens = batch_tokens(lm)
+    return tokens if tokens == BATCH_TOKENS else 1
+
+
+def _read_batch(
+    lm: LanguageModel,
+    sequences: Sequence[Sequence[int]],
+    numbers: Sequence[int],
+    null: Null,
+    target: int,
+    stop: StopRequest,
+    block_bytes: int,
+    said: str,
+) -> Arrays:
+    """The fields of `Reading` that go by position, and `sums` (L, S, C + 1): the null's masses, and
+    its CE, over all positions.
+
+    Args:
+        said: how far the study is, for the line of progress.
     """
     layers = range(len(lm.blocks))
-    columns: list[list[NDArray[Any]]] = []  # by block: the fields of `Reading` that go by position
-    sums: list[NDArray[np.float64]] = []  # by block, (L, S, C + 1): the null's masses, and its CE
-    progress = Progress()
-    for done, (number, states) in enumerate(residuals(lm, sequences, layers), 1):
-        stop.check()
-        following = torch.tensor(sequences[number][2:], device=lm.config.device)
+    columns: list[list[NDArray[Any]]] = []  # by block
+    sums: list[NDArray[np.float64]] = []
+    for row, states in residuals(lm, [sequences[number] for number in numbers], layers):
+        following = torch.tensor(sequences[numbers[row]][2:], device=lm.config.device)
         for part in language_model.blocks(lm, len(following), block_bytes):
+            stop.check()
+            note(f"{said}, {part.start}/{len(following)} positions of the next")
             ids = following[part]
             lens = measure(lm, [states[layer][1:-1][part] for layer in layers], ids, null)
             shape = (*lens.masses.shape[:2], 1 + ORDERS, len(CLASSES))
             masses = lens.masses.reshape(shape)
             columns.append(
                 [
-                    np.full(len(ids), number),
+                    np.full(len(ids), numbers[row]),
                     ids.cpu().numpy(),
                     lens.top,
                     lens.top_p,
@@ -191,13 +249,10 @@ def read(
             shuffled_mass = masses[:, :, 1:].sum(1, dtype=np.float64)
             shuffled_ce = lens.shuffled_ce.sum(1, dtype=np.float64)
             sums.append(np.dstack([shuffled_mass, shuffled_ce]))
-        progress.show(f"{done}/{len(sequences)} prompts", last=done == len(sequences))
-    joined = []
-    for column in zip(*columns, strict=True):
-        positions = min(column[0].ndim - 1, 1)  # the axis of positions: behind that of layers
-        joined.append(np.concatenate(column, positions))
-    means = np.sum(sums, 0) / len(joined[0])
-    return Reading._make([*joined, means[:, :, :-1].swapaxes(1, 2), means[:, :, -1]])
+    joined = {"sums": np.sum(sums, 0)}
+    for name, column in zip(Reading._fields, zip(*columns, strict=True), strict=False):
+        joined[name] = np.concatenate(column, min(column[0].ndim - 1, 1))
+    return joined
 
 
 class Lens(NamedTuple):
@@ -340,8 +395,17 @@ def logit_lens(study: Study) -> Outcome:
     sequences = [piece.ids[: options.tokens + 1] for piece in chosen]
     deviation = language_model.head_deviation(lm, sequences[0])
     kinds = classes(lm.tokenizer, language_model.vocabulary_size(lm))
+    key = {
+        "version": VERSION,
+        **study.identity,
+        **model_key(study),
+        "target": target,
+        "sequences": digest_of({"ids": sequences}),
+    }
+    parts = study.subject.parts("lens", key)
     with StopRequest() as stop:
-        reading = read(lm, sequences, shuffled(kinds, lm.config.device), target, stop)
+        null = shuffled(kinds, lm.config.device)
+        reading = read(lm, sequences, null, target, stop, parts=parts)
     layers = by_layer(reading)
     for layer, top in zip(layers, reading.top, strict=True):
         layer["top"] = _common(top, lm)

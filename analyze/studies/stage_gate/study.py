@@ -30,8 +30,9 @@ import torch
 from numpy.typing import NDArray
 
 from analyze.answering import Answer, answers, inputs, model_key
-from analyze.language_model import Prediction, blocks, logits
+from analyze.language_model import Prediction, batch_tokens, batches, blocks, logits
 from analyze.outcome import Outcome
+from analyze.parts import Arrays, Parts
 from analyze.results import digest_of
 from analyze.stats import (
     Floats,
@@ -60,6 +61,7 @@ _LEAST = 5  # right answers, and wrong ones, on either side
 _SEED = 0
 _WIDTH = 4096  # features held dense at a time
 _FILE = "log_probabilities.npy"
+_PARTS = "parts"  # of them, by batch, until all answers are read
 RULE = (
     f"pass if rho >= {PASSING_RHO:.2f}, its permutation p < {_LEVEL}, the AUROC's 95 % interval is "
     f"above 0.5, and that of rho given length above 0; weak if p < {_LEVEL} and not all of these; "
@@ -212,30 +214,49 @@ def log_probabilities(study: Study, answered: Sequence[Answer], stop: StopReques
 
     def fill(folder: Path) -> None:
         content = io.BytesIO()
-        np.save(content, _log_probabilities(study, answered, stop))
+        parts = Parts(folder / _PARTS)
+        np.save(content, _log_probabilities(study, answered, parts, stop))
         durable.write(folder / _FILE, [content.getbuffer()])
+        parts.remove()
 
     folder = study.kept("log_probabilities", key, fill)
     return np.asarray(np.load(folder / _FILE), np.float64)
 
 
-def _log_probabilities(study: Study, answered: Sequence[Answer], stop: StopRequest) -> Floats:
+def _log_probabilities(
+    study: Study, answered: Sequence[Answer], parts: Parts, stop: StopRequest
+) -> Floats:
     means = np.full(len(answered), np.nan)
+    done = 0
     progress = Progress()
     sequences = [answer.sequence for answer in answered]
-    for done, (number, behind) in enumerate(logits(study.lm, sequences), 1):
-        stop.check()
-        answer = answered[number]
+    for index, (numbers, _) in enumerate(batches(sequences, batch_tokens(study.lm))):
+        batch = [answered[number] for number in numbers]
+
+        def make(batch: Sequence[Answer] = batch) -> Arrays:
+            return {"means": _mean_log_probabilities(study, batch, stop)}
+
+        means[numbers] = parts.of(index, make)["means"]
+        done += len(numbers)
+        line = f"{done}/{len(answered)} answers' probabilities"
+        progress.show(line, last=done == len(answered))
+    return means
+
+
+def _mean_log_probabilities(study: Study, batch: Sequence[Answer], stop: StopRequest) -> Floats:
+    """(b,) of answers that are read together."""
+    means = np.full(len(batch), np.nan)
+    for row, behind in logits(study.lm, [answer.sequence for answer in batch]):
+        answer = batch[row]
         predicting = behind[len(answer.prompt_ids) - 1 : -1]  # the logits behind each one before
         total = 0.0
         for part in blocks(study.lm, len(answer.ids)):
+            stop.check()
             ids = torch.tensor(answer.ids[part], device=behind.device)
             losses = Prediction.of_logits(predicting[part]).cross_entropy(ids)
             total -= float(losses.sum())
         if answer.ids:
-            means[number] = total / len(answer.ids)
-        line = f"{done}/{len(answered)} answers' probabilities"
-        progress.show(line, last=done == len(answered))
+            means[row] = total / len(answer.ids)
     return means
 
 
