@@ -8,7 +8,7 @@ Shapes: n rows of a unit, d d_model, p pairs of a row and a latent that is above
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,6 +179,8 @@ class Subject:
     sae: SAE  # on raw rows
     layer: int
     policy: Policy
+    # Whether `rows` gives every unit, not only held-out ones: of a store that was never trained on.
+    whole: bool = False
 
     @classmethod
     def open(cls, run: Path, store: str | None, device: torch.device) -> Subject:
@@ -225,6 +227,24 @@ class Subject:
                 "runs are compared on the same rows"
             ) from error
 
+    def on(self, place: str) -> Subject:
+        """The same SAE on all of another text's store, of the same model.
+
+        Raises:
+            StoreError: there is no store, or it lacks the layer.
+            MismatchError: it is of another model.
+        """
+        store = Store.open(place_of(place))
+        unequal = {}
+        for key in ("weights", "tokenizer"):
+            mine = self.store.manifest["model"][key]
+            if store.manifest["model"][key] != mine:
+                unequal[key] = (mine, store.manifest["model"][key])
+        if unequal:
+            raise MismatchError(f"store {store.name}", unequal, "Harvest it with the run's model.")
+        require_complete(store, self.layer)
+        return replace(self, store=store, whole=True)
+
     @property
     def device(self) -> torch.device:
         return self.sae.b_dec.device
@@ -255,9 +275,12 @@ class Subject:
         return (rows.double() - self.mean).square().sum(1)
 
     def rows(self, limit: int) -> Iterator[Unit]:
-        """The held-out rows in whole units, until there were at least `limit` rows."""
+        """The held-out rows in whole units, until there were at least `limit` rows.
+
+        Of a store that is `whole`, all rows.
+        """
         read = 0
-        for number in held_out_units(self.store):
+        for number in range(self.store.units) if self.whole else held_out_units(self.store):
             unit = self.unit(number)
             yield unit
             read += len(unit.rows)

@@ -58,7 +58,7 @@ SUBSTITUTES = {
     r"layer=27": "layer=8",
     r"layer=12": "layer=6",
     r"(runs=.*)_L21": r"\1_L5",  # a directory that is named after its layer
-    r"tokens=(1e9|1e6|4e5)": "tokens=2048",
+    r"tokens=(1e9|1e7|1e6|4e5)": "tokens=2048",
     r"rank=range\(0,\d+\)": "rank=range(0,1)",
     r"optim\.lr=1e-4,2e-4,4e-4": "optim.lr=1e-4,4e-4",
     r"sae\.aux_coef=0,0\.03125,0\.125": "sae.aux_coef=0,0.125",
@@ -68,6 +68,7 @@ SUBSTITUTES = {
     r"text=\[fineweb_edu,openthoughts\]": "text=[fineweb_edu,openthoughts] "
     "text.sources.fineweb_edu.dataset=hub/web "
     "text.sources.fineweb_edu.config=null text.sources.openthoughts.dataset=hub/chats",
+    r"text=openthoughts": "text=openthoughts text.sources.openthoughts.dataset=hub/chats",
     r"answers\.questions=100": "answers.questions=20",
     r"hydra/launcher=\w+": "hydra/launcher=basic",
     r"hydra\.launcher\..*": "",
@@ -82,6 +83,7 @@ ADDED = {
     "study=steering": "answers.questions=12 answers.new_tokens=5 study.scales=[5] "
     "study.n_random=1 study.n_shuffled=1",
     "study=splice": "study.tokens=100",
+    "study=reason_score": "study.words=[more,left]",
 }
 # Steering writes every answer a dozen times. Labelled solutions make its vector, so that answers
 # may be short.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,12 +21,13 @@ from analyze.studies.reason_score.corpus import (
     words_of,
 )
 from analyze.studies.reason_score.score import FORMULAS, Scorer, entropies, halves, mark, matched
-from analyze.studies.reason_score.study import WORDS, Options, reason_score
+from analyze.studies.reason_score.study import DEFINITION, Options, reason_score
 from data import durable
-from data.errors import SettingError, StopRequest
+from data.errors import MismatchError, SettingError, StopRequest, StoreError
 from data.rows.split import held_out_units
 from harvest import hub_model
 from harvest.tokens import Tokenizer
+from tests.analyze.conftest import make_run, random_rows
 
 BOS, TOKENS, LATENTS = 2, 60, 40
 WORDS_HERE = [Word("a", ((10,), (11, 12))), Word("b", ((13,),)), Word("never", ((999,),))]
@@ -52,23 +54,21 @@ def made_corpus(n: int, rng: np.random.Generator, plant: float = 0.0) -> Corpus:
     return corpus._replace(active=sparse.csr_matrix((dense * kept[:, None]).astype(np.float32)))
 
 
-def naive(
-    corpus: Corpus, words: list[Word], before: int, after: int, head_only: bool, normalised: bool
-) -> list[float]:
-    """The definition, token by token and latent by latent."""
+def published(corpus: Corpus, words: list[Word]) -> list[float]:
+    """The paper's definition, token by token and latent by latent."""
     f, n = corpus.active.toarray().astype(np.float64), len(corpus.tokens)
     inside: set[int] = set()
     of_word = []
     for word in words:
         mine: set[int] = set()
         for phrase in word.phrases:
-            ids = list(phrase[:1] if head_only else phrase)
+            ids = list(phrase)
             for at in range(n - len(ids) + 1):
                 if (
                     corpus.tokens[at : at + len(ids)].tolist() == ids
                     and len(set(corpus.piece[at : at + len(ids)])) == 1
                 ):
-                    for near in range(max(0, at - before), min(n, at + len(ids) + after)):
+                    for near in range(max(0, at - 1), min(n, at + len(ids) + 2)):
                         if corpus.kept[near] and corpus.piece[near] == corpus.piece[at]:
                             mine.add(near)
         of_word.append(mine)
@@ -79,23 +79,69 @@ def naive(
     for latent in range(f.shape[1]):
         means = [f[sorted(mine), latent].mean() if mine else 0.0 for mine in of_word]
         entropy = -sum(m / sum(means) * math.log(m / sum(means)) for m in means if m)
-        entropy /= math.log(len(words)) if normalised else 1
+        entropy /= math.log(len(words))
         found.append(plus[latent] / plus.sum() * entropy**0.7 - minus[latent] / minus.sum())
     return found
 
 
-@pytest.mark.parametrize("name", FORMULAS)
-def test_scores_are_the_definitions(name: str) -> None:
+def ported(reasoning: Corpus, baseline: Corpus, words: list[Word]) -> np.ndarray:
+    """mechreward's, from its formula: two corpora, samples without BOS, head tokens, a mask."""
+    heads = [[phrase[0] for phrase in word.phrases] for word in words]
+
+    def means(corpus: Corpus, ids: list[int]) -> np.ndarray:
+        """Of the tokens up to 2 before and 3 behind one of `ids`, sample by sample."""
+        chosen = []
+        for piece in np.unique(corpus.piece):
+            sample = np.flatnonzero((corpus.piece == piece) & (corpus.tokens != BOS))
+            hits = np.flatnonzero(np.isin(corpus.tokens[sample], ids))
+            for place, row in enumerate(sample):
+                if any(-2 <= place - hit <= 3 for hit in hits):
+                    chosen.append(row)
+        dense = corpus.active.toarray().astype(np.float64)
+        return dense[chosen].mean(0) if chosen else np.zeros(dense.shape[1])
+
+    every = [token for ids in heads for token in ids]
+    p_R, p_NR = (
+        mean / (mean.sum() + 1e-12) for mean in (means(reasoning, every), means(baseline, every))
+    )
+    by_word = np.array([means(reasoning, ids) for ids in heads])
+    share = by_word / (by_word.sum(0) + 1e-12)
+    entropy = np.maximum(-(share * np.log(share + 1e-12)).sum(0), 0)
+    return p_R * entropy**0.7 - p_NR
+
+
+def everything(corpus: Corpus) -> Corpus:
+    """The corpus without a policy: all tokens but BOS count."""
+    return corpus._replace(kept=corpus.tokens != BOS)
+
+
+def test_scores_are_the_papers_definition() -> None:
     corpus = made_corpus(2000, np.random.default_rng(0), plant=0.5)
-    formula = FORMULAS[name]
+    formula = FORMULAS["published"]
     scores = Scorer(corpus, formula).of(mark(corpus, WORDS_HERE, formula))
-    np.testing.assert_allclose(scores, naive(corpus, WORDS_HERE, *formula), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(scores, published(corpus, WORDS_HERE), rtol=1e-4, atol=1e-7)
 
 
-def test_the_formulas_are_the_papers_and_the_ports() -> None:
-    assert FORMULAS["published"] == (1, 2, False, True)
-    assert FORMULAS["mechreward"] == (2, 3, True, False)
-    assert len(WORDS) == 10
+def test_scores_are_mechrewards() -> None:
+    formula = FORMULAS["mechreward"]
+    rng = np.random.default_rng(0)
+    corpus, other = everything(made_corpus(1500, rng, 0.5)), everything(made_corpus(1000, rng, 0.1))
+    scores = Scorer(corpus, formula, other).of(mark(corpus, WORDS_HERE, formula, other))
+    np.testing.assert_allclose(scores, ported(corpus, other, WORDS_HERE), rtol=1e-4, atol=1e-7)
+    silent = other._replace(tokens=np.where(other.tokens == BOS, BOS, 50))  # it has none of them
+    scores = Scorer(corpus, formula, silent).of(mark(corpus, WORDS_HERE, formula, silent))
+    np.testing.assert_allclose(scores, ported(corpus, silent, WORDS_HERE), rtol=1e-4, atol=1e-7)
+
+
+def test_the_vocabularies_are_the_papers_and_the_ports() -> None:
+    tokenizer = Tokenizer.load(hub_model.described("embedded", "main"))
+    decode = tokenizer.inner.decode
+    for name, but in (("published", ["But"]), ("mechreward", ["but", " but"])):
+        formula = FORMULAS[name]
+        assert Options(formula=name, corpus="s.zarr").names == list(formula.words)
+        assert len(formula.words) == 10 and formula.words[5:8] == ("let me", "therefore", "however")
+        words = words_of(tokenizer, formula.words, capitals=formula.capitals)
+        assert [decode(list(ids)) for ids in words[8].phrases] == but
 
 
 def test_entropy_is_1_where_all_words_are_alike_and_0_where_one_is() -> None:
@@ -146,7 +192,7 @@ def test_halves_are_of_whole_documents() -> None:
     side = np.array([int(durable.digest(str(one).encode())[:8], 16) % 2 for one in corpus.document])
     assert 0.4 < side.mean() < 0.6
     parts = [Corpus._make(column[side == half] for column in corpus) for half in (0, 1)]
-    scores = [naive(part, WORDS_HERE, *formula) for part in parts]
+    scores = [published(part, WORDS_HERE) for part in parts]
     assert found["spearman"] == pytest.approx(stats.spearmanr(*scores).statistic, abs=1e-3)
     tops = [set(np.argsort(-np.array(score))[:20].tolist()) for score in scores]
     assert found["shared"] == len(tops[0] & tops[1])
@@ -262,7 +308,7 @@ def test_the_study_of_the_embedded_model(tiny_study) -> None:
     figures = json.loads(dumped(outcome.figures))
     corpus = whole_corpus(study.subject)
     tokenizer = Tokenizer.load(hub_model.described("embedded", "main"))
-    expected = naive(corpus, words_of(tokenizer, SETTINGS["words"]), *FORMULAS["published"])
+    expected = published(corpus, words_of(tokenizer, SETTINGS["words"]))
     for one in figures["features"]:
         assert one["score"] == pytest.approx(expected[one["feature"]], rel=1e-3, abs=1e-6)
     scores = [one["score"] for one in figures["features"]]
@@ -280,17 +326,18 @@ def test_the_study_of_the_embedded_model(tiny_study) -> None:
     assert reason_score(study).figures["features"] == outcome.figures["features"]
 
 
-def whole_corpus(subject) -> Corpus:
-    """The held-out text and activations, put together row by row."""
+def whole_corpus(subject, kinds: tuple[int, ...] = (2,)) -> Corpus:
+    """The subject's text and activations, put together row by row."""
     store, parts = subject.store, []
-    for number, unit in zip(held_out_units(store), subject.rows(10**9), strict=True):
+    numbers = range(store.units) if subject.whole else held_out_units(store)
+    for number, unit in zip(numbers, subject.rows(10**9), strict=True):
         tokens, starts = store.tokens(number).ravel(), store.piece_starts(number).ravel()
         pre = (unit.rows - subject.sae.b_dec) @ subject.sae.W_enc + subject.sae.b_enc
         values, indices = (tensor.numpy() for tensor in pre.topk(subject.sae.k))
         f = np.zeros((len(tokens), subject.sae.d_sae))
         kept = np.zeros(len(tokens), bool)
         for row, place in enumerate(unit.local):
-            if unit.kind[row] == 2:  # ordinary: neither BOS nor an outlier
+            if unit.kind[row] in kinds:  # 2 is ordinary: neither BOS nor an outlier
                 kept[place] = True
                 f[place, indices[row]] = np.maximum(values[row], 0)
         piece = np.cumsum(starts) + 10**6 * number
@@ -316,5 +363,26 @@ def test_refusals(tiny_study, setting: dict) -> None:
         reason_score(tiny_study("reason_score", **{**SETTINGS, **setting}))
 
 
-def test_by_default_the_words_are_the_papers() -> None:
-    assert Options().names == list(WORDS)
+def test_a_corpus_of_traces_and_the_port_of_two(tiny_study, tmp_path: Path) -> None:
+    """The whole store in the part of the traces; its held-out units in that of other text."""
+    store = tiny_study("reason_score").subject.store.name
+    two = {**SETTINGS, "corpus": store, "formula": "mechreward", "words": ["more", "left"]}
+    found = reason_score(tiny_study("reason_score", **two)).figures
+    subject = tiny_study("reason_score").subject
+    traces = everything(whole_corpus(subject.on(store), kinds=(0, 1, 2)))
+    tokenizer = Tokenizer.load(hub_model.described("embedded", "main"))
+    words = words_of(tokenizer, ["more", "left"], capitals=False)
+    expected = ported(traces, everything(whole_corpus(subject, kinds=(0, 1, 2))), words)
+    assert found["corpus"]["tokens"] == (traces.tokens != BOS).sum()
+    for one in found["features"]:
+        assert one["score"] == pytest.approx(expected[one["feature"]], rel=1e-3, abs=1e-6)
+    assert found["corpus"]["tokens"] > 2 * found["other_corpus"]["tokens"]
+    alone = tiny_study("reason_score", **{**two, "formula": "published"}).perform(DEFINITION)
+    assert alone.figures["corpus"] == found["corpus"] and alone.figures["other_corpus"] is None
+    with pytest.raises(SettingError, match=r"study\.corpus"):
+        reason_score(tiny_study("reason_score", **{**two, "corpus": None}))
+    with pytest.raises(StoreError, match=r"none\.zarr"):
+        reason_score(tiny_study("reason_score", **{**two, "corpus": str(tmp_path / "none.zarr")}))
+    other = make_run(tmp_path, random_rows()).store
+    with pytest.raises(MismatchError, match="weights"):
+        reason_score(tiny_study("reason_score", **{**two, "corpus": other.name}))

@@ -1,4 +1,4 @@
-"""The held-out text as a corpus: where words stand, the windows around them, and their look-alikes.
+"""Stored text as a corpus: where words stand, the windows around them, and their look-alikes.
 
 Shapes: n tokens of the corpus in the order of the text, F latents, G words of a vocabulary.
 """
@@ -25,26 +25,29 @@ _REDRAWS = 100  # of a vocabulary in which one token stands for two words
 
 
 class Corpus(NamedTuple):
-    """Held-out text with its activations."""
+    """Text with its activations."""
 
     tokens: NDArray[np.int64]  # (n,)
     piece: NDArray[np.int64]  # (n,) number of the document's piece; no window crosses its end
     document: NDArray[np.int64]  # (n,)
-    kept: NDArray[np.bool_]  # (n,) False for BOS and what the run's policy drops: these never count
+    kept: NDArray[np.bool_]  # (n,) False for BOS and what else is left out: these never count
     active: Any  # (n, F) scipy CSR float32 activations, empty where not kept
 
 
-def read_corpus(subject: Subject, limit: int, stop: StopRequest) -> Corpus:
-    """The held-out text, encoded: 8 bytes per active latent, 0.5 GB at 5e5 rows of k = 128.
+def read_corpus(
+    subject: Subject, limit: int, stop: StopRequest, kinds: Sequence[int] | None = None
+) -> Corpus:
+    """The subject's text, encoded: 8 bytes per active latent, 0.5 GB at 5e5 rows of k = 128.
 
     Args:
         limit: see `Subject.rows`.
+        kinds: see `Subject.firings`.
     """
     parts: list[Corpus] = []
     rows = 0
     pieces = 0
     progress = Progress()
-    for firings in subject.firings(limit):
+    for firings in subject.firings(limit, kinds):
         stop.check()
         unit = firings.unit
         tokens = subject.store.tokens(unit.number).ravel().astype(np.int64)
@@ -75,17 +78,22 @@ class Word(NamedTuple):
     phrases: tuple[tuple[int, ...], ...]  # token ids
 
 
-def words_of(tokenizer: Tokenizer, names: Sequence[str]) -> list[Word]:
+def words_of(tokenizer: Tokenizer, names: Sequence[str], *, capitals: bool = True) -> list[Word]:
     """Words by name.
 
     A name in small letters stands for four spellings: with and without a capital, with and
     without a space before it. A name with a capital, or with a space before it, stands for itself
     alone.
+
+    Args:
+        capitals: False: every name stands for itself, with and without a space before it.
     """
     words = []
     for name in names:
         spellings = [name]
-        if name == name.lower() and not name[:1].isspace():
+        if not capitals:
+            spellings = list(dict.fromkeys([name, f" {name.lstrip()}"]))
+        elif name == name.lower() and not name[:1].isspace():
             capital = name.capitalize()
             spellings = [name, capital, f" {name}", f" {capital}"]
         phrases = [tuple(ids) for ids in tokenizer.encode(list(spellings)) if ids]

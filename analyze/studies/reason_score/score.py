@@ -1,6 +1,6 @@
 """ReasonScore of a vocabulary in a corpus, beside that of random vocabularies.
 
-The formula stands in study.py.
+The formulas stand in study.py.
 
 Shapes: n tokens, F latents, G words, B vocabularies at a time.
 """
@@ -29,6 +29,10 @@ from data.errors import StopRequest
 from data.journal import Progress
 
 ALPHA = 0.7
+WORDS = (
+    "alternatively", "hmm", "maybe", "wait", "perhaps", "let me", "therefore", "however", "But",
+    "Another",
+)  # fmt: skip
 LEVEL = 0.05  # of the false discovery rate
 # Vocabularies that every latent is compared with. Only latents that may still become significant
 # are compared with more.
@@ -45,9 +49,17 @@ class Formula(NamedTuple):
     after: int  # and behind it
     head_only: bool  # a phrase is its first token
     normalised: bool  # entropy over ln |R|
+    capitals: bool  # a word in small letters stands for one with a capital, too
+    against: bool  # p- is of the same words' windows in another corpus; else of all other tokens
+    words: tuple[str, ...]
 
 
-FORMULAS = {"published": Formula(1, 2, False, True), "mechreward": Formula(2, 3, True, False)}
+FORMULAS = {
+    # AIRI-Institute/SAE-Reasoning extraction/compute_score.py
+    "published": Formula(1, 2, False, True, True, False, WORDS),
+    # caiovicentino/mechreward src/mechreward/features/reasonscore.py
+    "mechreward": Formula(2, 3, True, False, False, True, tuple(map(str.lower, WORDS))),
+}
 
 
 # -- the score -------------------------------------------------------------------------------------
@@ -58,10 +70,24 @@ class Marked(NamedTuple):
 
     of_word: list[Places]  # (G) tokens in each word's windows
     frequency: list[int]  # (G) occurrences
+    elsewhere: Places  # tokens in any word's window in the other corpus, if there is one
 
 
-def mark(corpus: Corpus, words: Sequence[Word], formula: Formula) -> Marked:
+def mark(
+    corpus: Corpus, words: Sequence[Word], formula: Formula, other: Corpus | None = None
+) -> Marked:
     """Where the words' windows are."""
+    of_word, frequency = _windows_of(corpus, words, formula)
+    elsewhere = [np.empty(0, np.int64)]
+    if other is not None:
+        elsewhere += _windows_of(other, words, formula)[0]
+    return Marked(of_word, frequency, np.unique(np.concatenate(elsewhere)))
+
+
+def _windows_of(
+    corpus: Corpus, words: Sequence[Word], formula: Formula
+) -> tuple[list[Places], list[int]]:
+    """By word the tokens in its windows, and how often it occurs."""
     of_word = []
     frequency = []
     for word in words:
@@ -74,7 +100,7 @@ def mark(corpus: Corpus, words: Sequence[Word], formula: Formula) -> Marked:
             times += len(starts)
         of_word.append(np.unique(np.concatenate(places)))
         frequency.append(times)
-    return Marked(of_word, frequency)
+    return of_word, frequency
 
 
 def entropies(means: Floats, normalised: bool) -> Floats:
@@ -90,15 +116,31 @@ def entropies(means: Floats, normalised: bool) -> Floats:
     return entropy / np.log(means.shape[-2]) if normalised else entropy
 
 
-class Scorer:
-    """Scores of vocabularies in one corpus."""
+class Columns(NamedTuple):
+    """Activations of some latents."""
 
-    def __init__(self, corpus: Corpus, formula: Formula) -> None:
+    latents: Any  # their ids, or a slice
+    active: Any  # (n, F')
+    other: Any  # (n', F') in the other corpus; None without one
+
+
+class Scorer:
+    """Scores of vocabularies in one corpus, or in one against another."""
+
+    def __init__(self, corpus: Corpus, formula: Formula, other: Corpus | None = None) -> None:
+        assert (other is not None) == formula.against
         self.corpus = corpus
         self.formula = formula
+        self.other = other
         self._of_latent = np.asarray(corpus.active.sum(0, dtype=np.float64)).ravel()  # (F,)
-        self._of_row = np.asarray(corpus.active.sum(1, dtype=np.float64)).ravel()  # (n,)
+        self._of_row = _sums_of_rows(corpus)
+        self._of_other_row = _sums_of_rows(other) if other else self._of_row
         self._count = int(corpus.kept.sum())
+
+    def columns(self, latents: Any = slice(None)) -> Columns:
+        """The activations of some latents."""
+        other = self.other.active[:, latents] if self.other else None
+        return Columns(latents, self.corpus.active[:, latents], other)
 
     def means(self, places: Sequence[Places]) -> Floats:
         """(len(places), F) mean activations, 0 over no token."""
@@ -107,25 +149,34 @@ class Scorer:
         return means
 
     def scores(
-        self, unions: Sequence[Places], means: Floats, active: Any, latents: Any = slice(None)
+        self,
+        unions: Sequence[Places],
+        elsewhere: Sequence[Places],
+        means: Floats,
+        columns: Columns,
     ) -> Floats:
         """(B, F') scores of vocabularies.
 
         Args:
             unions: (B) tokens in any of a vocabulary's windows.
+            elsewhere: (B) those in the other corpus; not looked at without one.
             means: (B, G, F') `means` by word.
-            active: (n, F') the columns of `latents`.
         """
-        counts = np.array([len(tokens) for tokens in unions], np.float64)[:, None]
-        totals = np.array([self._of_row[tokens].sum() for tokens in unions])[:, None]
-        inside = sums_over(active, unions)
-        outside = self._of_latent[latents] - inside
-        outside_totals = self._of_latent.sum() - totals
         # p+ and p- are shares of means. The divisor of the means, the number of tokens, is the same
         # for all latents: shares of sums are enough.
+        inside = sums_over(columns.active, unions)
+        totals = _totals(self._of_row, unions)
         plus = np.divide(inside, totals, out=np.zeros_like(inside), where=totals > 0)
-        others = (counts < self._count) & (outside_totals > 0)
-        minus = np.divide(outside, outside_totals, out=np.zeros_like(inside), where=others)
+        if self.formula.against:
+            beside = sums_over(columns.other, elsewhere)
+            beside_totals = _totals(self._of_other_row, elsewhere)
+            others = beside_totals > 0
+        else:
+            beside = self._of_latent[columns.latents] - inside
+            beside_totals = self._of_latent.sum() - totals
+            counts = np.array([len(tokens) for tokens in unions], np.float64)[:, None]
+            others = (counts < self._count) & (beside_totals > 0)
+        minus = np.divide(beside, beside_totals, out=np.zeros_like(inside), where=others)
         scores: Floats = plus * entropies(means, self.formula.normalised) ** ALPHA - minus
         return scores
 
@@ -133,8 +184,18 @@ class Scorer:
         """(F,) scores of one vocabulary."""
         union = np.unique(np.concatenate(marked.of_word))
         means = self.means(marked.of_word)[None]
-        first: Floats = self.scores([union], means, self.corpus.active)[0]
+        first: Floats = self.scores([union], [marked.elsewhere], means, self.columns())[0]
         return first
+
+
+def _sums_of_rows(corpus: Corpus) -> Floats:
+    """(n,) the sum of each token's activations."""
+    return np.asarray(corpus.active.sum(1, dtype=np.float64)).ravel()
+
+
+def _totals(of_row: Floats, places: Sequence[Places]) -> Floats:
+    """(len(places), 1) sums over tokens."""
+    return np.array([of_row[tokens].sum() for tokens in places])[:, None]
 
 
 # -- the null --------------------------------------------------------------------------------------
@@ -185,8 +246,9 @@ def matched(
     own = {token for word in words for phrase in word.phrases for token in phrase}
     alike = look_alikes(corpus, marked.frequency, {*own, bos}, rng)
     tokens = np.unique(np.concatenate(alike))
-    starts = [occurrences(corpus, [int(token)]) for token in tokens]
-    places = [windows(corpus, at, 1, formula.before, formula.after) for at in starts]
+    stand_ins = [Word(str(token), ((int(token),),)) for token in tokens]
+    places, times = _windows_of(corpus, stand_ins, formula)
+    elsewhere = _windows_of(scorer.other, stand_ins, formula)[0] if scorer.other else []
     # The last row is of words that have no look-alike.
     of_token = np.vstack([scorer.means(places), np.zeros(len(observed))])
 
@@ -202,15 +264,16 @@ def matched(
     leading: list[Floats] = []
     done = 0
     latents = tested
-    active = corpus.active[:, latents]
+    columns = scorer.columns(latents)
     means = of_token[:, latents]
     progress = Progress()
     while done < wanted and len(latents):
         stop.check()
         block_size = max(1, _ELEMENTS // (len(words) * len(latents)))
         block = stand_in[done : min(done + block_size, first if done < first else wanted)]
-        unions = [_union(len(corpus.tokens), places, row) for row in block]
-        scores = scorer.scores(unions, means[block], active, latents)
+        unions = _unions(corpus, places, block)
+        others = _unions(scorer.other, elsewhere, block)
+        scores = scorer.scores(unions, others, means[block], columns)
         exceeding[latents] += (scores >= observed[latents]).sum(0)
         compared[latents] += len(block)
         done += len(block)
@@ -219,14 +282,14 @@ def matched(
         if done == first:
             promising = (1 + exceeding <= _PROMISING * (1 + compared)) & (compared > 0)
             latents = np.flatnonzero(promising)
-            active = corpus.active[:, latents]
+            columns = scorer.columns(latents)
             means = of_token[:, latents]
         progress.show(
             f"{done:,}/{wanted:,} random vocabularies | {len(latents):,} latents",
             last=done == wanted or not len(latents),
         )
     p = np.where(compared > 0, (1 + exceeding) / (1 + compared), 1.0)
-    ratio = _frequency_ratio(marked, [*map(len, starts), 0], stand_in[:first])
+    ratio = _frequency_ratio(marked, [*times, 0], stand_in[:first])
     return observed, Null(p, wanted, first, np.concatenate(leading), ratio)
 
 
@@ -239,35 +302,45 @@ def _frequency_ratio(
     return float(np.median(np.array(frequency)[stand_in][:, occurring] / own))
 
 
-def _union(n: int, places: Sequence[Places], vocabulary: NDArray[np.int64]) -> Places:
-    """The tokens in any window of a vocabulary, whose words are indices into `places`.
+def _unions(
+    corpus: Corpus | None, places: Sequence[Places], vocabularies: NDArray[np.int64]
+) -> list[Places]:
+    """By vocabulary the tokens in any of its windows; none without a corpus.
 
     Args:
-        n: tokens of the corpus.
+        places: of tokens.
+        vocabularies: (B, G) indices into `places`; those past its end are words without look-alike.
     """
-    inside = np.zeros(n, bool)
-    for token in vocabulary:
-        if token < len(places):  # else the word has no look-alike
+    unions: list[Places] = []
+    if corpus is None:
+        return unions
+    for vocabulary in vocabularies:
+        inside = np.zeros(len(corpus.tokens), np.bool_)
+        for token in vocabulary[vocabulary < len(places)]:
             inside[places[token]] = True
-    return np.flatnonzero(inside)
+        unions.append(np.flatnonzero(inside))
+    return unions
 
 
 # -- halves ----------------------------------------------------------------------------------------
 
 
 def halves(
-    corpus: Corpus, words: Sequence[Word], formula: Formula, tested: NDArray[np.int64]
+    corpus: Corpus,
+    words: Sequence[Word],
+    formula: Formula,
+    tested: NDArray[np.int64],
+    other: Corpus | None = None,
 ) -> dict[str, Any]:
     """How far the scores of two halves of the documents agree, over the latents that are tested."""
     scores = []
-    second = _second_half(corpus.document)
-    for half in (second, ~second):
-        rows = np.flatnonzero(half)
-        part = Corpus._make(column[rows] for column in corpus)
-        marked = mark(part, words, formula)
+    for second in (True, False):
+        part = _half(corpus, second)
+        beside = _half(other, second) if other else None
+        marked = mark(part, words, formula, beside)
         if not any(map(len, marked.of_word)):
             return {"spearman": None, "said": "one half of the documents has none of the words"}
-        scores.append(Scorer(part, formula).of(marked)[tested])
+        scores.append(Scorer(part, formula, beside).of(marked)[tested])
     count = min(_HALF_TOP, len(tested))
     tops = [set(np.argsort(-score, kind="stable")[:count].tolist()) for score in scores]
     shared = len(tops[0] & tops[1])
@@ -278,6 +351,11 @@ def halves(
         "shared_by_chance": count**2 / len(tested),
         "p": overlap_p(len(tested), count, count, shared),
     }
+
+
+def _half(corpus: Corpus, second: bool) -> Corpus:
+    rows = np.flatnonzero(_second_half(corpus.document) == second)
+    return Corpus._make(column[rows] for column in corpus)
 
 
 def _second_half(document: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -6,7 +6,13 @@
     H_i  = entropy of latent i's share by word, from its mean in each word's windows, over ln |R|
 
 |R| counts all words, those that the corpus lacks too. Tokens are those that the run's policy keeps,
-never BOS. Windows end with the document.
+never BOS. Windows end with the document. The corpus is the run's held-out text, or all of another
+store, such as one of reasoning traces.
+
+`formula=mechreward` is that project's port. mu- is the mean in the same words' windows in a second
+corpus that is not of reasoning; H is not divided by ln |R|; a phrase is its first token, and words
+have no capitals; windows take 2 tokens before and 3 after. Its corpora come without a policy, so
+all tokens but BOS count. The first is the other store, the second the run's held-out text.
 
 Nothing in the formula knows of reasoning: every vocabulary has latents that score high. So the
 scores stand beside those of random vocabularies, in which each word is replaced by a token as
@@ -17,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -26,11 +33,12 @@ from analyze.outcome import Outcome
 from analyze.results import FEATURES
 from analyze.stats import Floats, benjamini_hochberg, percentiles, permutation_p
 from analyze.studies.reason_score import words as sentences
-from analyze.studies.reason_score.corpus import Word, read_corpus, words_of
+from analyze.studies.reason_score.corpus import Corpus, Word, read_corpus, words_of
 from analyze.studies.reason_score.score import (
     ALPHA,
     FORMULAS,
     LEVEL,
+    Formula,
     Marked,
     Null,
     Scorer,
@@ -39,15 +47,13 @@ from analyze.studies.reason_score.score import (
     matched,
 )
 from analyze.study import Column, Definition, Study, write_features
+from analyze.subject import Subject
 from data.errors import MismatchError, SettingError, StopRequest
 from data.settings import build
+from data.store.kinds import SERVED
 from harvest import hub_model
 from harvest.tokens import Tokenizer
 
-WORDS = (
-    "alternatively", "hmm", "maybe", "wait", "perhaps", "let me", "therefore", "however", "But",
-    "Another",
-)  # fmt: skip
 _SEED = 0
 _FIRED = 10  # rows in which a latent must fire to be tested, whatever the words
 _SHOWN = 10  # latents shown with contexts
@@ -58,9 +64,10 @@ _EACH = 3  # contexts of each
 class Options:
     """Settings of conf/study/reason_score.yaml."""
 
-    rows: int = 500_000  # held-out rows at most, in whole units
+    rows: int = 500_000  # of a corpus at most, in whole units
     words: list[str] | None = None  # None: the paper's
     formula: str = "published"  # one of FORMULAS
+    corpus: str | None = None  # store of the reasoning traces; None: the run's held-out text
     draws: int = 30_000  # random vocabularies at most
     top: int = 50  # latents listed
 
@@ -70,6 +77,11 @@ class Options:
                 raise SettingError(f"study.{name}={getattr(self, name)} must be at least 1")
         if self.formula not in FORMULAS:
             raise SettingError(f"study.formula={self.formula} must be one of {', '.join(FORMULAS)}")
+        if FORMULAS[self.formula].against and self.corpus is None:
+            raise SettingError(
+                f"study.formula={self.formula} compares two corpora; give a store of reasoning "
+                "traces as study.corpus=, harvested with the run's model"
+            )
         if self.words is not None and not _are_words(self.words):
             raise SettingError(
                 f"study.words={self.words} must be a list of at least two words or phrases, for "
@@ -78,7 +90,8 @@ class Options:
 
     @property
     def names(self) -> list[str]:
-        return list(WORDS if self.words is None else dict.fromkeys(self.words))
+        chosen = FORMULAS[self.formula].words if self.words is None else self.words
+        return list(dict.fromkeys(chosen))
 
 
 def _are_words(value: Any) -> bool:
@@ -92,19 +105,26 @@ def _are_words(value: Any) -> bool:
 # -- the study -------------------------------------------------------------------------------------
 
 
+def inputs(study: Study) -> dict[str, Any]:
+    """What the result depends on beside the run: the other store, if one is given."""
+    corpus = build(Options, "study", study.options).corpus
+    return {} if corpus is None else {"corpus": study.subject.on(corpus).store.identity}
+
+
 def reason_score(study: Study) -> Outcome:
     """Rank latents by ReasonScore, beside frequency-matched vocabularies."""
     options = build(Options, "study", study.options)
     tokenizer = _tokenizer(study)
     formula = FORMULAS[options.formula]
-    words = words_of(tokenizer, options.names)
+    words = words_of(tokenizer, options.names, capitals=formula.capitals)
+    subject = study.subject if options.corpus is None else study.subject.on(options.corpus)
     with StopRequest() as stop:
-        corpus = read_corpus(study.subject, options.rows, stop)
-        marked = mark(corpus, words, formula)
+        corpus, other = _corpora(study.subject, subject, formula, options.rows, stop)
+        marked = mark(corpus, words, formula, other)
         if not any(map(len, marked.of_word)):
             raise SettingError(
                 f"none of the words {', '.join(map(repr, options.names))} is in the "
-                f"{len(corpus.tokens):,} held-out tokens; give words that are as "
+                f"{len(corpus.tokens):,} tokens of {subject.store.name}; give words that are as "
                 "study.words=[...], or more study.rows"
             )
         fired = np.bincount(corpus.active.indices, minlength=corpus.active.shape[1])
@@ -114,7 +134,7 @@ def reason_score(study: Study) -> Outcome:
                 f"no latent fires in {_FIRED} of {len(corpus.tokens):,} rows; give more study.rows"
             )
         scores, null = matched(
-            Scorer(corpus, formula),
+            Scorer(corpus, formula, other),
             words,
             marked,
             tested,
@@ -142,10 +162,12 @@ def reason_score(study: Study) -> Outcome:
 
     shown = [int(latent) for latent in rank[: min(options.top, _SHOWN)]]
     contexts = {}
-    for latent, ranked in top_contexts(study.subject, shown, _EACH, options.rows).items():
+    for latent, ranked in top_contexts(subject, shown, _EACH, options.rows).items():
         contexts[latent] = [_with_texts(context, tokenizer) for context in ranked]
     figures: dict[str, Any] = {
         "formula": {"name": options.formula, "alpha": ALPHA, **formula._asdict()},
+        "corpus": _corpus_figures(subject, corpus),
+        "other_corpus": _corpus_figures(study.subject, other) if other else None,
         "seed": _SEED,
         "tokens": int(corpus.kept.sum()),
         "documents": len(np.unique(corpus.document)),
@@ -153,7 +175,7 @@ def reason_score(study: Study) -> Outcome:
         "tested": len(tested),
         "significant": int(significant[tested].sum()),
         "null": _null_figures(null, scores[rank], len(tested)),
-        "halves": halves(corpus, words, formula, tested),
+        "halves": halves(corpus, words, formula, tested, other),
         "features": features,
         "contexts": {latent: [_joined(c) for c in ranked] for latent, ranked in contexts.items()},
     }
@@ -164,6 +186,24 @@ def reason_score(study: Study) -> Outcome:
         sentences.tables(figures, contexts),
         {"scores": picture},
     )
+
+
+def _corpora(
+    own: Subject, subject: Subject, formula: Formula, rows: int, stop: StopRequest
+) -> tuple[Corpus, Corpus | None]:
+    """The corpus of `subject`, and for a formula that compares two, the run's `own`."""
+    if not formula.against:
+        return read_corpus(subject, rows, stop), None
+    return read_corpus(subject, rows, stop, SERVED), read_corpus(own, rows, stop, SERVED)
+
+
+def _corpus_figures(subject: Subject, corpus: Corpus) -> dict[str, Any]:
+    return {
+        "store": PurePosixPath(subject.store.name).name,  # our folders are nobody's business
+        "identity": subject.store.identity,
+        "tokens": int(corpus.kept.sum()),
+        "documents": len(np.unique(corpus.document)),
+    }
 
 
 def _word_figures(words: Sequence[Word], marked: Marked) -> list[dict[str, Any]]:
@@ -238,6 +278,7 @@ def _null_figures(null: Null, ranked: Floats, tested: int) -> dict[str, Any]:
 DEFINITION = Definition(
     reason_score,
     options=Options,
+    inputs=inputs,
     order=70,
     columns=(
         Column(

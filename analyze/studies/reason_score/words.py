@@ -25,7 +25,8 @@ def summary(figures: dict[str, Any]) -> list[str]:
     lines = [
         f"{figures['significant']} of {figures['tested']:,} latents have a higher ReasonScore "
         f"({figures['formula']['name']} formula) than frequency-matched vocabularies give them: "
-        f"Benjamini-Hochberg q <= {LEVEL} among {null['draws']:,} vocabularies{unseen}.",
+        f"Benjamini-Hochberg q <= {LEVEL} among {null['draws']:,} vocabularies{unseen}. "
+        f"{_corpora(figures)}",
         f"The largest score {_beside_null(null['largest'])}",
         f"The sum of the ten largest {_beside_null(null['largest_10'])}",
         _halves(figures["halves"]),
@@ -34,6 +35,14 @@ def summary(figures: dict[str, Any]) -> list[str]:
     if missing:
         lines.append(f"Not in the {figures['tokens']:,} tokens: {', '.join(missing)}.")
     return lines
+
+
+def _corpora(figures: dict[str, Any]) -> str:
+    corpus = figures["corpus"]
+    text = f"{corpus['tokens']:,} tokens of {corpus['documents']:,} documents of {corpus['store']}"
+    if other := figures["other_corpus"]:
+        return f"The corpora are {text}, against {other['tokens']:,} of {other['store']}."
+    return f"The corpus is {text}."
 
 
 def _beside_null(score: dict[str, Any]) -> str:
