@@ -8,7 +8,7 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 # Of the demo's studies: its 200 word problems, answered 100 at a time.
 ANSWERS := answers.questions=200 answers.new_tokens=64 answers.batch=100
 
-.PHONY: demo test test-long lint clean
+.PHONY: demo test test-long test-libraries lint clean
 
 demo: .venv/installed  ## the whole pipeline on the embedded model, to a report
 	$(BIN)/python -m harvest model=tiny text=tiny tokens=4e5 context=256 store=activations/tiny.zarr
@@ -27,6 +27,13 @@ test: .venv/installed  ## the whole test suite, under 7 minutes on two cores
 test-long: .venv/installed  ## the loops of minutes: hundreds of kills
 	$(TEST) -m long
 
+# SAELens, sparsify and dictionary_learning beside the packages of .venv, whose versions they keep.
+# dictionary_learning is for an older nnsight, which nothing here needs.
+LIBRARIES := sae-lens==6.54.12 eai-sparsify==1.3.3 zstandard==0.25.0
+test-libraries: .interop/installed  ## they write every kind that they know, and read ours
+	INTEROP_PYTHON=$(CURDIR)/.interop/bin/python OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -q tests/train/test_libraries.py tests/train/test_publish.py
+
 lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -38,5 +45,13 @@ lint: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+.interop/installed: .venv/installed constraints.txt Makefile
+	$(BIN)/python -m venv .interop
+	$(BIN)/python -c "import site; print(*site.getsitepackages())" \
+		> "$$(.interop/bin/python -c 'import site; print(*site.getsitepackages())')/dev.pth"
+	.interop/bin/python -m pip install --quiet -c constraints.txt $(LIBRARIES)
+	.interop/bin/python -m pip install --quiet --no-deps dictionary-learning==0.1.0
+	touch $@
+
 clean:
-	rm -rf .venv activations runs
+	rm -rf .venv .interop activations runs

@@ -253,7 +253,7 @@ def sparsify(change: Mapping[str, Any], right: Tensor | None = None, **tensors: 
 
 _topk = kept(V + B_ENC) @ W_DEC + B_DEC
 SPARSIFY = {
-    "topk": sparsify({"activation": "topk", "num_latents": F, "multi_topk": True}, _topk),
+    "topk": sparsify({"activation": "topk", "num_latents": F, "multi_topk": False}, _topk),
     "num_latents: 0, expansion_factor": sparsify({"num_latents": 0, "expansion_factor": 3}, _topk),
     "2024: signed: false": sparsify({"signed": False, "normalize_decoder": True}, _topk),
 }
@@ -366,6 +366,10 @@ REFUSED = {
         "W_skip, whatever cfg.json says": (sparsify({}, W_skip=torch.eye(D)), "W_skip"),
         "skip_connection: true": (sparsify({"skip_connection": True}), "skip_connection"),
         "transcode: true": (sparsify({"transcode": True}), "transcode"),
+        "multi_topk: true, with which its forward decodes 4k latents": (
+            sparsify({"multi_topk": True}),
+            "multi_topk",
+        ),
         "activation: groupmax": (sparsify({"activation": "groupmax"}), "groupmax"),
         "embed_skip: true, gram_lookup: true": (sparsify({"gram_lookup": True}), "gram_lookup"),
         "a key of cfg.json that is not known": (sparsify({"leak": 0.1}), "leak"),

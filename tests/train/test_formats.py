@@ -1,20 +1,13 @@
-"""Exports compute what the run's SAE computes: by our own readers, and in the libraries themselves
-where they are.
-
-The libraries (`pip install 'residual-saes[interop]'`) may live in an environment of their own,
-whose interpreter INTEROP_PYTHON names.
+"""Exports compute what the run's SAE computes, by our own readers. tests/train/test_libraries.py
+has the libraries' own.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -79,68 +72,6 @@ def test_the_only_hookpoint_of_sparsifys_folder_is_taken(tmp_path: Path) -> None
     written(tmp_path, "sparsify", sae)
     with pytest.raises(PipelineError, match=r"layers\.21, layers\.5"):
         find("sparsify").read(tmp_path)
-
-
-# -- the libraries themselves ----------------------------------------------------------------------
-
-LOADERS = {
-    "saelens": """
-from sae_lens import SAE
-sae = SAE.load_from_disk(folder)
-f = sae.encode(x); x_hat = sae.decode(f)
-assert sae.cfg.metadata.hook_name == "blocks.21.hook_resid_post", sae.cfg.metadata
-""",
-    "sparsify": """
-from sparsify import SparseCoder
-sae = SparseCoder.load_from_disk(folder)
-top = sae.encode(x)
-f = torch.zeros(len(x), sae.num_latents).scatter(1, top.top_indices, top.top_acts)
-x_hat = sae.decode(top.top_acts, top.top_indices)
-""",
-    "dictionary_learning": """
-from dictionary_learning.utils import load_dictionary
-sae, config = load_dictionary(folder, "cpu")
-f = sae.encode(x); x_hat = sae.decode(f)
-assert config["trainer"]["layer"] == 21
-""",
-}
-PACKAGES = {
-    "saelens": "sae_lens",
-    "sparsify": "sparsify",
-    "dictionary_learning": "dictionary_learning",
-}
-PYTHON = os.environ.get("INTEROP_PYTHON", sys.executable)
-
-
-def has(package: str) -> bool:
-    found = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
-    return subprocess.run([PYTHON, "-c", found], check=False).returncode == 0
-
-
-@pytest.mark.parametrize(("name", "kind"), [case for case in CASES if case[0] in LOADERS])
-def test_the_library_computes_the_same(tmp_path: Path, name: str, kind: str) -> None:
-    if not has(PACKAGES[name]):
-        pytest.skip(
-            f"{PACKAGES[name]} is not installed: pip install 'residual-saes[interop]', "
-            "or set INTEROP_PYTHON"
-        )
-    sae, x = made(kind), rows()
-    np.save(tmp_path / "x.npy", x.numpy())
-    folder = written(tmp_path / "export", name, sae)
-    code = (
-        "import sys, numpy as np, torch\n"
-        "folder = sys.argv[1]; x = torch.from_numpy(np.load('x.npy'))\n"
-        f"torch.set_grad_enabled(False){LOADERS[name]}"
-        "np.savez('found.npz', f=f.numpy(), x_hat=x_hat.numpy())"
-    )
-    environment = {**os.environ, "SPARSIFY_DISABLE_TRITON": "1"}  # which is there and finds no GPU
-    subprocess.run([PYTHON, "-c", code, str(folder)], check=True, cwd=tmp_path, env=environment)
-    with np.load(tmp_path / "found.npz") as found:
-        kept = sae.encode(x)
-        dense = torch.zeros(len(x), F)
-        dense[kept.rows, kept.indices] = kept.values
-        np.testing.assert_allclose(found["f"], dense.numpy(), atol=1e-5)
-        np.testing.assert_allclose(found["x_hat"], sae(x).numpy(), atol=1e-5)
 
 
 # -- other people's --------------------------------------------------------------------------------

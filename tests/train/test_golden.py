@@ -10,16 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.errors import StoreError
-from tests.train.test_formats import ABOUT, D, F, K, made
+from tests.train.test_formats import ABOUT, CASES, D, F, K, made
 from train.export import format, golden
 from train.sae import SAE
-
-KINDS = [
-    (name, kind)
-    for name in format.names()
-    for kind in ("topk", "thresholds")
-    if (name, kind) != ("sparsify", "thresholds")
-]
 
 
 def exported(folder: Path, name: str, sae: SAE) -> Path:
@@ -35,7 +28,7 @@ def weights_of(folder: Path) -> Path:
     return next(path for path in found if path.name != golden.FILE)
 
 
-@pytest.mark.parametrize(("name", "kind"), KINDS)
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_golden_rows_have_the_latents_of_the_sae(tmp_path: Path, name: str, kind: str) -> None:
     sae = made(kind)
     folder = exported(tmp_path, name, sae)
@@ -55,7 +48,7 @@ def test_golden_rows_have_the_latents_of_the_sae(tmp_path: Path, name: str, kind
     format.find(name).read(folder)
 
 
-@pytest.mark.parametrize(("name", "kind"), KINDS)
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_one_flipped_bit_in_the_weights_is_noticed(tmp_path: Path, name: str, kind: str) -> None:
     folder = exported(tmp_path, name, made(kind))
     weights = weights_of(folder)
@@ -76,7 +69,7 @@ def changed(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> None:
     save_file(load_file(folder / golden.FILE), folder / golden.FILE)
 
 
-@pytest.mark.parametrize(("name", "kind"), KINDS)
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_weights_that_compute_something_else_are_noticed_by_the_rows_alone(
     tmp_path: Path, name: str, kind: str
 ) -> None:

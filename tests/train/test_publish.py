@@ -25,7 +25,8 @@ from data import durable
 from data.errors import SettingError, StoreError
 from data.tiny.embedded import MODEL_DIR
 from tests.analyze.conftest import make_run, random_rows
-from tests.train.test_formats import PYTHON, a_run, has, made
+from tests.train.test_formats import a_run, made
+from tests.train.test_libraries import PYTHON, require
 from train.export import saelens, safetensors
 from train.publish import release
 from train.publish.card import ABSENT, escaped
@@ -300,10 +301,7 @@ def test_the_last_layers_rows_are_not_in_hidden_states(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["topk", "thresholds"])
 def test_saelens_loads_it_by_its_name(tmp_path: Path, kind: str) -> None:
-    if not has("sae_lens"):
-        pytest.skip(
-            "sae_lens is not installed: pip install 'residual-saes[interop]', or set INTEROP_PYTHON"
-        )
+    require("saelens")
     run = finished(tmp_path / "run", made(kind))
     folder = publishes(run)
     _, code = blocks(card(run))

@@ -29,7 +29,8 @@ from train.export import golden
 from train.export.format import (
     About,
     Weights,
-    agree_on,
+    any_whole_of,
+    dense_of,
     only,
     read_json,
     refuse,
@@ -215,14 +216,16 @@ def _sae(kind: str, state: Mapping[str, Any], trainer: Mapping[str, Any], folder
         threshold = vector_of(state, "threshold", size, folder)
         return thresholded(weights.on_whole_rows(), threshold)
     k = whole_of("k", folder, state.get("k"), trainer.get("k"))
-    if kind == "AutoEncoderTopK":
+    if "threshold" in state:
+        threshold = tensor_of(state, "threshold", folder)
+        refuse(threshold.numel() != 1, folder, f"threshold {tuple(threshold.shape)}", "one number")
+    if kind == "AutoEncoderTopK":  # whose threshold is for encode(use_threshold=True) alone
         return topk(weights, k, folder)
-    threshold = tensor_of(state, "threshold", folder)
-    refuse(threshold.numel() != 1, folder, f"threshold {tuple(threshold.shape)}", "one number")
     if kind == "MatryoshkaBatchTopKSAE":
-        sizes = state["group_sizes"]
-        total = int(sizes.sum()) if isinstance(sizes, Tensor) else None
-        refuse(total != size, folder, f"group_sizes of {total}", f"all {size} latents")
+        groups = dense_of(state, "group_sizes", folder).flatten()
+        sizes = [whole_of("group_sizes", folder, group) for group in groups]
+        fits = min(sizes, default=0) > 0 and sum(sizes) == size
+        refuse(not fits, folder, f"group_sizes {sizes}", f"some that make {size} latents")
     return thresholded(weights, zero + threshold)
 
 
@@ -238,12 +241,10 @@ def _weights(kind: str, state: Mapping[str, Any], folder: Path) -> Weights:
 def origin(folder: Path) -> Origin:
     """See train.export.format.Format."""
     trainer, buffer = _config(folder)
-    hook, layer = trainer.get("submodule_name"), trainer.get("layer")
+    hook = trainer.get("submodule_name")
     found = of_hook(str(hook)) if hook else Origin()
-    if layer is not None:
-        layer = whole_of("layer", folder, layer, found.layer)
     return found._replace(
-        layer=found.layer if layer is None else layer,
+        layer=any_whole_of("layer", folder, trainer.get("layer"), found.layer),
         model=None if trainer.get("lm_name") is None else str(trainer["lm_name"]),
-        context=agree_on("ctx_len", folder, buffer.get("ctx_len")),
+        context=any_whole_of("ctx_len", folder, buffer.get("ctx_len")),
     )

@@ -274,8 +274,11 @@ def whole_of(name: str, folder: Path, *values: Any) -> int:
     """
     numbers = []
     for value in values:
-        single = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
-        numbers.append(value.item() if single else value)
+        if isinstance(value, Tensor):
+            plain = dense_of({name: value}, name, folder)
+            refuse(plain.numel() != 1, folder, f"{name} {tuple(plain.shape)}", "one number")
+            value = plain.item()
+        numbers.append(value)
     value = agree_on(name, folder, *numbers)
     refuse(value is None, folder, f"no {name} in its configuration", "a whole one")
     is_whole = (
@@ -285,18 +288,35 @@ def whole_of(name: str, folder: Path, *values: Any) -> int:
     return int(value)
 
 
+def any_whole_of(name: str, folder: Path, *values: Any) -> int | None:
+    """The whole number that files give, if any does. Raises StoreError as `whole_of`."""
+    given = [value for value in values if value is not None]
+    return whole_of(name, folder, *given) if given else None
+
+
+def dense_of(state: Mapping[str, Any], name: str, folder: Path) -> Tensor:
+    """A tensor of a file. Raises StoreError: it is not there, or does not hold its numbers."""
+    tensor = state.get(name)
+    if not isinstance(tensor, Tensor):
+        raise StoreError(f"{folder} has no tensor {name}; what can be taken is an SAE that has it")
+    is_plain = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized)
+    # An expanded tensor is as large as it says only when somebody computes with it.
+    held = is_plain and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
+    refuse(not held, folder, f"{name} that does not hold its numbers", "a dense tensor")
+    refuse(tensor.is_complex(), folder, f"{name} as complex numbers", "real ones")
+    return tensor.detach()
+
+
 def tensor_of(state: Mapping[str, Any], name: str, folder: Path) -> Tensor:
     """A tensor of a file as float32.
 
     Raises:
         StoreError: it is not there, not of real floating-point numbers, or not finite.
     """
-    tensor = state.get(name)
-    if not isinstance(tensor, Tensor):
-        raise StoreError(f"{folder} has no tensor {name}; what can be taken is an SAE that has it")
+    tensor = dense_of(state, name, folder)
     kind = str(tensor.dtype).removeprefix("torch.")
     refuse(not tensor.is_floating_point(), folder, f"{name} as {kind}", "floating point")
-    values = tensor.detach().float()
+    values = tensor.float()
     finite = bool(torch.isfinite(values).all())
     refuse(not finite, folder, f"NaN or infinity in {name}", "finite weights")
     return values

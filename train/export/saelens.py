@@ -6,6 +6,7 @@ Its architectures topk, jumprelu, gated (which is jumprelu with other weights) a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from train.export.format import (
     About,
     Weights,
     agree_on,
+    any_whole_of,
     flag,
     only,
     read_json,
@@ -55,6 +57,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "hook_head_index": (None,),
     "hook_point_head_index": (None,),
     "hook_name_out": (None, ""),
+    "hf_hook_name_out": (None, ""),
     "hook_layer_out": (None,),
     "hook_head_index_out": (None,),
 }
@@ -136,6 +139,9 @@ def read(folder: Path) -> SAE:
     tensors = read_tensors(weights)
     kind = _kind(config, folder)
     refuse_unknown(config, {*_HONOURED, *_HARMLESS.split(), *_ONLY}, folder, "cfg.json with")
+    scale = _row_scale(config, folder)
+    if scale is not None:
+        config["normalize_activations"] = None  # it is folded below
     only(config, _ONLY, folder)
     only(_metadata(config, folder), _ONLY, folder)
     known = {"W_enc", "W_dec", "b_dec", *_SCALES, *_TENSORS[kind]}
@@ -143,7 +149,7 @@ def read(folder: Path) -> SAE:
     sae = _sae(kind, config, tensors, folder)
     for name, size in (("d_in", sae.d_model), ("d_sae", sae.d_sae)):
         whole_of(name, folder, config.get(name), size)
-    return golden.checked(sae, weights)
+    return golden.checked(sae if scale is None else sae.folded(scale), weights)
 
 
 def _sae(kind: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> SAE:
@@ -162,6 +168,27 @@ def _sae(kind: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], fo
         return topk(weights, k, folder, by_norm=by_norm)
     only(config, {"rescale_acts_by_decoder_norm": (False, None)}, folder)
     return thresholded(weights, threshold)
+
+
+def _row_scale(config: Mapping[str, Any], folder: Path) -> float | None:
+    """What rows are multiplied by before the SAE: a checkpoint's activation_scaler.json has it.
+
+    In an SAE that was trained to its end it is in the weights.
+    """
+    path = folder / "activation_scaler.json"
+    if not path.is_file():
+        return None
+    scaler = read_json(path)
+    refuse_unknown(scaler, {"scaling_factor", "has_whitening"}, folder, f"{path.name} with")
+    only(scaler, {"has_whitening": (False,)}, folder)
+    scale, kind = scaler.get("scaling_factor"), config.get("normalize_activations")
+    if scale is None:
+        return None
+    got = f"scaling_factor={scale} with normalize_activations={kind}"
+    is_number = isinstance(scale, float | int) and not isinstance(scale, bool)
+    fits = is_number and 0 < scale < math.inf and kind == "expected_average_only_in"
+    refuse(not fits, folder, got, "a positive one with expected_average_only_in")
+    return float(scale)
 
 
 def _thresholds(
@@ -252,13 +279,10 @@ def origin(folder: Path) -> Origin:
     found = Origin()
     if hook is not None:
         found = of_hook(str(hook).replace("{layer}", str(layer)))
-    if layer is not None:
-        layer = whole_of("hook_layer", folder, layer, found.layer)
-    context = metadata.get("context_size")
     return found._replace(
-        layer=found.layer if layer is None else layer,
+        layer=any_whole_of("hook_layer", folder, layer, found.layer),
         model=_model(metadata, folder),
-        context=context if isinstance(context, int) else None,
+        context=any_whole_of("context_size", folder, metadata.get("context_size")),
     )
 
 

@@ -10,6 +10,7 @@ from train.export import golden
 from train.export.format import (
     About,
     Weights,
+    any_whole_of,
     read_json,
     read_tensors,
     refuse_unknown,
@@ -55,5 +56,6 @@ def origin(folder: Path) -> Origin:
     config = read_json(folder / "config.json")
     site, layer = config.get("site"), config.get("layer")
     hook = None if site is None else f"{site} of layer {layer}"
-    layer = None if layer is None else whole_of("layer", folder, layer)
-    return Origin(hook, site, layer, config.get("model"), config.get("context"))
+    layer = any_whole_of("layer", folder, layer)
+    context = any_whole_of("context", folder, config.get("context"))
+    return Origin(hook, site, layer, config.get("model"), context)

@@ -9,6 +9,7 @@ from train.export import golden
 from train.export.format import (
     About,
     Weights,
+    any_whole_of,
     only,
     read_json,
     read_tensors,
@@ -26,8 +27,10 @@ from train.sae import SAE
 # In the order of our weights.
 _TENSORS = ("encoder.weight", "W_dec", "encoder.bias", "b_dec")
 # What would change the function otherwise. signed is of 2024; the last two are newer than 1.3.3.
+# With multi_topk sparsify's forward decodes the 4k largest, and its encode keeps k.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "signed": (False,),
+    "multi_topk": (False,),
     "transcode": (False,),
     "skip_connection": (False,),
     "embed_skip": (False,),
@@ -36,7 +39,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 _HONOURED = {"activation", "k", "d_in", "num_latents", "d_sae"}
 # How it was trained, and the size where num_latents does not give it.
 _HARMLESS = {
-    *("expansion_factor", "normalize_decoder", "multi_topk", "naive_decoder"),
+    *("expansion_factor", "normalize_decoder", "naive_decoder"),
     *("lookup_max_order", "gram_table_hash"),
 }
 
@@ -102,10 +105,10 @@ def origin(folder: Path) -> Origin:
     config = read_json(run) if run.is_file() else {}
     if "sae" not in config:  # not sparsify's
         return found
-    model, context = config.get("model"), config.get("ctx_len")
+    model = config.get("model")
     return found._replace(
-        model=model if isinstance(model, str) else None,
-        context=context if isinstance(context, int) else None,
+        model=None if model is None else str(model),
+        context=any_whole_of("ctx_len", folder, config.get("ctx_len")),
     )
 
 

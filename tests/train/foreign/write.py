@@ -1,9 +1,10 @@
 """Files that other libraries' own classes write, with what those compute of a few rows.
 
-    python tests/train/foreign/write.py OUT [--every]    without --every: what the tests keep
+    python tests/train/foreign/write.py OUT             packed, some of them: what the tests keep
+    python tests/train/foreign/write.py OUT --every
 
 It runs in an interpreter that has the libraries (INTEROP_PYTHON, see CONTRIBUTING.md), and imports
-nothing of this project. For each library it leaves a folder:
+nothing of this project. For each library it leaves a folder, or OUT/LIBRARY.zip of it:
 
     OUT/LIBRARY/about.json               the version, and the keys of the library's configurations
     OUT/LIBRARY/KIND/...                 the library's files
@@ -23,10 +24,12 @@ import dataclasses
 import inspect
 import json
 import re
+import shutil
 import sys
 import types
 import typing
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -94,12 +97,37 @@ def saelens(every: bool) -> Iterator[Kind]:
             for name, change in _saelens_changes(config, every) if every else [("", {})]:
                 yield f"{way} {architecture}{name}", _saelens_saved(cls, config, change, way)
 
+    for name in ("scaled", "whitened"):
+        yield f"checkpoint topk, {name}", _saelens_checkpoint(name == "whitened")
+
+
+def _saelens_checkpoint(whitened: bool) -> Any:
+    """As sae_trainer.save_checkpoint leaves it, before rows' scale is folded into the weights."""
+    from sae_lens import registry
+    from sae_lens.training.activation_scaler import ActivationScaler, ActivationWhitening
+
+    matrix = torch.linalg.qr(drawn(90, D, D).double()).Q * 1.5
+    whitening = ActivationWhitening(drawn(91, D).double(), matrix, torch.linalg.inv(matrix))
+    scaler = ActivationScaler(None, whitening) if whitened else ActivationScaler(0.37)
+    kind = "covariance_whitening" if whitened else "expected_average_only_in"
+    topk = registry.SAE_TRAINING_CLASS_REGISTRY["topk"]
+    saved = _saelens_saved(*topk, {"normalize_activations": kind}, "save_model")
+
+    def save(folder: Path) -> Callable[[Tensor], Tensor]:
+        sae = saved(folder)
+        scaler.save(str(folder / "activation_scaler.json"))
+        return lambda x: scaler.unscale(sae(scaler.scale(x)))
+
+    return save
+
 
 def _saelens_changes(config: type, every: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """No change, and one of each field."""
     yield "", {}
     hints = typing.get_type_hints(config)
-    own = {"apply_b_dec_to_input", "normalize_activations", "rescale_acts_by_decoder_norm"}
+    own = {"apply_b_dec_to_input", "rescale_acts_by_decoder_norm"}
+    if config.__name__ == "StandardSAEConfig":
+        own |= {"normalize_activations", "reshape_activations", "dtype"}
     for field in dataclasses.fields(config):
         if field.name in _FIXED or not (every or field.name in own):
             continue
@@ -168,13 +196,13 @@ def saelens_keys() -> set[str]:
 # -- sparsify --------------------------------------------------------------------------------------
 
 
-def sparsify(every: bool) -> Iterator[Kind]:
+def sparsify(_: bool) -> Iterator[Kind]:
     from sparsify import SparseCoderConfig
 
     hints = typing.get_type_hints(SparseCoderConfig)
     small = {"expansion_factor": F // D, "k": 4}
     yield "sae", _sparsify_saved(small, torch.float32)
-    for dtype in (torch.bfloat16, torch.float16) if every else ():
+    for dtype in (torch.bfloat16, torch.float16):
         yield f"sae, {dtype}".replace("torch.", ""), _sparsify_saved(small, dtype)
     for field in dataclasses.fields(SparseCoderConfig):
         for value in others(hints[field.name], small.get(field.name, field.default)):
@@ -208,7 +236,7 @@ def sparsify_keys() -> set[str]:
 # -- dictionary_learning ---------------------------------------------------------------------------
 
 
-def _dictionary_learning() -> None:
+def import_dictionary_learning() -> None:
     """Make it importable: nnsight runs language models for it, which nothing here does."""
     if "nnsight" not in sys.modules:
         stub = types.ModuleType("nnsight")
@@ -263,7 +291,7 @@ def _trainer(name: str, cls: type, **change: Any) -> Any:
 
 
 def dictionary_learning(every: bool) -> Iterator[Kind]:
-    _dictionary_learning()
+    import_dictionary_learning()
     from dictionary_learning.dictionary import AutoEncoderNew
 
     for name, cls in sorted(_trainers().items()):
@@ -299,7 +327,7 @@ def _dictionary_saved(name: str, cls: type, io: str, ae: Any = None) -> Any:
 
 
 def dictionary_learning_keys() -> dict[str, list[str]]:
-    _dictionary_learning()
+    import_dictionary_learning()
     trainer: set[str] = set()
     for name, cls in _trainers().items():
         trainer |= set(_trainer(name, cls).config)
@@ -337,11 +365,25 @@ def write(library: str, out: Path, every: bool) -> None:
         save_file(tensors, folder / "x_hat.safetensors")
 
 
+def pack(folder: Path) -> None:
+    """FOLDER.zip instead of the folder, the same bytes each time."""
+    with zipfile.ZipFile(f"{folder}.zip", "w") as archive:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            entry = zipfile.ZipInfo(str(path.relative_to(folder)))
+            archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED, 9)
+    shutil.rmtree(folder)
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
+    every = "--every" in sys.argv
     for name in LIBRARIES:
+        out = Path(sys.argv[1], name)
         try:
-            write(name, Path(sys.argv[1], name), "--every" in sys.argv)
+            write(name, out, every)
         except ImportError as error:
             print(f"{name} is not installed: {error}", file=sys.stderr)
+            continue
+        if not every:
+            pack(out)
