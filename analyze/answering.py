@@ -202,6 +202,19 @@ def _generated(
     return [replace(one, problem=replace(one.problem, part=part)) for one in kept]
 
 
+def questions(study: Study) -> list[tuple[Problem, list[int]]]:
+    """Each question once, with its prompt's ids; of a folder those of test.jsonl."""
+    asking = asking_of(study)
+    found: dict[str, Problem] = {}
+    for item in _problems(study, asking):
+        asked = item.problem if isinstance(item, Solution) else item
+        if asked.part != "train":
+            found.setdefault(asked.id, asked)
+    prompt = PROMPTS[asking.prompt]
+    tokenizer = study.lm.tokenizer
+    return [(asked, prompt(tokenizer, asked.question)) for asked in found.values()]
+
+
 def asking_of(study: Study) -> Asking:
     """The study's settings `answers`.
 

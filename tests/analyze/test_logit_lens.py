@@ -18,7 +18,14 @@ from analyze.stats import bootstrap_ratio
 from analyze.studies.logit_lens import study as logit_lens
 from analyze.studies.logit_lens.heat_map import heat_map
 from analyze.studies.logit_lens.study import Options, Reading
-from analyze.studies.logit_lens.token_classes import CLASSES, class_of, classes
+from analyze.studies.logit_lens.token_classes import (
+    CLASSES,
+    NAMES,
+    SCRIPTS,
+    class_of,
+    members,
+    script_of,
+)
 from analyze.subject import Subject
 from data.errors import PipelineError, SettingError, StopRequest
 from data.rows.split import held_out_units
@@ -26,7 +33,7 @@ from data.settings import build
 from harvest.model import LanguageModel, ModelConfig, load
 from harvest.model_folder import EMBEDDED
 
-DIGIT = CLASSES.index("digit")
+DIGIT = NAMES.index("digit")
 TEXTS = (
     "Question: Tina needs 25 beans and has 14.\nAnswer: 25 - 14 = 11",
     "3 + 4 = 7.\n#### 7",
@@ -45,22 +52,22 @@ def sequences(lm: LanguageModel) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def kinds(lm: LanguageModel) -> np.ndarray:
-    return classes(lm.tokenizer, language_model.vocabulary_size(lm))
+def own(lm: LanguageModel) -> np.ndarray:
+    return members(lm.tokenizer, language_model.vocabulary_size(lm))
 
 
 @pytest.fixture(scope="module")
-def reading(lm: LanguageModel, sequences: list[list[int]], kinds: np.ndarray) -> Reading:
-    return read(lm, sequences, kinds)
+def reading(lm: LanguageModel, sequences: list[list[int]], own: np.ndarray) -> Reading:
+    return read(lm, sequences, own)
 
 
 def read(
     lm: LanguageModel,
     sequences: list[list[int]],
-    kinds: np.ndarray,
+    own: np.ndarray,
     block_bytes: int = language_model.BLOCK_BYTES,
 ) -> Reading:
-    null = logit_lens.shuffled(kinds, "cpu")
+    null = logit_lens.shuffled(own, "cpu")
     return logit_lens.read(lm, sequences, null, DIGIT, StopRequest(), block_bytes)
 
 
@@ -104,15 +111,15 @@ def test_the_last_layers_lens_is_the_models_own_logits(
 
 
 def test_every_figure_is_what_its_definition_says(
-    lm: LanguageModel, sequences: list[list[int]], kinds: np.ndarray, reading: Reading
+    lm: LanguageModel, sequences: list[list[int]], own: np.ndarray, reading: Reading
 ) -> None:
     for number, one in enumerate(sequences):
         at = np.flatnonzero(reading.prompt == number)
         p = softmax(naive(lm, one)[0])[:, 1:-1]  # behind every token but BOS and the last
         assert reading.following[at].tolist() == one[2:]
-        mass = np.stack([p[:, :, kinds == kind].sum(-1) for kind in range(len(CLASSES))], -1)
+        mass = np.stack([p[:, :, column].sum(-1) for column in own.T], -1)
         np.testing.assert_allclose(reading.mass[:, at], mass, atol=2e-5)
-        np.testing.assert_allclose(reading.mass[:, at].sum(-1), 1, atol=2e-5)
+        np.testing.assert_allclose(reading.mass[:, at, : len(CLASSES)].sum(-1), 1, atol=2e-5)
         assert (reading.top[:, at] == p.argmax(-1)).all()
         np.testing.assert_allclose(reading.top_p[:, at], p.max(-1), atol=2e-5)
         ce = -np.log(np.take_along_axis(p, np.array(one[2:])[None, :, None], -1))[..., 0]
@@ -128,17 +135,17 @@ def test_every_figure_is_what_its_definition_says(
 
 
 def test_the_null_is_the_lens_with_its_unembedding_in_other_orders(
-    lm: LanguageModel, sequences: list[list[int]], kinds: np.ndarray, reading: Reading
+    lm: LanguageModel, sequences: list[list[int]], own: np.ndarray, reading: Reading
 ) -> None:
-    null = logit_lens.shuffled(kinds, "cpu")
+    null = logit_lens.shuffled(own, "cpu")
     p = np.concatenate([softmax(naive(lm, one)[0])[:, 1:-1] for one in _as_read(sequences)], 1)
     for number in (0, logit_lens.ORDERS - 1):
         order = null.orders[:, number].numpy()
-        assert sorted(order) == list(range(len(kinds)))
-        assert (order != np.arange(len(kinds))).mean() > 0.9
+        assert sorted(order) == list(range(len(own)))
+        assert (order != np.arange(len(own))).mean() > 0.9
         other = p[:, :, order]  # row i of the unembedding is now that of order[i]
-        for kind in range(len(CLASSES)):
-            expected = other[:, :, kinds == kind].sum(-1)
+        for kind in range(len(NAMES)):
+            expected = other[:, :, own[:, kind]].sum(-1)
             np.testing.assert_allclose(
                 reading.shuffled_mass[:, kind, number], expected.mean(1), atol=2e-5
             )
@@ -148,7 +155,7 @@ def test_the_null_is_the_lens_with_its_unembedding_in_other_orders(
                 )
         ce = -np.log(np.take_along_axis(other, reading.following[None, :, None], -1))[..., 0]
         np.testing.assert_allclose(reading.shuffled_ce[:, number], ce.mean(1), rtol=1e-4)
-    share = np.bincount(kinds, minlength=len(CLASSES)) / len(kinds)
+    share = own.mean(0)
     np.testing.assert_allclose(
         reading.shuffled_mass.mean((0, 2)), share, atol=0.08
     )  # the base rate
@@ -158,7 +165,7 @@ def _as_read(sequences: list[list[int]]) -> list[list[int]]:
     return sorted(sequences, key=len, reverse=True)
 
 
-def test_the_lens_finds_planted_directions(lm: LanguageModel, kinds: np.ndarray) -> None:
+def test_the_lens_finds_planted_directions(lm: LanguageModel, own: np.ndarray) -> None:
     """A state that the final norm turns into a token's own unembedding row."""
     weight = lm.causal.lm_head.weight
     planted = torch.arange(6, len(weight))
@@ -167,24 +174,24 @@ def test_the_lens_finds_planted_directions(lm: LanguageModel, kinds: np.ndarray)
     ]  # some rows are shadowed by longer ones
     assert len(planted) > 100
     states = 5 * weight[planted] / lm.final_norm.weight
-    null = logit_lens.shuffled(kinds, "cpu")
+    null = logit_lens.shuffled(own, "cpu")
     top, top_p, ce, kl, rank, masses, _ = logit_lens.measure(lm, [states, states], planted, null)
     assert (top == planted.numpy()).all()
     np.testing.assert_allclose(ce, -np.log(top_p), rtol=1e-4, atol=1e-6)
     assert (kl == 0).all() and (rank == 1).all()
-    assert (masses[0][np.arange(len(planted)), kinds[planted]] >= top_p[0] - 1e-5).all()
+    assert (masses[0][np.arange(len(planted)), own[planted].argmax(1)] >= top_p[0] - 1e-5).all()
 
 
 def test_blocks_of_positions_change_nothing(
     lm: LanguageModel,
     sequences: list[list[int]],
-    kinds: np.ndarray,
+    own: np.ndarray,
     reading: Reading,
 ) -> None:
     block_bytes = 4 * language_model.vocabulary_size(lm) * 3
     parts = language_model.blocks(lm, 8, block_bytes)
     assert [part.stop - part.start for part in parts] == [3, 3, 2]
-    for whole, blocked in zip(reading, read(lm, sequences, kinds, block_bytes), strict=True):
+    for whole, blocked in zip(reading, read(lm, sequences, own, block_bytes), strict=True):
         np.testing.assert_allclose(whole, blocked, rtol=1e-4, atol=1e-4)
 
 
@@ -206,7 +213,7 @@ def test_a_head_with_a_step_of_its_own_is_refused(
 # -- classes and commitment ------------------------------------------------------------------------
 
 
-def test_every_token_has_one_class(lm: LanguageModel, kinds: np.ndarray) -> None:
+def test_every_token_has_one_class(lm: LanguageModel, own: np.ndarray) -> None:
     expected = {
         "english": [" the", "Ans", "a", "'s", "don\u2019t", "twenty-one", "THE"],
         "other": [
@@ -240,12 +247,77 @@ def test_every_token_has_one_class(lm: LanguageModel, kinds: np.ndarray) -> None
     }
     for name, texts in expected.items():
         assert {text: class_of(text) for text in texts} == dict.fromkeys(texts, name)
-    assert len(kinds) == 512 and set(kinds) == set(range(len(CLASSES)))
+    assert len(own) == 512 and (own[:, : len(CLASSES)].sum(1) == 1).all()
+    assert own[:, : len(CLASSES)].any(0).all()
     decode = lm.tokenizer.inner.decode
-    assert sorted(decode([token]) for token in np.flatnonzero(kinds == DIGIT)) == list("0123456789")
-    assert classes(lm.tokenizer, 600)[590] == CLASSES.index(
-        "code"
-    )  # rows of an embedding without a token
+    assert sorted(decode([token]) for token in np.flatnonzero(own[:, DIGIT])) == list("0123456789")
+    # Rows of an embedding without a token.
+    assert members(lm.tokenizer, 600)[590].nonzero()[0].tolist() == [CLASSES.index("code")]
+
+
+def test_scripts_are_told_apart() -> None:
+    expected = {
+        "chinese": ["的", " 你好", "T恤", "豈", "一。"],
+        "bengali": ["ক", " আমি", "৫"],
+        "hindi": ["नमस्ते", "ि", "५"],
+        "arabic": [" سلام", "٣", "۴", "\N{ARABIC LETTER ALEF FINAL FORM}"],
+        None: [
+            "",
+            "the",
+            "é",
+            "の",
+            "日の",
+            "дом",
+            "한",
+            "7",
+            "।",
+            "\N{REPLACEMENT CHARACTER}",
+            "的ক",
+        ],
+    }
+    for name, texts in expected.items():
+        assert {text: script_of(text) for text in texts} == dict.fromkeys(texts, name)
+    for text in [text for name, texts in expected.items() if name for text in texts]:
+        assert class_of(text) == "other"  # of which the scripts are parts
+
+
+def test_bands_are_means_of_their_layers_beside_random_rows(own: np.ndarray) -> None:
+    """Planted: early layers say Chinese, the last one English, and nothing under the null."""
+    vocabulary = np.zeros((300, len(NAMES)), bool)
+    vocabulary[:, CLASSES.index("code")] = True
+    for ids, names in ((range(5), ["other", "chinese"]), (range(5, 10), ["english"])):
+        vocabulary[list(ids)] = [name in names for name in NAMES]
+    prompt = np.repeat(np.arange(4), 5)
+    top = np.array([[0, 1, 2, 3, 4] * 4] * 2 + [[5, 6, 7, 8, 9] * 4])
+    mass = vocabulary[top].astype(np.float32)
+    reading = made_reading(np.zeros((3, 20), np.float32), prompt)._replace(top=top, mass=mass)
+    null = logit_lens.shuffled(vocabulary, "cpu")
+    early, late = logit_lens.by_band(reading, null, [range(2), range(2, 3)])
+    assert (early["first"], early["last"], late["first"], late["last"]) == (0, 1, 2, 2)
+    for kind in ("mass", "top"):
+        assert [early[kind][name]["value"] for name in ("chinese", "english")] == [1, 0]
+        assert [late[kind][name]["value"] for name in ("chinese", "english")] == [0, 1]
+        assert early[kind]["chinese"]["interval"] == (1, 1)
+    for band in (early, late):  # in other orders the same rows mean something else
+        assert band["top_shuffled"]["code"]["value"] > 0.9
+        assert band["top_shuffled"]["chinese"]["value"] < 0.1
+    # By hand, for one order: the top id's row is another id's.
+    order = null.orders[:, 0].numpy()
+    named = np.array([np.flatnonzero(order == one)[0] for one in top[2]])
+    np.testing.assert_allclose(
+        logit_lens._top_share(null, top[2:], 0)[0], vocabulary[named].mean(0)
+    )
+
+
+def test_bands_are_thirds_or_as_asked() -> None:
+    thirds = [(band.start, band.stop) for band in Options().bands_of(42)]
+    assert thirds == [(0, 14), (14, 28), (28, 42)]
+    assert [len(band) for band in Options().bands_of(1)] == [1]
+    asked = Options(bands=[15, 30]).bands_of(42)
+    assert [(band.start, band.stop) for band in asked] == [(0, 15), (15, 30), (30, 42)]
+    for wrong in ([0], [30, 15], [42], ["a"], 7, [5, 5]):
+        with pytest.raises(SettingError, match=r"study\.bands"):
+            Options(bands=wrong).bands_of(42)
 
 
 def test_commitment_is_from_where_on_the_class_has_half() -> None:
@@ -263,7 +335,7 @@ def test_commitment_is_from_where_on_the_class_has_half() -> None:
 def made_reading(target: np.ndarray, prompt: np.ndarray) -> Reading:
     """A reading whose class `other` has `target` (L, n), the rest being `code`."""
     layers, n = target.shape
-    mass = np.zeros((layers, n, 4), np.float32)
+    mass = np.zeros((layers, n, len(NAMES)), np.float32)
     mass[:, :, 1], mass[:, :, 3] = target, 1 - target
     rng = np.random.default_rng(0)
     flat = [rng.random((layers, n)).astype(np.float32) for _ in range(3)]
@@ -271,7 +343,7 @@ def made_reading(target: np.ndarray, prompt: np.ndarray) -> Reading:
     orders = logit_lens.ORDERS
     null = (
         np.repeat(target[:, :, None], orders, 2),
-        np.zeros((layers, 4, orders)),
+        np.zeros((layers, len(NAMES), orders)),
         np.zeros((layers, orders)),
     )
     return Reading(prompt, np.zeros(n, np.int64), top, flat[0], flat[1], flat[2], rank, mass, *null)
@@ -351,7 +423,7 @@ def test_prompts_are_the_longest_pieces_of_different_documents(tiny_run: Path) -
 
 
 def test_the_study_of_the_embedded_model(tiny_study) -> None:
-    study = tiny_study("logit_lens", prompts=24, tokens=48, target="digit")
+    study = tiny_study("logit_lens", problems=None, prompts=24, tokens=48, target="digit")
     outcome = study.perform(logit_lens.DEFINITION)
     figures = outcome.figures
     assert figures["prompts"] == 24 == len(set(figures["documents"]))
@@ -367,7 +439,7 @@ def test_the_study_of_the_embedded_model(tiny_study) -> None:
     assert len(outcome.tables[0].rows) == 12
     for name in outcome.pictures:
         ElementTree.fromstring((study.folder / f"{name}.svg").read_text())
-    again = tiny_study("logit_lens", prompts=24, tokens=48, target="digit").perform(
+    again = tiny_study("logit_lens", problems=None, prompts=24, tokens=48, target="digit").perform(
         replace(logit_lens.DEFINITION, run=_never)
     )
     assert again.summary == outcome.summary
@@ -375,6 +447,23 @@ def test_the_study_of_the_embedded_model(tiny_study) -> None:
 
 def _never(_study: object) -> None:
     raise AssertionError("the study was done already")
+
+
+def test_questions_are_prompts_where_there_are_problems(tiny_study, tmp_path: Path) -> None:
+    study = tiny_study("logit_lens", "tiny", {"questions": 3}, prompts=24, tokens=9, target="digit")
+    outcome = study.perform(logit_lens.DEFINITION)
+    figures = outcome.figures
+    assert figures["prompts"] == 3 == len(figures["questions"]) and figures["asked"] == "lm_eval"
+    assert figures["positions"] == 3 * 8  # behind each of a prompt's first tokens but BOS
+    assert "documents" not in figures
+    captions = [table.caption for table in outcome.tables]
+    (of_mass,) = [at for at, caption in enumerate(captions) if "script by layers" in caption]
+    assert [row[0] for row in outcome.tables[of_mass].rows] == [
+        "0 to 3", "random rows", "4 to 7", "random rows", "8 to 11", "random rows",
+    ]  # fmt: skip
+    assert set(SCRIPTS) < set(outcome.tables[of_mass].header)
+    with pytest.raises(SettingError, match="problems="):
+        logit_lens.logit_lens(tiny_study("logit_lens", "tiny", {"questions": 1}))
 
 
 def test_words_in_a_heat_map_are_no_tex_and_no_markup() -> None:

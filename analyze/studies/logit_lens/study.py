@@ -3,10 +3,10 @@
 The lens of layer l is softcap(unembed(final_norm(h_l))) (nostalgebraist, 2020). h_l is the residual
 stream behind layer l, before the final norm, also for the last layer: the last layer's lens is the
 model's own prediction. A prompt is the first tokens of a held-out document's longest piece, one per
-document. Positions are those behind which a token follows, without BOS. With p_l the lens'
-distribution, a position has:
+document, or with problems= of a question as `answers.prompt` puts it. Positions are those behind
+which a token follows, without BOS. With p_l the lens' distribution, a position has:
 
-    mass        p_l of all ids of a class of text (token_classes.py)
+    mass        p_l of all ids of a class of text or a script (token_classes.py)
     CE          -ln p_l(next token), nats
     KL          KL(p_last || p_l), nats: as the tuned lens is measured (Belrose et al.,
                 arXiv 2303.08112)
@@ -16,19 +16,22 @@ distribution, a position has:
     commitment  the first layer from which mass(target) >= 0.5 at every later layer; none if the
                 last layer has less
 
+Bands are runs of layers: thirds, unless `study.bands` says where each begins.
+
 Null: the unembedding's rows in random order. The lens is then as peaked as before, and its words
 mean nothing. Intervals are from resampling prompts.
 
-Shapes: L layers, n positions of all prompts, m positions of one block, C classes, S orders of the
-    null, V vocabulary, d d_model.
+Shapes: L layers, n positions of all prompts, m positions of one block, C classes and scripts, S
+    orders of the null, V vocabulary, d d_model.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,7 +40,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from analyze import language_model, pieces
-from analyze.answering import model_key
+from analyze.answering import asking_of, inputs, model_key, questions
 from analyze.contexts import visible
 from analyze.language_model import (
     BATCH_TOKENS,
@@ -54,7 +57,7 @@ from analyze.results import digest_of
 from analyze.stats import Floats, Interval, bootstrap, bootstrap_ratios, figure, percentiles
 from analyze.studies.logit_lens import words
 from analyze.studies.logit_lens.heat_map import heat_map
-from analyze.studies.logit_lens.token_classes import CLASSES, classes
+from analyze.studies.logit_lens.token_classes import NAMES, members
 from analyze.study import Definition, Study
 from analyze.subject import Subject
 from data.errors import SettingError, StopRequest, StoreError
@@ -64,7 +67,7 @@ from harvest.model import LanguageModel
 
 ORDERS = 20  # of the unembedding's rows
 SEED = 0
-VERSION = 1  # of what is kept of each batch: raise it when the same prompts give something else
+VERSION = 2  # of what is kept of each batch: raise it when the same prompts give something else
 _MAP_TOKENS = 24  # of the heat map
 _COMMON = 3  # top tokens named per layer
 _BY_POSITION = 9  # fields of `Reading`, the first ones
@@ -75,9 +78,10 @@ _SCALARS = ("ce", "kl", "rank", "agrees")
 class Options:
     """Settings of conf/study/logit_lens.yaml."""
 
-    prompts: int = 200  # documents
+    prompts: int = 200  # documents, or questions if there are problems
     tokens: int = 128  # of a prompt, at most
-    target: str = "english"  # one of CLASSES
+    target: str = "english"  # one of NAMES
+    bands: Sequence[int] | None = None  # first layers of all bands but the first; None: thirds
 
     def __post_init__(self) -> None:
         if self.prompts < 2:
@@ -89,8 +93,28 @@ class Options:
             raise SettingError(
                 f"study.tokens={self.tokens} must be at least 2: the BOS and a token to read"
             )
-        if self.target not in CLASSES:
-            raise SettingError(f"study.target={self.target} must be one of {', '.join(CLASSES)}")
+        if self.target not in NAMES:
+            raise SettingError(f"study.target={self.target} must be one of {', '.join(NAMES)}")
+        if self.bands is not None:
+            self.bands_of(2**30)  # before the model is loaded, which says how many layers it has
+
+    def bands_of(self, layers: int) -> list[range]:
+        """The bands of a model.
+
+        Raises:
+            SettingError: `bands` are not rising layers of the model.
+        """
+        starts = self.bands
+        if starts is None:
+            starts = sorted({round(layers / 3), round(2 * layers / 3)} - {0, layers})
+        if not isinstance(starts, list | tuple) or not all(type(one) is int for one in starts):
+            raise SettingError(f"study.bands={starts} must be a list of layers, such as [14,28]")
+        edges = [0, *starts, layers]
+        if any(first >= second for first, second in pairwise(edges)):
+            raise SettingError(
+                f"study.bands={list(starts)} must be rising layers between 1 and {layers - 1}"
+            )
+        return [range(*edge) for edge in pairwise(edges)]
 
 
 class Reading(NamedTuple):
@@ -117,6 +141,7 @@ class Reading(NamedTuple):
 class Null(NamedTuple):
     """The vocabulary's classes, with the unembedding's rows in their own and in S random orders."""
 
+    own: NDArray[np.bool_]  # (V, C) see token_classes.members
     orders: Tensor  # (V, S) the id whose row an id has
     # (V, (1 + S) C) float32, order by order: 1 where the id's row counts for a class
     members: Tensor
@@ -148,17 +173,16 @@ def prompts(subject: Subject, count: int) -> list[Piece]:
     return list(longest.values())
 
 
-def shuffled(kinds: NDArray[np.int64], device: str) -> Null:
-    """The null of a vocabulary whose ids have classes `kinds` (V,)."""
+def shuffled(own: NDArray[np.bool_], device: str) -> Null:
+    """The null of a vocabulary whose ids are of the classes `own` (V, C)."""
     rng = np.random.default_rng(SEED)
-    own = np.eye(len(CLASSES), dtype=np.float32)[kinds]  # (V, C)
-    orders = np.stack([rng.permutation(len(kinds)) for _ in range(ORDERS)], 1)
-    members = np.empty((len(kinds), 1 + ORDERS, len(CLASSES)), np.float32)
-    members[:, 0] = own
+    orders = np.stack([rng.permutation(len(own)) for _ in range(ORDERS)], 1)
+    every = np.empty((len(own), 1 + ORDERS, len(NAMES)), np.float32)
+    every[:, 0] = own
     for number, order in enumerate(orders.T, 1):
-        members[order, number] = own
-    flat = members.reshape(len(kinds), -1)
-    return Null(torch.from_numpy(orders).to(device), torch.from_numpy(flat).to(device))
+        every[order, number] = own
+    flat = every.reshape(len(own), -1)
+    return Null(own, torch.from_numpy(orders).to(device), torch.from_numpy(flat).to(device))
 
 
 def read(
@@ -231,7 +255,7 @@ def _read_batch(
             note(f"{said}, {part.start}/{len(following)} positions of the next")
             ids = following[part]
             lens = measure(lm, [states[layer][1:-1][part] for layer in layers], ids, null)
-            shape = (*lens.masses.shape[:2], 1 + ORDERS, len(CLASSES))
+            shape = (*lens.masses.shape[:2], 1 + ORDERS, len(NAMES))
             masses = lens.masses.reshape(shape)
             columns.append(
                 [
@@ -307,7 +331,7 @@ def commitment(mass: NDArray[Any]) -> Floats:
 
 def by_layer(reading: Reading) -> list[dict[str, Any]]:
     """Each layer's mean of every figure over positions, with its interval, and the null's."""
-    names = (*CLASSES, *_SCALARS)
+    names = (*NAMES, *_SCALARS)
     masses = np.moveaxis(reading.mass, 2, 0)
     agrees = reading.top == reading.top[-1]
     scalars = (reading.ce, reading.kl, np.log(reading.rank), agrees)
@@ -330,7 +354,7 @@ def by_layer(reading: Reading) -> list[dict[str, Any]]:
             np.exp(log_rank["value"]), interval and Interval(*map(math.exp, interval))
         )
         null = {}
-        for number, name in enumerate(CLASSES):
+        for number, name in enumerate(NAMES):
             null[name] = _null(reading.shuffled_mass[layer, number])
         null["ce"] = _null(reading.shuffled_ce[layer])
         rows.append({"layer": layer, **row, "shuffled": null})
@@ -341,6 +365,49 @@ def _null(values: NDArray[Any]) -> dict[str, Any]:
     """Mean and middle 95 % over the orders of the unembedding's rows, NaN left out."""
     exact = values.astype(np.float64)
     return figure(_defined(np.mean, exact), percentiles(exact))
+
+
+def by_band(reading: Reading, null: Null, bands: Sequence[range]) -> list[dict[str, Any]]:
+    """For each band and class the mean mass, and the share of positions that it is the top token's.
+
+    Each is a mean over the band's layers and all positions, with its interval and the null's.
+    """
+    firsts = reading.firsts
+    counts = np.diff(np.append(firsts, len(reading.prompt))).astype(np.float64)
+    rows = []
+    for band in bands:
+        layers = slice(band.start, band.stop)
+        top = reading.top[layers]
+        under_null = [reading.shuffled_mass[layers].mean(0)]
+        shares = [_top_share(null, top, order).mean(0) for order in range(ORDERS)]
+        under_null.append(np.stack(shares, 1))
+        row: dict[str, Any] = {"first": band.start, "last": band.stop - 1}
+        for kind, values, random in zip(
+            ("mass", "top"),
+            (reading.mass[layers].mean(0), null.own[top].mean(0)),
+            under_null,
+            strict=True,
+        ):
+            sums = np.add.reduceat(values.astype(np.float64), firsts, axis=0)
+            means = sums.sum(0) / counts.sum()
+            intervals = bootstrap_ratios(sums, counts, seed=SEED)
+            row[kind] = dict(zip(NAMES, map(figure, means, intervals), strict=True))
+            row[f"{kind}_shuffled"] = dict(zip(NAMES, map(_null, random), strict=True))
+        rows.append(row)
+    return rows
+
+
+def _top_share(null: Null, top: NDArray[np.int64], order: int) -> Floats:
+    """(layers, C) share of positions whose top token is of a class, with rows in a random order.
+
+    Args:
+        top: (layers, n) most probable ids with rows in their own order.
+    """
+    rows = null.orders[:, order].cpu().numpy()
+    # Id i has the row of rows[i], so the top token is the id whose row was the top's.
+    own = np.empty_like(null.own)
+    own[rows] = null.own
+    return np.array([own[of_layer].mean(0) for of_layer in top], np.float64)
 
 
 def committed(reading: Reading, target: int) -> dict[str, Any]:
@@ -364,7 +431,7 @@ def committed(reading: Reading, target: int) -> dict[str, Any]:
         return float(1 - commits[cases].sum() / counts[cases].sum())
 
     every = np.arange(len(by_prompt))
-    figures: dict[str, Any] = {"class": CLASSES[target]}
+    figures: dict[str, Any] = {"class": NAMES[target]}
     for statistic in (mean_layer, median_layer, never):
         interval, _ = bootstrap(statistic, len(every), seed=SEED)
         figures[statistic.__name__] = figure(statistic(every), interval)
@@ -387,14 +454,14 @@ def _defined(statistic: Callable[[Floats], Any], values: Floats) -> float:
 
 
 def logit_lens(study: Study) -> Outcome:
-    """The lens over held-out documents, layer by layer, beside its null."""
+    """The lens over held-out documents or questions, layer by layer, beside its null."""
     options = build(Options, "study", study.options)
     lm = study.lm
-    target = CLASSES.index(options.target)
-    chosen = prompts(study.subject, options.prompts)
-    sequences = [piece.ids[: options.tokens + 1] for piece in chosen]
+    bands = options.bands_of(len(lm.blocks))
+    target = NAMES.index(options.target)
+    sequences, source = _texts(study, options)
     deviation = language_model.head_deviation(lm, sequences[0])
-    kinds = classes(lm.tokenizer, language_model.vocabulary_size(lm))
+    own = members(lm.tokenizer, language_model.vocabulary_size(lm))
     key = {
         "version": VERSION,
         **study.identity,
@@ -403,23 +470,24 @@ def logit_lens(study: Study) -> Outcome:
         "sequences": digest_of({"ids": sequences}),
     }
     parts = study.subject.parts("lens", key)
+    null = shuffled(own, lm.config.device)
     with StopRequest() as stop:
-        null = shuffled(kinds, lm.config.device)
         reading = read(lm, sequences, null, target, stop, parts=parts)
     layers = by_layer(reading)
     for layer, top in zip(layers, reading.top, strict=True):
         layer["top"] = _common(top, lm)
     figures = {
-        "prompts": len(chosen),
+        "prompts": len(sequences),
         "positions": len(reading.prompt),
-        "documents": [piece.document for piece in chosen],
+        **source,
         "seed": SEED,
         "orders": ORDERS,
         "head_deviation": deviation,
-        "vocabulary_share": _shares(kinds),
-        "next_token_share": _shares(kinds[reading.following]),
+        "vocabulary_share": _shares(own),
+        "next_token_share": _shares(own[reading.following]),
         "commitment": committed(reading, target),
         "layers": layers,
+        "bands": by_band(reading, null, bands),
     }
     pictures = words.pictures(figures)
     lengths = [len(sequence) for sequence in sequences]
@@ -428,10 +496,37 @@ def logit_lens(study: Study) -> Outcome:
     return Outcome(figures, words.summary(figures), words.tables(figures), pictures)
 
 
-def _shares(kinds: NDArray[np.int64]) -> dict[str, float]:
-    """The share of each class."""
-    shares = np.bincount(kinds, minlength=len(CLASSES)) / len(kinds)
-    return dict(zip(CLASSES, shares, strict=True))
+def _texts(study: Study, options: Options) -> tuple[list[list[int]], dict[str, Any]]:
+    """The first ids of each prompt, and what they are: questions if there are problems.
+
+    Raises:
+        SettingError: there are fewer than two questions.
+        StoreError: there are fewer than two documents.
+    """
+    length = options.tokens + 1
+    if study.problems is None:
+        chosen = prompts(study.subject, options.prompts)
+        source = {"documents": [piece.document for piece in chosen]}
+        return [piece.ids[:length] for piece in chosen], source
+    asked = questions(study)[: options.prompts]
+    if len(asked) < 2:
+        raise SettingError(
+            f"problems={study.problems} has {len(asked)} question; intervals are from resampling "
+            "questions, so give at least two"
+        )
+    return [ids[:length] for _, ids in asked], {
+        "questions": [item.id for item, _ in asked],
+        "asked": asking_of(study).prompt,
+    }
+
+
+def _inputs(study: Study) -> Mapping[str, Any]:
+    return {} if study.problems is None else inputs(study)
+
+
+def _shares(own: NDArray[np.bool_]) -> dict[str, float]:
+    """The share of each class and script among ids (., C)."""
+    return dict(zip(NAMES, own.mean(0).tolist(), strict=True))
 
 
 def _common(top: NDArray[np.int64], lm: LanguageModel) -> list[dict[str, Any]]:
@@ -462,4 +557,4 @@ def _text(lm: LanguageModel, token: int) -> str:
     return visible(lm.tokenizer.backend.decode([token], skip_special_tokens=False))
 
 
-DEFINITION = Definition(logit_lens, options=Options, order=60)
+DEFINITION = Definition(logit_lens, version=2, options=Options, inputs=_inputs, order=60)

@@ -1,4 +1,8 @@
-"""The class of text that each id of a vocabulary stands for: English, other, digits, or code."""
+"""The class of text that each id of a vocabulary stands for: English, other, digits, or code.
+
+Of `other` some scripts are told apart: those in which the reference SAE's card found early layers
+to speak.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,10 @@ from numpy.typing import NDArray
 
 from harvest.tokens import Tokenizer
 
-CLASSES = ("english", "other", "digit", "code")
+CLASSES = ("english", "other", "digit", "code")  # each id has exactly one
+# Each is a part of `other`, by the first word of its characters' Unicode names.
+SCRIPTS = {"chinese": "CJK", "bengali": "BENGALI", "hindi": "DEVANAGARI", "arabic": "ARABIC"}
+NAMES = (*CLASSES, *SCRIPTS)
 _WORD = re.compile(r"['\u2019-]?[A-Za-z]+(?:['\u2019-][A-Za-z]+)*")
 _CAMEL = re.compile(r"[a-z][A-Z]")
 _NUMBER = re.compile(r"[.,]?[0-9]+(?:[.,][0-9]+)*[.,]?")
@@ -43,11 +50,33 @@ def _is_foreign(character: str) -> bool:
     return ord(character) > 127 and unicodedata.category(character)[0] in _FOREIGN
 
 
-def classes(tokenizer: Tokenizer, size: int) -> NDArray[np.int64]:
-    """(size,) the number in CLASSES of each id's class.
+def script_of(text: str) -> str | None:
+    """Which of SCRIPTS all letters outside ASCII are of; None if there is none, or of several."""
+    letters = [character for character in text if _is_foreign(character)]
+    first_words = {_first_word(character) for character in letters}
+    for name, word in SCRIPTS.items():
+        if first_words == {word}:
+            return name
+    return None
+
+
+def _first_word(character: str) -> str:
+    """Of the character's name; ARABIC of ARABIC-INDIC and EXTENDED ARABIC-INDIC digits too."""
+    name = unicodedata.name(character, "").removeprefix("EXTENDED ")
+    return re.split("[ -]", name)[0]
+
+
+def members(tokenizer: Tokenizer, size: int) -> NDArray[np.bool_]:
+    """(size, len(NAMES)) which of the classes and scripts each id is of.
 
     Ids that the tokenizer does not have are `code`.
     """
     ids = [[token] for token in range(size)]
     texts = tokenizer.backend.decode_batch(ids, skip_special_tokens=False)
-    return np.array([CLASSES.index(class_of(text)) for text in texts], np.int64)
+    found = np.zeros((size, len(NAMES)), bool)
+    for token, text in enumerate(texts):
+        found[token, NAMES.index(class_of(text))] = True
+        script = script_of(text)
+        if script is not None:
+            found[token, NAMES.index(script)] = True
+    return found

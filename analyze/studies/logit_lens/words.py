@@ -8,7 +8,7 @@ from typing import Any
 from analyze.drawing import Line, bands
 from analyze.outcome import Picture, Table
 from analyze.stats import formatted, resampled
-from analyze.studies.logit_lens.token_classes import CLASSES
+from analyze.studies.logit_lens.token_classes import CLASSES, SCRIPTS
 
 
 def summary(figures: dict[str, Any]) -> list[str]:
@@ -43,7 +43,15 @@ def summary(figures: dict[str, Any]) -> list[str]:
 
 
 def tables(figures: dict[str, Any]) -> list[Table]:
-    return [_layers(figures), _classes(figures), _commitment(figures["commitment"])]
+    mass = "Mean mass of each script by layers, and below it with the unembedding's rows shuffled"
+    top = "Share of positions whose top token is of the script, likewise"
+    return [
+        _layers(figures),
+        _bands(figures, "mass", mass),
+        _bands(figures, "top", top),
+        _classes(figures),
+        _commitment(figures["commitment"]),
+    ]
 
 
 def _layers(figures: dict[str, Any]) -> Table:
@@ -74,6 +82,18 @@ def _layers(figures: dict[str, Any]) -> Table:
     return Table(caption, header, rows)
 
 
+def _bands(figures: dict[str, Any], kind: str, caption: str) -> Table:
+    """A figure of every script by band, each band with its null below it."""
+    names = ("english", *SCRIPTS, "other", "digit", "code")
+    rows = []
+    for band in figures["bands"]:
+        layers = f"{band['first']} to {band['last']}"
+        for label, values in ((layers, band[kind]), ("random rows", band[f"{kind}_shuffled"])):
+            rows.append((label, *(formatted(values[name], ".1%") for name in names)))
+    header = ("layers", *names[:-3], "other, with those four", "digit", "code")
+    return Table(caption, header, rows)
+
+
 def _classes(figures: dict[str, Any]) -> Table:
     header = (
         "class",
@@ -84,7 +104,7 @@ def _classes(figures: dict[str, Any]) -> Table:
     )
     last = figures["layers"][-1]
     rows = []
-    for name in CLASSES:
+    for name in (*CLASSES, *SCRIPTS):
         rows.append(
             (
                 name,
