@@ -1,9 +1,9 @@
 """The model's answers to word problems: generated once, graded, and kept for every study of them.
 
 Grades are those of lm-evaluation-harness' GSM8K task (v3). `strict` is the number behind the first
-`#### `, `flexible` the last number of the text. An answer is right if `strict` is. Without `#### `
-it is unparsable, and wrong. Texts are compared, as there; numbers, where the file of problems does
-not write a truth in plain digits (18.00, 1e6, 0.5).
+`#### `, `flexible` the last number of the text. `answers.grading` says by which an answer is
+right. Without `#### ` it is unparsable. Texts are compared, as there; numbers, where the file of
+problems does not write a truth in plain digits (18.00, 1e6, 0.5).
 """
 
 from __future__ import annotations
@@ -20,16 +20,20 @@ from numpy.typing import NDArray
 from analyze import problems
 from analyze.language_model import Generation, Sampling, generate
 from analyze.outcome import dumped
-from analyze.problems import Problem, Solution
+from analyze.problems import Example, Problem, Solution
+from analyze.prompts import IN_TURNS, PROMPTS, drawn
 from analyze.study import Study, grow, read_lines
 from data import durable
 from data.errors import SettingError, StopRequest
 from data.journal import Progress
 from data.settings import build
+from harvest.chat_template import Turns
 from harvest.model import LanguageModel
 from harvest.tokens import Tokenizer
 
 VERSION = 1  # of the kept answers: raise it when the same settings give other ones
+GRADINGS = ("strict", "flexible")
+GENERATED = "generated"  # source of the model's own answers
 STOPS = ("Question:", "</s>", "<|im_end|>")  # lm-evaluation-harness'
 _FILE = "answers.jsonl"
 
@@ -39,7 +43,7 @@ class Answer:
     """A completion of a problem's prompt: the model's own, or somebody's labelled solution."""
 
     problem: Problem
-    source: str  # `generated`, or who wrote it
+    source: str  # GENERATED, or who wrote it
     prompt_ids: list[int]  # with BOS
     ids: list[int]  # of the completion
     text: str
@@ -63,28 +67,7 @@ class Answer:
         return asdict(self) | {"problem": self.problem.record()}
 
 
-# -- prompts ---------------------------------------------------------------------------------------
-
-
-def _lm_eval(tokenizer: Tokenizer, question: str) -> list[int]:
-    return [tokenizer.bos, *tokenizer.encode([f"Question: {question}\nAnswer:"])[0]]
-
-
-def _reference(tokenizer: Tokenizer, question: str) -> list[int]:
-    return _chat(tokenizer, f"Solve step by step and give final answer as '#### N'.\n\n{question}")
-
-
-def _chat(tokenizer: Tokenizer, text: str) -> list[int]:
-    """A user's turn and the beginning of the model's, by the model's own template."""
-    turn = {"role": "user", "content": text}
-    return [tokenizer.bos, *tokenizer.encode([[turn]], reply=True)[0]]
-
-
-PROMPTS: dict[str, Callable[[Tokenizer, str], list[int]]] = {
-    "lm_eval": _lm_eval,  # lm-evaluation-harness'
-    "chat": _chat,  # the bare question
-    "reference": _reference,  # with the instruction of the reference SAE's card
-}
+# -- settings --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -92,10 +75,13 @@ class Asking:
     """The settings `answers`: how problems are answered."""
 
     prompt: str = "lm_eval"
+    shots: int = 0  # examples before the question
+    examples: str | None = None  # .jsonl that they are drawn from; None: the folder's train.jsonl
     questions: int = 1319  # the first so many problems of each file
     samples: int = 1  # answers to each question
     temperature: float = 0.0  # answers are drawn from softmax(logits / temperature); 0: greedy
     seed: int = 0  # of what is drawn
+    grading: str = "strict"  # or `flexible`: which number decides whether an answer is right
     new_tokens: int = 512  # of an answer, at most
     # Answers generated together. Another value may round otherwise, and so change an answer.
     batch: int = 32
@@ -107,6 +93,17 @@ class Asking:
             value = getattr(self, name)
             if value < 1:
                 raise SettingError(f"answers.{name}={value} must be at least 1")
+        if self.grading not in GRADINGS:
+            raise SettingError(
+                f"answers.grading={self.grading} must be one of {', '.join(GRADINGS)}"
+            )
+        if self.shots < 0 or (self.shots and self.prompt != "lm_eval"):
+            raise SettingError(
+                f"answers.shots={self.shots} must be at least 0, and 0 with "
+                f"answers.prompt={self.prompt}; only answers.prompt=lm_eval has examples"
+            )
+        if self.examples is not None and not self.shots:
+            raise SettingError(f"answers.examples={self.examples} needs answers.shots=, such as 5")
         if not (self.temperature == 0 or 1e-3 <= self.temperature < float("inf")):
             raise SettingError(
                 f"answers.temperature={self.temperature} must be 0 (greedy) or a number from 0.001"
@@ -120,7 +117,7 @@ class Asking:
     @property
     def added(self) -> dict[str, Any]:
         """Settings that were added since answers were first kept, unless they are at defaults."""
-        names = ("samples", "temperature", "seed")
+        names = ("shots", "samples", "temperature", "seed", "grading")
         return {name: getattr(self, name) for name in names if self._is_changed(name)}
 
     def record(self) -> dict[str, Any]:
@@ -136,14 +133,47 @@ class Asking:
 
 
 def inputs(study: Study) -> dict[str, Any]:
-    """What answers depend on beside the model, for `Study.perform`."""
+    """What answers depend on beside the model, for `Study.perform`.
+
+    Raises:
+        SettingError: there are no problems, or the prompt needs what is not there. The model is
+            not loaded for that.
+    """
     asking = asking_of(study)
-    return _inputs(_problems(study, asking), asking)
+    return _inputs(study, _problems(study, asking), asking)
 
 
-def _inputs(asked: Sequence[Problem | Solution], asking: Asking) -> dict[str, Any]:
-    content = dumped([item.record() for item in asked])
-    return {"problems": durable.digest(content.encode()), "answers": asking.record()}
+def _inputs(study: Study, asked: Sequence[Problem | Solution], asking: Asking) -> dict[str, Any]:
+    found = {"problems": _digest([item.record() for item in asked]), "answers": asking.record()}
+    if asking.shots:
+        found["examples"] = _digest(_examples(study, asking))
+    if turns := turns_of(study):
+        found["turns"] = {"name": turns.name, "digest": turns.digest}
+    return found
+
+
+def _digest(records: Sequence[Any]) -> str:
+    return durable.digest(dumped(records).encode())
+
+
+def prompt_of(study: Study) -> dict[str, Any]:
+    """How problems are asked, as results say it: {form, shots, turns, built_in}."""
+    asking, turns = asking_of(study), turns_of(study)
+    said = {"form": asking.prompt, "shots": asking.shots}
+    return said | {
+        "turns": turns.name if turns else None,
+        "built_in": turns is not None and turns.built_in,
+    }
+
+
+def turns_of(study: Study) -> Turns | None:
+    """How the study's prompts are put in turns; None where they are plain text.
+
+    Raises:
+        SettingError: they would be in turns, and the tokenizer has none.
+    """
+    in_turns = asking_of(study).prompt in IN_TURNS
+    return study.description.tokenizer.turns if in_turns else None
 
 
 def answers(study: Study, stop: StopRequest | None = None, part: str | None = None) -> list[Answer]:
@@ -171,7 +201,7 @@ def answers(study: Study, stop: StopRequest | None = None, part: str | None = No
     for asked in by_part.values():
         solutions = [item for item in asked if isinstance(item, Solution)]
         questions = [item for item in asked if isinstance(item, Problem)]
-        found += _of_solutions(study.lm.tokenizer, solutions, asking) if solutions else []
+        found += _of_solutions(study, solutions, asking) if solutions else []
         found += _generated(study, questions, asking, stop) if questions else []
     return found
 
@@ -182,24 +212,65 @@ def _generated(
     """The model's own answers to the questions of one file."""
     # Kept without their part: the file alone, or in a folder, has the same answers.
     bare = [replace(question, part=None) for question in questions]
-    asked = [(question, sample) for question in bare for sample in range(asking.samples)]
-
-    def make(rows: slice) -> list[dict[str, Any]]:
-        prompt = PROMPTS[asking.prompt]
-        tokenizer = study.lm.tokenizer
-        batch = [(item, prompt(tokenizer, item.question)) for item, _ in asked[rows]]
-        samples = [sample for _, sample in asked[rows]]
-        return [answer.record() for answer in completions(study.lm, batch, asking, samples)]
 
     def fill(folder: Path) -> None:
+        prompts = _prompts(study, bare, asking)
+        longest = max(map(len, prompts.values()))
+        require_room(longest, asking, _context(study))
+        asked = [(question, sample) for question in bare for sample in range(asking.samples)]
+
+        def make(rows: slice) -> list[dict[str, Any]]:
+            batch = [(question, prompts[question.id]) for question, _ in asked[rows]]
+            samples = [sample for _, sample in asked[rows]]
+            return [answer.record() for answer in completions(study.lm, batch, asking, samples)]
+
         path = folder / _FILE
         grow_answers(path, len(asked), asking.batch, make, Progress().show, stop or StopRequest())
 
-    key = {"version": VERSION, **model_key(study), **_inputs(bare, asking)}
+    # Either number is kept, so the grading makes no other answers.
+    key = {"version": VERSION, **model_key(study)}
+    key |= _inputs(study, bare, replace(asking, grading=Asking.grading))
     folder = study.kept("answers", key, fill)
-    kept = [_revived(line) for line in read_lines(folder / _FILE)]
-    part = questions[0].part
-    return [replace(one, problem=replace(one.problem, part=part)) for one in kept]
+    found = []
+    for line in read_lines(folder / _FILE):
+        kept = Answer(**{**line, "problem": Problem(**line["problem"])})
+        own = replace(kept.problem, part=questions[0].part)
+        number = kept.strict if asking.grading == "strict" else kept.flexible
+        found.append(replace(kept, problem=own, correct=own.is_answer(number)))
+    return found
+
+
+def _prompts(study: Study, questions: Sequence[Problem], asking: Asking) -> dict[str, list[int]]:
+    """The ids of each question's prompt, by the question's id."""
+    prompt = PROMPTS[asking.prompt]
+    tokenizer = study.description.tokenizer
+    if not asking.shots:
+        return {item.id: prompt(tokenizer, item.question) for item in questions}
+    texts = [item.question for item in questions]
+    shown = drawn(_examples(study, asking), texts, asking.shots)
+    prompts = {}
+    for item, before in zip(questions, shown, strict=True):
+        prompts[item.id] = prompt(tokenizer, item.question, before)
+    return prompts
+
+
+def _context(study: Study) -> int:
+    """Tokens that the model can read."""
+    return study.description.max_context or 2**31
+
+
+def _examples(study: Study, asking: Asking) -> list[Example]:
+    """What the examples of prompts are drawn from."""
+    path = asking.examples
+    if path is None and study.problems and Path(study.problems).is_dir():
+        path = f"{study.problems}/train.jsonl"
+    if path is None:
+        raise SettingError(
+            f"answers.shots={asking.shots} takes its examples from a train.jsonl such as GSM8K's; "
+            "give it as answers.examples=, or problems= as the folder with train.jsonl and "
+            "test.jsonl"
+        )
+    return problems.examples(Path(path))
 
 
 def questions(study: Study) -> list[tuple[Problem, list[int]]]:
@@ -210,9 +281,8 @@ def questions(study: Study) -> list[tuple[Problem, list[int]]]:
         asked = item.problem if isinstance(item, Solution) else item
         if asked.part != "train":
             found.setdefault(asked.id, asked)
-    prompt = PROMPTS[asking.prompt]
-    tokenizer = study.lm.tokenizer
-    return [(asked, prompt(tokenizer, asked.question)) for asked in found.values()]
+    prompts = _prompts(study, list(found.values()), asking)
+    return [(asked, prompts[asked.id]) for asked in found.values()]
 
 
 def asking_of(study: Study) -> Asking:
@@ -272,10 +342,6 @@ def grow_answers(
     grow(path, total, batch, next_batch)
 
 
-def _revived(fields: dict[str, Any]) -> Answer:
-    return Answer(**{**fields, "problem": Problem(**fields["problem"])})
-
-
 # -- completions and their grades ------------------------------------------------------------------
 
 
@@ -294,12 +360,7 @@ def completions(
         SettingError: a prompt leaves no room for an answer.
     """
     prompts = [prompt for _, prompt in asked]
-    longest = max(map(len, prompts))
-    if longest + asking.new_tokens > lm.max_context:
-        raise SettingError(
-            f"answers.new_tokens={asking.new_tokens} behind a prompt of {longest} tokens pass the "
-            f"model's context of {lm.max_context}; lower it"
-        )
+    require_room(max(map(len, prompts)), asking, lm.max_context)
     samples = [0] * len(asked) if samples is None else samples
     sampling = None
     if asking.temperature:
@@ -309,9 +370,18 @@ def completions(
     generations = generate(lm, prompts, asking.new_tokens, STOPS, sampling)
     graded = []
     for (item, prompt), generation, sample in zip(asked, generations, samples, strict=True):
-        answer = _graded(lm.tokenizer, item, prompt, generation)
+        answer = _graded(lm.tokenizer, item, prompt, generation, asking.grading)
         graded.append(replace(answer, sample=sample))
     return graded
+
+
+def require_room(longest: int, asking: Asking, max_context: int) -> None:
+    """Raise SettingError if the longest prompt (tokens) leaves no room for an answer."""
+    if longest + asking.new_tokens > max_context:
+        raise SettingError(
+            f"answers.new_tokens={asking.new_tokens} behind a prompt of {longest} tokens pass the "
+            f"model's context of {max_context}; lower it"
+        )
 
 
 def _uniform(asking: Asking, question: str, sample: int) -> NDArray[np.float64]:
@@ -321,29 +391,35 @@ def _uniform(asking: Asking, question: str, sample: int) -> NDArray[np.float64]:
 
 
 def _graded(
-    tokenizer: Tokenizer, item: Problem, prompt: list[int], completion: Generation
+    tokenizer: Tokenizer,
+    item: Problem,
+    prompt: list[int],
+    completion: Generation,
+    grading: str,
 ) -> Answer:
     text: str = tokenizer.inner.decode(completion.ids, skip_special_tokens=True)
     for stop in STOPS:
         text = text.split(stop)[0]
     strict = problems.strict(text)
+    flexible = problems.flexible(text)
     return Answer(
         problem=item,
-        source="generated",
+        source=GENERATED,
         prompt_ids=prompt,
         ids=completion.ids,
         text=text,
-        correct=item.is_answer(strict),
+        correct=item.is_answer(strict if grading == "strict" else flexible),
         strict=strict,
-        flexible=problems.flexible(text),
+        flexible=flexible,
         finished=completion.finished,
     )
 
 
-def _of_solutions(
-    tokenizer: Tokenizer, solutions: Sequence[Solution], asking: Asking
-) -> list[Answer]:
+def _of_solutions(study: Study, solutions: Sequence[Solution], asking: Asking) -> list[Answer]:
     """Labelled solutions as completions of the problem's prompt, right where the label says so."""
+    tokenizer = study.description.tokenizer
+    questions = {solution.problem.id: solution.problem for solution in solutions}
+    prompts = _prompts(study, list(questions.values()), asking)
     labelled = []
     for solution in solutions:
         ids = tokenizer.encode([" " + solution.text])[0]
@@ -351,7 +427,7 @@ def _of_solutions(
         answer = Answer(
             problem=solution.problem,
             source=solution.source,
-            prompt_ids=PROMPTS[asking.prompt](tokenizer, solution.problem.question),
+            prompt_ids=prompts[solution.problem.id],
             ids=ids[: asking.new_tokens],
             text=solution.text,
             correct=solution.correct,
@@ -360,4 +436,10 @@ def _of_solutions(
             finished=len(ids) <= asking.new_tokens,
         )
         labelled.append(answer)
+    longest = max(len(answer.sequence) for answer in labelled)
+    if longest > _context(study):
+        raise SettingError(
+            f"answers.new_tokens={asking.new_tokens} lets a prompt and its solution have {longest} "
+            f"tokens, and the model's context is {_context(study)}; lower it"
+        )
     return labelled

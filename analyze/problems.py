@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from decimal import Decimal, InvalidOperation
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from analyze.truth import NotANumber, is_right, truth_of
 from data import durable
@@ -63,6 +63,13 @@ class Solution:
     def record(self) -> dict[str, Any]:
         """See `Problem.record`."""
         return asdict(self) | {"problem": self.problem.record()}
+
+
+class Example(NamedTuple):
+    """A question with its worked answer, as a file has them: to be shown before another one."""
+
+    question: str
+    answer: str
 
 
 def problem(question: str, answer: str, *, by_number: bool = False) -> Problem:
@@ -175,6 +182,27 @@ def _of_file(path: Path, limit: int) -> list[Problem] | list[Solution]:
     if not labelled:
         raise StoreError(f"{path} holds no problem")
     return [solution for solutions in labelled.values() for solution in solutions]
+
+
+def examples(path: Path) -> list[Example]:
+    """Every line of a .jsonl of {question, answer}.
+
+    Raises:
+        SettingError: there is no such file.
+        StoreError: a line is none of these.
+    """
+    if not path.is_file():
+        raise SettingError(
+            f"answers.examples={path} is no file; give a .jsonl of {{question, answer}} such as "
+            "GSM8K's train.jsonl"
+        )
+    found = []
+    for place, line in _lines(path):
+        question, answer = line.get("question"), line.get("answer")
+        if not isinstance(question, str) or isinstance(answer, bool | list | dict | None):
+            raise StoreError(f"{place}: an example has a text `question` and an `answer`")
+        found.append(Example(question, str(answer)))
+    return found
 
 
 def _embedded(limit: int) -> list[Problem]:

@@ -30,6 +30,7 @@ from data.durable import Written
 from data.errors import MismatchError, SettingError
 from data.journal import tell
 from harvest import model as models
+from harvest.description import Description
 from harvest.model import LanguageModel, ModelConfig
 
 FOLDERS = ("analyze.studies", "analyze.peers", "analyze.pages")
@@ -146,6 +147,11 @@ class Study:
             way_out = "Give the model that it was harvested with, as model.path="
             raise MismatchError(f"store {self.subject.store.name}", unequal, way_out)
         return loaded
+
+    @cached_property
+    def description(self) -> Description:
+        """The model's tokenizer and configuration, for which the model itself is not loaded."""
+        return Description.of(self.model)
 
     @cached_property
     def identity(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data import durable
 from data.errors import DocumentError, SettingError, first_line
@@ -40,6 +40,32 @@ _CALENDAR = (
 # Python prints as they are where a template prints a list.
 _STAND_INS = 0xA000
 _PROBE = "abcdefgh"  # a content that shows which form a template reads
+# The tokens that start and end a turn, by model family, and the template that their published
+# templates agree on. Base models (google/gemma-4-E4B) have the tokens and no template.
+_TURN_TOKENS = {
+    "Gemma 4": ("<|turn>", "<turn|>"),
+    "Gemma 2 and 3": ("<start_of_turn>", "<end_of_turn>"),
+}
+_TURNS = """\
+{%- for message in messages -%}
+{%- if message.role not in ('user', 'assistant') or message|length > 2 or tools or documents -%}
+{{ raise_exception('the built-in turns have user and assistant, with a content each') }}
+{%- endif -%}
+{{ 'START' + ('user' if message.role == 'user' else 'model') + '\\n' + message.content + 'END\\n' }}
+{%- endfor -%}
+{{ 'STARTmodel\\n' if add_generation_prompt }}"""
+
+
+class Turns(NamedTuple):
+    """How prompts are put in turns."""
+
+    name: str  # as results say it
+    template: str
+    built_in: bool  # not the tokenizer's own
+
+    @property
+    def digest(self) -> str:
+        return durable.digest(self.template.encode())
 
 
 class Spellings:
@@ -136,14 +162,34 @@ class ChatTemplate:
         """
         return durable.digest(self.text.encode())
 
+    @cached_property
+    def turns(self) -> Turns:
+        """The format of prompts: the tokenizer's template, else the built-in one of its tokens.
+
+        Raises:
+            SettingError: there is neither.
+        """
+        if self._inner.chat_template:
+            return Turns("the tokenizer's chat template", self.text, built_in=False)
+        for family, (start, end) in _TURN_TOKENS.items():
+            if {start, end} <= self._spellings.ids.keys():
+                template = _TURNS.replace("START", start).replace("END", end)
+                return Turns(f"the built-in turns of {family}", template, built_in=True)
+        raise SettingError(
+            f"{self._folder} has no chat template, and its tokenizer no turns that are known here "
+            f"({', '.join(start for start, _ in _TURN_TOKENS.values())}); give prompts as plain "
+            "text (answers.prompt=lm_eval), or take the instruction-tuned model"
+        )
+
     def parts(self, chat: list[Message] | Chat, *, reply: bool) -> list[str]:
         """A chat as rendered: text, special token, text, ..., text.
 
         Args:
-            reply: end with the beginning of the model's turn.
+            reply: it is a prompt: end with the beginning of the model's turn. See `turns`.
 
         Raises:
             DocumentError: the template refuses the chat.
+            SettingError: there is no template.
         """
         whole = chat if isinstance(chat, Chat) else Chat(chat, {})
         if not whole.messages:
@@ -225,7 +271,9 @@ class ChatTemplate:
         if reserved := self._reserved & chat.variables.keys():
             raise ValueError(f"chat_template_kwargs has {min(reserved)}, which is no variable")
         tools = chat.variables.get("tools")
-        text = self.text if tools is None else str(self._inner.get_chat_template(tools=tools))
+        text = self.turns.template if reply else self.text
+        if tools is not None and not (reply and self.turns.built_in):
+            text = str(self._inner.get_chat_template(tools=tools))
         rendered = self._inner.apply_chat_template(
             chat.messages,
             chat_template=_CALENDAR + text if "strftime_now" in text else text,

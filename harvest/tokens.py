@@ -20,7 +20,7 @@ from data import durable
 from data.errors import DocumentError, SettingError, caused, first_line
 from data.text.chats import Chat, Message
 from data.text.documents import Content
-from harvest.chat_template import ChatTemplate, Spellings
+from harvest.chat_template import ChatTemplate, Spellings, Turns
 
 Ids = list[int] | DocumentError  # token ids of a document, or why it has none
 
@@ -97,15 +97,25 @@ class Tokenizer:
         """
         return self._template.digest
 
+    @property
+    def turns(self) -> Turns:
+        """How `encode` puts prompts in turns, where chats end with the beginning of a reply.
+
+        Raises:
+            SettingError: the model has no chat template, and its tokenizer no turns that are known.
+        """
+        return self._template.turns
+
     def encode(self, contents: list[Content], *, reply: bool = False) -> list[list[int]]:
         """Token ids of documents, without the BOS that each begins with.
 
         Args:
-            reply: chats end with the beginning of the model's turn.
+            reply: chats are prompts: they end with the beginning of the model's turn. Without a
+                chat template they are in built-in turns, see `turns`.
 
         Raises:
             DocumentError: the first document that has no ids.
-            SettingError: a chat, and the model has no chat template.
+            SettingError: a chat, and the model has no chat template, or no `turns` for a prompt.
         """
         encoded: list[list[int]] = []
         for ids in self.attempt(contents, reply=reply):

@@ -13,6 +13,7 @@ fails here.
   jobs one by one.
 - s3://: moto's server on loopback. The other rank of a bucket never comes, so it is given up at
   once.
+- The embedded model is as base models are, without chat template, on the pages of one.
 - This process reads the text, which is otherwise a process of its own.
 - `action=serve`: the pages must be there; they are not served.
 - `...` after a command: the settings in OMITTED.
@@ -43,7 +44,7 @@ from data.store import bucket as objects
 from data.store.store import Store
 from data.tiny import problems
 from data.tiny.embedded import MODEL_DIR
-from harvest import spine
+from harvest import hub_model, spine
 from harvest.spine_writer import write_spine
 from tests.test_house import ROOT
 from train import stream
@@ -65,10 +66,10 @@ SUBSTITUTES = {
     r"device=cuda:\d": "device=cpu",
     r"model\.path=(DIR|models/mine)": "model.path=models/mine model.dtype=float32",
     r"text\.path=FILES": "text.path=books",
-    r"text=\[fineweb_edu,openthoughts\]": "text=[fineweb_edu,openthoughts] "
-    "text.sources.fineweb_edu.dataset=hub/web "
-    "text.sources.fineweb_edu.config=null text.sources.openthoughts.dataset=hub/chats",
-    r"text=openthoughts": "text=openthoughts text.sources.openthoughts.dataset=hub/chats",
+    r"text\.path=traces": "text.path=books",
+    r"text=\[fineweb_edu,finemath\]": "text=[fineweb_edu,finemath] "
+    "text.sources.fineweb_edu.dataset=hub/web text.sources.fineweb_edu.config=null "
+    "text.sources.finemath.dataset=hub/math text.sources.finemath.config=null",
     r"answers\.questions=100": "answers.questions=20",
     r"hydra/launcher=\w+": "hydra/launcher=basic",
     r"hydra\.launcher\..*": "",
@@ -99,6 +100,8 @@ OTHER = re.compile(r"python -m ((harvest|train|analyze)(\.export)?|(tests|data)\
 # Pages that go on from a store and a run of another page, and how those are made.
 BEGINNING = {"harvest": "layer=[21,27] tokens=1e9", "train": "layer=21 run=runs/e4b_L21"}
 CONTINUED = ("store.md", "studies.md", "training.md")
+# Pages whose model is google/gemma-4-E4B, a base model: its tokenizer has no chat template.
+OF_A_BASE_MODEL = ("README.md", "studies.md", "reproduce.md")
 
 
 class Command(NamedTuple):
@@ -180,7 +183,6 @@ def furnish(folder: Path) -> None:
     """Write what the pages take for granted: texts, chats, problems, a model, data sets."""
     some = list(islice(problems.problems("heldout"), 60))
     texts = [problems.document(problem) for problem in some]
-    chats = [chat(problem) for problem in some]
     write_lines(
         folder / "gsm8k/test.jsonl",
         [{"question": p.question, "answer": problems.solution(p)} for p in some],
@@ -190,7 +192,7 @@ def furnish(folder: Path) -> None:
     write_lines(folder / "books/second.jsonl", [{"text": text} for text in texts[30:]])
     (folder / "books/first.txt").write_text("\n\n".join(texts[:30]))
     write_lines(folder / "hub/web/train.jsonl", [{"text": text} for text in texts])
-    write_lines(folder / "hub/chats/train.jsonl", [{"conversations": chat} for chat in chats])
+    write_lines(folder / "hub/math/train.jsonl", [{"text": text} for text in texts[30:]])
     shutil.copytree(MODEL_DIR, folder / "models/mine")
 
 
@@ -200,12 +202,6 @@ def labelled(problem: problems.Problem) -> dict[str, Any]:
     wrong = {"solution": f"#### {problem.answer + 7}", "is_correct": False}
     truth = {"question": problem.question, "ground_truth": str(problem.answer)}
     return {**truth, "a": right, "b": wrong}
-
-
-def chat(problem: problems.Problem) -> list[dict[str, str]]:
-    """A problem as a chat of two turns."""
-    question = {"from": "human", "value": problem.question}
-    return [question, {"from": "gpt", "value": problems.solution(problem)}]
 
 
 def write_lines(path: Path, rows: list[Any]) -> None:
@@ -405,6 +401,9 @@ def test_commands_run(
     shell, text = Shell(monkeypatch, capsys), page.read_text()
     if "s3://" in text and any("s3://" in command.written for command in commands(text)):
         request.getfixturevalue("s3")(monkeypatch)
+    if page.name in OF_A_BASE_MODEL:
+        (here / "models/mine/chat_template.jinja").unlink()
+        monkeypatch.setattr(hub_model, "MODEL_DIR", here / "models/mine")
     if page.name in CONTINUED:
         begin(shell)
     for line in lines(text):

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from analyze.answering import PROMPTS
 from analyze.language_model import edited, generate, unembedded
 from analyze.problems import read
+from analyze.prompts import PROMPTS
 from analyze.studies.steering import hook
 from analyze.studies.steering.hook import Steer
 from harvest.model import LanguageModel, ModelConfig, load

@@ -1,0 +1,67 @@
+"""What the model reads before it answers a word problem."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+from analyze.problems import Example
+from data.errors import SettingError
+from harvest.tokens import Tokenizer
+
+# Of the examples that are drawn for a prompt: lm-evaluation-harness' default.
+_SEED = 1234
+_INSTRUCTION = "Solve step by step and give final answer as '#### N'.\n\n"
+
+
+def _lm_eval(tokenizer: Tokenizer, question: str, examples: Sequence[Example] = ()) -> list[int]:
+    shown = "".join(f"Question: {asked}\nAnswer: {answer}\n\n" for asked, answer in examples)
+    text = f"{shown}Question: {question}\nAnswer:"
+    return [tokenizer.bos, *tokenizer.encode([text])[0]]
+
+
+def _reference(tokenizer: Tokenizer, question: str) -> list[int]:
+    return _chat(tokenizer, _INSTRUCTION + question)
+
+
+def _chat(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A user's turn and the beginning of the model's, in `Tokenizer.turns`."""
+    turn = {"role": "user", "content": text}
+    return [tokenizer.bos, *tokenizer.encode([[turn]], reply=True)[0]]
+
+
+# Each makes ids with BOS of a question.
+PROMPTS: dict[str, Callable[..., list[int]]] = {
+    "lm_eval": _lm_eval,  # lm-evaluation-harness', with or without examples
+    "chat": _chat,  # the bare question
+    "reference": _reference,  # with the instruction of the reference SAE's card
+}
+IN_TURNS = ("chat", "reference")
+
+
+def drawn(examples: Sequence[Example], questions: Sequence[str], shots: int) -> list[list[Example]]:
+    """The examples of each question's prompt, as lm-evaluation-harness' GSM8K task draws them.
+
+    One generator goes through the questions in their order. So the first questions have the same
+    examples however many follow. A question that is among the examples is never its own example:
+    one more is drawn then, as the harness does.
+
+    Raises:
+        SettingError: there are too few examples.
+    """
+    if len(examples) <= shots:
+        raise SettingError(
+            f"answers.shots={shots} needs more examples than that, and there are {len(examples)}; "
+            "give a longer train.jsonl as answers.examples="
+        )
+    among = {example.question for example in examples}
+    rng = random.Random(_SEED)
+    chosen = []
+    for question in questions:
+        some = rng.sample(examples, shots + (question in among))
+        others = [example for example in some if example.question != question]
+        if len(others) < shots:  # it is there several times
+            rest = [example for example in examples if example.question != question]
+            others = rng.sample(rest, shots)
+        chosen.append(others[:shots])
+    return chosen
