@@ -56,13 +56,35 @@ def described(command: str, arguments: Sequence[str]) -> str:
     """
     asked = dict(word.split("=", 1) for word in arguments if "=" in word)
     own = read(_CONF / f"{command}.yaml")
+    chosen = {**_groups(own), **asked}
+    for group in _groups(own):
+        chosen = {**chosen, **_overridden(group, chosen[group]), **asked}
     parts = [f"# {own.about}", own.settings]
-    for default in own.defaults:
-        if isinstance(default, dict):
-            ((group, name),) = default.items()
-            if not group.startswith("override "):
-                parts += _group(group, asked.get(group, name))
+    for group in _groups(own):
+        parts += _group(group, chosen[group])
     return "\n\n".join(parts)
+
+
+def _groups(file: File) -> dict[str, str | None]:
+    """The groups of a command, each with its default option."""
+    groups: dict[str, str | None] = {}
+    for default in file.defaults:
+        if isinstance(default, dict):
+            groups |= default
+    return {group: name for group, name in groups.items() if not group.startswith("override ")}
+
+
+def _overridden(group: str, chosen: str | None) -> dict[str, str]:
+    """The default options of other groups that an option brings: override /GROUP@_global_.GROUP."""
+    path = _CONF / group / f"{chosen}.yaml"
+    overridden: dict[str, str] = {}
+    for default in read(path).defaults if path.is_file() else ():
+        if isinstance(default, str):
+            overridden |= _overridden(group, default)
+        else:
+            ((key, name),) = default.items()
+            overridden[key.removeprefix("override /").split("@")[0]] = name
+    return overridden
 
 
 def _group(group: str, chosen: str | None) -> Iterator[str]:
@@ -79,7 +101,7 @@ def _settings(group: str, name: str, options: Mapping[str, File]) -> Iterator[st
     """The settings of an option, behind those of the options that it builds on."""
     file = options[name]
     for base in file.defaults:
-        if base in options:
+        if isinstance(base, str):
             yield from _settings(group, base, options)
     if file.settings:
         heading = f"{file.package or group}:  # {name}"

@@ -254,8 +254,8 @@ FROM_THE_LAUNCHER = {"rank", "world"}
 @pytest.mark.parametrize(
     ("file", "group", "kind"),
     [
-        ("sae/topk_32k", "", SAEConfig),
-        ("optim/adam", "", OptimConfig),
+        ("sae/scaled_32k", "", SAEConfig),
+        ("optim/scaled", "", OptimConfig),
         ("train", "", TrainConfig),
         ("train", "", Policy),
         ("harvest", "", HarvestConfig),

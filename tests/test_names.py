@@ -37,7 +37,14 @@ WORDS = {
 NAMELESS = {
     *("layer", "tokens", "unit", "max_bytes", "rank", "world", "device", "train.matmul", "codec"),
     "accept",
-    *("sae.dead_after", "optim.warmup_steps", "study.splits", "study.layer", "model.dtype"),
+    *(
+        "sae.dead_after",
+        "optim.warmup_steps",
+        "optim.clip_norm",
+        "study.splits",
+        "study.layer",
+        "model.dtype",
+    ),
 }
 
 

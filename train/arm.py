@@ -79,6 +79,8 @@ class Run:
         settings = {
             "store": {"identity": arm.stream.identity, **order},
             **asdict(arm.config),
+            "sae": arm.config.sae.recorded(),
+            "optim": arm.config.optim.recorded(),
             "policy": arm.config.policy.recorded(),
             "tokens": tokens,
         }

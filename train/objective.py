@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data.errors import SettingError
 from train import objectives
+from train.dead import firings
 from train.kernels import Bags, Kept, Matmul
 from train.objectives.auxk import auxk
 from train.optim import Adam
@@ -93,7 +94,7 @@ class Losses(NamedTuple):
     aux: Tensor  # () AuxK's part of it
     error: Tensor  # (n, d) e = x - x_hat
     kept: Kept
-    bags: Bags  # its pairs by latent
+    fired: Tensor  # (F,) times that each latent fired, in the whole batch
     gradients: dict[str, Tensor]  # by the name of a learned tensor, of its shape
 
 
@@ -117,6 +118,10 @@ def losses(
         centred = x - leaves.b_dec
         main = objective.main(leaves, centred, denominator)
         aux = main.loss.new_zeros(())
+        kept = main.kept._replace(values=main.kept.values.detach())
+        fired = group.sum_(firings(kept, config.d_sae, main.bags))
+        if len(dead) and not config.aux_relu:
+            dead = dead[fired[dead] == 0]  # device sync
         if len(dead) and config.aux_coef:
             aux = auxk(
                 leaves, main.bias, centred.detach(), main.error.detach(), dead, config, group
@@ -127,7 +132,7 @@ def losses(
         loss.detach(),
         aux.detach(),
         main.error.detach(),
-        main.kept._replace(values=main.kept.values.detach()),
-        main.bags,
+        kept,
+        fired,
         dict(zip(learned, gradients, strict=True)),
     )

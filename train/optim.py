@@ -1,29 +1,29 @@
 """Adam, and its learning rate as a pure function of the step.
 
-Left out, because measurement found no use for them (embedded model, layers 5 and 8, 544 steps, lr
-1e-2):
-- clipping the global gradient norm at 1.0, as the reference does on unscaled rows. With rows scaled
-  to E||x|| = sqrt(d) the norm is 0.55 at the first step and 0.02 later, so clipping never acts. A
-  batch that is not finite stops the run instead.
-- removing the gradient along each decoder direction before Adam (Gao et al., appendix A): held-out
-  variance explained .9759 and .9606 with it, .9756 and .9605 without; projecting at every step
-  instead of every tenth, .9752 and .9600.
+optim=adam is the reference's (caiovicentino/mechreward scripts/train_sae_qwen35.py), for rows as
+they are: eps 1e-8, the global gradient norm clipped at 1, steps counted from 0. optim=scaled does
+without, on rows scaled to E||x|| = sqrt(d): there the norm is 0.55 at the first step and 0.02 later
+(embedded model, layers 5 and 8, 544 steps, lr 1e-2), so clipping would never act, and the usual eps
+would silence latents that fire rarely. A batch that is not finite stops the run in any case.
+
+Left out, because measurement found no use for it (the same runs): removing the gradient along each
+decoder direction before Adam (Gao et al., appendix A). Held-out variance explained .9759 and .9606
+with it, .9756 and .9605 without; projecting at every step instead of every tenth, .9752 and .9600.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.errors import SettingError
+from train.sae import left_out_at_default
 
 DECAYS = ("cosine", "linear")
-# Gradients of a mean over rows and dimensions are tiny: with the usual 1e-8 a latent that fires
-# rarely would learn nothing. openai/sparse_autoencoder train.py has this value.
-_EPS = 6.25e-10
 # lr=auto, from the best rates of docs/method.md.
 _AUTO_LR = 1.2e-2  # of _AUTO_STEPS steps and _AUTO_D_SAE latents
 _AUTO_STEPS = 146
@@ -38,7 +38,8 @@ _AUTO_MOST = 1.5e-2
 class OptimConfig:
     """Adam's schedule.
 
-    Defaults: caiovicentino/mechreward scripts/train_sae_qwen35.py (the reference).
+    Rates: caiovicentino/mechreward scripts/train_sae_qwen35.py (the reference). Defaults are
+    conf/optim/scaled.yaml's; conf/optim/adam.yaml is the reference to the step.
     """
 
     lr: float | str = 2e-4  # after warm-up; "auto" goes by the dictionary and the run's length
@@ -48,6 +49,13 @@ class OptimConfig:
     decay: str = "cosine"  # from lr to lr_floor: one of DECAYS
     beta1: float = 0.9  # Gao et al., appendix A.3
     beta2: float = 0.999
+    # Gradients of a mean over scaled rows and dimensions are tiny: with the usual 1e-8 a latent
+    # that fires rarely would learn nothing. openai/sparse_autoencoder train.py has this value.
+    eps: float = 6.25e-10
+    clip_norm: float | None = None  # of all gradients together; None: not clipped
+    # The number of the first step, by which warm-up, decay and projection go: 1, or 0 as the
+    # reference. From 0 the first rate is 0, and the decoder is projected after it.
+    first_step: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.lr, str):
@@ -78,6 +86,15 @@ class OptimConfig:
             raise SettingError(
                 f"optim.project_every={self.project_every} must be at least 1 (optimizer steps)"
             )
+        for name, value in (("eps", self.eps), ("clip_norm", self.clip_norm)):
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise SettingError(f"optim.{name}={value} must be a positive number")
+        if self.first_step not in (0, 1):
+            raise SettingError(f"optim.first_step={self.first_step} must be 0 or 1")
+
+    def recorded(self) -> dict[str, Any]:
+        """What a run records. Without them, settings are as before they were there."""
+        return left_out_at_default(self, ("eps", "clip_norm", "first_step"))
 
 
 def resolved(config: OptimConfig, d_sae: int, steps: int) -> OptimConfig:
@@ -93,14 +110,16 @@ def resolved(config: OptimConfig, d_sae: int, steps: int) -> OptimConfig:
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     """The rate of step 0 ... steps - 1: linear warm-up to `lr`, then decay to `lr_floor`.
 
+    Counted from 1, the last step has the floor; counted from 0, the one after it would.
+
     Args:
         config: resolved.
     """
     lr = float(config.lr)
     warmup = min(5_000, steps // 20) if config.warmup_steps is None else config.warmup_steps
     if step < warmup:
-        return lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - 1 - warmup)
+        return lr * (step + config.first_step) / warmup
+    progress = (step - warmup) / max(1, steps - config.first_step - warmup)
     left = 1 - progress if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return config.lr_floor + (lr - config.lr_floor) * left
 
@@ -111,8 +130,13 @@ class Adam:
     def __init__(self, parameters: dict[str, Tensor], config: OptimConfig) -> None:
         """Start at step 0; `parameters` are changed in place by `step_`."""
         self._parameters = parameters
-        betas = config.beta1, config.beta2
-        self._adam = torch.optim.Adam(list(parameters.values()), betas=betas, eps=_EPS, fused=True)
+        self._clip_norm = config.clip_norm
+        self._adam = torch.optim.Adam(
+            list(parameters.values()),
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=True,
+        )
         for parameter in parameters.values():
             self._adam.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
@@ -125,6 +149,8 @@ class Adam:
         self._adam.param_groups[0]["lr"] = lr
         for name, parameter in self._parameters.items():
             parameter.grad = gradients[name]
+        if self._clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._clip_norm)
         self._adam.step()
         self._adam.zero_grad()
 

@@ -6,8 +6,8 @@ Shapes: n rows, d = d_model, F = d_sae, k = kept latents per row.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from train import kernels
 from train.kernels import Kept
 
 AUX_NORMS = ("raw", "variance")
-INITS = ("random", "rows")
+INITS = ("random", "rows", "kaiming")
 WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec")  # of a file
 
 
@@ -26,8 +26,9 @@ WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec")  # of a file
 class SAEConfig:
     """The dictionary and its loss.
 
-    Defaults: caiovicentino/mechreward scripts/train_sae_qwen35.py (the reference). An objective
-    with settings of its own extends this class (train/objectives/gated.py).
+    Sizes and weights: caiovicentino/mechreward scripts/train_sae_qwen35.py (the reference).
+    Defaults are conf/sae/scaled_32k.yaml's; conf/sae/topk_32k.yaml is the reference to the step. An
+    objective with settings of its own extends this class (train/objectives/gated.py).
     """
 
     activation: str = "topk"  # a file of train/objectives
@@ -42,7 +43,7 @@ class SAEConfig:
     # Tokens without firing that make a latent dead (Gao et al., section 2.4). None: 1/25 of the
     # run, at most 10e6.
     dead_after: int | None = 10_000_000
-    init: str = "random"  # decoder directions at the start: one of INITS
+    init: str = "random"  # decoder directions at the start, one of INITS: train/start.py
     # Train in the rows' principal axes, where Adam scales each by itself. The file is on raw rows.
     rotate: bool = False
     # In the first 80 % of the run, restart latents silent for three times dead_after along the
@@ -55,6 +56,10 @@ class SAEConfig:
     )
     l0_coef: float = 1.0  # jumprelu: weight of (L0 / k - 1)^2
     bandwidth: float = 0.1  # jumprelu: of theta's gradient, on rows scaled to E||x|| = sqrt(d)
+    # Train on rows scaled to E||x|| = sqrt(d), as Gao et al.; False: on rows as they are.
+    scale_rows: bool = True
+    # AuxK with ReLU, as Gao et al.; False: without, of latents silent in this batch too.
+    aux_relu: bool = True
 
     def __post_init__(self) -> None:
         if self.init not in INITS:
@@ -76,6 +81,22 @@ class SAEConfig:
             raise SettingError(
                 f"sae.aux_norm={self.aux_norm!r} must be one of {', '.join(AUX_NORMS)}"
             )
+
+    def recorded(self) -> dict[str, Any]:
+        """What a run records. Without them, settings are as before they were there."""
+        return left_out_at_default(self, ("scale_rows", "aux_relu"))
+
+
+def left_out_at_default(config: Any, later: Sequence[str]) -> dict[str, Any]:
+    """The fields of a configuration, without those of `later` that have their default values.
+
+    Runs that were recorded before those fields existed remain the same runs.
+    """
+    recorded = asdict(config)
+    for field in fields(config):
+        if field.name in later and recorded[field.name] == field.default:
+            del recorded[field.name]
+    return recorded
 
 
 @dataclass(frozen=True)
@@ -195,12 +216,23 @@ def in_files(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def initial(config: SAEConfig, b_dec: Tensor, seed: int) -> SAE:
     """The SAE before its first step: random unit directions, encoder = decoder, no encoder bias.
 
+    With init=kaiming the encoder is drawn as nn.init.kaiming_uniform_(W_enc, a=sqrt(5)) draws it,
+    so its elements are below 1 / sqrt(F), and the decoder has its directions.
+
     A pure function of (config, b_dec, seed): drawn on the CPU, whatever the device.
     """
     generator = torch.Generator().manual_seed(seed)
-    W_dec = torch.randn(config.d_sae, len(b_dec), generator=generator).to(b_dec.device)
+    shape = (config.d_sae, len(b_dec))
+    kaiming = config.init == "kaiming"
+    if kaiming:
+        bound = 1 / math.sqrt(config.d_sae)
+        drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    else:
+        drawn = torch.randn(shape, generator=generator)
+    W_dec = drawn.to(b_dec.device)
     b_enc = b_dec.new_zeros(config.d_sae)
     sae = SAE(W_dec.clone(), W_dec, b_enc, b_dec.clone(), config.k)
     sae.project_()
-    sae.encoder.copy_(W_dec)
+    if not kaiming:
+        sae.encoder.copy_(W_dec)
     return sae

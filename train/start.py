@@ -1,8 +1,12 @@
-"""A start from rows: the basis, decoder directions, the encoder's scale.
+"""A start from rows: the basis, decoder directions, the encoder's scale, the decoder's bias.
+
+- init=random: random directions, b_dec the rows' mean; no row is needed (train/sae.py).
+- init=rows: directions of rows. Measured on MiniLM's activations, d 384, F 4,096, k 32, 300,000
+  tokens (docs/method.md).
+- init=kaiming: random directions, a short encoder, b_dec the geometric median, as in
+  caiovicentino/mechreward scripts/train_sae_qwen35.py.
 
 Shapes: n rows, d = d_model, F = d_sae.
-
-Measured on MiniLM's activations, d 384, F 4,096, k 32, 300,000 tokens (docs/method.md).
 """
 
 from __future__ import annotations
@@ -11,15 +15,30 @@ import torch
 from torch import Tensor
 
 from train import kernels
-from train.sae import SAE
+from train.sae import SAE, SAEConfig
 
 _LEAST_VARIANCE = 1e-3  # of the mean variance; an axis with less is mostly noise
 _ROWS_PER_AXIS = 10  # rows per dimension, for the principal axes
+_ROWS_OF_MEDIAN = 16_384  # as the reference has it
+_WEISZFELD_STEPS = 5  # as the reference has it
 
 
-def rows_needed(d: int, d_sae: int) -> int:
-    """Rows for `principal_axes` and `from_rows_`."""
-    return max(_ROWS_PER_AXIS * d, d_sae)
+def rows_needed(config: SAEConfig, d: int) -> int:
+    """Rows for what the settings start from; 0: for none."""
+    median = _ROWS_OF_MEDIAN if config.init == "kaiming" else 0
+    if config.rotate or config.init == "rows":
+        return max(_ROWS_PER_AXIS * d, config.d_sae, median)
+    return median
+
+
+def geometric_median(rows: Tensor) -> Tensor:
+    """(d,) the point of least mean distance to rows (n, d): Weiszfeld's steps from their median."""
+    centre = rows.median(0).values
+    for _ in range(_WEISZFELD_STEPS):
+        distances = torch.linalg.vector_norm(rows - centre, dim=1, keepdim=True)
+        weights = 1 / distances.clamp_min(1e-8)
+        centre = (rows * weights).sum(0) / weights.sum()
+    return centre
 
 
 def principal_axes(centred: Tensor) -> Tensor:

@@ -114,7 +114,9 @@ class Trainer:
             )
         self.steps = config.steps(reader.rows)
         # E||x|| becomes sqrt(d), as in Gao et al.
-        self.scale = math.sqrt(reader.d_model) / float(reader.mean_norm)
+        self.scale = 1.0
+        if config.sae.scale_rows:
+            self.scale = math.sqrt(reader.d_model) / float(reader.mean_norm)
         self.mean = torch.from_numpy(reader.mean).to(device) * self.scale
         self.mean_variance = float(reader.variance.mean()) * self.scale**2
         self.objective = objective.find(config.sae.activation)(config.sae, config.matmul)
@@ -125,6 +127,8 @@ class Trainer:
         )
         learned = {name: getattr(fresh, name) for name in self.objective.learned}
         silent = dead.fresh_counters(config.sae.d_sae, device)
+        if self.optim.first_step == 0:  # as if each latent had fired in the first batch
+            silent -= config.batch
         self.state = State(0, fresh, Adam(learned, self.optim), silent)
         if config.sae.resample:
             self.state.restarted = torch.zeros_like(silent)
@@ -140,13 +144,11 @@ class Trainer:
     @property
     def rows_to_begin(self) -> int:
         """Rows that `begin_` needs; 0: it is not to be called."""
-        config = self.config.sae
-        if not config.rotate and config.init != "rows":
-            return 0
-        return min(start.rows_needed(len(self.mean), config.d_sae), self.steps * self.config.batch)
+        needed = start.rows_needed(self.config.sae, len(self.mean))
+        return min(needed, self.steps * self.config.batch)
 
     def begin_(self, first: Tensor) -> None:
-        """Set basis, directions and the encoder's scale by rows.
+        """Set basis, directions, the encoder's scale and b_dec by rows.
 
         Args:
             first: (rows_to_begin, d) the stream's first raw rows.
@@ -161,6 +163,8 @@ class Trainer:
                 f"{bad} of the {len(first)} rows to begin with hold NaN or infinity; {_VERIFY}"
             )
         rows = first.to(self.device).float() * self.scale
+        if config.init == "kaiming":
+            state.sae.b_dec.copy_(start.geometric_median(rows))
         centred = rows - state.sae.b_dec
         if state.basis is not None:
             state.basis.copy_(start.principal_axes(centred))
@@ -204,13 +208,13 @@ class Trainer:
         state.step += 1
 
         # Count tokens since each latent fired, and restart those that are dead for long.
-        fired = self.group.sum_(dead.firings(result.kept, config.sae.d_sae, result.bags))
-        dead.count_(state.silent, fired, len(batch))
+        dead.count_(state.silent, result.fired, len(batch))
         if state.restarted is not None:
             self.resample_(result.error, len(batch))
 
         # Decoder directions have norm 1, in any case at the end.
-        if state.step % self.optim.project_every == 0 or state.step == self.steps:
+        number = state.step - 1 + self.optim.first_step
+        if number % self.optim.project_every == 0 or state.step == self.steps:
             state.sae.project_()
         if state.step % config.log_every == 0 or state.step in (1, self.steps):
             return self._record(rows, result, value, len(dying), lr)

@@ -46,7 +46,8 @@ def of_run(subject: Subject) -> dict[str, str]:
 
 
 def _start(sae: dict[str, Any], seed: int) -> str:
-    origin = "rows" if sae["init"] == "rows" else "random directions"
+    origins = {"rows": "rows", "kaiming": "the encoder's random directions"}
+    origin = origins.get(sae["init"], "random directions")
     axes = ", in the rows' principal axes" if sae["rotate"] else ""
     return f"decoder from {origin}, seed {seed}{axes}"
 
@@ -56,7 +57,7 @@ def _revival(sae: dict[str, Any]) -> str:
     if sae["aux_coef"]:
         means.append(
             f"AuxK with coefficient {sae['aux_coef']}, k_aux {sae['k_aux']}, "
-            f"{sae['aux_norm']} normalisation"
+            f"{sae['aux_norm']} normalisation{'' if sae['aux_relu'] else ', without ReLU'}"
         )
     if sae["resample"]:
         means.append("restarted along errors")
@@ -65,10 +66,11 @@ def _revival(sae: dict[str, Any]) -> str:
 
 def _optimizer(optim: dict[str, Any], config: dict[str, Any], settings: dict[str, Any]) -> str:
     lr = config.get("lr", optim["lr"])
+    clipped = f", gradient norm at most {optim['clip_norm']:g}" if optim["clip_norm"] else ""
     return (
-        f"Adam ({optim['beta1']}, {optim['beta2']}), {lr:.3g} to {optim['lr_floor']:g} "
-        f"({optim['decay']}), batch {settings['batch']:,}, "
-        f"encoder product in {settings.get('matmul', 'fp32')}"
+        f"Adam ({optim['beta1']}, {optim['beta2']}), eps {optim['eps']:g}{clipped}, "
+        f"{lr:.3g} to {optim['lr_floor']:g} ({optim['decay']}), "
+        f"batch {settings['batch']:,}, encoder product in {settings.get('matmul', 'fp32')}"
     )
 
 

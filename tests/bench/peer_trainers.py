@@ -60,9 +60,10 @@ class Task:
     tokens: int  # rows to train on; a last, incomplete batch is left out
     lr: float
     seed: int  # of the initial weights and of the order of rows
-    activations: str | None  # folder with train.npy and heldout.npy; None: planted rows
-    quality: bool  # whether held-out rows are measured as well
+    activations: str | None  # folder of tests.bench.real_rows; None: planted rows
+    quality: bool  # whether the rows of `judged` are measured as well
     ours: tuple[str, ...] = ()  # settings of ours, as optim.lr_floor=0
+    judged: str = "heldout"  # or choice: which part
 
     @property
     def steps(self) -> int:
@@ -108,9 +109,11 @@ def load(task: Task) -> Rows:
     if task.activations:
         folder = Path(task.activations)
         train = np.load(folder / "train.npy", mmap_mode="r")[: task.tokens]
-        held_out = np.load(folder / "heldout.npy", mmap_mode="r")[: None if task.quality else 1]
+        judged = np.load(folder / f"{task.judged}.npy", mmap_mode="r")[
+            : None if task.quality else 1
+        ]
         rows, rest = (
-            torch.from_numpy(np.array(part, dtype=np.float32)) for part in (train, held_out)
+            torch.from_numpy(np.array(part, dtype=np.float32)) for part in (train, judged)
         )
     else:
         few = (
@@ -211,33 +214,34 @@ class Meter:
 
 
 def ours(task: Task, rows: Rows, meter: Meter) -> Trained:
-    """train.trainer.Trainer, under the settings of `sae=rows_32k optim=rows` but for the rate."""
-    import yaml
+    """train.trainer.Trainer, under the settings of `sae=rows_32k optim=rows` but for the rate.
 
+    `reference`: under those of `sae=topk_32k optim=adam`, whose floor is .3 of the rate; latents
+    are dead after 1/25 of the run, since after 5,000 steps AuxK would never act.
+    """
+    from hydra import compose, initialize_config_module
+
+    from data.settings import build
     from train.optim import OptimConfig
     from train.sae import SAEConfig
     from train.trainer import TrainConfig, Trainer
 
-    conf = Path(__file__).parents[2] / "conf"
-    names = {"sae": "rows_32k.yaml", "optim": "rows.yaml"}
-    groups: dict[str, Any] = {
-        group: yaml.safe_load((conf / group / name).read_text()) for group, name in names.items()
-    }
-    del groups["sae"]["defaults"], groups["sae"]["name"]
-    groups["sae"] |= {"d_sae": task.d_sae, "k": task.k, "k_aux": task.d_sae // 16}
-    groups["optim"]["lr"] = task.lr
-    for setting in task.ours:
-        name, _, value = setting.partition("=")
-        group, _, field = name.partition(".")
-        groups[group][field] = yaml.safe_load(value)
+    recipe = ["sae=rows_32k", "optim=rows"]
+    if task.trainer == "reference":
+        recipe = ["sae=topk_32k", "sae.dead_after=null", f"optim.lr_floor={0.3 * task.lr}"]
+    size = [f"sae.d_sae={task.d_sae}", f"sae.k={task.k}", f"sae.k_aux={task.d_sae // 16}"]
+    with initialize_config_module("conf", version_base="1.3"):
+        composed = compose("train", [*recipe, *size, f"optim.lr={task.lr}", *task.ours])
+    sae, optim = dict(composed.sae), dict(composed.optim)
+    del sae["name"]
     config = TrainConfig(
         layer=0,
         tokens=task.steps * task.batch,
         batch=task.batch,
         seed=task.seed,
         log_every=task.steps,
-        sae=SAEConfig(**groups["sae"]),
-        optim=OptimConfig(**groups["optim"]),
+        sae=build(SAEConfig, "sae", sae),
+        optim=build(OptimConfig, "optim", optim),
     )
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # as train.loop sets it
@@ -398,6 +402,7 @@ def _fired(indices: Tensor, values: Tensor, d_sae: int) -> Tensor:
 # By name: the module that must be there, and the function that trains.
 TRAINERS: dict[str, tuple[str, Callable[[Task, Rows, Meter], Trained]]] = {
     "ours": ("train.trainer", ours),
+    "reference": ("train.trainer", ours),
     "saelens": ("sae_lens", saelens),
     "saelens-sparse": ("sae_lens", saelens),
     "sparsify-signum": ("sparsify.trainer", sparsify),

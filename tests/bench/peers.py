@@ -1,7 +1,7 @@
 """Our TopK trainer against SAELens', sparsify's and dictionary_learning's, on one CPU core.
 
     # real activations, d 384; then quality and speed, about an hour; then speed at width 2560
-    python -m tests.bench.minilm --text FILES... --rows 1300000 --out minilm
+    python -m tests.bench.real_rows --text FILES... --rows 1300000 --out minilm
     python -m tests.bench.peers --activations minilm --out peers.json
     python -m tests.bench.peers --speed-only --d 2560 --d_sae 8192 --k 64 --speed-steps 24 \\
         --out peers_wide.json
@@ -179,7 +179,8 @@ def speeds(pythons: dict[str, str], task: Task, rates: dict[str, float], rounds:
 
 def available(asked: argparse.Namespace) -> dict[str, str]:
     """The interpreter of each trainer that can run; the others are named."""
-    pythons = {"ours": sys.executable, "dictionary_learning": asked.dictionary_learning_python}
+    pythons = {"dictionary_learning": asked.dictionary_learning_python}
+    pythons |= dict.fromkeys(("ours", "reference"), sys.executable)
     for name in TRAINERS:
         if name.startswith(("saelens", "sparsify")):
             pythons[name] = getattr(asked, f"{name.split('-')[0]}_python")

@@ -1,7 +1,7 @@
 """What rounding the encoder product's operands costs: `python -m tests.bench.precision
 --activations DIR [--out FILE]`.
 
-DIR holds train.npy and heldout.npy, as `python -m tests.bench.minilm` makes them. Each precision
+DIR holds train.npy and heldout.npy, as `python -m tests.bench.real_rows` makes them. Each precision
 trains the same SAE on the same batches, once for each seed; a seed decides the initial weights, and
 where in train.npy the run begins. What is compared is variance explained of all rows of
 heldout.npy, which are encoded in float32 whatever the precision, as `python -m train` does. A
@@ -65,7 +65,8 @@ def settings(group: str, name: str, **changes: Any) -> dict[str, Any]:
     found: dict[str, Any] = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
     below: dict[str, Any] = {}
     for base in found.pop("defaults", []):
-        below |= settings(group, base)
+        if isinstance(base, str):  # else it is an option of another group
+            below |= settings(group, base)
     found.pop("name", None)
     return {**below, **found, **changes}
 

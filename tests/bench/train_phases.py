@@ -335,9 +335,9 @@ def arguments(prog: str) -> argparse.ArgumentParser:
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument(
-        "--sae", default="topk_32k", help="a file of conf/sae; d_sae and k are this command's"
+        "--sae", default="scaled_32k", help="a file of conf/sae; d_sae and k are this command's"
     )
-    parser.add_argument("--optim", default="adam", help="a file of conf/optim")
+    parser.add_argument("--optim", default="scaled", help="a file of conf/optim")
     parser.add_argument("--matmul", default="fp32", choices=["fp32", "tf32", "bf16"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, help="write it there")

@@ -58,6 +58,9 @@ def test_one_step_run_has_a_rate():
         ({"beta1": -0.1}, "optim.beta1=-0.1"),
         ({"beta2": 1.5}, "optim.beta2=1.5"),
         ({"beta2": float("nan")}, "optim.beta2=nan"),
+        ({"eps": 0.0}, "optim.eps=0.0"),
+        ({"clip_norm": -1.0}, "optim.clip_norm=-1.0"),
+        ({"first_step": 2}, "optim.first_step=2"),
     ],
 )
 def test_wrong_settings_are_named(wrong, named):

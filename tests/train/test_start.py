@@ -140,6 +140,7 @@ def test_rows_without_directions_leave_the_start_as_it_was():
         ({"init": "rows"}, {}, 80),
         ({"init": "rows", "d_sae": 128}, {}, 128),
         ({"resample": True}, {}, 0),
+        ({"init": "kaiming"}, {"tokens": 20_000}, 16_384),
         (RECIPE, {"tokens": 3 * BATCH + 5}, 3 * BATCH),  # no more than the run will see
     ],
 )

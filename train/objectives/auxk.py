@@ -4,7 +4,8 @@
     aux   = aux_coef mean((e_hat - e)^2)                            aux_norm=raw, as the reference
             aux_coef mean((e_hat - e)^2) / mean((e - mean_n(e))^2)  aux_norm=variance; NaN is 0
 
-The error e = x - x_hat is a constant here.
+The error e = x - x_hat is a constant here. aux_relu=false leaves the ReLU out, as the reference:
+then latents whose pre-activations are negative get gradients too.
 
 Shapes: n rows, d = d_model, D = dead latents.
 
@@ -46,7 +47,7 @@ def auxk(
     """
     encoder = rows(sae.encoder, dead)
     pre = torch.addmm(rows(bias, dead), centred, encoder.T)  # (n, D)
-    f = _relu_of_largest(pre, config.k_aux)
+    f = _largest(pre, config.k_aux, config.aux_relu)
     e_hat = f @ rows(sae.W_dec, dead)
     factor = torch.full_like(error[0, 0], config.aux_coef)
     if config.aux_norm == "variance":
@@ -54,27 +55,30 @@ def auxk(
     return _mean_square_or_zero(e_hat - error, factor)
 
 
-def _relu_of_largest(pre: Tensor, k: int) -> Tensor:
-    """ReLU of the k largest of each row of `pre` (n, D), 0 elsewhere; of all if D is at most k."""
-    result: Tensor = _ReluOfLargest.apply(pre, k)  # type: ignore[no-untyped-call]
+def _largest(pre: Tensor, k: int, relu: bool) -> Tensor:
+    """The k largest of each row of `pre` (n, D), 0 elsewhere; all if D is at most k."""
+    result: Tensor = _Largest.apply(pre, k, relu)  # type: ignore[no-untyped-call]
     return result
 
 
-class _ReluOfLargest(Function):
+class _Largest(Function):
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, k: int) -> Tensor:
+    def forward(ctx: Any, pre: Tensor, k: int, relu: bool) -> Tensor:
         if pre.shape[1] > k:
             values, indices = kernels.topk(pre, k)
-            f = torch.zeros_like(pre).scatter_(1, indices, values).relu_()
+            if relu:
+                values = values.relu()
+            f = torch.zeros_like(pre).scatter_(1, indices, values)
         else:
-            f = pre.relu()
-        ctx.save_for_backward(f)
+            f = pre.relu() if relu else pre.clone()
+        # Without ReLU the gradient goes to every chosen latent: a value of 0 is as good as none.
+        ctx.save_for_backward(f > 0 if relu else f != 0)
         return f
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        (f,) = ctx.saved_tensors
-        return gradient * (f > 0), None
+        (passed,) = ctx.saved_tensors
+        return gradient * passed, None, None
 
 
 def _mean_square_or_zero(residual: Tensor, factor: Tensor) -> Tensor:

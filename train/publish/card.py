@@ -211,6 +211,9 @@ def _training_specs(facts: Facts) -> Rows:
 
     tokens = setting("settings.tokens", ",")
     betas = f"{setting('settings.optim.beta1')}, {setting('settings.optim.beta2')}"
+    norm = value_at(facts.config, "settings.optim.clip_norm")
+    clipped = f", gradient norm at most {norm:g}" if norm else ""
+    relu = ", without ReLU" if value_at(facts.config, "settings.sae.aux_relu") is False else ""
     floor = f"{setting('settings.optim.lr_floor', '.3g')} ({setting('settings.optim.decay')})"
     aux = f"coefficient {setting('settings.sae.aux_coef')}"
     k_aux = setting("settings.sae.k_aux", ",")
@@ -220,10 +223,10 @@ def _training_specs(facts: Facts) -> Rows:
         ("training tokens", f"{tokens} in {setting('steps', ',')} steps"),
         ("batch", f"{setting('settings.batch', ',')} tokens"),
         ("rows left out", _without(facts.config, "settings.policy")),
-        ("optimizer", f"Adam ({betas}), learning rate {setting('lr', '.3g')} to {floor}"),
+        ("optimizer", f"Adam ({betas}){clipped}, learning rate {setting('lr', '.3g')} to {floor}"),
         (
             "loss on dead latents (AuxK)",
-            f"{aux}, k_aux {k_aux}, normalisation {setting('settings.sae.aux_norm')}",
+            f"{aux}, k_aux {k_aux}, normalisation {setting('settings.sae.aux_norm')}{relu}",
         ),
         ("dead after", f"{setting('dead_after', ',')} tokens without firing"),
         ("decoder directions' norms", f"{norms.min():.6f} to {norms.max():.6f}"),
