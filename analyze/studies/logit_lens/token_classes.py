@@ -17,7 +17,8 @@ from harvest.tokens import Tokenizer
 CLASSES = ("english", "other", "digit", "code")  # each id has exactly one
 # Each is a part of `other`, by the first word of its characters' Unicode names.
 SCRIPTS = {"chinese": "CJK", "bengali": "BENGALI", "hindi": "DEVANAGARI", "arabic": "ARABIC"}
-NAMES = (*CLASSES, *SCRIPTS)
+REST = "rest"  # of `other`
+NAMES = (*CLASSES, *SCRIPTS, REST)
 _WORD = re.compile(r"['\u2019-]?[A-Za-z]+(?:['\u2019-][A-Za-z]+)*")
 _CAMEL = re.compile(r"[a-z][A-Z]")
 _NUMBER = re.compile(r"[.,]?[0-9]+(?:[.,][0-9]+)*[.,]?")
@@ -75,8 +76,8 @@ def members(tokenizer: Tokenizer, size: int) -> NDArray[np.bool_]:
     texts = tokenizer.backend.decode_batch(ids, skip_special_tokens=False)
     found = np.zeros((size, len(NAMES)), bool)
     for token, text in enumerate(texts):
-        found[token, NAMES.index(class_of(text))] = True
-        script = script_of(text)
-        if script is not None:
-            found[token, NAMES.index(script)] = True
+        kind = class_of(text)
+        found[token, NAMES.index(kind)] = True
+        if kind == "other":
+            found[token, NAMES.index(script_of(text) or REST)] = True
     return found

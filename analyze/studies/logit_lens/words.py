@@ -8,7 +8,7 @@ from typing import Any
 from analyze.drawing import Line, bands
 from analyze.outcome import Picture, Table
 from analyze.stats import formatted, resampled
-from analyze.studies.logit_lens.token_classes import CLASSES, SCRIPTS
+from analyze.studies.logit_lens.token_classes import CLASSES, REST, SCRIPTS
 
 
 def summary(figures: dict[str, Any]) -> list[str]:
@@ -84,14 +84,14 @@ def _layers(figures: dict[str, Any]) -> Table:
 
 def _bands(figures: dict[str, Any], kind: str, caption: str) -> Table:
     """A figure of every script by band, each band with its null below it."""
-    names = ("english", *SCRIPTS, "other", "digit", "code")
+    names = {name: name for name in ("english", *SCRIPTS, "digit", "code")}
+    names[REST] = "other scripts"
     rows = []
     for band in figures["bands"]:
         layers = f"{band['first']} to {band['last']}"
         for label, values in ((layers, band[kind]), ("random rows", band[f"{kind}_shuffled"])):
             rows.append((label, *(formatted(values[name], ".1%") for name in names)))
-    header = ("layers", *names[:-3], "other, with those four", "digit", "code")
-    return Table(caption, header, rows)
+    return Table(caption, ("layers", *names.values()), rows)
 
 
 def _classes(figures: dict[str, Any]) -> Table:
