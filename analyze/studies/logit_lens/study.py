@@ -521,7 +521,12 @@ def _texts(study: Study, options: Options) -> tuple[list[list[int]], dict[str, A
 
 
 def _inputs(study: Study) -> Mapping[str, Any]:
-    return {} if study.problems is None else inputs(study)
+    """What answers depend on, as far as the prompts do."""
+    if study.problems is None:
+        return {}
+    asked = inputs(study)
+    of_prompts = {name: asked["answers"].get(name) for name in ("prompt", "shots", "questions")}
+    return {**asked, "answers": of_prompts}
 
 
 def _shares(own: NDArray[np.bool_]) -> dict[str, float]:
