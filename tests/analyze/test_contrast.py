@@ -14,8 +14,10 @@ import torch
 from scipy import sparse
 
 from analyze import answering
+from analyze.split import chooses
+from analyze.studies.contrast import choice
 from analyze.studies.contrast import study as contrast
-from analyze.studies.contrast.findings import figures, lists
+from analyze.studies.contrast.findings import figures
 from analyze.studies.contrast.means import Means, answer_means, caa
 from analyze.studies.contrast.study import Options, compare
 from analyze.studies.contrast.words import summary
@@ -172,10 +174,50 @@ def test_too_few_of_a_kind_are_refused() -> None:
     means = made_up(60)
     means.correct[:] = np.arange(60) < 56
     with pytest.raises(SettingError, match=r"answers\.questions"):
-        contrast.comparable(means)
+        compared(means)
+    means.correct[:] = True
+    with pytest.raises(SettingError, match=r"answers\.questions"):
+        compared(means)
 
 
-@pytest.mark.parametrize("option", ["permutations", "min_firing", "seed"])
+def chosen_of(means: Means) -> tuple[choice.Choice, dict]:
+    rows = np.arange(len(means.correct))
+    found = choice.choose(means, rows, 0.5, 5, {"paired": False, "shuffles": 99, "seed": 0})
+    return found, choice.figures(found, means)
+
+
+def test_the_labels_of_one_part_choose_and_those_of_the_other_judge() -> None:
+    means = made_up(160)
+    means.hidden[:, 2, 3] += 2 * means.correct
+    side = chooses(means.question, None, 0.5)
+    part = np.where(side, "train", "test")
+    for given in (means, means._replace(part=part)):
+        chosen = chosen_of(given)[1]
+        assert set(chosen["ids"]) == set(means.question[side])
+        flipped = given._replace(correct=np.where(side, given.correct, ~given.correct))
+        second = chosen_of(flipped)[1]
+        for key in ("dimensions", "helpful", "harmful"):
+            for row, other in zip(chosen[key], second[key], strict=True):
+                assert row | {"d": 0, "p": 0, "q": 0} == other | {"d": 0, "p": 0, "q": 0}
+                assert row["d"] == pytest.approx(-other["d"])
+    # In one file, what chooses nothing is of all questions; in two, all is of the test questions.
+    in_parts = figures(compared(means._replace(part=part), permutations=19))
+    assert set(in_parts["questions"]) == set(means.question[~side])
+    in_one = figures(compared(means, permutations=19))
+    assert (in_parts["answers"], in_one["answers"]) == ((~side).sum(), 160)
+
+
+def test_what_chance_chose_has_no_effect_where_it_is_judged() -> None:
+    p = []
+    for seed in range(20):
+        chosen = chosen_of(made_up(120, seed=seed))[1]
+        p += [chosen[key]["p"] for key in ("dimensions_carried", "helpful_carried")]
+        where_chosen = np.mean([row["d_where_chosen"] for row in chosen["helpful"]])
+        assert where_chosen > 0.3 > abs(chosen["helpful_carried"]["d"])
+    assert np.sum(np.array(p) <= 0.05) <= 6  # of 40; P(more | 5 %) = 0.003
+
+
+@pytest.mark.parametrize("option", ["permutations", "min_firing", "seed", "discovery"])
 def test_options_that_cannot_be_are_refused(option: str) -> None:
     with pytest.raises(SettingError, match=f"study.{option}=-1"):
         Options(**{option: -1})
@@ -196,20 +238,21 @@ def test_a_planted_direction_and_planted_features_are_found_where_they_are() -> 
     for kind in ("raw", "adjusted"):
         peak = measured[kind]["peak"]
         assert peak["layer"] == 2 and peak["p"] == 1 / 200
-        assert {dimension["dimension"] for dimension in peak["dimensions"][:2]} == {3, 11}
-        assert [dimension["p_family"] <= 0.05 for dimension in peak["dimensions"]] == [True] * 2 + [
-            False
-        ] * 8
+        assert list(measured[kind]["dimensions_below_5_percent"]) == [0, 0, 2, 0]
         assert measured[kind]["p_of_layer"][2] == 1 / 200
         assert measured["features"][kind]["p"] == 1 / 200
     assert tuple(measured["peak_rank"]["rank_interval"]) == (1, 1)
     assert measured["peak_rank"]["share_of_peaks"][2] > 0.95
-    chosen = lists(found)
+    chosen = choice.figures(found.choice, means)
     assert (chosen["helpful"][0]["feature"], chosen["harmful"][0]["feature"]) == (5, 8)
-    top = chosen["helpful"][0]
-    assert max(top["p"], top["q"], top["q_adjusted"]) < 0.01 and top["d"] > 1
-    assert top["mean_right"] == pytest.approx(dense[means.correct, 5].mean())
-    assert top["fired"] == (dense[:, 5] > 0).sum()
+    assert chosen["layer"] == 2
+    assert {row["dimension"] for row in chosen["dimensions"][:2]} == {3, 11}
+    for row in (*chosen["dimensions"][:2], chosen["helpful"][0], chosen["harmful"][0]):
+        assert row["p"] == 1 / 200 and row["q"] <= 0.05 and abs(row["d"]) > 1
+    rest = chosen["dimensions"][2:]  # too large where they were chosen, and nothing elsewhere
+    assert min(abs(row["d_where_chosen"]) for row in rest) > 0.1
+    assert abs(np.mean([np.sign(row["d_where_chosen"]) * row["d"] for row in rest])) < 0.15
+    assert chosen["dimensions_carried"]["p"] == 1 / 200
 
 
 def test_with_shuffled_labels_nothing_is_found() -> None:
@@ -267,8 +310,9 @@ def test_features_that_hardly_fire_are_not_tested() -> None:
     assert found.features.ids.tolist() == [*range(10), 21]
     none = compared(means._replace(features=sparse.csr_array((90, F), dtype=np.float32)))
     assert figures(none)["features"]["tested"] == 0 and figures(none)["features"]["raw"] is None
-    assert len(summary(figures(none))) == 6  # there are words for that, too
-    assert lists(none)["helpful"] == []
+    of_choice = choice.figures(none.choice, means)
+    assert of_choice["helpful"] == of_choice["harmful"] == []
+    assert len(summary(figures(none) | {"chosen": of_choice})) == 7  # there are words for it, too
 
 
 # -- the whole study -------------------------------------------------------------------------------
@@ -280,27 +324,24 @@ def performed(study: Study):
 
 def test_the_study_leaves_lists_and_pictures(study: Study) -> None:
     outcome = performed(study)
+    means = answer_means(study, answering.answers(study), StopRequest())
+    side = chooses(means.question, None, 0.5)
     assert not list(study.folder.glob("steering_vec*"))  # study=steering ships vectors
     d = np.load(study.folder / "cohens_d.npy")
     for layer in range(study.lm.n_layers):
-        assert outcome.figures["raw"]["top"][layer] == pytest.approx(
+        assert outcome.figures["raw"]["top_d"][layer] == pytest.approx(
             np.sort(np.abs(d[layer]))[-10:].mean(), rel=1e-5
         )
     written = json.loads(
         (study.folder / f"contrastive_features_L{study.subject.layer}.json").read_text()
     )
     assert written["layer"] == study.subject.layer
+    assert set(written["ids"]) == set(means.question[side])
+    assert not set(written["ids"]) & set(written["judged_by"]["ids"])
     for key, sign in (("helpful", 1), ("harmful", -1)):
-        values = [sign * feature["d"] for feature in written[key]]
+        values = [sign * feature["d_where_chosen"] for feature in written[key]]
         assert values == sorted(values, reverse=True) and values[-1] > 0
-        assert [
-            np.sign(feature["mean_right"] - feature["mean_wrong"]) for feature in written[key]
-        ] == [sign] * len(values)
-    every = pq.read_table(study.folder / "features.parquet").to_pylist()
-    assert len(every) == written["tested"]
-    assert [row for row in every if row["feature"] == written["helpful"][0]["feature"]] == [
-        written["helpful"][0]
-    ]
+    assert pq.read_table(study.folder / "features.parquet").num_rows > 10
     assert set(outcome.pictures) == {"contrast", "contrast_adjusted"}
     assert all(picture.svg.startswith("<svg") for picture in outcome.pictures.values())
     json.loads((study.folder / "contrast.json").read_text())

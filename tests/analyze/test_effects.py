@@ -53,7 +53,7 @@ def test_adjusted_effect_is_that_of_least_squares_and_its_null_is_freedmans_and_
     x = rng.normal(3, 2, size=(56, 5)) + covariates[:, :1] + question[:, None]
     made = design(correct, question, covariates, paired=paired, shuffles=4)
     assert made.adjusted is not None
-    found = made.adjusted(x)
+    found = made.adjusted.d(x)
 
     reduced = np.column_stack([np.eye(8)[block], covariates])
     whole = np.column_stack([reduced, correct])
@@ -70,12 +70,64 @@ def test_adjusted_effect_is_that_of_least_squares_and_its_null_is_freedmans_and_
         )
 
 
+def brute_force(x: NDArray[np.float64], made: Design, order: NDArray[np.int64]) -> tuple:
+    """A column's t by a regression with residuals that were moved, and its degrees of freedom."""
+    blocks = np.eye(made.block.max() + 1)[made.block]
+    reduced = np.column_stack([blocks, made.covariates])
+    whole = np.column_stack([reduced, made.correct])
+    hat = reduced @ np.linalg.pinv(reduced)
+    moved = (x - hat @ x)[np.argsort(order)]
+    rest = moved - whole @ np.linalg.pinv(whole) @ moved
+    label = made.correct - hat @ made.correct
+    scores = label * rest
+    parts = [np.bincount(made.block, scores) ** 2]
+    freedom = [made.block.max()]
+    if not made.paired:
+        squares = scores**2 / (1 - np.diag(whole @ np.linalg.pinv(whole)))  # HC2
+        parts = [squares[made.correct], squares[~made.correct]]
+        freedom = [len(part) - 1 for part in parts]
+    sums = np.array([part.sum() for part in parts])
+    t = label @ moved / np.sqrt(sums.sum())
+    return t, sums.sum() ** 2 / np.sum(sums**2 / freedom)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_sizes_have_the_p_values_of_robust_standard_errors(paired: bool) -> None:
+    rng = np.random.default_rng(3)
+    question = np.repeat(np.arange(9), 5)
+    correct = rng.permuted(np.tile([True, False, False, True, False], (9, 1)), axis=1).ravel()
+    x = rng.normal(size=(45, 3)) * np.where(correct, 1, 3)[:, None] + correct[:, None]
+    covariates = rng.normal(size=(45, 2)) + correct[:, None]
+    made = design(correct, question, covariates, paired=paired, shuffles=3)
+    assert made.adjusted is not None
+    freedom = made.adjusted.freedom
+    for row, order in zip(made.adjusted.sizes(x), made.orders, strict=True):
+        same = row * made.adjusted.length / (1 - 3 / (4 * freedom - 1))
+        for column in range(3):
+            t, own = brute_force(x[:, column], made, order)
+            assert reference.t.sf(same[column], freedom) == pytest.approx(
+                reference.t.sf(t, own), rel=0.02
+            )
+
+
+def test_sizes_of_two_groups_are_welchs_test() -> None:
+    rng = np.random.default_rng(4)
+    correct = np.arange(40) < 12
+    x = rng.normal(0.5 * correct, np.where(correct, 3, 1), (6, 40)).T
+    same = design(correct).raw.sizes(x)[0] * np.sqrt(12 * 28 / 40) / (1 - 3 / (4 * 38 - 1))
+    welch = reference.ttest_ind(x[correct], x[~correct], equal_var=False)
+    np.testing.assert_allclose(2 * reference.t.sf(np.abs(same), 38), welch.pvalue, rtol=0.02)
+    even = rng.normal(size=(50, 400)) + 0.5 * (np.arange(50) < 25)[:, None]
+    d, sizes = design(np.arange(50) < 25).raw.both(even)
+    np.testing.assert_allclose(sizes[0], d[0], rtol=0.05)
+
+
 def test_without_covariates_and_blocks_an_adjusted_effect_is_cohens_d() -> None:
     rng = np.random.default_rng(2)
     x, correct = rng.normal(size=(30, 4)), rng.random(30) < 0.4
     made = design(correct)
-    np.testing.assert_allclose(made.within(x), made.raw(x), atol=1e-12)
-    np.testing.assert_allclose(made.raw(x)[0], stats.hedges_g(x, correct))
+    np.testing.assert_allclose(made.adjusted.d(x), made.raw.d(x), atol=1e-12)
+    np.testing.assert_allclose(made.raw.d(x)[0], stats.hedges_g(x, correct))
 
 
 def test_covariates_that_are_the_labels_leave_nothing_to_compare() -> None:
@@ -132,10 +184,10 @@ def test_columns_in_parts_are_columns_at_once() -> None:
     at_once = found(x, effects.WIDTH)
     for part, whole in zip(found(sparse.csc_array(x), 7), at_once, strict=True):
         np.testing.assert_allclose(part, whole, atol=1e-12)
-    d = np.abs(made.raw(x))
-    assert at_once[1] == pytest.approx(np.sort(d[0])[-10:].mean())
-    np.testing.assert_allclose(at_once[2], np.sort(d[1:], axis=1)[:, -10:].mean(1))
-    np.testing.assert_allclose(at_once[3], d[1:].max(1))
+    d = np.abs(made.raw.sizes(x))
+    assert at_once[2] == pytest.approx(np.sort(d[0])[-10:].mean())
+    np.testing.assert_allclose(at_once[3], np.sort(d[1:], axis=1)[:, -10:].mean(1))
+    np.testing.assert_allclose(at_once[4], d[1:].max(1))
 
 
 def test_family_wise_p_counts_the_null() -> None:
@@ -198,8 +250,28 @@ def test_halves_agree_on_what_is_planted_and_on_nothing_else() -> None:
 LAYERS, N, D = 3, 30, 20
 
 
+# How many right and wrong answers there are, and how much further the wrong ones spread.
+SPREADS = {
+    "plain": None,
+    "unequal": (136, 64, 1.5),
+    "balanced": (50, 50, 2.0),
+    "few wrong": (89, 11, 1.0),
+    "few wrong, wide": (89, 11, 2.0),
+    "few right": (11, 89, 2.0),
+}
+
+
 def null_data(kind: str, rng: np.random.Generator) -> tuple[NDArray[np.float64], Design]:
-    """Correlated columns; labels say no more of them than covariates and questions do."""
+    """Correlated columns; labels say no more of them than covariates and questions do.
+
+    Of a kind in SPREADS, columns are independent, and wrong answers spread further.
+    """
+    if of_kind := SPREADS.get(kind):
+        right, wrong, spread = of_kind
+        correct = np.arange(right + wrong) < right
+        covariates = rng.normal(size=(right + wrong, 1))
+        x = rng.normal(size=(LAYERS, right + wrong, D)) * np.where(correct, 1, spread)[:, None]
+        return x, design(correct, covariates=covariates, seed=int(rng.integers(2**31)))
     question, correct = np.arange(N), rng.permutation(N) < rng.integers(8, 22)
     covariates = rng.normal(size=(N, 2))
     x = rng.normal(size=(LAYERS, N, D)) + rng.normal(size=(LAYERS, N, 1))
@@ -212,25 +284,30 @@ def null_data(kind: str, rng: np.random.Generator) -> tuple[NDArray[np.float64],
             [rng.permutation([True, False, rng.random() < 0.5]) for _ in range(10)]
         )
         x += 2 * rng.normal(size=(LAYERS, 10, D))[:, question]
+    if kind == "paired, unequal":
+        question = np.repeat(np.arange(40), 4)
+        correct = np.tile([True, False, False, False], 40)
+        x = rng.normal(size=(LAYERS, 160, D)) * np.where(correct, 2, 1)[:, None]
+        covariates = rng.normal(size=(160, 1))
     seed = int(rng.integers(2**31))
-    return x, design(correct, question, covariates, paired=kind == "paired", seed=seed)
+    return x, design(correct, question, covariates, paired=kind.startswith("paired"), seed=seed)
 
 
-def false_positives(kind: str, effect: str, sets: int, seed: int) -> tuple[int, int]:
+def false_positives(kind: str, effect: str, sets: int, seed: int, top: int = 10) -> tuple[int, int]:
     """In how many of `sets` the top |d|, and the largest |d|, exceed 95 % of the joint null."""
     rng, counts = np.random.default_rng(seed), np.zeros(2, int)
     for _ in range(sets):
         x, made = null_data(kind, rng)
-        found = [effects.against_shuffled(layer, getattr(made, effect), 5) for layer in x]
-        top = (
+        found = [effects.against_shuffled(layer, getattr(made, effect), top) for layer in x]
+        tops = (
             max(tested.top for tested in found),
             np.max([tested.null_top for tested in found], axis=0),
         )
         largest = (
-            max(np.abs(tested.d).max() for tested in found),
+            max(np.abs(tested.sizes).max() for tested in found),
             np.max([tested.null_max for tested in found], axis=0),
         )
-        counts += [stats.permutation_p(*top) <= 0.05, stats.permutation_p(*largest) <= 0.05]
+        counts += [stats.permutation_p(*tops) <= 0.05, stats.permutation_p(*largest) <= 0.05]
     return int(counts[0]), int(counts[1])
 
 
@@ -242,15 +319,19 @@ def false_positives(kind: str, effect: str, sets: int, seed: int) -> tuple[int, 
         ("confounded", "adjusted"),
         ("paired", "raw"),
         ("paired", "adjusted"),
+        ("unequal", "raw"),
+        ("unequal", "adjusted"),
+        ("paired, unequal", "raw"),
     ],
 )
 def test_where_there_is_nothing_five_percent_are_found(kind: str, effect: str) -> None:
-    low, high = reference.binom.interval(0.99, 250, 0.05)
-    assert all(low <= count <= high for count in false_positives(kind, effect, 250, seed=0))
+    sets = 80 if "unequal" in kind else 250  # of which a third would be found by Hedges' d
+    low, high = reference.binom.interval(0.99, sets, 0.05)
+    assert all(low <= count <= high for count in false_positives(kind, effect, sets, seed=0))
 
 
 def test_unadjusted_a_confounder_is_found() -> None:
-    assert min(false_positives("confounded", "raw", 50, seed=1)) > 30
+    assert min(false_positives("confounded", "raw", 50, seed=1)) > 20
 
 
 def test_a_planted_direction_is_found_at_its_layer_and_only_there() -> None:
@@ -264,10 +345,10 @@ def test_a_planted_direction_is_found_at_its_layer_and_only_there() -> None:
         found = [effects.against_shuffled(layer, effect, 2) for layer in x]
         assert np.argmax([tested.top for tested in found]) == 3
         p = effects.family_wise_p(
-            np.abs([tested.d for tested in found]),
+            np.abs([tested.sizes for tested in found]),
             np.max([tested.null_max for tested in found], axis=0),
         )
-        assert set(zip(*np.nonzero(p <= 0.01), strict=True)) == {(3, 4), (3, 9)}
+        assert set(zip(*np.nonzero(p <= 0.005), strict=True)) == {(3, 4), (3, 9)}
         assert found[3].d[4] > 1 and found[3].d[9] < -1
 
 
@@ -282,7 +363,7 @@ def sparse_columns(n: int, fired: list[int], rng: np.random.Generator) -> sparse
 
 
 def p_of(x: sparse.csc_array, made: Design) -> NDArray[np.float64]:
-    return effects.rank_p(x, np.diff(x.indptr), made.correct, made.within)
+    return effects.rank_p(x, np.diff(x.indptr), made.correct, made.raw)
 
 
 def test_rank_p_of_dense_columns_is_mann_and_whitneys() -> None:
@@ -354,7 +435,7 @@ def test_planted_features_are_discovered_also_at_equal_length() -> None:
                 stats.benjamini_hochberg(effects.rank_p(columns, fired, correct, effect)) <= 0.05
             )
         )
-        for effect in (made.within, made.adjusted)
+        for effect in (made.raw, made.adjusted)
     )
     assert raw >= {3, 8}
     assert 3 in adjusted and 8 not in adjusted

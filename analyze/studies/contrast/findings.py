@@ -12,10 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analyze.stats import Floats, benjamini_hochberg, percentiles, permutation_p
-from analyze.studies.contrast.effects import Design, Halves, Tested, family_wise_p
-
-# The reference's "top-10 |d|" of a layer; also how many features of either sign are written out.
-TOP = 10
+from analyze.studies.contrast.choice import TOP, Choice
+from analyze.studies.contrast.effects import Design, Halves, Tested, family_wise_p, largest
 
 
 class Layer(NamedTuple):
@@ -53,6 +51,7 @@ class Findings(NamedTuple):
     covariates: dict[str, Floats]  # (n,) each
     layers: list[Layer]
     features: Features
+    choice: Choice
 
 
 # -- figures ---------------------------------------------------------------------------------------
@@ -68,7 +67,9 @@ def figures(findings: Findings) -> dict[str, Any]:
         covariates[name] = _covariate(values, findings.design)
     features = findings.features
     return {
-        **_counts(findings),
+        "answers": len(findings.design.correct),
+        "right": int(findings.design.correct.sum()),
+        "within_questions": findings.design.paired,
         "questions": np.unique(findings.question),
         "raw": raw,
         "adjusted": _joint(adjusted) if adjusted else None,
@@ -84,34 +85,20 @@ def figures(findings: Findings) -> dict[str, Any]:
     }
 
 
-def _counts(findings: Findings) -> dict[str, Any]:
-    correct = findings.design.correct
-    return {
-        "answers": len(correct),
-        "right": int(correct.sum()),
-        "within_questions": findings.design.paired,
-    }
-
-
 def _joint(layers: Sequence[Tested]) -> dict[str, Any]:
     """Each layer's figures, and the peak against the maximum over all layers."""
     top = np.array([layer.top for layer in layers])
     null = np.array([layer.null_top for layer in layers])
     null_max = np.max([layer.null_max for layer in layers], axis=0)
-    p = family_wise_p(np.abs([layer.d for layer in layers]), null_max)
+    p = family_wise_p(np.abs([layer.sizes for layer in layers]), null_max)
     peak = int(np.argmax(top))
-    d = layers[peak].d
-    dimensions = []
-    for dimension in np.argsort(-np.abs(d), kind="stable")[:TOP]:
-        dimensions.append(
-            {"dimension": dimension, "d": d[dimension], "p_family": p[peak, dimension]}
-        )
     return {
         "top": top,
+        "top_d": [largest(np.abs(layer.d)[None], TOP).mean() for layer in layers],
         "null_median": np.median(null, axis=1),
         "null_95": np.quantile(null, 0.95, axis=1),
         "p_of_layer": [permutation_p(*pair) for pair in zip(top, null, strict=True)],
-        "peak": {"layer": peak, **_against(top[peak], null.max(0)), "dimensions": dimensions},
+        "peak": {"layer": peak, **_against(top[peak], null.max(0))},
         "max_null_95": float(np.quantile(null_max, 0.95)),
         "dimensions_below_5_percent": (p <= 0.05).sum(1),
     }
@@ -141,12 +128,12 @@ def _peak_rank(drawn: Floats, peak: int) -> dict[str, Any]:
 
 
 def _covariate(values: Floats, design: Design) -> dict[str, float]:
-    effect = design.raw(values[:, None])[:, 0]
+    d, sizes = design.raw.both(values[:, None])
     return {
         "right": float(values[design.correct].mean()),
         "wrong": float(values[~design.correct].mean()),
-        "d": float(effect[0]),
-        "p": permutation_p(abs(effect[0]), np.abs(effect[1:])),
+        "d": float(d[0, 0]),
+        "p": permutation_p(abs(sizes[0, 0]), np.abs(sizes[1:, 0])),
     }
 
 
@@ -180,26 +167,3 @@ def _ranked_columns(ranked: Ranked, suffix: str = "") -> dict[str, Any]:
         f"p{suffix}": ranked.p,
         f"q{suffix}": benjamini_hochberg(ranked.p),
     }
-
-
-def lists(findings: Findings) -> dict[str, Any]:
-    """The features that fire most for right answers and for wrong ones, by d, with figures."""
-    table = feature_table(findings)
-    return {
-        **_counts(findings),
-        "tested": len(findings.features.ids),
-        "helpful": _extreme(table, 1),
-        "harmful": _extreme(table, -1),
-    }
-
-
-def _extreme(table: dict[str, Any], sign: int) -> list[dict[str, Any]]:
-    """The rows of the TOP features whose d has this sign, the largest |d| first."""
-    if not table:
-        return []
-    d = table["d"]
-    rows = []
-    for row in np.argsort(-sign * d, kind="stable")[:TOP]:
-        if sign * d[row] > 0:
-            rows.append({name: values[row] for name, values in table.items()})
-    return rows

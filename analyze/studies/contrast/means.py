@@ -50,6 +50,8 @@ class Means(NamedTuple):
     finished: NDArray[np.bool_]  # (n,)
     correct: NDArray[np.bool_]  # (n,)
     question: NDArray[np.str_]  # (n,) ids
+    source: NDArray[np.str_] | None = None  # (n,) who wrote each; None: one writer
+    part: NDArray[np.str_] | None = None  # (n,) of the problems; None: they have no parts
 
 
 def answer_means(study: Study, answers: Sequence[Answer], stop: StopRequest) -> Means:
@@ -82,7 +84,14 @@ def answer_means(study: Study, answers: Sequence[Answer], stop: StopRequest) -> 
         finished=np.array([answer.finished for answer in answers]),
         correct=np.array([answer.correct for answer in answers]),
         question=np.array([answer.problem.id for answer in answers]),
+        source=np.array([answer.source for answer in answers]),
+        part=_parts(answers),
     )
+
+
+def _parts(answers: Sequence[Answer]) -> NDArray[np.str_] | None:
+    parts = [answer.problem.part or "" for answer in answers]
+    return np.array(parts) if any(parts) else None
 
 
 def caa(hidden: ArrayLike, correct: NDArray[np.bool_]) -> Floats:

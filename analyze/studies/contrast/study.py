@@ -4,10 +4,14 @@ Residuals and SAE features are averaged over each answer (means.py). d is Cohen'
 correction, right minus wrong, of every dimension and every feature.
 
 Where each question has one answer, the null shuffles labels over all answers. Labelled solutions
-come several to a question, and are compared within it: questions that have both a right and a
-wrong one take part, and labels are shuffled within each. The adjusted d holds equal the length,
-whether the answer finished, who wrote it if several did, and the question if it has several (see
-`effects.Design.adjusted`).
+and samples come several to a question, and are compared within it: questions that have both a right
+and a wrong one take part, and labels are shuffled within each. The adjusted d holds equal the
+length, whether the answer finished, who wrote it if several did, and the question if it has several
+(see `effects.Effect`).
+
+Problems in two parts choose on the train questions. All else is of the test questions. Of problems
+in one file, some questions choose and the others judge what was chosen (see analyze/split.py and
+choice.py). What chooses nothing is measured on all of them.
 
 Shapes: n answers, d d_model, F latents, c of these that are tested.
 """
@@ -25,18 +29,18 @@ from numpy.typing import NDArray
 from analyze.answering import answers, inputs
 from analyze.outcome import Outcome, dumped
 from analyze.results import FEATURES
+from analyze.split import require_share
 from analyze.stats import Floats
-from analyze.studies.contrast import effects
+from analyze.studies.contrast import choice, effects
+from analyze.studies.contrast.choice import TOP, choose
 from analyze.studies.contrast.effects import Design, Effect
 from analyze.studies.contrast.findings import (
-    TOP,
     Features,
     Findings,
     Layer,
     Ranked,
     feature_table,
     figures,
-    lists,
 )
 from analyze.studies.contrast.means import Means, answer_means
 from analyze.studies.contrast.words import pictures, summary, tables
@@ -55,11 +59,13 @@ _SPLITS = 100
 class Options:
     """The settings of conf/study/contrast.yaml."""
 
+    discovery: float = 0.5  # share of the questions that choose, where problems have no parts
     permutations: int = 1000  # permutations of the labels
     min_firing: int = 5  # answers in which a feature fires, for it to be tested
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_share(self.discovery)
         for name, least in (("permutations", 19), ("min_firing", 1), ("seed", 0)):
             value = getattr(self, name)
             if value < least:
@@ -71,7 +77,8 @@ def contrast(study: Study) -> Outcome:
 
     Leaves these files:
         cohens_d.npy                         (layers, d)
-        contrastive_features_L{layer}.json   the features of largest d, of the SAE's layer
+        contrastive_features_L{layer}.json   the features that they choose, of the SAE's layer, with
+                                             d in the other answers
         features.parquet                     figures of every feature that was tested
     """
     options = build(Options, "study", study.options)
@@ -84,14 +91,15 @@ def contrast(study: Study) -> Outcome:
     np.save(d, np.array([of_layer.raw.d for of_layer in findings.layers], np.float32))
     durable.write(study.folder / "cohens_d.npy", [d.getbuffer()])
     sae_layer = study.subject.layer
-    chosen = {"layer": sae_layer, **lists(findings), "options": vars(options)}
+    of_choice = choice.figures(findings.choice, means)
+    chosen = {**of_choice, "layer": sae_layer, "options": vars(options)}
     path = study.folder / f"contrastive_features_L{sae_layer}.json"
     durable.write(path, [dumped(chosen).encode()])
     table = feature_table(findings)
     if table:
         write_features(study.folder / FEATURES, table)
 
-    measured = {**figures(findings), "options": vars(options)}
+    measured = {**figures(findings), "chosen": of_choice, "options": vars(options)}
     return Outcome(measured, summary(measured), tables(measured), pictures(findings))
 
 
@@ -107,7 +115,11 @@ def compare(means: Means, sources: Sequence[str], options: Options, stop: StopRe
     Raises:
         SettingError: too few answers are right, or wrong.
     """
-    kept, paired = comparable(means)
+    comparable_rows, paired = comparable(means)
+    permuting = {"paired": paired, "shuffles": options.permutations, "seed": options.seed}
+    chosen = choose(means, comparable_rows, options.discovery, options.min_firing, permuting)
+    kept = comparable_rows if means.part is None else chosen.others
+    require_both(means.correct[kept], paired)
     correct = means.correct[kept]
     question = means.question[kept]
     covariates = _covariates(means, np.array(sources), kept)
@@ -115,9 +127,7 @@ def compare(means: Means, sources: Sequence[str], options: Options, stop: StopRe
         correct,
         question,
         np.array([*covariates.values()]).reshape(len(covariates), len(kept)).T,
-        paired=paired,
-        shuffles=options.permutations,
-        seed=options.seed,
+        **permuting,
     )
     splits = effects.split(design, _SPLITS, np.random.default_rng([options.seed, 1]))
     times = effects.drawn(design.cluster, _BOOTSTRAPS, np.random.default_rng([options.seed, 2]))
@@ -141,16 +151,13 @@ def compare(means: Means, sources: Sequence[str], options: Options, stop: StopRe
     stop.check()
     tell("comparing features")
     features = _features(means.features[kept].tocsc(), design, splits, options.min_firing)
-    return Findings(design, question, covariates, layers, features)
+    return Findings(design, question, covariates, layers, features, chosen)
 
 
 def comparable(means: Means) -> tuple[NDArray[np.int64], bool]:
     """Which answers are compared, and whether they are compared within questions.
 
     Answers without a token are left out.
-
-    Raises:
-        SettingError: too few of them are right, or wrong.
     """
     kept = means.length > 0
     _, question = np.unique(means.question, return_inverse=True)
@@ -159,8 +166,13 @@ def comparable(means: Means) -> tuple[NDArray[np.int64], bool]:
         has_right = np.bincount(question[kept & means.correct], minlength=question.max() + 1) > 0
         has_wrong = np.bincount(question[kept & ~means.correct], minlength=question.max() + 1) > 0
         kept &= (has_right & has_wrong)[question]
-    right = int((kept & means.correct).sum())
-    wrong = int((kept & ~means.correct).sum())
+    return np.flatnonzero(kept), paired
+
+
+def require_both(correct: NDArray[np.bool_], paired: bool) -> None:
+    """Raise SettingError if too few of the answers that are compared are right, or wrong."""
+    right = int(correct.sum())
+    wrong = len(correct) - right
     if min(right, wrong) < _LEAST:
         among = " of questions that have both" if paired else ""
         raise SettingError(
@@ -168,7 +180,6 @@ def comparable(means: Means) -> tuple[NDArray[np.int64], bool]:
             f"{_LEAST} of each are needed; ask more with answers.questions=, or harder or easier "
             "ones with problems="
         )
-    return np.flatnonzero(kept), paired
 
 
 def _covariates(
@@ -201,9 +212,10 @@ def _features(every: Any, design: Design, splits: effects.Splits, least: int) ->
     if not len(ids):
         return Features(ids, fired)
 
-    def ranked(effect: Effect, by_rank: Effect) -> Ranked:
-        tested = effects.against_shuffled(x, effect, TOP)
-        return Ranked(tested, effects.rank_p(x, fired, design.correct, by_rank))
+    def ranked(effect: Effect) -> Ranked:
+        rare = effects.is_rare(fired, design.correct)
+        tested = effects.against_shuffled(x, effect, TOP, rare=rare)
+        return Ranked(tested, effects.rank_p(x, fired, design.correct, effect))
 
     right = np.asarray(x[design.correct].mean(axis=0), np.float64)
     wrong = np.asarray(x[~design.correct].mean(axis=0), np.float64)
@@ -211,8 +223,8 @@ def _features(every: Any, design: Design, splits: effects.Splits, least: int) ->
         ids=ids,
         fired=fired,
         means=(right, wrong),
-        raw=ranked(design.raw, design.within),
-        adjusted=ranked(design.adjusted, design.adjusted) if design.adjusted else None,
+        raw=ranked(design.raw),
+        adjusted=ranked(design.adjusted) if design.adjusted else None,
         halves=effects.halves(x, splits, TOP),
     )
 

@@ -30,6 +30,7 @@ def summary(figures: dict[str, Any]) -> list[str]:
         _verdict("The", figures["raw"]),
         adjusted,
         _stability(figures),
+        _chosen(figures["chosen"]),
         _of_covariates(figures["covariates"]),
         _feature_verdict(figures["features"]),
         f"Compared were {right} right and {wrong} wrong answers{how}.",
@@ -39,8 +40,9 @@ def summary(figures: dict[str, Any]) -> list[str]:
 def _verdict(which: str, joint: dict[str, Any]) -> str:
     peak = joint["peak"]
     return (
-        f"{which} top-10 |d| of the layers peaks at layer {peak['layer']} with {peak['top']:.3f}, "
-        f"which {_exceeds(peak)} 95 % of what shuffled labels give at their best layer, "
+        f"{which} top-10 |d| of the layers peaks at layer {peak['layer']} with {peak['top']:.3f} "
+        f"by Welch's test ({joint['top_d'][peak['layer']]:.3f} by Hedges'), which "
+        f"{_exceeds(peak)} 95 % of what shuffled labels give at their best layer, "
         f"{peak['null_95']:.3f} (median {peak['null_median']:.3f}, p = {peak['p']:.2g})."
     )
 
@@ -62,6 +64,33 @@ def _stability(figures: dict[str, Any]) -> str:
         f"d in it is {_carried(halves)}. With the questions resampled, layer {peak} ranks "
         f"{low:.0f} to {high:.0f} of {len(figures['halves'])} (95 %), and in {together:.0%} the "
         f"peak is at {', '.join(map(str, likely))}."
+    )
+
+
+def _chosen(chosen: dict[str, Any]) -> str:
+    """What the questions that choose chose, as the others see it."""
+    judged = chosen["judged_by"]
+    columns = {
+        f"dimensions of layer {chosen['layer']}": (chosen["dimensions"], "dimensions_carried"),
+        "helpful features": (chosen["helpful"], "helpful_carried"),
+        "harmful features": (chosen["harmful"], "harmful_carried"),
+    }
+    parts = []
+    for name, (rows, key) in columns.items():
+        where_chosen = np.mean([abs(row["d_where_chosen"]) for row in rows]) if rows else 0.0
+        held = chosen[key]
+        found = "too few answers say what they are there"
+        if held:
+            found = (
+                f"{held['d']:.2f} (shuffled 95 % below {held['null_95']:.2f}, p = {held['p']:.2g})"
+            )
+        if rows:
+            parts.append(f"{len(rows)} {name} {where_chosen:.2f}, in the others {found}")
+    listed = "; ".join(parts) or "nothing"
+    return (
+        f"{len(chosen['ids'])} questions chose what is listed by name, and the other "
+        f"{len(judged['ids'])} give its figures. Mean |d| where it was chosen, and mean d in that "
+        f"direction in the others: {listed}."
     )
 
 
@@ -100,6 +129,7 @@ def _feature_verdict(features: dict[str, Any]) -> str:
     )
 
 
+_CHOSEN = {"d_where_chosen": ".2f", "d": ".2f", "p": ".2g", "q": ".2g"}
 _COLUMNS = {
     "top": "top-10 |d|",
     "null_median": "null median",
@@ -109,7 +139,7 @@ _COLUMNS = {
 
 
 def tables(figures: dict[str, Any]) -> list[Table]:
-    """One row per layer."""
+    """One row per layer, and what was chosen."""
     joints = {"": figures["raw"]}
     if figures["adjusted"]:
         joints["adjusted "] = figures["adjusted"]
@@ -125,7 +155,21 @@ def tables(figures: dict[str, Any]) -> list[Table]:
         rows.append((*cells, f"{halves['carried']:.2f}", f"{peaks:.1%}"))
     header += ["d in the other half", "peak of resampled"]
     caption = "Right against wrong by layer; p is of the layer by itself"
-    return [Table(caption, tuple(header), rows)]
+    return [Table(caption, tuple(header), rows), _chosen_table(figures["chosen"])]
+
+
+def _chosen_table(chosen: dict[str, Any]) -> Table:
+    rows = []
+    for kind, name in (("dimensions", "dimension"), ("helpful", "feature"), ("harmful", "feature")):
+        for row in chosen[kind]:
+            cells = [_number(row[key], form) for key, form in _CHOSEN.items()]
+            rows.append((kind, str(row[name]), *cells))
+    caption = f"Chosen by {len(chosen['ids'])} questions; d, p and q are of the others"
+    return Table(caption, ("", "", "d where chosen", "d", "p", "q"), rows)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
 
 
 def pictures(findings: Findings) -> dict[str, Picture]:
