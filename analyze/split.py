@@ -11,16 +11,15 @@ from data.errors import SettingError
 TRAIN = "train"  # the part of the problems that chooses, see analyze.problems
 
 
-def chooses(
-    question: NDArray[np.str_], part: NDArray[np.str_] | None, share: float
+def in_discovery(
+    question: NDArray[np.str_], share: float, part: NDArray[np.str_] | None = None
 ) -> NDArray[np.bool_]:
     """(n,) whether an answer's question is one of those that choose.
 
     Args:
-        question: (n,) ids.
-        part: (n,) of the problems, where they come in two: `TRAIN` chooses. Else it is None, and a
-            question's side is a function of its id alone.
+        question: (n,) ids. Without parts, a question's side is a function of its id alone.
         share: of the questions, about; not used with parts.
+        part: (n,) of the problems, where they come in two: `TRAIN` chooses.
     """
     if part is not None:
         return np.asarray(part == TRAIN)

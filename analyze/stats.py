@@ -305,12 +305,20 @@ def _centred_ranks(x: ArrayLike) -> Floats:
     return np.asarray(ranks - ranks.mean(), np.float64)
 
 
-def spearman_cap(share: float) -> float:
-    """The largest `spearman` of a score without ties against yes/no labels.
+def spearman_cap(score: ArrayLike, label: NDArray[np.bool_]) -> float:
+    """The largest `spearman` of this score with any yes/no labels of which as many are yes.
 
-    It is sqrt(3 p (1 - p)).
+    Those labels say yes to the cases of the highest ranks. Of n cases without ties the cap is
+    sqrt(3 p (1 - p)) n / sqrt(n^2 - 1), where p is the share that is yes. Ties lower or raise it.
 
     Args:
-        share: p, of the labels that are yes.
+        score: (n,).
+        label: (n,) how many are yes.
+
+    Returns:
+        NaN if one of the two is constant.
     """
-    return float(np.sqrt(3 * share * (1 - share)))
+    ranks = stats.rankdata(np.asarray(score, np.float64))
+    best = np.zeros(len(ranks))
+    best[np.argsort(-ranks, kind="stable")[: int(label.sum())]] = 1
+    return spearman(ranks, best)

@@ -14,7 +14,7 @@ import torch
 from scipy import sparse
 
 from analyze import answering
-from analyze.split import chooses
+from analyze.split import in_discovery
 from analyze.studies.contrast import choice
 from analyze.studies.contrast import study as contrast
 from analyze.studies.contrast.findings import figures
@@ -189,7 +189,7 @@ def chosen_of(means: Means) -> tuple[choice.Choice, dict]:
 def test_the_labels_of_one_part_choose_and_those_of_the_other_judge() -> None:
     means = made_up(160)
     means.hidden[:, 2, 3] += 2 * means.correct
-    side = chooses(means.question, None, 0.5)
+    side = in_discovery(means.question, 0.5)
     part = np.where(side, "train", "test")
     for given in (means, means._replace(part=part)):
         chosen = chosen_of(given)[1]
@@ -245,7 +245,7 @@ def test_a_planted_direction_and_planted_features_are_found_where_they_are() -> 
     assert measured["peak_rank"]["share_of_peaks"][2] > 0.95
     chosen = choice.figures(found.choice, means)
     assert (chosen["helpful"][0]["feature"], chosen["harmful"][0]["feature"]) == (5, 8)
-    assert chosen["layer"] == 2
+    assert chosen["peak_layer"] == 2
     assert {row["dimension"] for row in chosen["dimensions"][:2]} == {3, 11}
     for row in (*chosen["dimensions"][:2], chosen["helpful"][0], chosen["harmful"][0]):
         assert row["p"] == 1 / 200 and row["q"] <= 0.05 and abs(row["d"]) > 1
@@ -325,7 +325,7 @@ def performed(study: Study):
 def test_the_study_leaves_lists_and_pictures(study: Study) -> None:
     outcome = performed(study)
     means = answer_means(study, answering.answers(study), StopRequest())
-    side = chooses(means.question, None, 0.5)
+    side = in_discovery(means.question, 0.5)
     assert not list(study.folder.glob("steering_vec*"))  # study=steering ships vectors
     d = np.load(study.folder / "cohens_d.npy")
     for layer in range(study.lm.n_layers):

@@ -1,4 +1,4 @@
-"""The stage gate passes what is planted and fails what is chance.
+"""The stage gate passes what is planted and nothing that is worthless in GRPO.
 
 It chooses nothing on the questions that judge.
 """
@@ -10,49 +10,59 @@ import json
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from scipy import optimize, sparse
+from scipy import stats as reference
 from scipy.stats import rankdata
 
 from analyze import answering, stats
 from analyze.outcome import dumped
+from analyze.split import in_discovery
 from analyze.studies.contrast.means import Means
-from analyze.studies.stage_gate import probe
+from analyze.studies.stage_gate import probe, within
 from analyze.studies.stage_gate.discrimination import Scored, measured, permuted, resampled, three
 from analyze.studies.stage_gate.study import (
     SCORE,
     Options,
     choose,
-    in_discovery,
     judge,
     log_probabilities,
+    notes,
     stage_gate,
 )
 from analyze.studies.stage_gate.study import verdict as verdict_of
+from analyze.studies.stage_gate.words import summary, tables
+from analyze.study import Study
 from data.errors import SettingError, StopRequest
 
 OPTIONS = Options(discovery=0.5, min_firing=5, draws=100)
 F = 60
+SAMPLES = 6
 
 
 def made(
     rng: np.random.Generator,
-    n: int = 400,
+    questions: int = 80,
     effect: float = 0.0,
-    each: int = 1,
+    samples: int = SAMPLES,
     through_length: bool = False,
 ) -> Means:
     """Answers of which latents 0 to 9 fire more in right ones, 10 to 19 more in wrong ones."""
+    n = questions * samples
+    question = np.repeat(np.arange(questions), samples)
     length = rng.integers(20, 120, n)
     longer = (length - 20) / 100
-    correct = rng.random(n) < (longer if through_length else 0.6)
+    ease = rng.normal(size=questions)[question]
+    right = longer if through_length else 1 / (1 + np.exp(-ease - 0.3))
+    correct = rng.random(n) < right
     features = rng.exponential(size=(n, F)) * (rng.random((n, F)) < 0.3)
     sign = (longer if through_length else correct)[:, None]
     features[:, :10] += effect * sign * rng.random((n, 10))
     features[:, 10:20] += effect * (1 - sign) * rng.random((n, 10))
-    question = np.array([f"q{number // each}" for number in range(n)])
     hidden = rng.normal(size=(n, 2, 6)).astype(np.float32)
+    names = np.array([f"q{number}" for number in question])
     return Means(
-        hidden, sparse.csr_array(features.astype(np.float32)), length, length > 0, correct, question
+        hidden, sparse.csr_array(features.astype(np.float32)), length, length > 0, correct, names
     )
 
 
@@ -62,45 +72,173 @@ def verdict(means: Means, options: Options = OPTIONS, fit_probe=probe.cross_vali
         return judge(means, log_probability, 1, options, stop, fit_probe)
 
 
-def test_planted_features_pass() -> None:
-    found = verdict(made(np.random.default_rng(0), effect=2.0))
-    assert found["verdict"] == "pass" and found["missing"] == []
-    assert {feature["feature"] for feature in found["helpful"]} == set(range(10))
-    assert {feature["feature"] for feature in found["harmful"]} == set(range(10, 20))
-    own = found["scores"][SCORE]
-    assert own["auroc"]["interval"].low > 0.8 and own["p"] == 1 / 101
-    held = found["validation"]
-    assert found["cap"] == stats.spearman_cap(held["right"] / held["answers"])
-    assert own["rho"]["value"] <= found["cap"] + 1 / held["answers"]
-    assert found["random_features"]["p"] < 0.05
-    assert found["random_features"]["median"] == pytest.approx(0.5, abs=0.1)
-    for name in ("length", "mean log-probability", "raw direction (CAA)", "logistic probe"):
-        assert found["scores"][name]["behind"]["interval"].low > 0.1
-    assert not set(found["discovery"]["ids"]) & set(found["validation"]["ids"])
-
-
 def first_input(*_: object):
     """A probe that is not fitted, where the fit would be slow and no part of the test."""
     return lambda x: x[:, 0]
 
 
-def test_shuffled_labels_pass_no_more_often_than_the_level() -> None:
-    verdicts = []
-    for seed in range(60):
-        means = made(np.random.default_rng(seed), n=120, effect=2.0)
-        shuffled = np.random.default_rng(1000 + seed).permutation(means.correct)
-        means = means._replace(correct=shuffled)
-        verdicts.append(verdict(means, Options(0.5, 5, 40), first_input)["verdict"])
-    assert verdicts.count("pass") <= 3  # 5 % of 60; the rule asks for more than p
-    assert verdicts.count("pass") + verdicts.count("weak") <= 8  # P(more | 5 %) = 0.003
-
-
-def test_what_only_tells_length_does_not_pass() -> None:
-    found = verdict(made(np.random.default_rng(1), n=1000, effect=3.0, through_length=True))
+def test_planted_features_pass() -> None:
+    found = verdict(made(np.random.default_rng(0), effect=2.0))
+    assert found["verdict"] == "pass" and found["missing"] == found["notes"] == []
+    assert {feature["feature"] for feature in found["helpful"]} == set(range(10))
+    assert {feature["feature"] for feature in found["harmful"]} == set(range(10, 20))
     own = found["scores"][SCORE]
-    assert own["rho"]["value"] > 0.3 and own["p"] < 0.05
-    assert own["rho_given_length"]["interval"].low < 0 < own["rho_given_length"]["interval"].high
-    assert found["verdict"] == "weak" and found["missing"] == ["rho given length above 0"]
+    for figures in (own, own["within"]):
+        assert figures["auroc"]["interval"].low > 0.8 and figures["p"] == 1 / 101
+    assert own["within"]["rho"]["value"] <= own["within"]["cap"] < 1
+    assert own["rho"]["value"] <= found["cap"]
+    assert found["random_features"]["p"] < 0.05
+    for name, score in found["scores"].items():
+        assert name == SCORE or score["within"]["behind"]["interval"].low > 0.1
+    assert not set(found["discovery"]["ids"]) & set(found["validation"]["ids"])
+
+
+def test_labels_permuted_inside_questions_do_not_pass() -> None:
+    verdicts = []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        means = made(rng, 40, effect=2.0)
+        labels = rng.permuted(means.correct.reshape(-1, SAMPLES), axis=1).ravel()
+        found = verdict(means._replace(correct=labels), Options(0.5, 5, 40), first_input)
+        verdicts.append(found["verdict"])
+    assert set(verdicts) <= {"pass", "weak", "fail"}
+    assert len(verdicts) - verdicts.count("fail") <= 4  # P(more | 5 %) = 0.05; the rule asks more
+
+
+# -- what is worthless in GRPO ---------------------------------------------------------------------
+
+
+def judged(means: Means, reward: NDArray[np.float64]) -> tuple[str, dict, list[str]]:
+    """The verdict on a reward of all answers, its figures and what is said of it."""
+    groups = within.Groups.of(means, np.arange(len(means.correct)))
+    with StopRequest() as stop:
+        own = within.measured(groups, {SCORE: reward}, SCORE, 200, 0, stop)[SCORE]
+    return verdict_of(own)[0], own, notes(own, len(groups.sizes), groups.names)
+
+
+def test_a_reward_that_reads_the_questions_difficulty_fails() -> None:
+    rng = np.random.default_rng(0)
+    ease = np.repeat(rng.normal(size=150), 4)
+    correct = rng.random(600) < 1 / (1 + np.exp(-1.5 * ease))
+    load = rng.normal(size=200) * 0.6
+    x = np.maximum(0, 1 + load * ease[:, None] + np.repeat(rng.normal(size=(150, 200)), 4, 0))
+    hidden = np.repeat(rng.normal(size=(150, 2, 8)), 4, 0).astype(np.float32)
+    hidden[:, 1, 0] += ease
+    question = np.repeat([f"q{number}" for number in range(150)], 4)
+    length = rng.integers(80, 200, 600)
+    features = sparse.csr_array(x.astype(np.float32))
+    means = Means(hidden, features, length, length > 0, correct, question)
+    found = verdict(means)
+    assert found["verdict"] == "fail" and found["notes"]
+    assert stats.auroc(ease, correct) > 0.75  # which passed across questions
+    for reward, said in ((ease, True), (ease + 0.3 * rng.normal(size=600), False)):
+        word, own, why = judged(means, reward)
+        assert word == "fail" and bool(why) == said
+        assert own["auroc"]["value"] == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("shape", ["longer", "middling"])
+def test_a_reward_that_reads_the_length_fails(shape: str) -> None:
+    rng = np.random.default_rng(1)
+    means = made(rng, 150)
+    length = means.length / 120.0
+    reads = length if shape == "longer" else -((length - 0.6) ** 2) * 4
+    means = means._replace(correct=rng.random(len(reads)) < 1 / (1 + np.exp(-6 * reads + 3)))
+    if shape == "middling":
+        means = means._replace(correct=rng.random(len(reads)) < 1 / (1 + np.exp(-8 * reads - 2)))
+    for reward in (reads, reads + 0.05 * rng.normal(size=len(reads))):
+        word, own, _ = judged(means, reward)
+        assert own["auroc"]["interval"].low > 0.5 and own["p"] < 0.05
+        assert word == "fail"
+    found = verdict(made(np.random.default_rng(1), 150, effect=3.0, through_length=True))
+    assert found["verdict"] == "fail" and found["missing"] == ["rho given length above 0"]
+
+
+def test_a_reward_that_knows_who_wrote_an_answer_fails() -> None:
+    rng = np.random.default_rng(2)
+    means = made(rng, 150, samples=4)
+    writer = np.tile(np.arange(4), 150)
+    correct = rng.random(600) < np.array([0.2, 0.4, 0.6, 0.8])[writer]
+    means = means._replace(correct=correct, source=np.array(list("abcd"))[writer])
+    for reward in (writer * 1.0, writer + 0.5 * rng.normal(size=600)):
+        word, own, _ = judged(means, reward)
+        assert own["auroc"]["interval"].low > 0.6 and own["rho"]["value"] > 0.3
+        assert word == "fail"
+    assert judged(means, writer * 1.0)[2]  # it says why
+
+
+def test_one_lucky_question_does_not_make_a_reward() -> None:
+    rng = np.random.default_rng(3)
+    means = made(rng, 40)
+    many = rng.random(500) < 0.5  # and a question with many answers counts once
+    means = means._replace(
+        correct=np.concatenate([means.correct, many]),
+        question=np.concatenate([means.question, np.full(500, "lucky")]),
+        length=np.concatenate([means.length, rng.integers(20, 120, 500)]),
+        finished=np.ones(740, bool),
+    )
+    lucky = means.question == "lucky"
+    word, own, _ = judged(means, np.where(lucky, means.correct, 0.0))
+    assert word == "fail" and own["auroc"]["value"] < 0.52 and own["questions"] == 1
+    few = means._replace(correct=np.where(lucky, np.arange(740) == 739, means.correct))
+    word, own, said = judged(few, np.where(np.arange(740) > 736, few.correct, 0.0))
+    assert word == "fail"
+    two = means.question == means.question[means.correct][0]
+    three_of = np.flatnonzero(two)[:3]
+    word, own, said = judged(means, np.isin(np.arange(740), three_of) * rng.random(740))
+    assert word == "fail" and said and own["least_p"] > 0.05
+
+
+def test_a_constant_reward_and_one_with_the_wrong_sign_fail() -> None:
+    means = made(np.random.default_rng(4))
+    word, own, said = judged(means, np.full(len(means.correct), 3.0))
+    assert word == "fail" and own["p"] is None and said
+    word, own, _ = judged(means, -1.0 * means.correct)
+    assert word == "fail" and own["auroc"]["value"] == 0 and own["p"] == 1
+    word, own, _ = judged(means, means.correct + 0.0)
+    assert word == "pass" and own["rho"]["value"] == pytest.approx(own["cap"])
+
+
+# -- what cannot be decided ------------------------------------------------------------------------
+
+
+def test_one_answer_to_a_question_decides_nothing() -> None:
+    found = verdict(made(np.random.default_rng(5), 400, effect=3.0, samples=1))
+    assert found["verdict"] == "undecided" and "answers.samples" in found["notes"][0]
+    assert found["within"] is None and found["scores"][SCORE]["within"] is None
+    assert found["scores"][SCORE]["auroc"]["interval"].low > 0.8  # as the reference
+    assert found["random_features"]["p"] < 0.05
+    said = summary(json.loads(dumped(found)))
+    assert "answers.samples=8 answers.temperature=1" in said[0]
+
+
+@pytest.mark.parametrize("mixed", [0, 1, 15])
+def test_too_few_questions_with_both_decide_nothing(mixed: int) -> None:
+    means = made(np.random.default_rng(6))
+    number = np.arange(len(means.correct)) // SAMPLES
+    labels = np.where(number < mixed, means.correct, number % 2 == 0)
+    found = verdict(means._replace(correct=labels))
+    assert found["verdict"] == "undecided" and "questions have both" in found["notes"][0]
+    json.loads(dumped(found))
+    assert "undecided" in summary(found)[0] and tables(found)
+
+
+def test_the_labels_of_random_features_come_from_discovery_too() -> None:
+    """Where all features follow one nuisance, ten chosen ones are no better than any ten."""
+    p = []
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        means = made(rng, 100, samples=4)
+        nuisance = rng.normal(size=400) + means.correct
+        x = np.maximum(0, rng.choice([-1, 1], 200) * nuisance[:, None] / 2 + 1.5)
+        x += rng.normal(size=(400, 200)) * (rng.random((400, 200)) < 0.5)
+        means = means._replace(features=sparse.csr_array(np.maximum(x, 0).astype(np.float32)))
+        found = verdict(means, Options(0.5, 5, 60), first_input)
+        p.append(found["random_features"]["p"])
+    assert np.median(p) > 0.1
+
+
+# -- the rule and the split ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -109,9 +247,11 @@ def test_what_only_tells_length_does_not_pass() -> None:
         ({}, "pass", []),
         ({"rho": 0.29}, "weak", ["rho >= 0.30"]),
         ({"p": 0.05}, "fail", ["p < 0.05"]),
-        ({"auroc": 0.5}, "weak", ["AUROC above 0.5"]),
-        ({"rho_given_length": 0.0}, "weak", ["rho given length above 0"]),
-        ({"rho_given_length": float("nan")}, "weak", ["rho given length above 0"]),
+        ({"p": None}, "fail", ["p < 0.05"]),
+        ({"auroc": 0.5}, "fail", ["AUROC above 0.5"]),
+        ({"rho_given_length": 0.0}, "fail", ["rho given length above 0"]),
+        ({"rho_given_length": float("nan")}, "fail", ["rho given length above 0"]),
+        ({"rho": float("nan")}, "weak", ["rho >= 0.30"]),
     ],
 )
 def test_the_verdict_follows_its_rule(change: dict, expected: str, missing: list[str]) -> None:
@@ -120,6 +260,7 @@ def test_the_verdict_follows_its_rule(change: dict, expected: str, missing: list
     found = {
         name: {"value": value, "interval": stats.Interval(value, 1.0)}
         for name, value in values.items()
+        if name != "p"
     }
     assert verdict_of({**found, "p": values["p"]}) == (expected, missing)
 
@@ -127,16 +268,26 @@ def test_the_verdict_follows_its_rule(change: dict, expected: str, missing: list
 def test_validation_answers_choose_nothing() -> None:
     means = made(np.random.default_rng(2), effect=1.0)
     discovery = in_discovery(means.question, 0.5)
-    assert 0.4 < discovery.mean() < 0.6
+    assert 0.3 < discovery.mean() < 0.7
     changed = means._replace(correct=np.where(discovery, means.correct, ~means.correct))
     first, second = verdict(means), verdict(changed)
     assert dumped(first) == dumped(verdict(means))
     assert first["helpful"] == second["helpful"] and first["harmful"] == second["harmful"]
     for name in first["scores"]:  # so every score is the same, and tells the opposite
-        assert first["scores"][name]["auroc"]["value"] == pytest.approx(
-            1 - second["scores"][name]["auroc"]["value"]
-        )
+        for one, other in (
+            (first["scores"][name], second["scores"][name]),
+            (first["scores"][name]["within"], second["scores"][name]["within"]),
+        ):
+            assert one["auroc"]["value"] == pytest.approx(1 - other["auroc"]["value"])
     assert second["verdict"] == "fail"
+
+
+def test_with_parts_the_train_questions_choose() -> None:
+    means = made(np.random.default_rng(2), effect=1.0)
+    part = np.where(np.arange(len(means.correct)) < 50 * SAMPLES, "train", "test")
+    found = verdict(means._replace(part=part), fit_probe=first_input)
+    assert set(found["discovery"]["ids"]) == {f"q{number}" for number in range(50)}
+    assert set(found["validation"]["ids"]) == {f"q{number}" for number in range(50, 80)}
 
 
 def test_a_question_has_one_side_whatever_else_is_asked() -> None:
@@ -159,9 +310,101 @@ def test_features_are_those_of_largest_effect_that_fire_enough() -> None:
     assert chosen.helpful.tolist() == [feature for feature in np.argsort(-g)[:10] if g[feature] > 0]
     assert chosen.harmful.tolist() == [feature for feature in np.argsort(g)[:10] if g[feature] < 0]
     assert 7 not in chosen.eligible
+    # Within questions, what follows the question alone is not chosen.
+    question = np.repeat(np.arange(10), 5)
+    correct = np.tile([True, False, True, False, question[0] == 0], 10)
+    x[:, 3] = question
+    assert choose(sparse.csr_array(x), correct, 5, question).g[3] == 0
 
 
-# -- figures ---------------------------------------------------------------------------------------
+# -- figures within questions ----------------------------------------------------------------------
+
+
+def small(seed: int = 0, questions: int = 12) -> Means:
+    rng = np.random.default_rng(seed)
+    means = made(rng, questions, samples=5)
+    keep = rng.permutation(len(means.correct))[: 4 * questions]
+    fields = {name: getattr(means, name)[keep] for name in means._fields[:6]}
+    return Means(**fields)
+
+
+def test_figures_within_questions_are_their_definitions() -> None:
+    means = small()
+    reward = np.random.default_rng(1).integers(0, 4, len(means.correct)).astype(float)
+    shares, caps, ranks, labels, weights = [], [], [], [], []
+    for name in np.unique(means.question):
+        own = means.question == name
+        right, score = means.correct[own], reward[own]
+        if right.all() or not right.any():
+            continue
+        shares.append(stats.auroc(score, right))
+        rank = (rankdata(score) - rankdata(score).mean()) / own.sum()
+        caps.append(np.sort(rank)[::-1][: right.sum()].sum() * own.sum() / right.sum())
+        caps[-1] /= (~right).sum()
+        ranks.append(rank)
+        labels.append(right - right.mean())
+        weights.append(np.full(own.sum(), own.sum() / right.sum() / (~right).sum()))
+    w, z, y = (np.concatenate(part) for part in (weights, ranks, labels))
+    scale = np.sqrt((w @ z**2) * (w @ y**2))
+    _, own, _ = judged(means, reward)
+    assert own["auroc"]["value"] == pytest.approx(np.mean(shares))
+    assert own["rho"]["value"] == pytest.approx(w @ (z * y) / scale)
+    assert own["cap"] == pytest.approx(np.sum(caps) / scale)
+    perfect = judged(means, means.correct + 0.0)[1]
+    assert perfect["auroc"]["value"] == 1 and perfect["rho"]["value"] == pytest.approx(1)
+
+
+def test_rho_given_covariates_is_a_partial_correlation() -> None:
+    means = small(3, 40)
+    reward = np.random.default_rng(2).normal(size=len(means.correct)) + means.correct
+    groups = within.Groups.of(means, np.arange(len(reward)))
+    root = np.sqrt(groups.weights)
+    label = groups.correct - (groups.right / groups.sizes)[groups.question]
+    design = groups.covariates * root[:, None]
+    rest = []
+    for values in (groups.ranks(reward[groups.rows]) * root, label * root):
+        rest.append(values - design @ np.linalg.lstsq(design, values)[0])
+    expected = rest[0] @ rest[1] / np.sqrt((rest[0] @ rest[0]) * (rest[1] @ rest[1]))
+    found = judged(means, reward)[1]["rho_given_length"]["value"]
+    assert found == pytest.approx(expected)
+
+
+def test_p_within_questions_is_right_also_where_wrong_answers_spread_more() -> None:
+    p = []
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        correct = np.tile([True, True, True, True, True, False], 40)
+        reward = rng.normal(size=240) * np.where(correct, 1, 3)
+        means = made(rng, 40)._replace(correct=correct)
+        groups = within.Groups.of(means, np.arange(240))
+        with StopRequest() as stop:
+            p.append(within.measured(groups, {"x": reward}, "x", 60, seed, stop)["x"]["p"])
+    assert np.mean(np.array(p) <= 0.05) <= 0.11  # 0.05 + 3 standard errors
+    assert 0.4 < np.mean(p) < 0.6
+
+
+def passing(auroc: float, questions: int, sets: int, seed: int = 0) -> float:
+    """The share of rewards of this AUROC within questions that pass on so many with both."""
+    count = 0
+    for number in range(sets):
+        rng = np.random.default_rng([seed, number])
+        means = made(rng, questions, samples=8)
+        correct = rng.permuted(np.tile(np.arange(8) % 2 == 0, (questions, 1)), axis=1).ravel()
+        reward = rng.normal(size=len(correct)) + np.sqrt(2) * stats_of_normal(auroc) * correct
+        count += judged(means._replace(correct=correct), reward)[0] == "pass"
+    return count / sets
+
+
+def stats_of_normal(share: float) -> float:
+    return float(reference.norm.ppf(share))
+
+
+def test_a_good_reward_passes_and_one_without_worth_does_not() -> None:
+    assert passing(0.8, 40, 10) == 1
+    assert passing(0.5, 40, 20) == 0
+
+
+# -- figures across questions ----------------------------------------------------------------------
 
 
 def partial_spearman(x: np.ndarray, y: np.ndarray, given: np.ndarray) -> float:
@@ -224,7 +467,12 @@ def test_answers_to_one_question_do_not_make_p_small() -> None:
 def test_a_score_without_spread_is_not_significant() -> None:
     of = Scored({SCORE: np.zeros(20)}, np.arange(20) % 2 == 0, np.arange(20), np.arange(20))
     with StopRequest() as stop:
-        assert measured(of, SCORE, 40, 0, stop)[SCORE]["p"] == 1.0
+        assert measured(of, SCORE, 40, 0, stop)[SCORE]["p"] is None
+    lone = Scored(
+        {SCORE: np.arange(6.0)}, np.arange(6) < 3, np.arange(6), np.repeat([0, 1, 2], [1, 2, 3])
+    )
+    with StopRequest() as stop:  # no question has as many answers as another
+        assert measured(lone, SCORE, 40, 0, stop)[SCORE]["p"] is None
 
 
 # -- the probe -------------------------------------------------------------------------------------
@@ -281,16 +529,24 @@ def test_cross_validation_penalises_noise_more_than_signal() -> None:
 
 
 def test_the_study_of_the_embedded_model(tiny_study) -> None:
-    study = tiny_study(
-        "stage_gate", answers={"questions": 80}, discovery=0.5, min_firing=5, draws=100
+    study: Study = tiny_study(
+        "stage_gate",
+        answers={"questions": 40, "samples": 4, "temperature": 1.0},
+        discovery=0.5,
+        min_firing=5,
+        draws=100,
+        layer=2,
     )
     outcome = stage_gate(study)
     figures = json.loads(dumped(outcome.figures))
-    assert figures["verdict"] in ("pass", "weak", "fail")
+    assert figures["verdict"] in ("pass", "weak", "fail", "undecided")
     assert figures["verdict"] in outcome.summary[0]
     sides = figures["discovery"], figures["validation"]
-    assert sum(side["questions"] for side in sides) == 80
+    assert sum(side["questions"] for side in sides) == 40
+    assert figures["layer"] == 2 and figures["layer_of_features"] == study.subject.layer
     assert outcome.pictures["auroc"].svg.startswith("<svg")
+    with pytest.raises(SettingError, match=r"study\.layer"):
+        stage_gate(tiny_study("stage_gate", answers={"questions": 40}, layer=99))
 
 
 def test_log_probabilities_are_the_models(tiny_study) -> None:
@@ -320,7 +576,7 @@ def test_settings_that_make_no_sense(name: str, value: float) -> None:
 
 
 def test_too_little_to_judge() -> None:
-    means = made(np.random.default_rng(7), n=100)
+    means = made(np.random.default_rng(7), 100, samples=1)
     with pytest.raises(SettingError, match=r"answers\.questions"):
         verdict(means._replace(correct=np.ones(100, bool)))
     with pytest.raises(SettingError, match=r"study\.min_firing"):

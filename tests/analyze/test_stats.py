@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 from scipy import stats as reference
@@ -80,12 +82,24 @@ def test_rank_correlations() -> None:
     assert np.isnan(stats.spearman(x, np.ones(200)))
 
 
-def test_the_cap_of_spearman_is_reached_by_a_perfect_score() -> None:
+def test_the_cap_of_spearman_is_the_most_that_any_labels_reach() -> None:
+    rng = np.random.default_rng(2)
+    scores = [np.zeros(7), np.arange(7), *rng.integers(0, 4, (12, 7)), [0] * 6 + [1]]
+    for score in scores:
+        for right in range(8):
+            reached = []
+            for chosen in combinations(range(7), right):
+                reached.append(stats.spearman(score, np.isin(np.arange(7), chosen)))
+            found = stats.spearman_cap(score, np.arange(7) < right)
+            np.testing.assert_allclose(found, max(reached), atol=1e-12)  # NaN is NaN
+    assert np.isnan(stats.spearman_cap(np.zeros(7), np.arange(7) < 3))
+
+
+def test_the_cap_of_a_score_without_ties_is_a_formula() -> None:
     right = np.arange(100) < 89
-    assert stats.spearman_cap(0.89) == pytest.approx(0.542, abs=5e-4)
-    assert stats.spearman(np.arange(100)[::-1], right) == pytest.approx(
-        stats.spearman_cap(0.89), abs=1e-3
-    )
+    cap = stats.spearman_cap(np.arange(100), right)
+    assert cap == pytest.approx(np.sqrt(3 * 0.89 * 0.11) * 100 / np.sqrt(9999))
+    assert stats.spearman(np.arange(100)[::-1], right) == pytest.approx(cap)
 
 
 def test_permutation_p_counts_the_data_themselves() -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.split import chooses
+from analyze.split import in_discovery
 from analyze.stats import Floats, benjamini_hochberg, permutation_p
 from analyze.studies.contrast.effects import Design, columns, is_rare, largest
 from analyze.studies.contrast.means import Means
@@ -64,7 +64,7 @@ def choose(
 
     Args:
         kept: answers that can be compared.
-        share: see `split.chooses`.
+        share: see `split.in_discovery`.
         min_firing: choosing answers in which a feature fires, for it to be chosen.
         design: `paired`, `shuffles` and `seed` of a `Design`.
 
@@ -72,7 +72,7 @@ def choose(
         SettingError: the choosing answers are nearly all right, or nearly all wrong.
     """
     part = means.part[kept] if means.part is not None else None
-    side = chooses(means.question[kept], part, share)
+    side = in_discovery(means.question[kept], share, part)
     rows = kept[side]
     others = kept[~side]
     right = int(means.correct[rows].sum())
@@ -157,7 +157,7 @@ def figures(choice: Choice, means: Means) -> dict[str, Any]:
             "answers": len(judged),
             "right": int(judged.sum()),
         },
-        "layer": choice.layer,
+        "peak_layer": choice.layer,
         "dimensions": _listed(choice.dimensions, "dimension"),
         "dimensions_carried": _carried(choice.dimensions),
         "helpful": _listed(choice.helpful, "feature"),
@@ -171,12 +171,11 @@ def _listed(ranking: Ranking, name: str) -> list[dict[str, Any]]:
     """A row per column: d and p in the other questions, and d where it was chosen."""
     rows = []
     held = ranking.held
-    q = benjamini_hochberg(held.p) if held else None
     for index, column in enumerate(ranking.ids):
-        row = {name: int(column), "d_where_chosen": float(ranking.d[index])}
-        row["d"] = float(held.d[index]) if held else None
-        row["p"] = float(held.p[index]) if held else None
-        row["q"] = float(q[index]) if q is not None else None
+        found = {"d": held.d, "p": held.p, "q": benjamini_hochberg(held.p)} if held else {}
+        row: dict[str, Any] = {name: int(column), "d_where_chosen": float(ranking.d[index])}
+        for key in ("d", "p", "q"):
+            row[key] = float(found[key][index]) if found else None
         rows.append(row)
     return rows
 

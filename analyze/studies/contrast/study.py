@@ -116,7 +116,11 @@ def compare(means: Means, sources: Sequence[str], options: Options, stop: StopRe
         SettingError: too few answers are right, or wrong.
     """
     comparable_rows, paired = comparable(means)
-    permuting = {"paired": paired, "shuffles": options.permutations, "seed": options.seed}
+    permuting: dict[str, Any] = {
+        "paired": paired,
+        "shuffles": options.permutations,
+        "seed": options.seed,
+    }
     chosen = choose(means, comparable_rows, options.discovery, options.min_firing, permuting)
     kept = comparable_rows if means.part is None else chosen.others
     require_both(means.correct[kept], paired)
@@ -231,7 +235,7 @@ def _features(every: Any, design: Design, splits: effects.Splits, least: int) ->
 
 DEFINITION = Definition(
     contrast,
-    version=2,
+    version=3,
     options=Options,
     inputs=inputs,
     order=30,

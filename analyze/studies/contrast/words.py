@@ -71,7 +71,7 @@ def _chosen(chosen: dict[str, Any]) -> str:
     """What the questions that choose chose, as the others see it."""
     judged = chosen["judged_by"]
     columns = {
-        f"dimensions of layer {chosen['layer']}": (chosen["dimensions"], "dimensions_carried"),
+        f"dimensions of layer {chosen['peak_layer']}": (chosen["dimensions"], "dimensions_carried"),
         "helpful features": (chosen["helpful"], "helpful_carried"),
         "harmful features": (chosen["harmful"], "harmful_carried"),
     }

@@ -1,4 +1,4 @@
-"""How well scores tell right answers from wrong ones, and how sure that is.
+"""How well scores tell right answers from wrong ones across questions, as the reference has it.
 
 Permutations and resamplings move whole questions, so that answers to one question need not be
 independent.
@@ -65,7 +65,7 @@ def measured(
     """Figures by score: auroc, rho, rho_given_length and behind as {value, interval}; and p.
 
     `behind` is the AUROC of `reference` less the score's own, over the same resamplings of
-    questions. p is one-sided, of rho and so of AUROC.
+    questions. p is one-sided, of rho and so of AUROC; None where there is none.
     """
     names = list(scored.scores)
     values = np.array([*scored.scores.values()])
@@ -93,10 +93,14 @@ def measured(
     return figures
 
 
-def _p(rho: float, score: Floats, labels: NDArray[np.bool_]) -> float:
-    """One-sided p of rho among permuted labels (draws, n)."""
-    if np.isnan(rho):  # A score without spread tells nothing: it exceeds no permutation's.
-        return 1.0
+def _p(rho: float, score: Floats, labels: NDArray[np.bool_]) -> float | None:
+    """One-sided p of rho among permuted labels (draws, n).
+
+    Returns:
+        None of a score without spread, or if no two questions can exchange their labels.
+    """
+    if np.isnan(rho) or (labels == labels[0]).all():
+        return None
     return permutation_p(rho, _correlations(score, labels))
 
 

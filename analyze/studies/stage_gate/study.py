@@ -2,70 +2,58 @@
 
     R = sum of 10 helpful - sum of 10 harmful features, each averaged over the answer's tokens
 
-Features are chosen by Hedges' g on the discovery questions alone. Everything that is said of R is
-measured on the validation questions. A question falls to one side by its id's hash, with all its
-answers. Against yes/no labels Spearman's rho cannot pass sqrt(3 p (1 - p)), so AUROC stands first,
-and rho beside its cap.
+GRPO compares the answers to one question with each other. A reward that reads how hard the question
+is tells right from wrong across questions, and moves GRPO by nothing. So the verdict is of answers
+to the same question (within.py): sampled ones, or labelled solutions. The reference has one answer
+to a question, and compares questions. Its figures stand beside ours. They decide nothing.
+
+Features are chosen by Hedges' g on the discovery questions alone, within questions where there are
+several answers to each. Everything that is said of R is measured on the validation questions. A
+question falls to one side with all its answers (analyze/split.py).
 
 R stands beside what costs less: the answer's length, its mean log-probability, the raw direction
-(CAA) and a logistic probe on the mean residual of the SAE's layer, all fitted on discovery too, and
-sets of as many random features.
+(CAA), its cosine, and a logistic probe on the mean residual of a layer, all fitted on discovery
+too, and sets of as many random features with the signs that they have there.
 
-Intervals resample questions; the choice of features is held fixed. Permutations: see
-discrimination.py.
+Intervals resample questions; the choice of features is held fixed.
 
-Shapes: n answers, d d_model, F latents.
+Shapes: n answers.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from analyze.answering import Answer, answers, inputs, model_key
-from analyze.language_model import Prediction, batch_tokens, batches, blocks, logits
+from analyze.answering import answers, inputs
 from analyze.outcome import Outcome
-from analyze.parts import Arrays, Parts
-from analyze.results import digest_of
-from analyze.stats import (
-    Floats,
-    auroc,
-    hedges_g,
-    percentiles,
-    permutation_p,
-    spearman,
-    spearman_cap,
-)
-from analyze.studies.contrast.means import Means, answer_means, caa
+from analyze.split import in_discovery, require_share
+from analyze.stats import Floats, percentiles, permutation_p, spearman_cap
+from analyze.studies.contrast.means import Means, answer_means
+from analyze.studies.stage_gate import within
 from analyze.studies.stage_gate.discrimination import Scored, measured
+from analyze.studies.stage_gate.features import Chosen, choose, random_features
 from analyze.studies.stage_gate.probe import cross_validated
-from analyze.studies.stage_gate.words import LENGTH, SCORE, picture, summary, tables
+from analyze.studies.stage_gate.scores import FitProbe, Fitting, log_probabilities, scores
+from analyze.studies.stage_gate.within import Groups
+from analyze.studies.stage_gate.words import SCORE, picture, summary, tables
 from analyze.study import Definition, Study
-from data import durable
 from data.errors import SettingError, StopRequest
-from data.journal import Progress
 from data.settings import build
 
-VERSION = 1  # of the kept log-probabilities: raise it when the same answers give other ones
-EACH = 10  # helpful features, and harmful ones
 PASSING_RHO = 0.30  # the reference's pass mark
 _LEVEL = 0.05
 _LEAST = 5  # right answers, and wrong ones, on either side
+LEAST_QUESTIONS = 10  # with both right and wrong answers, on either side
 _SEED = 0
-_WIDTH = 4096  # features held dense at a time
-_FILE = "log_probabilities.npy"
-_PARTS = "parts"  # of them, by batch, until all answers are read
+_MARK = f"rho >= {PASSING_RHO:.2f}"
 RULE = (
-    f"pass if rho >= {PASSING_RHO:.2f}, its permutation p < {_LEVEL}, the AUROC's 95 % interval is "
-    f"above 0.5, and that of rho given length above 0; weak if p < {_LEVEL} and not all of these; "
-    "else fail"
+    f"within questions, pass if {_MARK}, its permutation p < {_LEVEL}, the AUROC's 95 % interval "
+    "is above 0.5, and that of rho given length (whether it is finished, who wrote it) above 0; "
+    "weak if only rho is too small; else fail"
 )
 
 
@@ -73,15 +61,13 @@ RULE = (
 class Options:
     """The settings of conf/study/stage_gate.yaml."""
 
-    discovery: float = 0.5  # share of the questions
+    discovery: float = 0.5  # share of the questions, where problems have no parts
     min_firing: int = 5  # discovery answers in which a feature fires, for it to be chosen
     draws: int = 1000  # permutations, resamplings, and sets of random features
+    layer: int | None = None  # of the raw direction and the probe; by default the SAE's
 
     def __post_init__(self) -> None:
-        if not 0 < self.discovery < 1:
-            raise SettingError(
-                f"study.discovery={self.discovery} must be above 0 and below 1, such as 0.5"
-            )
+        require_share(self.discovery)
         for name, least in (("min_firing", 1), ("draws", 20)):
             value = getattr(self, name)
             if value < least:
@@ -91,194 +77,85 @@ class Options:
 def stage_gate(study: Study) -> Outcome:
     """The verdict by `RULE`, with the figures of R and its baselines on validation questions."""
     options = build(Options, "study", study.options)
+    layer = study.subject.layer if options.layer is None else options.layer
+    if not 0 <= layer < study.lm.n_layers:
+        raise SettingError(
+            f"study.layer={layer} must be one of the model's layers, 0 to {study.lm.n_layers - 1}"
+        )
     with StopRequest() as stop:
         answered = [answer for answer in answers(study, stop) if answer.ids]
         means = answer_means(study, answered, stop)
         log_probability = log_probabilities(study, answered, stop)
-        figures = judge(means, log_probability, study.subject.layer, options, stop)
+        figures = judge(means, log_probability, layer, options, stop)
+    figures["layer_of_features"] = study.subject.layer
     return Outcome(figures, summary(figures), tables(figures), {"auroc": picture(figures)})
 
 
-# -- features --------------------------------------------------------------------------------------
+# -- what can be decided ---------------------------------------------------------------------------
 
 
-class Chosen(NamedTuple):
-    """Features by their effect on the discovery answers, the largest first."""
-
-    helpful: NDArray[np.int64]
-    harmful: NDArray[np.int64]
-    g: Floats  # (F,) Hedges', right minus wrong; 0 where a feature was not eligible
-    eligible: NDArray[np.int64]  # those that fire in enough discovery answers
-
-    def weights(self) -> Floats:
-        """(F,) 1, -1 or 0."""
-        weights = np.zeros(len(self.g))
-        weights[self.helpful] = 1
-        weights[self.harmful] = -1
-        return weights
-
-
-def in_discovery(question: NDArray[np.str_], share: float) -> NDArray[np.bool_]:
-    """(n,) whether an answer's question is for discovery: a function of the question's id alone."""
-    ids, number = np.unique(question, return_inverse=True)
-    positions = []
-    for name in ids:
-        digest = durable.digest(f"stage gate {name}".encode())
-        positions.append(int(digest[:13], 16) / 16**13)  # in [0, 1)
-    return np.asarray(np.array(positions)[number] < share)
-
-
-def choose(features: Any, correct: NDArray[np.bool_], min_firing: int) -> Chosen:
-    """The features that differ most between right and wrong answers, at most EACH either way.
-
-    Args:
-        features: (n, F) scipy CSR of the discovery answers' means.
-        min_firing: answers in which a feature must fire.
-    """
-    columns = features.tocsc()
-    fired = np.diff(columns.indptr)
-    eligible = np.flatnonzero(fired >= min_firing)
-    g = np.zeros(features.shape[1])
-    for start in range(0, len(eligible), _WIDTH):
-        some = eligible[start : start + _WIDTH]
-        g[some] = hedges_g(columns[:, some].toarray().astype(np.float64), correct)
-    order = eligible[np.argsort(-g[eligible], kind="stable")]
-    helpful = order[:EACH]
-    harmful = order[::-1][:EACH]
-    return Chosen(helpful[g[helpful] > 0], harmful[g[harmful] < 0], g, eligible)
-
-
-def random_features(
-    features: Any, correct: NDArray[np.bool_], chosen: Chosen, draws: int, stop: StopRequest
-) -> Floats:
-    """(draws,) AUROC of random features, as many added and as many subtracted as were chosen.
-
-    Args:
-        features: (n, F) of the validation answers.
-    """
-    rng = np.random.default_rng(_SEED)
-    signs = np.array([1.0] * len(chosen.helpful) + [-1.0] * len(chosen.harmful))
-    columns = features.tocsc()[:, chosen.eligible]
-    aurocs = np.empty(draws)
-    for draw in range(draws):
-        stop.check()
-        some = rng.choice(len(chosen.eligible), len(signs), replace=False)
-        aurocs[draw] = auroc(np.asarray(columns[:, some] @ signs).ravel(), correct)
-    return aurocs
-
-
-# -- scores of answers -----------------------------------------------------------------------------
-
-# Of inputs (n, d), labels (n,) and questions (n,) a function of inputs to scores (n,).
-FitProbe = Callable[
-    [Floats, NDArray[np.bool_], NDArray[np.str_]],
-    Callable[[Floats], Floats],
-]
-
-
-def scores(
-    means: Means,
-    log_probability: Floats,
-    layer: int,
-    chosen: Chosen,
-    discovery: NDArray[np.bool_],
-    fit_probe: FitProbe = cross_validated,
-) -> dict[str, Floats]:
-    """By name (n,) scores of all answers, fitted on discovery: higher means right.
-
-    Length and log-probability take the sign that their rank correlation has there.
-    """
-    hidden = np.asarray(means.hidden[:, layer], np.float64)
-    correct = means.correct
-    probe = fit_probe(hidden[discovery], correct[discovery], means.question[discovery])
-
-    def signed(values: Floats) -> Floats:
-        return values if spearman(values[discovery], correct[discovery]) >= 0 else -values
-
-    return {
-        SCORE: np.asarray(means.features @ chosen.weights(), np.float64).ravel(),
-        LENGTH: signed(means.length.astype(np.float64)),
-        "mean log-probability": signed(log_probability),
-        "raw direction (CAA)": hidden @ caa(hidden[discovery], correct[discovery]),
-        "logistic probe": probe(hidden),
-    }
-
-
-def log_probabilities(study: Study, answered: Sequence[Answer], stop: StopRequest) -> Floats:
-    """(n,) mean log-probability in nats of each answer's tokens, NaN of one without; kept."""
-    key = {
-        "version": VERSION,
-        **model_key(study),
-        "texts": digest_of({"ids": [(answer.prompt_ids, answer.ids) for answer in answered]}),
-    }
-
-    def fill(folder: Path) -> None:
-        content = io.BytesIO()
-        parts = Parts(folder / _PARTS)
-        np.save(content, _log_probabilities(study, answered, parts, stop))
-        durable.write(folder / _FILE, [content.getbuffer()])
-        parts.remove()
-
-    folder = study.kept("log_probabilities", key, fill)
-    return np.asarray(np.load(folder / _FILE), np.float64)
-
-
-def _log_probabilities(
-    study: Study, answered: Sequence[Answer], parts: Parts, stop: StopRequest
-) -> Floats:
-    means = np.full(len(answered), np.nan)
-    done = 0
-    progress = Progress()
-    sequences = [answer.sequence for answer in answered]
-    for index, (numbers, _) in enumerate(batches(sequences, batch_tokens(study.lm))):
-        batch = [answered[number] for number in numbers]
-
-        def make(batch: Sequence[Answer] = batch) -> Arrays:
-            return {"means": _mean_log_probabilities(study, batch, stop)}
-
-        means[numbers] = parts.of(index, make)["means"]
-        done += len(numbers)
-        line = f"{done}/{len(answered)} answers' probabilities"
-        progress.show(line, last=done == len(answered))
-    return means
-
-
-def _mean_log_probabilities(study: Study, batch: Sequence[Answer], stop: StopRequest) -> Floats:
-    """(b,) of answers that are read together."""
-    means = np.full(len(batch), np.nan)
-    for row, behind in logits(study.lm, [answer.sequence for answer in batch]):
-        answer = batch[row]
-        predicting = behind[len(answer.prompt_ids) - 1 : -1]  # the logits behind each one before
-        total = 0.0
-        for part in blocks(study.lm, len(answer.ids)):
-            stop.check()
-            ids = torch.tensor(answer.ids[part], device=behind.device)
-            losses = Prediction.of_logits(predicting[part]).cross_entropy(ids)
-            total -= float(losses.sum())
-        if answer.ids:
-            means[row] = total / len(answer.ids)
-    return means
-
-
-# -- the judgement ---------------------------------------------------------------------------------
+def undecided(means: Means, discovery: NDArray[np.bool_]) -> str | None:
+    """Why nothing can be decided within questions, with the way out; None if something can."""
+    _, counts = np.unique(means.question, return_counts=True)
+    if counts.max(initial=0) < 2:
+        return (
+            "each question has one answer, so nothing is known within a question; give "
+            "answers.samples=8 answers.temperature=1, or labelled solutions as problems="
+        )
+    both = within.has_both(means.question, means.correct)
+    for side, mask in (("discovery", discovery), ("validation", ~discovery)):
+        questions = len(np.unique(means.question[mask]))
+        with_both = len(np.unique(means.question[mask & both]))
+        if with_both < LEAST_QUESTIONS:
+            return (
+                f"{with_both} of {questions} {side} questions have both right and wrong answers, "
+                f"and {LEAST_QUESTIONS} are needed; give more with answers.questions= or "
+                "answers.samples=, another answers.temperature=, or problems= that are neither too "
+                "easy nor too hard"
+            )
+    return None
 
 
 def verdict(own: dict[str, Any]) -> tuple[str, list[str]]:
     """`pass`, `weak` or `fail` by `RULE`, and the conditions of a pass that do not hold.
 
     Args:
-        own: R's figures, see `discrimination.measured`.
+        own: R's figures, see `within.measured`.
     """
     conditions = {
-        f"rho >= {PASSING_RHO:.2f}": own["rho"]["value"] >= PASSING_RHO,
-        f"p < {_LEVEL}": own["p"] < _LEVEL,
+        _MARK: own["rho"]["value"] >= PASSING_RHO,
+        f"p < {_LEVEL}": own["p"] is not None and own["p"] < _LEVEL,
         "AUROC above 0.5": own["auroc"]["interval"].low > 0.5,
         "rho given length above 0": own["rho_given_length"]["interval"].low > 0,
     }
     missing = [name for name, holds in conditions.items() if not holds]
     if not missing:
         return "pass", missing
-    return ("weak" if own["p"] < _LEVEL else "fail"), missing
+    return ("weak" if missing == [_MARK] else "fail"), missing
+
+
+def notes(own: dict[str, Any], questions: int, covariates: list[str]) -> list[str]:
+    """What keeps R's figures from saying anything, in words.
+
+    Args:
+        own: R's figures, see `within.measured`.
+        questions: those with both right and wrong answers.
+        covariates: their names.
+    """
+    if not own["questions"]:
+        return ["R is the same for all answers to each question, so GRPO's advantages are all 0"]
+    said = []
+    if own["least_p"] >= _LEVEL:
+        said.append(
+            f"R differs within {own['questions']} of {questions} questions alone, so that p cannot "
+            f"be below {own['least_p']:.2g}"
+        )
+    if np.isnan(own["rho_given_length"]["value"]):
+        said.append(f"nothing is left of R, or of being right, given {', '.join(covariates)}")
+    return said
+
+
+# -- the judgement ---------------------------------------------------------------------------------
 
 
 def judge(
@@ -300,30 +177,51 @@ def judge(
             them.
     """
     # On discovery: the features and every score's parameters.
-    discovery = in_discovery(means.question, options.discovery)
+    discovery = in_discovery(means.question, options.discovery, means.part)
     _require_both("discovery", means.correct[discovery])
     _require_both("validation", means.correct[~discovery])
-    chosen = choose(means.features[discovery], means.correct[discovery], options.min_firing)
-    if not len(chosen.helpful) and not len(chosen.harmful):
+    why = undecided(means, discovery)
+    fitting = Fitting(np.flatnonzero(discovery), None)
+    if why is None:
+        groups = Groups.of(means, fitting.rows)
+        fitting = Fitting(groups.rows, groups)
+    question = means.question[fitting.rows] if fitting.groups else None
+    features = means.features[fitting.rows]
+    chosen = choose(features, means.correct[fitting.rows], options.min_firing, question)
+    if not len(chosen.eligible):
         raise SettingError(
-            f"no feature fires in {options.min_firing} discovery answers and differs between right "
-            "and wrong; lower study.min_firing, or give more answers.questions"
+            f"no feature fires in {options.min_firing} discovery answers; lower study.min_firing, "
+            "or give more answers.questions"
         )
-    every = scores(means, log_probability, layer, chosen, discovery, fit_probe)
+    every = scores(means, log_probability, layer, chosen, fitting, fit_probe)
 
-    # On validation: how well the scores tell right from wrong.
+    # On validation: how well the scores tell right from wrong, across questions and within them.
     held = np.flatnonzero(~discovery)
-    correct = means.correct[held]
-    _, question = np.unique(means.question[held], return_inverse=True)
-    of_held = {name: values[held] for name, values in every.items()}
-    scored = Scored(of_held, correct, means.length[held], question)
-    figures = measured(scored, SCORE, options.draws, _SEED, stop)
-    by_chance = random_features(means.features[held], correct, chosen, options.draws, stop)
-
-    word, missing = verdict(figures[SCORE])
+    figures = _across(means, every, held, options, stop)
+    inside: dict[str, Any] | None = None
+    judged = None
+    word = "undecided"
+    missing: list[str] = []
+    said = [why] if why else []
+    if why is None:
+        judged = Groups.of(means, held)
+        found = within.measured(judged, every, SCORE, options.draws, _SEED, stop)
+        inside = {
+            "questions": len(judged.sizes),
+            "answers": len(judged.rows),
+            "right": int(judged.correct.sum()),
+            "covariates": judged.names,
+        }
+        for name, own in found.items():
+            figures[name]["within"] = own
+        word, missing = verdict(found[SCORE])
+        said = notes(found[SCORE], len(judged.sizes), judged.names)
+    if not len(chosen.helpful) + len(chosen.harmful):
+        said.append("no feature differs between right and wrong discovery answers, so R is 0")
     return {
         "verdict": word,
         "missing": missing,
+        "notes": said,
         "rule": RULE,
         "seed": _SEED,
         "options": vars(options),
@@ -333,13 +231,48 @@ def judge(
         "eligible": len(chosen.eligible),
         "discovery": _side(means, discovery),
         "validation": _side(means, ~discovery),
-        "cap": spearman_cap(float(correct.mean())),
+        "within": inside,
+        "cap": spearman_cap(every[SCORE][held], means.correct[held]),
         "scores": figures,
-        "random_features": {
-            "median": float(np.median(by_chance)),
-            "interval": percentiles(by_chance),
-            "p": permutation_p(figures[SCORE]["auroc"]["value"], by_chance),
-        },
+        "random_features": _by_chance(means, held, chosen, judged, figures[SCORE], options, stop),
+    }
+
+
+def _across(
+    means: Means,
+    every: dict[str, Floats],
+    held: NDArray[np.int64],
+    options: Options,
+    stop: StopRequest,
+) -> dict[str, dict[str, Any]]:
+    """Figures across questions by score, as the reference has them; `within` is still None."""
+    _, question = np.unique(means.question[held], return_inverse=True)
+    of_held = {name: values[held] for name, values in every.items()}
+    scored = Scored(of_held, means.correct[held], means.length[held], question)
+    figures = measured(scored, SCORE, options.draws, _SEED, stop)
+    return {name: {**own, "within": None} for name, own in figures.items()}
+
+
+def _by_chance(
+    means: Means,
+    held: NDArray[np.int64],
+    chosen: Chosen,
+    groups: Groups | None,
+    own: dict[str, Any],
+    options: Options,
+    stop: StopRequest,
+) -> dict[str, Any] | None:
+    """R's AUROC among those of random features; None where no feature was chosen."""
+    if not len(chosen.helpful) + len(chosen.harmful):
+        return None
+    rows = groups.rows if groups else held
+    features = means.features[rows]
+    aurocs = random_features(features, means.correct[rows], chosen, options.draws, stop, groups)
+    of_r = (own["within"] or own)["auroc"]["value"]
+    return {
+        "median": float(np.median(aurocs)),
+        "interval": percentiles(aurocs),
+        "p": permutation_p(of_r, aurocs),
     }
 
 
@@ -365,4 +298,4 @@ def _side(means: Means, mask: NDArray[np.bool_]) -> dict[str, Any]:
     return {"answers": len(correct), "right": int(correct.sum()), "questions": len(ids), "ids": ids}
 
 
-DEFINITION = Definition(stage_gate, version=1, options=Options, inputs=inputs, order=50)
+DEFINITION = Definition(stage_gate, version=2, options=Options, inputs=inputs, order=50)
