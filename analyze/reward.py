@@ -3,9 +3,9 @@
     r_t = sum_i w_i f_i(h_t)        R = mean over the completion's tokens of r_t
 
 f_i(h_t) are the SAE's latents of the residual h_t that the model has at token t. w_i is 1 for
-features of right answers and -1 for those of wrong ones (the lists that `study=contrast` leaves).
-The model that reads is frozen and none of the policy's. It reads prompt and completion once, up to
-the SAE's layer.
+features of right answers and -1 for those of wrong ones, as `study=stage_gate` chose them. The
+model that reads is frozen and none of the policy's. It reads prompt and completion once, up to the
+SAE's layer.
 
 Each sequence is read alone. In a batch, matrix products of other shapes round differently. TopK may
 then keep another of two nearly equal latents, and a completion's reward would depend on its
@@ -25,14 +25,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from analyze import outcome as outcomes
+from analyze import problems
+from analyze.answering import Asking
 from analyze.language_model import end_tokens, residuals
+from analyze.problems import Solution
 from analyze.results import FOLDER
+from data import durable
 from data.errors import MismatchError, NonFiniteError, SettingError, StoreError
 from data.text.documents import Content
 from harvest import model as language_model
@@ -40,6 +44,10 @@ from harvest.model import LanguageModel, ModelConfig
 from train import sae_file
 from train.run import CONFIG, read_config
 from train.sae import SAE
+
+_GATE = "stage_gate"
+_HOW = "`python -m analyze study=stage_gate answers.samples=8 answers.temperature=1`"
+_ALL = 1 << 30  # problems of a file; the embedded ones have no end
 
 
 @dataclass(frozen=True)
@@ -69,29 +77,47 @@ class DenseReward:
             )
 
     @classmethod
-    def from_run(cls, run: Path, model: ModelConfig, features: Path | None = None) -> DenseReward:
-        """The reward of a run's SAE and the features that its `study=contrast` chose.
+    def from_run(
+        cls,
+        run: Path,
+        model: ModelConfig,
+        features: Path | None = None,
+        *,
+        judged_on: Path | str | Sequence[str] = (),
+        even_if_failed: bool = False,
+    ) -> DenseReward:
+        """The reward of a run's SAE and the features that its `study=stage_gate` chose.
 
         Args:
             model: the one that the run's store was harvested with, anywhere.
-            features: {helpful: [{feature}, ...], harmful: [{feature}, ...]}; by default the run's
-                own studies/contrast/contrastive_features_L{layer}.json.
+            features: by default the run's own studies/stage_gate/stage_gate.json. Or a file of
+                {helpful: [{feature}, ...], harmful: [{feature}, ...]}, as `study=contrast` leaves.
+            judged_on: the questions by which a policy with this reward will be judged: a file of
+                problems, or their texts.
+            even_if_failed: take the features of a stage gate that did not pass.
 
         Raises:
             StoreError: the run is not finished, or the features are not there or no such file.
-            MismatchError: the features were chosen with another model or another layer.
-            SettingError: the model does not fit the SAE.
+            MismatchError: the features were chosen with another model, layer or SAE.
+            SettingError: the stage gate did not pass, the features were chosen on questions of
+                `judged_on`, or the model does not fit the SAE.
         """
         if not (run / CONFIG).is_file():
             raise StoreError(
                 f"no run at {run}; train one with `python -m train store=... run={run}`"
             )
         layer = int(read_config(run)["settings"]["layer"])
+        path = features or run / FOLDER / _GATE / f"{_GATE}.json"
+        chosen = Chosen.read(path)
+        chosen.require_layer(layer)
+        chosen.require_sae(run)
+        if not even_if_failed:
+            chosen.require_pass()
+        chosen.require_other_questions(_ids(judged_on))
         sae = sae_file.load(run / sae_file.FILE, model.device)
-        path = features or run / FOLDER / "contrast" / f"contrastive_features_L{layer}.json"
-        weights = _weights(path, layer, sae.d_sae)
+        weights = chosen.weights(sae.d_sae)
         lm = language_model.load(model, deepest=layer)
-        _require_same_model(path, lm)
+        chosen.require_model(lm)
         return cls(lm, sae, layer, weights)
 
     def token_rewards(
@@ -173,49 +199,126 @@ def _without_end(ids: Sequence[int], ignored: set[int]) -> list[int]:
 # -- the features ----------------------------------------------------------------------------------
 
 
-def _weights(path: Path, layer: int, d_sae: int) -> Tensor:
-    """(F,) 1 for helpful features, -1 for harmful ones."""
-    try:
-        content = json.loads(path.read_bytes())
-        helpful = [int(feature["feature"]) for feature in content["helpful"]]
-        harmful = [int(feature["feature"]) for feature in content["harmful"]]
-        chosen_at = int(content.get("layer", layer))
-    except FileNotFoundError as error:
-        run = path.parent.parent.parent
-        raise StoreError(
-            f"no features at {path}; `python -m analyze study=contrast run={run}` writes them"
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(
-            f"{path} does not hold features as {{helpful: [{{feature}}], harmful: [...]}}"
-        ) from error
-    if chosen_at != layer:
-        unequal = {"layer": (chosen_at, layer)}
-        raise MismatchError(f"features {path}", unequal, "Give those of the run's own layer.")
-    if not helpful and not harmful:
-        raise StoreError(
-            f"{path} names no feature, so nothing is rewarded; run `study=contrast` with more "
-            "answers"
-        )
-    for feature in helpful + harmful:
-        if not 0 <= feature < d_sae:
-            raise StoreError(
-                f"{path} names feature {feature}, the SAE has {d_sae} latents; choose them again"
+class Chosen(NamedTuple):
+    """Features with what is known of their choice; None where the file does not say."""
+
+    path: Path
+    helpful: list[int]
+    harmful: list[int]
+    layer: int | None
+    questions: set[str]  # ids of those that chose
+    verdict: str | None  # the stage gate's
+    missing: list[str]  # what keeps it from a pass
+    settings: dict[str, Any]  # of the study that chose
+
+    @classmethod
+    def read(cls, path: Path) -> Chosen:
+        """The features in a stage gate's result, or in a file of two lists.
+
+        Raises:
+            StoreError: there is no such file, or it holds no such thing.
+        """
+        try:
+            content = json.loads(path.read_bytes())
+            is_gate = content.get("study") == _GATE
+            figures = content["figures"] if is_gate else content
+            if is_gate and "within" not in figures:
+                raise StoreError(f"{path} is of an earlier version; do {_HOW} again")
+            layer = figures.get("layer_of_features" if is_gate else "layer")
+            chose = figures["discovery"]["ids"] if is_gate else figures.get("ids", [])
+            chosen = cls(
+                path=path,
+                helpful=[int(feature["feature"]) for feature in figures["helpful"]],
+                harmful=[int(feature["feature"]) for feature in figures["harmful"]],
+                layer=None if layer is None else int(layer),
+                questions={str(name) for name in chose},
+                verdict=figures["verdict"] if is_gate else None,
+                missing=[*figures["missing"], *figures["notes"]] if is_gate else [],
+                settings=content["settings"] if is_gate else _settings_beside(path),
             )
-    weights = torch.zeros(d_sae)
-    weights[helpful] += 1
-    weights[harmful] -= 1
-    return weights
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"no features at {path}; {_HOW} with run={path.parent.parent.parent} chooses them"
+            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(
+                f"{path} is no stage gate's result, and does not hold features as "
+                "{helpful: [{feature}], harmful: [...]}"
+            ) from error
+        if not chosen.helpful and not chosen.harmful:
+            raise StoreError(f"{path} names no feature, so nothing is rewarded; give more answers")
+        return chosen
+
+    def require_layer(self, layer: int) -> None:
+        """Raise MismatchError unless the features are of this layer."""
+        if self.layer not in (None, layer):
+            unequal = {"layer": (self.layer, layer)}
+            way_out = "Give those of the run's own layer."
+            raise MismatchError(f"features {self.path}", unequal, way_out)
+
+    def require_sae(self, run: Path) -> None:
+        """Raise MismatchError if the study that chose the features was of another SAE."""
+        own = durable.digest_file(run / sae_file.FILE).xxh3_128
+        recorded = self.settings.get("sae", own)
+        if recorded != own:
+            way_out = f"Do {_HOW} again."
+            raise MismatchError(f"features {self.path}", {"sae": (recorded, own)}, way_out)
+
+    def require_model(self, lm: LanguageModel) -> None:
+        """Raise MismatchError if the study that chose the features was of another model."""
+        own = lm.identity["weights"]
+        recorded = self.settings.get("weights", own)
+        if recorded != own:
+            way_out = "Give the model that they were chosen with."
+            raise MismatchError(f"features {self.path}", {"weights": (recorded, own)}, way_out)
+
+    def require_pass(self) -> None:
+        """Raise SettingError if a stage gate chose the features and did not pass."""
+        if self.verdict not in (None, "pass"):
+            why = f" ({'; '.join(self.missing)})" if self.missing else ""
+            raise SettingError(
+                f"the verdict of {self.path} is {self.verdict}{why}; even_if_failed=True takes "
+                "its features all the same"
+            )
+
+    def require_other_questions(self, judged: set[str]) -> None:
+        """Raise SettingError if any of `judged` (ids) chose the features."""
+        shared = len(judged & self.questions)
+        if shared:
+            raise SettingError(
+                f"{shared} of the {len(judged)} questions of judged_on= are among the "
+                f"{len(self.questions)} that chose the features of {self.path}; judge on others, "
+                "or choose on a train.jsonl with problems=FOLDER"
+            )
+
+    def weights(self, d_sae: int) -> Tensor:
+        """(F,) 1 for helpful features, -1 for harmful ones.
+
+        Raises:
+            StoreError: a feature is none of the SAE's.
+        """
+        for feature in self.helpful + self.harmful:
+            if not 0 <= feature < d_sae:
+                raise StoreError(
+                    f"{self.path} names feature {feature}, the SAE has {d_sae} latents; choose "
+                    "them again"
+                )
+        weights = torch.zeros(d_sae)
+        weights[self.helpful] += 1
+        weights[self.harmful] -= 1
+        return weights
 
 
-def _require_same_model(path: Path, lm: LanguageModel) -> None:
-    """Raise MismatchError if the study that left the features records another model."""
+def _settings_beside(path: Path) -> dict[str, Any]:
+    """What the study that left a file of features follows from; empty if there is none."""
     contrast = outcomes.read(path.parent / "contrast.json")
-    if contrast is None:
-        return
-    settings, _ = contrast
-    unequal = {"weights": (settings["weights"], lm.identity["weights"])}
-    if settings["weights"] != lm.identity["weights"]:
-        raise MismatchError(
-            f"features {path}", unequal, "Give the model that they were chosen with."
-        )
+    return contrast[0] if contrast else {}
+
+
+def _ids(judged_on: Path | str | Sequence[str]) -> set[str]:
+    """Ids of questions that are given as a source of problems, or as texts."""
+    if isinstance(judged_on, Path | str):
+        limit = Asking.questions if judged_on == problems.TINY else _ALL
+        read = problems.read(str(judged_on), limit)
+        return {item.problem.id if isinstance(item, Solution) else item.id for item in read}
+    return {problems.problem(text, "0").id for text in judged_on}

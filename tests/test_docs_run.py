@@ -57,6 +57,7 @@ SUBSTITUTES = {
     r"layer=\[21,27\]": "layer=[5,8]",
     r"layer=21": "layer=5",
     r"layer=27": "layer=8",
+    r"study\.layer=27": "study.layer=8",
     r"layer=12": "layer=6",
     r"(runs=.*)_L21": r"\1_L5",  # a directory that is named after its layer
     r"tokens=(1e9|1e7|1e6|4e5)": "tokens=2048",
@@ -84,11 +85,16 @@ ADDED = {
     "study=steering": "answers.questions=12 answers.new_tokens=5 study.scales=[5] "
     "study.n_random=1 study.n_shuffled=1",
     "study=splice": "study.tokens=100",
+    "study=stage_gate": "answers.questions=20 answers.new_tokens=22 study.draws=20 "
+    "study.min_firing=1",
     "study=reason_score": "study.words=[more,left]",
 }
 # Steering writes every answer a dozen times. Labelled solutions make its vector, so that answers
 # may be short.
-REPLACED = {"study=steering": ("problems=gsm8k/test.jsonl", "problems=gsm8k/solutions.jsonl")}
+REPLACED = {
+    "study=steering": ("problems=gsm8k/test.jsonl", "problems=gsm8k/solutions.jsonl"),
+    "study=stage_gate": ("problems=gsm8k", "problems=gsm8k/solutions.jsonl"),
+}
 OMITTED = {  # what `...` stands for
     "harvest": "layer=5 store=activations/e4b.zarr",
     "train": "layer=5 store=activations/e4b.zarr run=runs/omitted",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -293,12 +295,22 @@ def null_data(kind: str, rng: np.random.Generator) -> tuple[NDArray[np.float64],
     return x, design(correct, question, covariates, paired=kind.startswith("paired"), seed=seed)
 
 
-def false_positives(kind: str, effect: str, sets: int, seed: int, top: int = 10) -> tuple[int, int]:
-    """In how many of `sets` the top |d|, and the largest |d|, exceed 95 % of the joint null."""
+def false_positives(
+    kind: str, effect: str, sets: int, seed: int, top: int = 10, shift: float = 0.0
+) -> tuple[int, int]:
+    """In how many of `sets` the top |d|, and the largest |d|, exceed 95 % of the joint null.
+
+    Args:
+        effect: `raw`, `adjusted`, or `hedges`, which is judged by d itself.
+        shift: by which right answers are larger in five columns of one layer.
+    """
     rng, counts = np.random.default_rng(seed), np.zeros(2, int)
     for _ in range(sets):
         x, made = null_data(kind, rng)
-        found = [effects.against_shuffled(layer, getattr(made, effect), top) for layer in x]
+        x[1, :, :5] += shift * made.correct[:, None]
+        by_d = SimpleNamespace(both=lambda part, raw=made.raw: (raw.d(part), raw.d(part)))
+        judged_by = by_d if effect == "hedges" else getattr(made, effect)
+        found = [effects.against_shuffled(layer, judged_by, top) for layer in x]
         tops = (
             max(tested.top for tested in found),
             np.max([tested.null_top for tested in found], axis=0),
@@ -328,6 +340,10 @@ def test_where_there_is_nothing_five_percent_are_found(kind: str, effect: str) -
     sets = 80 if "unequal" in kind else 250  # of which a third would be found by Hedges' d
     low, high = reference.binom.interval(0.99, sets, 0.05)
     assert all(low <= count <= high for count in false_positives(kind, effect, sets, seed=0))
+
+
+def test_by_hedges_d_unequal_spreads_pass_for_findings() -> None:
+    assert false_positives("unequal", "hedges", 40, seed=0)[0] > 6  # 5 % of 40 are 2
 
 
 def test_unadjusted_a_confounder_is_found() -> None:

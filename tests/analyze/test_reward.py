@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from analyze.problems import problem
 from analyze.reward import DenseReward
 from data.errors import MismatchError, SettingError, StoreError
 from data.tiny.embedded import MODEL_DIR
@@ -153,51 +154,101 @@ def test_the_truncated_model_pays_the_same(lm: LanguageModel) -> None:
 # -- from a run ------------------------------------------------------------------------------------
 
 
+QUESTIONS = ["How many are 3 + 4?", "How many are 5 + 4?"]  # of the gate below
+
+
 @pytest.fixture
 def run(tiny_run: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny run with chosen features."""
+    """A copy of the tiny run with a stage gate that passed."""
     copy = tmp_path / "run"
     shutil.copytree(tiny_run, copy, ignore=shutil.ignore_patterns("studies"))
-    write_features(
-        copy,
-        {"layer": TINY_LAYER, "helpful": [{"feature": 3, "d": 1.0}], "harmful": [{"feature": 5}]},
-    )
+    write_gate(copy)
     return copy
 
 
-def write_features(run: Path, content: object) -> Path:
-    path = run / "studies" / "contrast" / f"contrastive_features_L{TINY_LAYER}.json"
+def write_gate(run: Path, settings: dict[str, object] | None = None, **figures: object) -> Path:
+    """A result as `study=stage_gate` leaves it."""
+    found = {
+        "verdict": "pass",
+        "missing": [],
+        "notes": [],
+        "within": {"questions": 20},
+        "layer_of_features": TINY_LAYER,
+        "helpful": [{"feature": 3, "g": 1.0}],
+        "harmful": [{"feature": 5, "g": -1.0}],
+        "discovery": {"ids": [problem(text, "0").id for text in QUESTIONS]},
+    }
+    path = run / "studies" / "stage_gate" / "stage_gate.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
+    whole = {"study": "stage_gate", "settings": settings or {}, "figures": found | figures}
+    path.write_text(json.dumps(whole))
     return path
 
 
-def test_from_run_takes_the_features_that_contrast_chose(run: Path) -> None:
-    reward = DenseReward.from_run(run, FLOAT32)
+def test_from_run_takes_the_features_of_the_stage_gate(run: Path) -> None:
+    reward = DenseReward.from_run(run, FLOAT32, judged_on=["How many are 8 + 1?"])
     assert reward.layer == TINY_LAYER and reward.lm.deepest == TINY_LAYER
     assert torch.nonzero(reward.weights).ravel().tolist() == [3, 5]
     assert reward.weights[[3, 5]].tolist() == [1, -1]
     assert reward.__name__ == "dense_reward"
 
 
-def test_refusals(run: Path, lm: LanguageModel) -> None:
+def test_features_of_a_gate_that_did_not_pass_need_to_be_asked_for(run: Path) -> None:
+    for verdict in ("weak", "fail", "undecided"):
+        write_gate(run, verdict=verdict, notes=["R is constant"])
+        with pytest.raises(SettingError, match="even_if_failed"):
+            DenseReward.from_run(run, FLOAT32)
+    assert DenseReward.from_run(run, FLOAT32, even_if_failed=True).weights[3] == 1
+    path = write_gate(run)
+    earlier = json.loads(path.read_text())
+    del earlier["figures"]["within"]  # a pass across questions, of an earlier version
+    path.write_text(json.dumps(earlier))
+    with pytest.raises(StoreError, match="stage_gate"):
+        DenseReward.from_run(run, FLOAT32, even_if_failed=True)
+
+
+def test_features_are_not_judged_by_the_questions_that_chose_them(
+    run: Path, tmp_path: Path
+) -> None:
+    asked = tmp_path / "asked.jsonl"
+    rows = [{"question": text, "answer": "7"} for text in (QUESTIONS[0], "How many are 9 + 9?")]
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for judged_on in (QUESTIONS[:1], asked, str(asked)):
+        with pytest.raises(SettingError, match=r"^1 of the [12] questions of judged_on= .* 2 "):
+            DenseReward.from_run(run, FLOAT32, judged_on=judged_on)
+    with pytest.raises(SettingError, match="judged_on"):  # whoever wants a gate that failed
+        DenseReward.from_run(run, FLOAT32, judged_on=asked, even_if_failed=True)
+    lists = {"helpful": [{"feature": 3}], "harmful": [], "ids": [problem(QUESTIONS[0], "0").id]}
+    path = tmp_path / "lists.json"
+    path.write_text(json.dumps(lists))
+    with pytest.raises(SettingError, match="judged_on"):
+        DenseReward.from_run(run, FLOAT32, path, judged_on=asked)
+    assert DenseReward.from_run(run, FLOAT32, path).weights[3] == 1
+    with pytest.raises(SettingError, match="problems"):
+        DenseReward.from_run(run, FLOAT32, judged_on=tmp_path / "missing.jsonl")
+
+
+def test_refusals(run: Path, lm: LanguageModel, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="run"):
         DenseReward.from_run(run / "other", FLOAT32)
-    path = write_features(run, {"helpful": [{"feature": 256}], "harmful": []})
-    with pytest.raises(StoreError, match="contrastive_features"):
+    path = write_gate(run, helpful=[{"feature": 256}])
+    with pytest.raises(StoreError, match="256"):
         DenseReward.from_run(run, FLOAT32)
-    write_features(run, {"layer": 8, "helpful": [], "harmful": []})
+    write_gate(run, layer_of_features=8)
     with pytest.raises(MismatchError, match="layer"):
         DenseReward.from_run(run, FLOAT32)
-    write_features(run, {"layer": TINY_LAYER, "helpful": [], "harmful": []})
-    with pytest.raises(StoreError, match="contrastive_features"):
+    write_gate(run, helpful=[], harmful=[])
+    with pytest.raises(StoreError, match="stage_gate"):
         DenseReward.from_run(run, FLOAT32)
-    write_features(run, {"helpful": [3]})
-    with pytest.raises(StoreError, match="contrastive_features"):
+    write_gate(run, helpful=[3])
+    with pytest.raises(StoreError, match="stage_gate"):
         DenseReward.from_run(run, FLOAT32)
     path.unlink()
-    with pytest.raises(StoreError, match="contrastive_features"):
+    with pytest.raises(StoreError, match="stage_gate"):
         DenseReward.from_run(run, FLOAT32)
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(StoreError, match=r"list\.json"):
+        DenseReward.from_run(run, FLOAT32, tmp_path / "list.json")
     sae = random_sae(lm.d_model)
     with pytest.raises(SettingError, match="model"):
         DenseReward(lm, random_sae(7), TINY_LAYER, torch.zeros(96))
@@ -211,17 +262,23 @@ def test_refusals(run: Path, lm: LanguageModel) -> None:
         )
 
 
-def test_features_of_another_model_are_refused(run: Path) -> None:
-    done = {
-        "settings": {"weights": "another"},
-        "figures": {},
-        "summary": [],
-        "tables": [],
-        "pictures": {},
-    }
-    (run / "studies" / "contrast" / "contrast.json").write_text(json.dumps(done))
-    with pytest.raises(MismatchError, match="weights"):
+@pytest.mark.parametrize("of", ["weights", "sae"])
+def test_features_of_another_model_or_sae_are_refused(run: Path, of: str) -> None:
+    write_gate(run, {of: "another"})
+    with pytest.raises(MismatchError, match=of):
         DenseReward.from_run(run, FLOAT32)
+
+
+def test_the_features_that_contrast_lists_are_taken_by_name(run: Path) -> None:
+    path = run / "studies" / "contrast" / f"contrastive_features_L{TINY_LAYER}.json"
+    path.parent.mkdir(parents=True)
+    lists = {"layer": TINY_LAYER, "helpful": [{"feature": 7, "d": 1.0}], "harmful": []}
+    path.write_text(json.dumps(lists))
+    assert DenseReward.from_run(run, FLOAT32, path).weights[7] == 1
+    done = {"settings": {"weights": "another"}, "figures": {}, "summary": [], "tables": []}
+    (path.parent / "contrast.json").write_text(json.dumps(done | {"pictures": {}}))
+    with pytest.raises(MismatchError, match="weights"):
+        DenseReward.from_run(run, FLOAT32, path)
 
 
 # -- TRL -------------------------------------------------------------------------------------------

@@ -371,15 +371,15 @@ def test_rho_given_covariates_is_a_partial_correlation() -> None:
 
 def test_p_within_questions_is_right_also_where_wrong_answers_spread_more() -> None:
     p = []
-    for seed in range(150):
-        rng = np.random.default_rng(seed)
+    for seed in range(250):
+        rng = np.random.default_rng([seed, 1])
         correct = np.tile([True, True, True, True, True, False], 40)
-        reward = rng.normal(size=240) * np.where(correct, 1, 3)
+        reward = rng.normal(size=240) * np.where(correct, 1, 20)
         means = made(rng, 40)._replace(correct=correct)
         groups = within.Groups.of(means, np.arange(240))
         with StopRequest() as stop:
             p.append(within.measured(groups, {"x": reward}, "x", 60, seed, stop)["x"]["p"])
-    assert np.mean(np.array(p) <= 0.05) <= 0.11  # 0.05 + 3 standard errors
+    assert np.mean(np.array(p) <= 0.05) <= 0.09  # 0.05 + 3 standard errors
     assert 0.4 < np.mean(p) < 0.6
 
 
