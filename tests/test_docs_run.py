@@ -422,7 +422,7 @@ def test_commands_run(
         ):  # whose code tests/test_docs.py runs on a store of its own
             run_block(line)
         elif line.startswith("python -c "):
-            exec(shlex.split(line)[2].replace("1000", "2"), {})
+            exec(re.sub(r"\b\d{3,}\b", "2", shlex.split(line)[2]), {})
 
 
 def run_block(code: str) -> None:
@@ -431,6 +431,8 @@ def run_block(code: str) -> None:
     code = "".join(
         line for line in code.splitlines(keepends=True) if "trl" not in line and "GRPO" not in line
     )
+    # The run's SAE has seen 2,048 rows, so no features of it pass.
+    code = code.replace('judged_on="gsm8k/test.jsonl"', "even_if_failed=True")
     names: dict[str, Any] = {}
     exec(code.replace('"google/gemma-4-E4B", device="cuda"', '"embedded", dtype="float32"'), names)
     if "reward" in names:
