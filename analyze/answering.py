@@ -25,7 +25,7 @@ from analyze.prompts import IN_TURNS, PROMPTS, drawn
 from analyze.study import Study, grow, read_lines
 from data import durable
 from data.errors import SettingError, StopRequest
-from data.journal import Progress
+from data.journal import Progress, tell
 from data.settings import build
 from harvest.chat_template import Turns
 from harvest.model import LanguageModel
@@ -217,6 +217,8 @@ def _generated(
         prompts = _prompts(study, bare, asking)
         longest = max(map(len, prompts.values()))
         require_room(longest, asking, _context(study))
+        if (turns := turns_of(study)) and turns.built_in:
+            tell(f"the tokenizer has no chat template: prompts are in {turns.name}")
         asked = [(question, sample) for question in bare for sample in range(asking.samples)]
 
         def make(rows: slice) -> list[dict[str, Any]]:

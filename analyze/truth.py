@@ -12,6 +12,18 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, NamedTuple
 
 _MINUS = re.compile("[\u2212\ufe63\uff0d\u2010-\u2013]")  # as typesetters write it
+# What makes another number of the one behind it, brackets and markup between them: a minus apart
+# from it (or a dash, which cannot be told from one), a root, a power, a denominator.
+_CHANGED_BEFORE = re.compile(
+    r"(?:[-\u2212\ufe63\uff0d\u2010-\u2015\u207b\u2796/^\u221a\u2044\u00f7\u00d7]"
+    r"|\b(?:sqrt|frac|log|ln))(?:[\s(\[{*`\"'$]|\\\w+)*"
+)
+# Words that make another number of the one before them.
+_CHANGED_BEHIND = re.compile(
+    r"[\s()\[\]}*`\"'$-]*(?:(?:and\s+)?(?:a|one)\s+(?:half|third|quarter)"
+    r"|half|dozen|hundred|thousand|million|billion|trillion|lakh|crore)s?\b",
+    re.IGNORECASE,
+)
 _CURRENCY = "$\u20ac\u00a3\u00a5\u20b9"
 # A sign, a currency before or behind it, and the number; a percentage is its number.
 _DRESSED = re.compile(
@@ -30,7 +42,8 @@ _PLAIN = re.compile(r"-?\d+", re.ASCII)
 _RUN = re.compile(r"[^\s=:;<>()\[\]{}\"*`]+")
 _AROUND = "'!?,~\u2248\\"
 # What stands between two numbers that are not one, such as a formula and its result.
-_APART = re.compile(r"[^\W\d_]|[=:>\n\u2248]")
+# A colon is one behind a word or a number only: 2:1 and 12:30 are no two numbers.
+_APART = re.compile(r"[^\W\d_]|[=\n\u2248]|>>|[=-]>|(?<!\s):\s")
 _MARK = "####"  # GSM8K's, before the answer
 _MOST_DIGITS = 1000
 
@@ -109,7 +122,17 @@ def _in_part(part: str, *, last: bool) -> str:
     *before, run = runs
     if before and not (last and _APART.search(part, before[-1].end(), run.start())):
         raise NotANumber(f"its answer {_shown(part)} has several numbers, or one in several parts")
-    return run[0].strip(_AROUND)
+    written = run[0].strip(_AROUND)
+    start = run.start() + run[0].index(written)
+    changed = _ends_changing(part[:start]) or _CHANGED_BEHIND.match(part, start + len(written))
+    if changed:
+        raise NotANumber(f"{_shown(written)} is only a part of the number in its answer")
+    return written
+
+
+def _ends_changing(before: str) -> bool:
+    """Whether the text before a number makes another one of it."""
+    return any(match.end() == len(before) for match in _CHANGED_BEFORE.finditer(before))
 
 
 def _parsed(written: str) -> Decimal:

@@ -64,6 +64,12 @@ TEXTS = [
     ("It costs $12.50.", "12.5"),
     ("#### 5\nso\n#### 5.0", "5"),
     ("\\boxed{7}", "7"),
+    ("\\boxed{-3}", "-3"),
+    ("x = -$3", "-3"),
+    ("Step 1: 18", "18"),
+    ("<<48/2=24>>24", "24"),
+    ("3 + 4 => 7", "7"),
+    ("The answer is **18**.", "18"),
 ]
 NOT_NUMBERS = ["NaN", "-Infinity", "1e999999999", "1e99999999999999999999", "9" * 5000]
 NOT_NUMBERS += ["true", "null", "[3]", '{"a": 3}']
@@ -71,6 +77,18 @@ UNCLEAR = ["", "none", "inf", "####", "#### none", "1/2", "#### 1/2", "#### 1 1/
 UNCLEAR += ["1,5", "12,34", "1.234,56", "1.2.3", "--5", "5-3", "3\u20135", "16 - 3 - 4", "3, 4"]
 UNCLEAR += ["It costs 1 000 dollars", "7th", "0x10", "5\u00b2", "\uff11\uff18", "\\frac{1}{2}"]
 UNCLEAR += ["#### 5\n#### 6", "#### 3 of 4"]
+# A sign, a root, a power, a ratio or a word that makes another number of the digits.
+UNCLEAR += [
+    "#### \u2014 3",
+    "x = \u2013 3",
+    "= - 3",
+    "-(3)",
+    "\u2212\\boxed{3}",
+    "-**3**",
+    "\\sqrt{4}",
+]
+UNCLEAR += ["x^{2}", "x / 3", "2:1", "12:30", "2 : 1", "$1.5 million", "#### 3 and a half"]
+UNCLEAR += ["2 dozen", "18 (thousand)", "\u207b3", "1.234.567", "1\u2007234", "18k", "\uff0b3"]
 
 
 @pytest.mark.parametrize(
