@@ -12,6 +12,7 @@ from torch import Tensor
 from data import durable
 from data.errors import StoreError, caused
 from train.sae import SAE, WEIGHTS
+from train.tensors import refuse, refuse_shape, tensor_of, whole_of
 
 FILE = "sae_final.pt"
 
@@ -38,7 +39,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> SAE:
     """The SAE in a sae_final.pt, on raw rows.
 
     Raises:
-        StoreError: the file is missing, unreadable, or not the four tensors and k.
+        StoreError: the file is missing, unreadable, or not the four tensors and k; or a tensor is
+            not of finite real numbers.
     """
     if not path.is_file():
         raise StoreError(
@@ -61,29 +63,14 @@ def _checked(path: Path, content: Any) -> SAE:
             f"{path} is not an SAE: expected the keys {', '.join(WEIGHTS)}, k, "
             "and perhaps threshold"
         )
-    for name in content.keys() - {"k"}:
-        if not isinstance(content[name], Tensor):
-            raise StoreError(f"{path}: {name} is not a tensor but {type(content[name]).__name__}")
-        if not content[name].is_floating_point():
-            raise StoreError(f"{path}: {name} is {content[name].dtype}, allowed is floating point")
-    try:
-        k = int(content["k"])
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise StoreError(f"{path}: k is {content['k']!r}, allowed is a whole number") from error
-    tensors = {name: content[name].float() for name in content if name != "k"}
+    tensors = {name: tensor_of(content, name, path) for name in content if name != "k"}
     d, d_sae = tensors["b_dec"].numel(), tensors["b_enc"].numel()
-    shapes = {
-        "W_enc": (d, d_sae),
-        "W_dec": (d_sae, d),
-        "b_enc": (d_sae,),
-        "b_dec": (d,),
-        "threshold": (d_sae,),
-    }
+    shapes = {"W_enc": (d, d_sae), "W_dec": (d_sae, d), "b_dec": (d,)}
     for name, tensor in tensors.items():
-        if tuple(tensor.shape) != shapes[name]:
-            raise StoreError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, its biases say {shapes[name]}"
-            )
-    if not 1 <= k <= d_sae:
-        raise StoreError(f"{path}: k is {k}, allowed is 1 to {d_sae}")
+        refuse_shape(name, tensor, shapes.get(name, (d_sae,)), path)
+    k = whole_of("k", path, content["k"])
+    refuse(not 1 <= k <= d_sae, path, f"k={k}", f"1 to {d_sae}, its latents")
+    if "threshold" in tensors:
+        below = bool((tensors["threshold"] < 0).any())
+        refuse(below, path, "a threshold below 0", "thresholds from 0 on")
     return SAE.of(**tensors, k=k)

@@ -179,14 +179,21 @@ def test_a_reference_file_that_cannot_be_right_is_refused(
         ("W_enc", good["W_enc"] / 0),
         ("b_dec", good["b_dec"] * torch.nan),
         ("W_dec", torch.complex(good["W_dec"], good["W_dec"])),
-        ("k", "four"),
+        ("W_dec", torch.zeros(1).expand(10**9)),
+        ("b_enc", good["b_enc"].to_sparse()),
+        *(("k", wrong) for wrong in ("four", "4", True, 0, -3, 2.5, 10**5000, [[3]], None)),
+        *(("k", wrong) for wrong in (float("nan"), float("inf"), torch.tensor([1, 2]))),
+        ("k", torch.empty((), device="meta")),
+        ("threshold", torch.full_like(good["b_enc"], -1)),
+        ("threshold", None),
         ("norm_factor", torch.ones(1)),
     ):
         torch.save({**good, name: wrong}, tmp_path / "sae_final.pt")
         with pytest.raises(StoreError, match=r"sae_final\.pt") as caught:
             imported.run_of(f"reference:{tmp_path / 'sae_final.pt'}", made.store.name, None)
         assert "\n" not in str(caught.value)
-    torch.save(good, tmp_path / "sae_final.pt")
+    learned = {**good, "W_enc": torch.nn.Parameter(good["W_enc"]), "k": torch.tensor(made.sae.k)}
+    torch.save(learned, tmp_path / "sae_final.pt")
     imported.run_of(f"reference:{tmp_path / 'sae_final.pt'}", made.store.name, None)
 
 

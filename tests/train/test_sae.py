@@ -137,12 +137,13 @@ def spoiled_files(sae):
         "keys": ({name: good[name] for name in ("W_enc", "k")}, "W_dec, b_enc, b_dec, k"),
         "list": ([1, 2], "W_dec, b_enc, b_dec, k"),
         "shape": ({**good, "W_dec": good["W_dec"].T.contiguous()}, "W_dec"),
-        "k": ({**good, "k": 65}, "k is 65"),
+        "k": ({**good, "k": 65}, "k=65"),
+        "nan": ({**good, "b_enc": good["b_enc"] * math.nan}, "b_enc"),
         "text": ({**good, "W_dec": "x"}, "W_dec"),
     }
 
 
-@pytest.mark.parametrize("kind", ["keys", "list", "shape", "k", "text"])
+@pytest.mark.parametrize("kind", ["keys", "list", "shape", "k", "nan", "text"])
 def test_load_refuses_what_is_not_an_sae(kind, tmp_path):
     content, named = spoiled_files(random_sae(12, 64, 4))[kind]
     torch.save(content, tmp_path / "sae_final.pt")

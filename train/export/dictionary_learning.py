@@ -29,22 +29,17 @@ from train.export import golden
 from train.export.format import (
     About,
     Weights,
-    any_whole_of,
-    dense_of,
     only,
     read_json,
-    refuse,
     refuse_unknown,
-    tensor_of,
     thresholded,
     to_json,
     topk,
     ungated,
-    vector_of,
-    whole_of,
 )
 from train.export.origin import Origin, of_hook
 from train.sae import SAE
+from train.tensors import any_whole_of, dense_of, refuse, tensor_of, vector_of, whole_of
 
 _LINEAR = {"encoder.weight", "encoder.bias", "decoder.weight"}
 _MATRICES = {"W_enc", "b_enc", "W_dec", "b_dec"}

@@ -29,6 +29,7 @@ from data.errors import StoreError, caused
 from train import export
 from train.export.origin import Origin
 from train.sae import SAE, WEIGHTS
+from train.tensors import refuse, refuse_shape, tensor_of
 
 _OTHERS = {"__main__", "command", "format", "golden", "origin"}  # modules here that are no library
 
@@ -216,18 +217,6 @@ def ungated(weights: Weights, b_gate: Tensor, r_mag: Tensor) -> tuple[Weights, T
     return weights._replace(W_enc=weights.W_enc * growth), weights.b_enc - growth * b_gate
 
 
-def refuse(condition: bool, folder: Path, got: str, allowed: str) -> None:
-    """Raise StoreError under a condition."""
-    if condition:
-        raise StoreError(f"{folder} has {got}; what can be taken is {allowed}")
-
-
-def refuse_shape(name: str, tensor: Tensor, shape: tuple[int, ...], folder: Path) -> None:
-    """Raise StoreError if a tensor of a file has another shape."""
-    got = tuple(tensor.shape)
-    refuse(got != shape, folder, f"{name} of shape {got}", f"{shape}, which the others say")
-
-
 def refuse_unknown(names: Iterable[str], known: Collection[str], folder: Path, what: str) -> None:
     """Raise StoreError if one of `names` is not known: it may change the function."""
     unknown = ", ".join(sorted(set(names) - set(known)))
@@ -252,81 +241,6 @@ def flag(config: Mapping[str, Any], name: str, default: bool, folder: Path) -> b
     value = config.get(name, default)
     refuse(not isinstance(value, bool), folder, f"{name}={value}", "true or false")
     return bool(value)
-
-
-def agree_on(name: str, folder: Path, *values: Any) -> Any:
-    """The one value that files give in several places; None: none gives it.
-
-    Raises:
-        StoreError: two of them differ.
-    """
-    given = [value for value in values if value is not None]
-    different = " and ".join(str(value) for value in given)
-    refuse(any(value != given[0] for value in given), folder, f"{name} {different}", "one value")
-    return given[0] if given else None
-
-
-def whole_of(name: str, folder: Path, *values: Any) -> int:
-    """The whole number that files give in one place or several.
-
-    Raises:
-        StoreError: none gives it, it is no whole number, or two differ.
-    """
-    numbers = []
-    for value in values:
-        if isinstance(value, Tensor):
-            plain = dense_of({name: value}, name, folder)
-            refuse(plain.numel() != 1, folder, f"{name} {tuple(plain.shape)}", "one number")
-            value = plain.item()
-        numbers.append(value)
-    value = agree_on(name, folder, *numbers)
-    refuse(value is None, folder, f"no {name} in its configuration", "a whole one")
-    is_whole = (
-        isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
-    )
-    refuse(not is_whole, folder, f"{name}={value}", "a whole number")
-    return int(value)
-
-
-def any_whole_of(name: str, folder: Path, *values: Any) -> int | None:
-    """The whole number that files give, if any does. Raises StoreError as `whole_of`."""
-    given = [value for value in values if value is not None]
-    return whole_of(name, folder, *given) if given else None
-
-
-def dense_of(state: Mapping[str, Any], name: str, folder: Path) -> Tensor:
-    """A tensor of a file. Raises StoreError: it is not there, or does not hold its numbers."""
-    tensor = state.get(name)
-    if not isinstance(tensor, Tensor):
-        raise StoreError(f"{folder} has no tensor {name}; what can be taken is an SAE that has it")
-    is_plain = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized)
-    # An expanded tensor is as large as it says only when somebody computes with it.
-    held = is_plain and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
-    refuse(not held, folder, f"{name} that does not hold its numbers", "a dense tensor")
-    refuse(tensor.is_complex(), folder, f"{name} as complex numbers", "real ones")
-    return tensor.detach()
-
-
-def tensor_of(state: Mapping[str, Any], name: str, folder: Path) -> Tensor:
-    """A tensor of a file as float32.
-
-    Raises:
-        StoreError: it is not there, not of real floating-point numbers, or not finite.
-    """
-    tensor = dense_of(state, name, folder)
-    kind = str(tensor.dtype).removeprefix("torch.")
-    refuse(not tensor.is_floating_point(), folder, f"{name} as {kind}", "floating point")
-    values = tensor.float()
-    finite = bool(torch.isfinite(values).all())
-    refuse(not finite, folder, f"NaN or infinity in {name}", "finite weights")
-    return values
-
-
-def vector_of(state: Mapping[str, Any], name: str, size: int, folder: Path) -> Tensor:
-    """A tensor of one number for each latent. Raises StoreError as `tensor_of`, or by its shape."""
-    vector = tensor_of(state, name, folder)
-    refuse_shape(name, vector, (size,), folder)
-    return vector
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -19,24 +19,20 @@ from train.export import golden
 from train.export.format import (
     About,
     Weights,
-    agree_on,
-    any_whole_of,
     flag,
     only,
     read_json,
     read_tensors,
-    refuse,
     refuse_unknown,
     thresholded,
     to_json,
     to_safetensors,
     topk,
     ungated,
-    vector_of,
-    whole_of,
 )
 from train.export.origin import Origin, of_hook
 from train.sae import SAE
+from train.tensors import agree_on, any_whole_of, refuse, vector_of, whole_of
 
 # SAELens before this version takes files that do not name theirs for another layout.
 _LAYOUT = "6.0.0"

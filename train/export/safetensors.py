@@ -10,18 +10,16 @@ from train.export import golden
 from train.export.format import (
     About,
     Weights,
-    any_whole_of,
     read_json,
     read_tensors,
     refuse_unknown,
     to_json,
     to_safetensors,
     topk,
-    vector_of,
-    whole_of,
 )
 from train.export.origin import Origin
 from train.sae import SAE, WEIGHTS
+from train.tensors import any_whole_of, refuse, vector_of, whole_of
 
 _KEYS = {"k", "d_model", "d_sae", "site", *About._fields}
 
@@ -47,7 +45,9 @@ def read(folder: Path) -> SAE:
     weights = Weights.of(tensors, folder)
     sae = topk(weights, whole_of("k", folder, config.get("k")), folder)
     if "threshold" in tensors:
-        sae = replace(sae, threshold=vector_of(tensors, "threshold", sae.d_sae, folder))
+        threshold = vector_of(tensors, "threshold", sae.d_sae, folder)
+        refuse(bool((threshold < 0).any()), folder, "a threshold below 0", "thresholds from 0 on")
+        sae = replace(sae, threshold=threshold)
     return golden.checked(sae, folder / "sae.safetensors")
 
 

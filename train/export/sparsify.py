@@ -9,20 +9,18 @@ from train.export import golden
 from train.export.format import (
     About,
     Weights,
-    any_whole_of,
     only,
     read_json,
     read_tensors,
-    refuse,
     refuse_unknown,
     require_topk,
     to_json,
     to_safetensors,
     topk,
-    whole_of,
 )
 from train.export.origin import Origin, of_hook
 from train.sae import SAE
+from train.tensors import any_whole_of, refuse, whole_of
 
 # In the order of our weights.
 _TENSORS = ("encoder.weight", "W_dec", "encoder.bias", "b_dec")
