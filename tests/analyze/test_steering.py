@@ -181,6 +181,16 @@ def test_recovered_and_lost_questions_are_named() -> None:
     as_json = found.figures()
     assert [shown["gained"] for shown in as_json["rows"][2:4]] == [["q2", "q3"], ["q2", "q4"]]
     assert as_json["overlaps"][0]["shared"] == ["q2"]
+    tipped = [row("11100", "11000", "random"), row("00000", "11000", "random")]
+    assert replace(found, rows=[*rows[:4], *tipped]).gained_by_chance == 0.5  # q2 of q2 and q3
+
+
+def test_scales_without_controls_are_said_to_have_none() -> None:
+    some = "1" * 10 + "0" * 10
+    found = findings(some, some, [some] * 20)
+    lost = [row("0" * 20, some, scale=-5.0) if one.scale == -5 else one for one in found.rows]
+    for with_loss, said in ((replace(found, rows=lost), True), (found, False)):
+        assert ("+5 alone" in " ".join(words.summary(with_loss))) == said
 
 
 def test_gains_that_may_be_of_form_alone_are_counted() -> None:

@@ -180,9 +180,11 @@ def test_no_local_path_is_published_and_what_is_no_longer_found_goes(tmp_path: P
     run = finished(tmp_path / "run", made("topk"))
     with_study(run, f"files are in {tmp_path}", name="delphi", finds=False)
     with_study(run, "a finding", name="contrast")
+    (run / "studies/contrast/contrastive_features_L5.json").write_text('{"helpful": [3]}')
     folder = publishes(run)
     text = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
     assert str(tmp_path).encode() not in text and b"a finding" in text
+    assert (folder / "studies/contrast/contrastive_features_L5.json").is_file()
     (run / "studies/contrast/contrast.json").unlink()
     publishes(run)
     assert not list(folder.glob("studies/*/*")) and "a finding" not in card(run)

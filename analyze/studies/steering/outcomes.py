@@ -264,6 +264,15 @@ class Findings:
         """v at the best scale among the directions of a kind."""
         return {kind: Rank.among(self.best_row, self.of(kind)) for kind in ("random", "shuffled")}
 
+    @property
+    def gained_by_chance(self) -> float:
+        """Of the questions that v gains at the best scale, how many a random direction gains, mean.
+
+        It is what the overlaps of v's scales are to be held against.
+        """
+        gained = {*self.best_row.gained}
+        return float(np.mean([len(gained & {*row.gained}) for row in self.of("random")]))
+
     @cached_property
     def nulls(self) -> list[Null]:
         return nulls(self.rows, self.layer, self.inert_from)
@@ -295,6 +304,7 @@ class Findings:
             "rows": [self._row_figures(row) for row in self.rows],
             "ranks": {kind: rank._asdict() for kind, rank in self.ranks.items()},
             "nulls": [_null_figures(null) for null in self.nulls],
+            "gained_by_chance": self.gained_by_chance,
             "overlaps": [overlap._asdict() for overlap in self.overlaps],
             "detectable": {
                 "usual": self._detectable(DISCORDANT),

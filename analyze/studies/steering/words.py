@@ -141,13 +141,16 @@ def _best_scale(findings: Findings) -> str:
 
 def _other_scales(findings: Findings) -> str:
     shown = []
+    uncontrolled = False
     for row in findings.of("v"):
         p = findings.holm[row.scale]
         if p < LEVEL:
             shown.append(f"{row.scale:+g} ({row.net:+d} net, p = {_p(p)})")
+            uncontrolled |= row.scale != findings.best
     if not shown:
         return "At no scale does accuracy differ from unsteered by Holm's p < 0.05."
-    return f"By Holm's p < 0.05, accuracy differs from unsteered at {', '.join(shown)}."
+    caveat = f" Other directions were tried at {findings.best:+g} alone." if uncontrolled else ""
+    return f"By Holm's p < 0.05, accuracy differs from unsteered at {', '.join(shown)}.{caveat}"
 
 
 def _against_chance(findings: Findings) -> str:
@@ -160,7 +163,14 @@ def _against_chance(findings: Findings) -> str:
             f"as v, up or down (p = {_p(rank.p)}; {rank.as_high} have at least as many right, "
             f"{rank.as_low} at most as many)"
         )
-    return f"With the same norm and positions, {'; '.join(parts)}."
+    gained = len(findings.best_row.gained)
+    tipped = ""
+    if gained:
+        tipped = (
+            f" Of the {gained} questions that v gains, a direction by chance gains "
+            f"{findings.gained_by_chance:.1f} on average."
+        )
+    return f"With the same norm and positions, {'; '.join(parts)}.{tipped}"
 
 
 def _null_tests(findings: Findings) -> list[str]:
