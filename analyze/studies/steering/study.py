@@ -294,4 +294,4 @@ def steers(
     return sweeps
 
 
-DEFINITION = Definition(steering, version=2, options=Options, inputs=inputs, order=40)
+DEFINITION = Definition(steering, version=3, options=Options, inputs=inputs, order=40)
