@@ -15,10 +15,12 @@ from conf.command import ALONE, Job
 from data.device import torch_device
 from data.errors import SettingError
 from data.journal import heartbeat
-from data.settings import names, optional_whole, whole
+from data.rows.split import Policy
+from data.settings import flag, names, optional_whole, whole
 from train.run import named_or_newest
 
 Settings = dict[str, Any]  # conf/analyze.yaml, composed
+_POLICY = ("drop_bos", "drop_outliers")
 
 
 def command(settings: Settings, _: Job = ALONE) -> None:
@@ -70,24 +72,23 @@ def subject_of(settings: Settings, device: torch.device) -> Subject:
     Without run=, it is that of the newest finished run.
 
     Raises:
-        SettingError: run= names neither, or is missing and no run is finished; or layer= or
-            accept= is given for a run of ours.
+        SettingError: run= names neither, or is missing and no run is finished; or layer=,
+            accept=, drop_bos= or drop_outliers= is given for a run of ours.
         StoreError: the run or its store is missing, unfinished or damaged.
     """
     named = str(named_or_newest(settings["run"]))
     store = str(settings["store"]) if settings["store"] else None
     layer = optional_whole("layer", settings["layer"])
-    accept = settings["accept"]
-    run = _imported(named, store, layer, accept) if ":" in named else None
-    for name, value in (("layer", layer), ("accept", accept)):
-        if run is None and value is not None:
+    run = _imported(named, store, layer, settings) if ":" in named else None
+    for name in ("layer", "accept", *_POLICY):
+        if run is None and (value := settings[name]) is not None:
             raise SettingError(
                 f"{name}={value} is for SAEs of other libraries; run={named} knows its own"
             )
     return Subject.open(run or Path(named), store, device)
 
 
-def _imported(named: str, store: str | None, layer: int | None, accept: Any) -> Path | None:
+def _imported(named: str, store: str | None, layer: int | None, settings: Settings) -> Path | None:
     """The run directory made of an SAE of another library; None: `named` is a directory itself.
 
     This is the core's one door to analyze/peers.
@@ -95,8 +96,11 @@ def _imported(named: str, store: str | None, layer: int | None, accept: Any) -> 
     from analyze.peers import imported
 
     if imported.is_foreign(named):
+        accept = settings["accept"]
         accepted = [] if accept is None else names("accept", accept, imported.ACCEPT)
-        return imported.run_of(named, store, layer, accepted)
+        asked = {name: settings[name] for name in _POLICY if settings[name] is not None}
+        policy = Policy(**{name: flag(name, value) for name, value in asked.items()})
+        return imported.run_of(named, store, layer, accepted, policy)
     if not Path(named).exists():
         prefix = named.partition(":")[0]
         known = ", ".join(imported.READERS)

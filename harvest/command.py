@@ -127,6 +127,7 @@ def harvest_config(settings: dict[str, Any]) -> HarvestConfig:
         layers=tuple(sorted(whole("layer", layer) for layer in listed)),
         tokens=whole("tokens", settings["tokens"]),
         context=whole("context", settings["context"]),
+        max_tokens=optional_whole("text.max_tokens", settings["text"].get("max_tokens")),
         seed=whole("seed", settings["seed"]),
         batch=whole("batch", settings["batch"]),
         unit=optional_whole("unit", settings["unit"]),

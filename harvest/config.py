@@ -49,6 +49,7 @@ class HarvestConfig:
     layers: tuple[int, ...]
     tokens: int
     context: int = 1024  # tokens per packed row
+    max_tokens: int | None = None  # tokens of a document, BOS included; None: all of them
     seed: int = 0
     batch: int = 16  # packed rows per forward pass; another number changes bits
     unit: int | None = None  # tokens per unit; None: 65,536, less for small stores
@@ -66,6 +67,10 @@ class HarvestConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise SettingError(f"{name}={value} must be at least {least}")
+        if self.max_tokens is not None and self.max_tokens < 2:
+            raise SettingError(
+                f"text.max_tokens={self.max_tokens} must be at least 2: a BOS and a token behind it"
+            )
         if not 0 <= self.rank < self.world:
             raise SettingError(
                 f"rank={self.rank} must be from 0 to world - 1, and world={self.world}"

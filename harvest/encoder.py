@@ -6,6 +6,9 @@ it does not depend on when it was left out, and a harvest that stopped goes on w
 same store.
 
 How many were left out is part of the position in the text, so the count outlives a restart.
+
+`text.max_tokens` cuts each document at so many tokens, the BOS before it included, as a tokenizer
+that adds BOS does with truncation=True.
 """
 
 from __future__ import annotations
@@ -37,9 +40,15 @@ _SKIPPED, _SOURCE = "skipped", "source"  # keys of a state behind documents that
 class Encoder:
     """Token ids of a source's documents, one document after the other."""
 
-    def __init__(self, tokenizer: Tokenizer, bad: Bad = "stop") -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, bad: Bad = "stop", max_tokens: int | None = None
+    ) -> None:
+        """Args:
+        max_tokens: of a document, BOS included; the rest is left out. None: all.
+        """
         self._tokenizer = tokenizer
         self._bad = bad
+        self._own = None if max_tokens is None else max_tokens - 1  # tokens behind the BOS
         self._told: set[str] = set()  # kinds of which a document was named
 
     def ids(self, source: TextSource, state: State) -> Iterator[tuple[list[int], State]]:
@@ -55,7 +64,7 @@ class Encoder:
                 self._leave_out(ids)
                 skipped[ids.kind] += 1
                 ids = []
-            yield ids, _with_skipped(document.after, skipped)
+            yield ids[: self._own], _with_skipped(document.after, skipped)
 
     def _encoded(
         self, documents: Iterator[Document]

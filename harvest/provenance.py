@@ -30,8 +30,9 @@ def manifest_of(config: HarvestConfig, lm: LanguageModel, source: TextSource) ->
 
 def _without_model(config: HarvestConfig, source: TextSource, device: str) -> dict[str, Any]:
     """What follows from settings, text and machine alone."""
+    cut = {} if config.max_tokens is None else {"max_tokens": config.max_tokens}
     return {
-        "text": source.identity(),
+        "text": {**source.identity(), **cut},
         "tokens": config.tokens,
         "context": config.context,
         "seed": config.seed,

@@ -75,7 +75,8 @@ def _fill_gap(
 ) -> bool:
     """Write units from the first missing one to the next that is there; True if the text ended."""
     unit, cursor = store.spine_cursor()
-    documents = Encoder(tokenizer, bad).ids(source, cursor.state)
+    max_tokens = store.manifest["text"].get("max_tokens")
+    documents = Encoder(tokenizer, bad, max_tokens).ids(source, cursor.state)
     rows = packing.pack(documents, cursor, store.context, tokenizer.bos)
     unit_rows = store.unit_tokens // store.context
     while unit < store.units and not store.ledger.spine_rows[unit]:

@@ -38,6 +38,7 @@ NAMELESS = {
     *("layer", "tokens", "unit", "max_bytes", "rank", "world", "device", "train.matmul", "codec"),
     "accept",
     *(
+        "text.max_tokens",
         "sae.dead_after",
         "optim.warmup_steps",
         "optim.clip_norm",

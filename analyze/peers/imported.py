@@ -60,17 +60,24 @@ def is_foreign(run: str) -> bool:
     return bool(colon) and prefix in READERS
 
 
-def run_of(named: str, store: str | None, layer: int | None, accept: Collection[str] = ()) -> Path:
+def run_of(
+    named: str,
+    store: str | None,
+    layer: int | None,
+    accept: Collection[str] = (),
+    policy: Policy | None = None,
+) -> Path:
     """The run directory of a foreign SAE, made on first use.
 
     It has the weights as sae_final.pt, and what they are measured on as config.yaml. Its name ends
-    with a digest of what it was made from: the weights, the store, the layer.
+    with a digest of what it was made from: the weights, the store, the layer, the policy.
 
     Args:
         named: FORMAT:PATH.
         layer: the store's layer that it is of; None: the one that its files say, or the store's
             only one.
         accept: of ACCEPT, where the files may differ from the store.
+        policy: which rows it counts as trained on; None: neither BOS nor outliers.
 
     Raises:
         SettingError: no store was named, or it lacks the SAE's layer or site, or its rows have
@@ -96,7 +103,7 @@ def run_of(named: str, store: str | None, layer: int | None, accept: Collection[
     settings = {
         "store": {"identity": opened.identity},
         "layer": layer,
-        "policy": Policy().recorded(),
+        "policy": (policy or Policy()).recorded(),
         "sae": config,
     }
     weights = durable.digest(*(tensor.numpy().tobytes() for tensor in sae.tensors().values()))

@@ -83,9 +83,30 @@ def test_the_command_and_its_refusals(
         (("run=saelenz:x", store), SettingError, "run=saelenz:x"),
         ((f"run='{named}'", store, "accept=hook"), SettingError, "accept=hook"),
         ((f"run={made.run}", "accept=model"), SettingError, "accept=model"),
+        ((f"run={made.run}", "drop_bos=false"), SettingError, "drop_bos=False"),
+        ((f"run='{named}'", store, "drop_outliers=few"), SettingError, "drop_outliers=few"),
     ]:
         with pytest.raises(error, match=re.escape(name)):
             analyze(*overrides)
+
+
+def test_its_rows_are_those_that_the_policy_says(
+    exported: dict[str, str], made: Made, tmp_path: Path
+) -> None:
+    """The reference keeps BOS and outliers: then what it was trained on is all rows."""
+    named = exported["reference"]
+    store = f"store={made.store.name}"
+    analyze("study=quality", f"run='{named}'", store)
+    analyze("study=quality", f"run='{named}'", store, "drop_bos=false", "drop_outliers=false")
+    folders = sorted((tmp_path / imported.FOLDER).iterdir())
+    explained = {}
+    for folder in folders:
+        subject = Subject.open(folder, None, torch.device("cpu"))
+        found = quality(subject, 10**6)["variance_explained"]
+        explained[subject.policy.drop_bos] = {name: found[name]["centred"] for name in found}
+    left_out, kept = explained[True], explained[False]
+    assert kept["as trained"] == kept["all rows"] == left_out["all rows"]
+    assert left_out["as trained"] != left_out["all rows"]
 
 
 # -- which layer ----------------------------------------------------------------------------------

@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from conf.command import run_command
-from data.errors import SettingError, StoreError
+from data.errors import MismatchError, SettingError, StoreError
 from data.journal import duration, size
 from data.store import default
 from data.store.store import Store
@@ -221,6 +222,8 @@ def test_verify_catches_rows_of_another_model(harvested: Path, tmp_path: Path) -
         (["device=cuda"], "device=cuda "),
         (["oom=shrug"], "oom=shrug .*stop or halve"),
         (["text.bad=shrug"], "text.bad=shrug .*stop or skip"),
+        (["text.max_tokens=1"], "text.max_tokens=1 .* 2"),
+        (["text.max_tokens=few"], "text.max_tokens=few "),
         (["non_finite=-1"], "non_finite=-1 .* 0"),
         (["store=ftp://x/y"], "store=ftp://x/y "),
     ],
@@ -230,6 +233,19 @@ def test_bad_settings_are_one_line(tmp_path: Path, overrides: list[str], message
         command(tiny(tmp_path / "s.zarr", *overrides))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "s.zarr").exists()
+
+
+def test_documents_are_cut_at_max_tokens(harvested: Path, tmp_path: Path) -> None:
+    """The setting stands in the store, and another value is another store."""
+    cut = tmp_path / "s.zarr"
+    command(tiny(cut, "text.max_tokens=20"))
+    longest = [np.bincount(Store.open(path).document(0).ravel()).max() for path in (harvested, cut)]
+    # A document that a row's end divides has a second BOS.
+    assert longest[0] > 21 and longest[1] in (20, 21)
+    assert "max_tokens" not in Store.open(harvested).manifest["text"]
+    with pytest.raises(MismatchError) as refused:
+        command(tiny(cut, "text.max_tokens=21"))
+    assert refused.value.differences == {"text.max_tokens": (20, 21)}
 
 
 def test_a_store_of_another_model_is_not_verified(harvested: Path) -> None:

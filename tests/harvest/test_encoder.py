@@ -84,6 +84,14 @@ def test_what_is_left_out_is_as_if_it_were_empty(tmp_path: Path) -> None:
         assert list(rest) == encoded[number:]
 
 
+def test_documents_are_cut_behind_their_bos(tmp_path: Path) -> None:
+    source = write_text(tmp_path / "a.jsonl", every=0)
+    whole = list(Encoder(TINY).ids(source, None))
+    cut = list(Encoder(TINY, max_tokens=8).ids(source, None))
+    assert max(len(ids) for ids, _ in whole) > 7
+    assert cut == [(ids[:7], state) for ids, state in whole]
+
+
 def test_states_are_the_sources_own_where_nothing_is_left_out(tmp_path: Path) -> None:
     source = write_text(tmp_path / "a.jsonl", every=0)
     states = [document.after for document in source.documents(None)]
