@@ -17,7 +17,7 @@ from typing import Any
 # Paths, stores, runs, repositories, revisions, columns, ids: any text is one.
 NAMES = (
     *("run", "out", "store", "repo", "problems"),
-    *("model.path", "model.revision"),
+    *("model.path", "model.revision", "answers.examples"),
     *("text.path", "text.field", "text.messages", "text.sources.*.*"),
     *("study.other", "study.author", "study.creator", "study.model", "study.release", "study.set"),
     *("hydra.run.dir", "hydra.sweep.dir"),

@@ -31,12 +31,12 @@ OF_FUNCTIONS = ["choice(a,b)", "range(1,4)", "a,b"]  # that Hydra sweeps over in
 # Settings with other text, by the last part of their name: they take a fixed set of words.
 WORDS = {
     *("action", "activation", "aux_norm", "decay", "dtype", "formula", "init", "kind", "lr"),
-    *("bad", "name", "oom", "part", "positions", "prompt", "site", "target", "to"),
+    *("bad", "grading", "name", "oom", "part", "positions", "prompt", "site", "target", "to"),
 }
 # Settings without a default that name nothing.
 NAMELESS = {
     *("layer", "tokens", "unit", "max_bytes", "rank", "world", "device", "train.matmul", "codec"),
-    "accept",
+    *("accept", "drop_bos", "drop_outliers"),
     *(
         "text.max_tokens",
         "sae.dead_after",
