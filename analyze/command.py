@@ -98,8 +98,10 @@ def _imported(named: str, store: str | None, layer: int | None, settings: Settin
     if imported.is_foreign(named):
         accept = settings["accept"]
         accepted = [] if accept is None else names("accept", accept, imported.ACCEPT)
-        asked = {name: settings[name] for name in _POLICY if settings[name] is not None}
-        policy = Policy(**{name: flag(name, value) for name, value in asked.items()})
+        drop_bos, drop_outliers = (
+            True if settings[name] is None else flag(name, settings[name]) for name in _POLICY
+        )
+        policy = Policy(drop_bos, drop_outliers)
         return imported.run_of(named, store, layer, accepted, policy)
     if not Path(named).exists():
         prefix = named.partition(":")[0]
