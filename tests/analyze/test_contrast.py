@@ -182,7 +182,8 @@ def test_too_few_of_a_kind_are_refused() -> None:
 
 def chosen_of(means: Means) -> tuple[choice.Choice, dict]:
     rows = np.arange(len(means.correct))
-    found = choice.choose(means, rows, 0.5, 5, {"paired": False, "shuffles": 99, "seed": 0})
+    permuting = {"paired": False, "shuffles": 99, "seed": 0}
+    found = choice.choose(means, rows, 0.5, 5, permuting, StopRequest().check)
     return found, choice.figures(found, means)
 
 

@@ -151,7 +151,8 @@ def test_a_reward_that_reads_the_length_fails(shape: str) -> None:
         assert own["auroc"]["interval"].low > 0.5 and own["p"] < 0.05
         assert word == "fail"
     found = verdict(made(np.random.default_rng(1), 150, effect=3.0, through_length=True))
-    assert found["verdict"] == "fail" and found["missing"] == ["rho given length above 0"]
+    assert found["verdict"] == "fail"
+    assert set(found["missing"]) == {"rho given length >= 0.30", "rho given length above 0"}
 
 
 def test_a_reward_that_knows_who_wrote_an_answer_fails() -> None:
@@ -165,6 +166,9 @@ def test_a_reward_that_knows_who_wrote_an_answer_fails() -> None:
         assert own["auroc"]["interval"].low > 0.6 and own["rho"]["value"] > 0.3
         assert word == "fail"
     assert judged(means, writer * 1.0)[2]  # it says why
+    # What little it knows beside the writer does not make it pass by the writer's rho.
+    word, own, _ = judged(means, writer + 0.3 * rng.normal(size=600) + 0.25 * correct)
+    assert word == "weak" and own["rho"]["value"] > 0.3
 
 
 def test_one_lucky_question_does_not_make_a_reward() -> None:
@@ -249,19 +253,26 @@ def test_the_labels_of_random_features_come_from_discovery_too() -> None:
         ({"p": 0.05}, "fail", ["p < 0.05"]),
         ({"p": None}, "fail", ["p < 0.05"]),
         ({"auroc": 0.5}, "fail", ["AUROC above 0.5"]),
+        ({"given": 0.29}, "weak", ["rho given length >= 0.30"]),
         ({"rho_given_length": 0.0}, "fail", ["rho given length above 0"]),
-        ({"rho_given_length": float("nan")}, "fail", ["rho given length above 0"]),
+        (
+            {"given": float("nan"), "rho_given_length": float("nan")},
+            "fail",
+            ["rho given length >= 0.30", "rho given length above 0"],
+        ),
         ({"rho": float("nan")}, "weak", ["rho >= 0.30"]),
     ],
 )
 def test_the_verdict_follows_its_rule(change: dict, expected: str, missing: list[str]) -> None:
     """`change` gives values of rho and p, and lower ends of the other two's intervals."""
-    values = {"rho": 0.30, "p": 0.049, "auroc": 0.51, "rho_given_length": 0.01, **change}
+    values = {"rho": 0.30, "p": 0.049, "auroc": 0.51, "rho_given_length": 0.01, "given": 0.3}
+    values |= change
     found = {
         name: {"value": value, "interval": stats.Interval(value, 1.0)}
         for name, value in values.items()
-        if name != "p"
+        if name not in ("p", "given")
     }
+    found["rho_given_length"]["value"] = values["given"]
     assert verdict_of({**found, "p": values["p"]}) == (expected, missing)
 
 

@@ -8,6 +8,7 @@ Shapes: n answers, c chosen columns, L permutations of the labels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from analyze.split import in_discovery
 from analyze.stats import Floats, benjamini_hochberg, permutation_p
-from analyze.studies.contrast.effects import Design, columns, is_rare, largest
+from analyze.studies.contrast.effects import Design, Watched, columns, is_rare, largest
 from analyze.studies.contrast.means import Means
 from data.errors import SettingError
 
@@ -59,6 +60,7 @@ def choose(
     share: float,
     min_firing: int,
     design: dict[str, Any],
+    check: Callable[[], None],
 ) -> Choice:
     """The layer, its dimensions and the features of largest d.
 
@@ -67,6 +69,7 @@ def choose(
         share: see `split.in_discovery`.
         min_firing: choosing answers in which a feature fires, for it to be chosen.
         design: `paired`, `shuffles` and `seed` of a `Design`.
+        check: is called before each part of the columns.
 
     Raises:
         SettingError: the choosing answers are nearly all right, or nearly all wrong.
@@ -85,7 +88,10 @@ def choose(
     judging = _design(means, others, design) if _enough(means.correct[others]) else None
 
     # The layer and its dimensions.
-    by_layer = [choosing.raw.d(means.hidden[rows, n])[0] for n in range(means.hidden.shape[1])]
+    def d_of(x: Any) -> Floats:
+        return np.hstack([choosing.raw.d(part)[0] for part in columns(Watched(x, check))])
+
+    by_layer = [d_of(means.hidden[rows, layer]) for layer in range(means.hidden.shape[1])]
     layer = int(np.argmax([largest(np.abs(d)[None], TOP).mean() for d in by_layer]))
     d = by_layer[layer]
     best = np.argsort(-np.abs(d), kind="stable")[:TOP]
@@ -97,7 +103,7 @@ def choose(
     fires = np.flatnonzero(np.diff(features.indptr) >= min_firing)
     d = np.zeros(features.shape[1])
     if len(fires):
-        d[fires] = np.hstack([choosing.raw.d(part)[0] for part in columns(features[:, fires])])
+        d[fires] = d_of(features[:, fires])
     rankings = []
     for sign in (1, -1):
         best = np.argsort(-sign * d, kind="stable")[:TOP]

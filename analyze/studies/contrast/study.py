@@ -33,7 +33,7 @@ from analyze.split import require_share
 from analyze.stats import Floats
 from analyze.studies.contrast import choice, effects
 from analyze.studies.contrast.choice import TOP, choose
-from analyze.studies.contrast.effects import Design, Effect
+from analyze.studies.contrast.effects import Design, Effect, Watched
 from analyze.studies.contrast.findings import (
     Features,
     Findings,
@@ -47,7 +47,7 @@ from analyze.studies.contrast.words import pictures, summary, tables
 from analyze.study import Column, Definition, Study, write_features
 from data import durable
 from data.errors import SettingError, StopRequest
-from data.journal import Progress, tell
+from data.journal import Progress
 from data.settings import build
 
 _LEAST = 5  # right answers, and wrong ones: with fewer no p value of 32,768 features can be small
@@ -121,7 +121,9 @@ def compare(means: Means, sources: Sequence[str], options: Options, stop: StopRe
         "shuffles": options.permutations,
         "seed": options.seed,
     }
-    chosen = choose(means, comparable_rows, options.discovery, options.min_firing, permuting)
+    chosen = choose(
+        means, comparable_rows, options.discovery, options.min_firing, permuting, stop.check
+    )
     kept = comparable_rows if means.part is None else chosen.others
     require_both(means.correct[kept], paired)
     correct = means.correct[kept]
@@ -136,12 +138,18 @@ def compare(means: Means, sources: Sequence[str], options: Options, stop: StopRe
     splits = effects.split(design, _SPLITS, np.random.default_rng([options.seed, 1]))
     times = effects.drawn(design.cluster, _BOOTSTRAPS, np.random.default_rng([options.seed, 2]))
 
+    def watched(x: Any, line: str) -> Watched:
+        def check() -> None:
+            stop.check()
+            progress.show(line)
+
+        return Watched(x, check)
+
     layers: list[Layer] = []
     progress = Progress()
     total = means.hidden.shape[1]
     for layer in range(total):
-        stop.check()
-        x = means.hidden[kept, layer]
+        x = watched(means.hidden[kept, layer], f"{layer}/{total} layers compared")
         adjusted = effects.against_shuffled(x, design.adjusted, TOP) if design.adjusted else None
         layers.append(
             Layer(
@@ -152,9 +160,8 @@ def compare(means: Means, sources: Sequence[str], options: Options, stop: StopRe
             )
         )
         progress.show(f"{layer + 1}/{total} layers compared", last=layer + 1 == total)
-    stop.check()
-    tell("comparing features")
-    features = _features(means.features[kept].tocsc(), design, splits, options.min_firing)
+    every = watched(means.features[kept].tocsc(), "comparing features")
+    features = _features(every, design, splits, options.min_firing)
     return Findings(design, question, covariates, layers, features, chosen)
 
 
@@ -204,15 +211,11 @@ def _covariates(
     return covariates
 
 
-def _features(every: Any, design: Design, splits: effects.Splits, least: int) -> Features:
-    """What is found of the features that fire in `least` answers.
-
-    Args:
-        every: scipy.sparse.csc_array (n, F).
-    """
-    ids = np.flatnonzero(np.diff(every.indptr) >= least)
+def _features(every: Watched, design: Design, splits: effects.Splits, least: int) -> Features:
+    """What is found of the features (n, F), sparse, that fire in `least` answers."""
+    ids = np.flatnonzero(np.diff(every.x.indptr) >= least)
     x = every[:, ids]
-    fired = np.diff(x.indptr)
+    fired = np.diff(x.x.indptr)
     if not len(ids):
         return Features(ids, fired)
 
@@ -221,8 +224,8 @@ def _features(every: Any, design: Design, splits: effects.Splits, least: int) ->
         tested = effects.against_shuffled(x, effect, TOP, rare=rare)
         return Ranked(tested, effects.rank_p(x, fired, design.correct, effect))
 
-    right = np.asarray(x[design.correct].mean(axis=0), np.float64)
-    wrong = np.asarray(x[~design.correct].mean(axis=0), np.float64)
+    right = np.asarray(x.x[design.correct].mean(axis=0), np.float64)
+    wrong = np.asarray(x.x[~design.correct].mean(axis=0), np.float64)
     return Features(
         ids=ids,
         fired=fired,

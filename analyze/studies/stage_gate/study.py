@@ -50,10 +50,11 @@ _LEAST = 5  # right answers, and wrong ones, on either side
 LEAST_QUESTIONS = 10  # with both right and wrong answers, on either side
 _SEED = 0
 _MARK = f"rho >= {PASSING_RHO:.2f}"
+_MARK_GIVEN = f"rho given length >= {PASSING_RHO:.2f}"  # else most of it may be the length's
 RULE = (
-    f"within questions, pass if {_MARK}, its permutation p < {_LEVEL}, the AUROC's 95 % interval "
-    "is above 0.5, and that of rho given length (whether it is finished, who wrote it) above 0; "
-    "weak if only rho is too small; else fail"
+    f"within questions, pass if {_MARK}, also given length (whether it is finished, who wrote it), "
+    f"its permutation p < {_LEVEL}, the AUROC's 95 % interval is above 0.5, and that of rho given "
+    "length above 0; weak if only rho is too small; else fail"
 )
 
 
@@ -124,6 +125,7 @@ def verdict(own: dict[str, Any]) -> tuple[str, list[str]]:
     """
     conditions = {
         _MARK: own["rho"]["value"] >= PASSING_RHO,
+        _MARK_GIVEN: own["rho_given_length"]["value"] >= PASSING_RHO,
         f"p < {_LEVEL}": own["p"] is not None and own["p"] < _LEVEL,
         "AUROC above 0.5": own["auroc"]["interval"].low > 0.5,
         "rho given length above 0": own["rho_given_length"]["interval"].low > 0,
@@ -131,7 +133,7 @@ def verdict(own: dict[str, Any]) -> tuple[str, list[str]]:
     missing = [name for name, holds in conditions.items() if not holds]
     if not missing:
         return "pass", missing
-    return ("weak" if missing == [_MARK] else "fail"), missing
+    return ("weak" if set(missing) <= {_MARK, _MARK_GIVEN} else "fail"), missing
 
 
 def notes(own: dict[str, Any], questions: int, covariates: list[str]) -> list[str]:
