@@ -369,7 +369,8 @@ def completions(
         pairs = zip(asked, samples, strict=True)
         uniform = [_uniform(asking, item.id, sample) for (item, _), sample in pairs]
         sampling = Sampling(asking.temperature, torch.from_numpy(np.stack(uniform)))
-    generations = generate(lm, prompts, asking.new_tokens, STOPS, sampling)
+    in_turns = asking.prompt in IN_TURNS
+    generations = generate(lm, prompts, asking.new_tokens, STOPS, sampling, in_turns=in_turns)
     graded = []
     for (item, prompt), generation, sample in zip(asked, generations, samples, strict=True):
         answer = _graded(lm.tokenizer, item, prompt, generation, asking.grading)

@@ -264,6 +264,8 @@ def generate(
     new_tokens: int,
     stops: Sequence[str] = (),
     sampling: Sampling | None = None,
+    *,
+    in_turns: bool = False,
 ) -> list[Generation]:
     """Continuations of prompts, all in one batch, padded on the left and masked.
 
@@ -271,8 +273,9 @@ def generate(
         new_tokens: at most so many.
         stops: strings that end a text; its ids then go up to the token that completed one.
         sampling: None: the most probable token each time (greedy).
+        in_turns: the prompts end with the beginning of the model's turn, whose end ends a text.
     """
-    ends = end_tokens(lm)
+    ends = end_tokens(lm, in_turns=in_turns)
     width = max(map(len, prompts))
     ids = torch.zeros(len(prompts), width, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -297,8 +300,8 @@ def generate(
     return [_cut(new, ends, stopping.length[row]) for row, new in enumerate(written)]
 
 
-def end_tokens(lm: LanguageModel) -> set[int]:
-    """Ids that end a text: the tokenizer's, and the generation settings'.
+def end_tokens(lm: LanguageModel, *, in_turns: bool = False) -> set[int]:
+    """Ids that end a text: the tokenizer's, the generation settings', and that of built-in turns.
 
     A model that was loaded without its head has no generation settings; its configuration's are
     taken then.
@@ -307,6 +310,8 @@ def end_tokens(lm: LanguageModel) -> set[int]:
     configured = settings.eos_token_id
     ends = set(configured) if isinstance(configured, list | tuple) else {configured}
     ends.add(lm.tokenizer.inner.eos_token_id)
+    if in_turns:
+        ends.add(lm.tokenizer.turns.end)
     return ends - {None}
 
 

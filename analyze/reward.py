@@ -154,7 +154,8 @@ class DenseReward:
             completions: as text; not used, for texts may not encode to the ids that were sampled.
             completion_ids: of the model's own tokenizer.
         """
-        ignored = end_tokens(self.lm) | {self.lm.tokenizer.inner.pad_token_id}
+        in_turns = any(not isinstance(prompt, str) for prompt in prompts)
+        ignored = end_tokens(self.lm, in_turns=in_turns) | {self.lm.tokenizer.inner.pad_token_id}
         own = [_without_end(ids, ignored) for ids in completion_ids]
         prompt_ids = [self._prompt_ids(prompt) for prompt in prompts]
         rewards = self.token_rewards(prompt_ids, own)

@@ -62,6 +62,8 @@ class Turns(NamedTuple):
     name: str  # as results say it
     template: str
     built_in: bool  # not the tokenizer's own
+    # The token that ends a built-in turn, as a base model's settings do not say; None: its own do.
+    end: int | None = None
 
     @property
     def digest(self) -> str:
@@ -170,11 +172,12 @@ class ChatTemplate:
             SettingError: there is neither.
         """
         if self._inner.chat_template:
-            return Turns("the tokenizer's chat template", self.text, built_in=False)
+            return Turns("the tokenizer's chat template", self.text, False)
         for family, (start, end) in _TURN_TOKENS.items():
             if {start, end} <= self._spellings.ids.keys():
                 template = _TURNS.replace("START", start).replace("END", end)
-                return Turns(f"the built-in turns of {family}", template, built_in=True)
+                end_id = self._spellings.ids[end]
+                return Turns(f"the built-in turns of {family}", template, True, end_id)
         raise SettingError(
             f"{self._folder} has no chat template, and its tokenizer no turns that are known here "
             f"({', '.join(start for start, _ in _TURN_TOKENS.values())}); give prompts as plain "

@@ -187,6 +187,20 @@ def test_a_study_says_how_its_prompts_were_made(tiny_study, tmp_path: Path) -> N
     }
 
 
+def test_a_built_in_turn_ends_where_the_model_ends_it(tiny_study, tmp_path: Path) -> None:
+    """A base model's settings do not say that the end of a turn ends an answer."""
+    asked = {"questions": 5, "new_tokens": 64, "prompt": "chat"}
+    own = tiny_study("gsm8k", answers=asked)
+    copy = bare_model(tmp_path)
+    settings = json.loads((copy / "generation_config.json").read_text())
+    assert own.lm.tokenizer.inner.convert_tokens_to_ids("<turn|>") in settings["eos_token_id"]
+    settings["eos_token_id"] = 1
+    (copy / "generation_config.json").write_text(json.dumps(settings))
+    found = answering.answers(on(own, copy))
+    assert all(answer.finished for answer in found)
+    assert [answer.ids for answer in found] == [answer.ids for answer in answering.answers(own)]
+
+
 @pytest.mark.parametrize("prompt", ["chat", "reference"])
 def test_a_model_without_turns_is_told_what_to_set(tiny_study, tmp_path: Path, prompt: str) -> None:
     study = on(
