@@ -153,6 +153,12 @@ class Study:
         """The model's tokenizer and configuration, for which the model itself is not loaded."""
         return Description.of(self.model)
 
+    @property
+    def n_layers(self) -> int:
+        """Layers of the whole model. It is loaded only if the store's record does not say."""
+        recorded = self.subject.store.manifest["model"].get("n_layers")
+        return int(recorded or self.lm.n_layers)
+
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What results depend on beside the study's own settings: SAE, model, and its dtype."""

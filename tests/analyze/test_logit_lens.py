@@ -315,7 +315,7 @@ def test_bands_are_thirds_or_as_asked() -> None:
     assert [len(band) for band in Options().bands_of(1)] == [1]
     asked = Options(bands=[15, 30]).bands_of(42)
     assert [(band.start, band.stop) for band in asked] == [(0, 15), (15, 30), (30, 42)]
-    for wrong in ([0], [30, 15], [42], ["a"], 7, [5, 5]):
+    for wrong in ([0], [30, 15], [42], ["a"], 7, [5, 5], [True]):
         with pytest.raises(SettingError, match=r"study\.bands"):
             Options(bands=wrong).bands_of(42)
 

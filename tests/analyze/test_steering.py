@@ -566,5 +566,7 @@ def test_the_cards_code_steers_as_the_study_does(
 
 
 def test_a_layer_that_is_not_there_is_refused(tiny_study: Tiny) -> None:
+    study = tiny_study("steering", layer=12)
     with pytest.raises(SettingError, match=r"study\.layer"):
-        steering.steering(tiny_study("steering", layer=12))
+        steering.steering(study)
+    assert "lm" not in vars(study)  # before the model is loaded

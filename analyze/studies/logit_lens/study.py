@@ -95,8 +95,6 @@ class Options:
             )
         if self.target not in NAMES:
             raise SettingError(f"study.target={self.target} must be one of {', '.join(NAMES)}")
-        if self.bands is not None:
-            self.bands_of(2**30)  # before the model is loaded, which says how many layers it has
 
     def bands_of(self, layers: int) -> list[range]:
         """The bands of a model.
@@ -456,8 +454,8 @@ def _defined(statistic: Callable[[Floats], Any], values: Floats) -> float:
 def logit_lens(study: Study) -> Outcome:
     """The lens over held-out documents or questions, layer by layer, beside its null."""
     options = build(Options, "study", study.options)
+    bands = options.bands_of(study.n_layers)
     lm = study.lm
-    bands = options.bands_of(len(lm.blocks))
     target = NAMES.index(options.target)
     sequences, source = _texts(study, options)
     deviation = language_model.head_deviation(lm, sequences[0])

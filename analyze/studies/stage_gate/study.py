@@ -79,9 +79,9 @@ def stage_gate(study: Study) -> Outcome:
     """The verdict by `RULE`, with the figures of R and its baselines on validation questions."""
     options = build(Options, "study", study.options)
     layer = study.subject.layer if options.layer is None else options.layer
-    if not 0 <= layer < study.lm.n_layers:
+    if not 0 <= layer < study.n_layers:
         raise SettingError(
-            f"study.layer={layer} must be one of the model's layers, 0 to {study.lm.n_layers - 1}"
+            f"study.layer={layer} must be one of the model's layers, 0 to {study.n_layers - 1}"
         )
     with StopRequest() as stop:
         answered = [answer for answer in answers(study, stop) if answer.ids]

@@ -90,9 +90,9 @@ def steering(study: Study) -> Outcome:
     """
     options = build(Options, "study", study.options)
     layer = study.subject.layer if options.layer is None else options.layer
-    if not 0 <= layer < study.lm.n_layers:
+    if not 0 <= layer < study.n_layers:
         raise SettingError(
-            f"study.layer={layer} must be one of the model's layers, 0 to {study.lm.n_layers - 1}"
+            f"study.layer={layer} must be one of the model's layers, 0 to {study.n_layers - 1}"
         )
     asking = asking_of(study)
     with StopRequest() as stop:
