@@ -92,9 +92,9 @@ class Run:
                 f"{arm.folder}: optim.lr=auto is {trainer.optim.lr:.3g} for "
                 f"{arm.config.sae.d_sae:,} latents and {trainer.steps:,} steps (docs/method.md)"
             )
-        for line in run.agree(
-            arm.folder, settings, facts, environment.of_training(device, self.group.world)
-        ):
+        here = environment.of_training(device, self.group.world)
+        unrecorded = {"sae": arm.config.sae.LATER, "optim": arm.config.optim.LATER}
+        for line in run.agree(arm.folder, settings, facts, here, unrecorded):
             tell(line)
         return records.digest(settings)
 

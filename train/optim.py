@@ -14,14 +14,15 @@ with it, .9756 and .9605 without; projecting at every step instead of every tent
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from data.errors import SettingError
-from train.sae import left_out_at_default
+from train.sae import recorded
 
 DECAYS = ("cosine", "linear")
 # lr=auto, from the best rates of docs/method.md.
@@ -56,6 +57,8 @@ class OptimConfig:
     # The number of the first step, by which warm-up, decay and projection go: 1, or 0 as the
     # reference. From 0 the first rate is 0, and the decoder is projected after it.
     first_step: int = 1
+    # What runs had before those settings were there, and do not record.
+    LATER: ClassVar[Mapping[str, Any]] = {"eps": 6.25e-10, "clip_norm": None, "first_step": 1}
 
     def __post_init__(self) -> None:
         if isinstance(self.lr, str):
@@ -93,8 +96,8 @@ class OptimConfig:
             raise SettingError(f"optim.first_step={self.first_step} must be 0 or 1")
 
     def recorded(self) -> dict[str, Any]:
-        """What a run records. Without them, settings are as before they were there."""
-        return left_out_at_default(self, ("eps", "clip_norm", "first_step"))
+        """What a run records: settings that came later, only where they differ from before."""
+        return recorded(self, self.LATER)
 
 
 def resolved(config: OptimConfig, d_sae: int, steps: int) -> OptimConfig:

@@ -43,7 +43,11 @@ def text_of(store: Store) -> str:
 
 
 def agree(
-    run: Path, settings: Mapping[str, Any], facts: Mapping[str, Any], here: Mapping[str, Any]
+    run: Path,
+    settings: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    here: Mapping[str, Any],
+    unrecorded: Mapping[str, Mapping[str, Any]],
 ) -> list[str]:
     """Write config.yaml in a new run; in an old one, compare with it. Lines to tell the user.
 
@@ -51,6 +55,7 @@ def agree(
         settings: must be the same whenever the run goes on.
         facts: written beside them for the reader.
         here: the environment; a change of it is told, since the bits may change with it.
+        unrecorded: by group, the values of settings that are left out of `settings` at them.
 
     Raises:
         MismatchError: the run was started with other settings.
@@ -71,13 +76,23 @@ def agree(
         return []
     recorded = read_config(run)
     old, there = recorded["settings"], recorded["environment"]
-    if unequal := differences(old, settings):
+    if unequal := differences(_with(unrecorded, old), _with(unrecorded, settings)):
         raise MismatchError(f"run {run}", unequal, "Use those settings to go on, or another run=.")
     return [
         f"{key} was {was!r} and is now {now!r}: the run goes on, but its bits may differ from an "
         "undisturbed run's"
         for key, (was, now) in differences(there, here).items()
     ]
+
+
+def _with(
+    unrecorded: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Recorded settings with those that are left out at their default."""
+    whole = dict(settings)
+    for group, defaults in unrecorded.items():
+        whole[group] = {**defaults, **settings.get(group, {})}
+    return whole
 
 
 def named_or_newest(named: str | None) -> Path:

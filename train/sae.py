@@ -6,9 +6,9 @@ Shapes: n rows, d = d_model, F = d_sae, k = kept latents per row.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -60,6 +60,8 @@ class SAEConfig:
     scale_rows: bool = True
     # AuxK with ReLU, as Gao et al.; False: without, of latents silent in this batch too.
     aux_relu: bool = True
+    # What runs had before those settings were there, and do not record.
+    LATER: ClassVar[Mapping[str, Any]] = {"scale_rows": True, "aux_relu": True}
 
     def __post_init__(self) -> None:
         if self.init not in INITS:
@@ -83,20 +85,17 @@ class SAEConfig:
             )
 
     def recorded(self) -> dict[str, Any]:
-        """What a run records. Without them, settings are as before they were there."""
-        return left_out_at_default(self, ("scale_rows", "aux_relu"))
+        """What a run records: settings that came later, only where they differ from before."""
+        return recorded(self, self.LATER)
 
 
-def left_out_at_default(config: Any, later: Sequence[str]) -> dict[str, Any]:
-    """The fields of a configuration, without those of `later` that have their default values.
+def recorded(config: Any, later: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration, without those of `later` that have the values there.
 
     Runs that were recorded before those fields existed remain the same runs.
     """
-    recorded = asdict(config)
-    for field in fields(config):
-        if field.name in later and recorded[field.name] == field.default:
-            del recorded[field.name]
-    return recorded
+    values = asdict(config)
+    return {k: v for k, v in values.items() if k not in later or v != later[k]}
 
 
 @dataclass(frozen=True)

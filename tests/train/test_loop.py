@@ -171,8 +171,9 @@ def test_changed_setting_is_refused_with_both_values(tmp_path):
     run(tmp_path)
     before = killing.bits(tmp_path)
     with pytest.raises(MismatchError, match="seed") as refused:
-        run(tmp_path, seed=7, sae=replace(killing.config().sae, aux_coef=0.25))
-    assert refused.value.differences == {"seed": (0, 7), "sae.aux_coef": (0.5, 0.25)}
+        run(tmp_path, seed=7, sae=replace(killing.config().sae, aux_coef=0.25, scale_rows=False))
+    changed = {"sae.aux_coef": (0.5, 0.25), "sae.scale_rows": (True, False)}
+    assert refused.value.differences == {"seed": (0, 7), **changed}
     assert killing.bits(tmp_path) == before
 
 

@@ -127,6 +127,7 @@ def test_the_encoder_begins_short_and_the_decoder_with_its_directions():
 )
 def test_settings_that_came_later_are_recorded_only_where_they_differ(kind, later):
     """So that a run of before them is the same run, and goes on."""
+    assert {name: getattr(kind(), name) for name in kind.LATER} == kind.LATER
     old, new = kind().recorded(), replace(kind(), **later).recorded()
     assert not later.keys() & old.keys()
     assert new == {**old, **later}
