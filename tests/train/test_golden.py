@@ -92,6 +92,15 @@ def test_weights_that_compute_something_else_are_noticed_by_the_rows_alone(
     format.find(name).read(folder)
 
 
+def test_other_latents_that_reconstruct_the_same_are_noticed(tmp_path: Path) -> None:
+    folder = exported(tmp_path, "safetensors", made("topk"))
+    plain = load_file(weights_of(folder))
+    twice = {name: 2 * plain[name] for name in ("W_enc", "b_enc")}
+    changed(folder, "safetensors", {**plain, **twice, "W_dec": plain["W_dec"] / 2})
+    with pytest.raises(StoreError, match="latents"):
+        format.find("safetensors").read(folder)
+
+
 @pytest.mark.parametrize("name", format.names())
 def test_another_k_is_noticed(tmp_path: Path, name: str) -> None:
     folder = exported(tmp_path, name, made("topk"))

@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_module
 from markdown_it import MarkdownIt
 from omegaconf import OmegaConf
 
+from analyze.peers.imported import READERS
 from analyze.studies.quality import DEFINITIONS, outcome_of, quality
 from analyze.studies.quality import write as write_quality
 from analyze.subject import Subject
@@ -299,6 +300,23 @@ def test_the_last_layers_rows_are_not_in_hidden_states(tmp_path: Path) -> None:
         (run / CONFIG).write_text(yaml.safe_dump(config))
         publishes(run)
         assert ("final norm" in card(run)) == is_last
+
+
+def test_every_copy_of_the_weights_has_golden_rows(tmp_path: Path) -> None:
+    folder = publishes(finished(tmp_path / "run", made("topk")))
+    for library, file in (
+        ("reference", "sae_final.pt"),
+        ("safetensors", "sae.safetensors"),
+        ("saelens", "saelens/sae_weights.safetensors"),
+    ):
+        weights = folder / file
+        where = weights if library == "reference" else weights.parent
+        READERS[library](where)
+        data = bytearray(weights.read_bytes())
+        data[len(data) // 2] ^= 1
+        weights.write_bytes(data)
+        with pytest.raises(StoreError, match=re.escape(weights.name)):
+            READERS[library](where)
 
 
 @pytest.mark.parametrize("kind", ["topk", "thresholds"])
