@@ -187,9 +187,9 @@ class Run:
             final = read_metrics(self.arm.folder / run.METRICS)[-1]
             stream = self.arm.stream
             tell(
-                f"wrote {path}: held-out variance explained {final['variance_explained']:.4f} "
-                f"(left out: {statistics.told(stream.policy, stream.left_out)}), "
-                f"dead {final['dead_share']:.1%} of {self.arm.config.sae.d_sae:,} latents"
+                f"wrote {path}: held-out variance explained {final['variance_explained']:.4f}, "
+                f"dead {final['dead_share']:.1%} of {self.arm.config.sae.d_sae:,} latents; "
+                f"left out: {statistics.told(stream.policy, stream.left_out)}"
             )
         self.outcome = final
         self.close()

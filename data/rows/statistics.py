@@ -184,5 +184,7 @@ def told(policy: Policy, shares: Mapping[str, Mapping[str, Any]] | None = None) 
 
 
 def _of_all(share: Mapping[str, Any]) -> str:
+    if not share["rows"]:
+        return "none"
     count = f"{share['count']:,} rows: " if "count" in share else ""
     return f"{count}{share['rows']:.3%} of rows, {share['energy']:.3%} of E|x|²"

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from analyze import answering, problems
@@ -25,6 +26,12 @@ shared = pytest.mark.skipif(not SHARED.is_dir(), reason="GSM8K's files are not h
 
 
 # -- grading ---------------------------------------------------------------------------------------
+
+
+def test_one_question_has_no_interval() -> None:
+    """Two answers to it depend on each other, and resampling it gives it again."""
+    assert gsm8k._interval(["q", "q"], np.array([1.0, 0.0])) is None
+    assert gsm8k._interval(["q"], np.array([1.0])) is not None  # Wilson's
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from analyze.studies import quality as study
 from analyze.subject import Subject
 from data import durable
 from data.rows.split import Policy, held_out_units
-from tests.analyze.conftest import F, K, Made
+from tests.analyze.conftest import F, K, Made, make_run, random_rows
 from tests.conftest import BOS
 
 
@@ -62,6 +62,14 @@ def dense(made: Made, x: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDAr
     threshold = np.sort(pre, axis=1)[:, -K][:, None]
     f = np.where(pre >= threshold, np.maximum(pre, 0), 0)
     return f @ W_dec + b_dec, f
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A run whose store has an outlier in every unit, held out or not."""
+    values = torch.from_numpy(random_rows()).view(torch.bfloat16).clone()
+    values[7::128] *= 100
+    return make_run(tmp_path_factory.mktemp("quality"), values.view(torch.uint16).numpy())
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +146,7 @@ def test_what_is_left_out_stands_beside_the_headline(
     first = study.outcome_of(subject, figures).summary[0]
     energy = (reference.x**2).sum(1)
     for mask in (reference.bos, reference.outlier):
+        assert mask.any()
         share = energy[mask].sum() / energy.sum()
         assert f"({mask.sum():,} rows: {mask.mean():.3%} of rows, {share:.3%} of E|x|²)" in first
 

@@ -155,7 +155,8 @@ def test_shares_are_those_of_a_plain_count(planted: Planted, policy: Policy) -> 
     recorded = {rule: share._asdict() for rule, share in shares.items()}
     line = told(policy, recorded)
     for share in shares.values():
-        assert f"{share.rows:.3%} of rows, {share.energy:.3%} of E|x|²" in line
+        words = f"{share.rows:.3%} of rows, {share.energy:.3%} of E|x|²" if share.rows else "(none)"
+        assert words in line
     assert (line == "nothing") == (policy == NOTHING)
 
 

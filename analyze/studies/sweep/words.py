@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from analyze.contexts import visible
+from analyze.stats import bracketed, resampled
 from analyze.studies.sweep.arms import labels, short
 from analyze.studies.sweep.plot import formatted
 from data.markdown import table_lines
+from data.rows.split import Policy
+from data.rows.statistics import told
+
+_ANOTHER = "another seed of it"
+_FEW_SEEDS = 6  # degrees of freedom; with 6, t is 2.4 where it is 2 with many
 
 
 def markdown(figures: dict[str, Any]) -> list[str]:
@@ -56,24 +62,74 @@ def verdict(layer: dict[str, Any], name_of: Callable[[str], str]) -> list[str]:
     best = figures_of[layer["best"]]
     name = name_of(layer["best"])
     explained = f"variance explained {_with_interval(best, 'variance_explained')}"
-    compared = sum(arm["variance_explained_95"] is not None for arm in layer["arms"])
-    if compared == 1:
+    compared = [arm for arm in layer["arms"] if arm["behind_best"] is not None]
+    if len(compared) == 1:
         lines = [f"Only one arm is finished: {name}, {explained}."]
     else:
-        lines = [f"Best: {name}, {explained}; first in {best['first_share']:.0%} of resamples."]
+        mean = _mean_of_seeds(best)
+        lines = [
+            f"Best: {name}, {explained}{mean}; first in {best['first_share']:.0%} of resamples."
+        ]
         lines.append(_alike(layer, figures_of, name_of))
-    if layer["seed_spread"] is not None:
+        if layer["not_distinguishable"]:
+            lines.append(_choice(layer, figures_of, name_of))
+    lines.append(f"{_basis(layer)}. {resampled(layer['documents'], 'document')}")
+    if len(compared) > 1:
         lines.append(
-            f"Arms that differ in the seed alone are up to {layer['seed_spread']:.5f} apart: "
-            "a difference that is not larger says nothing about the settings."
+            "Differences have simultaneous intervals: that one arm of several looks best is "
+            f"allowed for. {_seeds(layer, compared)}"
         )
-    lines.append(
-        f"{_basis(layer)}. Brackets are 95 % intervals from resampling documents, the same draws "
-        "for all arms. They hold what other text would change, not what another training seed "
-        "would; each difference is judged by itself; and the best of several arms looks a little "
-        "better here than it is: its share of first places says how sure it is."
-    )
     return lines
+
+
+def _mean_of_seeds(arm: dict[str, Any]) -> str:
+    """What the arm's setting explains on average, if it was trained with several seeds."""
+    if arm["seeds"] == 1:
+        return ""
+    return f" (its setting with {arm['seeds']} seeds: {arm['setting_mean']:.4f} on average)"
+
+
+def _seeds(layer: dict[str, Any], compared: Sequence[dict[str, Any]]) -> str:
+    """What the intervals say of other training seeds."""
+    if layer["seed_spread"] is None:
+        return (
+            "They hold what other text would change, not what another training seed would: "
+            "train the arms with several seeds for that."
+        )
+    words = (
+        "Settings are compared by the mean of their seeds, with the variation over seeds and over "
+        f"documents. Arms that differ in the seed alone are up to {layer['seed_spread']:.5f} apart."
+    )
+    if layer["seed_freedom"] < _FEW_SEEDS:
+        words += (
+            f" The variation over seeds is known from {layer['seed_freedom']} seeds more than "
+            "settings: so few make the intervals wide."
+        )
+    if any(arm["seeds"] == 1 for arm in compared):
+        words += " A setting with a single seed is taken to vary as the others do."
+    return words
+
+
+def _choice(
+    layer: dict[str, Any], figures_of: dict[str, dict[str, Any]], name_of: Callable[[str], str]
+) -> str:
+    """Which of the arms that cannot be told apart to take, and why."""
+    names = [layer["best"], *layer["not_distinguishable"]]
+    choice = figures_of[layer["choice"]]
+    dead = choice["dead_share"]
+    fewest = [arm for arm in map(figures_of.get, names) if arm and arm["dead_share"] == dead]
+    sizes = {(arm["settings"].get("sae.d_sae"), arm["settings"].get("sae.k")) for arm in fewest}
+    if len(fewest) == 1:
+        why = "has the fewest dead latents"
+    elif len(sizes) > 1:
+        why = "is the smallest of those with the fewest dead latents"
+    else:
+        why = "comes first of those with the fewest dead latents"
+    share = "not recorded" if dead is None else f"{dead:.1%}"
+    return (
+        f"Of these {len(names)} take {name_of(layer['choice'])}: it {why} ({share}), and the text "
+        "measured does not say which explains more."
+    )
 
 
 def _alike(
@@ -83,26 +139,25 @@ def _alike(
     if not layer["not_distinguishable"]:
         return "Every other arm is distinguishable from it: no interval of a difference includes 0."
     arms = []
+    has_interval = True
     for name in layer["not_distinguishable"]:
-        arms.append(f"{name_of(name)} (first in {figures_of[name]['first_share']:.0%})")
-    return (
-        "Not distinguishable from the best, the interval of the difference includes 0: "
-        f"{'; '.join(arms)}."
+        arm = figures_of[name]
+        has_interval &= arm["behind_best_95"] is not None
+        share = _ANOTHER if _is_another(arm) else f"first in {arm['first_share']:.0%}"
+        arms.append(f"{name_of(name)} ({share})")
+    why = (
+        "the interval of the difference includes 0" if has_interval else "there is too little text"
     )
+    return f"Not distinguishable from the best, {why}: {'; '.join(arms)}."
 
 
 def _basis(layer: dict[str, Any]) -> str:
     """The rows that a layer's arms are measured on."""
-    dropped = []
-    if layer["drop_bos"]:
-        dropped.append("BOS")
-    if layer["drop_outliers"]:
-        dropped.append("outliers")
-    if layer.get("drop_tokens"):
-        dropped.append(f"token ids {', '.join(map(str, layer['drop_tokens']))}")
-    without = f" without {' and '.join(dropped)}" if dropped else ""
+    rules = ("drop_bos", "drop_outliers", "drop_tokens")
+    policy = Policy.of({rule: layer[rule] for rule in rules if rule in layer})
     basis = (
-        f"Measured on {layer['rows']:,} held-out rows{without} of {layer['documents']:,} documents"
+        f"Measured on {layer['rows']:,} held-out rows of {layer['documents']:,} documents, left "
+        f"out: {told(policy, layer['left_out'])}"
     )
     if not layer["one_policy"]:
         basis += ", those that every arm's policy keeps (the arms were trained with different ones)"
@@ -136,14 +191,14 @@ def table(figures: dict[str, Any], layer: dict[str, Any]) -> tuple[list[str], li
     heads += ["mse", "dead", "coverage", "L0", "tokens", "tokens/s", "finished"]
     rows = []
     for arm in layer["arms"]:
-        best = arm["name"] == layer["best"]
+        behind = "best" if arm["name"] == layer["best"] else _behind(arm)
         step = f"step {arm['step']:,} of {arm['steps']:,}"
         rows.append(
             [
                 name_of(arm["name"]),
                 *(formatted(arm["settings"][key]) for key in keys),
                 _with_interval(arm, "variance_explained"),
-                "best" if best else _with_interval(arm, "behind_best", 5),
+                behind,
                 _number(arm["first_share"], ".0%"),
                 _number(arm["mse"], ".4g"),
                 _number(arm["dead_share"], ".1%"),
@@ -167,6 +222,16 @@ def _columns(figures: dict[str, Any], layer: dict[str, Any]) -> list[str]:
     return sorted(keys, key=lambda key: key != "optim.lr")
 
 
+def _is_another(arm: dict[str, Any]) -> bool:
+    """Whether an arm other than the best is of the best setting."""
+    return (arm["seeds"] or 1) > 1 and arm["behind_best"] == 0
+
+
+def _behind(arm: dict[str, Any]) -> str:
+    """How far behind the best an arm's setting is."""
+    return _ANOTHER if _is_another(arm) else _with_interval(arm, "behind_best", 5)
+
+
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
@@ -174,7 +239,6 @@ def _number(value: float | None, form: str) -> str:
 def _with_interval(arm: dict[str, Any], key: str, digits: int = 4) -> str:
     value = _number(arm[key], f".{digits}f")
     interval = arm[f"{key}_95"]
-    if not interval:
+    if arm["behind_best"] is None:  # not compared
         return value
-    low, high = interval
-    return f"{value} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{value} {bracketed(interval, f'.{digits}f')}"
