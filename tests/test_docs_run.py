@@ -71,7 +71,7 @@ SUBSTITUTES = {
     r"text=\[fineweb_edu,finemath\]": "text=[fineweb_edu,finemath] "
     "text.sources.fineweb_edu.dataset=hub/web text.sources.fineweb_edu.config=null "
     "text.sources.finemath.dataset=hub/math text.sources.finemath.config=null",
-    r"answers\.questions=100": "answers.questions=20",
+    r"answers\.questions=(100|50)": "answers.questions=20",
     r"hydra/launcher=\w+": "hydra/launcher=basic",
     r"hydra\.launcher\..*": "",
 }
@@ -80,6 +80,7 @@ ADDED = {
     "harvest": "model=tiny text=tiny tokens=2048 context=128 unit=512 batch=4 device=cpu",
     "train": "sae.d_sae=64 sae.k=4 sae.k_aux=8 batch=256 device=cpu",
     "analyze": "device=cpu",
+    "study=gsm8k": "answers.new_tokens=5",
     "study=contrast": "answers.questions=20 answers.new_tokens=22 study.permutations=19 "
     "study.min_firing=1",
     "study=steering": "answers.questions=12 answers.new_tokens=5 study.scales=[5] "
@@ -91,10 +92,11 @@ ADDED = {
 }
 # Steering writes every answer a dozen times. Labelled solutions make its vector, so that answers
 # may be short.
-REPLACED = {
-    "study=steering": ("problems=gsm8k/test.jsonl", "problems=gsm8k/solutions.jsonl"),
-    "study=stage_gate": ("problems=gsm8k", "problems=gsm8k/solutions.jsonl"),
+LABELLED = {
+    "problems=gsm8k/test.jsonl": "problems=labelled/test.jsonl",
+    "problems=gsm8k": "problems=labelled",
 }
+REPLACED = {"study=steering": LABELLED, "study=stage_gate": LABELLED}
 OMITTED = {  # what `...` stands for
     "harvest": "layer=5 store=activations/e4b.zarr",
     "train": "layer=5 store=activations/e4b.zarr run=runs/omitted",
@@ -166,8 +168,8 @@ def smaller(command: Command) -> list[str]:
         # A word with a space in it stays one.
         words += changed.split() if changed != word else [word]
     for key in command.words:
-        old, new = REPLACED.get(key, ("", ""))
-        words = [new if word == old else word for word in words]
+        replaced = REPLACED.get(key, {})
+        words = [replaced.get(word, word) for word in words]
     for key in (command.module, *command.words):
         words += [
             more for more in ADDED.get(key, "").split() if not sets(words, more.partition("=")[0])
@@ -189,11 +191,11 @@ def furnish(folder: Path) -> None:
     """Write what the pages take for granted: texts, chats, problems, a model, data sets."""
     some = list(islice(problems.problems("heldout"), 60))
     texts = [problems.document(problem) for problem in some]
-    write_lines(
-        folder / "gsm8k/test.jsonl",
-        [{"question": p.question, "answer": problems.solution(p)} for p in some],
-    )
-    write_lines(folder / "gsm8k/solutions.jsonl", [labelled(problem) for problem in some])
+    unique = list({problem.question: problem for problem in some}.values())
+    for name, own in (("train", unique[30:]), ("test", unique[:30])):
+        plain = [{"question": p.question, "answer": problems.solution(p)} for p in own]
+        write_lines(folder / f"gsm8k/{name}.jsonl", plain)
+        write_lines(folder / f"labelled/{name}.jsonl", [labelled(problem) for problem in own])
     write_lines(folder / "notes.jsonl", [{"body": text} for text in texts])
     write_lines(folder / "books/second.jsonl", [{"text": text} for text in texts[30:]])
     (folder / "books/first.txt").write_text("\n\n".join(texts[:30]))
@@ -436,7 +438,7 @@ def run_block(code: str) -> None:
     names: dict[str, Any] = {}
     exec(code.replace('"google/gemma-4-E4B", device="cuda"', '"embedded", dtype="float32"'), names)
     if "reward" in names:
-        assert names["reward"](["Question: 3 + 4?"], [""], [[9, 8]]) != [0.0]
+        assert names["reward"](["Question: 3 + 4?"], [""], [[*range(8, 40)]]) != [0.0]
     if "x_hat" in names:
         assert names["x_hat"].shape == names["x"].shape
 
