@@ -288,7 +288,9 @@ def test_sparsifys_run_says_model_and_context(made: Made, tmp_path: Path) -> Non
     ("hook", "site", "layer"),
     [
         ("blocks.21.hook_resid_post", "resid_post", 21),
+        ("blocks.21.hook_out", "resid_post", 21),
         ("blocks.21.hook_mlp_out", "mlp_out", 21),
+        ("blocks.21.attn.hook_out", "attn.hook_out", 21),
         ("blocks.0.attn.hook_z", "attn.hook_z", 0),
         ("resid_post_layer_8", "resid_post", 8),
         ("mlp_out_layer8", "mlp_out", 8),

@@ -36,7 +36,7 @@ def of_hook(name: str) -> Origin:
         found = form.fullmatch(name)
         if found:
             site = found["site"] or RESID_POST
-            if site == "output":  # a layer's, as we write it
+            if site in ("output", "hook_out"):  # a layer's: as we write it, and TransformerLens 3
                 site = RESID_POST
             return Origin(name, site.removeprefix("hook_"), int(found["layer"]))
     return Origin(name, name)
