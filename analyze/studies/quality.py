@@ -83,7 +83,7 @@ DEFINITIONS = {  # of variance explained, but for the headline's, by the heads o
     "variance_of_error": "variance of error",
     "scalar": "scalar",
 }
-SUBSET_HEADER = ("rows", "number", "left out", "centred", *DEFINITIONS.values())
+SUBSET_HEADER = ("rows", "number", "centred", *DEFINITIONS.values(), "left out")
 ABOUT = (
     "Each subset of the rows is centred about the mean of its own training rows, each span of "
     "positions or norms about the mean of its own held-out rows."
@@ -564,7 +564,7 @@ def subset_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
     for name, subset in figures["variance_explained"].items():
         others = [f"{subset[key]:.4f}" for key in DEFINITIONS]
         count = f"{subset['rows']:,}"
-        rows.append((name, count, left_out(subset), _centred(subset), *others))
+        rows.append((name, count, _centred(subset), *others, left_out(subset)))
     return rows
 
 
