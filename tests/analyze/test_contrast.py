@@ -14,6 +14,7 @@ import torch
 from scipy import sparse
 
 from analyze import answering
+from analyze.problems import problem
 from analyze.split import in_discovery
 from analyze.studies.contrast import choice
 from analyze.studies.contrast import study as contrast
@@ -373,3 +374,11 @@ def test_labelled_solutions_are_compared_within_questions(tiny_study, tmp_path: 
     assert (outcome.figures["answers"], outcome.figures["right"]) == (36, 12)
     assert outcome.figures["adjusted"] is None  # who wrote it says whether it is right
     assert set(outcome.pictures) == {"contrast"}
+
+    # In two files, the first chooses, and all figures are of the second.
+    for name, part in (("train", lines[:6]), ("test", lines[6:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part))
+    parted = performed(tiny_study("contrast", str(tmp_path), permutations=99)).figures
+    ids = [problem(json.loads(line)["question"], "0").id for line in lines]
+    assert set(parted["chosen"]["ids"]) == set(ids[:6])
+    assert set(parted["questions"]) == set(parted["chosen"]["judged_by"]["ids"]) == set(ids[6:])
