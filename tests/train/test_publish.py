@@ -154,7 +154,8 @@ def test_every_figure_of_quality_is_there_with_its_definition(tmp_path: Path) ->
             label = f"{key.replace('_', ' ')}, {name}"
             assert re.search(rf"\| {label} \| .* \| {subset[key]:.4f} \|", text), key
         for share in subset["left_out"].values():
-            assert f"({share['count']:,} rows: {share['rows']:.3%} of rows, " in text
+            said = f"({share['count']:,} rows: {share['rows']:.3%} of rows, "
+            assert (said if share["rows"] else "(none)") in text
     assert f"| latents silent on all these rows | {figures['silent']:,} |" in text
     assert yaml.safe_load(text.split("---\n")[1])["datasets"] == ["HuggingFaceFW/fineweb"]
     kept = yaml.safe_load((run / "publish" / CONFIG).read_text())
