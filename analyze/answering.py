@@ -38,6 +38,10 @@ STOPS = ("Question:", "</s>", "<|im_end|>")  # lm-evaluation-harness'
 _FILE = "answers.jsonl"
 
 
+class NoProblemsError(SettingError):
+    """A study needs problems=, and it is not given."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """A completion of a problem's prompt: the model's own, or somebody's labelled solution."""
@@ -296,11 +300,17 @@ def asking_of(study: Study) -> Asking:
     return build(Asking, "answers", study.answers)
 
 
+def number_of(study: Study) -> int:
+    """How many answers a study asks for, at most."""
+    asking = asking_of(study)
+    return len(_problems(study, asking)) * asking.samples
+
+
 def _problems(study: Study, asking: Asking) -> Sequence[Problem | Solution]:
     is_tiny = study.subject.store.manifest["model"]["id"] == "tiny"
     source = study.problems or (problems.TINY if is_tiny else None)
     if source is None:
-        raise SettingError(
+        raise NoProblemsError(
             "problems= is missing; give a .jsonl of {question, answer} such as GSM8K's test.jsonl, "
             "one of labelled solutions, a folder with train.jsonl and test.jsonl, or problems=tiny"
         )

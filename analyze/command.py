@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from analyze.outcome import markdown
 from analyze.study import Study, find, model_of
 from analyze.subject import Subject
 from conf.command import ALONE, Job
@@ -39,11 +37,7 @@ def command(settings: Settings, _: Job = ALONE) -> None:
         study = study_of(settings, subject_of(settings, torch_device(settings["device"])))
         outcome = study.perform(definition)
     study.subject.forget()
-    if definition.fresh:
-        print("\n".join(outcome.summary), file=sys.stderr)
-        return
-    print("\n".join([f"# {name}", "", *markdown(outcome)]))
-    print(f"\nresults are in {study.folder}", file=sys.stderr)
+    study.show(definition, outcome)
     if action == "serve":
         # The one door to the browser's pages.
         from analyze.pages.browser.serve import serve

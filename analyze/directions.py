@@ -6,6 +6,7 @@ Shapes: F latents, G other directions, d d_model, V vocabulary, K kept of each.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,17 +26,24 @@ BLOCK_BYTES = 1 << 28  # of products held at a time
 # millisecond, and is bounded by BLOCK_BYTES.
 BLOCK_OPERATIONS = 1 << 35
 NEIGHBOURS = 10  # of each latent
+_PART = 8192  # latents whose neighbours are kept together: half a minute of a core
 VOCABULARY_BLOCK = 16_384  # ids whose unembeddings are float32 at a time: 168 MB at d = 2560
 VERSION = 1  # of the kept logits and neighbours: raise it when the same weights give other ones
 
 
-def _blocks(rows: int, others: Tensor, block_bytes: int) -> Iterator[slice]:
-    """Slices of `rows` rows, whose products with `others` (G, d) are made one after the other."""
+def _products(rows: Tensor, others: Tensor, block_bytes: int) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows @ others.T, each with its slice of `rows`; the next overwrites the one before.
+
+    New blocks of 27 MB leave holes between what is kept of each: 4 GB in 160 of them.
+    """
     step = block_bytes // (4 * len(others))
     if not others.is_cuda:
         step = min(step, BLOCK_OPERATIONS // (2 * others.numel()))
-    for start in range(0, rows, max(1, step)):
-        yield slice(start, min(start + max(1, step), rows))
+    step = max(1, min(step, len(rows)))
+    buffer = rows.new_empty(step, len(others))
+    for start in range(0, len(rows), step):
+        part = slice(start, min(start + step, len(rows)))
+        yield part, torch.mm(rows[part], others.T, out=buffer[: part.stop - start])
 
 
 def unit(directions: Tensor) -> Tensor:
@@ -45,13 +53,18 @@ def unit(directions: Tensor) -> Tensor:
 
 
 def nearest(
-    of: Tensor, among: Tensor, count: int, *, itself: bool = True, block_bytes: int = BLOCK_BYTES
+    of: Tensor,
+    among: Tensor,
+    count: int,
+    *,
+    but: int | None = None,
+    block_bytes: int = BLOCK_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """The `count` rows of `among` (G, d) with the largest cosines to each row of `of` (F, d).
 
     Args:
-        count: at most G, or G - 1 without itself.
-        itself: whether row i of `among` may be chosen for row i of `of`.
+        count: at most G, or G - 1 with `but`.
+        but: row `but + i` of `among` is row i of `of`, and is not chosen for it.
         block_bytes: of cosines held at a time.
 
     Returns:
@@ -63,12 +76,13 @@ def nearest(
     values = []
     numbers = []
     progress = Progress(quiet_s=2.0)
-    for part in _blocks(len(of), among, block_bytes):
-        progress.show(f"cosines of {part.start:,} of {len(of):,} directions with all others")
-        cosines = of[part] @ among.T
-        if not itself:
+    for part, cosines in _products(of, among, block_bytes):
+        done = part.start + (but or 0)
+        total = len(of) if but is None else len(among)
+        progress.show(f"cosines of {done:,} of {total:,} directions with {len(among):,}")
+        if but is not None:
             rows = torch.arange(len(cosines), device=cosines.device)
-            cosines[rows, rows + part.start] = -2.0
+            cosines[rows, rows + part.start + but] = -2.0
         largest = cosines.topk(count, dim=1)
         values.append(largest.values)
         numbers.append(largest.indices)
@@ -85,15 +99,18 @@ def neighbours(subject: Subject) -> tuple[Tensor, Tensor]:
     """
     W_dec = subject.sae.W_dec
 
-    def make() -> Arrays:
+    def make(first: int) -> Arrays:
         count = min(NEIGHBOURS, len(W_dec) - 1)
-        cosines, ids = nearest(W_dec, W_dec, count, itself=False)
+        cosines, ids = nearest(W_dec[first : first + _PART], W_dec, count, but=first)
         return {"cosines": cosines.cpu().numpy(), "ids": ids.cpu().numpy()}
 
     follows = {"version": VERSION, "device": W_dec.device.type}
     follows["W_dec"] = durable.digest(W_dec.cpu().contiguous().numpy().data)
-    found = subject.parts("neighbours", follows).of(0, make)
-    return torch.from_numpy(found["cosines"]), torch.from_numpy(found["ids"])
+    parts = subject.parts("neighbours", follows)
+    found = [parts.of(first, partial(make, first)) for first in range(0, len(W_dec), _PART)]
+    cosines = np.concatenate([part["cosines"] for part in found])
+    ids = np.concatenate([part["ids"] for part in found])
+    return torch.from_numpy(cosines), torch.from_numpy(ids)
 
 
 def gain(norm: nn.Module, d_model: int, device: torch.device | str) -> Tensor:
@@ -156,13 +173,13 @@ def logits(
         def make(first: int = first, last: int = last) -> Arrays:
             unembedding = head.weight[first:last].float()
             blocks = []
-            for part in _blocks(len(directions), unembedding, block_bytes):
+            for part, product in _products(directions, unembedding, block_bytes):
                 stop.check()
                 progress.show(
                     f"logits of token ids {first:,} to {last:,} of {vocabulary:,}, "
                     f"{part.start:,} of {len(directions):,} latents"
                 )
-                blocks.append(_extremes(directions[part] @ unembedding.T, count, first))
+                blocks.append(_extremes(product, count, first))
             return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
         found.append(parts.of(number, make))

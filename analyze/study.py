@@ -22,6 +22,7 @@ import torch
 
 from analyze import outcome as outcomes
 from analyze import results
+from analyze.memory import Needed, tell_needed
 from analyze.outcome import Outcome, dumped
 from analyze.results import FEATURES, FOLDER, kept_folder, made
 from analyze.subject import Subject
@@ -63,6 +64,7 @@ class Definition:
     options: type[Any] | None = None  # dataclass of conf/study/NAME.yaml; None: no settings
     # What the result depends on beside the run, the model and the settings.
     inputs: Callable[[Study], Mapping[str, Any]] = nothing
+    memory: Callable[[Study], Needed] | None = None  # None: less than anybody asks about
     order: int = 100  # place in the report: ascending
     fresh: bool = False  # made anew each time, from what other studies left; not kept
     finds: bool = True  # False: it makes files for elsewhere, and has no verdict
@@ -193,6 +195,8 @@ class Study:
                     tell(f"{path} is there already; delete it to do the study again")
                     return result.outcome
             results.begin(run, self.name)
+            if definition.memory:
+                tell_needed(self.name, self.subject, definition.memory(self))
             try:
                 outcome = definition.run(self)
                 outcomes.write(self.folder, self.name, settings, outcome, finds=definition.finds)
@@ -202,6 +206,14 @@ class Study:
                     self._restore(earlier[0].settings)
                 raise
         return outcome
+
+    def show(self, definition: Definition, outcome: Outcome) -> None:
+        """Print what the study found, and where its files are."""
+        if definition.fresh:
+            tell(*outcome.summary)
+            return
+        print("\n".join([f"# {self.name}", "", *outcomes.markdown(outcome)]), flush=True)
+        tell(f"\nresults are in {self.folder}")
 
     def _restore(self, settings: Mapping[str, Any]) -> None:
         """Bring the former result back after a study that failed or was stopped."""

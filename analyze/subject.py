@@ -37,8 +37,8 @@ from train.run import read_config
 from train.sae import SAE
 
 _BATCH_ROWS = 4096  # rows encoded at a time
-# Operations of encoding a unit on a CPU from which its latents are kept: half a minute of a core.
-SLOW_UNIT = 2e12
+# Operations of encoding a unit on a CPU from which its latents are kept: 20 s of a core.
+SLOW_UNIT = 1e12
 ENCODED_VERSION = 1  # of those: raise it when the same rows give other ones
 
 

@@ -27,6 +27,7 @@ from data.errors import (
     is_passing,
     is_wrong_name,
 )
+from data.journal import heartbeat
 
 if TYPE_CHECKING:  # hydra and omegaconf take 0.3 s to load: `start` first makes Ctrl-C quiet
     from omegaconf import DictConfig
@@ -65,11 +66,12 @@ def start(name: str, module: str) -> None:
     stopping.answer_early()
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    import hydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
+    with heartbeat(f"{name}: loading libraries"):
+        import hydra
+        from hydra.errors import HydraException
+        from omegaconf.errors import OmegaConfBaseException
 
-    import_module(module)
+        import_module(module)
     sys.argv[1:] = quoted(sys.argv[1:])
 
     @hydra.main(version_base="1.3", config_path=".", config_name=name)

@@ -97,12 +97,19 @@ def _group(group: str, chosen: str | None) -> Iterator[str]:
         yield from _settings(group, chosen, options)
 
 
-def _settings(group: str, name: str, options: Mapping[str, File]) -> Iterator[str]:
-    """The settings of an option, behind those of the options that it builds on."""
+def _settings(
+    group: str, name: str, options: Mapping[str, File], package: str | None = None
+) -> Iterator[str]:
+    """The settings of an option, behind those of the options that it builds on.
+
+    Args:
+        package: where they go; None: where its file says.
+    """
     file = options[name]
-    for base in file.defaults:
-        if isinstance(base, str):
-            yield from _settings(group, base, options)
+    for default in file.defaults:
+        base, _, inner = str(default).partition("@")
+        if base in options:
+            yield from _settings(group, base, options, f"{group}.{inner}" if inner else None)
     if file.settings:
-        heading = f"{file.package or group}:  # {name}"
+        heading = f"{package or file.package or group}:  # {name}"
         yield f"{heading}\n{textwrap.indent(file.settings, '  ')}"

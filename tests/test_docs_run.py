@@ -89,14 +89,17 @@ ADDED = {
     "study=stage_gate": "answers.questions=20 answers.new_tokens=22 study.draws=20 "
     "study.min_firing=1",
     "study=reason_score": "study.words=[more,left]",
+    "study=all": "answers.questions=20 ~study.gsm8k ~study.steering study.contrast.permutations=19 "
+    "study.contrast.min_firing=1 study.stage_gate.min_firing=1 study.stage_gate.draws=20 "
+    "study.logit_lens.prompts=2 study.splice.tokens=100 study.reason_score.words=[more,left]",
 }
 # Steering writes every answer a dozen times. Labelled solutions make its vector, so that answers
-# may be short.
+# may be short. All studies together generate none.
 LABELLED = {
     "problems=gsm8k/test.jsonl": "problems=labelled/test.jsonl",
     "problems=gsm8k": "problems=labelled",
 }
-REPLACED = {"study=steering": LABELLED, "study=stage_gate": LABELLED}
+REPLACED = dict.fromkeys(("study=steering", "study=stage_gate", "study=all"), LABELLED)
 OMITTED = {  # what `...` stands for
     "harvest": "layer=5 store=activations/e4b.zarr",
     "train": "layer=5 store=activations/e4b.zarr run=runs/omitted",

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from analyze.memory import Needed, of_pass, of_sae
 from analyze.outcome import Outcome, Table, dumped
 from analyze.peers import saebench_metrics
 from analyze.peers.saebench_metrics import DEFINITIONS, Measured, Metrics
@@ -302,4 +303,17 @@ def _table(metrics: Metrics) -> Table:
     return Table("SAEBench's core metrics, by its names", ("category", "metric", "value"), rows)
 
 
-DEFINITION = Definition(saebench, version=2, options=Options, inputs=inputs, order=95)
+def memory(study: Study) -> Needed:
+    """Beside a pass eight float64 copies of a batch, its latents by prompt, and each latent's
+    nearest: two copies of the encoder.
+    """
+    subject = study.subject
+    limit = build(Options, "study", study.options).rows
+    of_batch = 8 * 8 * saebench_metrics.BATCH_TOKENS * subject.sae.d_model
+    weights = 2 * of_sae(subject)
+    return Needed(max(of_pass(subject, limit) + of_batch, weights), "study.rows")
+
+
+DEFINITION = Definition(
+    saebench, version=2, options=Options, inputs=inputs, memory=memory, order=95
+)

@@ -276,7 +276,7 @@ def of_latents(
 
 def _largest_cosine(directions: Tensor) -> Tensor:
     """(F,) each direction's largest cosine with another one."""
-    cosines, _ = nearest(directions, directions, 1, itself=False)
+    cosines, _ = nearest(directions, directions, 1, but=0)
     return cosines[:, 0]
 
 

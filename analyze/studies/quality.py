@@ -37,6 +37,7 @@ from torch import Tensor
 
 from analyze import stats
 from analyze.directions import neighbours
+from analyze.memory import Needed, of_pass, rows_read
 from analyze.outcome import Outcome, Table, dumped, markdown
 from analyze.stats import Floats
 from analyze.study import Definition, Study, at_least
@@ -568,6 +569,15 @@ def subset_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
+def memory(study: Study) -> Needed:
+    """Beside a pass seven float64 copies of a batch, and 30 numbers of each row."""
+    subject = study.subject
+    limit = build(Options, "study", study.options).rows
+    of_batch = 7 * 8 * BATCH_ROWS * subject.sae.d_model
+    of_rows = 30 * 8 * rows_read(subject, limit)
+    return Needed(of_pass(subject, limit) + of_batch + of_rows, "study.rows")
+
+
 def run(study: Study) -> Outcome:
     """Measure the SAE; quality.json and quality.md lie in the run's directory, too."""
     options = build(Options, "study", study.options)
@@ -584,4 +594,4 @@ def write(subject: Subject, outcome: Outcome) -> None:
     durable.write(subject.run / "quality.md", ["\n".join(lines).encode() + b"\n"])
 
 
-DEFINITION = Definition(run, version=2, options=Options, order=0)
+DEFINITION = Definition(run, version=2, options=Options, memory=memory, order=0)

@@ -26,7 +26,7 @@ def test_nearest_directions(block: int) -> None:
     torch.testing.assert_close(values, expected.values[:, :3])
     assert ids.tolist() == expected.indices[:, :3].tolist()
     themselves = directions.nearest(of, of, 1, block_bytes=block)
-    others = directions.nearest(of, of, 1, itself=False, block_bytes=block)
+    others = directions.nearest(of, of, 1, but=0, block_bytes=block)
     assert themselves[1][:, 0].tolist() == list(range(7))
     cosines = torch.nn.functional.cosine_similarity(of[:, None], of[None], dim=2).fill_diagonal_(-2)
     assert others[1][:, 0].tolist() == cosines.argmax(1).tolist()

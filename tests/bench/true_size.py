@@ -35,8 +35,8 @@ ANSWERS = ["problems=tiny", "answers.questions=48", "answers.new_tokens=8", "ans
 # What each study is given beside run=: less text than by default, in pieces of full size.
 STUDIES: dict[str, list[str]] = {
     "quality": [],
-    "splice": ["study.tokens=3000"],
-    "logit_lens": ["study.prompts=4", "study.tokens=64"],
+    "splice": ["study.tokens=400"],
+    "logit_lens": ["study.prompts=3", "study.tokens=48"],
     "reason_score": ["study.words=[the,of]"],
     "catalogue": [],
     "saebench": [],
@@ -132,18 +132,22 @@ class Watched:
         for line in self.process.stdout:
             now = time.monotonic()
             self._times.append(now)
-            self.lines.append((now - self._began, line.decode().rstrip()))
+            memory = f"{self._memory('VmRSS') / 1e9:5.2f} GB"
+            self.lines.append((now - self._began, f"{memory}  {line.decode().rstrip()}"))
+
+    def _memory(self, name: str) -> int:
+        """Bytes by a name of /proc/PID/status; 0 once the process has ended."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        found = re.search(rf"{name}:\s+(\d+)", status)
+        return int(found.group(1)) * 1024 if found else 0
 
     def wait(self, seconds: float) -> bool:
         """Whether it ended within `seconds`."""
         deadline = time.monotonic() + seconds
-        status = Path(f"/proc/{self.process.pid}/status")
         while self.process.poll() is None:
             if time.monotonic() > deadline:
                 return False
-            found = re.search(r"VmHWM:\s+(\d+)", status.read_text())
-            if found:
-                self.peak_bytes = max(self.peak_bytes, int(found.group(1)) * 1024)
+            self.peak_bytes = max(self.peak_bytes, self._memory("VmHWM"))
             time.sleep(0.05)
         self._reader.join()
         self._times.append(time.monotonic())

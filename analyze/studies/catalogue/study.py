@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from analyze import contexts, directions, results
+from analyze.memory import Needed, of_pass, of_sae
 from analyze.outcome import Outcome
 from analyze.results import FEATURES, made
 from analyze.studies.catalogue import index as inverted_index
@@ -283,4 +284,15 @@ def names(study: Study, *, raw: bool = False) -> Callable[[int], str] | None:
         return None
 
 
-DEFINITION = Definition(catalogue, options=Options, inputs=inputs, order=80)
+def memory(study: Study) -> Needed:
+    """Beside a pass the state, and what a merge of its places sorts; or copies for the logits."""
+    options = build(Options, "study", study.options)
+    subject = study.subject
+    places = options.top + max(_SAMPLE * options.quantiles * options.each, 1)
+    state = 5.5 * 20 * subject.sae.d_sae * places
+    of_logits = 2.5 * of_sae(subject) if options.logits else 0
+    lower = "study.each or study.top"
+    return Needed(max(of_pass(subject, options.rows), of_logits) + state, lower)
+
+
+DEFINITION = Definition(catalogue, options=Options, inputs=inputs, memory=memory, order=80)

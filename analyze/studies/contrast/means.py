@@ -20,8 +20,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 from torch import Tensor
 
-from analyze.answering import Answer, model_key
+from analyze.answering import Answer, model_key, number_of
 from analyze.language_model import batch_tokens, batches, residuals
+from analyze.memory import Needed, of_sae
 from analyze.parts import Arrays, Parts
 from analyze.results import digest_of
 from analyze.stats import Floats
@@ -92,6 +93,13 @@ def answer_means(study: Study, answers: Sequence[Answer], stop: StopRequest) -> 
 def _parts(answers: Sequence[Answer]) -> NDArray[np.str_] | None:
     parts = [answer.problem.part or "" for answer in answers]
     return np.array(parts) if any(parts) else None
+
+
+def memory(study: Study) -> Needed:
+    """The SAE, and while answers are read their means at all layers, a byte more of each number."""
+    layers = int(study.subject.store.manifest["model"]["n_layers"])
+    hidden = 5 * layers * number_of(study) * study.subject.sae.d_model
+    return Needed(of_sae(study.subject) + hidden, "answers.questions")
 
 
 def caa(hidden: ArrayLike, correct: NDArray[np.bool_]) -> Floats:

@@ -42,7 +42,7 @@ from analyze.studies.contrast.findings import (
     feature_table,
     figures,
 )
-from analyze.studies.contrast.means import Means, answer_means
+from analyze.studies.contrast.means import Means, answer_means, memory
 from analyze.studies.contrast.words import pictures, summary, tables
 from analyze.study import Column, Definition, Study, write_features
 from data import durable
@@ -241,6 +241,7 @@ DEFINITION = Definition(
     version=3,
     options=Options,
     inputs=inputs,
+    memory=memory,
     order=30,
     columns=(
         Column(

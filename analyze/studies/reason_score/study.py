@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from analyze.contexts import Context, top_contexts, visible
+from analyze.memory import Needed, of_pass, rows_read
 from analyze.outcome import Outcome
 from analyze.results import FEATURES
 from analyze.stats import Floats, benjamini_hochberg, percentiles, permutation_p
@@ -275,10 +276,19 @@ def _null_figures(null: Null, ranked: Floats, tested: int) -> dict[str, Any]:
     }
 
 
+def memory(study: Study) -> Needed:
+    """Beside a pass the corpus, of 8 bytes a latent that fires, twice while units are joined."""
+    subject = study.subject
+    limit = build(Options, "study", study.options).rows
+    corpus = 16 * rows_read(subject, limit) * subject.sae.k
+    return Needed(of_pass(subject, limit) + corpus, "study.rows")
+
+
 DEFINITION = Definition(
     reason_score,
     options=Options,
     inputs=inputs,
+    memory=memory,
     order=70,
     columns=(
         Column(

@@ -30,6 +30,7 @@ from scipy import sparse
 
 from analyze import directions
 from analyze import subject as subjects
+from analyze.memory import Needed, of_pass, of_sae, rows_read
 from analyze.outcome import Outcome
 from analyze.stats import Floats, Interval, percentiles
 from analyze.studies.stability import matching, words
@@ -383,10 +384,24 @@ def _outcome(
     return Outcome(figures, words.summary(figures), words.tables(figures), pictures)
 
 
+def memory(study: Study) -> Needed:
+    """A pass, two dictionaries more, 64 bytes a latent that fires, eight figures of each draw, and
+    48 bytes of each pair of latents whose products are made together.
+    """
+    subject = study.subject
+    limit = build(Options, "study", study.options).rows
+    fires = 64 * rows_read(subject, limit) * subject.sae.k
+    drawn = 8 * 8 * (1 + DRAWS) * subject.sae.d_sae
+    dictionaries = 2 * of_sae(subject) + of_pass(subject, limit)
+    products = 48 * matching.BLOCK * subject.sae.d_sae
+    return Needed(dictionaries + fires + drawn + products, "study.rows")
+
+
 DEFINITION = Definition(
     stability,
     options=Options,
     inputs=inputs,
+    memory=memory,
     order=90,
     columns=(
         Column(

@@ -32,7 +32,7 @@ from analyze.answering import answers, inputs
 from analyze.outcome import Outcome
 from analyze.split import in_discovery, require_share
 from analyze.stats import Floats, percentiles, permutation_p, spearman_cap
-from analyze.studies.contrast.means import Means, answer_means
+from analyze.studies.contrast.means import Means, answer_means, memory
 from analyze.studies.stage_gate import within
 from analyze.studies.stage_gate.discrimination import Scored, measured
 from analyze.studies.stage_gate.features import Chosen, choose, random_features
@@ -300,4 +300,6 @@ def _side(means: Means, mask: NDArray[np.bool_]) -> dict[str, Any]:
     return {"answers": len(correct), "right": int(correct.sum()), "questions": len(ids), "ids": ids}
 
 
-DEFINITION = Definition(stage_gate, version=2, options=Options, inputs=inputs, order=50)
+DEFINITION = Definition(
+    stage_gate, version=2, options=Options, inputs=inputs, memory=memory, order=50
+)

@@ -24,7 +24,7 @@ from analyze.answering import Answer, Asking, answers, asking_of, inputs
 from analyze.outcome import Outcome
 from analyze.problems import Problem
 from analyze.stats import Floats
-from analyze.studies.contrast.means import answer_means, caa
+from analyze.studies.contrast.means import answer_means, caa, memory
 from analyze.studies.steering import vector, words
 from analyze.studies.steering.hook import POSITIONS, Steer, prompt_inert_from
 from analyze.studies.steering.outcomes import Findings, Reply, Row
@@ -294,4 +294,6 @@ def steers(
     return sweeps
 
 
-DEFINITION = Definition(steering, version=3, options=Options, inputs=inputs, order=40)
+DEFINITION = Definition(
+    steering, version=3, options=Options, inputs=inputs, memory=memory, order=40
+)
