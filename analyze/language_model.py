@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import PipelineError
+from data.journal import note
 from harvest.model import LanguageModel
 from harvest.site import DeepestReached, tap
 
@@ -367,6 +368,7 @@ class _Stopping:
 
     def __call__(self, ids: Tensor, _scores: Any, **_: Any) -> Tensor:
         width = ids.shape[1]
+        note(f"{len(ids)} answers: {width - self._width} tokens written")
         start = max(self._width, width - self._window)
         for row in range(len(ids)):
             if self.length.get(row) is None:

@@ -29,7 +29,7 @@ from analyze.subject import Subject
 from data import durable, locks
 from data.durable import Written
 from data.errors import MismatchError, SettingError
-from data.journal import tell
+from data.journal import note, tell
 from harvest import model as models
 from harvest.description import Description
 from harvest.model import LanguageModel, ModelConfig
@@ -148,6 +148,7 @@ class Study:
         if unequal:
             way_out = "Give the model that it was harvested with, as model.path="
             raise MismatchError(f"store {self.subject.store.name}", unequal, way_out)
+        note(f"study={self.name}")
         return loaded
 
     @cached_property
