@@ -314,7 +314,13 @@ def _problems(study: Study, asking: Asking) -> Sequence[Problem | Solution]:
             "problems= is missing; give a .jsonl of {question, answer} such as GSM8K's test.jsonl, "
             "one of labelled solutions, a folder with train.jsonl and test.jsonl, or problems=tiny"
         )
-    return problems.read(source, asking.questions)
+    asked = problems.read(source, asking.questions)
+    if asking.temperature and any(isinstance(item, Solution) for item in asked):
+        raise SettingError(
+            f"problems={source} holds labelled solutions, so nothing is drawn; leave out "
+            "answers.temperature= and answers.samples=, or give problems without solutions"
+        )
+    return asked
 
 
 def model_key(study: Study) -> dict[str, Any]:

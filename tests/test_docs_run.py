@@ -100,6 +100,11 @@ LABELLED = {
     "problems=gsm8k": "problems=labelled",
 }
 REPLACED = dict.fromkeys(("study=steering", "study=stage_gate", "study=all"), LABELLED)
+# Nothing is drawn where solutions are labelled.
+REPLACED["problems=gsm8k"] = {
+    "answers.samples=8": "answers.samples=1",
+    "answers.temperature=1": "answers.temperature=0",
+}
 OMITTED = {  # what `...` stands for
     "harvest": "layer=5 store=activations/e4b.zarr",
     "train": "layer=5 store=activations/e4b.zarr run=runs/omitted",

@@ -543,9 +543,10 @@ def is_rare(fired: NDArray[np.int64], correct: NDArray[np.bool_]) -> NDArray[np.
 def rank_p(x: Any, fired: NDArray[np.int64], correct: NDArray[np.bool_], effect: Effect) -> Floats:
     """(c,) two-sided p values of sparse columns, by ranks.
 
-    Columns that fire often in the rarer label (`_MANY`) are judged by Welch's test on ranks, whose
-    variance is within 4 % of Brunner and Munzel's (2000) in normal groups of which one spreads
-    twice as far. The others are judged by Mann and Whitney's: what they tell is how often they
+    Columns that fire often in the rarer label (`_MANY`) are judged by Welch's test on ranks. Its
+    squared statistic is 1.02 to 1.08 times Brunner and Munzel's (2000) in normal groups of which
+    one spreads twice as far (scipy's, medians of 200 draws of 200 or 1,000 answers, 11 to 89 %
+    right). The others are judged by Mann and Whitney's: what they tell is how often they
     fire. The null is that of shuffled labels, pooled over columns that fire in like many answers
     (from 2^j up to 2^(j+1)): what a column's ranks can do depends on nothing else, since all its
     zeros share a rank. Columns that fire often are alike whatever their number, and are one pool.
