@@ -210,9 +210,9 @@ def test_labelled_solutions_need_no_generation(
         study.lm.tokenizer.inner.decode(found[0].sequence)
         == "<bos>Question: 1 + 1?\nAnswer: 1 + 1 = 2\nA: 2"
     )
-    with pytest.raises(SettingError, match=r"answers\.samples"):  # nothing is drawn
-        answers = {"samples": 8, "temperature": 1}
-        answering.answers(tiny_study("gsm8k", problems=str(file), answers=answers))
+    drawn = tiny_study("gsm8k", problems=str(file), answers={"samples": 8, "temperature": 1})
+    with pytest.raises(SettingError, match=r"answers\.samples"):
+        answering.answers(drawn)
 
 
 def test_what_cannot_be_asked_is_one_line(tiny_study) -> None:
