@@ -165,3 +165,15 @@ def test_a_stop_string_ends_a_text(lm: LanguageModel) -> None:
     text = lm.tokenizer.inner.decode(ends.ids)
     assert "####" in text and "####" not in lm.tokenizer.inner.decode(ends.ids[:-1])
     assert beside == language_model.generate(lm, [prompt[:9]], 24, ["####"])[0]
+
+
+def test_the_head_gets_contiguous_states(lm: LanguageModel) -> None:
+    """Of a slice torch copies the unembedding once for each prompt."""
+    seen: list[bool] = []
+    head = lm.causal.get_output_embeddings()
+    handle = head.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].is_contiguous())
+    )
+    language_model.generate(lm, [[lm.tokenizer.bos, 5, 6]] * 2, 2)
+    handle.remove()
+    assert seen and all(seen)
