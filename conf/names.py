@@ -19,7 +19,8 @@ NAMES = (
     *("run", "out", "store", "repo", "problems"),
     *("model.path", "model.revision", "answers.examples"),
     *("text.path", "text.field", "text.messages", "text.sources.*.*"),
-    *("study.other", "study.author", "study.creator", "study.model", "study.release", "study.set"),
+    *("study.other", "study.corpus"),
+    *("study.author", "study.creator", "study.model", "study.release", "study.set"),
     *("hydra.run.dir", "hydra.sweep.dir"),
 )
 # Lists of names, in brackets. A value without brackets is one name, commas and all: an arm's
@@ -28,7 +29,10 @@ LISTS = ("runs", "study.others", "study.words")
 # Names of files and folders: of what a command writes or needs, and of what may be something else
 # too, such as a hub id, unless it is there.
 _PATHS = ("run", "out", "store", "text.path", "text.sources.*.path")
-_MAYBE_PATHS = ("model.path", "problems", "runs", "study.other", "study.others")
+_MAYBE_PATHS = (
+    *("model.path", "problems", "answers.examples", "runs"),
+    *("study.other", "study.others", "study.corpus"),
+)
 _NUMBERS = ("text.sources.*.weight",)  # settings that NAMES would match
 
 _MULTIRUN = ("-m", "--multirun")
@@ -101,6 +105,9 @@ def _argument(argument: str, multirun: bool) -> str:
 
 
 def _is_in(name: str, patterns: Sequence[str]) -> bool:
+    group, dot, setting = name.partition(".")
+    if group == "study":  # study=all has study.NAME.SETTING
+        name = f"{group}{dot}{setting.rpartition('.')[2]}"
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 

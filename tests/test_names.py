@@ -44,6 +44,7 @@ NAMELESS = {
         "optim.clip_norm",
         "study.splits",
         "study.layer",
+        "study.bands",
         "model.dtype",
     ),
 }
@@ -55,7 +56,13 @@ def read(*arguments: str) -> dict[str, Any]:
     return {override.key_or_group: override.value() for override in parsed}
 
 
-@pytest.mark.parametrize("key", ["run", "+text.sources.mine.path", "model.revision", "study.other"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("run", "+text.sources.mine.path", "model.revision"),
+        *("study.other", "study.reason_score.corpus"),
+    ],
+)
 def test_hydra_reads_what_was_typed(key: str) -> None:
     for name in [*ODD, *OF_FUNCTIONS]:
         assert read(f"{key}={name}") == {key.lstrip("+"): name}
