@@ -9,7 +9,7 @@ import numpy as np
 
 from data.errors import MismatchError, StoreError, differences
 from data.journal import tell
-from data.store import retention
+from data.store import retention, verified
 from data.store.place import Place
 from data.store.repair import damage, require_store
 from data.store.store import Store
@@ -21,6 +21,8 @@ from harvest.site import SITES
 def verify(place: Place, open_model: Callable[[int], LanguageModel]) -> str:
     """Check every digest of the store, and recompute one random unit; the good news as a line.
 
+    A verification that was stopped goes on where it was (data/store/verified.py).
+
     Args:
         open_model: loads the model up to a layer. It may take minutes, so it comes last.
 
@@ -30,8 +32,9 @@ def verify(place: Place, open_model: Callable[[int], LanguageModel]) -> str:
     """
     require_store(place)
     wrong: list[str] = []
-    for _, lines in damage(place):
-        wrong += lines
+    with verified.kept(place) as sound:
+        for _, lines in damage(place, sound):
+            wrong += lines
     if wrong:
         way_out = f"`python -m harvest action=repair store={place.name}` drops these"
         raise StoreError("\n".join([*wrong, way_out]))

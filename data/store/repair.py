@@ -20,6 +20,7 @@ from data.store.place import Place
 from data.store.retention import Absences
 from data.store.ring_state import REGISTRATIONS
 from data.store.store import Store
+from data.store.verified import Verified, nowhere
 
 _FOLDERS = (
     "commits/spine",
@@ -30,14 +31,17 @@ _FOLDERS = (
 )
 
 
-def damage(place: Place) -> Iterator[tuple[str, list[str]]]:
+def damage(place: Place, sound: Verified | None = None) -> Iterator[tuple[str, list[str]]]:
     """Every record whose objects are not whole, and every zarr.json that is not what it must be.
 
     Gives the key of each, with what is wrong, a line each. Reads all that was ever committed, and
     shows how far it is where that takes long.
+
+    Args:
+        sound: records that were found whole already; those that are now are added.
     """
     damaged = False
-    sound: set[bytes] = set()  # digests of the records that are whole
+    sound = nowhere() if sound is None else sound
     keys = list(_records(place))
     progress = Progress(quiet_s=5.0)
     for number, key in enumerate(keys, 1):
@@ -67,7 +71,7 @@ def _records(place: Place) -> Iterator[str]:
                 yield f"{folder}/{name}"
 
 
-def _wrong_with_record(place: Place, key: str, sound: set[bytes]) -> Iterator[str]:
+def _wrong_with_record(place: Place, key: str, sound: Verified) -> Iterator[str]:
     """What is wrong with a record and its objects; the record joins `sound` if it is nothing."""
     try:
         data = place.read(key)
@@ -77,13 +81,16 @@ def _wrong_with_record(place: Place, key: str, sound: set[bytes]) -> Iterator[st
     if wrong := records.fault(data):
         yield f"{place.name}/{key} {wrong}"
         return
+    checksum = records.checksum(data)
+    if sound.was_whole(checksum):
+        return
     damaged = list(_damaged_objects(place, records.decode(data, key)))
     yield from damaged
     if not damaged:
-        sound.add(records.checksum(data))
+        sound.add(checksum)
 
 
-def _wrong_with_pack(place: Place, key: str, sound: set[bytes]) -> Iterator[str]:
+def _wrong_with_pack(place: Place, key: str, sound: Verified) -> Iterator[str]:
     try:
         lines = packs.decode(place.read(key), f"{place.name}/{key}")
     except (OSError, StoreError) as error:

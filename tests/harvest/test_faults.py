@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ import torch
 from data.errors import DocumentError, MismatchError, PipelineError, StoreError
 from data.rows.reader import Reader
 from data.rows.split import Policy
+from data.store import verified
 from data.store.place import LocalPlace
 from data.store.repair import damage, is_derived, repair
 from data.store.store import Store
@@ -196,6 +198,46 @@ def test_a_flipped_byte_anywhere_is_found_by_verify_and_mended(
         assert (path / key).read_bytes() == whole
     if key in ("layer_1/c.2.0", "commits/manifest.json", "commits/spine/end.json", "zarr.json"):
         finish(root, config(path))
+
+
+class Watched(LocalPlace):
+    """Notes what is read, and is stopped before the object of number `stop_at`."""
+
+    def __init__(self, path: Path, stop_at: int = -1) -> None:
+        super().__init__(path)
+        self.keys: list[str] = []
+        self._stop_at = stop_at
+
+    def digest(self, key: str) -> Any:
+        if len(self.keys) == self._stop_at:
+            raise KeyboardInterrupt
+        self.keys.append(key)
+        return super().digest(key)
+
+
+def checked(place: LocalPlace) -> list[Any]:
+    with verified.kept(place, save_s=0) as sound:
+        return list(damage(place, sound))
+
+
+def test_a_verification_that_is_stopped_goes_on(root: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(root / "done.zarr", tmp_path / "s.zarr"))
+    whole, stopped, rest = Watched(path), Watched(path, 20), Watched(path)
+    assert not checked(whole) and not (path / verified.KEY).exists()
+    with pytest.raises(KeyboardInterrupt):
+        checked(stopped)
+    assert not checked(rest) and not (path / verified.KEY).exists()
+    # Of the record that was in hand all is read again.
+    again = set(stopped.keys) & set(rest.keys)
+    assert set(stopped.keys) | set(rest.keys) == set(whole.keys) and len(again) < 10
+    # A file that is damaged, or was begun too long ago, counts for nothing.
+    with pytest.raises(KeyboardInterrupt):
+        checked(Watched(path, 20))
+    kept = json.loads((path / verified.KEY).read_bytes())
+    for content in (json.dumps({**kept, "since": kept["since"] - 90_000}), "{", "[]"):
+        (path / verified.KEY).write_text(content)
+        anew = Watched(path)
+        assert not checked(anew) and anew.keys == whole.keys
 
 
 @pytest.mark.parametrize("key", [key for key in KINDS if "/c." in key and "summary" not in key])

@@ -1,0 +1,100 @@
+"""How far a verification has come, kept in the store while it runs, so that a stop loses little.
+
+    .verified    {"since": seconds since 1970, "records": [checksums of the records that are whole]}
+
+It counts for a day: bytes may rot later. It is removed when a verification ends.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from data.errors import PipelineError
+from data.journal import tell
+from data.store.place import Place
+
+KEY = ".verified"
+_COUNTS_S = 86_400.0  # a file that was begun earlier is left alone
+
+
+class Verified:
+    """The records that are whole, by their checksums."""
+
+    def __init__(self, place: Place | None, since: float, earlier: set[bytes], save_s: float):
+        """
+        Args:
+            place: where it is kept; None: nowhere.
+            since: seconds since 1970, when the first of them was checked.
+            earlier: those that were found whole before a stop.
+            save_s: seconds of checking that a stop may lose.
+        """
+        self._place = place
+        self._since = since
+        self._earlier = earlier
+        self._records: set[bytes] = set()
+        self._save_s = save_s
+        self._saved = time.monotonic()
+
+    def __contains__(self, checksum: bytes) -> bool:
+        return checksum in self._records
+
+    def was_whole(self, checksum: bytes) -> bool:
+        """Whether a record that is there was found whole before the stop: then it counts."""
+        if checksum not in self._earlier:
+            return False
+        self._records.add(checksum)
+        return True
+
+    def add(self, checksum: bytes) -> None:
+        """Count a record whose objects are whole."""
+        self._records.add(checksum)
+        if self._place is not None and time.monotonic() - self._saved >= self._save_s:
+            self._save(self._place)
+
+    def _save(self, place: Place) -> None:
+        records = sorted(checksum.decode() for checksum in self._earlier | self._records)
+        try:
+            place.write(KEY, [json.dumps({"since": self._since, "records": records}).encode()])
+        except (OSError, PipelineError) as error:
+            tell(f"how far it is cannot be kept in {place.name}, so a stop begins anew: {error}")
+            self._place = None
+        self._saved = time.monotonic()
+
+
+def nowhere() -> Verified:
+    """Nothing was checked, and nothing is kept."""
+    return Verified(None, 0.0, set(), 0.0)
+
+
+@contextmanager
+def kept(place: Place, save_s: float = 10.0) -> Iterator[Verified]:
+    """What was found whole before a stop, to go on from; removed when the block ends.
+
+    Args:
+        save_s: seconds of checking that a stop may lose.
+    """
+    now = time.time()
+    since, earlier = _read(place)
+    if not 0 <= now - since < _COUNTS_S:
+        since, earlier = now, set()
+    if earlier:
+        tell(
+            f"{len(earlier):,} records were found whole before the last stop and are not read "
+            f"again; delete {place.name}/{KEY} to read them too"
+        )
+    yield Verified(place, since, earlier, save_s)
+    if place.exists(KEY):
+        place.delete(KEY)
+
+
+def _read(place: Place) -> tuple[float, set[bytes]]:
+    """When the file was begun, and its records; none of a file that is missing or damaged."""
+    try:
+        content = json.loads(place.read(KEY))
+        records = {str(checksum).encode() for checksum in content["records"]}
+        return float(content["since"]), records
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0, set()
