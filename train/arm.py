@@ -113,10 +113,13 @@ class Run:
             self.trainer.restore(saved)
             tell(f"{folder}: going on from step {saved.step:,} of {self.trainer.steps:,}")
         elif needed := self.trainer.rows_to_begin:
-            batches = min(-(-needed // self.arm.config.batch), self.trainer.steps)
+            batch = self.arm.config.batch
+            batches = min(-(-needed // batch), self.trainer.steps)
+            if follower.at_once is not None:  # the harvest waits for room until rows are released
+                batches = min(batches, follower.at_once // batch)
             follower.wait(batches - 1, stop)
             stop.check()
-            self.trainer.begin_(self.arm.stream.first(needed))
+            self.trainer.begin_(self.arm.stream.first(min(needed, batches * batch)))
         metrics = Metrics(folder / run.METRICS, saved.metrics_bytes if saved else 0)
         self._metrics = stack.enter_context(closing(metrics))
         self._timings = stack.enter_context(closing(Metrics.continued(folder / run.TIMINGS)))

@@ -11,6 +11,7 @@ class Follower(Protocol):
     """How one training run and the harvest that it follows wait for each other."""
 
     span: int | None  # training units per round; None: the store is whole
+    at_once: int | None  # rows that are there before any is released; None: all
 
     def require(self, rows: int) -> None:
         """Raise SettingError if the stream does not have `rows` rows."""
@@ -49,6 +50,7 @@ class FollowsNobody:
     """The store is whole and stays: there is nothing to wait for."""
 
     span: int | None = None
+    at_once: int | None = None
 
     def require(self, rows: int) -> None:
         pass

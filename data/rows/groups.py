@@ -92,6 +92,11 @@ class Groups:
         lost += to_come // _MARGIN + self._batch
         return max(first, first + to_come - lost)
 
+    @property
+    def first_rows(self) -> int:
+        """Kept rows of the first group."""
+        return self._ends[0]
+
     def units(self, number: int) -> list[int]:
         return self._groups[number]
 
@@ -171,6 +176,7 @@ class RingFollower:
             name: of the registration, safe as a file's name.
         """
         self.span: int | None = registration.span
+        self.at_once: int | None = groups.first_rows
         self._groups = groups
         self._store = groups.store
         self._name = name
