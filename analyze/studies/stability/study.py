@@ -44,6 +44,7 @@ from train.kernels import Kept
 from train.sae import SAE
 
 FILE = "matches.parquet"
+_DRAWN_ROWS = 4096  # directions that are float64 at a time
 SEED = 0  # of the halves, the random dictionary and the resampling
 DRAWS = 200  # of documents
 LEVELS = words.LEVELS
@@ -135,10 +136,13 @@ def random_dictionary(sae: SAE) -> SAE:
     """
     W = sae.W_dec.cpu().double()
     values, vectors = torch.linalg.eigh(W.T @ W / len(W))
-    normal = torch.randn(W.shape, generator=torch.Generator().manual_seed(SEED)).double()
-    drawn = normal * values.clamp_min(0).sqrt() @ vectors.T
-    W_dec = directions.unit(drawn).float().to(sae.W_dec.device)
-    return SAE.of(W_dec.clone().T, W_dec, torch.zeros_like(sae.b_enc), sae.b_dec, sae.k)
+    del W
+    root = values.clamp_min(0).sqrt()
+    drawn = torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(SEED))
+    for rows in drawn.split(_DRAWN_ROWS):  # float64 of all would be three times the dictionary
+        rows.copy_(directions.unit(rows.double() * root @ vectors.T))
+    W_dec = drawn.to(sae.W_dec.device)
+    return SAE.of(W_dec.T, W_dec, torch.zeros_like(sae.b_enc), sae.b_dec, sae.k)
 
 
 def encode(ours: Subject, theirs: Subject, drawn: SAE, limit: int, stop: StopRequest) -> Coded:
