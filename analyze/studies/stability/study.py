@@ -139,7 +139,8 @@ def random_dictionary(sae: SAE) -> SAE:
     del W
     root = values.clamp_min(0).sqrt()
     drawn = torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(SEED))
-    for rows in drawn.split(_DRAWN_ROWS):  # float64 of all would be three times the dictionary
+    # In blocks: float64 of all would be three times the dictionary.
+    for rows in torch.split(drawn, _DRAWN_ROWS):
         rows.copy_(directions.unit(rows.double() * root @ vectors.T))
     W_dec = drawn.to(sae.W_dec.device)
     return SAE.of(W_dec.T, W_dec, torch.zeros_like(sae.b_enc), sae.b_dec, sae.k)
