@@ -75,7 +75,9 @@ def test_weights_that_compute_something_else_are_noticed_by_the_rows_alone(
 ) -> None:
     folder = exported(tmp_path, name, made(kind))
     weights = weights_of(folder)
-    plain = torch.load(weights) if weights.suffix == ".pt" else load_file(weights)
+    plain = (
+        torch.load(weights, weights_only=True) if weights.suffix == ".pt" else load_file(weights)
+    )
     changed(folder, name, plain)
     format.find(name).read(folder)
     decoder = next(key for key in plain if key in ("W_dec", "decoder.weight"))
@@ -109,7 +111,7 @@ def test_another_k_is_noticed(tmp_path: Path, name: str) -> None:
     (content["trainer"] if name == "dictionary_learning" else content)["k"] = K + 1
     config.write_text(json.dumps(content))
     if name == "dictionary_learning":  # which has it in both files
-        state = torch.load(folder / "ae.pt")
+        state = torch.load(folder / "ae.pt", weights_only=True)
         changed(folder, name, {**state, "k": torch.tensor(K + 1)})
     with pytest.raises(StoreError, match=golden.FILE):
         format.find(name).read(folder)
