@@ -52,7 +52,7 @@ def decode(data: bytes, name: str) -> dict[str, Any]:
 def fault(data: bytes) -> str | None:
     """What is wrong with a record's bytes; None if they are the bytes that were written."""
     if not data.startswith(_HEAD) or data[_BODY - 2 : _BODY] != b'",':
-        return "is not a commit record"
+        return "is not a record"
     if durable.digest(data[_BODY:]).encode() != checksum(data):
         return "does not match its own checksum"
     return None
