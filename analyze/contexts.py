@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from analyze.subject import Firings, Subject
 from data.errors import PipelineError, SettingError
+from data.neutral import neutral
 from data.store.kinds import SERVED
 from data.store.store import Store
 from harvest import hub_model
@@ -18,8 +18,7 @@ from harvest.tokens import Tokenizer
 
 BEFORE = 24  # tokens of a context ahead of its peak
 AFTER = 8  # and behind it
-_MARKS = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
-_INVISIBLE = ("Cc", "Cf", "Co", "Cs")  # Unicode categories: control, format, private, surrogate
+_MARKS = str.maketrans({"\n": "⏎", "\t": "⇥", "\r": "␍"})
 
 
 class Context(NamedTuple):
@@ -158,11 +157,5 @@ def token_names(
 
 
 def visible(text: str) -> str:
-    """Text in which line breaks, tabs and other control and direction characters show as marks."""
-    return "".join(map(_shown, text))
-
-
-def _shown(character: str) -> str:
-    if character in _MARKS:
-        return _MARKS[character]
-    return "�" if unicodedata.category(character) in _INVISIBLE else character
+    """A token's text: line breaks and tabs as marks, what else is not to be seen as its escape."""
+    return neutral(text.translate(_MARKS))

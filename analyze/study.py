@@ -29,7 +29,7 @@ from analyze.subject import Subject
 from data import durable, locks
 from data.durable import Written
 from data.errors import MismatchError, SettingError
-from data.journal import note, tell
+from data.journal import note, show, tell
 from harvest import model as models
 from harvest.description import Description
 from harvest.model import LanguageModel, ModelConfig
@@ -213,8 +213,8 @@ class Study:
         if definition.fresh:
             tell(*outcome.summary)
             return
-        print("\n".join([f"# {self.name}", "", *outcomes.markdown(outcome)]), flush=True)
-        tell(f"\nresults are in {self.folder}")
+        show(f"# {self.name}", "", *outcomes.markdown(outcome))
+        tell("", f"results are in {self.folder}")
 
     def _restore(self, settings: Mapping[str, Any]) -> None:
         """Bring the former result back after a study that failed or was stopped."""

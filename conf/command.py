@@ -7,6 +7,7 @@ command line.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -28,6 +29,7 @@ from data.errors import (
     is_wrong_name,
 )
 from data.journal import heartbeat
+from data.neutral import neutral
 
 if TYPE_CHECKING:  # hydra and omegaconf take 0.3 s to load: `start` first makes Ctrl-C quiet
     from omegaconf import DictConfig
@@ -73,6 +75,8 @@ def start(name: str, module: str) -> None:
 
         import_module(module)
     sys.argv[1:] = quoted(sys.argv[1:])
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
 
     @hydra.main(version_base="1.3", config_path=".", config_name=name)
     def main(cfg: DictConfig) -> None:
@@ -208,7 +212,7 @@ def run_command(command: Callable[[], None]) -> None:
 
 
 def _refuse(message: str, code: int) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {neutral(message)}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from data import stopping
 from data.durable import refusals
 from data.errors import StoreError, caused
+from data.neutral import neutral
 
 Record = Mapping[str, Any]
 
@@ -107,7 +108,7 @@ class _Said:
     def print(self, text: str) -> None:
         """Print a line of its own."""
         self.end_line()
-        print(text, file=sys.stderr, flush=True)
+        print(neutral(text), file=sys.stderr, flush=True)
         self.printed = time.monotonic()
 
     def draw(self, text: str) -> None:
@@ -115,8 +116,9 @@ class _Said:
         if not sys.stderr.isatty():
             self.print(text)
             return
-        print("\r" + text.ljust(self.width), end="", file=sys.stderr, flush=True)
-        self.width = len(text)
+        line = neutral(text)
+        print("\r" + line.ljust(self.width), end="", file=sys.stderr, flush=True)
+        self.width = len(line)
         self.printed = time.monotonic()
 
     def end_line(self) -> None:
@@ -135,6 +137,12 @@ def tell(*lines: str) -> None:
         for line in lines:
             _said.print(line)
             _said.note(line)
+
+
+def show(*lines: str) -> None:
+    """Print lines to standard output: what the command was asked for."""
+    for line in lines:
+        print(neutral(line), flush=True)
 
 
 def note(text: str) -> None:

@@ -9,7 +9,7 @@ from conf.command import ALONE, Job
 from data import rank
 from data.device import own_device
 from data.errors import SettingError
-from data.journal import heartbeat, tell
+from data.journal import heartbeat, show, tell
 from data.rank import Rank
 from data.settings import flag, optional_whole, whole
 from data.store import default, manifest
@@ -42,12 +42,12 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
 
     # What needs no model.
     if action == "status":
-        print("\n".join(status(place)))
+        show(*status(place))
         return
     if action == "repair":
         with heartbeat("checking the store"):
             made_good = repair(place)
-        print("\n".join(repaired(made_good)))
+        show(*repaired(made_good))
         return
 
     # What needs a model, and a store that is there.
@@ -58,7 +58,7 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
         require_store(place)  # before the minutes that a model may take to load
         with heartbeat("checking the store"):
             good_news = verify(place, lambda deepest: load(model, deepest=deepest))
-        print(good_news)
+        show(good_news)
         return
 
     # What needs room for a store. No weight is read before a plan is made that fits.
@@ -73,7 +73,7 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
     tell(f"loading {model.path} onto {model.device}, its digest taken meanwhile{purpose}")
     lm = load(model, deepest=max(config.layers))
     if action == "plan":
-        print(planned.hours(probe(lm, config), config.world, "(measured)"))
+        show(planned.hours(probe(lm, config), config.world, "(measured)"))
     else:
         harvest(config, lm, source)
 
@@ -96,7 +96,7 @@ def checked_plan(
     speed = planned.hours(guess(planned, model.dtype), config.world, "(a guess)")
     lines = [*planned.lines(), speed]
     if action == "plan":
-        print("\n".join(lines), flush=True)
+        show(*lines)
     else:
         tell(*lines)
 

@@ -27,7 +27,7 @@ def verify(place: Place, open_model: Callable[[int], LanguageModel]) -> str:
         open_model: loads the model up to a layer. It may take minutes, so it comes last.
 
     Raises:
-        StoreError: there is no store, or something is wrong; a line for each object.
+        StoreError: there is no store, or something is wrong; a line is told of each object.
         MismatchError: the store was made with another model.
     """
     require_store(place)
@@ -36,8 +36,9 @@ def verify(place: Place, open_model: Callable[[int], LanguageModel]) -> str:
         for _, lines in damage(place, sound):
             wrong += lines
     if wrong:
-        way_out = f"`python -m harvest action=repair store={place.name}` drops these"
-        raise StoreError("\n".join([*wrong, way_out]))
+        way_out = f"`python -m harvest action=repair store={place.name}` drops what is named"
+        tell(*wrong[:-1])
+        raise StoreError(f"{wrong[-1]}; {way_out}")
     store = Store.open(place)
     if not store.spine_complete:
         raise StoreError(

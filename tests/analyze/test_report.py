@@ -178,7 +178,7 @@ def test_the_sweep_of_an_arm_is_shown(tmp_path: Path) -> None:
 
 
 def test_control_characters_are_shown_as_marks() -> None:
-    assert visible("a\nb\t\x1b\u202e\u200b") == "a⏎b⇥���"
+    assert visible("a\nb\t\x1b\u202e\u200b") == r"a⏎b⇥\x1b\u202e\u200b"
     assert visible("é 😀 ي") == "é 😀 ي"
 
 

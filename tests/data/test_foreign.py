@@ -103,7 +103,11 @@ def test_stops_and_our_own_errors_pass(error: BaseException) -> None:
     assert caught.value is error
 
 
-@pytest.mark.parametrize("character", "\n\r\x00\x1b\x7f\x9b\u061c\u200f\u2028\u202e\u2066\ud800")
+OBEYED = "\n\r\x00\x1b\x7f\x9b\u061c\u200f\u2028\u202e\u2066\ud800"
+HIDDEN = "\xad\u200b\u2060\u3164\ufeff\U000e0041"
+
+
+@pytest.mark.parametrize("character", OBEYED + HIDDEN)
 def test_what_a_terminal_obeys_becomes_an_escape(character: str) -> None:
     shown = neutral(f"a{character}b")
     assert shown.isascii()
@@ -114,5 +118,5 @@ def test_what_a_terminal_obeys_becomes_an_escape(character: str) -> None:
 
 
 def test_other_writing_stays() -> None:
-    text = "Zwölf 数 ٣ क्‍ष 👩‍👩‍👧 a b"
+    text = "Zwölf 数 ٣ क्\u200dष 👩\u200d👩\u200d👧 \u0646\u200c\u062e ב 🏴\U000e0067\U000e007f a b"
     assert neutral(text) == text

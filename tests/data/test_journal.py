@@ -7,7 +7,7 @@ import time
 import pytest
 
 from data import stopping
-from data.journal import Progress, heartbeat, note, tell
+from data.journal import Progress, heartbeat, note, show, tell
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -53,3 +53,17 @@ def test_a_server_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:
     finally:
         stopping.expected.clear()
     assert told(capsys) == []
+
+
+def test_what_is_said_steers_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """By any way: a name with a line feed makes no second line, an escape recolours nothing."""
+    hostile = "runs/a\nerror: b\r\x1b[2J\u202ec\udc80"
+    with heartbeat(hostile, interval_s=0.0):
+        lines = wait_for_a_line(capsys)
+    tell(hostile)
+    Progress().show(hostile, last=True)
+    show(hostile)
+    said = capsys.readouterr()
+    lines += said.err.splitlines() + said.out.splitlines()
+    assert len(lines) >= 4
+    assert all(line.isprintable() and "error: b" in line for line in lines)

@@ -7,7 +7,7 @@ from typing import Any
 
 from conf.command import ALONE, Job
 from data.errors import SettingError
-from data.journal import heartbeat, size
+from data.journal import heartbeat, show, size
 from data.settings import flag
 from train.publish import release
 
@@ -28,12 +28,12 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
     with heartbeat(f"writing {folder}"):
         files = release.prepare(run, repo, folder)
     for name, count in files.items():
-        print(f"{size(count):>8}  {folder / name}")
+        show(f"{size(count):>8}  {folder / name}")
     visibility = "private" if private else "public"
     total = f"{len(files)} files, {size(sum(files.values()))}, for {repo} ({visibility})"
     if not upload:
-        print(f"{total}: nothing was uploaded; upload=true does")
+        show(f"{total}: nothing was uploaded; upload=true does")
         return
     with heartbeat(f"uploading {total}"):
         release.upload(folder, files, repo, private)
-    print(f"{total}: uploaded to https://huggingface.co/{repo}")
+    show(f"{total}: uploaded to https://huggingface.co/{repo}")

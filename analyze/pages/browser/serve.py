@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data import stopping
 from data.errors import SettingError, StoreError
+from data.journal import show
 
 HOST = "127.0.0.1"
 
@@ -57,7 +58,7 @@ def serve(folder: Path, port: int) -> None:
         StoreError, SettingError: see `server`.
     """
     with server(folder, port) as running:
-        print(f"http://{HOST}:{running.server_port}/ until Ctrl-C", flush=True)
+        show(f"http://{HOST}:{running.server_port}/ until Ctrl-C")
         stopping.expected.set()
         with suppress(KeyboardInterrupt):  # which is how it ends
             running.serve_forever()

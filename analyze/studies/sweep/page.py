@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from analyze.contexts import visible
 from analyze.studies.sweep import plot, words
 from analyze.studies.sweep.arms import Arm, short
 from analyze.studies.sweep.plot import Layout, Point, formatted
 from data import durable
+from data.neutral import neutral
 
 JSON = "sweep.json"
 MARKDOWN = "sweep.md"
@@ -87,7 +87,7 @@ def _page(folder: Path, figures: dict[str, Any], drawn: Sequence[Drawn]) -> str:
         heads, table = words.table(figures, layer)
         rows = []
         for cells, arm in zip(table, layer["arms"], strict=True):
-            rows.append({"cells": cells, "run": visible(arm["run"]), "class": _class(arm, layer)})
+            rows.append({"cells": cells, "run": neutral(arm["run"]), "class": _class(arm, layer)})
         layers.append(
             {
                 "layer": layer["layer"],
@@ -99,7 +99,7 @@ def _page(folder: Path, figures: dict[str, Any], drawn: Sequence[Drawn]) -> str:
             }
         )
     return environment.get_template("sweep.html").render(
-        name=visible(Path(figures["folder"] or folder.absolute()).name),
+        name=neutral(Path(figures["folder"] or folder.absolute()).name),
         overview=words.overview(figures),
         layers=layers,
         same={key: formatted(value) for key, value in figures["same_in_all"].items()},
@@ -126,7 +126,7 @@ def _pictures(layer: dict[str, Any], arms: Sequence[Arm], keys: Sequence[str]) -
     key = axes.x
     if not key:
         return _curves(layer, shown, axes, "")
-    label = visible(short(keys)[key])
+    label = neutral(short(keys)[key])
     shown.sort(key=lambda arm: (plot.line_of(arm, axes), _order(arm.settings.get(key)), arm.name))
     return _against(layer, shown, axes, label) + _curves(layer, shown, axes, label)
 

@@ -13,9 +13,9 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from analyze.contexts import visible
 from analyze.drawing import STYLE, empty, svg
 from analyze.studies.sweep.arms import SEEDS, Arm, exact, short
+from data.neutral import neutral
 
 _LINES = ("#2563eb", "#d97706", "#059669", "#7c3aed", "#dc2626", "#0891b2", "#be185d", "#4d7c0f")
 # Text from directories and settings is not TeX: a dollar sign in it is a dollar sign.
@@ -86,7 +86,7 @@ def formatted(value: Any) -> str:
     """A setting's value, for people."""
     if value is None:
         return "-"
-    return f"{value:g}" if isinstance(value, float) else visible(str(value))
+    return f"{value:g}" if isinstance(value, float) else neutral(str(value))
 
 
 def line_of(arm: Arm, axes: Layout) -> str:

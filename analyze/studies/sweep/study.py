@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from analyze.studies.sweep.comparison import sweep
 from analyze.study import Definition, at_least
 from data.device import torch_device
 from data.errors import SettingError, StoreError
+from data.journal import show, tell
 from data.settings import build
 
 
@@ -45,11 +45,8 @@ def compare(settings: Mapping[str, Any]) -> None:
     figures = sweep(read, damaged, store, limit, torch_device(settings["device"]))
     out = Path(settings["out"]) if settings["out"] else arms.common_folder(folders)
     path = page.write(out, figures, read)
-    print("\n".join(words.markdown(figures)), flush=True)
-    print(
-        f"\nwrote {path}: open it in a browser; beside it {page.JSON} and {page.MARKDOWN}",
-        file=sys.stderr,
-    )
+    show(*words.markdown(figures))
+    tell("", f"wrote {path}: open it in a browser; beside it {page.JSON} and {page.MARKDOWN}")
     if damaged:
         names = ", ".join(damaged)
         raise StoreError(f"{len(damaged)} of {len(folders)} arms are damaged and left out: {names}")

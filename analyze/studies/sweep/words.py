@@ -6,11 +6,11 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from analyze.contexts import visible
 from analyze.stats import bracketed, resampled
 from analyze.studies.sweep.arms import labels, short
 from analyze.studies.sweep.plot import formatted
 from data.markdown import table_lines
+from data.neutral import neutral
 from data.rows.split import Policy
 from data.rows.statistics import told
 
@@ -39,7 +39,7 @@ def _escaped(text: str) -> str:
 def name_in(layer: dict[str, Any]) -> Callable[[str], str]:
     """From an arm's name to the name that people see; see `labels`."""
     label = labels([arm["name"] for arm in layer["arms"]])
-    return lambda name: visible(label[name])
+    return lambda name: neutral(label[name])
 
 
 # -- sentences -------------------------------------------------------------------------------------
@@ -49,8 +49,8 @@ def overview(figures: dict[str, Any]) -> list[str]:
     """What was compared."""
     arms = [arm for layer in figures["layers"] for arm in layer["arms"]]
     finished = sum(arm["finished"] for arm in arms)
-    model = f" on {visible(figures['model'])}" if figures["model"] else ""
-    store = f" from {visible(figures['store'])}" if figures["store"] else ""
+    model = f" on {neutral(figures['model'])}" if figures["model"] else ""
+    store = f" from {neutral(figures['store'])}" if figures["store"] else ""
     return [f"{len(arms)} arms{model}{store}: {finished} finished, {len(arms) - finished} not."]
 
 
@@ -171,11 +171,11 @@ def left_out(figures: dict[str, Any]) -> list[str]:
         for arm in layer["arms"]:
             if not arm["finished"]:
                 lines.append(
-                    f"Not finished, left out of the comparison: {visible(arm['name'])} "
+                    f"Not finished, left out of the comparison: {neutral(arm['name'])} "
                     f"(step {arm['step']:,} of {arm['steps']:,})."
                 )
     for name, error in figures["damaged"].items():
-        lines.append(f"Damaged: {visible(name)}: {visible(error)}")
+        lines.append(f"Damaged: {neutral(name)}: {neutral(error)}")
     return lines
 
 
