@@ -102,13 +102,20 @@ class Run:
         """Take up the last checkpoint, or begin. A finished run has its outcome at once."""
         folder = self.arm.folder
         follower = self.arm.follower
+        checkpoints = folder / run.CHECKPOINTS
         saved = resume(folder, self._settings)
+        step = saved.step if saved else 0
+        kept = [step, checkpoint.fallback(checkpoints, step)]
         if is_finished(folder):
             follower.finish()
+            checkpoint.keep(checkpoints, kept)
             tell(f"{folder} is finished: {folder / sae_file.FILE} is there, nothing to do")
             self.outcome = read_metrics(folder / run.METRICS)[-1]
             return
-        follower.begin(checkpoint.oldest(folder / run.CHECKPOINTS))
+        # Register for the rows first: what is damaged stays if they are gone. Remove it before the
+        # metrics are cut: one that comes back must not find them shorter than it saw them.
+        follower.begin(None if step == self.trainer.steps else step, kept[1])
+        checkpoint.keep(checkpoints, kept)
         if saved:
             self.trainer.restore(saved)
             tell(f"{folder}: going on from step {saved.step:,} of {self.trainer.steps:,}")

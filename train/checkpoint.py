@@ -1,8 +1,13 @@
 """Checkpoints: with one, a killed run ends with the bits of one that was not killed.
 
 checkpoint/step_00001000.safetensors holds the state's tensors, step_00001000.json the rest, the
-tensors' digest and its own. Both are written once under a new name, tensors first; the two newest
+tensors' digest and its own. Both are written whole and durably, tensors first; the two newest
 pairs stay. A pair that is torn or flipped is passed over for the one before it.
+
+What a run that follows a ring may rely on (data/store/ring.py): rows are released only behind the
+older of two checkpoints that are whole and durable. Each was written by this process, or its digest
+was checked when this process began. What is older, damaged or half written was removed for good
+before. So whatever a power loss leaves, the rows behind the checkpoint that is taken up are there.
 
 No random state is kept, because nothing is drawn after the initial weights: a batch is a pure
 function of (seed, step).
@@ -11,9 +16,11 @@ function of (seed, step).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -28,6 +35,7 @@ from data.store import records
 _KEEP = 2
 _DTYPES = {torch.float32: "F32", torch.int64: "I64"}  # those of a state
 _RECORD = re.compile(r"step_(\d{10})\.json")
+_FILE = re.compile(r"step_\d{10}\.(json|safetensors)")
 
 
 @dataclass(frozen=True)
@@ -41,9 +49,8 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint durably, then drop all but the two newest."""
-    name = f"step_{checkpoint.step:010d}"
-    (folder / f"{name}.json").unlink(missing_ok=True)  # there only if it was passed over as damaged
+    """Write a checkpoint durably, then drop all but the two newest, for good."""
+    name = _name(checkpoint.step)
     written = durable.write(folder / f"{name}.safetensors", _safetensors(checkpoint.tensors))
     body = {
         "step": checkpoint.step,
@@ -51,8 +58,24 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         "settings": checkpoint.settings,
         "tensors": list(written),
     }
-    durable.create(folder / f"{name}.json", records.encode(body))
-    _drop_old(folder)
+    durable.write(folder / f"{name}.json", [records.encode(body)])
+    keep(folder, _steps(folder)[:_KEEP])
+
+
+def keep(folder: Path, steps: Iterable[int]) -> None:
+    """Remove the files of all checkpoints but those of `steps`, for good.
+
+    Raises:
+        StoreError: the disk refused.
+    """
+    kept = {_name(step) for step in steps}
+    found = [path for path in folder.iterdir() if _FILE.fullmatch(path.name)]
+    with durable.refusals(folder):
+        for path in sorted(found, key=lambda path: path.suffix):  # records first
+            if path.stem not in kept:
+                path.unlink(missing_ok=True)
+        # Also if nothing was left to remove: a killed process may have removed it without this.
+        durable.sync_directory(folder)
 
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[Buffer]:
@@ -68,40 +91,52 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[Buffer]:
 def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest whole checkpoint, if any, and the names of newer damaged ones."""
     passed_over: list[str] = []
-    for path in _newest_first(folder):
+    for step in _steps(folder):
         try:
-            return _read(path), passed_over
+            record = _whole(folder, step)
         except StoreError:
-            passed_over.append(path.stem)
+            passed_over.append(_name(step))
+            continue
+        tensors = safetensors.torch.load_file(folder / f"{_name(step)}.safetensors")
+        saved = Checkpoint(step, record["metrics_bytes"], record["settings"], tensors)
+        return saved, passed_over
     return None, passed_over
 
 
+def fallback(folder: Path, step: int) -> int:
+    """The step of the newest whole checkpoint before `step`; 0, the start, if there is none."""
+    for earlier in _steps(folder):
+        with suppress(StoreError):
+            if earlier < step and _whole(folder, earlier):
+                return earlier
+    return 0
+
+
 def oldest(folder: Path) -> int:
-    """The earliest step that training may fall back to: 0 until there are two checkpoints."""
-    kept = list(_newest_first(folder))
-    return int(kept[-1].stem.removeprefix("step_")) if len(kept) >= _KEEP else 0
+    """The earliest step that training may fall back to: 0 until two checkpoints are kept.
+
+    All that are there are taken for whole, as they are after `keep` and `save`.
+    """
+    kept = [step for step in _steps(folder) if (folder / f"{_name(step)}.safetensors").exists()]
+    return kept[_KEEP - 1] if len(kept) >= _KEEP else 0
 
 
-def _read(path: Path) -> Checkpoint:
-    body = records.decode(path.read_bytes(), str(path))
+def _whole(folder: Path, step: int) -> dict[str, Any]:
+    """What a checkpoint's record says; StoreError if a byte of the pair is not what was written."""
+    path = folder / f"{_name(step)}.json"
+    record = records.decode(path.read_bytes(), str(path))
     data = path.with_suffix(".safetensors")
     digest = durable.digest_file(data) if data.exists() else None
-    if digest != Written(*body["tensors"]):
+    if record["step"] != step or digest != Written(*record["tensors"]):
         raise StoreError(f"{data} is missing or not what was written")
-    tensors = safetensors.torch.load_file(data)
-    return Checkpoint(body["step"], body["metrics_bytes"], body["settings"], tensors)
+    return record
 
 
-def _newest_first(folder: Path) -> Iterator[Path]:
-    yield from sorted((p for p in folder.glob("*.json") if _RECORD.fullmatch(p.name)), reverse=True)
+def _name(step: int) -> str:
+    return f"step_{step:010d}"
 
 
-def _drop_old(folder: Path) -> None:
-    """Remove all but the newest records, then every tensor file without a record."""
-    kept = list(_newest_first(folder))
-    for path in kept[_KEEP:]:
-        path.unlink(missing_ok=True)
-    stems = {path.stem for path in kept[:_KEEP]}
-    for path in folder.glob("*.safetensors"):
-        if path.stem not in stems:
-            path.unlink(missing_ok=True)
+def _steps(folder: Path) -> list[int]:
+    """The steps of which there is a record, the newest first."""
+    found = [match for path in folder.iterdir() if (match := _RECORD.fullmatch(path.name))]
+    return sorted((int(match[1]) for match in found), reverse=True)

@@ -17,11 +17,16 @@ class Follower(Protocol):
         """Raise SettingError if the stream does not have `rows` rows."""
         ...
 
-    def begin(self, batch: int) -> None:
+    def begin(self, batch: int | None, fallback: int = 0) -> None:
         """Register: everything from batch number `batch` on is needed.
 
+        Args:
+            batch: None: no batch is needed any more.
+            fallback: keep what comes from this batch on too, if all of it is there: the run goes
+                back to it if its last checkpoint is damaged.
+
         Raises:
-            StoreError: a part of it is gone.
+            StoreError: a part of what is needed is gone.
         """
         ...
 
@@ -55,7 +60,7 @@ class FollowsNobody:
     def require(self, rows: int) -> None:
         pass
 
-    def begin(self, batch: int) -> None:
+    def begin(self, batch: int | None, fallback: int = 0) -> None:
         pass
 
     def round(self, batch: int) -> int:

@@ -192,14 +192,18 @@ class RingFollower:
                 "harvest without max_bytes="
             )
 
-    def begin(self, batch: int) -> None:
-        """Register for everything from batch number `batch` on.
+    def begin(self, batch: int | None, fallback: int = 0) -> None:
+        """Register for everything from batch number `batch` on, and from `fallback` on if it is
+        there.
 
         Raises:
-            StoreError: a part of it is freed.
+            StoreError: a part of what is needed is freed.
         """
-        self._registration = self._registration._replace(passed=self._passed(batch))
-        ring_state.register(self._store.place, self._name, self._registration)
+        everything = self._groups.training_units
+        passed = everything if batch is None else self._passed(batch)
+        needs = self._registration._replace(passed=passed)
+        wants = self._passed(fallback)
+        self._registration = ring_state.register(self._store.place, self._name, needs, wants)
 
     def round(self, batch: int) -> int:
         return self._groups.locate(batch)[0]

@@ -118,8 +118,15 @@ def registrations(place: Place) -> dict[str, Registration]:
     return runs
 
 
-def register(place: Place, name: str, run: Registration) -> None:
+def register(place: Place, name: str, run: Registration, fallback: int) -> Registration:
     """Keep everything from training unit `run.passed` on, until the run needs less.
+
+    Args:
+        fallback: keep what comes from this training unit on too, if none of it is freed, and if it
+            is one group at most: with more a full ring would wait for a run that waits for it.
+
+    Returns:
+        What was registered.
 
     Raises:
         StoreError: the run needs units that are freed.
@@ -130,11 +137,15 @@ def register(place: Place, name: str, run: Registration) -> None:
         if run.passed < state.freed:
             raise StoreError(
                 f"{run.run} needs training units {run.passed} to {state.freed - 1} of "
-                f"{place.name}, which are freed: other readers had passed them. Harvest again into "
-                "another store=, with readers= as many as will train side by side, or without "
-                "max_bytes="
+                f"{place.name}, which are freed: other readers had passed them, or this one had by "
+                "checkpoints that are damaged or gone. Restore its newest checkpoint, or harvest "
+                "again into another store=, with readers= as many as will train side by side, or "
+                "without max_bytes="
             )
+        if state.freed <= fallback and run.passed - run.span <= fallback < run.passed:
+            run = run._replace(passed=fallback)
         write_registration(place, name, run)
+    return run
 
 
 def advance(place: Place, name: str, run: Registration) -> None:

@@ -384,7 +384,7 @@ def test_no_run_registers_for_what_is_being_freed(
             time.sleep(rng.uniform(0, 0.05))  # meanwhile some units go
             passed = read(store.place).freed  # the least that may still be there
             try:
-                ring_state.register(store.place, name, Registration(name, 3, 1, passed))
+                ring_state.register(store.place, name, Registration(name, 3, 1, passed), passed)
             except StoreError:
                 continue
             time.sleep(0.04)

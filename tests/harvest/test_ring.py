@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from data.errors import SettingError, StoreError
+from data.errors import Interrupted, SettingError, StoreError
 from data.rows import split, summary
 from data.rows.reader import Reader
 from data.rows.windows import Tuning
@@ -359,6 +360,111 @@ def test_a_run_that_lost_its_folder_is_refused(
         train(settings(store, run))
     with pytest.raises(SettingError, match="tokens=20000 "):
         train(settings(store, tmp_path / "other", tokens=20_000))
+
+
+class Stopped:
+    """A run in a ring that was stopped, whose rows are freed as far as it has passed them."""
+
+    def __init__(self, whole: Path, folder: Path, saves: int = 12) -> None:
+        self.store = Path(shutil.copytree(whole, folder / "s.zarr"))
+        self.run = folder / "run"
+        self.checkpoints = self.run / CHECKPOINTS
+        self.ever: dict[Path, bytes] = {}  # every file of a checkpoint that there was
+        save, times = checkpoint.save, iter(range(saves))
+
+        def noted(folder: Path, moment: checkpoint.Checkpoint) -> None:
+            save(folder, moment)
+            self.ever.update((path, path.read_bytes()) for path in folder.iterdir())
+            if next(times) == saves - 1:
+                raise Interrupted(signal.SIGTERM)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint, "save", noted)
+            with suppress(Interrupted):
+                self.go_on()
+        place = LocalPlace(self.store)
+        self.passed = min(run.passed for run in ring_state.registrations(place).values())
+        ring_state.write(place, ring_state.read(place)._replace(freed=self.passed))
+        freed = split.parts(Store.open(place))[split.TRAINING][: self.passed]
+        for layer, unit in product(LAYERS, freed):
+            (self.store / f"layer_{layer}/c.{unit}.0").unlink()
+
+    def go_on(self) -> None:
+        train(settings(self.store, self.run))
+
+    def copy(self, folder: Path) -> Stopped:
+        """The same, elsewhere."""
+        made = Stopped.__new__(Stopped)
+        made.store = Path(shutil.copytree(self.store, folder / "s.zarr"))
+        made.run = Path(shutil.copytree(self.run, folder / "run"))
+        made.checkpoints = made.run / CHECKPOINTS
+        made.ever = {made.checkpoints / path.name: data for path, data in self.ever.items()}
+        made.passed = self.passed
+        return made
+
+    def steps(self) -> list[int]:
+        """Those that are kept, the newest first."""
+        found = {int(path.stem[5:]) for path in self.checkpoints.glob("*.json")}
+        return sorted(found, reverse=True)
+
+    def spoil(self, step: int) -> None:
+        path = self.checkpoints / f"step_{step:010d}.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.fixture(scope="module")
+def stopped(bench: Bench, reference: object, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+    return Stopped(bench.folder / "whole.zarr", tmp_path_factory.mktemp("stopped"))
+
+
+@pytest.mark.parametrize("wrong", ["came back", "newest", "older"])
+def test_whatever_became_of_its_checkpoints_a_run_goes_on(
+    wrong: str, stopped: Stopped, reference: dict[int, dict[str, bytes]], tmp_path: Path
+) -> None:
+    """Earlier ones that came back, whole and in halves; one of the two damaged."""
+    going_on = stopped.copy(tmp_path)
+    assert going_on.passed > 2 * SPAN
+    newest, older = going_on.steps()
+    if wrong == "came back":
+        gone = sorted(path for path in going_on.ever if not path.exists())
+        for path in [*gone[:4], gone[4], gone[7], *gone[-2:]]:  # two pairs, two halves, the third
+            path.write_bytes(going_on.ever[path])
+        (going_on.checkpoints / f"step_{newest + 1:010d}.json").write_text("{}")
+    else:
+        going_on.spoil(newest if wrong == "newest" else older)
+    going_on.go_on()
+    assert bits(going_on.run) == reference[4]
+    assert len(list(going_on.checkpoints.iterdir())) == 4
+
+
+def test_without_a_whole_checkpoint_what_is_freed_is_missed(
+    stopped: Stopped, bench: Bench, reference: dict[int, dict[str, bytes]], tmp_path: Path
+) -> None:
+    """Nothing is removed then: the user may have what is damaged elsewhere."""
+    (tmp_path / "late").mkdir()
+    late = stopped.copy(tmp_path / "late")
+    for step in late.steps():
+        late.spoil(step)
+    there = sorted(late.checkpoints.iterdir())
+    with pytest.raises(StoreError, match=rf"run .* 0 to {late.passed - 1} .*checkpoint"):
+        late.go_on()
+    assert sorted(late.checkpoints.iterdir()) == there
+
+    early = Stopped(bench.folder / "whole.zarr", tmp_path, saves=1)
+    assert early.passed == 0
+    early.spoil(early.steps()[0])
+    early.go_on()
+    assert bits(early.run) == reference[4]
+
+
+def test_a_final_file_is_made_again_without_any_row(
+    bench: Bench, reference: dict[int, dict[str, bytes]], tmp_path: Path
+) -> None:
+    finished = Stopped(bench.folder / "whole.zarr", tmp_path, saves=10**6)
+    assert finished.passed == UNITS - HELD_OUT
+    (finished.run / WEIGHTS).write_bytes(b"")
+    finished.go_on()
+    assert bits(finished.run) == reference[4]
 
 
 def test_the_plan_asks_for_the_ring_alone(tmp_path: Path) -> None:

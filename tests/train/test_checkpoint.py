@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from data import durable
 from train import checkpoint
 from train.checkpoint import Checkpoint
 
@@ -87,3 +88,64 @@ def test_foreign_files_are_left_alone(tmp_path):
     (tmp_path / "notes.json").write_text("mine")
     saved(tmp_path, 1, 2, 3)
     assert (tmp_path / "notes.json").read_text() == "mine"
+
+
+def pair(folder, step):
+    """The files of a checkpoint, and their bytes."""
+    return {path: path.read_bytes() for path in folder.glob(f"step_{step:010d}.*")}
+
+
+def put_back(files):
+    for path, content in files.items():
+        path.write_bytes(content)
+
+
+def spoil(folder, step):
+    path = folder / f"step_{step:010d}.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_what_came_back_counts_for_nothing(tmp_path):
+    """Files whose removal a power loss undid, and what a killed process left half written."""
+    saved(tmp_path, 5)
+    gone = pair(tmp_path, 5)
+    names = saved(tmp_path, 10, 15)
+    put_back(gone)
+    (tmp_path / "step_0000000012.json").write_bytes(b"{}")
+    (tmp_path / "step_0000000020.safetensors").write_bytes(b"")
+    assert checkpoint.oldest(tmp_path) == checkpoint.fallback(tmp_path, 15) == 10
+    assert_latest(tmp_path, 15, [])
+    checkpoint.keep(tmp_path, [15, 10])
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_the_fallback_is_the_newest_whole_one_before(tmp_path):
+    saved(tmp_path, 5, 10)
+    assert checkpoint.fallback(tmp_path, 10) == 5
+    spoil(tmp_path, 10)
+    assert checkpoint.fallback(tmp_path, 15) == 5
+    spoil(tmp_path, 5)
+    assert checkpoint.fallback(tmp_path, 10) == 0
+
+
+def test_a_pair_under_another_name_is_damaged(tmp_path):
+    saved(tmp_path, 5, 10)
+    for path, content in pair(tmp_path, 5).items():
+        path.with_stem("step_0000000020").write_bytes(content)
+    assert_latest(tmp_path, 10, ["step_0000000020"])
+
+
+def test_removals_are_durable_before_save_returns(tmp_path, monkeypatch):
+    """Rows are freed next, behind what is left."""
+    saved(tmp_path, 5, 10)
+    there, sync = [], durable.sync_directory
+
+    def synced(folder):
+        there.append({path.name for path in folder.iterdir()})
+        sync(folder)
+
+    monkeypatch.setattr(durable, "sync_directory", synced)
+    assert set(saved(tmp_path, 15)) == there[-1]
+    there.clear()
+    checkpoint.keep(tmp_path, [15, 10])  # a killed process may have removed without syncing
+    assert there == [{path.name for path in tmp_path.iterdir()}]
