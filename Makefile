@@ -8,7 +8,7 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 # Of the demo's studies: its 200 word problems, answered 100 at a time.
 ANSWERS := answers.questions=200 answers.new_tokens=64 answers.batch=100
 
-.PHONY: demo test test-long test-libraries lint clean
+.PHONY: demo test test-long test-faults test-libraries lint clean
 
 demo: .venv/installed  ## the whole pipeline on the embedded model, to a report
 	$(BIN)/python -m harvest model=tiny text=tiny tokens=4e5 context=256 store=activations/tiny.zarr
@@ -26,6 +26,9 @@ test: .venv/installed  ## the whole test suite, under 7 minutes on two cores
 
 test-long: .venv/installed  ## the loops of minutes: hundreds of kills
 	$(TEST) -m long
+
+test-faults: .venv/installed  ## power losses, kills, damage and failing calls, with a table of what came
+	$(TEST) tests/faults -m "long or not long"
 
 # SAELens, sparsify and dictionary_learning beside the packages of .venv, whose versions they keep.
 # dictionary_learning is for an older nnsight, which nothing here needs.

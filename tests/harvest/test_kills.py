@@ -9,8 +9,8 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,16 +25,11 @@ from harvest.model import LanguageModel, ModelConfig, load
 from harvest.provenance import manifest_of
 from harvest.selfcheck import choose_isolation
 from harvest.spine_writer import write_spine
+from tests.faults import kills
+from tests.faults.child import in_child, outcome
+from tests.faults.tree import files as tree
 from tests.forked import start_forked
 from tests.harvest.models import save_model
-
-STEPS = (
-    "fsync",
-    "replace",
-    "link",
-    "unlink",
-    "mkdir",
-)  # every system call by which a commit becomes visible
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +46,6 @@ def open_model(root: Path) -> LanguageModel:
 
 def config(store: Path, tokens: int = 128) -> HarvestConfig:
     return HarvestConfig(str(store), (1, 4), tokens=tokens, context=16, batch=2, unit=64, chunk=16)
-
-
-def tree(path: Path) -> dict[str, bytes]:
-    """All files of a store and their bytes."""
-    return {
-        str(file.relative_to(path)): file.read_bytes()
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-    }
 
 
 def make_spine(target: HarvestConfig, lm: LanguageModel, source: FileText) -> Store:
@@ -84,54 +70,17 @@ def reference(root: Path) -> dict[int, dict[str, bytes]]:
     return stores
 
 
-def in_child(action: Callable[[], object]) -> int:
-    """Run `action` in a forked child that says nothing; its wait status."""
-    pid = os.fork()
-    if pid == 0:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        code = 1
-        try:
-            action()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitpid(pid, 0)[1]
-
-
-def kill_at(call: int) -> None:
-    """Make this process die by SIGKILL at its `call`-th durable step, just after it if even."""
-    seen = [0]
-
-    def dying(original: Callable[..., Any]) -> Callable[..., Any]:
-        def step(*args: Any, **kwargs: Any) -> Any:
-            seen[0] += 1
-            if seen[0] == call and call % 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            try:
-                return original(*args, **kwargs)
-            finally:
-                if seen[0] == call:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        return step
-
-    for name in STEPS:
-        setattr(os, name, dying(getattr(os, name)))
-
-
-def test_a_kill_at_every_third_step_of_the_spine_changes_no_byte(
+def test_a_kill_at_every_7th_moment_of_the_spine_changes_no_byte(
     root: Path, tmp_path: Path, reference: object
 ) -> None:
-    assert kill_spines(root, tmp_path, stride=3) > 40  # they were really met
+    assert kill_spines(root, tmp_path, stride=7) > 80  # they were really met
 
 
 @pytest.mark.long
-def test_a_kill_at_every_step_of_the_spine_changes_no_byte(
+def test_a_kill_at_every_moment_of_the_spine_changes_no_byte(
     root: Path, tmp_path: Path, reference: object
 ) -> None:
-    assert kill_spines(root, tmp_path, stride=1) > 40
+    assert kill_spines(root, tmp_path, stride=1) > 80
 
 
 def kill_spines(root: Path, folder: Path, stride: int) -> int:
@@ -145,17 +94,17 @@ def kill_spines(root: Path, folder: Path, stride: int) -> int:
     )
 
 
-def test_a_kill_at_every_25th_step_of_the_commit_changes_no_byte(
+def test_a_kill_at_every_51st_moment_of_the_commit_changes_no_byte(
     root: Path, tmp_path: Path, reference: dict[int, dict[str, bytes]]
 ) -> None:
-    assert kill_commits(root, tmp_path, reference[128], stride=25) > 75
+    assert kill_commits(root, tmp_path, reference[128], stride=51) > 130
 
 
 @pytest.mark.long
-def test_a_kill_at_every_step_of_the_commit_changes_no_byte(
+def test_a_kill_at_every_moment_of_the_commit_changes_no_byte(
     root: Path, tmp_path: Path, reference: dict[int, dict[str, bytes]]
 ) -> None:
-    assert kill_commits(root, tmp_path, reference[128], stride=1) > 65
+    assert kill_commits(root, tmp_path, reference[128], stride=1) > 130
 
 
 def kill_commits(root: Path, folder: Path, expected: dict[str, bytes], stride: int) -> int:
@@ -175,24 +124,21 @@ def kill_by_the_step(
     expected: dict[str, bytes],
     stride: int = 1,
 ) -> int:
-    """Kill `act` at every `stride`-th durable step, before and after it in turns; the steps there.
+    """Kill `act` at every `stride`-th moment around a durable call; the moments there are.
 
-    An odd `stride` meets both. A harvest of two units has 71 to 81 steps, as its threads overlap.
-    So the loop ends at a step that three runs in a row do not reach.
+    A harvest of two units has 71 to 81 calls, as its threads overlap. So the loop ends at a moment
+    that three runs in a row do not reach.
     """
-    call, unharmed = 1, 0
+    at = unharmed = 0
     while unharmed < (3 if stride == 1 else 1):
-        target = begin(call)
-
-        def dying_run(call: int = call, target: HarvestConfig = target) -> None:
-            kill_at(call)
-            act(target)
-
-        unharmed = 0 if os.WIFSIGNALED(in_child(dying_run)) else unharmed + 1
-        assert in_child(lambda target=target: act(target)) == 0
-        assert tree(Path(target.store)) == expected, f"killed at step {call}"
-        call += stride
-    return call
+        target = begin(at)
+        work = partial(act, target)
+        code = outcome(in_child(kills.armed(at, work)))
+        unharmed = 0 if code == -signal.SIGKILL else unharmed + 1
+        assert outcome(in_child(work)) == 0
+        assert tree(Path(target.store)) == expected, f"killed at moment {at}"
+        at += stride
+    return at
 
 
 def test_kills_at_random_moments_change_no_byte(
@@ -216,7 +162,7 @@ def kill_by_the_clock(
     lm, source = open_model(root), FileText(root / "text.txt")
     began = time.monotonic()
     timed = config(shutil.copytree(root / "1024.spine", folder / "clock.zarr"), 1024)
-    assert in_child(lambda: harvest(timed, lm, source)) == 0
+    assert outcome(in_child(lambda: harvest(timed, lm, source))) == 0
     whole = time.monotonic() - began
     rng, killed, number = random.Random(seed), 0, 0
     while killed < kills:
@@ -236,7 +182,7 @@ def kill_by_the_clock(
                 signal.setitimer(signal.ITIMER_REAL, delay)
                 harvest(target, lm, source)
 
-            finished = not os.WIFSIGNALED(in_child(dying_run))
+            finished = outcome(in_child(dying_run)) != -signal.SIGALRM
             killed += not finished
         assert tree(Path(target.store)) == expected
 

@@ -17,8 +17,10 @@ from data.text.sources import FileText
 from harvest.config import HarvestConfig
 from harvest.loop import harvest
 from harvest.waiting import Waiting
+from tests.faults.child import in_child, outcome
+from tests.faults.tree import files as tree
 from tests.harvest.models import save_model
-from tests.harvest.test_kills import in_child, open_model, tree
+from tests.harvest.test_kills import open_model
 
 LIFE_S = 1.0
 
@@ -83,11 +85,9 @@ def test_two_that_begin_together_make_one_store(
     root: Path, tmp_path: Path, alone: dict[str, bytes], leased: None
 ) -> None:
     store = tmp_path / "s.zarr"
-    pid = os.fork()
-    if pid == 0:
-        os._exit(in_child(partial(harvest_into, store, root, 1)))
+    child = in_child(partial(harvest_into, store, root, 1))
     harvest_into(store, root, 0)
-    assert os.waitpid(pid, 0)[1] == 0
+    assert outcome(child) == 0
     assert contents(store) == alone
     assert os.listdir(store / FOLDER) == []
 

@@ -1,12 +1,7 @@
-"""A small run that uses every part of the state, and ways to kill it."""
+"""A small run that uses every part of the state."""
 
 from __future__ import annotations
 
-import os
-import signal
-import time
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +16,6 @@ from train.sae import SAEConfig
 from train.trainer import TrainConfig
 
 STEPS, BATCH = 20, 16
-SYSTEM_CALLS = ("fsync", "replace", "link", "unlink")
 CPU = torch.device("cpu")
 
 
@@ -67,62 +61,3 @@ def bits(folder: Path) -> dict[str, bytes]:
     return {
         path.name: path.read_bytes() for path in (folder / "sae_final.pt", newest, folder / METRICS)
     }
-
-
-def in_child(body: Callable[[], object]) -> int:
-    """Start `body` in a forked child; its process id."""
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # 3.12 warns of threads; none runs at this point
-        child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        body()
-        code = 0
-    finally:
-        os._exit(code)
-
-
-def outcome(child: int) -> int:
-    """Exit code of a child, or minus the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def armed(at: int, body: Callable[[], object]) -> Callable[[], object]:
-    """`body`, killed around its `at`-th system call that makes something last: even before it, odd
-    after it.
-    """
-
-    def arm() -> None:
-        calls = iter(range(10**9))
-        for name in SYSTEM_CALLS:
-            setattr(os, name, _killer(getattr(os, name), calls, at))
-        body()
-
-    return arm
-
-
-def _killer(call: Callable[..., Any], calls: Any, at: int) -> Callable[..., Any]:
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        number = next(calls)
-        if 2 * number == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        try:
-            return call(*args, **kwargs)
-        finally:  # also after a call that failed, as unlinking what is not there
-            if 2 * number + 1 == at:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    return wrapped
-
-
-def kill_after(seconds: float, body: Callable[[], object]) -> int:
-    """Start `body` in a child, kill it that much later; its outcome."""
-    child = in_child(body)
-    time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
-    return outcome(child)

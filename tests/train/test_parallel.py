@@ -10,8 +10,9 @@ import torch
 
 from data.errors import Interrupted, SettingError, TemporaryError
 from data.journal import read_metrics
+from tests.faults.child import in_child, outcome
 from tests.train import killing
-from tests.train.killing import BATCH, CPU, config, in_child, outcome, planted
+from tests.train.killing import BATCH, CPU, config, planted
 from tests.train.planted import planted_stream
 from train import checkpoint
 from train.arm import Arm

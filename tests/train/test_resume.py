@@ -14,8 +14,10 @@ import torch
 
 from data.errors import Interrupted
 from data.journal import read_metrics
+from tests.faults import kills
+from tests.faults.child import in_child, outcome
 from tests.train import killing
-from tests.train.killing import CHECKPOINTS, METRICS, bits, in_child, outcome, run
+from tests.train.killing import CHECKPOINTS, METRICS, bits, run
 from train import checkpoint
 from train.trainer import Trainer
 
@@ -33,22 +35,8 @@ def undisturbed(tmp_path_factory):
 @pytest.fixture(scope="module")
 def failpoints(tmp_path_factory):
     """How many moments there are just before and after a call that makes something last."""
-    calls, folder = 0, tmp_path_factory.mktemp("counted") / "run"
-    real = {name: getattr(os, name) for name in killing.SYSTEM_CALLS}
-
-    def counting(call):
-        def counted(*args, **kwargs):
-            nonlocal calls
-            calls += 1
-            return call(*args, **kwargs)
-
-        return counted
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, call in real.items():
-            patch.setattr(os, name, counting(call))
-        run(folder)
-    return 2 * calls
+    folder = tmp_path_factory.mktemp("counted") / "run"
+    return kills.moments(lambda: run(folder))
 
 
 def test_undisturbed_runs_repeat(undisturbed, tmp_path):
@@ -69,7 +57,7 @@ def test_the_small_run_uses_all_of_the_state(undisturbed, tmp_path):
 
 
 def assert_survives(at, folder, undisturbed):
-    assert outcome(in_child(killing.armed(at, lambda: run(folder)))) == -signal.SIGKILL
+    assert outcome(in_child(kills.armed(at, lambda: run(folder)))) == -signal.SIGKILL
     run(folder)
     assert bits(folder) == undisturbed, f"failpoint {at}"
 
@@ -85,9 +73,9 @@ def kill_until_finished(folder, delays, body):
     """Start again and again in one folder, each time killed after the next delay; how many kills
     there were.
     """
-    for kills, delay in enumerate(delays):
-        if killing.kill_after(delay, body) == 0:
-            return kills
+    for number, delay in enumerate(delays):
+        if kills.kill_after(delay, body) == 0:
+            return number
     assert outcome(in_child(body)) == 0
     return len(delays)
 
@@ -95,14 +83,14 @@ def kill_until_finished(folder, delays, body):
 def test_killed_at_random_moments(undisturbed, tmp_path):
     began = time.monotonic()
     run(tmp_path / "timed")
-    span, draw, kills = time.monotonic() - began, random.Random(0), 0
+    span, draw, killed = time.monotonic() - began, random.Random(0), 0
     for number in range(3):
         folder = tmp_path / f"run_{number}"
-        kills += kill_until_finished(
+        killed += kill_until_finished(
             folder, [draw.uniform(0, span) for _ in range(4)], lambda f=folder: run(f)
         )
         assert bits(folder) == undisturbed
-    assert kills >= 3
+    assert killed >= 3
 
 
 @pytest.mark.long
@@ -113,11 +101,11 @@ def test_killed_at_every_failpoint(failpoints, undisturbed, tmp_path):
 
 @pytest.mark.long
 def test_killed_at_many_random_moments(undisturbed, tmp_path):
-    draw, kills, number = random.Random(1), 0, 0
-    while kills < 100:
+    draw, killed, number = random.Random(1), 0, 0
+    while killed < 100:
         folder = tmp_path / f"run_{number}"
         delays = [draw.uniform(0, 0.3) for _ in range(4)]
-        kills += kill_until_finished(folder, delays, lambda f=folder: run(f))
+        killed += kill_until_finished(folder, delays, lambda f=folder: run(f))
         assert bits(folder) == undisturbed
         number += 1
 

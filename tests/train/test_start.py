@@ -12,6 +12,8 @@ from torch.nn.functional import normalize
 
 from data.errors import Interrupted, SettingError
 from data.rows.follower import FollowsNobody
+from tests.faults import kills
+from tests.faults.child import in_child, outcome
 from tests.train import killing
 from tests.train.killing import (
     BATCH,
@@ -20,8 +22,6 @@ from tests.train.killing import (
     STEPS,
     bits,
     config,
-    in_child,
-    outcome,
     planted,
 )
 from tests.train.planted import Planted, planted_stream
@@ -289,7 +289,7 @@ def test_stopped_and_gone_on(at, undisturbed, tmp_path):
 def test_killed_around_what_it_writes(undisturbed, tmp_path):
     for at in (5, 24, 43, 62, 81):
         folder = tmp_path / str(at)
-        child = in_child(killing.armed(at, lambda folder=folder: killing.run(folder, **WHOLE)))
+        child = in_child(kills.armed(at, lambda folder=folder: killing.run(folder, **WHOLE)))
         assert outcome(child) == -signal.SIGKILL
         killing.run(folder, **WHOLE)
         assert bits(folder) == undisturbed, at

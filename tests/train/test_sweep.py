@@ -12,8 +12,9 @@ import pytest
 
 from data.errors import Interrupted, MismatchError, NonFiniteError, SettingError
 from data.journal import read_metrics
-from tests.train import killing
-from tests.train.killing import BATCH, CPU, STEPS, bits, config, in_child, outcome, planted
+from tests.faults.child import in_child, outcome
+from tests.faults.kills import kill_after
+from tests.train.killing import BATCH, CPU, STEPS, bits, config, planted
 from tests.train.planted import planted_stream
 from train import sweep
 from train.arm import Arm
@@ -129,7 +130,7 @@ def assert_survives_kills(alone, folder, draw, kills, span):
     body = lambda: train_together(arms(folder, planted_stream(planted())), CPU)  # noqa: E731
     done = 0
     for _ in range(kills):
-        if killing.kill_after(draw.uniform(0, 0.5 * span), body) == 0:
+        if kill_after(draw.uniform(0, 0.5 * span), body) == 0:
             break
         done += 1
     assert outcome(in_child(body)) == 0
