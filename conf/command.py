@@ -11,14 +11,15 @@ import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from conf.help import described
-from conf.names import quoted, texts
-from data import stopping
+from conf.names import quoted, require_no_secret, texts
+from data import secrets, stopping
 from data.errors import (
     AGAIN,
     Interrupted,
@@ -28,8 +29,7 @@ from data.errors import (
     is_passing,
     is_wrong_name,
 )
-from data.journal import heartbeat
-from data.neutral import neutral
+from data.journal import heartbeat, shown
 
 if TYPE_CHECKING:  # hydra and omegaconf take 0.3 s to load: `start` first makes Ctrl-C quiet
     from omegaconf import DictConfig
@@ -68,6 +68,8 @@ def start(name: str, module: str) -> None:
     stopping.answer_early()
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
+    sys.excepthook = print_defect
+    run_command(lambda: require_no_secret(sys.argv[1:]))  # before Hydra writes or repeats one
     with heartbeat(f"{name}: loading libraries"):
         import hydra
         from hydra.errors import HydraException
@@ -83,7 +85,8 @@ def start(name: str, module: str) -> None:
         command = import_module(module).command
         if is_multirun():
             # A launcher must see what went wrong, and would take an exit for an answer.
-            command(plain(cfg), current_job())
+            with _cleaned():
+                command(plain(cfg), current_job())
         else:
             run_command(lambda: command(plain(cfg), current_job()))
 
@@ -101,13 +104,16 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     """Hydra's settings as plain values.
 
     Raises:
-        SettingError: a value refers to a setting that is not there.
+        SettingError: a value refers to a setting that is not there, or is a secret.
     """
     from omegaconf import OmegaConf
 
     with _resolving():
         settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
+    if found := secrets.kind_in_settings(settings):
+        name, kind = found
+        raise SettingError(f"{name}= holds {kind}; {secrets.BELONG}")
     return texts({str(key): value for key, value in settings.items()})
 
 
@@ -162,6 +168,24 @@ def _resolving() -> Iterator[None]:
         raise SettingError(f"{reason}; ${{NAME}} in a value stands for another setting") from error
 
 
+@contextmanager
+def _cleaned() -> Iterator[None]:
+    """Let no secret leave by an exception: launchers log and pickle it with its causes."""
+    try:
+        yield
+    except Exception as error:
+        if (clean := secrets.cleaned(error)) is not error:
+            raise clean from None
+        raise
+
+
+def print_defect(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Print a traceback as the interpreter does, without secrets."""
+    for part in traceback.format_exception(kind, error, trace):
+        for line in part.splitlines():
+            print(shown(line), file=sys.stderr)
+
+
 def run_main(
     main: Callable[[], None], refusals: tuple[type[Exception], ...], help_text: Callable[[], str]
 ) -> None:
@@ -212,7 +236,7 @@ def run_command(command: Callable[[], None]) -> None:
 
 
 def _refuse(message: str, code: int) -> NoReturn:
-    print(f"error: {neutral(message)}", file=sys.stderr, flush=True)
+    print(f"error: {shown(message)}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 

@@ -14,6 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+from data import secrets
+from data.errors import SettingError
+from data.neutral import neutral
+
 # Paths, stores, runs, repositories, revisions, columns, ids: any text is one.
 NAMES = (
     *("run", "out", "store", "repo", "problems"),
@@ -35,6 +39,8 @@ _MAYBE_PATHS = (
 )
 _NUMBERS = ("text.sources.*.weight",)  # settings that NAMES would match
 
+_WORD = re.compile(r"[^\s\[\],'\"]+")
+_KEY = re.compile(r"[{,]\s*['\"]?([\w.-]+)['\"]?\s*:")
 _MULTIRUN = ("-m", "--multirun")
 _SWEEP = re.compile(r"(choice|glob|interval|range|shuffle|sort|tag)\(.*\)", re.DOTALL)
 _QUOTED = re.compile(r"'([^'\\]|\\.)*'|\"([^\"\\]|\\.)*\"", re.DOTALL)
@@ -42,9 +48,35 @@ _CLOSES = {"[": "]", "{": "}", "(": ")"}
 
 
 def quoted(arguments: Sequence[str]) -> list[str]:
-    """A command line with the values of all names in the quotes that Hydra wants."""
+    """A command line with the values of all names in the quotes that Hydra wants.
+
+    Options are neutral: the parser repeats those that it does not know.
+    """
     multirun = any(argument in _MULTIRUN for argument in arguments)
-    return [_argument(argument, multirun) for argument in arguments]
+    plain = [neutral(word) if word.startswith("-") else word for word in arguments]
+    return [_argument(argument, multirun) for argument in plain]
+
+
+def require_no_secret(arguments: Sequence[str]) -> None:
+    """Refuse a command line with a secret in it, before anything records or repeats it.
+
+    Raises:
+        SettingError: names the setting, and not the secret.
+    """
+    for argument in arguments:
+        key, sign, value = argument.partition("=")
+        name = key.lstrip("+~")
+        is_plain = sign and re.fullmatch(r"[\w./@-]+", name) and not secrets.kind_in(name)
+        kind = secrets.kind_in(argument)
+        inner = _KEY.findall(value) if value.startswith(("{", "[{")) else []
+        if value and any(map(secrets.is_name, (re.split(r"[./]", name)[-1], *inner))):
+            kind = "a secret by its name"
+        elif _is_in(name, NAMES) or _is_in(name, LISTS):
+            kinds = map(secrets.kind_in_url, _WORD.findall(value))
+            kind = kind or next(filter(None, kinds), None)
+        if kind:
+            where = f"{name}=" if is_plain else "the command line"
+            raise SettingError(f"{where} holds {kind}; {secrets.BELONG}")
 
 
 def texts(settings: Mapping[str, Any], under: str = "") -> dict[str, Any]:

@@ -13,7 +13,7 @@ import sys
 import time
 
 from conf.command import run_command
-from conf.names import absolute
+from conf.names import absolute, require_no_secret
 from data.errors import AGAIN, SettingError
 
 # What ranks get from the environment of this command.
@@ -44,6 +44,7 @@ def main(world: str = "", *settings: str) -> None:
     """
     if not world.isdecimal() or int(world) < 1:
         raise SettingError(f"'{world}' is no number of ranks; give it first, then the settings")
+    require_no_secret(settings)
     if not any(setting.startswith("store=") for setting in settings):
         raise SettingError("store= is missing; give a folder that all machines share, or a bucket")
     try:

@@ -24,6 +24,8 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
+from data.secrets import redacted
+
 # EX_TEMPFAIL of sysexits.h: engines that restart by exit code take it for "again".
 AGAIN = 75
 ANNOUNCED = (signal.SIGUSR1, signal.SIGUSR2)  # by which engines announce the end
@@ -184,8 +186,11 @@ def caused(
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text; the name of its class if the text is empty."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first line of an exception's text; the name of its class if the text is empty.
+
+    A library may quote an address or a header: secrets are left out.
+    """
+    return redacted(next(iter(str(error).strip().splitlines()), type(error).__name__))
 
 
 def differences(

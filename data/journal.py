@@ -21,6 +21,7 @@ from data import stopping
 from data.durable import refusals
 from data.errors import StoreError, caused
 from data.neutral import neutral
+from data.secrets import redacted
 
 Record = Mapping[str, Any]
 
@@ -90,6 +91,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def shown(text: str) -> str:
+    """A line as people may see it: without secrets, and it steers no terminal."""
+    return neutral(redacted(text))
+
+
 class _Said:
     """What this process said last on standard error, and what it would say next."""
 
@@ -108,7 +114,7 @@ class _Said:
     def print(self, text: str) -> None:
         """Print a line of its own."""
         self.end_line()
-        print(neutral(text), file=sys.stderr, flush=True)
+        print(shown(text), file=sys.stderr, flush=True)
         self.printed = time.monotonic()
 
     def draw(self, text: str) -> None:
@@ -116,7 +122,7 @@ class _Said:
         if not sys.stderr.isatty():
             self.print(text)
             return
-        line = neutral(text)
+        line = shown(text)
         print("\r" + line.ljust(self.width), end="", file=sys.stderr, flush=True)
         self.width = len(line)
         self.printed = time.monotonic()
@@ -142,7 +148,7 @@ def tell(*lines: str) -> None:
 def show(*lines: str) -> None:
     """Print lines to standard output: what the command was asked for."""
     for line in lines:
-        print(neutral(line), flush=True)
+        print(shown(line), flush=True)
 
 
 def note(text: str) -> None:

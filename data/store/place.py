@@ -17,6 +17,7 @@ from data import durable
 from data.durable import Buffer, Written
 from data.errors import SettingError
 from data.journal import tell
+from data.secrets import BELONG, kind_in_url
 from data.store.claims import Claims, FileClaims, NoLocksError
 from data.store.leases import Leases, Objects, Tag, Tagged
 
@@ -116,12 +117,15 @@ def place_of(where: str | Path | Place) -> Place:
     """The place that a path or URL names.
 
     Raises:
-        SettingError: the URL's kind is unknown, or needs a package that is not installed.
+        SettingError: the URL's kind is unknown, or needs a package that is not installed; or the
+            URL holds more than a place: a user, a key, a query.
     """
     if isinstance(where, Path):
         return LocalPlace(where)
     if not isinstance(where, str):
         return where
+    if kind := kind_in_url(where):
+        raise SettingError(f"store= holds {kind}; {BELONG}")
     scheme, separator, _ = where.partition("://")
     if not separator:
         return LocalPlace(Path(where))

@@ -28,6 +28,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from data import durable
 from data.errors import PipelineError, SettingError, StoreError, TemporaryError, caused
 from data.journal import read_metrics, tell
+from data.secrets import redacted
 from data.text import retry
 from train import sae_file
 from train.export import golden
@@ -129,7 +130,7 @@ def contents(run: Path, repo: str) -> dict[str, Content]:
     for name, content in golden.files("saelens", trained, described).items():
         files[f"saelens/{name}"] = content
     # Of the store's place only its last name: our folders are nobody's business.
-    store = PurePosixPath(str(config.get("store_path", ""))).name
+    store = PurePosixPath(redacted(str(config.get("store_path", "")))).name
     files[CONFIG] = yaml.safe_dump({**config, "store_path": store}, sort_keys=False).encode()
     if quality is not None:
         files[QUALITY] = run / QUALITY
