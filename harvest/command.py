@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from data.errors import SettingError
 from data.journal import heartbeat, show, tell
 from data.rank import Rank
 from data.settings import flag, optional_whole, whole
-from data.store import default, manifest
+from data.store import coming, default, manifest
 from data.store.place import place_of
 from data.store.repair import is_derived, is_pack, repair, require_store
 from data.text.documents import TextSource
@@ -71,11 +72,12 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
         return
     purpose = "; a few batches are timed then" if action == "plan" else ""
     tell(f"loading {model.path} onto {model.device}, its digest taken meanwhile{purpose}")
-    lm = load(model, deepest=max(config.layers))
-    if action == "plan":
-        show(planned.hours(probe(lm, config), config.world, "(measured)"))
-    else:
-        harvest(config, lm, source)
+    with coming.announced(place) if action == "run" and config.max_bytes else nullcontext():
+        lm = load(model, deepest=max(config.layers))
+        if action == "plan":
+            show(planned.hours(probe(lm, config), config.world, "(measured)"))
+        else:
+            harvest(config, lm, source)
 
 
 def checked_plan(

@@ -16,7 +16,7 @@ from data.journal import tell
 from data.rows import summary
 from data.rows.split import Policy
 from data.settings import build, flag, optional_whole, whole
-from data.store import default, retention
+from data.store import coming, default, retention
 from data.store.store import Store
 from train import objective
 from train.arm import Arm
@@ -67,17 +67,21 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
         flag("drop_outliers", settings["drop_outliers"]),
         token_ids("drop_tokens", settings["drop_tokens"]),
     )
+    tokens = optional_whole("tokens", settings["tokens"])
+    counts = {name: whole(name, settings[name]) for name in _COUNTS}
     asked_layer = optional_whole("layer", settings["layer"])
-    store = store_at(str(settings["store"] or default_store(Path.cwd(), asked_layer)))
+    path = str(settings["store"] or default_store(Path.cwd(), asked_layer))
+    coming.await_ring(path)
+    store = store_at(path)
     layer = first_layer(store) if asked_layer is None else asked_layer
     config = TrainConfig(
         layer=layer,
         matmul=settings["train"]["matmul"] or ("tf32" if device.type == "cuda" else "fp32"),
-        tokens=optional_whole("tokens", settings["tokens"]),
+        tokens=tokens,
         policy=policy,
         sae=sae,
         optim=optim,
-        **{name: whole(name, settings[name]) for name in _COUNTS},
+        **counts,
     )
     pinned = device.type == "cuda"
     stream = rows_of(store, layer, config.batch, config.data_seed, policy, pinned)

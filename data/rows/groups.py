@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from data.errors import SettingError, StopRequest, StoreError, TemporaryError
-from data.journal import tell
+from data.journal import heartbeat, note, tell
 from data.rows import summary
 from data.rows.rounds import KeptRows
 from data.rows.split import held_out_units, training_units
@@ -150,18 +150,22 @@ def _await_first(kept: KeptRows, state: RingState, first: Sequence[int], poll_s:
     if layer not in state.layers:
         raise StoreError(f"layer {layer} is not in the ring {store.name}; it has {state.layers}")
     needed = [*state.held_out, *first]
-    committed = store.committed(layer)[needed]
-    if committed.all():
+    if store.committed(layer)[needed].all():
         return
-    tell(
-        f"waiting for the harvest: {committed.sum()} of the first {len(needed)} units of layer "
-        f"{layer} are there"
-    )
-    with StopRequest() as stop:
+
+    def told() -> str:
+        return (
+            f"waiting for the harvest: {store.committed(layer)[needed].sum()} of the first "
+            f"{len(needed)} units of layer {layer} are there"
+        )
+
+    tell(told())
+    with StopRequest() as stop, heartbeat(told()):
         while not store.committed(layer)[needed].all():
             stop.check()
             time.sleep(poll_s)
             store.refresh()
+            note(told())
 
 
 class RingFollower:
@@ -213,16 +217,21 @@ class RingFollower:
 
     def wait(self, batch: int, stop: StopRequest) -> None:
         """Wait until batch number `batch` can be read, or until a signal comes."""
-        told = False
-        while not self._groups.has(batch) and stop.signum is None:
-            if not told:
-                committed = int(self._store.committed(self._registration.layer).sum())
-                tell(
-                    f"waiting for the harvest: {committed} of {self._store.units} units are there, "
-                    f"not yet batch {batch:,}"
-                )
-            told = True
-            time.sleep(self._poll_s)
+        if self._groups.has(batch):
+            return
+
+        def told() -> str:
+            committed = int(self._store.committed(self._registration.layer).sum())
+            return (
+                f"waiting for the harvest: {committed} of {self._store.units} units are there, "
+                f"not yet batch {batch:,}"
+            )
+
+        tell(told())
+        with heartbeat(told()):
+            while not self._groups.has(batch) and stop.signum is None:
+                time.sleep(self._poll_s)
+                note(told())
 
     def release(self, batch: int) -> None:
         """Record that nothing before batch number `batch` is needed any more."""

@@ -27,6 +27,7 @@ from data.journal import tell
 # store, changing a ring's records.
 SPINE, METADATA, PRESENCE, RING = range(4)
 FIRST_UNIT = 16  # the claim of unit 0
+COMING = range(4, FIRST_UNIT)  # a process takes one of them while it makes a ring
 _POLL_S = 0.1  # a look lists all records: 40 ms for 30,000
 _QUIET_S = 2.0  # of a wait that is not worth a line
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from data.errors import PipelineError, SettingError
 from data.store import manifest, retention
+from data.store.coming import is_announced
 from data.store.place import place_of
 from data.store.store import Store
 
@@ -44,7 +45,8 @@ def find(layer: int | None) -> tuple[str, str]:
     Raises:
         SettingError: there is no such store, or there are several.
     """
-    if manifest.exists(place_of(HARVESTED)):
+    harvested = place_of(HARVESTED)
+    if manifest.exists(harvested) or is_announced(harvested):
         return HARVESTED, "what `python -m harvest` makes by default"
     folders = sorted(path for path in FOLDER.glob("*/") if manifest.exists(place_of(path)))
     found = [_look(path, layer) for path in folders]

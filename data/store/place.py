@@ -21,7 +21,7 @@ from data.secrets import BELONG, kind_in_url
 from data.store.claims import Claims, FileClaims, NoLocksError
 from data.store.leases import Leases, Objects, Tag, Tagged
 
-_CLAIMS = "commits/claims"
+CLAIMS = "commits/claims"  # in a folder
 
 
 class Blob(Protocol):
@@ -241,7 +241,7 @@ class LocalPlace:
         if self.path.exists() and not self.path.is_dir():
             return False
         for file in self.path.rglob("*"):
-            is_ours = durable.is_temporary(file) or file == self.path / _CLAIMS
+            is_ours = durable.is_temporary(file) or file == self.path / CLAIMS
             if not file.is_dir() and not is_ours:
                 return False
         return True
@@ -254,7 +254,7 @@ class LocalPlace:
 
     def claims(self) -> Claims:
         try:
-            return FileClaims(self.path / _CLAIMS, self.path)
+            return FileClaims(self.path / CLAIMS, self.path)
         except NoLocksError as error:
             tell(f"{error}: processes lease the units, as in a bucket")
             return Leases(self)

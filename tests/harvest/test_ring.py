@@ -246,8 +246,6 @@ def test_two_ranks_and_two_runs_round_a_small_ring(
         bench.harvest(store, readers=2)
 
     def learn(layer: int) -> None:
-        while ring_state.read(LocalPlace(store)) is None:
-            time.sleep(0.01)
         train(settings(store, tmp_path / f"run{layer}", layer))
 
     peak, _ = together([make, make, *(lambda layer=layer: learn(layer) for layer in LAYERS)], store)
@@ -289,8 +287,6 @@ def test_killed_at_any_moment_the_bits_are_the_same(
             bench.harvest(store)
 
         def learn(store: Path = store, run: Path = run) -> None:
-            while ring_state.read(LocalPlace(store)) is None:
-                time.sleep(0.01)
             train(settings(store, run))
 
         peak, more = together([make, learn], store, KILLS - killed, seed=number)

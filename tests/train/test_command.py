@@ -15,6 +15,7 @@ import yaml
 from conf import command as command_line
 from data.errors import SettingError
 from data.journal import read_metrics
+from data.store import coming
 from data.store.store import SpineEnd, Store
 from data.text.packing import Cursor
 from tests.conftest import commit, make_manifest
@@ -133,7 +134,6 @@ def test_multirun_names_its_arms_and_never_leaves_runs(store, tmp_path, call):
     ("arguments", "named"),
     [
         ([], "store="),
-        (["store=/nowhere"], "/nowhere"),
         (["{store}", "layer=4"], "layer 4"),
         (["{store}", "layer=x"], "layer=x"),
         (["{store}", "tokens=1e9.5"], "tokens=1e9.5"),
@@ -167,6 +167,17 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, named, store, tmp_path
     assert named in err
     assert err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_mistyped_store_is_waited_for_a_while(call, monkeypatch):
+    """It may be the store of a ring's harvest that is starting up."""
+    monkeypatch.setattr(coming, "PATIENCE_S", 0.1)
+    code, err = call(*SMALL, "store=/nowhere")
+    assert code == 2
+    assert [line.count("/nowhere") > 0 for line in err.splitlines()] == [True, True]
+    assert "`python -m harvest store=/nowhere ...`" in err.splitlines()[1]
+    code, err = call(*SMALL, "store=/nowhere", "batch=0")  # before the wait
+    assert (code, err.count("\n")) == (2, 1)
 
 
 def test_gated_trains_with_settings_of_its_own(store, tmp_path, call):

@@ -1,0 +1,84 @@
+"""A ring that is coming: training may be started beside its harvest, before there is a store.
+
+A harvest with max_bytes= says so as soon as its plan fits, before it loads its model: it takes one
+of the claims COMING, which ends with its process. Training waits while one of them is taken, and
+for `PATIENCE_S` without.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from functools import cache
+
+from data import durable
+from data.journal import heartbeat, note, tell
+from data.store import manifest, ring_state
+from data.store.claims import COMING
+from data.store.ledger import RESIDUALS
+from data.store.place import CLAIMS, LocalPlace, Place, place_of
+
+# A harvest that is started with the training loads libraries and asks the hub for its plan first.
+PATIENCE_S = 60.0
+_POLL_S = 0.2
+
+
+@contextmanager
+def announced(place: Place) -> Iterator[None]:
+    """Have training wait for the ring that is harvested in the block.
+
+    Raises:
+        SettingError: the place has no locks, so there can be no ring.
+    """
+    with closing(place.claims()) as claims:
+        ring_state.require_locks(claims, place)
+        any(map(claims.take, COMING))
+        yield
+
+
+def is_announced(place: Place) -> bool:
+    """Whether a process is at work on a ring, which may not be there yet."""
+    if not isinstance(place, LocalPlace):
+        return False
+    try:
+        handle = os.open(place.path / CLAIMS, os.O_RDONLY)
+    except OSError:  # nobody was ever at work there
+        return False
+    try:
+        # A shared lock: those who look are not in each other's way.
+        how = fcntl.LOCK_SH | fcntl.LOCK_NB
+        return not durable.lock(fcntl.lockf, handle, how, len(COMING), COMING.start)
+    except OSError:  # without locks there is no ring
+        return False
+    finally:
+        os.close(handle)
+
+
+@cache  # the arms of a sweep wait once
+def await_ring(path: str) -> None:
+    """Return once the store at `path` has rows or is a ring, or once nothing points to one."""
+    place = place_of(path)
+    if not isinstance(place, LocalPlace) or _has_begun(place):
+        return
+    if not (manifest.exists(place) or place.empty()):  # no harvest will begin in such a folder
+        return
+    lacking = "has no layer yet" if manifest.exists(place) else "is not there yet"
+    tell(
+        f"{path} {lacking}: waiting {PATIENCE_S:.0f}s for a `python -m harvest max_bytes=... "
+        f"store={path}` to begin"
+    )
+    with heartbeat(f"waiting for a harvest of {path}"):
+        deadline = time.monotonic() + PATIENCE_S
+        while not _has_begun(place) and time.monotonic() < deadline:
+            if is_announced(place):
+                deadline = time.monotonic() + PATIENCE_S
+                note(f"waiting for the harvest of {path}, which makes its tokens first")
+            time.sleep(_POLL_S)
+
+
+def _has_begun(place: Place) -> bool:
+    """Whether there is a ring, or a store with rows. The first row of a ring comes behind it."""
+    return place.exists(ring_state.KEY) or bool(place.names(RESIDUALS))
