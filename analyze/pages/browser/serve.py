@@ -1,32 +1,183 @@
-"""A server of a folder on 127.0.0.1, for where the disk will not do, as on a remote machine."""
+"""A server of a folder on 127.0.0.1, for where the disk will not do, as on a remote machine.
+
+Whoever can reach the port may ask: other users, and other pages in the same browser. So it answers
+to its own names alone (a foreign name that leads here is DNS rebinding), gives the folder's own
+files alone, lets no other page embed them, and a peer that asks or reads slowly costs little.
+"""
 
 from __future__ import annotations
 
+import re
+import socket
+import sys
+import threading
+import time
 from contextlib import suppress
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
-from data import stopping
+from analyze.results import PAGE
+from data import digests, durable, stopping
+from data.digests import Digests
+from data.durable import Written
 from data.errors import SettingError, StoreError
 from data.journal import show
 
 HOST = "127.0.0.1"
+# A tunnel may give it another port.
+_NAMES = re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?", re.IGNORECASE)
+CONNECTIONS = 32  # at a time; a browser opens six
+ASKING_S = 10.0  # for a request, headers and all
+ANSWERING_S = 60.0  # for a file
+_WAY_OUT = "`python -m analyze study=browser run=...` makes it"
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".json": "application/json",
+    ".md": "text/plain; charset=utf-8",
+}
+_HEADERS = {
+    "Cache-Control": "no-cache",  # a rebuilt folder is seen at once
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    # The data are scripts, which any page could load.
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
 
 
-class _Quiet(SimpleHTTPRequestHandler):
-    """Serves files without logging: a line for each would bury the address.
+class _Answer(BaseHTTPRequestHandler):
+    """Answers one request (HTTP/1.0: a connection has no second one), and logs nothing."""
 
-    Nothing is cached, so a rebuilt folder is seen at once.
-    """
+    server: _Server
+    timeout = ANSWERING_S
 
-    def log_message(self, format: str, *args: object) -> None:
-        """Log nothing."""
+    def __init__(self, *arguments: Any, folder: Path) -> None:
+        self._folder = folder
+        super().__init__(*arguments)
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.asking[self.connection] = time.monotonic() + ASKING_S
+
+    def parse_request(self) -> bool:
+        """Whether the request is one, and meant for this server; else it was answered."""
+        is_request = super().parse_request()
+        self.server.asking.pop(self.connection, None)
+        if not is_request:
+            return False
+        hosts = self.headers.get_all("Host", [])
+        is_old = not hosts and self.request_version == "HTTP/1.0"  # no browser sends that
+        if not is_old and (len(hosts) != 1 or not _NAMES.fullmatch(hosts[0].strip())):
+            self.send_error(HTTPStatus.MISDIRECTED_REQUEST, "This server has another name")
+            return False
+        return True
+
+    def finish(self) -> None:
+        self.server.asking.pop(self.connection, None)
+        super().finish()
+
+    def do_GET(self) -> None:
+        name = unquote(self.path.partition("?")[0].removeprefix("/")) or PAGE
+        try:
+            content = _content(self._folder, name)
+        except StoreError as error:
+            self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR, "Damaged", str(error))
+            return
+        except (OSError, ValueError):
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", _TYPES.get(Path(name).suffix, "application/octet-stream"))
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    do_HEAD = do_GET
 
     def end_headers(self) -> None:
-        self.send_header("Cache-Control", "no-cache")
-        self.send_header("X-Content-Type-Options", "nosniff")
+        for name, value in _HEADERS.items():
+            self.send_header(name, value)
         super().end_headers()
+
+    def version_string(self) -> str:
+        return "residual-saes"
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Log nothing: a line for each file would bury the address."""
+
+
+class _Server(ThreadingHTTPServer):
+    """A thread for each of CONNECTIONS connections; what comes beyond is closed."""
+
+    request_queue_size = 128
+
+    def __init__(self, *arguments: Any) -> None:
+        self.asking: dict[socket.socket, float] = {}  # by connection, when its request is due
+        self._free = threading.Semaphore(CONNECTIONS)
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._free.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            self._free.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def service_actions(self) -> None:
+        """Cut off who has not asked in time. `serve_forever` calls this twice a second."""
+        for connection, due in list(self.asking.items()):
+            if time.monotonic() > due:
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing if the peer has gone or was cut off."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
+
+
+def _record(folder: Path) -> Digests | None:
+    return digests.read(folder, _WAY_OUT)
+
+
+def _content(folder: Path, name: str) -> bytes:
+    """A file that is the folder's own.
+
+    Raises:
+        OSError, ValueError: there is none of this name.
+        StoreError: it is damaged.
+    """
+    path = folder / name
+    is_inside = {"", ".", ".."}.isdisjoint(name.split("/"))
+    if not is_inside or path.resolve(strict=True) != path or not path.is_file():  # a link, a pipe
+        raise FileNotFoundError(name)
+    record = _record(folder)
+    if record and name not in record.files:
+        raise FileNotFoundError(name)
+    content = path.read_bytes()
+    if record and record.files[name] != Written(len(content), durable.digest(content)):
+        raise StoreError(f"{name} does not hold the bytes that were recorded; {_WAY_OUT} again")
+    return content
 
 
 def server(folder: Path, port: int) -> ThreadingHTTPServer:
@@ -36,15 +187,15 @@ def server(folder: Path, port: int) -> ThreadingHTTPServer:
         port: 0 takes a free one.
 
     Raises:
-        StoreError: there is no browser in `folder`.
+        StoreError: there is no browser in `folder`, or a file of it is damaged.
         SettingError: the port is taken or not allowed.
     """
-    if not (folder / "index.html").is_file():
-        raise StoreError(
-            f"no index.html in {folder}; `python -m analyze study=browser run=...` makes it"
-        )
+    if not (folder / PAGE).is_file():
+        raise StoreError(f"no {PAGE} in {folder}; {_WAY_OUT}")
+    if record := _record(folder):
+        record.require([PAGE, *record.files], f"{_WAY_OUT} again")
     try:
-        return ThreadingHTTPServer((HOST, port), partial(_Quiet, directory=str(folder)))
+        return _Server((HOST, port), partial(_Answer, folder=folder.resolve()))
     except (OSError, OverflowError) as error:
         raise SettingError(
             f"port {port} on {HOST} cannot be had ({error}); give another"
