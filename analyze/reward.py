@@ -36,13 +36,12 @@ from analyze.answering import Asking
 from analyze.language_model import end_tokens, residuals
 from analyze.problems import Solution
 from analyze.results import FOLDER
-from data import durable
 from data.errors import MismatchError, NonFiniteError, SettingError, StoreError
 from data.text.documents import Content
 from harvest import model as language_model
 from harvest.model import LanguageModel, ModelConfig
 from train import sae_file
-from train.run import CONFIG, read_config
+from train.run import read_config, sae_digest
 from train.sae import SAE
 
 _GATE = "stage_gate"
@@ -102,10 +101,6 @@ class DenseReward:
             SettingError: the stage gate did not pass, the features were chosen on questions of
                 `judged_on`, or the model does not fit the SAE.
         """
-        if not (run / CONFIG).is_file():
-            raise StoreError(
-                f"no run at {run}; train one with `python -m train store=... run={run}`"
-            )
         layer = int(read_config(run)["settings"]["layer"])
         path = features or run / FOLDER / _GATE / f"{_GATE}.json"
         chosen = Chosen.read(path)
@@ -259,7 +254,7 @@ class Chosen(NamedTuple):
 
     def require_sae(self, run: Path) -> None:
         """Raise MismatchError if the study that chose the features was of another SAE."""
-        own = durable.digest_file(run / sae_file.FILE).xxh3_128
+        own = sae_digest(run)
         recorded = self.settings.get("sae", own)
         if recorded != own:
             way_out = f"Do {_HOW} again."

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from analyze.parts import NOWHERE, Arrays, Parts
 from analyze.results import kept_folder
-from data import durable
 from data.errors import MismatchError, SettingError, StoreError
 from data.journal import note
 from data.rows import statistics
@@ -31,9 +30,8 @@ from data.store.moments import Moments
 from data.store.place import place_of
 from data.store.store import Store
 from harvest.model_folder import EMBEDDED
-from train import sae_file
 from train.kernels import Kept
-from train.run import read_config
+from train.run import read_config, sae_of
 from train.sae import SAE
 
 _BATCH_ROWS = 4096  # rows encoded at a time
@@ -177,6 +175,7 @@ class Subject:
     config: dict[str, Any]  # config.yaml of the run
     store: Store
     sae: SAE  # on raw rows
+    digest: str  # of the SAE's file. Results carry it.
     layer: int
     policy: Policy
     # Whether `rows` gives every unit, not only held-out ones: of a store that was never trained on.
@@ -190,22 +189,18 @@ class Subject:
             store: where the store is now, if it has moved since.
 
         Raises:
-            StoreError: the run is missing or unfinished, or its store is missing.
+            StoreError: the run is missing, unfinished or damaged, or its store is missing.
             MismatchError: the store at that place is another one.
         """
         config = read_config(run)
-        path = run / sae_file.FILE
-        if not path.is_file():
-            raise StoreError(
-                f"run {run} is not finished: {path.name} is missing; "
-                "run its `python -m train` again"
-            )
+        sae, digest = sae_of(run, device)
         settings = config["settings"]
         return cls(
             run=run,
             config=config,
             store=open_store(run, str(config["store_path"]), settings["store"]["identity"], store),
-            sae=sae_file.load(path, device),
+            sae=sae,
+            digest=digest,
             layer=settings["layer"],
             policy=Policy.of(settings["policy"]),
         )
@@ -248,11 +243,6 @@ class Subject:
     @property
     def device(self) -> torch.device:
         return self.sae.b_dec.device
-
-    @cached_property
-    def digest(self) -> str:
-        """Digest of the SAE's file. Results carry it."""
-        return durable.digest_file(self.run / sae_file.FILE).xxh3_128
 
     def model_path(self, asked: str | None) -> str:
         """Where the language model is: as asked, else as the store's manifest records it."""

@@ -1,7 +1,8 @@
 """What a run tells while it works: one progress line, and metrics.jsonl.
 
-metrics.jsonl is part of a run's state. A checkpoint stores the file's length, and a resumed run
-cuts the file back to it. So a run that was killed leaves the same file as one that was not.
+metrics.jsonl is part of a run's state. A checkpoint stores the file's length and digest, and a
+resumed run cuts the file back to it. So a run that was killed leaves the same file as one that was
+not.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from data import stopping
-from data.durable import refusals
+from data.durable import Written, refusals
 from data.errors import StoreError, caused
 from data.neutral import neutral
 from data.secrets import redacted
@@ -29,17 +32,30 @@ Record = Mapping[str, Any]
 class Metrics:
     """An append-only file of JSON lines. Floats keep all digits; NaN and infinity become null."""
 
-    def __init__(self, path: Path, keep_bytes: int = 0) -> None:
-        """Open `path`, cut to its first `keep_bytes` bytes; 0 begins the file anew."""
+    def __init__(self, path: Path, keep_bytes: int = 0, xxh3_128: str = "") -> None:
+        """Open `path`, cut to its first `keep_bytes` bytes; 0 begins the file anew.
+
+        Args:
+            xxh3_128: what those bytes must have; "": nobody knows.
+
+        Raises:
+            StoreError: they are not there, or not those.
+        """
+        way_out = "restore it, or delete the run directory to start over"
         size = path.stat().st_size if path.exists() else 0
         if size < keep_bytes:
             raise StoreError(
                 f"{path} has {size} bytes where the checkpoint saw {keep_bytes}: it was cut by "
-                "hand; restore it, or delete the run directory to start over"
+                f"hand; {way_out}"
             )
         self._path = path
         with refusals(path):
             self._file = path.open("r+b" if path.exists() else "w+b")
+            self._digest = xxhash.xxh3_128(self._file.read(keep_bytes))
+            if xxh3_128 not in ("", self._digest.hexdigest()):
+                self._file.close()
+                got = f"{path} does not hold the {keep_bytes} bytes that the checkpoint saw"
+                raise StoreError(f"{got}; {way_out}")
             self._file.truncate(keep_bytes)
             self._file.seek(keep_bytes)
 
@@ -55,14 +71,16 @@ class Metrics:
         for name, value in record.items():
             if isinstance(value, float) and not math.isfinite(value):
                 clean[name] = None
-        self._file.write(json.dumps(clean, separators=(",", ":")).encode() + b"\n")
+        line = json.dumps(clean, separators=(",", ":")).encode() + b"\n"
+        self._file.write(line)
+        self._digest.update(line)
 
-    def sync(self) -> int:
-        """Make every line durable; returns the file's length in bytes, for the checkpoint."""
+    def sync(self) -> Written:
+        """Make every line durable; size and digest of the file as it was written."""
         with refusals(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
-        return self._file.tell()
+        return Written(self._file.tell(), self._digest.hexdigest())
 
     def close(self) -> None:
         self.sync()

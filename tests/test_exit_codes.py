@@ -43,7 +43,7 @@ from harvest.loop import OutOfMemory
 from tests.conftest import Call, make_store
 from tests.train.test_command import SMALL
 from tests.train.test_command import make_store as make_small_store
-from train.arm import is_finished
+from train.arm import is_done
 from train.sae_file import load
 
 PASSING = ["ENOSPC", "EIO", "EDQUOT", "ESTALE", "ETIMEDOUT", "ECONNRESET", "EHOSTUNREACH"]
@@ -187,10 +187,10 @@ def test_a_final_file_that_cannot_be_read_is_not_written_again(
 ) -> None:
     path = tmp_path / "sae_final.pt"
     path.write_bytes(b"rubbish")
-    assert not is_finished(tmp_path)
+    assert not is_done(tmp_path, False)
     assert code_of(lambda: load(path)) == 2
     monkeypatch.setattr("torch.load", raising(os_error("EIO")))
-    assert code_of(lambda: is_finished(tmp_path)) == 75
+    assert code_of(lambda: is_done(tmp_path, False)) == 75
 
 
 # -- other processes -------------------------------------------------------------------------------

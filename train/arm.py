@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from data import durable, environment, locks
+from data import digests, durable, environment, locks
 from data.errors import PipelineError, StopRequest, StoreError, TemporaryError
-from data.journal import Metrics, read_metrics, tell
+from data.journal import Metrics, tell
 from data.rows import statistics
 from data.rows.follower import Follower, FollowsNobody
 from data.store import records
@@ -106,11 +106,11 @@ class Run:
         saved = resume(folder, self._settings)
         step = saved.step if saved else 0
         kept = [step, checkpoint.fallback(checkpoints, step)]
-        if is_finished(folder):
+        if is_done(folder, step == self.trainer.steps):
             follower.finish()
             checkpoint.keep(checkpoints, kept)
             tell(f"{folder} is finished: {folder / sae_file.FILE} is there, nothing to do")
-            self.outcome = read_metrics(folder / run.METRICS)[-1]
+            self.outcome = run.metrics_of(folder)[-1]
             return
         # Register for the rows first: what is damaged stays if they are gone. Remove it before the
         # metrics are cut: one that comes back must not find them shorter than it saw them.
@@ -127,9 +127,10 @@ class Run:
             follower.wait(batches - 1, stop)
             stop.check()
             self.trainer.begin_(self.arm.stream.first(min(needed, batches * batch)))
-        metrics = Metrics(folder / run.METRICS, saved.metrics_bytes if saved else 0)
-        self._metrics = stack.enter_context(closing(metrics))
-        self._timings = stack.enter_context(closing(Metrics.continued(folder / run.TIMINGS)))
+        seen = (saved.metrics_bytes, saved.metrics_digest) if saved else ()
+        self._metrics = stack.enter_context(closing(Metrics(folder / run.METRICS, *seen)))
+        timings = _timings(folder / run.TIMINGS, saved)
+        self._timings = stack.enter_context(closing(timings))
         durable.sync_directory(folder)
 
     def _share(self) -> None:
@@ -173,10 +174,16 @@ class Run:
         """Save a checkpoint unless this step has one, then release the rows before the oldest."""
         if self.group.rank == 0 and self.saved != self.step:
             folder = self.arm.folder / run.CHECKPOINTS
-            tensors = self.trainer.state.tensors()
-            checkpoint.save(
-                folder, Checkpoint(self.step, self._metrics.sync(), self._settings, tensors)
+            metrics = self._metrics.sync()
+            moment = Checkpoint(
+                step=self.step,
+                metrics_bytes=metrics.bytes,
+                settings=self._settings,
+                tensors=self.trainer.state.tensors(),
+                metrics_digest=metrics.xxh3_128,
+                timings=self._timings.sync(),
             )
+            checkpoint.save(folder, moment)
             self.arm.follower.release(checkpoint.oldest(folder))
         self.saved = self.step
 
@@ -188,13 +195,25 @@ class Run:
                 self._timings.write({"step": self.step, "tokens_per_s": round(speed)})
 
     def finish(self) -> None:
-        """Write the final file."""
+        """Write the final file, then the record that vouches for all of the run's.
+
+        Raises:
+            StoreError: the run was finished before, with another SAE.
+        """
         final: dict[str, Any] = {}
         if self.group.rank == 0:
-            state = self.trainer.state
-            path = sae_file.write_final(state.sae, self.trainer.scale, self.arm.folder, state.basis)
+            folder, state = self.arm.folder, self.trainer.state
+            path = folder / sae_file.FILE
+            earlier = None
+            if run.record(folder) is None and path.is_file():
+                earlier = durable.digest_file(path)
+            written = sae_file.write_final(state.sae, self.trainer.scale, folder, state.basis)
+            files = {sae_file.FILE: written, run.METRICS: self._metrics.sync()}
+            run.seal(folder, {**files, run.TIMINGS: self._timings.sync()})
+            if earlier not in (None, written):
+                tell(f"{path} was not what the last checkpoint gives, and is now")
             self.arm.follower.finish()
-            final = read_metrics(self.arm.folder / run.METRICS)[-1]
+            final = run.metrics_of(folder)[-1]
             stream = self.arm.stream
             tell(
                 f"wrote {path}: held-out variance explained {final['variance_explained']:.4f}, "
@@ -214,15 +233,63 @@ class Run:
         self._closing.close()
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether the final SAE is there and whole. A damaged one is written again."""
+def is_done(folder: Path, can_rewrite: bool) -> bool:
+    """Whether the final SAE is there, and its record vouches for it.
+
+    If not, training goes on from the last checkpoint, and at its end writes the file again.
+
+    Args:
+        can_rewrite: whether the checkpoint of the last step is there.
+
+    Raises:
+        StoreError: the record is damaged.
+    """
+    kept = run.record(folder)
+    path = folder / sae_file.FILE
+    if kept is None:
+        if path.is_file() and can_rewrite:
+            tell(f"{folder} is of an earlier version: its last checkpoint gives {path.name} again")
+        return path.is_file() and not can_rewrite and _is_recorded(folder)
+    if sae_file.FILE not in kept.files:
+        return False
+    if wrong := kept.fault(sae_file.FILE):
+        tell(f"{path} {wrong}: it is written again from the last checkpoint")
+        return False
+    run.drop_damaged_timings(kept)
+    return True
+
+
+def _is_recorded(folder: Path) -> bool:
+    """Record a finished run of an earlier version as it is; False if its SAE cannot be read."""
     try:
         sae_file.load(folder / sae_file.FILE)
     except TemporaryError:
         raise
-    except StoreError:
+    except StoreError as error:
+        tell(str(error))
         return False
+    names = [name for name in run.FILES if (folder / name).is_file()]
+    digests.write(folder, names)
+    tell(
+        f"{folder} is of an earlier version and has no checkpoint of its last step: its files "
+        "count as they are from now on"
+    )
     return True
+
+
+def _timings(path: Path, saved: Checkpoint | None) -> Metrics:
+    """timings.jsonl as the checkpoint saw it; a damaged one is begun anew."""
+    if saved is None:
+        return Metrics(path)
+    if saved.timings is None:
+        return Metrics.continued(path)
+    try:
+        return Metrics(path, *saved.timings)
+    except TemporaryError:
+        raise
+    except StoreError as error:
+        tell(f"{error}: it is begun anew, for it holds speeds alone")
+        return Metrics(path)
 
 
 def resume(folder: Path, settings: str) -> Checkpoint | None:

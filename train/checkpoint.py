@@ -46,6 +46,8 @@ class Checkpoint:
     metrics_bytes: int  # length of metrics.jsonl
     settings: str  # digest of the run's settings, store included
     tensors: dict[str, Tensor]  # the state's tensors by name
+    metrics_digest: str = ""  # xxh3_128 of those bytes; "": of an earlier version, not recorded
+    timings: Written | None = None  # timings.jsonl; None: likewise
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -57,6 +59,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         "metrics_bytes": checkpoint.metrics_bytes,
         "settings": checkpoint.settings,
         "tensors": list(written),
+        "metrics_digest": checkpoint.metrics_digest,
+        "timings": checkpoint.timings and list(checkpoint.timings),
     }
     durable.write(folder / f"{name}.json", [records.encode(body)])
     keep(folder, _steps(folder)[:_KEEP])
@@ -97,8 +101,15 @@ def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         except StoreError:
             passed_over.append(_name(step))
             continue
-        tensors = safetensors.torch.load_file(folder / f"{_name(step)}.safetensors")
-        saved = Checkpoint(step, record["metrics_bytes"], record["settings"], tensors)
+        timings = record.get("timings")
+        saved = Checkpoint(
+            step=step,
+            metrics_bytes=record["metrics_bytes"],
+            settings=record["settings"],
+            tensors=safetensors.torch.load_file(folder / f"{_name(step)}.safetensors"),
+            metrics_digest=record.get("metrics_digest", ""),
+            timings=timings and Written(*timings),
+        )
         return saved, passed_over
     return None, passed_over
 

@@ -1,4 +1,10 @@
-"""A run's directory: its settings, and where a stopped run goes on."""
+"""A run's directory: its files, its settings, and the record that vouches for them.
+
+digests.json (data/digests.py) names config.yaml from the start. A run is finished once it names
+sae_final.pt, metrics.jsonl and timings.jsonl too: `seal` writes it after them. Whoever reads a
+file of a run asks here, so that a bit that flipped is an error and never another figure. A run of
+an earlier version has no such record. It is read all the same, and one line says so.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +14,24 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from data import durable, locks
+from data import digests, durable, locks
+from data.digests import Digests
+from data.durable import Written
 from data.errors import MismatchError, SettingError, StoreError, caused, differences
-from data.journal import tell
+from data.journal import read_metrics, tell
 from data.store.store import Store
 from train import sae_file
+from train.sae import SAE
 
 FOLDER = Path("runs")  # where runs go by default
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoint"
 TIMINGS = "timings.jsonl"  # not in the metrics, which a killed run repeats byte for byte
+FILES = (CONFIG, sae_file.FILE, METRICS, TIMINGS)  # of a finished run
 
 
 def source_of(store: Store) -> dict[str, Any]:
@@ -60,29 +71,61 @@ def agree(
     Raises:
         MismatchError: the run was started with other settings.
     """
-    if not (run / CONFIG).exists():
-        foreign = [
-            file.name
-            for file in run.iterdir()
-            if file.name not in (CHECKPOINTS, locks.FILE) and not durable.is_temporary(file)
-        ]
-        holds_arms = any((folder / CONFIG).exists() for folder in run.iterdir())
-        if foreign and not holds_arms:
-            raise StoreError(
-                f"{run} is no run and holds other files ({foreign[0]}); choose another run="
-            )
-        whole = {"settings": settings, **facts, "environment": here}
-        durable.write(run / CONFIG, [yaml.safe_dump(whole, sort_keys=False).encode()])
+    whole = {"settings": settings, **facts, "environment": here}
+    content = yaml.safe_dump(whole, sort_keys=False).encode()
+    kept = record(run)
+    if kept is None and not (run / CONFIG).exists():
+        _require_empty(run)
+        _begin(run, content)
         return []
-    recorded = read_config(run)
+    lines = []
+    if kept and (wrong := kept.fault(CONFIG)):
+        written = Written(len(content), durable.digest(content))
+        if kept.files.get(CONFIG) != written:
+            raise StoreError(
+                f"{run / CONFIG} {wrong}; the settings and the environment that the run began with "
+                "write it again, or restore it"
+            )
+        durable.write(run / CONFIG, [content])
+        lines = [f"{run / CONFIG} {wrong}: it was written again, and now it does"]
+    recorded = _parsed(run)
     old, there = recorded["settings"], recorded["environment"]
     if unequal := differences(_with(unrecorded, old), _with(unrecorded, settings)):
         raise MismatchError(f"run {run}", unequal, "Use those settings to go on, or another run=.")
-    return [
+    if kept is None and not _has_trained(run):  # killed before its first record
+        _begin(run, content)
+        return []
+    if kept is None and not (run / sae_file.FILE).exists():  # of an earlier version
+        digests.write(run, [CONFIG])
+    lines += [
         f"{key} was {was!r} and is now {now!r}: the run goes on, but its bits may differ from an "
         "undisturbed run's"
         for key, (was, now) in differences(there, here).items()
     ]
+    return lines
+
+
+def _require_empty(run: Path) -> None:
+    """Raise StoreError if a new run's directory holds anything but arms of a multirun."""
+    foreign = [
+        file.name
+        for file in run.iterdir()
+        if file.name not in (CHECKPOINTS, locks.FILE) and not durable.is_temporary(file)
+    ]
+    holds_arms = any((folder / CONFIG).exists() for folder in run.iterdir())
+    if foreign and not holds_arms:
+        raise StoreError(
+            f"{run} is no run and holds other files ({foreign[0]}); choose another run="
+        )
+
+
+def _has_trained(run: Path) -> bool:
+    return (run / sae_file.FILE).exists() or any((run / CHECKPOINTS).glob("*.json"))
+
+
+def _begin(run: Path, config: bytes) -> None:
+    """Write config.yaml and the record of it."""
+    digests.put(run, {CONFIG: durable.write(run / CONFIG, [config])})
 
 
 def _with(
@@ -104,6 +147,13 @@ def named_or_newest(named: str | None) -> Path:
     return Path(named) if named else _newest(Path.cwd())
 
 
+def _may_be_finished(run: Path) -> bool:
+    try:
+        return is_finished(run)
+    except StoreError:
+        return True  # whoever opens the run says what is wrong
+
+
 @cache  # the jobs of a multirun take the same one, which is said once
 def _newest(here: Path) -> Path:
     """The run under `here`/runs that was finished last."""
@@ -111,7 +161,7 @@ def _newest(here: Path) -> Path:
     for parent, folders, files in os.walk(FOLDER):
         if CONFIG in files:  # a run holds many files, and perhaps the arms of a multirun
             folders[:] = [name for name in folders if Path(parent, name, CONFIG).exists()]
-        if {CONFIG, METRICS, sae_file.FILE} <= {*files}:
+        if {CONFIG, METRICS, sae_file.FILE} <= {*files} and _may_be_finished(Path(parent)):
             run = Path(parent)
             finished.append(((run / sae_file.FILE).stat().st_mtime_ns, run))
     if not finished:
@@ -124,6 +174,122 @@ def _newest(here: Path) -> Path:
     return run
 
 
+# -- what vouches for a run's files ----------------------------------------------------------------
+
+
+def record(run: Path) -> Digests | None:
+    """What a run's files must hold; None if the run is of an earlier version, or not begun.
+
+    Raises:
+        StoreError: the record is damaged.
+    """
+    way_out = f"delete it, and `python -m train ... run={run}` records the run's files again"
+    return digests.read(run, way_out)
+
+
+def seal(run: Path, files: Mapping[str, Written]) -> None:
+    """Record the files of a finished run, by their names, beside its config.yaml.
+
+    Raises:
+        StoreError: the run was finished before, with another SAE or other metrics.
+    """
+    kept = record(run)
+    recorded = kept.files if kept else {}
+    for name in (sae_file.FILE, METRICS):
+        if recorded.get(name, files.get(name)) != files.get(name):
+            raise StoreError(
+                f"{run / name} came out other than {run / digests.FILE} records, so the "
+                "environment is another; delete that record to take what came out"
+            )
+    config = recorded.get(CONFIG) or durable.digest_file(run / CONFIG)
+    digests.put(run, {CONFIG: config, **files})
+
+
+def drop_damaged_timings(kept: Digests) -> None:
+    """Remove a damaged timings.jsonl from a finished run and its record."""
+    if TIMINGS in kept.files and (wrong := kept.fault(TIMINGS)):
+        path = kept.folder / TIMINGS
+        left = {name: written for name, written in kept.files.items() if name != TIMINGS}
+        digests.put(kept.folder, left, kept.about)
+        path.unlink(missing_ok=True)
+        tell(f"{path} {wrong}: it was dropped, for it holds speeds alone")
+
+
+def require(run: Path, name: str) -> None:
+    """Raise StoreError if a file is not what the run's record says; of none, one line tells."""
+    kept = record(run)
+    if kept is None:
+        _tell_unvouched(run)
+    elif name in kept.files:
+        kept.require([name], way_out(kept, name))
+
+
+@cache  # once a command
+def _tell_unvouched(run: Path) -> None:
+    tell(
+        f"{run} has no {digests.FILE}: it is of an earlier version, and nothing vouches for its "
+        f"files; `python -m train ... run={run}` records them"
+    )
+
+
+def way_out(kept: Digests, name: str) -> str:
+    """How a damaged file of a run is mended."""
+    if imported := kept.about.get("imported"):
+        return f"run={imported} makes it again"
+    again = f"`python -m train ... run={kept.folder}`"
+    return {
+        CONFIG: f"{again} writes it again, if settings and environment are the same",
+        sae_file.FILE: f"{again} writes it again from the last checkpoint",
+        TIMINGS: f"{again} drops it: it holds speeds alone",
+    }.get(name, "restore it, or train the run again in another run=")
+
+
+def is_finished(run: Path) -> bool:
+    """Whether the record names the SAE; of a run of an earlier version, whether the SAE is there.
+
+    Raises:
+        StoreError: the record is damaged.
+    """
+    kept = record(run)
+    return sae_file.FILE in kept.files if kept else (run / sae_file.FILE).is_file()
+
+
+def sae_digest(run: Path) -> str:
+    """xxh3_128 of a finished run's sae_final.pt. The file was read, and is what was recorded.
+
+    Raises:
+        StoreError: the run is not finished, or the file is damaged.
+    """
+    if not is_finished(run):
+        raise StoreError(
+            f"run {run} is not finished: it has no whole {sae_file.FILE}; run its `python -m train` again"
+        )
+    require(run, sae_file.FILE)
+    if kept := record(run):
+        return kept.files[sae_file.FILE].xxh3_128
+    path = run / sae_file.FILE
+    try:
+        return durable.digest_file(path).xxh3_128
+    except OSError as error:
+        raise caused(error, f"{path} cannot be read: {error.strerror}", "restore it") from error
+
+
+def sae_of(run: Path, device: torch.device | str = "cpu") -> tuple[SAE, str]:
+    """The SAE of a finished run, and the digest of its file. Raises StoreError as `sae_digest`."""
+    digest = sae_digest(run)
+    return sae_file.load(run / sae_file.FILE, device), digest
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl.
+
+    Raises:
+        StoreError: the file is missing or damaged.
+    """
+    require(run, METRICS)
+    return read_metrics(run / METRICS)
+
+
 def read_config(run: Path) -> dict[str, Any]:
     """config.yaml of a run.
 
@@ -131,8 +297,14 @@ def read_config(run: Path) -> dict[str, Any]:
         StoreError: it is missing, or not what training wrote.
     """
     path = run / CONFIG
-    if not path.is_file():
+    if not path.is_file() and record(run) is None:
         raise StoreError(f"no run at {run}; train one with `python -m train store=... run={run}`")
+    require(run, CONFIG)
+    return _parsed(run)
+
+
+def _parsed(run: Path) -> dict[str, Any]:
+    path = run / CONFIG
     try:
         recorded = yaml.safe_load(path.read_bytes())
         if not isinstance(recorded["settings"], dict) or not isinstance(

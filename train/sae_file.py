@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from data import durable
+from data.durable import Written
 from data.errors import StoreError, caused
 from train.sae import SAE, WEIGHTS
 from train.tensors import refuse, refuse_shape, tensor_of, whole_of
@@ -17,7 +18,7 @@ from train.tensors import refuse, refuse_shape, tensor_of, whole_of
 FILE = "sae_final.pt"
 
 
-def write_final(sae: SAE, scale: float, run: Path, basis: Tensor | None = None) -> Path:
+def write_final(sae: SAE, scale: float, run: Path, basis: Tensor | None = None) -> Written:
     """Write run/sae_final.pt durably: a dict W_enc (d, F), W_dec (F, d), b_enc, b_dec, k that opens
     with weights_only.
 
@@ -31,8 +32,7 @@ def write_final(sae: SAE, scale: float, run: Path, basis: Tensor | None = None) 
     }
     buffer = io.BytesIO()
     torch.save({**content, "k": sae.k}, buffer)
-    durable.write(run / FILE, [buffer.getbuffer()])
-    return run / FILE
+    return durable.write(run / FILE, [buffer.getbuffer()])
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> SAE:

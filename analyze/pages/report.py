@@ -22,9 +22,8 @@ from analyze.study import Definition, Study, at_least, find, model_of, modules
 from analyze.subject import Subject
 from data import durable
 from data.errors import StoreError, differences
-from data.journal import read_metrics
 from data.settings import build
-from train.run import METRICS
+from train.run import metrics_of
 
 FEATURES = 20  # latents that are shown
 CONTEXTS = 5  # of each
@@ -59,14 +58,14 @@ def report(subject: Subject, limit: int, model_path: str | None) -> Path:
     Raises:
         StoreError: the run was not trained here.
     """
-    if not (subject.run / METRICS).is_file():
+    if "imported" in subject.config:
         raise StoreError(
             f"{subject.run} was not trained here and has no curves to report; "
             "study=quality measures it"
         )
     done = results.current(subject.run, subject.digest)
     figures = _figures(subject, limit, done)
-    metrics = read_metrics(subject.run / METRICS)
+    metrics = metrics_of(subject.run)
     final = [record for record in metrics if record["split"] == "held_out"][-1]
     environment = Environment(
         loader=PackageLoader("analyze.pages"), autoescape=True, undefined=StrictUndefined

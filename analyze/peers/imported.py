@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
-from data import durable
-from data.errors import SettingError
+from data import digests, durable
+from data.errors import SettingError, StoreError, TemporaryError
+from data.journal import tell
 from data.rows.split import Policy
 from data.site import RESID_POST, hook_name
 from data.store.place import place_of
@@ -109,10 +110,9 @@ def run_of(
     weights = durable.digest(*(tensor.numpy().tobytes() for tensor in sae.tensors().values()))
     key = durable.digest(json.dumps([settings, weights]).encode())[:8]
     run = FOLDER / f"{kind}-{path.resolve().name}-{key}"
-    if (run / CONFIG).is_file():
+    if _is_whole(run):
         return run
     run.mkdir(parents=True, exist_ok=True)
-    sae_file.write_final(sae, 1.0, run)
     facts: dict[str, Any] = {
         "settings": settings,
         "store_path": opened.name,
@@ -121,8 +121,28 @@ def run_of(
         "imported": named,
         "source": source_of(opened),
     }
-    durable.write(run / CONFIG, [yaml.safe_dump(facts, sort_keys=False).encode()])
+    text = yaml.safe_dump(facts, sort_keys=False).encode()
+    files = {
+        sae_file.FILE: sae_file.write_final(sae, 1.0, run),
+        CONFIG: durable.write(run / CONFIG, [text]),
+    }
+    digests.put(run, files, {"imported": named})
     return run
+
+
+def _is_whole(run: Path) -> bool:
+    """Whether a run of an SAE was made before, to its end; it is made again if it was damaged."""
+    try:
+        kept = digests.read(run, "it is made again")
+    except TemporaryError:
+        raise
+    except StoreError as error:
+        tell(str(error))
+        return False
+    wrong = next(kept.faults((CONFIG, sae_file.FILE)), None) if kept else None
+    if wrong:
+        tell(f"{wrong}: it is made again")
+    return kept is not None and wrong is None
 
 
 def _layer(named: str, origin: Origin, asked: int | None, store: Store) -> int:

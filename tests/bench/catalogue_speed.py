@@ -66,7 +66,7 @@ def subject(folder: Path, tokens: int, unit: int, width: int, d_sae: int, k: int
     make_store(
         folder / "s.zarr", bits, context=CONTEXT, unit=unit, chunk=CHUNK, codec="none", layer=LAYER
     )
-    return Subject(folder, {}, Store.open(folder / "s.zarr"), made, LAYER, Policy())
+    return Subject(folder, {}, Store.open(folder / "s.zarr"), made, "", LAYER, Policy())
 
 
 def ours(one: Subject, folder: Path) -> int:

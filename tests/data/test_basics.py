@@ -125,12 +125,17 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     kept = metrics.sync()
     metrics.write({"step": 2})
     metrics.close()
-    again = Metrics(path, keep_bytes=kept)
+    again = Metrics(path, *kept)
     again.write({"step": 3})
     again.close()
     assert read_metrics(path) == [{"step": 1, "loss": 0.1, "odd": None}, {"step": 3}]
     with pytest.raises(StoreError, match=r"metrics.jsonl"):
         Metrics(path, keep_bytes=10_000)
+    again = Metrics(path, *kept)  # what is behind them may be anything
+    again.close()
+    path.write_bytes(path.read_bytes().replace(b"0.1", b"0.2"))
+    with pytest.raises(StoreError, match=r"metrics.jsonl"):
+        Metrics(path, *kept)
 
 
 def test_whole_numbers() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data import locks
+from data.digests import FILE
 from data.errors import MismatchError, NonFiniteError, SettingError, StoreError
 from data.journal import read_metrics
 from tests.train import killing
@@ -221,7 +222,11 @@ def test_temporaries_of_a_dead_process_are_swept(tmp_path):
 
 def test_spoiled_config_is_named(tmp_path):
     run(tmp_path)
-    (tmp_path / "config.yaml").write_text("settings: [")
+    config = tmp_path / "config.yaml"
+    config.write_text("settings: [")
+    with pytest.raises(StoreError, match=r"config\.yaml"):
+        run(tmp_path, seed=5)
+    (tmp_path / FILE).unlink()  # of an earlier version
     with pytest.raises(StoreError, match=r"config\.yaml"):
         run(tmp_path)
 

@@ -22,7 +22,7 @@ from analyze.studies.quality import DEFINITIONS, outcome_of, quality
 from analyze.studies.quality import write as write_quality
 from analyze.subject import Subject
 from conf.command import run_command
-from data import durable
+from data import digests, durable
 from data.errors import SettingError, StoreError
 from data.tiny.embedded import MODEL_DIR
 from tests.analyze.conftest import make_run, random_rows
@@ -61,6 +61,7 @@ def finished(folder: Path, sae: SAE, **settings: Any) -> Path:
     )
     record = {"split": "held_out", "step": 3, "tokens": 30, "variance_explained": 0.8123, "dead": 2}
     (run / METRICS).write_text(json.dumps(record) + "\n")
+    digests.write(run, [CONFIG, FILE, METRICS])
     return run
 
 

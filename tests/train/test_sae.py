@@ -10,7 +10,7 @@ from data.errors import SettingError, StoreError
 from tests.train.reference import dense_activations, random_sae
 from train import sae as sae_module
 from train.sae import SAEConfig, initial
-from train.sae_file import load, write_final
+from train.sae_file import FILE, load, write_final
 
 
 def rows(n=20, d=12, seed=1):
@@ -91,7 +91,8 @@ def test_final_file_opens_in_the_published_usage_code(tmp_path):
     sae, scale = random_sae(12, 64, 4, dtype=torch.float32), 0.03
     sae.project_()
     x = rows() / scale
-    path = write_final(sae, scale, tmp_path)
+    write_final(sae, scale, tmp_path)
+    path = tmp_path / FILE
     checkpoint = torch.load(path, weights_only=True)
     assert {name: tuple(t.shape) for name, t in checkpoint.items() if name != "k"} == {
         "W_enc": (12, 64),
@@ -154,7 +155,8 @@ def test_load_refuses_what_is_not_an_sae(kind, tmp_path):
 def test_load_names_a_missing_or_torn_file(tmp_path):
     with pytest.raises(StoreError, match=r"sae_final\.pt"):
         load(tmp_path / "sae_final.pt")
-    path = write_final(random_sae(12, 64, 4), 1.0, tmp_path)
+    write_final(random_sae(12, 64, 4), 1.0, tmp_path)
+    path = tmp_path / FILE
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(StoreError, match=r"sae_final\.pt"):
         load(path)

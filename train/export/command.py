@@ -13,7 +13,7 @@ from data.journal import heartbeat, note, tell
 from data.settings import names
 from train import sae_file
 from train.export import format, golden
-from train.run import named_or_newest, read_config
+from train.run import named_or_newest, read_config, sae_of
 
 
 def command(settings: dict[str, Any], _: Job = ALONE) -> None:
@@ -21,7 +21,8 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
     asked = names("to", settings["to"], format.names())
     run = named_or_newest(settings["run"])
     with heartbeat(f"reading {run / sae_file.FILE}"):
-        config, trained = read_config(run), sae_file.load(run / sae_file.FILE)
+        config = read_config(run)
+        trained = sae_of(run)[0]
         what = format.about(run, config)
         for name in asked:
             folder = (Path(settings["out"]) if settings["out"] else run / "export") / name

@@ -27,14 +27,14 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from data import durable
 from data.errors import PipelineError, SettingError, StoreError, TemporaryError, caused
-from data.journal import read_metrics, tell
+from data.journal import tell
 from data.secrets import redacted
 from data.text import retry
 from train import sae_file
 from train.export import golden
 from train.export.format import about
 from train.publish import card, vector
-from train.run import CONFIG, METRICS, read_config
+from train.run import CONFIG, METRICS, metrics_of, read_config, sae_of
 
 FOLDER = "publish"  # in a run's directory, unless it is to be elsewhere
 QUALITY = "quality.json"  # as analyze leaves it in a run's directory
@@ -113,15 +113,14 @@ def contents(run: Path, repo: str) -> dict[str, Content]:
         StoreError: the run is not finished, or one of its files is damaged.
     """
     config = read_config(run)
-    trained = sae_file.load(run / sae_file.FILE)
-    held_out = [line for line in read_metrics(run / METRICS) if line.get("split") == "held_out"]
+    trained, digest = sae_of(run)
+    held_out = [line for line in metrics_of(run) if line.get("split") == "held_out"]
     if not held_out:
         raise StoreError(
             f"{run / METRICS} has no held-out figures: the run is not finished; "
             "run its `python -m train`"
         )
     described = about(run, config)
-    digest = durable.digest_file(run / sae_file.FILE).xxh3_128
     studies = _studies(run, digest)
     quality = _read_json(run / QUALITY) if (run / QUALITY).exists() else None
 

@@ -12,10 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import SettingError, StoreError
-from data.journal import read_metrics
+from data.journal import read_metrics, tell
 from data.rows.split import Policy
 from train import sae_file
-from train.run import CONFIG, METRICS, TIMINGS, read_config
+from train.run import (
+    CONFIG,
+    METRICS,
+    TIMINGS,
+    is_finished,
+    metrics_of,
+    read_config,
+    require,
+    sae_digest,
+)
 
 SEEDS = ("seed", "data_seed")  # settings that change random numbers alone
 _NEEDED = ("store", "layer", "tokens", "batch", "policy", "sae")  # of a run's settings
@@ -35,7 +44,7 @@ class Arm:
     steps: int  # optimizer steps of the whole run
     records: list[dict[str, Any]]  # metrics.jsonl
     tokens_per_s: float | None
-    finished: bool  # whether sae_final.pt exists
+    sae: str | None  # digest of sae_final.pt; None: the run is not finished
 
     @classmethod
     def read(cls, run: Path, name: str) -> Arm:
@@ -45,7 +54,7 @@ class Arm:
             StoreError: the run's files are not what training wrote.
         """
         config = read_config(run)
-        finished = (run / sae_file.FILE).is_file()
+        finished = is_finished(run)
         settings = config["settings"]
         try:
             missing = [key for key in _NEEDED if key not in settings]
@@ -59,15 +68,19 @@ class Arm:
                 identity=str(settings["store"]["identity"]),
                 store_path=str(config["store_path"]),
                 steps=int(config["steps"]),
-                records=_records(run / METRICS, finished),
-                tokens_per_s=_speed(run / TIMINGS),
-                finished=finished,
+                records=_records(run, finished),
+                tokens_per_s=_speed(run),
+                sae=sae_digest(run) if finished else None,
             )
         except (KeyError, TypeError, ValueError) as error:
             lacks = f"; it lacks {', '.join(missing)}" if missing else ""
             raise StoreError(
                 f"{run / CONFIG} is not what training wrote{lacks}; restore it"
             ) from error
+
+    @property
+    def finished(self) -> bool:
+        return self.sae is not None
 
     def of(self, split: str, figure: str) -> list[tuple[int, float]]:
         """(tokens, figure) of each record of one split that has the figure."""
@@ -101,10 +114,11 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _records(path: Path, finished: bool) -> list[dict[str, Any]]:
+def _records(run: Path, finished: bool) -> list[dict[str, Any]]:
+    path = run / METRICS
     if not finished and (not path.exists() or b"\n" not in path.read_bytes()):
         return []  # training has not written its first line
-    records = read_metrics(path)
+    records = metrics_of(run)
     splits = set()
     for record in records:
         if not isinstance(record, dict) or not {"split", "step", "tokens"} <= record.keys():
@@ -115,15 +129,19 @@ def _records(path: Path, finished: bool) -> list[dict[str, Any]]:
     return records
 
 
-def _speed(path: Path) -> float | None:
-    """The last tokens/s on record; None if the file is missing or damaged.
+def _speed(run: Path) -> float | None:
+    """The last tokens/s on record; None if the file is missing or damaged, which is said.
 
     No other figure depends on this file.
     """
     try:
-        return float(read_metrics(path)[-1]["tokens_per_s"])
-    except (StoreError, KeyError, TypeError, ValueError):
-        return None
+        require(run, TIMINGS)
+        return float(read_metrics(run / TIMINGS)[-1]["tokens_per_s"])
+    except StoreError as error:
+        tell(f"no tokens/s of {run}: {error}")
+    except (KeyError, TypeError, ValueError):
+        tell(f"no tokens/s of {run}: {run / TIMINGS} is not what training wrote")
+    return None
 
 
 # -- which runs ------------------------------------------------------------------------------------

@@ -12,10 +12,8 @@ from analyze.studies.sweep.arms import SEEDS, Arm, common_folder, exact, varying
 from analyze.studies.sweep.ranking import Standing, compare
 from analyze.studies.sweep.reading import Measured, measure
 from analyze.subject import open_store
-from data import durable
 from data.rows.split import Policy
 from data.store.store import Store
-from train import sae_file
 
 _RECORDED = ("variance_explained", "mse", "dead_share", "coverage", "l0")  # by training
 _SIZES = ("sae.d_sae", "sae.k")  # settings by which one SAE is simpler than another
@@ -182,7 +180,7 @@ def _figures(
         "run": str(arm.run),
         "settings": {key: arm.settings.get(key) for key in keys},
         "finished": arm.finished,
-        "sae": durable.digest_file(arm.run / sae_file.FILE).xxh3_128 if arm.finished else None,
+        "sae": arm.sae,
         "step": arm.step,
         "steps": arm.steps,
         "tokens": arm.step * int(arm.settings["batch"]),

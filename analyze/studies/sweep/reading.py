@@ -61,7 +61,7 @@ def measure(
             continue
         arm = next(arm for arm in group if arm.name in saes)
         # With the policy of all arms, they also share the mean that variance is about.
-        subject = Subject(arm.run, {}, store, saes[arm.name], arm.layer, policy)
+        subject = Subject(arm.run, {}, store, saes[arm.name], arm.sae or "", arm.layer, policy)
         measured = _read(subject, saes, limit)
         for name, error in measured.squared_error.items():
             if np.isfinite(error).all():
