@@ -262,7 +262,8 @@ def sae_digest(run: Path) -> str:
     """
     if not is_finished(run):
         raise StoreError(
-            f"run {run} is not finished: it has no whole {sae_file.FILE}; run its `python -m train` again"
+            f"run {run} is not finished: it has no whole {sae_file.FILE}; "
+            "run its `python -m train` again"
         )
     require(run, sae_file.FILE)
     if kept := record(run):

@@ -61,6 +61,11 @@ def finished(folder: Path, sae: SAE, **settings: Any) -> Path:
     )
     record = {"split": "held_out", "step": 3, "tokens": 30, "variance_explained": 0.8123, "dead": 2}
     (run / METRICS).write_text(json.dumps(record) + "\n")
+    return sealed(run)
+
+
+def sealed(run: Path) -> Path:
+    """A run whose record vouches for its files as they are."""
     digests.write(run, [CONFIG, FILE, METRICS])
     return run
 
@@ -198,6 +203,7 @@ def test_foreign_text_cannot_break_the_page(tmp_path: Path) -> None:
     config = yaml.safe_load((run / CONFIG).read_text())
     config["source"] |= {"model": f"a/b\n---\n{HOSTILE}", "text": HOSTILE}
     (run / CONFIG).write_text(yaml.safe_dump(config))
+    sealed(run)
     plain = finished(tmp_path / "plain", made("topk"))
     with_study(run, HOSTILE, HOSTILE)
     with_study(plain, "summary", "cell")
@@ -300,6 +306,7 @@ def test_the_last_layers_rows_are_not_in_hidden_states(tmp_path: Path) -> None:
         config = yaml.safe_load((run / CONFIG).read_text())
         config["source"]["n_layers"] = layers
         (run / CONFIG).write_text(yaml.safe_dump(config))
+        sealed(run)
         publishes(run)
         assert ("final norm" in card(run)) == is_last
 
@@ -461,10 +468,12 @@ def test_refusals(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     run = finished(tmp_path / "run", made("topk"))
     (run / METRICS).write_text(json.dumps({"split": "train", "step": 1}) + "\n")
+    sealed(run)
     with pytest.raises(StoreError, match=METRICS):
         publishes(run)
     with_study(run, "x")
     (run / METRICS).write_text(json.dumps({"split": "held_out"}) + "\n")
+    sealed(run)
     (run / "studies" / "splice" / "splice.json").write_text("{")
     with pytest.raises(StoreError, match=r"splice\.json"):
         publishes(run)
