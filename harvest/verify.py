@@ -10,6 +10,7 @@ import numpy as np
 from data.errors import MismatchError, StoreError, differences
 from data.journal import tell
 from data.store import retention, verified
+from data.store.ledger import spine_key
 from data.store.place import Place
 from data.store.repair import damage, require_store
 from data.store.store import Store
@@ -21,7 +22,8 @@ from harvest.site import SITES
 def verify(place: Place, open_model: Callable[[int], LanguageModel]) -> str:
     """Check every digest of the store, and recompute one random unit; the good news as a line.
 
-    A verification that was stopped goes on where it was (data/store/verified.py).
+    A verification that was stopped goes on where it was (data/store/verified.py). A harvest may be
+    at work in the store, or may have been killed: what it has committed is checked.
 
     Args:
         open_model: loads the model up to a layer. It may take minutes, so it comes last.
@@ -40,29 +42,43 @@ def verify(place: Place, open_model: Callable[[int], LanguageModel]) -> str:
         tell(*wrong[:-1])
         raise StoreError(f"{wrong[-1]}; {way_out}")
     store = Store.open(place)
-    if not store.spine_complete:
-        raise StoreError(
-            f"{store.name}: some units of its text have no record; run its `python -m harvest` "
-            "again"
-        )
+    _require_no_hole(store)
     intact = f"{store.name}: every object holds the bytes that were committed"
     committed = [store.committed(layer) for layer in store.layers]
     whole = np.flatnonzero(np.all(committed, axis=0)).tolist() if committed else []
+    if not store.spine_complete or len(whole) < store.units:
+        intact += f" so far: {len(whole)} of {store.units} units have residuals of every layer"
     lm = open_model(max(store.layers, default=0))
     require_model(store, lm)
-    if not whole:
-        return f"{intact}; no unit has residuals yet"
+    kept = retention.read(place)
+    staying = [unit for unit in whole if kept.stays(unit)]  # a ring may free others meanwhile
+    if not staying:
+        return f"{intact}; there is no unit that can be recomputed"
 
     lm.isolation = store.manifest["isolation"]
     lm.site = SITES[store.manifest["site"]]
-    kept = retention.read(place)
-    unit = random.choice([unit for unit in whole if not kept.is_freed(unit)] or whole)
+    unit = random.choice(staying)
     tell(f"every digest is right; recomputing unit {unit}")
     require_same(store, lm, unit, store.layers)
     freed = ""
     if kept.freed:
         freed = f"; the shards of {kept.freed} units are freed, as in a ring they may be"
     return f"{intact}; unit {unit}, recomputed, is the same{freed}"
+
+
+def _require_no_hole(store: Store) -> None:
+    """Raise StoreError if a unit of the spine has no record while a later one, or the end, has.
+
+    The text is read in order, so a harvest that is at work or was stopped leaves no such hole.
+    """
+    there = store.ledger.spine_rows != 0
+    last = store.units if store.spine_end else int(np.append(0, np.flatnonzero(there) + 1).max())
+    for unit in np.flatnonzero(~there[:last]).tolist():
+        if not store.place.exists(spine_key(unit)):  # else it came while the names were listed
+            raise StoreError(
+                f"{store.name}: unit {unit} of its text has no record, and later ones have; run "
+                "its `python -m harvest` again"
+            )
 
 
 def require_model(store: Store, lm: LanguageModel) -> None:

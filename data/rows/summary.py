@@ -38,10 +38,12 @@ class Summary(NamedTuple):
 
 def read(store: Store, layer: int) -> Summary:
     """The summary of a complete layer; merged again if the harvest was stopped before it."""
-    if not exists(store, layer):
-        return make(store, layer)
     key = _key(layer)
-    record = records.decode(store.place.read(key), f"{store.name}/{key}")
+    try:
+        data = store.place.read(key)
+    except FileNotFoundError:
+        return make(store, layer)
+    record = records.decode(data, f"{store.name}/{key}")
     moments = store.arrays.summary(layer).read(store.place, 0, 2)
     return Summary(np.array(record["counts"]), np.array(record["norm_sums"]), moments)
 

@@ -1,12 +1,12 @@
 """Which arrays a store has, with the name, type and shape of each.
 
-Names are made here and nowhere else, and no code takes a name apart again. `layer_L` holds the rows
+Names are made here, and taken apart here, and nowhere else. `layer_L` holds the rows
 of the site resid_post after decoder layer L. A store holds one site; its manifest names it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ from data.store.shard import UnitArray, native, object_key
 KINDS = 3  # BOS, OUTLIER, ORDINARY: the kinds of rows that have statistics
 
 
+_ROWS = "layer"
+
+
 def _name(kind: str, layer: int) -> str:
     """The name of one of a layer's arrays."""
     return f"{kind}_{layer}"
@@ -23,12 +26,18 @@ def _name(kind: str, layer: int) -> str:
 
 def rows_name(layer: int) -> str:
     """The name of the array that holds a layer's rows."""
-    return _name("layer", layer)
+    return _name(_ROWS, layer)
 
 
 def is_rows_name(name: str) -> bool:
     """Whether an array of this name holds some layer's rows."""
-    return name.startswith("layer_")
+    return name.startswith(f"{_ROWS}_")
+
+
+def layers_of(names: Iterable[str]) -> set[int]:
+    """The layers whose rows are among the arrays of these names."""
+    numbers = (name.removeprefix(f"{_ROWS}_") for name in names if is_rows_name(name))
+    return {int(number) for number in numbers if number.isascii() and number.isdigit()}
 
 
 def rows_key(layer: int, unit: int) -> str:

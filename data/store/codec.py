@@ -48,6 +48,7 @@ _BLOSC_NBYTES = slice(4, 8)  # of Blosc's header: the decoded size, little-endia
 EXPECTED_RATIO = {"blosc": 1.45, "none": 1.0, "int8": 2.2}
 NAMES = tuple(EXPECTED_RATIO)
 _LOSSY = "int8"
+FITS = "commits/scales"  # the records of what a lossy codec was fitted to, a layer each
 
 
 class Codec(ABC):
@@ -239,6 +240,25 @@ def unfitted(name: str, place: Place, layers: Sequence[int]) -> list[int]:
     from data.store import scales
 
     return [layer for layer in layers if not scales.exist(place, layer)]
+
+
+def fit_key(layer: int) -> str:
+    """The record of what a lossy codec was fitted to."""
+    return f"{FITS}/{layer:05d}.json"
+
+
+def fitted_layer(key: str) -> int | None:
+    """The layer of such a record; None of another object."""
+    folder, _, name = key.rpartition("/")
+    number = name.removesuffix(".json")
+    return int(number) if folder == FITS and number.isdecimal() else None
+
+
+def restore_fit(place: Place, layer: int) -> bool:
+    """Write that record again from its copies in Zarr metadata; False if there are none."""
+    from data.store import scales
+
+    return scales.restore(place, layer)
 
 
 def fit(place: Place, layer: int, rows: torch.Tensor, bos: torch.Tensor) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import StoreError
+from data.errors import StoreError, TemporaryError
 from data.store import packs, records
 from data.store.arrays import is_rows_name, rows_key, rows_name
 from data.store.packs import Content, Pack
@@ -26,6 +27,7 @@ _SPINE_RECORD = re.compile(r"(?P<unit>\d{8})\.json")
 _RESIDUAL_RECORD = re.compile(r"(?P<unit>\d{8})\.(?P<layers>\d+(_\d+)*)\.json")
 
 _AT_A_TIME = 32  # records of the spine that a look asks for at a time
+_LISTINGS = 8  # of a folder whose records go while they are read
 
 
 def spine_key(unit: int) -> str:
@@ -143,13 +145,14 @@ class Ledger:
             for line in lines:
                 self._note(records.decode(line, f"{self._place.name}/{pack.key}"))
 
-        # The others one by one, from the first unit on that no pack gave.
-        first = _first_missing([self.spine_rows[:units]])
-        if first < units:
-            self._read(SPINE, first, self._is_new_spine)
+        # The others one by one, from the first unit on that no pack gave. The spine's come last: a
+        # unit's residuals are committed behind its spine, so they are never known without it.
         first = self._first_unknown(units)
         if first < units:
             self._read(RESIDUALS, first, self._is_new_residuals)
+        first = _first_missing([self.spine_rows[:units]])
+        if first < units:
+            self._read(SPINE, first, self._is_new_spine)
 
     def _may_give(self, pack: Pack, units: int) -> bool:
         """Whether a pack may have records that are not taken in."""
@@ -230,11 +233,23 @@ class Ledger:
         return unit
 
     def _read(self, folder: str, first: int, is_new: Callable[[str], bool]) -> None:
-        """Take in the new records of a folder from unit `first` on, in order of their names."""
-        names = sorted(filter(is_new, self._place.names(folder, after=_before(first))))
-        keys = [f"{folder}/{name}" for name in names]
-        for key, data in zip(keys, self._place.read_many(keys), strict=True):
-            self._note(records.decode(data, f"{self._place.name}/{key}"))
+        """Take in the new records of a folder from unit `first` on, in order of their names.
+
+        Raises:
+            TemporaryError: records are listed and not there, time and again.
+        """
+        for _ in range(_LISTINGS):
+            names = sorted(filter(is_new, self._place.names(folder, after=_before(first))))
+            keys = [f"{folder}/{name}" for name in names]
+            # A repair may drop a record behind the listing: then the rest is listed anew.
+            with suppress(FileNotFoundError):
+                for key, data in zip(keys, self._place.read_many(keys), strict=True):
+                    self._note(records.decode(data, f"{self._place.name}/{key}"))
+                return
+        raise TemporaryError(
+            f"{self._place.name}/{folder} lists records that are not there: a repair is dropping "
+            "them; run the same command again"
+        )
 
     def _note(self, record: Mapping[str, Any]) -> None:
         """Take in a record that was read, after a check of its objects."""
@@ -311,6 +326,13 @@ class Ledger:
                 if keys:
                     pack = Pack(first, kind, len(keys))
                     yield Content(pack, keys, self._is_whole(kind, first, units))
+
+
+def key_of(record: Mapping[str, Any]) -> str:
+    """Where a record of the spine or of residuals lies."""
+    if "layers" in record:
+        return residual_key(record["unit"], map(int, record["layers"]))
+    return spine_key(record["unit"])
 
 
 def _key(kind: str, unit: int) -> str:

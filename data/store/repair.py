@@ -7,28 +7,39 @@ again at once, or by the next harvest.
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
 from data.durable import Written
 from data.errors import StoreError, TemporaryError
 from data.journal import Progress
-from data.store import manifest, packs, records
+from data.store import codec, ledger, manifest, packs, records, zarr_json
+from data.store.arrays import Arrays, layers_of
+from data.store.packs import Pack
 from data.store.place import Place
 from data.store.retention import Absences
 from data.store.ring_state import REGISTRATIONS
 from data.store.store import Store
 from data.store.verified import Verified, nowhere
+from data.store.zarr_json import GROUP, Found
 
 _FOLDERS = (
     "commits/spine",
     "commits/residuals",
-    "commits/scales",
+    codec.FITS,
     "commits/summaries",
     REGISTRATIONS,
 )
+
+# What a disk answers for an object that it has lost, and for what lies in its place. Anything else
+# (of rights, of a network, of this process) says nothing of the object.
+_OF_THE_MEDIUM = {
+    *(errno.ENOENT, errno.EIO, errno.EBADMSG, errno.ENODATA, errno.ENXIO),
+    *(errno.EISDIR, errno.ENOTDIR, errno.ELOOP),
+}
 
 
 def damage(place: Place, sound: Verified | None = None) -> Iterator[tuple[str, list[str]]]:
@@ -37,10 +48,18 @@ def damage(place: Place, sound: Verified | None = None) -> Iterator[tuple[str, l
     Gives the key of each, with what is wrong, a line each. Reads all that was ever committed, and
     shows how far it is where that takes long.
 
+    What a harvest or a repair does meanwhile is no damage: what follows from something is read
+    before it, and what is not there any more is let go. What is committed meanwhile may be left
+    out.
+
     Args:
         sound: records that were found whole already; those that are now are added.
+
+    Raises:
+        StoreError: there is no store.
     """
     damaged = False
+    require_store(place)
     sound = nowhere() if sound is None else sound
     keys = list(_records(place))
     progress = Progress(quiet_s=5.0)
@@ -51,20 +70,18 @@ def damage(place: Place, sound: Verified | None = None) -> Iterator[tuple[str, l
             yield key, wrong
     progress.close()
     for pack in packs.there(place):
-        if wrong := list(_wrong_with_pack(place, pack.key, sound)):
+        if wrong := list(_wrong_with_pack(place, pack, sound)):
             damaged = True
             yield pack.key, wrong
     if damaged:
         return
     # Metadata follows from the records, so it can be compared only when they are whole.
-    for key, text in Store.open(place).metadata(()).items():
-        if wrong_here := _wrong_with_text(place, key, text):
-            yield key, [wrong_here]
+    yield from _wrong_with_metadata(place)
 
 
 def _records(place: Place) -> Iterator[str]:
     """The keys of every record that a repair may drop. commits/ring.json is none of them."""
-    yield manifest.KEY
+    yield manifest.KEY  # it was there before the others that are listed here
     for folder in _FOLDERS:
         for name in sorted(place.names(folder)):
             if name.endswith(".json"):
@@ -75,6 +92,11 @@ def _wrong_with_record(place: Place, key: str, sound: Verified) -> Iterator[str]
     """What is wrong with a record and its objects; the record joins `sound` if it is nothing."""
     try:
         data = place.read(key)
+    except FileNotFoundError as error:
+        # A repair may have dropped any other, and without a record there is nothing to be whole.
+        if key == manifest.KEY:
+            yield _unread(place, key, error)
+        return
     except OSError as error:
         yield _unread(place, key, error)
         return
@@ -82,23 +104,72 @@ def _wrong_with_record(place: Place, key: str, sound: Verified) -> Iterator[str]
         yield f"{place.name}/{key} {wrong}"
         return
     checksum = records.checksum(data)
+    record = records.decode(data, key)
+    if not _is_named_right(key, record):
+        yield f"{place.name}/{key} is the record of something else"
+        return
     if sound.was_whole(checksum):
         return
-    damaged = list(_damaged_objects(place, records.decode(data, key)))
+    damaged = list(_damaged_objects(place, record))
     yield from damaged
     if not damaged:
         sound.add(checksum)
 
 
-def _wrong_with_pack(place: Place, key: str, sound: Verified) -> Iterator[str]:
+def _is_named_right(key: str, record: Mapping[str, Any]) -> bool:
+    """Whether a record has the name of its unit."""
+    return not {"unit", "objects"} <= record.keys() or key == ledger.key_of(record)
+
+
+def _wrong_with_pack(place: Place, pack: Pack, sound: Verified) -> Iterator[str]:
     try:
-        lines = packs.decode(place.read(key), f"{place.name}/{key}")
-    except (OSError, StoreError) as error:
-        yield f"{place.name}/{key} cannot be read: {error}"
+        lines = packs.decode(place.read(pack.key), f"{place.name}/{pack.key}")
+    except FileNotFoundError:  # a fuller one has replaced it
         return
-    stale = [line for line in lines if records.checksum(line) not in sound]
-    if stale:
-        yield f"{place.name}/{key} packs {len(stale)} records that are damaged or not there"
+    except StoreError as error:
+        yield str(error)
+        return
+    except OSError as error:
+        yield _unread(place, pack.key, error)
+        return
+    stale = 0
+    for line in lines:
+        if records.checksum(line) not in sound:  # a record that came meanwhile is read now
+            for _ in _wrong_with_record(
+                place, ledger.key_of(records.decode(line, pack.key)), sound
+            ):
+                pass
+            stale += records.checksum(line) not in sound
+    # A repair drops the pack before the records.
+    if stale and place.exists(pack.key):
+        yield f"{place.name}/{pack.key} packs {stale} records that are damaged or not there"
+
+
+def _wrong_with_metadata(place: Place) -> Iterator[tuple[str, list[str]]]:
+    try:
+        found = Found(place)
+    except OSError as error:
+        yield GROUP, [_unread(place, GROUP, error)]
+        return
+    store = Store.open(place)  # behind `found`: it knows all that the metadata follows from
+    unfitted = codec.unfitted(
+        store.manifest["codec"], place, sorted({*found.layers, *store.layers})
+    )
+    for layer in unfitted:
+        key = codec.fit_key(layer)
+        yield key, [f"{place.name}/{key} is missing, without which no row can be decoded"]
+    if not unfitted:
+        for key, wrong in found.faults(_shapes(store, found), store.layers):
+            yield key, [f"{place.name}/{key} {wrong}"]
+
+
+def _shapes(store: Store, found: Found) -> Iterator[Arrays]:
+    """The arrays as they were planned, and as they are in the end."""
+    yield store.arrays_of(store.planned_rows)
+    if store.spine_end is not None:
+        yield store.arrays
+    elif found.rows is not None and found.rows < store.planned_rows:
+        yield store.arrays_of(found.rows)  # a repair has dropped the record of the text's end
 
 
 def _damaged_objects(place: Place, record: dict[str, Any]) -> Iterator[str]:
@@ -115,20 +186,9 @@ def _damaged_objects(place: Place, record: dict[str, Any]) -> Iterator[str]:
             yield _unread(place, key, error)
 
 
-def _wrong_with_text(place: Place, key: str, text: bytes) -> str | None:
-    try:
-        if place.read(key) == text:
-            return None
-    except FileNotFoundError:
-        return f"{place.name}/{key} is missing: other Zarr readers need it"
-    except OSError as error:
-        return _unread(place, key, error)
-    return f"{place.name}/{key} is not the metadata of this store: other Zarr readers go by it"
-
-
 def _unread(place: Place, key: str, error: OSError) -> str:
     """The line for what cannot be read; raises where that is no damage of the object."""
-    if isinstance(error, ConnectionError | TimeoutError):
+    if error.errno not in _OF_THE_MEDIUM:
         raise error
     return f"{place.name}/{key} cannot be read: {error.strerror or error}"
 
@@ -149,14 +209,16 @@ def repair(place: Place) -> list[str]:
                 f"{place.name} is being written; stop the harvest before repairing"
             )
         damaged = [key for key, _ in damage(place)]
-        metadata = {key for key in damaged if _is_metadata(key)}
         for key in sorted(damaged, key=is_pack, reverse=True):  # packs before their records
-            if key not in metadata:
+            if not zarr_json.is_key(key):
                 place.delete(key)
         if manifest.KEY in damaged:
             _restore_manifest(place)
-        if metadata:  # then all records are whole
-            _restore_metadata(place, metadata)
+        for key in damaged:
+            if (layer := codec.fitted_layer(key)) is not None:
+                _restore_fit(place, layer)
+        if any(map(zarr_json.is_key, damaged)):  # then all records are whole
+            _restore_metadata(place)
     return damaged
 
 
@@ -171,7 +233,7 @@ def require_store(place: Place) -> None:
 
 def is_derived(key: str) -> bool:
     """Whether `repair` can rebuild the object from the rest of the store."""
-    return key == manifest.KEY or _is_metadata(key)
+    return key == manifest.KEY or zarr_json.is_key(key) or codec.fitted_layer(key) is not None
 
 
 def is_pack(key: str) -> bool:
@@ -179,14 +241,20 @@ def is_pack(key: str) -> bool:
     return key.startswith(f"{packs.FOLDER}/")
 
 
-def _is_metadata(key: str) -> bool:
-    return key.rpartition("/")[2] == "zarr.json"
+def _restore_metadata(place: Place) -> None:
+    declared = layers_of(place.folders())  # of some of them, no unit may be there yet
+    for key, text in Store.open(place).metadata(declared).items():
+        place.write(key, [text])
 
 
-def _restore_metadata(place: Place, keys: set[str]) -> None:
-    for key, text in Store.open(place).metadata(()).items():
-        if key in keys:
-            place.write(key, [text])
+def _restore_fit(place: Place, layer: int) -> None:
+    """Write the statistics of a lossy codec again from their copies in Zarr metadata."""
+    if not codec.restore_fit(place, layer) and ledger.count_residuals(place, [layer]):
+        raise StoreError(
+            f"{place.name}/{codec.fit_key(layer)} is damaged, and so are its copies in zarr.json: "
+            f"nothing says any more how the rows of layer {layer} are decoded; harvest anew, into "
+            "another store="
+        )
 
 
 def _restore_manifest(place: Place) -> None:

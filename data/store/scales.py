@@ -7,6 +7,8 @@ the array's Zarr metadata, which is all that a plain Zarr reader needs.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +18,10 @@ from numcodecs import Blosc
 from numpy.typing import NDArray
 
 from data.durable import Buffer
-from data.store import records
-from data.store.codec import Codec, blosc, blosc_metadata, unpack_blosc
+from data.errors import StoreError
+from data.store import records, zarr_json
+from data.store.arrays import rows_name
+from data.store.codec import Codec, blosc, blosc_metadata, fit_key, unpack_blosc
 from data.store.int8 import StandardizedInt8, squared_errors, standardisation
 from data.store.kinds import ORDINARY, describe
 from data.store.moments import Moments
@@ -56,13 +60,24 @@ class Int8(Codec):
 
 def exist(place: Place, layer: int) -> bool:
     """Whether a layer's statistics are frozen."""
-    return place.exists(_key(layer))
+    return place.exists(fit_key(layer))
 
 
 def read(place: Place, layer: int) -> Int8:
-    """A layer's codec; FileNotFoundError if its statistics are not frozen yet."""
-    key = _key(layer)
-    body = records.decode(place.read(key), f"{place.name}/{key}")
+    """A layer's codec.
+
+    Raises:
+        StoreError: its statistics are damaged, or not there.
+    """
+    key = fit_key(layer)
+    try:
+        data = place.read(key)
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"{place.name}/{key} is missing, without which no row of layer {layer} can be decoded; "
+            f"`python -m harvest action=repair store={place.name}` writes it again from its copies"
+        ) from error
+    body = records.decode(data, f"{place.name}/{key}")
     return Int8(StandardizedInt8(body["mean"], body["deviation"]))
 
 
@@ -79,8 +94,27 @@ def freeze(place: Place, layer: int, rows: torch.Tensor, bos: torch.Tensor) -> N
     described = describe(rows, bos, len(rows))
     ordinary = Moments(int(described.counts[ORDINARY]), *described.moments[ORDINARY])
     statistics = standardisation(ordinary).to_dict()["configuration"]
-    place.create(_key(layer), records.encode(statistics))
+    place.create(fit_key(layer), records.encode(statistics))
 
 
-def _key(layer: int) -> str:
-    return f"commits/scales/{layer:05d}.json"
+def restore(place: Place, layer: int) -> bool:
+    """Write a layer's statistics again from their copies in Zarr metadata; False if there are none.
+
+    Zarr metadata has no checksum, so the copy of the array must equal that of the group.
+    """
+    found = zarr_json.Found(place)
+    name = rows_name(layer)
+    try:
+        of_array = _codec(json.loads(found.texts[zarr_json.key_of(name)]))
+        if of_array != _codec(found.repeated[name]):
+            return False
+        statistics = StandardizedInt8.from_dict(of_array).to_dict()["configuration"]
+    except (ValueError, KeyError, TypeError, IndexError):
+        return False
+    place.create(fit_key(layer), records.encode(statistics))
+    return True
+
+
+def _codec(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """The codec in the Zarr metadata of an array of rows."""
+    return dict(rows["codecs"][0]["configuration"]["codecs"][0])

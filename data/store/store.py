@@ -30,7 +30,6 @@ C inner chunks per unit.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -46,20 +45,20 @@ from numpy.typing import NDArray
 from data import order
 from data.durable import Written
 from data.errors import StoreError
-from data.store import codec, ledger, manifest, packs, records
+from data.store import codec, ledger, manifest, packs, records, zarr_json
 from data.store.arrays import Arrays
 from data.store.claims import Claims
 from data.store.ledger import LayerLedger, Ledger
 from data.store.moments import Moments
 from data.store.place import Place, place_of
 from data.store.shard import UnitArray
+from data.store.zarr_json import GROUP
 from data.text.packing import Cursor
 
 if TYPE_CHECKING:  # the process that writes the spine runs without torch
     from data.store.unit import Prepared
 
 _END = "commits/spine/end.json"
-_GROUP = "zarr.json"
 
 
 class SpineEnd(NamedTuple):
@@ -250,7 +249,7 @@ class Store:
         """Whether the Zarr metadata is there as `declare` writes it."""
         self.spine_end = self.spine_end or self._read_end()  # another process may have declared it
         try:
-            return self.place.read(_GROUP) == self.metadata(layers)[_GROUP]
+            return self.place.read(GROUP) == self.metadata(layers)[GROUP]
         except FileNotFoundError:
             return False
 
@@ -263,24 +262,8 @@ class Store:
         return packs.are_written(self.place, self.ledger.packable(self.units))
 
     def metadata(self, layers: Iterable[int]) -> dict[str, bytes]:
-        """The zarr.json of the group and of every array, by key."""
-        arrays = self.arrays.of_spine()
-        for layer in sorted({*self.layers, *layers}):
-            arrays += self.arrays.of_layer(layer)
-        by_name = {array.name: array.metadata() for array in arrays}
-        group = {
-            "zarr_format": 3,
-            "node_type": "group",
-            "attributes": {"manifest": self.manifest},
-            # Spares readers a listing of the folder, in which commits/ would be no Zarr node.
-            "consolidated_metadata": {
-                "kind": "inline",
-                "must_understand": False,
-                "metadata": by_name,
-            },
-        }
-        texts = {f"{name}/zarr.json": _json(metadata) for name, metadata in by_name.items()}
-        return {**texts, _GROUP: _json(group)}
+        """The zarr.json of the group and of every array, by key; the group's comes last."""
+        return zarr_json.texts(self.arrays, {*self.layers, *layers})
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
@@ -291,7 +274,11 @@ class Store:
     @property
     def arrays(self) -> Arrays:
         """Every array of the store, at its present shape."""
-        return Arrays(self.manifest, self.spine_rows, self._rows_codec)
+        return self.arrays_of(self.spine_rows)
+
+    def arrays_of(self, spine_rows: int) -> Arrays:
+        """Every array of the store, at the shape of another number of spine rows."""
+        return Arrays(self.manifest, spine_rows, self._rows_codec)
 
     @property
     def spine_complete(self) -> bool:
@@ -372,12 +359,17 @@ class Store:
         return self.token_index(unit).astype(np.int64) - unit * self.unit_tokens
 
     def _read_spine(self, array: UnitArray, unit: int) -> NDArray[Any]:
-        tokens = self.rows_of(unit)
-        if not tokens:
+        tokens = self._require_spine(unit)
+        return array.read(self.place, unit, tokens // math.prod(array.inner))
+
+    def _require_spine(self, unit: int) -> int:
+        """n of a unit; StoreError if its spine is not committed."""
+        rows = self.rows_of(unit)
+        if not rows:
             raise StoreError(
                 f"unit {unit} of {self.name} is not committed; run `python -m harvest` again"
             )
-        return array.read(self.place, unit, tokens // math.prod(array.inner))
+        return rows
 
     # -- reading residuals -------------------------------------------------------------------------
 
@@ -430,7 +422,7 @@ class Store:
 
     def _read_rows(self, array: UnitArray, layer: int, unit: int) -> NDArray[Any]:
         self._require(layer, unit)
-        return array.read(self.place, unit, self.rows_of(unit))
+        return array.read(self.place, unit, self._require_spine(unit))
 
     def _require(self, layer: int, unit: int) -> None:
         if not self._layer(layer).committed[unit]:
@@ -494,7 +486,3 @@ def _starts(document: NDArray[np.uint32]) -> NDArray[np.bool_]:
     starts = np.ones(document.shape, np.bool_)
     starts[:, 1:] = document[:, 1:] != document[:, :-1]
     return starts
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"

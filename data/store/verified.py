@@ -1,19 +1,22 @@
 """How far a verification has come, kept in the store while it runs, so that a stop loses little.
 
-    .verified    {"since": seconds since 1970, "records": [checksums of the records that are whole]}
+    .verified    {"since": seconds since 1970, "records": [checksums of the records that are whole],
+                  "store": its path or URL}
 
-It counts for a day: bytes may rot later. It is removed when a verification ends.
+It is a record with a checksum of its own (data/store/records.py). It counts for a day, since bytes
+may rot later, and not in a copy of the store. It is removed when a verification ends.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from data.errors import PipelineError
+from data.errors import PipelineError, StoreError
 from data.journal import tell
+from data.store import records
 from data.store.place import Place
 
 KEY = ".verified"
@@ -55,9 +58,10 @@ class Verified:
             self._save(self._place)
 
     def _save(self, place: Place) -> None:
-        records = sorted(checksum.decode() for checksum in self._earlier | self._records)
+        whole = sorted(checksum.decode() for checksum in self._earlier | self._records)
+        body = {"since": self._since, "records": whole, "store": _store(place)}
         try:
-            place.write(KEY, [json.dumps({"since": self._since, "records": records}).encode()])
+            place.write(KEY, [records.encode(body)])
         except (OSError, PipelineError) as error:
             tell(f"how far it is cannot be kept in {place.name}, so a stop begins anew: {error}")
             self._place = None
@@ -86,15 +90,23 @@ def kept(place: Place, save_s: float = 10.0) -> Iterator[Verified]:
             f"again; delete {place.name}/{KEY} to read them too"
         )
     yield Verified(place, since, earlier, save_s)
-    if place.exists(KEY):
-        place.delete(KEY)
+    try:
+        if place.exists(KEY):
+            place.delete(KEY)
+    except (OSError, PipelineError) as error:
+        tell(f"{place.name}/{KEY} cannot be removed, and counts for nothing in a day: {error}")
 
 
 def _read(place: Place) -> tuple[float, set[bytes]]:
     """When the file was begun, and its records; none of a file that is missing or damaged."""
     try:
-        content = json.loads(place.read(KEY))
-        records = {str(checksum).encode() for checksum in content["records"]}
-        return float(content["since"]), records
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0.0, set()
+        content = records.decode(place.read(KEY), KEY)
+        if content["store"] == _store(place):
+            return content["since"], {checksum.encode() for checksum in content["records"]}
+    except (OSError, StoreError):
+        pass
+    return 0.0, set()
+
+
+def _store(place: Place) -> str:
+    return place.name if "://" in place.name else os.path.abspath(place.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ import torch
 from data.errors import DocumentError, MismatchError, PipelineError, StoreError
 from data.rows.reader import Reader
 from data.rows.split import Policy
-from data.store import verified
+from data.store import records, verified
 from data.store.place import LocalPlace
 from data.store.repair import damage, is_derived, repair
 from data.store.store import Store
@@ -233,11 +232,30 @@ def test_a_verification_that_is_stopped_goes_on(root: Path, tmp_path: Path) -> N
     # A file that is damaged, or was begun too long ago, counts for nothing.
     with pytest.raises(KeyboardInterrupt):
         checked(Watched(path, 20))
-    kept = json.loads((path / verified.KEY).read_bytes())
-    for content in (json.dumps({**kept, "since": kept["since"] - 90_000}), "{", "[]"):
-        (path / verified.KEY).write_text(content)
+    saved = (path / verified.KEY).read_bytes()
+    body = records.decode(saved, verified.KEY)
+    flipped = bytearray(saved)
+    flipped[len(saved) // 2] ^= 1
+    late = records.encode({**body, "since": body["since"] - 90_000})
+    copied = records.encode({**body, "store": "another"})
+    for content in (late, copied, bytes(flipped), saved[:-1], b""):
+        (path / verified.KEY).write_bytes(content)
         anew = Watched(path)
         assert not checked(anew) and anew.keys == whole.keys
+
+
+def test_no_flipped_bit_lets_a_damaged_record_count_as_whole(root: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(root / "done.zarr", tmp_path / "s.zarr"))
+    with pytest.raises(KeyboardInterrupt):
+        checked(Watched(path, 20))
+    saved = (path / verified.KEY).read_bytes()
+    sums = [checksum.encode() for checksum in records.decode(saved, verified.KEY)["records"]]
+    for bit in range(0, 8 * len(saved), 5):
+        flipped = bytearray(saved)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (path / verified.KEY).write_bytes(flipped)
+        with verified.kept(LocalPlace(path)) as sound:
+            assert not any(map(sound.was_whole, sums)), f"bit {bit}"
 
 
 @pytest.mark.parametrize("key", [key for key in KINDS if "/c." in key and "summary" not in key])

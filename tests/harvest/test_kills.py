@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 
 from data.errors import StoreError
 from data.store.place import LocalPlace
-from data.store.repair import repair
+from data.store.repair import damage, repair
 from data.store.store import Store
 from data.text.sources import FileText
 from harvest.config import HarvestConfig
@@ -135,10 +136,33 @@ def kill_by_the_step(
         work = partial(act, target)
         code = outcome(in_child(kills.armed(at, work)))
         unharmed = 0 if code == -signal.SIGKILL else unharmed + 1
+        require_no_alarm(Path(target.store))
         assert outcome(in_child(work)) == 0
         assert tree(Path(target.store)) == expected, f"killed at moment {at}"
         at += stride
     return at
+
+
+def require_no_alarm(path: Path) -> None:
+    """What a kill leaves is no damage, for verify."""
+    if (path / "commits/manifest.json").exists():
+        assert not list(damage(LocalPlace(path)))
+
+
+@pytest.mark.long
+def test_a_kill_at_every_step_of_another_layers_harvest_changes_no_byte(
+    root: Path, tmp_path: Path, reference: dict[int, dict[str, bytes]]
+) -> None:
+    """Beside a layer that is whole. The bytes are those of both, harvested one after the other."""
+    lm, source = open_model(root), FileText(root / "text.txt")
+    harvest(replace(config(root / "first.zarr"), layers=(1,)), open_model(root), source)
+    harvest(config(shutil.copytree(root / "first.zarr", root / "both.zarr")), lm, source)
+    steps = kill_by_the_step(
+        lambda number: config(shutil.copytree(root / "first.zarr", tmp_path / f"{number}.zarr")),
+        lambda target: harvest(target, lm, source),
+        tree(root / "both.zarr"),
+    )
+    assert steps > 60
 
 
 def test_kills_at_random_moments_change_no_byte(
@@ -183,6 +207,7 @@ def kill_by_the_clock(
                 harvest(target, lm, source)
 
             finished = outcome(in_child(dying_run)) != -signal.SIGALRM
+            require_no_alarm(Path(target.store))
             killed += not finished
         assert tree(Path(target.store)) == expected
 
