@@ -11,6 +11,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,17 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from conf.help import described
 from conf.names import quoted, require_no_secret, texts
-from data import secrets, stopping
-from data.errors import (
-    AGAIN,
-    Interrupted,
-    PipelineError,
-    SettingError,
-    first_line,
-    is_passing,
-    is_wrong_name,
-)
-from data.journal import heartbeat, shown
+from data import machine, secrets, stopping
+from data.errors import Interrupted, PipelineError, SettingError, first_line
+from data.journal import heartbeat, put, shown
 
 if TYPE_CHECKING:  # hydra and omegaconf take 0.3 s to load: `start` first makes Ctrl-C quiet
     from omegaconf import DictConfig
@@ -44,6 +37,16 @@ ENVIRONMENT = {
     # Hydra's refusals come to `run_main`, which prints one line.
     "HYDRA_FULL_ERROR": "1",
 }
+
+
+# What decides how much memory a command takes, and where it is set anew: with other values a store
+# or a run that is begun does not go on.
+_OF_MEMORY = {
+    "harvest": (("batch", "context", "unit", "model.dtype"), " in another store="),
+    "train": (("batch", "sae.d_sae"), " in another run="),
+    "analyze": (("study.rows", "answers.batch", "answers.new_tokens"), ""),
+}
+_begun = threading.Event()  # whether Hydra is through, and what is raised comes from our code
 
 
 class Job(NamedTuple):
@@ -69,35 +72,103 @@ def start(name: str, module: str) -> None:
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     sys.excepthook = print_defect
-    run_command(lambda: require_no_secret(sys.argv[1:]))  # before Hydra writes or repeats one
-    with heartbeat(f"{name}: loading libraries"):
-        import hydra
-        from hydra.errors import HydraException
-        from omegaconf.errors import OmegaConfBaseException
-
-        import_module(module)
-    sys.argv[1:] = quoted(sys.argv[1:])
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal's encoding lacks
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-    @hydra.main(version_base="1.3", config_path=".", config_name=name)
-    def main(cfg: DictConfig) -> None:
-        command = import_module(module).command
-        if is_multirun():
-            # A launcher must see what went wrong, and would take an exit for an answer.
-            with _cleaned():
-                command(plain(cfg), current_job())
-        else:
-            run_command(lambda: command(plain(cfg), current_job()))
-
-    stopping.watch()
+    _begun.clear()
     try:
-        run_main(
-            main, (HydraException, OmegaConfBaseException), lambda: described(name, sys.argv[1:])
+        run_command(lambda: _prepare(name, module))
+        wants_help = {"--help", "-h"} & {*sys.argv[1:]}
+        run_command(
+            (lambda: print(described(name, sys.argv[1:])))
+            if wants_help
+            else (lambda: _run_by_hydra(name, module))
         )
     except SystemExit as end:
         stopping.leave(end)
         raise
+    finally:
+        _flush_standard_streams()
+
+
+def _prepare(name: str, module: str) -> None:
+    """Load what the command needs, then begin to answer signals."""
+    _open_standard_streams()
+    require_no_secret(sys.argv[1:])  # before Hydra writes or repeats one
+    with heartbeat(f"{name}: loading libraries"):
+        import_module("hydra")
+        import_module(module)
+    sys.argv[1:] = quoted(sys.argv[1:])
+    stopping.watch()  # while libraries loaded, signals ended the process at once
+
+
+def _run_by_hydra(name: str, module: str) -> None:
+    """Have Hydra make the settings and call the command with them."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    @hydra.main(version_base="1.3", config_path=".", config_name=name)
+    def main(cfg: DictConfig) -> None:
+        command = import_module(module).command
+        smaller = _smaller(name, cfg)
+        if is_multirun():
+            # A launcher must see what went wrong, and would take an exit for an answer.
+            with _cleaned(), machine.answering(smaller):
+                command(*begin(cfg))
+        else:
+            run_command(lambda: command(*begin(cfg)), smaller)
+
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise SettingError(_one_line(str(error))) from error
+    except Exception as error:
+        if _begun.is_set() or isinstance(error, PipelineError | OSError):
+            raise
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise SettingError(f"Hydra made no settings of the command line: {reason}") from error
+
+
+def _open_standard_streams() -> None:
+    """Give a command that was started without stdin, stdout or stderr an empty one.
+
+    The next files would take their numbers, and what a library prints would go into a store.
+    """
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(handle, True)
+    os.close(handle)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _flush_standard_streams() -> None:
+    """Have the interpreter, which flushes them as it ends, find nothing that fails."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a pipe without a reader, or a full disk
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def begin(cfg: DictConfig) -> tuple[dict[str, Any], Job]:
+    """The settings of the job that Hydra runs at present, and where they come from.
+
+    Raises:
+        SettingError: a value refers to a setting that is not there.
+    """
+    _begun.set()
+    return plain(cfg), current_job()
+
+
+def _smaller(name: str, cfg: DictConfig) -> str:
+    """What a command says where memory is missing."""
+    from omegaconf import OmegaConf
+
+    settings, where = _OF_MEMORY.get(name, ((), ""))
+    values = {setting: OmegaConf.select(cfg, setting) for setting in settings}
+    listed = [f"{setting}={value}" for setting, value in values.items() if value is not None]
+    device = "take a device= with more memory"
+    return f"lower {' or '.join(listed)}{where}, or {device}" if listed else device
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -186,47 +257,21 @@ def print_defect(kind: type[BaseException], error: BaseException, trace: Any) ->
             print(shown(line), file=sys.stderr)
 
 
-def run_main(
-    main: Callable[[], None], refusals: tuple[type[Exception], ...], help_text: Callable[[], str]
-) -> None:
-    """Run a command line, or print its help.
+def run_command(command: Callable[[], None], smaller: str = "") -> None:
+    """Run a command. Exceptions that the user can mend become one line and an exit code.
 
     Args:
-        main: parses the settings and runs the command by `run_command`.
-        refusals: exceptions by which the parser refuses settings. They exit like a `PipelineError`.
-        help_text: makes what --help prints.
+        smaller: what to lower where memory is missing.
     """
-    stopping.answer_signals()  # while libraries loaded, they ended the process at once
-    wants_help = {"--help", "-h"} & {*sys.argv[1:]}
     try:
-        run_command((lambda: print(help_text())) if wants_help else main)
-    except refusals as error:
-        _refuse(_one_line(str(error)), 2)
-
-
-def run_command(command: Callable[[], None]) -> None:
-    """Run a command. Exceptions that the user can mend become one line and an exit code."""
-    try:
-        command()
+        with machine.answering(smaller):
+            command()
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as `head` does
+        _flush_standard_streams()
+        sys.exit(128 + signal.SIGPIPE)
     except PipelineError as error:
         _refuse(str(error), error.exit_code)
-    except BrokenPipeError:
-        # The reader has seen enough, as `head` does. A pipe that stays closed would make the
-        # interpreter complain when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:
-        reason = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
-        if is_passing(error):
-            _refuse(f"{reason or first_line(error)}; {stopping.KEPT}", AGAIN)
-        if not is_wrong_name(error):
-            raise
-        _refuse(f"{reason}; choose another place", 2)
-    except Exception as error:  # torch, whose class it may be, is not loaded for this
-        if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):
-            raise
-        reason = f"out of memory ({first_line(error)[:200]})"
-        _refuse(f"{reason}; take a smaller batch= or another device=; {stopping.KEPT}", 2)
     except Interrupted as stop:
         _tell_stopped(stop)
         sys.exit(stop.exit_code)
@@ -236,14 +281,14 @@ def run_command(command: Callable[[], None]) -> None:
 
 
 def _refuse(message: str, code: int) -> NoReturn:
-    print(f"error: {shown(message)}", file=sys.stderr, flush=True)
+    put(f"error: {shown(message)}")
     sys.exit(code)
 
 
 def _tell_stopped(reason: object) -> None:
     with stopping.telling:
         stopping.told.set()
-        print(f"stopped by {reason}; {stopping.KEPT}", file=sys.stderr, flush=True)
+        put(f"stopped by {reason}; {stopping.KEPT}")
 
 
 # A launcher as Hydra names it when it is missing, its plugin, and our extra.

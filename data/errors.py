@@ -13,12 +13,15 @@
 
 The line of a PipelineError says what was got, what is allowed, and the way out.
 
-Any other exception is a defect of ours: it keeps its traceback, and the exit code is 1.
+What the machine answers to a failing call becomes one of them at the boundary of a command
+(data/machine.py). Any other exception is a defect of ours: it keeps its traceback, and the exit
+code is 1.
 """
 
 from __future__ import annotations
 
 import errno
+import re
 import signal
 from collections.abc import Mapping
 from types import FrameType
@@ -42,8 +45,12 @@ _PASSING = frozenset(
     if hasattr(errno, name)  # macOS lacks some
 )
 
-# What the file system answers to a path that cannot be, or that is not the user's.
-_WRONG_NAME = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
+# How libraries that raise classes of their own name an errno: Rust, Python's OSError and PyTorch.
+_ERRNO = re.compile(r"\(os error (\d+)\)|\[[Ee]rrno (\d+)\]|: [A-Z][\w /]+ \((\d+)\)")
+# And how they say, without any, that the disk took less than it was given: PyTorch, NumPy.
+_CUT_SHORT = re.compile(
+    r"file write failed|unexpected pos \d|iostream error|\d requested and \d+ written"
+)
 
 
 class PipelineError(Exception):
@@ -161,16 +168,24 @@ class StopRequest:
             raise Interrupted(self.signum)
 
 
+def errno_of(error: BaseException) -> int | None:
+    """The errno of the failed call that `error` tells of, in the words of whichever library."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return cause.errno
+        text = str(cause)
+        if match := _ERRNO.search(text):
+            return int(next(filter(None, match.groups())))
+        if _CUT_SHORT.search(text):
+            return errno.EIO
+        cause = cause.__cause__
+    return None
+
+
 def is_passing(error: BaseException) -> bool:
     """Whether a disk or a network failed, and not a name or a right that was given."""
-    if isinstance(error, ConnectionError | TimeoutError):
-        return True
-    return isinstance(error, OSError) and error.errno in _PASSING
-
-
-def is_wrong_name(error: OSError) -> bool:
-    """Whether the path is what is wrong."""
-    return error.errno in _WRONG_NAME
+    return isinstance(error, ConnectionError | TimeoutError) or errno_of(error) in _PASSING
 
 
 def caused(

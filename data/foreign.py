@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from data.errors import PipelineError, StoreError, caused, first_line
+from data.machine import is_out_of_memory
 from data.neutral import neutral
 
 _LONGEST = 200  # characters of a library's message
@@ -54,14 +55,6 @@ def reason(error: BaseException) -> str:
     text = first_line(error)
     name = type(error).__name__
     return _bounded(text if text == name else f"{name}: {text}")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory is what was missing; torch and Rust have no class for it on a CPU."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    text = str(error) if isinstance(error, RuntimeError) else ""
-    return "allocate memory" in text or "out of memory" in text
 
 
 def _is_panic(error: BaseException) -> bool:

@@ -50,8 +50,9 @@ class Metrics:
             )
         self._path = path
         with refusals(path):
-            self._file = path.open("r+b" if path.exists() else "w+b")
-            self._digest = xxhash.xxh3_128(self._file.read(keep_bytes))
+            # Without a buffer: what is in one when the disk refuses it would be tried again later.
+            self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
+            self._digest = xxhash.xxh3_128(path.read_bytes()[:keep_bytes])
             if xxh3_128 not in ("", self._digest.hexdigest()):
                 self._file.close()
                 got = f"{path} does not hold the {keep_bytes} bytes that the checkpoint saw"
@@ -72,19 +73,23 @@ class Metrics:
             if isinstance(value, float) and not math.isfinite(value):
                 clean[name] = None
         line = json.dumps(clean, separators=(",", ":")).encode() + b"\n"
-        self._file.write(line)
         self._digest.update(line)
+        left = memoryview(line)
+        with refusals(self._path):
+            while left:
+                left = left[self._file.write(left) :]
 
     def sync(self) -> Written:
         """Make every line durable; size and digest of the file as it was written."""
         with refusals(self._path):
-            self._file.flush()
             os.fsync(self._file.fileno())
-        return Written(self._file.tell(), self._digest.hexdigest())
+            return Written(self._file.tell(), self._digest.hexdigest())
 
     def close(self) -> None:
-        self.sync()
-        self._file.close()
+        try:
+            self.sync()
+        finally:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -114,6 +119,20 @@ def shown(text: str) -> str:
     return neutral(redacted(text))
 
 
+def put(text: str, end: str = "\n") -> None:
+    """Print to standard error. No line is worth the work: where a full disk refuses it, it is lost.
+
+    Raises:
+        BrokenPipeError: whoever reads has seen enough.
+    """
+    try:
+        print(text, end=end, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
+
+
 class _Said:
     """What this process said last on standard error, and what it would say next."""
 
@@ -132,7 +151,7 @@ class _Said:
     def print(self, text: str) -> None:
         """Print a line of its own."""
         self.end_line()
-        print(shown(text), file=sys.stderr, flush=True)
+        put(shown(text))
         self.printed = time.monotonic()
 
     def draw(self, text: str) -> None:
@@ -141,14 +160,14 @@ class _Said:
             self.print(text)
             return
         line = shown(text)
-        print("\r" + line.ljust(self.width), end="", file=sys.stderr, flush=True)
+        put("\r" + line.ljust(self.width), end="")
         self.width = len(line)
         self.printed = time.monotonic()
 
     def end_line(self) -> None:
         """End the line that is open on a terminal, so that others can be printed behind it."""
         if self.width:
-            print(file=sys.stderr, flush=True)
+            put("")
             self.width = 0
 
 

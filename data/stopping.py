@@ -104,7 +104,8 @@ def leave(end: SystemExit) -> None:
     if told.is_set():
         while _held.count:
             time.sleep(_POLL_S)
-        sys.stdout.flush()
+        with suppress(OSError):  # nobody may be reading
+            sys.stdout.flush()
         os._exit(int(end.code or 0))
 
 

@@ -17,6 +17,7 @@ import torch
 
 from data.errors import PipelineError, StopRequest
 from data.journal import Progress, duration, size, tell
+from data.machine import is_out_of_memory
 from data.rows import summary
 from data.store import codec, retention, ring
 from data.store.claims import METADATA, Claims, unit_claim
@@ -36,7 +37,6 @@ from harvest.selfcheck import check, choose_isolation
 from harvest.site import SITES
 from harvest.spine import Spine, tell_end
 from harvest.waiting import Waiting, pause
-from harvest.weights import is_out_of_memory
 from harvest.writer import Writer
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from data.errors import PipelineError, SettingError, StoreError, first_line
 from data.journal import Progress, tell
+from data.machine import is_out_of_memory
 from data.store import retention
 from data.store.store import Store
 from harvest.decoder import require_residuals
@@ -23,7 +24,6 @@ from harvest.isolation import Isolation, forward_inputs
 from harvest.model import LanguageModel
 from harvest.precise import in_float32
 from harvest.site import DeepestReached, tap
-from harvest.weights import is_out_of_memory
 
 # Largest error of a row against its piece alone, both in float32. One rounding of a stored value
 # is 2^-8 (bfloat16). Right ways stay below 2^-18 in every family of docs/families.md. Wrong ones

@@ -22,7 +22,8 @@ from typing import Protocol
 
 import numpy as np
 
-from data.errors import Interrupted, PipelineError, StoreError, TemporaryError, first_line
+from data import machine
+from data.errors import Interrupted, StoreError, TemporaryError, first_line
 from data.journal import tell
 from data.stopping import GRACE_S
 from data.store.store import SpineEnd, Store
@@ -145,7 +146,7 @@ class SpineProcess:
         """Whether the child has written all.
 
         Raises:
-            PipelineError, OSError: it failed; what it raised.
+            PipelineError: it failed; what it raised.
             TemporaryError: it died, again and again.
             RuntimeError: a defect.
         """
@@ -217,14 +218,12 @@ def work(
     failure: Exception | None = None
     try:
         write_spine(Store.open(name), source, tokenizer, parent, bad)
-    except PipelineError as error:
-        failure = error
-    except OSError as error:  # the store's disk or bucket; its subclasses may have no pickle
-        failure = OSError(error.errno, error.strerror or first_line(error), error.filename)
     except Exception as error:
-        traceback.print_exc()  # a defect of ours: what a text can cause is a PipelineError
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        failure = RuntimeError(f"the text could not be stored ({reason})")
+        failure = machine.answer(error)
+        if failure is None:
+            traceback.print_exc()  # a defect of ours: what a text can cause is a PipelineError
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            failure = RuntimeError(f"the text could not be stored ({reason})")
     except Interrupted:
         return
     # A parent that is gone reads no answer. Its next start finds what is committed.

@@ -27,6 +27,7 @@ from data.errors import (
     first_line,
     is_passing,
 )
+from data.machine import is_out_of_memory
 from harvest import weight_files
 from harvest.decoder import (
     PER_LAYER_TABLE,
@@ -236,16 +237,3 @@ class _Columns:
     def get_shape(self) -> list[int]:
         """(V, width)."""
         return [self._weight.get_shape()[0], self._width]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator of torch or NumPy refused, on any device."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    # The CPU's allocator, and cuBLAS for its workspace, have no exception class of their own.
-    message = str(error)
-    return isinstance(error, RuntimeError) and (
-        ("DefaultCPUAllocator" in message and "memory" in message)
-        or "CUBLAS_STATUS_ALLOC_FAILED" in message
-        or "out of memory" in message
-    )

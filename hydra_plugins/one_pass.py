@@ -61,15 +61,18 @@ class OnePass(Launcher):
 
     def _prepare(self, overrides: list[str], number: int) -> JobReturn:
         """Compose one job. Its value is its Arm, or the error for which it is refused."""
-        from conf.command import current_job, plain
-        from data.errors import PipelineError
+        from conf.command import begin
+        from data import machine
         from train.command import arm
 
         def task(cfg: DictConfig) -> Arm | PipelineError:
             try:
-                return arm(plain(cfg), current_job())
-            except PipelineError as error:
-                return error
+                return arm(*begin(cfg))
+            except Exception as error:
+                refusal = machine.answer(error)
+                if refusal is None:
+                    raise
+                return refusal
 
         config = self._context.config_loader.load_sweep_config(self._config, overrides)
         with open_dict(config):

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from conf.command import run_command
 from data import durable, locks
@@ -41,6 +42,7 @@ from data.text.sources import FileText
 from harvest.hub_model import asked_of_hub
 from harvest.loop import OutOfMemory
 from tests.conftest import Call, make_store
+from tests.forked import run_forked, start_forked
 from tests.train.test_command import SMALL
 from tests.train.test_command import make_store as make_small_store
 from train.arm import is_done
@@ -48,6 +50,7 @@ from train.sae_file import load
 
 PASSING = ["ENOSPC", "EIO", "EDQUOT", "ESTALE", "ETIMEDOUT", "ECONNRESET", "EHOSTUNREACH"]
 OF_THE_PATH = ["EACCES", "ENAMETOOLONG", "ENOTDIR", "EROFS", "ELOOP"]
+OTHERS = ["EBADF", "EINVAL", "ENOENT", "ENOTEMPTY", "EISDIR", "EPERM", "EFBIG", "EOVERFLOW"]
 
 
 def os_error(name: str) -> OSError:
@@ -81,13 +84,21 @@ ERRORS = {
         OutOfMemory(3, 16),
         MemoryError("x"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate"),
-        *map(os_error, OF_THE_PATH),
+        *map(os_error, [*OF_THE_PATH, *OTHERS]),
+        OSError("neither errno nor file"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        SafetensorError("I/O error: Permission denied (os error 13)"),
     ],
     75: [
         TemporaryError("x"),
         *map(os_error, PASSING),
         ConnectionResetError("x"),
         TimeoutError("x"),
+        SafetensorError("I/O error: Input/output error (os error 5)"),
+        RuntimeError("unable to mmap 8 bytes from file </x>: Too many open files (24)"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+        OSError("6400 requested and 4080 written"),
         Interrupted(signal.SIGUSR1),
         Interrupted(signal.SIGUSR2),
     ],
@@ -104,9 +115,22 @@ def test_exceptions(code: int, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_defects_keep_their_traceback() -> None:
-    for error in (ZeroDivisionError(), RuntimeError("x"), OSError("x"), OSError(errno.EBADF, "x")):
+    during = ZeroDivisionError()
+    during.__context__ = os_error("EIO")  # a defect in what handles an error is one all the same
+    for error in (ZeroDivisionError(), RuntimeError("x"), KeyError("EIO"), during):
         with pytest.raises(type(error)):
             run_command(raising(error))
+
+
+def test_a_failed_call_names_file_reason_and_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert code_of(lambda: durable.digest_file(tmp_path)) == 2
+    err = capsys.readouterr().err
+    assert f"{tmp_path}: Is a directory (at data/durable.py:" in err and ", digest_file)" in err
+    reason = "I/O error: Input/output error (os error 5)"
+    assert code_of(raising(SafetensorError(reason))) == 75
+    assert reason in capsys.readouterr().err
 
 
 def test_errors_come_back_from_jobs_as_they_are() -> None:
@@ -339,3 +363,35 @@ def test_a_bucket_that_cannot_be_reached(
     assert err.splitlines()[-1].startswith("error: ")
     code, err = call("train", "train.command", "store=s3://bucket/store", *SMALL)
     assert code == 75 and err.count("\n") == 1
+
+
+# -- standard streams ------------------------------------------------------------------------------
+
+CLOSED = """
+import os, sys
+from conf.command import start
+os.close({number}), setattr(sys, "{name}", None)
+sys.argv = ["train", "lyer=1"]
+try:
+    start("train", "train.command")
+finally:
+    print(os.open(os.devnull, os.O_RDONLY) > 2, file=sys.__stdout__, flush=True)
+"""
+
+
+def test_a_full_disk_under_the_output_is_one_line(tmp_path: Path) -> None:
+    make_small_store(tmp_path / "s.zarr", units=2, layers=(3,))
+    command = ("-m", "harvest", "action=status", "store=s.zarr")
+    for number, code in ((1, 75), (2, 0)):  # a result is lost, or a line about the work
+        files = [tmp_path / "stdout", tmp_path / "stderr"]
+        files[number - 1] = Path("/dev/full")
+        child = start_forked(*command, files=files, cwd=tmp_path)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+    assert (tmp_path / "stderr").read_text().count("error:") == 1
+    assert "Exception ignored" not in (tmp_path / "stderr").read_text()
+
+
+def test_a_closed_output_is_no_ones_file() -> None:
+    for number, name in ((0, "stdin"), (2, "stderr")):
+        done = run_forked("-c", CLOSED.format(number=number, name=name))
+        assert (done.returncode, done.stdout) == (2, "True\n")

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from conf.command import run_command, run_main
+from conf.command import run_command
+from data import stopping
 from data.errors import Interrupted, StopRequest, StoreError
 
 # Runs a module as `python -m` does, and interrupts itself when that asks for what is slow.
@@ -69,7 +70,8 @@ def test_a_notice_that_a_launcher_answers_is_its_own() -> None:
     former = signal.signal(signal.SIGUSR2, lambda signum, _: heard.append(signum))
     try:
         with StopRequest() as stop:
-            run_main(lambda: signal.raise_signal(signal.SIGUSR2), (), str)
+            stopping.answer_signals()
+            run_command(lambda: signal.raise_signal(signal.SIGUSR2))
             stop.check()
     finally:
         signal.signal(signal.SIGUSR2, former)
@@ -79,30 +81,24 @@ def test_a_notice_that_a_launcher_answers_is_its_own() -> None:
 def test_a_command_can_be_interrupted_again(capsys: pytest.CaptureFixture[str]) -> None:
     former = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
+        stopping.answer_signals()
         with pytest.raises(SystemExit) as stopped:
-            run_main(lambda: signal.raise_signal(signal.SIGINT), (), str)
+            run_command(lambda: signal.raise_signal(signal.SIGINT))
     finally:
         signal.signal(signal.SIGINT, former)
     assert stopped.value.code == 130 and "stopped by SIGINT" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("run", [run_command, lambda command: run_main(command, (KeyError,), str)])
-def test_exit_codes(run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     def raises(error: BaseException) -> int:
         def command() -> None:
             raise error
 
         with pytest.raises(SystemExit) as stopped:
-            run(command)
+            run_command(command)
         return stopped.value.code
 
     assert raises(StoreError("lost")) == 2 and capsys.readouterr().err == "error: lost\n"
     assert raises(Interrupted(signal.SIGTERM)) == 143
     with pytest.raises(ZeroDivisionError):
-        run(lambda: 1 / 0)
-
-
-def test_a_parsers_refusal_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        run_main(lambda: {}["key"], (KeyError,), str)
-    assert stopped.value.code == 2 and capsys.readouterr().err == "error: 'key'\n"
+        run_command(lambda: 1 / 0)

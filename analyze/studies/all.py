@@ -24,7 +24,7 @@ from data.errors import (
     is_passing,
 )
 from data.journal import tell
-from harvest.weights import is_out_of_memory
+from data.machine import is_out_of_memory
 
 ORDER = (
     "quality",

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.gemma4 import modeling_gemma4
 
 from data.errors import PipelineError, SettingError
+from data.machine import is_out_of_memory
 from data.store.store import Store
 from data.text.sources import FileText
 from harvest.config import HarvestConfig
@@ -28,7 +29,6 @@ from harvest.loop import OutOfMemory, harvest
 from harvest.model import LanguageModel, ModelConfig, load
 from harvest.selfcheck import choose_isolation
 from harvest.site import ResidPost, tap
-from harvest.weights import is_out_of_memory
 from tests.harvest.models import COMPOSITE, CONFIGS, VOCABULARY, save_composite, save_model
 
 FAMILIES = tuple(CONFIGS)

@@ -31,6 +31,7 @@ def sweep(folder, *overrides):
         patch.setattr(sys, "argv", ["train", "-m", "store=s.zarr", *SWEEP, *overrides])
         patch.setenv("HYDRA_FULL_ERROR", "1")
         patch.setattr(stopping, "watch", stopping.answer_signals)  # see `unwatched`
+        stopping.told.clear()
         try:
             start("train", "train.command")
         except SystemExit as stopped:
