@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from analyze.stats import Interval
-from data import durable
+from data.neutral import neutral
 
 _FEW = 20  # points of a line that get marks
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed")
@@ -94,26 +93,8 @@ def svg(figure: Figure) -> str:
     metadata: dict[str, Any] = {"Date": None, "Creator": None, "Type": None, "Format": None}
     figure.savefig(file, format="svg", transparent=True, metadata=metadata)
     text = file.getvalue()
-    return _own_ids(text[text.index("<svg") :])
-
-
-def _own_ids(text: str) -> str:
-    """The picture with a prefix of its own on every id, for a page of many pictures.
-
-    Ids that nothing refers to are removed. Labels, outside of tags, are left as they are.
-    """
-    prefix = durable.digest(text.encode())[:8]
-    used = set(re.findall(r"#([\w.-]+)", text))
-
-    def renamed(identifier: re.Match[str]) -> str:
-        name = identifier[1]
-        return f' id="{prefix}-{name}"' if name in used else ""
-
-    def of_tag(tag: re.Match[str]) -> str:
-        with_ids = re.sub(r' id="([^"]*)"', renamed, tag[0])
-        return re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", with_ids)
-
-    return re.sub(r"<[^>]*>", of_tag, text)
+    # XML has no place for controls, and labels may hold them.
+    return "\n".join(map(neutral, text[text.index("<svg") :].split("\n")))
 
 
 class Line(NamedTuple):

@@ -8,7 +8,7 @@ NAME.md     the sentences and tables
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data import durable
-from data.markdown import table_lines
+from data.markdown import cell, escaped, table_lines
 
 
 class Table(NamedTuple):
@@ -111,7 +111,19 @@ def _plain(value: Any) -> Any:
 
 def markdown(outcome: Outcome) -> list[str]:
     """The outcome as lines of Markdown: the summary, then the tables."""
-    lines = list(outcome.summary)
+    return _lines(outcome, escaped, escaped)
+
+
+def printed(outcome: Outcome) -> list[str]:
+    """The same for a terminal."""
+    return _lines(outcome, str, cell)
+
+
+def _lines(
+    outcome: Outcome, sentence: Callable[[str], str], of_cell: Callable[[str], str]
+) -> list[str]:
+    lines = [sentence(line) for line in outcome.summary]
     for table in outcome.tables:
-        lines += ["", table.caption, "", *table_lines(table.header, table.rows)]
+        rows = table_lines(table.header, table.rows, of_cell)
+        lines += ["", sentence(table.caption), "", *rows]
     return lines

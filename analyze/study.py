@@ -213,7 +213,7 @@ class Study:
         if definition.fresh:
             tell(*outcome.summary)
             return
-        show(f"# {self.name}", "", *outcomes.markdown(outcome))
+        show(f"# {self.name}", "", *outcomes.printed(outcome))
         tell("", f"results are in {self.folder}")
 
     def _restore(self, settings: Mapping[str, Any]) -> None:

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
 from analyze import contexts, drawing, results
 from analyze.contexts import Context
 from analyze.outcome import Outcome
 from analyze.pages import facts
+from analyze.pages.template import rendered
 from analyze.results import FOLDER, PAGE, Result
 from analyze.stats import resampled
 from analyze.studies import quality
@@ -67,10 +65,8 @@ def report(subject: Subject, limit: int, model_path: str | None) -> Path:
     figures = _figures(subject, limit, done)
     metrics = metrics_of(subject.run)
     final = [record for record in metrics if record["split"] == "held_out"][-1]
-    environment = Environment(
-        loader=PackageLoader("analyze.pages"), autoescape=True, undefined=StrictUndefined
-    )
-    page = environment.get_template("report.html").render(
+    page = rendered(
+        "report.html",
         name=subject.run.name,
         run=facts.of_run(subject),
         store=facts.of_store(subject),
@@ -88,7 +84,7 @@ def report(subject: Subject, limit: int, model_path: str | None) -> Path:
         sweep=_sweep(subject),
     )
     path = subject.run / "report.html"
-    durable.write(path, [page.encode()])
+    durable.write(path, [page])
     return path
 
 
@@ -102,10 +98,8 @@ def _figures(subject: Subject, limit: int, done: Mapping[str, Result]) -> dict[s
 
 # -- pictures --------------------------------------------------------------------------------------
 
-# A picture is ours and has no foreign text, so it goes into the page as markup.
 
-
-def _curves(metrics: list[dict[str, Any]]) -> dict[str, Markup]:
+def _curves(metrics: list[dict[str, Any]]) -> dict[str, str]:
     """Curves of the training."""
     trained = [record for record in metrics if record["split"] == "train"]
     held_out = [record for record in metrics if record["split"] == "held_out"]
@@ -127,11 +121,11 @@ def _curves(metrics: list[dict[str, Any]]) -> dict[str, Markup]:
     }
     curves = {}
     for name, (series, label) in drawn.items():
-        curves[name] = Markup(drawing.curves(series, "training tokens", label))
+        curves[name] = drawing.curves(series, "training tokens", label)
     return curves
 
 
-def _pictures(figures: dict[str, Any]) -> dict[str, Markup]:
+def _pictures(figures: dict[str, Any]) -> dict[str, str]:
     """Pictures of the quality's figures."""
     coverage = [(point["rows"], 100 * point["share"]) for point in figures["coverage"]]
     # Rows that are all the same have no variance to explain.
@@ -164,7 +158,7 @@ def _pictures(figures: dict[str, Any]) -> dict[str, Markup]:
         drawn["activations"] = drawing.histogram(
             **activations, x_label="log10 of the activation", y_label="kept values"
         )
-    return {name: Markup(svg) for name, svg in drawn.items()}
+    return drawn
 
 
 def _is_known(value: float | None) -> bool:
@@ -188,7 +182,7 @@ def _studies(subject: Subject, done: Mapping[str, Result]) -> dict[str, dict[str
     shown = {}
     for name, definition in sorted(definitions.items(), key=lambda item: (item[1].order, item[0])):
         outcome = done[name].outcome
-        pictures = [(picture.caption, Markup(picture.svg)) for picture in outcome.pictures.values()]
+        pictures = [(picture.caption, picture.svg) for picture in outcome.pictures.values()]
         shown[name] = {
             "finds": definition.finds and outcome.summary,
             "summary": outcome.summary,
@@ -252,7 +246,7 @@ def _sweep(subject: Subject) -> dict[str, Any] | None:
         return None
     return {
         "verdict": compared.verdict,
-        "picture": (compared.caption, Markup(compared.svg)),
+        "picture": (compared.caption, compared.svg),
         "file": f"../{sweep_page.JSON}",
         "page": f"../{sweep_page.PAGE}",
     }

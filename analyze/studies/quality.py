@@ -45,6 +45,7 @@ from analyze.subject import Subject, Unit, positive, taken
 from data import durable
 from data.errors import StoreError
 from data.journal import Progress
+from data.markdown import escaped
 from data.rows import statistics
 from data.rows import summary as summary_of_layer
 from data.rows.split import EXCLUDED, Policy, held_out_units, require_complete, stored_kind
@@ -590,7 +591,7 @@ def write(subject: Subject, outcome: Outcome) -> None:
     """Write quality.json and quality.md into the run's directory."""
     record = {"sae": subject.digest, **outcome.figures}
     durable.write(subject.run / "quality.json", [dumped(record).encode() + b"\n"])
-    lines = [f"# Quality of {subject.run.name}", "", *markdown(outcome)]
+    lines = [f"# Quality of {escaped(subject.run.name)}", "", *markdown(outcome)]
     durable.write(subject.run / "quality.md", ["\n".join(lines).encode() + b"\n"])
 
 

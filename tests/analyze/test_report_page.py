@@ -23,6 +23,13 @@ from tests.analyze.conftest import make_run, random_rows
 
 pytestmark = NEEDS_CHROMIUM
 READY = "document.readyState === 'complete'"
+# Pictures of a stranger.
+WIDE = (
+    '<svg xmlns="http://www.w3.org/2000/svg" width="3000" height="9" onload="alert(1)">'
+    "<script>document.title='caught'</script><style>* { display: none }</style>"
+    '<image href="http://evil.example/a.png" width="9" height="9"/><text y="9">wide</text></svg>'
+)
+DAMAGED = "<svg><script>document.title='caught'</script></div><style>* { display: none }</style>"
 WORD = "onpaper"  # of a table that is folded on the screen
 
 
@@ -33,8 +40,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     subject = Subject.open(run, None, torch.device("cpu"))
     lines = [text.encode("utf-8", "replace").decode() for text in HOSTILE]
     long = Table(" ".join(lines), tuple(lines), [(WORD, *lines[1:])] * 20)
-    drawn = Picture(lines[0], '<svg width="3000" height="9"><text y="9">wide</text></svg>')
-    outcome = Outcome({}, lines, [long], {"drawn": drawn})
+    drawn = {"drawn": Picture(lines[0], WIDE), "damaged": Picture(lines[1], DAMAGED)}
+    outcome = Outcome({}, lines, [long], drawn)
     for options in ({}, {"top": "x" * 99}):
         study = Study("contrast", subject, options, ModelConfig("nobody/none"))
         study.perform(Definition(lambda _: outcome))
@@ -56,10 +63,10 @@ def test_it_is_inert_and_alone(chrome: Chromium, page: str) -> None:
     assert chrome.troubles == []
     assert [one for one in chrome.requests if not one.startswith("data:")] == [page]
     assert chrome.js("document.title") == "run: SAE report"
-    assert (
-        chrome.js("document.querySelectorAll('script, main img, main b b, iframe, object').length")
-        == 0
-    )
+    foreign = "script, svg, style ~ style, main b b, iframe, object, img:not([src^='data:'])"
+    assert chrome.js(f'document.querySelectorAll("{foreign}").length') == 0
+    widths = chrome.js("[...document.images].map((image) => image.naturalWidth)")
+    assert widths.count(0) == 1 and 3000 in widths  # the damaged one shows its caption alone
     assert "<script>document.title='caught'</script>" in chrome.js(
         "document.querySelector('.verdict').textContent"
     )

@@ -24,13 +24,14 @@ from analyze.subject import Subject
 from conf.command import run_command
 from data import digests, durable
 from data.errors import SettingError, StoreError
+from data.markdown import escaped
 from data.tiny.embedded import MODEL_DIR
 from tests.analyze.conftest import make_run, random_rows
 from tests.train.test_formats import a_run, made
 from tests.train.test_libraries import PYTHON, require
 from train.export import saelens, safetensors
 from train.publish import release
-from train.publish.card import ABSENT, escaped
+from train.publish.card import ABSENT
 from train.publish.command import command
 from train.run import CONFIG, METRICS
 from train.sae import SAE
@@ -247,7 +248,7 @@ def parsed(text: str) -> tuple[list[str], list[str]]:
         ("[ ] a", "\\[ ] a"),
         ("[a]: b", "\\[a]: b"),
         ("_a_ b_c", "\\_a\\_ b_c"),
-        ("a\u202eb\x00\r\n c", "a\ufffdb\ufffd c"),
+        ("a\u202eb\x00\r\n c", r"a&#92;u202eb&#92;x00 c"),
         ("WWW.a.b c@d", "WWW&#46;a.b c&#64;d"),
     ],
 )

@@ -5,7 +5,6 @@ Names, study texts and tokens are foreign text: all that the template prints goe
 
 from __future__ import annotations
 
-import html
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ import torch
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from data.markdown import table_lines
+from data.markdown import Markdown, escaped, in_html, table_lines
 from data.rows import statistics
 from data.rows.split import Policy
 from data.site import RESID_POST
@@ -53,16 +52,12 @@ class Facts(NamedTuple):
     steering: Vector | None = None  # None: none was measured
 
 
-class Markdown(str):
-    """Text that is Markdown already."""
-
-
 def card(facts: Facts, files: Sequence[str]) -> str:
     """README.md for the Hub; `files` are those beside it."""
     environment = Environment(
         finalize=_finalized, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
-    environment.filters["in_html"] = _in_html
+    environment.filters["in_html"] = in_html
     environment.filters["code"] = Markdown  # of names that were checked
     template = environment.from_string(resources.files(__package__).joinpath("card.md").read_text())
     about = facts.about
@@ -99,42 +94,13 @@ def card(facts: Facts, files: Sequence[str]) -> str:
 
 # -- escaping --------------------------------------------------------------------------------------
 
-# What Markdown, the Hub's formulas or its links would read as a mark. HTML entities are not read as
-# marks.
-_ENTITIES = {
-    "\\": "&#92;",
-    "$": "&#36;",
-    "@": "&#64;",
-    "://": "&#58;//",
-    "](": "&#93;(",
-}
-
-
-def escaped(text: str) -> str:
-    """Foreign text as one line of Markdown: no mark, link, cell, formula or HTML comes of it."""
-    # An underscore inside a word is no mark.
-    line = re.sub(r"[`*~|]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", _in_html(text))
-    # The first mark of a list, a rule, a heading or a link's definition.
-    line = re.sub(r"^([-+=](?=[-+=\s]|$)|[#\[])", r"\\\g<0>", line)
-    return re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", line)
-
-
-def _in_html(text: str) -> Markdown:
-    """Foreign text as one line inside an HTML element, where Markdown's own marks mean nothing."""
-    line = " ".join(text.split())
-    letters = [letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line]
-    line = html.escape("".join(letters), quote=False)
-    for mark, entity in _ENTITIES.items():
-        line = line.replace(mark, entity)
-    return Markdown(re.sub(r"(?i)\bwww\.", lambda match: f"{match[0][:-1]}&#46;", line))
-
 
 def _finalized(value: Any) -> Any:
     return value if isinstance(value, Markdown | int) else escaped(str(value))
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Markdown:
-    return Markdown("\n".join(table_lines(header, rows, escaped)))
+    return Markdown("\n".join(table_lines(header, rows)))
 
 
 def _front_matter(about: About) -> str:

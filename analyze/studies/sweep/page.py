@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
+from analyze.pages.template import rendered
 from analyze.studies.sweep import plot, words
 from analyze.studies.sweep.arms import Arm, short
 from analyze.studies.sweep.plot import Layout, Point, formatted
@@ -58,7 +56,7 @@ def write(folder: Path, figures: dict[str, Any], arms: Sequence[Arm]) -> Path:
     record = json.dumps({**figures, "layers": layers}, indent=1, allow_nan=False)
     durable.write(folder / JSON, [record.encode() + b"\n"])
     durable.write(folder / MARKDOWN, ["\n".join(words.markdown(figures)).encode() + b"\n"])
-    durable.write(folder / PAGE, [_page(folder, figures, drawn).encode()])
+    durable.write(folder / PAGE, [_page(folder, figures, drawn)])
     return folder / PAGE
 
 
@@ -78,10 +76,7 @@ def read(folder: Path, layer: int) -> Shown | None:
 # -- the page --------------------------------------------------------------------------------------
 
 
-def _page(folder: Path, figures: dict[str, Any], drawn: Sequence[Drawn]) -> str:
-    environment = Environment(
-        loader=PackageLoader("analyze.pages"), autoescape=True, undefined=StrictUndefined
-    )
+def _page(folder: Path, figures: dict[str, Any], drawn: Sequence[Drawn]) -> bytes:
     layers = []
     for layer, pictures in zip(figures["layers"], drawn, strict=True):
         heads, table = words.table(figures, layer)
@@ -94,11 +89,11 @@ def _page(folder: Path, figures: dict[str, Any], drawn: Sequence[Drawn]) -> str:
                 "verdict": words.verdict(layer, words.name_in(layer)),
                 "heads": heads,
                 "rows": rows,
-                # The SVG is ours, and matplotlib escapes the texts in it.
-                "pictures": [(caption, Markup(svg)) for caption, svg in pictures],
+                "pictures": pictures,
             }
         )
-    return environment.get_template("sweep.html").render(
+    return rendered(
+        "sweep.html",
         name=neutral(Path(figures["folder"] or folder.absolute()).name),
         overview=words.overview(figures),
         layers=layers,

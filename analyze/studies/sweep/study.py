@@ -13,6 +13,7 @@ from analyze.study import Definition, at_least
 from data.device import torch_device
 from data.errors import SettingError, StoreError
 from data.journal import show, tell
+from data.markdown import cell
 from data.settings import build
 
 
@@ -45,7 +46,7 @@ def compare(settings: Mapping[str, Any]) -> None:
     figures = sweep(read, damaged, store, limit, torch_device(settings["device"]))
     out = Path(settings["out"]) if settings["out"] else arms.common_folder(folders)
     path = page.write(out, figures, read)
-    show(*words.markdown(figures))
+    show(*words.markdown(figures, cell))
     tell("", f"wrote {path}: open it in a browser; beside it {page.JSON} and {page.MARKDOWN}")
     if damaged:
         names = ", ".join(damaged)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from analyze.stats import bracketed, resampled
 from analyze.studies.sweep.arms import labels, short
 from analyze.studies.sweep.plot import formatted
-from data.markdown import table_lines
+from data.markdown import escaped, table_lines
 from data.neutral import neutral
 from data.rows.split import Policy
 from data.rows.statistics import told
@@ -18,22 +17,21 @@ _ANOTHER = "another seed of it"
 _FEW_SEEDS = 6  # degrees of freedom; with 6, t is 2.4 where it is 2 with many
 
 
-def markdown(figures: dict[str, Any]) -> list[str]:
-    """The sentences and tables as lines of Markdown."""
-    lines = ["# Sweep", "", *map(_escaped, overview(figures))]
+def markdown(figures: dict[str, Any], escape: Callable[[str], str] = escaped) -> list[str]:
+    """The sentences and tables as lines of Markdown.
+
+    Args:
+        escape: what is done to every sentence and cell.
+    """
+    lines = ["# Sweep", "", *map(escape, overview(figures))]
     for layer in figures["layers"]:
         heads, rows = table(figures, layer)
         sentences = verdict(layer, name_in(layer))
-        lines += ["", f"## Layer {layer['layer']}", "", *map(_escaped, sentences), ""]
-        lines += table_lines(heads, rows, _escaped)
+        lines += ["", f"## Layer {layer['layer']}", "", *map(escape, sentences), ""]
+        lines += table_lines(heads, rows, escape)
     if rest := left_out(figures):
-        lines += ["", *map(_escaped, rest)]
+        lines += ["", *map(escape, rest)]
     return lines
-
-
-def _escaped(text: str) -> str:
-    """Text that Markdown shows as it is: a directory may be called `<b>` or `a|b`."""
-    return re.sub(r"([\\|<])", r"\\\1", text)
 
 
 def name_in(layer: dict[str, Any]) -> Callable[[str], str]:
