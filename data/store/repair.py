@@ -16,7 +16,7 @@ from typing import Any
 from data.durable import Written
 from data.errors import StoreError, TemporaryError
 from data.journal import Progress
-from data.store import codec, ledger, manifest, packs, records, zarr_json
+from data.store import codec, ledger, manifest, packs, records, ring_state, zarr_json
 from data.store.arrays import Arrays, layers_of
 from data.store.packs import Pack
 from data.store.place import Place
@@ -80,8 +80,9 @@ def damage(place: Place, sound: Verified | None = None) -> Iterator[tuple[str, l
 
 
 def _records(place: Place) -> Iterator[str]:
-    """The keys of every record that a repair may drop. commits/ring.json is none of them."""
+    """The keys of every record: those that a repair may drop, and those that it writes again."""
     yield manifest.KEY  # it was there before the others that are listed here
+    yield from filter(place.exists, (ring_state.KEY, ring_state.COPY))
     for folder in _FOLDERS:
         for name in sorted(place.names(folder)):
             if name.endswith(".json"):
@@ -210,7 +211,9 @@ def repair(place: Place) -> list[str]:
             )
         damaged = [key for key, _ in damage(place)]
         for key in sorted(damaged, key=is_pack, reverse=True):  # packs before their records
-            if not zarr_json.is_key(key):
+            if ring_state.is_ours(key):
+                ring_state.mend(place, key)  # without it, rows could go that its run needs
+            elif not zarr_json.is_key(key):
                 place.delete(key)
         if manifest.KEY in damaged:
             _restore_manifest(place)
@@ -233,6 +236,8 @@ def require_store(place: Place) -> None:
 
 def is_derived(key: str) -> bool:
     """Whether `repair` can rebuild the object from the rest of the store."""
+    if ring_state.is_ours(key):
+        return True
     return key == manifest.KEY or zarr_json.is_key(key) or codec.fitted_layer(key) is not None
 
 

@@ -1,9 +1,10 @@
 """The state of a ring (data/store/ring.py) on the disk, and how large a ring must be.
 
     commits/ring.json           RingState: the size, the groups, and the watermark `freed`
+    commits/ring_copy.json      the same: nothing else would say what was freed
     commits/readers/NAME.json   Registration: a training run, and how far it has passed
 
-Both change under the claim RING alone. The watermark is durable before the first object goes.
+All change under the claim RING alone. The watermark is durable before the first object goes.
 Training units are counted in ascending order, without the held-out units.
 """
 
@@ -21,7 +22,7 @@ from data.store.arrays import rows_key, rows_name
 from data.store.claims import RING, Claims
 from data.store.place import Place
 
-KEY = "commits/ring.json"
+KEY, COPY = "commits/ring.json", "commits/ring_copy.json"
 REGISTRATIONS = "commits/readers"
 
 # Groups of units that a ring must hold: the one being read, the one before, to which a checkpoint
@@ -85,37 +86,70 @@ def read(place: Place) -> RingState | None:
     """The state of the ring; None if the store is no ring.
 
     Raises:
-        StoreError: the record is damaged.
+        StoreError: the record is damaged, and so is its copy.
     """
-    try:
-        data = place.read(KEY)
-    except FileNotFoundError:
-        return None
-    try:
-        body = records.decode(data, KEY)
-    except StoreError as error:
-        raise StoreError(
-            f"{place.name}/{KEY} is damaged, and nothing else says what was freed: restore it, "
-            "or harvest again into another store="
-        ) from error
-    return RingState(*(body[field] for field in RingState._fields))
+    for key in (KEY, COPY):
+        try:
+            body = records.decode(place.read(key), key)
+        except FileNotFoundError:
+            if key == KEY:
+                return None
+        except StoreError:
+            continue
+        else:
+            return RingState(*(body[field] for field in RingState._fields))
+    raise StoreError(
+        f"{place.name}/{KEY} is damaged, and nothing else says what was freed: restore it, "
+        "or harvest again into another store="
+    )
 
 
 def write(place: Place, state: RingState) -> None:
-    """Replace the ring's record; only under the claim RING."""
-    place.write(KEY, [records.encode(state._asdict())])
+    """Replace the ring's record and its copy; only under the claim RING.
+
+    The copy is second: if it is the one that is left, it says that less is freed, never more.
+    """
+    for key in (KEY, COPY):
+        place.write(key, [records.encode(state._asdict())])
 
 
 def registrations(place: Place) -> dict[str, Registration]:
-    """The registered training runs, by name."""
+    """The registered training runs, by name. One whose record is damaged needs everything."""
     runs = {}
     for file in sorted(place.sizes(REGISTRATIONS)):
         if file.endswith(".json"):
             key = f"{REGISTRATIONS}/{file}"
-            body = records.decode(place.read(key), f"{place.name}/{key}")
-            fields = [body[field] for field in Registration._fields]
-            runs[file.removesuffix(".json")] = Registration(*fields)
+            try:
+                body = records.decode(place.read(key), f"{place.name}/{key}")
+                run = Registration(*(body[field] for field in Registration._fields))
+            except StoreError:
+                run = _of_damaged(file)
+            runs[file.removesuffix(".json")] = run
     return runs
+
+
+def _of_damaged(file: str) -> Registration:
+    """What is taken for a record that says nothing any more, until its run writes it again."""
+    run = f"of the damaged record {file}, which its `python -m train` mends"
+    return Registration(run, layer=-1, span=0, passed=0)
+
+
+def is_ours(key: str) -> bool:
+    """Whether an object says what is freed, or what may be."""
+    return key in (KEY, COPY) or key.startswith(f"{REGISTRATIONS}/")
+
+
+def mend(place: Place, key: str) -> None:
+    """Replace a damaged record; that of a training run by one that gives nothing up.
+
+    Raises:
+        StoreError: the ring's record is damaged, and so is its copy.
+    """
+    name = key.removeprefix(f"{REGISTRATIONS}/")
+    if name != key:
+        write_registration(place, name.removesuffix(".json"), _of_damaged(name))
+    elif state := read(place):
+        write(place, state)
 
 
 def register(place: Place, name: str, run: Registration, fallback: int) -> Registration:

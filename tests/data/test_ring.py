@@ -22,9 +22,9 @@ from data.rows.follower import Follower
 from data.rows.reader import Reader
 from data.rows.split import Policy, held_out, held_out_units
 from data.rows.windows import Tuning
-from data.store import records, ring, ring_state
+from data.store import ring, ring_state
 from data.store.place import LocalPlace
-from data.store.repair import damage
+from data.store.repair import damage, repair
 from data.store.ring import Ring
 from data.store.ring_state import Registration, RingState
 from data.store.store import Store
@@ -423,10 +423,34 @@ def in_child(body: Callable[[], object]) -> int:
         os._exit(code)
 
 
-def test_a_damaged_ring_is_not_repaired_away(store: Store) -> None:
-    path = Path(store.name, ring_state.KEY)
-    path.write_bytes(path.read_bytes().replace(b'"freed":0', b'"freed":9'))
-    with pytest.raises(StoreError, match=ring_state.KEY):
-        reader(store)
-    path.write_bytes(records.encode(RingState(1, 2, [3], [0], 4)._asdict()))
+def test_every_flipped_bit_of_what_a_ring_is_freed_by_is_found(store: Store) -> None:
+    """The record has a copy, and of a run whose record is damaged everything is kept."""
+    follower(store).begin(9 * UNIT // 16)
+    state, runs = ring_state.read(store.place), ring_state.registrations(store.place)
+    [key] = [f"{ring_state.REGISTRATIONS}/{name}.json" for name in runs]
+    for name in (ring_state.KEY, ring_state.COPY, key):
+        path = Path(store.name, name)
+        whole = path.read_bytes()
+        for at in range(len(whole)):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+            assert ring_state.read(store.place) == state
+            [run] = ring_state.registrations(store.place).values()
+            assert run.passed == (0 if name == key else 8)
+        assert [found for found, _ in damage(store.place)] == [name]
+        assert repair(store.place) == [name]
+        assert path.read_bytes() == whole or name == key
+        assert not list(damage(store.place))
+        assert [run.passed for run in ring_state.registrations(store.place).values()] == [
+            0 if name == key else 8
+        ]
+
+
+def test_a_ring_that_says_nothing_is_not_repaired_away(store: Store) -> None:
+    for key in (ring_state.KEY, ring_state.COPY):
+        path = Path(store.name, key)
+        path.write_bytes(path.read_bytes().replace(b'"freed":0', b'"freed":9'))
+    for refused in (lambda: reader(store), lambda: repair(store.place)):
+        with pytest.raises(StoreError, match=ring_state.KEY):
+            refused()
+    ring_state.write(store.place, RingState(1, 2, [3], [0], 4))
     assert ring_state.read(store.place) == RingState(1, 2, [3], [0], 4)
