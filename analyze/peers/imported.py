@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from data.site import RESID_POST, hook_name
 from data.store.place import place_of
 from data.store.store import Store
 from train import sae_file
-from train.export import format, golden
+from train.export import bundle, format, golden
 from train.export.origin import Origin
 from train.run import CONFIG, read_config, source_of
 from train.sae import SAE, SAEConfig
@@ -30,6 +31,7 @@ ACCEPT = ("model", "context")  # what an SAE's files may say otherwise than the 
 def _reference(path: Path) -> SAE:
     """A sae_final.pt, or the one in a folder: the public reference SAE's, or ours."""
     path = path / sae_file.FILE if path.is_dir() else path
+    bundle.require_whole(path)
     return golden.checked(sae_file.load(path), path)
 
 
@@ -46,7 +48,7 @@ def _reference_origin(path: Path) -> Origin:
 
 # By what stands before the colon.
 READERS: dict[str, Callable[[Path], SAE]] = {
-    name: format.find(name).read for name in format.names()
+    name: partial(format.read, name) for name in format.names()
 }
 READERS["reference"] = _reference
 _ORIGINS: dict[str, Callable[[Path], Origin]] = {

@@ -218,6 +218,28 @@ def test_a_reference_file_that_cannot_be_right_is_refused(
     imported.run_of(f"reference:{tmp_path / 'sae_final.pt'}", made.store.name, None)
 
 
+def test_a_damaged_or_half_made_run_is_refused_and_made_again(
+    exported: dict[str, str], made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = imported.run_of(exported["saelens"], made.store.name, None)
+    whole = {path: path.read_bytes() for path in run.iterdir()}
+    assert {path.name for path in whole} == {"config.yaml", "digests.json", "sae_final.pt"}
+    for path, content in whole.items():
+        for damaged in (bytearray(content), None):
+            if damaged is None:
+                path.unlink()
+            else:
+                damaged[len(damaged) // 2] ^= 1
+                path.write_bytes(damaged)
+                with pytest.raises(StoreError, match=path.name):
+                    Subject.open(run, None, torch.device("cpu"))
+            capsys.readouterr()
+            assert imported.run_of(exported["saelens"], made.store.name, None) == run
+            if damaged is not None:
+                assert path.name in capsys.readouterr().err
+            assert {path: path.read_bytes() for path in run.iterdir()} == whole
+
+
 def test_another_model_or_context_is_refused_with_both_unless_it_is_accepted(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data import digests, durable
 from data.errors import StoreError
 from tests.train.test_formats import ABOUT, CASES, D, F, K, made
-from train.export import format, golden
+from train.export import bundle, format, golden
 from train.sae import SAE
 
 
 def exported(folder: Path, name: str, sae: SAE) -> Path:
     """The folder with the library's files."""
-    for file, content in golden.files(name, sae, ABOUT).items():
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_bytes(content)
+    bundle.write(folder, golden.files(name, sae, ABOUT))
     return next(folder.rglob(golden.FILE)).parent
 
 
@@ -48,25 +49,79 @@ def test_golden_rows_have_the_latents_of_the_sae(tmp_path: Path, name: str, kind
     format.find(name).read(folder)
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
-def test_one_flipped_bit_in_the_weights_is_noticed(tmp_path: Path, name: str, kind: str) -> None:
-    folder = exported(tmp_path, name, made(kind))
-    weights = weights_of(folder)
-    data = bytearray(weights.read_bytes())
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
-    weights.write_bytes(data)
-    with pytest.raises(StoreError, match=weights.name):
-        format.find(name).read(folder)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_a_flipped_bit_in_any_file_is_noticed(tmp_path: Path, name: str, kind: str) -> None:
+    weights = exported(tmp_path, name, made(kind))
+    format.read(name, weights)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 4
+    for path in files:
+        whole = path.read_bytes()
+        flipped(path)
+        with pytest.raises(StoreError, match=path.name):
+            format.read(name, weights)
+        path.unlink()
+        if path.name != digests.FILE:
+            with pytest.raises(StoreError, match=path.name):
+                format.read(name, weights)
+        path.write_bytes(whole)
+
+
+def test_what_was_exported_before_does_not_stay(tmp_path: Path) -> None:
+    bundle.write(tmp_path, {"a/config.json": b"{}", "b.pt": b"b"})
+    bundle.write(tmp_path, {"b.pt": b"c"})
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"b.pt", digests.FILE}
+    (tmp_path / "mine.json").write_text("{}")
+    with pytest.raises(StoreError, match=r"mine\.json"):
+        bundle.write(tmp_path, {"d.pt": b"d"})
+    assert (tmp_path / "b.pt").read_bytes() == b"c"  # nothing was begun
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_folder_whose_writing_was_stopped_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    """Also the first time, when nothing else is there: it is no other author's."""
+    if not first:
+        exported(tmp_path, "dictionary_learning", made("thresholds"))
+    real = durable.write
+
+    def stops(path: Path, parts: Iterable[bytes]) -> Any:
+        if path.name == "config.json":  # without it the rest would be read as another kind of SAE
+            raise KeyboardInterrupt
+        return real(path, parts)
+
+    monkeypatch.setattr(durable, "write", stops)
+    with pytest.raises(KeyboardInterrupt):
+        exported(tmp_path, "dictionary_learning", made("topk"))
+    with pytest.raises(StoreError, match=digests.FILE if not first else "missing"):
+        format.read("dictionary_learning", tmp_path)
+    monkeypatch.undo()
+    exported(tmp_path, "dictionary_learning", made("topk"))
+    format.read("dictionary_learning", tmp_path)
 
 
 def changed(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Write other weights, and make golden.safetensors forget the digest of the old ones."""
+    """Write other weights, and forget the digests of the old ones."""
+    for place in (folder, folder.parent):
+        (place / digests.FILE).unlink(missing_ok=True)
     weights = weights_of(folder)
     if weights.suffix == ".pt":
         torch.save(tensors, weights)
     else:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights)
-    save_file(load_file(folder / golden.FILE), folder / golden.FILE)
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    weights = weights_of(folder)
+    plain = torch.load(weights, weights_only=True) if weights.suffix == ".pt" else None
+    return plain or load_file(weights)
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -74,10 +129,7 @@ def test_weights_that_compute_something_else_are_noticed_by_the_rows_alone(
     tmp_path: Path, name: str, kind: str
 ) -> None:
     folder = exported(tmp_path, name, made(kind))
-    weights = weights_of(folder)
-    plain = (
-        torch.load(weights, weights_only=True) if weights.suffix == ".pt" else load_file(weights)
-    )
+    plain = read_weights(folder)
     changed(folder, name, plain)
     format.find(name).read(folder)
     decoder = next(key for key in plain if key in ("W_dec", "decoder.weight"))
@@ -106,10 +158,11 @@ def test_other_latents_that_reconstruct_the_same_are_noticed(tmp_path: Path) -> 
 @pytest.mark.parametrize("name", format.names())
 def test_another_k_is_noticed(tmp_path: Path, name: str) -> None:
     folder = exported(tmp_path, name, made("topk"))
-    (config,) = folder.glob("*.json")
+    (config,) = (path for path in folder.glob("*.json") if path.name != digests.FILE)
     content = json.loads(config.read_text())
     (content["trainer"] if name == "dictionary_learning" else content)["k"] = K + 1
     config.write_text(json.dumps(content))
+    changed(folder, name, read_weights(folder))
     if name == "dictionary_learning":  # which has it in both files
         state = torch.load(folder / "ae.pt", weights_only=True)
         changed(folder, name, {**state, "k": torch.tensor(K + 1)})
@@ -119,6 +172,7 @@ def test_another_k_is_noticed(tmp_path: Path, name: str) -> None:
 
 def test_golden_rows_of_another_sae_are_refused(tmp_path: Path) -> None:
     folder = exported(tmp_path, "safetensors", made("topk"))
+    (folder / digests.FILE).unlink()
     good = load_file(folder / golden.FILE)
     for wrong in (
         {**good, "latent": good["latent"] + F},

@@ -105,6 +105,7 @@ def test_a_bare_run_says_what_is_absent(tmp_path: Path, capsys: pytest.CaptureFi
         "README.md",
         "config.json",
         "config.yaml",
+        "digests.json",
         "metrics.jsonl",
         "golden.safetensors",
         "sae.safetensors",
@@ -327,6 +328,8 @@ def test_every_copy_of_the_weights_has_golden_rows(tmp_path: Path) -> None:
         weights.write_bytes(data)
         with pytest.raises(StoreError, match=re.escape(weights.name)):
             READERS[library](where)
+        data[len(data) // 2] ^= 1
+        weights.write_bytes(data)
 
 
 @pytest.mark.parametrize("kind", ["topk", "thresholds"])

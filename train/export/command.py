@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from conf.command import ALONE, Job
-from data import durable
 from data.journal import heartbeat, note, tell
 from data.settings import names
 from train import sae_file
-from train.export import format, golden
+from train.export import bundle, format, golden
 from train.run import named_or_newest, read_config, sae_of
 
 
@@ -25,9 +24,7 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
         trained = sae_of(run)[0]
         what = format.about(run, config)
         for name in asked:
-            folder = (Path(settings["out"]) if settings["out"] else run / "export") / name
+            place = (Path(settings["out"]) if settings["out"] else run / "export") / name
             note(f"making the files of {name}")
-            for file, content in golden.files(name, trained, what).items():
-                durable.make_directory((folder / file).parent)
-                durable.write(folder / file, [content])
-                tell(f"wrote {folder / file}")
+            for file in bundle.write(place, golden.files(name, trained, what)):
+                tell(f"wrote {place / file}")

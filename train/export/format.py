@@ -27,11 +27,13 @@ from torch import Tensor
 
 from data.errors import StoreError, caused
 from train import export
+from train.export import bundle
 from train.export.origin import Origin
 from train.sae import SAE, WEIGHTS
 from train.tensors import refuse, refuse_shape, tensor_of
 
-_OTHERS = {"__main__", "command", "format", "golden", "origin"}  # modules here that are no library
+# Modules here that are no library.
+_OTHERS = {"__main__", "bundle", "command", "format", "golden", "origin"}
 
 
 class About(NamedTuple):
@@ -96,6 +98,16 @@ def names() -> list[str]:
 def find(name: str) -> Format:
     """The format of one of `names`."""
     return cast("Format", import_module(f"train.export.{name}"))
+
+
+def read(name: str, path: Path) -> SAE:
+    """The SAE in a library's files in a folder, every byte as it was written if we wrote them.
+
+    Raises:
+        StoreError: a file is damaged, or as `Format.read`.
+    """
+    bundle.require_whole(path)
+    return find(name).read(path)
 
 
 # -- for the libraries' files ----------------------------------------------------------------------

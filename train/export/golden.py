@@ -4,10 +4,10 @@ They lie beside the library's weights as golden.safetensors, which the library i
 
     rows (n, d), x_hat (n, d)            float32
     row, latent (p,) int64, value (p,)   the latents above 0 and their activations, pair by pair
-    metadata                             the xxh3_128 of the weights' files, by their names
 
 Whoever reads the export checks its reader by them. Ours do: a file that was damaged, or that is
-read as another function, is refused. A folder without golden rows is another author's.
+read as another function, is refused. A folder without golden rows is another author's. Before
+train/export/bundle.py recorded every file's digest, the metadata had that of the weights' file.
 
 Rows are made of the SAE's own directions, not taken from the store: so they are there wherever an
 export is made, the same ones each time, and they fire many latents with clear margins.
@@ -15,7 +15,6 @@ export is made, the same ones each time, and they fire many latents with clear m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -36,35 +35,25 @@ _X_HAT_ERROR = 1e-5  # of the norm of x_hat
 _LATENT_ERROR = 1e-3  # of the row's largest activation
 
 
-def files(
-    name: str, sae: SAE, about: About, others: Mapping[str, str] | None = None
-) -> dict[str, bytes]:
+def files(name: str, sae: SAE, about: About) -> dict[str, bytes]:
     """A library's files, and golden rows beside its weights: contents by path.
-
-    Args:
-        others: xxh3_128 of other files of the same SAE in that folder, by name.
 
     Raises:
         StoreError: the library has no such SAE.
     """
     content = find(name).write(sae, about)
     weights = next(PurePosixPath(path) for path in content if not path.endswith(".json"))
-    digests = {**(others or {}), weights.name: durable.digest(content[str(weights)])}
-    return {**content, str(weights.with_name(FILE)): of(sae, digests)}
+    return {**content, str(weights.with_name(FILE)): of(sae)}
 
 
-def of(sae: SAE, digests: Mapping[str, str]) -> bytes:
-    """The content of golden.safetensors.
-
-    Args:
-        digests: xxh3_128 of the weights' files, by name.
-    """
+def of(sae: SAE) -> bytes:
+    """The content of golden.safetensors."""
     rows = _rows(sae)
     latents = _latents(sae, rows)
     row, latent = latents.nonzero(as_tuple=True)
     tensors = {"rows": rows, "x_hat": sae(rows), "row": row, "latent": latent}
     tensors["value"] = latents[row, latent]
-    return bytes(save({name: t.contiguous() for name, t in tensors.items()}, dict(digests)))
+    return bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
 def checked(sae: SAE, weights: Path) -> SAE:

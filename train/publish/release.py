@@ -7,6 +7,7 @@
     saelens/                            the same for SAELens, which loads it by the repository
     config.yaml, metrics.jsonl          settings and curves; of the store's place only its last name
     quality.json, studies/NAME/*.json   figures, where they were made
+    digests.json                        the size and digest of each: train/export/bundle.py
     studies/steering/steering_vec_L*.pt the vector that was steered
 
 Nothing else is in the folder, and nothing that is not in it is uploaded.
@@ -15,8 +16,7 @@ Nothing else is in the folder, and nothing that is not in it is uploaded.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,13 +25,13 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from data import durable
 from data.errors import PipelineError, SettingError, StoreError, TemporaryError, caused
 from data.journal import tell
 from data.secrets import redacted
 from data.text import retry
 from train import sae_file
-from train.export import golden
+from train.export import bundle, golden
+from train.export.bundle import Content
 from train.export.format import about
 from train.publish import card, vector
 from train.run import CONFIG, METRICS, metrics_of, read_config, sae_of
@@ -39,10 +39,7 @@ from train.run import CONFIG, METRICS, metrics_of, read_config, sae_of
 FOLDER = "publish"  # in a run's directory, unless it is to be elsewhere
 QUALITY = "quality.json"  # as analyze leaves it in a run's directory
 STUDIES = "studies"  # likewise
-_BLOCK_BYTES = 1 << 22
 _RECORD = {"finds", "settings", "summary", "tables"}  # what a study's JSON has at least
-
-Content = bytes | Path  # of a file; the file at a path is copied
 
 
 def require_repository(repo: Any) -> str:
@@ -83,27 +80,7 @@ def prepare(run: Path, repo: str, folder: Path) -> dict[str, int]:
     Raises:
         StoreError: the run is not finished or damaged, or the folder holds a foreign file.
     """
-    files = contents(run, repo)
-    _require_ours(folder, files)
-    written = {}
-    for name, content in files.items():
-        durable.make_directory((folder / name).parent)
-        parts = [content] if isinstance(content, bytes) else _blocks(content)
-        written[name] = durable.write(folder / name, parts).bytes
-    return written
-
-
-def _require_ours(folder: Path, files: Mapping[str, Content]) -> None:
-    """Raise StoreError if `folder` has a file that is not published; stale studies are removed."""
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_dir() or name in files:
-            continue
-        if not re.fullmatch(rf"{STUDIES}/\w+/\w+\.(json|pt)", name):
-            raise StoreError(
-                f"{path} is not of what is published; delete it, or choose another place with out="
-            )
-        path.unlink()  # published before; the run has this finding no longer
+    return bundle.write(folder, contents(run, repo))
 
 
 def contents(run: Path, repo: str) -> dict[str, Content]:
@@ -125,7 +102,7 @@ def contents(run: Path, repo: str) -> dict[str, Content]:
     quality = _read_json(run / QUALITY) if (run / QUALITY).exists() else None
 
     files: dict[str, Content] = {sae_file.FILE: run / sae_file.FILE, METRICS: run / METRICS}
-    files |= golden.files("safetensors", trained, described, {sae_file.FILE: digest})
+    files |= golden.files("safetensors", trained, described)
     for name, content in golden.files("saelens", trained, described).items():
         files[f"saelens/{name}"] = content
     # Of the store's place only its last name: our folders are nobody's business.
@@ -181,12 +158,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return record
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            yield block
-
-
 # -- the Hub ---------------------------------------------------------------------------------------
 
 
@@ -210,6 +181,7 @@ def upload(folder: Path, files: Mapping[str, int], repo: str, private: bool) -> 
             repo_id=repo,
             folder_path=folder,
             allow_patterns=list(files),
+            delete_patterns=[f"{STUDIES}/*"],  # of an earlier release, if not among these
             commit_message=commit,
             repo_type="model",
         )
