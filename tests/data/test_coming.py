@@ -16,7 +16,7 @@ from data.store import coming, default, ring_state
 from data.store.leases import Leases
 from data.store.place import LocalPlace
 from data.store.ring_state import RingState
-from tests.train.killing import in_child, outcome
+from tests.faults.child import in_child, outcome
 
 Start = Callable[[Callable[[], object]], int]  # its process id
 
