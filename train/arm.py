@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from data import digests, durable, environment, locks
-from data.errors import PipelineError, StopRequest, StoreError, TemporaryError
+from data.errors import NonFiniteError, PipelineError, StopRequest, StoreError, TemporaryError
 from data.journal import Metrics, tell
 from data.rows import statistics
 from data.rows.follower import Follower, FollowsNobody
@@ -215,8 +216,10 @@ class Run:
             self.arm.follower.finish()
             final = run.metrics_of(folder)[-1]
             stream = self.arm.stream
+            explained = final["variance_explained"]
+            explained = math.nan if explained is None else explained  # rows that are all the same
             tell(
-                f"wrote {path}: held-out variance explained {final['variance_explained']:.4f}, "
+                f"wrote {path}: held-out variance explained {explained:.4f}, "
                 f"dead {final['dead_share']:.1%} of {self.arm.config.sae.d_sae:,} latents; "
                 f"left out: {statistics.told(stream.policy, stream.left_out)}"
             )
@@ -224,9 +227,22 @@ class Run:
         self.close()
 
     def fail(self, error: PipelineError) -> None:
-        """Leave the run at its last checkpoint."""
+        """Leave the run at its last checkpoint, and its memory to the others.
+
+        In a ring its rows stay, for the same command goes on; one that diverged would only diverge
+        again, and gives them up.
+        """
         self.outcome = error
-        self.close()
+        del self.trainer
+        self.leave()
+        if self.group.rank == 0 and isinstance(error, NonFiniteError):
+            with suppress(PipelineError, OSError):
+                self.arm.follower.finish()
+
+    def leave(self) -> None:
+        """Close the run's files; after a failure, or a checkpoint, nothing in them matters."""
+        with suppress(PipelineError, OSError):
+            self.close()
 
     def close(self) -> None:
         """Close the run's files."""

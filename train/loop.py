@@ -16,19 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data import stopping
-from data.errors import Interrupted, PipelineError, StopRequest
+from data import machine, stopping
+from data.errors import Interrupted, PipelineError, StopRequest, TemporaryError
 from data.journal import Progress, duration, tell
 from data.rows import statistics
 from data.rows.copy import to_device
+from train import memory
 from train.arm import Arm, Outcome, Run
 from train.evaluate import evaluate
 from train.parallel import Group
 from train.stream import Stream
 
 
-def _train(runs: list[Run], stop: StopRequest, group: Group) -> None:
-    """Train all runs to their end; each keeps its outcome."""
+def _train(runs: list[Run], failures: _Failures, stop: StopRequest, group: Group) -> None:
+    """Train all runs to their end; each keeps its outcome. One that fails ends alone."""
     step = min(run.step for run in runs)
     shown = _Shown(step, len(runs))
     if group.rank == 0:
@@ -39,41 +40,46 @@ def _train(runs: list[Run], stop: StopRequest, group: Group) -> None:
             feeds[stream] = stack.enter_context(closing(_feed(stream, runs, step)))  # type: ignore[type-var]
         while True:
             # A run that went on from a later step waits until the others are there.
-            here = [run for run in runs if run.step == step]
+            here = [run for run in _going_on(runs) if run.step == step]
 
             # Once in a while, and at the end: evaluate on held-out rows.
             if group.rank == 0:
-                _evaluate([run for run in here if run.evaluation_due])
+                _evaluate([run for run in here if run.evaluation_due], failures)
 
             # Once in a while, and at the end: save a checkpoint. At the end: write the final SAE.
-            for run in here:
-                if run.save_due:
-                    run.save()
-                if run.last:
-                    run.finish()
-            runs = [run for run in runs if run.outcome is None]
-            here = [run for run in here if run.outcome is None]
-            if not runs:
-                return
+            for run in _going_on(here):
+                with failures.ending(run):
+                    if run.save_due:
+                        run.save()
+                    if run.last:
+                        run.finish()
 
             # Wait for a harvest that is still writing. It may need the checkpoint saved above.
-            for run in here:
-                run.arm.follower.wait(step, stop)
+            for run in _going_on(here):
+                with failures.ending(run):
+                    _require_room(run, failures.arms)
+                    run.arm.follower.wait(step, stop)
+            runs = _going_on(runs)
+            if not runs:
+                return
 
             # After a signal: save and stop, all processes at the same step.
             if signum := group.largest(stop.signum or 0):
                 for run in runs:
-                    run.save()
+                    with failures.ending(run):
+                        run.save()
                 raise Interrupted(signum)
 
             # One batch of each stream.
             batches = {}
             for stream in _streams(runs):
-                batches[stream] = next(feeds[stream])
+                with failures.ending(*_of(stream, runs)):
+                    batches[stream] = next(feeds[stream])
 
             # One optimizer step of each run.
-            for run in here:
-                _step(run, batches[run.arm.stream], shown)
+            for run in _going_on(here):
+                with failures.ending(run):
+                    _step(run, batches[run.arm.stream], shown)
             step += 1
             if group.rank == 0:
                 shown.line()
@@ -88,29 +94,80 @@ def _tell_left_out(runs: list[Run]) -> None:
             tell(f"left out of {of_what}: {statistics.told(stream.policy, stream.left_out)}")
 
 
+def _going_on(runs: Sequence[Run]) -> list[Run]:
+    """The runs that have no outcome yet."""
+    return [run for run in runs if run.outcome is None]
+
+
+class _Failures:
+    """Failed arms. What fails ends the runs that need it, and no other."""
+
+    def __init__(self, several: bool) -> None:
+        self.arms: list[Arm] = []
+        self._several = several
+
+    @contextmanager
+    def ending(self, *runs: Run) -> Iterator[None]:
+        """End these runs, each at its last checkpoint, if the block fails."""
+        try:
+            yield
+        except Exception as error:
+            reason = machine.answer(error, memory.smaller(runs[0].arm))
+            if reason is None:
+                raise
+            for run in _going_on(runs):
+                run.fail(reason)
+                self.note(run.arm, reason)
+
+    def note(self, arm: Arm, reason: PipelineError) -> None:
+        """Take in an arm that failed."""
+        self.arms.append(arm)
+        if self._several:  # alone, the caller says it
+            tell(f"{arm.folder}: {reason}")
+
+
+def _require_room(run: Run, failed: Sequence[Arm]) -> None:
+    """Save the run, then raise TemporaryError, if its ring is full of the rows of a failed arm.
+
+    Those rows stay for the arm to go on, so the harvest that the run waits for would wait for ever.
+    """
+    for arm in failed:
+        way_out = run.arm.follower.held_up_by(arm.follower, run.step)
+        if way_out is not None:
+            run.save()
+            raise TemporaryError(
+                f"stopped at step {run.step:,} for want of rows, which the harvest has no room for "
+                f"while {arm.folder} has failed; mend that, and the same command goes on with all "
+                f"arms, or give that one up: {way_out}"
+            )
+
+
 def _step(run: Run, batch: Tensor, shown: _Shown) -> None:
-    """One optimizer step: train/trainer.py. A run that fails leaves the others alone."""
-    try:
-        record = run.trainer.step_(batch)
-    except PipelineError as error:
-        run.fail(error)
-        if shown.arms > 1:  # alone, the caller says it
-            tell(f"{run.arm.folder}: {error}")
-        return
+    """One optimizer step: train/trainer.py."""
+    record = run.trainer.step_(batch)
     if record:
         speed = shown.speed(run.step) * run.arm.config.batch
         run.note(record, speed)
         shown.add(record, run.trainer.steps, speed)
 
 
-def _evaluate(runs: Sequence[Run]) -> None:
+def _evaluate(runs: Sequence[Run], failures: _Failures) -> None:
     """Evaluate runs; those of one stream share the reading of its held-out rows."""
     for stream in _streams(runs):
-        due = [run for run in runs if run.arm.stream is stream]
-        evaluations = [run.trainer.evaluation() for run in due]
-        evaluate(evaluations, stream.held_out())
+        due = _of(stream, runs)
+        with failures.ending(*due):
+            evaluations = [run.trainer.evaluation() for run in due]
+            evaluate(evaluations, stream.held_out())
+        if due != _going_on(due):
+            continue
         for run, evaluation in zip(due, evaluations, strict=True):
-            run.note(run.trainer.held_out_record(evaluation))
+            with failures.ending(run):
+                run.note(run.trainer.held_out_record(evaluation))
+
+
+def _of(stream: Stream, runs: Sequence[Run]) -> list[Run]:
+    """Those of the runs that read a stream."""
+    return [run for run in runs if run.arm.stream is stream]
 
 
 def _streams(runs: Sequence[Run]) -> list[Stream]:
@@ -153,11 +210,15 @@ def train_together(
     """
     group = group or Group()
     with _deterministic(), torch.no_grad(), StopRequest() as stop, ExitStack() as stack:
+        failures = _Failures(len(arms) > 1)
         opened = [_opened(arm, device, group, stop, stack) for arm in arms]
-        live = [run for run in opened if isinstance(run, Run) and run.outcome is None]
+        for arm, found in zip(arms, opened, strict=True):
+            if isinstance(found, PipelineError):
+                failures.note(arm, found)
+        live = _going_on([run for run in opened if isinstance(run, Run)])
         if live:
             with stopping.holding():  # it saves at the next step, then ends by itself
-                _train(live, stop, group)
+                _train(live, failures, stop, group)
     return [run.outcome or {} if isinstance(run, Run) else run for run in opened]
 
 
@@ -166,10 +227,14 @@ def _opened(
 ) -> Run | PipelineError:
     """The arm's run, or why it cannot be trained."""
     try:
+        memory.require_fit(arm, device)
         run = Run(arm, device, group, stop)
-    except PipelineError as error:
-        return error
-    stack.callback(run.close)
+    except Exception as error:
+        reason = machine.answer(error, memory.smaller(arm))
+        if reason is None:
+            raise
+        return reason
+    stack.callback(run.leave)
     return run
 
 

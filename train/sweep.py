@@ -1,4 +1,4 @@
-"""Which arms of a sweep are trained on one read, and what they need of memory.
+"""Which arms of a sweep are trained on one read.
 
 Arms share a read if they take the same batches: same store, batch, data_seed and policy, whatever
 their layers. Of those, as many go into one pass as fit into the device's memory.
@@ -14,35 +14,10 @@ from data import device as devices
 from data.errors import SettingError
 from data.journal import size, tell
 from train.arm import Arm, Outcome
-from train.kernels import GPU_BLOCK_BYTES
 from train.loop import train_together
+from train.memory import arm_bytes, step_bytes
 
 _ROOM = 0.9  # share of the free memory that a pass may plan with
-_STATE = 3  # tensors of each parameter's size: itself, and Adam's two moments
-# (batch, d) float32 at a time: rows, centred rows, reconstruction, error, gradient, ...
-_ROW_BUFFERS = 8
-
-
-def arm_bytes(arm: Arm) -> int:
-    """Bytes that an arm holds all the time, on its device."""
-    d = arm.stream.reader.d_model
-    sae = arm.config.sae
-    parameters = 2 * d * sae.d_sae + sae.d_sae + d
-    counters = 8 * sae.d_sae * (1 + sae.resample)
-    basis = 4 * d * d * sae.rotate
-    return 4 * _STATE * parameters + counters + basis
-
-
-def step_bytes(arm: Arm) -> int:
-    """Bytes that an arm needs during a step and frees after it."""
-    d = arm.stream.reader.d_model
-    d_sae = arm.config.sae.d_sae
-    batch = arm.config.batch
-    gradients = 4 * 2 * d * d_sae
-    rows = 4 * _ROW_BUFFERS * batch * d
-    pre_activations = min(4 * batch * d_sae, GPU_BLOCK_BYTES)
-    pairs = 4 * 12 * batch * arm.config.sae.k
-    return gradients + rows + pre_activations + pairs
 
 
 def passes(arms: Sequence[Arm], free: int | None) -> list[list[int]]:

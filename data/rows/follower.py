@@ -50,6 +50,13 @@ class Follower(Protocol):
         """Nothing is needed any more."""
         ...
 
+    def held_up_by(self, other: Follower, batch: int) -> str | None:
+        """How to give up another run, if a batch cannot come while that one stands still.
+
+        None: it can, or it is there.
+        """
+        ...
+
 
 class FollowsNobody:
     """The store is whole and stays: there is nothing to wait for."""
@@ -77,3 +84,6 @@ class FollowsNobody:
 
     def finish(self) -> None:
         pass
+
+    def held_up_by(self, other: Follower, batch: int) -> str | None:
+        return None

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from data.errors import SettingError, StopRequest, StoreError, TemporaryError
 from data.journal import heartbeat, note, tell
 from data.rows import summary
+from data.rows.follower import Follower
 from data.rows.rounds import KeptRows
 from data.rows.split import held_out_units, training_units
 from data.store import ring_state
@@ -240,6 +241,27 @@ class RingFollower:
     def finish(self) -> None:
         """Record that nothing is needed any more."""
         self._advance(self._groups.training_units)
+
+    def held_up_by(self, other: Follower, batch: int) -> str | None:
+        """How to give up another run, if a batch cannot come while that one stands still.
+
+        The harvest makes a unit if the ring holds it beside all units from the slowest run's on.
+        """
+        place = self._store.place
+        if not isinstance(other, RingFollower) or other._store.place.name != place.name:
+            return None
+        standing = ring_state.registrations(place).get(other._name)
+        state = ring_state.read(place)
+        if standing is None or state is None or self._groups.has(batch):
+            return None
+        layers = len(state.layers)
+        chunk = self._store.manifest["chunk"]
+        most = ring_state.unit_bytes(self._store.unit_tokens, chunk, self._store.d_model, layers)
+        room = state.max_bytes // most - len(state.held_out)  # training units at a time
+        end = min((self.round(batch) + 1) * state.span, self._groups.training_units)
+        if end - standing.passed <= room:
+            return None
+        return f"delete {place.name}/{ring_state.REGISTRATIONS}/{other._name}.json"
 
     def _passed(self, batch: int) -> int:
         """Training units of the groups before the one in which a batch begins."""

@@ -299,6 +299,24 @@ def test_what_all_readers_have_passed_is_freed_and_no_more(store: Store) -> None
     assert shards(store) == set(held_out_units(store))
 
 
+def test_a_run_that_stands_still_holds_others_up_once_the_ring_is_full(store: Store) -> None:
+    chunk = store.manifest["chunk"]
+    most = ring_state.unit_bytes(UNIT, chunk, store.d_model, layers=1)
+    place = LocalPlace(Path(store.name))
+    make_ring(place, max_bytes=(len(held_out_units(store)) + 3 * SPAN) * most)
+    Hidden(store, training(store)[3 * SPAN :])
+    opened = Store.open(store.name)
+    going, standing = (follower(opened, name=name) for name in ("one", "two"))
+    last = 3 * SPAN * UNIT // 16  # the first batch of the fourth group
+    assert going.held_up_by(standing, last) is None  # it is not registered
+    standing.begin(0)
+    way_out = going.held_up_by(standing, last)
+    assert way_out is not None and f"{ring_state.REGISTRATIONS}/two.json" in way_out
+    assert going.held_up_by(standing, last - 1) is None  # it is there
+    standing.release(SPAN * UNIT // 16)
+    assert going.held_up_by(standing, last) is None  # there is room for it
+
+
 def test_what_is_freed_is_said_where_it_is_asked_for(store: Store) -> None:
     Path(store.name, "layer_3").mkdir(exist_ok=True)
     stream = reader(store)
