@@ -18,11 +18,12 @@ import torch
 from numpy.typing import NDArray
 
 from analyze import problems
+from analyze.kept import grow, read_lines
 from analyze.language_model import Generation, Sampling, generate
 from analyze.outcome import dumped
 from analyze.problems import Example, Problem, Solution
 from analyze.prompts import IN_TURNS, PROMPTS, drawn
-from analyze.study import Study, grow, read_lines
+from analyze.study import Study
 from data import durable
 from data.errors import SettingError, StopRequest
 from data.journal import Progress, tell

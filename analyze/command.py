@@ -42,7 +42,7 @@ def command(settings: Settings, _: Job = ALONE) -> None:
         # The one door to the browser's pages.
         from analyze.pages.browser.serve import serve
 
-        serve(study.folder, port)
+        serve(study.place, port)
 
 
 def _action(name: str, action: Any) -> str:

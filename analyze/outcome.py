@@ -1,8 +1,10 @@
 """What a study found: figures, sentences, tables and pictures, and how they lie in its folder.
 
-NAME.json   every figure, with the settings that it follows from; written last
+NAME.json   every figure, with the settings that it follows from
 NAME.md     the sentences and tables
 *.svg       a file per picture
+
+analyze/results.py records their digests, and until then they do not count.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data import durable
+from data.digests import Digests
+from data.errors import StoreError
 from data.markdown import cell, escaped, table_lines
 
 
@@ -42,13 +46,12 @@ class Outcome:
     summary: list[str]  # sentences: the verdict first, each figure with its null or interval
     tables: list[Table] = field(default_factory=list)
     pictures: dict[str, Picture] = field(default_factory=dict)  # by file name without .svg
-    files: list[str] = field(default_factory=list)  # other files without which it is not whole
 
 
 def write(
     folder: Path, name: str, settings: Mapping[str, Any], outcome: Outcome, *, finds: bool = True
 ) -> None:
-    """Write an outcome durably. The JSON comes last: it says that the study is done.
+    """Write an outcome durably.
 
     Args:
         finds: whether it has a verdict; else it says where files are, and is not published.
@@ -64,29 +67,34 @@ def write(
         "summary": outcome.summary,
         "tables": outcome.tables,
         "pictures": {stem: picture.caption for stem, picture in outcome.pictures.items()},
-        "files": outcome.files,
         "figures": outcome.figures,
     }
     durable.write(folder / f"{name}.json", [dumped(record).encode()])
 
 
-def read(path: Path) -> tuple[dict[str, Any], Outcome] | None:
-    """The settings and outcome in NAME.json, with the pictures beside it; None if not whole."""
+def read(digests: Digests, name: str, way_out: str) -> Outcome:
+    """The outcome in NAME.json of a recorded folder, with the pictures beside it.
+
+    Args:
+        way_out: what the user can do if a file is damaged.
+
+    Raises:
+        StoreError: a file is damaged, or another version wrote it.
+    """
+    file = f"{name}.json"
+    record = json.loads(digests.content(file, way_out))
     try:
-        record = json.loads(path.read_bytes())
         pictures = {}
         for stem, caption in record["pictures"].items():
-            pictures[stem] = Picture(caption, (path.parent / f"{stem}.svg").read_text())
+            svg = digests.content(f"{stem}.svg", way_out).decode()
+            pictures[stem] = Picture(caption, svg)
         tables = []
         for caption, header, rows in record["tables"]:
             tables.append(Table(caption, tuple(header), [tuple(row) for row in rows]))
-        files = list(record.get("files", []))
-        if not all((path.parent / file).is_file() for file in files):
-            return None
-        outcome = Outcome(record["figures"], record["summary"], tables, pictures, files)
-        return dict(record["settings"]), outcome
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+        return Outcome(record["figures"], record["summary"], tables, pictures)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        got = f"{digests.folder / file} is of another version"
+        raise StoreError(f"{got}; {way_out}") from error
 
 
 def dumped(value: Any) -> str:

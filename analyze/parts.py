@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import shutil
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analyze.results import made
-from data import durable
+from data import sealed
 
 Arrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A folder of parts, a file each. A file holds checksums, and a damaged one is made again."""
+    """A folder of parts, a file each. A file holds its digest, and a damaged one is made again."""
 
     folder: Path | None = None  # None: parts are made each time they are asked for
 
@@ -30,28 +29,20 @@ class Parts:
         if self.folder is None:
             return make()
         path = self.folder / f"{number:06d}.npz"
-        if (there := _read(path)) is not None:
-            return there
+        if (there := sealed.read(path)) is not None:
+            with np.load(io.BytesIO(there)) as file:
+                return {name: file[name] for name in file.files}
         arrays = make()
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, **arrays)
         made(self.folder)
-        durable.write(path, [content.getbuffer()])
+        sealed.write(path, [content.getbuffer()])
         return arrays
 
     def remove(self) -> None:
         """Remove all parts: what they were for is whole."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _read(path: Path) -> Arrays | None:
-    """The arrays of a part; None if it is missing or damaged."""
-    try:
-        with np.load(path) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-        return None
 
 
 NOWHERE = Parts()

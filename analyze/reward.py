@@ -30,12 +30,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from analyze import outcome as outcomes
 from analyze import problems
 from analyze.answering import Asking
 from analyze.language_model import end_tokens, residuals
 from analyze.problems import Solution
 from analyze.results import FOLDER
+from data import digests
 from data.errors import MismatchError, NonFiniteError, SettingError, StoreError
 from data.text.documents import Content
 from harvest import model as language_model
@@ -45,6 +45,7 @@ from train.run import read_config, sae_digest
 from train.sae import SAE
 
 _GATE = "stage_gate"
+_AGAIN = "do the study that chooses the features again"
 _HOW = "`python -m analyze study=stage_gate answers.samples=8 answers.temperature=1`"
 _ALL = 1 << 30  # problems of a file; the embedded ones have no end
 
@@ -215,7 +216,8 @@ class Chosen(NamedTuple):
             StoreError: there is no such file, or it holds no such thing.
         """
         try:
-            content = json.loads(path.read_bytes())
+            data, settings = _content(path)
+            content = json.loads(data)
             is_gate = content.get("study") == _GATE
             figures = content["figures"] if is_gate else content
             if is_gate and "within" not in figures:
@@ -230,7 +232,7 @@ class Chosen(NamedTuple):
                 questions={str(name) for name in chose},
                 verdict=figures["verdict"] if is_gate else None,
                 missing=[*figures["missing"], *figures["notes"]] if is_gate else [],
-                settings=content["settings"] if is_gate else _settings_beside(path),
+                settings=settings or dict(content.get("settings", {})),
             )
         except FileNotFoundError as error:
             raise StoreError(
@@ -305,10 +307,24 @@ class Chosen(NamedTuple):
         return weights
 
 
-def _settings_beside(path: Path) -> dict[str, Any]:
-    """What the study that left a file of features follows from; empty if there is none."""
-    contrast = outcomes.read(path.parent / "contrast.json")
-    return contrast[0] if contrast else {}
+def _content(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """A file of features, and what the study that left it follows from.
+
+    A study's record, or a release's, says what the file must hold. Of another file nothing says it.
+
+    Raises:
+        StoreError: it is damaged, or of a study that did not come to its end.
+    """
+    for folder in (path.parent, path.parent.parent.parent):
+        recorded = digests.read(folder, _AGAIN)
+        name = path.relative_to(folder).as_posix()
+        if recorded and name in recorded.files:
+            if folder == path.parent:
+                recorded.require(None, _AGAIN)
+            return recorded.content(name, _AGAIN), dict(recorded.about.get("settings", {}))
+    if path.exists() and path.parent.parent.name == FOLDER:
+        raise StoreError(f"nothing records {path}, so it may not be whole; {_AGAIN}")
+    return path.read_bytes(), {}
 
 
 def _ids(judged_on: Path | str | Sequence[str]) -> set[str]:

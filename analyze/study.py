@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import pkgutil
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -20,22 +19,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from analyze import kept, results
 from analyze import outcome as outcomes
-from analyze import results
 from analyze.memory import Needed, tell_needed
 from analyze.outcome import Outcome, dumped
-from analyze.results import FEATURES, FOLDER, kept_folder, made
+from analyze.results import FEATURES, FOLDER, made
 from analyze.subject import Subject
 from data import durable, locks
-from data.durable import Written
-from data.errors import MismatchError, SettingError
+from data.errors import MismatchError, SettingError, TemporaryError
 from data.journal import note, show, tell
 from harvest import model as models
 from harvest.description import Description
 from harvest.model import LanguageModel, ModelConfig
 
 FOLDERS = ("analyze.studies", "analyze.peers", "analyze.pages")
-_KEY = "key.json"  # in each of them: what it follows from, and the digests of its files
 
 
 class Column(NamedTuple):
@@ -67,6 +64,8 @@ class Definition:
     memory: Callable[[Study], Needed] | None = None  # None: less than anybody asks about
     order: int = 100  # place in the report: ascending
     fresh: bool = False  # made anew each time, from what other studies left; not kept
+    # Files in the run's own directory that repeat what was found.
+    beside: Callable[[Study, Outcome], Mapping[str, bytes]] | None = None
     finds: bool = True  # False: it makes files for elsewhere, and has no verdict
     columns: tuple[Column, ...] = ()  # in `table`, which has a row per latent
     table: str = FEATURES
@@ -119,10 +118,18 @@ class Study:
     # Language models that are in memory; studies that share this share them.
     loaded: dict[ModelConfig, LanguageModel] = field(default_factory=dict)
 
+    # Where the result's files are while it is made.
+    _making: Path | None = field(default=None, init=False)
+
+    @property
+    def place(self) -> Path:
+        """Where the result lies once it is made: RUN/studies/NAME."""
+        return self.subject.run / FOLDER / self.name
+
     @property
     def folder(self) -> Path:
-        """Where this study's files go."""
-        return made(self.subject.run / FOLDER / self.name)
+        """Where the result's files are: beside `place` while it is made."""
+        return self._making or made(self.place)
 
     @property
     def lm(self) -> LanguageModel:
@@ -178,35 +185,53 @@ class Study:
         """What the study finds. A result of the same settings that is there is not made again.
 
         Results of other settings are kept beside it: see analyze/results.py.
+
+        Raises:
+            TemporaryError: another process does the study, or what it reads changed meanwhile.
         """
         assert definition.run is not None
-        if definition.fresh:
-            return definition.run(self)
-        inputs = definition.inputs(self)
-        options = {"options": dict(self.options), "version": definition.version}
-        settings = json.loads(dumped({**self.identity, **inputs, **options}))
         run = self.subject.run
         busy = f"study={self.name} of {run} is being done by another process; wait, or stop it"
+        settings = {} if definition.fresh else self._settings(definition)
         with locks.locked(run / FOLDER / f".{self.name}", busy):
-            earlier = results.of_study(run, self.name)
-            for result in earlier:
-                if result.settings == settings:
-                    result = results.bring_back(result, run)
-                    path = result.folder / f"{self.name}.json"
-                    tell(f"{path} is there already; delete it to do the study again")
-                    return result.outcome
-            results.begin(run, self.name)
-            if definition.memory:
-                tell_needed(self.name, self.subject, definition.memory(self))
-            try:
-                outcome = definition.run(self)
-                outcomes.write(self.folder, self.name, settings, outcome, finds=definition.finds)
-            except BaseException:
-                shutil.rmtree(self.folder, ignore_errors=True)
-                if earlier:
-                    self._restore(earlier[0].settings)
-                raise
+            outcome = definition.run(self) if definition.fresh else self._done(definition, settings)
+            if definition.beside:
+                results.write_beside(run, self.name, definition.beside(self, outcome))
         return outcome
+
+    def _done(self, definition: Definition, settings: Mapping[str, Any]) -> Outcome:
+        """The result of these settings: as it is there, or made now."""
+        assert definition.run is not None
+        run = self.subject.run
+        if result := results.find(run, self.name, settings):
+            result = results.bring_back(result, run)
+            path = result.folder / f"{self.name}.json"
+            tell(f"{path} is there already; delete it to do the study again")
+            return result.outcome
+        if definition.memory:
+            tell_needed(self.name, self.subject, definition.memory(self))
+        self._making = results.begin(run, self.name)
+        try:
+            outcome = definition.run(self)
+            outcomes.write(self.folder, self.name, settings, outcome, finds=definition.finds)
+            if self._settings(definition) != settings:
+                raise TemporaryError(
+                    f"what study={self.name} of {run} reads changed while it was made; the same "
+                    "command makes it again"
+                )
+            results.publish(run, self.name, settings)
+        except BaseException:
+            results.discard(run, self.name)
+            raise
+        finally:
+            self._making = None
+        return outcome
+
+    def _settings(self, definition: Definition) -> dict[str, Any]:
+        """All that the result follows from."""
+        options = {"options": dict(self.options), "version": definition.version}
+        follows = {**self.identity, **definition.inputs(self), **options}
+        return dict(json.loads(dumped(follows)))
 
     def show(self, definition: Definition, outcome: Outcome) -> None:
         """Print what the study found, and where its files are."""
@@ -214,66 +239,19 @@ class Study:
             tell(*outcome.summary)
             return
         show(f"# {self.name}", "", *outcomes.printed(outcome))
-        tell("", f"results are in {self.folder}")
-
-    def _restore(self, settings: Mapping[str, Any]) -> None:
-        """Bring the former result back after a study that failed or was stopped."""
-        for result in results.of_study(self.subject.run, self.name):
-            if result.settings == settings:
-                results.bring_back(result, self.subject.run)
+        tell("", f"results are in {self.place}")
 
     def kept_folder(self, name: str, key: Mapping[str, Any]) -> Path:
-        """The folder RUN/studies/kept/NAME-DIGEST, for files that check themselves."""
-        return made(kept_folder(self.subject.run, name, key))
+        """The folder RUN/studies/kept/NAME-DIGEST, for files that are recorded one by one."""
+        return made(kept.folder_of(self.subject.run, name, key))
 
     def kept(self, name: str, key: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
-        """A folder of intermediate results, RUN/studies/kept/NAME-DIGEST; filled once.
+        """A folder of intermediate results, filled once: see `kept.filled`.
 
         Args:
             key: everything that they follow from, with the version of the code that makes them.
-            make: fills the folder. After a stop it finds there what it had written, and goes on.
         """
-        folder = self.kept_folder(name, key)
-        if not _is_whole(folder):
-            (folder / _KEY).unlink(missing_ok=True)
-            make(folder)
-            files = {path.name: durable.digest_file(path) for path in sorted(folder.iterdir())}
-            durable.write(folder / _KEY, [dumped({"key": key, "files": files}).encode()])
-        return folder
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether a kept folder has its key, and every file its digest; damaged files are removed."""
-    try:
-        files = json.loads((folder / _KEY).read_bytes())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    whole = True
-    for name, written in files.items():
-        path = folder / name
-        if not path.is_file() or durable.digest_file(path) != Written(*written):
-            path.unlink(missing_ok=True)
-            whole = False
-    return whole
-
-
-def grow(
-    path: Path, total: int, step: int, make: Callable[[slice], Sequence[Mapping[str, Any]]]
-) -> None:
-    """Bring a file of JSON lines to `total` lines, `step` at a time, from wherever it stands.
-
-    Args:
-        make: the lines in a slice; the file is durable after each call.
-    """
-    lines = read_lines(path)
-    for start in range(len(lines), total, step):
-        lines += make(slice(start, start + step))
-        durable.write(path, ["".join(json.dumps(line) + "\n" for line in lines).encode()])
-
-
-def read_lines(path: Path) -> list[Any]:
-    """The values in a file of JSON lines; none where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return kept.filled(kept.folder_of(self.subject.run, name, key), key, make)
 
 
 def at_least(name: str, value: int, least: int) -> None:

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analyze import kept
 from analyze.parts import NOWHERE, Arrays, Parts
-from analyze.results import kept_folder
 from data.errors import MismatchError, SettingError, StoreError
 from data.journal import note
 from data.rows import statistics
@@ -319,7 +319,7 @@ class Subject:
         Args:
             key: everything that they follow from, with the version of the code that makes them.
         """
-        folder = kept_folder(self.run, name, key)
+        folder = kept.folder_of(self.run, name, key)
         self._opened.add(folder)
         return Parts(folder)
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from data import durable
 from data.durable import Written
-from data.errors import StoreError, caused
+from data.errors import StoreError, TemporaryError, caused
+from data.journal import tell
 from data.store import records
 
 FILE = "digests.json"
@@ -48,13 +49,29 @@ class Digests(NamedTuple):
             raise caused(error, f"{path} cannot be read: {error.strerror}", "restore it") from error
         return f"does not hold the bytes that {FILE} records"
 
+    def content(self, name: str, way_out: str) -> bytes:
+        """The bytes of a file, which are checked as they were read.
+
+        Raises:
+            StoreError: they are not the recorded ones.
+        """
+        path = self.folder / name
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            got = f"{path} cannot be read: {error.strerror}"
+            raise caused(error, got, way_out) from error
+        if Written(len(data), durable.digest(data)) != self.files.get(name):
+            raise StoreError(f"{path} does not hold the bytes that {FILE} records; {way_out}")
+        return data
+
     def faults(self, names: Iterable[str] | None = None) -> Iterator[str]:
         """A line for each of the `names`, by default of all files, that is not whole."""
         for name in sorted(self.files) if names is None else names:
             if wrong := self.fault(name):
                 yield f"{self.folder / name} {wrong}"
 
-    def require(self, names: Iterable[str], way_out: str) -> None:
+    def require(self, names: Iterable[str] | None, way_out: str) -> None:
         """Raise StoreError with the first line of `faults` and `way_out`, if there is one."""
         for line in self.faults(names):
             raise StoreError(f"{line}; {way_out}")
@@ -111,3 +128,14 @@ def read(folder: Path, way_out: str) -> Digests | None:
     body = records.decode(data, str(path))
     files = {name: Written(*written) for name, written in body["files"].items()}
     return Digests(folder, files, body["about"])
+
+
+def sound(folder: Path, way_out: str) -> Digests | None:
+    """As `read`; but a damaged record is told in one line, and is none."""
+    try:
+        return read(folder, way_out)
+    except TemporaryError:
+        raise
+    except StoreError as error:
+        tell(str(error))
+        return None

@@ -18,11 +18,11 @@ from analyze.stats import resampled
 from analyze.studies import quality
 from analyze.study import Definition, Study, at_least, find, model_of, modules
 from analyze.subject import Subject
-from data import durable
 from data.errors import StoreError, differences
 from data.settings import build
 from train.run import metrics_of
 
+FILE = "report.html"
 FEATURES = 20  # latents that are shown
 CONTEXTS = 5  # of each
 _VALUE_LENGTH = 40  # characters of a setting's value in the list of variants
@@ -80,12 +80,11 @@ def report(subject: Subject, limit: int, model_path: str | None) -> Path:
         pictures=_curves(metrics) | _pictures(figures),
         features=_features(subject, limit, model_path),
         studies=_studies(subject, done),
-        quality_variants=_variants(subject, "quality"),
+        quality_variants=_variants(subject, "quality", done),
         sweep=_sweep(subject),
     )
-    path = subject.run / "report.html"
-    durable.write(path, [page])
-    return path
+    results.write_beside(subject.run, "report", {FILE: page})
+    return subject.run / FILE
 
 
 def _figures(subject: Subject, limit: int, done: Mapping[str, Result]) -> dict[str, Any]:
@@ -189,31 +188,27 @@ def _studies(subject: Subject, done: Mapping[str, Result]) -> dict[str, dict[str
             "tables": outcome.tables,
             "pictures": pictures,
             "file": f"{FOLDER}/{name}/{name}.json",
-            "page": _page(subject, name),
-            "variants": _variants(subject, name),
+            "page": f"{FOLDER}/{name}/{PAGE}" if done[name].path(PAGE) else None,
+            "variants": _variants(subject, name, done),
         }
     return shown
 
 
-def _page(subject: Subject, name: str) -> str | None:
-    """Where the study's own pages are, if it has some."""
-    page = f"{FOLDER}/{name}/{PAGE}"
-    return page if (subject.run / page).is_file() else None
-
-
-def _variants(subject: Subject, name: str) -> list[dict[str, Any]]:
+def _variants(subject: Subject, name: str, done: Mapping[str, Result]) -> list[dict[str, Any]]:
     """The other results of a study of this SAE.
 
     Of each the settings that differ from those of the result that is shown, as (name, its value,
     the value shown), its first sentence, and its file.
     """
-    shown, *others = results.of_study(subject.run, name)
+    if name not in done:
+        return []
+    shown = done[name].settings
     variants = []
-    for result in others:
-        if result.settings.get("sae") != subject.digest:
+    for result in results.of_study(subject.run, name):
+        if result.settings == shown or result.settings.get("sae") != subject.digest:
             continue
         settings = []
-        for key, (here, there) in differences(shown.settings, result.settings).items():
+        for key, (here, there) in differences(shown, result.settings).items():
             settings.append((_setting(key), _shortened(there), _shortened(here)))
         file = result.folder.relative_to(subject.run) / f"{name}.json"
         verdict = next(iter(result.outcome.summary), "")

@@ -100,8 +100,8 @@ def inputs(study: Study) -> Mapping[str, Any]:
     Raises:
         StoreError: the run has no catalogue.
     """
-    table, index = catalogue.files(study.subject)
-    return {"catalogue": durable.digest_file(table).xxh3_128, "units": index.units}
+    files = catalogue.files(study.subject)
+    return {"catalogue": files.digest, "units": files.places.units}
 
 
 def delphi(study: Study) -> Outcome:
@@ -128,7 +128,7 @@ def delphi(study: Study) -> Outcome:
             path = target / f"{first}_{end - 1}.safetensors"
             written += durable.write(path, file_parts(cache, first, end, stop)).bytes
             progress.show(f"file {number}/{splits}", last=number == splits)
-        beside = _write_beside(study.folder, hook, cache, stop)
+        _write_beside(study.folder, hook, cache, stop)
         durable.write(target / CONFIG, [_config(study, cache, splits)])
     figures = {
         "hookpoint": hook,
@@ -143,8 +143,7 @@ def delphi(study: Study) -> Outcome:
         "seconds": time.perf_counter() - began,
         "folder": LATENTS,
     }
-    files = [str(Path(LATENTS, hook, CONFIG)), *beside]
-    return Outcome(figures, summary(study, figures), files=files)
+    return Outcome(figures, summary(study, figures))
 
 
 # -- what the catalogue has ------------------------------------------------------------------------
@@ -157,7 +156,7 @@ def hookpoint(subject: Subject) -> str:
 
 def cache_of(subject: Subject) -> Cache:
     """The catalogue, read as far as every file needs it."""
-    table, index = catalogue.files(subject)
+    table, index, _ = catalogue.files(subject)
     columns = pq.read_table(table, columns=["count", "max"])
     largest = np.nanmax(columns.column("max").to_numpy(), initial=0)
     tokens = [subject.store.tokens(unit) for unit in index.units]
@@ -227,8 +226,8 @@ def _rounded(values: NDArray[np.float32], kind: np.dtype[Any]) -> NDArray[Any]:
     return np.maximum(values, _SMALLEST).astype(kind) if kind == np.float16 else values
 
 
-def _write_beside(folder: Path, hook: str, cache: Cache, stop: StopRequest) -> list[str]:
-    """Write firing counts and neighbours where delphi looks for them; their paths in `folder`."""
+def _write_beside(folder: Path, hook: str, cache: Cache, stop: StopRequest) -> None:
+    """Write firing counts and neighbours where delphi looks for them."""
     buffer = io.BytesIO()
     torch.save({hook: torch.from_numpy(cache.count.copy())}, buffer)
     near = f"neighbours/{hook}-decoder_similarity.json"
@@ -236,7 +235,6 @@ def _write_beside(folder: Path, hook: str, cache: Cache, stop: StopRequest) -> l
         made((folder / file).parent)
     durable.write(folder / COUNTS, [buffer.getvalue()])
     durable.write(folder / near, _neighbours(pq.ParquetFile(cache.table), stop))
-    return [COUNTS, near]
 
 
 def _neighbours(table: pq.ParquetFile, stop: StopRequest) -> Iterator[bytes]:
@@ -284,7 +282,7 @@ def summary(study: Study, figures: Mapping[str, Any]) -> list[str]:
     """How large the cache is, and the next command."""
     context = figures["context"]
     lines = [
-        f"{study.folder / LATENTS} has the {figures['pairs']:,} places where "
+        f"{study.place / LATENTS} has the {figures['pairs']:,} places where "
         f"{figures['features']:,} latents fire in {figures['rows']:,} rows of {context:,} tokens, "
         f"as delphi caches them: {figures['splits']:,} files, {figures['bytes'] / 1e6:,.1f} MB, "
         f"made in {duration(figures['seconds'])}.",
@@ -307,11 +305,11 @@ def _next(study: Study, hook: str) -> str:
     """The next command. delphi's own loads the SAE too, and takes those of sparsify alone."""
     if study.subject.sae.threshold is not None:
         return (
-            f"Read it with delphi's `LatentDataset(raw_dir={str(study.folder / LATENTS)!r}, ...)`: "
+            f"Read it with delphi's `LatentDataset(raw_dir={str(study.place / LATENTS)!r}, ...)`: "
             "its command line wants an SAE of sparsify, which knows TopK alone."
         )
     run = study.subject.run
-    folder = shlex.quote(str(study.folder.resolve()))
+    folder = shlex.quote(str(study.place.resolve()))
     name = shlex.quote(run.resolve().name)
     model = shlex.quote(_model(study))
     exported = shlex.quote(str(run / "export" / "sparsify"))

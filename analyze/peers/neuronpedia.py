@@ -163,10 +163,10 @@ def inputs(study: Study) -> Mapping[str, Any]:
     Raises:
         StoreError: the run has no catalogue.
     """
-    table, index = catalogue.files(study.subject)
+    files = catalogue.files(study.subject)
     return {
-        "catalogue": durable.digest_file(table).xxh3_128,
-        "units": index.units,
+        "catalogue": files.digest,
+        "units": files.places.units,
         "names": names_of(study)._asdict(),
         "as_ids": catalogue.names(study) is None,
     }
@@ -192,7 +192,7 @@ def neuronpedia(study: Study, batch: int = BATCH) -> Outcome:
 
     folder = Path(ROOT, names.model, names.source)
     target = made(study.folder / folder)
-    table, index = catalogue.files(study.subject)
+    table, index, _ = catalogue.files(study.subject)
     export = Export(study, names, text, table, index, options.vectors)
     with StopRequest() as stop:
         figures = _write_batches(target, export, batch, stop)
@@ -200,7 +200,7 @@ def neuronpedia(study: Study, batch: int = BATCH) -> Outcome:
             durable.write(target / f"{name}.jsonl", [line(row)])
     figures |= {"seconds": time.perf_counter() - began, "folder": str(folder), **names._asdict()}
     lines = _summary(study, names, figures, as_ids=name_of is None)
-    return Outcome(figures, lines, files=[str(folder / SOURCE)])
+    return Outcome(figures, lines)
 
 
 # -- names and text --------------------------------------------------------------------------------
@@ -462,11 +462,11 @@ def _summary(study: Study, names: Names, figures: Mapping[str, Any], *, as_ids: 
     query = f"modelId={names.model}&sourceId={names.source}&explanations=false"
     only = '--exclude "*" --include "*.jsonl" --include "*.jsonl.gz"'
     lines = [
-        f"{study.folder / figures['folder']} has {figures['features']:,} features and "
+        f"{study.place / figures['folder']} has {figures['features']:,} features and "
         f"{figures['activations']:,} activations for Neuronpedia: {figures['files']:,} files, "
         f"{figures['bytes'] / 1e6:,.1f} MB, made in {duration(figures['seconds'])}.",
         "Neuronpedia imports from the bucket of its lib/utils/s3.ts: "
-        f"`aws s3 sync {shlex.quote(str(study.folder / ROOT))} s3://BUCKET/v1 {only}`, then, "
+        f"`aws s3 sync {shlex.quote(str(study.place / ROOT))} s3://BUCKET/v1 {only}`, then, "
         f"with its web application running, "
         f"`curl 'http://localhost:3000/api/admin/import?{query}'`.",
     ]

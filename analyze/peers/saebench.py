@@ -25,7 +25,6 @@ from analyze.memory import Needed, of_pass, of_sae
 from analyze.outcome import Outcome, Table, dumped
 from analyze.peers import saebench_metrics
 from analyze.peers.saebench_metrics import DEFINITIONS, Measured, Metrics
-from analyze.results import FOLDER as STUDIES
 from analyze.results import current, made
 from analyze.stats import Floats, figure, formatted, resampled, variance_explained
 from analyze.studies import splice
@@ -69,7 +68,7 @@ class Spliced(NamedTuple):
 
 def spliced(subject: Subject) -> Spliced | None:
     """What study=splice found of the run's present SAE; None if it was not done."""
-    result = current(subject.run, subject.digest).get("splice")
+    result = current(subject.run, subject.digest, "splice").get("splice")
     if result is None:
         return None
     figures = result.outcome.figures
@@ -203,9 +202,10 @@ def file_of(subject: Subject) -> Path:
 
 def inputs(study: Study) -> Mapping[str, Any]:
     """What the file depends on beside the settings."""
-    losses = study.subject.run / STUDIES / "splice" / "splice.json"
+    subject = study.subject
+    losses = current(subject.run, subject.digest, "splice").get("splice")
     return {
-        "splice": durable.digest_file(losses).xxh3_128 if losses.is_file() else None,
+        "splice": losses.digests.files["splice.json"].xxh3_128 if losses else None,
         "definitions": DEFINITIONS,
         "release": study.subject.run.resolve().name,
     }
@@ -266,7 +266,7 @@ def saebench(
     figures = {key: results[key] for key in ("eval_config", "eval_id", "eval_result_unstructured")}
     figures |= {"metrics": metrics, "file": file}
     lines = _summary(figures, subject.policy, losses=losses is not None)
-    return Outcome(figures, lines, [_table(metrics)], files=[str(file)])
+    return Outcome(figures, lines, [_table(metrics)])
 
 
 def _summary(figures: Mapping[str, Any], policy: Policy, *, losses: bool) -> list[str]:

@@ -42,7 +42,6 @@ from analyze.outcome import Outcome, Table, dumped, markdown
 from analyze.stats import Floats
 from analyze.study import Definition, Study, at_least
 from analyze.subject import Subject, Unit, positive, taken
-from data import durable
 from data.errors import StoreError
 from data.journal import Progress
 from data.markdown import escaped
@@ -580,19 +579,19 @@ def memory(study: Study) -> Needed:
 
 
 def run(study: Study) -> Outcome:
-    """Measure the SAE; quality.json and quality.md lie in the run's directory, too."""
+    """Measure the SAE."""
     options = build(Options, "study", study.options)
-    outcome = outcome_of(study.subject, quality(study.subject, options.rows))
-    write(study.subject, outcome)
-    return outcome
+    return outcome_of(study.subject, quality(study.subject, options.rows))
 
 
-def write(subject: Subject, outcome: Outcome) -> None:
-    """Write quality.json and quality.md into the run's directory."""
-    record = {"sae": subject.digest, **outcome.figures}
-    durable.write(subject.run / "quality.json", [dumped(record).encode() + b"\n"])
-    lines = [f"# Quality of {escaped(subject.run.name)}", "", *markdown(outcome)]
-    durable.write(subject.run / "quality.md", ["\n".join(lines).encode() + b"\n"])
+def beside(study: Study, outcome: Outcome) -> dict[str, bytes]:
+    """quality.json and quality.md, which lie in the run's directory."""
+    record = {"sae": study.subject.digest, **outcome.figures}
+    lines = [f"# Quality of {escaped(study.subject.run.name)}", "", *markdown(outcome)]
+    return {
+        "quality.json": dumped(record).encode() + b"\n",
+        "quality.md": "\n".join(lines).encode() + b"\n",
+    }
 
 
-DEFINITION = Definition(run, version=2, options=Options, memory=memory, order=0)
+DEFINITION = Definition(run, version=2, options=Options, memory=memory, order=0, beside=beside)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -21,6 +20,7 @@ from analyze.outcome import Outcome
 from analyze.pages.browser.serve import server
 from analyze.pages.browser.study import DEFINITION, PAGE
 from analyze.results import FEATURES
+from analyze.results import made as made_folder
 from analyze.studies.catalogue import study as catalogue
 from analyze.study import Definition, Study, write_features
 from analyze.subject import Subject
@@ -72,7 +72,8 @@ def build(root: Path) -> Built:
         )
         other = copied(made.run, root / "ot'her <b>&", shuffled)
         of_run(other)
-        (study_of(other).folder / PAGE).touch()  # so that there is something to lead to
+        # So that there is something to lead to.
+        made_folder(study_of(other).folder).joinpath(PAGE).touch()
         findings(made.run)
         patch.setattr(contexts, "token_names", lambda *_, **__: say)
         study = study_of(made.run, others=[str(other)], contexts=3, samples=2)
@@ -112,16 +113,18 @@ def copied(run: Path, to: Path, weights: SAE) -> Path:
 def findings(run: Path) -> None:
     """The tables of contrast and stability, as those studies leave them."""
 
-    def leave(name: str, figures: dict[str, Any]) -> Path:
-        study = study_of(run, name)
-        study.perform(Definition(lambda _: Outcome(figures, [])))
-        return study.folder
+    def leave(name: str, file: str, columns: dict[str, Any], **figures: Any) -> None:
+        def run_study(study: Study) -> Outcome:
+            write_features(study.folder / file, columns)
+            return Outcome(figures, [])
+
+        study_of(run, name).perform(Definition(run_study))
 
     tested = {"feature": np.array([7, 3]), "d": np.array([1.5, -0.5]), "q": np.array([0.01, 0.2])}
-    write_features(leave("contrast", {}) / FEATURES, tested)
+    leave("contrast", FEATURES, tested)
     r = pa.array([None if at % 2 else at / F for at in range(F)], pa.float64())
-    matches = pa.table({"feature": np.arange(F), "correlation": r})
-    pq.write_table(matches, leave("stability", {"other": "runs/<i>b"}) / "matches.parquet")
+    matches = {"feature": np.arange(F), "correlation": r}
+    leave("stability", "matches.parquet", matches, other="runs/<i>b")
 
 
 def read(folder: Path, name: str) -> Any:

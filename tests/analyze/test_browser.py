@@ -22,7 +22,6 @@ from analyze.pages.browser.script import script, short
 from analyze.pages.browser.serve import server
 from analyze.pages.browser.study import DEFINITION, PAGE, browser, inputs
 from analyze.pages.browser.tokens import TOP
-from analyze.results import Result
 from analyze.studies.catalogue import study as catalogue
 from analyze.study import Study
 from analyze.subject import Subject
@@ -118,15 +117,15 @@ def test_the_list(built: Built) -> None:
         assert figures["stability"] == stability
 
 
-def test_figures_of_another_sae_are_left_out(built: Built) -> None:
+def test_figures_of_another_sae_are_left_out(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = Subject.open(built.made.run, None, torch.device("cpu"))
 
-    def columns_of(name: str) -> list[str]:
-        done = {name: Result(name, subject.run / "studies" / name, {}, Outcome({}, []))}
-        return [column.key for column in columns.of_studies(subject, done)]
-
-    assert columns_of("stability") == ["stability"]
-    assert columns_of("reason_score") == []  # its table is not there
+    done = columns.studied(subject)
+    assert set(done) == {"contrast", "stability"}
+    keys = [column.key for column in columns.of_studies(subject, {"stability": done["stability"]})]
+    assert keys == ["stability"]
+    monkeypatch.setattr(Subject, "digest", "another")
+    assert columns.studied(subject) == {}
 
 
 def test_tokens_against_brute_force(built: Built) -> None:
@@ -267,7 +266,7 @@ def test_files_of_the_catalogue_that_are_gone_or_damaged(built: Built, tmp_path:
     whole = catalogue.files(study_of(run).subject)
     assert whole.places.units == list(range(16))
     whole.table.write_bytes(b"x")
-    with pytest.raises(StoreError, match=r"features\.parquet"):
+    with pytest.raises(StoreError, match="study=catalogue"):
         inputs(study_of(run))
     whole.table.unlink()
     with pytest.raises(StoreError, match="study=catalogue"):

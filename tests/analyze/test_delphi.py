@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load, load_file
 
+from analyze import results
 from analyze.outcome import Outcome
 from analyze.peers import delphi as package
 from analyze.peers.delphi import DEFINITION, cache_of, delphi, inputs
@@ -30,6 +31,7 @@ from analyze.studies.catalogue import index, table
 from analyze.studies.catalogue import study as catalogue
 from analyze.study import Study
 from analyze.subject import Subject
+from data import digests
 from data.errors import SettingError, StopRequest, StoreError
 from harvest.model import ModelConfig
 from tests.analyze.browser_site import copied
@@ -186,6 +188,10 @@ def test_a_cache_that_changes_or_is_gone_is_made_anew(made: Made, tmp_path: Path
     rows = pq.read_table(there)
     counts = (rows.column("count").to_numpy() + 1).tolist()
     pq.write_table(rows.set_column(1, "count", [counts]), there)
+    with pytest.raises(StoreError, match="study=catalogue"):  # damaged
+        inputs(study)
+    about = digests.read(there.parent, "").about
+    results.seal(there.parent, about)
     assert inputs(study)["catalogue"] != depends["catalogue"]
     assert inputs(study)["units"] == depends["units"]
     with pytest.raises(StoreError, match=catalogue.FILE):

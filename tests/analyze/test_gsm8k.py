@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analyze import answering, problems
-from analyze import outcome as outcomes
+from analyze import answering, problems, results
 from analyze.problems import Problem, Solution
 from analyze.studies import gsm8k
 from analyze.study import Study
@@ -244,8 +243,8 @@ def test_the_study_is_done_once_and_read_back_whole(
     again = study.perform(replace(gsm8k.DEFINITION, run=lambda _: pytest.fail("done again")))
     assert again.summary == first.summary
     assert first.summary[0] in (study.folder / "gsm8k.md").read_text()
-    settings, _ = outcomes.read(study.folder / "gsm8k.json")
-    assert settings["answers"]["questions"] == 10
+    (result,) = results.of_study(study.subject.run, "gsm8k")[:1]
+    assert result.settings["answers"]["questions"] == 10
     other = tiny_study("gsm8k", answers={"questions": 4})
     assert other.perform(gsm8k.DEFINITION).figures["answers"] == 4
 
@@ -256,7 +255,7 @@ def test_a_torn_result_is_done_again(tiny_study) -> None:
     path = study.folder / "gsm8k.json"
     path.write_text(path.read_text()[:-30])
     assert study.perform(gsm8k.DEFINITION).summary == whole.summary
-    assert outcomes.read(path) is not None
+    assert json.loads(path.read_bytes())["summary"] == whole.summary
 
 
 def test_another_model_is_refused(tiny_study, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from analyze import results
 from analyze.outcome import Outcome
 from analyze.peers import neuronpedia as package
 from analyze.peers.neuronpedia import (
@@ -35,6 +36,7 @@ from analyze.studies.catalogue import index, table
 from analyze.studies.catalogue import study as catalogue
 from analyze.study import Study
 from analyze.subject import Subject
+from data import digests
 from data.errors import SettingError, StopRequest, StoreError
 from harvest.hub_model import described
 from harvest.model import ModelConfig
@@ -304,6 +306,7 @@ def test_settings(done: Done, tmp_path: Path) -> None:
     rows = pq.read_table(there)
     more = (rows.column("count").to_numpy() + 1).tolist()
     pq.write_table(rows.set_column(1, "count", [more]), there)
+    results.seal(there.parent, digests.read(there.parent, "").about)
     assert inputs(study)["catalogue"] != depends["catalogue"]
     assert inputs(study)["units"] == depends["units"]
     with pytest.raises(StoreError, match=r"features\.parquet"):

@@ -180,8 +180,9 @@ def test_a_study_says_how_its_prompts_were_made(tiny_study, tmp_path: Path) -> N
     assert without.figures["prompt"]["turns"] == "the built-in turns of Gemma 4"
     assert "no chat template" in without.summary[1]
     assert with_template.figures["strict"] == without.figures["strict"]
-    kept = (own.subject.run / "studies" / "kept").glob("answers-*/key.json")
-    names = [json.loads(path.read_text())["key"].get("turns", {}).get("name") for path in kept]
+    kept = (own.subject.run / "studies" / "kept").glob("answers-*/digests.json")
+    keys = [json.loads(path.read_text())["about"]["key"] for path in kept]
+    names = [key.get("turns", {}).get("name") for key in keys]
     assert {with_template.figures["prompt"]["turns"], without.figures["prompt"]["turns"]} <= {
         *names
     }

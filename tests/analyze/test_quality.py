@@ -15,9 +15,11 @@ from analyze.directions import nearest
 from analyze.outcome import dumped
 from analyze.stats import bootstrap_ratio
 from analyze.studies import quality as study
+from analyze.study import Study
 from analyze.subject import Subject
 from data import durable
 from data.rows.split import Policy, held_out_units
+from harvest.model import ModelConfig
 from tests.analyze.conftest import F, K, Made, make_run, random_rows
 from tests.conftest import BOS
 
@@ -81,7 +83,8 @@ def reference(made: Made) -> Reference:
 def figures(made: Made) -> dict[str, Any]:
     subject = Subject.open(made.run, None, torch.device("cpu"))
     found = study.quality(subject, 10**6)
-    study.write(subject, study.outcome_of(subject, found))
+    asked = Study("quality", subject, {"rows": 10**6}, ModelConfig("nobody/none"))
+    asked.perform(study.DEFINITION)
     return found
 
 

@@ -264,7 +264,7 @@ def test_studies_of_another_sae_are_left_out(
     torch.save({**final, "b_dec": final["b_dec"] + 1}, run / "sae_final.pt")
     subject = Subject.open(run, None, torch.device("cpu"))
     assert current(subject.run, subject.digest) == {}
-    assert "contrast.json" in capsys.readouterr().err
+    assert "study=contrast" in capsys.readouterr().err
     perform(subject, "contrast", "new")
     assert current(subject.run, subject.digest)["contrast"].outcome.summary == ["new"]
     assert "variants" not in text_of(run).partition('<h2 id="contrast">')[2]

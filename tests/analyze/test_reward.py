@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from analyze import results
 from analyze.problems import problem
 from analyze.reward import DenseReward
 from data.errors import MismatchError, SettingError, StoreError
@@ -182,7 +183,13 @@ def write_gate(run: Path, settings: dict[str, object] | None = None, **figures: 
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {"study": "stage_gate", "settings": settings or {}, "figures": found | figures}
     path.write_text(json.dumps(whole))
+    seal(path)
     return path
+
+
+def seal(path: Path) -> None:
+    """Record a file of features as its study does."""
+    results.seal(path.parent, {"settings": json.loads(path.read_bytes()).get("settings", {})})
 
 
 def test_from_run_takes_the_features_of_the_stage_gate(run: Path) -> None:
@@ -203,6 +210,7 @@ def test_features_of_a_gate_that_did_not_pass_need_to_be_asked_for(run: Path) ->
     earlier = json.loads(path.read_text())
     del earlier["figures"]["within"]  # a pass across questions, of an earlier version
     path.write_text(json.dumps(earlier))
+    seal(path)
     with pytest.raises(StoreError, match="stage_gate"):
         DenseReward.from_run(run, FLOAT32, even_if_failed=True)
 
@@ -274,10 +282,15 @@ def test_the_features_that_contrast_lists_are_taken_by_name(run: Path) -> None:
     path.parent.mkdir(parents=True)
     lists = {"layer": TINY_LAYER, "helpful": [{"feature": 7, "d": 1.0}], "harmful": []}
     path.write_text(json.dumps(lists))
+    with pytest.raises(StoreError, match=path.name):  # the study did not come to its end
+        DenseReward.from_run(run, FLOAT32, path)
+    seal(path)
     assert DenseReward.from_run(run, FLOAT32, path).weights[7] == 1
-    done = {"settings": {"weights": "another"}, "figures": {}, "summary": [], "tables": []}
-    (path.parent / "contrast.json").write_text(json.dumps(done | {"pictures": {}}))
+    results.seal(path.parent, {"settings": {"weights": "another"}})
     with pytest.raises(MismatchError, match="weights"):
+        DenseReward.from_run(run, FLOAT32, path)
+    path.write_text(json.dumps(lists).replace("7", "8"))
+    with pytest.raises(StoreError, match=path.name):
         DenseReward.from_run(run, FLOAT32, path)
 
 

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from analyze import results
 from analyze.answering import Answer, Asking, answers, completions
 from analyze.language_model import generate
 from analyze.outcome import dumped
@@ -26,6 +27,7 @@ from analyze.studies.steering.outcomes import Findings, Reply, Row, nulls, overl
 from analyze.studies.steering.study import Options
 from analyze.studies.steering.sweeps import Sweeps
 from analyze.study import Study
+from data import digests
 from data.errors import Interrupted, SettingError, StopRequest
 from data.journal import Progress
 from data.tiny.embedded import MODEL_DIR
@@ -153,7 +155,7 @@ def test_where_no_scale_beats_unsteered_on_dev_the_choice_is_to_do_nothing(
         found = findings(v, some, [some] * 20, dev={0.0: 2, 5.0: right_on_dev, -5.0: 0})
         assert (words.verdict(found), words.effect(found)) == ("do nothing", then)
         assert (found.chosen, found.best) == (0.0, 5.0)
-        outcome = words.outcome(found, [])
+        outcome = words.outcome(found)
         assert (outcome.figures["verdict"], outcome.figures["chosen_scale"]) == ("do nothing", 0.0)
         assert outcome.summary[0].startswith("Do nothing") and "best of" not in outcome.summary[2]
         assert "do nothing" in outcome.tables[2].caption
@@ -175,7 +177,7 @@ def test_recovered_and_lost_questions_are_named() -> None:
     rows += [row("01110", "11000"), row("10101", "11000", scale=-5.0)]
     rows += [row("11000", "11000", kind) for kind in ("random", "shuffled")]
     found = replace(findings("11000", "11000", ["11000"]), rows=rows)
-    _, recovery, _, overlap, _ = words.outcome(found, []).tables
+    _, recovery, _, overlap, _ = words.outcome(found).tables
     assert recovery.rows == [("5", "q2 q3", "q0"), ("-5", "q2 q4", "q1")]
     assert overlap.rows[0][:5] == ("5 and -5", "2", "2", "1", "q2")
     as_json = found.figures()
@@ -211,7 +213,7 @@ def test_a_page_states_rank_holm_and_what_could_be_seen() -> None:
     assert found.best_row.p == pytest.approx(2 * 0.5**10) and found.holm[5.0] == pytest.approx(
         4 * 0.5**10
     )
-    outcome = words.outcome(found, [])
+    outcome = words.outcome(found)
     assert "100.0% [83.9%, 100.0%]" in " ".join(outcome.summary)
     assert len(outcome.tables[0].rows) == 4
     assert "<svg" in outcome.pictures["steering"].svg
@@ -548,6 +550,7 @@ def test_the_cards_code_steers_as_the_study_does(
     for positions, scale in (("all", 30.0), ("generated", -30.0), ("prompt", 60.0), ("all", 0.0)):
         changed = {"positions": positions, "chosen_scale": scale, "best_scale_but_0": 1e-9}
         about.write_text(json.dumps(provenance | changed))
+        results.seal(study.folder, digests.read(study.folder, "").about)
         files = prepare(study.subject.run, "somebody/an-sae", published)
         assert "studies/steering/steering_vec_L3.pt" in files
         card = (published / "README.md").read_text()

@@ -17,15 +17,17 @@ from hydra import compose, initialize_config_module
 from markdown_it import MarkdownIt
 from omegaconf import OmegaConf
 
+from analyze import results
 from analyze.peers.imported import READERS
-from analyze.studies.quality import DEFINITIONS, outcome_of, quality
-from analyze.studies.quality import write as write_quality
+from analyze.studies.quality import DEFINITION, DEFINITIONS, quality
+from analyze.study import Study
 from analyze.subject import Subject
 from conf.command import run_command
 from data import digests, durable
 from data.errors import SettingError, StoreError
 from data.markdown import escaped
 from data.tiny.embedded import MODEL_DIR
+from harvest.model import ModelConfig
 from tests.analyze.conftest import make_run, random_rows
 from tests.train.test_formats import a_run, made
 from tests.train.test_libraries import PYTHON, require
@@ -86,6 +88,7 @@ def with_study(
     record["tables"] = [["caption " + cell, ["head", "value"], [[cell, "2"]]]]
     (folder / f"{name}.json").write_text(json.dumps(record))
     (folder / "means.npz").write_bytes(b"big")
+    results.seal(folder, record)
 
 
 def card(run: Path) -> str:
@@ -138,7 +141,8 @@ def test_a_bare_run_says_what_is_absent(tmp_path: Path, capsys: pytest.CaptureFi
 def test_every_figure_of_quality_is_there_with_its_definition(tmp_path: Path) -> None:
     run = make_run(tmp_path, random_rows()).run
     figures = quality(subject := Subject.open(run, None, torch.device("cpu")), 10_000)
-    write_quality(subject, outcome_of(subject, figures))
+    study = Study("quality", subject, {"rows": 10_000}, ModelConfig("nobody/none"))
+    study.perform(DEFINITION)
     config = yaml.safe_load((run / CONFIG).read_text())
     source = {
         "model": "google/gemma-4-E4B",
@@ -181,7 +185,7 @@ def test_studies_are_told_in_their_own_words(
     text = card(run)
     assert "- Loss rises by 0.31 [0.30, 0.32], p &lt; 0.05.\n" in text
     assert "Of another SAE" not in text
-    assert "steering.json" in capsys.readouterr().err
+    assert "study=steering" in capsys.readouterr().err
     published = [path.name for path in (folder / "studies").rglob("*") if path.is_file()]
     assert published == ["splice.json"]
 
@@ -191,6 +195,7 @@ def test_no_local_path_is_published_and_what_is_no_longer_found_goes(tmp_path: P
     with_study(run, f"files are in {tmp_path}", name="delphi", finds=False)
     with_study(run, "a finding", name="contrast")
     (run / "studies/contrast/contrastive_features_L5.json").write_text('{"helpful": [3]}')
+    results.seal(run / "studies/contrast", {"settings": {}})
     folder = publishes(run)
     text = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
     assert str(tmp_path).encode() not in text and b"a finding" in text
@@ -475,12 +480,19 @@ def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     sealed(run)
     with pytest.raises(StoreError, match=METRICS):
         publishes(run)
-    with_study(run, "x")
-    (run / METRICS).write_text(json.dumps({"split": "held_out"}) + "\n")
-    sealed(run)
-    (run / "studies" / "splice" / "splice.json").write_text("{")
-    with pytest.raises(StoreError, match=r"splice\.json"):
-        publishes(run)
-    (run / "studies" / "splice" / "splice.json").write_text('{"settings": {}}')
-    with pytest.raises(StoreError, match=r"splice\.json"):
-        publishes(run)
+
+
+@pytest.mark.parametrize("damaged", ["splice.json", "means.npz", "digests.json"])
+def test_a_study_that_is_not_whole_is_left_out(
+    tmp_path: Path, damaged: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished(tmp_path / "run", made("topk"))
+    with_study(run, "a finding")
+    publishes(run)
+    assert "a finding" in card(run)
+    path = run / "studies" / "splice" / damaged
+    path.write_bytes(path.read_bytes()[:-2] + b"x")
+    publishes(run)
+    assert "a finding" not in card(run)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if damaged in line)
+    assert "study=splice" in line

@@ -25,21 +25,17 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from data.errors import PipelineError, SettingError, StoreError, TemporaryError, caused
-from data.journal import tell
+from data.errors import PipelineError, SettingError, StoreError, TemporaryError
 from data.secrets import redacted
 from data.text import retry
 from train import sae_file
 from train.export import bundle, golden
 from train.export.bundle import Content
 from train.export.format import about
-from train.publish import card, vector
+from train.publish import card, findings, vector
 from train.run import CONFIG, METRICS, metrics_of, read_config, sae_of
 
 FOLDER = "publish"  # in a run's directory, unless it is to be elsewhere
-QUALITY = "quality.json"  # as analyze leaves it in a run's directory
-STUDIES = "studies"  # likewise
-_RECORD = {"finds", "settings", "summary", "tables"}  # what a study's JSON has at least
 
 
 def require_repository(repo: Any) -> str:
@@ -98,8 +94,8 @@ def contents(run: Path, repo: str) -> dict[str, Content]:
             "run its `python -m train`"
         )
     described = about(run, config)
-    studies = _studies(run, digest)
-    quality = _read_json(run / QUALITY) if (run / QUALITY).exists() else None
+    studies = findings.of_run(run, digest)
+    quality = findings.quality_of(run, digest)
 
     files: dict[str, Content] = {sae_file.FILE: run / sae_file.FILE, METRICS: run / METRICS}
     files |= golden.files("safetensors", trained, described)
@@ -109,53 +105,24 @@ def contents(run: Path, repo: str) -> dict[str, Content]:
     store = PurePosixPath(redacted(str(config.get("store_path", "")))).name
     files[CONFIG] = yaml.safe_dump({**config, "store_path": store}, sort_keys=False).encode()
     if quality is not None:
-        files[QUALITY] = run / QUALITY
-    for study in studies:
-        for path in sorted((run / STUDIES / study).glob("*.json")):
-            files[f"{STUDIES}/{study}/{path.name}"] = path
-    steering = None
-    if "steering" in studies and (steering := vector.of_study(run / STUDIES / "steering")):
-        name = f"{STUDIES}/steering/{steering.file}"
-        files[name] = run / name
+        files[findings.QUALITY] = quality
+    for name, finding in studies.items():
+        for file, content in finding.files.items():
+            files[f"{findings.FOLDER}/{name}/{file}"] = content
+    steering = vector.of_study(studies["steering"].files) if "steering" in studies else None
     facts = card.Facts(
-        run.name, repo, described, config, trained, digest, held_out[-1], quality, studies, steering
+        run.name,
+        repo,
+        described,
+        config,
+        trained,
+        digest,
+        held_out[-1],
+        None if quality is None else json.loads(quality),
+        {name: finding.record for name, finding in studies.items()},
+        steering,
     )
     return {**files, "README.md": card.card(facts, list(files)).encode()}
-
-
-def _studies(run: Path, digest: str) -> dict[str, dict[str, Any]]:
-    """The findings of the SAE with this digest, by study, as analyze/outcome.py wrote them.
-
-    A study that only says where files lie is left out. So is one of another SAE, with a notice.
-    """
-    studies = {}
-    for path in sorted((run / STUDIES).glob("*/*.json")):
-        name = path.stem
-        if name != path.parent.name or path.name == QUALITY:
-            continue
-        record = _read_json(path)
-        if not record.keys() >= _RECORD:
-            raise StoreError(
-                f"{path} is not what a study writes; delete it, or do study={name} again"
-            )
-        if not record["finds"]:
-            continue
-        if record["settings"].get("sae") == digest:
-            studies[name] = record
-        else:
-            tell(f"{path} is of another SAE than the run's and is left out; do study={name} again")
-    return studies
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_bytes())
-        if not isinstance(record, dict):
-            raise ValueError("no object")
-    except (OSError, ValueError) as error:
-        got = f"{path} cannot be read as JSON"
-        raise caused(error, got, "delete it, and measure again") from error
-    return record
 
 
 # -- the Hub ---------------------------------------------------------------------------------------

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
-from pathlib import Path
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from data.errors import caused
+from data.errors import StoreError
 
 FILES = "steering_vec_L*"  # in the study's folder: the tensor, and .json with what it follows from
 # What each value of study.positions takes of a call's positions. A call shows a prompt or, with a
@@ -31,23 +32,24 @@ class Vector(NamedTuple):
     where: str  # the slice in words
 
 
-def of_study(folder: Path) -> Vector | None:
-    """The vector in the study's folder; None if there is none.
+def of_study(files: Mapping[str, bytes]) -> Vector | None:
+    """The vector among the files of a result of study=steering; None if there is none.
 
     Raises:
         StoreError: the file beside it is not what the study writes.
     """
-    for path in sorted(folder.glob(f"{FILES}.json")):
-        if not path.with_suffix(".pt").is_file():
+    for name in sorted(fnmatch.filter(files, f"{FILES}.json")):
+        tensor = f"{name.removesuffix('.json')}.pt"
+        if tensor not in files:
             continue
         try:
-            about = json.loads(path.read_bytes())
+            about = json.loads(files[name])
             positions, where = _SLICES[about["positions"]]
             module = about["module"]
             if not re.fullmatch(r"[\w.]+", module):
                 raise ValueError(module)
             return Vector(
-                file=path.with_suffix(".pt").name,
+                file=tensor,
                 layer=int(about["layer"]),
                 module=module,
                 scale=float(about["chosen_scale"] or about["best_scale_but_0"]),
@@ -55,7 +57,7 @@ def of_study(folder: Path) -> Vector | None:
                 positions=positions,
                 where=where,
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            got = f"{path} is not what study=steering writes"
-            raise caused(error, got, "delete it, and do study=steering again") from error
+        except (ValueError, KeyError, TypeError) as error:
+            way_out = "delete it, and do study=steering again"
+            raise StoreError(f"{name} is not what study=steering writes; {way_out}") from error
     return None

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from analyze import study
-from analyze.results import Result
+from analyze import results, study
+from analyze.results import FOLDER, Result
 from analyze.subject import Subject
 
 
@@ -29,10 +29,20 @@ class Column(NamedTuple):
     values: NDArray[np.float64]  # (F,); NaN where it is not known
 
 
+def studied(subject: Subject) -> dict[str, Result]:
+    """The whole results of the studies whose definitions name columns."""
+    there = [name for name in study.modules() if (subject.run / FOLDER / name).is_dir()]
+    done: dict[str, Result] = {}
+    for name in there:
+        if study.find(name).columns:
+            done |= results.current(subject.run, subject.digest, name)
+    return done
+
+
 def of_studies(subject: Subject, done: Mapping[str, Result]) -> list[Column]:
     """The columns that the definitions of the studies in `done` name."""
     columns = []
-    for path, wanted in _tables(done):
+    for _, path, wanted in _tables(done):
         table = pq.read_table(path, columns=["feature", *(column.name for column in wanted)])
         feature = table.column("feature").to_numpy()
         for column in wanted:
@@ -43,18 +53,21 @@ def of_studies(subject: Subject, done: Mapping[str, Result]) -> list[Column]:
     return columns
 
 
-def files(done: Mapping[str, Result]) -> list[Path]:
-    """The tables that `of_studies` reads."""
-    return [path for path, _ in _tables(done)]
+def digests(done: Mapping[str, Result]) -> dict[str, str]:
+    """Digests of the tables that `of_studies` reads, by path."""
+    return {
+        str(path): result.digests.files[path.name].xxh3_128 for result, path, _ in _tables(done)
+    }
 
 
-def _tables(done: Mapping[str, Result]) -> list[tuple[Path, tuple[study.Column, ...]]]:
+def _tables(
+    done: Mapping[str, Result],
+) -> list[tuple[Result, Path, tuple[study.Column, ...]]]:
     """Tables that are there, with the columns wanted of each, in the order of the studies."""
-    known = study.modules()
-    definitions = {name: study.find(name) for name in done if name in known}
+    definitions = {name: study.find(name) for name in done}
     tables = []
     for name, definition in sorted(definitions.items(), key=lambda item: item[1].order):
-        path = done[name].folder / definition.table
-        if definition.columns and path.is_file():
-            tables.append((path, definition.columns))
+        path = done[name].path(definition.table)
+        if path:
+            tables.append((done[name], path, definition.columns))
     return tables

@@ -9,15 +9,12 @@ found. In the study's folder:
     data/features/NNN.js       CHUNK latents each, see pages.py
     data/tokens.js             the tokens that occur, the most frequent first
     data/tokens/NNN.js         SHARD of them each: the latents that fire on them, see tokens.py
-
-index.html is written last: where it is, the folder is whole.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,7 +26,6 @@ from urllib.parse import quote
 import numpy as np
 import pyarrow.parquet as pq
 
-from analyze import results
 from analyze.outcome import Outcome
 from analyze.pages.browser import columns, joins, pages, tokens
 from analyze.pages.browser.columns import Column
@@ -78,10 +74,9 @@ def inputs(study: Study) -> Mapping[str, Any]:
     catalogues = [catalogue.files(subject)]
     for run in build(Options, "study", study.options).others:
         catalogues.append(joins.open_other(subject, run).files)
-    paths = columns.files(results.current(subject.run, subject.digest))
-    paths += [files.table for files in catalogues]
+    tables = columns.digests(columns.studied(subject))
     return {
-        "files": {str(path): durable.digest_file(path).xxh3_128 for path in paths},
+        "files": {**tables, **{str(files.table): files.digest for files in catalogues}},
         "units": [files.places.units for files in catalogues],
         "as_ids": catalogue.names(study) is None,
     }
@@ -104,7 +99,7 @@ def browser(study: Study) -> Outcome:
         contexts=options.contexts,
         samples=options.samples,
         others=[],
-        studied=columns.of_studies(subject, results.current(subject.run, subject.digest)),
+        studied=columns.of_studies(subject, columns.studied(subject)),
     )
     with StopRequest() as stop:
         for other in others:
@@ -125,19 +120,16 @@ def browser(study: Study) -> Outcome:
         "seconds": time.perf_counter() - began,
         "file": PAGE,
     }
-    return Outcome(figures, _summary(study, figures, as_ids=name_of is None), files=[PAGE])
+    return Outcome(figures, _summary(study, figures, as_ids=name_of is None))
 
 
 class Site:
     """The folder while it is written."""
 
     def __init__(self, folder: Path) -> None:
-        """Remove the pages of an earlier site, which must not be taken for this one's."""
         self._folder = folder
         self.files = 0
         self.bytes = 0
-        (folder / PAGE).unlink(missing_ok=True)
-        shutil.rmtree(folder / "data", ignore_errors=True)
         for kind in ("features", "tokens"):
             made(folder / "data" / kind)
 
@@ -229,7 +221,7 @@ def _meta(
 def _link(study: Study, other: Other) -> dict[str, Any]:
     """Another run, and the path of its own browser from this one, if it has one."""
     page = other.subject.run / FOLDER / study.name / PAGE
-    path = os.path.relpath(page.resolve(), study.folder.resolve())
+    path = os.path.relpath(page.resolve(), study.place.resolve())
     return {
         "name": other.subject.run.resolve().name,
         "layer": other.subject.layer,
@@ -240,7 +232,7 @@ def _link(study: Study, other: Other) -> dict[str, Any]:
 def _summary(study: Study, figures: Mapping[str, Any], *, as_ids: bool) -> list[str]:
     """How large the folder is, and how to open it."""
     lines = [
-        f"{study.folder / PAGE} shows {figures['features']:,} latents and "
+        f"{study.place / PAGE} shows {figures['features']:,} latents and "
         f"{figures['tokens']:,} tokens: open it from the disk, or put the folder on any static "
         f"host ({figures['files']:,} files, {figures['bytes'] / 1e6:.1f} MB, "
         f"made in {duration(figures['seconds'])})."

@@ -32,10 +32,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from analyze.subject import Subject, Unit
-from data import durable
+from data import digests, durable
+from data.digests import Digests
+from data.durable import Written
 from data.errors import SettingError, StoreError
 from train import kernels
 
+_WAY_OUT = "`python -m analyze study=catalogue run=...` makes it"
 BLOCK = 1024  # latents of a row group
 _INTEGERS = ("feature", "token", "document", "position")
 
@@ -88,7 +91,7 @@ def write(
     rows: int,
     d_sae: int,
     unit_tokens: int,
-) -> None:
+) -> Written:
     """Write a unit's file.
 
     Args:
@@ -110,18 +113,12 @@ def write(
     ) as writer:
         for low, high in pairwise(bounds.tolist()):
             writer.write_table(table.slice(low, high - low), row_group_size=max(high - low, 1))
-    durable.write(path, [memoryview(sink.getvalue())])
+    return durable.write(path, [memoryview(sink.getvalue())])
 
 
 def rows_of(path: Path, identity: str) -> int | None:
-    """The number of rows that were encoded for a unit's file.
-
-    None if the file is missing, damaged, or of another identity.
-    """
-    try:
-        metadata = pq.read_schema(path).metadata or {}
-    except (OSError, pa.ArrowInvalid):
-        return None
+    """The number of rows that were encoded for a unit's whole file; None: of another identity."""
+    metadata = pq.read_schema(path).metadata or {}
     return int(metadata[b"rows"]) if metadata.get(b"identity") == identity.encode() else None
 
 
@@ -139,16 +136,29 @@ class Index:
 
     @classmethod
     def open(cls, folder: Path) -> Index:
-        """The index of every unit that has a file in `folder`.
+        """The index in the folder `index` of a catalogue.
 
         Raises:
-            StoreError: there is no file.
+            StoreError: there is none, or it is damaged.
         """
-        paths = sorted(folder.glob("unit_*.parquet"))
+        files = digests.read(folder.parent, _WAY_OUT)
+        if files is None:
+            raise StoreError(f"{folder.parent} is no whole catalogue; {_WAY_OUT}")
+        own = [name for name in files.files if name.startswith(f"{folder.name}/")]
+        files.require(own, _WAY_OUT)
+        return cls.of(folder, files)
+
+    @classmethod
+    def of(cls, folder: Path, files: Digests) -> Index:
+        """The index in `folder` of the files that were recorded, and found whole, beside it.
+
+        Raises:
+            StoreError: there is none.
+        """
+        paths = [files.folder / name for name in sorted(files.files)]
+        paths = [path for path in paths if path.parent == folder]
         if not paths:
-            raise StoreError(
-                f"no index in {folder}; `python -m analyze study=catalogue run=...` makes one"
-            )
+            raise StoreError(f"no index in {folder}; {_WAY_OUT}")
         metadata = pq.read_schema(paths[0]).metadata
         units = [int(path.stem.split("_")[1]) for path in paths]
         return cls(folder, units, int(metadata[b"d_sae"]), int(metadata[b"unit_tokens"]))

@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from analyze import contexts, directions, results
+from analyze.kept import Growing
 from analyze.memory import Needed, of_pass, of_sae
 from analyze.outcome import Outcome
 from analyze.results import FEATURES, made
@@ -63,32 +62,23 @@ class Files(NamedTuple):
 
     table: Path
     places: Index
+    digest: str  # of the table
 
 
 def files(subject: Subject) -> Files:
     """The files of the run's catalogue.
 
     Raises:
-        StoreError: the run has no catalogue of its present SAE, or some of its files are missing.
+        StoreError: the run has no whole catalogue of its present SAE.
     """
-    result = results.current(subject.run, subject.digest).get("catalogue")
-    lacks = None
+    result = results.current(subject.run, subject.digest, "catalogue").get("catalogue")
     if result is None:
-        lacks = "no whole catalogue; run"
-    elif not _is_table(result.folder / FILE):
-        lacks = f"a damaged {FILE}; delete it, and run"
-    if result is None or lacks:
         raise StoreError(
-            f"{subject.run} has {lacks} `python -m analyze study=catalogue run={subject.run}`"
+            f"{subject.run} has no whole catalogue; "
+            f"run `python -m analyze study=catalogue run={subject.run}`"
         )
-    return Files(result.folder / FILE, Index.open(result.folder / FOLDER))
-
-
-def _is_table(path: Path) -> bool:
-    try:
-        return bool(pq.read_schema(path).names)
-    except (OSError, pa.ArrowInvalid):
-        return False
+    index = Index.of(result.folder / FOLDER, result.digests)
+    return Files(result.folder / FILE, index, result.digests.files[FILE].xxh3_128)
 
 
 @dataclass(frozen=True)
@@ -155,14 +145,7 @@ def catalogue(study: Study) -> Outcome:
     }
     chosen = contexts.choose(state.count, words.SHOWN)
     shown = words.table_of(study.folder / FILE, chosen)
-    index_files = [f"{FOLDER}/{content.index.path(unit).name}" for unit in content.index.units]
-    return Outcome(
-        figures,
-        words.summary(figures),
-        [shown],
-        words.pictures(state),
-        [FILE, *index_files],
-    )
+    return Outcome(figures, words.summary(figures), [shown], words.pictures(state))
 
 
 # -- the pass --------------------------------------------------------------------------------------
@@ -194,6 +177,7 @@ def read(
         the state, the index in `folder`, and the rows encoded with the seconds that all work on
         them took.
     """
+    encoded = Growing.open(folder)
     index = Index(folder, units_of(subject, options), subject.sae.d_sae, subject.store.unit_tokens)
     identity = _identity(subject)
     scale = float(np.sqrt(subject.moments.variance.sum()))
@@ -205,13 +189,15 @@ def read(
     for number, unit in enumerate(index.units, 1):
         stop.check()
         path = index.path(unit)
-        rows = inverted_index.rows_of(path, identity)
+        rows = None
+        if encoded.has(path.name):
+            rows = inverted_index.rows_of(path, identity)
         if rows is not None:
             state.update(unit, index.unit_tokens, index.all_of(unit), rows)
         else:
             began = time.perf_counter()
             postings, rows = inverted_index.encode(subject, subject.unit(unit))
-            inverted_index.write(
+            written = inverted_index.write(
                 path,
                 postings,
                 identity,
@@ -219,6 +205,7 @@ def read(
                 d_sae=index.d_sae,
                 unit_tokens=index.unit_tokens,
             )
+            encoded.add(path.name, written)
             state.update(unit, index.unit_tokens, postings, rows)
             seconds += time.perf_counter() - began
             fresh += rows

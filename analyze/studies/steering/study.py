@@ -128,8 +128,8 @@ def steering(study: Study) -> Outcome:
         seed=SEED,
         samples=asking.samples,
     )
-    files = vector.write(study.folder, layer, v, provenance(study, findings, options))
-    return words.outcome(findings, files)
+    vector.write(study.folder, layer, v, provenance(study, findings, options))
+    return words.outcome(findings)
 
 
 def greedy(asking: Asking) -> Asking:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from analyze.answering import Answer, Asking, completions, grow_answers, model_key
+from analyze.kept import read_lines
 from analyze.results import digest_of
 from analyze.studies.steering.hook import Steer, effects, steered
 from analyze.studies.steering.outcomes import Reply
-from analyze.study import Study, read_lines
+from analyze.study import Study
 from data import durable
 from data.errors import StopRequest
 from data.journal import Progress

@@ -26,8 +26,8 @@ def as_shipped(direction: Floats) -> Floats:
     return direction.astype(np.float32).astype(np.float64)
 
 
-def write(folder: Path, layer: int, vector: Floats, provenance: Mapping[str, Any]) -> list[str]:
-    """Write both files; their names.
+def write(folder: Path, layer: int, vector: Floats, provenance: Mapping[str, Any]) -> None:
+    """Write both files.
 
     Args:
         vector: (d,), see `as_shipped`.
@@ -37,9 +37,5 @@ def write(folder: Path, layer: int, vector: Floats, provenance: Mapping[str, Any
     torch.save(tensor, content)
     about = {"digest": durable.digest(tensor.numpy().tobytes()), **provenance}
     parts = {"pt": content.getvalue(), "json": dumped(about).encode()}
-    names = []
     for ending, part in parts.items():
-        name = f"steering_vec_L{layer}.{ending}"
-        durable.write(folder / name, [part])
-        names.append(name)
-    return names
+        durable.write(folder / f"steering_vec_L{layer}.{ending}", [part])

@@ -12,12 +12,8 @@ from analyze.studies.steering.plot import over_scales
 LEVEL = 0.05
 
 
-def outcome(findings: Findings, files: list[str]) -> Outcome:
-    """The whole result.
-
-    Args:
-        files: that belong to it beside the figures.
-    """
+def outcome(findings: Findings) -> Outcome:
+    """The whole result."""
     caption = (
         f"Accuracy on {findings.unsteered.questions} test questions against the scale of v at "
         f"layer {findings.layer}, with Wilson's 95 % intervals. Grey: other directions at "
@@ -32,7 +28,7 @@ def outcome(findings: Findings, files: list[str]) -> Outcome:
         _dev_table(findings),
     ]
     figures = {"verdict": verdict(findings), **findings.figures()}
-    return Outcome(figures, summary(findings), tables, {"steering": picture}, files)
+    return Outcome(figures, summary(findings), tables, {"steering": picture})
 
 
 # -- sentences -------------------------------------------------------------------------------------

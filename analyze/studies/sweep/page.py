@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +11,15 @@ from analyze.pages.template import rendered
 from analyze.studies.sweep import plot, words
 from analyze.studies.sweep.arms import Arm, short
 from analyze.studies.sweep.plot import Layout, Point, formatted
-from data import durable
+from data import digests, durable, locks
+from data.errors import StoreError, TemporaryError
+from data.journal import tell
 from data.neutral import neutral
 
 JSON = "sweep.json"
 MARKDOWN = "sweep.md"
 PAGE = "sweep.html"
+RECORD = ".sweep"  # folder of their digests
 PICTURE = "sweep_layer_{}.svg"
 _AGAINST = (  # figure, scale, label of the axis, caption
     (
@@ -43,34 +46,58 @@ class Shown(NamedTuple):
 
 def write(folder: Path, figures: dict[str, Any], arms: Sequence[Arm]) -> Path:
     """Write all files into `folder`; returns the page's path."""
-    durable.make_directory(folder)
     drawn: list[Drawn] = []
     layers = []
+    contents: dict[str, bytes] = {}
     for layer in figures["layers"]:
         own = [arm for arm in arms if arm.layer == layer["layer"]]
         pictures = _pictures(layer, own, figures["settings"])
         drawn.append(pictures)
         caption, svg = pictures[0]
-        durable.write(folder / PICTURE.format(layer["layer"]), [svg.encode()])
+        contents[PICTURE.format(layer["layer"])] = svg.encode()
         layers.append({**layer, "picture": caption})
     record = json.dumps({**figures, "layers": layers}, indent=1, allow_nan=False)
-    durable.write(folder / JSON, [record.encode() + b"\n"])
-    durable.write(folder / MARKDOWN, ["\n".join(words.markdown(figures)).encode() + b"\n"])
-    durable.write(folder / PAGE, [_page(folder, figures, drawn)])
+    contents[JSON] = record.encode() + b"\n"
+    contents[MARKDOWN] = "\n".join(words.markdown(figures)).encode() + b"\n"
+    contents[PAGE] = _page(folder, figures, drawn)
+    _put(folder, contents)
     return folder / PAGE
 
 
+def _put(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write the files, and record them in .sweep: the folder is not the comparison's alone."""
+    busy = f"another process writes the comparison in {folder}; wait, or stop it"
+    with locks.locked(folder / RECORD, busy):
+        files = {}
+        for name, content in contents.items():
+            files[f"../{name}"] = durable.write(folder / name, [content])
+        digests.put(folder / RECORD, files, {"study": "sweep"})
+
+
 def read(folder: Path, layer: int) -> Shown | None:
-    """What `write` left of a layer in `folder`; None if there is nothing whole."""
+    """What `write` left of a layer in `folder`; None if there is nothing whole.
+
+    A line says if something is damaged.
+    """
+    way_out = "the comparison is left out; do study=sweep again"
     try:
-        layers = json.loads((folder / JSON).read_bytes())["layers"]
+        recorded = digests.read(folder / RECORD, way_out)
+        if recorded is None:
+            return None
+        recorded.require(None, way_out)
+        layers = json.loads(recorded.content(f"../{JSON}", way_out))["layers"]
         (figures,) = (entry for entry in layers if entry["layer"] == layer)
-        svg = (folder / PICTURE.format(layer)).read_text()
+        svg = recorded.content(f"../{PICTURE.format(layer)}", way_out).decode()
         saes = {arm["name"]: arm["sae"] for arm in figures["arms"]}
         verdict = words.verdict(figures, words.name_in(figures))
         return Shown(saes, verdict, figures["picture"], svg)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    except TemporaryError:
+        raise
+    except StoreError as error:
+        tell(str(error))
+    except (ValueError, KeyError, TypeError):  # the comparison is of other layers
+        pass
+    return None
 
 
 # -- the page --------------------------------------------------------------------------------------
