@@ -36,7 +36,6 @@ from __future__ import annotations
 import io
 import json
 import shlex
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -56,7 +55,7 @@ from analyze.study import Definition, Study, at_least
 from analyze.subject import Subject
 from data import durable
 from data.errors import SettingError, StopRequest, StoreError
-from data.journal import Progress, duration
+from data.journal import Progress
 from data.safetensors import Entry, header
 from data.settings import build
 from harvest.hub_model import described
@@ -111,7 +110,6 @@ def delphi(study: Study) -> Outcome:
         SettingError: more files than latents are asked for.
         StoreError: the run has no catalogue, or its files do not belong together.
     """
-    began = time.perf_counter()
     subject = study.subject
     d_sae = subject.sae.d_sae
     splits = build(Options, "study", study.options).splits or -(-d_sae // BLOCK)
@@ -140,7 +138,6 @@ def delphi(study: Study) -> Outcome:
         "splits": splits,
         "activations": cache.activation.name,
         "bytes": written,
-        "seconds": time.perf_counter() - began,
         "folder": LATENTS,
     }
     return Outcome(figures, summary(study, figures))
@@ -284,8 +281,7 @@ def summary(study: Study, figures: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{study.place / LATENTS} has the {figures['pairs']:,} places where "
         f"{figures['features']:,} latents fire in {figures['rows']:,} rows of {context:,} tokens, "
-        f"as delphi caches them: {figures['splits']:,} files, {figures['bytes'] / 1e6:,.1f} MB, "
-        f"made in {duration(figures['seconds'])}.",
+        f"as delphi caches them: {figures['splits']:,} files, {figures['bytes'] / 1e6:,.1f} MB.",
         _next(study, figures["hookpoint"]),
     ]
     if context % _WINDOW:

@@ -37,7 +37,6 @@ import gzip
 import json
 import re
 import shlex
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +54,7 @@ from analyze.studies.catalogue.index import BLOCK, Index
 from analyze.study import Definition, Study
 from data import durable
 from data.errors import SettingError, StopRequest, StoreError
-from data.journal import Progress, duration
+from data.journal import Progress
 from data.settings import build
 from data.site import hook_name
 from train.run import text_of
@@ -181,7 +180,6 @@ def neuronpedia(study: Study, batch: int = BATCH) -> Outcome:
     Raises:
         StoreError: the run has no catalogue, or its files do not belong together.
     """
-    began = time.perf_counter()
     options = build(Options, "study", study.options)
     names = names_of(study)
     name_of = catalogue.names(study, raw=True)
@@ -198,7 +196,7 @@ def neuronpedia(study: Study, batch: int = BATCH) -> Outcome:
         figures = _write_batches(target, export, batch, stop)
         for name, row in _metadata(export).items():
             durable.write(target / f"{name}.jsonl", [line(row)])
-    figures |= {"seconds": time.perf_counter() - began, "folder": str(folder), **names._asdict()}
+    figures |= {"folder": str(folder), **names._asdict()}
     lines = _summary(study, names, figures, as_ids=name_of is None)
     return Outcome(figures, lines)
 
@@ -464,7 +462,7 @@ def _summary(study: Study, names: Names, figures: Mapping[str, Any], *, as_ids: 
     lines = [
         f"{study.place / figures['folder']} has {figures['features']:,} features and "
         f"{figures['activations']:,} activations for Neuronpedia: {figures['files']:,} files, "
-        f"{figures['bytes'] / 1e6:,.1f} MB, made in {duration(figures['seconds'])}.",
+        f"{figures['bytes'] / 1e6:,.1f} MB.",
         "Neuronpedia imports from the bucket of its lib/utils/s3.ts: "
         f"`aws s3 sync {shlex.quote(str(study.place / ROOT))} s3://BUCKET/v1 {only}`, then, "
         f"with its web application running, "

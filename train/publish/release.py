@@ -148,7 +148,7 @@ def upload(folder: Path, files: Mapping[str, int], repo: str, private: bool) -> 
             repo_id=repo,
             folder_path=folder,
             allow_patterns=list(files),
-            delete_patterns=[f"{STUDIES}/*"],  # of an earlier release, if not among these
+            delete_patterns=[f"{findings.FOLDER}/*"],  # of an earlier release, if not among these
             commit_message=commit,
             repo_type="model",
         )

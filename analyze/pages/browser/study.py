@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -38,7 +37,7 @@ from analyze.studies.catalogue.study import Files
 from analyze.study import Definition, Study, at_least
 from data import durable
 from data.errors import SettingError, StopRequest
-from data.journal import Progress, duration
+from data.journal import Progress
 from data.settings import build
 
 
@@ -88,7 +87,6 @@ def browser(study: Study) -> Outcome:
     Raises:
         StoreError: this run or another one has no catalogue.
     """
-    began = time.perf_counter()
     options = build(Options, "study", study.options)
     subject = study.subject
     files = catalogue.files(subject)
@@ -117,7 +115,6 @@ def browser(study: Study) -> Outcome:
         "others": [str(other.subject.run) for other in others],
         "files": site.files,
         "bytes": site.bytes,
-        "seconds": time.perf_counter() - began,
         "file": PAGE,
     }
     return Outcome(figures, _summary(study, figures, as_ids=name_of is None))
@@ -234,8 +231,7 @@ def _summary(study: Study, figures: Mapping[str, Any], *, as_ids: bool) -> list[
     lines = [
         f"{study.place / PAGE} shows {figures['features']:,} latents and "
         f"{figures['tokens']:,} tokens: open it from the disk, or put the folder on any static "
-        f"host ({figures['files']:,} files, {figures['bytes'] / 1e6:.1f} MB, "
-        f"made in {duration(figures['seconds'])})."
+        f"host ({figures['files']:,} files, {figures['bytes'] / 1e6:.1f} MB)."
     ]
     if figures["others"]:
         names = ", ".join(figures["others"])

@@ -38,7 +38,7 @@ from analyze.study import Definition, Study
 from analyze.subject import Subject
 from data import durable
 from data.errors import PipelineError, SettingError, StopRequest, StoreError
-from data.journal import Progress, duration
+from data.journal import Progress, duration, tell
 from data.rows.split import held_out_units, require_complete
 from data.settings import build
 
@@ -116,7 +116,7 @@ def catalogue(study: Study) -> Outcome:
     # Units that were encoded for other settings, or before a stop, are not encoded again.
     folder = study.kept_folder("postings", {"version": VERSION, "follows": _identity(subject)})
     with StopRequest() as stop:
-        state, kept_index, encoded = read(subject, options, folder, stop)
+        state, kept_index = read(subject, options, folder, stop)
         if not state.rows:
             raise StoreError(
                 f"no row of {subject.store.name} that was read passes the run's policy "
@@ -138,7 +138,6 @@ def catalogue(study: Study) -> Outcome:
         "rows": state.rows,
         "units": list(content.index.units),
         **words.figures_of(state),
-        "encoded": encoded,
         "no_logits": refusal,
         "sample_seed": SEED,
         "files": [FILE, FOLDER],
@@ -170,12 +169,10 @@ def units_of(subject: Subject, options: Options) -> list[int]:
 
 def read(
     subject: Subject, options: Options, folder: Path, stop: StopRequest
-) -> tuple[State, Index, dict[str, float]]:
-    """The state after all units. Units without a file in `folder` are encoded and get one.
+) -> tuple[State, Index]:
+    """The state after all units, and the index in `folder`.
 
-    Returns:
-        the state, the index in `folder`, and the rows encoded with the seconds that all work on
-        them took.
+    Units without a file there are encoded and get one.
     """
     encoded = Growing.open(folder)
     index = Index(folder, units_of(subject, options), subject.sae.d_sae, subject.store.unit_tokens)
@@ -214,7 +211,12 @@ def read(
             f"unit {number}/{len(index.units)}, {duration(left)} left",
             last=number == len(index.units),
         )
-    return state, index, {"rows": fresh, "seconds": seconds}
+    if fresh:
+        # Not among the figures, which are the same after a stop.
+        tell(
+            f"{fresh:,} rows read, encoded, indexed and counted at {fresh / seconds:,.0f} tokens/s"
+        )
+    return state, index
 
 
 def _identity(subject: Subject) -> str:

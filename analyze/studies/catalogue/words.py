@@ -52,12 +52,6 @@ def summary(figures: dict[str, Any]) -> list[str]:
         f"{figures['density_above_1_percent']:,} fire in more than 1 % of rows, "
         f"{figures['density_above_10_percent']:,} in more than 10 %.",
     ]
-    if encoded := figures["encoded"]["rows"]:
-        speed = encoded / figures["encoded"]["seconds"]
-        lines.append(
-            f"The pass took {speed:,.0f} tokens/s: reading, encoding, indexing and counting "
-            f"{encoded:,} rows."
-        )
     if figures["no_logits"]:
         lines.append(f"There are no logits: {figures['no_logits']}.")
     return lines
