@@ -54,7 +54,7 @@ class Definition:
     """What a study is: of one run (`run`), or of several (`compare`)."""
 
     run: Callable[[Study], Outcome] | None = None
-    # Of several runs: does all that the command's settings ask for.
+    # Of several runs, or of what cannot be opened: does all that the command's settings ask for.
     compare: Callable[[Mapping[str, Any]], None] | None = None
     # Raise it when the same settings give another result: earlier results are then done again.
     version: int = 1

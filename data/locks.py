@@ -51,6 +51,20 @@ def locked(folder: Path, busy: str) -> Iterator[None]:
             os.close(handle)
 
 
+def is_held(folder: Path) -> bool:
+    """Whether another process holds the lock of `folder`, where folders themselves have locks."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return not durable.lock(fcntl.flock, handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+
+
 def _taken(folder: Path, handles: list[int]) -> bool | None:
     """Lock a folder by what its file system has; None: it has no locks.
 

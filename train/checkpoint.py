@@ -114,6 +114,33 @@ def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, passed_over
 
 
+def check(folder: Path) -> Iterator[tuple[str, int | None]]:
+    """The name of each checkpoint, the newest first, and its bytes; None: it is damaged."""
+    for step in _steps(folder) if folder.is_dir() else ():
+        try:
+            nbytes = int(_whole(folder, step)["tensors"][0])
+        except (StoreError, OSError):
+            if not (folder / f"{_name(step)}.json").exists():
+                continue  # a training has dropped it meanwhile
+            nbytes = None
+        yield _name(step), nbytes
+
+
+def seen(folder: Path) -> tuple[Written, Written] | None:
+    """metrics.jsonl and timings.jsonl as the newest whole record saw them; None: nothing says it.
+
+    The tensors of that checkpoint are not read.
+    """
+    for step in _steps(folder) if folder.is_dir() else ():
+        with suppress(StoreError, FileNotFoundError):
+            path = folder / f"{_name(step)}.json"
+            body = records.decode(path.read_bytes(), str(path))
+            if body.get("timings"):
+                metrics = Written(body["metrics_bytes"], body["metrics_digest"])
+                return metrics, Written(*body["timings"])
+    return None
+
+
 def fallback(folder: Path, step: int) -> int:
     """The step of the newest whole checkpoint before `step`; 0, the start, if there is none."""
     for earlier in _steps(folder):

@@ -23,7 +23,7 @@ from data.durable import Written
 from data.errors import MismatchError, SettingError, StoreError, caused, differences
 from data.journal import read_metrics, tell
 from data.store.store import Store
-from train import sae_file
+from train import checkpoint, sae_file
 from train.sae import SAE
 
 FOLDER = Path("runs")  # where runs go by default
@@ -216,12 +216,28 @@ def drop_damaged_timings(kept: Digests) -> None:
 
 
 def require(run: Path, name: str) -> None:
-    """Raise StoreError if a file is not what the run's record says; of none, one line tells."""
+    """Raise StoreError if a file is not what the run's record says; of none, one line tells.
+
+    The logs of a run that is not finished must begin with what its newest checkpoint saw.
+    """
     kept = record(run)
     if kept is None:
         _tell_unvouched(run)
     elif name in kept.files:
         kept.require([name], way_out(kept, name))
+    elif name in (METRICS, TIMINGS) and (seen := checkpoint.seen(run / CHECKPOINTS)):
+        _require_begin(run / name, seen[name == TIMINGS], way_out(kept, name))
+
+
+def _require_begin(path: Path, seen: Written, way_out: str) -> None:
+    try:
+        with path.open("rb") as file:
+            found = durable.digest(file.read(seen.bytes))
+    except OSError as error:
+        raise caused(error, f"{path} cannot be read: {error.strerror}", way_out) from error
+    if found != seen.xxh3_128:
+        got = f"{path} does not hold the {seen.bytes} bytes that the checkpoint saw"
+        raise StoreError(f"{got}; {way_out}")
 
 
 @cache  # once a command
