@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
@@ -256,6 +258,59 @@ def test_no_flipped_bit_lets_a_damaged_record_count_as_whole(root: Path, tmp_pat
         (path / verified.KEY).write_bytes(flipped)
         with verified.kept(LocalPlace(path)) as sound:
             assert not any(map(sound.was_whole, sums)), f"bit {bit}"
+
+
+def test_damage_is_found_however_often_and_by_how_many_it_is_looked_for(
+    root: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(root / "done.zarr", tmp_path / "s.zarr"))
+    damaged = path / "norm_4/c.6"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    for _ in range(40):  # each stopped behind one more record or two
+        with suppress(KeyboardInterrupt):
+            ((key, _),) = checked(Watched(path, 20))
+    assert key == "commits/residuals/00000006.1_4.json"
+    # Two at once: the first to end removes what both keep.
+    with verified.kept(LocalPlace(path), save_s=0) as one:
+        with verified.kept(LocalPlace(path), save_s=0) as other:
+            ((key, _),) = damage(LocalPlace(path), one)
+            assert (path / verified.KEY).exists()
+            assert [key for key, _ in damage(LocalPlace(path), other)] == [key]
+        assert not (path / verified.KEY).exists()
+
+
+class ReadOnly(LocalPlace):
+    """A folder that another user owns."""
+
+    def write(self, key: str, parts: Any) -> Any:
+        raise StoreError(f"cannot write {key}: Permission denied")
+
+    def delete(self, key: str) -> None:
+        raise PermissionError(13, "Permission denied", key)
+
+
+def test_a_store_that_only_may_be_read_is_verified(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(shutil.copytree(root / "done.zarr", tmp_path / "s.zarr"))
+    assert not checked(ReadOnly(path))
+    with pytest.raises(KeyboardInterrupt):
+        checked(Watched(path, 20))
+    assert not checked(ReadOnly(path)) and "cannot be removed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EMFILE, errno.ENOMEM, errno.ESTALE])
+def test_what_says_nothing_of_an_object_is_no_damage(
+    root: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repair would drop the unit."""
+
+    def refuse(self: LocalPlace, key: str) -> Any:
+        raise OSError(code, os.strerror(code), key)
+
+    monkeypatch.setattr(LocalPlace, "digest", refuse)
+    with pytest.raises(OSError, match=os.strerror(code)):
+        list(damage(LocalPlace(root / "done.zarr")))
 
 
 @pytest.mark.parametrize("key", [key for key in KINDS if "/c." in key and "summary" not in key])

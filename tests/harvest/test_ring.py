@@ -228,6 +228,7 @@ def together(
             victim = rng.choice(list(running))
             os.kill(victim, signal.SIGKILL)
             wait(victim)
+            assert not list(damage(LocalPlace(store)))  # nor is what the others do meanwhile
             body = running.pop(victim)
             if rng.random() < 0.5:
                 time.sleep(rng.uniform(0, 0.1))  # the other one is alone meanwhile
