@@ -91,6 +91,7 @@ def start(name: str, module: str) -> None:
 def _prepare(name: str, module: str) -> None:
     """Load what the command needs, then begin to answer signals."""
     _open_standard_streams()
+    _require_folder()
     require_no_secret(sys.argv[1:])  # before Hydra writes or repeats one
     with heartbeat(f"{name}: loading libraries"):
         import_module("hydra")
@@ -139,6 +140,17 @@ def _open_standard_streams() -> None:
     sys.stderr = sys.stderr or os.fdopen(2, "w")
     if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal's encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _require_folder() -> None:
+    """Raise SettingError if the working directory was removed: not even torch loads there."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise SettingError(
+            f"the folder in which this command was given is gone ({error.strerror}); cd to one "
+            "that is there"
+        ) from error
 
 
 def _flush_standard_streams() -> None:

@@ -8,19 +8,23 @@ the same weights, and dead latents are those that no process saw fire. Process 0
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
-from data.errors import TemporaryError, first_line
+from data.errors import SettingError, TemporaryError, first_line
+from data.journal import tell
 
 _LOST = re.compile("gloo|closed by peer|reset by peer|timed? ?out|refused", re.IGNORECASE)
 _TIMEOUT = timedelta(hours=6)  # process 0 evaluates and saves while the others wait
+_JOINING = timedelta(minutes=10)  # an engine starts all of them at about the same time
 
 
 @contextmanager
@@ -37,6 +41,24 @@ def _together() -> Iterator[None]:
         ) from error
 
 
+def _require_meeting_place(environment: Mapping[str, str]) -> None:
+    """Raise SettingError if the variables of the processes' engine cannot be right.
+
+    `data.rank.processes` has found that there are several.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    rank, world, address, port = (environment.get(name, "") for name in names)
+    numbers_are_right = int(rank) < int(world or 0)
+    port_is_right = port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16
+    if not (numbers_are_right and address and port_is_right):
+        given = ", ".join(f"{name}={environment.get(name, '')}" for name in names)
+        raise SettingError(
+            f"{given} name no group of processes that could meet; start all of them by torchrun or "
+            "`accelerate launch`, or unset RANK and WORLD_SIZE to train in one process"
+        )
+    tell(f"process {rank} of {world}: waiting for the others at {address}:{port}")
+
+
 class Group:
     """The processes that train one SAE together; by default this process alone."""
 
@@ -51,8 +73,12 @@ class Group:
         self._device = device
         if device is not None:
             backend = "nccl" if device.type == "cuda" else "gloo"
+            _require_meeting_place(os.environ)
             with _together():
-                dist.init_process_group(backend, timeout=_TIMEOUT)
+                store, rank, world = next(rendezvous("env://", timeout=_JOINING))
+                dist.init_process_group(
+                    backend, store=store, rank=rank, world_size=world, timeout=_TIMEOUT
+                )
             self.rank = dist.get_rank()
             self.world = dist.get_world_size()
 

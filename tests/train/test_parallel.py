@@ -145,3 +145,23 @@ def test_what_cannot_be_shared_is_refused(changes, named):
 @pytest.mark.parametrize("sae", [SAEConfig(d_sae=48, k=2), GatedConfig(d_sae=48, k=2)])
 def test_rows_that_do_not_compete_can_be_shared(sae):
     assert Trainer(config(sae=sae), planted(), CPU, Pair()).steps > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"MASTER_ADDR": ""},
+        {"MASTER_PORT": "http"},
+        {"MASTER_PORT": "99999"},
+        {"WORLD_SIZE": ""},
+        {"RANK": "3"},
+    ],
+    ids=str,
+)
+def test_variables_that_name_no_group_are_refused(monkeypatch, changes):
+    """Otherwise the process waits for others that cannot come."""
+    given = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in (given | changes).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingError, match=next(iter(changes))):
+        Group(CPU)
