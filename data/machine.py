@@ -18,12 +18,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.errors import PipelineError, StoreError, TemporaryError, errno_of, first_line, is_passing
+from data.errors import (
+    PipelineError,
+    SettingError,
+    StoreError,
+    TemporaryError,
+    errno_of,
+    first_line,
+    is_passing,
+)
 from data.stopping import KEPT
 
 _LONGEST = 200  # characters of a library's message
 _HERE = Path(__file__).resolve().parents[1]
-_OURS = tuple(str(_HERE / name) for name in ("analyze", "data", "harvest", "train"))
+_OURS = tuple(str(_HERE / name) for name in ("analyze", "conf", "data", "harvest", "train"))
 
 # What mends it, where that is not plain.
 _WAYS_OUT = {
@@ -60,6 +68,12 @@ def answer(error: Exception, smaller: str = "") -> PipelineError | None:
         found: PipelineError = PipelineError(f"out of memory ({reason}); {way_out}; {KEPT}")
     elif isinstance(error, OSError) or errno_of(error) is not None:
         found = _of_a_call(error)
+    elif (library := _loading(error)) is not None:
+        reason = _bounded(f"{type(error).__name__}: {first_line(error)}")
+        found = SettingError(
+            f"{library} cannot be loaded ({reason}); unset the environment variable that it reads "
+            "there, or install it again"
+        )
     else:
         return None
     if sys.flags.dev_mode:
@@ -97,6 +111,14 @@ def _of_a_call(error: Exception) -> PipelineError:
             "where the disk is sound, it is a defect of ours: PYTHONDEVMODE=1 shows its traceback"
         )
     return StoreError(f"{line}; {way_out}; what was finished is kept")
+
+
+def _loading(error: BaseException) -> str | None:
+    """The file of a library that failed while it was loaded, and its line; None: none did."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.name == "<module>" and not frame.filename.startswith((*_OURS, "<")):
+            return f"{frame.filename}:{frame.lineno}"
+    return None
 
 
 def _place(error: BaseException) -> str:
