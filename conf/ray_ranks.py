@@ -14,6 +14,7 @@ import time
 
 from conf.command import run_command
 from conf.names import absolute, require_no_secret
+from data import secrets
 from data.errors import AGAIN, SettingError
 
 # What ranks get from the environment of this command.
@@ -22,13 +23,22 @@ STARTS = 1000  # of a rank
 PAUSE_S = 10  # between them
 
 
-def rank(number: int, world: int, settings: list[str]) -> int:
-    """Run one rank to its end; its exit code."""
+def rank(number: int, world: int, settings: list[str], keys: dict[str, str]) -> int:
+    """Run one rank to its end; its exit code.
+
+    Args:
+        keys: variables that hold secrets. A task's arguments are in no log, and its environment is.
+    """
     command = [sys.executable, "-m", "harvest", f"rank={number}", f"world={world}", *settings]
     prctl = ctypes.CDLL(None).prctl
     for _ in range(STARTS):
         # 1 is PR_SET_PDEATHSIG: a rank ends with its worker, for Ray starts both anew.
-        ended = subprocess.run(command, preexec_fn=lambda: prctl(1, signal.SIGTERM), check=False)
+        ended = subprocess.run(
+            command,
+            env={**os.environ, **keys},
+            preexec_fn=lambda: prctl(1, signal.SIGTERM),
+            check=False,
+        )
         code = ended.returncode if ended.returncode >= 0 else 128 - ended.returncode
         if code != AGAIN and code < 128:  # neither "again" nor a signal
             break
@@ -52,14 +62,20 @@ def main(world: str = "", *settings: str) -> None:
     except ImportError as error:
         raise SettingError("Ray is missing: pip install 'residual-saes[ray]'") from error
 
-    passed_on = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+    keys: dict[str, str] = {}
+    passed_on: dict[str, str] = {}
+    for name, value in os.environ.items():
+        if name.startswith(PASSED_ON):
+            is_key = secrets.is_name(name) or secrets.kind_in(value)
+            (keys if is_key else passed_on)[name] = value
     ray.init(address="auto", runtime_env={"env_vars": passed_on})
     # Each worker has a folder of its own.
     named = [setting.partition("=") for setting in settings]
     there = [name + sign + absolute(name, value, os.getcwd()) for name, sign, value in named]
     # If a node is lost, Ray starts its ranks on another one.
     task = ray.remote(num_gpus=1, num_cpus=1, max_retries=-1)(rank)
-    codes = ray.get([task.remote(number, int(world), there) for number in range(int(world))])
+    started = [task.remote(number, int(world), there, keys) for number in range(int(world))]
+    codes = ray.get(started)
     for number, code in enumerate(codes):
         if code:
             print(f"error: rank {number} ended with {code}", file=sys.stderr)

@@ -8,12 +8,14 @@ import sys
 import traceback
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from conf import command as command_line
 from conf.names import require_no_secret
+from conf.ray_ranks import main
 from data import secrets
 from data.errors import SettingError, first_line
 from data.journal import show, tell
@@ -199,6 +201,25 @@ def test_an_error_without_secrets_keeps_its_causes() -> None:
     error = SettingError("x")
     error.__cause__ = ValueError("y")
     assert secrets.cleaned(error) is error and error.__cause__ is not None
+
+
+def test_ray_logs_the_environment_without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = SimpleNamespace(tasks=[])
+    ray.init = lambda address, runtime_env: ray.__setattr__("logged", runtime_env["env_vars"])
+    ray.remote = lambda **_: (
+        lambda _: SimpleNamespace(remote=lambda *given: ray.tasks.append(given))
+    )
+    ray.get = lambda tasks: [0 for _ in tasks]
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setenv("AWS_REGION", "here")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", CANARY)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://a:{CANARY}@host")
+    with pytest.raises(SystemExit):
+        main("2", "store=s3://bucket/store")
+    assert ray.logged["AWS_REGION"] == "here" and CANARY not in str(ray.logged)
+    assert [str(task).count(CANARY) for task in ray.tasks] == [2, 2]
+    with pytest.raises(SettingError):
+        main("2", f"store={URLS[0]}")
 
 
 def test_a_bucket_behind_an_address_with_a_password(

@@ -38,6 +38,7 @@ from analyze.study import Definition, Study, at_least
 from data import durable
 from data.errors import SettingError, StopRequest
 from data.journal import Progress
+from data.neutral import neutral
 from data.settings import build
 
 
@@ -201,9 +202,9 @@ def _meta(
     for column in listed:
         described.append({"key": column.key, "label": column.label, "about": column.about})
     return {
-        "name": subject.run.resolve().name,
+        "name": neutral(subject.run.resolve().name),
         "layer": subject.layer,
-        "model": str(subject.store.manifest["model"]["id"]),
+        "model": neutral(str(subject.store.manifest["model"]["id"])),
         "rows": int(metadata[b"rows"]),
         "features": subject.sae.d_sae,
         "chunk": CHUNK,
@@ -220,7 +221,7 @@ def _link(study: Study, other: Other) -> dict[str, Any]:
     page = other.subject.run / FOLDER / study.name / PAGE
     path = os.path.relpath(page.resolve(), study.place.resolve())
     return {
-        "name": other.subject.run.resolve().name,
+        "name": neutral(other.subject.run.resolve().name),
         "layer": other.subject.layer,
         "page": quote(path) if page.is_file() else None,
     }
