@@ -21,9 +21,11 @@ from torch import Tensor
 from analyze import kept
 from analyze.parts import NOWHERE, Arrays, Parts
 from data.errors import MismatchError, SettingError, StoreError
+from data.foreign import reading
 from data.journal import note
 from data.rows import statistics
 from data.rows.split import Policy, held_out_units, require_complete
+from data.settings import whole
 from data.store import manifest
 from data.store.kinds import BOS, NON_FINITE
 from data.store.moments import Moments
@@ -31,7 +33,7 @@ from data.store.place import place_of
 from data.store.store import Store
 from harvest.model_folder import EMBEDDED
 from train.kernels import Kept
-from train.run import read_config, sae_of
+from train.run import CONFIG, read_config, sae_of
 from train.sae import SAE
 
 _BATCH_ROWS = 4096  # rows encoded at a time
@@ -194,15 +196,27 @@ class Subject:
         """
         config = read_config(run)
         sae, digest = sae_of(run, device)
-        settings = config["settings"]
+        way_out = "restore it, or choose another run="
+        with reading(f"{run / CONFIG} is not what training wrote", way_out):
+            settings = config["settings"]
+            layer = whole("layer", settings["layer"])
+            policy = Policy.of(settings["policy"])
+            place = str(config["store_path"])
+            identity = str(settings["store"]["identity"])
+        opened = open_store(run, place, identity, store)
+        if sae.d_model != opened.d_model:
+            raise StoreError(
+                f"the SAE of {run} is of rows of width {sae.d_model}, those of {opened.name} have "
+                f"{opened.d_model}; restore it"
+            )
         return cls(
             run=run,
             config=config,
-            store=open_store(run, str(config["store_path"]), settings["store"]["identity"], store),
+            store=opened,
             sae=sae,
             digest=digest,
-            layer=settings["layer"],
-            policy=Policy.of(settings["policy"]),
+            layer=layer,
+            policy=policy,
         )
 
     def beside(self, run: str) -> Subject:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from data import durable
 from data.durable import Written
 from data.errors import StoreError, TemporaryError, caused
+from data.foreign import reading
 from data.journal import tell
 from data.store import records
 
@@ -41,6 +42,8 @@ class Digests(NamedTuple):
             return f"is not named in {FILE}: its writing did not come to its end"
         path = self.folder / name
         try:
+            if path.exists() and not path.is_file():
+                return "is no regular file"
             if durable.digest_file(path, progress=progress) == self.files[name]:
                 return None
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
@@ -117,6 +120,8 @@ def read(folder: Path, way_out: str) -> Digests | None:
         StoreError: the record is damaged or cannot be read.
     """
     path = folder / FILE
+    if path.exists() and not path.is_file():  # a pipe's reading may not end
+        raise StoreError(f"{path} is no regular file; {way_out}")
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -125,9 +130,10 @@ def read(folder: Path, way_out: str) -> Digests | None:
         raise caused(error, f"{path} cannot be read: {error.strerror}", way_out) from error
     if wrong := records.fault(data):
         raise StoreError(f"{path} {wrong}; {way_out}")
-    body = records.decode(data, str(path))
-    files = {name: Written(*written) for name, written in body["files"].items()}
-    return Digests(folder, files, body["about"])
+    with reading(str(path), way_out):
+        body = records.decode(data, str(path))
+        files = {name: Written(*written) for name, written in body["files"].items()}
+        return Digests(folder, files, dict(body["about"]))
 
 
 def sound(folder: Path, way_out: str) -> Digests | None:

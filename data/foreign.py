@@ -7,14 +7,22 @@ code. So no list of classes stands where such a file is read.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from data.errors import PipelineError, StoreError, caused, first_line
 from data.machine import is_out_of_memory
 from data.neutral import neutral
 
 _LONGEST = 200  # characters of a library's message
+JSON_BYTES = 1 << 26  # of a configuration; the largest index of a model's shards has 10 MB
+YAML_BYTES = 1 << 17  # of a run's settings, which have 2 kB; PyYAML reads 100 kB/s
+_NODES = 1 << 16  # of YAML, with what its aliases stand for
 
 
 @contextmanager
@@ -40,6 +48,89 @@ def reading(what: str, way_out: str, kind: type[PipelineError] = StoreError) -> 
         raise caused(error, f"{neutral(what)}: {reason(error)}", way_out, kind) from error
 
 
+def require_file(path: Path, way_out: str, kind: type[PipelineError] = StoreError) -> int:
+    """The bytes of a regular file, whose reading ends: that of a pipe or a device may not.
+
+    Raises:
+        PipelineError: of `kind`, it is missing or no regular file.
+    """
+    with reading(str(path), way_out, kind):
+        size = path.stat().st_size
+    if not path.is_file():
+        raise kind(f"{neutral(str(path))} is no regular file; {way_out}")
+    return size
+
+
+def content(path: Path, most: int, way_out: str, kind: type[PipelineError] = StoreError) -> bytes:
+    """The bytes of a small file.
+
+    Args:
+        most: bytes that such a file may have.
+
+    Raises:
+        PipelineError: of `kind`, as `require_file`, or it is larger, or cannot be read.
+    """
+    size = require_file(path, way_out, kind)
+    if size > most:
+        name = neutral(str(path))
+        raise kind(f"{name} has {size:,} bytes, and such a file at most {most:,}; {way_out}")
+    with reading(str(path), way_out, kind):
+        return path.read_bytes()
+
+
+def json_object(path: Path, way_out: str, kind: type[PipelineError] = StoreError) -> dict[str, Any]:
+    """A configuration: a file with one JSON object.
+
+    Raises:
+        PipelineError: of `kind`, as `content`, or it holds anything else, or a key twice.
+    """
+    data = content(path, JSON_BYTES, way_out, kind)
+    with reading(str(path), way_out, kind):
+        value = json.loads(data, object_pairs_hook=_unique)
+        if not isinstance(value, dict):
+            raise ValueError("it is no JSON object")
+    return value
+
+
+def yaml_object(path: Path, way_out: str, kind: type[PipelineError] = StoreError) -> dict[str, Any]:
+    """A file with one YAML mapping, without Python's own tags.
+
+    Raises:
+        PipelineError: of `kind`, as `content`, or it holds anything else, or names that stand for
+            more than a file may have.
+    """
+    data = content(path, YAML_BYTES, way_out, kind)
+    with reading(str(path), way_out, kind):
+        if sum(1 for _ in _nodes(yaml.compose(data, yaml.SafeLoader))) == _NODES:
+            raise ValueError("it says too much, by names that stand for other names")
+        value = yaml.safe_load(data)
+        if not isinstance(value, dict):
+            raise ValueError("it is no mapping")
+    return value
+
+
+def _nodes(root: yaml.Node | None) -> Iterator[yaml.Node]:
+    """The nodes of a document with every alias followed, up to `_NODES`: it may hold itself."""
+    waiting = [root] if root else []
+    for _ in range(_NODES):
+        if not waiting:
+            return
+        node = waiting.pop()
+        yield node
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            for pair in node.value:
+                waiting += pair
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):  # readers differ in which of the two they take
+        raise ValueError("it has a key twice")
+    return value
+
+
 def reason(error: BaseException) -> str:
     """Why a library gave up, in a few words on one line."""
     if isinstance(error, RecursionError):
@@ -51,10 +142,10 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, KeyError):
-        return _bounded(f"it has no entry {first_line(error)}")
+        return shortened(f"it has no entry {first_line(error)}")
     text = first_line(error)
     name = type(error).__name__
-    return _bounded(text if text == name else f"{name}: {text}")
+    return shortened(text if text == name else f"{name}: {text}")
 
 
 def _is_panic(error: BaseException) -> bool:
@@ -62,6 +153,7 @@ def _is_panic(error: BaseException) -> bool:
     return type(error).__module__ == "pyo3_runtime"
 
 
-def _bounded(text: str) -> str:
-    line = neutral(text)
+def shortened(text: str) -> str:
+    """Some words of a stranger for a message: on one line, and not for ever."""
+    line = neutral(text[: _LONGEST + 1])
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."

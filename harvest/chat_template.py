@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from data import durable
 from data.errors import DocumentError, SettingError, first_line
 from data.text.chats import Chat, Message, strings, with_strings
+from harvest.bounded_template import bounded, install
 
 # Templates that print today's date (Llama 3's) get this one, their own default: a store must not
 # depend on the day.
@@ -277,13 +278,16 @@ class ChatTemplate:
         text = self.turns.template if reply else self.text
         if tools is not None and not (reply and self.turns.built_in):
             text = str(self._inner.get_chat_template(tools=tools))
-        rendered = self._inner.apply_chat_template(
-            chat.messages,
-            chat_template=_CALENDAR + text if "strftime_now" in text else text,
-            tokenize=False,
-            add_generation_prompt=reply,
-            **chat.variables,
-        )
+        install()
+        texts = [*strings({"messages": chat.messages, "variables": chat.variables})]
+        with bounded(texts):
+            rendered = self._inner.apply_chat_template(
+                chat.messages,
+                chat_template=_CALENDAR + text if "strftime_now" in text else text,
+                tokenize=False,
+                add_generation_prompt=reply,
+                **chat.variables,
+            )
         return str(rendered)
 
     def _refusal(self, chat: Chat, error: Exception) -> SettingError:

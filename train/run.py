@@ -21,6 +21,7 @@ from data import digests, durable, locks
 from data.digests import Digests
 from data.durable import Written
 from data.errors import MismatchError, SettingError, StoreError, caused, differences
+from data.foreign import reading, yaml_object
 from data.journal import read_metrics, tell
 from data.store.store import Store
 from train import checkpoint, sae_file
@@ -322,13 +323,10 @@ def read_config(run: Path) -> dict[str, Any]:
 
 def _parsed(run: Path) -> dict[str, Any]:
     path = run / CONFIG
-    try:
-        recorded = yaml.safe_load(path.read_bytes())
-        if not isinstance(recorded["settings"], dict) or not isinstance(
-            recorded["environment"], dict
-        ):
-            raise TypeError("settings")
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        got = f"{path} is not what training wrote"
-        raise caused(error, got, "restore it, or choose another run=") from error
-    return dict(recorded)
+    way_out = "restore it, or choose another run="
+    recorded = yaml_object(path, way_out)
+    with reading(f"{path} is not what training wrote", way_out):
+        for part in (recorded["settings"], recorded["environment"], recorded.get("source", {})):
+            if not isinstance(part, dict):
+                raise TypeError("a group of it is no mapping")
+    return recorded

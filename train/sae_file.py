@@ -11,7 +11,9 @@ from torch import Tensor
 
 from data import durable
 from data.durable import Written
-from data.errors import StoreError, caused
+from data.errors import StoreError
+from data.foreign import reading
+from train import torch_file
 from train.sae import SAE, WEIGHTS
 from train.tensors import refuse, refuse_shape, tensor_of, whole_of
 
@@ -46,15 +48,10 @@ def load(path: Path, device: torch.device | str = "cpu") -> SAE:
         raise StoreError(
             f"no SAE at {path}; train one with `python -m train store=... run={path.parent}`"
         )
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for a file that is not its own
-        way_out = (
-            f"`python -m train ... run={path.parent}` writes it again from the last checkpoint"
-        )
-        got = f"{path} cannot be read as an SAE ({type(error).__name__})"
-        raise caused(error, got, way_out) from error
-    return _checked(path, content)
+    way_out = f"`python -m train ... run={path.parent}` writes it again from the last checkpoint"
+    content = torch_file.load(path, way_out)
+    with reading(f"{path} cannot be read as an SAE", way_out):
+        return _checked(path, content).to(device)
 
 
 def _checked(path: Path, content: Any) -> SAE:

@@ -6,6 +6,7 @@ folder, what it has, and what can be taken.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,18 @@ import torch
 from torch import Tensor
 
 from data.errors import StoreError
+from data.foreign import shortened
 
+_TEXT = 1000  # characters of a name
 _SHOWN = 80  # characters of a value or a name that nobody vouches for
+# Of a weight. Those of honest SAEs are below 1e6; products of larger ones leave float32.
+_LARGEST = 1e12
 
 
 def refuse(condition: bool, place: Path, got: str, allowed: str) -> None:
     """Raise StoreError under a condition."""
     if condition:
-        line = f"{place} has {got}; what can be taken is {allowed}"
-        raise StoreError(line.replace("\n", "\\n").replace("\r", "\\r"))
+        raise StoreError(f"{place} has {shortened(got)}; what can be taken is {allowed}")
 
 
 def shown(value: Any) -> str:
@@ -79,12 +83,25 @@ def any_whole_of(name: str, place: Path, *values: Any) -> int | None:
     return whole_of(name, place, *given) if given else None
 
 
+def text_of(name: str, place: Path, value: Any) -> str:
+    """A text of a file, such as a model's name. Raises StoreError: it is none, or a long one."""
+    fits = isinstance(value, str) and len(value) <= _TEXT
+    refuse(not fits, place, f"{name} {shown(value)}", f"a text of at most {_TEXT} characters")
+    return str(value)
+
+
+def any_text_of(name: str, place: Path, value: Any) -> str | None:
+    """The text, if there is one. Raises StoreError as `text_of`."""
+    return None if value is None else text_of(name, place, value)
+
+
 def dense_of(state: Mapping[str, Any], name: str, place: Path) -> Tensor:
     """A tensor of a file. Raises StoreError: it is not there, or does not hold its numbers."""
     tensor = state.get(name)
     if not isinstance(tensor, Tensor):
         raise StoreError(f"{place} has no tensor {name}; what can be taken is an SAE that has it")
-    is_plain = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized)
+    is_odd = tensor.is_meta or tensor.is_quantized or tensor.is_nested
+    is_plain = tensor.layout == torch.strided and not is_odd
     # An expanded tensor is as large as it says only when somebody computes with it.
     held = is_plain and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
     refuse(not held, place, f"{name} that does not hold its numbers", "a dense tensor")
@@ -96,15 +113,28 @@ def tensor_of(state: Mapping[str, Any], name: str, place: Path) -> Tensor:
     """A tensor of a file as float32.
 
     Raises:
-        StoreError: it is not there, not of real floating-point numbers, or not finite.
+        StoreError: it is not there, not of real floating-point numbers, not finite or so large
+            that nothing can be computed with it, or a matrix of zeros.
     """
     tensor = dense_of(state, name, place)
     kind = str(tensor.dtype).removeprefix("torch.")
     refuse(not tensor.is_floating_point(), place, f"{name} as {kind}", "floating point")
     values = tensor.float()
-    finite = bool(torch.isfinite(values).all())
-    refuse(not finite, place, f"NaN or infinity in {name}", "finite weights")
+    require_usable(name, values, place)
+    is_empty = values.ndim > 1 and not bool(values.any())
+    refuse(is_empty, place, f"{name} of zeros alone", "a trained SAE")
     return values
+
+
+def require_usable(name: str, values: Tensor, place: Path) -> None:
+    """Raise StoreError if a tensor is not finite, or leaves float32 in a product."""
+    if not values.numel():
+        return
+    least, most = (float(end) for end in values.aminmax())
+    finite = math.isfinite(least) and math.isfinite(most)
+    refuse(not finite, place, f"NaN or infinity in {name}", "finite weights")
+    size = max(-least, most)
+    refuse(size > _LARGEST, place, f"{name} up to {size:.3g}", f"weights up to {_LARGEST:g}")
 
 
 def vector_of(state: Mapping[str, Any], name: str, size: int, place: Path) -> Tensor:

@@ -6,9 +6,11 @@ from typing import Any
 
 from analyze.studies import quality
 from analyze.subject import Subject
+from data.foreign import reading
 from data.rows import statistics, summary
 from data.site import RESID_POST
 from train.optim import OptimConfig
+from train.run import CONFIG
 from train.sae import SAEConfig
 
 # What the model card of the public TopK SAE of layer 21 of Gemma 4 E4B states, by our figure's key.
@@ -24,6 +26,12 @@ COVERAGE_ROWS = 4096  # rows in which the reference counts coverage: one batch
 
 def of_run(subject: Subject) -> dict[str, str]:
     """How the SAE was trained, by label."""
+    way_out = "restore it, or choose another run="
+    with reading(f"{subject.run / CONFIG} is not what training wrote", way_out):
+        return _of_config(subject)
+
+
+def _of_config(subject: Subject) -> dict[str, str]:
     config = subject.config
     settings = config["settings"]
     # A run of before a setting was there has what is now its default.

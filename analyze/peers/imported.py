@@ -13,6 +13,7 @@ import yaml
 
 from data import digests, durable
 from data.errors import SettingError, StoreError, TemporaryError
+from data.foreign import reading
 from data.journal import tell
 from data.rows.split import Policy
 from data.site import RESID_POST, hook_name
@@ -96,8 +97,9 @@ def run_of(
             "give store=, and layer= if the SAE's files do not say its layer"
         )
     opened = Store.open(place_of(store))
-    sae = READERS[kind](path)
-    origin = _ORIGINS[kind](path)
+    with reading(f"run={named} cannot be read", f"take files that {kind} wrote"):
+        sae = READERS[kind](path)
+        origin = _ORIGINS[kind](path)
     layer = _layer(named, origin, layer, opened)
     _require_fit(named, sae, origin, opened)
     _require_same(named, origin, opened, accept)

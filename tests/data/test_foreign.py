@@ -46,7 +46,7 @@ HOSTILE: dict[str, Callable[[], object]] = {
     "pickle": lambda: pickle.loads(b"\x80\x04."),
     "struct": lambda: struct.unpack("<q", b"1"),
     "YAML": lambda: yaml.safe_load("a: [\x00"),
-    "key": lambda: {}["\x1b[31m"],
+    "key": lambda: dict[str, int]()["\x1b[31m"],
     "safetensors": lambda: load(b"\xff" * 20),
     "torch": lambda: torch.load(io.BytesIO(b"no zip"), weights_only=True),
     "memory of torch": lambda: torch.empty(2**48),

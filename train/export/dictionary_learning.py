@@ -23,8 +23,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from data.errors import StoreError
 from data.site import RESID_POST
+from train import torch_file
 from train.export import golden
 from train.export.format import (
     About,
@@ -39,7 +39,16 @@ from train.export.format import (
 )
 from train.export.origin import Origin, of_hook
 from train.sae import SAE
-from train.tensors import any_whole_of, dense_of, refuse, tensor_of, vector_of, whole_of
+from train.tensors import (
+    any_text_of,
+    any_whole_of,
+    dense_of,
+    refuse,
+    tensor_of,
+    text_of,
+    vector_of,
+    whole_of,
+)
 
 _LINEAR = {"encoder.weight", "encoder.bias", "decoder.weight"}
 _MATRICES = {"W_enc", "b_enc", "W_dec", "b_dec"}
@@ -139,13 +148,10 @@ def read(folder: Path) -> SAE:
 def _state(folder: Path) -> dict[str, Any]:
     """The content of ae.pt."""
     path = folder / "ae.pt"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for a file that is not its own
-        raise StoreError(f"{path} cannot be read as an SAE ({type(error).__name__})") from error
+    state = torch_file.load(path, "restore or download it again")
     library = "dictionary_learning's"
     refuse(not isinstance(state, dict), folder, "an ae.pt that is no state dict", library)
-    return {str(name): value for name, value in state.items()}
+    return {text_of("name", folder, name): value for name, value in state.items()}
 
 
 def _config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -183,7 +189,7 @@ def _class(state: Mapping[str, Any], trainer: Mapping[str, Any], folder: Path) -
             'one with a config.json {"trainer": {"dict_class": ...}} beside ae.pt',
         )
         return fitting[0]
-    named = str(named)
+    named = text_of("dict_class", folder, named)
     refuse(named not in _CLASSES, folder, f"dict_class {named}", ", ".join(_CLASSES))
     known = _CLASSES[named] | _OPTIONAL.get(named, set())
     refuse_unknown(state, known, folder, f"dict_class {named} with the tensor")
@@ -218,9 +224,8 @@ def _sae(kind: str, state: Mapping[str, Any], trainer: Mapping[str, Any], folder
         return topk(weights, k, folder)
     if kind == "MatryoshkaBatchTopKSAE":
         groups = dense_of(state, "group_sizes", folder).flatten()
-        sizes = [whole_of("group_sizes", folder, group) for group in groups]
-        fits = min(sizes, default=0) > 0 and sum(sizes) == size
-        refuse(not fits, folder, f"group_sizes {sizes}", f"some that make {size} latents")
+        fits = len(groups) <= size and bool((groups > 0).all()) and float(groups.sum()) == size
+        refuse(not fits, folder, "other group_sizes", f"some that make {size} latents")
     return thresholded(weights, zero + threshold)
 
 
@@ -236,10 +241,10 @@ def _weights(kind: str, state: Mapping[str, Any], folder: Path) -> Weights:
 def origin(folder: Path) -> Origin:
     """See train.export.format.Format."""
     trainer, buffer = _config(folder)
-    hook = trainer.get("submodule_name")
-    found = of_hook(str(hook)) if hook else Origin()
+    hook = any_text_of("submodule_name", folder, trainer.get("submodule_name"))
+    found = of_hook(hook) if hook else Origin()
     return found._replace(
         layer=any_whole_of("layer", folder, trainer.get("layer"), found.layer),
-        model=None if trainer.get("lm_name") is None else str(trainer["lm_name"]),
+        model=any_text_of("lm_name", folder, trainer.get("lm_name")),
         context=any_whole_of("ctx_len", folder, buffer.get("ctx_len")),
     )

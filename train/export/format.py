@@ -21,17 +21,18 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from data.errors import StoreError, caused
+from data.errors import StoreError
+from data.foreign import json_object, reading, require_file
 from train import export
 from train.export import bundle
 from train.export.origin import Origin
 from train.sae import SAE, WEIGHTS
-from train.tensors import refuse, refuse_shape, tensor_of
+from train.tensors import refuse, refuse_shape, shown, tensor_of
 
+_WAY_OUT = "restore or download it again"
 # Modules here that are no library.
 _OTHERS = {"__main__", "bundle", "command", "format", "golden", "origin"}
 
@@ -243,33 +244,25 @@ def only(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], fold
     """
     for name, values in allowed.items():
         got = config.get(name, values[0])
-        shown = str(got).lower() if isinstance(got, bool) else str(got)
+        said = str(got).lower() if isinstance(got, bool) else shown(got)
         words = " or ".join(json.dumps(value).strip('"') for value in values)
-        refuse(got not in values, folder, f"{name}={shown}", words)
+        refuse(got not in values, folder, f"{name}={said}", words)
 
 
 def flag(config: Mapping[str, Any], name: str, default: bool, folder: Path) -> bool:
     """A value that is true or false. Raises StoreError: it is neither."""
     value = config.get(name, default)
-    refuse(not isinstance(value, bool), folder, f"{name}={value}", "true or false")
+    refuse(not isinstance(value, bool), folder, f"{name}={shown(value)}", "true or false")
     return bool(value)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A configuration. Raises StoreError if it is missing or no JSON object."""
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        got = f"{path} cannot be read: {type(error).__name__}"
-        raise caused(error, got, "restore or download it again") from error
-    refuse(not isinstance(config, dict), path.parent, f"a {path.name} that is no object", "one")
-    return dict(config)
+    return json_object(path, _WAY_OUT)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """A safetensors file's tensors. Raises StoreError if it is missing or damaged."""
-    try:
+    require_file(path, _WAY_OUT)
+    with reading(f"{path} cannot be read as safetensors", _WAY_OUT):
         return load_file(path)
-    except (OSError, SafetensorError) as error:
-        got = f"{path} cannot be read as safetensors: {type(error).__name__}"
-        raise caused(error, got, "restore or download it again") from error

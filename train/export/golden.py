@@ -15,17 +15,21 @@ export is made, the same ones each time, and they fire many latents with clear m
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from data import durable
-from data.errors import StoreError, caused
+from data.errors import StoreError
+from data.foreign import reading
 from train.export.format import About, find, read_tensors
 from train.sae import SAE
+from train.tensors import require_usable
 
 FILE = "golden.safetensors"
 _ROWS = 8
@@ -60,29 +64,40 @@ def checked(sae: SAE, weights: Path) -> SAE:
     """`sae` as it was read from a file, if the golden rows beside that are right or missing.
 
     Raises:
-        StoreError: the file is not the one that was exported, or computes something else.
+        StoreError: the file is not the one that was exported, or computes something else, or
+            weights that were folded leave float32.
     """
+    for name, tensor in sae.tensors().items():
+        require_usable(name, tensor, weights)
     path = weights.with_name(FILE)
-    if not path.is_file():
+    if not os.path.lexists(path):
         return sae
     golden = read_tensors(path)
     digest = _digests(path).get(weights.name)
     if digest not in (None, durable.digest_file(weights).xxh3_128):
         raise _wrong(weights, "another digest than")
-    try:
+    with reading(f"{path} is not of {weights.name}", "restore it"):
+        _require_shapes(golden)
         right = torch.zeros(len(golden["rows"]), sae.d_sae)
         right[golden["row"], golden["latent"]] = golden["value"]
         latents, x_hat = _latents(sae, golden["rows"]), sae(golden["rows"])
         error = torch.linalg.vector_norm(x_hat - golden["x_hat"])
         limit = _X_HAT_ERROR * torch.linalg.vector_norm(golden["x_hat"])
-    except (KeyError, IndexError, RuntimeError) as error:
-        raise caused(error, f"{path} is not of {weights.name}", "restore it") from error
     same = (latents - right).abs() <= _LATENT_ERROR * right.amax(dim=1, keepdim=True)
     if not bool(same.all()):
         raise _wrong(weights, "other latents than")
     if not bool(error <= limit):
         raise _wrong(weights, "another reconstruction than")
     return sae
+
+
+def _require_shapes(golden: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for rows that were not made by `of`."""
+    rows = golden["rows"]
+    pairs = {golden[name].shape for name in ("row", "latent", "value")}
+    fits = rows.ndim == 2 and len(rows) <= _CANDIDATES and rows.shape == golden["x_hat"].shape
+    if not fits or len(pairs) > 1 or golden["row"].ndim != 1:
+        raise ValueError("its shapes are not those of golden rows")
 
 
 def _wrong(weights: Path, what: str) -> StoreError:
@@ -93,11 +108,8 @@ def _wrong(weights: Path, what: str) -> StoreError:
 
 
 def _digests(path: Path) -> dict[str, str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise caused(error, f"{path} cannot be read", "restore it") from error
+    with reading(f"{path} cannot be read", "restore it"), safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
 
 
 def _latents(sae: SAE, rows: Tensor) -> Tensor:

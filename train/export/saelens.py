@@ -32,7 +32,16 @@ from train.export.format import (
 )
 from train.export.origin import Origin, of_hook
 from train.sae import SAE
-from train.tensors import agree_on, any_whole_of, refuse, vector_of, whole_of
+from train.tensors import (
+    agree_on,
+    any_text_of,
+    any_whole_of,
+    refuse,
+    shown,
+    text_of,
+    vector_of,
+    whole_of,
+)
 
 # SAELens before this version takes files that do not name theirs for another layout.
 _LAYOUT = "6.0.0"
@@ -180,7 +189,7 @@ def _row_scale(config: Mapping[str, Any], folder: Path) -> float | None:
     scale, kind = scaler.get("scaling_factor"), config.get("normalize_activations")
     if scale is None:
         return None
-    got = f"scaling_factor={scale} with normalize_activations={kind}"
+    got = f"scaling_factor={shown(scale)} with normalize_activations={shown(kind)}"
     is_number = isinstance(scale, float | int) and not isinstance(scale, bool)
     fits = is_number and 0 < scale < math.inf and kind == "expected_average_only_in"
     refuse(not fits, folder, got, "a positive one with expected_average_only_in")
@@ -208,7 +217,7 @@ def _thresholds(
 def _kind(config: Mapping[str, Any], folder: Path) -> str:
     """One of _TENSORS: the architecture, or topk where the activation says so."""
     # Version 3 had one, and did not name it.
-    kind = str(config.get("architecture", "standard"))
+    kind = text_of("architecture", folder, config.get("architecture", "standard"))
     known = ", ".join(_TENSORS)
     refuse(kind not in _TENSORS, folder, f"architecture {kind}", known)
     names = (config.get("activation_fn_str"), config.get("activation_fn"))
@@ -219,7 +228,7 @@ def _kind(config: Mapping[str, Any], folder: Path) -> str:
     refuse(
         activation not in (None, allowed),
         folder,
-        f"activation {activation} in architecture {kind}",
+        f"activation {shown(activation)} in architecture {kind}",
         allowed,
     )
     arguments = {"k", "signed"} if kind == "topk" else set()
@@ -247,7 +256,7 @@ def _scale(
     present = [name for name in _SCALES if name in tensors]
     refuse(len(present) > 1, folder, " and ".join(present), "one of them")
     says = config.get("finetuning_scaling_factor")
-    refuse(says not in (None, True, False), folder, f"finetuning_scaling_factor={says}", "a flag")
+    refuse(says not in (None, True, False), folder, "another finetuning_scaling_factor", "a flag")
     if not present:
         refuse(bool(says), folder, "finetuning_scaling_factor=true and no such tensor", "both")
         return None
@@ -274,7 +283,8 @@ def origin(folder: Path) -> Origin:
     layer = metadata.get("hook_layer", metadata.get("hook_point_layer"))
     found = Origin()
     if hook is not None:
-        found = of_hook(str(hook).replace("{layer}", str(layer)))
+        hook = text_of("hook_name", folder, hook)
+        found = of_hook(hook.replace("{layer}", shown(layer)))
     return found._replace(
         layer=any_whole_of("hook_layer", folder, layer, found.layer),
         model=_model(metadata, folder),
@@ -289,8 +299,8 @@ def _model(metadata: Mapping[str, Any], folder: Path) -> str | None:
     changed = []
     for name, value in options.items():
         if name not in _SAME_ROWS and value not in (None, False):
-            changed.append(f"{name}={value}")
-    name = metadata.get("model_name")
-    if name is None and not changed:
+            changed.append(f"{shown(name)}={shown(value)}")
+    named = any_text_of("model_name", folder, metadata.get("model_name"))
+    if named is None and not changed:
         return None
-    return ", ".join(["a model" if name is None else str(name), *changed])
+    return ", ".join(["a model" if named is None else named, *changed])

@@ -19,7 +19,7 @@ from train.export.format import (
 )
 from train.export.origin import Origin
 from train.sae import SAE, WEIGHTS
-from train.tensors import any_whole_of, refuse, vector_of, whole_of
+from train.tensors import any_text_of, any_whole_of, refuse, vector_of, whole_of
 
 _KEYS = {"k", "d_model", "d_sae", "site", *About._fields}
 
@@ -44,6 +44,8 @@ def read(folder: Path) -> SAE:
     refuse_unknown(tensors, {*WEIGHTS, "threshold"}, folder, "the tensor")
     weights = Weights.of(tensors, folder)
     sae = topk(weights, whole_of("k", folder, config.get("k")), folder)
+    for name, size in (("d_model", sae.d_model), ("d_sae", sae.d_sae)):
+        whole_of(name, folder, config.get(name), size)
     if "threshold" in tensors:
         threshold = vector_of(tensors, "threshold", sae.d_sae, folder)
         refuse(bool((threshold < 0).any()), folder, "a threshold below 0", "thresholds from 0 on")
@@ -54,8 +56,9 @@ def read(folder: Path) -> SAE:
 def origin(folder: Path) -> Origin:
     """See train.export.format.Format."""
     config = read_json(folder / "config.json")
-    site, layer = config.get("site"), config.get("layer")
+    site = any_text_of("site", folder, config.get("site"))
+    layer = any_whole_of("layer", folder, config.get("layer"))
     hook = None if site is None else f"{site} of layer {layer}"
-    layer = any_whole_of("layer", folder, layer)
+    model = any_text_of("model", folder, config.get("model"))
     context = any_whole_of("context", folder, config.get("context"))
-    return Origin(hook, site, layer, config.get("model"), context)
+    return Origin(hook, site, layer, model, context)

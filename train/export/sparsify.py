@@ -20,7 +20,7 @@ from train.export.format import (
 )
 from train.export.origin import Origin, of_hook
 from train.sae import SAE
-from train.tensors import any_whole_of, refuse, whole_of
+from train.tensors import any_text_of, any_whole_of, refuse, shown, whole_of
 
 # In the order of our weights.
 _TENSORS = ("encoder.weight", "W_dec", "encoder.bias", "b_dec")
@@ -79,7 +79,7 @@ def read(folder: Path) -> SAE:
     refuse_unknown(config, _HONOURED | _HARMLESS | _ONLY.keys(), folder, "cfg.json with")
     only(config, _ONLY, folder)
     activation = config.get("activation", "topk")
-    refuse(activation != "topk", folder, f"activation {activation}", "topk")
+    refuse(activation != "topk", folder, f"activation {shown(activation)}", "topk")
     refuse_unknown(tensors, _TENSORS, folder, "the tensor")
     weights = Weights.of(tensors, folder, _TENSORS, transposed={"encoder.weight"})
     sae = topk(weights, whole_of("k", folder, config.get("k")), folder)
@@ -103,9 +103,8 @@ def origin(folder: Path) -> Origin:
     config = read_json(run) if run.is_file() else {}
     if "sae" not in config:  # not sparsify's
         return found
-    model = config.get("model")
     return found._replace(
-        model=None if model is None else str(model),
+        model=any_text_of("model", folder, config.get("model")),
         context=any_whole_of("ctx_len", folder, config.get("ctx_len")),
     )
 
