@@ -30,6 +30,8 @@ class _File:
 
     kept: bytes
     since: list[bytes] = field(default_factory=list)
+    _choices: list[bytes] = field(default_factory=list)
+    _of: int = -1  # so many were in `since` when the choices were made
 
     @property
     def live(self) -> bytes:
@@ -37,6 +39,11 @@ class _File:
 
     def choices(self) -> list[bytes]:
         """What may be on the disk: first what is kept, last what the process sees."""
+        if self._of != len(self.since):
+            self._of, self._choices = len(self.since), self._made()
+        return self._choices
+
+    def _made(self) -> list[bytes]:
         found = [self.kept]
         for data in self.since:
             same = _common(self.kept, data)
@@ -148,8 +155,7 @@ class Disk:
 
     def _fsync(self, event: Event) -> None:
         file = self._file(event.path)
-        file.kept = file.live
-        file.since.clear()
+        self._nodes[self._node(event.path)] = _File(file.live)
 
     def _sync(self, event: Event) -> None:
         self._keep(self._node(event.path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,22 +42,16 @@ def images(trace: Trace, exhaustive: int = 64, seed: int = 0) -> Iterator[Image]
     """
     rng = random.Random(seed)
     disk = Disk(trace.before)
-    seen: set[bytes] = set()
+    seen: set[int] = set()
     for moment in range(len(trace.events) + 1):
         if moment:
             disk.do(trace.events[moment - 1])
         for choice in disk.choices(exhaustive, rng):
             found = disk.after(choice)
-            if (key := _key(found)) not in seen:
+            # Bytes keep their hash, so that what did not change is not read again.
+            if (key := hash(tuple(found.items()))) not in seen:
                 seen.add(key)
                 told = f"the last one {trace.events[moment - 1][:3]}; " if moment else ""
                 yield Image(trace.root, moment, told + choice.told, found)
     if unexplained := tree.differences(disk.live(), trace.after):
         raise UntracedError(f"no noted call explains {unexplained[:5]}")
-
-
-def _key(found: Tree) -> bytes:
-    state = hashlib.blake2b(digest_size=16)
-    for name, node in found.items():
-        state.update(repr((name, node)).encode())
-    return state.digest()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
-from tests.forked import run_forked
+from tests.faults.child import ask
+from tests.forked import run_here
 
 STORE, RUN = "activations/s.zarr", "runs/a"
 _TRAIN = (
@@ -49,8 +54,28 @@ EXPORTS: tuple[tuple[str, ...], ...] = (
 )
 
 
+class Done(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    said: str
+
+
+def done(root: Path, *command: str, limit_s: int = 120) -> Done:
+    """Do a command in `root`, in a child. What it imports is there in the children after it."""
+    answer = ask(lambda: (run_here(*command, cwd=root), sorted(sys.modules)), limit_s)
+    if answer.value is None:
+        return Done(99, answer.broken or answer.said)
+    code, modules = answer.value
+    for name in modules:
+        if name not in sys.modules:
+            with suppress(Exception):  # one that a command has made itself
+                importlib.import_module(name)
+    return Done(code, answer.said)
+
+
 def do(root: Path, *commands: tuple[str, ...]) -> None:
-    """Do commands in `root`, each in a child."""
+    """Do commands in `root`, none of which may fail."""
     for command in commands:
-        done = run_forked(*command, cwd=root)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-4000:]}"
+        code, said = done(root, *command)
+        assert code == 0, f"{' '.join(command)}\n{said[-4000:]}"

@@ -26,7 +26,7 @@ from harvest.model import ModelConfig, load
 from harvest.provenance import manifest_of
 from harvest.selfcheck import choose_isolation
 from harvest.spine_writer import write_spine
-from tests.faults import tree
+from tests.faults import kills, tree
 from tests.faults.child import ask, in_child, outcome
 from tests.faults.power import images
 from tests.faults.report import Tally, judged
@@ -161,3 +161,21 @@ def test_power_losses_of_a_harvest(
     part = {"two ranks": 7, "leases": 3}.get(kind, 1)  # of 1,481 and 600 images
     run(tally, f"power loss: store, {kind}", tmp_path / "s", before, work, part)
     assert tally.cases() > 60
+
+
+@pytest.mark.long
+def test_a_harvest_goes_on_after_a_kill(tally: Tally, harvests: Harvests, tmp_path: Path) -> None:
+    root = tmp_path / "s"
+    work = partial(harvests.into, root, 1, 4)
+    assert outcome(in_child(work)) == 0
+    expected = kept(root)
+
+    def after() -> dict[str, bytes]:
+        work()
+        return kept(root)
+
+    for moment in kills.killed(partial(tree.put, root, {}), work, threads=True):
+        answer = ask(after)
+        told = answer.refusal or answer.broken or answer.said
+        tally.add("kill: store", judged(answer, expected), f"moment {moment}: {told}")
+    assert tally.cases() > 130

@@ -1,0 +1,97 @@
+"""Exports, a release, a sweep's pages and the run made of another library's SAE: power losses and
+kills while they are written, then the same command again.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from data import durable
+from data.errors import StoreError
+from tests.faults import kills, tree, used
+from tests.faults.child import ask
+from tests.faults.power import images
+from tests.faults.report import Outcome, Tally, judged
+from tests.faults.trace import traced
+from tests.faults.tree import Tree
+
+COMMANDS = {
+    "export": used.EXPORTS[0],
+    "release": used.EXPORTS[1],
+    "sweep": used.STUDIES[-1],
+    "imported": used.EXPORTS[2],
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs, of which one has its quality, a catalogue and its exports."""
+    folder = tmp_path_factory.mktemp("outputs")
+    used.do(folder, *used.TRAINING, used.STUDIES[2], used.EXPORTS[0])
+    for command in COMMANDS.values():  # what they import is there then
+        before = tree.read(folder / "runs")
+        used.do(folder, command)
+        tree.put(folder / "runs", before)
+    return folder
+
+
+def again(root: Path, command: tuple[str, ...]) -> Tree:
+    """Do the command once more; all that lies in the folder of runs then."""
+    done = used.done(root, *command)
+    if done.code in (2, 75) and "Traceback" not in done.said:
+        raise StoreError(done.said)
+    assert done.code == 0, done.said
+    return whole(root / "runs")
+
+
+def whole(runs: Path) -> Tree:
+    """The files that are no killed process's temporaries: an export has no lock to remove them."""
+    return {
+        name: data
+        for name, data in tree.files(runs).items()
+        if not durable.is_temporary(runs / name)
+    }
+
+
+def tried(tally: Tally, kind: str, told: str, root: Path, expected: Tree) -> None:
+    answer = ask(partial(again, root, COMMANDS[kind.split()[-1]]))
+    other = tree.differences(expected, answer.value or {})
+    told = f"{told}: {answer.refusal or answer.broken or other}"
+    tally.add(kind, judged(answer, expected), told)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_goes_on_after_a_power_loss(name: str, root: Path, tally: Tally) -> None:
+    runs = root / "runs"
+    before = _without(tree.read(runs), name)
+    tree.put(runs, before)
+    trace = traced(runs, partial(used.do, root, COMMANDS[name]))
+    assert trace.code == 0
+    expected = whole(runs)
+    for image in images(trace):
+        image.put()
+        tried(tally, f"power loss: {name}", str(image), root, expected)
+    assert tally.cases() > 5
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_goes_on_after_a_kill(name: str, root: Path, tally: Tally) -> None:
+    runs = root / "runs"
+    before = _without(tree.read(runs), name)
+    tree.put(runs, before)
+    expected = again(root, COMMANDS[name])
+    begin = partial(tree.put, runs, before)
+    for moment in kills.killed(begin, partial(used.do, root, COMMANDS[name])):
+        tried(tally, f"kill: {name}", f"moment {moment}", root, expected)
+    assert tally.cases(Outcome.SAME) == tally.cases() > 5
+
+
+def _without(runs: Tree, name: str) -> Tree:
+    """The folder of runs before a command was done for the first time."""
+    left = {"export": "a/export", "release": "a/publish", "sweep": "sweep", "imported": "imported"}
+    return {path: node for path, node in runs.items() if not path.startswith(left[name])}
