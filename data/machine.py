@@ -68,11 +68,15 @@ def answer(error: Exception, smaller: str = "") -> PipelineError | None:
         found: PipelineError = PipelineError(f"out of memory ({reason}); {way_out}; {KEPT}")
     elif isinstance(error, OSError) or errno_of(error) is not None:
         found = _of_a_call(error)
+    elif "initialize cpuinfo" in str(error):
+        found = StoreError(
+            "torch asks /proc what this processor can do, and it is not mounted; mount it"
+        )
     elif (library := _loading(error)) is not None:
         reason = _bounded(f"{type(error).__name__}: {first_line(error)}")
         found = SettingError(
-            f"{library} cannot be loaded ({reason}); unset the environment variable that it reads "
-            "there, or install it again"
+            f"{library} cannot be loaded ({reason}); mend what it names: an "
+            "environment variable, the memory (`ulimit -v`), or its installation"
         )
     else:
         return None
