@@ -19,7 +19,7 @@ from typing import Any
 from analyze.results import FOLDER
 from analyze.study import Definition
 from analyze.subject import open_store
-from data import digests, durable, locks
+from data import digests, durable, locks, sealed
 from data.digests import Digests
 from data.errors import PipelineError, SettingError, StoreError, TemporaryError
 from data.journal import Progress, size, tell
@@ -187,14 +187,27 @@ def _is_written(folder: Path, run: Path) -> bool:
 
 
 def _tell_unnamed(checked: Checked) -> None:
-    """Say which folders hold files that no record names."""
+    """Say which folders hold files that no record names; those with digests of their own count."""
     for folder in _folders(checked.run):
-        names = [path.name for path in sorted(folder.iterdir()) if _is_unnamed(path, checked)]
+        paths = [path for path in sorted(folder.iterdir()) if _is_unnamed(path, checked)]
+        names = [path.name for path in paths if not _is_sealed(path, checked)]
         if names:
             what = "unfinished, or of an earlier version"
             if _is_written(folder, checked.run):
                 what = "being written"
             tell(f"{folder}: nothing vouches for {', '.join(names)}: {what}")
+
+
+def _is_sealed(path: Path, checked: Checked) -> bool:
+    """Whether a file has a digest of its own, which is compared."""
+    whole = sealed.is_whole(path)
+    if whole:
+        checked.files.add(path)
+        checked.whole(str(path), path.stat().st_size)
+    elif whole is not None:
+        way_out = _way_out(path.parent, checked.run)
+        checked.wrong(StoreError(f"{path} is not what was written; {way_out}"))
+    return whole is not None
 
 
 def _is_unnamed(path: Path, checked: Checked) -> bool:

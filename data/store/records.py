@@ -16,8 +16,8 @@ from data.errors import StoreError
 # The checksum stands first, at a fixed position, and is over the bytes behind it. A store of a
 # billion tokens has 30,000 records. To encode each again for its check would take longer than all
 # else at the store's opening.
-_HEAD = b'{"checksum":"'
-_BODY = len(_HEAD) + 34  # 32 digits, a quotation mark and a comma
+HEAD = b'{"checksum":"'
+_BODY = len(HEAD) + 34  # 32 digits, a quotation mark and a comma
 
 
 def _canonical(body: Mapping[str, Any]) -> bytes:
@@ -32,7 +32,7 @@ def digest(body: Mapping[str, Any]) -> str:
 def encode(body: Mapping[str, Any]) -> bytes:
     """The record of a non-empty `body`."""
     rest = _canonical(body)[1:] + b"\n"
-    return _HEAD + durable.digest(rest).encode() + b'",' + rest
+    return HEAD + durable.digest(rest).encode() + b'",' + rest
 
 
 def decode(data: bytes, name: str) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def decode(data: bytes, name: str) -> dict[str, Any]:
 
 def fault(data: bytes) -> str | None:
     """What is wrong with a record's bytes; None if they are the bytes that were written."""
-    if not data.startswith(_HEAD) or data[_BODY - 2 : _BODY] != b'",':
+    if not data.startswith(HEAD) or data[_BODY - 2 : _BODY] != b'",':
         return "is not a record"
     if durable.digest(data[_BODY:]).encode() != checksum(data):
         return "does not match its own checksum"
@@ -60,7 +60,7 @@ def fault(data: bytes) -> str | None:
 
 def checksum(data: bytes) -> bytes:
     """The checksum that a record states: 32 hexadecimal digits."""
-    return data[len(_HEAD) : _BODY - 2]
+    return data[len(HEAD) : _BODY - 2]
 
 
 def _way_out(name: str) -> str:

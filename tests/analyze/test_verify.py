@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from analyze.studies.verify import verify
-from data import digests, locks
+from data import digests, locks, sealed
 from data.errors import SettingError, StoreError
 from tests.analyze.conftest import Made, make_run, random_rows
 from tests.faults import tree
@@ -35,6 +35,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Made:
         (folder := made.run / name).mkdir(parents=True)
         (folder / "quality.json").write_text('{"figures": 1}')
         digests.write(folder, ["quality.json"], {"study": "quality"})
+    sealed.write(made.run / "studies/kept/means-01/000003.npz", [b"part"])
     bundle.write(made.run / "export" / "sparsify", {"layers.3/cfg.json": b"{}", "a.pt": b"a" * 99})
     bundle.write(made.run / "publish", {"README.md": b"card", CONFIG: b"store: s"})
     digests.write(made.run, [CONFIG, METRICS, "sae_final.pt"])
@@ -59,7 +60,7 @@ def test_a_whole_run_is_whole(run: Path, capsys: pytest.CaptureFixture[str]) -> 
     before = tree.read(run.parent)
     verify(settings(run))
     told = capsys.readouterr()
-    assert told.out.count("\n") == 1 and "10 files and 2 checkpoints" in told.out
+    assert told.out.count("\n") == 1 and "11 files and 2 checkpoints" in told.out
     assert "4 units" in told.out and told.err == ""
     assert tree.read(run.parent) == before
     verify(settings(run, store=False))
@@ -87,7 +88,7 @@ def test_damage_in_any_file_is_one_line_with_the_way_out(
             else:
                 path.write_bytes(damaged)
             found = tree.read(run.parent)
-            is_record = path.name == digests.FILE or re.search(r"step_\d+\.json", name)
+            is_record = path.name == digests.FILE or re.search(r"step_\d+\.json|npz", name)
             if damaged is None and (is_record or name in of_the_store):
                 verify(settings(run, store=False))  # as if it had never been written
             else:
