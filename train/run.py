@@ -226,11 +226,17 @@ def require(run: Path, name: str) -> None:
         _tell_unvouched(run)
     elif name in kept.files:
         kept.require([name], way_out(kept, name))
-    elif name in (METRICS, TIMINGS) and (seen := checkpoint.seen(run / CHECKPOINTS)):
-        _require_begin(run / name, seen[name == TIMINGS], way_out(kept, name))
+    elif name in (METRICS, TIMINGS) and sae_file.FILE not in kept.files:
+        _require_begin(run, name, way_out(kept, name))
 
 
-def _require_begin(path: Path, seen: Written, way_out: str) -> None:
+def _require_begin(run: Path, name: str, way_out: str) -> None:
+    """Raise StoreError if a log lacks what the newest checkpoint saw."""
+    logs = checkpoint.seen(run / CHECKPOINTS)
+    if logs is None:
+        return
+    seen = logs[name == TIMINGS]
+    path = run / name
     try:
         with path.open("rb") as file:
             found = durable.digest(file.read(seen.bytes))
