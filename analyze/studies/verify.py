@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def verify(settings: Mapping[str, Any]) -> None:
     if not any((run / name).exists() for name in (CONFIG, digests.FILE, sae_file.FILE)):
         raise StoreError(f"no run at {run}; train one with `python -m train store=... run={run}`")
     checked = Checked(run)
-    for folder in _folders(run):
+    for folder, _ in _folders(run):
         _folder(checked, folder)
     _tell_unnamed(checked)
     _checkpoints(checked)
@@ -100,12 +101,15 @@ def verify(settings: Mapping[str, Any]) -> None:
 # -- folders with a record -------------------------------------------------------------------------
 
 
-def _folders(run: Path) -> Iterator[Path]:
-    """The run's folder and those below it, without the checkpoints' and other runs'."""
-    for parent, folders, _ in os.walk(run):
+def _folders(run: Path) -> Iterator[tuple[Path, list[str]]]:
+    """The run's folder and those below it, with the names of their files.
+
+    The checkpoints' and other runs' are left out.
+    """
+    for parent, folders, files in os.walk(run):
         place = Path(parent)
         folders[:] = [name for name in sorted(folders) if not _is_apart(place / name, run)]
-        yield place
+        yield place, sorted(files)
 
 
 def _is_apart(folder: Path, run: Path) -> bool:
@@ -126,10 +130,14 @@ def _folder(checked: Checked, folder: Path) -> None:
             if name not in faulty:
                 checked.whole(str(folder / name), written.bytes)
     if found and _is_written(folder, checked.run):
-        tell(f"{folder} is being written by another process; verify again once it has ended")
+        _tell_busy(folder)
         return
     for _, error in found:
         checked.wrong(error)
+
+
+def _tell_busy(path: Path) -> None:
+    tell(f"{path} is being written by another process; verify again once it has ended")
 
 
 def _record(folder: Path, run: Path) -> Digests | str | None:
@@ -188,8 +196,8 @@ def _is_written(folder: Path, run: Path) -> bool:
 
 def _tell_unnamed(checked: Checked) -> None:
     """Say which folders hold files that no record names; those with digests of their own count."""
-    for folder in _folders(checked.run):
-        paths = [path for path in sorted(folder.iterdir()) if _is_unnamed(path, checked)]
+    for folder, files in _folders(checked.run):
+        paths = [folder / name for name in files if _is_unnamed(folder / name, checked)]
         names = [path.name for path in paths if not _is_sealed(path, checked)]
         if names:
             what = "unfinished, or of an earlier version"
@@ -203,7 +211,8 @@ def _is_sealed(path: Path, checked: Checked) -> bool:
     whole = sealed.is_whole(path)
     if whole:
         checked.files.add(path)
-        checked.whole(str(path), path.stat().st_size)
+        with suppress(FileNotFoundError):  # it is gone by now
+            checked.whole(str(path), path.stat().st_size)
     elif whole is not None:
         way_out = _way_out(path.parent, checked.run)
         checked.wrong(StoreError(f"{path} is not what was written; {way_out}"))
@@ -228,6 +237,9 @@ def _checkpoints(checked: Checked) -> None:
             checked.whole(name, nbytes)
             continue
         path = run / CHECKPOINTS / name
+        if _is_written(run, run):
+            _tell_busy(path)
+            continue
         way_out = f"`python -m train ... run={run}` passes it over and removes it"
         checked.wrong(StoreError(f"{path} is not what was written; {way_out}"))
     for name in (METRICS, TIMINGS):
@@ -239,7 +251,10 @@ def _required(checked: Checked, name: str) -> None:
     try:
         runs.require(checked.run, name)
     except StoreError as error:
-        checked.wrong(error)
+        if _is_written(checked.run, checked.run):
+            _tell_busy(checked.run / name)
+        else:
+            checked.wrong(error)
 
 
 # -- the store -------------------------------------------------------------------------------------
