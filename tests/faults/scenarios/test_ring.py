@@ -193,6 +193,20 @@ def test_a_ring_goes_on_after_each_power_loss(
     assert tally.cases(Outcome.SAME) == tally.cases() >= 3
 
 
+@pytest.mark.long
+def test_one_power_loss_after_another(
+    world: World, trace: Trace, expected: dict[str, bytes], tally: Tally
+) -> None:
+    """Of what the first one left, both commands again, and a loss in that."""
+    for image in list(every(images(trace), 75 * EVERY)):
+        image.put()
+        again = traced(trace.root, partial(world.both, trace.root))
+        assert again.code == 0
+        for second in every(images(again), 40 * EVERY):
+            tried(tally, "power loss: ring and its run, twice", second, world, expected)
+    assert tally.cases(Outcome.SAME) == tally.cases() > 10
+
+
 def every(found: Iterable[Image], number: int) -> Iterator[Image]:
     """Every `number`-th image, from the middle of the first part on."""
     return islice(found, number // 2, None, number)
