@@ -74,10 +74,11 @@ def keep(folder: Path, steps: Iterable[int]) -> None:
     """
     kept = {_name(step) for step in steps}
     found = [path for path in folder.iterdir() if _FILE.fullmatch(path.name)]
-    with durable.refusals(folder):
-        for path in sorted(found, key=lambda path: path.suffix):  # records first
-            if path.stem not in kept:
+    for path in sorted(found, key=lambda path: path.suffix):  # records first
+        if path.stem not in kept:
+            with durable.refusals(path):
                 path.unlink(missing_ok=True)
+    with durable.refusals(folder):
         # Also if nothing was left to remove: a killed process may have removed it without this.
         durable.sync_directory(folder)
 

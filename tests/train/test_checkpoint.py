@@ -1,11 +1,14 @@
 """A checkpoint comes back bit for bit, or not at all."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
 
 from data import durable
+from data.errors import StoreError
 from train import checkpoint
 from train.checkpoint import Checkpoint
 
@@ -149,3 +152,17 @@ def test_removals_are_durable_before_save_returns(tmp_path, monkeypatch):
     there.clear()
     checkpoint.keep(tmp_path, [15, 10])  # a killed process may have removed without syncing
     assert there == [{path.name for path in tmp_path.iterdir()}]
+
+
+def test_a_folder_that_cannot_be_changed_is_one_line(tmp_path, monkeypatch):
+    """Only where something must go: a finished run can be looked at there."""
+    saved(tmp_path, 5, 10)
+
+    def refusing(path, *_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    for name in ("unlink", "replace", "rename"):
+        monkeypatch.setattr(os, name, refusing)
+    checkpoint.keep(tmp_path, [5, 10])
+    with pytest.raises(StoreError, match=r"step_0000000005\.json"):
+        checkpoint.keep(tmp_path, [10])
