@@ -123,7 +123,7 @@ def _read(folder: Path, name: str, way_out: str) -> Result | None:
     if recorded is None:
         unread = not (folder / digests.FILE).exists() and (folder / f"{name}.json").exists()
         if unread and folder.name == name:
-            tell(f"nothing records {folder}, so it may not be whole; {way_out}")
+            tell(f"{folder / digests.FILE} is missing, so nothing vouches for the rest; {way_out}")
         return None
     try:
         recorded.require(None, way_out)
@@ -159,7 +159,8 @@ def _settings(folder: Path, name: str) -> dict[str, Any] | None:
 def begin(run: Path, name: str) -> Path:
     """An empty folder for a new result; `publish` puts it in its place."""
     folder = _new(run, name)
-    shutil.rmtree(folder, ignore_errors=True)
+    for left in (folder, _removed(run, name)):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     return made(folder)
 
 
@@ -176,7 +177,7 @@ def publish(run: Path, name: str, settings: Mapping[str, Any]) -> None:
     for folder in _folders(run, name)[1:]:
         # A damaged result of the same settings. One of an earlier version has no record.
         if (folder / digests.FILE).exists() and _settings(folder, name) == settings:
-            _remove(folder, name)
+            _remove(folder, run, name)
 
 
 def bring_back(result: Result, run: Path) -> Result:
@@ -193,7 +194,7 @@ def _place(folder: Path, run: Path, name: str) -> None:
     if place.exists():
         settings = _settings(place, name)
         if settings is None:
-            _remove(place, name)
+            _remove(place, run, name)
         else:
             _move(place, _aside(run, name, settings))
     _move(folder, place)
@@ -207,9 +208,13 @@ def _aside(run: Path, name: str, settings: Mapping[str, Any]) -> Path:
     return next(path for path in chain([stem], numbers) if not path.exists())
 
 
-def _remove(folder: Path, name: str) -> None:
+def _removed(run: Path, name: str) -> Path:
+    return run / FOLDER / f".{name}.old"
+
+
+def _remove(folder: Path, run: Path, name: str) -> None:
     # Renamed first: what a stop leaves of it is not taken for a result of an earlier version.
-    removed = folder.with_name(f".{name}.old")
+    removed = _removed(run, name)
     shutil.rmtree(removed, ignore_errors=True)
     _move(folder, removed)
     shutil.rmtree(removed, ignore_errors=True)

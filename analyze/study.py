@@ -192,7 +192,7 @@ class Study:
         assert definition.run is not None
         run = self.subject.run
         busy = f"study={self.name} of {run} is being done by another process; wait, or stop it"
-        settings = {} if definition.fresh else self._settings(definition)
+        settings = {} if definition.fresh else self.settings(definition)
         with locks.locked(run / FOLDER / f".{self.name}", busy):
             outcome = definition.run(self) if definition.fresh else self._done(definition, settings)
             if definition.beside:
@@ -214,7 +214,7 @@ class Study:
         try:
             outcome = definition.run(self)
             outcomes.write(self.folder, self.name, settings, outcome, finds=definition.finds)
-            if self._settings(definition) != settings:
+            if self.settings(definition) != settings:
                 raise TemporaryError(
                     f"what study={self.name} of {run} reads changed while it was made; the same "
                     "command makes it again"
@@ -227,8 +227,8 @@ class Study:
             self._making = None
         return outcome
 
-    def _settings(self, definition: Definition) -> dict[str, Any]:
-        """All that the result follows from."""
+    def settings(self, definition: Definition) -> dict[str, Any]:
+        """All that the result follows from, as it is recorded."""
         options = {"options": dict(self.options), "version": definition.version}
         follows = {**self.identity, **definition.inputs(self), **options}
         return dict(json.loads(dumped(follows)))

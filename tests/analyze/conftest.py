@@ -112,7 +112,10 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on layer 5 of the embedded model, 16,384 tokens of its problems; its latents are 256 of
     their rows.
     """
-    root = tmp_path_factory.mktemp("tiny")
+    return make_tiny_run(tmp_path_factory.mktemp("tiny"))
+
+
+def make_tiny_run(root: Path) -> Path:
     config = HarvestConfig(
         root / "s.zarr", (TINY_LAYER,), 16_384, context=128, unit=2048, chunk=128
     )

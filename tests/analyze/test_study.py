@@ -9,15 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from analyze import results
 from analyze.kept import grow, read_lines
 from analyze.outcome import Outcome, Picture, Table
+from analyze.parts import Parts
 from analyze.study import Definition, Study, find, modules
 from analyze.subject import Subject
-from data.errors import Interrupted, SettingError, StoreError
+from data.errors import Interrupted, SettingError, StoreError, TemporaryError
 from harvest.model import ModelConfig
 from tests.analyze.conftest import Made
 
@@ -130,6 +132,63 @@ def test_a_killed_study_is_never_taken_for_done(asked: Callable[..., Study]) -> 
     assert (asked().folder / "figures.txt").read_text() == str({"top": 3})
 
 
+def test_a_result_that_was_killed_before_its_renaming_is_taken(asked: Callable[..., Study]) -> None:
+    run = Counted()
+    asked(top=3).perform(Definition(run))
+    asked(top=5).perform(Definition(run))
+    place = asked().place
+    place.rename(place.with_name(".shape.new"))
+    assert results.current(asked().subject.run, asked().subject.digest) == {}
+    assert asked(top=5).perform(Definition(run)).figures["options"] == {"top": 5}
+    assert run.times == 2 and sorted(names(asked()))[0] == "shape"
+
+
+def test_a_result_of_an_earlier_version_is_set_aside(
+    asked: Callable[..., Study], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has no record, and is not counted."""
+    run = Counted()
+    asked(top=3).perform(Definition(run))
+    (asked().place / "digests.json").unlink()
+    before = (asked().place / "shape.json").read_bytes()
+    subject = asked().subject
+    assert results.current(subject.run, subject.digest) == {}
+    for top in (5, 3):
+        asked(top=top).perform(Definition(run))
+    assert run.times == 3 and "digests.json" in capsys.readouterr().err
+    whole = results.of_study(subject.run, "shape")
+    assert [result.settings["options"]["top"] for result in whole] == [3, 5]
+    unrecorded = [
+        path
+        for path in (subject.run / "studies").glob("shape.*")
+        if path not in [result.folder for result in whole]
+    ]
+    assert [(path / "shape.json").read_bytes() for path in unrecorded] == [before]
+
+
+def test_a_damaged_result_gives_way_to_the_one_that_is_made_again(
+    asked: Callable[..., Study], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Counted()
+    for top in (3, 5):
+        asked(top=top).perform(Definition(run))
+    (aside,) = (asked().subject.run / "studies").glob("shape.*")
+    (aside / "drawn.svg").write_text("<svg>other</svg>")
+    outcome = asked(top=3).perform(Definition(run))
+    assert run.times == 3 and outcome.pictures["drawn"].svg == "<svg/>"
+    assert "drawn.svg" in capsys.readouterr().err
+    assert len(results.of_study(asked().subject.run, "shape")) == len(names(asked())) == 2
+
+
+def test_what_is_read_may_not_change_meanwhile(asked: Callable[..., Study]) -> None:
+    files = iter("aabc")
+    definition = Definition(Counted(), inputs=lambda _: {"file": next(files)})
+    asked().perform(definition)
+    with pytest.raises(TemporaryError, match="study=shape"):
+        asked().perform(definition)
+    assert len(results.of_study(asked().subject.run, "shape")) == 1
+
+
 def test_results_of_another_sae_are_left_out(
     asked: Callable[..., Study], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,6 +220,22 @@ def test_kept_is_made_once_and_again_where_damaged(asked: Callable[..., Study]) 
         assert asked().kept("rows", key, make) == folder
         assert ((folder / "a").read_text(), (folder / "b").read_text()) == ("a", "b")
     assert len(made) == 4
+
+
+def test_a_damaged_part_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A flipped bit in the headers of an .npz is silent, or an error of any kind."""
+    parts = Parts(tmp_path / "parts")
+    made = {"a": np.arange(5)}
+    parts.of(0, lambda: made)
+    (path,) = parts.folder.iterdir() if parts.folder else ()
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 7):
+        flipped = bytearray(whole)
+        flipped[at] ^= 4
+        path.write_bytes(flipped)
+        assert parts.of(0, lambda: made) is made and path.read_bytes() == whole
+        assert path.name in capsys.readouterr().err
+    np.testing.assert_array_equal(parts.of(0, lambda: {})["a"], made["a"])
 
 
 def test_a_file_of_lines_goes_on_behind_its_last_batch(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def quality_of(run: Path, digest: str) -> bytes | None:
     recorded = digests.sound(run / FOLDER / ".quality", way_out)
     if recorded is None:
         if (run / QUALITY).exists():
-            tell(f"nothing records {run / QUALITY}, so it may not be whole; {way_out}")
+            tell(f"nothing vouches for {run / QUALITY}; {way_out}")
         return None
     try:
         content = recorded.content(f"../../{QUALITY}", way_out)
@@ -74,7 +74,7 @@ def _read(folder: Path, name: str) -> Finding | None:
     recorded = digests.sound(folder, way_out)
     if recorded is None:
         if (folder / f"{name}.json").exists():
-            tell(f"nothing records {folder}, so it may not be whole; {way_out}")
+            tell(f"{folder / digests.FILE} is missing, so nothing vouches for the rest; {way_out}")
         return None
     try:
         recorded.require(None, way_out)

@@ -83,6 +83,8 @@ def read(folder: Path, layer: int) -> Shown | None:
     try:
         recorded = digests.read(folder / RECORD, way_out)
         if recorded is None:
+            if (folder / JSON).exists():
+                tell(f"nothing vouches for {folder / JSON}; {way_out}")
             return None
         recorded.require(None, way_out)
         layers = json.loads(recorded.content(f"../{JSON}", way_out))["layers"]
