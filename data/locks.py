@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data import durable
-from data.errors import TemporaryError
+from data.errors import TemporaryError, caused
 from data.journal import tell
 
 # What file systems answer that have no such locks: FUSE mounts, Lustre without flock, some NFS.
@@ -75,13 +75,18 @@ def _taken(folder: Path, handles: list[int]) -> bool | None:
     try:
         return durable.lock(fcntl.flock, handles[0], how)
     except OSError as error:
-        if error.errno not in NONE:
-            raise
+        _require_none(folder, error)
     with durable.refusals(folder / FILE):
         handles.append(os.open(folder / FILE, os.O_RDWR | os.O_CREAT, 0o666))
     try:
         return durable.lock(fcntl.lockf, handles[1], how)
     except OSError as error:
-        if error.errno not in NONE:
-            raise
+        _require_none(folder, error)
     return None
+
+
+def _require_none(folder: Path, error: OSError) -> None:
+    """Raise unless `error` says that the file system has no such locks."""
+    if error.errno not in NONE:
+        got = f"{folder} cannot be locked: {error.strerror}"
+        raise caused(error, got, "choose another place") from error

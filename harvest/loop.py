@@ -220,7 +220,7 @@ def compute(
             if not is_out_of_memory(error):
                 raise
             if faults.oom == "stop" or batch == 1:
-                raise OutOfMemory(unit, batch) from error
+                raise OutOfMemory(unit, batch, store.context) from error
         batch //= 2
         tell(
             f"unit {unit}: out of memory; going on with batch={batch}, which is recorded, since "
@@ -233,18 +233,19 @@ def compute(
 class OutOfMemory(PipelineError):
     """A batch did not fit in memory; nothing of its unit was written."""
 
-    def __init__(self, unit: int, batch: int) -> None:
+    def __init__(self, unit: int, batch: int, context: int) -> None:
         super().__init__(
             f"unit {unit}: a batch of {batch} rows does not fit in memory; what was committed "
             "before is intact. Go on with oom=halve (smaller batches may change bits, and are "
-            "recorded), or begin another store= with less batch= or context="
+            f"recorded), or begin another store= with less than batch={batch} or context={context}"
         )
         self.unit = unit
         self.batch = batch  # packed rows
+        self.context = context  # tokens of each
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For pickle, by which a launcher's job returns it."""
-        return type(self), (self.unit, self.batch)
+        return type(self), (self.unit, self.batch, self.context)
 
 
 def fit_codec(store: Store, lm: LanguageModel, layers: Sequence[int]) -> None:

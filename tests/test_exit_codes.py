@@ -81,7 +81,7 @@ ERRORS = {
         MismatchError("there", {"seed": (0, 1)}, "Go on."),
         NonFiniteError("x"),
         NoLocksError("x"),
-        OutOfMemory(3, 16),
+        OutOfMemory(3, 16, 1024),
         MemoryError("x"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate"),
         *map(os_error, [*OF_THE_PATH, *OTHERS]),

@@ -291,7 +291,7 @@ def test_out_of_memory_is_known_from_other_errors() -> None:
         torch.ones(2) @ torch.ones(3)
     assert not is_out_of_memory(shapes.value)
     assert not is_out_of_memory(ValueError("out of memory"))
-    error = OutOfMemory(unit=7, batch=16)
+    error = OutOfMemory(unit=7, batch=16, context=8)
     assert "unit 7" in str(error) and "16 rows" in str(error) and "oom=halve" in str(error)
 
 
