@@ -82,16 +82,8 @@ def test_another_refusal_is_no_lack_of_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", refuses("EIO"))
-    with pytest.raises(OSError, match=os.strerror(errno.EIO)), locks.locked(tmp_path, "held"):
-        raise AssertionError("nobody holds it")
-
-
-def test_a_lock_that_the_disk_refuses_names_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fcntl, "flock", refuses("EIO"))
     with (
-        pytest.raises(TemporaryError, match=f"{tmp_path} cannot be locked"),
+        pytest.raises(TemporaryError, match=f"{tmp_path} cannot be locked: "),
         locks.locked(tmp_path, "held"),
     ):
         raise AssertionError("nobody holds it")
