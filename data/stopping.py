@@ -97,11 +97,13 @@ def watch() -> None:
 
 
 def leave(end: SystemExit) -> None:
-    """After a command that has said that it was stopped, end the process, unless it is held off.
+    """After a command that was stopped, and has said so if that is news, end the process.
+
+    It waits while the end is held off.
 
     Taking the interpreter down takes seconds once torch is loaded, and no thread runs meanwhile.
     """
-    if told.is_set():
+    if told.is_set() or expected.is_set():
         while _held.count:
             time.sleep(_POLL_S)
         with suppress(OSError):  # nobody may be reading

@@ -9,12 +9,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from analyze.pages.browser import serve
-from data import digests
+from data import digests, stopping
 from data.errors import StoreError
 
 SECRET = b"CANARY"
@@ -170,6 +171,24 @@ def test_who_asks_slowly_costs_little(ask: Ask, monkeypatch: pytest.MonkeyPatch)
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert all(b"<title>page" not in everything(connection) for connection in slow)  # type: ignore[arg-type]
+
+
+def test_ctrl_c_is_how_it_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: taking the interpreter down takes seconds once torch is loaded."""
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", stopped)
+    try:
+        with pytest.raises(SystemExit) as end:
+            serve.serve(folder, 0)
+        stopping.leave(end.value)
+    finally:
+        stopping.expected.clear()
+    assert ended == [0]
+
+
+def stopped(_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_damaged_folder_is_not_served(folder: Path) -> None:

@@ -203,9 +203,10 @@ def server(folder: Path, port: int) -> ThreadingHTTPServer:
 
 
 def serve(folder: Path, port: int) -> None:
-    """Print the address and serve `folder` until Ctrl-C.
+    """Print the address and serve `folder` until Ctrl-C, which ends the command.
 
     Raises:
+        SystemExit: it has come, with code 0.
         StoreError, SettingError: see `server`.
     """
     with server(folder, port) as running:
@@ -213,3 +214,4 @@ def serve(folder: Path, port: int) -> None:
         stopping.expected.set()
         with suppress(KeyboardInterrupt):  # which is how it ends
             running.serve_forever()
+    sys.exit(0)
