@@ -34,8 +34,6 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",
     # cuBLAS repeats its bits only with a workspace of fixed size. CUDA reads it when it starts.
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    # Hydra's refusals come to `run_main`, which prints one line.
-    "HYDRA_FULL_ERROR": "1",
 }
 
 
@@ -71,6 +69,7 @@ def start(name: str, module: str) -> None:
     stopping.answer_early()
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra ends the command itself, and not in a line
     sys.excepthook = print_defect
     _begun.clear()
     try:

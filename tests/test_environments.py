@@ -92,6 +92,7 @@ QUICK: dict[str, Callable[[], object]] = {
         SLURM_ARRAY_TASK_ID="3", SLURM_ARRAY_TASK_STEP="0", SLURM_ARRAY_TASK_COUNT="0"
     ),
     "no home": lambda: os.environ.pop("HOME", None),
+    "Hydra's own errors": lambda: os.environ.update(HYDRA_FULL_ERROR="0"),
     "no columns": lambda: os.environ.update(COLUMNS="0", TERM="dumb"),
 }
 
@@ -113,7 +114,8 @@ def test_a_look_at_a_store_works_or_says_in_one_line_why_not(
         f"here.QUICK[{name!r}]()\n"
         "start('harvest', 'harvest.command')"
     )
-    ended = run_forked("-c", code, "action=status", f"store={made}", cwd=tmp_path)
+    refused = ["no=such"] if name == "Hydra's own errors" else []
+    ended = run_forked("-c", code, "action=status", f"store={made}", *refused, cwd=tmp_path)
     require_a_line(ended.returncode, ended.stderr)
 
 
