@@ -8,7 +8,7 @@ NAME is a step, such as `train.rows`, or a group of steps. What a step needs is 
 
     harvest   All files of a store but its claims and temporaries. A ring's watermark and readers
               are left out, and its shards are compared where both sides still have them.
-    train     sae_final.pt, metrics.jsonl, config.yaml and the last two checkpoints.
+    train     sae_final.pt, metrics.jsonl, config.yaml and the tensors of the last two checkpoints.
     handed    OLD's stores, its finished run and one that it stopped go to both sides. They add a
               layer, ask for the status, measure the finished run and finish the other one.
     study     The figures in NAME.json, wherever it lies below the run, but for what is VOLATILE.
@@ -246,9 +246,14 @@ WAYS = {way.__name__: way for way in (plain, padded, ring, handed)}
 # By kind of folder, which files are not compared, and which ones may be on one side alone.
 PASSING = r"commits/claims|(.*/)?\.[^/]*\.tmp"
 TIMED = rf"{PASSING}|commits/ring\.json|commits/readers/.*"
-BESIDE = rf"{PASSING}|(studies|export)/.*|quality\..*|(timings|metrics)\.jsonl|sae_final\.pt"
+# The records of a run have the digest of its timings.jsonl.
+RECORDS = r"digests\.json|checkpoint/step_\d+\.json"
+FOUND = r"(studies|export)/.*|quality\..*|(timings|metrics)\.jsonl|sae_final\.pt"
+BESIDE = rf"{PASSING}|{RECORDS}|{FOUND}"
 TREES = {"store": (PASSING, ""), "ring": (TIMED, r"layer_\d+/c\..*"), "tree": ("", "")}
-SEEN = r".*\.(md|svg)|.*-[0-9a-f]{12}\.\w+"  # of a study: what is looked at, and caches
+SEEN = (
+    r".*\.(md|svg)|digests\.json|.*-[0-9a-f]{12}\.\w+"  # of a study: what is looked at, and caches
+)
 # By the clock, the place, or the bytes of another study's JSON. Of absolute paths names count.
 VOLATILE = {"seconds", "tokens_per_s", "folder", "eval_id", "datetime_epoch_millis"}
 
