@@ -65,7 +65,7 @@ def await_ring(path: str) -> None:
         return
     if not (manifest.exists(place) or place.empty()):  # no harvest will begin in such a folder
         return
-    lacking = "has no layer yet" if manifest.exists(place) else "is not there yet"
+    lacking = "is no ring yet" if manifest.exists(place) else "is not there yet"
     tell(
         f"{path} {lacking}: waiting {PATIENCE_S:.0f}s for a `python -m harvest max_bytes=... "
         f"store={path}` to begin"
@@ -80,5 +80,7 @@ def await_ring(path: str) -> None:
 
 
 def _has_begun(place: Place) -> bool:
-    """Whether there is a ring, or a store with rows. The first row of a ring comes behind it."""
-    return place.exists(ring_state.KEY) or bool(place.names(RESIDUALS))
+    """Whether there is a ring, or a store with rows that is not becoming one."""
+    if place.exists(ring_state.KEY):
+        return True
+    return bool(place.names(RESIDUALS)) and not is_announced(place)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from data.errors import SettingError
-from data.store import coming, default, ring_state
+from data.store import coming, default, manifest, ring_state
 from data.store.leases import Leases
 from data.store.place import LocalPlace
 from data.store.ring_state import RingState
@@ -74,6 +74,9 @@ def test_training_waits_for_the_ring_that_a_harvest_makes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     place = LocalPlace(tmp_path / "s.zarr")
+    # Also one that begins in a store with rows, or that lost its record and was repaired.
+    for key in (manifest.KEY, "commits/residuals/00000000.3.json"):
+        place.write(key, [b""])
 
     def make() -> None:
         time.sleep(3 * coming.PATIENCE_S)
