@@ -21,7 +21,7 @@ from data.text.sources import source_name, source_of
 from harvest.config import Faults, HarvestConfig, check_context
 from harvest.cost import cost
 from harvest.description import Description
-from harvest.headers import Stored, require_usable, stored
+from harvest.headers import Stored, require_layers, require_usable, stored
 from harvest.loop import harvest
 from harvest.model import ModelConfig, load
 from harvest.model_folder import EMBEDDED
@@ -186,6 +186,7 @@ def tell_standing(stands: Rank, device: str) -> None:
 def planned_for(config: HarvestConfig, described: Description, files: Stored) -> Plan:
     """The plan, from the model's configuration and its files' headers."""
     model = described.config
+    require_layers(files, described.text, model.path)
     costs = cost(described.whole, config.layers, model.dtype, config.batch, config.context)
     copied = files.other_share(model.dtype)
     d_model = described.text.hidden_size

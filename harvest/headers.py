@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from data.errors import SettingError, caused, first_line
+from data.errors import SettingError
+from data.foreign import reading
 from harvest.hub_model import asked_of_hub, is_local
 from harvest.weight_files import INDEX, SINGLE, is_tower, needed
 
@@ -20,6 +21,7 @@ _SAME = {"float32": "F32", "bfloat16": "BF16"}
 # Least share of the decoder's numbers that files hold. What exactly is missing tells the loading,
 # which knows every family's names; here a part of a download is told from a model.
 _LEAST = 0.9
+_REPEATED = 64  # layers without weights of their own
 
 
 class Entry(NamedTuple):
@@ -34,6 +36,7 @@ class Stored(NamedTuple):
     """What files hold of a text decoder and its head."""
 
     numbers: Mapping[str, int]  # by the data type, as the format names it
+    weights: int  # tensors
 
     @property
     def total(self) -> int:
@@ -55,10 +58,27 @@ def stored(path: str, folder: Path) -> Stored:
         SettingError: there are no weights, or a header cannot be read.
     """
     numbers: dict[str, int] = {}
+    weights = 0
     for entry in _entries(path, folder):
         if not is_tower(entry.name):
             numbers[entry.dtype] = numbers.get(entry.dtype, 0) + entry.numbers
-    return Stored(numbers)
+            weights += 1
+    return Stored(numbers, weights)
+
+
+def require_layers(files: Stored, text: Any, path: str) -> None:
+    """Raise SettingError for more layers than files can hold, before they are built.
+
+    Args:
+        text: the decoder's configuration.
+    """
+    layers = getattr(text, "num_hidden_layers", None) or 0
+    # Some families run a layer several times.
+    if layers > files.weights + _REPEATED:
+        raise SettingError(
+            f"model.path={path} has {layers:,} layers by its config.json, and {files.weights:,} "
+            "weights in its files; download or copy it again"
+        )
 
 
 def require_usable(files: Stored, wanted: int, path: str) -> None:
@@ -101,16 +121,13 @@ def _entries(path: str, folder: Path) -> Iterator[Entry]:
 
 
 def _in_file(file: Path) -> Iterator[Entry]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            for name in opened.keys():  # noqa: SIM118 (no mapping)
-                weight = opened.get_slice(name)
-                yield Entry(name, weight.get_dtype(), prod(weight.get_shape()))
-    except (SafetensorError, OSError) as error:
-        got = f"{file} is damaged ({first_line(error)})"
-        raise caused(error, got, "copy or download it again", SettingError) from error
+    way_out = "copy or download it again"
+    with reading(f"{file} is damaged", way_out, SettingError), safe_open(file, "numpy") as opened:
+        for name in opened.keys():  # noqa: SIM118 (no mapping)
+            weight = opened.get_slice(name)
+            yield Entry(name, weight.get_dtype(), prod(weight.get_shape()))
 
 
 def _on_hub(path: str, commit: str) -> Iterator[Entry]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from data.errors import SettingError
 from harvest.decoder import cut_, find_blocks, find_final_norm
+from harvest.headers import require_layers, stored
 from harvest.hub_model import complete
 from harvest.isolation import Isolation
 from harvest.model_folder import EMBEDDED, config_digest, read_config, weights_digest
@@ -87,6 +88,7 @@ def load(config: ModelConfig, *, deepest: int | None = None, head: bool = False)
     """
     folder, weights = complete(config.path, config.revision)
     whole = read_config(folder)
+    require_layers(stored(config.path, folder), whole.get_text_config(), config.path)
     tokenizer = Tokenizer.load(folder, whole.get_text_config().vocab_size)
     with ThreadPoolExecutor(1, thread_name_prefix="digest") as pool:
         digest = pool.submit(weights_digest, weights)

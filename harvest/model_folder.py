@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data import durable
 from data.errors import SettingError
+from data.foreign import json_object, shortened
 from data.journal import note, size
 from harvest.weights import not_loadable
 
 EMBEDDED = "embedded"  # model.path of the model that ships with the package
+# Entries of config.json that count what transformers builds one by one, and the most of each. Of
+# published models the largest has 384 experts.
+_COUNT = re.compile(r"layers?$|blocks$|heads$|experts$|_groups$")
+_PARTS = 10_000
 # Entries of config.json that no residual depends on.
 _NOISE = {
     "_name_or_path",
@@ -35,12 +41,15 @@ def read_config(folder: Path) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    _require_sane(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         text = config.get_text_config()
+        kind = text.model_type
+        if not all(isinstance(name, str) for name in config.architectures or ()):
+            raise ValueError("its architectures are no names")
     except Exception as error:  # checks of the configuration's class may raise anything
         raise not_loadable(folder, error) from error
-    kind = text.model_type
     sizes = hasattr(text, "hidden_size") and hasattr(text, "vocab_size")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or not sizes:
         raise SettingError(
@@ -49,6 +58,24 @@ def read_config(folder: Path) -> Any:
         )
     _require_readable(folder, config)
     return config
+
+
+def _require_sane(folder: Path) -> None:
+    """Raise SettingError for numbers of parts by which a model would be built for days."""
+    path = folder / "config.json"
+    way_out = "take a folder or a repository of a transformers model"
+    waiting: list[Any] = [json_object(path, way_out, SettingError)]
+    while waiting:
+        part = waiting.pop()
+        for name, value in part.items():
+            if isinstance(value, dict):
+                waiting.append(value)
+            is_count = _COUNT.search(name) is not None and isinstance(value, int | float)
+            if is_count and not -1 <= value <= _PARTS:
+                raise SettingError(
+                    f"{shortened(str(path))} has {shortened(name)}={value:.3g}, and a model at "
+                    f"most {_PARTS:,}; copy or download it again"
+                )
 
 
 def _require_readable(folder: Path, whole: Any) -> None:

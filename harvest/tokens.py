@@ -10,17 +10,23 @@ ordinary tokens of the text: pieces are told apart by their document's number, n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from data import durable
-from data.errors import DocumentError, SettingError, caused, first_line
+from data.errors import DocumentError, SettingError, StoreError
+from data.foreign import reading
 from data.text.chats import Chat, Message
 from data.text.documents import Content
 from harvest.chat_template import ChatTemplate, Spellings, Turns
+
+_WAY_OUT = "copy or download it again"
+_ADDED = 50_000  # Emu3, whose pictures are tokens, has 33,000
+_GROWTH = 1e6  # of a text by a normalizer: that of published ones is below 4
 
 Ids = list[int] | DocumentError  # token ids of a document, or why it has none
 
@@ -57,6 +63,7 @@ class Tokenizer:
                 "transformers"
             )
         backend = inner.backend_tokenizer
+        _require_steady(backend, folder)
         digest = durable.digest(backend.to_str().encode())
         # Models whose tokenizer has no BOS (Qwen) put their end-of-text token before a document.
         bos = inner.bos_token_id if inner.bos_token_id is not None else inner.eos_token_id
@@ -163,22 +170,23 @@ class Tokenizer:
         """Ids of each text; a spelled special token becomes one only if `special`."""
         self.backend.encode_special_tokens = not special
         try:
-            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        except Exception:  # the tokenizers' own class; it does not tell which text it was
+            with reading("the tokenizer cannot encode it", "leave it out"):
+                encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except StoreError:  # it does not tell which text it was
             return [self._ids_alone(text) for text in texts]
         return [encoding.ids for encoding in encodings]
 
     def _ids_alone(self, text: str) -> Ids:
         try:
-            (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=False)
-        except Exception as error:
+            with reading("the tokenizer cannot encode it", "leave it out"):
+                (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=False)
+        except StoreError as refusal:
             try:
                 text.encode()
             except UnicodeEncodeError as half:
                 reason = f"it holds half of a surrogate pair (character {half.start})"
                 return DocumentError("not Unicode", reason)
-            reason = f"the tokenizer cannot encode it: {first_line(error)}"
-            return DocumentError("not in the vocabulary", reason)
+            return DocumentError("not in the vocabulary", str(refusal))
         ids: list[int] = encoding.ids
         return ids
 
@@ -259,8 +267,37 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
+    with reading(f"{folder} has no loadable tokenizer", _WAY_OUT, SettingError):
+        _require_few_added(folder)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        got = f"{folder} has no loadable tokenizer: {first_line(error)}"
-        raise caused(error, got, "copy or download it again", SettingError) from error
+
+
+def _require_few_added(folder: Path) -> None:
+    """Raise ValueError for more added tokens than transformers takes in within a minute."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        path = folder / name
+        if path.is_file() and path.read_bytes().count(b'"single_word"') > _ADDED:
+            raise ValueError(f"{name} has more than {_ADDED:,} added tokens")
+
+
+def _require_steady(backend: Any, folder: Path) -> None:
+    """Raise SettingError if a tokenizer makes a text much longer before it cuts it in tokens."""
+    with reading(f"the tokenizer of {folder}", _WAY_OUT, SettingError):
+        growth = _growth(
+            json.loads(backend.normalizer.__getstate__()) if backend.normalizer else {}
+        )
+    if growth > _GROWTH:
+        raise SettingError(
+            f"the tokenizer of {folder} makes texts up to {growth:.3g} times as long; {_WAY_OUT}"
+        )
+
+
+def _growth(normalizer: Mapping[str, Any]) -> float:
+    """How many times as long a text may become by tokenizer.json's `normalizer`."""
+    growth = 1.0
+    for inner in normalizer.get("normalizers", ()):
+        growth *= _growth(inner)
+    added = normalizer.get("content") or normalizer.get("prepend") or ""
+    replaced = normalizer.get("pattern", {}).get("String")
+    # A regular expression may match nothing, so everywhere; so may an empty text.
+    return growth * max(1.0, len(added) / len(replaced) if replaced else len(added) + bool(added))

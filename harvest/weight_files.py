@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
-from data.errors import SettingError, caused
+from data.errors import SettingError
+from data.foreign import json_object, reading
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -28,14 +28,12 @@ def shards(index: Path) -> list[str]:
     Raises:
         SettingError: it is no index of shards.
     """
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    way_out = "download it again"
+    whole = json_object(index, way_out, SettingError)
+    with reading(f"{index} is no index of shards", way_out, SettingError):
+        weight_map: dict[str, str] = whole["weight_map"]
         # A name is a plain one: an index from the network must not lead out of its folder.
         names = {Path(file).name for weight, file in weight_map.items() if not is_tower(weight)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise caused(
-            error, f"{index} is no index of shards", "download it again", SettingError
-        ) from error
     return sorted(names)
 
 

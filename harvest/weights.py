@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from data.errors import (
     PipelineError,
     SettingError,
     TemporaryError,
-    caused,
     first_line,
     is_passing,
 )
+from data.foreign import json_object, reading
 from data.machine import is_out_of_memory
 from harvest import weight_files
 from harvest.decoder import (
@@ -125,10 +125,14 @@ def load_with_head(folder: Path, whole: Any, dtype: str, device: str) -> nn.Modu
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     options = _options(whole, dtype, device, _CAUSAL_NAMES)
-    with suppress(OSError):  # else the family's own
-        options["generation_config"] = GenerationConfig.from_pretrained(
-            folder, trust_remote_code=False
-        )
+    generation = folder / "generation_config.json"
+    if generation.exists():  # else the family's own
+        way_out = "copy or download it again"
+        json_object(generation, way_out, SettingError)
+        with reading(f"{generation} cannot be used", way_out, SettingError):
+            options["generation_config"] = GenerationConfig.from_pretrained(
+                folder, trust_remote_code=False
+            )
     with _mapped_weights(folder) as weights:
 
         def from_mapped(options: dict[str, Any]) -> Any:
@@ -206,14 +210,12 @@ def _mapped_weights(folder: Path) -> Iterator[dict[str, Any]]:
     """Every weight of a folder by its name, unread: `weight[...]` maps or reads it."""
     with ExitStack() as files:
         weights: dict[str, Any] = {}
-        try:
+        way_out = "copy or download them again"
+        with reading(f"the weights in {folder} are damaged", way_out, SettingError):
             for path in weight_files.present(folder):
                 file = files.enter_context(safe_open(path, framework="pt", device="cpu"))
                 for name in file.keys():  # noqa: SIM118 (no mapping)
                     weights[name] = file.get_slice(name)
-        except (SafetensorError, OSError) as error:
-            got = f"the weights in {folder} are damaged ({first_line(error)})"
-            raise caused(error, got, "copy or download them again", SettingError) from error
         yield weights
 
 

@@ -32,6 +32,9 @@ FORMATS = (".txt", ".jsonl", ".ndjson", ".json", ".parquet")
 _BATCH_ROWS = 1024  # decoded at a time: a row group may hold a million
 _HEAD_BYTES = 1 << 16  # of a .json file, that tell whether a line is a row
 _BLOCK_BYTES = 1 << 20  # decompressed at a time
+# A document in a compressed file has at most 64 MiB, and 64 times the file's bytes.
+_EXPANDED_BYTES = 1 << 26
+_EXPANSION = 64
 _INTEGER_DIGITS = 640  # Python reads so many whatever its limit is
 
 
@@ -94,23 +97,35 @@ def read(file: BinaryIO, name: str, column: Column, start: Position) -> Iterator
     data = decompressed(file, name)
     if kind == ".parquet":
         return _parquet(data, name, column, start[0])
+    # Bytes of a document: a small compressed file may hold any number of zeros.
+    most = -1
+    if data is not file:
+        most = _EXPANDED_BYTES + _EXPANSION * file.seek(0, io.SEEK_END)
+        file.seek(0)
     if kind == ".txt":
-        return _whole(data, name, start)
+        return _whole(data, name, start, most)
     if kind == ".json" and _is_one_value(data):
-        return _rows_of_value(data, name, column, start[0])
-    return _lines(data, name, column, start)
+        return _rows_of_value(data, name, column, start[0], most)
+    return _lines(data, name, column, start, most)
 
 
-def _whole(file: BinaryIO, name: str, start: Position) -> Iterator[Read]:
+def _within(data: bytes, most: int) -> bytes:
+    """Raise EOFError, as for damaged bytes, if there are `most`; -1: none are too many."""
+    if len(data) == most:
+        raise EOFError(f"a document of more than {most:,} bytes in a small compressed file")
+    return data
+
+
+def _whole(file: BinaryIO, name: str, start: Position, most: int) -> Iterator[Read]:
     if start[0] == 0:
-        data = file.read()
+        data = _within(file.read(most), most)
         yield _made(_decoded, name, data), name, (1, len(data))
 
 
-def _lines(file: BinaryIO, name: str, column: Column, start: Position) -> Iterator[Read]:
+def _lines(file: BinaryIO, name: str, column: Column, start: Position, most: int) -> Iterator[Read]:
     row, byte = start
     file.seek(byte)
-    for line in file:
+    for line in file if most < 0 else iter(lambda: _within(file.readline(most), most), b""):
         row += 1
         byte += len(line)
         if line.removeprefix(codecs.BOM_UTF8).strip():
@@ -181,9 +196,11 @@ def _is_one_value(file: BinaryIO) -> bool:
     return bool(re.match(rb"\[|\{[ \t\r]*\n", head))
 
 
-def _rows_of_value(file: BinaryIO, name: str, column: Column, start: int) -> Iterator[Read]:
+def _rows_of_value(
+    file: BinaryIO, name: str, column: Column, start: int, most: int
+) -> Iterator[Read]:
     """The documents behind row `start` of a file that is one JSON value."""
-    value = _json(name, file.read())
+    value = _json(name, _within(file.read(most), most))
     rows = value if isinstance(value, list) else [value]
     for number, row in enumerate(rows[start:], start + 1):
         where = f"{name} row {number}"

@@ -350,3 +350,15 @@ def test_roles_of_tools(tmp_path: Path) -> None:
     roles = ("tool", "function", "ipython", "observation", "environment", "developer")
     said = [{"role": role, "content": "x"} for role in roles]
     assert chats(tmp_path / "a.jsonl", [{"m": said}]) == [said]
+
+
+@pytest.mark.parametrize("ending", [".txt.gz", ".jsonl.gz", ".json.gz"])
+def test_a_small_file_that_holds_a_large_document_is_damaged(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"bomb{ending}"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(b"[\n")
+        for _ in range(160):
+            file.write(b" " * (1 << 20))
+    *_, document = FileText(path=str(path)).documents(None)
+    assert isinstance(document.content, DocumentError)
+    assert document.content.kind == "damaged"

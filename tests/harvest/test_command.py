@@ -59,7 +59,7 @@ def tiny(store: Path, *overrides: str) -> dict[str, Any]:
 
 def plan_of(asked: dict[str, Any]) -> Plan:
     described = Description.of(model_config(asked["model"], "cpu"))
-    return planned_for(harvest_config(asked), described, Stored({"F32": 1}))
+    return planned_for(harvest_config(asked), described, Stored({"F32": 1}, 99))
 
 
 @pytest.fixture(scope="module")
