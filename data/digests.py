@@ -32,6 +32,13 @@ class Digests(NamedTuple):
     files: dict[str, Written]  # by path in the folder, with /
     about: dict[str, Any]  # what the files follow from, as their writer said it
 
+    def path(self, name: str) -> Path:
+        """Where a file is; records in a hidden folder name files beside that folder with `..`."""
+        folder = self.folder
+        while name.startswith("../"):  # by name, so that a linked folder leads to the link's place
+            folder, name = folder.parent, name[3:]
+        return folder / name
+
     def fault(self, name: str, progress: Callable[[int], None] | None = None) -> str | None:
         """What is wrong with a file, as words behind its name; None if nothing is.
 
@@ -40,7 +47,7 @@ class Digests(NamedTuple):
         """
         if name not in self.files:
             return f"is not named in {FILE}: its writing did not come to its end"
-        path = self.folder / name
+        path = self.path(name)
         try:
             if path.exists() and not path.is_file():
                 return "is no regular file"
@@ -58,7 +65,7 @@ class Digests(NamedTuple):
         Raises:
             StoreError: they are not the recorded ones.
         """
-        path = self.folder / name
+        path = self.path(name)
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -72,7 +79,7 @@ class Digests(NamedTuple):
         """A line for each of the `names`, by default of all files, that is not whole."""
         for name in sorted(self.files) if names is None else names:
             if wrong := self.fault(name):
-                yield f"{self.folder / name} {wrong}"
+                yield f"{self.path(name)} {wrong}"
 
     def require(self, names: Iterable[str] | None, way_out: str) -> None:
         """Raise StoreError with the first line of `faults` and `way_out`, if there is one."""
