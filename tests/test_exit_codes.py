@@ -210,10 +210,10 @@ def test_a_final_file_that_cannot_be_read_is_not_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "sae_final.pt"
-    path.write_bytes(b"rubbish")
+    path.write_bytes(b"PK\x03\x04 and rubbish")
     assert not is_done(tmp_path, False)
     assert code_of(lambda: load(path)) == 2
-    monkeypatch.setattr("torch.load", raising(os_error("EIO")))
+    monkeypatch.setattr("zipfile.ZipFile", raising(os_error("EIO")))
     assert code_of(lambda: is_done(tmp_path, False)) == 75
 
 
