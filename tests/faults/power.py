@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ from tests.faults import tree
 from tests.faults.disk import Disk
 from tests.faults.trace import Trace, UntracedError
 from tests.faults.tree import Tree
+
+# Scenarios of hours go on from every so-many-th image and kill only.
+EVERY = int(os.environ.get("FAULTS_EVERY", "1"))
 
 
 class Image(NamedTuple):

@@ -28,7 +28,7 @@ from harvest.selfcheck import choose_isolation
 from harvest.spine_writer import write_spine
 from tests.faults import kills, tree
 from tests.faults.child import ask, in_child, outcome
-from tests.faults.power import images
+from tests.faults.power import EVERY, images
 from tests.faults.report import Tally, judged
 from tests.faults.trace import traced
 from tests.harvest.models import save_model
@@ -112,7 +112,7 @@ def run(tally: Tally, kind: str, root: Path, before: Work | None, work: Work, pa
         return kept(root)
 
     for number, image in enumerate(images(trace)):
-        if number % part == 0:
+        if number % (part * EVERY) == 0:
             image.put()
             answer = ask(after)
             told = answer.refusal or answer.broken or answer.said
@@ -132,7 +132,7 @@ def _require_right_bytes(root: Path, rows: dict[tuple[int, int], bytes]) -> None
 
 def test_some_power_losses_of_a_harvest(tally: Tally, harvests: Harvests, tmp_path: Path) -> None:
     run(tally, "power loss: store", tmp_path / "s", None, lambda s: harvests.into(s, 1), 97)
-    assert tally.cases() >= 2
+    assert tally.cases() > 0
 
 
 @pytest.mark.long
@@ -160,7 +160,7 @@ def test_power_losses_of_a_harvest(
         monkeypatch.setattr(LocalPlace, "claims", claims)
     part = {"two ranks": 7, "leases": 3}.get(kind, 1)  # of 1,481 and 600 images
     run(tally, f"power loss: store, {kind}", tmp_path / "s", before, work, part)
-    assert tally.cases() > 60
+    assert tally.cases() > 60 // EVERY
 
 
 @pytest.mark.long
@@ -174,8 +174,8 @@ def test_a_harvest_goes_on_after_a_kill(tally: Tally, harvests: Harvests, tmp_pa
         work()
         return kept(root)
 
-    for moment in kills.killed(partial(tree.put, root, {}), work, threads=True):
+    for moment in kills.killed(partial(tree.put, root, {}), work, 2 * EVERY - 1, threads=True):
         answer = ask(after)
         told = answer.refusal or answer.broken or answer.said
         tally.add("kill: store", judged(answer, expected), f"moment {moment}: {told}")
-    assert tally.cases() > 130
+    assert tally.cases() > 130 // (2 * EVERY - 1)
