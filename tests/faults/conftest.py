@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import subprocess
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -39,4 +42,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("faults")
         terminalreporter.write("\n".join([*report.table(sums), ""]))
     if file := os.environ.get("FAULTS"):
-        Path(file).write_text(json.dumps(sums, indent=1) + "\n")
+        machine = f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}"
+        kept = {"date": str(date.today()), "commit": _commit(), "machine": machine}
+        Path(file).write_text(json.dumps({**kept, "faults": sums}, indent=1) + "\n")
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
