@@ -1,0 +1,62 @@
+"""study=verify names every damaged file of a run on which everything was done, and no sound one."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from analyze.studies.verify import verify
+from tests.faults import tree, used
+from tests.faults.child import ask
+from tests.faults.flips import damages
+from tests.faults.report import Outcome, Tally, judged
+
+FLIPPED = ("a/*", "imported/*")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which everything was done."""
+    folder = tmp_path_factory.mktemp("used")
+    used.do(folder, *used.TRAINING, *used.STUDIES, *used.EXPORTS)
+    return folder
+
+
+def kind(name: str) -> str:
+    """What a file is, whatever its step, unit or digest."""
+    name = re.sub(r"[-.][0-9a-f]{12}(?=/)|-[0-9a-f]{8}(?=/)", "", name)
+    return re.sub(r"\d{2,}", "N", name)
+
+
+def checked(run: Path) -> None:
+    settings = {"run": str(run), "runs": None, "store": None}
+    verify({**settings, "study": {"name": "verify", "store": False}})
+
+
+@pytest.mark.long
+def test_verify_names_every_damaged_file(root: Path, tally: Tally) -> None:
+    found = {kind(name): name for name in tree.files(root / "runs") if name.startswith(("a/", "i"))}
+    assert len(found) > 100
+    for of_kind, name in found.items():
+        path = root / "runs" / name
+        run = root / "runs" / "a"
+        if not name.startswith("a/"):
+            run = next((root / "runs" / "imported").iterdir())
+        assert ask(partial(checked, run)) == (None, None, None, ask(partial(checked, run)).said)
+        data = path.read_bytes()
+        for damage in damages(data, count=1):
+            path.unlink()
+            if damage.data is not None:
+                path.write_bytes(damage.data)
+            answer = ask(partial(checked, run))
+            outcome = judged(answer, None)
+            if outcome is Outcome.REFUSED and path.name not in answer.said:
+                outcome = Outcome.BROKEN  # refused, but nobody knows why
+            elif outcome is Outcome.SAME:
+                outcome = Outcome.SILENT
+            told = answer.broken or answer.said
+            tally.add(f"verify, {damage.kind}: {of_kind}", outcome, f"{damage.told}: {told}")
+            path.write_bytes(data)
