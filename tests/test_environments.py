@@ -72,7 +72,6 @@ def beside_modules_of_the_user() -> None:
         os.mkdir(name)
         Path(name, "__init__.py").write_text("raise SystemExit(7)")
     Path("json.py").write_text("raise SystemExit(7)")
-    os.environ["PYTHONSAFEPATH"] = "1"  # as the installed command runs
 
 
 # -- what a running interpreter shows --------------------------------------------------------------
@@ -191,7 +190,8 @@ for _name, _before in {
     "a removed folder": in_a_removed_folder,
     "modules of the user": beside_modules_of_the_user,
 }.items():
-    FRESH[_name] = (HARVEST, {}, _before)
+    # The installed command does not look in the working directory either.
+    FRESH[_name] = (HARVEST, {"PYTHONSAFEPATH": "1"}, _before)
     if "files" in _name or "closed" in _name or "memory" in _name:
         FRESH[f"train: {_name}"] = (TRAIN, {}, _before)
 for _name, _values in {
