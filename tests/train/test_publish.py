@@ -494,5 +494,6 @@ def test_a_study_that_is_not_whole_is_left_out(
     path.write_bytes(path.read_bytes()[:-2] + b"x")
     publishes(run)
     assert "a finding" not in card(run)
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if damaged in line)
+    said = capsys.readouterr().err.splitlines()
+    (line,) = (line for line in said if f"splice/{damaged}" in line)
     assert "study=splice" in line
