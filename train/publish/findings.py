@@ -73,7 +73,7 @@ def _read(folder: Path, name: str) -> Finding | None:
     way_out = f"it is left out; do study={name} again"
     recorded = digests.sound(folder, way_out)
     if recorded is None:
-        if (folder / f"{name}.json").exists():
+        if (folder / f"{name}.json").exists() and not (folder / digests.FILE).exists():
             tell(f"{folder / digests.FILE} is missing, so nothing vouches for the rest; {way_out}")
         return None
     try:
