@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,6 +150,17 @@ def _settings(folder: Path, name: str) -> dict[str, Any] | None:
         return dict(json.loads((folder / f"{name}.json").read_bytes())["settings"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def locked(run: Path, name: str, *, shared: bool = False) -> AbstractContextManager[None]:
+    """The lock of a study: of who does it, or `shared` by those who read its files.
+
+    Raises:
+        TemporaryError: another process is in the way.
+    """
+    by = "done" if shared else "done, or read,"
+    busy = f"study={name} of {run} is being {by} by another process; wait, or stop it"
+    return locks.locked(run / FOLDER / f".{name}", busy, shared=shared)
 
 
 # -- what is made ----------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -25,7 +26,7 @@ from analyze.memory import Needed, tell_needed
 from analyze.outcome import Outcome, dumped
 from analyze.results import FEATURES, FOLDER, made
 from analyze.subject import Subject
-from data import durable, locks
+from data import durable
 from data.errors import MismatchError, SettingError, TemporaryError
 from data.journal import note, show, tell
 from harvest import model as models
@@ -49,6 +50,11 @@ def nothing(_: Study) -> Mapping[str, Any]:
     return {}
 
 
+def no_study(_: Study) -> Iterable[tuple[Path, str]]:
+    """What a study reads that reads no other's files."""
+    return ()
+
+
 @dataclass(frozen=True)
 class Definition:
     """What a study is: of one run (`run`), or of several (`compare`)."""
@@ -61,6 +67,8 @@ class Definition:
     options: type[Any] | None = None  # dataclass of conf/study/NAME.yaml; None: no settings
     # What the result depends on beside the run, the model and the settings.
     inputs: Callable[[Study], Mapping[str, Any]] = nothing
+    # Other studies whose files it reads, by run and name: nobody does them again meanwhile.
+    reads: Callable[[Study], Iterable[tuple[Path, str]]] = no_study
     memory: Callable[[Study], Needed] | None = None  # None: less than anybody asks about
     order: int = 100  # place in the report: ascending
     fresh: bool = False  # made anew each time, from what other studies left; not kept
@@ -191,9 +199,8 @@ class Study:
         """
         assert definition.run is not None
         run = self.subject.run
-        busy = f"study={self.name} of {run} is being done by another process; wait, or stop it"
         settings = {} if definition.fresh else self.settings(definition)
-        with locks.locked(run / FOLDER / f".{self.name}", busy):
+        with results.locked(run, self.name):
             outcome = definition.run(self) if definition.fresh else self._done(definition, settings)
             if definition.beside:
                 results.write_beside(run, self.name, definition.beside(self, outcome))
@@ -212,7 +219,10 @@ class Study:
             tell_needed(self.name, self.subject, definition.memory(self))
         self._making = results.begin(run, self.name)
         try:
-            outcome = definition.run(self)
+            with ExitStack() as held:
+                for other, name in definition.reads(self):
+                    held.enter_context(results.locked(other, name, shared=True))
+                outcome = definition.run(self)
             outcomes.write(self.folder, self.name, settings, outcome, finds=definition.finds)
             if self.settings(definition) != settings:
                 raise TemporaryError(

@@ -22,12 +22,15 @@ FILE = ".lock"  # in a folder that cannot be locked itself
 
 
 @contextmanager
-def locked(folder: Path, busy: str) -> Iterator[None]:
+def locked(folder: Path, busy: str, *, shared: bool = False) -> Iterator[None]:
     """Hold the lock of `folder` for a `with` block; it ends with the process at the latest.
 
     Makes the folder if need be, and removes the temporaries of killed processes directly in it:
     under the lock none can be in use. Its subfolders may have locks of their own. Without any
     locks, one line says so and nothing is removed.
+
+    Args:
+        shared: others may hold it as well, if all do so with `shared`; then nothing is removed.
 
     Raises:
         TemporaryError: another process on this machine holds the lock; `busy` is the message.
@@ -35,7 +38,7 @@ def locked(folder: Path, busy: str) -> Iterator[None]:
     durable.make_directory(folder)
     handles = [os.open(folder, os.O_RDONLY)]
     try:
-        held = _taken(folder, handles)
+        held = _taken(folder, handles, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         if held is None:
             tell(
                 f"{folder} is on a file system without locks: nothing keeps a second process from "
@@ -43,7 +46,7 @@ def locked(folder: Path, busy: str) -> Iterator[None]:
             )
         elif not held:
             raise TemporaryError(busy)
-        else:
+        elif not shared:
             durable.remove_temporaries(folder, os.listdir(folder))
         yield
     finally:
@@ -65,13 +68,14 @@ def is_held(folder: Path) -> bool:
         os.close(handle)
 
 
-def _taken(folder: Path, handles: list[int]) -> bool | None:
+def _taken(folder: Path, handles: list[int], kind: int) -> bool | None:
     """Lock a folder by what its file system has; None: it has no locks.
 
     Args:
+        kind: LOCK_EX or LOCK_SH.
         handles: the folder's. The lock is held until all that are in it afterwards are closed.
     """
-    how = fcntl.LOCK_EX | fcntl.LOCK_NB
+    how = kind | fcntl.LOCK_NB
     try:
         return durable.lock(fcntl.flock, handles[0], how)
     except OSError as error:

@@ -318,4 +318,11 @@ def _next(study: Study, hook: str) -> str:
     )
 
 
-DEFINITION = Definition(delphi, options=Options, inputs=inputs, order=202, finds=False)
+DEFINITION = Definition(
+    delphi,
+    options=Options,
+    inputs=inputs,
+    reads=catalogue.read_by,
+    order=202,
+    finds=False,
+)

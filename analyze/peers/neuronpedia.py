@@ -477,4 +477,11 @@ def _summary(study: Study, names: Names, figures: Mapping[str, Any], *, as_ids: 
     return lines
 
 
-DEFINITION = Definition(neuronpedia, options=Options, inputs=inputs, order=203, finds=False)
+DEFINITION = Definition(
+    neuronpedia,
+    options=Options,
+    inputs=inputs,
+    reads=catalogue.read_by,
+    order=203,
+    finds=False,
+)

@@ -82,6 +82,14 @@ def inputs(study: Study) -> Mapping[str, Any]:
     }
 
 
+def reads(study: Study) -> list[tuple[Path, str]]:
+    """The studies whose files the pages are made of, for `Definition.reads`."""
+    others = build(Options, "study", study.options).others
+    catalogues = [(Path(run), "catalogue") for run in others]
+    tables = [(study.subject.run, name) for name in columns.studied(study.subject)]
+    return [*catalogue.read_by(study), *catalogues, *tables]
+
+
 def browser(study: Study) -> Outcome:
     """Write the folder.
 
@@ -244,4 +252,6 @@ def _summary(study: Study, figures: Mapping[str, Any], *, as_ids: bool) -> list[
     return lines
 
 
-DEFINITION = Definition(browser, options=Options, inputs=inputs, order=201, finds=False)
+DEFINITION = Definition(
+    browser, options=Options, inputs=inputs, reads=reads, order=201, finds=False
+)

@@ -81,6 +81,11 @@ def files(subject: Subject) -> Files:
     return Files(result.folder / FILE, index, result.digests.files[FILE].xxh3_128)
 
 
+def read_by(study: Study) -> list[tuple[Path, str]]:
+    """The catalogue of a study's run, for `Definition.reads`."""
+    return [(study.subject.run, "catalogue")]
+
+
 @dataclass(frozen=True)
 class Options:
     """Settings of conf/study/catalogue.yaml."""
