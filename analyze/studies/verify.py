@@ -124,7 +124,7 @@ def _folder(checked: Checked, folder: Path) -> None:
         if not found or _record(folder, checked.run) == before:
             break
     if isinstance(before, Digests):
-        checked.files |= {_path(folder, name) for name in before.files}
+        checked.files |= {before.path(name) for name in before.files}
         faulty = {name for name, _ in found}
         for name, written in before.files.items():
             if name not in faulty:
@@ -162,11 +162,6 @@ def _faults(
             kept.require([name], way_out)
         except StoreError as error:
             yield name, error
-
-
-def _path(folder: Path, name: str) -> Path:
-    """A file that a record names, which may lie above the record."""
-    return Path(os.path.normpath(folder / name))
 
 
 def _way_out(folder: Path, run: Path) -> str:
@@ -222,7 +217,7 @@ def _is_sealed(path: Path, checked: Checked) -> bool:
 def _is_unnamed(path: Path, checked: Checked) -> bool:
     if not path.is_file() or path.name in (digests.FILE, locks.FILE):
         return False
-    return not durable.is_temporary(path) and _path(path.parent, path.name) not in checked.files
+    return not durable.is_temporary(path) and path not in checked.files
 
 
 # -- checkpoints -----------------------------------------------------------------------------------

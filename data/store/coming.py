@@ -22,7 +22,7 @@ from data.store.ledger import RESIDUALS
 from data.store.place import CLAIMS, LocalPlace, Place, place_of
 
 # A harvest that is started with the training loads libraries and asks the hub for its plan first.
-PATIENCE_S = 60.0
+PATIENCE_S = 30.0
 _POLL_S = 0.2
 
 
@@ -63,7 +63,7 @@ def await_ring(path: str) -> None:
     place = place_of(path)
     if not isinstance(place, LocalPlace) or _has_begun(place):
         return
-    if not (manifest.exists(place) or place.empty()):  # no harvest will begin in such a folder
+    if not _may_begin(place):
         return
     lacking = "is no ring yet" if manifest.exists(place) else "is not there yet"
     tell(
@@ -77,6 +77,12 @@ def await_ring(path: str) -> None:
                 deadline = time.monotonic() + PATIENCE_S
                 note(f"waiting for the harvest of {path}, which makes its tokens first")
             time.sleep(_POLL_S)
+
+
+def _may_begin(place: LocalPlace) -> bool:
+    """Whether a harvest can make a store here: in a folder with nothing else in it."""
+    there = next(folder for folder in (place.path, *place.path.parents) if folder.exists())
+    return there.is_dir() and (manifest.exists(place) or place.empty())
 
 
 def _has_begun(place: Place) -> bool:
