@@ -338,7 +338,7 @@ class Followed(FollowsNobody):
     def __init__(self, log, stop=False):
         self.log, self.stop = log, stop
 
-    def begin(self, batch):
+    def begin(self, batch, fallback=0):
         self.log.append(("begin", batch))
 
     def wait(self, batch, stop):
