@@ -7,9 +7,9 @@ What is asked each time: the former settings, the interrupted ones, and what rea
 from __future__ import annotations
 
 import io
-import os
 import shutil
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ from tests.faults import tree
 from tests.faults.child import Answer, ask, in_child, outcome
 from tests.faults.flips import Damage, damages
 from tests.faults.kills import killed
-from tests.faults.power import images
+from tests.faults.power import EVERY, images
 from tests.faults.report import Outcome, Tally, judged
 from tests.faults.trace import traced
 from tests.faults.tree import Tree
@@ -74,8 +74,7 @@ CASES = {
     "stage_gate": Case({"draws": 20, "min_firing": 1}, {"draws": 30, "min_firing": 1}),
     "steering": Case(STEERING, {**STEERING, "scales": [3]}),
 }
-# Of the moments and images every STRIDE-th, and so many flips of each file.
-STRIDE, FLIPS = int(os.environ.get("FAULTS_STRIDE", "1")), int(os.environ.get("FAULTS_FLIPS", "8"))
+FLIPS = 80  # of each kind of file
 
 
 class Runs:
@@ -220,14 +219,14 @@ every = pytest.mark.parametrize("tried", CASES, indirect=True)
 @pytest.mark.long
 @every
 def test_kills(tried: Tried, tally: Tally) -> None:
-    kills(tried, STRIDE)
+    kills(tried, 2 * EVERY - 1)
     assert tally.cases(Outcome.SAME) == tally.cases() >= 1
 
 
 @pytest.mark.long
 @every
 def test_power_losses(tried: Tried, tally: Tally) -> None:
-    power_losses(tried, STRIDE)
+    power_losses(tried, EVERY)
     assert tally.cases(Outcome.SAME) == tally.cases() >= 1
 
 
@@ -259,12 +258,17 @@ def test_damage(tried: Tried, tally: Tally) -> None:
 
 
 def damage(tried: Tried, flips: int) -> None:
-    """Damage every file of the result in turn; the commands mend the last damage of each kind."""
+    """Damage every file of the result in turn; the commands mend the last damage of each kind.
+
+    Args:
+        flips: of each kind, the ending of a file's name, at least.
+    """
     folder = tried.run / "studies" / tried.name
     tried.begin()
     kinds = {Path(name).suffix: name for name in tree.files(folder)}
+    count = Counter(Path(name).suffix for name in tree.files(folder))
     for name, data in tree.files(folder).items():
-        for damage in damages(data, flips):
+        for damage in damages(data, -(-flips // count[Path(name).suffix])):
             put(folder / name, damage)
             kind = f"{tried.name} {Path(name).suffix}"
             tried.check_damage(f"{damage.kind}: {kind}", name, damage.told)
