@@ -1,5 +1,5 @@
 """Exports, a release, a sweep's pages and the run made of another library's SAE: power losses and
-kills while they are written, then the same command again.
+kills while they are written, then the same command again. The sweep's files are damaged, too.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from analyze.studies.sweep import page
 from data.errors import StoreError
-from tests.faults import kills, tree, used
+from tests.faults import flips, kills, tree, used
 from tests.faults.child import ask
 from tests.faults.power import EVERY, images
 from tests.faults.report import Outcome, Tally, judged
 from tests.faults.trace import traced
 from tests.faults.tree import Tree
 
+FLIPPED = ("sweep*", ".sweep/*")
 COMMANDS = {
     "export": used.EXPORTS[0],
     "release": used.EXPORTS[1],
@@ -89,7 +91,29 @@ def test_a_command_goes_on_after_a_kill(name: str, root: Path, tally: Tally) -> 
     assert tally.cases(Outcome.SAME) == tally.cases() > 0
 
 
+@pytest.mark.long
+def test_damage_to_a_sweep(root: Path, tally: Tally) -> None:
+    """The report shows the comparison that was written, or none."""
+    runs = root / "runs"
+    used.do(root, COMMANDS["sweep"])
+    names = [name for name in tree.files(runs) if name.startswith(("sweep", ".sweep"))]
+    flips.tried(tally, runs, names, partial(_shown, runs), count=80)
+    assert tally.cases(Outcome.REFUSED) == tally.cases() > 80 * len(names)
+
+
+def _shown(runs: Path) -> page.Shown:
+    shown = page.read(runs, 5)
+    if shown is None:
+        raise StoreError("left out")
+    return shown
+
+
 def _without(runs: Tree, name: str) -> Tree:
     """The folder of runs before a command was done for the first time."""
-    left = {"export": "a/export", "release": "a/publish", "sweep": "sweep", "imported": "imported"}
+    left = {
+        "export": ("a/export",),
+        "release": ("a/publish",),
+        "sweep": ("sweep", ".sweep"),
+        "imported": ("imported",),
+    }
     return {path: node for path, node in runs.items() if not path.startswith(left[name])}
