@@ -86,8 +86,9 @@ def verify(settings: Mapping[str, Any]) -> None:
         _folder(checked, folder)
     _tell_unnamed(checked)
     _checkpoints(checked)
+    ending = "" if checked.checkpoints == 1 else "s"
     whole = (
-        f"{run}: {len(checked.files):,} files and {checked.checkpoints} checkpoints, "
+        f"{run}: {len(checked.files):,} files and {checked.checkpoints} checkpoint{ending}, "
         f"{size(checked.bytes)}, are as they were written"
     )
     if options.store:

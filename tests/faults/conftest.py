@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.faults import report
+from tests.faults.power import EVERY
 from tests.faults.report import Tally
 
 _PROPERTY = "faults"
@@ -43,7 +44,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write("\n".join([*report.table(sums), ""]))
     if file := os.environ.get("FAULTS"):
         machine = f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}"
-        kept = {"date": str(date.today()), "commit": _commit(), "machine": machine}
+        kept = {"date": str(date.today()), "commit": _commit(), "machine": machine, "every": EVERY}
         Path(file).write_text(json.dumps({**kept, "faults": sums}, indent=1) + "\n")
 
 
