@@ -27,7 +27,7 @@ from analyze.outcome import Outcome, dumped
 from analyze.results import FEATURES, FOLDER, made
 from analyze.subject import Subject
 from data import durable
-from data.errors import MismatchError, SettingError, TemporaryError
+from data.errors import MismatchError, SettingError, TemporaryError, first_line
 from data.journal import note, show, tell
 from harvest import model as models
 from harvest.description import Description
@@ -238,9 +238,19 @@ class Study:
         return outcome
 
     def settings(self, definition: Definition) -> dict[str, Any]:
-        """All that the result follows from, as it is recorded."""
+        """All that the result follows from, as it is recorded.
+
+        Raises:
+            TemporaryError: another process moved what the study reads.
+        """
         options = {"options": dict(self.options), "version": definition.version}
-        follows = {**self.identity, **definition.inputs(self), **options}
+        try:
+            follows = {**self.identity, **definition.inputs(self), **options}
+        except FileNotFoundError as error:
+            raise TemporaryError(
+                f"what study={self.name} of {self.subject.run} reads changed meanwhile "
+                f"({first_line(error)}); the same command again reads it anew"
+            ) from error
         return dict(json.loads(dumped(follows)))
 
     def show(self, definition: Definition, outcome: Outcome) -> None:
