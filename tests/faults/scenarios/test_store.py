@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from data.durable import is_temporary
 from data.errors import StoreError
 from data.store.claims import Claims
 from data.store.leases import Leases
@@ -84,11 +85,14 @@ def harvests(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Harvests
 
 
 def kept(store: Path) -> dict[str, bytes]:
-    """The files that make the store, without those of claims."""
+    """The files that make the store, without those of claims.
+
+    Nor temporaries: where there are no locks, nobody knows whether one is in use.
+    """
     return {
         name: data
         for name, data in tree.files(store).items()
-        if not name.startswith(_NOT_OF_THE_STORE)
+        if not name.startswith(_NOT_OF_THE_STORE) and not is_temporary(Path(name))
     }
 
 
