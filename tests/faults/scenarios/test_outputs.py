@@ -4,9 +4,7 @@ kills while they are written, then the same command again. The sweep's files are
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -97,17 +95,9 @@ def test_a_command_goes_on_after_a_kill(name: str, root: Path, tally: Tally) -> 
     tree.put(runs, before)
     expected = again(root, COMMANDS[name])
     begin = partial(tree.put, runs, before)
-    for moment in kills.killed(begin, partial(_killed_with_it, root, name), 2 * EVERY - 1):
+    for moment in kills.killed(begin, partial(_here, root, name), 2 * EVERY - 1):
         tried(tally, f"kill: {name}", f"moment {moment}", root, expected)
     assert tally.cases(Outcome.SAME) == tally.cases() > 0
-
-
-def _killed_with_it(root: Path, name: str) -> None:
-    """Do the command, which is a child of its own, and be killed if that is."""
-    code = used.done(root, *COMMANDS[name]).code
-    if code == -signal.SIGKILL:
-        os.kill(os.getpid(), signal.SIGKILL)
-    assert code == 0
 
 
 @pytest.mark.long
@@ -118,6 +108,11 @@ def test_damage_to_a_sweep(root: Path, tally: Tally) -> None:
     names = [name for name in tree.files(runs) if name.startswith(("sweep", ".sweep"))]
     flips.tried(tally, runs, names, partial(_shown, runs), count=80)
     assert tally.cases(Outcome.REFUSED) == tally.cases() > 80 * len(names)
+
+
+def _here(root: Path, name: str) -> None:
+    """Do the command in this process, which is the one to be killed."""
+    assert used.run_here(*COMMANDS[name], cwd=root) == 0
 
 
 def _shown(runs: Path) -> page.Shown:
