@@ -5,6 +5,8 @@ names:
 
     {"checksum": ..., "about": {...}, "files": {"sae_final.pt": [bytes, xxh3_128], ...}}
 
+An export's or a release's is written before them (train/export/bundle.py says why).
+
 A file counts as finished only once it is named there. So what was killed between two files is not
 taken for whole, and a bit that flips later is found by whoever reads the file.
 """

@@ -21,9 +21,8 @@ from typing import Any
 from urllib.parse import unquote
 
 from analyze.results import PAGE
-from data import digests, durable, stopping
+from data import digests, stopping
 from data.digests import Digests
-from data.durable import Written
 from data.errors import SettingError, StoreError
 from data.journal import show
 
@@ -174,10 +173,7 @@ def _content(folder: Path, name: str) -> bytes:
     record = _record(folder)
     if record and name not in record.files:
         raise FileNotFoundError(name)
-    content = path.read_bytes()
-    if record and record.files[name] != Written(len(content), durable.digest(content)):
-        raise StoreError(f"{name} does not hold the bytes that were recorded; {_WAY_OUT} again")
-    return content
+    return record.content(name, f"{_WAY_OUT} again") if record else path.read_bytes()
 
 
 def server(folder: Path, port: int) -> ThreadingHTTPServer:

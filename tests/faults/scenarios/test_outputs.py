@@ -75,8 +75,7 @@ def tried(tally: Tally, kind: str, told: str, root: Path, expected: Tree) -> Non
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_goes_on_after_a_power_loss(name: str, root: Path, tally: Tally) -> None:
     runs = root / "runs"
-    before = _without(tree.read(runs), name)
-    tree.put(runs, before)
+    _begin(runs, name)
     trace = traced(runs, partial(used.do, root, COMMANDS[name]))
     assert trace.code == 0
     expected = whole(runs)
@@ -91,10 +90,8 @@ def test_a_command_goes_on_after_a_power_loss(name: str, root: Path, tally: Tall
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_goes_on_after_a_kill(name: str, root: Path, tally: Tally) -> None:
     runs = root / "runs"
-    before = _without(tree.read(runs), name)
-    tree.put(runs, before)
+    begin = partial(tree.put, runs, _begin(runs, name))
     expected = again(root, COMMANDS[name])
-    begin = partial(tree.put, runs, before)
     for moment in kills.killed(begin, partial(_here, root, name), 2 * EVERY - 1):
         tried(tally, f"kill: {name}", f"moment {moment}", root, expected)
     assert tally.cases(Outcome.SAME) == tally.cases() > 0
@@ -122,12 +119,16 @@ def _shown(runs: Path) -> page.Shown:
     return shown
 
 
-def _without(runs: Tree, name: str) -> Tree:
-    """The folder of runs before a command was done for the first time."""
+def _begin(runs: Path, name: str) -> Tree:
+    """Make the folder of runs what it was before a command was done for the first time."""
     left = {
         "export": ("a/export",),
         "release": ("a/publish",),
         "sweep": ("sweep", ".sweep"),
         "imported": ("imported",),
     }
-    return {path: node for path, node in runs.items() if not path.startswith(left[name])}
+    before = {
+        path: node for path, node in tree.read(runs).items() if not path.startswith(left[name])
+    }
+    tree.put(runs, before)
+    return before
