@@ -1,11 +1,82 @@
-"""The name of the place in a decoder layer whose values a store holds.
+"""Hook points: where in a decoder rows are taken.
 
-harvest/site.py takes them there; manifests and published SAEs carry the name.
+harvest/site.py takes them there; stores, runs and published SAEs carry their names. With x the
+residual stream that enters a layer:
+
+    resid_pre    x
+    attn_out     what attention adds to it
+    resid_mid    x + attn_out
+    mlp_in       what the MLP reads: resid_mid behind its norm
+    mlp_out      what the MLP adds to the stream, behind its own norm where a family has one
+    resid_post   the output of the layer, which the next layer reads
 """
 
 from __future__ import annotations
 
-RESID_POST = "resid_post"  # the output of a decoder layer, which the next layer reads
+import re
+from typing import NamedTuple
+
+from data.errors import SettingError
+
+RESID_PRE = "resid_pre"
+ATTN_OUT = "attn_out"
+RESID_MID = "resid_mid"
+MLP_IN = "mlp_in"
+MLP_OUT = "mlp_out"
+RESID_POST = "resid_post"
+SITES = (RESID_PRE, ATTN_OUT, RESID_MID, MLP_IN, MLP_OUT, RESID_POST)  # in the order of a layer
+
+_NAME = re.compile(r"(?:(?P<site>[a-z_]+)_)?(?P<layer>0|[1-9]\d*)", re.ASCII)
+
+
+class HookPoint(NamedTuple):
+    """A site of a decoder layer."""
+
+    layer: int  # from 0 on
+    site: str = RESID_POST  # one of SITES
+
+    @classmethod
+    def of(cls, named: Point) -> HookPoint:
+        """The hook point of a name, as `name` has it; a number is the resid_post of that layer.
+
+        Raises:
+            SettingError: there is no such site, or no such name.
+        """
+        if isinstance(named, HookPoint):
+            return named
+        found = _NAME.fullmatch(str(named))
+        if found is None:
+            raise SettingError(f"{named!r} must be a layer's number, or SITE_LAYER as in mlp_in_21")
+        return cls(int(found["layer"]), require_site(found["site"] or RESID_POST))
+
+    @property
+    def name(self) -> str:
+        """The name in arrays and records: `21` for resid_post, else `mlp_in_21`."""
+        return str(self.layer) if self.site == RESID_POST else f"{self.site}_{self.layer}"
+
+    @property
+    def recorded(self) -> int | str:
+        """What JSON and YAML hold: the layer's number for resid_post, else the name."""
+        return self.layer if self.site == RESID_POST else self.name
+
+    def __str__(self) -> str:
+        """For messages: `layer 21`, or `mlp_in of layer 21`."""
+        of_layer = f"layer {self.layer}"
+        return of_layer if self.site == RESID_POST else f"{self.site} of {of_layer}"
+
+
+Point = HookPoint | int | str  # what `HookPoint.of` takes
+
+
+def require_site(site: str) -> str:
+    """The site, if there is one of this name.
+
+    Raises:
+        SettingError: there is none.
+    """
+    if site not in SITES:
+        raise SettingError(f"site={site} must be one of {', '.join(SITES)}")
+    return site
 
 
 def hook_name(layer: int, site: str = RESID_POST) -> str:

@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from data.errors import SettingError
+from data.site import require_site
 from train import kernels
 from train.kernels import Kept
+from train.ports import KINDS
 
 AUX_NORMS = ("raw", "variance")
 INITS = ("random", "rows", "kaiming")
 WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec")  # of a file
+OPTIONAL = ("threshold", "b_in", "W_skip")  # what a file may have beside them
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,30 @@ class SAEConfig:
     scale_rows: bool = True
     # AuxK with ReLU, as Gao et al.; False: without, of latents silent in this batch too.
     aux_relu: bool = True
+    kind: str = "sae"  # what it reads and writes, one of train.ports.KINDS
+    target: str | None = None  # transcoder: the site that it writes; None: mlp_out
+    skip: bool = False  # transcoder: an affine way around the latents (arXiv 2501.18823)
     # What runs had before those settings were there, and do not record.
-    LATER: ClassVar[Mapping[str, Any]] = {"scale_rows": True, "aux_relu": True}
+    LATER: ClassVar[Mapping[str, Any]] = {
+        "scale_rows": True,
+        "aux_relu": True,
+        "kind": "sae",
+        "target": None,
+        "skip": False,
+    }
 
     def __post_init__(self) -> None:
         if self.init not in INITS:
             raise SettingError(f"sae.init={self.init!r} must be one of {', '.join(INITS)}")
+        if self.kind not in KINDS:
+            raise SettingError(f"sae.kind={self.kind} must be one of {', '.join(KINDS)}")
+        if self.target is not None:
+            require_site(self.target)
+        for name, given in (("target", self.target is not None), ("skip", self.skip)):
+            if given and self.kind != "transcoder":
+                raise SettingError(
+                    f"sae.{name}={getattr(self, name)} is of transcoders, and sae.kind={self.kind}"
+                )
         for name in ("d_sae", "k", "k_aux", "dead_after"):
             value = getattr(self, name)
             if value is None and name == "dead_after":
@@ -100,23 +121,29 @@ def recorded(config: Any, later: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SAE:
-    """A sparse autoencoder.
+    """A sparse autoencoder, a transcoder or a crosscoder.
 
-        pre   = (x - b_dec) @ W_enc + b_enc
+        pre   = (x - b_in) @ W_enc + b_enc                     b_in is b_dec, unless it has its own
         f     = ReLU(the k largest of each row of pre), 0 elsewhere         no threshold: TopK
                 pre where it is above the threshold, 0 elsewhere            with a threshold
-        x_hat = f @ W_dec + b_dec
+        y_hat = f @ W_dec + b_dec + (x - b_in) @ W_skip                     W_skip: if there is one
+
+    An autoencoder's y_hat approximates x. A transcoder's approximates other rows y of the same
+    tokens, so it has a b_in of its own. A crosscoder is an autoencoder of rows of several hook
+    points, one behind the other; train/ports.py says which columns are whose.
 
     Latent i reads along encoder[i] and writes along W_dec[i], which has norm 1 ("decoder column" in
     papers that write the decoder transposed). Files hold the encoder as W_enc (d, F).
     """
 
     encoder: Tensor  # (F, d), contiguous in training: its gradient comes latent by latent
-    W_dec: Tensor  # (F, d)
+    W_dec: Tensor  # (F, d); of a transcoder (F, d_out)
     b_enc: Tensor  # (F,)
-    b_dec: Tensor  # (d,)
+    b_dec: Tensor  # (d,); of a transcoder (d_out,)
     k: int  # latents kept per row
     threshold: Tensor | None = None  # (F,) at least 0
+    b_in: Tensor | None = None  # (d,) of a transcoder; None: b_dec
+    W_skip: Tensor | None = None  # (d, d_out) an affine way around the latents
 
     @classmethod
     def of(
@@ -127,9 +154,11 @@ class SAE:
         b_dec: Tensor,
         k: int,
         threshold: Tensor | None = None,
+        b_in: Tensor | None = None,
+        W_skip: Tensor | None = None,
     ) -> SAE:
         """An SAE with the tensors of a file: W_enc (d, F), of which the encoder is a view."""
-        return cls(W_enc.T, W_dec, b_enc, b_dec, k, threshold)
+        return cls(W_enc.T, W_dec, b_enc, b_dec, k, threshold, b_in, W_skip)
 
     @property
     def W_enc(self) -> Tensor:
@@ -138,6 +167,12 @@ class SAE:
 
     @property
     def d_model(self) -> int:
+        """Width of the rows that it reads."""
+        return self.encoder.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        """Width of the rows that it writes."""
         return len(self.b_dec)
 
     @property
@@ -149,18 +184,27 @@ class SAE:
 
         TopK keeps k a row, with value 0 where fewer are positive.
         """
-        centred = x.to(self.encoder.dtype) - self.b_dec
+        centred = self.centred(x)
         if self.threshold is None:
             return kernels.encode(centred, self.encoder, self.b_enc, self.k)
         return kernels.encode_above(centred, self.encoder, self.b_enc, self.threshold)
 
+    def centred(self, x: Tensor) -> Tensor:
+        """(n, d) rows x less b_in, in the weights' type."""
+        return x.to(self.encoder.dtype) - (self.b_dec if self.b_in is None else self.b_in)
+
     def decode(self, kept: Kept) -> Tensor:
-        """(n, d) reconstruction from kept latents."""
+        """(n, d_out) what kept latents and b_dec give, without W_skip."""
         return kernels.decode(kept, self.W_dec) + self.b_dec
 
+    def reconstruct(self, x: Tensor, kept: Kept) -> Tensor:
+        """(n, d_out) reconstruction from rows x (n, d) and their kept latents."""
+        decoded = self.decode(kept)
+        return decoded if self.W_skip is None else decoded + self.centred(x) @ self.W_skip
+
     def __call__(self, x: Tensor) -> Tensor:
-        """(n, d) reconstruction of (n, d) rows."""
-        return self.decode(self.encode(x))
+        """(n, d_out) reconstruction from (n, d) rows."""
+        return self.reconstruct(x, self.encode(x))
 
     def to(self, device: torch.device | str) -> SAE:
         moved: dict[str, Any] = {}

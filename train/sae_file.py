@@ -14,7 +14,7 @@ from data.durable import Written
 from data.errors import StoreError
 from data.foreign import reading
 from train import torch_file
-from train.sae import SAE, WEIGHTS
+from train.sae import OPTIONAL, SAE, WEIGHTS
 from train.tensors import refuse, refuse_shape, tensor_of, whole_of
 
 FILE = "sae_final.pt"
@@ -55,14 +55,22 @@ def load(path: Path, device: torch.device | str = "cpu") -> SAE:
 
 
 def _checked(path: Path, content: Any) -> SAE:
-    if not isinstance(content, dict) or set(content) - {"threshold"} != {*WEIGHTS, "k"}:
+    if not isinstance(content, dict) or set(content) - set(OPTIONAL) != {*WEIGHTS, "k"}:
         raise StoreError(
             f"{path} is not an SAE: expected the keys {', '.join(WEIGHTS)}, k, "
-            "and perhaps threshold"
+            f"and perhaps {', '.join(OPTIONAL)}"
         )
     tensors = {name: tensor_of(content, name, path) for name in content if name != "k"}
-    d, d_sae = tensors["b_dec"].numel(), tensors["b_enc"].numel()
-    shapes = {"W_enc": (d, d_sae), "W_dec": (d_sae, d), "b_dec": (d,)}
+    refuse("W_skip" in tensors and "b_in" not in tensors, path, "W_skip alone", "it with b_in")
+    d_out, d_sae = tensors["b_dec"].numel(), tensors["b_enc"].numel()
+    d = tensors["b_in"].numel() if "b_in" in tensors else d_out
+    shapes = {
+        "W_enc": (d, d_sae),
+        "W_dec": (d_sae, d_out),
+        "b_dec": (d_out,),
+        "b_in": (d,),
+        "W_skip": (d, d_out),
+    }
     for name, tensor in tensors.items():
         refuse_shape(name, tensor, shapes.get(name, (d_sae,)), path)
     k = whole_of("k", path, content["k"])
