@@ -68,11 +68,7 @@ class Metrics:
 
     def write(self, record: Record) -> None:
         """Append one line."""
-        clean = dict(record)
-        for name, value in record.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                clean[name] = None
-        line = json.dumps(clean, separators=(",", ":")).encode() + b"\n"
+        line = json.dumps(_finite(record), separators=(",", ":")).encode() + b"\n"
         self._digest.update(line)
         left = memoryview(line)
         with refusals(self._path):
@@ -90,6 +86,17 @@ class Metrics:
             self.sync()
         finally:
             self._file.close()
+
+
+def _finite(record: Record) -> dict[str, Any]:
+    """The record with null for NaN and infinity, at any depth."""
+    clean = dict(record)
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            clean[name] = _finite(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            clean[name] = None
+    return clean
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack, closing, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,22 +79,22 @@ class Run:
         order = {"span": arm.follower.span} if arm.follower.span else {}
         settings = {
             "store": {"identity": arm.stream.identity, **order},
-            **asdict(arm.config),
-            "sae": arm.config.sae.recorded(),
-            "optim": arm.config.optim.recorded(),
-            "policy": arm.config.policy.recorded(),
+            **arm.config.recorded(),
             "tokens": tokens,
         }
         del settings["checkpoint_every"]
+        scales = {port.name: scale for port, scale in trainer.columns.scales.items()}
+        scaled = {"scales": scales} if len(scales) > 1 else {"scale": trainer.scale}
         resolved = {"lr": trainer.optim.lr, "dead_after": trainer.dead_after}
-        facts = {**arm.facts, "scale": trainer.scale, "steps": trainer.steps, **resolved}
+        facts = {**arm.facts, **scaled, "steps": trainer.steps, **resolved}
         if arm.config.optim.lr == "auto":
             tell(
                 f"{arm.folder}: optim.lr=auto is {trainer.optim.lr:.3g} for "
                 f"{arm.config.sae.d_sae:,} latents and {trainer.steps:,} steps (docs/method.md)"
             )
         here = environment.of_training(device, self.group.world)
-        unrecorded = {"sae": arm.config.sae.LATER, "optim": arm.config.optim.LATER}
+        later = {"sae": arm.config.sae.LATER, "optim": arm.config.optim.LATER}
+        unrecorded = {**arm.config.LATER, **later}
         for line in run.agree(arm.folder, settings, facts, here, unrecorded):
             tell(line)
         return records.digest(settings)
@@ -208,7 +208,8 @@ class Run:
             earlier = None
             if run.record(folder) is None and path.is_file():
                 earlier = durable.digest_file(path)
-            written = sae_file.write_final(state.sae, self.trainer.scale, folder, state.basis)
+            scales = self.trainer.columns.folding()
+            written = sae_file.write_final(state.sae, scales, folder, state.basis)
             files = {sae_file.FILE: written, run.METRICS: self._metrics.sync()}
             run.seal(folder, {**files, run.TIMINGS: self._timings.sync()})
             if earlier not in (None, written):

@@ -68,7 +68,7 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
         token_ids("drop_tokens", settings["drop_tokens"]),
     )
     tokens = optional_whole("tokens", settings["tokens"])
-    counts = {name: whole(name, settings[name]) for name in _COUNTS}
+    counts: dict[str, Any] = {name: whole(name, settings[name]) for name in _COUNTS}
     asked_layer = optional_whole("layer", settings["layer"])
     path = str(settings["store"] or default_store(Path.cwd(), asked_layer))
     coming.await_ring(path)

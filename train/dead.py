@@ -45,23 +45,34 @@ def dead_latents(silent: Tensor, dead_after: int) -> Tensor:
     return (silent >= dead_after).nonzero().view(-1)
 
 
-def resample_(sae: SAE, adam: Adam, latents: Tensor, error: Tensor, draw: Tensor) -> None:
+def resample_(
+    sae: SAE, adam: Adam, latents: Tensor, error: Tensor, draw: Tensor, read: Tensor | None = None
+) -> None:
     """Restart latents (D,) along the errors of random rows, where the reconstruction is worst.
 
     Each reads and writes along the error e of one row. Its encoder is as long as the others' are
-    along their own directions, its bias is 0, and the optimizer's moments start anew.
+    along their own directions, its bias is 0, and the optimizer's moments start anew. One of a
+    transcoder reads along what was read of that row, with an encoder as long as the others'.
 
     Args:
-        error: (n, d) of the batch.
+        error: (n, d_out) of the batch.
         draw: (D,) numbers of the rows.
+        read: (n, d) centred rows, of a transcoder.
     """
-    directions = error[draw]
-    directions = directions / torch.linalg.vector_norm(directions, dim=1, keepdim=True).clamp_min_(
-        _TINY
-    )
-    along = (sae.encoder * sae.W_dec).sum(1).mean()
+    directions = _unit(error[draw])
+    if read is None:
+        along = (sae.encoder * sae.W_dec).sum(1).mean()
+        sae.encoder[latents] = directions * along
+    else:
+        length = torch.linalg.vector_norm(sae.encoder, dim=1).mean()
+        sae.encoder[latents] = _unit(read[draw]) * length
     sae.W_dec[latents] = directions
-    sae.encoder[latents] = directions * along
     sae.b_enc[latents] = 0.0
     for name in ("W_dec", "encoder", "b_enc"):
         adam.restart_(name, latents)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Rows with norm 1; a row of 0 stays."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows / norms.clamp_min_(_TINY)

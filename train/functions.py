@@ -18,15 +18,18 @@ from train import kernels
 from train.kernels import Bags, Kept
 from train.sae import SAE
 
-Keep = Callable[[Tensor, Tensor, Tensor], Kept]  # of x - b_dec, the encoder, the bias
+Keep = Callable[[Tensor, Tensor, Tensor], Kept]  # of centred rows, the encoder, the bias
 
 
 def bias(b_enc: Tensor, sae: SAE) -> Tensor:
     """`b_enc` (F,), through which the gradient of b_dec flows too.
 
     pre = (x - b_dec) @ W_enc + b_enc, so d pre / d b_dec = -W_enc where d pre / d b_enc = 1. One
-    product of W_enc with the gradient of b_enc replaces a sum over all pairs.
+    product of W_enc with the gradient of b_enc replaces a sum over all pairs. An SAE with a b_in of
+    its own subtracts that, a constant: its b_dec has no part in the encoder.
     """
+    if sae.b_in is not None:
+        return b_enc
     result: Tensor = _Bias.apply(b_enc, sae.b_dec, sae.encoder)  # type: ignore[no-untyped-call]
     return result
 
@@ -50,7 +53,7 @@ def encode(keep: Keep, centred: Tensor, encoder: Tensor, bias: Tensor) -> tuple[
     gets none here.
 
     Args:
-        centred: (n, d) rows x - b_dec.
+        centred: (n, d) rows x - b_dec, or x - b_in.
         encoder: (F, d).
         bias: (F,), a result of the function `bias`.
     """

@@ -8,6 +8,7 @@ from data import device as devices
 from data.errors import SettingError
 from data.journal import size, tell
 from train.arm import Arm
+from train.columns import widths_of
 from train.kernels import GPU_BLOCK_BYTES
 
 _STATE = 3  # tensors of each parameter's size: itself, and Adam's two moments
@@ -17,9 +18,9 @@ _ROW_BUFFERS = 8
 
 def arm_bytes(arm: Arm) -> int:
     """Bytes that an arm holds all the time, on its device."""
-    d = arm.stream.reader.d_model
+    d, d_out = widths_of(arm.config.ports, arm.stream.reader)
     sae = arm.config.sae
-    parameters = 2 * d * sae.d_sae + sae.d_sae + d
+    parameters = (d + d_out) * sae.d_sae + sae.d_sae + d_out + d * d_out * sae.skip
     counters = 8 * sae.d_sae * (1 + sae.resample)
     basis = 4 * d * d * sae.rotate
     return 4 * _STATE * parameters + counters + basis
@@ -27,11 +28,11 @@ def arm_bytes(arm: Arm) -> int:
 
 def step_bytes(arm: Arm) -> int:
     """Bytes that an arm needs during a step and frees after it."""
-    d = arm.stream.reader.d_model
+    d, d_out = widths_of(arm.config.ports, arm.stream.reader)
     d_sae = arm.config.sae.d_sae
     batch = arm.config.batch
-    gradients = 4 * 2 * d * d_sae
-    rows = 4 * _ROW_BUFFERS * batch * d
+    gradients = 4 * (d + d_out) * d_sae
+    rows = 4 * _ROW_BUFFERS * batch * max(d, d_out)
     pre_activations = min(4 * batch * d_sae, GPU_BLOCK_BYTES)
     pairs = 4 * 12 * batch * arm.config.sae.k
     return gradients + rows + pre_activations + pairs

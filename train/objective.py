@@ -1,6 +1,6 @@
 """What training minimises: an objective's own loss, and AuxK's beside it.
 
-Shapes: n rows, d = d_model, F = d_sae, D = dead latents.
+Shapes: n rows, d = d_model, d_out = d but in a transcoder, F = d_sae, D = dead latents.
 
     main = what train/objectives/NAME.py says, of sae.activation=NAME
     loss = main + aux                                  aux: train/objectives/auxk.py
@@ -30,10 +30,10 @@ class Main(NamedTuple):
     """An objective's loss on one batch, and what it was computed from."""
 
     loss: Tensor  # ()
-    error: Tensor  # (n, d) e = x - x_hat
+    error: Tensor  # (n, d_out) e = y - y_hat
     kept: Kept  # the activations
     bags: Bags  # the same pairs by latent
-    bias: Tensor  # (F,) the encoder's, through which the gradient of b_dec flows
+    bias: Tensor  # (F,) the encoder's, through which an autoencoder's b_dec gets a gradient
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,23 @@ class Objective:
         return sae
 
     def begin_(self, sae: SAE, centred: Tensor) -> None:
-        """Set thresholds by the first batch, x - b_dec (n, d)."""
+        """Set thresholds by the first batch, centred (n, d)."""
 
-    def main(self, sae: SAE, centred: Tensor, denominator: float) -> Main:
-        """The loss of one batch, x - b_dec (n, d); autograd follows `sae`'s learned tensors."""
+    def main(self, sae: SAE, centred: Tensor, target: Tensor, denominator: float) -> Main:
+        """The loss of one batch; autograd follows `sae`'s learned tensors.
+
+        Args:
+            centred: (n, d) what the encoder reads: x - b_dec, of a transcoder x - b_in.
+            target: (n, d_out) what the latents have to give: y - b_dec, less the skip's part. In an
+                autoencoder it is `centred`, the same tensor.
+            denominator: of squared errors.
+        """
         raise NotImplementedError
+
+    def parameters(self, sae: SAE) -> dict[str, Tensor]:
+        """The tensors that the optimizer moves, by name."""
+        names = self.learned if sae.W_skip is None else (*self.learned, "W_skip")
+        return {name: getattr(sae, name) for name in names}
 
     def after_(self, sae: SAE, kept: Kept) -> None:
         """Move or bound thresholds once the optimizer has moved the weights."""
@@ -87,36 +99,53 @@ def find(name: str) -> type[Objective]:
     return objective
 
 
+def _centred(sae: SAE, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """What the encoder reads (n, d), and what the latents have to give (n, d_out)."""
+    if sae.b_in is None:
+        centred = x - sae.b_dec
+        return centred, centred
+    centred = x - sae.b_in
+    target = y - sae.b_dec
+    return centred, target if sae.W_skip is None else target - centred @ sae.W_skip
+
+
 class Losses(NamedTuple):
     """One batch's losses and gradients."""
 
     loss: Tensor  # () what is minimised: main + aux
     aux: Tensor  # () AuxK's part of it
-    error: Tensor  # (n, d) e = x - x_hat
+    error: Tensor  # (n, d_out) e = y - y_hat
     kept: Kept
     fired: Tensor  # (F,) times that each latent fired, in the whole batch
     gradients: dict[str, Tensor]  # by the name of a learned tensor, of its shape
 
 
 def losses(
-    objective: Objective, sae: SAE, x: Tensor, dead: Tensor, mean_variance: float, group: Group
+    objective: Objective,
+    sae: SAE,
+    x: Tensor,
+    y: Tensor,
+    dead: Tensor,
+    mean_variance: float,
+    group: Group,
 ) -> Losses:
     """Losses and gradients of a batch, or of this process's share: the batch's are the means.
 
     Args:
-        x: (n, d) rows, scaled.
+        x: (n, d) rows that are read, scaled.
+        y: (n, d_out) rows that are written, scaled; of an autoencoder x itself.
         dead: (D,) indices of the dead latents.
-        mean_variance: of the rows per dimension, averaged over dimensions; for aux_norm=variance.
+        mean_variance: of y per dimension, averaged over dimensions; for aux_norm=variance.
     """
     config = objective.config
     denominator = 1.0 if config.aux_norm == "raw" else mean_variance
     learned: dict[str, Any] = {}
-    for name in objective.learned:
-        learned[name] = getattr(sae, name).detach().requires_grad_()
+    for name, parameter in objective.parameters(sae).items():
+        learned[name] = parameter.detach().requires_grad_()
     with torch.enable_grad():
         leaves = replace(sae, **learned)
-        centred = x - leaves.b_dec
-        main = objective.main(leaves, centred, denominator)
+        centred, target = _centred(leaves, x, y)
+        main = objective.main(leaves, centred, target, denominator)
         aux = main.loss.new_zeros(())
         kept = main.kept._replace(values=main.kept.values.detach())
         fired = group.sum_(firings(kept, config.d_sae, main.bags))

@@ -59,7 +59,7 @@ def agree(
     settings: Mapping[str, Any],
     facts: Mapping[str, Any],
     here: Mapping[str, Any],
-    unrecorded: Mapping[str, Mapping[str, Any]],
+    unrecorded: Mapping[str, Any],
 ) -> list[str]:
     """Write config.yaml in a new run; in an old one, compare with it. Lines to tell the user.
 
@@ -67,7 +67,7 @@ def agree(
         settings: must be the same whenever the run goes on.
         facts: written beside them for the reader.
         here: the environment; a change of it is told, since the bits may change with it.
-        unrecorded: by group, the values of settings that are left out of `settings` at them.
+        unrecorded: the values at which settings are left out of `settings`, some by group.
 
     Raises:
         MismatchError: the run was started with other settings.
@@ -129,13 +129,14 @@ def _begin(run: Path, config: bytes) -> None:
     digests.put(run, {CONFIG: durable.write(run / CONFIG, [config])})
 
 
-def _with(
-    unrecorded: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]
-) -> dict[str, Any]:
+def _with(unrecorded: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Recorded settings with those that are left out at their default."""
     whole = dict(settings)
-    for group, defaults in unrecorded.items():
-        whole[group] = {**defaults, **settings.get(group, {})}
+    for name, default in unrecorded.items():
+        if isinstance(default, Mapping):
+            whole[name] = {**default, **settings.get(name, {})}
+        else:
+            whole.setdefault(name, default)
     return whole
 
 

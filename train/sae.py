@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from data.errors import SettingError
 from data.site import require_site
@@ -93,6 +94,11 @@ class SAEConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise SettingError(f"sae.{name}={value!r} must be a whole number of at least 1")
+        if self.rotate and self.kind == "transcoder":
+            raise SettingError(
+                "sae.rotate=true turns what is read and what is written alike, and a transcoder's "
+                "are of different hook points; set sae.rotate=false"
+            )
         if self.k > self.d_sae:
             raise SettingError(
                 f"sae.k={self.k} must be at most sae.d_sae={self.d_sae}: "
@@ -117,6 +123,20 @@ def recorded(config: Any, later: Mapping[str, Any]) -> dict[str, Any]:
     """
     values = asdict(config)
     return {k: v for k, v in values.items() if k not in later or v != later[k]}
+
+
+class Scales(NamedTuple):
+    """What rows were multiplied by in training: a number, or one for each column."""
+
+    read: float | Tensor  # (d,)
+    written: float | Tensor  # (d_out,)
+
+    @property
+    def of_latents(self) -> float:
+        """What latents are divided by to be of raw rows; of several scales their geometric mean."""
+        if isinstance(self.written, Tensor):
+            return math.exp(float(self.written.double().log().mean()))
+        return self.written
 
 
 @dataclass(frozen=True)
@@ -226,20 +246,53 @@ class SAE:
         norms = torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True)
         self.W_dec.div_(norms.clamp_min_(torch.finfo(norms.dtype).tiny))
 
-    def folded(self, scale: float, basis: Tensor | None = None) -> SAE:
+    def folded(self, scale: float | Scales, basis: Tensor | None = None) -> SAE:
         """The same function on raw rows x, of an SAE on scale * x or on scale * x @ basis.
 
-        TopK, ReLU and comparing commute with a positive factor, so only biases and threshold
-        change. f and x_hat come out divided by `scale`, as raw rows are.
+        TopK, ReLU and comparing commute with a positive factor. So with one scale only biases and
+        threshold change, and f and x_hat come out divided by it, as raw rows are. With a scale for
+        each column, s_in read and s_out written, and g that of latents:
+
+            W_enc  s_in W_enc / g        b_enc, threshold  divided by g
+            W_dec  g W_dec / s_out       b_in  b_in / s_in
+            b_dec  b_dec / s_out         W_skip  s_in W_skip / s_out
+
+        Directions of W_dec keep norm 1 where one hook point is written. A crosscoder's have it once
+        each target's columns are multiplied by s_out / g.
 
         Args:
-            basis: (d, d) orthogonal.
+            basis: (d, d) orthogonal, of an autoencoder.
         """
+        scales = scale if isinstance(scale, Scales) else Scales(scale, scale)
+        s_in, s_out, g = scales.read, scales.written, scales.of_latents
         W_enc, W_dec, b_dec = self.W_enc, self.W_dec, self.b_dec
         if basis is not None:
             W_enc, W_dec, b_dec = basis @ W_enc, W_dec @ basis.T, basis @ b_dec
-        threshold = None if self.threshold is None else self.threshold / scale
-        return SAE.of(W_enc, W_dec, self.b_enc / scale, b_dec / scale, self.k, threshold)
+        W_skip = None
+        if self.W_skip is not None:
+            W_skip = _times(self.W_skip, s_in / s_out, rows=True)  # one hook point on either side
+        return SAE.of(
+            _times(W_enc, s_in / g, rows=True),
+            _times(W_dec, g / s_out),
+            self.b_enc / g,
+            _over(b_dec, s_out),
+            self.k,
+            None if self.threshold is None else self.threshold / g,
+            None if self.b_in is None else _over(self.b_in, s_in),
+            W_skip,
+        )
+
+
+def _times(weights: Tensor, scale: float | Tensor, rows: bool = False) -> Tensor:
+    """`weights` times a number, or times one for each of its columns or rows."""
+    if isinstance(scale, Tensor):
+        scale = scale.to(weights).unsqueeze(1 if rows else 0)
+    return weights * scale
+
+
+def _over(bias: Tensor, scale: float | Tensor) -> Tensor:
+    """`bias` divided by a number, or by one for each of its elements."""
+    return bias / (scale.to(bias) if isinstance(scale, Tensor) else scale)
 
 
 def in_files(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -256,26 +309,36 @@ def in_files(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return filed
 
 
-def initial(config: SAEConfig, b_dec: Tensor, seed: int) -> SAE:
+def initial(config: SAEConfig, b_dec: Tensor, seed: int, b_in: Tensor | None = None) -> SAE:
     """The SAE before its first step: random unit directions, encoder = decoder, no encoder bias.
 
     With init=kaiming the encoder is drawn as nn.init.kaiming_uniform_(W_enc, a=sqrt(5)) draws it,
     so its elements are below 1 / sqrt(F), and the decoder has its directions.
 
     A pure function of (config, b_dec, seed): drawn on the CPU, whatever the device.
+
+    Args:
+        b_in: (d,) of a transcoder. Its decoder has random directions of its own, and its W_skip
+            starts at 0 (arXiv 2501.18823).
     """
     generator = torch.Generator().manual_seed(seed)
-    shape = (config.d_sae, len(b_dec))
+    read = b_dec if b_in is None else b_in
+    shape = (config.d_sae, len(read))
     kaiming = config.init == "kaiming"
     if kaiming:
         bound = 1 / math.sqrt(config.d_sae)
         drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
     else:
         drawn = torch.randn(shape, generator=generator)
-    W_dec = drawn.to(b_dec.device)
+    encoder = drawn.to(b_dec.device)
     b_enc = b_dec.new_zeros(config.d_sae)
-    sae = SAE(W_dec.clone(), W_dec, b_enc, b_dec.clone(), config.k)
+    if b_in is None:
+        sae = SAE(encoder, encoder.clone(), b_enc, b_dec.clone(), config.k)
+    else:
+        own = torch.randn((config.d_sae, len(b_dec)), generator=generator).to(b_dec.device)
+        skip = b_dec.new_zeros(len(b_in), len(b_dec)) if config.skip else None
+        sae = SAE(encoder, own, b_enc, b_dec.clone(), config.k, None, b_in.clone(), skip)
     sae.project_()
     if not kaiming:
-        sae.encoder.copy_(W_dec)
+        sae.encoder.copy_(sae.W_dec if b_in is None else normalize(encoder, dim=1))
     return sae

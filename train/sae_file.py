@@ -14,15 +14,15 @@ from data.durable import Written
 from data.errors import StoreError
 from data.foreign import reading
 from train import torch_file
-from train.sae import OPTIONAL, SAE, WEIGHTS
+from train.sae import OPTIONAL, SAE, WEIGHTS, Scales
 from train.tensors import refuse, refuse_shape, tensor_of, whole_of
 
 FILE = "sae_final.pt"
 
 
-def write_final(sae: SAE, scale: float, run: Path, basis: Tensor | None = None) -> Written:
+def write_final(sae: SAE, scale: float | Scales, run: Path, basis: Tensor | None = None) -> Written:
     """Write run/sae_final.pt durably: a dict W_enc (d, F), W_dec (F, d), b_enc, b_dec, k that opens
-    with weights_only.
+    with weights_only; of a transcoder b_in (d,) and perhaps W_skip (d, d_out) too.
 
     Args:
         sae: trained on rows times `scale`, its decoder directions just projected to norm 1.

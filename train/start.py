@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from train import kernels
 from train.sae import SAE, SAEConfig
@@ -49,25 +50,33 @@ def principal_axes(centred: Tensor) -> Tensor:
     return axes.to(centred.dtype)
 
 
-def from_rows_(sae: SAE, centred: Tensor, whiten: bool) -> None:
+def from_rows_(sae: SAE, centred: Tensor, target: Tensor, whiten: bool) -> None:
     """Set the decoder's directions to those of rows, and the encoder to the same, scaled.
 
-    The scale makes the first reconstructions fit best: <x, x_hat> / |x_hat|^2. TopK keeps the same
-    latents whatever the scale is. Directions for which there is no row stay random.
+    The scale makes the first reconstructions fit best: <y, y_hat> / |y_hat|^2. TopK keeps the same
+    latents whatever the scale is. Directions for which there is no row stay random. A transcoder's
+    latent writes along a row of y, and reads along the same token's row of x.
 
     Args:
-        centred: (n, d) rows less b_dec.
+        centred: (n, d) rows x less b_in, of an autoencoder less b_dec.
+        target: (n, d_out) rows y less b_dec; of an autoencoder `centred` itself.
         whiten: first divide each axis by the fourth root of its variance, half of whitening.
     """
-    norms = torch.linalg.vector_norm(centred, dim=1)
-    directions = centred[norms > 0][: sae.d_sae]
+    norms = torch.linalg.vector_norm(target, dim=1)
+    if sae.b_in is not None:
+        norms = norms * torch.linalg.vector_norm(centred, dim=1)
+    directions = target[norms > 0][: sae.d_sae]
     if whiten:
-        variances = centred.square().mean(0)
+        variances = target.square().mean(0)
         directions = directions * variances.clamp_min(_LEAST_VARIANCE * variances.mean()).pow(-0.25)
     sae.W_dec[: len(directions)] = directions
     sae.project_()
-    sae.encoder.copy_(sae.W_dec)
-    few = centred[:4096]
-    x_hat = kernels.decode(kernels.encode(few, sae.encoder, sae.b_enc, sae.k), sae.W_dec)
-    scale = (few * x_hat).sum() / x_hat.square().sum()
+    if sae.b_in is None:
+        sae.encoder.copy_(sae.W_dec)
+    else:
+        read = centred[norms > 0][: sae.d_sae]
+        sae.encoder[: len(read)] = normalize(read, dim=1)
+    few, wanted = centred[:4096], target[:4096]
+    y_hat = kernels.decode(kernels.encode(few, sae.encoder, sae.b_enc, sae.k), sae.W_dec)
+    scale = (wanted * y_hat).sum() / y_hat.square().sum()
     sae.encoder.mul_(torch.where(scale.isfinite() & (scale > 0), scale, 1.0))

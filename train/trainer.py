@@ -7,8 +7,9 @@ recorded environment.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -17,14 +18,17 @@ from data import order
 from data.errors import NonFiniteError, SettingError
 from data.rows.reader import Reader
 from data.rows.split import Policy
+from data.site import RESID_POST
 from train import dead, objective, sae, start
 from train.checkpoint import Checkpoint
+from train.columns import Columns
 from train.evaluate import Evaluation, Fidelity
 from train.kernels import Matmul
 from train.objective import Losses
 from train.optim import Adam, OptimConfig, learning_rate, resolved
 from train.parallel import Group
-from train.sae import SAE, SAEConfig, in_files
+from train.ports import Ports, ports_of
+from train.sae import SAE, SAEConfig, in_files, recorded
 
 _VERIFY = "`python -m harvest action=verify` names the unit"
 _DEAD_AFTER = 10_000_000  # tokens, at most
@@ -36,7 +40,7 @@ _RESAMPLE_UNTIL = 0.8  # of the run: what restarts later has no time to learn
 class TrainConfig:
     """Everything that decides a run's bits, with the store and the environment."""
 
-    layer: int
+    layer: int | tuple[int, ...]  # several in a crosscoder
     # Kept rows to train on. None: one pass over the store; more than it has: several passes.
     tokens: int | None = None
     batch: int = 4096  # rows per optimizer step
@@ -50,8 +54,13 @@ class TrainConfig:
     policy: Policy = field(default_factory=Policy)
     sae: SAEConfig = field(default_factory=SAEConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    site: str | tuple[str, ...] = RESID_POST  # what is read of each layer; several in a crosscoder
+    stores: int = 1  # of which a crosscoder reads the same hook points
+    # What runs had before those settings were there, and do not record.
+    LATER: ClassVar[Mapping[str, Any]] = {"site": RESID_POST, "stores": 1}
 
     def __post_init__(self) -> None:
+        assert self.ports  # a SettingError where there are none of these settings
         for name in ("batch", "log_every", "eval_every", "eval_rows", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name}={getattr(self, name)} must be at least 1")
@@ -68,6 +77,26 @@ class TrainConfig:
                 f"tokens={self.tokens} is less than one batch={self.batch}; "
                 "raise it or lower batch="
             )
+
+    @property
+    def ports(self) -> Ports:
+        """The hook points that the dictionary reads and writes."""
+        layers = (self.layer,) if isinstance(self.layer, int) else self.layer
+        sites = (self.site,) if isinstance(self.site, str) else self.site
+        return ports_of(self.sae.kind, layers, sites, self.sae.target, self.stores)
+
+    def recorded(self) -> dict[str, Any]:
+        """What a run records: settings that came later, only where they differ from before."""
+        values = recorded(self, self.LATER)
+        for name in ("layer", "site"):
+            if isinstance(values.get(name), tuple):
+                values[name] = list(values[name])
+        return {
+            **values,
+            "sae": self.sae.recorded(),
+            "optim": self.optim.recorded(),
+            "policy": self.policy.recorded(),
+        }
 
     def steps(self, rows: int) -> int:
         """Optimizer steps of the run; a last, incomplete batch is left out."""
@@ -113,19 +142,17 @@ class Trainer:
                 "train.matmul=tf32 is a precision of CUDA GPUs; on a CPU take fp32 or bf16"
             )
         self.steps = config.steps(reader.rows)
-        # E||x|| becomes sqrt(d), as in Gao et al.
-        self.scale = 1.0
-        if config.sae.scale_rows:
-            self.scale = math.sqrt(reader.d_model) / float(reader.mean_norm)
-        self.mean = torch.from_numpy(reader.mean).to(device) * self.scale
-        self.mean_variance = float(reader.variance.mean()) * self.scale**2
+        self.columns = Columns.of(config.ports, reader, config.sae.scale_rows, device)
+        self.mean_variance = self.columns.mean_variance(reader)
         self.objective = objective.find(config.sae.activation)(config.sae, config.matmul)
-        fresh = self.objective.started(sae.initial(config.sae, self.mean.float(), config.seed))
+        b_in, b_dec = self.columns.split(self.columns.mean.float())
+        own = None if self.columns.ports.is_autoencoder else b_in
+        fresh = self.objective.started(sae.initial(config.sae, b_dec, config.seed, own))
         self.optim = resolved(config.optim, config.sae.d_sae, self.steps)
         self.dead_after = config.sae.dead_after or max(
             1, min(_DEAD_AFTER, self.steps * config.batch // 25)
         )
-        learned = {name: getattr(fresh, name) for name in self.objective.learned}
+        learned = self.objective.parameters(fresh)
         silent = dead.fresh_counters(config.sae.d_sae, device)
         if self.optim.first_step == 0:  # as if each latent had fired in the first batch
             silent -= config.batch
@@ -133,7 +160,12 @@ class Trainer:
         if config.sae.resample:
             self.state.restarted = torch.zeros_like(silent)
         if config.sae.rotate:
-            self.state.basis = torch.eye(reader.d_model, device=device)
+            self.state.basis = torch.eye(len(self.columns.mean), device=device)
+
+    @property
+    def scale(self) -> float | Tensor:
+        """What rows are multiplied by in training; (c,) where hook points differ in it."""
+        return self.columns.scale(self.columns.ports.every)
 
     def restore(self, saved: Checkpoint) -> None:
         """Go back to a checkpoint, tensor by tensor into the memory that is there."""
@@ -144,14 +176,14 @@ class Trainer:
     @property
     def rows_to_begin(self) -> int:
         """Rows that `begin_` needs; 0: it is not to be called."""
-        needed = start.rows_needed(self.config.sae, len(self.mean))
+        needed = start.rows_needed(self.config.sae, len(self.columns.mean))
         return min(needed, self.steps * self.config.batch)
 
     def begin_(self, first: Tensor) -> None:
         """Set basis, directions, the encoder's scale and b_dec by rows.
 
         Args:
-            first: (rows_to_begin, d) the stream's first raw rows.
+            first: (rows_to_begin, c) the stream's first raw rows.
 
         Raises:
             NonFiniteError: some are NaN or infinite.
@@ -162,19 +194,20 @@ class Trainer:
             raise NonFiniteError(
                 f"{bad} of the {len(first)} rows to begin with hold NaN or infinity; {_VERIFY}"
             )
-        rows = first.to(self.device).float() * self.scale
+        x, y = self.columns.split(self.columns.scaled(first))
         if config.init == "kaiming":
-            state.sae.b_dec.copy_(start.geometric_median(rows))
-        centred = rows - state.sae.b_dec
+            state.sae.b_dec.copy_(start.geometric_median(y))
+        target = y - state.sae.b_dec
         if state.basis is not None:
-            state.basis.copy_(start.principal_axes(centred))
-            centred = centred @ state.basis
+            state.basis.copy_(start.principal_axes(target))
+            target = target @ state.basis
             state.sae.b_dec.copy_(state.sae.b_dec @ state.basis)
         if config.init == "rows":
-            start.from_rows_(state.sae, centred, whiten=state.basis is not None)
+            centred = target if state.sae.b_in is None else x - state.sae.b_in
+            start.from_rows_(state.sae, centred, target, whiten=state.basis is not None)
 
     def step_(self, batch: Tensor) -> dict[str, Any] | None:
-        """One optimizer step on raw rows (batch, d); its record, if it is one to log.
+        """One optimizer step on raw rows (batch, c); its record, if it is one to log.
 
         Raises:
             NonFiniteError: the loss is NaN or infinite; nothing was changed.
@@ -183,15 +216,15 @@ class Trainer:
         config = self.config
 
         # The rows: this process's share, scaled, in the basis.
-        rows = self.group.share(batch).to(self.device).float() * self.scale
-        x = rows if state.basis is None else rows @ state.basis
+        rows = self.columns.scaled(self.group.share(batch))
+        x, y = self.columns.split(rows if state.basis is None else rows @ state.basis)
 
         # Losses and gradients. Device sync: nonzero must know how many latents are dead.
         dying = dead.dead_latents(state.silent, self.dead_after)
         if state.step == 0:
-            self.objective.begin_(state.sae, x - state.sae.b_dec)
+            self.objective.begin_(state.sae, state.sae.centred(x))
         result = objective.losses(
-            self.objective, state.sae, x, dying, self.mean_variance, self.group
+            self.objective, state.sae, x, y, dying, self.mean_variance, self.group
         )
 
         # Stop before one NaN spoils every weight. Device sync, once a step.
@@ -210,7 +243,7 @@ class Trainer:
         # Count tokens since each latent fired, and restart those that are dead for long.
         dead.count_(state.silent, result.fired, len(batch))
         if state.restarted is not None:
-            self.resample_(result.error, len(batch))
+            self.resample_(x, result.error, len(batch))
 
         # Decoder directions have norm 1, in any case at the end.
         number = state.step - 1 + self.optim.first_step
@@ -220,11 +253,12 @@ class Trainer:
             return self._record(rows, result, value, len(dying), lr)
         return None
 
-    def resample_(self, error: Tensor, tokens: int) -> None:
+    def resample_(self, x: Tensor, error: Tensor, tokens: int) -> None:
         """Restart latents that did not fire since their last restart, in the run's first 80 %.
 
         Args:
-            error: (n, d) of the batch just trained on.
+            x: (n, d) what was read of the batch just trained on.
+            error: (n, d_out) of that batch.
             tokens: rows of that batch.
         """
         state = self.state
@@ -238,7 +272,8 @@ class Trainer:
             count = max(len(error), len(latents))
             drawn = order.permutation(count, self.config.seed, state.step) % len(error)
             draw = torch.from_numpy(drawn[: len(latents)]).to(error.device)
-            dead.resample_(state.sae, state.adam, latents, error, draw)
+            read = None if state.sae.b_in is None else state.sae.centred(x)
+            dead.resample_(state.sae, state.adam, latents, error, draw, read)
             self.objective.restart_(state.sae, state.adam, latents)
             state.restarted[latents] = 0
 
@@ -246,8 +281,8 @@ class Trainer:
         self, rows: Tensor, result: Losses, value: float, dead_count: int, lr: float
     ) -> dict[str, Any]:
         """Figures of the batch just trained on, from before its update, on raw rows."""
-        fidelity = Fidelity(self.mean, self.config.sae.d_sae, self.scale)
-        fidelity.add(rows, result.error, result.kept)
+        fidelity = Fidelity(self.columns, self.config.sae.d_sae, self.state.basis)
+        fidelity.add(self.columns.split(rows)[1], result.error, result.kept)
         fidelity.over_(self.group)
         return {
             "split": "train",
@@ -264,7 +299,7 @@ class Trainer:
     def evaluation(self) -> Evaluation:
         """Of held-out rows: all of them at the end, `eval_rows` before."""
         limit = None if self.state.step == self.steps else self.config.eval_rows
-        return Evaluation(self.state.sae, self.mean, self.scale, limit, self.state.basis)
+        return Evaluation(self.state.sae, self.columns, limit, self.state.basis)
 
     def held_out_record(self, evaluation: Evaluation) -> dict[str, Any]:
         """The record of a finished evaluation."""

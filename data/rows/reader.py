@@ -68,6 +68,7 @@ class Reader:
         self.seed = seed
         self.window = window
         self.d_model = store.d_model
+        self.widths = [store.d_model]
         self._store = store
         self._layer = layer
         self._policy = policy
@@ -90,6 +91,7 @@ class Reader:
                 "drop_outliers and drop_tokens"
             )
         self.mean_norm = found.mean_norm
+        self.mean_norms = [found.mean_norm]
         self.mean = found.moments.mean
         self.variance = found.moments.variance
         # By the rule, of the first round: of a whole store these are all training units.

@@ -93,8 +93,12 @@ class Rows:
         return len(self.train)
 
     @property
-    def d_model(self) -> int:
-        return self.train.shape[1]
+    def widths(self) -> list[int]:
+        return [self.train.shape[1]]
+
+    @property
+    def mean_norms(self) -> list[float]:
+        return [self.mean_norm]
 
     def ordered(self, batch: int, seed: int) -> Iterator[Tensor]:
         """Batches (batch, d) without end, in an order that only the seed decides."""

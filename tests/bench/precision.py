@@ -90,9 +90,10 @@ class InFile:
 
     def __init__(self, every: NDArray[np.float32], batch: int) -> None:
         self._every, self._batch, self._first = every, batch, 0
-        self.rows, self.d_model = every.shape
+        self.rows = len(every)
+        self.widths = [every.shape[1]]
         few = np.asarray(every[::_SHARE])
-        self.mean_norm = float(np.linalg.norm(few, axis=1).mean())
+        self.mean_norms = [float(np.linalg.norm(few, axis=1).mean())]
         self.mean, self.variance = few.mean(0, dtype=np.float64), few.var(0, dtype=np.float64)
 
     def begin_at(self, row: int) -> None:

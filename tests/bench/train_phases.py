@@ -263,7 +263,7 @@ def phases(shape: Shape, store: Path | None, layer: int, blocks: int) -> dict[st
     if store:
         how: Any = {"batch": shape.batch, "policy": Policy(), "pinned": device.type == "cuda"}
         reader = Reader(Store.open(store), layer, seed=0, **how)
-        shape = replace(shape, d=reader.d_model)
+        shape = replace(shape, d=sum(reader.widths))
     trainer, clock, precisions = (
         shape.trainer(reader),
         Clock(device.type == "cuda"),

@@ -35,8 +35,9 @@ class InMemory:
     def __init__(self, d: int, batch: int, batches: int = 4) -> None:
         draw = torch.Generator().manual_seed(0)
         self._batches = [torch.randn(batch, d, generator=draw).bfloat16() for _ in range(batches)]
-        self.rows, self.d_model = _STEPS * batch, d
-        self.mean_norm = float(self._batches[0].float().norm(dim=1).mean())
+        self.rows = _STEPS * batch
+        self.widths = [d]
+        self.mean_norms = [float(self._batches[0].float().norm(dim=1).mean())]
         self.mean, self.variance = np.zeros(d), np.ones(d)
 
     def batches(self, start: int) -> Iterator[Tensor]:

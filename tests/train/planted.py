@@ -35,6 +35,7 @@ class Planted:
         """
         self.rows = rows
         self.d_model = d
+        self.widths = [d]
         self.spoil = spoil
         self._batch = batch
         self._seed = seed
@@ -48,7 +49,7 @@ class Planted:
         )
         self._offset = 2 * torch.randn(d, generator=generator)
         sample = self.draw(10**6, 4096).double()
-        self.mean_norm = float(sample.norm(dim=1).mean())
+        self.mean_norms = [float(sample.norm(dim=1).mean())]
         moments = Moments.of(sample.numpy())
         self.mean, self.variance = moments.mean, moments.variance
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from tests.train.reference import dense_activations, random_sae
+from train.columns import Columns
 from train.evaluate import Evaluation
 from train.evaluate import evaluate as evaluate_together
+from train.ports import ports_of
 
 
 def case(n=300, d=12, d_sae=64):
@@ -19,8 +21,15 @@ def case(n=300, d=12, d_sae=64):
     )
 
 
+def columns(mean, scale=1.0):
+    """Of one hook point, whose scaled rows have this mean."""
+    ports = ports_of("sae", [0], ["resid_post"], None)
+    (port,) = ports.every
+    return Columns(ports, {port: len(mean)}, {port: scale}, mean)
+
+
 def evaluate(sae, rows, mean, scale, limit):
-    alone = Evaluation(sae, mean, scale, limit)
+    alone = Evaluation(sae, columns(mean, scale), limit)
     evaluate_together([alone], rows)
     return alone.figures()
 
@@ -65,8 +74,8 @@ def test_several_read_once_and_each_as_much_as_it_wants():
     read = []
     rows = (read.append(number) or part for number, part in enumerate(x.split(50)))
     few, many = (
-        Evaluation(sae, mean, 1.0, 60),
-        Evaluation(random_sae(12, 64, 3, dtype=torch.float32), mean, 1.0, 200),
+        Evaluation(sae, columns(mean), 60),
+        Evaluation(random_sae(12, 64, 3, dtype=torch.float32), columns(mean), 200),
     )
     evaluate_together([few, many], rows)
     assert read == [0, 1, 2, 3, 4]

@@ -18,7 +18,7 @@ CONFIG = SAEConfig(d_sae=D_SAE, k=K, k_aux=8, aux_coef=0.5)
 def losses(sae, x, dead, config, mean_variance):
     """Losses and gradients, these by the names of files."""
     kind = objective.find(config.activation)
-    found = objective.losses(kind(config), sae, x, dead, mean_variance, Group())
+    found = objective.losses(kind(config), sae, x, x, dead, mean_variance, Group())
     return found._replace(gradients=in_files(found.gradients))
 
 

@@ -96,7 +96,7 @@ def from_rows(centred, d_sae=8, whiten=False):
         for _ in "ab"
     )
     after.b_enc.zero_()
-    start.from_rows_(after, centred, whiten)
+    start.from_rows_(after, centred, centred, whiten)
     return before, after
 
 
@@ -159,7 +159,10 @@ def test_a_rotated_start_is_half_whitened_in_the_rows_axes():
     reader = planted()
     plain, rotated = begun(reader, init="rows"), begun(reader, init="rows", rotate=True)
     basis, scale = rotated.state.basis, rotated.scale
-    rows = torch.cat([reader.draw(n, BATCH) for n in range(5)]).float() * scale - plain.mean.float()
+    rows = (
+        torch.cat([reader.draw(n, BATCH) for n in range(5)]).float() * scale
+        - plain.columns.mean.float()
+    )
     torch.testing.assert_close(plain.state.sae.W_dec, normalize(rows, dim=1)[:48])
     turned = (rows @ basis).double()
     covariance = turned.T @ turned
@@ -208,9 +211,9 @@ def restarts(monkeypatch):
     """(latents, rows) of each resampling."""
     found, real = [], dead.resample_
 
-    def resample_(sae, adam, latents, error, draw):
+    def resample_(sae, adam, latents, error, draw, read):
         found.append((latents.tolist(), draw.tolist()))
-        real(sae, adam, latents, error, draw)
+        real(sae, adam, latents, error, draw, read)
 
     monkeypatch.setattr(dead, "resample_", resample_)
     return found
@@ -249,7 +252,7 @@ def test_draws_are_a_pure_function_of_seed_and_step(restarts):
         trainer = Trainer(config(seed=seed, sae=WHOLE["sae"]), planted(), CPU)
         trainer.state.step = step
         trainer.state.silent[:count] = trainer.state.restarted[:] = 10**6
-        trainer.resample_(normal(BATCH, 8), BATCH)
+        trainer.resample_(normal(BATCH, 8), normal(BATCH, 8), BATCH)
         return restarts[-1][1]
 
     first = drawn(0, 5, 8)

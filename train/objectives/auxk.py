@@ -42,7 +42,7 @@ def auxk(
     Args:
         bias: (F,) the encoder's, a result of train.functions.bias.
         centred: (n, d) rows x - b_dec, a constant: b_dec's gradient flows through `bias`.
-        error: (n, d) e, a constant.
+        error: (n, d_out) e, a constant.
         dead: (D,) indices, at least one.
     """
     encoder = rows(sae.encoder, dead)

@@ -43,10 +43,10 @@ class Thresholded(Objective):
 
 @dataclass(frozen=True)
 class BatchTopK(Thresholded):
-    def main(self, sae: SAE, centred: Tensor, denominator: float) -> Main:
+    def main(self, sae: SAE, centred: Tensor, target: Tensor, denominator: float) -> Main:
         b_enc = bias(sae.b_enc, sae)
         f, bags = encode(self.largest, centred, sae.encoder, b_enc)  # positive, so no ReLU
-        error = centred - decode(f, bags, sae.W_dec)
+        error = target - decode(f, bags, sae.W_dec)
         return Main(mean_square(error, denominator), error, f, bags, b_enc)
 
     def after_(self, sae: SAE, kept: Kept) -> None:

@@ -33,7 +33,7 @@ from train.kernels import Kept
 from train.objective import Main, Objective
 from train.objectives.batchtopk import smallest
 from train.optim import Adam
-from train.sae import SAE, SAEConfig
+from train.sae import SAE, SAEConfig, Scales
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,21 @@ class GatedSAE(SAE):
         growth = self.r_mag.exp()
         threshold = (self.b_enc - growth * self.b_gate).clamp_min(0)  # at least 0: ReLU
         encoder = self.encoder * growth.unsqueeze(1)
-        return SAE(encoder, self.W_dec, self.b_enc, self.b_dec, self.k, threshold)
+        return SAE(
+            encoder,
+            self.W_dec,
+            self.b_enc,
+            self.b_dec,
+            self.k,
+            threshold,
+            self.b_in,
+            self.W_skip,
+        )
 
     def encode(self, x: Tensor) -> Kept:
         return self.thresholded().encode(x)
 
-    def folded(self, scale: float, basis: Tensor | None = None) -> SAE:
+    def folded(self, scale: float | Scales, basis: Tensor | None = None) -> SAE:
         return self.thresholded().folded(scale, basis)
 
 
@@ -99,9 +108,9 @@ class Gated(Objective):
         first = kernels.encode_batch(centred, sae.encoder, sae.b_enc, sae.k, self.matmul)
         sae.b_gate.copy_(-smallest(first))
 
-    def main(self, sae: SAE, centred: Tensor, denominator: float) -> Main:
+    def main(self, sae: SAE, centred: Tensor, target: Tensor, denominator: float) -> Main:
         assert isinstance(sae, GatedSAE) and isinstance(self.config, GatedConfig)
-        n, d = centred.shape
+        n, d = target.shape
 
         def open_gates(centred: Tensor, encoder: Tensor, zero: Tensor) -> Kept:
             return kernels.encode_above(centred, encoder, zero, -sae.b_gate, self.matmul)
@@ -112,11 +121,11 @@ class Gated(Objective):
         # The reconstruction: magnitudes of the open gates.
         growth = per_pair(sae.r_mag.exp(), u, bags)
         f = u._replace(values=(growth * u.values + per_pair(sae.b_enc, u, bags)).relu())
-        error = centred - decode(f, bags, sae.W_dec)
+        error = target - decode(f, bags, sae.W_dec)
 
-        # The gate learns by its own reconstruction, for which the decoder is frozen, and by L1.
+        # The gate learns by L1 and by its own reconstruction, whose decoder and skip are frozen.
         pi = u._replace(values=u.values + per_pair(sae.b_gate, u, bags))
-        gate_error = centred.detach() - decode(pi, bags, sae.W_dec.detach())
+        gate_error = target.detach() - decode(pi, bags, sae.W_dec.detach())
         l1 = pi.values.sum() / (n * d * denominator)
 
         loss = mean_square(error, denominator) + mean_square(gate_error, denominator)

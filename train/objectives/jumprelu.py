@@ -43,7 +43,7 @@ class JumpReLU(Thresholded):
         if not (math.isfinite(bandwidth) and bandwidth > 0):
             raise SettingError(f"sae.bandwidth={bandwidth} must be a positive number")
 
-    def main(self, sae: SAE, centred: Tensor, denominator: float) -> Main:
+    def main(self, sae: SAE, centred: Tensor, target: Tensor, denominator: float) -> Main:
         theta = sae.threshold
         assert theta is not None
 
@@ -56,7 +56,7 @@ class JumpReLU(Thresholded):
         z, bags = encode(near, centred, sae.encoder, b_enc)
         values, active = jump(z, bags, theta, self.config.bandwidth)
         f = z._replace(values=values)
-        error = centred - decode(f, bags, sae.W_dec)
+        error = target - decode(f, bags, sae.W_dec)
         excess = active / (len(centred) * self.config.k) - 1  # L0 / k - 1
         loss = mean_square(error, denominator) + self.config.l0_coef * excess.square()
         return Main(loss, error, f, bags, b_enc)

@@ -37,7 +37,7 @@ class Matryoshka(Thresholded):
                 f"sae.nested={nested} halvings leave nothing of sae.d_sae={d_sae}; lower it"
             )
 
-    def main(self, sae: SAE, centred: Tensor, denominator: float) -> Main:
+    def main(self, sae: SAE, centred: Tensor, target: Tensor, denominator: float) -> Main:
         levels = self.config.nested
         b_enc = bias(sae.b_enc, sae)
         f, bags = encode(self._by_level, centred, sae.encoder, b_enc)
@@ -45,7 +45,7 @@ class Matryoshka(Thresholded):
         starts = starts_of(level_bags, len(centred) * levels)
         split = Kept(f.values, f.indices, level_bags, starts)
         added = decode(split, bags, sae.W_dec).view(len(centred), levels, -1)
-        errors = nested_errors(centred, added)
+        errors = nested_errors(target, added)
         return Main(mean_square(errors, denominator), errors[:, -1], f, bags, b_enc)
 
     def after_(self, sae: SAE, kept: Kept) -> None:
@@ -65,14 +65,14 @@ class Matryoshka(Thresholded):
         return kept.rows * levels + torch.searchsorted(ends, kept.indices, right=True)
 
 
-def nested_errors(centred: Tensor, added: Tensor) -> Tensor:
+def nested_errors(target: Tensor, added: Tensor) -> Tensor:
     """(n, levels, d) x - x_hat_j.
 
     Args:
-        centred: (n, d) rows x - b_dec.
+        target: (n, d) what the latents have to give: rows x - b_dec.
         added: (n, levels, d) what each dictionary adds to the reconstruction before it.
     """
-    result: Tensor = _NestedErrors.apply(centred, added)  # type: ignore[no-untyped-call]
+    result: Tensor = _NestedErrors.apply(target, added)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -80,8 +80,8 @@ class _NestedErrors(Function):
     """What a level adds is in its own reconstruction and in all later ones."""
 
     @staticmethod
-    def forward(ctx: Any, centred: Tensor, added: Tensor) -> Tensor:
-        return centred.unsqueeze(1) - added.cumsum(1)
+    def forward(ctx: Any, target: Tensor, added: Tensor) -> Tensor:
+        return target.unsqueeze(1) - added.cumsum(1)
 
     @staticmethod
     def backward(ctx: Any, errors: Tensor) -> Any:
