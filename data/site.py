@@ -59,6 +59,20 @@ class HookPoint(NamedTuple):
         """What JSON and YAML hold: the layer's number for resid_post, else the name."""
         return self.layer if self.site == RESID_POST else self.name
 
+    @property
+    def record_name(self) -> str:
+        """The name of what a store records of it once: `00021` for resid_post, else `mlp_in_21`."""
+        return f"{self.layer:05d}" if self.site == RESID_POST else self.name
+
+    @classmethod
+    def of_record(cls, name: str) -> HookPoint | None:
+        """The hook point of a `record_name`; None: it is none."""
+        try:
+            point = cls.of(name.lstrip("0") or "0" if name.isdecimal() else name)
+        except SettingError:
+            return None
+        return point if point.record_name == name else None
+
     def __str__(self) -> str:
         """For messages: `layer 21`, or `mlp_in of layer 21`."""
         of_layer = f"layer {self.layer}"

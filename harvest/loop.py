@@ -149,7 +149,8 @@ def make(
                 room.clear(unit)
 
                 # Compute its residuals.
-                residuals, batch = compute(store, lm, unit, lacking, batch, stop, faults)
+                wanted = [point.layer for point in lacking]
+                residuals, batch = compute(store, lm, unit, wanted, batch, stop, faults)
                 stop.check()
 
                 # Hand them to the writer, which commits them beside the next unit's forward pass.
@@ -252,7 +253,8 @@ def fit_codec(store: Store, lm: LanguageModel, layers: Sequence[int]) -> None:
     """Fit a lossy codec to the rows of unit 0, before the first row is written."""
     unfitted = codec.unfitted(store.manifest["codec"], store.place, layers)
     if unfitted:
-        residuals = unit_residuals(store, lm, 0, unfitted, store.manifest["batch"])
+        wanted = [point.layer for point in unfitted]
+        residuals = unit_residuals(store, lm, 0, wanted, store.manifest["batch"])
         bos = torch.from_numpy(store.piece_starts(0).ravel())
         for layer, rows in residuals.items():
             codec.fit(store.place, layer, rows, bos.to(rows.device))

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from data.errors import StopRequest
 from data.journal import tell
+from data.site import HookPoint
 from data.store.claims import SPINE, Claims
 from data.store.store import Store
 from data.text.documents import TextSource
@@ -52,7 +53,7 @@ class Spine:
             self._process.stop()
             self._claims.release(SPINE)
 
-    def ready(self, missing: Mapping[int, list[int]]) -> dict[int, list[int]]:
+    def ready(self, missing: Mapping[int, list[HookPoint]]) -> dict[int, list[HookPoint]]:
         """Those of the missing units whose spine is committed, as of the last look."""
         rows = self._store.ledger.spine_rows
         return {unit: layers for unit, layers in missing.items() if rows[unit]}

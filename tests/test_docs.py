@@ -174,7 +174,7 @@ def test_the_stores_table_is_the_stores(small: Any) -> None:
         key.split("/")[0]: value for key, value in store.metadata([5]).items() if "/" in key
     }
     assert {name.replace("_L", "_5") for name in rows} == set(metadata)
-    arrays = {array.name: array for array in [*store.arrays.of_spine(), *store.arrays.of_layer(5)]}
+    arrays = {array.name: array for array in [*store.arrays.of_spine(), *store.arrays.of_point(5)]}
     for name, shape in rows.items():
         array = arrays[name.replace("_L", "_5")]
         wanted: list[int] = [

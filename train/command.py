@@ -118,12 +118,12 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
 
 def first_layer(store: Store) -> int:
     """The default layer."""
-    layers = retention.read(store.place).layers or store.layers
-    if not layers:
+    points = retention.read(store.place).points or store.points
+    if not points:
         raise SettingError(
             f"{store.name} has no layer yet; finish it with `python -m harvest store={store.name}`"
         )
-    return layers[0]
+    return points[0].layer
 
 
 def run_directory(asked: str | None, name: str, job: Job) -> Path:

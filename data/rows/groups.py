@@ -43,6 +43,7 @@ class Groups:
         self.store = store
         self.span = state.span
         self.training_units = len(training)
+        self.layer = kept.layer
         self._kept = kept
         self._batch = batch
         self._poll_s = poll_s
@@ -222,7 +223,7 @@ class RingFollower:
             return
 
         def told() -> str:
-            committed = int(self._store.committed(self._registration.layer).sum())
+            committed = int(self._store.committed(self._groups.layer).sum())
             return (
                 f"waiting for the harvest: {committed} of {self._store.units} units are there, "
                 f"not yet batch {batch:,}"

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from data import order
 from data.errors import SettingError, StoreError
+from data.site import HookPoint
 from data.store.kinds import BOS, ORDINARY, OUTLIER
 from data.store.store import Store
 
@@ -104,11 +105,13 @@ def held_out_units(store: Store) -> list[int]:
 
 def require_complete(store: Store, layer: int) -> None:
     """Raise StoreError unless every unit of `layer` is committed."""
-    if layer not in store.layers:
-        raise StoreError(f"layer {layer} is not in {store.name}; it has {store.layers}")
-    if not store.complete(layer):
+    point = HookPoint.of(layer)
+    if point not in store.points:
+        there = ", ".join(map(str, store.points)) or "nothing yet"
+        raise StoreError(f"{point} is not in {store.name}; it has {there}")
+    if not store.complete(point):
         raise StoreError(
-            f"layer {layer} of {store.name} lacks {len(store.missing([layer]))} of {store.units} "
+            f"{point} of {store.name} lacks {len(store.missing([layer]))} of {store.units} "
             "units; run the same `python -m harvest` command again to finish it"
         )
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.rows.split import HELD_OUT, TRAINING, parts
+from data.site import HookPoint, Point
 from data.store import records
 from data.store.arrays import KINDS
 from data.store.kinds import ORDINARY
@@ -36,7 +37,7 @@ class Summary(NamedTuple):
         return merge_all(chosen, self.moments.shape[-1])
 
 
-def read(store: Store, layer: int) -> Summary:
+def read(store: Store, layer: Point) -> Summary:
     """The summary of a complete layer; merged again if the harvest was stopped before it."""
     key = _key(layer)
     try:
@@ -48,12 +49,12 @@ def read(store: Store, layer: int) -> Summary:
     return Summary(np.array(record["counts"]), np.array(record["norm_sums"]), moments)
 
 
-def exists(store: Store, layer: int) -> bool:
+def exists(store: Store, layer: Point) -> bool:
     """Whether the summary of a layer is committed."""
     return store.place.exists(_key(layer))
 
 
-def write(store: Store, layer: int) -> None:
+def write(store: Store, layer: Point) -> None:
     """Commit the summary of a complete layer, if it is not there."""
     if exists(store, layer):
         return
@@ -66,7 +67,7 @@ def write(store: Store, layer: int) -> None:
     store.commit(_key(layer), record)
 
 
-def make(store: Store, layer: int, of: Sequence[Sequence[int]] | None = None) -> Summary:
+def make(store: Store, layer: Point, of: Sequence[Sequence[int]] | None = None) -> Summary:
     """Merge the units' statistics.
 
     Args:
@@ -89,7 +90,7 @@ def make(store: Store, layer: int, of: Sequence[Sequence[int]] | None = None) ->
     return summary
 
 
-def variance_lost(store: Store, layer: int) -> float | None:
+def variance_lost(store: Store, layer: Point) -> float | None:
     """The share of the ordinary rows' variance that a lossy codec lost; None if lossless.
 
     That is the squared error of storing them over their squared deviations from the mean.
@@ -102,5 +103,5 @@ def variance_lost(store: Store, layer: int) -> float | None:
     return lost / sum(map(float, squares))
 
 
-def _key(layer: int) -> str:
-    return f"commits/summaries/{layer:05d}.json"
+def _key(layer: Point) -> str:
+    return f"commits/summaries/{HookPoint.of(layer).record_name}.json"

@@ -1,7 +1,8 @@
 """Which arrays a store has, with the name, type and shape of each.
 
-Names are made here, and taken apart here, and nowhere else. `layer_L` holds the rows
-of the site resid_post after decoder layer L. A store holds one site; its manifest names it.
+Names are made here, and taken apart here, and nowhere else. `layer_L` holds the rows of the site
+resid_post of decoder layer L, and `SITE_L` those of another site, as in `mlp_in_21`. What belongs
+to them is named `norm_L`, or `norm_SITE_L`, and so on.
 """
 
 from __future__ import annotations
@@ -10,39 +11,45 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from data.errors import SettingError
+from data.site import RESID_POST, HookPoint, Point
 from data.store.codec import Codec, exact
 from data.store.shard import UnitArray, native, object_key
 
 KINDS = 3  # BOS, OUTLIER, ORDINARY: the kinds of rows that have statistics
 
 
-_ROWS = "layer"
+_LAYER = "layer_"  # begins the names of resid_post's rows
 
 
-def _name(kind: str, layer: int) -> str:
-    """The name of one of a layer's arrays."""
-    return f"{kind}_{layer}"
+def _name(kind: str, point: Point) -> str:
+    """The name of one of the arrays that belong to a point's rows."""
+    return f"{kind}_{HookPoint.of(point).name}"
 
 
-def rows_name(layer: int) -> str:
-    """The name of the array that holds a layer's rows."""
-    return _name(_ROWS, layer)
+def rows_name(point: Point) -> str:
+    """The name of the array that holds a point's rows."""
+    point = HookPoint.of(point)
+    return f"{_LAYER}{point.layer}" if point.site == RESID_POST else point.name
 
 
-def is_rows_name(name: str) -> bool:
-    """Whether an array of this name holds some layer's rows."""
-    return name.startswith(f"{_ROWS}_")
+def rows_point(name: str) -> HookPoint | None:
+    """The hook point whose rows an array of this name holds; None: it holds no rows."""
+    try:
+        point = HookPoint.of(name.removeprefix(_LAYER))
+    except SettingError:
+        return None
+    return point if rows_name(point) == name else None
 
 
-def layers_of(names: Iterable[str]) -> set[int]:
-    """The layers whose rows are among the arrays of these names."""
-    numbers = (name.removeprefix(f"{_ROWS}_") for name in names if is_rows_name(name))
-    return {int(number) for number in numbers if number.isascii() and number.isdigit()}
+def points_of(names: Iterable[str]) -> set[HookPoint]:
+    """The points whose rows are among the arrays of these names."""
+    return {point for name in names if (point := rows_point(name)) is not None}
 
 
-def rows_key(layer: int, unit: int) -> str:
-    """The object that holds a unit's rows of a layer."""
-    return object_key(rows_name(layer), unit, dimensions=2)
+def rows_key(point: Point, unit: int) -> str:
+    """The object that holds a unit's rows of a point."""
+    return object_key(rows_name(point), unit, dimensions=2)
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Arrays:
 
     manifest: Mapping[str, Any]
     spine_rows: int  # S
-    rows_codec: Callable[[int], Codec]  # of a layer's rows
+    rows_codec: Callable[[HookPoint], Codec]  # of a point's rows
 
     # -- the spine ---------------------------------------------------------------------------------
 
@@ -76,45 +83,45 @@ class Arrays:
         """Every array of the spine."""
         return [self.tokens(), self.document(), self.token_index()]
 
-    # -- one layer ---------------------------------------------------------------------------------
+    # -- one point ---------------------------------------------------------------------------------
 
-    def rows(self, layer: int) -> UnitArray:
-        """(N, d) bfloat16 rows of the residual stream, permuted inside their unit."""
+    def rows(self, point: Point) -> UnitArray:
+        """(N, d) bfloat16 rows of a hook point, permuted inside their unit."""
         return UnitArray(
-            name=rows_name(layer),
+            name=rows_name(point),
             data_type="bfloat16",
             length=self._tokens,
             inner=(self._d_model,),
             unit=self.manifest["unit"],
-            codec=self.rows_codec(layer),
+            codec=self.rows_codec(HookPoint.of(point)),
             chunk=self.manifest["chunk"],
         )
 
-    def norms(self, layer: int) -> UnitArray:
+    def norms(self, point: Point) -> UnitArray:
         """(N,) float32 Euclidean norms of the rows."""
-        return self._per_token(_name("norm", layer), "float32")
+        return self._per_token(_name("norm", point), "float32")
 
-    def kinds(self, layer: int) -> UnitArray:
+    def kinds(self, point: Point) -> UnitArray:
         """(N,) uint8 what each row is: see data/store/kinds.py."""
-        return self._per_token(_name("kind", layer), "uint8")
+        return self._per_token(_name("kind", point), "uint8")
 
-    def moments(self, layer: int) -> UnitArray:
+    def moments(self, point: Point) -> UnitArray:
         """(units, 3, 2, d) float64 moments of each unit's rows, by kind."""
         units = -(-self._tokens // self.manifest["unit"])
-        return self._moments(_name("moments", layer), units, 1)
+        return self._moments(_name("moments", point), units, 1)
 
-    def summary(self, layer: int) -> UnitArray:
+    def summary(self, point: Point) -> UnitArray:
         """(2, 3, 2, d) float64 moments of all [training, held-out] rows, by kind."""
-        return self._moments(_name("summary", layer), 2, 2)
+        return self._moments(_name("summary", point), 2, 2)
 
-    def of_layer(self, layer: int) -> list[UnitArray]:
-        """Every array of a layer."""
+    def of_point(self, point: Point) -> list[UnitArray]:
+        """Every array of a point."""
         return [
-            self.rows(layer),
-            self.norms(layer),
-            self.kinds(layer),
-            self.moments(layer),
-            self.summary(layer),
+            self.rows(point),
+            self.norms(point),
+            self.kinds(point),
+            self.moments(point),
+            self.summary(point),
         ]
 
     # -- shapes ------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ Every chunk ends in crc32c: without it each codec would read a flipped bit in si
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from data.durable import Buffer
 from data.errors import SettingError, StoreError
+from data.site import HookPoint, Point
 
 if TYPE_CHECKING:  # the process that writes the spine runs without torch
     import torch
@@ -48,7 +49,7 @@ _BLOSC_NBYTES = slice(4, 8)  # of Blosc's header: the decoded size, little-endia
 EXPECTED_RATIO = {"blosc": 1.45, "none": 1.0, "int8": 2.2}
 NAMES = tuple(EXPECTED_RATIO)
 _LOSSY = "int8"
-FITS = "commits/scales"  # the records of what a lossy codec was fitted to, a layer each
+FITS = "commits/scales"  # the records of what a lossy codec was fitted to, a point each
 
 
 class Codec(ABC):
@@ -220,8 +221,8 @@ def exact(name: str, typesize: int) -> Codec:
     return Plain() if name == "none" else Shuffled(typesize)
 
 
-def of_rows(name: str, place: Place, layer: int) -> Codec:
-    """The codec of a layer's bfloat16 rows; a lossy one is fitted to the layer.
+def of_rows(name: str, place: Place, point: Point) -> Codec:
+    """The codec of a point's bfloat16 rows; a lossy one is fitted to the point.
 
     Raises:
         FileNotFoundError: it is not fitted yet.
@@ -230,44 +231,43 @@ def of_rows(name: str, place: Place, layer: int) -> Codec:
         return exact(name, 2)
     from data.store import scales
 
-    return scales.read(place, layer)
+    return scales.read(place, point)
 
 
-def unfitted(name: str, place: Place, layers: Sequence[int]) -> list[int]:
-    """The layers to which the codec must be fitted before their first row is written."""
+def unfitted(name: str, place: Place, points: Iterable[Point]) -> list[HookPoint]:
+    """The points to which the codec must be fitted before their first row is written."""
     if is_lossless(name):
         return []
     from data.store import scales
 
-    return [layer for layer in layers if not scales.exist(place, layer)]
+    return [point for point in map(HookPoint.of, points) if not scales.exist(place, point)]
 
 
-def fit_key(layer: int) -> str:
+def fit_key(point: Point) -> str:
     """The record of what a lossy codec was fitted to."""
-    return f"{FITS}/{layer:05d}.json"
+    return f"{FITS}/{HookPoint.of(point).record_name}.json"
 
 
-def fitted_layer(key: str) -> int | None:
-    """The layer of such a record; None of another object."""
+def fitted_point(key: str) -> HookPoint | None:
+    """The point of such a record; None of another object."""
     folder, _, name = key.rpartition("/")
-    number = name.removesuffix(".json")
-    return int(number) if folder == FITS and number.isdecimal() else None
+    return HookPoint.of_record(name.removesuffix(".json")) if folder == FITS else None
 
 
-def restore_fit(place: Place, layer: int) -> bool:
+def restore_fit(place: Place, point: Point) -> bool:
     """Write that record again from its copies in Zarr metadata; False if there are none."""
     from data.store import scales
 
-    return scales.restore(place, layer)
+    return scales.restore(place, point)
 
 
-def fit(place: Place, layer: int, rows: torch.Tensor, bos: torch.Tensor) -> None:
-    """Fit the lossy codec to a layer, once and for all; the first process to do so counts.
+def fit(place: Place, point: Point, rows: torch.Tensor, bos: torch.Tensor) -> None:
+    """Fit the lossy codec to a point, once and for all; the first process to do so counts.
 
     Args:
-        rows: (n, d) bfloat16, a sample of the layer's rows.
+        rows: (n, d) bfloat16, a sample of the point's rows.
         bos: (n,) which of them are BOS.
     """
     from data.store import scales
 
-    scales.freeze(place, layer, rows, bos)
+    scales.freeze(place, point, rows, bos)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.errors import PipelineError, SettingError
+from data.site import HookPoint, Point
 from data.store import manifest, retention
 from data.store.coming import is_announced
 from data.store.place import place_of
@@ -33,14 +34,14 @@ class Found(NamedTuple):
     state: str  # for people
 
 
-def find(layer: int | None) -> tuple[str, str]:
+def find(point: Point | None) -> tuple[str, str]:
     """The store to train from, and why it is this one.
 
-    It is the default harvest's if there is one, else the only one in `FOLDER` whose layer is
+    It is the default harvest's if there is one, else the only one in `FOLDER` whose rows are
     complete.
 
     Args:
-        layer: that training needs; None: the store's first.
+        point: hook point that training needs; None: the store's first.
 
     Raises:
         SettingError: there is no such store, or there are several.
@@ -49,7 +50,7 @@ def find(layer: int | None) -> tuple[str, str]:
     if manifest.exists(harvested) or is_announced(harvested):
         return HARVESTED, "what `python -m harvest` makes by default"
     folders = sorted(path for path in FOLDER.glob("*/") if manifest.exists(place_of(path)))
-    found = [_look(path, layer) for path in folders]
+    found = [_look(path, point) for path in folders]
     complete = [store.path for store in found if store.complete]
     if len(complete) == 1:
         return str(complete[0]), f"the only complete store in {FOLDER}/"
@@ -70,17 +71,17 @@ def find(layer: int | None) -> tuple[str, str]:
     )
 
 
-def _look(path: Path, layer: int | None) -> Found:
+def _look(path: Path, point: Point | None) -> Found:
     try:
         store = Store.open(path)
     except PipelineError:
         return Found(path, False, "damaged")
     if retention.read(store.place).span is not None:
         return Found(path, False, "a ring, whose rows are freed")
-    layer = min(store.layers, default=None) if layer is None else layer
-    if layer is None or layer not in store.layers:
-        return Found(path, False, "no layer yet" if layer is None else f"no layer {layer}")
-    if store.complete(layer):
+    wanted = min(store.points, default=None) if point is None else HookPoint.of(point)
+    if wanted is None or wanted not in store.points:
+        return Found(path, False, "no layer yet" if wanted is None else f"no {wanted}")
+    if store.complete(wanted):
         return Found(path, True, "complete")
-    done = int(store.committed(layer).sum())
-    return Found(path, False, f"layer {layer}: {done} of {store.units} units")
+    done = int(store.committed(wanted).sum())
+    return Found(path, False, f"{wanted}: {done} of {store.units} units")

@@ -1,4 +1,4 @@
-"""What the records of a store say, as arrays: 0.8 KB a unit and layer, however large the store.
+"""What the records of a store say, as arrays: 0.8 KB a unit and point, however large the store.
 
 The records are the truth. A ledger is read from them, or from their copies in packs
 (data/store/packs.py), and only ever grows, so that a process can follow what others commit.
@@ -10,21 +10,27 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import StoreError, TemporaryError
+from data.errors import SettingError, StoreError, TemporaryError
+from data.site import RESID_POST, SITES, HookPoint, Point
 from data.store import packs, records
-from data.store.arrays import is_rows_name, rows_key, rows_name
+from data.store.arrays import points_of, rows_key, rows_name
 from data.store.packs import Content, Pack
 from data.store.place import Place
 from data.store.retention import Absences
 
 SPINE, RESIDUALS = "commits/spine", "commits/residuals"
 _SPINE_RECORD = re.compile(r"(?P<unit>\d{8})\.json")
-_RESIDUAL_RECORD = re.compile(r"(?P<unit>\d{8})\.(?P<layers>\d+(_\d+)*)\.json")
+_RESIDUAL_RECORD = re.compile(r"(?P<unit>\d{8})\.(?P<points>[0-9a-z_.-]+)\.json", re.ASCII)
+# Of one site in the name of a record: layers of resid_post as 21_27, of others as mlp_in_0-41_50.
+_RANGE = r"\d{1,5}(?:-\d{1,5})?"
+_OF_SITE = re.compile(rf"(?:(?P<site>[a-z_]+)_)?(?P<layers>{_RANGE}(?:_{_RANGE})*)", re.ASCII)
+_LONGEST_KIND = 200  # bytes; file systems allow names of 255
 
 _AT_A_TIME = 32  # records of the spine that a look asks for at a time
 _LISTINGS = 8  # of a folder whose records go while they are read
@@ -35,34 +41,81 @@ def spine_key(unit: int) -> str:
     return f"{SPINE}/{unit:08d}.json"
 
 
-def residual_key(unit: int, layers: Iterable[int]) -> str:
+def residual_key(unit: int, points: Iterable[Point]) -> str:
     """The record of one commit of residuals."""
-    return f"{RESIDUALS}/{unit:08d}.{_kind(layers)}.json"
+    return f"{RESIDUALS}/{unit:08d}.{kind_of(points)}.json"
 
 
-def _kind(layers: Iterable[int]) -> str:
-    """What the name of a record, or of a pack of records, says of its layers."""
-    return "_".join(map(str, sorted(layers)))
+def kind_of(points: Iterable[Point]) -> str:
+    """What the name of a record, or of a pack of records, says of its points.
+
+    The layers of resid_post come first, as in `21_27`. Behind a dot comes each other site with its
+    layers, three or more in a row as a range: `21_27.mlp_in_0-41`.
+
+    Raises:
+        SettingError: the name would be too long.
+    """
+    by_site: dict[str, list[int]] = {}
+    for point in sorted(set(map(HookPoint.of, points))):
+        by_site.setdefault(point.site, []).append(point.layer)
+    parts = []
+    if RESID_POST in by_site:
+        parts.append("_".join(map(str, by_site.pop(RESID_POST))))
+    for site, layers in sorted(by_site.items()):
+        parts.append(f"{site}_{'_'.join(_ranges(layers))}")
+    kind = ".".join(parts)
+    if len(kind) > _LONGEST_KIND:
+        raise SettingError(
+            f"{kind[:40]}... names too many hook points to be harvested at once; harvest some "
+            "layers or sites now, and the others into the same store= later"
+        )
+    return kind
 
 
-def count_residuals(place: Place, layers: Iterable[int]) -> int:
-    """How many units of `layers` have a record, summed over the layers; by the names alone."""
-    asked = set(layers)
+def _ranges(layers: Sequence[int]) -> list[str]:
+    """Ascending layers as text: three or more in a row as `first-last`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    texts: list[str] = []
+    for run in runs:
+        texts += [f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run)
+    return texts
+
+
+def count_residuals(place: Place, points: Iterable[Point]) -> int:
+    """How many units of `points` have a record, summed over the points; by the names alone."""
+    asked = set(map(HookPoint.of, points))
     count = 0
     for name in place.names(RESIDUALS):
         if match := _RESIDUAL_RECORD.fullmatch(name):
-            count += len(asked.intersection(_layers(match["layers"])))
+            count += len(asked.intersection(_points(match["points"])))
     return count
 
 
-def _layers(kind: str) -> list[int]:
-    """The layers that a record's name names."""
-    return [int(layer) for layer in kind.split("_")]
+@cache
+def _points(kind: str) -> tuple[HookPoint, ...]:
+    """The points that a record's name names; none if it is no record's name."""
+    points: list[HookPoint] = []
+    for part in kind.split("."):
+        match = _OF_SITE.fullmatch(part)
+        site = match and (match["site"] or RESID_POST)
+        if match is None or site not in SITES:
+            return ()
+        for run in match["layers"].split("_"):
+            first, _, last = run.partition("-")
+            points += [
+                HookPoint(layer, site) for layer in range(int(first), int(last or first) + 1)
+            ]
+    return tuple(points)
 
 
 @dataclass
-class LayerLedger:
-    """One layer's units."""
+class PointLedger:
+    """One point's units."""
 
     named: NDArray[np.bool_]  # (units,) whose record is there
     committed: NDArray[np.bool_]  # (units,) whose record is taken in; the others' entries are zeros
@@ -76,8 +129,8 @@ class LayerLedger:
     nbytes: NDArray[np.int64]  # (units,) of the object that holds the rows
 
     @staticmethod
-    def empty(units: int, chunks: int) -> LayerLedger:
-        return LayerLedger(
+    def empty(units: int, chunks: int) -> PointLedger:
+        return PointLedger(
             named=np.zeros(units, np.bool_),
             committed=np.zeros(units, np.bool_),
             chunks=np.zeros((units, chunks, 3), np.int32),
@@ -88,7 +141,7 @@ class LayerLedger:
         )
 
     def note(self, unit: int, entry: Mapping[str, Any], nbytes: int) -> None:
-        """Take in what a record says of this layer."""
+        """Take in what a record says of this point."""
         self.chunks[unit] = np.array(entry["chunks"], np.int32).reshape(self.chunks.shape[1:])
         self.norm_sums[unit] = entry["norm_sums"]
         self.lost[unit] = entry.get("lost", 0.0)
@@ -117,8 +170,8 @@ class Ledger:
         self.absences = Absences(place)
         self.spine_rows = np.zeros(units, np.int32)  # (units,) packed rows; 0: not committed
         self.pieces = np.zeros(units, np.int64)  # (units,) pieces of documents: as many BOS rows
-        self.layers: dict[int, LayerLedger] = {}
-        # (units,) which residuals were committed together, by the layers of their records' names.
+        self.points: dict[HookPoint, PointLedger] = {}
+        # (units,) which residuals were committed together, by the points of their records' names.
         self._kinds: dict[str, NDArray[np.bool_]] = {}
         self._packs: set[Pack] = set()  # that were read
         # Bytes of every object, by folder and name. None after the start: the objects of
@@ -159,37 +212,37 @@ class Ledger:
         return pack not in self._packs and not self._is_whole(pack.kind, pack.first, units)
 
     def _is_whole(self, kind: str, first: int, units: int) -> bool:
-        """Whether all units of a pack's range are taken in: the spine's, or those of all layers."""
+        """Whether all units of a pack's range are taken in: the spine's, or those of all points."""
         of_range = slice(first, min(first + packs.UNITS, units))
         if kind == packs.SPINE:
             return bool(self.spine_rows[of_range].all())
-        return all(self.layer(layer).committed[of_range].all() for layer in _layers(kind))
+        return all(self.point(point).committed[of_range].all() for point in _points(kind))
 
     def _first_unknown(self, units: int) -> int:
         """The first unit that may have a record of residuals that is not taken in."""
-        known = {rows_name(layer) for layer in self.layers}
-        if any(map(is_rows_name, set(self._place.folders()) - known)):
+        known = {rows_name(point) for point in self.points}
+        if points_of(set(self._place.folders()) - known):
             return 0
-        return _first_missing([layer.committed[:units] for layer in self.layers.values()])
+        return _first_missing([point.committed[:units] for point in self.points.values()])
 
-    def look(self, units: int, layers: Iterable[int]) -> int:
+    def look(self, units: int, points: Iterable[HookPoint]) -> int:
         """Take in by name which units are there, and the records of the spine.
 
         Args:
-            layers: to look for; if there are none, all are listed.
+            points: to look for; if there are none, all are listed.
 
         Returns:
             The requests that listed names.
         """
         self._follow_spine(units)
-        first = _first_missing([self.layer(layer).named[:units] for layer in layers])
+        first = _first_missing([self.point(point).named[:units] for point in points])
         if first == units:
             return 0
         names = self._place.names(RESIDUALS, after=_before(first))
         for name in names:
             if match := _RESIDUAL_RECORD.fullmatch(name):
-                for layer in _layers(match["layers"]):
-                    self.layer(layer).named[self._checked(name)] = True
+                for point in _points(match["points"]):
+                    self.point(point).named[self._checked(name)] = True
         return max(1, -(-len(names) // self._place.page)) if self._place.page else 0
 
     def _follow_spine(self, units: int) -> None:
@@ -218,7 +271,7 @@ class Ledger:
         if not match:
             return False
         unit = self._checked(name)
-        return any(not self.layer(layer).committed[unit] for layer in _layers(match["layers"]))
+        return any(not self.point(point).committed[unit] for point in _points(match["points"]))
 
     def _checked(self, name: str) -> int:
         """The unit of a record; StoreError if the store cannot have it."""
@@ -298,25 +351,26 @@ class Ledger:
 
     def note_residuals(self, unit: int, record: Mapping[str, Any]) -> None:
         """Take in a record of residuals."""
-        for layer, entry in record["layers"].items():
-            nbytes, _ = record["objects"][rows_key(int(layer), unit)]
-            self.layer(int(layer)).note(unit, entry, nbytes)
-        kind = _kind(map(int, record["layers"]))
+        for name, entry in record["layers"].items():
+            nbytes, _ = record["objects"][rows_key(name, unit)]
+            self.point(HookPoint.of(name)).note(unit, entry, nbytes)
+        kind = kind_of(record["layers"])
         self._kinds.setdefault(kind, np.zeros(self._units, np.bool_))[unit] = True
 
-    def layer(self, layer: int) -> LayerLedger:
-        """The units of a layer, of which there may be none."""
-        if layer not in self.layers:
+    def point(self, named: Point) -> PointLedger:
+        """The units of a hook point, of which there may be none."""
+        point = HookPoint.of(named)
+        if point not in self.points:
             # `setdefault` is atomic: threads that commit come here too.
-            self.layers.setdefault(layer, LayerLedger.empty(self._units, self._chunks))
-        return self.layers[layer]
+            self.points.setdefault(point, PointLedger.empty(self._units, self._chunks))
+        return self.points[point]
 
     # -- packs -------------------------------------------------------------------------------------
 
     def packable(self, units: int) -> Iterator[Content]:
         """The records that were taken in, as packs.
 
-        Units are whole for records of residuals when each of them has all of their layers.
+        Units are whole for records of residuals when each of them has all of their points.
         """
         kinds = {packs.SPINE: self.spine_rows != 0, **self._kinds}
         for first in range(0, units, packs.UNITS):
@@ -331,13 +385,13 @@ class Ledger:
 def key_of(record: Mapping[str, Any]) -> str:
     """Where a record of the spine or of residuals lies."""
     if "layers" in record:
-        return residual_key(record["unit"], map(int, record["layers"]))
+        return residual_key(record["unit"], record["layers"])
     return spine_key(record["unit"])
 
 
 def _key(kind: str, unit: int) -> str:
     """The record of a unit."""
-    return spine_key(unit) if kind == packs.SPINE else residual_key(unit, _layers(kind))
+    return spine_key(unit) if kind == packs.SPINE else residual_key(unit, _points(kind))
 
 
 def _first_missing(of_units: Sequence[NDArray[Any]]) -> int:

@@ -7,7 +7,7 @@ from the records. Nothing that is committed ever changes, so no pack grows wrong
 that a repair drops; the repair drops its pack before.
 
     commits/packs/FIRST.KIND.SIZE.jsonl     FIRST is the first of UNITS units, KIND is SPINE or the
-                                            layers in the names of the records of residuals, SIZE
+                                            points in the names of the records of residuals, SIZE
                                             is how many records there are
 
 Its lines are a head, which is a record with the digest of the others, and the records, byte for
@@ -29,9 +29,9 @@ from data.store.place import Place
 
 FOLDER = "commits/packs"
 SPINE = "spine"  # the kind of packs of the spine's records
-UNITS = 4096  # of a pack: 10 MB of records of two layers
+UNITS = 4096  # of a pack: 10 MB of records of two points
 FEW = 8  # records that are not worth a fuller pack, before the units are whole
-_NAME = re.compile(r"(?P<first>\d{8})\.(?P<kind>spine|\d+(_\d+)*)\.(?P<size>\d+)\.jsonl")
+_NAME = re.compile(r"(?P<first>\d{8})\.(?P<kind>spine|[0-9a-z_.-]+)\.(?P<size>\d+)\.jsonl")
 _AT_A_TIME = 8  # packs that are read side by side
 
 

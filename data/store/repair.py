@@ -16,8 +16,9 @@ from typing import Any
 from data.durable import Written
 from data.errors import StoreError, TemporaryError
 from data.journal import Progress
+from data.site import HookPoint
 from data.store import codec, ledger, manifest, packs, records, ring_state, zarr_json
-from data.store.arrays import Arrays, layers_of
+from data.store.arrays import Arrays, points_of
 from data.store.packs import Pack
 from data.store.place import Place
 from data.store.retention import Absences
@@ -154,13 +155,13 @@ def _wrong_with_metadata(place: Place) -> Iterator[tuple[str, list[str]]]:
         return
     store = Store.open(place)  # behind `found`: it knows all that the metadata follows from
     unfitted = codec.unfitted(
-        store.manifest["codec"], place, sorted({*found.layers, *store.layers})
+        store.manifest["codec"], place, sorted({*found.points, *store.points})
     )
-    for layer in unfitted:
-        key = codec.fit_key(layer)
+    for point in unfitted:
+        key = codec.fit_key(point)
         yield key, [f"{place.name}/{key} is missing, without which no row can be decoded"]
     if not unfitted:
-        for key, wrong in found.faults(_shapes(store, found), store.layers):
+        for key, wrong in found.faults(_shapes(store, found), store.points):
             yield key, [f"{place.name}/{key} {wrong}"]
 
 
@@ -218,8 +219,8 @@ def repair(place: Place) -> list[str]:
         if manifest.KEY in damaged:
             _restore_manifest(place)
         for key in damaged:
-            if (layer := codec.fitted_layer(key)) is not None:
-                _restore_fit(place, layer)
+            if (point := codec.fitted_point(key)) is not None:
+                _restore_fit(place, point)
         if any(map(zarr_json.is_key, damaged)):  # then all records are whole
             _restore_metadata(place)
     return damaged
@@ -238,7 +239,7 @@ def is_derived(key: str) -> bool:
     """Whether `repair` can rebuild the object from the rest of the store."""
     if ring_state.is_ours(key):
         return True
-    return key == manifest.KEY or zarr_json.is_key(key) or codec.fitted_layer(key) is not None
+    return key == manifest.KEY or zarr_json.is_key(key) or codec.fitted_point(key) is not None
 
 
 def is_pack(key: str) -> bool:
@@ -247,17 +248,17 @@ def is_pack(key: str) -> bool:
 
 
 def _restore_metadata(place: Place) -> None:
-    declared = layers_of(place.folders())  # of some of them, no unit may be there yet
+    declared = points_of(place.folders())  # of some of them, no unit may be there yet
     for key, text in Store.open(place).metadata(declared).items():
         place.write(key, [text])
 
 
-def _restore_fit(place: Place, layer: int) -> None:
+def _restore_fit(place: Place, point: HookPoint) -> None:
     """Write the statistics of a lossy codec again from their copies in Zarr metadata."""
-    if not codec.restore_fit(place, layer) and ledger.count_residuals(place, [layer]):
+    if not codec.restore_fit(place, point) and ledger.count_residuals(place, [point]):
         raise StoreError(
-            f"{place.name}/{codec.fit_key(layer)} is damaged, and so are its copies in zarr.json: "
-            f"nothing says any more how the rows of layer {layer} are decoded; harvest anew, into "
+            f"{place.name}/{codec.fit_key(point)} is damaged, and so are its copies in zarr.json: "
+            f"nothing says any more how the rows of {point} are decoded; harvest anew, into "
             "another store="
         )
 

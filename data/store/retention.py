@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from data.errors import StoreError
+from data.site import HookPoint
 from data.store import ring_state
 from data.store.claims import Claims
 from data.store.place import Place
@@ -24,7 +25,7 @@ class KeepAll:
 
     max_bytes = None  # most bytes of rows at a time: no limit
     span = None  # training units that training takes at a time: all of them
-    layers: Sequence[int] = ()  # that alone are harvested: any
+    points: Sequence[HookPoint] = ()  # that alone are harvested: any
     freed = 0  # units whose rows may be absent
 
     def is_freed(self, unit: int) -> bool:
@@ -44,9 +45,9 @@ class KeepAll:
         yield from ()
 
     def ordered(
-        self, missing: Mapping[int, list[int]], rank: int = 0
-    ) -> Iterable[tuple[int, list[int]]]:
-        """Units to make with the layers that each lacks, in the order in which to make them.
+        self, missing: Mapping[int, list[HookPoint]], rank: int = 0
+    ) -> Iterable[tuple[int, list[HookPoint]]]:
+        """Units to make with the points that each lacks, in the order in which to make them.
 
         Each rank starts elsewhere, so that ranks meet rarely. Rank 0 starts at the first unit.
         """

@@ -7,7 +7,7 @@ unit stays. The watermark is durable before the first object goes, and it change
 claim as the runs' records, so no run can register for rows that are going. Held-out units are made
 first and never freed.
 
-There is no deadlock, whatever the number of ranks, layers and runs, in a ring that holds the
+There is no deadlock, whatever the number of ranks, points and runs, in a ring that holds the
 held-out units and 3 groups:
 - A run saves a checkpoint in every group that it enters and keeps two. So a run in group g has
   passed all groups before g - 1.
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from data import order
 from data.errors import StoreError
 from data.journal import size, tell
+from data.site import HookPoint, Point
 from data.store import ring_state
 from data.store.arrays import rows_key, rows_name
 from data.store.claims import RING, Claims
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def join(
-    store: Store, layers: Sequence[int], claims: Claims, max_bytes: int | None, readers: int
+    store: Store, points: Sequence[Point], claims: Claims, max_bytes: int | None, readers: int
 ) -> KeepAll | Ring:
     """The room of a harvest: a ring's, which is made if `max_bytes` asks for it, or all.
 
@@ -50,19 +51,19 @@ def join(
 
     Raises:
         SettingError: the ring is too small, or there are no locks.
-        StoreError: the store holds other layers than the ring would.
+        StoreError: the store holds other points than the ring would.
     """
     if not store.spine_complete:
         return KeepAll()  # a ring waits for the whole spine: see `needs_whole_spine`
     with claims.held(RING):
         state = ring_state.read(store.place)
-        if state is None and (max_bytes is None or not store.missing(layers)):
+        if state is None and (max_bytes is None or not store.missing(points)):
             return KeepAll()
         ring_state.require_locks(claims, store.place)
-        _require_layers(store, state, layers)
+        _require_points(store, state, points)
         chunk = store.manifest["chunk"]
-        unit_bytes = ring_state.unit_bytes(store.unit_tokens, chunk, store.d_model, len(layers))
-        state = _made(store, layers, state, max_bytes, unit_bytes)
+        unit_bytes = ring_state.unit_bytes(store.unit_tokens, chunk, store.d_model, len(points))
+        state = _made(store, points, state, max_bytes, unit_bytes)
     tell(
         f"a ring of {size(state.max_bytes)}, freed behind its readers in groups of {state.span} "
         f"units: training may start now, with `python -m train store={store.name}`"
@@ -72,7 +73,7 @@ def join(
 
 def _made(
     store: Store,
-    layers: Sequence[int],
+    points: Sequence[Point],
     state: RingState | None,
     max_bytes: int | None,
     unit_bytes: int,
@@ -82,7 +83,8 @@ def _made(
         assert max_bytes is not None
         held_out = order.held_out(store.units, store.manifest["seed"]).tolist()
         span = ring_state.span_of(max_bytes, len(held_out), unit_bytes)
-        wanted = RingState(max_bytes, span, sorted(layers), held_out, 0)
+        named = [point.recorded for point in sorted(map(HookPoint.of, points))]
+        wanted = RingState(max_bytes, span, named, held_out, 0)
     elif max_bytes is None or max_bytes == state.max_bytes:
         return state
     else:
@@ -92,15 +94,16 @@ def _made(
     return wanted
 
 
-def _require_layers(store: Store, state: RingState | None, layers: Sequence[int]) -> None:
-    """Raise StoreError if the store is a ring of other layers, or holds rows of others."""
-    others = [layer for layer in store.layers if layer not in layers]
-    present = state.layers if state else others
-    if present and sorted(present) != sorted(layers):
+def _require_points(store: Store, state: RingState | None, points: Sequence[Point]) -> None:
+    """Raise StoreError if the store is a ring of other points, or holds rows of others."""
+    wanted = sorted(map(HookPoint.of, points))
+    others = [point for point in store.points if point not in wanted]
+    present = sorted(state.points if state else others)
+    if present and present != wanted:
         raise StoreError(
-            f"{store.name} has layers {sorted(present)}, and a ring holds the layers of one "
-            f"harvest; harvest layers {sorted(layers)} into another store=, or without max_bytes= "
-            "into one that is no ring"
+            f"{store.name} has {', '.join(map(str, present))}, and a ring holds what one harvest "
+            f"makes; harvest {', '.join(map(str, wanted))} into another store=, or without "
+            "max_bytes= into one that is no ring"
         )
 
 
@@ -112,7 +115,7 @@ class Ring:
 
         Args:
             readers: training runs that must have registered before anything is freed.
-            unit_bytes: most bytes of a unit's row objects, over all layers.
+            unit_bytes: most bytes of a unit's row objects, over all points.
         """
         self._store = store
         self._claims = claims
@@ -121,8 +124,8 @@ class Ring:
         self._told: set[str] = set()  # readers for which a full ring was said to wait
         self.state = self._read()
         self._unit_of = {
-            rows_key(layer, unit): unit
-            for layer in self.state.layers
+            rows_key(point, unit): unit
+            for point in self.state.points
             for unit in range(store.units)
         }
 
@@ -132,8 +135,8 @@ class Ring:
         return state
 
     def ordered(
-        self, missing: Mapping[int, list[int]], rank: int = 0
-    ) -> Iterator[tuple[int, list[int]]]:
+        self, missing: Mapping[int, list[HookPoint]], rank: int = 0
+    ) -> Iterator[tuple[int, list[HookPoint]]]:
         """Units to make, in the order of the ring: held-out ones first, each part ascending.
 
         It is the same for every rank, because room is given in this order.
@@ -175,10 +178,10 @@ class Ring:
         return present + self._unit_bytes * len(coming) <= self.state.max_bytes
 
     def _committed(self) -> NDArray[np.bool_]:
-        """(units,) which units have all layers of the ring."""
+        """(units,) which units have all points of the ring."""
         committed = np.ones(self._store.units, np.bool_)
-        for layer in self.state.layers:
-            committed &= self._store.committed(layer)
+        for point in self.state.points:
+            committed &= self._store.committed(point)
         return committed
 
     def sizes(self) -> dict[int, int]:
@@ -191,8 +194,8 @@ class Ring:
     def _objects(self) -> list[tuple[str, int, int]]:
         """Every row object on the disk: key, unit, bytes."""
         objects = []
-        for layer in self.state.layers:
-            folder = rows_name(layer)
+        for point in self.state.points:
+            folder = rows_name(point)
             for name, nbytes in self._store.place.sizes(folder).items():
                 key = f"{folder}/{name}"
                 if key in self._unit_of:
@@ -204,8 +207,8 @@ class Ring:
 
         Otherwise the unit would lie there twice while it is written again.
         """
-        for layer in self.state.layers:
-            key = rows_key(layer, unit)
+        for point in self.state.points:
+            key = rows_key(point, unit)
             if self._store.place.exists(key):
                 self._store.place.delete(key)
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from data.errors import SettingError, StoreError
 from data.journal import size
+from data.site import HookPoint
 from data.store import records
 from data.store.arrays import rows_key, rows_name
 from data.store.claims import RING, Claims
@@ -37,9 +38,14 @@ class RingState(NamedTuple):
 
     max_bytes: int  # of all row objects together, held-out units included
     span: int  # training units per group
-    layers: list[int]
+    layers: list[int | str]  # the hook points, as `HookPoint.recorded` has them
     held_out: list[int]  # units, ascending
     freed: int  # training units whose row objects may be absent
+
+    @property
+    def points(self) -> list[HookPoint]:
+        """The hook points whose rows are in the ring."""
+        return list(map(HookPoint.of, self.layers))
 
     def is_freed(self, unit: int) -> bool:
         """Whether the unit lies below the watermark, so that its row objects may be absent."""
@@ -53,7 +59,7 @@ class RingState(NamedTuple):
 
     def may_be_absent(self, key: str, unit: int) -> bool:
         """Whether an object of `unit` may be absent: its row objects may, once freed."""
-        return self.is_freed(unit) and any(key == rows_key(layer, unit) for layer in self.layers)
+        return self.is_freed(unit) and any(key == rows_key(point, unit) for point in self.points)
 
     def status(self, place: Place, units: int) -> Iterator[str]:
         """One line: how full the ring is, and where its readers are.
@@ -61,10 +67,9 @@ class RingState(NamedTuple):
         Args:
             units: of the store, held-out units included.
         """
-        nbytes = sum(sum(place.sizes(rows_name(layer)).values()) for layer in self.layers)
+        nbytes = sum(sum(place.sizes(rows_name(point)).values()) for point in self.points)
         readers = ", ".join(
-            f"{run.run} (layer {run.layer}) at {run.passed}"
-            for run in registrations(place).values()
+            f"{run.run} ({run.read}) at {run.passed}" for run in registrations(place).values()
         )
         yield (
             f"ring: {size(nbytes)} of {size(self.max_bytes)} in groups of {self.span} units, "
@@ -77,9 +82,15 @@ class Registration(NamedTuple):
     """What commits/readers/NAME.json records of a training run."""
 
     run: str  # its directory
-    layer: int
+    layer: int | str | list[int | str]  # as `HookPoint.recorded`; a list: of several points
     span: int  # training units per group
     passed: int  # training units that none of its checkpoints needs any more
+
+    @property
+    def read(self) -> str:
+        """The hook points that it reads, for messages."""
+        layers = self.layer if isinstance(self.layer, list) else [self.layer]
+        return ", ".join(str(HookPoint.of(layer)) for layer in layers if layer != -1)
 
 
 def read(place: Place) -> RingState | None:
@@ -216,16 +227,16 @@ def require_locks(claims: Claims, place: Place) -> None:
 # -- how large a ring must be ----------------------------------------------------------------------
 
 
-def unit_bytes(tokens: int, chunk: int, d_model: int, layers: int) -> int:
-    """Most bytes of the row objects of one unit, over all layers.
+def unit_bytes(tokens: int, chunk: int, d_model: int, points: int) -> int:
+    """Most bytes of the row objects of one unit, over all points.
 
     Args:
         tokens: of a unit.
         chunk: rows per inner chunk.
-        layers: how many.
+        points: how many.
     """
     frames = (tokens // chunk + 1) * _FRAME_BYTES
-    return layers * (tokens * d_model * 2 + frames)
+    return points * (tokens * d_model * 2 + frames)
 
 
 def span_of(max_bytes: int, held_out: int, unit_bytes: int) -> int:

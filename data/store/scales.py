@@ -1,6 +1,6 @@
-"""The codec int8 of a layer, with the statistics by which it standardises the layer's rows.
+"""The codec int8 of a point, with the statistics by which it standardises the point's rows.
 
-The statistics are frozen before the layer's first row is written. They are a record of their own,
+The statistics are frozen before the point's first row is written. They are a record of their own,
 created once, because they are known only when the model has run. From the record they come into
 the array's Zarr metadata, which is all that a plain Zarr reader needs.
 """
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from data.durable import Buffer
 from data.errors import StoreError
+from data.site import HookPoint, Point
 from data.store import records, zarr_json
 from data.store.arrays import rows_name
 from data.store.codec import Codec, blosc, blosc_metadata, fit_key, unpack_blosc
@@ -58,31 +59,32 @@ class Int8(Codec):
         return squared_errors(rows, stored)
 
 
-def exist(place: Place, layer: int) -> bool:
-    """Whether a layer's statistics are frozen."""
-    return place.exists(fit_key(layer))
+def exist(place: Place, point: Point) -> bool:
+    """Whether a point's statistics are frozen."""
+    return place.exists(fit_key(point))
 
 
-def read(place: Place, layer: int) -> Int8:
-    """A layer's codec.
+def read(place: Place, point: Point) -> Int8:
+    """A point's codec.
 
     Raises:
         StoreError: its statistics are damaged, or not there.
     """
-    key = fit_key(layer)
+    key = fit_key(point)
     try:
         data = place.read(key)
     except FileNotFoundError as error:
         raise StoreError(
-            f"{place.name}/{key} is missing, without which no row of layer {layer} can be decoded; "
-            f"`python -m harvest action=repair store={place.name}` writes it again from its copies"
+            f"{place.name}/{key} is missing, without which no row of {HookPoint.of(point)} can be "
+            f"decoded; `python -m harvest action=repair store={place.name}` writes it again from "
+            "its copies"
         ) from error
     body = records.decode(data, f"{place.name}/{key}")
     return Int8(StandardizedInt8(body["mean"], body["deviation"]))
 
 
-def freeze(place: Place, layer: int, rows: torch.Tensor, bos: torch.Tensor) -> None:
-    """Take a layer's statistics from the ordinary rows of a sample; the first to do so counts.
+def freeze(place: Place, point: Point, rows: torch.Tensor, bos: torch.Tensor) -> None:
+    """Take a point's statistics from the ordinary rows of a sample; the first to do so counts.
 
     Args:
         rows: (n, d) bfloat16.
@@ -94,16 +96,16 @@ def freeze(place: Place, layer: int, rows: torch.Tensor, bos: torch.Tensor) -> N
     described = describe(rows, bos, len(rows))
     ordinary = Moments(int(described.counts[ORDINARY]), *described.moments[ORDINARY])
     statistics = standardisation(ordinary).to_dict()["configuration"]
-    place.create(fit_key(layer), records.encode(statistics))
+    place.create(fit_key(point), records.encode(statistics))
 
 
-def restore(place: Place, layer: int) -> bool:
-    """Write a layer's statistics again from their copies in Zarr metadata; False if there are none.
+def restore(place: Place, point: Point) -> bool:
+    """Write a point's statistics again from their copies in Zarr metadata; False if there are none.
 
     Zarr metadata has no checksum, so the copy of the array must equal that of the group.
     """
     found = zarr_json.Found(place)
-    name = rows_name(layer)
+    name = rows_name(point)
     try:
         of_array = _codec(json.loads(found.texts[zarr_json.key_of(name)]))
         if of_array != _codec(found.repeated[name]):
@@ -111,7 +113,7 @@ def restore(place: Place, layer: int) -> bool:
         statistics = StandardizedInt8.from_dict(of_array).to_dict()["configuration"]
     except (ValueError, KeyError, TypeError, IndexError):
         return False
-    place.create(fit_key(layer), records.encode(statistics))
+    place.create(fit_key(point), records.encode(statistics))
     return True
 
 

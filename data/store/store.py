@@ -6,12 +6,15 @@ first axis (data/store/arrays.py):
     tokens, document   (S, T) uint32              the spine: packed rows, and each token's document
     token_index        (N,)   uint32 | uint64     flat spine index of each stored row
     layer_L            (N, d) bfloat16            residual stream after decoder layer L, in
-                                                  the order of token_index, for every layer
+                                                  the order of token_index
+    SITE_L             (N, d) bfloat16            another site (data/site.py) of layer L, in the
+                                                  same order
     norm_L             (N,)   float32             Euclidean norms of those rows
     kind_L             (N,)   uint8               what each row is: see data/store/kinds.py
     moments_L          (units, 3, 2, d) float64   [BOS, outlier, ordinary] x [mean, sum of squared
                                                   deviations] of each unit's rows
     summary_L          (2, 3, 2, d) float64       the same of all [training, held-out] units
+    norm_SITE_L, ...                              the same of another site
 
 A unit is the unit of work, writing, commit, checksum, statistics and resume. This is how one is
 committed:
@@ -45,10 +48,11 @@ from numpy.typing import NDArray
 from data import order
 from data.durable import Written
 from data.errors import StoreError
+from data.site import RESID_POST, HookPoint, Point
 from data.store import codec, ledger, manifest, packs, records, zarr_json
 from data.store.arrays import Arrays
 from data.store.claims import Claims
-from data.store.ledger import LayerLedger, Ledger
+from data.store.ledger import Ledger, PointLedger
 from data.store.moments import Moments
 from data.store.place import Place, place_of
 from data.store.shard import UnitArray
@@ -78,7 +82,7 @@ class Store:
         self.context: int = manifest["context"]
         self.d_model: int = manifest["model"]["d_model"]
         self.unit_tokens: int = manifest["unit"]
-        self._rows_codec = cache(lambda layer: codec.of_rows(manifest["codec"], place, layer))
+        self._rows_codec = cache(lambda point: codec.of_rows(manifest["codec"], place, point))
         self.spine_end = self._read_end()  # None while the spine is being written
         self.ledger = Ledger(place, self.units, self.chunks)
 
@@ -123,14 +127,14 @@ class Store:
         self.spine_end = self.spine_end or self._read_end()
         self.ledger.refresh(self.units)
 
-    def look(self, layers: Iterable[int] = ()) -> int:
+    def look(self, points: Iterable[Point] = ()) -> int:
         """Take in which units others have committed, as cheaply as the place allows.
 
         `missing` counts them from then on. What their records of residuals say comes with
         `refresh`; the spine's are taken in whole.
 
         Args:
-            layers: to look for; if there are none, those that are there already.
+            points: to look for; if there are none, those that are there already.
 
         Returns:
             The requests that listed names: 0 in a folder.
@@ -139,7 +143,7 @@ class Store:
             self.refresh()
             return 0
         self.spine_end = self.spine_end or self._read_end()
-        return self.ledger.look(self.units, list(layers) or self.layers)
+        return self.ledger.look(self.units, list(map(HookPoint.of, points)) or self.points)
 
     def _read_end(self) -> SpineEnd | None:
         try:
@@ -181,9 +185,12 @@ class Store:
         self.ledger.note_spine(unit, record)
 
     def commit_residuals(
-        self, unit: int, layers: Mapping[int, Prepared], batch: int | None = None
+        self,
+        unit: int,
+        points: Mapping[HookPoint, Prepared] | Mapping[int, Prepared],
+        batch: int | None = None,
     ) -> None:
-        """Commit one unit's rows of all of `layers` at once.
+        """Commit one unit's rows of all of `points` at once.
 
         Args:
             batch: packed rows per forward pass, if it was not the manifest's.
@@ -191,18 +198,19 @@ class Store:
         arrays = self.arrays
         objects: dict[str, Written] = {}
         entries: dict[str, dict[str, Any]] = {}
-        for layer, prepared in layers.items():
+        for point, prepared in points.items():
+            name = HookPoint.of(point).name
             statistics = prepared.statistics
-            objects |= self.write(arrays.rows(layer), unit, prepared.bits)
-            objects |= self.write(arrays.norms(layer), unit, statistics.norms)
-            objects |= self.write(arrays.kinds(layer), unit, statistics.kinds.astype(np.uint8))
-            objects |= self.write(arrays.moments(layer), unit, statistics.moments[None])
-            entries[str(layer)] = prepared.entry(self.chunks)
+            objects |= self.write(arrays.rows(point), unit, prepared.bits)
+            objects |= self.write(arrays.norms(point), unit, statistics.norms)
+            objects |= self.write(arrays.kinds(point), unit, statistics.kinds.astype(np.uint8))
+            objects |= self.write(arrays.moments(point), unit, statistics.moments[None])
+            entries[name] = prepared.entry(self.chunks)
             if batch:
-                entries[str(layer)]["batch"] = batch
+                entries[name]["batch"] = batch
         rows = self.rows_of(unit)
         record = {"unit": unit, "rows": rows, "objects": objects, "layers": entries}
-        self.commit(ledger.residual_key(unit, layers), record)
+        self.commit(ledger.residual_key(unit, points), record)
         self.ledger.note_residuals(unit, record)
 
     def write(self, array: UnitArray, unit: int, rows: NDArray[Any]) -> dict[str, Written]:
@@ -235,21 +243,21 @@ class Store:
         self.commit(_END, end._asdict())
         self.spine_end = end
 
-    def declare(self, layers: Iterable[int]) -> None:
+    def declare(self, points: Iterable[Point]) -> None:
         """Write the Zarr metadata of the group and of every array, at their present shapes.
 
         Other Zarr readers need it. Of ours only `verify` reads it. The group's, which repeats all
         others, is written last: if it is right already, so are they.
         """
-        if not self.is_declared(layers):
-            for key, text in self.metadata(layers).items():
+        if not self.is_declared(points):
+            for key, text in self.metadata(points).items():
                 self.place.write(key, [text])
 
-    def is_declared(self, layers: Iterable[int]) -> bool:
+    def is_declared(self, points: Iterable[Point]) -> bool:
         """Whether the Zarr metadata is there as `declare` writes it."""
         self.spine_end = self.spine_end or self._read_end()  # another process may have declared it
         try:
-            return self.place.read(GROUP) == self.metadata(layers)[GROUP]
+            return self.place.read(GROUP) == self.metadata(points)[GROUP]
         except FileNotFoundError:
             return False
 
@@ -261,9 +269,9 @@ class Store:
         """Whether `pack` has nothing to do."""
         return packs.are_written(self.place, self.ledger.packable(self.units))
 
-    def metadata(self, layers: Iterable[int]) -> dict[str, bytes]:
+    def metadata(self, points: Iterable[Point]) -> dict[str, bytes]:
         """The zarr.json of the group and of every array, by key; the group's comes last."""
-        return zarr_json.texts(self.arrays, {*self.layers, *layers})
+        return zarr_json.texts(self.arrays, {*self.points, *map(HookPoint.of, points)})
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
@@ -297,7 +305,7 @@ class Store:
 
     @property
     def rows(self) -> int:
-        """N: tokens of the spine and rows of every layer."""
+        """N: tokens of the spine and rows of every point."""
         return self.spine_rows * self.context
 
     @property
@@ -310,9 +318,14 @@ class Store:
         return int(self.unit_tokens // self.manifest["chunk"])
 
     @property
+    def points(self) -> list[HookPoint]:
+        """Hook points that have at least one committed unit."""
+        return sorted(point for point, its in self.ledger.points.items() if its.named.any())
+
+    @property
     def layers(self) -> list[int]:
-        """Layers that have at least one committed unit."""
-        return sorted(layer for layer, its in self.ledger.layers.items() if its.named.any())
+        """Layers whose resid_post has at least one committed unit."""
+        return [point.layer for point in self.points if point.site == RESID_POST]
 
     @property
     def lossless(self) -> bool:
@@ -373,111 +386,112 @@ class Store:
 
     # -- reading residuals -------------------------------------------------------------------------
 
-    def committed(self, layer: int) -> NDArray[np.bool_]:
-        """(units,) which units of `layer` are there and taken in."""
-        return self._layer(layer).committed[: self.units]
+    def committed(self, point: Point) -> NDArray[np.bool_]:
+        """(units,) which units of `point` are there and taken in."""
+        return self._point(point).committed[: self.units]
 
-    def missing(self, layers: Sequence[int]) -> dict[int, list[int]]:
-        """Units that lack some of `layers`, with the layers that each lacks, in order."""
-        there = {layer: self._layer(layer).named[: self.units] for layer in layers}
+    def missing(self, points: Iterable[Point]) -> dict[int, list[HookPoint]]:
+        """Units that lack some of `points`, with the points that each lacks, in order."""
+        wanted = list(map(HookPoint.of, points))
+        there = {point: self._point(point).named[: self.units] for point in wanted}
         incomplete = np.flatnonzero(~np.all(list(there.values()), axis=0))
         missing = {}
         for unit in incomplete.tolist():
-            missing[unit] = [layer for layer in layers if not there[layer][unit]]
+            missing[unit] = [point for point in wanted if not there[point][unit]]
         return missing
 
-    def committed_meanwhile(self, unit: int, layers: Sequence[int]) -> bool:
-        """Whether another process committed exactly these layers of a unit since `refresh`."""
+    def committed_meanwhile(self, unit: int, points: Iterable[Point]) -> bool:
+        """Whether another process committed exactly these points of a unit since `refresh`."""
         try:
-            record = self._read_record(ledger.residual_key(unit, layers))
+            record = self._read_record(ledger.residual_key(unit, points))
         except FileNotFoundError:
             return False
         self.ledger.note_residuals(unit, record)
         return True
 
-    def complete(self, layer: int) -> bool:
-        """Whether every unit of `layer` is committed."""
-        return self.spine_complete and bool(self.committed(layer).all())
+    def complete(self, point: Point) -> bool:
+        """Whether every unit of `point` is committed."""
+        return self.spine_complete and bool(self.committed(point).all())
 
-    def residuals(self, layer: int, unit: int) -> NDArray[np.uint16]:
+    def residuals(self, point: Point, unit: int) -> NDArray[np.uint16]:
         """(n, d) bfloat16 bits of a unit's stored rows.
 
         Raises:
             StoreError: the unit is not committed, its object is damaged, or a ring freed it.
         """
-        array = self.arrays.rows(layer)
+        array = self.arrays.rows(point)
         try:
-            return self._read_rows(array, layer, unit)
+            return self._read_rows(array, point, unit)
         except StoreError:
             self.ledger.absences.refuse(array.key(unit), unit)
             raise
 
-    def norms(self, layer: int, unit: int) -> NDArray[np.float32]:
+    def norms(self, point: Point, unit: int) -> NDArray[np.float32]:
         """(n,) Euclidean norms of a unit's stored rows."""
-        return self._read_rows(self.arrays.norms(layer), layer, unit)
+        return self._read_rows(self.arrays.norms(point), point, unit)
 
-    def kinds(self, layer: int, unit: int) -> NDArray[np.uint8]:
+    def kinds(self, point: Point, unit: int) -> NDArray[np.uint8]:
         """(n,) kind of each of a unit's stored rows: see data/store/kinds.py."""
-        return self._read_rows(self.arrays.kinds(layer), layer, unit)
+        return self._read_rows(self.arrays.kinds(point), point, unit)
 
-    def _read_rows(self, array: UnitArray, layer: int, unit: int) -> NDArray[Any]:
-        self._require(layer, unit)
+    def _read_rows(self, array: UnitArray, point: Point, unit: int) -> NDArray[Any]:
+        self._require(point, unit)
         return array.read(self.place, unit, self._require_spine(unit))
 
-    def _require(self, layer: int, unit: int) -> None:
-        if not self._layer(layer).committed[unit]:
-            layers = ", ".join(map(str, self.layers)) or "none"
+    def _require(self, point: Point, unit: int) -> None:
+        if not self._point(point).committed[unit]:
+            there = ", ".join(map(str, self.points)) or "none"
             raise StoreError(
-                f"unit {unit} of layer {layer} is not in {self.name} (layers there: {layers})"
+                f"unit {unit} of {HookPoint.of(point)} is not in {self.name} (there are: {there})"
             )
 
-    # -- what the records say of a layer -----------------------------------------------------------
+    # -- what the records say of a point -----------------------------------------------------------
 
-    def _layer(self, layer: int) -> LayerLedger:
-        known = self.ledger.layers.get(layer)
-        return known or LayerLedger.empty(len(self.ledger.spine_rows), self.chunks)
+    def _point(self, point: Point) -> PointLedger:
+        known = self.ledger.points.get(HookPoint.of(point))
+        return known or PointLedger.empty(len(self.ledger.spine_rows), self.chunks)
 
-    def batch_of(self, layer: int, unit: int) -> int:
+    def batch_of(self, point: Point, unit: int) -> int:
         """Packed rows per forward pass that a unit was made with."""
-        return int(self._layer(layer).batch[unit] or self.manifest["batch"])
+        return int(self._point(point).batch[unit] or self.manifest["batch"])
 
-    def batches(self, layer: int) -> NDArray[np.int32]:
+    def batches(self, point: Point) -> NDArray[np.int32]:
         """(units,) packed rows per pass of each unit; 0: the manifest's batch."""
-        return self._layer(layer).batch[: self.units]
+        return self._point(point).batch[: self.units]
 
-    def lost(self, layer: int, unit: int) -> float:
+    def lost(self, point: Point, unit: int) -> float:
         """Sum of squared errors of a unit's ORDINARY rows; 0 for a lossless codec."""
-        self._require(layer, unit)
-        return float(self._layer(layer).lost[unit])
+        self._require(point, unit)
+        return float(self._point(point).lost[unit])
 
-    def rows_bytes(self, layer: int, unit: int) -> int:
+    def rows_bytes(self, point: Point, unit: int) -> int:
         """Bytes of the object that holds a unit's rows."""
-        self._require(layer, unit)
-        return int(self._layer(layer).nbytes[unit])
+        self._require(point, unit)
+        return int(self._point(point).nbytes[unit])
 
-    def chunk_counts(self, layer: int, unit: int) -> NDArray[np.int32]:
+    def chunk_counts(self, point: Point, unit: int) -> NDArray[np.int32]:
         """(C, 3) rows of each inner chunk of a unit that are BOS, OUTLIER, ORDINARY."""
-        self._require(layer, unit)
-        counts: NDArray[np.int32] = self._layer(layer).chunks[unit]
+        self._require(point, unit)
+        counts: NDArray[np.int32] = self._point(point).chunks[unit]
         return counts
 
-    def norm_sums(self, layer: int, unit: int) -> NDArray[np.float64]:
+    def norm_sums(self, point: Point, unit: int) -> NDArray[np.float64]:
         """(3,) sums of the norms of a unit's BOS, OUTLIER, ORDINARY rows."""
-        self._require(layer, unit)
-        sums: NDArray[np.float64] = self._layer(layer).norm_sums[unit]
+        self._require(point, unit)
+        sums: NDArray[np.float64] = self._point(point).norm_sums[unit]
         return sums
 
-    def non_finite(self, layer: int) -> int:
-        """Rows of `layer` with NaN or infinity in the committed units."""
-        entries = self._layer(layer)
+    def non_finite(self, point: Point) -> int:
+        """Rows of `point` with NaN or infinity in the committed units."""
+        entries = self._point(point)
         spine_rows = self.ledger.spine_rows.astype(np.int64)[entries.committed]
         return int(spine_rows.sum() * self.context - entries.chunks.sum(dtype=np.int64))
 
-    def unit_moments(self, layer: int, units: Sequence[int]) -> Iterator[list[Moments]]:
+    def unit_moments(self, point: Point, units: Sequence[int]) -> Iterator[list[Moments]]:
         """Exact statistics of the BOS, OUTLIER and ORDINARY rows of each of some units."""
-        read = self.arrays.moments(layer).read_many(self.place, units, 1)
+        read = self.arrays.moments(point).read_many(self.place, units, 1)
         for unit, moments in zip(units, read, strict=True):
-            counts = self.chunk_counts(layer, unit).sum(0, dtype=np.int64)
+            counts = self.chunk_counts(point, unit).sum(0, dtype=np.int64)
             pairs = zip(counts, moments[0], strict=True)
             yield [Moments(int(count), *of_kind) for count, of_kind in pairs]
 

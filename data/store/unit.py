@@ -19,7 +19,7 @@ from data.store.shard import UnitArray
 
 
 class Prepared(NamedTuple):
-    """What is written of one unit and layer."""
+    """What is written of one unit and point."""
 
     bits: NDArray[np.uint16]  # (n, d) bfloat16 bits in stored order, as the model gave them
     stored: NDArray[np.uint16]  # (n, d) as they will be read: `bits` itself, if lossless
@@ -32,7 +32,7 @@ class Prepared(NamedTuple):
         return np.flatnonzero(self.statistics.kinds == NON_FINITE)
 
     def entry(self, chunks: int) -> dict[str, Any]:
-        """What the commit record says of this unit and layer; `chunks` is C."""
+        """What the commit record says of this unit and point; `chunks` is C."""
         counts = np.zeros((chunks, 3), np.int64)
         counts[: len(self.statistics.per_chunk)] = self.statistics.per_chunk[:, :3]
         entry = {"chunks": counts.ravel().tolist(), "norm_sums": self.statistics.norm_sums.tolist()}

@@ -1,7 +1,7 @@
 """The zarr.json of a store's group and arrays, by which other Zarr readers go.
 
-They follow from the manifest, from the layers and from where the text ended. A harvest writes them
-before a layer's first commit, in the planned shape, and again when its layers are whole, in the
+They follow from the manifest, from the points and from where the text ended. A harvest writes them
+before a point's first commit, in the planned shape, and again when its points are whole, in the
 final one: first the arrays', then the group's, which repeats them. So beside a harvest, and after
 one that was killed, each is right if it is that of some moment of it.
 """
@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from data.store.arrays import Arrays, layers_of
+from data.site import HookPoint
+from data.store.arrays import Arrays, points_of
 from data.store.place import Place
 from data.store.shard import UnitArray
 
@@ -30,19 +31,19 @@ def is_key(key: str) -> bool:
     return key.rpartition("/")[2] == GROUP
 
 
-def texts(arrays: Arrays, layers: Iterable[int]) -> dict[str, bytes]:
-    """Every zarr.json of a store of these layers, by key; the group's comes last."""
-    of_arrays = _of(arrays, layers)
+def texts(arrays: Arrays, points: Iterable[HookPoint]) -> dict[str, bytes]:
+    """Every zarr.json of a store of these points, by key; the group's comes last."""
+    of_arrays = _of(arrays, points)
     return {
         **{key_of(array.name): _text(array.metadata()) for array in of_arrays},
         GROUP: _group(arrays.manifest, of_arrays),
     }
 
 
-def _of(arrays: Arrays, layers: Iterable[int]) -> list[UnitArray]:
+def _of(arrays: Arrays, points: Iterable[HookPoint]) -> list[UnitArray]:
     chosen = arrays.of_spine()
-    for layer in sorted(layers):
-        chosen += arrays.of_layer(layer)
+    for point in sorted(points):
+        chosen += arrays.of_point(point)
     return chosen
 
 
@@ -87,9 +88,9 @@ class Found:
             self.texts[key] = self._place.read(key)
 
     @property
-    def layers(self) -> set[int]:
-        """The layers whose rows were declared."""
-        return layers_of(self.names)
+    def points(self) -> set[HookPoint]:
+        """The points whose rows were declared."""
+        return points_of(self.names)
 
     @property
     def rows(self) -> int | None:
@@ -100,20 +101,20 @@ class Found:
         return None
 
     def faults(
-        self, shapes: Iterable[Arrays], committed: Sequence[int]
+        self, shapes: Iterable[Arrays], committed: Sequence[HookPoint]
     ) -> Iterator[tuple[str, str]]:
         """Each that is none of the store's, or is missing: its key, and what is wrong with it.
 
         Args:
             shapes: the arrays at every shape that they may have.
-            committed: layers that have rows, taken in behind this reading.
+            committed: points that have rows, taken in behind this reading.
         """
-        layers = self.layers | set(committed)
+        points = self.points | set(committed)
         allowed: dict[str, set[bytes]] = {}
         for arrays in shapes:
-            of_group = _of(arrays, layers_of(self.repeated))
+            of_group = _of(arrays, points_of(self.repeated))
             allowed.setdefault(GROUP, set()).add(_group(arrays.manifest, of_group))
-            for array in _of(arrays, layers):
+            for array in _of(arrays, points):
                 text = _text(array.metadata())
                 allowed.setdefault(key_of(array.name), set()).add(text)
         required = set(map(key_of, self.repeated))

@@ -206,7 +206,7 @@ def shape_of(path: Path) -> dict[str, Any]:
     texts = {folder: store.place.sizes(folder) for folder in (ledger.SPINE, ledger.RESIDUALS)}
     keys = ledger.spine_key(0), ledger.residual_key(0, LAYERS)
     objects = sum(len(records.decode(store.place.read(key), key)["objects"]) for key in keys)
-    of_layers = [array for layer in store.ledger.layers.values() for array in vars(layer).values()]
+    of_layers = [array for point in store.ledger.points.values() for array in vars(point).values()]
     return {
         "units": store.units,
         "layers": len(LAYERS),

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from data.errors import StoreError
 from data.rows import summary
+from data.site import HookPoint
 from data.store import packs
 from data.store.bucket import ObjectPlace
 from data.store.packs import Pack
@@ -64,7 +65,7 @@ def require_same(one: Store, other: Store) -> None:
     np.testing.assert_array_equal(one.ledger.pieces, other.ledger.pieces)
     assert one.layers == other.layers
     for layer in one.layers:
-        of_one, of_other = one.ledger.layer(layer), other.ledger.layer(layer)
+        of_one, of_other = one.ledger.point(layer), other.ledger.point(layer)
         for name, values in vars(of_one).items():
             np.testing.assert_array_equal(values, vars(of_other)[name], err_msg=name)
 
@@ -189,7 +190,7 @@ def test_repair_drops_a_pack_with_the_record_in_it(
     pack = pack_key(store, RANGE, "3")
     assert set(repair(store.place)) == {"commits/residuals/00000005.3.json", pack}
     again = Store.open(place(bucket))
-    assert again.missing([3]) == {5: [3]}
+    assert again.missing([3]) == {5: [HookPoint(3)]}
     again.pack()
     assert pack not in pack_keys(again.place)  # its range is not whole
     commit(again, 5, {3: rows_of(random_bits, 5)})
@@ -218,7 +219,7 @@ def test_a_record_dropped_beside_its_pack_is_found(bucket: MemoryStore, store: S
     store.place.delete("commits/residuals/00000005.3.json")
     pack = pack_key(store, RANGE, "3")
     assert repair(store.place) == [pack]
-    assert Store.open(place(bucket)).missing([3]) == {5: [3]}
+    assert Store.open(place(bucket)).missing([3]) == {5: [HookPoint(3)]}
 
 
 @pytest.mark.parametrize("object_key", ["layer_3/c.5.0", "tokens/c.9.0"])

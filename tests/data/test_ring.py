@@ -301,7 +301,7 @@ def test_what_all_readers_have_passed_is_freed_and_no_more(store: Store) -> None
 
 def test_a_run_that_stands_still_holds_others_up_once_the_ring_is_full(store: Store) -> None:
     chunk = store.manifest["chunk"]
-    most = ring_state.unit_bytes(UNIT, chunk, store.d_model, layers=1)
+    most = ring_state.unit_bytes(UNIT, chunk, store.d_model, points=1)
     place = LocalPlace(Path(store.name))
     make_ring(place, max_bytes=(len(held_out_units(store)) + 3 * SPAN) * most)
     Hidden(store, training(store)[3 * SPAN :])

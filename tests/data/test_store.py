@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from data.errors import MismatchError, StoreError
+from data.site import HookPoint
 from data.store import records
 from data.store.kinds import kinds_of
 from data.store.moments import merge_all
@@ -87,7 +88,7 @@ def test_a_unit_without_a_record_does_not_exist(store: Store) -> None:
     record = Path(store.name) / "commits" / "residuals" / "00000004.3.json"
     record.unlink()
     again = Store.open(store.name)
-    assert again.missing([3]) == {4: [3]}
+    assert again.missing([3]) == {4: [HookPoint(3)]}
     assert not again.complete(3)
     with pytest.raises(StoreError, match="unit 4 of layer 3"):
         again.residuals(3, 4)  # its file is still there, whole
