@@ -37,7 +37,8 @@ class SAEConfig:
 
     activation: str = "topk"  # a file of train/objectives
     d_sae: int = 32_768  # latents
-    # Latents kept per row: exactly in topk, on average in the others; in gated at the start only.
+    # Latents kept per row: exactly in topk and hierarchical, on average in the others; in gated at
+    # the start only.
     k: int = 128
     # Weight of the AuxK loss; 0 turns it off. Gao et al. have 1/32 with aux_norm=variance.
     aux_coef: float = 0.125
@@ -53,11 +54,11 @@ class SAEConfig:
     # In the first 80 % of the run, restart latents silent for three times dead_after along the
     # error.
     resample: bool = False
-    # The next three are of one objective each. They stay here because every run's recorded settings
+    # The next three are of some objectives. They stay here because every run's recorded settings
     # have them.
-    nested: int = (
-        5  # matryoshka: dictionaries of the first F / 2^(nested - 1), ..., F / 2, F latents
-    )
+    # matryoshka: dictionaries of the first F / 2^(nested - 1), ..., F / 2, F latents;
+    # hierarchical: reconstructions from the k / 2^(nested - 1), ..., k / 2, k largest
+    nested: int = 5
     l0_coef: float = 1.0  # jumprelu: weight of (L0 / k - 1)^2
     bandwidth: float = 0.1  # jumprelu: of theta's gradient, on rows scaled to E||x|| = sqrt(d)
     # Train on rows scaled to E||x|| = sqrt(d), as Gao et al.; False: on rows as they are.

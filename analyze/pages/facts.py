@@ -37,7 +37,7 @@ def _of_config(subject: Subject) -> dict[str, str]:
     # A run of before a setting was there has what is now its default.
     sae = {**vars(SAEConfig()), **settings["sae"]}
     optim = {**vars(OptimConfig()), **settings["optim"]}
-    on_average = "" if sae["activation"] == "topk" else " on average"
+    on_average = "" if sae["activation"] in ("topk", "hierarchical") else " on average"
     dead_after = config.get("dead_after", sae["dead_after"])
     data_seed = settings.get("data_seed", settings["seed"])
     environment = [f"{key} {value}" for key, value in config["environment"].items()]

@@ -76,7 +76,7 @@ def activations_and_penalty(
     """(n, F) activations as training has them, and what JumpReLU adds to the loss."""
     pre = (x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
     none = torch.zeros((), dtype=torch.float64)
-    if config.activation == "topk":
+    if config.activation in ("topk", "hierarchical"):
         return dense_activations(p, x, config.k), none
     if config.activation == "jumprelu":
         l0 = Step.apply(pre, p["threshold"], config.bandwidth).sum(1).mean()
@@ -114,13 +114,16 @@ def reference_losses(sae: SAE, x: Tensor, dead: Tensor, config: SAEConfig, mean_
     x = x.double()
     f, penalty = activations_and_penalty(p, x, config)
     error, aux = x - (f @ p["W_dec"] + p["b_dec"]), torch.zeros((), dtype=torch.float64)
-    prefixes = [
-        config.d_sae >> level
-        for level in range(config.nested if config.activation == "matryoshka" else 1)
-    ]
-    main = sum(
-        (x - (f[:, :m] @ p["W_dec"][:m] + p["b_dec"])).square().mean() for m in prefixes
-    ) / len(prefixes)
+    levels = range(config.nested if config.activation in ("matryoshka", "hierarchical") else 1)
+    parts = []  # of the activations: those that must reconstruct alone too
+    for level in levels:
+        if config.activation == "hierarchical":
+            parts.append(dense_activations(p, x, config.k >> level))
+        else:
+            first = torch.arange(config.d_sae) < config.d_sae >> level
+            parts.append(f * first)
+    errors = [x - (part @ p["W_dec"] + p["b_dec"]) for part in parts]
+    main = torch.stack([e.square().mean() for e in errors]).mean()
     if len(dead) and config.aux_coef:
         target = error.detach()
         pre = ((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"])[:, dead]

@@ -69,6 +69,28 @@ def test_gradients_of_activations_over_a_batch(changes, silent, dead, aux_norm):
 
 @pytest.mark.parametrize("aux_norm", ["raw", "variance"])
 @pytest.mark.parametrize("dead", [0, 8])
+@pytest.mark.parametrize("silent", [0.0, 5.0])
+@pytest.mark.parametrize(("k", "nested"), [(4, 1), (4, 3), (7, 2), (7, 3)])
+def test_gradients_of_hierarchical(k, nested, silent, dead, aux_norm):
+    config = replace(CONFIG, k=k, nested=nested, aux_norm=aux_norm, activation="hierarchical")
+    sae = random_sae(D, D_SAE, k)
+    sae.b_enc.sub_(silent)
+    assert_equal_to_autograd(sae, rows(), dead_latents(dead), config, 1e-12)
+    single = random_sae(D, D_SAE, k, dtype=torch.float32)
+    assert_equal_to_autograd(single, rows(dtype=torch.float32), dead_latents(dead), config, 2e-5)
+
+
+def test_the_loss_of_hierarchical_is_of_the_same_sae_read_at_each_k():
+    config = replace(CONFIG, k=12, nested=3, activation="hierarchical")
+    sae, x = random_sae(D, D_SAE, 12), rows()
+    errors = [(x - replace(sae, k=k)(x)).square().mean() for k in (3, 6, 12)]
+    found = losses(sae, x, dead_latents(0), config, 1.7)
+    torch.testing.assert_close(found.loss, torch.stack(errors).mean(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.error, x - sae(x))
+
+
+@pytest.mark.parametrize("aux_norm", ["raw", "variance"])
+@pytest.mark.parametrize("dead", [0, 8])
 @pytest.mark.parametrize("threshold", [0.0, 2.0, 50.0])  # many above, some, none
 def test_gradients_of_jumprelu(threshold, dead, aux_norm):
     config = replace(CONFIG, aux_norm=aux_norm, activation="jumprelu", bandwidth=0.7, l0_coef=0.3)

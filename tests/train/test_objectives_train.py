@@ -21,11 +21,14 @@ from train.trainer import TrainConfig, Trainer
 
 EVERY = [
     {"activation": "topk"},
+    {"activation": "hierarchical", "nested": 2},
     {"activation": "batchtopk"},
     {"activation": "jumprelu"},
     {"activation": "matryoshka", "nested": 3},
     {"activation": "gated", "l1_coef": 0.7, "aux_coef": 0.0},
 ]
+
+THRESHOLDED = EVERY[2:]
 
 
 def sae_config(**settings):
@@ -62,7 +65,7 @@ def test_recovers_planted_directions(changes, tmp_path):
     assert 1 - float(error / (x.double() - torch.from_numpy(reader.mean)).square().sum()) > 0.94
 
 
-@pytest.mark.parametrize("changes", EVERY[1:], ids=lambda changes: changes["activation"])
+@pytest.mark.parametrize("changes", THRESHOLDED, ids=lambda changes: changes["activation"])
 def test_the_threshold_is_in_the_file_and_in_the_checkpoint(changes, tmp_path):
     small = killing.config().sae
     sae = sae_config(d_sae=small.d_sae, k=small.k, dead_after=small.dead_after, **changes)
@@ -84,7 +87,7 @@ def stopping_reader():
     return killing.planted(spoil=spoil)
 
 
-@pytest.mark.parametrize("changes", EVERY[1:], ids=lambda changes: changes["activation"])
+@pytest.mark.parametrize("changes", THRESHOLDED, ids=lambda changes: changes["activation"])
 def test_the_threshold_starts_where_the_first_batch_keeps_k(changes):
     reader = killing.planted()
     sae = sae_config(d_sae=48, k=2, **changes)
@@ -113,6 +116,8 @@ def test_every_objective_is_tried():
         ("jumprelu", {"bandwidth": 0.0}, "sae.bandwidth"),
         ("matryoshka", {"nested": 0}, "sae.nested"),
         ("matryoshka", {"nested": 20}, "sae.nested"),
+        ("hierarchical", {"nested": True}, "sae.nested"),
+        ("hierarchical", {"nested": 4}, "sae.k"),
         ("gated", {"l1_coef": -1.0}, "sae.l1_coef"),
         ("gated", {"aux_coef": 0.1}, "sae.aux_coef"),
         ("relu", {}, "sae.activation"),

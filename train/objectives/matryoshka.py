@@ -11,7 +11,7 @@ Shapes: n rows, d = d_model, F = d_sae, levels = nested.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,33 +19,22 @@ from torch.autograd import Function
 
 from data.errors import SettingError
 from train.functions import bias, decode, encode, mean_square
-from train.kernels import Kept, starts_of
+from train.kernels import Bags, Kept, starts_of
 from train.objective import Main
 from train.objectives.batchtopk import Thresholded, follow_
-from train.sae import SAE
+from train.sae import SAE, SAEConfig
 
 
 @dataclass(frozen=True)
 class Matryoshka(Thresholded):
     def __post_init__(self) -> None:
-        nested = self.config.nested
-        if isinstance(nested, bool) or not isinstance(nested, int) or nested < 1:
-            raise SettingError(f"sae.nested={nested!r} must be a whole number of at least 1")
-        d_sae = self.config.d_sae
-        if d_sae >> (nested - 1) < 1:
-            raise SettingError(
-                f"sae.nested={nested} halvings leave nothing of sae.d_sae={d_sae}; lower it"
-            )
+        require_nested(self.config, "d_sae")
 
     def main(self, sae: SAE, centred: Tensor, target: Tensor, denominator: float) -> Main:
         levels = self.config.nested
         b_enc = bias(sae.b_enc, sae)
         f, bags = encode(self._by_level, centred, sae.encoder, b_enc)
-        level_bags = self._bag_of(f)
-        starts = starts_of(level_bags, len(centred) * levels)
-        split = Kept(f.values, f.indices, level_bags, starts)
-        added = decode(split, bags, sae.W_dec).view(len(centred), levels, -1)
-        errors = nested_errors(target, added)
+        errors = nested_errors(target, f, bags, self._bag_of(f), levels, sae.W_dec)
         return Main(mean_square(errors, denominator), errors[:, -1], f, bags, b_enc)
 
     def after_(self, sae: SAE, kept: Kept) -> None:
@@ -65,13 +54,30 @@ class Matryoshka(Thresholded):
         return kept.rows * levels + torch.searchsorted(ends, kept.indices, right=True)
 
 
-def nested_errors(target: Tensor, added: Tensor) -> Tensor:
-    """(n, levels, d) x - x_hat_j.
+def require_nested(config: SAEConfig, halved: Literal["d_sae", "k"]) -> None:
+    """Raise SettingError unless the setting `halved` can be halved sae.nested - 1 times."""
+    nested = config.nested
+    if isinstance(nested, bool) or not isinstance(nested, int) or nested < 1:
+        raise SettingError(f"sae.nested={nested!r} must be a whole number of at least 1")
+    if getattr(config, halved) >> (nested - 1) < 1:
+        raise SettingError(
+            f"sae.nested={nested} halvings leave nothing of sae.{halved}="
+            f"{getattr(config, halved)}; lower it"
+        )
+
+
+def nested_errors(
+    target: Tensor, f: Kept, bags: Bags, level_bags: Tensor, levels: int, W_dec: Tensor
+) -> Tensor:
+    """(n, levels, d) x - x_hat_j, where each level adds pairs to the reconstruction before it.
 
     Args:
         target: (n, d) what the latents have to give: rows x - b_dec.
-        added: (n, levels, d) what each dictionary adds to the reconstruction before it.
+        bags: the pairs of `f` by latent.
+        level_bags: (p,) row * levels + level of each pair of `f`, ascending.
     """
+    split = Kept(f.values, f.indices, level_bags, starts_of(level_bags, len(target) * levels))
+    added = decode(split, bags, W_dec).view(len(target), levels, -1)
     result: Tensor = _NestedErrors.apply(target, added)  # type: ignore[no-untyped-call]
     return result
 

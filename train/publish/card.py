@@ -31,6 +31,7 @@ _KINDS = {
     "batchtopk": "BatchTopK",
     "jumprelu": "JumpReLU",
     "matryoshka": "Matryoshka",
+    "hierarchical": "HierarchicalTopK",
     "gated": "Gated",
 }
 
