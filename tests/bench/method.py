@@ -21,6 +21,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,14 @@ NAMES = ("ours", AUTO, "reference", "sparsify-adam", "dictionary_learning", "sae
 SEEDS = (1, 2, 3)  # of the figures; rates are chosen with seed 0
 _FIRST = (2, 3, 4)  # steps of the grid to begin with: 4e-3, 8e-3, 1.6e-2
 _MOST_RUNS = 16  # of one choice
+# What a run says of its speed, which is not this table's subject.
+_OF_SPEED = {
+    "tokens_per_cpu_s",
+    "tokens_per_wall_s",
+    "encoder_tokens_per_cpu_s",
+    "share_of_encoder_limit",
+    "peak_growth_MiB",
+}
 
 
 def rate(step: int) -> float:
@@ -48,7 +57,7 @@ class Runs:
     """Finished runs, kept as lines of a file."""
 
     file: Path
-    pythons: dict[str, str]
+    make: Callable[[Task], Figures]
 
     def measured(self, task: Task) -> Figures:
         """A run's figures; it is made unless the file has it."""
@@ -58,9 +67,9 @@ class Runs:
         for line in lines:
             run = json.loads(line)
             if run["task"] == key:
-                figures: Figures = run["figures"]
-                return figures
-        figures = ask(self.pythons[task.trainer], task)
+                known: Figures = run["figures"]
+                return known
+        figures = self.make(task)
         with self.file.open("a") as file:
             file.write(json.dumps({"task": key, "figures": figures}) + "\n")
         return figures
@@ -84,17 +93,21 @@ def figures(runs: Runs, name: str, task: Task) -> Figures:
     """A trainer's row of the table."""
     if name == AUTO:
         task = replace(task, trainer="ours", lr=0.0, ours=("optim.lr=auto",))
-        found: Figures = {"lr": "auto"}
-    else:
-        task = replace(task, trainer=name)
-        lr, tried = chosen(runs, task)
-        task = replace(task, lr=lr)
-        found = {"lr": lr, "choice_by_rate": tried}
+        return {"lr": "auto", **judged(runs, task)}
+    task = replace(task, trainer=name)
+    lr, tried = chosen(runs, task)
+    return {"lr": lr, "choice_by_rate": tried, **judged(runs, replace(task, lr=lr))}
+
+
+def judged(runs: Runs, task: Task) -> Figures:
+    """Means over the seeds of the held-out figures, and each seed's."""
     answers = [runs.measured(replace(task, seed=seed)) for seed in SEEDS]
-    for key in ("variance_explained", "dead_share"):
-        values = [answer[key] for answer in answers]
-        found[key] = statistics.mean(values)
-        found[f"{key}_by_seed"] = values
+    found: Figures = {}
+    for key in answers[0]:
+        if key not in _OF_SPEED:
+            values = [answer[key] for answer in answers]
+            found[key] = statistics.mean(values)
+            found[f"{key}_by_seed"] = values
     return found
 
 
@@ -112,7 +125,7 @@ def main() -> None:
     asked = parser.parse_args()
     own = [name for name in TRAINERS if TRAINERS[name][0] == "train.trainer"]
     pythons = {name: sys.executable if name in own else asked.peers_python for name in TRAINERS}
-    runs = Runs(asked.runs, pythons)
+    runs = Runs(asked.runs, lambda task: ask(pythons[task.trainer], task))
     task = Task(
         trainer="",
         d=np.load(asked.activations / "train.npy", mmap_mode="r").shape[1],

@@ -21,18 +21,22 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import cycle, islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+if TYPE_CHECKING:  # the peers' environments lack what these import
+    from train.sae import SAE
+    from train.trainer import TrainConfig, Trainer
 
 RECENT = 100_000  # tokens at the end of training; a latent that fires on none of them is dead
 _WARM_UP = 3  # steps that no clock counts
@@ -223,44 +227,59 @@ def ours(task: Task, rows: Rows, meter: Meter) -> Trained:
     `reference`: under those of `sae=topk_32k optim=adam`, whose floor is .3 of the rate; latents
     are dead after 1/25 of the run, since after 5,000 steps AuxK would never act.
     """
-    from hydra import compose, initialize_config_module
-
-    from data.settings import build
-    from train.optim import OptimConfig
-    from train.sae import SAEConfig
-    from train.trainer import TrainConfig, Trainer
-
     recipe = ["sae=rows_32k", "optim=rows"]
     if task.trainer == "reference":
         recipe = ["sae=topk_32k", "sae.dead_after=null", f"optim.lr_floor={0.3 * task.lr}"]
+    from train.trainer import Trainer
+
+    trainer = Trainer(configured(task, recipe), rows, torch.device("cpu"))
+    return applied(trained(trainer, task, rows, meter), task)
+
+
+def configured(task: Task, recipe: list[str]) -> TrainConfig:
+    """Settings of a recipe at a task's size and rate."""
+    from hydra import compose, initialize_config_module
+
+    from data.settings import build
+    from train import objective
+    from train.optim import OptimConfig
+    from train.trainer import TrainConfig
+
     size = [f"sae.d_sae={task.d_sae}", f"sae.k={task.k}", f"sae.k_aux={task.d_sae // 16}"]
     with initialize_config_module("conf", version_base="1.3"):
         composed = compose("train", [*recipe, *size, f"optim.lr={task.lr}", *task.ours])
     sae, optim = dict(composed.sae), dict(composed.optim)
     del sae["name"]
-    config = TrainConfig(
+    return TrainConfig(
         layer=0,
         tokens=task.steps * task.batch,
         batch=task.batch,
         seed=task.seed,
         log_every=task.steps,
-        sae=build(SAEConfig, "sae", sae),
+        sae=build(objective.find(sae["activation"]).settings, "sae", sae),
         optim=build(OptimConfig, "optim", optim),
     )
+
+
+def trained(trainer: Trainer, task: Task, rows: Rows, batches: Iterable[Tensor]) -> SAE:
+    """The SAE on raw rows after all of `batches`."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # as train.loop sets it
     with torch.no_grad():
-        trainer = Trainer(config, rows, torch.device("cpu"))
         if needed := trainer.rows_to_begin:
             first = islice(rows.ordered(task.batch, task.seed), -(-needed // task.batch))
             trainer.begin_(torch.cat(list(first))[:needed])
-        for batch in meter:
+        for batch in batches:
             trainer.step_(batch)
-    final = trainer.state.sae.folded(trainer.scale, trainer.state.basis)
+    return trainer.state.sae.folded(trainer.scale, trainer.state.basis)
+
+
+def applied(sae: SAE, task: Task) -> Trained:
+    """What an SAE of ours does with raw rows."""
 
     def apply(x: Tensor) -> tuple[Tensor, Tensor]:
-        kept = final.encode(x)
-        return final.decode(kept), _fired(kept.indices, kept.values, task.d_sae)
+        kept = sae.encode(x)
+        return sae.decode(kept), _fired(kept.indices, kept.values, task.d_sae)
 
     return apply
 
