@@ -52,7 +52,7 @@ class Annealed(Trainer):
     def step_(self, batch: Tensor) -> dict[str, Any] | None:
         settings = self.config.sae
         left = max(0.0, 1 - self.state.step / (_ANNEALED * self.steps))
-        k = settings.k + round((len(self.mean) - settings.k) * left)
+        k = settings.k + round((len(self.columns.mean) - settings.k) * left)
         self.objective = replace(self.objective, config=replace(settings, k=k))
         return super().step_(batch)
 
@@ -90,8 +90,8 @@ class Frequent(TopK):
 
     weight: float = 0.1
 
-    def main(self, sae: SAE, centred: Tensor, denominator: float) -> Main:
-        found = super().main(sae, centred, denominator)
+    def main(self, sae: SAE, centred: Tensor, target: Tensor, denominator: float) -> Main:
+        found = super().main(sae, centred, target, denominator)
         f = found.kept
         often = dead.firings(f, self.config.d_sae, found.bags) / len(centred)
         penalty = (often[f.indices] * f.values).sum() / f.values.detach().sum()
