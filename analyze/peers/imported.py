@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,48 +19,15 @@ from data.site import RESID_POST, hook_name
 from data.store.place import place_of
 from data.store.store import Store
 from train import sae_file
-from train.export import bundle, format, golden
 from train.export.origin import Origin
-from train.run import CONFIG, read_config, source_of
+from train.export.readers import ORIGINS
+from train.export.readers import READERS as READERS
+from train.export.readers import is_foreign as is_foreign
+from train.run import CONFIG, source_of
 from train.sae import SAE, SAEConfig
 
 FOLDER = Path("runs", "imported")
 ACCEPT = ("model", "context")  # what an SAE's files may say otherwise than the store, if accepted
-
-
-def _reference(path: Path) -> SAE:
-    """A sae_final.pt, or the one in a folder: the public reference SAE's, or ours."""
-    path = path / sae_file.FILE if path.is_dir() else path
-    bundle.require_whole(path)
-    return golden.checked(sae_file.load(path), path)
-
-
-def _reference_origin(path: Path) -> Origin:
-    """The layer and the model of a run of ours; the reference's own file names none."""
-    run = path if path.is_dir() else path.parent
-    if not (run / CONFIG).is_file():
-        return Origin()
-    config = read_config(run)
-    source = config.get("source", {})
-    layer = config["settings"].get("layer")
-    return Origin(None, None, layer, source.get("model"), source.get("context"))
-
-
-# By what stands before the colon.
-READERS: dict[str, Callable[[Path], SAE]] = {
-    name: partial(format.read, name) for name in format.names()
-}
-READERS["reference"] = _reference
-_ORIGINS: dict[str, Callable[[Path], Origin]] = {
-    name: format.find(name).origin for name in format.names()
-}
-_ORIGINS["reference"] = _reference_origin
-
-
-def is_foreign(run: str) -> bool:
-    """Whether `run` names an SAE of another library."""
-    prefix, colon, _ = run.partition(":")
-    return bool(colon) and prefix in READERS
 
 
 def run_of(
@@ -99,7 +65,7 @@ def run_of(
     opened = Store.open(place_of(store))
     with reading(f"run={named} cannot be read", f"take files that {kind} wrote"):
         sae = READERS[kind](path)
-        origin = _ORIGINS[kind](path)
+        origin = ORIGINS[kind](path)
     layer = _layer(named, origin, layer, opened)
     _require_fit(named, sae, origin, opened)
     _require_same(named, origin, opened, accept)

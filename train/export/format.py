@@ -34,7 +34,7 @@ from train.tensors import refuse, refuse_shape, shown, tensor_of
 
 _WAY_OUT = "restore or download it again"
 # Modules here that are no library.
-_OTHERS = {"__main__", "bundle", "command", "format", "golden", "origin"}
+_OTHERS = {"__main__", "bundle", "command", "format", "golden", "origin", "readers"}
 
 
 class About(NamedTuple):
