@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from data.errors import PipelineError
 from data.journal import note
+from data.site import HookPoint
 from harvest.model import LanguageModel
 from harvest.site import DeepestReached, tap
 
@@ -95,11 +96,11 @@ def residuals(
             rows are views that the next pass does not overwrite.
     """
     for numbers, ids in batches(sequences, tokens or batch_tokens(lm)):
-        with tap(lm.blocks, layers, ends=True) as taken, suppress(DeepestReached):
+        with tap(lm, layers, ends=True) as taken, suppress(DeepestReached):
             lm.decoder(input_ids=ids.to(lm.config.device), use_cache=False)
         for row, number in enumerate(numbers):
             length = len(sequences[number])
-            yield number, {layer: taken[layer][row, :length] for layer in layers}
+            yield number, {layer: taken[HookPoint(layer)][row, :length] for layer in layers}
 
 
 @torch.inference_mode()
@@ -227,9 +228,9 @@ def head_deviation(lm: LanguageModel, ids: Sequence[int]) -> float:
         )
     last = len(lm.blocks) - 1
     first = torch.tensor([ids[:_CHECKED_TOKENS]], device=lm.config.device)
-    with tap(lm.blocks, [last]) as taken:
+    with tap(lm, [last]) as taken:
         own = lm.causal(input_ids=first, use_cache=False).logits.float()
-    difference = float((unembedded(lm, taken[last]) - own).abs().max() / own.abs().max())
+    difference = float((unembedded(lm, taken[HookPoint(last)]) - own).abs().max() / own.abs().max())
     if not difference <= _ALLOWED_DEVIATION:
         raise PipelineError(
             f"{type(lm.causal).__name__} makes logits of its last layer otherwise than by final "

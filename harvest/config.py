@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from data.errors import SettingError
+from data.site import RESID_POST, SITES
 from data.store.codec import require_known
 from harvest.encoder import Bad
 from harvest.model import LanguageModel
-from harvest.site import RESID_POST, SITES
 
 # 335 MB a layer at width 2560. Larger shards gain nothing, and peak at 3 times their size in
 # memory.
@@ -54,7 +54,7 @@ class HarvestConfig:
     batch: int = 16  # packed rows per forward pass; another number changes bits
     unit: int | None = None  # tokens per unit; None: 65,536, less for small stores
     chunk: int = CHUNK_ROWS  # rows per inner chunk
-    site: str = RESID_POST.name  # where in a layer rows are taken: one of harvest.site.SITES
+    site: str = RESID_POST  # where in a layer rows are taken: one of harvest.site.SITES
     codec: Literal["blosc", "none", "int8"] = "blosc"
     rank: int = 0  # of this process, from 0 to world - 1: where it begins its walk over the units
     world: int = 1  # processes that make the store

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from data.errors import PipelineError, StopRequest
+from data.site import HookPoint
 from data.store.store import Store
 from data.store.unit import Prepared, prepare
 from harvest.isolation import Inputs, Mask, attention_mask, forward_inputs
@@ -68,7 +69,7 @@ def batch_residuals(
     """
     if out is None:
         out = empty_residuals(lm, sum(inputs.tokens for inputs in passes), layers)
-    with tap(lm.blocks, layers, lm.site, ends=True) as taken:
+    with tap(lm, layers, ends=True) as taken:
         for inputs in passes:
             here = upload(inputs, lm.config.device)
             mask = None
@@ -76,7 +77,7 @@ def batch_residuals(
                 mask = attention_mask(lm.decoder.config, here.positions)
             forward(lm, here, mask)
             for layer in layers:
-                scatter(taken.pop(layer), here, out[layer])
+                scatter(taken.pop(HookPoint(layer)), here, out[layer])
     return out
 
 

@@ -34,7 +34,6 @@ from harvest.isolation import Isolation
 from harvest.model import LanguageModel
 from harvest.provenance import manifest_of
 from harvest.selfcheck import check, choose_isolation
-from harvest.site import SITES
 from harvest.spine import Spine, tell_end
 from harvest.waiting import Waiting, pause
 from harvest.writer import Writer
@@ -51,7 +50,6 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Sto
     layers = config.layers
     check_layers(config, lm)
     place = place_of(config.store)
-    lm.site = SITES[config.site]
     lm.truncate_(max(layers))
     begun: Isolation = read_manifest(place)["isolation"] if exists(place) else "packed"
     lm.isolation = choose_isolation(lm, layers, config.context, begun)

@@ -9,21 +9,28 @@ from __future__ import annotations
 import gc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from data.errors import SettingError
+from data.errors import SettingError, first_line
+from data.machine import is_out_of_memory
+from harvest.anatomy import Anatomy
 from harvest.decoder import cut_, find_blocks, find_final_norm
+from harvest.dissection import dissect
 from harvest.headers import require_layers, stored
 from harvest.hub_model import complete
 from harvest.isolation import Isolation
 from harvest.model_folder import EMBEDDED, config_digest, read_config, weights_digest
-from harvest.site import RESID_POST, Site
 from harvest.tokens import Tokenizer
 from harvest.weights import load_cut, load_with_head
+
+_FOLLOWED_TOKENS = 8  # of each of two texts, by which a decoder's anatomy is found
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,36 @@ class LanguageModel:
     max_context: int  # tokens
     identity: dict[str, Any]  # the model's entry in the manifest
     isolation: Isolation = "packed"
-    site: Site = RESID_POST  # where in a layer rows are taken
     causal: Any = None  # transformers' model of decoder and head, where the head was asked for
     # The norm between the last layer and the head, where the head was asked for; nn.Identity in
     # families without one.
     final_norm: Any = None
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """Where the sites inside its layers are; found once, by two passes of a few tokens.
+
+        Raises:
+            SettingError: the decoder's code fails at such a pass.
+        """
+        ids = np.random.default_rng(0).choice(self.ordinary_tokens, (2, _FOLLOWED_TOKENS))
+        on_device = torch.from_numpy(ids).to(self.config.device)
+        try:
+            return dissect(self.decoder, self.blocks, self.deepest, on_device)
+        except Exception as error:  # the family's own code may raise anything
+            if is_out_of_memory(error):
+                raise
+            raise SettingError(
+                f"the layers of {type(self.decoder).__name__} cannot be followed "
+                f"({type(error).__name__}: {first_line(error)}); take site=resid_post"
+            ) from error
+
+    @property
+    def ordinary_tokens(self) -> NDArray[np.int64]:
+        """Token ids that are no special ones: some families look at padding tokens."""
+        special = list(self.tokenizer.backend.get_added_tokens_decoder())
+        known = min(self.vocabulary, self.tokenizer.backend.get_vocab_size())
+        return np.setdiff1d(np.arange(known), special)
 
     def truncate_(self, deepest: int) -> None:
         """Free what only layers above `deepest` use. No forward pass may go further."""

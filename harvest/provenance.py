@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from data import environment
+from data.site import RESID_POST
 from data.store import manifest
 from data.store.place import Place
 from data.text.documents import TextSource
@@ -21,7 +22,7 @@ def manifest_of(config: HarvestConfig, lm: LanguageModel, source: TextSource) ->
     if source.chats:
         model["chat_template"] = lm.tokenizer.template_digest
     return {
-        "site": lm.site.name,
+        "site": RESID_POST,
         "model": model,
         "isolation": lm.isolation,
         **_without_model(config, source, lm.config.device),

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from data.errors import PipelineError, SettingError, StoreError, first_line
 from data.journal import Progress, tell
 from data.machine import is_out_of_memory
+from data.site import HookPoint
 from data.store import retention
 from data.store.store import Store
 from harvest.decoder import require_residuals
@@ -121,11 +122,8 @@ def _progress(lm: LanguageModel) -> Iterator[None]:
 def trial_of(lm: LanguageModel, context: int) -> Trial:
     """Random pieces behind BOS, of ordinary tokens: some families look at padding tokens."""
     rng = np.random.default_rng(0)
-    special = list(lm.tokenizer.backend.get_added_tokens_decoder())
-    known = min(lm.vocabulary, lm.tokenizer.backend.get_vocab_size())
-    ordinary = np.setdiff1d(np.arange(known), special)
     shape = (2, context)
-    tokens, neighbour = rng.choice(ordinary, (2, *shape)).astype(np.uint32)
+    tokens, neighbour = rng.choice(lm.ordinary_tokens, (2, *shape)).astype(np.uint32)
     starts = np.zeros(shape, np.bool_)
     starts[:, 0] = True
     first = min(_FIRST_TOKENS, context // 2)
@@ -154,10 +152,10 @@ def _alone(lm: LanguageModel, trial: Trial, layers: Sequence[int]) -> dict[int, 
     followed = sorted({*layers, last - 1} if ends and last else layers)
     for inputs in reversed(forward_inputs(trial.tokens, trial.starts, "alone")):
         here = upload(inputs, lm.config.device)
-        with tap(lm.blocks, followed, lm.site, ends=ends) as taken, _entered(lm, followed) as read:
+        with tap(lm, followed, ends=ends) as taken, _entered(lm, followed) as read:
             _run_alone(lm, here.ids)
         for layer in followed:
-            states = taken.get(layer)
+            states = taken.get(HookPoint(layer))
             shape = None if states is None else tuple(states.shape)
             expected = (*here.ids.shape, lm.d_model)
             require_residuals(type(lm.decoder).__name__, layer, shape, expected)

@@ -16,7 +16,6 @@ from data.store.repair import damage, require_store
 from data.store.store import Store
 from harvest.model import LanguageModel
 from harvest.selfcheck import require_same
-from harvest.site import SITES
 
 
 def verify(place: Place, open_model: Callable[[int], LanguageModel]) -> str:
@@ -56,7 +55,6 @@ def verify(place: Place, open_model: Callable[[int], LanguageModel]) -> str:
         return f"{intact}; there is no unit that can be recomputed"
 
     lm.isolation = store.manifest["isolation"]
-    lm.site = SITES[store.manifest["site"]]
     unit = random.choice(staying)
     tell(f"every digest is right; recomputing unit {unit}")
     require_same(store, lm, unit, store.layers)

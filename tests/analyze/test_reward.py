@@ -15,6 +15,7 @@ from analyze import results
 from analyze.problems import problem
 from analyze.reward import DenseReward
 from data.errors import MismatchError, SettingError, StoreError
+from data.site import HookPoint
 from data.tiny.embedded import MODEL_DIR
 from data.tiny.problems import problems, prompt, solution
 from harvest.model import LanguageModel, ModelConfig, load
@@ -41,9 +42,9 @@ def texts(lm: LanguageModel, count: int) -> tuple[list[list[int]], list[list[int
 
 
 def residual(lm: LanguageModel, ids: list[int]) -> torch.Tensor:
-    with tap(lm.blocks, [TINY_LAYER]) as taken, torch.inference_mode():
+    with tap(lm, [TINY_LAYER]) as taken, torch.inference_mode():
         lm.decoder(input_ids=torch.tensor([ids]), use_cache=False)
-    return taken[TINY_LAYER][0].float()
+    return taken[HookPoint(TINY_LAYER)][0].float()
 
 
 def random_sae(d: int, k: int = 8, f: int = 96) -> SAE:

@@ -30,6 +30,7 @@ from analyze.study import Study
 from data import digests
 from data.errors import Interrupted, SettingError, StopRequest
 from data.journal import Progress
+from data.site import HookPoint
 from data.tiny.embedded import MODEL_DIR
 from data.tiny.problems import problems as tiny_problems
 from harvest import model as models
@@ -444,9 +445,11 @@ def test_a_row_of_the_study_is_a_steered_generation(small: Study) -> None:
     means: dict[bool, list[Tensor]] = {True: [], False: []}
     for answer in every:
         if answer.problem.id in found["ids"]["train"]:
-            with torch.inference_mode(), tap(lm.blocks, [8]) as taken:
+            with torch.inference_mode(), tap(lm, [8]) as taken:
                 lm.decoder(input_ids=torch.tensor([answer.sequence]), use_cache=False)
-            means[answer.correct].append(taken[8][0, len(answer.prompt_ids) :].double().mean(0))
+            means[answer.correct].append(
+                taken[HookPoint(8)][0, len(answer.prompt_ids) :].double().mean(0)
+            )
     v = torch.stack(means[True]).mean(0) - torch.stack(means[False]).mean(0)
     right = []
     for answer in every:

@@ -18,6 +18,7 @@ from analyze.problems import read
 from analyze.prompts import PROMPTS
 from analyze.studies.steering import hook
 from analyze.studies.steering.hook import Steer
+from data.site import HookPoint
 from harvest.model import LanguageModel, ModelConfig, load
 from harvest.model_folder import EMBEDDED
 from harvest.site import tap
@@ -163,12 +164,12 @@ def test_a_cached_batch_is_what_single_whole_passes_give(
 def test_padding_is_not_steered(lm: LanguageModel, prompts: Any) -> None:
     seen = []
     widths = lengths(prompts)
-    with hook.steered(lm, 3, by(lm, 2.0, "all"), widths), tap(lm.blocks, [3]) as taken:
+    with hook.steered(lm, 3, by(lm, 2.0, "all"), widths), tap(lm, [3]) as taken:
         generate(lm, prompts, 1)
-        seen.append(taken[3].clone())
-    with tap(lm.blocks, [3]) as taken:
+        seen.append(taken[HookPoint(3)].clone())
+    with tap(lm, [3]) as taken:
         generate(lm, prompts, 1)
-        seen.append(taken[3].clone())
+        seen.append(taken[HookPoint(3)].clone())
     for row, width in enumerate(widths):
         delta = (seen[0] - seen[1])[row]
         assert not delta[: max(widths) - width].any()
@@ -202,11 +203,11 @@ def test_effects_are_those_of_whole_distributions(lm: LanguageModel, prompts: An
     for (prompt, written), effect in zip(texts, found, strict=True):
         ids, last = torch.tensor([[*prompt, *written]]), len(prompt) - 1
         with torch.inference_mode():
-            with tap(lm.blocks, [3]) as taken:
+            with tap(lm, [3]) as taken:
                 clean = lm.causal(ids, use_cache=False).logits[0, last:-1].double().log_softmax(-1)
             with edited(lm.blocks[3], lambda states: states + 4.0 * direction(lm).float()):
                 moved = lm.causal(ids, use_cache=False).logits[0, last:-1].double().log_softmax(-1)
-        norms = taken[3][0].double().norm(dim=1)
+        norms = taken[HookPoint(3)][0].double().norm(dim=1)
         assert effect.kl == pytest.approx(
             float((moved.exp() * (moved - clean)).sum()), rel=1e-3, abs=1e-6
         )

@@ -21,6 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from data.errors import SettingError
+from data.site import HookPoint
 from harvest.decoder import find_blocks, meta_decoder
 from harvest.forward import batch_residuals
 from harvest.isolation import forward_inputs
@@ -28,7 +29,7 @@ from harvest.model import ModelConfig, load
 from harvest.model_folder import read_config
 from harvest.selfcheck import choose_isolation, worst
 from harvest.site import tap
-from tests.harvest.models import VOCABULARY, enlarge_, save_tokenizer
+from tests.harvest.models import VOCABULARY, Bare, enlarge_, save_tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 CONTEXT = 40
@@ -258,10 +259,10 @@ def _alone(
     rows: dict[int, list[torch.Tensor]] = {layer: [] for layer in LAYERS}
     for first, end in pairwise(edges):
         ids = torch.from_numpy(tokens.ravel()[first:end].astype(np.int64))[None]
-        with torch.no_grad(), tap(blocks, LAYERS) as taken:
+        with torch.no_grad(), tap(Bare(blocks), LAYERS) as taken:
             whole(input_ids=ids, use_cache=False)
         for layer in LAYERS:
-            rows[layer].append(taken[layer][0])
+            rows[layer].append(taken[HookPoint(layer)][0])
     return {layer: torch.cat(rows[layer]) for layer in LAYERS}
 
 

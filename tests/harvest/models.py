@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -147,6 +147,13 @@ E4B = Gemma4TextConfig(
     hidden_size_per_layer_input=256,
     layer_types=[*["sliding_attention"] * 5, "full_attention"] * 7,
 )
+
+
+class Bare(NamedTuple):
+    """The layers of a whole model, for `tap`."""
+
+    blocks: torch.nn.ModuleList
+    anatomy: Any = None
 
 
 def save_composite(folder: Path, family: str) -> Path:

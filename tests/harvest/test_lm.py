@@ -20,6 +20,7 @@ from transformers.models.gemma4 import modeling_gemma4
 
 from data.errors import PipelineError, SettingError
 from data.machine import is_out_of_memory
+from data.site import HookPoint
 from data.store.store import Store
 from data.text.sources import FileText
 from harvest.config import HarvestConfig
@@ -28,8 +29,8 @@ from harvest.isolation import attention_mask, forward_inputs
 from harvest.loop import OutOfMemory, harvest
 from harvest.model import LanguageModel, ModelConfig, load
 from harvest.selfcheck import choose_isolation
-from harvest.site import ResidPost, tap
-from tests.harvest.models import COMPOSITE, CONFIGS, VOCABULARY, save_composite, save_model
+from harvest.site import tap
+from tests.harvest.models import COMPOSITE, CONFIGS, VOCABULARY, Bare, save_composite, save_model
 
 FAMILIES = tuple(CONFIGS)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -86,11 +87,11 @@ def test_documents_do_not_see_each_other(folders: dict[str, Path], family: str, 
     lm = open_model(folders[family])
     lm.isolation = choose_isolation(lm, [layer], 40)
     tokens, starts = batch()
-    with tap(lm.blocks, [layer]) as taken:
+    with tap(lm, [layer]) as taken:
         for inputs in forward_inputs(tokens, starts, lm.isolation):
             forward(lm, inputs, attention_mask(lm.decoder.config, inputs.positions))
             reference = independent(folders[family], tokens, starts, layer)
-            states = taken[layer].flatten(0, 1)
+            states = taken[HookPoint(layer)].flatten(0, 1)
             if inputs.inside is not None:
                 states = states[inputs.inside]
                 reference = reference[inputs.into]
@@ -143,21 +144,19 @@ def test_text_that_spells_bos_stays_text(folders: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
-def test_the_self_check_catches_a_layer_off_by_one(folders: dict[str, Path], shift: int) -> None:
+def test_the_self_check_catches_a_layer_off_by_one(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, shift: int
+) -> None:
     lm = open_model(folders["gemma4"])
-    lm.site = Neighbour(shift)
+    order = [(layer + shift) % lm.n_layers for layer in range(lm.n_layers)]
+    neighbours = Bare(torch.nn.ModuleList([lm.blocks[layer] for layer in order]))
+
+    def wrong(_lm: Any, points: Any, **options: bool) -> Any:
+        return tap(neighbours, points, **options)
+
+    monkeypatch.setattr("harvest.selfcheck.tap", wrong)
     with pytest.raises(SettingError, match="layer 2 "):
         choose_isolation(lm, [2], 40)
-
-
-class Neighbour(ResidPost):
-    """A site that takes another layer's output for its own."""
-
-    def __init__(self, shift: int) -> None:
-        self.shift = shift
-
-    def hook(self, blocks: Any, layer: int, keep: Any) -> Any:
-        return super().hook(blocks, layer + self.shift, keep)
 
 
 def test_the_self_check_catches_a_wrong_shape(folders: dict[str, Path]) -> None:
@@ -170,7 +169,7 @@ def test_the_self_check_catches_a_wrong_shape(folders: dict[str, Path]) -> None:
 
 def test_hooks_are_gone_after_an_error(folders: dict[str, Path]) -> None:
     lm = open_model(folders["llama"])
-    with pytest.raises(RuntimeError, match="in between"), tap(lm.blocks, [0, 1]):
+    with pytest.raises(RuntimeError, match="in between"), tap(lm, [0, 1]):
         raise RuntimeError("in between")
     assert not any(block._forward_hooks for block in lm.blocks)
 

@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from data.site import HookPoint
 from data.store.store import Store
 from harvest.decoder import find_blocks, meta_decoder
 from harvest.isolation import forward_inputs
 from harvest.site import tap
-from tests.harvest.models import E4B, save_tokenizer
+from tests.harvest.models import E4B, Bare, save_tokenizer
 
 LAYERS = [21, 27]
 ANONYMOUS_BYTES = 8e9
@@ -99,10 +100,11 @@ def test_e4b_stays_below_8_gb_and_its_rows_are_an_untruncated_runs(
     whole: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     for unit in range(store.units):
         (inputs,) = forward_inputs(store.tokens(unit), store.piece_starts(unit), "packed")
-        with torch.inference_mode(), tap(find_blocks(whole.base_model), LAYERS) as taken:
+        with torch.inference_mode(), tap(Bare(find_blocks(whole.base_model)), LAYERS) as taken:
             whole.base_model(input_ids=inputs.ids, position_ids=inputs.positions, use_cache=False)
         for layer in LAYERS:
-            expected = taken[layer].flatten(0, 1)[torch.from_numpy(store.permutation(unit))]
+            rows = taken[HookPoint(layer)].flatten(0, 1)
+            expected = rows[torch.from_numpy(store.permutation(unit))]
             stored = torch.from_numpy(store.residuals(layer, unit)).view(torch.bfloat16)
             assert torch.equal(stored, expected)
             assert np.isfinite(stored.float().numpy()).all()

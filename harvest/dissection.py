@@ -1,0 +1,359 @@
+"""Finding where a decoder's layers read and write the residual stream.
+
+By structure: a small pass is followed (harvest/flow.py). From a layer's input to its output the
+stream is a chain of sums, and each sum adds what some module gave. By behaviour: of what is added,
+the MLP's share at a token depends on nothing but what the MLP reads at that token. Attention, or
+whatever mixes tokens in its place, does not pass that test. So no name of a family, of a module or
+of an argument decides anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from data.site import ATTN_OUT, MLP_IN, MLP_OUT, RESID_MID
+from harvest.anatomy import INSIDE, Anatomy, LayerAnatomy, Reader, Term
+from harvest.flow import PRODUCTS, SAME, SUMS, Call, Flow, follow
+from harvest.precise import in_float32
+from harvest.site import DeepestReached, editing, taking
+
+# Largest difference of an MLP's rows, relative to their norm in float32, where it reads the same
+# rows in another order. Right ones are below 2^-18; what mixes tokens differs by more than 2^-4.
+_SAME_ROW = 2.0**-10
+
+
+class Part(NamedTuple):
+    """What one module gives to the stream."""
+
+    term: Term
+    step: int  # which of the layer's sums adds it
+    reads: tuple[Reader, ...]  # arguments of the first modules with weights behind the stream
+    sees: frozenset[int]  # how many sums the stream has been through where it is read
+
+
+class Chain(NamedTuple):
+    """A layer's stream, from its input to its output."""
+
+    parts: tuple[Part, ...] = ()
+    middles: tuple[Reader | None, ...] = ()  # who reads the stream behind each sum
+    scale: tuple[float | torch.Tensor, ...] = ()  # that the stream is multiplied by behind the sums
+    reason: str = ""  # why there is none
+
+
+def dissect(decoder: nn.Module, blocks: nn.ModuleList, deepest: int, ids: torch.Tensor) -> Anatomy:
+    """The anatomy of a decoder up to layer `deepest`, by two passes of a few tokens.
+
+    Args:
+        ids: (b, t) ordinary tokens on the decoder's device, b at least 2.
+
+    Raises:
+        Exception: whatever the family's own code raises.
+    """
+    with in_float32(blocks):
+        flow = follow(decoder, blocks, deepest, ids)
+        chains = [_Chains(flow, layer).chain() for layer in range(deepest + 1)]
+        of_mlp = _tokenwise(decoder, blocks, chains, ids)
+    family = type(decoder).__name__
+    return Anatomy(family, tuple(map(_sites, chains, of_mlp)))
+
+
+def _sites(chain: Chain, is_mlp: Sequence[bool]) -> LayerAnatomy:
+    """A layer's sites, from its stream and from which of its parts are of an MLP."""
+    if chain.reason:
+        return LayerAnatomy(refused=dict.fromkeys(INSIDE, chain.reason))
+    mlp = [part for part, yes in zip(chain.parts, is_mlp, strict=True) if yes]
+    rest = [part for part, yes in zip(chain.parts, is_mlp, strict=True) if not yes]
+    step = mlp[0].step if mlp else len(chain.middles)
+    sees = frozenset[int]().union(*(part.sees for part in mlp))
+    places: dict[str, Any] = {}
+    refused: dict[str, str] = {}
+
+    if not mlp:
+        refused[MLP_OUT] = "it adds nothing that, like an MLP's output, depends on one token alone"
+    elif len({part.step for part in mlp}) > 1:
+        refused[MLP_OUT] = "it adds the outputs of several MLPs"
+    else:
+        places[MLP_OUT] = tuple(part.term for part in mlp)
+        places[MLP_IN] = tuple(dict.fromkeys(reader for part in mlp for reader in part.reads))
+    refused[MLP_IN] = refused.get(MLP_OUT, "")
+
+    before = [part for part in rest if part.step < step] or [p for p in rest if p.step == step]
+    steps = {part.step for part in before}
+    is_parallel = bool(mlp) and max(sees) <= min(steps, default=-1)
+    if not before:
+        refused[ATTN_OUT] = "no attention adds to the stream before an MLP does"
+    elif len(steps) > 1 or (not mlp and len(chain.middles) > 1):
+        refused[ATTN_OUT] = "it adds several outputs before that of an MLP"
+    else:
+        places[ATTN_OUT] = tuple(part.term for part in before)
+
+    middle = chain.middles[step - 1] if 0 < step <= len(chain.middles) and mlp else None
+    if is_parallel:
+        refused[RESID_MID] = "its attention and its MLP read the same stream"
+    elif ATTN_OUT not in places or MLP_OUT not in places or middle is None:
+        refused[RESID_MID] = "it has no stream between attention and an MLP"
+    else:
+        places[RESID_MID] = (middle,)
+    others = tuple(part.term for part in rest if part not in before or ATTN_OUT not in places)
+    refused = {site: reason for site, reason in refused.items() if site not in places}
+    return LayerAnatomy(places, refused, others, chain.scale, is_parallel)
+
+
+# -- by structure ----------------------------------------------------------------------------------
+
+
+class _Chains:
+    """One layer of a followed pass."""
+
+    def __init__(self, flow: Flow, layer: int) -> None:
+        self._made = flow.made
+        self._changed = flow.changed
+        calls = [call for call in flow.calls if call.layer == layer]
+        self._whole = next(call for call in calls if not call.path)
+        self._calls = [call for call in calls if call.path]
+        times: dict[int, int] = {}
+        for call in flow.calls:
+            times[id(call.module)] = times.get(id(call.module), 0) + 1
+        self._times = times  # calls of each module in the whole pass
+        self._input = self._whole.inputs[0][1] if self._whole.inputs else -1
+        self._width = self._made[self._input].value.shape[-1]
+        self._before: dict[int, int] = {}  # of each value of the stream: the one before it
+        self._parameters = {id(tensor) for tensor in _weights(self._whole.module)}
+
+    def chain(self) -> Chain:
+        """The layer's stream."""
+        if not self._whole.outputs or self._input < 0:
+            return Chain(reason="it gives no stream")
+        self._extend()
+        last = self._root(self._whole.outputs[0][1])
+        if last not in self._before:
+            return Chain(reason="its output is not its input with something added to it")
+        values = [last]
+        while values[-1] != self._input:
+            values.append(self._before[values[-1]])
+        values.reverse()
+
+        # The sums of the chain, and the factors behind them.
+        sums = [value for value in values[1:] if self._made[value].name in SUMS]
+        factors = [value for value in values[1:] if self._made[value].name in PRODUCTS]
+        if not sums:
+            return Chain(reason="it adds nothing to its input")
+        if factors and min(factors) < max(sums):
+            return Chain(reason="it multiplies the stream before it adds to it")
+        scale = tuple(factor for value in factors if (factor := self._factor(value)) is not None)
+
+        # What each of them adds.
+        position: dict[int, int] = {}  # of each value of the chain: sums that it has been through
+        for value in values:
+            position[value] = sum(added <= value for added in sums)
+        outer = [call for call in self._calls if self._is_outermost(call, sums)]
+        parts: list[Part] = []
+        for step, value in enumerate(sums):
+            added = next(v for v in self._made[value].inputs if self._root(v) not in self._before)
+            terms = self._terms(added)
+            if terms is None:
+                return Chain(reason="it adds something that no module of it gives")
+            for term, made in terms:
+                reads, sees = self._read(made, outer, position)
+                parts.append(Part(term, step, reads, sees))
+        middles = tuple(self._reader(value) for value in sums)
+        return Chain(tuple(parts), middles, scale)
+
+    def _root(self, value: int) -> int:
+        """The value that this one is, in another shape or type."""
+        while self._made[value].name in SAME and value not in self._before:
+            value = self._made[value].inputs[0]
+        return value
+
+    def _extend(self) -> None:
+        """Find all values that are the layer's input, with something added to or multiplied."""
+        self._before = {self._input: -1}
+        for value in range(self._whole.begin, self._whole.end):
+            made = self._made[value]
+            roots = [self._root(read) for read in made.inputs]
+            of_stream = [root for root in roots if root in self._before]
+            if len(of_stream) != 1 or self._is_shifted(value):
+                continue
+            is_sum = made.name in SUMS and len(roots) == 2
+            if is_sum or (made.name in PRODUCTS and self._factor(value) is not None):
+                self._before[value] = of_stream[0]
+
+    def _is_shifted(self, value: int) -> bool:
+        """Whether a value has another width than the stream."""
+        shape = self._made[value].value.shape
+        return not shape or shape[-1] != self._width
+
+    def _factor(self, value: int) -> float | torch.Tensor | None:
+        """The number or the weight that a product multiplies by; None: it is something else."""
+        made = self._made[value]
+        if len(made.inputs) == 1:
+            return made.number
+        weights = [self._made[read].value for read in made.inputs]
+        weights = [weight for weight in weights if id(weight) in self._parameters]
+        return weights[0] if len(weights) == 1 else None
+
+    def _is_outermost(self, call: Call, sums: Sequence[int]) -> bool:
+        """Whether a call makes no sum of the stream itself, and lies in none that makes none."""
+
+        def holds(call: Call | None) -> bool:
+            return call is None or any(call.begin <= value < call.end for value in sums)
+
+        return not holds(call) and holds(call.parent)
+
+    def _terms(self, added: int) -> list[tuple[Term, int]] | None:
+        """A value as a sum of modules' outputs, each with the value that its module gave."""
+        for call in self._calls:  # the outermost first
+            for place, value in call.outputs:
+                if value == added and self._times[id(call.module)] == 1:
+                    copied = value in self._changed
+                    return [(Term(call.path, place or 0, (), copied), value)]
+        made = self._made[added]
+        if made.name in SAME:
+            return self._terms(made.inputs[0])
+        if made.name in SUMS and len(made.inputs) == 2:
+            first, second = (self._terms(read) for read in made.inputs)
+            return None if first is None or second is None else sorted_terms(first + second)
+        factor = self._factor(added) if made.name in PRODUCTS else None
+        if factor is None:
+            return None
+        read = next(v for v in made.inputs if id(self._made[v].value) not in self._parameters)
+        multiplied: list[tuple[Term, int]] = []
+        for term, value in self._terms(read) or ():
+            multiplied.append((term._replace(factors=(*term.factors, factor)), value))
+        return multiplied or None
+
+    def _read(
+        self, made: int, outer: Sequence[Call], position: dict[int, int]
+    ) -> tuple[tuple[Reader, ...], frozenset[int]]:
+        """Who first reads the stream with weights to make this value, and where in the stream.
+
+        Nobody, where several values are read so.
+        """
+        heavy = [call for call in outer if call.is_heavy]
+        gave = {value: call for call in heavy for _, value in call.outputs}
+        region = self._behind(made, position)
+        calls = [call for call in heavy if any(v in region for _, v in call.outputs)]
+        # A module that makes the value without giving it: the term is inside it.
+        calls += [c for c in heavy if c not in calls and c.begin <= made < c.end]
+        readers: dict[int, list[Reader]] = {}
+        sees: set[int] = set()
+        for call in calls:
+            for key, value in call.inputs:
+                behind = self._behind(value, position)
+                root = self._root(value)
+                seen = {position[v] for v in behind if v in position}
+                if not seen or any(v in gave for v in behind):
+                    continue
+                sees |= seen
+                copied = value in self._changed
+                readers.setdefault(root, []).append(Reader(call.path, key, copied))
+        # Where a module reads the stream and its norm, the norm is what its weights are applied to.
+        normed = {root: them for root, them in readers.items() if root not in position}
+        readers = normed or readers
+        if len(readers) != 1:
+            return (), frozenset(sees)
+        found = next(iter(readers.values()))
+        usable = all(self._called_once(reader) for reader in found)
+        return (tuple(found) if usable else ()), frozenset(sees)
+
+    def _called_once(self, reader: Reader) -> bool:
+        module = self._whole.module.get_submodule(reader.path)
+        return self._times[id(module)] == 1
+
+    def _behind(self, value: int, position: dict[int, int]) -> set[int]:
+        """All values that one was made from, itself too, back to the stream."""
+        found: set[int] = set()
+        waiting = [value]
+        while waiting:
+            value = waiting.pop()
+            is_outside = value < self._whole.begin and value not in position
+            if value in found or is_outside:
+                continue
+            found.add(value)
+            if value not in position:
+                waiting += self._made[value].inputs
+        return found
+
+    def _reader(self, value: int) -> Reader | None:
+        """The first module's argument that is a value of the stream."""
+        for call in self._calls:
+            for key, read in call.inputs:
+                if self._root(read) == value and self._times[id(call.module)] == 1:
+                    return Reader(call.path, key, read in self._changed)
+        return None
+
+
+def sorted_terms(terms: Iterable[tuple[Term, int]]) -> list[tuple[Term, int]]:
+    """Terms in the order in which their modules gave them."""
+    return sorted(terms, key=lambda term: term[1])
+
+
+def _weights(block: nn.Module) -> list[torch.Tensor]:
+    return [*block.parameters(), *block.buffers()]
+
+
+# -- by behaviour ----------------------------------------------------------------------------------
+
+
+def _tokenwise(
+    decoder: nn.Module, blocks: nn.ModuleList, chains: Sequence[Chain], ids: torch.Tensor
+) -> list[list[bool]]:
+    """Of each layer's parts: whether a row depends on nothing but the row that is read for it.
+
+    In one pass every part reads, in the second text, the rows of the first text in the opposite
+    order; but at the first token it reads that text's own row. Where it is an MLP it gives the
+    first text's rows in the opposite order. Attention sees the first token, in either direction.
+    """
+    given: dict[tuple[int, int], torch.Tensor] = {}
+    handles: list[Any] = []
+    for layer, chain in enumerate(chains):
+        edited: set[tuple[Reader, ...]] = set()
+        for number, part in enumerate(chain.parts):
+            if part.reads and part.reads not in edited:
+                handles += editing(blocks[layer], part.reads, _reversed_first)
+                edited.add(part.reads)
+            handles += taking(blocks[layer], (part.term,), _keeper(given, (layer, number)))
+    handles.append(blocks[len(chains) - 1].register_forward_hook(_leave))
+    try:
+        with torch.inference_mode(), suppress(DeepestReached):
+            decoder(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found: list[list[bool]] = []
+    for layer, chain in enumerate(chains):
+        of_layer: list[bool] = []
+        for number, part in enumerate(chain.parts):
+            of_layer.append(bool(part.reads) and _is_reversed(given[layer, number]))
+        found.append(of_layer)
+    return found
+
+
+def _keeper(given: dict[tuple[int, int], torch.Tensor], key: tuple[int, int]) -> Any:
+    return lambda values: given.update({key: values.float()})
+
+
+def _leave(*_: object) -> None:
+    raise DeepestReached
+
+
+def _reversed_first(values: torch.Tensor) -> torch.Tensor:
+    """(b, t, d) with the first text's rows, in the opposite order, in the place of the second's.
+
+    The first token keeps its own row.
+    """
+    edited = values.clone()
+    edited[1, 1:] = values[0].flip(0)[1:]
+    return edited
+
+
+def _is_reversed(values: torch.Tensor) -> bool:
+    """Whether the second text's rows behind its first are the first's in the opposite order."""
+    rows, expected = values[1, 1:], values[0].flip(0)[1:]
+    error = (rows - expected).norm(dim=-1)
+    return bool((error <= _SAME_ROW * expected.norm(dim=-1)).all())

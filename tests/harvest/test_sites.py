@@ -1,0 +1,147 @@
+"""Sites inside a layer: their values are the model's own, and an edit reaches the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from data.errors import SettingError
+from data.site import ATTN_OUT, MLP_IN, MLP_OUT, RESID_MID, RESID_POST, RESID_PRE, SITES, HookPoint
+from harvest.model import LanguageModel, ModelConfig, load
+from harvest.site import edited_at, tap
+from tests.harvest.families import save_family
+from tests.harvest.models import save_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+LAYER = 2
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], LanguageModel]:
+    """Tiny float32 models by family, each built once."""
+    models: dict[str, LanguageModel] = {}
+
+    def model(family: str) -> LanguageModel:
+        if family not in models:
+            folder = tmp_path_factory.mktemp(family)
+            save = save_model if family == "gemma4" else save_family
+            models[family] = load(ModelConfig(str(save(folder, family)), dtype="float32"))
+        return models[family]
+
+    return model
+
+
+def values(lm: LanguageModel, layer: int = LAYER) -> dict[str, torch.Tensor]:
+    """Values of every site of a layer in one pass, (b, t, d) each."""
+    points = [HookPoint(layer, site) for site in lm.anatomy.sites(layer)]
+    with tap(lm, points) as taken:
+        run(lm)
+    return {point.site: states for point, states in taken.items()}
+
+
+def run(lm: LanguageModel) -> Any:
+    ids = torch.arange(20, 40).reshape(2, 10)
+    with torch.inference_mode():
+        return lm.decoder(input_ids=ids, use_cache=False).last_hidden_state
+
+
+# Gemma 4; residual multipliers; an MLP of two modules of the layer itself; a mixture of experts.
+MODULES = {
+    "gemma4": ("post_attention_layernorm", "mlp", "post_feedforward_layernorm"),
+    "granite": ("self_attn", "mlp", "mlp"),
+    "opt": ("self_attn", "fc1", "fc2"),
+    "mixtral": ("self_attn", "mlp", "mlp"),
+}
+
+
+def by_hand(lm: LanguageModel, family: str) -> dict[str, torch.Tensor]:
+    """The sites of a layer by its own modules' names."""
+    block = lm.blocks[LAYER]
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, *, of_input: bool = False) -> Callable[..., None]:
+        def hook(_module: Any, inputs: Any, output: Any) -> None:
+            value = inputs[0] if of_input else output
+            kept[name] = value[0] if isinstance(value, tuple) else value
+
+        return hook
+
+    modules = MODULES[family]
+    handles = [
+        block.get_submodule(modules[0]).register_forward_hook(keep(ATTN_OUT)),
+        block.get_submodule(modules[1]).register_forward_hook(keep(MLP_IN, of_input=True)),
+        block.get_submodule(modules[2]).register_forward_hook(keep(MLP_OUT)),
+    ]
+    run(lm)
+    for handle in handles:
+        handle.remove()
+    config: Any = lm.decoder.config
+    factor = config.residual_multiplier if family == "granite" else 1.0
+    kept[ATTN_OUT] = kept[ATTN_OUT] * factor
+    kept[MLP_OUT] = kept[MLP_OUT] * factor
+    return kept
+
+
+@pytest.mark.parametrize("family", MODULES)
+def test_sites_are_what_the_modules_give(
+    opened: Callable[[str], LanguageModel], family: str
+) -> None:
+    lm = opened(family)
+    expected = by_hand(lm, family)
+    found = values(lm)
+    assert set(found) == set(SITES)
+    for site, states in expected.items():
+        torch.testing.assert_close(found[site], states.reshape(found[site].shape), rtol=0, atol=0)
+    summed = found[RESID_PRE] + found[ATTN_OUT]
+    torch.testing.assert_close(summed, found[RESID_MID], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma4", "granite", "opt", "gptj", "granitemoehybrid"])
+@pytest.mark.parametrize("site", [RESID_PRE, ATTN_OUT, MLP_IN, MLP_OUT, RESID_POST])
+def test_an_edit_is_what_the_model_goes_on_with(
+    opened: Callable[[str], LanguageModel], family: str, site: str
+) -> None:
+    """The same values change nothing. Others are what a tap inside sees, and what the sum holds."""
+    lm = opened(family)
+    before = values(lm)
+    point = HookPoint(LAYER, site)
+    with edited_at(lm, point, lambda states: states.clone()):
+        same = values(lm)
+    for name, states in before.items():
+        torch.testing.assert_close(same[name], states, rtol=1e-5, atol=1e-6)
+    target = torch.randn_like(before[site])
+    with edited_at(lm, point, lambda states: target.to(states.dtype)):
+        after = values(lm)
+    torch.testing.assert_close(after[site], target, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(after[RESID_POST], before[RESID_POST], atol=1e-3)
+
+
+def test_an_mlp_may_be_replaced_by_a_function_of_what_it_reads(
+    opened: Callable[[str], LanguageModel],
+) -> None:
+    """As a transcoder does it: the layer's output is resid_mid and the function's value."""
+    lm = opened("llama")
+    reads, writes = HookPoint(LAYER, MLP_IN), HookPoint(LAYER, MLP_OUT)
+    with tap(lm, [reads]) as read:
+
+        def function(_states: torch.Tensor) -> torch.Tensor:
+            return 3.0 * read[reads]
+
+        with edited_at(lm, writes, function):
+            found = values(lm)
+    expected = found[RESID_MID] + 3.0 * found[MLP_IN]
+    torch.testing.assert_close(found[RESID_POST], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_site_that_a_family_has_not_is_one_line(opened: Callable[[str], LanguageModel]) -> None:
+    lm = opened("gptj")
+    with (
+        pytest.raises(SettingError, match=r"site=resid_mid .*attn_out, mlp_in, mlp_out"),
+        tap(lm, [HookPoint(1, RESID_MID)]),
+    ):
+        pass
+    with pytest.raises(SettingError, match="attn_out"), edited_at(lm, "resid_mid_1", torch.neg):
+        pass
