@@ -14,6 +14,7 @@ from data.device import own_device
 from data.errors import SettingError
 from data.journal import tell
 from data.rows import summary
+from data.rows.source import Source
 from data.rows.split import Policy
 from data.settings import build, flag, optional_whole, whole
 from data.store import coming, default, retention
@@ -84,7 +85,8 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
         **counts,
     )
     pinned = device.type == "cuda"
-    stream = rows_of(store, layer, config.batch, config.data_seed, policy, pinned)
+    sources = (Source.of(store, layer),)
+    stream = rows_of(sources, config.batch, config.data_seed, policy, pinned)
     folder = run_directory(settings["run"], f"{Path(store.name).stem}_{sae_name}_L{layer}", job)
     follower = stream.reader.follower(file_name(str(folder.resolve())), str(folder))
     facts: dict[str, Any] = {

@@ -1,8 +1,8 @@
-"""The rows that training reads: one layer in one order."""
+"""The rows that training reads: those of one or several hook points in one order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -11,20 +11,23 @@ import torch
 from torch import Tensor
 
 from data.rows.reader import Reader
+from data.rows.source import Source
 from data.rows.split import Policy, held_out
 from data.store.store import Store
 
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """One layer's rows in one order; runs that share it share the reading."""
+    """Rows in one order; runs that share it share the reading."""
 
-    identity: str  # digest of the store
+    identity: str  # digest of the store; of two stores, of the first
     reader: Reader
-    held_out: Callable[[], Iterator[Tensor]]  # (n, d) batches of all held-out rows
+    # (n, sum of the sources' widths) batches of all held-out rows
+    held_out: Callable[[], Iterator[Tensor]]
     policy: Policy = field(default_factory=Policy)
     # What the policy left out, by the rule: `rows` and `energy`, see data/rows/statistics.py.
     left_out: Mapping[str, dict[str, float]] = field(default_factory=dict)
+    identities: Sequence[str] = ()  # digests of the stores, where there are two
     _first: list[Tensor] = field(default_factory=list)  # cache of `first`, for the arms of a sweep
 
     def first(self, rows: int) -> Tensor:
@@ -53,14 +56,16 @@ def store_at(path: str) -> Store:
 
 @cache  # so that they share the reading
 def rows_of(
-    store: Store, layer: int, batch: int, data_seed: int, policy: Policy, pinned: bool
+    sources: tuple[Source, ...], batch: int, data_seed: int, policy: Policy, pinned: bool
 ) -> Stream:
-    """One layer's rows in one order.
+    """The rows of some sources, side by side, in one order.
 
     Args:
         pinned: into memory from which a GPU copies by itself.
     """
-    reader = Reader(store, layer, batch=batch, seed=data_seed, policy=policy, pinned=pinned)
+    reader = Reader(sources, batch=batch, seed=data_seed, policy=policy, pinned=pinned)
     shares = {rule: share._asdict() for rule, share in reader.left_out.items()}
-    rows = partial(held_out, store, layer, policy, batch)
-    return Stream(store.identity, reader, rows, policy, shares)
+    rows = partial(held_out, sources, policy, batch)
+    # Each store once: all have the same hook points.
+    identities = [one.store.identity for one in sources if one.point == sources[0].point]
+    return Stream(identities[0], reader, rows, policy, shares, identities[1:] and identities)

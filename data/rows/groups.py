@@ -9,11 +9,15 @@ import time
 from bisect import bisect_right
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from data.errors import SettingError, StopRequest, StoreError, TemporaryError
 from data.journal import heartbeat, note, tell
 from data.rows import summary
 from data.rows.follower import Follower
 from data.rows.rounds import KeptRows
+from data.rows.source import Source
 from data.rows.split import held_out_units, training_units
 from data.store import ring_state
 from data.store.ring_state import Registration, RingState
@@ -34,7 +38,7 @@ class Groups:
 
         Raises:
             SettingError: a batch is larger than a group.
-            StoreError: the ring has another layer.
+            StoreError: the ring lacks a hook point.
         """
         store = kept.store
         state = ring_state.read(store.place)
@@ -43,7 +47,6 @@ class Groups:
         self.store = store
         self.span = state.span
         self.training_units = len(training)
-        self.layer = kept.layer
         self._kept = kept
         self._batch = batch
         self._poll_s = poll_s
@@ -55,13 +58,13 @@ class Groups:
         _await_first(kept, state, self._groups[0], poll_s)
         # Of the first group alone, for all of the run: the others are not there yet.
         parts = [self._groups[0], held_out_units(store)]
-        self.statistics = summary.make(store, kept.layer, parts)
+        self.statistics = [summary.make(*source, parts) for source in kept.sources]
         self._count_rows()
         self.rows = self._expected_rows()
 
     def _count_rows(self) -> None:
         """Count the rows of the groups that have become whole."""
-        committed = self.store.committed(self._kept.layer)
+        committed = committed_in(self._kept.sources)
         for number in range(len(self._ends), len(self._groups)):
             group = self._groups[number]
             if not committed[group].all():
@@ -141,29 +144,48 @@ class Groups:
 
     def follower(self, name: str, run: str) -> RingFollower:
         """How a training run follows the harvest; nothing is registered yet."""
-        registration = Registration(run, self._kept.layer, self.span, 0)
+        registration = Registration(run, _recorded(self._kept.sources), self.span, 0)
         return RingFollower(self, name, registration, self._poll_s)
+
+    def committed(self) -> int:
+        """Units of which all that is read is there."""
+        return int(committed_in(self._kept.sources).sum())
+
+
+def committed_in(sources: Sequence[Source]) -> NDArray[np.bool_]:
+    """(units,) which units every source has."""
+    committed: NDArray[np.bool_] = np.all([source.committed() for source in sources], axis=0)
+    return committed
+
+
+def _recorded(sources: Sequence[Source]) -> int | str | list[int | str]:
+    """What the registration of a run says that it reads: of a single hook point no list."""
+    points = [source.point.recorded for source in sources]
+    return points[0] if len(points) == 1 else points
 
 
 def _await_first(kept: KeptRows, state: RingState, first: Sequence[int], poll_s: float) -> None:
     """Wait for what a run needs before its first step: the held-out units and the first group."""
     store = kept.store
-    layer = kept.layer
-    if layer not in state.layers:
-        raise StoreError(f"layer {layer} is not in the ring {store.name}; it has {state.layers}")
+    for source in kept.sources:
+        if source.point not in state.points:
+            there = ", ".join(map(str, state.points))
+            raise StoreError(f"{source.point} is not in the ring {store.name}; it has {there}")
     needed = [*state.held_out, *first]
-    if store.committed(layer)[needed].all():
+    if committed_in(kept.sources)[needed].all():
         return
 
     def told() -> str:
+        there = int(committed_in(kept.sources)[needed].sum())
+        points = ", ".join(str(source.point) for source in kept.sources)
         return (
-            f"waiting for the harvest: {store.committed(layer)[needed].sum()} of the first "
-            f"{len(needed)} units of layer {layer} are there"
+            f"waiting for the harvest: {there} of the first {len(needed)} units of {points} are "
+            "there"
         )
 
     tell(told())
     with StopRequest() as stop, heartbeat(told()):
-        while not store.committed(layer)[needed].all():
+        while not committed_in(kept.sources)[needed].all():
             stop.check()
             time.sleep(poll_s)
             store.refresh()
@@ -223,10 +245,9 @@ class RingFollower:
             return
 
         def told() -> str:
-            committed = int(self._store.committed(self._groups.layer).sum())
             return (
-                f"waiting for the harvest: {committed} of {self._store.units} units are there, "
-                f"not yet batch {batch:,}"
+                f"waiting for the harvest: {self._groups.committed()} of {self._store.units} units "
+                f"are there, not yet batch {batch:,}"
             )
 
         tell(told())
@@ -255,9 +276,9 @@ class RingFollower:
         state = ring_state.read(place)
         if standing is None or state is None or self._groups.has(batch):
             return None
-        layers = len(state.layers)
+        points = len(state.layers)
         chunk = self._store.manifest["chunk"]
-        most = ring_state.unit_bytes(self._store.unit_tokens, chunk, self._store.d_model, layers)
+        most = ring_state.unit_bytes(self._store.unit_tokens, chunk, self._store.d_model, points)
         room = state.max_bytes // most - len(state.held_out)  # training units at a time
         end = min((self.round(batch) + 1) * state.span, self._groups.training_units)
         if end - standing.passed <= room:

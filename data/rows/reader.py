@@ -14,7 +14,7 @@ inside their unit when they were written, so a window mixes the documents of up 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 
 from data import order
 from data.errors import SettingError, StoreError
-from data.rows import split, statistics, windows
+from data.rows import aligned, split, statistics, windows
 from data.rows.follower import Follower
 from data.rows.rounds import KeptRows, rounds_of
+from data.rows.source import Source
 from data.rows.split import Policy
 from data.rows.windows import Filler, Tuning, Window
-from data.store.store import Store
 
 # Inner chunks that are shuffled together in memory: 2.7 GB at width 2560. With
 # documents of 1,024 tokens in units of 65,536, a window of 128 chunks puts 8,234 documents in a
@@ -36,12 +36,15 @@ WINDOW = 512
 
 
 class Reader:
-    """The shuffled training stream of one layer: every kept row of the training units."""
+    """The shuffled training stream of some sources: every kept row of the training units.
+
+    The rows of several sources stand side by side, and are kept or left out together. Their order
+    is the one that a single source with the same kept rows has.
+    """
 
     def __init__(
         self,
-        store: Store,
-        layer: int,
+        sources: Sequence[Source],
         *,
         batch: int,
         seed: int,
@@ -50,72 +53,74 @@ class Reader:
         pinned: bool = False,
         tuning: Tuning = windows.TUNING,
     ) -> None:
-        """Read the layer's statistics; rows are read when batches are asked for.
+        """Read the statistics of the sources; rows are read when batches are asked for.
 
         Args:
+            sources: of one store, or of two stores of the same tokens.
             batch: rows per batch.
             window: inner chunks that are shuffled together in memory.
             pinned: give batches in page-locked memory, from which a GPU copies without the host.
             tuning: decides speed and memory, never an order.
 
         Raises:
-            SettingError: the batch is too small, or too large for a ring.
-            StoreError: the layer is incomplete, or no row is kept.
+            SettingError: the batch is too small, or too large for a ring; or two stores differ in
+                their tokens.
+            StoreError: a source is incomplete, or no row is kept.
         """
         if batch < 1:
             raise SettingError(f"batch={batch} must be at least 1 (rows)")
+        aligned.require(sources)
         self.batch = batch
         self.seed = seed
         self.window = window
-        self.d_model = store.d_model
-        self.widths = [store.d_model]
-        self._store = store
-        self._layer = layer
+        self.widths = [source.width for source in sources]
+        self._sources = tuple(sources)
         self._policy = policy
         self._pinned = pinned
         self._tuning = tuning
-        self._kept = KeptRows(store, layer, policy)
+        self._kept = KeptRows(self._sources, policy)
         self._rounds = rounds_of(self._kept, batch, tuning.poll_s)
         self.rows = self._rounds.rows  # of one pass
         self._set_statistics()
 
     def _set_statistics(self) -> None:
-        """Mean and variance (d,) of the training rows, and their mean norm."""
-        whole = self._rounds.statistics
-        policy = self._policy
-        found = statistics.of_training(self._store, self._layer, policy, whole)
-        held_out = self._kept.of_chunks(split.held_out_units(self._store))
-        if found.moments.count == 0 or held_out.sum() == 0:
+        """Mean and variance of the training rows, over all columns, and mean norms by source.
+
+        Which rows they are of, data/rows/statistics.py says.
+        """
+        wholes = self._rounds.statistics
+        first = self._rounds.units(0)
+        found = statistics.of_kept(self._kept, first, wholes)
+        held_out = self._kept.of_chunks(split.held_out_units(self._kept.store))
+        if self.rows == 0 or found[0].moments.count == 0 or held_out.sum() == 0:
             raise StoreError(
-                f"no row of layer {self._layer} in {self._store.name} is left by drop_bos, "
+                f"no row of {', '.join(map(str, self._sources))} is left by drop_bos, "
                 "drop_outliers and drop_tokens"
             )
-        self.mean_norm = found.mean_norm
-        self.mean_norms = [found.mean_norm]
-        self.mean = found.moments.mean
-        self.variance = found.moments.variance
+        self.mean_norms = [of_source.mean_norm for of_source in found]
+        self.mean = np.concatenate([of_source.moments.mean for of_source in found])
+        self.variance = np.concatenate([of_source.moments.variance for of_source in found])
         # By the rule, of the first round: of a whole store these are all training units.
-        self.left_out = statistics.left_out(self._kept, self._rounds.units(0), whole)
+        self.left_out = statistics.left_out(self._kept, first, wholes)
 
     def batches(self, start: int) -> Iterator[torch.Tensor]:
-        """Batches number `start`, `start` + 1, ..., each (batch, d) bfloat16 on the CPU.
+        """Batches number `start` and so on, each (batch, sum of widths) bfloat16 on the CPU.
 
-        A whole store gives batches without end. Batches are views of a reused buffer, 2.7 GB by
-        default at width 2560, of which there are two. Copy one to keep it past the next: as long as
-        a tensor of a buffer lives, the buffer is not reused.
+        A whole store gives batches without end. Batches are views of a reused buffer, of
+        which there are two: by default 2.7 GB for each source of width 2560. Copy one to keep it
+        past the next: as long as a tensor of a buffer lives, the buffer is not reused.
 
         Raises:
             StoreError: a shard is damaged or freed; or a ring is not harvested that far, or ended.
         """
         number, skip = self._rounds.locate(start)
-        filler = Filler(
-            self._store, self._layer, self._policy, self.seed, self._pinned, self._tuning
-        )
-        chunks = min(self.window, self._rounds.most_units * self._store.chunks)
+        store = self._kept.store
+        filler = Filler(self._sources, self._policy, self.seed, self._pinned, self._tuning)
+        chunks = min(self.window, self._rounds.most_units * store.chunks)
         yield from windows.batches(
             self._windows(number, skip),
             filler,
-            chunks * self._store.manifest["chunk"],
+            chunks * store.manifest["chunk"],
             self.batch,
             self._rounds.ended,
         )

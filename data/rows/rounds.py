@@ -1,4 +1,4 @@
-"""Rounds: which units of a layer training shuffles together.
+"""Rounds: which units of a stream training shuffles together.
 
 Inside a round the reader (data/rows/reader.py) shuffles; between rounds nothing is mixed. Of a
 whole store each round is a pass over all training units, without end. Of a ring each round is the
@@ -19,18 +19,21 @@ from data.errors import StoreError
 from data.journal import Progress
 from data.rows import summary
 from data.rows.follower import Follower, FollowsNobody
-from data.rows.split import EXCLUDED, Policy, require_complete, training_units
+from data.rows.source import Source
+from data.rows.split import EXCLUDED, Policy, training_units
 from data.rows.summary import Summary
 from data.store import retention
+from data.store.kinds import BOS
 from data.store.store import Store
 
 
 class Rounds(Protocol):
-    """The rounds of one layer's stream, which is cut into batches."""
+    """The rounds of one stream, which is cut into batches."""
 
     rows: int  # kept rows of one pass; in a ring, a lower bound
     most_units: int  # in a round
-    statistics: Summary  # of the training rows and of the held-out rows
+    # Of each source: of the training rows and of the held-out rows.
+    statistics: list[Summary]
 
     def units(self, number: int) -> list[int]:
         """The units of a round."""
@@ -66,13 +69,14 @@ class Passes:
     """The rounds of a whole store: passes over all training units, one after another."""
 
     def __init__(self, kept: KeptRows, batch: int) -> None:
-        """Raise StoreError unless the layer is complete."""
+        """Raise StoreError unless every source is complete."""
         self._batch = batch
         self._units = training_units(kept.store)
-        require_complete(kept.store, kept.layer)
+        for source in kept.sources:
+            source.require_complete()
         self.rows = int(kept.of_chunks(self._units).sum())
         self.most_units = len(self._units)
-        self.statistics = summary.read(kept.store, kept.layer)
+        self.statistics = [summary.read(*source) for source in kept.sources]
 
     def units(self, number: int) -> list[int]:
         return self._units
@@ -93,51 +97,101 @@ class Passes:
         return FollowsNobody()
 
 
-class Excluded(NamedTuple):
-    """The rows of one unit that drop_tokens alone leaves out."""
+class Counted(NamedTuple):
+    """What the records do not say of the rows of one unit."""
 
-    of_chunks: NDArray[np.int64]  # (C,) of every inner chunk
-    energy: float  # sum of their squared norms
+    kept: NDArray[np.int64]  # (C,) rows to serve of every inner chunk
+    excluded: int  # rows that drop_tokens alone leaves out
+    energy: float  # sum of their squared norms, in the first source
 
 
 @dataclass(frozen=True)
 class KeptRows:
-    """Which rows of a layer a reader serves, as the store's records count them."""
+    """Which rows of some sources a reader serves: those that the policy keeps in every source."""
 
-    store: Store
-    layer: int
+    sources: Sequence[Source]
     policy: Policy
-    _excluded: dict[int, Excluded] = field(default_factory=dict)  # by unit, as far as asked for
+    _counted: dict[int, Counted] = field(default_factory=dict)  # by unit, as far as asked for
+
+    @property
+    def store(self) -> Store:
+        """The store whose tokens the rows are of; a second one has the same."""
+        return self.sources[0].store
 
     def of_chunks(self, units: Sequence[int]) -> NDArray[np.int64]:
-        """(units, C) rows to serve of every inner chunk of some committed units."""
-        counts = self.store.ledger.point(self.layer).chunks
-        # Kind by kind, for all units at once: 0.05 s for a billion tokens' million chunks, where a
-        # loop over units takes 0.4 s.
-        of_kinds = [counts[units, :, kind] for kind in self.policy.kinds]
-        kept: NDArray[np.int64] = np.sum(of_kinds, axis=0, dtype=np.int64)
-        if self.policy.drop_tokens and len(units):
-            kept -= np.stack([excluded.of_chunks for excluded in self.excluded(units)])
+        """(units, C) rows to serve of every inner chunk of some committed units.
+
+        The records count them, but with drop_tokens, and where several sources drop rows of one
+        chunk: these may be the same rows or not.
+        """
+        units = list(units)
+        own = [self._of_records(source, units) for source in self.sources]
+        kept: NDArray[np.int64] = np.minimum.reduce(own)
+        unsure = np.zeros(kept.shape, np.bool_)
+        if len(own) > 1:
+            candidates = self._rows_of_chunks(units)
+            drops = [self._drops(source, units, candidates) for source in self.sources]
+            unsure = np.sum(drops, axis=0) > 1
+        if self.policy.drop_tokens:
+            unsure[:] = True
+        index = np.flatnonzero(unsure.any(1))
+        if len(index):
+            counted = self.counted([units[at] for at in index])
+            kept[index] = np.stack([of_unit.kept for of_unit in counted])
         return kept
 
-    def excluded(self, units: Sequence[int]) -> list[Excluded]:
-        """What drop_tokens leaves out of each unit. Records do not have it: some 3 ms a unit."""
-        fresh = [unit for unit in units if unit not in self._excluded]
+    def _of_records(self, source: Source, units: Sequence[int]) -> NDArray[np.int64]:
+        """(units, C) rows that the policy keeps of one source, whatever their token."""
+        # Kind by kind, for all units at once: 0.05 s for a billion tokens' million chunks, where a
+        # loop over units takes 0.4 s.
+        of_kinds = [source.counts(units, kind) for kind in self.policy.kinds]
+        kept: NDArray[np.int64] = np.sum(of_kinds, axis=0, dtype=np.int64)
+        return kept
+
+    def _rows_of_chunks(self, units: Sequence[int]) -> NDArray[np.int64]:
+        """(units, C) stored rows of every inner chunk."""
+        chunk = self.store.manifest["chunk"]
+        rows = self.store.ledger.spine_rows[units].astype(np.int64) * self.store.context
+        of_chunks: NDArray[np.int64] = rows[:, None] - np.arange(self.store.chunks) * chunk
+        return of_chunks.clip(0, chunk)
+
+    def _drops(
+        self, source: Source, units: Sequence[int], candidates: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """(units, C) whether a source drops rows that are not BOS, which all sources have."""
+        kinds = {BOS, *self.policy.kinds}
+        there: NDArray[np.int64] = np.sum([source.counts(units, kind) for kind in kinds], axis=0)
+        return there < candidates
+
+    def are_shared(self, units: Sequence[int]) -> bool:
+        """Whether no source drops a row of some units that another one keeps."""
+        if len(self.sources) == 1:
+            return True
+        kept = self.of_chunks(units).sum()
+        return all(self._of_records(source, units).sum() == kept for source in self.sources)
+
+    def counted(self, units: Sequence[int]) -> list[Counted]:
+        """What the kinds and tokens of each unit say: some 3 ms a unit."""
+        fresh = [unit for unit in units if unit not in self._counted]
         progress = Progress(quiet_s=5.0)
         with ThreadPoolExecutor(self.store.place.threads) as pool:
-            for unit, excluded in zip(fresh, pool.map(self._count_excluded, fresh), strict=True):
-                self._excluded[unit] = excluded
-                progress.show(f"drop_tokens: counted in {len(self._excluded):,} units")
+            for unit, counted in zip(fresh, pool.map(self._count, fresh), strict=True):
+                self._counted[unit] = counted
+                progress.show(f"rows to keep: counted in {len(self._counted):,} units")
         progress.close()
-        return [self._excluded[unit] for unit in units]
+        return [self._counted[unit] for unit in units]
 
-    def _count_excluded(self, unit: int) -> Excluded:
-        kinds = self.policy.kinds_of(self.store, self.layer, unit)
-        rows = np.flatnonzero(kinds >= EXCLUDED)
-        chunks = rows // self.store.manifest["chunk"]
-        norms = self.store.norms(self.layer, unit)[rows].astype(np.float64)
-        counts = np.bincount(chunks, minlength=self.store.chunks)
-        return Excluded(counts, float(np.square(norms).sum()))
+    def _count(self, unit: int) -> Counted:
+        kinds = self.policy.kinds_in(self.sources, unit)
+        chunk = self.store.manifest["chunk"]
+        served = np.flatnonzero(np.isin(kinds, self.policy.kinds))
+        kept = np.bincount(served // chunk, minlength=self.store.chunks)
+        excluded = np.flatnonzero(kinds >= EXCLUDED)
+        energy = 0.0
+        if len(excluded):
+            norms = self.sources[0].norms(unit)[excluded].astype(np.float64)
+            energy = float(np.square(norms).sum())
+        return Counted(kept, len(excluded), energy)
 
     def candidates(self, units: Sequence[int]) -> int:
         """Rows of some units, less those that are dropped as BOS or by their token.
@@ -160,7 +214,7 @@ class KeptRows:
 
 
 def rounds_of(kept: KeptRows, batch: int, poll_s: float) -> Rounds:
-    """The rounds of a layer, by the store's retention; waits for the first round of a ring.
+    """The rounds of some sources, by the retention; waits for the first round of a ring.
 
     Args:
         batch: rows per batch.
@@ -168,7 +222,7 @@ def rounds_of(kept: KeptRows, batch: int, poll_s: float) -> Rounds:
 
     Raises:
         SettingError: a batch is larger than a round of a ring.
-        StoreError: the layer is incomplete, or not in the ring.
+        StoreError: a source is incomplete, or not in the ring.
     """
     if retention.read(kept.store.place).span is None:
         return Passes(kept, batch)

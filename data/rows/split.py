@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from data import order
 from data.errors import SettingError, StoreError
-from data.site import HookPoint
+from data.rows import source as rows_source
+from data.rows.source import Source
+from data.site import Point
 from data.store.kinds import BOS, ORDINARY, OUTLIER
 from data.store.store import Store
 
@@ -66,17 +68,26 @@ class Policy:
         served = {BOS: not self.drop_bos, OUTLIER: not self.drop_outliers, ORDINARY: True}
         return tuple(kind for kind in served if served[kind])
 
-    def kinds_of(self, store: Store, layer: int, unit: int) -> NDArray[np.uint8]:
+    def kinds_of(self, store: Store, point: Point, unit: int) -> NDArray[np.uint8]:
         """(n,) the kind of each of a unit's stored rows. A row is served if its kind is in `kinds`.
 
         `EXCLUDED` is added where the kind is served and the token is not.
         """
-        kinds = store.kinds(layer, unit)
+        return self.kinds_in([Source.of(store, point)], unit)
+
+    def kinds_in(self, sources: Sequence[Source], unit: int) -> NDArray[np.uint8]:
+        """(n,) the same of the rows of several sources, which are kept or left out together."""
+        kinds = rows_source.kinds_of(sources, unit)
         if not self.drop_tokens:
             return kinds
+        store = sources[0].store
         dropped = self.tokens_dropped(store, unit)[store.permutation(unit)]
         excluded = dropped & np.isin(kinds, self.kinds)
         return np.where(excluded, kinds + EXCLUDED, kinds).astype(np.uint8)
+
+    def keeps(self, sources: Sequence[Source], unit: int) -> NDArray[np.bool_]:
+        """(n,) which of a unit's stored rows are served."""
+        return np.isin(self.kinds_in(sources, unit), self.kinds)
 
     def tokens_dropped(self, store: Store, unit: int) -> NDArray[np.bool_]:
         """(n,) which tokens of a unit drop_tokens names, in the order of the text."""
@@ -103,17 +114,9 @@ def held_out_units(store: Store) -> list[int]:
     return units
 
 
-def require_complete(store: Store, layer: int) -> None:
-    """Raise StoreError unless every unit of `layer` is committed."""
-    point = HookPoint.of(layer)
-    if point not in store.points:
-        there = ", ".join(map(str, store.points)) or "nothing yet"
-        raise StoreError(f"{point} is not in {store.name}; it has {there}")
-    if not store.complete(point):
-        raise StoreError(
-            f"{point} of {store.name} lacks {len(store.missing([layer]))} of {store.units} "
-            "units; run the same `python -m harvest` command again to finish it"
-        )
+def require_complete(store: Store, point: Point) -> None:
+    """Raise StoreError unless every unit of a hook point is committed."""
+    Source.of(store, point).require_complete()
 
 
 def training_units(store: Store) -> list[int]:
@@ -122,13 +125,14 @@ def training_units(store: Store) -> list[int]:
     return parts(store)[TRAINING]
 
 
-def held_out(store: Store, layer: int, policy: Policy, batch: int) -> Iterator[torch.Tensor]:
+def held_out(sources: Sequence[Source], policy: Policy, batch: int) -> Iterator[torch.Tensor]:
     """Every kept row of the held-out units once, in stored order.
 
-    Gives (n, d) bfloat16 with n <= `batch`.
+    Gives (n, sum of the sources' widths) bfloat16 with n <= `batch`.
     """
-    for unit in held_out_units(store):
-        keep = np.isin(policy.kinds_of(store, layer, unit), policy.kinds)
-        rows = torch.from_numpy(store.residuals(layer, unit)[keep]).view(torch.bfloat16)
+    for unit in held_out_units(sources[0].store):
+        keep = policy.keeps(sources, unit)
+        parts = [torch.from_numpy(source.rows(unit)[keep]) for source in sources]
+        rows = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).view(torch.bfloat16)
         for start in range(0, len(rows), batch):
             yield rows[start : start + batch]

@@ -1,13 +1,14 @@
 """Mean and variance of the rows that training keeps, and what was left out before.
 
-A store has exact moments of every kind of row, not of every token. So with drop_tokens the moments
-are those of a sample of the kept rows. It comes from the training units; in a ring, which frees
-them, from the held-out units.
+A store has exact moments of every kind of row, not of every token, and not of the rows that another
+hook point keeps. So with drop_tokens, and where one of several sources drops rows that another one
+keeps, the moments are those of a sample of the kept rows. It comes from the training units; in a
+ring, which frees them, from the held-out units.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from data.rows import summary
 from data.rows.rounds import KeptRows
+from data.rows.source import Source
 from data.rows.split import (
     EXCLUDED,
     TRAINING,
@@ -25,8 +27,9 @@ from data.rows.split import (
     training_units,
 )
 from data.rows.summary import Summary
+from data.site import Point
 from data.store import retention
-from data.store.kinds import BOS, OUTLIER, OUTLIER_NORM
+from data.store.kinds import BOS, NON_FINITE, OUTLIER, OUTLIER_NORM
 from data.store.moments import Moments
 from data.store.store import Store
 
@@ -36,43 +39,71 @@ _BLOCK = 4096  # rows held as float64 at a time
 
 
 class Statistics(NamedTuple):
-    """Statistics of the kept training rows."""
+    """Statistics of the kept training rows of one source."""
 
     moments: Moments
     mean_norm: float
 
 
 def of_training(
-    store: Store, layer: int, policy: Policy, whole: Summary | None = None
+    store: Store, point: Point, policy: Policy, whole: Summary | None = None
 ) -> Statistics:
-    """The statistics of the rows that a policy keeps.
+    """The statistics of the rows of one hook point that a policy keeps.
 
     Args:
-        whole: the layer's summary; None: it is read, if it is needed.
+        whole: the summary of the hook point; None: it is read, if it is needed.
     """
-    if policy.drop_tokens:
-        return _sampled(store, layer, policy)
-    if whole is None:
-        whole = summary.read(store, layer)
+    kept = KeptRows([Source.of(store, point)], policy)
+    return of_kept(kept, [], None if whole is None else [whole])[0]
+
+
+def of_kept(
+    kept: KeptRows, units: Sequence[int], wholes: Sequence[Summary] | None = None
+) -> list[Statistics]:
+    """The statistics of the kept training rows, of each source.
+
+    Args:
+        units: where sources that drop other rows are looked for: all training units, or those of a
+            ring's first round.
+        wholes: the summary of each source; None: they are read, if they are needed.
+    """
+    if kept.policy.drop_tokens or not kept.are_shared(units):
+        return _sampled(kept.sources, kept.policy)
+    if wholes is None:
+        wholes = [summary.read(*source) for source in kept.sources]
+    return [_exact(whole, kept.policy) for whole in wholes]
+
+
+def _exact(whole: Summary, policy: Policy) -> Statistics:
     moments = whole.of(TRAINING, policy.kinds)
     norm_sum = float(whole.norm_sums[TRAINING, list(policy.kinds)].sum())
     return Statistics(moments, norm_sum / max(moments.count, 1))
 
 
-def _sampled(store: Store, layer: int, policy: Policy) -> Statistics:
+def _sampled(sources: Sequence[Source], policy: Policy) -> list[Statistics]:
     """The statistics of the kept rows of some units."""
+    store = sources[0].store
     is_ring = retention.read(store.place).span is not None
     units = held_out_units(store) if is_ring else training_units(store)
-    moments = Moments.empty(store.d_model)
-    norm_sum = 0.0
+    moments = [Moments.empty(source.width) for source in sources]
+    norm_sums = [0.0] * len(sources)
     for unit in sample(units, store.unit_tokens):
-        kept = np.isin(policy.kinds_of(store, layer, unit), policy.kinds)
-        rows = torch.from_numpy(store.residuals(layer, unit)[kept]).view(torch.bfloat16)
-        for start in range(0, len(rows), _BLOCK):
-            block = rows[start : start + _BLOCK].double()
-            moments = moments.merge(Moments.of(block.numpy()))
-        norm_sum += float(store.norms(layer, unit)[kept].sum(dtype=np.float64))
-    return Statistics(moments, norm_sum / max(moments.count, 1))
+        kept = policy.keeps(sources, unit)
+        for number, source in enumerate(sources):
+            for block in _blocks(source, unit, kept):
+                moments[number] = moments[number].merge(Moments.of(block))
+            norm_sums[number] += float(source.norms(unit)[kept].sum(dtype=np.float64))
+    found = []
+    for of_source, norm_sum in zip(moments, norm_sums, strict=True):
+        found.append(Statistics(of_source, norm_sum / max(of_source.count, 1)))
+    return found
+
+
+def _blocks(source: Source, unit: int, kept: NDArray[np.bool_]) -> Iterator[NDArray[np.float64]]:
+    """The kept rows of a unit, some thousand at a time."""
+    rows = torch.from_numpy(source.rows(unit)[kept]).view(torch.bfloat16)
+    for start in range(0, len(rows), _BLOCK):
+        yield rows[start : start + _BLOCK].double().numpy()
 
 
 def sample(units: Sequence[int], unit_tokens: int) -> list[int]:
@@ -91,17 +122,20 @@ class Share(NamedTuple):
     energy: float  # of E|x|^2, the rows' mean squared norm
 
 
-def left_out(kept: KeptRows, units: Sequence[int], of_units: Summary) -> dict[str, Share]:
+def left_out(kept: KeptRows, units: Sequence[int], of_units: Sequence[Summary]) -> dict[str, Share]:
     """What each rule of the policy leaves out of some training units, by the rule's setting.
 
     A row that several rules name counts for the first: drop_bos, drop_outliers, drop_tokens. Rows
-    with NaN or infinity count nowhere.
+    with NaN or infinity count nowhere. Of several sources it is what a sample of the units loses,
+    and a rule's share of E|x|^2 is the mean of its shares in the sources.
 
     Args:
-        of_units: the summary of these units.
+        of_units: the summary of these units, of each source.
     """
-    counts = of_units.counts[TRAINING]
-    mean, m2 = of_units.moments[TRAINING].transpose(1, 0, 2)
+    if len(kept.sources) > 1:
+        return _left_out_of_sample(kept, units)
+    counts = of_units[0].counts[TRAINING]
+    mean, m2 = of_units[0].moments[TRAINING].transpose(1, 0, 2)
     energies = m2.sum(1) + counts * np.square(mean).sum(1)
     dropped: dict[str, tuple[float, float]] = {}
     if kept.policy.drop_bos:
@@ -109,10 +143,26 @@ def left_out(kept: KeptRows, units: Sequence[int], of_units: Summary) -> dict[st
     if kept.policy.drop_outliers:
         dropped["drop_outliers"] = counts[OUTLIER], energies[OUTLIER]
     if kept.policy.drop_tokens:
-        excluded = kept.excluded(units)
-        rows = sum(int(unit.of_chunks.sum()) for unit in excluded)
-        dropped["drop_tokens"] = rows, sum(unit.energy for unit in excluded)
+        counted = kept.counted(units)
+        rows = sum(of_unit.excluded for of_unit in counted)
+        dropped["drop_tokens"] = rows, sum(of_unit.energy for of_unit in counted)
     return {rule: _share(*sums, counts, energies) for rule, sums in dropped.items()}
+
+
+def _left_out_of_sample(kept: KeptRows, units: Sequence[int]) -> dict[str, Share]:
+    tallies = [Tally() for _ in kept.sources]
+    for unit in sample(units, kept.store.unit_tokens):
+        kinds = kept.policy.kinds_in(kept.sources, unit)
+        finite = stored_kind(kinds) != NON_FINITE
+        for tally, source in zip(tallies, kept.sources, strict=True):
+            norms = source.norms(unit)[finite].astype(np.float64)
+            tally.add(kinds[finite], np.square(norms))
+    first, *others = (tally.left_out(kept.policy) for tally in tallies)
+    shares = {}
+    for rule, share in first.items():
+        energies = [share["energy"], *(other[rule]["energy"] for other in others)]
+        shares[rule] = Share(share["rows"], float(np.mean(energies)))
+    return shares
 
 
 def _share(count: float, energy: float, counts: NDArray[Any], energies: NDArray[Any]) -> Share:

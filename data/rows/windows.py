@@ -6,8 +6,8 @@ rows would cost as much as one of these two. Batches are therefore views of the 
 that straddles two windows is copied together.
 
 While one window is served the next is filled: two buffers of window x chunk x d x 2 bytes, 5.4 GB
-together by default at width 2560. A buffer is reused as soon as no tensor of it lives. A batch that
-is kept stays valid, and costs a window's memory.
+together by default for each source of width 2560. A buffer is reused as soon as no tensor of it
+lives. A batch that is kept stays valid, and costs a window's memory.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 
 from data import order
 from data.errors import StoreError
+from data.rows.source import Source
 from data.rows.split import Policy
 from data.store.shard import SCATTER_BYTES, Shard
-from data.store.store import Store
 
 _PAGE = 4096
 
@@ -105,34 +105,69 @@ class Blocks:
         return memory[first : first + rows * d * 2].view(np.uint16).reshape(rows, d)
 
 
+class _Columns:
+    """The columns of a block that one source fills."""
+
+    def __init__(self, source: Source, first: int) -> None:
+        self.where = slice(first, first + source.width)
+        self._source = source
+        self._array = source.store.arrays.rows(source.point)
+        self._memory = threading.local()
+
+    def scatter(
+        self,
+        out: NDArray[np.uint16],
+        unit: int,
+        places: Sequence[tuple[int, NDArray[np.int64]]],
+        scatter_bytes: int,
+    ) -> None:
+        """Move the rows of some inner chunks of a unit to their places.
+
+        Args:
+            out: (rows, width) the columns of a block.
+            places: each chunk, with the places of all its rows.
+        """
+        store, point = self._source
+        try:
+            nbytes = store.rows_bytes(point, unit)
+            shard = Shard(self._array, store.place, unit, scatter_bytes, nbytes)
+        except StoreError:
+            store.ledger.absences.refuse(self._array.key(unit), unit)
+            raise
+        with shard:
+            for chunk, of_chunk in places:
+                shard.scatter(chunk, of_chunk, out, self._memory)
+
+
 class Filler:
-    """How a window is read: the rows of one layer that a policy keeps."""
+    """How a window is read: the rows of some sources that a policy keeps."""
 
     def __init__(
         self,
-        store: Store,
-        layer: int,
+        sources: Sequence[Source],
         policy: Policy,
         seed: int,
         pinned: bool,
         tuning: Tuning,
     ) -> None:
         self.tuning = tuning
-        self.threads = tuning.threads or store.place.threads
-        self._store = store
-        self._layer = layer
+        self.threads = tuning.threads or max(source.store.place.threads for source in sources)
+        self._sources = sources
         self._seed = seed
         self._pinned = pinned
         # By kind: whether it is served. `np.isin` over all rows took 0.2 ms a unit.
         self._served = np.isin(np.arange(256), policy.kinds)
         self._policy = policy
-        self._array = store.arrays.rows(layer)
-        self._chunk: int = store.manifest["chunk"]
-        self._memory = threading.local()
+        self._chunk: int = sources[0].store.manifest["chunk"]
+        self._columns = list[_Columns]()
+        self._width = 0
+        for source in sources:
+            self._columns.append(_Columns(source, self._width))
+            self._width += source.width
 
     def blocks(self, rows: int, most: int) -> Blocks:
         """At most `most` buffers of `rows` rows each."""
-        return Blocks(rows, self._store.d_model, most, self._pinned)
+        return Blocks(rows, self._width, most, self._pinned)
 
     def fill(
         self, window: Window, block: torch.Tensor, decoders: ThreadPoolExecutor
@@ -176,20 +211,15 @@ class Filler:
             nowhere: the place of rows that are not served.
             wanted: each chunk, with the places of its kept rows.
         """
-        kinds = self._policy.kinds_of(self._store, self._layer, unit)
-        try:
-            nbytes = self._store.rows_bytes(self._layer, unit)
-            place = self._store.place
-            shard = Shard(self._array, place, unit, self.tuning.scatter_bytes, nbytes)
-        except StoreError:
-            self._store.ledger.absences.refuse(self._array.key(unit), unit)
-            raise
-        with shard:
-            for chunk, kept in wanted:
-                mask = self._served[kinds[chunk * self._chunk : (chunk + 1) * self._chunk]]
-                places = np.full(self._chunk, nowhere)
-                places[: len(mask)][mask] = kept
-                shard.scatter(chunk, places, out, self._memory)
+        served = self._served[self._policy.kinds_in(self._sources, unit)]
+        places = []
+        for chunk, kept in wanted:
+            mask = served[chunk * self._chunk : (chunk + 1) * self._chunk]
+            of_chunk = np.full(self._chunk, nowhere)
+            of_chunk[: len(mask)][mask] = kept
+            places.append((chunk, of_chunk))
+        for columns in self._columns:
+            columns.scatter(out[:, columns.where], unit, places, self.tuning.scatter_bytes)
 
 
 class _Ahead:

@@ -15,7 +15,8 @@ held-out units and 3 groups:
 - Those units fit beside groups g - 1 and g. Room is given in ascending order, and room for a unit
   counts every unit below it, committed or not.
 - A harvest waits only where the ring holds those three groups whole, and then the slowest run has
-  all that it needs to go on.
+  all that it needs to go on, whichever of the ring's points it reads: a harvest makes and commits
+  all of them of a unit together, and a unit's room is that of them all.
 """
 
 from __future__ import annotations

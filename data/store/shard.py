@@ -11,6 +11,7 @@ lie past the end altogether are absent.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -281,6 +282,7 @@ class Shard:
         """Decode inner chunk number `chunk` and move its row i to out[places[i]].
 
         Args:
+            out: (rows, width), which may be columns of a wider array.
             memory: holds the buffer that each thread decodes into.
 
         Raises:
@@ -290,7 +292,7 @@ class Shard:
             self._scatter_plain(chunk, places, out)
             return
         if not hasattr(memory, "rows"):
-            memory.rows = np.empty((len(places), out.shape[1]), np.uint16)
+            memory.rows = np.empty((len(places), *self._array.inner), np.uint16)
         self.read(chunk, memory.rows)
         out[places] = memory.rows
 
@@ -298,7 +300,7 @@ class Shard:
         self, chunk: int, places: NDArray[np.int64], out: NDArray[np.uint16]
     ) -> None:
         """Read, check and move block by block, so that a block stays in the cache meanwhile."""
-        row_bytes = out.shape[1] * out.itemsize
+        row_bytes = math.prod(self._array.inner) * out.itemsize
         step = max(1, self._scatter_bytes // row_bytes)
         if not isinstance(self._place, LocalPlace):
             step = len(places)  # a bucket's request takes 20 ms: one for the whole chunk

@@ -42,6 +42,7 @@ from numpy.typing import NDArray
 from data import order
 from data.rows import summary
 from data.rows.reader import WINDOW, Reader
+from data.rows.source import Source
 from data.rows.split import Policy, training_units
 from data.store import scales
 from data.store.store import SpineEnd, Store
@@ -140,13 +141,13 @@ def reader_speed(reader: Reader, passes: int) -> tuple[float, float]:
         began, cpu = time.perf_counter(), time.process_time()
         rows = sum(len(batch) for batch in islice(batches, passes * per_pass))
         took, spent = time.perf_counter() - began, time.process_time() - cpu
-    nbytes = rows * reader.d_model * 2
+    nbytes = rows * sum(reader.widths) * 2
     return nbytes / took, nbytes / spent
 
 
 def measure(store: Store, codec: str, rounds: int, passes: int, batch: int) -> dict[str, Any]:
     """GB/s of both, and their ratios."""
-    reader = Reader(store, LAYER, batch=batch, seed=SEED, policy=Policy())
+    reader = Reader([Source.of(store, LAYER)], batch=batch, seed=SEED, policy=Policy())
     array = store.arrays.rows(LAYER)
     paths = [Path(store.name) / array.key(unit) for unit in training_units(store)]
     threads = min(16, os.cpu_count() or 1)
@@ -206,7 +207,7 @@ def simulated(
 
 def mixing(store: Store, batch: int) -> dict[str, Any]:
     """Effective documents of a pass over the store, and of stores as they are harvested."""
-    reader = Reader(store, LAYER, batch=batch, seed=SEED, policy=Policy())
+    reader = Reader([Source.of(store, LAYER)], batch=batch, seed=SEED, policy=Policy())
     documents = sum(len(np.unique(store.document(unit))) for unit in training_units(store))
     with closing(reader.batches(0)) as batches:
         here = effective(numbers(one).copy() for one in islice(batches, reader.rows // batch))

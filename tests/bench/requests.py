@@ -22,6 +22,7 @@ from obstore.store import MemoryStore
 
 from data.errors import StopRequest
 from data.rows.reader import WINDOW, Reader
+from data.rows.source import Source
 from data.rows.split import Policy
 from data.store import manifest
 from data.store.bucket import ObjectPlace
@@ -147,7 +148,7 @@ def done(where: ObjectPlace, units: int) -> None:
 
 
 def reader(store: Store) -> Reader:
-    return Reader(store, scale.LAYERS[0], batch=scale.BATCH, seed=0, policy=Policy())
+    return Reader([Source.of(store, scale.LAYERS[0])], batch=scale.BATCH, seed=0, policy=Policy())
 
 
 def measured(units: int) -> dict[str, dict[str, int]]:

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from data.rows import summary
 from data.rows.reader import Reader
+from data.rows.source import Source
 from data.rows.split import Policy
 from data.store import ledger, manifest, records
 from data.store.claims import METADATA
@@ -130,7 +131,7 @@ def many_batches(path: Path) -> None:
 
 
 def read(path: Path, count: int) -> None:
-    reader = Reader(Store.open(path), LAYERS[0], batch=BATCH, seed=0, policy=Policy())
+    reader = Reader([Source.of(Store.open(path), LAYERS[0])], batch=BATCH, seed=0, policy=Policy())
     assert sum(len(batch) for batch in islice(reader.batches(0), count)) == count * BATCH
 
 

@@ -55,6 +55,7 @@ import torch
 
 from data.durable import Buffer
 from data.rows.reader import Reader
+from data.rows.source import Source
 from data.rows.split import Policy, held_out
 from data.store.place import Blob, LocalPlace
 from data.store.store import Store
@@ -197,8 +198,10 @@ def work(job: Job, before: float) -> Side:
     with counted() as count, redirect_stderr(io.StringIO()):
         began, cpu = time.perf_counter(), time.process_time()
         store = Store.open(job.store)
-        reader = Reader(store, LAYER, batch=job.batch, seed=SEED, policy=Policy())
-        stream = Stream(store.identity, reader, lambda: held_out(store, LAYER, Policy(), job.batch))
+        reader = Reader([Source.of(store, LAYER)], batch=job.batch, seed=SEED, policy=Policy())
+        stream = Stream(
+            store.identity, reader, lambda: held_out([Source.of(store, LAYER)], Policy(), job.batch)
+        )
         arms = arms_of(job, stream)
         if not arms:
             with closing(reader.batches(0)) as batches:  # type: ignore[type-var]
@@ -303,7 +306,7 @@ def main() -> None:
             name: shape[name] for name in ("d_sae", "k", "batch", "tokens", "dead_after", "threads")
         }
         found = measure(path, folder, shape["rounds"], given)
-        reader = Reader(store, LAYER, batch=shape["batch"], seed=SEED, policy=Policy())
+        reader = Reader([Source.of(store, LAYER)], batch=shape["batch"], seed=SEED, policy=Policy())
         stream = Stream("", reader, lambda: iter(()))
         (arm,) = arms_of(Job(path, folder, (0,), **given), stream)
         found |= {"arm_MB": arm_bytes(arm) / 1e6, "steps": arm.config.steps(reader.rows)}

@@ -39,6 +39,7 @@ import torch
 
 from data.rows.copy import to_device
 from data.rows.reader import Reader
+from data.rows.source import Source
 from data.rows.split import Policy
 from data.store.store import Store
 from tests.bench.outcome import finish
@@ -262,7 +263,7 @@ def phases(shape: Shape, store: Path | None, layer: int, blocks: int) -> dict[st
     device, reader = torch.device(shape.device), cast("Reader", InMemory(shape.d, shape.batch))
     if store:
         how: Any = {"batch": shape.batch, "policy": Policy(), "pinned": device.type == "cuda"}
-        reader = Reader(Store.open(store), layer, seed=0, **how)
+        reader = Reader([Source.of(Store.open(store), layer)], seed=0, **how)
         shape = replace(shape, d=sum(reader.widths))
     trainer, clock, precisions = (
         shape.trainer(reader),

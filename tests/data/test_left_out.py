@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from data.errors import SettingError, StoreError
 from data.rows import split
 from data.rows.reader import Reader
+from data.rows.source import Source
 from data.rows.split import Policy, held_out, held_out_units
 from data.rows.statistics import sample, told
 from data.store.kinds import OUTLIER
@@ -92,7 +93,7 @@ def planted(tmp_path: Path) -> Planted:
 
 
 def reader(store: Store, policy: Policy, batch: int = 1) -> Reader:
-    return Reader(store, 3, batch=batch, seed=5, policy=policy, window=7)
+    return Reader([Source.of(store, 3)], batch=batch, seed=5, policy=policy, window=7)
 
 
 def rows_of(batches: Any) -> NDArray[np.float64]:
@@ -113,14 +114,14 @@ def test_exactly_the_kept_rows_are_served(planted: Planted, policy: Policy) -> N
     stream = reader(store, policy)
     assert stream.rows == len(kept) > 0
     require_equal(rows_of(islice(stream.batches(0), stream.rows)), planted, kept)
-    evaluated = rows_of(held_out(store, 3, policy, batch=10))
+    evaluated = rows_of(held_out([Source.of(store, 3)], policy, batch=10))
     require_equal(evaluated, planted, planted.kept(policy, held_out_units(store)))
 
     # The statistics are those of the very rows that are served.
     rows = planted.rows[kept]
     np.testing.assert_allclose(stream.mean, rows.mean(0), rtol=1e-9)
     np.testing.assert_allclose(stream.variance, rows.var(0), rtol=1e-9)
-    assert stream.mean_norm == pytest.approx(np.linalg.norm(rows, axis=1).mean(), rel=1e-6)
+    assert stream.mean_norms[0] == pytest.approx(np.linalg.norm(rows, axis=1).mean(), rel=1e-6)
 
 
 def test_both_rules_drop_the_sinks(planted: Planted) -> None:
@@ -129,7 +130,8 @@ def test_both_rules_drop_the_sinks(planted: Planted) -> None:
     for policy in (Policy(), BY_TOKEN):
         kept = planted.kept(policy, list(range(planted.store.units)))
         assert not sinks[kept].any() and len(kept) == (~sinks).sum()
-        longest = max(map(np.max, map(np.abs, rows_of(held_out(planted.store, 3, policy, 64)))))
+        evaluated = held_out([Source.of(planted.store, 3)], policy, 64)
+        longest = max(map(np.max, map(np.abs, rows_of(evaluated))))
         assert longest < 10
 
 
@@ -184,7 +186,7 @@ def test_a_ring_drops_tokens_too(planted: Planted, policy: Policy) -> None:
     again = reader(Store.open(store.name), policy, batch=8)
     with pytest.raises(StoreError, match="freed"):
         next(again.batches(0))
-    assert (again.rows, again.mean_norm) == (stream.rows, stream.mean_norm)
+    assert (again.rows, again.mean_norms) == (stream.rows, stream.mean_norms)
     np.testing.assert_array_equal(again.mean, stream.mean)
     np.testing.assert_array_equal(again.variance, stream.variance)
     assert again.left_out == stream.left_out

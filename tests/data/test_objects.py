@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from data.errors import SettingError, StoreError
 from data.rows.reader import Reader
+from data.rows.source import Source
 from data.rows.split import Policy
 from data.store import bucket as objects
 from data.store.bucket import ObjectPlace
@@ -178,7 +179,10 @@ def test_batches_from_a_bucket_are_those_from_a_folder(
     tmp_path: Path, bucket: str, random_bits: NDArray[np.uint16]
 ) -> None:
     stores = make_store(tmp_path / "s.zarr", random_bits), make_store(bucket, random_bits)
-    one, other = (Reader(store, 3, batch=64, seed=1, policy=Policy(), window=8) for store in stores)
+    one, other = (
+        Reader([Source.of(store, 3)], batch=64, seed=1, policy=Policy(), window=8)
+        for store in stores
+    )
     for a, b in zip(islice(one.batches(0), 8), islice(other.batches(0), 8), strict=True):
         assert torch.equal(a, b)
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from data import order
 from data.errors import SettingError, StoreError
 from data.rows.reader import Reader
+from data.rows.source import Source
 from data.rows.split import Policy, held_out, held_out_units
 from data.rows.windows import TUNING, Tuning
 from data.store.store import Store
@@ -55,7 +56,9 @@ def reader(
     seed: int = 5,
     tuning: Tuning = TUNING,
 ) -> Reader:
-    return Reader(store, 3, batch=batch, seed=seed, policy=policy, window=window, tuning=tuning)
+    return Reader(
+        [Source.of(store, 3)], batch=batch, seed=seed, policy=policy, window=window, tuning=tuning
+    )
 
 
 def trained(store: Store) -> set[int]:
@@ -95,7 +98,7 @@ def test_seeds_give_orders(store: Store) -> None:
 
 
 def test_held_out_rows_are_never_trained_on_and_all_evaluated(store: Store) -> None:
-    runs = list(held_out(store, 3, EVERYTHING, batch=10))
+    runs = list(held_out([Source.of(store, 3)], EVERYTHING, batch=10))
     found = [position for run in runs for position in positions(run)]
     assert found == [int(i) for unit in held_out_units(store) for i in store.token_index(unit)]
     assert set(found) == set(range(N)) - trained(store)
@@ -112,7 +115,7 @@ def test_bos_rows_are_dropped_and_the_statistics_follow(store: Store) -> None:
     rows = torch.from_numpy(numbered()[sorted(wanted)]).view(torch.bfloat16).double()
     np.testing.assert_allclose(stream.mean, rows.mean(0), rtol=1e-12)
     np.testing.assert_allclose(stream.variance, rows.var(0, correction=0), rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(stream.mean_norm, rows.norm(dim=1).mean(), rtol=1e-6)
+    np.testing.assert_allclose(stream.mean_norms[0], rows.norm(dim=1).mean(), rtol=1e-6)
 
 
 def test_outliers_and_non_finite_rows_are_dropped(tmp_path: Path) -> None:
@@ -129,7 +132,7 @@ def test_outliers_and_non_finite_rows_are_dropped(tmp_path: Path) -> None:
         rows = torch.cat(list(islice(each.batches(0), each.rows))).double()
         np.testing.assert_allclose(each.mean, rows.mean(0), rtol=1e-12)
         np.testing.assert_allclose(each.variance, rows.var(0, correction=0), rtol=1e-12, atol=1e-12)
-        np.testing.assert_allclose(each.mean_norm, rows.norm(dim=1).mean(), rtol=1e-6)
+        np.testing.assert_allclose(each.mean_norms[0], rows.norm(dim=1).mean(), rtol=1e-6)
 
 
 def test_a_ragged_last_unit_is_served_whole(tmp_path: Path) -> None:
@@ -148,7 +151,7 @@ def test_bad_settings_and_stores_are_refused(tmp_path: Path, store: Store) -> No
     with pytest.raises(SettingError, match="batch=0"):
         reader(store, batch=0)
     with pytest.raises(StoreError, match=r"layer 4 .*layer 3"):
-        Reader(store, 4, batch=1, seed=0, policy=EVERYTHING)
+        Reader([Source.of(store, 4)], batch=1, seed=0, policy=EVERYTHING)
     single = make_store(tmp_path / "one.zarr", numbered(64), context=CONTEXT, unit=UNIT)
     with pytest.raises(StoreError, match=r"64.*unit="):
         reader(single)

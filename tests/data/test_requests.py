@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from data.rows import summary
 from data.rows.reader import Reader
+from data.rows.source import Source
 from data.rows.split import Policy
 from data.store.place import Loaded, LocalPlace, Place
 from data.store.store import SpineEnd, Store
@@ -57,7 +58,7 @@ def test_a_whole_unit_is_one_request(
 
 def test_a_window_asks_for_no_size(bucket: MemoryStore, store: Store) -> None:
     again, requests = counted(bucket)
-    reader = Reader(again, 3, batch=64, seed=1, policy=Policy(), window=8)
+    reader = Reader([Source.of(again, 3)], batch=64, seed=1, policy=Policy(), window=8)
     requests.sent.clear()
     for _ in islice(reader.batches(0), 8):
         pass

@@ -20,6 +20,7 @@ from data.errors import SettingError, StopRequest, StoreError
 from data.rows import split, summary
 from data.rows.follower import Follower
 from data.rows.reader import Reader
+from data.rows.source import Source
 from data.rows.split import Policy, held_out, held_out_units
 from data.rows.windows import Tuning
 from data.store import ring, ring_state
@@ -40,7 +41,8 @@ def make_ring(
     place: LocalPlace, span: int = SPAN, max_bytes: int = HUGE, gone: int = 0
 ) -> RingState:
     store = Store.open(place)
-    state = RingState(max_bytes, span, store.layers, held_out_units(store), gone)
+    layers = [point.recorded for point in store.points]
+    state = RingState(max_bytes, span, layers, held_out_units(store), gone)
     ring_state.write(place, state)
     return state
 
@@ -63,7 +65,14 @@ def reader(
     store: Store, policy: Policy = EVERYTHING, batch: int = 16, seed: int = 5, window: int = 5
 ) -> Reader:
     impatient = Tuning(poll_s=0.01)
-    return Reader(store, 3, batch=batch, seed=seed, policy=policy, window=window, tuning=impatient)
+    return Reader(
+        [Source.of(store, 3)],
+        batch=batch,
+        seed=seed,
+        policy=policy,
+        window=window,
+        tuning=impatient,
+    )
 
 
 def follower(store: Store, stream: Reader | None = None, name: str = "one") -> Follower:
@@ -132,7 +141,7 @@ def test_a_ring_of_one_group_is_the_plain_order(store: Store) -> None:
     (place.path / ring_state.KEY).unlink()
     plain = reader(store, batch=1)
     assert served(one, rows) == served(plain, rows)
-    assert (one.rows, one.mean_norm) == (plain.rows, plain.mean_norm)
+    assert (one.rows, one.mean_norms) == (plain.rows, plain.mean_norms)
     np.testing.assert_array_equal(one.variance, plain.variance)
 
 
@@ -147,7 +156,7 @@ def test_the_statistics_are_those_of_the_first_group(store: Store) -> None:
     stream = reader(store, Policy())
     np.testing.assert_allclose(stream.mean, rows.mean(0), rtol=1e-12)
     np.testing.assert_allclose(stream.variance, rows.var(0, correction=0), rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(stream.mean_norm, rows.norm(dim=1).mean(), rtol=1e-6)
+    np.testing.assert_allclose(stream.mean_norms[0], rows.norm(dim=1).mean(), rtol=1e-6)
 
 
 def test_reading_follows_the_commits(store: Store) -> None:
@@ -191,7 +200,7 @@ def test_a_run_waits_for_its_first_group_and_for_what_is_held_out(store: Store) 
     stream = reader(opened)
     beside.join()
     assert stream.has(0)
-    assert len(list(held_out(opened, 3, EVERYTHING, 64))) == len(held_out_units(store))
+    assert len(list(held_out([Source.of(opened, 3)], EVERYTHING, 64))) == len(held_out_units(store))
 
 
 def test_a_signal_ends_the_waiting(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,8 +266,8 @@ def test_more_than_a_pass_and_too_large_a_batch_are_refused(store: Store) -> Non
         match=f"batch={SPAN * UNIT + 1} .*max_bytes=",
     ):
         reader(store, batch=SPAN * UNIT + 1)
-    with pytest.raises(StoreError, match=r"layer 4 .*\[3\]"):
-        Reader(store, 4, batch=1, seed=0, policy=EVERYTHING)
+    with pytest.raises(StoreError, match=r"layer 4 .*layer 3"):
+        Reader([Source.of(store, 4)], batch=1, seed=0, policy=EVERYTHING)
 
 
 # -- freeing ---------------------------------------------------------------------------------------
@@ -266,7 +275,7 @@ def test_more_than_a_pass_and_too_large_a_batch_are_refused(store: Store) -> Non
 
 def harvester(store: Store, readers: int = 1) -> Ring:
     """The ring as a second harvest sees it. Its claims last to the end of the test."""
-    room = ring.join(store, [3], store.place.claims(), None, readers)
+    room = ring.join(store, store.points, store.place.claims(), None, readers)
     assert isinstance(room, Ring)
     return room
 
@@ -328,7 +337,7 @@ def test_what_is_freed_is_said_where_it_is_asked_for(store: Store) -> None:
         again.residuals(3, training(store)[0])
     with pytest.raises(StoreError, match=r"layer_3/c\.\d+\.0 .*max_bytes="):
         next(reader(again).batches(0))
-    assert sum(map(len, held_out(again, 3, EVERYTHING, 50))) == rows_of(
+    assert sum(map(len, held_out([Source.of(again, 3)], EVERYTHING, 50))) == rows_of(
         store, held_out_units(store)
     )
     assert summary.read(again, 3).counts.sum() == N  # statistics of all units stay

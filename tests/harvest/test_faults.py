@@ -20,6 +20,7 @@ import torch
 
 from data.errors import DocumentError, MismatchError, PipelineError, StoreError
 from data.rows.reader import Reader
+from data.rows.source import Source
 from data.rows.split import Policy
 from data.store import records, verified
 from data.store.place import LocalPlace
@@ -337,7 +338,7 @@ def test_reading_a_shard_finds_its_flipped_byte(root: Path, tmp_path: Path) -> N
         data = bytearray((path / key).read_bytes())
         data[len(data) // 3] ^= 1
         (path / key).write_bytes(data)
-        reader = Reader(Store.open(path), 1, batch=8, seed=0, policy=Policy())
+        reader = Reader([Source.of(Store.open(path), 1)], batch=8, seed=0, policy=Policy())
         with pytest.raises(StoreError, match=re.escape(key)):
             for _ in zip(range(reader.rows // 8), reader.batches(0), strict=False):
                 pass
@@ -386,7 +387,7 @@ def test_rows_that_are_not_finite_are_named_and_their_unit_is_not_committed(
     harvest(allowed, poisoned(open_model(root), rare, value), source)
     store = Store.open(target.store)
     assert store.non_finite(1) > 0
-    served = Reader(store, 1, batch=1, seed=0, policy=Policy())
+    served = Reader([Source.of(store, 1)], batch=1, seed=0, policy=Policy())
     assert all(
         torch.isfinite(batch).all()
         for _, batch in zip(range(served.rows), served.batches(0), strict=False)
