@@ -53,7 +53,7 @@ lint: .venv/installed
 	$(BIN)/python -c "import site; print(*site.getsitepackages())" \
 		> "$$(.interop/bin/python -c 'import site; print(*site.getsitepackages())')/dev.pth"
 	.interop/bin/python -m pip install --quiet -c constraints.txt $(LIBRARIES)
-	.interop/bin/python -m pip install --quiet --no-deps dictionary-learning==0.1.0
+	.interop/bin/python -m pip install --quiet --no-deps dictionary-learning==0.1.0 circuit-tracer==0.5.0
 	touch $@
 
 clean:

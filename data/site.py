@@ -93,6 +93,12 @@ def require_site(site: str) -> str:
     return site
 
 
-def hook_name(layer: int, site: str = RESID_POST) -> str:
-    """The name that TransformerLens has for a site, which SAELens and Neuronpedia use."""
-    return f"blocks.{layer}.hook_{site}"
+def hook_name(point: Point) -> str:
+    """The name that TransformerLens has for a hook point, which SAELens and Neuronpedia use.
+
+    Its hook_mlp_out and hook_attn_out are behind a family's post-norms, as ours are. What the MLP
+    reads is `mlp.hook_in` (TransformerLens 3, model_bridge/generalized_components/block.py);
+    its hook_mlp_in is in front of the norm.
+    """
+    layer, site = HookPoint.of(point)
+    return f"blocks.{layer}.{'mlp.hook_in' if site == MLP_IN else f'hook_{site}'}"

@@ -10,12 +10,13 @@ A batch holds the rows of all of them side by side, in the order of `Ports.every
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data.errors import SettingError
+from data.settings import whole
 from data.site import MLP_IN, MLP_OUT, RESID_POST, HookPoint
 
 KINDS = ("sae", "transcoder", "crosscoder")
@@ -26,6 +27,14 @@ class Port(NamedTuple):
 
     store: int  # number of the store among those of store=, from 0 on
     point: HookPoint
+
+    @classmethod
+    def of(cls, name: str) -> Port:
+        """The hook point of a `name`. Raises SettingError: there is none."""
+        store, slash, point = name.rpartition("/")
+        if slash and not store.isdecimal():
+            raise SettingError(f"{name!r} must be a hook point, or STORE/HOOK_POINT as in 1/21")
+        return cls(int(store) if slash else 0, HookPoint.of(point))
 
     @property
     def name(self) -> str:
@@ -102,3 +111,21 @@ def ports_of(
             "autoencoder, or another sae.target="
         )
     return Ports(reads, (written,))
+
+
+def recorded_ports(settings: Mapping[str, Any]) -> Ports:
+    """The hook points of a run, by the settings that it recorded.
+
+    Raises:
+        SettingError, KeyError, TypeError: they are not what training records.
+    """
+    layers = settings["layer"]
+    sites = settings.get("site", RESID_POST)
+    of_sae = settings.get("sae", {})
+    return ports_of(
+        of_sae.get("kind", "sae"),
+        [whole("layer", layer) for layer in (layers if isinstance(layers, list) else [layers])],
+        [sites] if isinstance(sites, str) else sites,
+        of_sae.get("target"),
+        whole("stores", settings.get("stores", 1)),
+    )

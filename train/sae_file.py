@@ -51,10 +51,11 @@ def load(path: Path, device: torch.device | str = "cpu") -> SAE:
     way_out = f"`python -m train ... run={path.parent}` writes it again from the last checkpoint"
     content = torch_file.load(path, way_out)
     with reading(f"{path} cannot be read as an SAE", way_out):
-        return _checked(path, content).to(device)
+        return checked(path, content).to(device)
 
 
-def _checked(path: Path, content: Any) -> SAE:
+def checked(path: Path, content: Any) -> SAE:
+    """The SAE of what a file holds by its names. Raises StoreError: it is none."""
     if not isinstance(content, dict) or set(content) - set(OPTIONAL) != {*WEIGHTS, "k"}:
         raise StoreError(
             f"{path} is not an SAE: expected the keys {', '.join(WEIGHTS)}, k, "

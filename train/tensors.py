@@ -113,16 +113,26 @@ def tensor_of(state: Mapping[str, Any], name: str, place: Path) -> Tensor:
     """A tensor of a file as float32.
 
     Raises:
+        StoreError: as `any_tensor_of`, or it is a matrix of zeros.
+    """
+    values = any_tensor_of(state, name, place)
+    is_empty = values.ndim > 1 and not bool(values.any())
+    refuse(is_empty, place, f"{name} of zeros alone", "a trained SAE")
+    return values
+
+
+def any_tensor_of(state: Mapping[str, Any], name: str, place: Path) -> Tensor:
+    """A tensor of a file as float32, of any values.
+
+    Raises:
         StoreError: it is not there, not of real floating-point numbers, not finite or so large
-            that nothing can be computed with it, or a matrix of zeros.
+            that nothing can be computed with it.
     """
     tensor = dense_of(state, name, place)
     kind = str(tensor.dtype).removeprefix("torch.")
     refuse(not tensor.is_floating_point(), place, f"{name} as {kind}", "floating point")
     values = tensor.float()
     require_usable(name, values, place)
-    is_empty = values.ndim > 1 and not bool(values.any())
-    refuse(is_empty, place, f"{name} of zeros alone", "a trained SAE")
     return values
 
 

@@ -147,6 +147,8 @@ def _layer(named: str, origin: Origin, asked: int | None, store: Store) -> int:
 def _require_fit(named: str, sae: SAE, origin: Origin, store: Store) -> None:
     """Raise SettingError if the store's rows are of another site, or have another width."""
     site = store.manifest.get("site", RESID_POST)
+    if sae.b_in is not None or origin.several is not None:
+        raise SettingError(f"run={named} is of several hook points, and studies take one of {site}")
     if origin.site not in (None, site):
         raise SettingError(
             f"run={named} is of {origin.hook}, and the rows of {store.name} are {site}"

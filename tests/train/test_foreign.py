@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -40,6 +41,7 @@ B_ENC = 0.1 * normal(F)
 B_DEC = torch.full((D,), 2.0)
 THRESHOLD = 0.8 * normal(F)  # some below 0, where ReLU decides
 SCALE = torch.linspace(0.5, 1.7, F)
+W_SKIP = 0.3 * normal(D, D)  # (d_out, d), as the libraries have it
 R_MAG, B_GATE, B_MAG = 0.3 * normal(F), 0.5 * normal(F), 0.5 * normal(F)
 U = X @ W_ENC
 V = (X - B_DEC) @ W_ENC
@@ -69,6 +71,10 @@ class Case(NamedTuple):
 
     def written(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
+        if self.library == "circuit_tracer":
+            save_file(dict(self.tensors), folder / "layer_5.safetensors")
+            (folder / "config.yaml").write_text(yaml.safe_dump(self.config))
+            return folder
         if self.library == "dictionary_learning":
             torch.save(dict(self.tensors), folder / "ae.pt")
             if self.config is not None:
@@ -200,6 +206,34 @@ SAELENS = {
         TWO, ((V + B_ENC).relu() * SCALE) @ W_DEC + B_DEC, scaling_factor=SCALE
     ),
 }
+TRANSCODER = {**WHOLE, "d_out": D}
+OUT = {
+    "metadata": {
+        "hook_name": "blocks.5.mlp.hook_in",
+        "hook_name_out": "blocks.5.hook_mlp_out",
+    }
+}
+_decoded = (U + B_ENC).relu() @ FREE + B_DEC
+_jumped = above(U + B_ENC, THRESHOLD) @ FREE + B_DEC
+_skip = X @ W_SKIP.T
+SAELENS |= {
+    "6: transcoder": six("transcoder", _decoded, TRANSCODER, W_dec=FREE),
+    "6: skip_transcoder": six(
+        "skip_transcoder", _decoded + _skip, TRANSCODER, W_dec=FREE, W_skip=W_SKIP
+    ),
+    "6: jumprelu_transcoder": six(
+        "jumprelu_transcoder", _jumped, TRANSCODER, W_dec=FREE, threshold=THRESHOLD
+    ),
+    "6: jumprelu_skip_transcoder": six(
+        *("jumprelu_skip_transcoder", _jumped + _skip, TRANSCODER),
+        W_dec=FREE,
+        threshold=THRESHOLD,
+        W_skip=W_SKIP,
+    ),
+    "6: topk, hook_name_out of another hook, apply_b_dec_to_input: false": six(
+        "topk", kept(U + B_ENC) @ W_DEC + B_DEC, {"k": K, **WHOLE, **OUT}
+    ),
+}
 LINEAR = {"encoder.weight": W_ENC.T.contiguous(), "decoder.weight": FREE.T.contiguous()}
 TOPK = {**LINEAR, "encoder.bias": B_ENC, "b_dec": B_DEC}
 BATCH = {**TOPK, "k": torch.tensor(K, dtype=torch.int), "threshold": torch.tensor(0.8)}
@@ -244,6 +278,37 @@ DICTIONARY_LEARNING = {
     "MatryoshkaBatchTopKSAE": learned(MATRYOSHKA, _nested, "MatryoshkaBatchTopKSAE", k=K),
     "MatryoshkaBatchTopKSAE, no config.json": learned(MATRYOSHKA, _nested, None),
 }
+# Of two hook points with D / 2 columns each.
+CROSS = {
+    "encoder.weight": W_ENC.reshape(2, -1, F),
+    "encoder.bias": B_ENC,
+    "decoder.weight": FREE.reshape(F, 2, -1).transpose(0, 1),
+    "decoder.bias": B_DEC.reshape(2, -1),
+    "activation_mean": torch.full((2, D // 2), torch.nan),
+}
+CROSS_K = {**CROSS, "k": torch.tensor(K), "threshold": torch.tensor(0.8)}
+_each = FREE.reshape(F, 2, -1).norm(dim=2)  # (F, 2)
+
+
+def crossed(norm: int, right: Tensor | None, **tensors: Any) -> Case:
+    state = {**CROSS_K, "code_normalization_id": torch.tensor(norm), **tensors}
+    return learned(state, right, "BatchTopKCrossCoder", k=K, num_layers=2, activation_dim=D // 2)
+
+
+def above_times(norm: Tensor | float) -> Tensor:
+    return (U + B_ENC).relu() * ((U + B_ENC) * norm > 0.8) @ FREE + B_DEC
+
+
+DICTIONARY_LEARNING |= {
+    "fork: CrossCoder": learned(
+        CROSS, (U + B_ENC).relu() @ FREE + B_DEC, "CrossCoder", activation_dim=D // 2
+    ),
+    "fork: BatchTopKCrossCoder, code_normalization NONE": crossed(4, above_times(1.0)),
+    "fork: BatchTopKCrossCoder, code_normalization SAE": crossed(2, above_times(NORMS)),
+    "fork: BatchTopKCrossCoder, code_normalization CROSSCODER": crossed(
+        1, above_times(_each.sum(dim=1))
+    ),
+}
 SPARSE = {"encoder.weight": W_ENC.T, "encoder.bias": B_ENC, "W_dec": W_DEC, "b_dec": B_DEC}
 
 
@@ -256,8 +321,49 @@ SPARSIFY = {
     "topk": sparsify({"activation": "topk", "num_latents": F, "multi_topk": False}, _topk),
     "num_latents: 0, expansion_factor": sparsify({"num_latents": 0, "expansion_factor": 3}, _topk),
     "2024: signed: false": sparsify({"signed": False, "normalize_decoder": True}, _topk),
+    "transcode: true": sparsify({"transcode": True}, kept(U + B_ENC) @ W_DEC + B_DEC),
+    "transcode: true, skip_connection: true": sparsify(
+        {"transcode": True, "skip_connection": True},
+        kept(U + B_ENC) @ W_DEC + B_DEC + _skip,
+        W_skip=W_SKIP,
+    ),
 }
-READ = {"SAELens": SAELENS, "dictionary_learning": DICTIONARY_LEARNING, "sparsify": SPARSIFY}
+LAYER = {"W_enc": W_ENC.T.contiguous(), "W_dec": FREE, "b_enc": B_ENC, "b_dec": B_DEC}
+SET = {
+    "model_name": "a model",
+    "model_kind": "transcoder_set",
+    "feature_input_hook": "mlp.hook_in",
+    "feature_output_hook": "hook_mlp_out",
+    "scan": "a model",
+}
+JUMPS = {"activation_function.threshold": THRESHOLD}
+TOPK_SET = {"activation": "topk", "k": K}
+
+
+def circuits(right: Tensor | None = None, change: Any = None, **tensors: Tensor) -> Case:
+    return Case("circuit_tracer", {**SET, **(change or {})}, {**LAYER, **tensors}, right)
+
+
+def padded(tensor: Tensor, count: int = K) -> Tensor:
+    return torch.cat([tensor, tensor.new_zeros(count, *tensor.shape[1:])])
+
+
+CIRCUIT_TRACER = {
+    "ReLU": circuits(_decoded),
+    "JumpReLU": circuits(_jumped, **JUMPS),
+    "ReLU, W_skip": circuits(_decoded + _skip, W_skip=W_SKIP),
+    "activation: topk, k latents of zeros at the end": circuits(
+        kept(U + B_ENC) @ FREE + B_DEC,
+        TOPK_SET,
+        **{name: padded(tensor) for name, tensor in LAYER.items() if name != "b_dec"},
+    ),
+}
+READ = {
+    "SAELens": SAELENS,
+    "dictionary_learning": DICTIONARY_LEARNING,
+    "sparsify": SPARSIFY,
+    "circuit_tracer": CIRCUIT_TRACER,
+}
 
 # -- what is refused, and what the message names ---------------------------------------------------
 
@@ -309,10 +415,11 @@ REFUSED = {
             six("abstopk", None, {"k": K}),
             "abstopk",
         ),
-        "transcoder, skip_transcoder, ...": (
-            six("transcoder", None, {"d_out": D}),
-            "architecture transcoder",
+        "a transcoder, by its architecture or hook_name_out, with apply_b_dec_to_input: true": (
+            six("topk", None, {"k": K, **OUT}),
+            "apply_b_dec_to_input",
         ),
+        "skip_transcoder without W_skip": (six("skip_transcoder", None, TRANSCODER), "W_skip"),
         "rescale_acts_by_decoder_norm of another architecture than topk": (
             six("standard", None, {"rescale_acts_by_decoder_norm": True}),
             "rescale_acts_by_decoder_norm",
@@ -332,8 +439,8 @@ REFUSED = {
             "BatchTopKSAE",
         ),
         "a dict_class that is not known": (
-            learned({"encoder.weight": normal(2, D, F)}, None, "CrossCoder"),
-            "CrossCoder",
+            learned({"encoder.weight": normal(2, D, F)}, None, "TiedCoder"),
+            "TiedCoder",
         ),
         "a dict_class with the tensors of another": (learned(OLD, None, "AutoEncoderNew"), "bias"),
         "tensors that are not known, no config.json": (
@@ -356,6 +463,11 @@ REFUSED = {
             learned(BATCH, None, "AutoEncoderTopK", k=9),
             "k ",
         ),
+        "fork: code_normalization MIXED or DECOUPLED": (crossed(3, None), "code_normalization 3"),
+        "fork: activation_mean and activation_std of rows": (
+            crossed(4, None, activation_mean=torch.zeros(2, D // 2)),
+            "activation_mean",
+        ),
         "group_sizes that are not all latents": (
             learned({**MATRYOSHKA, "group_sizes": torch.tensor([8])}, None, None),
             "group_sizes",
@@ -364,8 +476,14 @@ REFUSED = {
     "sparsify": {
         "2024: signed: true": (sparsify({"signed": True}), "signed"),
         "W_skip, whatever cfg.json says": (sparsify({}, W_skip=torch.eye(D)), "W_skip"),
-        "skip_connection: true": (sparsify({"skip_connection": True}), "skip_connection"),
-        "transcode: true": (sparsify({"transcode": True}), "transcode"),
+        "skip_connection: true without transcode": (
+            sparsify({"skip_connection": True}, W_skip=W_SKIP),
+            "skip_connection",
+        ),
+        "skip_connection: true without W_skip": (
+            sparsify({"skip_connection": True, "transcode": True}),
+            "W_skip",
+        ),
         "multi_topk: true, with which its forward decodes 4k latents": (
             sparsify({"multi_topk": True}),
             "multi_topk",
@@ -374,6 +492,19 @@ REFUSED = {
         "embed_skip: true, gram_lookup: true": (sparsify({"gram_lookup": True}), "gram_lookup"),
         "a key of cfg.json that is not known": (sparsify({"leak": 0.1}), "leak"),
         "num_latents that the tensors do not have": (sparsify({"num_latents": 9}), "num_latents"),
+    },
+    "circuit_tracer": {
+        "activation: topk without such latents, which keeps values below 0": (
+            circuits(None, TOPK_SET),
+            "below 0",
+        ),
+        "activation: topk with a threshold": (circuits(None, TOPK_SET, **JUMPS), "threshold"),
+        "an activation that is not known": (circuits(None, {"activation": "gelu"}), "gelu"),
+        "a key of config.yaml that is not known": (
+            circuits(None, {"temperature": 2}),
+            "temperature",
+        ),
+        "a tensor that is not known": (circuits(log_thresholds=THRESHOLD), "log_thresholds"),
     },
 }
 

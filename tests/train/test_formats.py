@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,41 +18,73 @@ from omegaconf import OmegaConf
 from data.errors import PipelineError
 from train.export.command import command
 from train.export.format import About, find, names
+from train.ports import ports_of
 from train.run import CONFIG
 from train.sae import SAE
 from train.sae_file import FILE, load
 
 D, F, K = 12, 40, 4
-ABOUT = About("google/gemma-4-E4B", 21, 1024, "fineweb")
+PORTS = {
+    "sae": ports_of("sae", [21], ["resid_post"], None),
+    "transcoder": ports_of("transcoder", [21], ["mlp_in"], None),
+    "crosscoder": ports_of("crosscoder", [21, 27], ["resid_post"], None),
+}
+ABOUT = About("google/gemma-4-E4B", PORTS["sae"], 1024, "fineweb")
+
+
+def about(kind: str) -> About:
+    """Of a kind as `made` takes it."""
+    return ABOUT._replace(ports=PORTS.get(kind.split()[0], PORTS["sae"]))
 
 
 def made(kind: str) -> SAE:
+    """An SAE of D columns in all: topk, thresholds; after transcoder or crosscoder, with skip."""
     draw = torch.Generator().manual_seed(0)
     W_dec = torch.randn(F, D, generator=draw)
     W_dec /= W_dec.norm(dim=1, keepdim=True)
     W_enc = W_dec.T.clone() + 0.1 * torch.randn(D, F, generator=draw)
     b_enc, b_dec = 0.1 * torch.randn(F, generator=draw), torch.randn(D, generator=draw)
-    threshold = None if kind == "topk" else torch.rand(F, generator=draw)
-    return SAE.of(W_enc.contiguous(), W_dec, b_enc, b_dec, K, threshold)
+    threshold = None if "topk" in kind else torch.rand(F, generator=draw)
+    threshold = torch.full((F,), 0.4) if "one threshold" in kind else threshold
+    b_in = torch.randn(D, generator=draw) if "transcoder" in kind else None
+    W_skip = torch.randn(D, D, generator=draw) if "skip" in kind else None
+    return SAE.of(W_enc.contiguous(), W_dec, b_enc, b_dec, K, threshold, b_in, W_skip)
 
 
 def rows() -> torch.Tensor:
     return 2 * torch.randn(200, D, generator=torch.Generator().manual_seed(1)) + 1
 
 
-def written(folder: Path, name: str, sae: SAE) -> Path:
-    for file, content in find(name).write(sae, ABOUT).items():
+def written(folder: Path, name: str, sae: SAE, of: About = ABOUT) -> Path:
+    for file, content in find(name).write(sae, of).items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_bytes(content)
-    return folder / "layers.21" if name == "sparsify" else folder
+    return next(path for path in folder.rglob("*") if path.suffix in (".pt", ".safetensors")).parent
 
 
-CASES = [
-    (name, kind)
-    for name in names()
-    for kind in ("topk", "thresholds")
-    if (name, kind) != ("sparsify", "thresholds")
-]
+KINDS = (
+    *("topk", "thresholds", "transcoder topk", "transcoder topk skip", "transcoder thresholds"),
+    *("transcoder thresholds skip", "crosscoder topk", "crosscoder one threshold"),
+)
+TAKEN = {
+    "circuit_tracer": KINDS[2:6],
+    "dictionary_learning": ("topk", "thresholds", "crosscoder one threshold"),
+    "saelens": tuple(kind for kind in KINDS[:6] if kind != "transcoder topk skip"),
+    "safetensors": KINDS,
+    "sparsify": ("topk", "transcoder topk", "transcoder topk skip"),
+}
+CASES = [(name, kind) for name, kinds in TAKEN.items() for kind in kinds]
+
+
+def test_what_a_library_has_not_is_refused_with_what_takes_it() -> None:
+    assert sorted(TAKEN) == names()
+    for name in names():
+        for kind in set(KINDS) - {*TAKEN[name]}:
+            with pytest.raises(PipelineError) as caught:
+                find(name).write(made(kind), about(kind))
+            others = re.findall(r"to=(\w+)", str(caught.value))
+            assert "\n" not in str(caught.value)
+            assert others and all(kind in TAKEN[other] for other in others), caught.value
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -59,8 +92,10 @@ def test_what_is_written_reads_back_as_the_same_function(
     tmp_path: Path, name: str, kind: str
 ) -> None:
     sae, x = made(kind), rows()
-    again = find(name).read(written(tmp_path, name, sae))
+    folder = written(tmp_path, name, sae, about(kind))
+    again = find(name).read(folder)
     torch.testing.assert_close(again(x), sae(x), rtol=1e-5, atol=1e-5)
+    assert find(name).origin(folder).ports() == about(kind).ports
     torch.testing.assert_close(again.W_dec.norm(dim=1), torch.ones(F), rtol=0, atol=1e-6)
 
 
@@ -115,7 +150,7 @@ def test_decoders_that_are_not_unit_are_made_so_where_that_is_exact(tmp_path: Pa
             {"normalize_activations": "layer_norm"},
             "normalize_activations=layer_norm",
         ),
-        ("sparsify", "cfg.json", {"transcode": True}, "transcode=true"),
+        ("sparsify", "cfg.json", {"skip_connection": True}, "skip_connection=true"),
         (
             "sparsify",
             "cfg.json",
@@ -145,23 +180,27 @@ def export(*overrides: str) -> None:
         command(OmegaConf.to_container(compose("export", list(overrides)), resolve=True))
 
 
-def a_run(folder: Path, sae: SAE) -> Path:
-    folder.mkdir()
+def a_run(folder: Path, sae: SAE, **settings: Any) -> Path:
+    folder.mkdir(parents=True)
     torch.save({**sae.tensors(), "k": sae.k}, folder / FILE)
     source = {"model": ABOUT.model, "context": ABOUT.context, "text": ABOUT.text}
-    config = {"settings": {"layer": 21}, "environment": {}, "source": source}
+    config = {"settings": {"layer": 21, **settings}, "environment": {}, "source": source}
     (folder / CONFIG).write_text(yaml.safe_dump(config))
     return folder
 
 
-def test_the_command_writes_all_of_them(tmp_path: Path) -> None:
+def test_the_command_writes_all_that_take_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = a_run(tmp_path / "run", made("topk"))
     export(f"run={run}")
-    assert sorted(path.name for path in (run / "export").iterdir()) == names()
+    taking = sorted(name for name in names() if "topk" in TAKEN[name])
+    assert sorted(path.name for path in (run / "export").iterdir()) == taking
+    assert "circuit_tracer: circuit-tracer has no sae" in capsys.readouterr().err
     x = rows()
-    for name in names():
+    for name in taking:
         folder = run / "export" / name
-        again = find(name).read(folder / "layers.21" if name == "sparsify" else folder)
+        again = find(name).read(folder)
         torch.testing.assert_close(again(x), load(run / FILE)(x), rtol=1e-5, atol=1e-5)
     export(f"run={run}", "to=[saelens]", f"out={tmp_path / 'elsewhere'}")
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["saelens"]

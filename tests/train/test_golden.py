@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +14,36 @@ from safetensors.torch import load_file, save_file
 
 from data import digests, durable
 from data.errors import StoreError
-from tests.train.test_formats import ABOUT, CASES, D, F, K, made
+from tests.train.test_formats import CASES, KINDS, TAKEN, D, F, K, about, made
 from train.export import bundle, format, golden
 from train.sae import SAE
 
 
-def exported(folder: Path, name: str, sae: SAE) -> Path:
+def exported(folder: Path, name: str, sae: SAE, kind: str = "topk") -> Path:
     """The folder with the library's files."""
-    bundle.write(folder, golden.files(name, sae, ABOUT))
-    return next(folder.rglob(golden.FILE)).parent
+    bundle.write(folder, golden.files(name, sae, about(kind)))
+    return golden_of(folder).parent
+
+
+def golden_of(folder: Path) -> Path:
+    return next(folder.rglob("golden.*"))
 
 
 def weights_of(folder: Path) -> Path:
     found = [path for path in folder.iterdir() if path.suffix in (".pt", ".safetensors")]
-    return next(path for path in found if path.name != golden.FILE)
+    return next(path for path in found if not path.name.startswith("golden"))
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_golden_rows_have_the_latents_of_the_sae(tmp_path: Path, name: str, kind: str) -> None:
     sae = made(kind)
-    folder = exported(tmp_path, name, sae)
-    rows = load_file(folder / golden.FILE)
-    assert rows["rows"].shape == rows["x_hat"].shape == (8, D)
+    folder = exported(tmp_path, name, sae, kind)
+    rows = load_file(golden_of(folder))
+    given = rows["x_hat" if sae.b_in is None else "y_hat"]
+    assert rows["rows"].shape == given.shape == (8, D)
     # By the formula, not by the code that wrote them.
-    pre = (rows["rows"] - sae.b_dec) @ sae.W_enc + sae.b_enc
+    centred = rows["rows"] - (sae.b_dec if sae.b_in is None else sae.b_in)
+    pre = centred @ sae.W_enc + sae.b_enc
     if sae.threshold is None:
         right = torch.where(pre >= pre.topk(K, dim=1).values[:, -1:], pre.relu(), 0)
     else:
@@ -44,7 +51,8 @@ def test_golden_rows_have_the_latents_of_the_sae(tmp_path: Path, name: str, kind
     found = torch.zeros(8, F)
     found[rows["row"], rows["latent"]] = rows["value"]
     torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(rows["x_hat"], right @ sae.W_dec + sae.b_dec)
+    skip = 0 if sae.W_skip is None else centred @ sae.W_skip
+    torch.testing.assert_close(given, right @ sae.W_dec + sae.b_dec + skip)
     assert int((right > 0).sum()) >= 8 * K  # every row fires
     format.find(name).read(folder)
 
@@ -57,7 +65,7 @@ def flipped(path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_a_flipped_bit_in_any_file_is_noticed(tmp_path: Path, name: str, kind: str) -> None:
-    weights = exported(tmp_path, name, made(kind))
+    weights = exported(tmp_path, name, made(kind), kind)
     format.read(name, weights)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 4
@@ -128,21 +136,25 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_weights_that_compute_something_else_are_noticed_by_the_rows_alone(
     tmp_path: Path, name: str, kind: str
 ) -> None:
-    folder = exported(tmp_path, name, made(kind))
+    folder = exported(tmp_path, name, made(kind), kind)
     plain = read_weights(folder)
     changed(folder, name, plain)
     format.find(name).read(folder)
     decoder = next(key for key in plain if key in ("W_dec", "decoder.weight"))
     encoder = next(key for key in plain if key in ("W_enc", "encoder.weight"))
-    turned = plain[decoder].roll(1, dims=0)
-    square = plain[encoder].T.reshape(plain[encoder].shape)  # transposed, and laid out anew
-    scaled = plain["b_dec"] * 1.01
-    for key, wrong in ((decoder, turned), (encoder, square), ("b_dec", scaled)):
-        changed(folder, name, {**plain, key: wrong})
-        with pytest.raises(StoreError, match=golden.FILE) as caught:
+    bias = next(key for key in plain if key in ("b_dec", "decoder.bias"))
+    wrong = {decoder: plain[decoder].roll(1, dims=-2), bias: plain[bias] * 1.01}
+    wrong[encoder] = plain[encoder].mT.reshape(plain[encoder].shape)  # transposed, laid out anew
+    if "W_skip" in plain:
+        wrong["W_skip"] = plain["W_skip"].T
+    golden_rows = golden_of(folder)
+    for key, tensor in wrong.items():
+        changed(folder, name, {**plain, key: tensor})
+        with pytest.raises(StoreError, match=f"{golden_rows.name}|last k latents") as caught:
             format.find(name).read(folder)
         assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
-    (folder / golden.FILE).unlink()  # another author's
+    changed(folder, name, {**plain, bias: wrong[bias]})
+    golden_rows.unlink()  # another author's
     format.find(name).read(folder)
 
 
@@ -155,7 +167,7 @@ def test_other_latents_that_reconstruct_the_same_are_noticed(tmp_path: Path) -> 
         format.find("safetensors").read(folder)
 
 
-@pytest.mark.parametrize("name", format.names())
+@pytest.mark.parametrize("name", [name for name, kinds in TAKEN.items() if "topk" in kinds])
 def test_another_k_is_noticed(tmp_path: Path, name: str) -> None:
     folder = exported(tmp_path, name, made("topk"))
     (config,) = (path for path in folder.glob("*.json") if path.name != digests.FILE)
@@ -189,11 +201,12 @@ def test_golden_rows_of_another_sae_are_refused(tmp_path: Path) -> None:
         format.find("safetensors").read(folder)
 
 
-@pytest.mark.parametrize("kind", ["topk", "thresholds"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_rows_far_from_0_and_large_weights_are_no_damage(tmp_path: Path, kind: str) -> None:
     """Biases that libraries fold in float32, at the size of real residual streams."""
     sae = made(kind)
-    far = SAE.of(sae.W_enc, sae.W_dec, sae.b_enc * 50, sae.b_dec * 1000, K, sae.threshold)
-    for name in format.names():
-        if (name, kind) != ("sparsify", "thresholds"):
-            format.find(name).read(exported(tmp_path / name, name, far))
+    b_in = None if sae.b_in is None else sae.b_in * 1000
+    far = replace(sae, b_enc=sae.b_enc * 50, b_dec=sae.b_dec * 1000, b_in=b_in)
+    for name, kinds in TAKEN.items():
+        if kind in kinds:
+            format.find(name).read(exported(tmp_path / name, name, far, kind))

@@ -8,6 +8,7 @@ import os
 import random
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,20 @@ import torch
 from data.errors import PipelineError, StoreError
 from train import sae_file
 from train.export import format, golden
+from train.ports import ports_of
 from train.run import read_config
 from train.sae import SAE
 
 D, F, K = 16, 64, 8
-ABOUT = format.About("tiny", 5, 64, "tiny")
 
 
-def good() -> SAE:
+def about(library: str) -> format.About:
+    kind = "transcoder" if library == "circuit_tracer" else "sae"
+    ports = ports_of(kind, [5], ["mlp_in" if kind == "transcoder" else "resid_post"], None)
+    return format.About("tiny", ports, 64, "tiny")
+
+
+def good(library: str = "") -> SAE:
     draw = torch.Generator().manual_seed(0)
     sae = SAE(
         torch.randn(F, D, generator=draw),
@@ -34,7 +41,9 @@ def good() -> SAE:
         K,
     )
     sae.project_()
-    return sae
+    if library != "circuit_tracer":
+        return sae
+    return replace(sae, b_in=torch.randn(D, generator=draw))
 
 
 def pickled(content: Any) -> bytes:
@@ -101,7 +110,7 @@ def test_a_hostile_file_is_refused_and_runs_nothing(
 
 @pytest.mark.parametrize("library", format.names())
 def test_a_pipe_or_a_device_is_no_file(tmp_path: Path, library: str) -> None:
-    files = golden.files(library, good(), ABOUT)
+    files = golden.files(library, good(library), about(library))
     for kind in ("pipe", "device", "loop", "folder"):
         for name in files:
             folder = tmp_path / kind / name.replace("/", "-")
@@ -188,10 +197,10 @@ def test_a_changed_file_gives_an_sae_that_works_or_is_refused(
 ) -> None:
     """Other settings never make another function of the same weights: golden rows say so."""
     draw = random.Random(library)
-    sae = good()
+    sae = good(library)
     rows = torch.randn(16, D, generator=torch.Generator().manual_seed(1))
     expected = sae(rows)
-    files = golden.files(library, sae, ABOUT)
+    files = golden.files(library, sae, about(library))
     for name, data in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)

@@ -15,6 +15,7 @@ from train.export.format import About
 from train.loop import train
 from train.objective import find, names
 from train.optim import OptimConfig
+from train.ports import ports_of
 from train.sae import SAEConfig
 from train.sae_file import load
 from train.trainer import TrainConfig, Trainer
@@ -136,7 +137,7 @@ def test_settings_of_an_objective_are_refused_by_name(activation, wrong, named):
 def test_gated_goes_to_other_libraries_as_thresholds(tmp_path):
     killing.run(tmp_path / "run", sae=sae_config(d_sae=48, k=2, **EVERY[-1]))
     sae = load(tmp_path / "run" / "sae_final.pt")
-    about = About("nobody/none", 0, 32, "made up")
+    about = About("nobody/none", ports_of("sae", [0], ["resid_post"], None), 32, "made up")
     for file, content in saelens.write(sae, about).items():
         (tmp_path / file).write_bytes(content)
     again = saelens.read(tmp_path)

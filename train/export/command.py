@@ -4,27 +4,76 @@ libraries.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from conf.command import ALONE, Job
+from data.errors import StoreError
 from data.journal import heartbeat, note, tell
 from data.settings import names
 from train import sae_file
-from train.export import bundle, format, golden
-from train.run import named_or_newest, read_config, sae_of
+from train.export import bundle, circuit_tracer, format, golden
+from train.export.format import About
+from train.run import CONFIG, named_or_newest, read_config, sae_of
+from train.sae import SAE
+
+SET = "circuit_tracer"  # the library whose files hold several runs, of a layer each
 
 
 def command(settings: dict[str, Any], _: Job = ALONE) -> None:
     """Write the files and say where they are."""
     asked = names("to", settings["to"], format.names())
-    run = named_or_newest(settings["run"])
+    folder, runs = _runs(settings["run"])
+    out = Path(settings["out"]) if settings["out"] else None
+    members = [_member(run) for run in runs]
+    is_set = len(runs) > 1
+    for name in asked:
+        if name == SET and is_set:
+            groups = {(out or folder / "export"): members}
+        else:
+            groups = {}
+            for run, member in zip(runs, members, strict=True):
+                groups[(out / run.name if is_set else out) if out else run / "export"] = [member]
+        for place, group in groups.items():
+            _export(name, group, place / name, settings["to"] == "all")
+
+
+def _runs(named: Any) -> tuple[Path, list[Path]]:
+    """The runs that run= names, and the folder they lie in: one, several, or a sweep's arms."""
+    if isinstance(named, list):
+        runs = [Path(run) for run in named]
+        return Path(os.path.commonpath(runs)), runs
+    run = named_or_newest(named)
+    arms = sorted(path.parent for path in run.glob(f"*/{CONFIG}"))
+    return run, arms if arms and not (run / CONFIG).exists() else [run]
+
+
+def _member(run: Path) -> tuple[SAE, About]:
     with heartbeat(f"reading {run / sae_file.FILE}"):
         config = read_config(run)
-        trained = sae_of(run)[0]
-        what = format.about(run, config)
-        for name in asked:
-            place = (Path(settings["out"]) if settings["out"] else run / "export") / name
-            note(f"making the files of {name}")
-            for file in bundle.write(place, golden.files(name, trained, what)):
-                tell(f"wrote {place / file}")
+        return sae_of(run)[0], format.about(run, config)
+
+
+def _export(name: str, group: Sequence[tuple[SAE, About]], place: Path, may_lack: bool) -> None:
+    """Write the files of one library.
+
+    Args:
+        may_lack: tell of an SAE that the library has not, instead of raising.
+    """
+    note(f"making the files of {name}")
+    try:
+        if name == SET:
+            files = golden.beside(circuit_tracer.write_set(group), [sae for sae, _ in group])
+        else:
+            files = golden.files(name, *group[0])
+    except StoreError as error:
+        if not may_lack:
+            raise
+        tell(f"not written for {name}: {error}")
+        return
+    for file in bundle.write(place, files):
+        tell(f"wrote {place / file}")
+    for line in circuit_tracer.remarks(group) if name == SET else ():
+        tell(line)

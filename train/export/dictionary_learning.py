@@ -11,6 +11,7 @@ v = (x - b_dec) W_enc + b_enc:
     BatchTopKSAE             v where it is above one threshold and 0; so is MatryoshkaBatchTopKSAE
 
 AutoEncoderTopK and BatchTopKSAE have the same tensors, so without config.json they are refused.
+Crosscoders are of the library's fork: train/export/crosscoder.py.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from data.site import RESID_POST
 from train import torch_file
-from train.export import golden
+from train.export import crosscoder, golden
+from train.export.crosscoder import submodule
 from train.export.format import (
     About,
     Weights,
     only,
     read_json,
     refuse_unknown,
+    require_kind,
     thresholded,
     to_json,
     topk,
@@ -65,6 +67,7 @@ _CLASSES = {
     "AutoEncoderTopK": _TOPK,
     "BatchTopKSAE": _TOPK | {"k", "threshold"},
     "MatryoshkaBatchTopKSAE": _MATRICES | {"k", "threshold", "group_sizes"},
+    **crosscoder.CLASSES,
 }
 # b_dec's names where it has another one.
 _B_DEC = {
@@ -73,12 +76,16 @@ _B_DEC = {
     "GatedAutoEncoder": "decoder_bias",
 }
 # Tensors that versions of a class lack. AutoEncoderTopK's threshold is for use_threshold=True.
-_OPTIONAL = {"AutoEncoderTopK": {"k", "threshold"}}
+_OPTIONAL = {
+    "AutoEncoderTopK": {"k", "threshold"},
+    **dict.fromkeys(crosscoder.CLASSES, crosscoder.BUFFERS),
+}
 
 # What would change the function otherwise.
 _IO = {"io": ("out",)}  # in: before the module; in_and_out: a transcoder
 _TRAINER_HONOURED = {
     *("dict_class", "k", "activation_dim", "dict_size", "layer", "lm_name", "submodule_name"),
+    *("num_layers", "code_normalization"),
 }
 # How it was trained. norm_factor is in the biases already when the file is written.
 _TRAINER_HARMLESS = """
@@ -86,6 +93,8 @@ anneal_start auxk_alpha bandwidth decay_start device group_fractions group_sizes
 l1_penalty lr n_sparsity_updates norm_factor p_end p_start resample_steps seed
 sparsity_function sparsity_penalty sparsity_queue_length sparsity_warmup_steps steps target_l0
 threshold_beta threshold_start_step top_k_aux trainer_class wandb_name warmup_steps
+code_normalization_alpha_cc code_normalization_alpha_sae dict_class_kwargs k_annealing_steps
+k_initial k_target target_rms use_mse_loss
 """
 _BUFFER_HARMLESS = {
     *("d_submodule", "n_ctxs", "ctx_len", "refresh_batch_size", "out_batch_size", "device"),
@@ -105,6 +114,10 @@ def _pickled(state: Mapping[str, Tensor]) -> bytes:
 
 def write(sae: SAE, about: About) -> dict[str, bytes]:
     """See train.export.format.Format."""
+    require_kind(about, ("sae", "crosscoder"), "dictionary_learning", "to=safetensors")
+    if about.kind == "crosscoder":
+        state, trainer = crosscoder.of(sae, about)
+        return _files(trainer, state, about)
     kind = "AutoEncoderTopK" if sae.threshold is None else "JumpReluAutoEncoder"
     trainer = {
         "dict_class": kind,
@@ -114,7 +127,7 @@ def write(sae: SAE, about: About) -> dict[str, bytes]:
         "k": sae.k,
         "layer": about.layer,
         "lm_name": about.model,
-        "submodule_name": f"{RESID_POST}_layer_{about.layer}",
+        "submodule_name": submodule(about.ports.reads[0]),
     }
     if sae.threshold is None:
         state = {
@@ -127,11 +140,14 @@ def write(sae: SAE, about: About) -> dict[str, bytes]:
         }
     else:
         state = {**sae.tensors(), "b_enc": sae.b_enc - sae.b_dec @ sae.W_enc}
-    buffer = {"ctx_len": about.context}
-    return {
-        "config.json": to_json({"trainer": trainer, "buffer": buffer}),
-        "ae.pt": _pickled(state),
-    }
+    return _files(trainer, state, about)
+
+
+def _files(
+    trainer: Mapping[str, Any], state: Mapping[str, Tensor], about: About
+) -> dict[str, bytes]:
+    config = {"trainer": trainer, "buffer": {"ctx_len": about.context}}
+    return {"config.json": to_json(config), "ae.pt": _pickled(state)}
 
 
 def read(folder: Path) -> SAE:
@@ -139,9 +155,12 @@ def read(folder: Path) -> SAE:
     state = _state(folder)
     trainer, _ = _config(folder)
     kind = _class(state, trainer, folder)
-    sae = _sae(kind, state, trainer, folder)
-    for name, size in (("activation_dim", sae.d_model), ("dict_size", sae.d_sae)):
-        whole_of(name, folder, trainer.get(name), size)
+    if kind in crosscoder.CLASSES:
+        sae = crosscoder.read(kind, state, trainer, folder)
+    else:
+        sae = _sae(kind, state, trainer, folder)
+        whole_of("activation_dim", folder, trainer.get("activation_dim"), sae.d_model)
+    whole_of("dict_size", folder, trainer.get("dict_size"), sae.d_sae)
     return golden.checked(sae, folder / "ae.pt")
 
 
@@ -199,7 +218,9 @@ def _class(state: Mapping[str, Any], trainer: Mapping[str, Any], folder: Path) -
 
 
 def _has_tensors_of(kind: str, state: Mapping[str, Any]) -> bool:
-    return _CLASSES[kind] <= state.keys() <= _CLASSES[kind] | _OPTIONAL.get(kind, set())
+    of_layers = getattr(state.get("encoder.weight"), "ndim", 2) == 3
+    known = _CLASSES[kind] | _OPTIONAL.get(kind, set())
+    return of_layers == (kind in crosscoder.CLASSES) and _CLASSES[kind] <= state.keys() <= known
 
 
 def _sae(kind: str, state: Mapping[str, Any], trainer: Mapping[str, Any], folder: Path) -> SAE:
@@ -242,7 +263,9 @@ def origin(folder: Path) -> Origin:
     """See train.export.format.Format."""
     trainer, buffer = _config(folder)
     hook = any_text_of("submodule_name", folder, trainer.get("submodule_name"))
-    found = of_hook(hook) if hook else Origin()
+    found = crosscoder.origin(hook) if hook and "," in hook else of_hook(hook) if hook else Origin()
+    if found.several is not None:
+        trainer["layer"] = None  # the first one's
     return found._replace(
         layer=any_whole_of("layer", folder, trainer.get("layer"), found.layer),
         model=any_text_of("lm_name", folder, trainer.get("lm_name")),

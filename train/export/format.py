@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import pkgutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
@@ -24,26 +25,59 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from data.errors import StoreError
+from data.errors import PipelineError, StoreError
 from data.foreign import json_object, reading, require_file
+from data.site import HookPoint
+from data.store import manifest
+from data.store.place import place_of
 from train import export
 from train.export import bundle
 from train.export.origin import Origin
+from train.ports import Ports, recorded_ports
+from train.run import CONFIG
 from train.sae import SAE, WEIGHTS
-from train.tensors import refuse, refuse_shape, shown, tensor_of
+from train.tensors import any_tensor_of, any_text_of, refuse, refuse_shape, shown, tensor_of
 
 _WAY_OUT = "restore or download it again"
 # Modules here that are no library.
-_OTHERS = {"__main__", "bundle", "command", "format", "golden", "origin", "readers"}
+_OTHERS = {
+    *("__main__", "bundle", "command", "crosscoder", "format", "golden", "hooks", "origin"),
+    "readers",
+}
 
 
 class About(NamedTuple):
     """What an SAE was trained on, for those who use it."""
 
     model: str  # hub id or folder name
-    layer: int  # of the model, from 0: the SAE is of its output, resid_post
+    ports: Ports  # what it reads and writes
     context: int  # tokens
     text: str
+    architecture: str | None = None  # the model's class in transformers; None: not recorded
+    # By the names of the ports: what rows were multiplied by in training, of a crosscoder
+    scales: Mapping[str, float] | None = None
+
+    @property
+    def point(self) -> HookPoint:
+        """What it reads first, which is all but for a crosscoder."""
+        return self.ports.reads[0].point
+
+    @property
+    def target(self) -> HookPoint:
+        """What it writes first, which is all but for a crosscoder."""
+        return self.ports.writes[0].point
+
+    @property
+    def layer(self) -> int:
+        """Of `point`."""
+        return self.point.layer
+
+    @property
+    def kind(self) -> str:
+        """One of train.ports.KINDS."""
+        if len(self.ports.reads) > 1:
+            return "crosscoder"
+        return "sae" if self.ports.is_autoencoder else "transcoder"
 
 
 def about(run: Path, config: Mapping[str, Any]) -> About:
@@ -58,7 +92,28 @@ def about(run: Path, config: Mapping[str, Any]) -> About:
             f"{run} does not say what it was trained on: it is of an earlier version; "
             "train it again"
         )
-    return About(source["model"], config["settings"]["layer"], source["context"], source["text"])
+    with reading(f"{run / CONFIG} is not what training wrote", "restore it"):
+        ports = recorded_ports(config["settings"])
+    return About(
+        source["model"],
+        ports,
+        source["context"],
+        source["text"],
+        _architecture(config),
+        config.get("scales"),
+    )
+
+
+def _architecture(config: Mapping[str, Any]) -> str | None:
+    """The model's class, as the run's store has it; None if that is elsewhere."""
+    folder = Path(str(config.get("store_path", "")))
+    if not folder.is_dir():
+        return None
+    try:
+        model = manifest.read(place_of(str(folder)))["model"]
+        return any_text_of("architecture", folder, model.get("architecture"))
+    except PipelineError:
+        return None
 
 
 class Format(Protocol):
@@ -127,11 +182,23 @@ def to_safetensors(**named: Tensor) -> bytes:
     return save(content)
 
 
-def require_topk(sae: SAE, name: str) -> None:
-    """Raise StoreError if the SAE has thresholds; `name` is the library's."""
-    if sae.threshold is not None:
+def require_kind(about: About, kinds: Collection[str], name: str, others: str) -> None:
+    """Raise StoreError if the dictionary is of another kind than a library has.
+
+    Args:
+        name: the library's.
+        others: the formats that take it, as `to=safetensors`.
+    """
+    if about.kind not in kinds:
+        raise StoreError(f"{name} has no {about.kind}; {others} takes it")
+
+
+def require_one_width(sae: SAE, name: str) -> None:
+    """Raise StoreError if it reads rows of another width than it writes."""
+    if sae.d_model != sae.d_out:
         raise StoreError(
-            f"{name} knows TopK alone, and this SAE has thresholds; to=saelens takes it"
+            f"{name} has one width, and this SAE reads {sae.d_model} and writes {sae.d_out}; "
+            "to=safetensors takes it"
         )
 
 
@@ -141,24 +208,38 @@ def unit_decoder(sae: SAE) -> SAE:
     Activations take the norms. Latents are kept by those products.
     """
     norms = torch.linalg.vector_norm(sae.W_dec, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-    threshold = None if sae.threshold is None else sae.threshold * norms
-    return SAE.of(
-        sae.W_enc * norms,
-        sae.W_dec / norms[:, None],
-        sae.b_enc * norms,
-        sae.b_dec,
-        sae.k,
-        threshold,
+    return replace(
+        sae,
+        encoder=sae.encoder * norms[:, None],
+        W_dec=sae.W_dec / norms[:, None],
+        b_enc=sae.b_enc * norms,
+        threshold=None if sae.threshold is None else sae.threshold * norms,
     )
+
+
+def without_b_in(sae: SAE) -> SAE:
+    """The same function with a b_in of 0: nothing is subtracted from the row.
+
+    b_enc becomes b_enc - b_in W_enc, and b_dec becomes b_dec - b_in W_skip.
+    """
+    b_in = (sae.b_dec if sae.b_in is None else sae.b_in).double()
+    b_enc = sae.b_enc.double() - sae.encoder.double() @ b_in
+    b_dec = sae.b_dec.double()
+    if sae.W_skip is not None:
+        b_dec = b_dec - b_in @ sae.W_skip.double()
+    zero = torch.zeros_like(b_in, dtype=sae.b_enc.dtype)
+    return replace(sae, b_enc=b_enc.to(zero.dtype), b_dec=b_dec.to(zero.dtype), b_in=zero)
 
 
 class Weights(NamedTuple):
     """The tensors that every kind of SAE has, float32."""
 
     W_enc: Tensor  # (d, F)
-    W_dec: Tensor  # (F, d)
+    W_dec: Tensor  # (F, d_out)
     b_enc: Tensor  # (F,)
-    b_dec: Tensor  # (d,)
+    b_dec: Tensor  # (d_out,)
+    b_in: Tensor | None = None  # (d,) of a transcoder
+    W_skip: Tensor | None = None  # (d, d_out)
 
     @classmethod
     def of(
@@ -167,31 +248,53 @@ class Weights(NamedTuple):
         folder: Path,
         names: Sequence[str] = WEIGHTS,
         transposed: Collection[str] = (),
+        *,
+        transcoder: bool = False,
     ) -> Weights:
         """The weights in a file.
 
         Args:
-            names: the file's, in the order of the fields.
+            names: the file's, in the order of the first four fields.
             transposed: of which the file has the transpose.
+            transcoder: of one that subtracts nothing from the row. The libraries have the
+                transpose of its W_skip.
 
         Raises:
             StoreError: one is missing, unfit (`tensor_of`), or of another shape than the biases
                 say.
         """
         tensors = [tensor_of(state, name, folder) for name in names]
-        d, d_sae = tensors[3].numel(), tensors[2].numel()
-        shapes = ((d, d_sae), (d_sae, d), (d_sae,), (d,))
+        d_out, d_sae = tensors[3].numel(), tensors[2].numel()
+        d = d_out
+        if transcoder:
+            refuse(tensors[0].ndim != 2, folder, f"{names[0]} that is no matrix", "one that is")
+            d = tensors[0].shape[1 if names[0] in transposed else 0]
+        shapes = ((d, d_sae), (d_sae, d_out), (d_sae,), (d_out,))
         for number, name in enumerate(names):
             shape = shapes[number][::-1] if name in transposed else shapes[number]
             refuse_shape(name, tensors[number], shape, folder)
             if name in transposed:
                 tensors[number] = tensors[number].T.contiguous()
-        return cls(*tensors)
+        W_enc, W_dec, b_enc, b_dec = tensors
+        if not transcoder:
+            return cls(W_enc, W_dec, b_enc, b_dec)
+        W_skip = None
+        if "W_skip" in state:
+            W_skip = any_tensor_of(state, "W_skip", folder)
+            refuse_shape("W_skip", W_skip, (d_out, d), folder)
+            W_skip = W_skip.T.contiguous()
+        return cls(W_enc, W_dec, b_enc, b_dec, torch.zeros(d), W_skip)
 
     def on_whole_rows(self) -> Weights:
         """The same function, of an encoder that does not subtract b_dec from the row."""
         shift = self.b_dec.double() @ self.W_enc.double()
         return self._replace(b_enc=(self.b_enc.double() + shift).float())
+
+    def sae(self, k: int, threshold: Tensor | None = None) -> SAE:
+        """The SAE that has them."""
+        return SAE.of(
+            self.W_enc, self.W_dec, self.b_enc, self.b_dec, k, threshold, self.b_in, self.W_skip
+        )
 
 
 def topk(weights: Weights, k: int, folder: Path, *, by_norm: bool = False) -> SAE:
@@ -205,7 +308,7 @@ def topk(weights: Weights, k: int, folder: Path, *, by_norm: bool = False) -> SA
     """
     d_sae = len(weights.b_enc)
     refuse(not 1 <= k <= d_sae, folder, f"k={k}", f"1 to {d_sae}, its latents")
-    sae = SAE.of(*weights, k)
+    sae = weights.sae(k)
     return unit_decoder(sae) if by_norm else sae
 
 
@@ -214,7 +317,7 @@ def thresholded(weights: Weights, threshold: Tensor) -> SAE:
 
     Its k is no part of its function.
     """
-    return unit_decoder(SAE.of(*weights, len(weights.b_enc), threshold.clamp_min(0)))
+    return unit_decoder(weights.sae(len(weights.b_enc), threshold.clamp_min(0)))
 
 
 def ungated(weights: Weights, b_gate: Tensor, r_mag: Tensor) -> tuple[Weights, Tensor]:
@@ -232,7 +335,7 @@ def ungated(weights: Weights, b_gate: Tensor, r_mag: Tensor) -> tuple[Weights, T
 
 def refuse_unknown(names: Iterable[str], known: Collection[str], folder: Path, what: str) -> None:
     """Raise StoreError if one of `names` is not known: it may change the function."""
-    unknown = ", ".join(sorted(set(names) - set(known)))
+    unknown = ", ".join(sorted(shown(name) for name in set(names) - set(known)))
     got = f"{what} {unknown}, which may change its function"
     refuse(bool(unknown), folder, got, "an SAE without")
 

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from data.foreign import reading
 from train import sae_file
 from train.export import bundle, format, golden
 from train.export.origin import Origin
+from train.ports import recorded_ports
 from train.run import CONFIG, read_config
 from train.sae import SAE
 
@@ -21,14 +23,19 @@ def _reference(path: Path) -> SAE:
 
 
 def _reference_origin(path: Path) -> Origin:
-    """The layer and the model of a run of ours; the reference's own file names none."""
+    """What a run of ours reads and writes, and its model; the reference's own file says nothing."""
     run = path if path.is_dir() else path.parent
     if not (run / CONFIG).is_file():
         return Origin()
     config = read_config(run)
     source = config.get("source", {})
-    layer = config["settings"].get("layer")
-    return Origin(None, None, layer, source.get("model"), source.get("context"))
+    with reading(f"{run / CONFIG} is not what training wrote", "restore it"):
+        ports = recorded_ports(config["settings"])
+    model, context = source.get("model"), source.get("context")
+    if ports.is_autoencoder and len(ports.reads) == 1:
+        point = ports.reads[0].point
+        return Origin(str(point), point.site, point.layer, model, context)
+    return Origin(model=model, context=context, several=ports)
 
 
 READERS: dict[str, Callable[[Path], SAE]] = {

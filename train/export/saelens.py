@@ -2,6 +2,9 @@
 
 Its architectures topk, jumprelu, gated (which is jumprelu with other weights) and standard: ReLU
 (jumprelu with thresholds of 0), or topk by the name of its activation, as before version 6.
+Its transcoders are ReLU and JumpReLU, with and without a skip; they subtract nothing from the row.
+It has none of TopK, but its topk without `apply_b_dec_to_input` computes one that has no skip.
+metadata.hook_name_out says what is written.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.site import hook_name
+from data.errors import StoreError
+from data.site import HookPoint, hook_name
 from train.export import golden
 from train.export.format import (
     About,
@@ -24,12 +28,16 @@ from train.export.format import (
     read_json,
     read_tensors,
     refuse_unknown,
+    require_kind,
+    require_one_width,
     thresholded,
     to_json,
     to_safetensors,
     topk,
     ungated,
+    without_b_in,
 )
+from train.export.hooks import module
 from train.export.origin import Origin, of_hook
 from train.sae import SAE
 from train.tensors import (
@@ -52,6 +60,10 @@ _TENSORS = {
     "topk": {"b_enc"},
     "jumprelu": {"b_enc", "threshold", "log_threshold"},
     "gated": {"b_gate", "b_mag", "r_mag"},
+    "transcoder": {"b_enc"},
+    "skip_transcoder": {"b_enc", "W_skip"},
+    "jumprelu_transcoder": {"b_enc", "threshold"},
+    "jumprelu_skip_transcoder": {"b_enc", "threshold", "W_skip"},
 }
 _SCALES = ("scaling_factor", "finetuning_scaling_factor")  # one tensor's names, over the versions
 
@@ -61,9 +73,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "reshape_activations": ("none", None),
     "hook_head_index": (None,),
     "hook_point_head_index": (None,),
-    "hook_name_out": (None, ""),
-    "hf_hook_name_out": (None, ""),
-    "hook_layer_out": (None,),
     "hook_head_index_out": (None,),
 }
 # Of model_from_pretrained_kwargs: how TransformerLens or transformers load a model without changing
@@ -78,7 +87,7 @@ _SAME_ROWS = {
 _HONOURED = {
     *("architecture", "k", "d_in", "d_sae", "activation_fn", "activation_fn_str"),
     *("activation_fn_kwargs", "apply_b_dec_to_input", "rescale_acts_by_decoder_norm"),
-    *("finetuning_scaling_factor", "metadata"),
+    *("finetuning_scaling_factor", "metadata", "d_out", "hook_name_out", "hook_layer_out"),
 }
 # How it was trained and on what, over SAELens' versions: no part of the function.
 _HARMLESS = """
@@ -88,9 +97,10 @@ dataset_path dataset_trust_remote_code dead_feature_threshold dead_feature_windo
 decoder_heuristic_init decoder_heuristic_init_norm decoder_init_norm decoder_orthogonal_init
 device dtype eval_batch_size_prompts eval_every_n_wandb_logs exclude_special_tokens
 expansion_factor feature_sampling_window finetuning_method finetuning_tokens
-from_pretrained_path hf_hook_name hook_eval hook_layer hook_name hook_point hook_point_eval
-hook_point_layer init_encoder_as_decoder_transpose is_dataset_tokenized jumprelu_bandwidth
-jumprelu_init_threshold jumprelu_sparsity_loss_mode jumprelu_ste_to_input jumprelu_tanh_scale
+from_pretrained_path hf_hook_name hf_hook_name_out hook_eval hook_layer hook_name hook_point
+hook_point_eval hook_point_layer init_encoder_as_decoder_transpose is_dataset_tokenized
+jumprelu_bandwidth jumprelu_init_threshold jumprelu_sparsity_loss_mode jumprelu_ste_to_input
+jumprelu_tanh_scale
 l0_coefficient l0_warm_up_steps l1_coefficient l1_warm_up_steps llm_compilation_mode
 log_activations_store_to_wandb log_optimizer_state_to_wandb log_to_wandb lp_norm lr
 lr_decay_steps lr_end lr_scheduler_name lr_warm_up_steps model_class_name
@@ -107,21 +117,25 @@ use_sparse_activations verbose wandb_entity wandb_id wandb_log_frequency wandb_p
 
 def config_of(sae: SAE, about: About) -> dict[str, Any]:
     """SAELens' cfg.json."""
+    transcoder = sae.b_in is not None
+    kind = "topk" if sae.threshold is None else "jumprelu"
+    if transcoder and sae.threshold is not None:
+        kind += "_transcoder" if sae.W_skip is None else "_skip_transcoder"
     return {
-        "architecture": "topk" if sae.threshold is None else "jumprelu",
+        "architecture": kind,
         **({"k": sae.k, "rescale_acts_by_decoder_norm": False} if sae.threshold is None else {}),
         "d_in": sae.d_model,
+        **({"d_out": sae.d_out} if kind.endswith("transcoder") else {}),
         "d_sae": sae.d_sae,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": True,
+        "apply_b_dec_to_input": not transcoder,
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": {
             "sae_lens_version": _LAYOUT,
             "model_name": about.model,
-            "hook_name": hook_name(about.layer),
-            "hf_hook_name": f"model.layers.{about.layer}.output",
+            **_hooks(about),
             "context_size": about.context,
             "dataset_path": about.text,
             "prepend_bos": True,
@@ -129,11 +143,38 @@ def config_of(sae: SAE, about: About) -> dict[str, Any]:
     }
 
 
+def _hooks(about: About) -> dict[str, str]:
+    """The names of what is read, and of what a transcoder writes."""
+    named = {"hook_name": hook_name(about.point), "hf_hook_name": _module(about, about.point)}
+    if about.kind == "transcoder":
+        named["hook_name_out"] = hook_name(about.target)
+        named["hf_hook_name_out"] = _module(about, about.target)
+    return {key: name for key, name in named.items() if name}
+
+
+def _module(about: About, point: HookPoint) -> str | None:
+    return module(point, about.architecture)
+
+
 def write(sae: SAE, about: About) -> dict[str, bytes]:
     """See train.export.format.Format."""
+    require_kind(about, ("sae", "transcoder"), "SAELens", "to=safetensors")
+    tensors = sae.tensors()
+    if about.kind == "transcoder":
+        if sae.threshold is None and sae.W_skip is not None:
+            raise StoreError(
+                "SAELens has no TopK transcoder with a skip; to=circuit_tracer, to=sparsify and "
+                "to=safetensors take it"
+            )
+        if sae.threshold is None:
+            require_one_width(sae, "SAELens' topk")
+        tensors = without_b_in(sae).tensors()
+        del tensors["b_in"]
+    if "W_skip" in tensors:
+        tensors["W_skip"] = tensors["W_skip"].T
     return {
         "cfg.json": to_json(config_of(sae, about)),
-        "sae_weights.safetensors": to_safetensors(**sae.tensors()),
+        "sae_weights.safetensors": to_safetensors(**tensors),
     }
 
 
@@ -143,6 +184,7 @@ def read(folder: Path) -> SAE:
     weights = folder / "sae_weights.safetensors"
     tensors = read_tensors(weights)
     kind = _kind(config, folder)
+    transcoder = _is_transcoder(kind, config, folder)
     refuse_unknown(config, {*_HONOURED, *_HARMLESS.split(), *_ONLY}, folder, "cfg.json with")
     scale = _row_scale(config, folder)
     if scale is not None:
@@ -151,21 +193,46 @@ def read(folder: Path) -> SAE:
     only(_metadata(config, folder), _ONLY, folder)
     known = {"W_enc", "W_dec", "b_dec", *_SCALES, *_TENSORS[kind]}
     refuse_unknown(tensors, known, folder, f"architecture {kind} with the tensor")
-    sae = _sae(kind, config, tensors, folder)
+    sae = _sae(kind, config, tensors, transcoder, folder)
     for name, size in (("d_in", sae.d_model), ("d_sae", sae.d_sae)):
         whole_of(name, folder, config.get(name), size)
+    any_whole_of("d_out", folder, config.get("d_out"), sae.d_out)
+    got = "a transcoder with activation_scaler.json"
+    refuse(transcoder and scale is not None, folder, got, "one whose scale is in the weights")
     return golden.checked(sae if scale is None else sae.folded(scale), weights)
 
 
-def _sae(kind: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> SAE:
+def _is_transcoder(kind: str, config: Mapping[str, Any], folder: Path) -> bool:
+    """Whether it writes another hook than it reads, by its architecture or its hooks."""
+    metadata = _metadata(config, folder)
+    out = metadata.get("hook_name_out") or None
+    is_named = kind.endswith("transcoder")
+    if not is_named and out in (None, metadata.get("hook_name")):
+        return False
+    known = {"apply_b_dec_to_input": not is_named, **config}
+    honest = {"apply_b_dec_to_input": (False,), "finetuning_scaling_factor": (None, False)}
+    only(known, honest, folder)
+    return True
+
+
+def _sae(
+    kind: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    transcoder: bool,
+    folder: Path,
+) -> SAE:
     """The SAE of an architecture."""
     b_enc = "b_mag" if kind == "gated" else "b_enc"
-    weights = Weights.of(tensors, folder, ("W_enc", "W_dec", b_enc, "b_dec"))
+    names = ("W_enc", "W_dec", b_enc, "b_dec")
+    weights = Weights.of(tensors, folder, names, transcoder=transcoder)
+    has_skip = weights.W_skip is not None
+    refuse(has_skip != ("skip" in kind), folder, f"architecture {kind} and no W_skip", "both")
     weights, threshold = _thresholds(kind, tensors, weights, folder)
     scale = _scale(config, tensors, len(weights.b_enc), folder)
     if scale is not None:  # the decoder's alone: TopK keeps what it keeps
         weights = weights._replace(W_dec=weights.W_dec * scale[:, None])
-    if not flag(config, "apply_b_dec_to_input", True, folder):
+    if not transcoder and not flag(config, "apply_b_dec_to_input", True, folder):
         weights = weights.on_whole_rows()
     if threshold is None:
         by_norm = flag(config, "rescale_acts_by_decoder_norm", False, folder)
@@ -206,7 +273,7 @@ def _thresholds(
     if kind == "gated":
         b_gate, r_mag = (vector_of(tensors, name, size, folder) for name in ("b_gate", "r_mag"))
         return ungated(weights, b_gate, r_mag)
-    if kind == "standard":
+    if kind in ("standard", "transcoder", "skip_transcoder"):
         return weights, torch.zeros_like(weights.b_enc)
     if "log_threshold" in tensors:
         refuse("threshold" in tensors, folder, "threshold and log_threshold", "one of them")
@@ -281,10 +348,12 @@ def origin(folder: Path) -> Origin:
     metadata = _metadata(read_json(folder / "cfg.json"), folder)
     hook = metadata.get("hook_name", metadata.get("hook_point"))
     layer = metadata.get("hook_layer", metadata.get("hook_point_layer"))
+    out = any_text_of("hook_name_out", folder, metadata.get("hook_name_out") or None)
     found = Origin()
     if hook is not None:
         hook = text_of("hook_name", folder, hook)
         found = of_hook(hook.replace("{layer}", shown(layer)))
+        found = found._replace(hook_out=None if out == hook else out)
     return found._replace(
         layer=any_whole_of("hook_layer", folder, layer, found.layer),
         model=_model(metadata, folder),

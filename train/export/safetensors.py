@@ -2,63 +2,86 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from data.site import RESID_POST
+from data.errors import SettingError, StoreError
+from train import sae_file
 from train.export import golden
 from train.export.format import (
     About,
-    Weights,
     read_json,
     read_tensors,
     refuse_unknown,
     to_json,
     to_safetensors,
-    topk,
 )
 from train.export.origin import Origin
-from train.sae import SAE, WEIGHTS
-from train.tensors import any_text_of, any_whole_of, refuse, vector_of, whole_of
+from train.ports import Port, Ports
+from train.sae import OPTIONAL, SAE, WEIGHTS
+from train.tensors import any_text_of, any_whole_of, refuse, text_of, whole_of
 
-_KEYS = {"k", "d_model", "d_sae", "site", *About._fields}
+_KEYS = {"k", "d_model", "d_out", "d_sae", "model", "context", "text", "architecture", "scales"}
+_PLACES = {"site", "layer", "reads", "writes"}
 
 
 def write(sae: SAE, about: About) -> dict[str, bytes]:
     """See train.export.format.Format."""
-    config = {
-        "k": sae.k,
-        "d_model": sae.d_model,
-        "d_sae": sae.d_sae,
-        "site": RESID_POST,
-        **about._asdict(),
+    named: dict[str, Any] = {"model": about.model, "context": about.context, "text": about.text}
+    for name in ("architecture", "scales"):
+        if getattr(about, name) is not None:
+            named[name] = getattr(about, name)
+    config = {"k": sae.k, "d_model": sae.d_model, "d_sae": sae.d_sae, **_places(about, sae)}
+    content = to_safetensors(**sae.tensors())
+    return {"config.json": to_json({**config, **named}), "sae.safetensors": content}
+
+
+def _places(about: About, sae: SAE) -> dict[str, Any]:
+    """Site and layer of an autoencoder; of the others what they read and write, in the order of
+    the columns.
+    """
+    if about.kind == "sae":
+        return {"site": about.point.site, "layer": about.layer}
+    reads = [port.name for port in about.ports.reads]
+    return {
+        "d_out": sae.d_out,
+        "reads": reads,
+        "writes": [port.name for port in about.ports.writes],
     }
-    return {"config.json": to_json(config), "sae.safetensors": to_safetensors(**sae.tensors())}
 
 
 def read(folder: Path) -> SAE:
     """See train.export.format.Format."""
     config = read_json(folder / "config.json")
     tensors = read_tensors(folder / "sae.safetensors")
-    refuse_unknown(config, _KEYS, folder, "config.json with")
-    refuse_unknown(tensors, {*WEIGHTS, "threshold"}, folder, "the tensor")
-    weights = Weights.of(tensors, folder)
-    sae = topk(weights, whole_of("k", folder, config.get("k")), folder)
+    refuse_unknown(config, _KEYS | _PLACES, folder, "config.json with")
+    refuse_unknown(tensors, {*WEIGHTS, *OPTIONAL}, folder, "the tensor")
+    sae = sae_file.checked(folder, {**tensors, "k": config.get("k")})
     for name, size in (("d_model", sae.d_model), ("d_sae", sae.d_sae)):
         whole_of(name, folder, config.get(name), size)
-    if "threshold" in tensors:
-        threshold = vector_of(tensors, "threshold", sae.d_sae, folder)
-        refuse(bool((threshold < 0).any()), folder, "a threshold below 0", "thresholds from 0 on")
-        sae = replace(sae, threshold=threshold)
+    whole_of("d_out", folder, config.get("d_out", sae.d_out), sae.d_out)
     return golden.checked(sae, folder / "sae.safetensors")
 
 
 def origin(folder: Path) -> Origin:
     """See train.export.format.Format."""
     config = read_json(folder / "config.json")
+    model = any_text_of("model", folder, config.get("model"))
+    context = any_whole_of("context", folder, config.get("context"))
+    if "reads" in config:
+        ports = Ports(_ports(config, "reads", folder), _ports(config, "writes", folder))
+        return Origin(model=model, context=context, several=ports)
     site = any_text_of("site", folder, config.get("site"))
     layer = any_whole_of("layer", folder, config.get("layer"))
     hook = None if site is None else f"{site} of layer {layer}"
-    model = any_text_of("model", folder, config.get("model"))
-    context = any_whole_of("context", folder, config.get("context"))
     return Origin(hook, site, layer, model, context)
+
+
+def _ports(config: Mapping[str, Any], name: str, folder: Path) -> tuple[Port, ...]:
+    names = config.get(name)
+    refuse(not isinstance(names, list) or not names, folder, f"no {name}", "hook points by name")
+    try:
+        return tuple(Port.of(text_of(name, folder, port)) for port in names or ())
+    except SettingError as error:
+        raise StoreError(f"{folder} has {name} with {error}") from error

@@ -19,12 +19,13 @@ from tests.analyze.conftest import Made, make_run, random_rows
 from tests.faults import flips, tree
 from tests.faults.report import Outcome, Tally
 from tests.train import killing
-from tests.train.test_formats import ABOUT, made
+from tests.train.test_formats import ABOUT, TAKEN, about, made
 from tests.train.test_publish import REPO
 from tests.train.test_publish import finished as publishable
 from tests.train.test_resume import stop_at
 from train import run as runs
 from train.export import bundle, format, golden
+from train.ports import ports_of
 from train.publish import release
 from train.sae import SAE
 
@@ -97,9 +98,9 @@ def test_of_a_run_at_rest(tmp_path: Path, tally: Tally) -> None:
 
 @pytest.mark.parametrize("name", format.names())
 def test_of_an_export(tmp_path: Path, tally: Tally, name: str) -> None:
-    root = tmp_path / name
-    bundle.write(root, golden.files(name, made("topk"), ABOUT))
-    folder = next(root.rglob(golden.FILE)).parent
+    root, kind = tmp_path / name, TAKEN[name][0]
+    bundle.write(root, golden.files(name, made(kind), about(kind)))
+    folder = next(root.rglob("golden.*")).parent
     damage(tally, root, lambda: tensors_of(READERS[name](folder)), f"export {name}")
 
 
@@ -125,7 +126,10 @@ def test_of_an_imported_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     bundle.write(
-        tmp_path / "sae", format.find("saelens").write(stored.sae, ABOUT._replace(layer=3))
+        tmp_path / "sae",
+        format.find("saelens").write(
+            stored.sae, ABOUT._replace(ports=ports_of("sae", [3], ["resid_post"], None))
+        ),
     )
 
     def work() -> Any:

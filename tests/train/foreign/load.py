@@ -3,11 +3,14 @@
     python tests/train/foreign/load.py IN      in an interpreter that has the libraries
 
 IN/LIBRARY/KIND/... are the files, IN/x.npy (n, d) the rows. Each folder gets found.npz: f (n, F)
-and x_hat (n, d) as the library has them, and where it takes the SAE to be from.
+and x_hat (n, d) as the library has them, and where it takes the SAE to be from. A folder whose
+class a library lacks gets none: crosscoders are of a fork of dictionary_learning.
 """
 
 from __future__ import annotations
 
+import inspect
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 from write import import_dictionary_learning
 
@@ -25,8 +29,8 @@ def saelens(folder: Path, x: Tensor) -> Found:
     from sae_lens import SAE
 
     sae: Any = SAE.load_from_disk(folder)
-    f = sae.encode(x)
-    return f, sae.decode(f), str(sae.cfg.metadata.hook_name)
+    hooks = (sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_name_out)
+    return sae.encode(x), sae(x), " ".join(filter(None, hooks))
 
 
 def sparsify(folder: Path, x: Tensor) -> Found:
@@ -36,11 +40,20 @@ def sparsify(folder: Path, x: Tensor) -> Found:
     assert not others
     top = sae.encode(x)
     f = torch.zeros(len(x), sae.num_latents).scatter(1, top.top_indices, top.top_acts)
-    return f, sae.decode(top.top_acts, top.top_indices), name
+    return f, sae(x).sae_out, name
 
 
 def dictionary_learning(folder: Path, x: Tensor) -> Found:
     import_dictionary_learning()
+    from dictionary_learning import dictionary
+
+    if folder.name.startswith("crosscoder"):
+        config = json.loads((folder / "config.json").read_text())["trainer"]
+        cls = getattr(dictionary, config["dict_class"])
+        crosscoder = cls.from_pretrained(str(folder / "ae.pt"))
+        layers = x.reshape(len(x), config["num_layers"], -1)
+        found = crosscoder(layers).reshape(x.shape)
+        return crosscoder.encode(layers), found, config["submodule_name"]
     from dictionary_learning.utils import load_dictionary
 
     sae, config = load_dictionary(str(folder), "cpu")
@@ -48,7 +61,31 @@ def dictionary_learning(folder: Path, x: Tensor) -> Found:
     return f, sae.decode(f), str(config["trainer"]["submodule_name"])
 
 
+def circuit_tracer(folder: Path, x: Tensor) -> Found:
+    from circuit_tracer.transcoder import activation_functions
+    from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_set
+
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    names = ("scan", "feature_input_hook", "feature_output_hook")
+    options = {name: config[name] for name in names}
+    k = config.get("k")
+    if k is not None and "activation" in inspect.signature(load_transcoder_set).parameters:
+        options |= {"activation": config["activation"], "k": k}
+    file = next(path for path in folder.glob("*layer_21.*") if path.name[:6] != "golden")
+    for lazy in (True, False):
+        options |= {"lazy_encoder": lazy, "lazy_decoder": lazy}
+        found = load_transcoder_set({0: str(file)}, device=torch.device("cpu"), **options)
+        if k is not None:  # 0.5.0 has TopK and does not read config.yaml's
+            found[0].activation_function = activation_functions.TopK(k)
+    return (
+        found[0].encode(x),
+        found[0](x),
+        f"{found.feature_input_hook} {found.feature_output_hook}",
+    )
+
+
 LIBRARIES = {
+    "circuit_tracer": circuit_tracer,
     "saelens": saelens,
     "sparsify": sparsify,
     "dictionary_learning": dictionary_learning,
@@ -66,4 +103,7 @@ if __name__ == "__main__":
             except ImportError as error:
                 print(f"{library} is not installed: {error}", file=sys.stderr)
                 break
+            except AttributeError as error:
+                print(f"{library}: {folder.name}: {error}", file=sys.stderr)
+                continue
             np.savez(folder / "found.npz", f=f.numpy(), x_hat=x_hat.numpy(), hook=hook)

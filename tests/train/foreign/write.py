@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -335,12 +336,61 @@ def dictionary_learning_keys() -> dict[str, list[str]]:
     return {"trainer": sorted(trainer), "buffer": sorted(buffer)}
 
 
+# -- circuit-tracer --------------------------------------------------------------------------------
+
+
+def circuit_tracer(_: bool) -> Iterator[Kind]:
+    for skip in (False, True):
+        for activation in ("relu", "jumprelu", "topk without ReLU"):
+            yield f"{activation}{', skip' * skip}", _circuit_saved(activation, skip)
+
+
+def _circuit_saved(activation: str, skip: bool) -> Any:
+    from circuit_tracer.transcoder.activation_functions import JumpReLU, TopK
+    from circuit_tracer.transcoder.single_layer_transcoder import SingleLayerTranscoder
+
+    kinds = {
+        "relu": nn.functional.relu,
+        "jumprelu": JumpReLU(torch.zeros(F)),
+        "topk without ReLU": TopK(K),
+    }
+    config = {
+        "model_name": MODEL,
+        "model_kind": "transcoder_set",
+        "feature_input_hook": "mlp.hook_in",
+        "feature_output_hook": "mlp.hook_out",
+        "scan": MODEL,
+        **({"activation": "topk", "k": K} if activation[:4] == "topk" else {}),
+    }
+
+    def save(folder: Path) -> Callable[[Tensor], Tensor]:
+        transcoder = SingleLayerTranscoder(
+            D, F, kinds[activation], LAYER, skip, device=torch.device("cpu"), dtype=torch.float32
+        )
+        randomize(transcoder)
+        folder.mkdir(parents=True)
+        transcoder.to_safetensors(str(folder / f"layer_{LAYER}.safetensors"))
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        return transcoder
+
+    return save
+
+
+def circuit_tracer_keys() -> list[str]:
+    """The keys that are looked up in config.yaml: read off the source."""
+    from circuit_tracer import transcoder
+
+    source = Path(transcoder.__file__).parents[1] / "utils" / "hf_utils.py"
+    return sorted(set(re.findall(r"""config(?:\.get\(|\[)"(\w+)\"""", source.read_text())))
+
+
 # -- all -------------------------------------------------------------------------------------------
 
 LIBRARIES = {
     "saelens": ("sae-lens", saelens, saelens_keys),
     "sparsify": ("eai-sparsify", sparsify, sparsify_keys),
     "dictionary_learning": ("dictionary-learning", dictionary_learning, dictionary_learning_keys),
+    "circuit_tracer": ("circuit-tracer", circuit_tracer, circuit_tracer_keys),
 }
 
 
