@@ -21,7 +21,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,6 @@ from tests.bench.peers import Figures, ask
 AUTO = "ours-auto"
 NAMES = ("ours", AUTO, "reference", "sparsify-adam", "dictionary_learning", "saelens")
 SEEDS = (1, 2, 3)  # of the figures; rates are chosen with seed 0
-_FIRST = (2, 3, 4)  # steps of the grid to begin with: 4e-3, 8e-3, 1.6e-2
 _MOST_RUNS = 16  # of one choice
 # What a run says of its speed, which is not this table's subject.
 _OF_SPEED = {
@@ -75,11 +74,15 @@ class Runs:
         return figures
 
 
-def chosen(runs: Runs, task: Task) -> tuple[float, Figures]:
-    """The rate that explains most of choice.npy, and what each rate tried explains of it."""
+def chosen(runs: Runs, task: Task, first: Sequence[int] = (2, 3, 4)) -> tuple[float, Figures]:
+    """The rate that explains most of choice.npy, and what each rate tried explains of it.
+
+    Args:
+        first: steps of the grid to begin with; by default 4e-3, 8e-3, 1.6e-2.
+    """
     tried: dict[int, float] = {}
 
-    wanted = set(_FIRST)
+    wanted = set(first)
     while len(tried) < _MOST_RUNS and not wanted <= tried.keys():
         for step in sorted(wanted - tried.keys()):
             answer = runs.measured(replace(task, lr=rate(step), judged="choice"))

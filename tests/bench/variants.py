@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ BUDGETS = (4, 8, 16, 32)  # values of k' at which TopK SAEs are read
 _DENSE = 0.1  # of the held-out rows
 _ANNEALED = 0.1  # of the run: dictionary_learning, pull request 50
 _LEAST_PRODUCT = 0.1  # <w_enc, w_dec> by which an encoder is divided at the least
+_FIRST = (3, 4, 5)  # of tests.bench.method's rates: 8e-3, 1.6e-2, 3.2e-2
 _CHUNK = 2048  # rows at a time
 
 
@@ -57,19 +59,8 @@ class Annealed(Trainer):
         return super().step_(batch)
 
 
-class Scaled(Trainer):
-    """Aligned training, by a factor: w_enc / <w_enc, w_dec> after every step."""
-
-    def step_(self, batch: Tensor) -> dict[str, Any] | None:
-        record = super().step_(batch)
-        sae = self.state.sae
-        products = (sae.encoder * sae.W_dec).sum(1, keepdim=True)
-        sae.encoder.div_(products.clamp_min(_LEAST_PRODUCT))
-        return record
-
-
 class Shifted(Trainer):
-    """Aligned training, by a shift: w_enc + (1 - <w_enc, w_dec>) w_dec after every step."""
+    """Aligned training, as a projection: w_enc + (1 - <w_enc, w_dec>) w_dec after every step."""
 
     def step_(self, batch: Tensor) -> dict[str, Any] | None:
         record = super().step_(batch)
@@ -99,6 +90,23 @@ class Frequent(TopK):
 
 
 @dataclass(frozen=True)
+class Aligned(TopK):
+    """Aligned training, as a reparameterisation: the encoder is v / <v, w_dec>, and v is learned.
+
+    AuxK works on v itself.
+    """
+
+    def main(self, sae: SAE, centred: Tensor, target: Tensor, denominator: float) -> Main:
+        return super().main(aligned(sae), centred, target, denominator)
+
+
+def aligned(sae: SAE) -> SAE:
+    """The same latents, each with <w_enc, w_dec> = 1, unless that is below `_LEAST_PRODUCT`."""
+    products = (sae.encoder * sae.W_dec).sum(1, keepdim=True)
+    return replace(sae, encoder=sae.encoder / products.clamp_min(_LEAST_PRODUCT))
+
+
+@dataclass(frozen=True)
 class Full(Hierarchical):
     """The paper's loss: every j up to k."""
 
@@ -114,12 +122,13 @@ class Variant:
     trainer: type[Trainer] = Trainer
     objective: type[TopK] | None = None
     arguments: dict[str, Any] = field(default_factory=dict)  # of the objective
+    finish: Callable[[SAE], SAE] = lambda sae: sae  # what is done to the trained SAE
 
 
 VARIANTS = {
     "topk": Variant(),
     "k-annealing": Variant(trainer=Annealed),
-    "aligned-scaled": Variant(trainer=Scaled),
+    "aligned": Variant(objective=Aligned, finish=aligned),
     "aligned-shifted": Variant(trainer=Shifted),
     "frequency-0.1": Variant(objective=Frequent),
     "frequency-1": Variant(objective=Frequent, arguments={"weight": 1.0}),
@@ -145,7 +154,7 @@ def make(task: Task) -> Figures:
         sae = trained(trainer, task, rows, (next(every) for _ in range(task.steps)))
     except NonFiniteError:
         return {"variance_explained": -math.inf}  # diverged: never the rate that is chosen
-    figures = judge(sae, rows)
+    figures = judge(variant.finish(sae), rows)
     print(task.trainer, f"k {task.k} lr {task.lr:g} seed {task.seed}", figures, flush=True)
     return figures
 
@@ -181,16 +190,17 @@ def _squared(difference: Tensor) -> float:
     return float(difference.double().square().sum())
 
 
-def table(runs: Runs, task: Task, names: list[str]) -> Figures:
-    """A row for each variant; gains are over `topk`, seed by seed."""
+def table(runs: Runs, tasks: Iterable[Task]) -> Figures:
+    """A row for each task, by its variant and k; gains are over `topk` at that k, seed by seed."""
     found: Figures = {}
-    for name in names:
-        lr, tried = chosen(runs, replace(task, trainer=name))
-        answers = judged(runs, replace(task, trainer=name, lr=lr))
+    for task in tasks:
+        lr, tried = chosen(runs, task, _FIRST)
+        answers = judged(runs, replace(task, lr=lr))
+        name = f"{task.trainer}, k {task.k}"
         found[name] = {"lr": lr, "choice_by_rate": tried, **answers}
-        if base := found.get("topk"):
+        if base := found.get(f"topk, k {task.k}"):
             key = "variance_explained_by_seed"
-            found[name]["gain_by_seed"] = list(np.subtract(answers[key], base[key]))
+            found[name]["gain_by_seed"] = np.subtract(answers[key], base[key]).tolist()
         print(name, found[name], flush=True)
     return found
 
@@ -203,6 +213,7 @@ def main() -> None:
     for name, default in (("d_sae", 2048), ("k", 32), ("batch", 1024), ("tokens", 150_000)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--per-k", nargs="*", type=int, default=[], help="of TopK SAEs beside them")
     parser.add_argument("--runs", type=Path, required=True, help="finished runs, a line each")
     parser.add_argument("--out", type=Path, help="write the result there as JSON")
     asked = parser.parse_args()
@@ -220,7 +231,9 @@ def main() -> None:
     )
     shape = {"activations": asked.activations.name, "seeds": SEEDS}
     shape |= {name: getattr(asked, name) for name in ("d_sae", "k", "batch", "tokens")}
-    found = table(Runs(asked.runs, make), task, asked.variants)
+    tasks = [replace(task, trainer=name) for name in asked.variants]
+    tasks += [replace(task, trainer="topk", k=k) for k in asked.per_k]
+    found = table(Runs(asked.runs, make), tasks)
     finish(shape, {"variants": found}, asked.out)
 
 
