@@ -142,21 +142,30 @@ VARIANTS = {
 
 def make(task: Task) -> Figures:
     """One run's figures."""
+    rows = load(task)
+    try:
+        figures = judge(finished(task, rows), rows)
+    except NonFiniteError:
+        figures = {"variance_explained": -math.inf}  # diverged: never the rate that is chosen
+    print(task.trainer, f"k {task.k} lr {task.lr:g} seed {task.seed}", figures, flush=True)
+    return figures
+
+
+def finished(task: Task, rows: Rows) -> SAE:
+    """The trained SAE of a variant.
+
+    Raises:
+        NonFiniteError: training diverged.
+    """
     torch.set_num_threads(1)
     variant = VARIANTS[task.trainer]
-    rows = load(task)
     config = configured(task, [*RECIPE, *variant.settings])
     trainer = variant.trainer(config, rows, torch.device("cpu"))
     if variant.objective is not None:
         trainer.objective = variant.objective(config.sae, **variant.arguments)
     every = rows.ordered(task.batch, task.seed)
-    try:
-        sae = trained(trainer, task, rows, (next(every) for _ in range(task.steps)))
-    except NonFiniteError:
-        return {"variance_explained": -math.inf}  # diverged: never the rate that is chosen
-    figures = judge(variant.finish(sae), rows)
-    print(task.trainer, f"k {task.k} lr {task.lr:g} seed {task.seed}", figures, flush=True)
-    return figures
+    sae = trained(trainer, task, rows, (next(every) for _ in range(task.steps)))
+    return variant.finish(sae)
 
 
 @torch.no_grad()
