@@ -10,6 +10,9 @@ learning rates are chosen) and heldout.npy (65,536, for the tables). Models:
   block 15, the middle one of thirty; d 576. Pieces begin with <|endoftext|>, the attention sink,
   which gives no row.
 
+With `--store STORE --layer L` in place of `--model` and `--text`, the rows are those of a store
+that `python -m harvest` made: no BOS and no outlier, and again no document in two parts.
+
 Blocks are counted from 1: transformers calls block 3's output hidden_states[3], since
 hidden_states[0] is the embedding.
 
@@ -37,6 +40,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from data.store.kinds import ORDINARY
 
 HELD_OUT = 65_536  # rows
 CHOICE = 32_768  # rows
@@ -191,15 +196,48 @@ def activations(model: Model, folder: Path, texts: Sequence[Path], rows: int) ->
     ]
 
 
+def of_store(path: Path, layer: int, folder: Path, rows: int) -> list[Path]:
+    """The three parts of a store's ordinary rows: 8 % of its documents, 4 %, and the others."""
+    import zarr
+
+    import data.store.zarr_bfloat16  # noqa: F401  # gives zarr its bits as uint16
+
+    store = zarr.open_group(path, mode="r")
+    document = store["document"][:].ravel()[store["token_index"][:]]
+    ordinary = store[f"kind_{layer}"][:] == ORDINARY
+    every = torch.from_numpy(store[f"layer_{layer}"][:]).view(torch.bfloat16).float().numpy()
+    draw = np.random.default_rng(_SEED)
+    drawn = draw.permutation(document.max() + 1).argsort()[document] / (document.max() + 1)
+    parts = {
+        "heldout": (0, 0.08, HELD_OUT),
+        "choice": (0.08, 0.12, CHOICE),
+        "train": (0.12, 1, rows),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, (first, last, count) in parts.items():
+        own = np.flatnonzero(ordinary & (drawn >= first) & (drawn < last))
+        paths.append(folder / f"{name}.npy")
+        np.save(paths[-1], every[draw.permutation(own)[:count]])
+    return paths
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=MODELS, default="minilm")
-    parser.add_argument("--text", type=Path, nargs="+", required=True, help=".txt and .jsonl files")
+    parser.add_argument("--text", type=Path, nargs="+", help=".txt and .jsonl files")
+    parser.add_argument("--store", type=Path, help="take the rows of this store instead")
+    parser.add_argument("--layer", type=int, help="of the store")
     parser.add_argument("--rows", type=int, required=True, help="training rows")
     parser.add_argument("--out", type=Path, required=True, help="folder of the three files")
     chosen = parser.parse_args()
+    if not (chosen.text or chosen.store):
+        parser.error("name texts with --text, or a store with --store")
+    if chosen.store:
+        print(*of_store(chosen.store, chosen.layer, chosen.out, chosen.rows), sep="\n")
+        return
     from transformers import logging
 
     # the blocks left out make it say that their weights are unused

@@ -8,7 +8,8 @@ as in tests.bench.method. A seed decides the initial weights and the order of ro
 compared seed by seed: `gain` is the difference of variance explained to `topk`, the recipe as it
 is. `dead_share` is the share of latents that fire on no held-out row, `dense_share` that of latents
 that fire on more than a tenth of them. `explained_at_8` is the variance explained where only the 8
-largest latents of a row are kept.
+largest latents of a row are kept. `explained_by_batch` is that of SAEs with thresholds at L0 = k:
+2,048 rows keep their 2,048 k largest, as in training.
 
 What lost is kept here alone, as a subclass of the trainer or of the objective.
 """
@@ -31,7 +32,7 @@ from tests.bench.method import SEEDS, Runs, chosen, judged
 from tests.bench.outcome import finish
 from tests.bench.peer_trainers import Rows, Task, configured, load, trained
 from tests.bench.peers import Figures
-from train import dead
+from train import dead, kernels
 from train.kernels import Kept
 from train.objective import Main
 from train.objectives.hierarchical import Hierarchical
@@ -173,21 +174,26 @@ def judge(sae: SAE, rows: Rows) -> Figures:
     """What an SAE makes of the rows that are judged."""
     mean = torch.from_numpy(rows.mean).float()
     budgets = [] if sae.threshold is not None else [k for k in BUDGETS if k < sae.k]
-    squares = dict.fromkeys(["mean", "error", *budgets], 0.0)
+    squares = dict.fromkeys(["mean", "error", "by_batch", *budgets], 0.0)
     counts = torch.zeros(sae.d_sae)
     for x in torch.split(rows.held_out, _CHUNK):
         kept = sae.encode(x)
         counts += dead.firings(kept, sae.d_sae)
         squares["mean"] += _squared(x - mean)
         squares["error"] += _squared(x - sae.decode(kept))
+        if sae.threshold is not None:
+            most = kernels.encode_batch(sae.centred(x), sae.encoder, sae.b_enc, sae.k)
+            squares["by_batch"] += _squared(x - sae.decode(most))
         for k in budgets:
             values, order = kept.values.view(len(x), -1).topk(k)
             fewer = Kept.even(values, kept.indices.view(len(x), -1).gather(1, order))
             squares[k] += _squared(x - sae.decode(fewer))
     explained = {key: 1 - value / squares["mean"] for key, value in squares.items()}
     often = counts / len(rows.held_out)
+    by_batch = {} if sae.threshold is None else {"explained_by_batch": explained["by_batch"]}
     return {
         "variance_explained": explained["error"],
+        **by_batch,
         "dead_share": float((often == 0).float().mean()),
         "dense_share": float((often > _DENSE).float().mean()),
         "l0": float(often.sum()),
