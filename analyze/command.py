@@ -71,15 +71,26 @@ def subject_of(settings: Settings, device: torch.device) -> Subject:
         StoreError: the run or its store is missing, unfinished or damaged.
     """
     named = str(named_or_newest(settings["run"]))
-    store = str(settings["store"]) if settings["store"] else None
+    stores = places_of(settings["store"])
     layer = optional_whole("layer", settings["layer"])
-    run = _imported(named, store, layer, settings) if ":" in named else None
+    run = None
+    if ":" in named:
+        if stores is not None and len(stores) > 1:
+            raise SettingError(f"store={','.join(stores)} must be one store, that of run={named}")
+        run = _imported(named, stores[0] if stores else None, layer, settings)
     for name in ("layer", "accept", *_POLICY):
         if run is None and (value := settings[name]) is not None:
             raise SettingError(
                 f"{name}={value} is for SAEs of other libraries; run={named} knows its own"
             )
-    return Subject.open(run or Path(named), store, device)
+    return Subject.open(run or Path(named), stores, device)
+
+
+def places_of(store: Any) -> list[str] | None:
+    """The stores that store= names: one, or a list of both that a crosscoder reads."""
+    if not store:
+        return None
+    return [str(place) for place in store] if isinstance(store, list | tuple) else [str(store)]
 
 
 def _imported(named: str, store: str | None, layer: int | None, settings: Settings) -> Path | None:

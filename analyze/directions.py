@@ -97,7 +97,7 @@ def neighbours(subject: Subject) -> tuple[Tensor, Tensor]:
         cosines (F, NEIGHBOURS) in descending order, and the latents' numbers; fewer columns where
         there are fewer other latents.
     """
-    W_dec = subject.sae.W_dec
+    W_dec = subject.scaled(subject.sae.W_dec)
 
     def make(first: int) -> Arrays:
         count = min(NEIGHBOURS, len(W_dec) - 1)

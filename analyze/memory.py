@@ -38,8 +38,16 @@ def tell_needed(name: str, subject: Subject, needed: Needed) -> None:
 
 
 def of_sae(subject: Subject) -> float:
-    """Both of its matrices, float32."""
-    return 8.0 * subject.sae.d_sae * subject.sae.d_model
+    """Both of its matrices, float32, and the skip if there is one."""
+    sae = subject.sae
+    skip = 0 if sae.W_skip is None else sae.W_skip.numel()
+    return 4.0 * (sae.d_sae * (sae.d_model + sae.d_out) + skip)
+
+
+def width_of(subject: Subject) -> int:
+    """Numbers that are read and written of a token."""
+    sae = subject.sae
+    return sae.d_model if subject.ports.is_autoencoder else sae.d_model + sae.d_out
 
 
 def rows_read(subject: Subject, limit: int) -> int:
@@ -56,6 +64,6 @@ def of_pass(subject: Subject, limit: int) -> float:
     """
     n = subject.store.unit_tokens
     more = min(rows_read(subject, limit) // n, 2) - 1
-    rows = (6 + 4 * more) * n * subject.sae.d_model
+    rows = (6 + 4 * more) * n * width_of(subject)
     latents = (40 + 20 * more) * n * subject.sae.k
     return of_sae(subject) + rows + latents

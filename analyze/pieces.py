@@ -17,7 +17,7 @@ class Piece(NamedTuple):
 
     ids: list[int]  # token ids, BOS first
     document: int
-    kind: NDArray[np.uint8]  # (t,) kinds of its rows in the SAE's layer, by `Policy.kinds_of`
+    kind: NDArray[np.uint8]  # (t,) kinds of the SAE's rows, by `Subject.kinds_of`
 
 
 def held_out(subject: Subject) -> Iterator[Piece]:
@@ -26,9 +26,7 @@ def held_out(subject: Subject) -> Iterator[Piece]:
         tokens = subject.store.tokens(unit).ravel()
         document = subject.store.document(unit).ravel()
         kind = np.empty(len(tokens), np.uint8)
-        kind[subject.store.permutation(unit)] = subject.policy.kinds_of(
-            subject.store, subject.layer, unit
-        )
+        kind[subject.store.permutation(unit)] = subject.kinds_of(unit)
         starts = np.flatnonzero(subject.store.piece_starts(unit))
         for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
             yield Piece(tokens[start:end].tolist(), int(document[start]), kind[start:end])

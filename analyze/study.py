@@ -179,12 +179,11 @@ class Study:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What results depend on beside the study's own settings: SAE, model, and its dtype."""
+        """What results depend on beside the study's own settings: SAE, rows, model, its dtype."""
         recorded = self.subject.store.manifest["model"]
         return {
             "sae": self.subject.digest,
-            "layer": self.subject.layer,
-            "store": self.subject.store.identity,
+            **self.subject.recorded,
             "weights": recorded["weights"],
             "dtype": self.model.dtype,
         }

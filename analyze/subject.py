@@ -2,16 +2,17 @@
 
 `Subject.rows` yields the held-out rows unit by unit. `Subject.firings` also encodes them.
 
-Shapes: n rows of a unit, d d_model, p pairs of a row and a latent that is above 0 in it.
+Shapes: n rows of a unit, d the width that is read, d_out the width that is written, F latents.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from analyze import kept
-from analyze.parts import NOWHERE, Arrays, Parts
+from analyze.encoding import Firings, Pairs, Unit, encode, positive, taken
+from analyze.parts import NOWHERE, Parts
 from data.errors import MismatchError, SettingError, StoreError
 from data.foreign import reading
-from data.journal import note
 from data.rows import statistics
-from data.rows.split import Policy, held_out_units, require_complete
-from data.settings import whole
+from data.rows.source import Source
+from data.rows.split import Policy, held_out_units
+from data.site import RESID_POST, HookPoint
 from data.store import manifest
 from data.store.kinds import BOS, NON_FINITE
 from data.store.moments import Moments
@@ -33,116 +35,13 @@ from data.store.place import place_of
 from data.store.store import Store
 from harvest.model_folder import EMBEDDED
 from train.kernels import Kept
+from train.ports import Port, Ports, recorded_ports
 from train.run import CONFIG, read_config, sae_of
 from train.sae import SAE
 
-_BATCH_ROWS = 4096  # rows encoded at a time
 # Operations of encoding a unit on a CPU from which its latents are kept: 20 s of a core.
 SLOW_UNIT = 1e12
 ENCODED_VERSION = 1  # of those: raise it when the same rows give other ones
-
-
-class Unit(NamedTuple):
-    """All finite rows of one unit, BOS and outliers too, in stored order."""
-
-    number: int
-    rows: Tensor  # (n, d) float32, raw
-    local: NDArray[np.int64]  # (n,) the row's token, as flat position in the unit's spine
-    document: NDArray[np.uint32]  # (n,)
-    position: NDArray[np.int64]  # (n,) tokens since the BOS of the document's piece, which is 0
-    norm: NDArray[np.float32]  # (n,)
-    kind: NDArray[np.uint8]  # (n,) as the run's `Policy.kinds_of` has it
-
-    def of_kinds(self, kinds: Sequence[int]) -> NDArray[np.bool_]:
-        """(n,) which rows are of one of `kinds`."""
-        return np.isin(self.kind, kinds)
-
-    def text_order(self, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """The rows that `mask` (n,) chooses, in the order of the text; stored order is shuffled."""
-        chosen = np.flatnonzero(mask)
-        return chosen[np.argsort(self.local[chosen])]
-
-
-class Pairs(NamedTuple):
-    """Latents above 0, row by row; (p,) tensors on the SAE's device."""
-
-    latent: Tensor  # int64
-    row: Tensor  # int64, number of the row among those that were encoded
-    value: Tensor  # float32, > 0
-
-
-class Firings(NamedTuple):
-    """Where latents fire in one unit; pairs are in the order of the text."""
-
-    unit: Unit
-    rows: NDArray[np.int64]  # the unit's rows that were encoded, in the order of the text
-    latent: NDArray[np.int64]  # (p,)
-    row: NDArray[np.int64]  # (p,) number of the row in the unit
-    value: NDArray[np.float32]  # (p,) activation, > 0
-
-
-def positive(kept: Kept) -> Pairs:
-    """The kept latents that are above 0. TopK keeps k a row, some of them with the value 0."""
-    fires = kept.values > 0
-    return Pairs(kept.indices[fires], kept.rows[fires], kept.values[fires])
-
-
-def encode(sae: SAE, unit: Unit, parts: Parts = NOWHERE) -> Kept:
-    """The kept latents of all of a unit's rows.
-
-    Args:
-        parts: where they lie or are to lie.
-    """
-    if parts is NOWHERE:
-        return _encoded(sae, unit)
-
-    def make() -> Arrays:
-        kept = _encoded(sae, unit)
-        latents = kept.indices.to(torch.int32).cpu().numpy()
-        return {
-            "values": kept.values.cpu().numpy(),
-            "latents": latents.astype(np.uint16) if sae.d_sae <= 2**16 else latents,
-            "starts": kept.starts.cpu().numpy(),
-        }
-
-    part = parts.of(unit.number, make)
-    device = unit.rows.device
-    starts = torch.from_numpy(part["starts"]).to(device)
-    values = torch.from_numpy(part["values"]).to(device)
-    latents = torch.from_numpy(part["latents"].astype(np.int64)).to(device)
-    return Kept(values, latents, _owners(starts, len(values)), starts)
-
-
-def _owners(starts: Tensor, pairs: int) -> Tensor:
-    """(p,) the bag of each of `pairs` pairs, given where each bag begins."""
-    counts = torch.diff(starts, append=starts.new_tensor([pairs]))
-    return torch.repeat_interleave(counts)
-
-
-@torch.inference_mode()
-def _encoded(sae: SAE, unit: Unit) -> Kept:
-    total = len(unit.rows)
-    columns: list[Kept] = []
-    pairs = 0
-    for start in range(0, total, _BATCH_ROWS):
-        note(f"unit {unit.number}: {start:,} of {total:,} rows encoded")
-        kept = sae.encode(unit.rows[start : start + _BATCH_ROWS])
-        columns.append(kept._replace(rows=kept.rows + start, starts=kept.starts + pairs))
-        pairs += len(kept.values)
-    if not columns:
-        nothing = torch.empty(0, dtype=torch.int64, device=unit.rows.device)
-        return Kept(nothing.float(), nothing, nothing, nothing)
-    return Kept._make(torch.cat(column) for column in zip(*columns, strict=True))
-
-
-def taken(kept: Kept, rows: Tensor) -> Kept:
-    """The latents of some rows (m,), in that order; `Kept.rows` then counts from 0 in `rows`."""
-    ends = torch.cat([kept.starts[1:], kept.starts.new_tensor([len(kept.values)])])
-    counts = ends[rows] - kept.starts[rows]
-    starts = counts.cumsum(0) - counts
-    owners = torch.repeat_interleave(counts)
-    pair = torch.arange(len(owners), device=owners.device) + (kept.starts[rows] - starts)[owners]
-    return Kept(kept.values[pair], kept.indices[pair], owners, starts)
 
 
 def open_store(run: Path, recorded_place: str, identity: str, store: str | None) -> Store:
@@ -169,55 +68,91 @@ def open_store(run: Path, recorded_place: str, identity: str, store: str | None)
     return opened
 
 
+def recorded_stores(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Place and identity of each store of a run, as its config.yaml has them."""
+    of_store = config["settings"]["store"]
+    places = config.get("store_paths", [config["store_path"]])
+    identities = of_store.get("identities", [of_store["identity"]])
+    pairs = zip(places, identities, strict=True)
+    return [(str(place), str(identity)) for place, identity in pairs]
+
+
+def open_stores(
+    run: Path, recorded: Sequence[tuple[str, str]], asked: Sequence[str] | str | None
+) -> tuple[Store, ...]:
+    """The stores that a run was trained from, in their order.
+
+    Args:
+        recorded: see `recorded_stores`.
+        asked: where they are now, if they have moved since.
+
+    Raises:
+        SettingError: another number of stores is given.
+        StoreError, MismatchError: see `open_store`.
+    """
+    named = [asked] if isinstance(asked, str) else asked
+    if named is not None and len(named) != len(recorded):
+        raise SettingError(
+            f"store={','.join(named)} names {len(named)}, and {run} was trained from "
+            f"{len(recorded)}: give each in its order, as store=[A,B] where there are two"
+        )
+    opened = []
+    for number, (place, identity) in enumerate(recorded):
+        opened.append(open_store(run, place, identity, named[number] if named else None))
+    return tuple(opened)
+
+
 @dataclass(frozen=True)
 class Subject:
-    """A trained SAE with everything that its figures depend on."""
+    """A trained dictionary with everything that its figures depend on.
+
+    It is an SAE, a transcoder or a crosscoder: `ports` says which hook points it reads and which it
+    writes (train/ports.py). `Unit.rows` are what it reads and `Unit.targets` what it writes, each
+    with the hook points side by side; of an SAE they are the same tensor.
+    """
 
     run: Path
     config: dict[str, Any]  # config.yaml of the run
-    store: Store
+    stores: tuple[Store, ...]  # by their number in a `Port`; as a rule one
     sae: SAE  # on raw rows
     digest: str  # of the SAE's file. Results carry it.
-    layer: int
+    ports: Ports
     policy: Policy
     # Whether `rows` gives every unit, not only held-out ones: of a store that was never trained on.
     whole: bool = False
 
     @classmethod
-    def open(cls, run: Path, store: str | None, device: torch.device) -> Subject:
+    def open(cls, run: Path, store: Sequence[str] | str | None, device: torch.device) -> Subject:
         """The subject of a finished run.
 
         Args:
-            store: where the store is now, if it has moved since.
+            store: where the store is now, if it has moved since; of two stores both.
 
         Raises:
             StoreError: the run is missing, unfinished or damaged, or its store is missing.
             MismatchError: the store at that place is another one.
+            SettingError: `store` has another number of stores than the run.
         """
         config = read_config(run)
         sae, digest = sae_of(run, device)
         way_out = "restore it, or choose another run="
         with reading(f"{run / CONFIG} is not what training wrote", way_out):
-            settings = config["settings"]
-            layer = whole("layer", settings["layer"])
-            policy = Policy.of(settings["policy"])
-            place = str(config["store_path"])
-            identity = str(settings["store"]["identity"])
-        opened = open_store(run, place, identity, store)
-        if sae.d_model != opened.d_model:
-            raise StoreError(
-                f"the SAE of {run} is of rows of width {sae.d_model}, those of {opened.name} have "
-                f"{opened.d_model}; restore it"
-            )
-        return cls(
-            run=run,
-            config=config,
-            store=opened,
-            sae=sae,
-            digest=digest,
-            layer=layer,
-            policy=policy,
-        )
+            ports = recorded_ports(config["settings"])
+            policy = Policy.of(config["settings"]["policy"])
+            recorded = recorded_stores(config)
+        stores = open_stores(run, recorded, store)
+        subject = cls(run, config, stores, sae, digest, ports, policy)
+        for what, mine, their in (
+            ("reads", sae.d_model, subject.sources(ports.reads)),
+            ("writes", sae.d_out, subject.sources(ports.writes)),
+        ):
+            width = sum(source.width for source in their)
+            if mine != width:
+                raise StoreError(
+                    f"the {subject.noun} of {run} {what} rows of width {mine}, those of "
+                    f"{stores[0].name} have {width}; restore it"
+                )
+        return subject
 
     def beside(self, run: str) -> Subject:
         """Another run on the same store, to compare with.
@@ -229,10 +164,11 @@ class Subject:
         if Path(run).resolve() == self.run.resolve():
             raise SettingError(f"{run} is the run itself; name another one to compare it with")
         try:
-            return Subject.open(Path(run), self.store.name, self.device)
-        except MismatchError as error:
+            return Subject.open(Path(run), [store.name for store in self.stores], self.device)
+        except (MismatchError, SettingError) as error:
+            names = ", ".join(store.name for store in self.stores)
             raise StoreError(
-                f"{run} is of another store than {self.run}, {self.store.name}: "
+                f"{run} is of another store than {self.run}, {names}: "
                 "runs are compared on the same rows"
             ) from error
 
@@ -240,9 +176,15 @@ class Subject:
         """The same SAE on all of another text's store, of the same model.
 
         Raises:
-            StoreError: there is no store, or it lacks the layer.
+            SettingError: it is of two stores.
+            StoreError: there is no store, or it lacks a hook point.
             MismatchError: it is of another model.
         """
+        if len(self.stores) > 1:
+            raise SettingError(
+                f"{self.run} reads two stores, and {place} is one; a crosscoder of one store can "
+                "be put on another text"
+            )
         store = Store.open(place_of(place))
         unequal = {}
         for key in ("weights", "tokenizer"):
@@ -251,32 +193,177 @@ class Subject:
                 unequal[key] = (mine, store.manifest["model"][key])
         if unequal:
             raise MismatchError(f"store {store.name}", unequal, "Harvest it with the run's model.")
-        require_complete(store, self.layer)
-        return replace(self, store=store, whole=True)
+        moved = replace(self, stores=(store,), whole=True)
+        moved.require_complete()
+        return moved
 
     @property
     def device(self) -> torch.device:
         return self.sae.b_dec.device
+
+    # -- what it reads and writes ------------------------------------------------------------------
+
+    @property
+    def store(self) -> Store:
+        """Its only store, or the first: tokens, documents and units are the same in both."""
+        return self.stores[0]
+
+    @property
+    def noun(self) -> str:
+        """What messages and pages call it: SAE, transcoder or crosscoder."""
+        if not self.ports.is_autoencoder:
+            return "transcoder"
+        return "SAE" if len(self.ports.writes) == 1 else "crosscoder"
+
+    @property
+    def is_sae(self) -> bool:
+        """Whether it writes the one hook point that it reads."""
+        return self.noun == "SAE"
+
+    @property
+    def point(self) -> HookPoint | None:
+        """The hook point that it reads; None of a crosscoder, which reads several."""
+        return self.ports.reads[0].point if len(self.ports.reads) == 1 else None
+
+    @property
+    def target(self) -> HookPoint | None:
+        """The hook point that it writes; None of a crosscoder, which writes several."""
+        return self.ports.writes[0].point if len(self.ports.writes) == 1 else None
+
+    @property
+    def layer(self) -> int:
+        """The layer of all its hook points.
+
+        Raises:
+            SettingError: they are of several layers.
+        """
+        layers = {port.point.layer for port in self.ports.every}
+        if len(layers) > 1:
+            raise SettingError(
+                f"the crosscoder of {self.run} is of layers {', '.join(map(str, sorted(layers)))}; "
+                "give one as study.layer= where the study takes it, or the run of one layer as run="
+            )
+        return layers.pop()
+
+    @property
+    def where(self) -> str:
+        """Its hook points in words, such as `layer 21` or `mlp_in of layer 21 to mlp_out ...`."""
+        reads = " and ".join(map(str, self.ports.reads))
+        if self.ports.is_autoencoder:
+            return reads
+        return f"{reads} to {' and '.join(map(str, self.ports.writes))}"
+
+    @property
+    def label(self) -> str:
+        """Its hook points in names of files: `L21`, `mlp_out_21`, `mlp_in_21-mlp_out_21`."""
+        if self.is_resid_post:
+            return f"L{self.layer}"
+        return "-".join(port.name.replace("/", "_") for port in self.ports.every)
+
+    @property
+    def is_resid_post(self) -> bool:
+        """Whether it is an SAE of a layer's output."""
+        return self.is_sae and self.ports.reads[0].point.site == RESID_POST
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What results follow from: its layer; of anything but an SAE of resid_post its ports."""
+        if self.is_resid_post:
+            return {"layer": self.layer, "store": self.store.identity}
+        return {
+            "reads": [port.name for port in self.ports.reads],
+            "writes": [port.name for port in self.ports.writes],
+            "store": self.store.identity,
+            **{f"store_{i}": store.identity for i, store in enumerate(self.stores) if i},
+        }
+
+    def sources(self, ports: Sequence[Port]) -> list[Source]:
+        """Where the rows of some ports are."""
+        return [Source(self.stores[port.store], port.point) for port in ports]
+
+    def columns(self, port: Port) -> slice:
+        """A written port's columns in `Unit.targets`, W_dec and b_dec."""
+        widths = [source.width for source in self.sources(self.ports.writes)]
+        number = self.ports.writes.index(port)
+        start = sum(widths[:number])
+        return slice(start, start + widths[number])
+
+    @cached_property
+    def scales(self) -> dict[str, float]:
+        """By the name of a written port of a crosscoder: its scale over that of the latents.
+
+        Training scales each hook point by itself. Multiplied by these, the columns of W_dec have
+        norm 1 together in each latent, and no target counts for more than another because its rows
+        are longer. A single target has 1.
+
+        Raises:
+            StoreError: config.yaml lacks the scales.
+        """
+        names = [port.name for port in self.ports.writes]
+        if len(names) == 1:
+            return dict.fromkeys(names, 1.0)
+        way_out = "restore it, or choose another run="
+        with reading(f"{self.run / CONFIG} is not what training wrote", way_out):
+            scales = {name: float(self.config["scales"][name]) for name in names}
+            mean = math.exp(sum(map(math.log, scales.values())) / len(names))
+        return {name: scale / mean for name, scale in scales.items()}
+
+    def scaled(self, targets: Tensor) -> Tensor:
+        """Written rows or directions (..., d_out), each port's columns times its `scales`."""
+        if len(self.ports.writes) == 1:
+            return targets
+        factors = targets.new_empty(targets.shape[-1])
+        for port in self.ports.writes:
+            factors[self.columns(port)] = self.scales[port.name]
+        return targets * factors
+
+    def decoder_norms(self) -> Tensor:
+        """(F, written ports) norm of each latent's direction at each target, in scaled rows.
+
+        Of a crosscoder, a latent is shared by targets where its norms are alike, and one target's
+        own where the others' are near 0 (Lindsey et al., "Sparse Crosscoders", 2024: relative
+        decoder norms).
+        """
+        scaled = self.scaled(self.sae.W_dec)
+        norms = [scaled[:, self.columns(port)].norm(dim=1) for port in self.ports.writes]
+        return torch.stack(norms, 1)
+
+    # -- rows --------------------------------------------------------------------------------------
 
     def model_path(self, asked: str | None) -> str:
         """Where the language model is: as asked, else as the store's manifest records it."""
         recorded = str(self.store.manifest["model"]["id"])
         return asked or (EMBEDDED if recorded == "tiny" else recorded)
 
+    def require_complete(self) -> None:
+        """Raise StoreError unless the stores have every unit of its hook points."""
+        for source in self.sources(self.ports.every):
+            source.require_complete()
+
+    def moments_of(self, policy: Policy) -> Moments:
+        """Mean and variance of the training rows that are written and that a policy keeps."""
+        self.require_complete()
+        every = self.sources(self.ports.writes)
+        return _together([statistics.of_training(*source, policy).moments for source in every])
+
     @cached_property
     def moments(self) -> Moments:
-        """Mean and variance of the training rows, as training used them."""
-        require_complete(self.store, self.layer)
-        return statistics.of_training(self.store, self.layer, self.policy).moments
+        """Mean and variance (d_out,) of the training rows that are written, as training used
+        them.
+        """
+        return self.moments_of(self.policy)
 
     @cached_property
     def mean(self) -> Tensor:
-        """(d,) float64 mean of the training rows."""
+        """(d_out,) float64 mean of the training rows that are written."""
         return torch.from_numpy(self.moments.mean).to(self.device)
 
-    def about_mean(self, rows: Tensor) -> Tensor:
-        """(n,) float64 |x - mu|^2 of raw rows x (n, d): what variance explained is a share of."""
-        return (rows.double() - self.mean).square().sum(1)
+    def about_mean(self, targets: Tensor) -> Tensor:
+        """(n,) float64 |y - mu|^2 of raw rows y (n, d_out), those of a crosscoder scaled.
+
+        Variance explained is a share of it.
+        """
+        return self.scaled(targets.double() - self.mean).square().sum(1)
 
     def rows(self, limit: int) -> Iterator[Unit]:
         """The held-out rows in whole units, until there were at least `limit` rows.
@@ -316,7 +403,7 @@ class Subject:
         return encode(self.sae, unit, self.encodings(self.sae, "own"))
 
     def encodings(self, sae: SAE, name: str) -> Parts:
-        """Where encodings of this layer's units by `sae` are kept, if that is worth it.
+        """Where encodings of what it reads by `sae` are kept, if that is worth it.
 
         Args:
             name: tells `sae` from others, given this run.
@@ -324,7 +411,7 @@ class Subject:
         is_slow = 2 * self.store.unit_tokens * sae.d_model * sae.d_sae > SLOW_UNIT
         if sae.b_dec.is_cuda or not is_slow:
             return NOWHERE
-        follows = {"sae": self.digest, "store": self.store.identity, "layer": self.layer}
+        follows = {"sae": self.digest, **self.recorded}
         return self.parts("encoded", {"version": ENCODED_VERSION, "name": name, **follows})
 
     def parts(self, name: str, key: Mapping[str, Any]) -> Parts:
@@ -351,21 +438,60 @@ class Subject:
         kinds = self.policy.kinds if kinds is None else kinds
         return unit.text_order(unit.of_kinds(kinds) & (unit.kind != BOS))
 
+    def kinds_of(self, number: int, policy: Policy | None = None) -> NDArray[np.uint8]:
+        """(n,) the kind of each of a unit's rows, as `Policy.kinds_of` has it.
+
+        A row of several hook points is what the least usual of them is.
+        """
+        policy = policy or self.policy
+        return policy.kinds_in(self.sources(self.ports.every), number)
+
+    def norms_of(self, number: int) -> NDArray[np.float32]:
+        """(n,) norm of each of a unit's rows as they are written; of a crosscoder scaled."""
+        sources = self.sources(self.ports.writes)
+        norms = [source.norms(number) for source in sources]
+        if len(norms) == 1:
+            return norms[0]
+        scaled = np.stack(norms, 1) * list(self.scales.values())
+        lengths: NDArray[np.float32] = np.linalg.norm(scaled, axis=1).astype(np.float32)
+        return lengths
+
     def unit(self, number: int) -> Unit:
         """Unit `number`, held out or not."""
-        kind = self.policy.kinds_of(self.store, self.layer, number)
+        kind = self.kinds_of(number)
         finite = np.flatnonzero(kind != NON_FINITE)
         local = self.store.permutation(number)[finite]
-        bits = torch.from_numpy(self.store.residuals(self.layer, number)[finite])
+        read = self._rows_of(self.ports.reads, number, finite)
+        written = read
+        if not self.ports.is_autoencoder:
+            written = self._rows_of(self.ports.writes, number, finite)
         starts = self.store.piece_starts(number).ravel()
         index = np.arange(len(starts))
         since_bos = index - np.maximum.accumulate(np.where(starts, index, 0))
         return Unit(
             number=number,
-            rows=bits.view(torch.bfloat16).to(self.device).float(),
+            rows=read,
+            targets=written,
             local=local,
             document=self.store.document(number).ravel()[local],
             position=since_bos[local],
-            norm=self.store.norms(self.layer, number)[finite],
+            norm=self.norms_of(number)[finite],
             kind=kind[finite],
         )
+
+    def _rows_of(self, ports: Sequence[Port], number: int, chosen: NDArray[np.int64]) -> Tensor:
+        """(chosen, sum of widths) float32 rows of a unit at some ports, side by side."""
+        parts = []
+        for source in self.sources(ports):
+            bits = torch.from_numpy(source.rows(number)[chosen])
+            parts.append(bits.view(torch.bfloat16).to(self.device).float())
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _together(parts: Sequence[Moments]) -> Moments:
+    """Moments of rows that stand side by side."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = [(part.mean, part.m2) for part in parts]
+    mean, m2 = (np.concatenate(column) for column in zip(*columns, strict=True))
+    return Moments(parts[0].count, mean, m2)

@@ -46,8 +46,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from analyze.directions import nearest, neighbours
+from analyze.encoding import taken
 from analyze.stats import Floats
-from analyze.subject import Subject, taken
+from analyze.subject import Subject
 from data.errors import StopRequest, StoreError
 from data.journal import Progress
 from data.rows.statistics import Tally

@@ -24,48 +24,42 @@ Shapes: n rows, d d_model, F d_sae, S subsets.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from scipy.special import gammaln
 from torch import Tensor
 
 from analyze import stats
 from analyze.directions import neighbours
-from analyze.memory import Needed, of_pass, rows_read
+from analyze.memory import Needed, of_pass, rows_read, width_of
 from analyze.outcome import Outcome, Table, dumped, markdown
+from analyze.reconstruction import (
+    BATCH_ROWS,
+    LINEAR,
+    SHUFFLED,
+    SKIP,
+    TRAINED,
+    Latents,
+    Measured,
+    Rows,
+    Target,
+    measure,
+    of,
+)
 from analyze.stats import Floats
 from analyze.study import Definition, Study, at_least
-from analyze.subject import Subject, Unit, positive, taken
-from data.errors import StoreError
-from data.journal import Progress
+from analyze.subject import Subject
 from data.markdown import escaped
 from data.rows import statistics
 from data.rows import summary as summary_of_layer
-from data.rows.split import EXCLUDED, Policy, held_out_units, require_complete, stored_kind
+from data.rows.split import Policy
 from data.settings import build
-from data.store.kinds import NON_FINITE
-from data.store.moments import Moments, merge_all
-from train.kernels import Kept
+from data.store.moments import Moments
 
-BATCH_ROWS = 4096  # the reference's batch
-DEAD_SPANS = (1_000_000, 10_000_000, 100_000_000)  # tokens
-_SAMPLED_ROWS = 64  # of each batch, for the histogram of activations
 _HISTOGRAM_BINS = 40
-_POSITION_EDGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # between spans of positions
-# Of the rows' squares: a span with less variance, as BOS rows have, has no share of it explained.
-_NO_VARIANCE = 1e-12
-TRAINED = "as trained"  # the subset of the headline: the rows that the run's policy keeps
-_OTHERS = {
-    "all rows": Policy(drop_bos=False, drop_outliers=False),
-    "without BOS": Policy(drop_outliers=False),
-    "without BOS and outliers": Policy(),
-}
 NAMED = {  # figures that are one number, as people read them
     "scalar": "variance explained, scalar (the reference SAE's definition)",
     "batch_mean": "variance explained, about the batch's mean (sparsify)",
@@ -84,6 +78,8 @@ DEFINITIONS = {  # of variance explained, but for the headline's, by the heads o
     "variance_of_error": "variance of error",
     "scalar": "scalar",
 }
+_OF_BASELINE = {"explains": "explains", "more": "the transcoder explains more by"}
+_OF_TARGET = {"cosine": "cosine", "l2_ratio": "norm of reconstruction / norm of row"}
 SUBSET_HEADER = ("rows", "number", "centred", *DEFINITIONS.values(), "left out")
 ABOUT = (
     "Each subset of the rows is centred about the mean of its own training rows, each span of "
@@ -105,301 +101,6 @@ class Options:
         at_least("study.rows", self.rows, 1)
 
 
-# -- the pass --------------------------------------------------------------------------------------
-
-
-class Subset(NamedTuple):
-    """Rows that figures are of, and the mean that they are about."""
-
-    kinds: tuple[int, ...]  # of its rows, as the run's `Policy.kinds_of` has them
-    mean: Tensor  # (d,) float64, of the training rows
-    mean_rows: int  # that the mean is over
-
-    @classmethod
-    def of(cls, subject: Subject, policy: Policy) -> Subset:
-        """The rows that a policy keeps: the run's, or one without drop_tokens."""
-        every = np.arange(2 * EXCLUDED, dtype=np.uint8)
-        kinds = every if policy.drop_tokens else stored_kind(every)
-        kept = np.flatnonzero(np.isin(kinds, policy.kinds)).tolist()
-        moments = statistics.of_training(subject.store, subject.layer, policy).moments
-        return cls(tuple(kept), torch.from_numpy(moments.mean).to(subject.device), moments.count)
-
-
-class Rows(NamedTuple):
-    """What is kept of each row, (n,) each, or (n, S) by subset."""
-
-    squared_error: Floats  # |e|^2
-    about_mean: Floats  # (n, S) |x - mu|^2
-    about_batch: Floats  # (n, S) |x - mean_b(x)|^2
-    squared: Floats  # |x|^2
-    dot: Floats  # x . x_hat
-    squared_hat: Floats  # |x_hat|^2
-    l0: NDArray[np.int64]
-    document: NDArray[np.uint32]
-    position: NDArray[np.int64]
-    norm: NDArray[np.float32]
-    kind: NDArray[np.uint8]
-
-    def take(self, mask: NDArray[np.bool_]) -> Rows:
-        """The rows that `mask` (n,) chooses."""
-        return Rows._make(column[mask] for column in self)
-
-
-class Latents:
-    """How often each latent fires, over the rows that the run's policy keeps."""
-
-    def __init__(self, d_sae: int) -> None:
-        """No row is counted yet."""
-        self.rows = 0
-        self.fired = np.zeros(d_sae, np.int64)  # (F,) rows in which it fires
-
-    def add(self, latent: NDArray[np.int64], rows: int) -> None:
-        """Count `rows` rows in which `latent` (p,) fire, each once a row."""
-        self.fired += np.bincount(latent, minlength=len(self.fired))
-        self.rows += rows
-
-    def coverage(self) -> list[dict[str, float]]:
-        """Share of latents that fire in n rows, n doubling from 256 to all rows."""
-        spans = []
-        span = 256
-        while span < self.rows:
-            spans.append(span)
-            span *= 2
-        spans.append(self.rows)
-        return [{"rows": span, "share": float(self.seen_in(span).mean())} for span in spans]
-
-    def silent_for(self, spans: Sequence[int] = DEAD_SPANS) -> dict[str, float]:
-        """How many latents fire in none of n rows, for each n in `spans` that was read."""
-        silent = {}
-        for span in spans:
-            if span <= self.rows:
-                silent[str(span)] = float((1 - self.seen_in(span)).sum())
-        return silent
-
-    def seen_in(self, span: int) -> Floats:
-        """(F,) the probability that each latent fires in `span` of the rows, drawn at random.
-
-        It is the mean over every order of the rows; in stored order the first rows are of few
-        documents. A latent that fires in f of N rows fires in none of n with probability
-        C(N - f, n) / C(N, n) (Hurlbert, 1971).
-        """
-        left = self.rows - self.fired
-        possible = left >= span
-        log_ways = gammaln(left + 1) - gammaln(self.rows + 1)
-        log_ways += gammaln(self.rows - span + 1) - gammaln(np.maximum(left - span, 0) + 1)
-        return 1 - np.where(possible, np.exp(log_ways), 0.0)
-
-
-class Group:
-    """Rows of a span of positions or of norms, about their own mean."""
-
-    def __init__(self, d_model: int) -> None:
-        """No row is counted yet."""
-        self.low = math.inf
-        self.high = -math.inf
-        self.spread = Moments.empty(d_model)
-        self.squared_error = 0.0
-        self.squared = 0.0
-        self.active = 0
-
-    def add(self, value: NDArray[Any], x: Floats, rows: Rows) -> None:
-        """Count rows x (n, d) with their positions or norms (n,)."""
-        self.low = min(self.low, value.min().item())
-        self.high = max(self.high, value.max().item())
-        self.spread = self.spread.merge(Moments.of(x))
-        self.squared_error += rows.squared_error.sum()
-        self.squared += rows.squared.sum()
-        self.active += int(rows.l0.sum())
-
-    def figures(self) -> dict[str, float]:
-        """Its rows, variance explained and L0."""
-        total = self.spread.m2.sum()
-        varies = total > _NO_VARIANCE * self.squared
-        return {
-            "from": self.low,
-            "to": self.high,
-            "rows": self.spread.count,
-            "centred": float(1 - self.squared_error / total) if varies else math.nan,
-            "l0": self.active / self.spread.count,
-        }
-
-
-class Groups:
-    """Rows in spans of a value."""
-
-    def __init__(self, edges: Sequence[float], d_model: int) -> None:
-        """No row is counted yet.
-
-        Args:
-            edges: between the spans; a value at an edge is above it.
-        """
-        self._edges = np.asarray(edges)
-        self._groups = [Group(d_model) for _ in range(len(edges) + 1)]
-
-    def add(self, value: NDArray[Any], x: Floats, rows: Rows) -> None:
-        """Count rows x (n, d) with their values (n,)."""
-        span = np.searchsorted(self._edges, value, side="right")
-        for number in np.unique(span):
-            mask = span == number
-            self._groups[number].add(value[mask], x[mask], rows.take(mask))
-
-    def figures(self) -> list[dict[str, float]]:
-        """Those of every span that has rows."""
-        return [group.figures() for group in self._groups if group.spread.count]
-
-
-class Measured:
-    """What the pass keeps."""
-
-    def __init__(self, subject: Subject, limit: int) -> None:
-        """Begin; norms are read beforehand, since their deciles are spans of rows."""
-        d_model = subject.store.d_model
-        require_complete(subject.store, subject.layer)
-        self.names = {TRAINED: subject.policy, **_OTHERS}
-        self.subsets = {
-            policy: Subset.of(subject, policy) for policy in dict.fromkeys(self.names.values())
-        }
-        self.left_out = statistics.Tally()
-        self.error: dict[int, Moments] = {}  # of e, by kind
-        self.spread: dict[int, Moments] = {}  # of x, by kind
-        # The rest is of the rows that the run's policy keeps.
-        self.latents = Latents(subject.sae.d_sae)
-        deciles = np.quantile(_norms(subject, limit), np.linspace(0.1, 0.9, 9))
-        self.by_position = Groups(_POSITION_EDGES, d_model)
-        self.by_norm_decile = Groups(deciles.tolist(), d_model)
-        self._kinds = subject.policy.kinds
-        self._rows: list[Rows] = []  # every finite row, BOS and outliers too
-        self._activations: list[NDArray[np.float32]] = []  # a sample, > 0
-
-    def add(self, batch: Unit, kept: Kept, x_hat: Tensor) -> None:
-        """Count a batch and its reconstruction."""
-        x = batch.rows.double()
-        error = x - x_hat.double()
-        exact = x.cpu().numpy()
-        of_batch = _by_kind(exact, batch.kind)
-        _merge(self.spread, of_batch)
-        _merge(self.error, _by_kind(error.cpu().numpy(), batch.kind))
-
-        # Every row's squares: variance explained is the ratio of two of their sums.
-        subsets = self.subsets.values()
-        batch_means = [torch.from_numpy(_of(of_batch, subset).mean) for subset in subsets]
-        rows = _rows(batch, x, error, [subset.mean for subset in subsets], batch_means, kept)
-        self._rows.append(rows)
-        self.left_out.add(batch.kind, rows.squared)
-        trained = batch.of_kinds(self._kinds)
-        self.by_position.add(batch.position[trained], exact[trained], rows.take(trained))
-        self.by_norm_decile.add(batch.norm[trained], exact[trained], rows.take(trained))
-
-        # Which latents fire, and a sample of their values from the batch's first rows.
-        latent, row, value = (column.cpu().numpy() for column in positive(kept))
-        counted = trained[row]
-        self.latents.add(latent[counted], int(trained.sum()))
-        number = (np.cumsum(trained) - 1)[row[counted]]
-        self._activations.append(value[counted][number < _SAMPLED_ROWS])
-
-    @property
-    def rows(self) -> Rows:
-        return Rows._make(np.concatenate(column) for column in zip(*self._rows, strict=True))
-
-    @property
-    def activations(self) -> NDArray[np.float32]:
-        return np.concatenate(self._activations)
-
-
-def measure(subject: Subject, limit: int) -> Measured:
-    """Encode and decode the held-out rows, and sum what the figures need.
-
-    Args:
-        limit: held-out rows to measure on, in whole units.
-
-    Raises:
-        StoreError: the run's policy keeps none of these rows.
-    """
-    measured = Measured(subject, limit)
-    progress = Progress()
-    read = 0
-    for unit in subject.rows(limit):
-        encoded = subject.encoded(unit)
-        for numbers, batch in _batches(unit):
-            kept = taken(encoded, numbers)
-            measured.add(batch, kept, subject.sae.decode(kept))
-            read += len(numbers)
-            progress.show(f"{read:,} rows measured")
-    return measured
-
-
-def _norms(subject: Subject, limit: int) -> NDArray[np.float32]:
-    """(n,) norms of the rows that the run's policy keeps, of those that `Subject.rows` yields."""
-    store = subject.store
-    norms = []
-    read = 0
-    for number in held_out_units(store):
-        kind = subject.policy.kinds_of(store, subject.layer, number)
-        norms.append(store.norms(subject.layer, number)[np.isin(kind, subject.policy.kinds)])
-        read += int((kind != NON_FINITE).sum())
-        if read >= limit:
-            break
-    if not any(map(len, norms)):
-        raise StoreError(
-            f"no held-out row of {store.name} passes the run's policy {subject.policy}"
-        )
-    return np.concatenate(norms)
-
-
-def _batches(unit: Unit) -> Iterator[tuple[Tensor, Unit]]:
-    """The unit in parts of BATCH_ROWS rows, each with the numbers of its rows."""
-    numbers = torch.arange(len(unit.rows), device=unit.rows.device)
-    for start in range(0, len(unit.rows), BATCH_ROWS):
-        part = slice(start, start + BATCH_ROWS)
-        yield numbers[part], Unit._make([unit.number, *(column[part] for column in unit[1:])])
-
-
-def _by_kind(rows: Floats, kind: NDArray[np.uint8]) -> dict[int, Moments]:
-    """Moments of rows (n, d) by their kind (n,)."""
-    return {int(number): Moments.of(rows[kind == number]) for number in np.unique(kind)}
-
-
-def _merge(into: dict[int, Moments], of_batch: dict[int, Moments]) -> None:
-    """Merge a batch's moments into those so far, in place."""
-    for kind, moments in of_batch.items():
-        into[kind] = into[kind].merge(moments) if kind in into else moments
-
-
-def _of(by_kind: dict[int, Moments], subset: Subset) -> Moments:
-    """The moments of a subset's rows."""
-    return merge_all([by_kind[kind] for kind in by_kind if kind in subset.kinds], len(subset.mean))
-
-
-def _rows(
-    unit: Unit,
-    x: Tensor,
-    error: Tensor,
-    means: Sequence[Tensor],
-    batch_means: Sequence[Tensor],
-    kept: Kept,
-) -> Rows:
-    x_hat = x - error
-    return Rows(
-        squared_error=error.square().sum(1).cpu().numpy(),
-        about_mean=_about(x, means),
-        about_batch=_about(x, batch_means),
-        squared=x.square().sum(1).cpu().numpy(),
-        dot=(x * x_hat).sum(1).cpu().numpy(),
-        squared_hat=x_hat.square().sum(1).cpu().numpy(),
-        l0=kept.active().cpu().numpy(),
-        document=unit.document,
-        position=unit.position,
-        norm=unit.norm,
-        kind=unit.kind,
-    )
-
-
-def _about(x: Tensor, means: Sequence[Tensor]) -> Floats:
-    """(n, S) |x - mean|^2 of rows x (n, d) about each of some means (d,)."""
-    about = [(x - mean.to(x.device)).square().sum(1) for mean in means]
-    return torch.stack(about, 1).cpu().numpy()
-
-
 # -- figures ---------------------------------------------------------------------------------------
 
 
@@ -413,11 +114,9 @@ def quality(subject: Subject, limit: int) -> dict[str, Any]:
         StoreError: the run's policy keeps none of these rows.
     """
     measured = measure(subject, limit)
-    every = measured.rows
+    every = measured.whole.rows
     rows = every.take(np.isin(every.kind, subject.policy.kinds))
-    by_subset = {}
-    for name, policy in measured.names.items():
-        by_subset[name] = variance_explained(measured, every, policy)
+    by_subset = _by_subset(measured, measured.whole)
     trained = by_subset[TRAINED]
     latents = measured.latents
     activations = measured.activations
@@ -426,7 +125,7 @@ def quality(subject: Subject, limit: int) -> dict[str, Any]:
         "documents": trained["documents"],
         "variance_explained": by_subset,
         **{key: trained[key] for key in DEFINITIONS},
-        **_reconstruction(rows, subject.store.d_model),
+        **_reconstruction(rows, subject.sae.d_out),
         "coverage": latents.coverage(),
         "d_sae": len(latents.fired),
         "silent": int((latents.fired == 0).sum()),
@@ -436,20 +135,76 @@ def quality(subject: Subject, limit: int) -> dict[str, Any]:
         "decoder_cosine": decoder_cosine(neighbours(subject)[0][:, 0]),
         "by_position": measured.by_position.figures(),
         "by_norm_decile": measured.by_norm_decile.figures(),
+        **_of_kind(subject, measured, rows),
     }
 
 
-def variance_explained(measured: Measured, every: Rows, policy: Policy) -> dict[str, Any]:
-    """Every definition, of the rows that a policy keeps, and what it leaves out of `every` row."""
-    subset = measured.subsets[policy]
+def _of_kind(subject: Subject, measured: Measured, rows: Rows) -> dict[str, Any]:
+    """What there is of a transcoder or a crosscoder alone: its baselines, or its targets."""
+    if subject.is_sae:
+        return {}
+    figures: dict[str, Any] = {"kind": subject.noun}
+    if measured.baselines:
+        column = list(measured.whole.subsets).index(subject.policy)
+        about_mean = rows.about_mean[:, column]
+        figures["baselines"] = compared(rows, about_mean, measured.baselines.squares)
+        fit = measured.baselines.linear
+        figures["linear_rows"] = fit and fit.rows
+    if measured.targets:
+        figures["targets"] = {}
+        for port in subject.ports.writes:
+            target = measured.targets[port.name]
+            own = target.rows.take(np.isin(target.rows.kind, subject.policy.kinds))
+            width = len(target.subsets[subject.policy].mean)
+            by_subset = _by_subset(measured, target)
+            reconstruction = _reconstruction(own, width)
+            figures["targets"][port.name] = {"variance_explained": by_subset, **reconstruction}
+    return figures
+
+
+def compared(
+    rows: Rows, about_mean: Floats, squares: Mapping[str, Floats]
+) -> dict[str, dict[str, Any]]:
+    """By baseline: the variance that it `explains`, and what the transcoder explains `more`.
+
+    Each is a figure with its interval over documents; differences are paired.
+
+    Args:
+        about_mean: (n,) |y - mu|^2.
+        squares: (n,) squared errors of each baseline.
+    """
+    figures = {}
+    for name, squared_error in squares.items():
+        explained = stats.variance_explained(rows.document, squared_error, about_mean)
+        gain, total = stats.sums_by(rows.document, squared_error - rows.squared_error, about_mean)
+        more = stats.figure(gain.sum() / total.sum(), stats.bootstrap_ratio(gain, total))
+        figures[name] = {"explains": stats.figure(*explained), "more": more}
+    return figures
+
+
+def _by_subset(measured: Measured, target: Target) -> dict[str, dict[str, Any]]:
+    every = target.rows
+    by_subset = {}
+    for name, policy in measured.names.items():
+        by_subset[name] = variance_explained(measured, target, every, policy)
+    return by_subset
+
+
+def variance_explained(
+    measured: Measured, target: Target, every: Rows, policy: Policy
+) -> dict[str, Any]:
+    """Every definition, of a target's rows that a policy keeps, and what it leaves out of `every`
+    row.
+    """
+    subset = target.subsets[policy]
     rows = every.take(np.isin(every.kind, subset.kinds))
-    column = list(measured.subsets).index(policy)
+    column = list(target.subsets).index(policy)
     about_batch = rows.about_batch[:, column]
     total_error = rows.squared_error.sum()
     centred, interval = stats.variance_explained(
         rows.document, rows.squared_error, rows.about_mean[:, column]
     )
-    spread = _of(measured.spread, subset)
+    spread = of(target.spread, subset)
     ratios = rows.squared_error[about_batch > 0] / about_batch[about_batch > 0]
     return {
         "rows": len(rows.kind),
@@ -461,7 +216,7 @@ def variance_explained(measured: Measured, every: Rows, policy: Policy) -> dict[
         "centred_95": interval and list(interval),
         "batch_mean": float(1 - total_error / about_batch.sum()),
         "mean_of_ratios": float(1 - ratios.mean()),
-        "variance_of_error": 1 - _of(measured.error, subset).m2.sum() / spread.m2.sum(),
+        "variance_of_error": 1 - of(target.error, subset).m2.sum() / spread.m2.sum(),
         "scalar": _scalar(rows, spread),
     }
 
@@ -518,8 +273,9 @@ def headline(figures: dict[str, Any]) -> str:
     """The figure to quote, and the rows and the energy that it says nothing of."""
     trained = figures["variance_explained"][TRAINED]
     return (
-        f"The SAE explains {_centred(trained)} of the variance of {figures['rows']:,} held-out "
-        f"rows of {figures['documents']:,} documents; left out: {left_out(trained)}."
+        f"The {figures.get('kind', 'SAE')} explains {_centred(trained)} of the variance of "
+        f"{figures['rows']:,} held-out rows of {figures['documents']:,} documents; left out: "
+        f"{left_out(trained)}."
     )
 
 
@@ -537,17 +293,16 @@ def outcome_of(subject: Subject, figures: dict[str, Any]) -> Outcome:
     model = subject.store.manifest["model"]["id"]
     summary = [
         f"{headline(figures)} {stats.resampled(figures['documents'], 'document')}",
-        f"It has {figures['d_sae']:,} latents and L0 {figures['l0']:.1f}, on layer "
-        f"{subject.layer} of {model}.",
+        f"It has {figures['d_sae']:,} latents and L0 {figures['l0']:.1f}, on {subject.where} of "
+        f"{model}.",
+        *_verdicts(figures),
         f"Training left out {statistics.told(subject.policy, subject.config.get('left_out'))}.",
         f"{ABOUT} {COVERAGE}",
     ]
     trained = figures["variance_explained"][TRAINED]
     rows = [("variance explained, centred", _centred(trained))]
     rows += [(text, f"{figures[key]:.4f}") for key, text in NAMED.items()]
-    if (lost := summary_of_layer.variance_lost(subject.store, subject.layer)) is not None:
-        codec = subject.store.manifest["codec"]
-        rows.append((f"variance of its rows that the store lost (codec {codec})", f"{lost:.2e}"))
+    rows += _lost(subject)
     silent = f"{figures['silent']:,} of {figures['d_sae']:,}"
     rows.append(("latents silent on all held-out rows", silent))
     fired = [(f"{point['rows']:,}", f"{point['share']:.1%}") for point in figures["coverage"]]
@@ -556,7 +311,86 @@ def outcome_of(subject: Subject, figures: dict[str, Any]) -> Outcome:
         Table("Variance explained by kind of row", SUBSET_HEADER, subset_rows(figures)),
         Table("Coverage", ("rows", "latents that fire in so many"), fired),
     ]
-    return Outcome(figures, summary, tables)
+    return Outcome(figures, summary, [*_tables_of_kind(figures), *tables])
+
+
+def _lost(subject: Subject) -> Iterator[tuple[str, str]]:
+    """What the stores' codec lost of the rows that are written."""
+    several = len(subject.ports.writes) > 1
+    for port in subject.ports.writes:
+        store = subject.stores[port.store]
+        lost = summary_of_layer.variance_lost(store, port.point)
+        if lost is not None:
+            of_port = f", {port}" if several else ""
+            codec = store.manifest["codec"]
+            yield (
+                f"variance of its rows that the store lost (codec {codec}{of_port})",
+                f"{lost:.2e}",
+            )
+
+
+def _verdicts(figures: dict[str, Any]) -> list[str]:
+    """What a transcoder explains beside its baselines, or a crosscoder of each target."""
+    if targets := figures.get("targets"):
+        parts = [
+            f"{_centred(of['variance_explained'][TRAINED])} of {name}"
+            for name, of in targets.items()
+        ]
+        return [
+            f"Target by target it explains {', '.join(parts)}; of all together, each scaled as in "
+            "training, the share above."
+        ]
+    baselines = figures.get("baselines")
+    if not baselines:
+        return []
+    skip = baselines[SKIP]
+    gain = stats.formatted(skip["more"], "+.4f")
+    adds = "The latents add" if _is_above(skip["more"]) else "The latents explain nothing: they add"
+    lines = [
+        f"{adds} {gain} to the {stats.formatted(skip['explains'], '.4f')} that is explained "
+        "without them (b_dec, and the skip if there is one)."
+    ]
+    if LINEAR in baselines:
+        other = baselines[LINEAR]
+        than = "more" if _is_above(other["more"]) else "which is no more"
+        lines[0] += (
+            f" A linear map of {figures['linear_rows']:,} training rows explains "
+            f"{stats.formatted(other['explains'], '.4f')}; the transcoder is at "
+            f"{stats.formatted(other['more'], '+.4f')}, {than} than that."
+        )
+    null = baselines[SHUFFLED]
+    if not _is_above(null["more"]):
+        lines.append(
+            "It knows no more of a token's own row than of another token's: it is worthless."
+        )
+    return lines
+
+
+def _is_above(measured: dict[str, Any]) -> bool:
+    """Whether a figure is above 0 with its whole interval."""
+    interval = measured["interval"]
+    return bool((measured["value"] if interval is None else interval[0]) > 0)
+
+
+def _tables_of_kind(figures: dict[str, Any]) -> list[Table]:
+    """The table of a transcoder's baselines, or of a crosscoder's targets."""
+    rows: list[tuple[str, ...]] = []
+    if baselines := figures.get("baselines"):
+        for name, of_baseline in baselines.items():
+            explains, more = (stats.formatted(of_baseline[key], ".4f") for key in _OF_BASELINE)
+            rows.append((name, explains, more))
+        return [
+            Table("Without latents, of the rows as trained", (" ", *_OF_BASELINE.values()), rows)
+        ]
+    if targets := figures.get("targets"):
+        for name, of_target in targets.items():
+            trained = of_target["variance_explained"][TRAINED]
+            others = [f"{trained[key]:.4f}" for key in DEFINITIONS]
+            more = [f"{of_target[key]:.4f}" for key in _OF_TARGET]
+            rows.append((name, _centred(trained), *others, *more))
+        header = ("target", "centred", *DEFINITIONS.values(), *_OF_TARGET.values())
+        return [Table("Target by target, of the rows as trained", header, rows)]
+    return []
 
 
 def subset_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -570,12 +404,17 @@ def subset_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def memory(study: Study) -> Needed:
-    """Beside a pass seven float64 copies of a batch, and 30 numbers of each row."""
+    """Beside a pass seven float64 copies of a batch, and 30 numbers of each row; of several targets
+    twice; and the products of a linear map.
+    """
     subject = study.subject
     limit = build(Options, "study", study.options).rows
-    of_batch = 7 * 8 * BATCH_ROWS * subject.sae.d_model
-    of_rows = 30 * 8 * rows_read(subject, limit)
-    return Needed(of_pass(subject, limit) + of_batch + of_rows, "study.rows")
+    targets = 2 if len(subject.ports.writes) > 1 else 1
+    of_batch = 7 * 8 * BATCH_ROWS * subject.sae.d_out * targets
+    of_rows = 30 * 8 * rows_read(subject, limit) * targets
+    products = 0 if subject.ports.is_autoencoder else 24 * width_of(subject) ** 2
+    needed = max(of_pass(subject, limit) + of_batch + of_rows, products)
+    return Needed(needed, "study.rows")
 
 
 def run(study: Study) -> Outcome:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from analyze import reconstruction
 from analyze.directions import nearest
 from analyze.outcome import dumped
 from analyze.stats import bootstrap_ratio
@@ -155,9 +156,10 @@ def test_what_is_left_out_stands_beside_the_headline(
 
 
 def test_one_document_has_figures_and_no_interval(subject: Subject) -> None:
-    measured = study.measure(subject, 10**6)
-    alone = measured.rows._replace(document=np.zeros_like(measured.rows.document))
-    found = study.variance_explained(measured, alone, subject.policy)
+    measured = reconstruction.measure(subject, 10**6)
+    rows = measured.whole.rows
+    alone = rows._replace(document=np.zeros_like(rows.document))
+    found = study.variance_explained(measured, measured.whole, alone, subject.policy)
     assert found["centred_95"] is None and found["documents"] == 1
 
 
@@ -190,7 +192,7 @@ def test_coverage_is_over_rows_in_random_order() -> None:
     fires = np.zeros((900, 6), np.bool_)
     for latent, rows in enumerate((range(1), range(3), range(200), range(890, 900), range(900))):
         fires[rows, latent] = True  # the sixth latent is silent
-    latents = study.Latents(6)
+    latents = reconstruction.Latents(6)
     for part in np.array_split(fires, 3):
         latents.add(np.nonzero(part)[1], len(part))
     assert latents.rows == 900 and latents.fired.tolist() == [1, 3, 200, 10, 900, 0]
@@ -229,10 +231,11 @@ def test_groups_add_up(figures: dict[str, Any], reference: Reference) -> None:
 
 
 def test_rows_that_are_all_the_same_have_no_variance_to_explain() -> None:
-    same = study.Groups([10], 2)
+    same = reconstruction.Groups([10], 2)
     x = np.array([[1e4 / 3, 2.0]] * 3)
     row = np.ones(3)
-    rows = study.Rows._make([row, row, row, (x**2).sum(1), row, row, row, row, row, row, row])
+    values = [row, row, row, (x**2).sum(1), row, row, row, row, row, row, row]
+    rows = reconstruction.Rows._make(values)
     same.add(np.array([3, 4, 5]), x, rows)
     (group,) = same.figures()
     assert np.isnan(group["centred"])

@@ -39,10 +39,12 @@ from analyze.subject import Subject
 from data import locks
 from data.errors import StopRequest
 from data.rows.split import Policy
+from data.site import RESID_POST
 from data.store.store import Store
 from tests.bench.outcome import finish
 from tests.conftest import make_store
 from train import sae
+from train.ports import ports_of
 from train.sae import SAE, SAEConfig
 
 LAYER, CONTEXT, CHUNK, BATCH, LATENTS, TOP, BINS = 21, 1024, 1024, 4096, 128, 20, 64
@@ -66,7 +68,8 @@ def subject(folder: Path, tokens: int, unit: int, width: int, d_sae: int, k: int
     make_store(
         folder / "s.zarr", bits, context=CONTEXT, unit=unit, chunk=CHUNK, codec="none", layer=LAYER
     )
-    return Subject(folder, {}, Store.open(folder / "s.zarr"), made, "", LAYER, Policy())
+    ports = ports_of("sae", [LAYER], [RESID_POST], None)
+    return Subject(folder, {}, (Store.open(folder / "s.zarr"),), made, "", ports, Policy())
 
 
 def ours(one: Subject, folder: Path) -> int:

@@ -31,7 +31,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from analyze.subject import Subject, Unit
+from analyze.encoding import Unit
+from analyze.subject import Subject
 from data import digests, durable
 from data.digests import Digests
 from data.durable import Written

@@ -30,13 +30,14 @@ from scipy import sparse
 
 from analyze import directions
 from analyze import subject as subjects
+from analyze.encoding import Unit, positive, taken
 from analyze.memory import Needed, of_pass, of_sae, rows_read
 from analyze.outcome import Outcome
 from analyze.stats import Floats, Interval, percentiles
 from analyze.studies.stability import matching, words
 from analyze.studies.stability.matching import NONE, Codes, Measured
 from analyze.study import Column, Definition, Study, write_features
-from analyze.subject import Subject, Unit, positive, taken
+from analyze.subject import Subject
 from data.errors import SettingError, StopRequest, StoreError
 from data.journal import Progress
 from data.settings import build

@@ -15,6 +15,7 @@ from data.errors import SettingError, StoreError
 from data.journal import read_metrics, tell
 from data.rows.split import Policy
 from train import sae_file
+from train.ports import Ports, recorded_ports
 from train.run import (
     CONFIG,
     METRICS,
@@ -38,7 +39,7 @@ class Arm:
     name: str  # the run's path below the folder that all arms share
     settings: dict[str, Any]  # by dotted key, without those of the store
     policy: Policy
-    layer: int
+    ports: Ports  # what it reads and writes
     identity: str  # digest of the run's store
     store_path: str  # where the store was when the run was trained
     steps: int  # optimizer steps of the whole run
@@ -64,7 +65,7 @@ class Arm:
                 name=name,
                 settings=_flat(own_settings),
                 policy=Policy.of(settings["policy"]),
-                layer=int(settings["layer"]),
+                ports=recorded_ports(settings),
                 identity=str(settings["store"]["identity"]),
                 store_path=str(config["store_path"]),
                 steps=int(config["steps"]),
@@ -77,6 +78,10 @@ class Arm:
             raise StoreError(
                 f"{run / CONFIG} is not what training wrote{lacks}; restore it"
             ) from error
+
+    @property
+    def layer(self) -> int:
+        return self.ports.reads[0].point.layer
 
     @property
     def finished(self) -> bool:

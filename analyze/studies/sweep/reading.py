@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from analyze.encoding import Unit
+from analyze.reconstruction import BATCH_ROWS
 from analyze.stats import sums_by
-from analyze.studies.quality import BATCH_ROWS
 from analyze.studies.sweep.arms import Arm
-from analyze.subject import Subject, Unit
+from analyze.subject import Subject
 from data.device import free_bytes
 from data.errors import StoreError
 from data.journal import Progress
@@ -61,7 +62,7 @@ def measure(
             continue
         arm = next(arm for arm in group if arm.name in saes)
         # With the policy of all arms, they also share the mean that variance is about.
-        subject = Subject(arm.run, {}, store, saes[arm.name], arm.sae or "", arm.layer, policy)
+        subject = Subject(arm.run, {}, (store,), saes[arm.name], arm.sae or "", arm.ports, policy)
         measured = _read(subject, saes, limit)
         for name, error in measured.squared_error.items():
             if np.isfinite(error).all():
