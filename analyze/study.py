@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from analyze import kept, results
+from analyze import kept, refusals, results
 from analyze import outcome as outcomes
 from analyze.memory import Needed, tell_needed
 from analyze.outcome import Outcome, dumped
@@ -67,6 +67,8 @@ class Definition:
     options: type[Any] | None = None  # dataclass of conf/study/NAME.yaml; None: no settings
     # What the result depends on beside the run, the model and the settings.
     inputs: Callable[[Study], Mapping[str, Any]] = nothing
+    # Why it cannot be of a dictionary, with the way out; None: it can. See analyze/refusals.py.
+    refuses: Callable[[Subject], str | None] = refusals.nothing
     # Other studies whose files it reads, by run and name: nobody does them again meanwhile.
     reads: Callable[[Study], Iterable[tuple[Path, str]]] = no_study
     memory: Callable[[Study], Needed] | None = None  # None: less than anybody asks about
@@ -194,9 +196,12 @@ class Study:
         Results of other settings are kept beside it: see analyze/results.py.
 
         Raises:
+            SettingError: the study is not for this kind of dictionary.
             TemporaryError: another process does the study, or what it reads changed meanwhile.
         """
         assert definition.run is not None
+        if reason := definition.refuses(self.subject):
+            raise SettingError(f"study={self.name} is not for this run: {reason}")
         run = self.subject.run
         settings = {} if definition.fresh else self.settings(definition)
         with results.locked(run, self.name):

@@ -62,6 +62,9 @@ def every(study: Study) -> Outcome:
         options = {key: value for key, value in study.options[name].items() if key != "name"}
         part = replace(study, name=name, options=options)
         definition = find(name)
+        if reason := definition.refuses(study.subject):
+            left_out[name] = reason
+            continue
         try:
             outcome = _refusing(partial(part.perform, definition))
         except NoProblemsError as error:

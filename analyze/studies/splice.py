@@ -1,12 +1,16 @@
-"""What the language model loses when the SAE's reconstruction replaces its residual stream.
+"""What the language model loses when a reconstruction replaces the values of a hook point.
 
-Pieces of held-out documents are read alone. The stream behind the SAE's layer is replaced:
+Pieces of held-out documents are read alone. What an SAE reads is replaced; of a transcoder what it
+writes, such as the MLP's output; of a crosscoder each of its targets, one at a time:
 
     identity   by itself, through the same code: must change nothing, exactly
-    sae        by its reconstruction
+    sae        by its reconstruction (transcoder, crosscoder: by theirs, from what they read in the
+               clean model)
     random     by itself plus noise as long as the reconstruction error, in a random direction: the
                error's null (Gurnee, "SAE reconstruction errors are (empirically)
                pathological", 2024)
+    skip       of a transcoder: by what it writes if no latent fires
+    linear     of a transcoder: by a linear map of what it reads (analyze/linear.py)
     mean       by the training rows' mean
     zero       by zeros
 
@@ -21,47 +25,45 @@ the next token, in nats:
 A row is compared with ablations at the same positions. Every interval is from resampling documents,
 each with all its rows: differences are paired.
 
-Shapes: b sequences, t positions, n tokens that are predicted, R replacements, d d_model, V
-    vocabulary.
+Shapes: b sequences, t positions, n tokens that are predicted, R replacements, d the width that is
+    read, d_out that of what is replaced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from analyze import language_model, pieces
+from analyze import language_model, linear, losses, refusals
 from analyze.answering import model_key
 from analyze.drawing import Line, bands, whiskers
-from analyze.language_model import Prediction, batches, edited
+from analyze.losses import ALL, CLEAN, SEED, TRAINED, Batch, Edit, Losses, Taken, choose, ratios
 from analyze.outcome import Outcome, Picture, Table
-from analyze.parts import NOWHERE, Arrays, Parts
+from analyze.parts import NOWHERE, Parts
 from analyze.pieces import Piece
 from analyze.results import digest_of
-from analyze.stats import Floats, bootstrap_ratios, figure, formatted, resampled, sums_by
+from analyze.stats import formatted, resampled, sums_by
 from analyze.study import Definition, Study
 from analyze.subject import Subject
 from data import durable
-from data.errors import SettingError, StopRequest, StoreError
-from data.journal import Progress, note
+from data.errors import SettingError
 from data.settings import build
-from data.store.kinds import NON_FINITE
+from data.site import ATTN_OUT, RESID_MID, HookPoint
 from harvest.model import LanguageModel
-from train.sae import SAE
+from harvest.site import edited_at
+from train.ports import Port
 
 VERSION = 1  # of the kept losses: raise it when the same pieces give other ones
-SEED = 0  # of the random directions and of every interval
-CLEAN = "clean"
-ALL, TRAINED = "all positions", "rows as trained"
 _SPANS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 2**62)  # of positions
+
+# From rows that are read (n, d) and the target's own (n, d_out) to those that replace these.
+Replaced = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -78,220 +80,135 @@ class Options:
 
 
 class Replacement(NamedTuple):
-    """One way to replace the stream."""
+    """One way to replace rows."""
 
     name: str
     where: str  # ALL or TRAINED
-    rows: Callable[[Tensor], Tensor]  # from (n, d) float32 rows to those that replace them
+    rows: Replaced
 
 
-class Losses(NamedTuple):
-    """The loss of each predicted token: of the clean model, then of every replacement."""
+class Splice(NamedTuple):
+    """Where rows are read, and where they are replaced."""
 
-    document: NDArray[np.int64]  # (n,)
-    position: NDArray[np.int64]  # (n,) of the predicted token, since the BOS, which is 0
-    ce: NDArray[np.float64]  # (1 + R, n) nats
-    kl: NDArray[np.float64]  # (1 + R, n) nats
+    reads: tuple[HookPoint, ...]
+    target: HookPoint
 
 
 # -- the pass --------------------------------------------------------------------------------------
 
 
-def choose(subject: Subject, tokens: int) -> list[Piece]:
-    """The first held-out pieces of two tokens or more, of at most `tokens` together, at least one.
-
-    Pieces with a row that is not finite are left out: their loss would be NaN.
-
-    Raises:
-        StoreError: there is no such piece.
-    """
-    chosen: list[Piece] = []
-    left = tokens
-    for piece in pieces.held_out(subject):
-        if len(piece.ids) < 2 or (piece.kind == NON_FINITE).any():
-            continue
-        if chosen and len(piece.ids) > left:
-            break
-        chosen.append(piece)
-        left -= len(piece.ids)
-    if not chosen:
-        raise StoreError(
-            f"{subject.store.name} holds out no piece of two finite rows; harvest more"
-        )
-    return chosen
+def splices(subject: Subject) -> dict[Port, Splice]:
+    """The splice of each port that is written."""
+    reads = tuple(port.point for port in subject.ports.reads)
+    return {port: Splice(reads, port.point) for port in subject.ports.writes}
 
 
-def replacements(subject: Subject) -> list[Replacement]:
-    """All replacements."""
-    sae = subject.sae
-    mean = subject.mean.float()
-    every = [Replacement("identity", ALL, lambda rows: rows)]
+def replacements(subject: Subject, port: Port) -> list[Replacement]:
+    """All replacements of what is written at a port."""
+    own = subject.columns(port)
+    mean = subject.mean[own].float()
+    subject_name = subject.noun.lower()
+
+    def reconstructed(read: Tensor, _: Tensor) -> Tensor:
+        return subject.sae(read)[:, own]
+
+    ways: dict[str, Replaced] = {
+        subject_name: reconstructed,
+        "random": random_error(reconstructed),
+    }
+    if not subject.ports.is_autoencoder:
+        skip = linear.skip_of(subject.sae)
+        ways["skip"] = lambda read, _: skip(read)
+        if fit := linear.fitted(subject):
+            ways["linear"] = lambda read, _: fit(read)
+    ways["mean"] = lambda _, rows: mean.expand_as(rows)
+    ways["zero"] = lambda _, rows: torch.zeros_like(rows)
+    every = [Replacement("identity", ALL, lambda _, rows: rows)]
     for where in (ALL, TRAINED):
-        every += [
-            Replacement("sae", where, sae),
-            Replacement("random", where, random_error(sae, subject.device)),
-            Replacement("mean", where, mean.expand_as),
-            Replacement("zero", where, torch.zeros_like),
-        ]
+        every += [Replacement(name, where, way) for name, way in ways.items()]
     return every
 
 
-def random_error(sae: SAE, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A function that adds noise as long as the SAE's error to rows (n, d).
+def random_error(reconstructed: Replaced) -> Replaced:
+    """Adds noise as long as the reconstruction's error to the target's rows.
 
     The same rows get the same noise: a study that was stopped goes on with what it would have had.
     """
 
-    def noisy(rows: Tensor) -> Tensor:
+    def noisy(read: Tensor, rows: Tensor) -> Tensor:
         seed = int(durable.digest(b"splice %d" % SEED, rows.cpu().numpy().tobytes())[:15], 16)
-        generator = torch.Generator(device).manual_seed(seed)
-        noise = torch.randn(rows.shape, generator=generator, device=device)
-        length = torch.linalg.vector_norm(sae(rows) - rows, dim=1, keepdim=True)
+        generator = torch.Generator(rows.device).manual_seed(seed)
+        noise = torch.randn(rows.shape, generator=generator, device=rows.device)
+        length = torch.linalg.vector_norm(reconstructed(read, rows) - rows, dim=1, keepdim=True)
         noise *= length / torch.linalg.vector_norm(noise, dim=1, keepdim=True)
         return rows + noise
 
     return noisy
 
 
-@torch.inference_mode()
 def measure(
     lm: LanguageModel,
-    layer: int,
+    splice: Splice,
     read: Sequence[Piece],
     kinds: Sequence[int],
     how: Sequence[Replacement],
     parts: Parts = NOWHERE,
 ) -> Losses:
-    """Losses of every token behind a BOS, clean and with each replacement at `layer`.
+    """Losses of every token behind a BOS, clean and with each replacement.
+
+    What is read lies ahead of what is replaced, or is it, or is given from the clean model. So the
+    rows that replace are made of the clean model's states.
 
     Args:
         kinds: of the rows that the SAE was trained on.
         parts: where the losses of each batch are kept.
     """
-    found: list[Losses] = []
-    done = 0
-    progress = Progress()
-    with StopRequest() as stop:
-        every = batches([piece.ids for piece in read], language_model.batch_tokens(lm))
-        for index, (numbers, ids) in enumerate(every):
-            stop.check()
-            batch = _Batch.of([read[number] for number in numbers], ids, kinds)
-            said = f"{done}/{len(read)} pieces"
 
-            def make(batch: _Batch = batch, said: str = said) -> Arrays:
-                return _measured(lm, layer, batch, how, said, stop)._asdict()
+    def edits(batch: Batch, taken: Taken) -> Iterator[Edit]:
+        own = taken[splice.target]
+        rows = [taken[point].reshape(-1, taken[point].shape[-1]).float() for point in splice.reads]
+        x = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+        for replacement in how:
+            mask = batch.mask(replacement.where, kinds).to(own.device)
+            replaced = replacement.rows(x, own.reshape(-1, own.shape[-1]).float())
+            new = torch.where(mask[..., None], replaced.to(own.dtype).view_as(own), own)
+            said = f"{replacement.name}, {replacement.where}"
+            yield Edit(said, _opened(lm, splice.target, own, new))
 
-            found.append(Losses(**parts.of(index, make)))
-            done += len(numbers)
-            progress.show(f"{done}/{len(read)} pieces", last=done == len(read))
-    return Losses._make(np.concatenate(column, -1) for column in zip(*found, strict=True))
+    points = list(dict.fromkeys((*splice.reads, splice.target)))
+    return losses.measure(lm, [(piece,) for piece in read], points, edits, parts)
 
 
-class _Batch(NamedTuple):
-    """Pieces that go through the model together."""
+def _opened(lm: LanguageModel, point: HookPoint, own: Tensor, new: Tensor) -> Any:
+    """While open, a point has `new` (b, t, d) in place of `own`."""
+    if point.site == RESID_MID:  # x + attn_out: edited by what attention adds
+        attention = HookPoint(point.layer, ATTN_OUT)
+        return edited_at(lm, attention, lambda values: values + (new - own))
 
-    pieces: Sequence[Piece]
-    ids: Tensor  # (b, t), padded on the right
-    predicts: Tensor  # (b, t) positions that have a next token
-    trained: Tensor  # (b, t) positions whose rows the SAE was trained on
+    def edit(values: Tensor) -> Tensor:
+        assert values.shape == new.shape, "the whole sequence goes through every layer"
+        return new
 
-    @classmethod
-    def of(cls, chosen: Sequence[Piece], ids: Tensor, kinds: Sequence[int]) -> _Batch:
-        predicts = torch.zeros(ids.shape, dtype=torch.bool)
-        trained = torch.zeros(ids.shape, dtype=torch.bool)
-        for sequence, piece in enumerate(chosen):
-            predicts[sequence, : len(piece.ids) - 1] = True
-            trained[sequence, : len(piece.ids)] = torch.from_numpy(np.isin(piece.kind, kinds))
-        return cls(chosen, ids, predicts, trained)
-
-
-def _measured(
-    lm: LanguageModel,
-    layer: int,
-    batch: _Batch,
-    how: Sequence[Replacement],
-    said: str,
-    stop: StopRequest,
-) -> Losses:
-    """The losses of one batch.
-
-    Args:
-        said: how far the study is, for the line of progress.
-    """
-    # Final states of the clean model, then with each replacement.
-    device = lm.config.device
-    row, position = torch.nonzero(batch.predicts, as_tuple=True)
-    inputs = batch.ids.to(device)
-    masks = {ALL: torch.ones_like(inputs, dtype=torch.bool), TRAINED: batch.trained.to(device)}
-    finals = []
-    for replacement in (None, *how):
-        stop.check()
-        hook: AbstractContextManager[None] = nullcontext()
-        if replacement is None:
-            note(f"{said}, {CLEAN}")
-        else:
-            note(f"{said}, {replacement.name}, {replacement.where}")
-            edit = _edit(replacement.rows, masks[replacement.where])
-            hook = edited(lm.blocks[layer], edit)
-        with hook:
-            states = lm.decoder(input_ids=inputs, use_cache=False).last_hidden_state
-        finals.append(states[row.to(device), position.to(device)])
-
-    note(f"{said}, losses")
-    ce, kl = _losses(lm, finals, batch.ids[row, position + 1].to(device), stop)
-    document = np.array([piece.document for piece in batch.pieces])[row.numpy()]
-    return Losses(document, position.numpy() + 1, ce, kl)
-
-
-def _edit(replace: Callable[[Tensor], Tensor], mask: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function that replaces the rows of the stream (b, t, d) where `mask` (b, t) is set."""
-
-    def edit(stream: Tensor) -> Tensor:
-        assert stream.shape[:2] == mask.shape, "the whole sequence goes through every layer"
-        replaced = replace(stream.reshape(-1, stream.shape[-1]).float())
-        return torch.where(mask[..., None], replaced.to(stream.dtype).view_as(stream), stream)
-
-    return edit
-
-
-def _losses(
-    lm: LanguageModel, finals: Sequence[Tensor], targets: Tensor, stop: StopRequest
-) -> tuple[Floats, Floats]:
-    """CE, and KL(clean || replaced), (1 + R, m) each.
-
-    Args:
-        finals: (m, d) final states behind the final norm, of the clean model first.
-        targets: (m,) next tokens.
-    """
-    ce = targets.new_empty(len(finals), len(targets), dtype=torch.float32)
-    kl = torch.empty_like(ce)
-    for part in language_model.blocks(lm, len(targets)):
-        stop.check()
-        clean = Prediction.of_states(lm, finals[0][part], normed=True)
-        for number, states in enumerate(finals):
-            replaced = Prediction.of_states(lm, states[part], normed=True)
-            ce[number, part] = replaced.cross_entropy(targets[part])
-            kl[number, part] = clean.kl(replaced)
-    return ce.double().cpu().numpy(), kl.double().cpu().numpy()
+    return edited_at(lm, point, edit)
 
 
 # -- figures ---------------------------------------------------------------------------------------
 
 
-def figures_of(losses: Losses, how: Sequence[Replacement]) -> list[dict[str, Any]]:
+def figures_of(measured: Losses, how: Sequence[Replacement]) -> list[dict[str, Any]]:
     """Figures of the clean model and of every replacement, with intervals over documents."""
-    (count,) = sums_by(losses.document, np.ones(len(losses.document)))
-    ce = np.stack(sums_by(losses.document, *losses.ce))
-    kl = np.stack(sums_by(losses.document, *losses.kl))
+    (count,) = sums_by(measured.document, np.ones(len(measured.document)))
+    ce = np.stack(sums_by(measured.document, *measured.ce))
+    kl = np.stack(sums_by(measured.document, *measured.kl))
     index = {}  # of each replacement in the rows of `ce` and `kl`
     for row, replacement in enumerate(how, 1):
         index[replacement.name, replacement.where] = row
-    rows: list[dict[str, Any]] = [{"name": CLEAN, "where": "", **_ratios({"ce": (ce[0], count)})}]
+    rows: list[dict[str, Any]] = [{"name": CLEAN, "where": "", **ratios({"ce": (ce[0], count)})}]
     for (name, where), row in index.items():
         zero = index["zero", where]
         mean = index["mean", where]
         random = index["random", where]
-        ratios = {
+        sums = {
             "ce": (ce[row], count),
             "difference": (ce[row] - ce[0], count),
             "loss_recovered": (ce[zero] - ce[row], ce[zero] - ce[0]),
@@ -300,27 +217,12 @@ def figures_of(losses: Losses, how: Sequence[Replacement]) -> list[dict[str, Any
             "kl_score": (kl[zero] - kl[row], kl[zero]),
             "kl_of_random": (kl[row], kl[random]),
         }
-        largest = float(np.abs(losses.ce[row] - losses.ce[0]).max())
-        rows.append(
-            {"name": name, "where": where, **_ratios(ratios), "largest_difference": largest}
-        )
+        largest = float(np.abs(measured.ce[row] - measured.ce[0]).max())
+        rows.append({"name": name, "where": where, **ratios(sums), "largest_difference": largest})
     return rows
 
 
-def _ratios(sums: Mapping[str, tuple[Floats, Floats]]) -> dict[str, dict[str, Any]]:
-    """Ratios of sums over documents, by name, from the same resamples.
-
-    NaN where the denominator is not positive: an ablation that costs nothing is no measure.
-    """
-    numerators = np.stack([numerator for numerator, _ in sums.values()], 1)
-    denominators = np.stack([denominator for _, denominator in sums.values()], 1)
-    denominators = np.where(denominators.sum(0) > 0, denominators, np.nan)
-    values = numerators.sum(0) / denominators.sum(0)
-    intervals = bootstrap_ratios(numerators, denominators, seed=SEED)
-    return dict(zip(sums, map(figure, values, intervals), strict=True))
-
-
-def by_position(losses: Losses, row: int) -> list[dict[str, Any]]:
+def by_position(measured: Losses, row: int) -> list[dict[str, Any]]:
     """The cost of a replacement by the position of the predicted token, in spans that double.
 
     Args:
@@ -328,16 +230,16 @@ def by_position(losses: Losses, row: int) -> list[dict[str, Any]]:
     """
     spans = []
     for low, high in pairwise(_SPANS):
-        inside = (losses.position >= low) & (losses.position < high)
+        inside = (measured.position >= low) & (measured.position < high)
         if inside.any():
-            more = losses.ce[row, inside] - losses.ce[0, inside]
-            cost, count = sums_by(losses.document[inside], more, np.ones(inside.sum()))
+            more = measured.ce[row, inside] - measured.ce[0, inside]
+            cost, count = sums_by(measured.document[inside], more, np.ones(inside.sum()))
             spans.append(
                 {
                     "from": low,
-                    "to": int(losses.position[inside].max()),
+                    "to": int(measured.position[inside].max()),
                     "tokens": int(inside.sum()),
-                    **_ratios({"difference": (cost, count)}),
+                    **ratios({"difference": (cost, count)}),
                 }
             )
     return spans
@@ -347,57 +249,90 @@ def by_position(losses: Losses, row: int) -> list[dict[str, Any]]:
 
 
 def splice(study: Study) -> Outcome:
-    """CE and KL with the SAE in place, beside the identity, random errors, and ablations."""
+    """CE and KL with a reconstruction in place, beside the identity, random errors, ablations."""
     options = build(Options, "study", study.options)
     subject = study.subject
     lm = study.lm
-    read = choose(subject, options.tokens)
-    deviation = language_model.head_deviation(lm, read[0].ids)
-    how = replacements(subject)
+    read = [piece for (piece,) in choose([subject], options.tokens)]
+    kinds = np.concatenate([piece.kind for piece in read])
+    figures = {
+        "pieces": len(read),
+        "documents": len({piece.document for piece in read}),
+        "tokens": sum(len(piece.ids) - 1 for piece in read),
+        "replaced": {ALL: len(kinds), TRAINED: int(np.isin(kinds, subject.policy.kinds).sum())},
+        "seed": SEED,
+        "head_deviation": language_model.head_deviation(lm, read[0].ids),
+    }
     key = {
         "version": VERSION,
         **study.identity,
         **model_key(study),
         "read": digest_of({"pieces": [(piece.ids, piece.kind.tolist()) for piece in read]}),
     }
-    parts = subject.parts("spliced", key)
-    losses = measure(lm, subject.layer, read, subject.policy.kinds, how, parts)
-    kinds = np.concatenate([piece.kind for piece in read])
+    targets = {}
+    for port, where in splices(subject).items():
+        own_key = key if len(subject.ports.writes) == 1 else {**key, "target": port.name}
+        how = replacements(subject, port)
+        parts = subject.parts("spliced", own_key)
+        measured = measure(lm, where, read, subject.policy.kinds, how, parts)
+        targets[port] = _of_target(measured, how, subject)
+    if len(targets) == 1:
+        (of_target,) = targets.values()
+        figures |= of_target
+    else:
+        figures["targets"] = {port.name: of_target for port, of_target in targets.items()}
+    lines: list[str] = []
+    tables: list[Table] = []
+    pictures: dict[str, Picture] = {}
+    for port, of_target in targets.items():
+        lines += _summary(figures, of_target, subject, port)
+        apart = "" if len(targets) == 1 else f" at {port}"
+        tables.append(_table(of_target, apart))
+        suffix = "" if len(targets) == 1 else f"_{port.name.replace('/', '_')}"
+        for name, picture in _pictures(of_target, apart).items():
+            pictures[f"{name}{suffix}"] = picture
+    return Outcome(
+        figures, [*lines, _clean(figures, next(iter(targets.values())))], tables, pictures
+    )
+
+
+def _of_target(measured: Losses, how: Sequence[Replacement], subject: Subject) -> dict[str, Any]:
+    """The figures of the replacements at one target."""
     positions = {}
     for row, replacement in enumerate(how, 1):
-        if replacement.name in ("sae", "random"):
+        if replacement.name in (subject.noun.lower(), "random"):
             name = f"{replacement.name}, {replacement.where}"
-            positions[name] = by_position(losses, row)
-    figures = {
-        "pieces": len(read),
-        "documents": len(np.unique(losses.document)),
-        "tokens": len(losses.document),
-        "replaced": {ALL: len(kinds), TRAINED: int(np.isin(kinds, subject.policy.kinds).sum())},
-        "seed": SEED,
-        "head_deviation": deviation,
-        "rows": figures_of(losses, how),
-        "by_position": positions,
-    }
-    return Outcome(figures, _summary(figures, subject), [_table(figures)], _pictures(figures))
+            positions[name] = by_position(measured, row)
+    return {"rows": figures_of(measured, how), "by_position": positions}
 
 
-def _summary(figures: dict[str, Any], subject: Subject) -> list[str]:
-    rows = {(row["name"], row["where"]): row for row in figures["rows"]}
+def _summary(
+    figures: dict[str, Any], of_target: dict[str, Any], subject: Subject, port: Port
+) -> list[str]:
+    rows = {(row["name"], row["where"]): row for row in of_target["rows"]}
     replaced = figures["replaced"]
+    own = subject.noun.lower()
+    place = f"{port}'s residual" if subject.is_resid_post else str(port)
     lines = []
     for where in (ALL, TRAINED):
-        sae = rows["sae", where]
+        spliced = rows[own, where]
         random = rows["random", where]
         lines.append(
-            f"With the SAE's reconstruction in place of layer {subject.layer}'s residual at "
+            f"With the {subject.noun}'s reconstruction in place of {place} at "
             f"{where}, {replaced[where]:,} of {replaced[ALL]:,}, the model loses "
-            f"{formatted(sae['difference'], '.4f')} nats per token: loss recovered "
-            f"{formatted(sae['loss_recovered'], '.2%')} of zero ablation's, "
-            f"{formatted(sae['loss_recovered_of_mean'], '.2%')} of mean ablation's, KL score "
-            f"{formatted(sae['kl_score'], '.2%')}. A random error of the same length costs "
-            f"{formatted(random['difference'], '.4f')}; the SAE's KL is "
-            f"{formatted(sae['kl_of_random'], '.2f')} times that one's."
+            f"{formatted(spliced['difference'], '.4f')} nats per token: loss recovered "
+            f"{formatted(spliced['loss_recovered'], '.2%')} of zero ablation's, "
+            f"{formatted(spliced['loss_recovered_of_mean'], '.2%')} of mean ablation's, KL score "
+            f"{formatted(spliced['kl_score'], '.2%')}. A random error of the same length costs "
+            f"{formatted(random['difference'], '.4f')}; the {subject.noun}'s KL is "
+            f"{formatted(spliced['kl_of_random'], '.2f')} times that one's."
         )
+        if ("skip", where) in rows:
+            without = [f"its skip alone {formatted(rows['skip', where]['difference'], '.4f')}"]
+            if ("linear", where) in rows:
+                cost = formatted(rows["linear", where]["difference"], ".4f")
+                without.append(f"a linear map {cost}")
+            lines[-1] += f" Without latents, {', '.join(without)}."
     moved = rows["identity", ALL]["largest_difference"]
     if moved == 0:
         lines[0] += " The identity splice changes no token's loss, exactly."
@@ -406,12 +341,17 @@ def _summary(figures: dict[str, Any], subject: Subject) -> list[str]:
             " The identity splice, which must change nothing, moves a token's loss by up to "
             f"{moved:.1e} nats: no figure here is better than that."
         )
-    lines.append(
-        f"The model itself has {formatted(rows[CLEAN, '']['ce'], '.4f')} nats on these "
+    return lines
+
+
+def _clean(figures: dict[str, Any], of_target: dict[str, Any]) -> str:
+    """The model as it is, and what brackets are worth."""
+    clean = of_target["rows"][0]
+    return (
+        f"The model itself has {formatted(clean['ce'], '.4f')} nats on these "
         f"{figures['tokens']:,} tokens of {figures['documents']} documents. "
         f"{resampled(figures['documents'], 'document')} Differences are paired."
     )
-    return lines
 
 
 _COLUMNS = {  # of the table: figure, head and form
@@ -424,7 +364,7 @@ _COLUMNS = {  # of the table: figure, head and form
 }
 
 
-def _table(figures: dict[str, Any]) -> Table:
+def _table(figures: dict[str, Any], apart: str) -> Table:
     header = ("stream", "where", *(head for head, _ in _COLUMNS.values()))
     rows = []
     for row in figures["rows"]:
@@ -432,10 +372,10 @@ def _table(figures: dict[str, Any]) -> Table:
         for key, (_, form) in _COLUMNS.items():
             cells.append(formatted(row[key], form) if key in row else "")
         rows.append(tuple(cells))
-    return Table("The model with each stream, nats per token", header, rows)
+    return Table(f"The model with each stream{apart}, nats per token", header, rows)
 
 
-def _pictures(figures: dict[str, Any]) -> dict[str, Picture]:
+def _pictures(figures: dict[str, Any], apart: str = "") -> dict[str, Picture]:
     names = [f"{row['name']}, {row['where']}".removesuffix(", ") for row in figures["rows"]]
     values = [row["ce"]["value"] for row in figures["rows"]]
     intervals = [row["ce"]["interval"] for row in figures["rows"]]
@@ -449,14 +389,14 @@ def _pictures(figures: dict[str, Any]) -> dict[str, Picture]:
     x_label = "position of the predicted token, from"
     return {
         "splice": Picture(
-            "Cross entropy with each stream in place of the residual",
+            f"Cross entropy with each stream in place of the residual{apart}",
             whiskers(names, values, intervals, "CE, nats per token"),
         ),
         "splice_position": Picture(
-            "What the replacement costs by position in the piece",
+            f"What the replacement costs by position in the piece{apart}",
             bands(lines, x_label, "CE more than clean, nats", log=True),
         ),
     }
 
 
-DEFINITION = Definition(splice, version=2, options=Options, order=10)
+DEFINITION = Definition(splice, version=2, options=Options, refuses=refusals.two_models, order=10)

@@ -1,0 +1,50 @@
+"""What a study cannot be of: a reason with its way out, before a model is loaded; None if it can.
+
+A study names one of these in its `Definition`.
+"""
+
+from __future__ import annotations
+
+from analyze.subject import Subject
+from data.site import MLP_IN
+
+_OF_ROWS = "quality, stability, catalogue"  # studies that read stored rows alone
+
+
+def nothing(_: Subject) -> str | None:
+    """Of a study of any dictionary."""
+    return None
+
+
+def two_models(subject: Subject) -> str | None:
+    """Of a study that runs the language model: two stores are of two models, or of one twice."""
+    if len(subject.stores) == 1:
+        return None
+    return (
+        f"it runs one language model, and the crosscoder of {subject.run} reads two stores; take a "
+        f"crosscoder of one store as run=, or a study of stored rows: {_OF_ROWS}"
+    )
+
+
+def all_but_saes(subject: Subject) -> str | None:
+    """Of a study whose figures are defined for what reconstructs the one hook point it reads."""
+    if subject.is_sae:
+        return None
+    return (
+        f"its figures are of SAEs, and {subject.run} is a {subject.noun} of {subject.where}; "
+        "study=quality and study=splice have its figures"
+    )
+
+
+def beside_the_stream(subject: Subject) -> str | None:
+    """Of what directions say to the head: mlp_in is behind a norm, and adds nothing to the stream.
+
+    A transcoder is fit by what it writes, a crosscoder if all that it writes is in the stream.
+    """
+    apart = [port for port in subject.ports.writes if port.point.site == MLP_IN]
+    if not apart:
+        return None
+    return (
+        f"{apart[0]}, which {subject.run} writes, is not in the residual stream, so its directions "
+        "say nothing to the head"
+    )
