@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from analyze.study import Study, find, model_of
-from analyze.subject import Subject
+from analyze.subject import Subject, places_of
 from conf.command import ALONE, Job
 from data.device import torch_device
 from data.errors import SettingError
@@ -84,13 +84,6 @@ def subject_of(settings: Settings, device: torch.device) -> Subject:
                 f"{name}={value} is for SAEs of other libraries; run={named} knows its own"
             )
     return Subject.open(run or Path(named), stores, device)
-
-
-def places_of(store: Any) -> list[str] | None:
-    """The stores that store= names: one, or a list of both that a crosscoder reads."""
-    if not store:
-        return None
-    return [str(place) for place in store] if isinstance(store, list | tuple) else [str(store)]
 
 
 def _imported(named: str, store: str | None, layer: int | None, settings: Settings) -> Path | None:

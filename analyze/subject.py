@@ -77,6 +77,13 @@ def recorded_stores(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(str(place), str(identity)) for place, identity in pairs]
 
 
+def places_of(store: Any) -> list[str] | None:
+    """The stores that store= names: one, or a list of both that a crosscoder reads."""
+    if not store:
+        return None
+    return [str(place) for place in store] if isinstance(store, list | tuple) else [str(store)]
+
+
 def open_stores(
     run: Path, recorded: Sequence[tuple[str, str]], asked: Sequence[str] | str | None
 ) -> tuple[Store, ...]:
