@@ -25,8 +25,9 @@ from analyze.parts import NOWHERE, Parts
 from data.errors import MismatchError, SettingError, StoreError
 from data.foreign import reading
 from data.rows import statistics
+from data.rows.rounds import KeptRows
 from data.rows.source import Source
-from data.rows.split import Policy, held_out_units
+from data.rows.split import Policy, held_out_units, training_units
 from data.site import RESID_POST, HookPoint
 from data.store import manifest
 from data.store.kinds import BOS, NON_FINITE
@@ -350,8 +351,10 @@ class Subject:
     def moments_of(self, policy: Policy) -> Moments:
         """Mean and variance of the training rows that are written and that a policy keeps."""
         self.require_complete()
-        every = self.sources(self.ports.writes)
-        return _together([statistics.of_training(*source, policy).moments for source in every])
+        kept = KeptRows(self.sources(self.ports.every), policy)
+        found = statistics.of_kept(kept, training_units(self.store))
+        of_port = dict(zip(self.ports.every, found, strict=True))
+        return _together([of_port[port].moments for port in self.ports.writes])
 
     @cached_property
     def moments(self) -> Moments:

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from analyze.study import Study
 from analyze.subject import Subject
 from data import durable
+from data.rows import summary
 from data.store.store import Store
 from data.text.sources import TinyText
 from harvest.config import HarvestConfig
 from harvest.loop import harvest
 from harvest.model import ModelConfig, load
 from harvest.model_folder import EMBEDDED
-from tests.conftest import make_store
+from tests.conftest import commit, make_store
 from train import sae, sae_file
 from train.optim import OptimConfig
 from train.run import CONFIG, source_of
@@ -50,20 +51,34 @@ def make_run(root: Path, bits: NDArray[np.uint16]) -> Made:
     return Made(root / "run", store, rows, made)
 
 
-def write_run(run: Path, store: Store, layer: int, config: sae.SAEConfig, made: sae.SAE) -> None:
-    """The files of a finished run, as training leaves them."""
-    run.mkdir()
+def write_run(
+    run: Path,
+    store: Store,
+    layer: int | list[int],
+    config: sae.SAEConfig,
+    made: sae.SAE,
+    scales: dict[str, float] | None = None,
+    **more: object,
+) -> None:
+    """The files of a finished run, as training leaves them.
+
+    Args:
+        scales: of a crosscoder, by the name of its ports.
+        more: settings that are recorded where they differ from what runs had before.
+    """
+    run.mkdir(parents=True)
     sae_file.write_final(made, 1.0, run)
     settings = {
         "store": {"identity": store.identity},
         "layer": layer,
+        **more,
         "tokens": 1024,
         "batch": 64,
         "seed": 0,
         "data_seed": 0,
         "matmul": "fp32",
         "policy": {"drop_bos": True, "drop_outliers": True},
-        "sae": {**vars(config)},
+        "sae": config.recorded(),
         "optim": {**vars(OptimConfig(lr=1e-3, lr_floor=1e-4))},
     }
     whole = {
@@ -73,6 +88,8 @@ def write_run(run: Path, store: Store, layer: int, config: sae.SAEConfig, made: 
         "scale": 1.0,
         "steps": 16,
     }
+    if scales:
+        whole["scales"] = scales
     whole |= {"lr": 1e-3, "dead_after": 1000, "source": source_of(store)}
     durable.write(run / CONFIG, [yaml.safe_dump({**whole, "environment": {"torch": "x"}}).encode()])
     figures = {"variance_explained": 0.5, "mse": 1.0, "dead": 1, "dead_share": 0.025, "lr": 1e-3}
@@ -80,6 +97,18 @@ def write_run(run: Path, store: Store, layer: int, config: sae.SAEConfig, made: 
         {"split": split, "step": 16, "tokens": 1024, **figures} for split in ("train", "held_out")
     ]
     durable.write(run / "metrics.jsonl", [json.dumps(line).encode() + b"\n" for line in lines])
+
+
+def add_points(store: Store, bits: dict[str, NDArray[np.uint16]]) -> Store:
+    """The store with the rows (N, d) of further hook points, bfloat16 bits in spine order."""
+    size = store.unit_tokens
+    for unit in range(store.units):
+        part = slice(unit * size, (unit + 1) * size)
+        commit(store, unit, {name: rows[part] for name, rows in bits.items()})
+    for name in bits:
+        summary.write(store, name)
+    store.declare([*store.points, *bits])
+    return Store.open(store.name)
 
 
 def random_rows() -> NDArray[np.uint16]:
