@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from data.errors import PipelineError
 from data.journal import note
-from data.site import HookPoint
+from data.site import HookPoint, Point
 from harvest.model import LanguageModel
 from harvest.site import DeepestReached, tap
 
@@ -40,6 +40,8 @@ BLOCK_OPERATIONS = 1 << 36
 _ALLOWED_DEVIATION = 2.0**-6
 _CHECKED_TOKENS = 32
 
+
+Named = TypeVar("Named", bound=Point)
 
 # -- texts through the whole model -----------------------------------------------------------------
 
@@ -83,24 +85,25 @@ def _padded(sequences: Sequence[Sequence[int]], group: Sequence[int]) -> Tensor:
 def residuals(
     lm: LanguageModel,
     sequences: Sequence[Sequence[int]],
-    layers: Sequence[int],
+    points: Sequence[Named],
     tokens: int | None = None,
-) -> Iterator[tuple[int, dict[int, Tensor]]]:
-    """Each sequence's residuals, by one forward pass, in the order of `batches`.
+) -> Iterator[tuple[int, dict[Named, Tensor]]]:
+    """Each sequence's states at some hook points, by one forward pass, in the order of `batches`.
 
     Args:
         tokens: of a batch; None: see `batch_tokens`.
 
     Yields:
-        the sequence's number, and by layer its resid_post (t, d) in the model's own dtype. The
-            rows are views that the next pass does not overwrite.
+        the sequence's number, and its states (t, d) in the model's own dtype by point, named as
+            it was given; a number is a layer's resid_post. The rows are views that the next pass
+            does not overwrite.
     """
     for numbers, ids in batches(sequences, tokens or batch_tokens(lm)):
-        with tap(lm, layers, ends=True) as taken, suppress(DeepestReached):
+        with tap(lm, points, ends=True) as taken, suppress(DeepestReached):
             lm.decoder(input_ids=ids.to(lm.config.device), use_cache=False)
         for row, number in enumerate(numbers):
             length = len(sequences[number])
-            yield number, {layer: taken[HookPoint(layer)][row, :length] for layer in layers}
+            yield number, {point: taken[HookPoint.of(point)][row, :length] for point in points}
 
 
 @torch.inference_mode()

@@ -15,12 +15,14 @@ from omegaconf import OmegaConf
 from torch.nn.functional import cross_entropy
 
 from analyze import pieces
+from analyze.losses import choose
 from analyze.pieces import Piece
 from analyze.studies import splice
-from analyze.studies.splice import ALL, TRAINED, Losses, Options, Replacement
+from analyze.studies.splice import ALL, TRAINED, Losses, Options, Replacement, Splice
 from analyze.subject import Subject
 from data.errors import SettingError
 from data.settings import build
+from data.site import HookPoint
 from data.store.kinds import BOS, NON_FINITE, ORDINARY, OUTLIER
 from harvest.model import LanguageModel, ModelConfig, load
 from harvest.model_folder import EMBEDDED
@@ -41,14 +43,20 @@ def subject(tiny_run: Path) -> Subject:
 @pytest.fixture
 def read(subject: Subject) -> list[Piece]:
     """Some pieces of different documents, in which a row is an outlier."""
-    chosen = {piece.document: piece for piece in splice.choose(subject, 300)}
+    chosen = {piece.document: piece for (piece,) in choose([subject], 300)}
     read = list(chosen.values())
     read[1].kind[5] = OUTLIER
     return read
 
 
 def measure(lm: LanguageModel, read: list[Piece], how: list[Replacement]) -> Losses:
-    return splice.measure(lm, TINY_LAYER, read, (ORDINARY,), how)
+    here = HookPoint(TINY_LAYER)
+    return splice.measure(lm, Splice((here,), here), read, (ORDINARY,), how)
+
+
+def replacements(subject: Subject) -> list[Replacement]:
+    (port,) = subject.ports.writes
+    return splice.replacements(subject, port)
 
 
 def naive(
@@ -80,7 +88,9 @@ def test_losses_are_those_of_a_plain_loop(
     lm: LanguageModel, subject: Subject, read: list[Piece]
 ) -> None:
     losses = measure(
-        lm, read, [Replacement("sae", ALL, subject.sae), Replacement("sae", TRAINED, subject.sae)]
+        lm,
+        read,
+        [Replacement("sae", where, lambda x, _: subject.sae(x)) for where in (ALL, TRAINED)],
     )
     assert sorted(losses.document) == sorted(
         document for piece in read for document in [piece.document] * (len(piece.ids) - 1)
@@ -112,7 +122,7 @@ def test_losses_are_those_of_a_plain_loop(
 def test_identity_is_exact_and_ablations_are_what_they_are_called(
     lm: LanguageModel, subject: Subject, read: list[Piece]
 ) -> None:
-    how = splice.replacements(subject)
+    how = replacements(subject)
     losses = measure(lm, read, how)
     row = {(one.name, one.where): at for at, one in enumerate(how, 1)}
     assert (losses.ce[row["identity", ALL]] == losses.ce[0]).all()
@@ -148,7 +158,7 @@ def test_a_perfect_sae_recovers_all_and_the_mean_recovers_none(
         128,
     )
     for one, recovered in ((made, 1), (constant, 0)):
-        how = splice.replacements(replace(subject, sae=one))
+        how = replacements(replace(subject, sae=one))
         losses = measure(lm, read, how)
         rows = {(row["name"], row["where"]): row for row in splice.figures_of(losses, how)}
         for where in (ALL, TRAINED):
@@ -161,7 +171,8 @@ def test_a_perfect_sae_recovers_all_and_the_mean_recovers_none(
 
 def test_random_errors_have_the_length_of_the_saes(subject: Subject) -> None:
     rows = torch.randn(50, 64, generator=torch.Generator().manual_seed(1)) * 3
-    first, again = (splice.random_error(subject.sae, subject.device)(rows) for _ in range(2))
+    noisy = splice.random_error(lambda x, _: subject.sae(x))
+    first, again = (noisy(rows, rows) for _ in range(2))
     assert torch.equal(first, again)
     error, length = first - rows, (subject.sae(rows) - rows).norm(dim=1)
     torch.testing.assert_close(error.norm(dim=1), length)
@@ -181,7 +192,7 @@ def made_losses(documents: int = 40, each_: int = 10) -> tuple[Losses, list[Repl
     document = np.repeat(np.arange(documents), each_)
     clean = np.repeat(rng.uniform(0, 6, documents), each_)
     how = [
-        Replacement(name, ALL, torch.zeros_like)
+        Replacement(name, ALL, lambda _, rows: rows)
         for name in ("identity", "sae", "random", "mean", "zero")
     ]
     costs = np.array([0, 0, 0.4, 0.2, 2, 4])[:, None] + np.zeros(len(document))
@@ -274,9 +285,8 @@ def test_choice_of_pieces(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> 
 
     given = [piece(1), piece(4), piece(5, NON_FINITE), piece(6, OUTLIER), piece(7)]
     monkeypatch.setattr(pieces, "held_out", lambda _subject: iter(given))
-    assert [len(one.ids) for one in splice.choose(subject, 100)] == [4, 6, 7]
-    assert [len(one.ids) for one in splice.choose(subject, 16)] == [4, 6]
-    assert [len(one.ids) for one in splice.choose(subject, 2)] == [4]
+    for tokens, lengths in ((100, [4, 6, 7]), (16, [4, 6]), (2, [4])):
+        assert [len(one.ids) for (one,) in choose([subject], tokens)] == lengths
 
 
 def test_the_study_of_the_embedded_model(tiny_study: Callable) -> None:

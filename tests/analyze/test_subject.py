@@ -194,13 +194,10 @@ def test_quality_of_a_transcoder_is_of_what_it_writes(mlp: Subject) -> None:
 
 def test_a_transcoder_without_decoder_is_seen_to_be_its_skip(mlp: Subject) -> None:
     """Zero directions: all that it explains, its skip does."""
-    x, y, directions = planted_mlp()
-    mean_in, mean_out = x.mean(0), y.mean(0)
-    fit = np.linalg.lstsq(x - mean_in, y - mean_out, rcond=None)[0]
-    b_in, b_dec, skip = (torch.from_numpy(part).float() for part in (mean_in, mean_out, fit))
-    empty = replace(
-        mlp.sae, W_dec=torch.zeros_like(directions), b_in=b_in, b_dec=b_dec, W_skip=skip
-    )
+    fit = linear.fitted(mlp)
+    assert fit
+    as_skip = {"b_in": fit.mean_in, "b_dec": fit.mean_out, "W_skip": fit.W}
+    empty = replace(mlp.sae, W_dec=torch.zeros_like(mlp.sae.W_dec), **as_skip)
     subject = replace(mlp, sae=empty)
     figures = figures_of(subject)
     alone = figures["baselines"][study.SKIP]
