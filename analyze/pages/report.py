@@ -13,6 +13,7 @@ from analyze.contexts import Context
 from analyze.outcome import Outcome
 from analyze.pages import facts
 from analyze.pages.template import rendered
+from analyze.reconstruction import TRAINED
 from analyze.results import FOLDER, PAGE, Result
 from analyze.stats import resampled
 from analyze.studies import quality
@@ -75,7 +76,7 @@ def report(subject: Subject, limit: int, model_path: str | None) -> Path:
         subsets=quality.subset_rows(figures),
         definitions=quality.SUBSET_HEADER,
         notes=[resampled(figures["documents"], "document"), quality.ABOUT, quality.COVERAGE],
-        left_out=quality.left_out(figures["variance_explained"][quality.TRAINED]),
+        left_out=quality.left_out(figures["variance_explained"][TRAINED]),
         final=final,
         pictures=_curves(metrics) | _pictures(figures),
         features=_features(subject, limit, model_path),

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from analyze.losses import ALL, CLEAN
 from analyze.memory import Needed, of_pass, of_sae
 from analyze.outcome import Outcome, Table, dumped
 from analyze.peers import saebench_metrics
 from analyze.peers.saebench_metrics import DEFINITIONS, Measured, Metrics
 from analyze.results import current, made
 from analyze.stats import Floats, figure, formatted, resampled, variance_explained
-from analyze.studies import splice
 from analyze.study import Definition, Study, at_least
 from analyze.subject import Subject
 from data import durable
@@ -74,10 +74,10 @@ def spliced(subject: Subject) -> Spliced | None:
     figures = result.outcome.figures
     rows = {(row["name"], row["where"]): row for row in figures["rows"]}
     return Spliced(
-        tokens=figures["replaced"][splice.ALL],
-        clean=rows[splice.CLEAN, ""],
-        sae=rows["sae", splice.ALL],
-        zero=rows["zero", splice.ALL],
+        tokens=figures["replaced"][ALL],
+        clean=rows[CLEAN, ""],
+        sae=rows["sae", ALL],
+        zero=rows["zero", ALL],
     )
 
 

@@ -386,8 +386,8 @@ def _tables_of_kind(figures: dict[str, Any]) -> list[Table]:
         for name, of_target in targets.items():
             trained = of_target["variance_explained"][TRAINED]
             others = [f"{trained[key]:.4f}" for key in DEFINITIONS]
-            more = [f"{of_target[key]:.4f}" for key in _OF_TARGET]
-            rows.append((name, _centred(trained), *others, *more))
+            own = [f"{of_target[key]:.4f}" for key in _OF_TARGET]
+            rows.append((name, _centred(trained), *others, *own))
         header = ("target", "centred", *DEFINITIONS.values(), *_OF_TARGET.values())
         return [Table("Target by target, of the rows as trained", header, rows)]
     return []

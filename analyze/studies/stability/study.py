@@ -28,8 +28,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
-from analyze import directions
-from analyze import subject as subjects
+from analyze import directions, encoding
 from analyze.encoding import Unit, positive, taken
 from analyze.memory import Needed, of_pass, of_sae, rows_read
 from analyze.outcome import Outcome
@@ -159,9 +158,7 @@ def encode(ours: Subject, theirs: Subject, drawn: SAE, limit: int, stop: StopReq
             Coded(
                 ours=_codes(ours.encoded(our_unit), our_rows, ours.sae.d_sae),
                 theirs=_codes(theirs.encoded(their_unit), their_rows, theirs.sae.d_sae),
-                random=_codes(
-                    subjects.encode(drawn, their_unit, drawn_kept), their_rows, drawn.d_sae
-                ),
+                random=_codes(encode(drawn, their_unit, drawn_kept), their_rows, drawn.d_sae),
                 document=our_unit.document[our_rows].astype(np.int64),
             )
         )
