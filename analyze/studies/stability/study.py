@@ -158,7 +158,9 @@ def encode(ours: Subject, theirs: Subject, drawn: SAE, limit: int, stop: StopReq
             Coded(
                 ours=_codes(ours.encoded(our_unit), our_rows, ours.sae.d_sae),
                 theirs=_codes(theirs.encoded(their_unit), their_rows, theirs.sae.d_sae),
-                random=_codes(encode(drawn, their_unit, drawn_kept), their_rows, drawn.d_sae),
+                random=_codes(
+                    encoding.encode(drawn, their_unit, drawn_kept), their_rows, drawn.d_sae
+                ),
                 document=our_unit.document[our_rows].astype(np.int64),
             )
         )
