@@ -169,6 +169,8 @@ def test_the_stores_table_is_the_stores(small: Any) -> None:
     text = (ROOT / "docs" / "store.md").read_text()
     rows = dict(re.findall(r"^\| `(\w+)` \| \((.*?)\) \| \w+", text, re.MULTILINE))
     types = dict(re.findall(r"^\| `(\w+)` \| \(.*?\) \| (\w+)", text, re.MULTILINE))
+    for columns in (rows, types):  # an array of another site is as one of resid_post
+        assert columns.pop("SITE_L") == columns["layer_L"]
     sizes = {"S": 64, "T": 64, "N": 4096, "d": 8, "U": 4}
     metadata = {
         key.split("/")[0]: value for key, value in store.metadata([5]).items() if "/" in key
