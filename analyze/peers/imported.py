@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
-from dataclasses import asdict
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ from data import digests, durable
 from data.errors import SettingError, StoreError, TemporaryError
 from data.foreign import reading
 from data.journal import tell
+from data.rows.source import Source
 from data.rows.split import Policy
-from data.site import RESID_POST, hook_name
+from data.site import RESID_POST, RESID_PRE, SITES, HookPoint, hook_name
 from data.store.place import place_of
 from data.store.store import Store
 from train import sae_file
@@ -23,6 +23,7 @@ from train.export.origin import Origin
 from train.export.readers import ORIGINS
 from train.export.readers import READERS as READERS
 from train.export.readers import is_foreign as is_foreign
+from train.ports import Ports, ports_of, recorded_ports
 from train.run import CONFIG, source_of
 from train.sae import SAE, SAEConfig
 
@@ -66,16 +67,13 @@ def run_of(
     with reading(f"run={named} cannot be read", f"take files that {kind} wrote"):
         sae = READERS[kind](path)
         origin = ORIGINS[kind](path)
-    layer = _layer(named, origin, layer, opened)
-    _require_fit(named, sae, origin, opened)
+    ports = _ports(named, sae, origin, layer, opened)
+    _require_fit(named, sae, ports, opened)
     _require_same(named, origin, opened, accept)
-    config = asdict(SAEConfig(d_sae=sae.d_sae, k=sae.k))
-    config["activation"] = "topk" if sae.threshold is None else "jumprelu"
     settings = {
         "store": {"identity": opened.identity},
-        "layer": layer,
+        **_places(named, sae, ports),
         "policy": (policy or Policy()).recorded(),
-        "sae": config,
     }
     weights = durable.digest(*(tensor.numpy().tobytes() for tensor in sae.tensors().values()))
     key = durable.digest(json.dumps([settings, weights]).encode())[:8]
@@ -85,6 +83,7 @@ def run_of(
     run.mkdir(parents=True, exist_ok=True)
     facts: dict[str, Any] = {
         "settings": settings,
+        **({"scales": dict(origin.scales)} if origin.scales else {}),
         "store_path": opened.name,
         "sae_name": kind,
         "environment": {},
@@ -115,57 +114,120 @@ def _is_whole(run: Path) -> bool:
     return kept is not None and wrong is None
 
 
-def _layer(named: str, origin: Origin, asked: int | None, store: Store) -> int:
-    """The store's layer that the SAE is of.
+def _ports(named: str, sae: SAE, origin: Origin, asked: int | None, store: Store) -> Ports:
+    """The store's hook points that the SAE is of.
 
     Raises:
-        SettingError: it is not known, not the one asked for, or not in the store.
+        SettingError: they are not known, not of the layer asked for, or not in the store.
     """
-    has = ", ".join(map(str, store.layers))
-    own = origin.layer
-    if own is not None and asked not in (None, own):
+    own = origin.ports(store.manifest["model"].get("architecture"))
+    layer = origin.layer if own is None else own.reads[0].point.layer
+    if layer is not None and asked not in (None, layer):
         raise SettingError(
-            f"layer={asked}, and run={named} says that it is of layer {own}; leave layer= out, or "
-            "mend what its files say"
+            f"layer={asked}, and run={named} says that it is of layer {layer}; leave layer= out, "
+            "or mend what its files say"
         )
-    if own is None and asked is None and len(store.layers) > 1:
+    is_transcoder = sae.b_in is not None
+    said = " to ".join(filter(None, [origin.hook, origin.hook_out]))
+    if is_transcoder and (own is None or own.is_autoencoder):
         raise SettingError(
-            f"run={named} does not say its layer, and {store.name} has {has}; give layer="
+            f"run={named} is a transcoder, and its files say of no two hook points that it reads "
+            f"one and writes the other ({said or 'nothing'}); those are {', '.join(SITES)}"
         )
-    layer = own if own is not None else store.layers[0] if asked is None else asked
-    if layer not in store.layers:
-        whose = (
-            f"layer={layer} is" if own is None else f"layer {layer}, which run={named} is of, is"
-        )
+    if own is None and origin.site not in (None, *SITES):
         raise SettingError(
-            f"{whose} not in {store.name}; it has {has}, and "
-            f"`python -m harvest layer={layer} store={store.name}` adds it"
+            f"run={named} is of {said}; a store's rows are of {', '.join(SITES)} of a layer"
         )
-    return layer
+    if own is None:
+        site = origin.site or RESID_POST
+        own = ports_of(
+            "sae", [_layer(named, asked if layer is None else layer, store)], [site], None
+        )
+    _require_points(named, said, own, store)
+    return own
 
 
-def _require_fit(named: str, sae: SAE, origin: Origin, store: Store) -> None:
-    """Raise SettingError if the store's rows are of another site, or have another width."""
-    site = store.manifest.get("site", RESID_POST)
-    if sae.b_in is not None or origin.several is not None:
-        raise SettingError(f"run={named} is of several hook points, and studies take one of {site}")
-    if origin.site not in (None, site):
+def _layer(named: str, known: int | None, store: Store) -> int:
+    """`known`, or the store's only layer. Raises SettingError: it has several."""
+    if known is None and len(store.layers) != 1:
         raise SettingError(
-            f"run={named} is of {origin.hook}, and the rows of {store.name} are {site}"
-            f"{_same_rows(origin)}"
+            f"run={named} does not say its layer, and {store.name} has {_names(store.points)}; "
+            "give layer="
         )
-    if sae.d_model != store.d_model:
-        raise SettingError(
-            f"run={named} is of rows of width {sae.d_model}, "
-            f"those of {store.name} have {store.d_model}"
-        )
+    return store.layers[0] if known is None else known
 
 
-def _same_rows(origin: Origin) -> str:
-    """What a hook has in common with a layer's output, for the message that refuses it."""
-    if origin.site == "resid_pre" and origin.layer:
-        before = hook_name(origin.layer - 1)
-        return f"; a layer's input is the output of the one before, so {before} would be the same"
+def _require_points(named: str, said: str, ports: Ports, store: Store) -> None:
+    """Raise SettingError if the store lacks one of the hook points, with how to add it."""
+    if any(port.store for port in ports.every):
+        raise SettingError(f"run={named} is of two stores, and this is one; train its own run=")
+    lacks = [port.point for port in ports.every if port.point not in store.points]
+    if not lacks:
+        return
+    layers = ",".join(str(layer) for layer in sorted({point.layer for point in lacks}))
+    sites = ",".join(dict.fromkeys(point.site for point in lacks))
+    layer = f"[{layers}]" if "," in layers else layers
+    site = "" if sites == RESID_POST else f" site=[{sites}]" if "," in sites else f" site={sites}"
+    is_not = "is not" if len(lacks) == 1 else "are not"
+    raise SettingError(
+        f"{' and '.join(map(str, lacks))}, which run={named}{f' ({said})' if said else ''} is of, "
+        f"{is_not} in {store.name}; it has {_names(store.points)}{_same_rows(lacks)}, and "
+        f"`python -m harvest layer={layer}{site} store={store.name}` adds it"
+    )
+
+
+def _names(points: Iterable[HookPoint]) -> str:
+    return ", ".join(point.name for point in points) or "none"
+
+
+def _places(named: str, sae: SAE, ports: Ports) -> dict[str, Any]:
+    """The settings of a run of those hook points: its layer, its site, its SAE's.
+
+    Raises:
+        SettingError: no run has such.
+    """
+    points = [port.point for port in ports.reads]
+    layers, sites = ([*dict.fromkeys(one)] for one in zip(*points, strict=True))
+    written = ports.writes[0].point
+    kind = (
+        "crosscoder" if len(points) > 1 else "transcoder" if ports.reads != ports.writes else "sae"
+    )
+    config = SAEConfig(
+        d_sae=sae.d_sae,
+        k=sae.k,
+        kind=kind,
+        target=written.site if kind == "transcoder" else None,
+        skip=sae.W_skip is not None,
+    ).recorded()
+    config["activation"] = "topk" if sae.threshold is None else "jumprelu"
+    settings: dict[str, Any] = {"layer": layers if len(layers) > 1 else layers[0]}
+    if sites != [RESID_POST]:
+        settings["site"] = sites if len(sites) > 1 else sites[0]
+    settings["sae"] = config
+    if recorded_ports(settings) != ports:
+        writes = _names(port.point for port in ports.writes)
+        raise SettingError(
+            f"run={named} reads {_names(points)} and writes {writes}; "
+            "a run's are each of its layers at each of its sites, and a transcoder's of one layer"
+        )
+    return settings
+
+
+def _require_fit(named: str, sae: SAE, ports: Ports, store: Store) -> None:
+    """Raise SettingError if the store's rows have another width."""
+    for side, width in ((ports.reads, sae.d_model), (ports.writes, sae.d_out)):
+        has = sum(Source(store, port.point).width for port in side)
+        if has != width:
+            raise SettingError(
+                f"run={named} is of rows of width {width}, those of {store.name} have {has}"
+            )
+
+
+def _same_rows(lacks: Sequence[HookPoint]) -> str:
+    """What a layer's input has in common with another hook point."""
+    if [point.site for point in lacks] == [RESID_PRE] and lacks[0].layer:
+        before = hook_name(lacks[0].layer - 1)
+        return f" (a layer's input is the output of the one before: {before})"
     return ""
 
 

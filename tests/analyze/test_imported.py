@@ -17,17 +17,20 @@ from analyze.command import command
 from analyze.peers import imported
 from analyze.studies.quality import quality
 from analyze.subject import Subject
+from data import digests
 from data.errors import SettingError, StoreError
 from data.rows import summary
+from data.site import HookPoint
 from data.store.store import Store
 from tests.analyze.conftest import LAYER, Made, make_run, random_rows
 from tests.conftest import commit
 from tests.train.test_formats import TAKEN
-from train.export import format
+from train.export import bundle, format, golden
 from train.export.format import About
 from train.export.origin import of_hook
-from train.ports import ports_of
-from train.run import read_config
+from train.ports import ports_of, recorded_ports
+from train.run import read_config, sae_of
+from train.sae import SAE
 
 ABOUT = About("nobody/none", ports_of("sae", [LAYER], ["resid_post"], None), 32, "made up")
 
@@ -185,7 +188,13 @@ def test_another_layer_site_or_width_is_refused(
     refused(SettingError, "give layer=", hook_name=None)
     refused(SettingError, "layer=4", f"{OTHER}, {LAYER}", asked=4, hook_name=None)
     refused(SettingError, "layer 7", f"{OTHER}, {LAYER}", hook_name="blocks.7.hook_resid_post")
-    for hook in ("blocks.3.hook_mlp_out", "blocks.3.attn.hook_z", "model.layers.3.mlp", "encoder"):
+    hook = "blocks.3.hook_mlp_out"
+    refused(SettingError, hook, "layer=3 site=mlp_out", hook_name=hook)
+    # TransformerLens' hook_mlp_in and hook_normalized are in front of the norm or of its weight.
+    for hook in (
+        *("blocks.3.attn.hook_z", "blocks.3.hook_mlp_in", "blocks.3.ln2.hook_normalized"),
+        *("model.layers.3.mlp", "encoder"),
+    ):
         refused(SettingError, hook, "resid_post", asked=LAYER, hook_name=hook)
     before = f"blocks.{LAYER - 1}.hook_resid_post"
     refused(SettingError, before, asked=LAYER, hook_name=f"blocks.{LAYER}.hook_resid_pre")
@@ -316,6 +325,9 @@ def test_sparsifys_run_says_model_and_context(made: Made, tmp_path: Path) -> Non
         ("blocks.21.hook_resid_post", "resid_post", 21),
         ("blocks.21.hook_out", "resid_post", 21),
         ("blocks.21.hook_mlp_out", "mlp_out", 21),
+        ("blocks.21.mlp.hook_in", "mlp_in", 21),
+        ("blocks.21.hook_mlp_in", "hook_mlp_in", 21),
+        ("mlp_in_layer_21", "mlp_in", 21),
         ("blocks.21.attn.hook_out", "attn.hook_out", 21),
         ("blocks.0.attn.hook_z", "attn.hook_z", 0),
         ("resid_post_layer_8", "resid_post", 8),
@@ -330,3 +342,91 @@ def test_sparsifys_run_says_model_and_context(made: Made, tmp_path: Path) -> Non
 )
 def test_hooks_are_known_by_name(hook: str, site: str, layer: int | None) -> None:
     assert of_hook(hook)[:3] == (hook, site, layer)
+
+
+# -- transcoders and crosscoders -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store of two layers and of what the MLP of the second reads and writes."""
+    bits = random_rows()
+    store = make_run(tmp_path_factory.mktemp("several"), bits).store
+    unit = store.unit_tokens
+    points = [HookPoint(OTHER), HookPoint(LAYER, "mlp_in"), HookPoint(LAYER, "mlp_out")]
+    for number in range(store.units):
+        commit(store, number, dict.fromkeys(points, bits[number * unit : (number + 1) * unit]))
+    for point in points:
+        summary.write(store, point)
+    store.declare(points)
+    return Store.open(store.name)
+
+
+def of_several(kind: str, d: int) -> SAE:
+    """A transcoder with a skip, or a crosscoder of two hook points."""
+    draw = torch.Generator().manual_seed(0)
+    width = d * (1 + (kind == "crosscoder"))
+    W_dec = torch.nn.functional.normalize(torch.randn(64, width, generator=draw), dim=1)
+    bias = torch.randn(width, generator=draw)
+    more = {"b_in": bias * 2, "W_skip": torch.randn(d, d)} if kind == "transcoder" else {}
+    threshold = torch.full((64,), 0.5)
+    return SAE(W_dec.clone(), W_dec, torch.zeros(64), bias, 8, threshold, **more)
+
+
+PORTS = {
+    "transcoder": ports_of("transcoder", [LAYER], ["mlp_in"], None),
+    "crosscoder": ports_of("crosscoder", [OTHER, LAYER], ["resid_post"], None),
+}
+FORMATS = {
+    "transcoder": ["circuit_tracer", "saelens", "safetensors"],
+    "crosscoder": ["dictionary_learning", "safetensors"],
+}
+
+
+@pytest.mark.parametrize("kind", PORTS)
+def test_others_are_runs_of_what_they_read_and_write(
+    several: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sae = of_several(kind, several.d_model)
+    about = ABOUT._replace(ports=PORTS[kind])
+    x = torch.randn(20, sae.d_model, generator=torch.Generator().manual_seed(1))
+    for name in FORMATS[kind]:
+        bundle.write(tmp_path / name, golden.files(name, sae, about))
+        named = f"{name}:{tmp_path / name}"
+        run = imported.run_of(named, several.name, None)
+        settings = read_config(run)["settings"]
+        assert settings["sae"]["kind"] == kind and recorded_ports(settings) == PORTS[kind]
+        torch.testing.assert_close(sae_of(run)[0](x), sae(x), rtol=1e-4, atol=1e-4)
+        with pytest.raises(SettingError, match=f"layer {PORTS[kind].reads[0].point.layer}"):
+            imported.run_of(named, several.name, 7)
+
+
+def test_what_a_store_lacks_of_them_is_named(
+    several: Store, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sae = of_several("transcoder", several.d_model)
+    bundle.write(
+        tmp_path / "t", golden.files("saelens", sae, ABOUT._replace(ports=PORTS["transcoder"]))
+    )
+    adds = re.escape(f"layer={LAYER} site=[mlp_in,mlp_out] store={made.store.name}")
+    with pytest.raises(SettingError, match=adds):
+        imported.run_of(f"saelens:{tmp_path / 't'}", made.store.name, None)
+    # Without the name of what it writes it is no autoencoder.
+    (tmp_path / "t" / digests.FILE).unlink()
+    config = json.loads((tmp_path / "t" / "cfg.json").read_text())
+    del config["metadata"]["hook_name_out"]
+    (tmp_path / "t" / "cfg.json").write_text(json.dumps(config))
+    with pytest.raises(SettingError, match="is a transcoder"):
+        imported.run_of(f"saelens:{tmp_path / 't'}", several.name, None)
+    bundle.write(
+        tmp_path / "c",
+        golden.files(
+            "safetensors",
+            of_several("crosscoder", several.d_model),
+            ABOUT._replace(ports=ports_of("crosscoder", [LAYER], ["resid_post"], None, 2)),
+        ),
+    )
+    with pytest.raises(SettingError, match="two stores"):
+        imported.run_of(f"safetensors:{tmp_path / 'c'}", several.name, None)

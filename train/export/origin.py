@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from data.site import MLP_IN, MLP_OUT, RESID_POST, SITES, HookPoint
@@ -39,6 +40,7 @@ class Origin(NamedTuple):
     context: int | None = None  # tokens
     hook_out: str | None = None  # of a transcoder: what it writes, in the library's words
     several: Ports | None = None  # what it reads and writes, where files say it by names of ours
+    scales: Mapping[str, float] | None = None  # what rows were multiplied by in training, by port
 
     def ports(self, architecture: str | None = None) -> Ports | None:
         """What it reads and writes; None if the files do not say it, or not by names of ours.

@@ -35,7 +35,7 @@ def _reference_origin(path: Path) -> Origin:
     if ports.is_autoencoder and len(ports.reads) == 1:
         point = ports.reads[0].point
         return Origin(str(point), point.site, point.layer, model, context)
-    return Origin(model=model, context=context, several=ports)
+    return Origin(model=model, context=context, several=ports, scales=config.get("scales"))
 
 
 READERS: dict[str, Callable[[Path], SAE]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,8 @@ def origin(folder: Path) -> Origin:
     context = any_whole_of("context", folder, config.get("context"))
     if "reads" in config:
         ports = Ports(_ports(config, "reads", folder), _ports(config, "writes", folder))
-        return Origin(model=model, context=context, several=ports)
+        scales = _scales(config.get("scales"), ports, folder)
+        return Origin(model=model, context=context, several=ports, scales=scales)
     site = any_text_of("site", folder, config.get("site"))
     layer = any_whole_of("layer", folder, config.get("layer"))
     hook = None if site is None else f"{site} of layer {layer}"
@@ -85,3 +87,16 @@ def _ports(config: Mapping[str, Any], name: str, folder: Path) -> tuple[Port, ..
         return tuple(Port.of(text_of(name, folder, port)) for port in names or ())
     except SettingError as error:
         raise StoreError(f"{folder} has {name} with {error}") from error
+
+
+def _scales(given: Any, ports: Ports, folder: Path) -> dict[str, float] | None:
+    """What the rows of each hook point were multiplied by in training, if the file says it."""
+    if given is None:
+        return None
+    names = [port.name for port in ports.every]
+    fits = isinstance(given, dict) and sorted(given) == sorted(names)
+    fits = fits and all(
+        type(scale) in (int, float) and 0 < scale < math.inf for scale in given.values()
+    )
+    refuse(not fits, folder, "other scales", f"a positive number for each of {', '.join(names)}")
+    return {name: float(given[name]) for name in names}
