@@ -16,24 +16,38 @@ def random_sae(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
     threshold: float | None = None,
+    d_out: int | None = None,
+    skip: bool = False,
 ) -> SAE:
     """An SAE with nothing special about it: no unit norms, no tied weights, no zero biases;
-    thresholds around one.
+    thresholds around one. With d_out it is a transcoder.
     """
     draw = torch.Generator().manual_seed(seed)
     shapes = {"W_enc": (d_sae, d), "W_dec": (d_sae, d), "b_enc": (d_sae,), "b_dec": (d,)}
     tensors = {
         name: torch.randn(shape, generator=draw, dtype=dtype) for name, shape in shapes.items()
     }
+    if d_out is not None:
+        widths = {"W_dec": (d_sae, d_out), "b_dec": (d_out,), "b_in": (d,)}
+        if skip:
+            widths["W_skip"] = (d, d_out)
+        for name, shape in widths.items():
+            tensors[name] = torch.randn(shape, generator=draw, dtype=dtype)
     if threshold is not None:
         tensors["threshold"] = threshold + torch.rand(d_sae, generator=draw, dtype=dtype)
     return SAE.of(**{**tensors, "W_enc": tensors["W_enc"].T}, k=k)
 
 
-def random_gated(d: int, d_sae: int, dtype: torch.dtype = torch.float64) -> GatedSAE:
+def random_gated(
+    d: int,
+    d_sae: int,
+    dtype: torch.dtype = torch.float64,
+    d_out: int | None = None,
+    skip: bool = False,
+) -> GatedSAE:
     """Of which about half of all gates are open."""
     draw = torch.Generator().manual_seed(1)
-    plain = random_sae(d, d_sae, 4, dtype=dtype)
+    plain = random_sae(d, d_sae, 4, dtype=dtype, d_out=d_out, skip=skip)
     r_mag, b_gate = torch.randn(2, d_sae, generator=draw, dtype=dtype)
     return GatedSAE(**plain.parameters(), k=4, r_mag=r_mag / 2, b_gate=b_gate)
 
@@ -70,11 +84,23 @@ class Step(torch.autograd.Function):
         return torch.zeros_like(z), -(inside / ctx.bandwidth * upstream).sum(0), None
 
 
+def pre_activations(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    """(n, F) what the encoder makes of rows; a transcoder's has a bias of its own."""
+    return (x - p.get("b_in", p["b_dec"])) @ p["W_enc"] + p["b_enc"]
+
+
+def without_latents(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    """(n, d_out) the reconstruction where no latent fires."""
+    if "W_skip" not in p:
+        return p["b_dec"].expand(len(x), -1)
+    return p["b_dec"] + (x - p["b_in"]) @ p["W_skip"]
+
+
 def activations_and_penalty(
-    p: dict[str, Tensor], x: Tensor, config: SAEConfig
+    p: dict[str, Tensor], x: Tensor, y: Tensor, config: SAEConfig
 ) -> tuple[Tensor, Tensor]:
     """(n, F) activations as training has them, and what JumpReLU adds to the loss."""
-    pre = (x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
+    pre = pre_activations(p, x)
     none = torch.zeros((), dtype=torch.float64)
     if config.activation in ("topk", "hierarchical"):
         return dense_activations(p, x, config.k), none
@@ -84,36 +110,41 @@ def activations_and_penalty(
             l0 / config.k - 1
         ) ** 2
     if config.activation == "gated":
-        return gated_and_penalty(p, x, config)
+        return gated_and_penalty(p, x, y, config)
     values, indices = pre.flatten().topk(len(x) * config.k)
     return torch.zeros_like(pre).flatten().scatter(0, indices, values.relu()).view_as(pre), none
 
 
 def gated_and_penalty(
-    p: dict[str, Tensor], x: Tensor, config: GatedConfig
+    p: dict[str, Tensor], x: Tensor, y: Tensor, config: GatedConfig
 ) -> tuple[Tensor, Tensor]:
     """(n, F) activations of arXiv 2404.16014, and its loss (8) but for the reconstruction's."""
-    u = (x - p["b_dec"]) @ p["W_enc"]
+    u = pre_activations(p, x) - p["b_enc"]
     gate = (u + p["b_gate"]).relu()
     f = (gate > 0) * (p["r_mag"].exp() * u + p["b_enc"]).relu()
-    frozen = gate @ p["W_dec"].detach() + p["b_dec"].detach()
-    l1 = gate.sum(1).mean() / x.shape[1]
-    return f, config.l1_coef * l1 + (x - frozen).square().mean()
+    frozen = gate @ p["W_dec"].detach() + without_latents(p, x).detach()
+    l1 = gate.sum(1).mean() / y.shape[1]
+    return f, config.l1_coef * l1 + (y - frozen).square().mean()
 
 
 def dense_activations(parameters: dict[str, Tensor], x: Tensor, k: int) -> Tensor:
     """(n, F) activations, zero where not kept."""
-    pre = (x - parameters["b_dec"]) @ parameters["W_enc"] + parameters["b_enc"]
+    pre = pre_activations(parameters, x)
     values, indices = pre.topk(k, dim=1)
     return torch.zeros_like(pre).scatter(1, indices, values.relu())
 
 
-def reference_losses(sae: SAE, x: Tensor, dead: Tensor, config: SAEConfig, mean_variance: float):
-    """Total loss, AuxK's part of it, and the gradients by name."""
-    p = {name: tensor.double().detach().requires_grad_() for name, tensor in sae.tensors().items()}
+def reference_losses(
+    sae: SAE, x: Tensor, y: Tensor, dead: Tensor, config: SAEConfig, mean_variance: float
+):
+    """Total loss, AuxK's part of it, and the gradients by name. b_in is a constant."""
+    p = {name: tensor.double().detach() for name, tensor in sae.tensors().items()}
+    p = {name: tensor.requires_grad_(name != "b_in") for name, tensor in p.items()}
     x = x.double()
-    f, penalty = activations_and_penalty(p, x, config)
-    error, aux = x - (f @ p["W_dec"] + p["b_dec"]), torch.zeros((), dtype=torch.float64)
+    y = y.double()
+    f, penalty = activations_and_penalty(p, x, y, config)
+    other, aux = without_latents(p, x), torch.zeros((), dtype=torch.float64)
+    error = y - (f @ p["W_dec"] + other)
     levels = range(config.nested if config.activation in ("matryoshka", "hierarchical") else 1)
     parts = []  # of the activations: those that must reconstruct alone too
     for level in levels:
@@ -122,11 +153,11 @@ def reference_losses(sae: SAE, x: Tensor, dead: Tensor, config: SAEConfig, mean_
         else:
             first = torch.arange(config.d_sae) < config.d_sae >> level
             parts.append(f * first)
-    errors = [x - (part @ p["W_dec"] + p["b_dec"]) for part in parts]
+    errors = [y - (part @ p["W_dec"] + other) for part in parts]
     main = torch.stack([e.square().mean() for e in errors]).mean()
     if len(dead) and config.aux_coef:
         target = error.detach()
-        pre = ((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"])[:, dead]
+        pre = pre_activations(p, x)[:, dead]
         values, indices = pre.topk(min(config.k_aux, len(dead)), dim=1)
         e_hat = torch.zeros_like(pre).scatter(1, indices, values.relu()) @ p["W_dec"][dead]
         aux = config.aux_coef * (e_hat - target).square().mean()

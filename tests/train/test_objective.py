@@ -1,6 +1,6 @@
 """Losses and gradients against float64 autograd, and the defects that other trainers shipped."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -15,24 +15,24 @@ D, D_SAE, K, N = 12, 64, 4, 50
 CONFIG = SAEConfig(d_sae=D_SAE, k=K, k_aux=8, aux_coef=0.5)
 
 
-def losses(sae, x, dead, config, mean_variance):
+def losses(sae, x, dead, config, mean_variance, y=None):
     """Losses and gradients, these by the names of files."""
-    kind = objective.find(config.activation)
-    found = objective.losses(kind(config), sae, x, x, dead, mean_variance, Group())
+    kind, y = objective.find(config.activation), x if y is None else y
+    found = objective.losses(kind(config), sae, x, y, dead, mean_variance, Group())
     return found._replace(gradients=in_files(found.gradients))
 
 
-def rows(seed=9, dtype=torch.float64):
-    return torch.randn(N, D, generator=torch.Generator().manual_seed(seed), dtype=dtype) + 0.5
+def rows(seed=9, dtype=torch.float64, d=D):
+    return torch.randn(N, d, generator=torch.Generator().manual_seed(seed), dtype=dtype) + 0.5
 
 
 def dead_latents(count):
     return torch.randperm(D_SAE, generator=torch.Generator().manual_seed(3))[:count].sort().values
 
 
-def assert_equal_to_autograd(sae, x, dead, config, rtol):
-    result = losses(sae, x, dead, config, 1.7)
-    total, aux, gradients = reference_losses(sae, x, dead, config, 1.7)
+def assert_equal_to_autograd(sae, x, dead, config, rtol, y=None):
+    result = losses(sae, x, dead, config, 1.7, y)
+    total, aux, gradients = reference_losses(sae, x, x if y is None else y, dead, config, 1.7)
     torch.testing.assert_close(result.loss.double(), total, rtol=rtol, atol=0)
     torch.testing.assert_close(result.aux.double(), aux, rtol=rtol, atol=0)
     for name, wanted in gradients.items():
@@ -108,6 +108,68 @@ def test_gradients_of_gated(dtype, rtol, aux_norm):
     result = losses(sae, rows(dtype=dtype), dead_latents(0), config, 1.7)
     assert result.gradients.keys() == sae.tensors().keys()
     assert_equal_to_autograd(sae, rows(dtype=dtype), dead_latents(0), config, rtol)
+
+
+ACTIVATIONS = {
+    "topk": {},
+    "batchtopk": {},
+    "jumprelu": {"bandwidth": 0.7, "l0_coef": 0.3},
+    "matryoshka": {"nested": 4},
+    "hierarchical": {"nested": 3},
+    "gated": {"l1_coef": 0.7, "aux_coef": 0.0},
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("aux_norm", ["raw", "variance"])
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("dead", [0, 8])
+def test_gradients_of_transcoders(activation, aux_norm, skip, dead):
+    """Which read and write rows of different widths."""
+    settings = {**asdict(CONFIG), "kind": "transcoder", "skip": skip, "aux_norm": aux_norm}
+    given = {**settings, "activation": activation, **ACTIVATIONS[activation]}
+    config = objective.find(activation).settings(**given)
+    if activation == "gated":
+        sae = random_gated(D, D_SAE, d_out=7, skip=skip)
+    else:
+        threshold = None if activation in ("topk", "hierarchical") else 2.0
+        sae = random_sae(D, D_SAE, K, threshold=threshold, d_out=7, skip=skip)
+    y = rows(seed=10, d=7)
+    assert_equal_to_autograd(sae, rows(), dead_latents(dead), config, 1e-12, y)
+    result = losses(sae, rows(), dead_latents(dead), config, 1.7, y)
+    assert "b_in" not in result.gradients
+    assert all(bool(gradient.any()) for gradient in result.gradients.values())
+
+
+def test_every_activation_has_its_gradients_compared():
+    assert sorted(ACTIVATIONS) == objective.names()
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_gradients_of_a_crosscoder_are_of_its_targets(activation):
+    """One code for both, a decoder and a bias for each; every column counts the same."""
+    config = replace(CONFIG, activation=activation, kind="crosscoder", aux_coef=0.0)
+    sae = random_sae(D, D_SAE, K, threshold=0.5 if activation == "batchtopk" else None)
+    x = rows()
+    own = {name: tensor.clone().requires_grad_() for name, tensor in sae.tensors().items()}
+    parts = [slice(5), slice(5, D)]
+    pre = own["b_enc"].expand(N, D_SAE)
+    for part in parts:
+        pre = pre + (x[:, part] - own["b_dec"][part]) @ own["W_enc"][part]
+    result = losses(sae, x, dead_latents(0), config, 1.0)
+    one = torch.ones((), dtype=torch.float64)
+    kept = torch.zeros_like(pre).index_put((result.kept.rows, result.kept.indices), one)
+    total = 0
+    for part in parts:
+        y_hat = (pre.relu() * kept) @ own["W_dec"][:, part] + own["b_dec"][part]
+        total = total + (x[:, part] - y_hat).square().sum() / (N * D)
+    total.backward()
+    torch.testing.assert_close(result.loss, total.detach(), rtol=1e-12, atol=0)
+    for name, gradient in result.gradients.items():
+        wanted = own[name].grad
+        torch.testing.assert_close(
+            gradient, wanted, rtol=0, atol=1e-12 * float(wanted.abs().max()), msg=name
+        )
 
 
 def test_a_gated_sae_is_one_with_thresholds():
