@@ -76,9 +76,13 @@ class Run:
         trainer = self.trainer
         tokens = trainer.steps * arm.config.batch
         arm.follower.require(tokens)
-        order = {"span": arm.follower.span} if arm.follower.span else {}
+        store: dict[str, Any] = {"identity": arm.stream.identity}
+        if arm.stream.identities:  # of several stores
+            store["identities"] = list(arm.stream.identities)
+        if arm.follower.span:
+            store["span"] = arm.follower.span
         settings = {
-            "store": {"identity": arm.stream.identity, **order},
+            "store": store,
             **arm.config.recorded(),
             "tokens": tokens,
         }

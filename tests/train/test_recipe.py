@@ -137,7 +137,7 @@ def test_every_dictionary_brings_its_optimizer():
     with initialize_config_module("conf", version_base="1.3"):
         chosen = {
             name: compose("train", [f"sae={name}"]).optim.first_step
-            for name in ("topk_32k", "scaled_32k", "batchtopk_32k", "rows_32k", "tiny")
+            for name in ("topk_32k", "scaled_32k", "batchtopk_32k", "rows_32k", "tiny_transcoder")
         }
         named = compose("train", ["sae=batchtopk_32k", "optim=adam"]).optim.first_step
     assert chosen.pop("topk_32k") == 0 and set(chosen.values()) == {1} and named == 0
