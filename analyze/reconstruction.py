@@ -20,6 +20,7 @@ from scipy.special import gammaln
 from torch import Tensor
 
 from analyze import linear
+from analyze.budgets import Budgets
 from analyze.encoding import Unit, positive, taken
 from analyze.linear import LinearMap
 from analyze.stats import Floats
@@ -285,6 +286,7 @@ class Measured:
         if len(writes) > 1:
             self.targets = {port.name: Target(subject, policies, port) for port in writes}
         self.baselines = None if subject.ports.is_autoencoder else Baselines(subject)
+        self.budgets = Budgets(subject)
         self.left_out = statistics.Tally()
         # The rest is of the rows that the run's policy keeps.
         self.latents = Latents(subject.sae.d_sae)
@@ -301,6 +303,7 @@ class Measured:
             target.add(batch, kept, x_hat)
         if self.baselines:
             self.baselines.add(batch, x_hat)
+        self.budgets.add(batch, kept)
         self.left_out.add(batch.kind, rows.squared)
         trained = batch.of_kinds(self._kinds)
         self.by_position.add(batch.position[trained], exact[trained], rows.take(trained))

@@ -135,6 +135,7 @@ def quality(subject: Subject, limit: int) -> dict[str, Any]:
         "decoder_cosine": decoder_cosine(neighbours(subject)[0][:, 0]),
         "by_position": measured.by_position.figures(),
         "by_norm_decile": measured.by_norm_decile.figures(),
+        "by_k": measured.budgets.figures(rows.document, _about_mean(subject, measured, rows)),
         **_of_kind(subject, measured, rows),
     }
 
@@ -145,8 +146,7 @@ def _of_kind(subject: Subject, measured: Measured, rows: Rows) -> dict[str, Any]
         return {}
     figures: dict[str, Any] = {"kind": subject.noun}
     if measured.baselines:
-        column = list(measured.whole.subsets).index(subject.policy)
-        about_mean = rows.about_mean[:, column]
+        about_mean = _about_mean(subject, measured, rows)
         figures["baselines"] = compared(rows, about_mean, measured.baselines.squares)
         fit = measured.baselines.linear
         figures["linear_rows"] = fit and fit.rows
@@ -160,6 +160,12 @@ def _of_kind(subject: Subject, measured: Measured, rows: Rows) -> dict[str, Any]
             reconstruction = _reconstruction(own, width)
             figures["targets"][port.name] = {"variance_explained": by_subset, **reconstruction}
     return figures
+
+
+def _about_mean(subject: Subject, measured: Measured, rows: Rows) -> Floats:
+    """(n,) |y - mu|^2 of the rows as trained, about their own mean."""
+    about_mean: Floats = rows.about_mean[:, list(measured.whole.subsets).index(subject.policy)]
+    return about_mean
 
 
 def compared(
@@ -311,6 +317,10 @@ def outcome_of(subject: Subject, figures: dict[str, Any]) -> Outcome:
         Table("Variance explained by kind of row", SUBSET_HEADER, subset_rows(figures)),
         Table("Coverage", ("rows", "latents that fire in so many"), fired),
     ]
+    if by_k := figures["by_k"]:
+        explained = [(str(at["k"]), stats.formatted(at["explained"], ".4f")) for at in by_k]
+        header = ("latents kept of a row", "variance explained, centred")
+        tables.append(Table("With fewer latents, of the rows as trained", header, explained))
     return Outcome(figures, summary, [*_tables_of_kind(figures), *tables])
 
 
@@ -404,14 +414,14 @@ def subset_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def memory(study: Study) -> Needed:
-    """Beside a pass seven float64 copies of a batch, and 30 numbers of each row; of several targets
+    """Beside a pass seven float64 copies of a batch, and 40 numbers of each row; of several targets
     twice; and the products of a linear map.
     """
     subject = study.subject
     limit = build(Options, "study", study.options).rows
     targets = 2 if len(subject.ports.writes) > 1 else 1
     of_batch = 7 * 8 * BATCH_ROWS * subject.sae.d_out * targets
-    of_rows = 30 * 8 * rows_read(subject, limit) * targets
+    of_rows = 40 * 8 * rows_read(subject, limit) * targets
     products = 0 if subject.ports.is_autoencoder else 24 * width_of(subject) ** 2
     needed = max(of_pass(subject, limit) + of_batch + of_rows, products)
     return Needed(needed, "study.rows")
@@ -433,4 +443,4 @@ def beside(study: Study, outcome: Outcome) -> dict[str, bytes]:
     }
 
 
-DEFINITION = Definition(run, version=2, options=Options, memory=memory, order=0, beside=beside)
+DEFINITION = Definition(run, version=3, options=Options, memory=memory, order=0, beside=beside)

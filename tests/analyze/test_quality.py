@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from analyze import reconstruction
+from analyze.budgets import Budgets
 from analyze.directions import nearest
 from analyze.outcome import dumped
 from analyze.stats import bootstrap_ratio
@@ -59,10 +60,12 @@ class Reference:
         return self._training[~dropped.get(subset, self._bos | self._outlier)].mean(0)
 
 
-def dense(made: Made, x: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def dense(
+    made: Made, x: NDArray[np.float64], k: int = K
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     W_enc, W_dec, b_enc, b_dec = (tensor.double().numpy() for tensor in made.sae.tensors().values())
     pre = (x - b_dec) @ W_enc + b_enc
-    threshold = np.sort(pre, axis=1)[:, -K][:, None]
+    threshold = np.sort(pre, axis=1)[:, -k][:, None]
     f = np.where(pre >= threshold, np.maximum(pre, 0), 0)
     return f @ W_dec + b_dec, f
 
@@ -175,6 +178,29 @@ def test_reconstruction_figures(figures: dict[str, Any], reference: Reference) -
     )
     assert figures["l2_ratio"] == pytest.approx((norms[1] / norms[0]).mean(), rel=1e-5)
     assert figures["shrinkage"] == pytest.approx((hat**2).sum() / (x * hat).sum(), rel=1e-5)
+
+
+def test_a_topk_sae_is_read_with_fewer_latents_too(
+    figures: dict[str, Any], reference: Reference, made: Made
+) -> None:
+    kept = reference.kept
+    x = reference.x[kept]
+    about_mean = ((x - reference.training_mean("as trained")) ** 2).sum()
+    halvings = [K >> level for level in range(1, K.bit_length())]
+    assert [at["k"] for at in figures["by_k"]] == halvings
+    for at in figures["by_k"]:
+        hat, _ = dense(made, x, at["k"])
+        explained = 1 - ((x - hat) ** 2).sum() / about_mean
+        assert at["explained"]["value"] == pytest.approx(explained, abs=1e-6)
+        assert at["explained"]["interval"][0] <= at["explained"]["value"]
+
+
+def test_an_sae_with_thresholds_has_no_k_to_lower(subject: Subject) -> None:
+    sae = replace(subject.sae, threshold=torch.zeros(F))
+    budgets = Budgets(replace(subject, sae=sae))
+    unit = next(subject.rows(1))
+    budgets.add(unit, sae.encode(unit.rows))
+    assert budgets.figures(unit.document, np.ones(len(unit.rows))) == []
 
 
 def test_latents_are_counted(figures: dict[str, Any], reference: Reference) -> None:
