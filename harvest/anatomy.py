@@ -80,9 +80,14 @@ class Anatomy:
         there = {*_EDGES, *self.layers[layer].places}
         return tuple(site for site in SITES if site in there)
 
-    def refusal(self, point: HookPoint, reason: str) -> SettingError:
-        """The error for a site that a layer does not have."""
-        sites = ", ".join(site for site in self.sites(point.layer) if site != point.site)
+    def refusal(self, point: HookPoint, reason: str, wrong: tuple[str, ...] = ()) -> SettingError:
+        """The error for a site that a layer does not have.
+
+        Args:
+            wrong: other sites that it does not have either, whatever the anatomy says.
+        """
+        there = self.sites(point.layer)
+        sites = ", ".join(site for site in there if site not in (point.site, *wrong))
         return SettingError(
             f"site={point.site} cannot be taken in layer {point.layer} of {self.family}: {reason}; "
             f"take site= one of {sites}"

@@ -21,6 +21,7 @@ from data.text.sources import source_name, source_of
 from harvest.config import Faults, HarvestConfig, check_context
 from harvest.cost import cost
 from harvest.description import Description
+from harvest.dissection import require_foreseen
 from harvest.headers import Stored, require_layers, require_usable, stored
 from harvest.loop import harvest
 from harvest.model import ModelConfig, load
@@ -123,6 +124,7 @@ def harvest_config(settings: dict[str, Any]) -> HarvestConfig:
             "layer= is not set, and this model's configuration has no default; give a layer number"
         )
     listed = layers if isinstance(layers, list) else [layers]
+    sites = settings["site"]
     stands = standing(settings)
     return HarvestConfig(
         store=str(settings["store"] or default_store(settings["model"], settings["text"])),
@@ -134,7 +136,7 @@ def harvest_config(settings: dict[str, Any]) -> HarvestConfig:
         batch=whole("batch", settings["batch"]),
         unit=optional_whole("unit", settings["unit"]),
         chunk=whole("chunk", settings["chunk"]),
-        site=str(settings["site"]),
+        sites=tuple(map(str, sites if isinstance(sites, list) else [sites])),
         codec=settings["codec"]["name"],
         rank=stands.rank,
         world=stands.world,
@@ -187,7 +189,8 @@ def planned_for(config: HarvestConfig, described: Description, files: Stored) ->
     """The plan, from the model's configuration and its files' headers."""
     model = described.config
     require_layers(files, described.text, model.path)
-    costs = cost(described.whole, config.layers, model.dtype, config.batch, config.context)
+    costs = cost(described.whole, config.points, model.dtype, config.batch, config.context)
+    require_foreseen(described.text, config.points)
     copied = files.other_share(model.dtype)
     d_model = described.text.hidden_size
     return plan(config, costs, d_model, model.device, share_done(config), copied=copied)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from data.errors import SettingError
-from data.site import RESID_POST, SITES
+from data.site import RESID_POST, HookPoint, require_site
 from data.store.codec import require_known
 from harvest.encoder import Bad
 from harvest.model import LanguageModel
@@ -54,7 +54,7 @@ class HarvestConfig:
     batch: int = 16  # packed rows per forward pass; another number changes bits
     unit: int | None = None  # tokens per unit; None: 65,536, less for small stores
     chunk: int = CHUNK_ROWS  # rows per inner chunk
-    site: str = RESID_POST  # where in a layer rows are taken: one of harvest.site.SITES
+    sites: tuple[str, ...] = (RESID_POST,)  # where in these layers rows are taken
     codec: Literal["blosc", "none", "int8"] = "blosc"
     rank: int = 0  # of this process, from 0 to world - 1: where it begins its walk over the units
     world: int = 1  # processes that make the store
@@ -76,8 +76,12 @@ class HarvestConfig:
                 f"rank={self.rank} must be from 0 to world - 1, and world={self.world}"
             )
         require_known(self.codec)
-        if self.site not in SITES:
-            raise SettingError(f"site={self.site} must be one of {', '.join(SITES)}")
+        if not self.sites:
+            raise SettingError("site=[] asks for nothing; give a site or a list of them")
+        for site in self.sites:
+            require_site(site)
+        if len(set(self.sites)) != len(self.sites):
+            raise SettingError(f"site=[{','.join(self.sites)}] must be different sites")
         if not self.layers:
             raise SettingError("layer=[] asks for nothing; give a layer number or a list of them")
         if len(set(self.layers)) != len(self.layers) or min(self.layers) < 0:
@@ -86,6 +90,11 @@ class HarvestConfig:
             raise SettingError(
                 f"unit={self.unit} must be a multiple of context={self.context} (tokens)"
             )
+
+    @property
+    def points(self) -> list[HookPoint]:
+        """Every site of every layer, in order."""
+        return sorted(HookPoint(layer, site) for layer in self.layers for site in self.sites)
 
     @property
     def unit_tokens(self) -> int:

@@ -21,12 +21,13 @@ import torch
 from torch import nn
 
 from data.errors import SettingError
+from data.site import HookPoint, Point
 from harvest.decoder import find_blocks, meta_decoder, narrow_per_layer_inputs_, outline
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What harvesting some layers of a model takes."""
+    """What harvesting some hook points of a model takes."""
 
     parameters: int  # of the text decoder, without a language-model head
     kept: int  # parameters up to the deepest layer, embedding tables included
@@ -42,8 +43,8 @@ class Cost:
         return self.matmul_flop + self.attention_flop
 
 
-def cost(config: Any, layers: Sequence[int], dtype: str, batch: int, context: int) -> Cost:
-    """The cost of the residuals of `layers`.
+def cost(config: Any, points: Sequence[Point], dtype: str, batch: int, context: int) -> Cost:
+    """The cost of the rows of `points`.
 
     Args:
         config: a transformers configuration; its text part counts.
@@ -54,7 +55,7 @@ def cost(config: Any, layers: Sequence[int], dtype: str, batch: int, context: in
         SettingError: the model has no such layer, or no list of layers.
     """
     text = config.get_text_config()
-    deepest = max(layers)
+    deepest = max(HookPoint.of(point).layer for point in points)
     outline(text)  # a family without residuals is refused here, before its weights are there
     decoder = meta_decoder(text)
     blocks = find_blocks(decoder)
@@ -67,17 +68,17 @@ def cost(config: Any, layers: Sequence[int], dtype: str, batch: int, context: in
     narrow_per_layer_inputs_(decoder, len(blocks))
     kept = _parameters(decoder)
     size = getattr(torch, dtype).itemsize
-    # In float32 a layer has a second copy (harvest/precise.py), and of each tapped layer there are
-    # the rows of the pieces alone, of a trial and of another one.
+    # In float32 a layer has a second copy (harvest/precise.py), and of each point there are the
+    # rows of the pieces alone, of a trial and of another one.
     widened = 0 if size == 4 else 4 * max(_parameters(block) for block in blocks)
-    compared = 3 * len(layers) * 2 * context * text.hidden_size * 4
-    check = _activation_bytes(decoder, blocks, len(layers), 4, 2 * context, context)
+    compared = 3 * len(points) * 2 * context * text.hidden_size * 4
+    check = _activation_bytes(decoder, blocks, len(points), 4, 2 * context, context)
     return Cost(
         parameters=parameters,
         kept=kept,
         kept_bytes=kept * size,
         activation_bytes=_activation_bytes(
-            decoder, blocks, len(layers), size, batch * context, context
+            decoder, blocks, len(points), size, batch * context, context
         ),
         check_bytes=widened + compared + check,
         matmul_flop=_matmul_flop(decoder, text),
@@ -144,7 +145,7 @@ def _attention_flop(block: nn.Module, text: Any, context: int) -> float:
 
 
 def _activation_bytes(
-    decoder: nn.Module, blocks: nn.Module, layers: int, size: int, tokens: int, context: int
+    decoder: nn.Module, blocks: nn.Module, points: int, size: int, tokens: int, context: int
 ) -> int:
     """Bytes that one forward pass of `tokens` holds at its peak, beside the weights.
 
@@ -153,7 +154,7 @@ def _activation_bytes(
     within a third of what was measured.
 
     Args:
-        layers: how many are taken.
+        points: how many are taken.
         size: bytes per element of weights and activations.
     """
     config: Any = decoder.config
@@ -167,5 +168,5 @@ def _activation_bytes(
     in_inputs = inputs * (2 * size + 8)
     # Taken states in the model's type and in bfloat16; two masks of one byte, one in the scores'
     # type.
-    kept = layers * d * (size + 2) + context * (2 + size)
+    kept = points * d * (size + 2) + context * (2 + size)
     return int(tokens * (max(in_block, in_inputs) + kept))

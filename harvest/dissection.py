@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from data.site import ATTN_OUT, MLP_IN, MLP_OUT, RESID_MID
+from data.site import ATTN_OUT, MLP_IN, MLP_OUT, RESID_MID, HookPoint
 from harvest.anatomy import INSIDE, Anatomy, LayerAnatomy, Reader, Term
-from harvest.flow import PRODUCTS, SAME, SUMS, Call, Flow, follow
+from harvest.decoder import find_blocks, meta_decoder
+from harvest.flow import PRODUCTS, SAME, SUMS, Call, Flow, follow, matrices
 from harvest.precise import in_float32
 from harvest.site import DeepestReached, editing, taking
 
@@ -27,12 +28,24 @@ from harvest.site import DeepestReached, editing, taking
 _SAME_ROW = 2.0**-10
 
 
+# Largest share of the weights of a layer's heaviest module that a norm has.
+_OF_A_NORM = 1 / 64
+
+
+class Read(NamedTuple):
+    """A value that modules with weights read."""
+
+    value: int  # its number in the pass
+    readers: tuple[Reader, ...]
+
+
 class Part(NamedTuple):
     """What one module gives to the stream."""
 
     term: Term
+    value: int  # number of what it gives, in the order of the pass
     step: int  # which of the layer's sums adds it
-    reads: tuple[Reader, ...]  # arguments of the first modules with weights behind the stream
+    reads: tuple[Read, ...]  # by the first modules with weights behind the stream
     sees: frozenset[int]  # how many sums the stream has been through where it is read
 
 
@@ -62,11 +75,49 @@ def dissect(decoder: nn.Module, blocks: nn.ModuleList, deepest: int, ids: torch.
     return Anatomy(family, tuple(map(_sites, chains, of_mlp)))
 
 
+def require_foreseen(text: Any, points: Sequence[HookPoint]) -> None:
+    """Refuse sites that the decoder's code shows a layer not to have, before any weight is read.
+
+    The decoder is followed without memory. What cannot be followed so passes: it is tried with its
+    weights. So does what depends on which output is the MLP's; here the second sum's is taken.
+
+    Args:
+        text: configuration of the text decoder.
+
+    Raises:
+        SettingError: a layer has no such site.
+    """
+    inside = [point for point in points if point.site in INSIDE]
+    if not inside:
+        return
+    decoder = meta_decoder(text)
+    blocks = find_blocks(decoder)
+    deepest = max(point.layer for point in inside)
+    ids = torch.zeros(2, 4, dtype=torch.int64, device="meta")
+    try:
+        flow = follow(decoder, blocks, deepest, ids)
+        layers = [_guessed(_Chains(flow, layer).chain()) for layer in range(deepest + 1)]
+    except Exception:  # the family's own code may raise anything
+        return
+    anatomy = Anatomy(type(decoder).__name__, tuple(layers))
+    for point in inside:
+        layer = layers[point.layer]
+        if not layer.places or (layer.is_parallel and point.site == RESID_MID):
+            anatomy.require([point])
+
+
+def _guessed(chain: Chain) -> LayerAnatomy:
+    """A layer's sites where no value is known: the last of the first two sums has the MLP."""
+    last = max((part.value for part in chain.parts if part.step <= 1), default=-1)
+    return _sites(chain, [part.value == last for part in chain.parts])
+
+
 def _sites(chain: Chain, is_mlp: Sequence[bool]) -> LayerAnatomy:
     """A layer's sites, from its stream and from which of its parts are of an MLP."""
-    if chain.reason:
-        return LayerAnatomy(refused=dict.fromkeys(INSIDE, chain.reason))
     mlp = [part for part, yes in zip(chain.parts, is_mlp, strict=True) if yes]
+    several = "it adds the outputs of several MLPs" if len({part.step for part in mlp}) > 1 else ""
+    if reason := chain.reason or several:
+        return LayerAnatomy(refused=dict.fromkeys(INSIDE, reason))
     rest = [part for part, yes in zip(chain.parts, is_mlp, strict=True) if not yes]
     step = mlp[0].step if mlp else len(chain.middles)
     sees = frozenset[int]().union(*(part.sees for part in mlp))
@@ -75,12 +126,11 @@ def _sites(chain: Chain, is_mlp: Sequence[bool]) -> LayerAnatomy:
 
     if not mlp:
         refused[MLP_OUT] = "it adds nothing that, like an MLP's output, depends on one token alone"
-    elif len({part.step for part in mlp}) > 1:
-        refused[MLP_OUT] = "it adds the outputs of several MLPs"
     else:
-        places[MLP_OUT] = tuple(part.term for part in mlp)
-        places[MLP_IN] = tuple(dict.fromkeys(reader for part in mlp for reader in part.reads))
-    refused[MLP_IN] = refused.get(MLP_OUT, "")
+        places[MLP_OUT] = _summed(mlp)
+        if len(reads := _merged(mlp)) == 1:
+            places[MLP_IN] = reads[0].readers
+    refused[MLP_IN] = refused.get(MLP_OUT, "its MLP reads several things")
 
     before = [part for part in rest if part.step < step] or [p for p in rest if p.step == step]
     steps = {part.step for part in before}
@@ -90,7 +140,7 @@ def _sites(chain: Chain, is_mlp: Sequence[bool]) -> LayerAnatomy:
     elif len(steps) > 1 or (not mlp and len(chain.middles) > 1):
         refused[ATTN_OUT] = "it adds several outputs before that of an MLP"
     else:
-        places[ATTN_OUT] = tuple(part.term for part in before)
+        places[ATTN_OUT] = _summed(before)
 
     middle = chain.middles[step - 1] if 0 < step <= len(chain.middles) and mlp else None
     if is_parallel:
@@ -99,9 +149,24 @@ def _sites(chain: Chain, is_mlp: Sequence[bool]) -> LayerAnatomy:
         refused[RESID_MID] = "it has no stream between attention and an MLP"
     else:
         places[RESID_MID] = (middle,)
-    others = tuple(part.term for part in rest if part not in before or ATTN_OUT not in places)
+    others = _summed(part for part in rest if part not in before or ATTN_OUT not in places)
     refused = {site: reason for site, reason in refused.items() if site not in places}
     return LayerAnatomy(places, refused, others, chain.scale, is_parallel)
+
+
+def _merged(parts: Iterable[Part]) -> list[Read]:
+    """What the parts read, each value once with all its readers."""
+    readers: dict[int, list[Reader]] = {}
+    for part in parts:
+        for read in part.reads:
+            known = readers.setdefault(read.value, [])
+            known += [reader for reader in read.readers if reader not in known]
+    return [Read(value, tuple(them)) for value, them in readers.items()]
+
+
+def _summed(parts: Iterable[Part]) -> tuple[Term, ...]:
+    """Parts as the terms of a sum, in the order of the pass."""
+    return tuple(part.term for part in sorted(parts, key=lambda part: part.value))
 
 
 # -- by structure ----------------------------------------------------------------------------------
@@ -120,6 +185,8 @@ class _Chains:
         for call in flow.calls:
             times[id(call.module)] = times.get(id(call.module), 0) + 1
         self._times = times  # calls of each module in the whole pass
+        sizes = [(call.module, map(matrices, call.module.modules())) for call in self._calls]
+        self._sizes = {id(module): sum(its) for module, its in sizes}  # of matrices with weights
         self._input = self._whole.inputs[0][1] if self._whole.inputs else -1
         self._width = self._made[self._input].value.shape[-1]
         self._before: dict[int, int] = {}  # of each value of the stream: the one before it
@@ -160,7 +227,7 @@ class _Chains:
                 return Chain(reason="it adds something that no module of it gives")
             for term, made in terms:
                 reads, sees = self._read(made, outer, position)
-                parts.append(Part(term, step, reads, sees))
+                parts.append(Part(term, made, step, reads, sees))
         middles = tuple(self._reader(value) for value in sums)
         return Chain(tuple(parts), middles, scale)
 
@@ -198,12 +265,36 @@ class _Chains:
         return weights[0] if len(weights) == 1 else None
 
     def _is_outermost(self, call: Call, sums: Sequence[int]) -> bool:
-        """Whether a call makes no sum of the stream itself, and lies in none that makes none."""
+        """Whether a call with weights neither adds to the stream nor norms what it reads first.
 
-        def holds(call: Call | None) -> bool:
-            return call is None or any(call.begin <= value < call.end for value in sums)
+        And whether it lies in calls alone that do.
+        """
 
-        return not holds(call) and holds(call.parent)
+        def is_open(call: Call | None) -> bool:
+            if call is None or any(call.begin <= value < call.end for value in sums):
+                return True
+            return self._is_heavy(call) and not self._reads_with_weights(call)
+
+        above = call.parent
+        while above is not None and is_open(above):
+            above = above.parent
+        return above is None and self._is_heavy(call) and not is_open(call)
+
+    def _is_heavy(self, call: Call) -> bool:
+        """Whether a call is no norm or activation: by its module's matrices of weights.
+
+        The norms of some families have small ones, of a gate.
+        """
+        size = self._sizes[id(call.module)]
+        is_wide = all(self._made[v].value.shape[-1:] == (self._width,) for _, v in call.outputs)
+        return size > (max(self._sizes.values()) * _OF_A_NORM if is_wide else 0)
+
+    def _reads_with_weights(self, call: Call) -> bool:
+        """Whether a matrix of a call's module is applied to what the call is told."""
+        told = {self._root(value) for _, value in call.inputs}
+        within = [c for c in self._calls if call.begin <= c.begin and c.end <= call.end]
+        read = [value for inner in within if matrices(inner.module) for _, value in inner.inputs]
+        return any(self._root(value) in told for value in read)
 
     def _terms(self, added: int) -> list[tuple[Term, int]] | None:
         """A value as a sum of modules' outputs, each with the value that its module gave."""
@@ -217,7 +308,7 @@ class _Chains:
             return self._terms(made.inputs[0])
         if made.name in SUMS and len(made.inputs) == 2:
             first, second = (self._terms(read) for read in made.inputs)
-            return None if first is None or second is None else sorted_terms(first + second)
+            return None if first is None or second is None else first + second
         factor = self._factor(added) if made.name in PRODUCTS else None
         if factor is None:
             return None
@@ -229,17 +320,11 @@ class _Chains:
 
     def _read(
         self, made: int, outer: Sequence[Call], position: dict[int, int]
-    ) -> tuple[tuple[Reader, ...], frozenset[int]]:
-        """Who first reads the stream with weights to make this value, and where in the stream.
-
-        Nobody, where several values are read so.
-        """
-        heavy = [call for call in outer if call.is_heavy]
-        gave = {value: call for call in heavy for _, value in call.outputs}
+    ) -> tuple[tuple[Read, ...], frozenset[int]]:
+        """Who first reads the stream with weights to make this value, and where in the stream."""
+        gave = {value for call in outer for _, value in call.outputs}
         region = self._behind(made, position)
-        calls = [call for call in heavy if any(v in region for _, v in call.outputs)]
-        # A module that makes the value without giving it: the term is inside it.
-        calls += [c for c in heavy if c not in calls and c.begin <= made < c.end]
+        calls = [call for call in outer if any(value in region for _, value in call.outputs)]
         readers: dict[int, list[Reader]] = {}
         sees: set[int] = set()
         for call in calls:
@@ -252,18 +337,10 @@ class _Chains:
                 sees |= seen
                 copied = value in self._changed
                 readers.setdefault(root, []).append(Reader(call.path, key, copied))
-        # Where a module reads the stream and its norm, the norm is what its weights are applied to.
-        normed = {root: them for root, them in readers.items() if root not in position}
-        readers = normed or readers
-        if len(readers) != 1:
-            return (), frozenset(sees)
-        found = next(iter(readers.values()))
-        usable = all(self._called_once(reader) for reader in found)
-        return (tuple(found) if usable else ()), frozenset(sees)
-
-    def _called_once(self, reader: Reader) -> bool:
-        module = self._whole.module.get_submodule(reader.path)
-        return self._times[id(module)] == 1
+        found = tuple(Read(root, tuple(them)) for root, them in readers.items())
+        modules = [call.module for call in calls]
+        usable = all(self._times[id(module)] == 1 for module in modules)
+        return (found if usable else ()), frozenset(sees)
 
     def _behind(self, value: int, position: dict[int, int]) -> set[int]:
         """All values that one was made from, itself too, back to the stream."""
@@ -288,11 +365,6 @@ class _Chains:
         return None
 
 
-def sorted_terms(terms: Iterable[tuple[Term, int]]) -> list[tuple[Term, int]]:
-    """Terms in the order in which their modules gave them."""
-    return sorted(terms, key=lambda term: term[1])
-
-
 def _weights(block: nn.Module) -> list[torch.Tensor]:
     return [*block.parameters(), *block.buffers()]
 
@@ -312,11 +384,9 @@ def _tokenwise(
     given: dict[tuple[int, int], torch.Tensor] = {}
     handles: list[Any] = []
     for layer, chain in enumerate(chains):
-        edited: set[tuple[Reader, ...]] = set()
+        for read in _merged(chain.parts):
+            handles += editing(blocks[layer], read.readers, reversed_first)
         for number, part in enumerate(chain.parts):
-            if part.reads and part.reads not in edited:
-                handles += editing(blocks[layer], part.reads, _reversed_first)
-                edited.add(part.reads)
             handles += taking(blocks[layer], (part.term,), _keeper(given, (layer, number)))
     handles.append(blocks[len(chains) - 1].register_forward_hook(_leave))
     try:
@@ -329,7 +399,7 @@ def _tokenwise(
     for layer, chain in enumerate(chains):
         of_layer: list[bool] = []
         for number, part in enumerate(chain.parts):
-            of_layer.append(bool(part.reads) and _is_reversed(given[layer, number]))
+            of_layer.append(bool(part.reads) and is_reversed(given[layer, number]))
         found.append(of_layer)
     return found
 
@@ -342,7 +412,7 @@ def _leave(*_: object) -> None:
     raise DeepestReached
 
 
-def _reversed_first(values: torch.Tensor) -> torch.Tensor:
+def reversed_first(values: torch.Tensor) -> torch.Tensor:
     """(b, t, d) with the first text's rows, in the opposite order, in the place of the second's.
 
     The first token keeps its own row.
@@ -352,7 +422,7 @@ def _reversed_first(values: torch.Tensor) -> torch.Tensor:
     return edited
 
 
-def _is_reversed(values: torch.Tensor) -> bool:
+def is_reversed(values: torch.Tensor) -> bool:
     """Whether the second text's rows behind its first are the first's in the opposite order."""
     rows, expected = values[1, 1:], values[0].flip(0)[1:]
     error = (rows - expected).norm(dim=-1)

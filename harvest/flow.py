@@ -50,11 +50,6 @@ class Call:
     end: int = 0  # values that there were when it ended
     outputs: list[tuple[int | None, int]] = field(default_factory=list)  # place in a tuple; value
 
-    @property
-    def is_heavy(self) -> bool:
-        """Whether its module has a matrix of weights, as norms and activations have none."""
-        return any(parameter.ndim >= 2 for parameter in self.module.parameters())
-
 
 class Flow(TorchFunctionMode):
     """The values and calls of one forward pass. A context manager: it follows while open."""
@@ -119,6 +114,12 @@ class Flow(TorchFunctionMode):
         self.made.append(Operation(name, inputs, tensor, number))
         self._number[id(tensor)] = len(self.made) - 1
         return len(self.made) - 1
+
+
+def matrices(module: nn.Module) -> int:
+    """Numbers in a module's own matrices of weights; quantised ones may be buffers."""
+    own = [*module._parameters.values(), *module._buffers.values()]
+    return sum(tensor.numel() for tensor in own if tensor is not None and tensor.ndim >= 2)
 
 
 class _Over(Exception):

@@ -25,11 +25,11 @@ def unit_residuals(
     store: Store,
     lm: LanguageModel,
     unit: int,
-    layers: Sequence[int],
+    points: Sequence[HookPoint],
     batch: int,
     stop: StopRequest | None = None,
-) -> dict[int, torch.Tensor]:
-    """Residuals of one unit in spine order: (n, d) bfloat16 a layer, on the model's device.
+) -> dict[HookPoint, torch.Tensor]:
+    """Rows of one unit in spine order: (n, d) bfloat16 a point, on the model's device.
 
     A pure function of the spine.
 
@@ -39,7 +39,7 @@ def unit_residuals(
     """
     tokens = store.tokens(unit)
     starts = store.piece_starts(unit)
-    residuals = empty_residuals(lm, tokens.size, layers)
+    residuals = empty_residuals(lm, tokens.size, points)
     for row in range(0, len(tokens), batch):
         if stop is not None:
             stop.check()
@@ -47,45 +47,47 @@ def unit_residuals(
         passes = forward_inputs(tokens[part], starts[part], lm.isolation)
         end = row + len(tokens[part])
         rows = slice(row * store.context, end * store.context)
-        batch_residuals(lm, passes, layers, {layer: residuals[layer][rows] for layer in layers})
+        batch_residuals(lm, passes, points, {point: residuals[point][rows] for point in points})
     return residuals
 
 
 def batch_residuals(
     lm: LanguageModel,
     passes: Sequence[Inputs],
-    layers: Sequence[int],
-    out: dict[int, torch.Tensor] | None = None,
-) -> dict[int, torch.Tensor]:
-    """Residuals of a batch: (B*T, d) bfloat16 a layer, in the order of its tokens.
+    points: Sequence[HookPoint],
+    out: dict[HookPoint, torch.Tensor] | None = None,
+) -> dict[HookPoint, torch.Tensor]:
+    """Rows of a batch: (B*T, d) bfloat16 a point, in the order of its tokens.
 
     Nothing here waits for the device, except transformers' own mask code in families that
     `attention_mask` does not know. On an accelerator the rows are complete only after what the
     caller queues behind them, or a synchronisation.
 
     Args:
-        out: where to write, (B*T, d) a layer on the model's device, e.g. slices of a unit; None:
+        out: where to write, (B*T, d) a point on the model's device, e.g. slices of a unit; None:
             new tensors.
     """
     if out is None:
-        out = empty_residuals(lm, sum(inputs.tokens for inputs in passes), layers)
-    with tap(lm, layers, ends=True) as taken:
+        out = empty_residuals(lm, sum(inputs.tokens for inputs in passes), points)
+    with tap(lm, points, ends=True) as taken:
         for inputs in passes:
             here = upload(inputs, lm.config.device)
             mask = None
             if lm.isolation != "alone":
                 mask = attention_mask(lm.decoder.config, here.positions)
             forward(lm, here, mask)
-            for layer in layers:
-                scatter(taken.pop(HookPoint(layer)), here, out[layer])
+            for point in points:
+                scatter(taken.pop(point), here, out[point])
     return out
 
 
-def empty_residuals(lm: LanguageModel, rows: int, layers: Sequence[int]) -> dict[int, torch.Tensor]:
-    """Memory for (rows, d) bfloat16 a layer, on the model's device."""
+def empty_residuals(
+    lm: LanguageModel, rows: int, points: Sequence[HookPoint]
+) -> dict[HookPoint, torch.Tensor]:
+    """Memory for (rows, d) bfloat16 a point, on the model's device."""
     shape = (rows, lm.d_model)
     device = lm.config.device
-    return {layer: torch.empty(shape, dtype=torch.bfloat16, device=device) for layer in layers}
+    return {point: torch.empty(shape, dtype=torch.bfloat16, device=device) for point in points}
 
 
 def upload(inputs: Inputs, device: str) -> Inputs:
@@ -135,11 +137,13 @@ def scatter(states: torch.Tensor, inputs: Inputs, out: torch.Tensor) -> None:
         out.index_copy_(0, inputs.into, rows.index_select(0, inputs.inside).to(out.dtype))
 
 
-def prepared(store: Store, unit: int, residuals: Mapping[int, torch.Tensor]) -> dict[int, Prepared]:
-    """A unit's residuals in spine order, permuted and described as they are committed."""
+def prepared(
+    store: Store, unit: int, residuals: Mapping[HookPoint, torch.Tensor]
+) -> dict[HookPoint, Prepared]:
+    """A unit's rows in spine order, permuted and described as they are committed."""
     permutation = store.permutation(unit)
     starts = store.piece_starts(unit).ravel()
-    layers: dict[int, Prepared] = {}
-    for layer, rows in residuals.items():
-        layers[layer] = prepare(rows, permutation, starts, store.arrays.rows(layer))
-    return layers
+    points: dict[HookPoint, Prepared] = {}
+    for point, rows in residuals.items():
+        points[point] = prepare(rows, permutation, starts, store.arrays.rows(point))
+    return points

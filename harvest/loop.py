@@ -19,6 +19,7 @@ from data.errors import PipelineError, StopRequest
 from data.journal import Progress, duration, size, tell
 from data.machine import is_out_of_memory
 from data.rows import summary
+from data.site import HookPoint
 from data.store import codec, retention, ring
 from data.store.claims import METADATA, Claims, unit_claim
 from data.store.manifest import exists, require_free
@@ -47,12 +48,12 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Sto
         StoreError: the disk is full, or the store is damaged.
         Interrupted: SIGINT or SIGTERM arrived; everything committed stays.
     """
-    layers = config.layers
+    points = config.points
     check_layers(config, lm)
     place = place_of(config.store)
-    lm.truncate_(max(layers))
+    lm.truncate_(max(config.layers))
     begun: Isolation = read_manifest(place)["isolation"] if exists(place) else "packed"
-    lm.isolation = choose_isolation(lm, layers, config.context, begun)
+    lm.isolation = choose_isolation(lm, points, config.context, begun)
 
     # Join the others before anything is written: whoever believes to be alone removes temporaries.
     manifest = manifest_of(config, lm, source)
@@ -62,7 +63,7 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Sto
         store = Store.open_or_create(place, manifest, claims)
 
         bad = config.faults.bad
-        with Spine(store, layers, claims, source, lm.tokenizer, stop, bad) as spine:
+        with Spine(store, points, claims, source, lm.tokenizer, stop, bad) as spine:
             # Wait for the spine: a ring needs all of it, else the first unit is enough.
             if whole_spine:
                 spine.wait()
@@ -71,27 +72,27 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Sto
 
             # Recompute a committed unit.
             store.refresh()
-            check(store, lm, layers)
-            committed = store.units - len(store.missing(layers))
+            check(store, lm, points)
+            committed = store.units - len(store.missing(points))
             if committed:
                 tell(f"going on: {committed} of {store.units} units are committed")
 
             # Describe the arrays for other Zarr readers; a lossy codec is part of that.
-            fit_codec(store, lm, layers)
-            if not store.is_declared(layers):
+            fit_codec(store, lm, points)
+            if not store.is_declared(points):
                 with claims.held(METADATA):
-                    store.declare(layers)
+                    store.declare(points)
             if claims.take(METADATA):
                 store.pack()
                 claims.release(METADATA)
 
             # Make every missing unit.
-            room = ring.join(store, layers, claims, config.max_bytes, config.readers)
-            made = make(store, lm, layers, claims, spine, stop, config, room)
+            room = ring.join(store, points, claims, config.max_bytes, config.readers)
+            made = make(store, lm, points, claims, spine, stop, config, room)
             room.sweep()
-        finish(store, layers, claims, stop)
+        finish(store, points, claims, stop)
     tell_end(store)
-    tell_bad(store, layers)
+    tell_bad(store, points)
     _tell_complete(store, made)
     return store
 
@@ -106,14 +107,14 @@ class Made(NamedTuple):
 def make(
     store: Store,
     lm: LanguageModel,
-    layers: Sequence[int],
+    points: Sequence[HookPoint],
     claims: Claims,
     spine: Spine,
     stop: StopRequest,
     config: HarvestConfig,
     room: KeepAll | Ring,
 ) -> Made:
-    """Make and commit units until each of `layers` is whole.
+    """Make and commit units until each of `points` is whole.
 
     Args:
         room: on the disk. It decides the order of units, and admits a unit when it fits.
@@ -129,7 +130,7 @@ def make(
             # Make all units that are free at present, each process from a place of its own on.
             went_on = False
             is_full = False
-            for unit, lacking in room.ordered(spine.ready(store.missing(layers)), config.rank):
+            for unit, lacking in room.ordered(spine.ready(store.missing(points)), config.rank):
                 stop.check()
                 is_full = not room.admits(unit)
                 if is_full:
@@ -147,8 +148,7 @@ def make(
                 room.clear(unit)
 
                 # Compute its residuals.
-                wanted = [point.layer for point in lacking]
-                residuals, batch = compute(store, lm, unit, wanted, batch, stop, faults)
+                residuals, batch = compute(store, lm, unit, lacking, batch, stop, faults)
                 stop.check()
 
                 # Hand them to the writer, which commits them beside the next unit's forward pass.
@@ -157,7 +157,7 @@ def make(
                 went_on = True
                 tokens += store.rows_of(unit)
                 rate = tokens / (time.monotonic() - began)
-                progress.show(progress_line(store, layers, tokens, rate, writer.written))
+                progress.show(progress_line(store, points, tokens, rate, writer.written))
             spine.follow()
             if went_on:
                 waiting.over()
@@ -165,7 +165,7 @@ def make(
 
             # No unit is free: the store is complete, or we wait for the spine or another process.
             writer.wait()
-            missing = store.missing(layers)
+            missing = store.missing(points)
             if store.spine_complete and not missing:
                 break
             if not is_full:
@@ -174,16 +174,16 @@ def make(
     return Made(tokens, time.monotonic() - began)
 
 
-def finish(store: Store, layers: Sequence[int], claims: Claims, stop: StopRequest) -> None:
-    """Have one process write what only whole layers have: statistics, and the final shapes."""
+def finish(store: Store, points: Sequence[HookPoint], claims: Claims, stop: StopRequest) -> None:
+    """Have one process write what only whole hook points have: statistics, and the final shapes."""
     waiting = Waiting()
-    while not is_finished(store, layers):
+    while not is_finished(store, points):
         if claims.take(METADATA):
             store.refresh()
-            for layer in layers:
-                summary.write(store, layer)
+            for point in points:
+                summary.write(store, point)
             store.pack()
-            store.declare(layers)
+            store.declare(points)
             claims.clear()
             claims.release(METADATA)
         else:
@@ -192,29 +192,29 @@ def finish(store: Store, layers: Sequence[int], claims: Claims, stop: StopReques
     store.refresh()
 
 
-def is_finished(store: Store, layers: Sequence[int]) -> bool:
+def is_finished(store: Store, points: Sequence[HookPoint]) -> bool:
     """Whether `finish` has nothing to do."""
-    summed_up = all(summary.exists(store, layer) for layer in layers)
-    return summed_up and store.is_declared(layers) and store.is_packed()
+    summed_up = all(summary.exists(store, point) for point in points)
+    return summed_up and store.is_declared(points) and store.is_packed()
 
 
 def compute(
     store: Store,
     lm: LanguageModel,
     unit: int,
-    layers: list[int],
+    points: list[HookPoint],
     batch: int,
     stop: StopRequest,
     faults: Faults,
-) -> tuple[dict[int, torch.Tensor], int]:
-    """A unit's residuals by layer, and the batch that fitted in memory: `batch`, or less.
+) -> tuple[dict[HookPoint, torch.Tensor], int]:
+    """A unit's rows by hook point, and the batch that fitted in memory: `batch`, or less.
 
     Raises:
         OutOfMemory: the batch did not fit, and `faults` allows no smaller one.
     """
     while True:
         try:
-            return unit_residuals(store, lm, unit, layers, batch, stop), batch
+            return unit_residuals(store, lm, unit, points, batch, stop), batch
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -247,22 +247,21 @@ class OutOfMemory(PipelineError):
         return type(self), (self.unit, self.batch, self.context)
 
 
-def fit_codec(store: Store, lm: LanguageModel, layers: Sequence[int]) -> None:
+def fit_codec(store: Store, lm: LanguageModel, points: Sequence[HookPoint]) -> None:
     """Fit a lossy codec to the rows of unit 0, before the first row is written."""
-    unfitted = codec.unfitted(store.manifest["codec"], store.place, layers)
+    unfitted = codec.unfitted(store.manifest["codec"], store.place, points)
     if unfitted:
-        wanted = [point.layer for point in unfitted]
-        residuals = unit_residuals(store, lm, 0, wanted, store.manifest["batch"])
+        residuals = unit_residuals(store, lm, 0, unfitted, store.manifest["batch"])
         bos = torch.from_numpy(store.piece_starts(0).ravel())
-        for layer, rows in residuals.items():
-            codec.fit(store.place, layer, rows, bos.to(rows.device))
+        for point, rows in residuals.items():
+            codec.fit(store.place, point, rows, bos.to(rows.device))
 
 
 # -- messages --------------------------------------------------------------------------------------
 
 
 def progress_line(
-    store: Store, layers: Sequence[int], tokens: int, rate: float, written: int
+    store: Store, points: Sequence[HookPoint], tokens: int, rate: float, written: int
 ) -> str:
     """How far the store is.
 
@@ -271,7 +270,7 @@ def progress_line(
         rate: tokens/s made here.
         written: bytes of residuals committed here, before encoding.
     """
-    missing = len(store.missing(layers))
+    missing = len(store.missing(points))
     units = store.units - missing
     left = duration(missing * store.unit_tokens / rate)
     return (
@@ -295,12 +294,12 @@ def tell_waiting(waiting: Waiting, store: Store, claims: Claims, units: Sequence
     waiting.on(f"units that other processes make: {listed}", dead)
 
 
-def tell_bad(store: Store, layers: Sequence[int]) -> None:
+def tell_bad(store: Store, points: Sequence[HookPoint]) -> None:
     """Tell the user of rows that are not finite."""
-    for layer in layers:
-        if bad := store.non_finite(layer):
+    for point in points:
+        if bad := store.non_finite(point):
             tell(
-                f"layer {layer}: {bad} rows hold NaN or infinity; they are stored, counted and "
+                f"{point}: {bad} rows hold NaN or infinity; they are stored, counted and "
                 "never served"
             )
 

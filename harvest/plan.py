@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from data import order
 from data.device import free_bytes
 from data.errors import SettingError, StoreError
 from data.journal import Progress, duration, size, tell
+from data.site import RESID_POST, SITES, HookPoint
 from data.store import retention, ring_state
 from data.store.arrays import rows_name
 from data.store.codec import EXPECTED_RATIO
@@ -27,7 +28,7 @@ from harvest.model import LanguageModel
 from harvest.writer import IN_FLIGHT
 
 _SPINE_BYTES = 3.0  # tokens, document and token_index per token, compressed
-_NORM_BYTES = 4  # per row and layer
+_NORM_BYTES = 4  # per row and hook point
 _PROBES = 3  # passes that are timed; the first also warms up
 # Share of the speed of one large matrix product that a forward pass reaches: 30 to 50 % of the
 # peak are usual on a GPU with models of this size.
@@ -69,7 +70,7 @@ class Plan:
     tokens: int
     rows: int  # packed rows of `context` tokens
     units: int
-    layers: tuple[int, ...]
+    points: list[HookPoint]
     codec: str
     raw_bytes: int  # of all residuals as bfloat16
     expected_bytes: int  # still to be written
@@ -83,7 +84,6 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The plan as text."""
-        layers = ", ".join(map(str, self.layers))
         alone = "; nothing can be held out of a single unit: for training, lower unit="
         free = "room unknown" if self.free_bytes is None else f"{size(self.free_bytes)} free"
         ring = ""
@@ -94,7 +94,7 @@ class Plan:
             by_codec.append(f"{size(self.raw_bytes / ratio)} with codec={codec}")
         return [
             f"plan: {self.tokens:,} tokens in {self.rows:,} rows and {self.units:,} units, "
-            f"layers {layers}{alone if self.units == 1 else ''}",
+            f"{_listed(self.points)}{alone if self.units == 1 else ''}",
             f"      disk: {size(self.raw_bytes)} of residuals, about {size(self.expected_bytes)} "
             f"still to write; {free}{ring}",
             f"      whole: about {', '.join(by_codec)}",
@@ -137,20 +137,20 @@ def plan(
     place = place_of(config.store)
     rows = -(-config.tokens // config.context)
     tokens = rows * config.context
-    layers = len(config.layers)
-    raw = tokens * d_model * 2 * layers
+    points = len(config.points)
+    raw = tokens * d_model * 2 * points
     to_write = raw / EXPECTED_RATIO[config.codec] * (1 - done)
-    beside = tokens * (_NORM_BYTES * layers + _SPINE_BYTES) * (1 - done)
+    beside = tokens * (_NORM_BYTES * points + _SPINE_BYTES) * (1 - done)
     limit = _ring_bytes(config, d_model)
     disk = to_write
     if limit is not None:
-        present = sum(sum(place.sizes(rows_name(layer)).values()) for layer in config.layers)
+        present = sum(sum(place.sizes(rows_name(point)).values()) for point in config.points)
         disk = min(disk, max(0, limit - present))
     return Plan(
         tokens=tokens,
         rows=rows,
         units=config.units,
-        layers=config.layers,
+        points=config.points,
         codec=config.codec,
         raw_bytes=raw,
         expected_bytes=round(to_write + beside),
@@ -165,10 +165,10 @@ def plan(
 
 
 def _memory(config: HarvestConfig, model: Cost, d_model: int, device: str, copied: float) -> Memory:
-    unit_bytes = min(config.unit_tokens, config.tokens) * d_model * 2 * len(config.layers)
+    unit_bytes = min(config.unit_tokens, config.tokens) * d_model * 2 * len(config.points)
     if device.startswith("cuda"):
-        # One unit is computed while others are permuted, a layer at a time, on to the host.
-        units = unit_bytes * (1 + IN_FLIGHT * (1 + 1 / len(config.layers)))
+        # One unit is computed while others are permuted, a hook point at a time, on to the host.
+        units = unit_bytes * (1 + IN_FLIGHT * (1 + 1 / len(config.points)))
         return Memory(model.kept_bytes, 0, model.activation_bytes, round(units), model.check_bytes)
     # A CPU computes a unit for longer than it takes to write one, so a single one is written
     # meanwhile, from a permuted copy. Measured: 621 MB where this gives 713 (width 768).
@@ -183,17 +183,17 @@ def _ring_bytes(config: HarvestConfig, d_model: int) -> int | None:
     if config.max_bytes is None:
         return retention.read(place_of(config.store)).max_bytes
     held_out = len(order.held_out(config.units, config.seed))
-    layers = len(config.layers)
-    unit_bytes = ring_state.unit_bytes(config.unit_tokens, config.chunk_rows, d_model, layers)
+    points = len(config.points)
+    unit_bytes = ring_state.unit_bytes(config.unit_tokens, config.chunk_rows, d_model, points)
     ring_state.span_of(config.max_bytes, held_out, unit_bytes)  # raises for a ring too small
     return config.max_bytes
 
 
 def share_done(config: HarvestConfig) -> float:
-    """Share of the asked layers' units that are committed already."""
-    committed = count_residuals(place_of(config.store), config.layers)
+    """Share of the asked hook points' units that are committed already."""
+    committed = count_residuals(place_of(config.store), config.points)
     # A store made with other settings may have more units than are asked for. It is refused later.
-    return min(1.0, committed / (config.units * len(config.layers)))
+    return min(1.0, committed / (config.units * len(config.points)))
 
 
 def require_fit(planned: Plan, store: str | Path, *, force: bool = False) -> None:
@@ -210,8 +210,8 @@ def require_fit(planned: Plan, store: str | Path, *, force: bool = False) -> Non
         _refuse(
             StoreError,
             f"{store} needs about {size(planned.disk_bytes)} and its disk has "
-            f"{size(planned.free_bytes)} free; give store= a larger disk, take fewer tokens= or "
-            "layers, or codec=int8, or train beside it with max_bytes=",
+            f"{size(planned.free_bytes)} free; give store= a larger disk, take fewer tokens=, "
+            "layers or sites, or codec=int8, or train beside it with max_bytes=",
             force,
         )
     needed = planned.memory.total
@@ -223,6 +223,18 @@ def require_fit(planned: Plan, store: str | Path, *, force: bool = False) -> Non
             "model.dtype=bfloat16 or another device=",
             force,
         )
+
+
+def _listed(points: Sequence[HookPoint]) -> str:
+    """The hook points, by site: `layers 21, 27; mlp_in of layers 21, 27`."""
+    listed: list[str] = []
+    for site in SITES[::-1]:  # resid_post first
+        layers = ", ".join(str(point.layer) for point in points if point.site == site)
+        if layers:
+            listed.append(
+                f"layers {layers}" if site == RESID_POST else f"{site} of layers {layers}"
+            )
+    return "; ".join(listed)
 
 
 def _refuse(kind: Callable[[str], Exception], reason: str, force: bool) -> None:
@@ -261,8 +273,8 @@ def probe(lm: LanguageModel, config: HarvestConfig) -> float:
     for number in range(_PROBES):
         progress.show(f"probe: batch {number + 1} of {_PROBES}, {tokens.size:,} tokens")
         began = time.monotonic()
-        residuals = batch_residuals(lm, passes, config.layers)
-        residuals[config.layers[0]][-1].cpu()  # waits for the device, so that its work is timed
+        residuals = batch_residuals(lm, passes, config.points)
+        residuals[config.points[0]][-1].cpu()  # waits for the device, so that its work is timed
         speeds.append(tokens.size / (time.monotonic() - began))
     progress.close()
     return max(speeds)

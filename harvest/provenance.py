@@ -59,6 +59,6 @@ def require_same_so_far(
     model = {**recorded["model"], **described.identity}
     if source.chats:
         model["chat_template"] = described.tokenizer.template_digest
-    known = {"site": config.site, "model": model}
+    known = {"site": RESID_POST, "model": model}
     device = described.config.device
     manifest.require_same(place, {**recorded, **known, **_without_model(config, source, device)})

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from data.errors import PipelineError, SettingError, StoreError, first_line
 from data.journal import Progress, tell
 from data.machine import is_out_of_memory
-from data.site import HookPoint
+from data.site import RESID_POST, HookPoint, Point
 from data.store import retention
 from data.store.store import Store
 from harvest.decoder import require_residuals
@@ -24,6 +24,7 @@ from harvest.forward import batch_residuals, prepared, scatter, unit_residuals, 
 from harvest.isolation import Isolation, forward_inputs
 from harvest.model import LanguageModel
 from harvest.precise import in_float32
+from harvest.proof import prove
 from harvest.site import DeepestReached, tap
 
 # Largest error of a row against its piece alone, both in float32. One rounding of a stored value
@@ -44,46 +45,50 @@ class Trial(NamedTuple):
     kept: NDArray[np.bool_]  # (2 * T,) all tokens but those of that piece
 
 
-def check(store: Store, lm: LanguageModel, layers: Sequence[int]) -> None:
+def check(store: Store, lm: LanguageModel, points: Sequence[HookPoint]) -> None:
     """Recompute one committed unit of the store, if there is any.
 
     Raises:
         StoreError: the recomputed unit has other bits than the stored one.
     """
-    have = {layer: store.committed(layer) for layer in layers}
+    have = {point: store.committed(point) for point in points}
     some = np.flatnonzero(np.any(list(have.values()), axis=0)).tolist()
     kept = retention.read(store.place)  # others may be freed while this one is recomputed
     unit = next((unit for unit in some if kept.stays(unit)), None)
     if unit is not None:
-        require_same(store, lm, unit, [layer for layer in layers if have[layer][unit]])
+        require_same(store, lm, unit, [point for point in points if have[point][unit]])
 
 
 def choose_isolation(
-    lm: LanguageModel, layers: Sequence[int], context: int, first: Isolation = "packed"
+    lm: LanguageModel, wanted: Sequence[Point], context: int, first: Isolation = "packed"
 ) -> Isolation:
     """How pieces stay apart in this model, found by trying: the fastest way whose rows are right.
 
-    A way is right if every row of `layers` is that of its piece alone, and if other tokens in a
-    neighbour change nothing. Both are judged in float32 (harvest/precise.py). The pieces are as
-    long as the context allows, so that they cross the thresholds in the model's configuration:
-    windows, chunks, the first length of `longrope`.
+    A way is right if every row of the hook points is that of its piece alone, and if other tokens
+    in a neighbour change nothing. Both are judged in float32 (harvest/precise.py). The pieces are
+    as long as the context allows, so that they cross the thresholds in the model's configuration:
+    windows, chunks, the first length of `longrope`. Before that, sites inside a layer are proven
+    (harvest/proof.py).
 
     Args:
+        wanted: the hook points.
         context: T, tokens of a packed row.
         first: is tried first, e.g. as a store was begun.
 
     Raises:
-        SettingError: no way is right.
+        SettingError: no way is right, or a layer has no such site.
     """
+    points = list(map(HookPoint.of, wanted))
     trial = trial_of(lm, context)
     former = lm.isolation
     reasons: list[str] = []
     try:
         with in_float32(lm.blocks), _progress(lm):
-            expected = _alone(lm, trial, layers)
+            prove(lm, points, torch.from_numpy(trial.tokens.astype(np.int64)))
+            expected = _alone(lm, trial, points)
             for way in dict.fromkeys((first, *get_args(Isolation))):
                 lm.isolation = way
-                reason = _wrong(lm, trial, layers, expected)
+                reason = _wrong(lm, trial, points, expected)
                 if reason is None:
                     because = f" ({'; '.join(reasons)})" if reasons else ""
                     tell(f"isolation: pieces run {way}, each as if alone{because}")
@@ -136,8 +141,10 @@ def trial_of(lm: LanguageModel, context: int) -> Trial:
     return Trial(tokens, starts, neighbour, kept.ravel())
 
 
-def _alone(lm: LanguageModel, trial: Trial, layers: Sequence[int]) -> dict[int, torch.Tensor]:
-    """(2 * T, d) float32 rows a layer, each piece run alone with nothing said beside its ids.
+def _alone(
+    lm: LanguageModel, trial: Trial, points: Sequence[HookPoint]
+) -> dict[HookPoint, torch.Tensor]:
+    """(2 * T, d) float32 rows a point, each piece run alone with nothing said beside its ids.
 
     The shortest piece comes first, and the longest in a harvest: a family that remembers the
     longest piece so far (dynamic NTK) then differs.
@@ -145,14 +152,18 @@ def _alone(lm: LanguageModel, trial: Trial, layers: Sequence[int]) -> dict[int, 
     Raises:
         SettingError: the decoder fails, or its layers give no residual stream.
     """
-    rows = _empty(lm, trial, layers)
+    rows = _empty(lm, trial, points)
     last = lm.n_layers - 1
+    # What enters a layer is followed too where a site inside it, or its input, is wanted.
+    layers = {point.layer for point in points}
+    layers |= {p.layer - 1 for p in points if p.layer and p.site != RESID_POST}
     ends = max(layers) == last  # else the pass ends where the next layer is entered
     # No layer reads what the last one gives, so the one below it is followed in its place.
     followed = sorted({*layers, last - 1} if ends and last else layers)
+    tapped = list(dict.fromkeys((*map(HookPoint, followed), *points)))
     for inputs in reversed(forward_inputs(trial.tokens, trial.starts, "alone")):
         here = upload(inputs, lm.config.device)
-        with tap(lm, followed, ends=ends) as taken, _entered(lm, followed) as read:
+        with tap(lm, tapped, ends=ends) as taken, _entered(lm, followed) as read:
             _run_alone(lm, here.ids)
         for layer in followed:
             states = taken.get(HookPoint(layer))
@@ -165,12 +176,12 @@ def _alone(lm: LanguageModel, trial: Trial, layers: Sequence[int]) -> dict[int, 
                     f"layer {layer + 1} of {type(lm.decoder).__name__} reads other states than "
                     f"layer {layer} gives; take another model"
                 )
-            if layer in rows:
-                scatter(states, here, rows[layer])
-    for layer in layers:
-        if not bool(torch.isfinite(rows[layer]).all(1).any()):
+        for point in points:
+            scatter(taken[point], here, rows[point])
+    for point in points:
+        if not bool(torch.isfinite(rows[point]).all(1).any()):
             raise SettingError(
-                f"layer {layer} of {type(lm.decoder).__name__} gives NaN or infinity in every row; "
+                f"{point} of {type(lm.decoder).__name__} gives NaN or infinity in every row; "
                 "take model.dtype=float32, or another model"
             )
     return rows
@@ -181,10 +192,12 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _empty(lm: LanguageModel, trial: Trial, layers: Sequence[int]) -> dict[int, torch.Tensor]:
-    """Memory for (2 * T, d) float32 a layer."""
+def _empty(
+    lm: LanguageModel, trial: Trial, points: Sequence[HookPoint]
+) -> dict[HookPoint, torch.Tensor]:
+    """Memory for (2 * T, d) float32 a point."""
     shape = (trial.tokens.size, lm.d_model)
-    return {layer: torch.empty(shape, device=lm.config.device) for layer in layers}
+    return {point: torch.empty(shape, device=lm.config.device) for point in points}
 
 
 @contextmanager
@@ -253,33 +266,36 @@ def _fails(lm: LanguageModel, error: Exception) -> PipelineError:
 
 
 def _wrong(
-    lm: LanguageModel, trial: Trial, layers: Sequence[int], expected: dict[int, torch.Tensor]
+    lm: LanguageModel,
+    trial: Trial,
+    points: Sequence[HookPoint],
+    expected: dict[HookPoint, torch.Tensor],
 ) -> str | None:
     """What is wrong with the rows as `lm.isolation` makes them; None: nothing."""
     try:
-        rows = _rows(lm, trial, trial.tokens, layers)
-        beside_others = _rows(lm, trial, trial.neighbour, layers)
+        rows = _rows(lm, trial, trial.tokens, points)
+        beside_others = _rows(lm, trial, trial.neighbour, points)
     except Exception as error:  # the family's own code may raise anything
         if is_out_of_memory(error):
             raise _fails(lm, error) from error
         return f"{type(error).__name__}"
     kept = torch.from_numpy(trial.kept).to(lm.config.device)
-    for layer in layers:
-        moved = worst(beside_others[layer][kept], rows[layer][kept])
+    for point in points:
+        moved = worst(beside_others[point][kept], rows[point][kept])
         if not moved <= SAME_ROW:
-            return f"a neighbour changes a row of layer {layer} by {moved:.2%}"
-        off = worst(rows[layer], expected[layer])
+            return f"a neighbour changes a row of {point} by {moved:.2%}"
+        off = worst(rows[point], expected[point])
         if not off <= SAME_ROW:
-            return f"a row of layer {layer} differs by {off:.2%}"
+            return f"a row of {point} differs by {off:.2%}"
     return None
 
 
 def _rows(
-    lm: LanguageModel, trial: Trial, tokens: NDArray[np.uint32], layers: Sequence[int]
-) -> dict[int, torch.Tensor]:
-    """(2 * T, d) float32 rows a layer, as the harvest makes them, at the most padding."""
+    lm: LanguageModel, trial: Trial, tokens: NDArray[np.uint32], points: Sequence[HookPoint]
+) -> dict[HookPoint, torch.Tensor]:
+    """(2 * T, d) float32 rows a point, as the harvest makes them, at the most padding."""
     passes = forward_inputs(tokens, trial.starts, lm.isolation, one_pass=True)
-    return batch_residuals(lm, passes, layers, _empty(lm, trial, layers))
+    return batch_residuals(lm, passes, points, _empty(lm, trial, points))
 
 
 def worst(rows: torch.Tensor, expected: torch.Tensor) -> float:
@@ -289,23 +305,25 @@ def worst(rows: torch.Tensor, expected: torch.Tensor) -> float:
     that must hold NaN or infinity are left out.
     """
     finite = torch.isfinite(expected).all(1)
-    errors = (rows - expected).norm(dim=1) / expected.norm(dim=1)
+    difference = (rows - expected).norm(dim=1)
+    # A site's row may be zero, unlike the stream's.
+    errors = torch.where(difference == 0, 0.0, difference / expected.norm(dim=1))
     return float(errors[finite].max()) if bool(finite.any()) else 0.0
 
 
-def require_same(store: Store, lm: LanguageModel, unit: int, layers: Sequence[int]) -> None:
+def require_same(store: Store, lm: LanguageModel, unit: int, points: Sequence[HookPoint]) -> None:
     """Recompute one committed unit.
 
     Raises:
         StoreError: the store holds other bits.
     """
-    for layer in layers:
-        residuals = unit_residuals(store, lm, unit, [layer], store.batch_of(layer, unit))
-        again = prepared(store, unit, residuals)[layer]
-        wrong = int((store.residuals(layer, unit) != again.stored).any(1).sum())
+    for point in points:
+        residuals = unit_residuals(store, lm, unit, [point], store.batch_of(point, unit))
+        again = prepared(store, unit, residuals)[point]
+        wrong = int((store.residuals(point, unit) != again.stored).any(1).sum())
         if wrong:
             raise StoreError(
-                f"unit {unit} of layer {layer} in {store.name} differs in {wrong} of "
+                f"unit {unit} of {point} in {store.name} differs in {wrong} of "
                 f"{len(again.stored)} rows when recomputed here; go on where the store was begun, "
                 "or harvest into another store="
             )

@@ -130,14 +130,18 @@ def editing(block: nn.Module, place: Place, edit: Edit) -> list[Any]:
     if isinstance(place[0], Term):
         return _Sum(block, place, edit).handles
     shape = _Shape(block, place)
-    edited: list[torch.Tensor] = []  # for the readers behind the first
+    edited: dict[Reader, torch.Tensor] = {}  # in the present pass: one value for all readers
 
     def on_input(reader: Reader) -> Callable[..., Any]:
         def replaced(_module: nn.Module, inputs: Any, options: Any) -> tuple[Any, Any]:
             values = _read(reader, inputs, options)
-            if reader is place[0]:
-                edited[:] = [edit(shape.whole(values))]
-            return _replaced(reader, inputs, options, edited[0].reshape(values.shape))
+            if not edited or reader in edited:  # the first of a pass
+                edited.clear()
+                value = edit(shape.whole(values))
+            else:
+                value = next(iter(edited.values()))
+            edited[reader] = value
+            return _replaced(reader, inputs, options, value.reshape(values.shape))
 
         return replaced
 
@@ -163,7 +167,9 @@ class _Shape:
 
     def whole(self, values: torch.Tensor) -> torch.Tensor:
         """Values as (b, t, d)."""
-        return values if self._shape is None else values.reshape(self._shape)
+        if self._shape is None:
+            return values
+        return values.reshape(*self._shape[:-1], values.shape[-1])
 
 
 class _Sum:

@@ -27,7 +27,7 @@ class Spine:
     def __init__(
         self,
         store: Store,
-        layers: Sequence[int],
+        points: Sequence[HookPoint],
         claims: Claims,
         source: TextSource,
         tokenizer: Tokenizer,
@@ -35,7 +35,7 @@ class Spine:
         bad: Bad = "stop",
     ) -> None:
         self._store = store
-        self._layers = layers
+        self._points = points
         self._claims = claims
         self._source = source
         self._tokenizer = tokenizer
@@ -56,7 +56,7 @@ class Spine:
     def ready(self, missing: Mapping[int, list[HookPoint]]) -> dict[int, list[HookPoint]]:
         """Those of the missing units whose spine is committed, as of the last look."""
         rows = self._store.ledger.spine_rows
-        return {unit: layers for unit, layers in missing.items() if rows[unit]}
+        return {unit: points for unit, points in missing.items() if rows[unit]}
 
     def wait_for(self, unit: int) -> None:
         """Return once the spine of `unit` is committed.
@@ -95,7 +95,7 @@ class Spine:
         if not self.is_due():
             return
         # A listing of a bucket is a request for every 1,000 names.
-        requests = self._store.look(self._layers)
+        requests = self._store.look(self._points)
         self._due = time.monotonic() + self._claims.poll_s * max(1, requests)
         if self._store.spine_complete:
             return

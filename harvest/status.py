@@ -10,6 +10,7 @@ from data import order
 from data.journal import duration, size
 from data.rows import split, summary
 from data.rows.reader import WINDOW
+from data.site import HookPoint
 from data.store import retention
 from data.store.arrays import rows_name
 from data.store.kinds import BOS, ORDINARY, OUTLIER
@@ -28,8 +29,8 @@ def status(place: Place) -> Iterator[str]:
     store = Store.open(place)
     yield _spine_status(store)
     yield from left_out(store)
-    for layer in store.layers:
-        yield from _layer_status(store, layer)
+    for point in store.points:
+        yield from _point_status(store, point)
     yield from retention.read(place).status(place, store.units)
     if rate := _rate(store):
         yield rate
@@ -50,28 +51,28 @@ def _spine_status(store: Store) -> str:
     return f"{store.name}: {spine}, in {pieces:,} pieces of documents, model {model}"
 
 
-def _layer_status(store: Store, layer: int) -> Iterator[str]:
-    committed = store.committed(layer)
-    nbytes = store.ledger.nbytes[rows_name(layer)]
+def _point_status(store: Store, point: HookPoint) -> Iterator[str]:
+    committed = store.committed(point)
+    nbytes = store.ledger.nbytes[rows_name(point)]
     retained = retention.read(store.place)
     kept = [unit for unit in np.flatnonzero(committed).tolist() if not retained.is_freed(unit)]
     rows = int(store.ledger.spine_rows.astype(np.int64)[kept].sum()) * store.context
     yield (
-        f"layer {layer}: {int(committed.sum())} of {store.units} units, {size(nbytes)} "
+        f"{point}: {int(committed.sum())} of {store.units} units, {size(nbytes)} "
         f"({nbytes / max(rows, 1):,.0f} bytes a token, codec {store.manifest['codec']})"
     )
-    if store.complete(layer):
-        for line in layer_statistics(store, layer):
+    if store.complete(point):
+        for line in point_statistics(store, point):
             yield f"    {line}"
         yield f"    a training batch mixes about {effective_documents(store):,.0f} documents"
-    if halved := np.count_nonzero(store.batches(layer)):
+    if halved := np.count_nonzero(store.batches(point)):
         batch = store.manifest["batch"]
         yield f"    {halved} units were made with less than batch={batch} (oom=halve)"
 
 
-def layer_statistics(store: Store, layer: int) -> Iterator[str]:
-    """Norms, kinds of rows and massive channels of a complete layer, in lines."""
-    whole = summary.read(store, layer)
+def point_statistics(store: Store, point: HookPoint) -> Iterator[str]:
+    """Norms, kinds of rows and massive channels of a complete hook point, in lines."""
+    whole = summary.read(store, point)
     counts = whole.counts.sum(0)
     ordinary = whole.of(split.TRAINING, (ORDINARY,))
     deviation = np.sqrt(ordinary.variance)
@@ -82,7 +83,7 @@ def layer_statistics(store: Store, layer: int) -> Iterator[str]:
         f"mean norm {norms[ORDINARY]:.4g} (BOS {norms[BOS]:.4g}, outliers {norms[OUTLIER]:.4g}); "
         f"gamma = |mean| / |deviation| = {gamma:.3g}"
     )
-    bad = store.non_finite(layer)
+    bad = store.non_finite(point)
     listed = ", ".join(map(str, massive[:8])) or "none"
     if len(massive) > 8:
         listed += f" and {len(massive) - 8} more"
@@ -90,7 +91,7 @@ def layer_statistics(store: Store, layer: int) -> Iterator[str]:
         f"{counts[BOS]:,} BOS, {counts[OUTLIER]:,} outliers, {bad:,} not finite; massive channels "
         f"(|mean| > {_MASSIVE:g} median deviations): {listed}"
     )
-    if (lost := summary.variance_lost(store, layer)) is not None:
+    if (lost := summary.variance_lost(store, point)) is not None:
         yield f"share of variance lost by codec={store.manifest['codec']}: {lost:.2e}"
 
 
@@ -119,6 +120,6 @@ def _rate(store: Store) -> str | None:
     if len(times) < 2 or times[-1] <= times[0]:
         return None
     rate = (len(times) - 1) * store.unit_tokens / (times[-1] - times[0])
-    lacking = len(store.missing(store.layers))
+    lacking = len(store.missing(store.points))
     left = f", {duration(lacking * store.unit_tokens / rate)} to go at this rate" if lacking else ""
     return f"last {len(times)} commits: {rate:,.0f} tokens/s{left}"

@@ -43,11 +43,11 @@ def verify(place: Place, open_model: Callable[[int], LanguageModel]) -> str:
     store = Store.open(place)
     _require_no_hole(store)
     intact = f"{store.name}: every object holds the bytes that were committed"
-    committed = [store.committed(layer) for layer in store.layers]
+    committed = [store.committed(point) for point in store.points]
     whole = np.flatnonzero(np.all(committed, axis=0)).tolist() if committed else []
     if not store.spine_complete or len(whole) < store.units:
-        intact += f" so far: {len(whole)} of {store.units} units have residuals of every layer"
-    lm = open_model(max(store.layers, default=0))
+        intact += f" so far: {len(whole)} of {store.units} units have rows of every hook point"
+    lm = open_model(max((point.layer for point in store.points), default=0))
     require_model(store, lm)
     kept = retention.read(place)
     staying = [unit for unit in whole if kept.stays(unit)]  # a ring may free others meanwhile
@@ -57,7 +57,7 @@ def verify(place: Place, open_model: Callable[[int], LanguageModel]) -> str:
     lm.isolation = store.manifest["isolation"]
     unit = random.choice(staying)
     tell(f"every digest is right; recomputing unit {unit}")
-    require_same(store, lm, unit, store.layers)
+    require_same(store, lm, unit, store.points)
     freed = ""
     if kept.freed:
         freed = f"; the shards of {kept.freed} units are freed, as in a ring they may be"

@@ -11,13 +11,14 @@ import torch
 
 from data import stopping
 from data.errors import PipelineError
+from data.site import HookPoint
 from data.store.claims import Claims, unit_claim
 from data.store.store import Store
 from data.store.unit import Prepared
 from harvest.config import Faults
 from harvest.forward import prepared
 
-IN_FLIGHT = 2  # units made and not yet committed: 0.67 GB a layer at width 2560
+IN_FLIGHT = 2  # units made and not yet committed: 0.67 GB a hook point at width 2560
 
 
 class Writer:
@@ -42,11 +43,13 @@ class Writer:
         if kind is None:
             self.wait()
 
-    def submit(self, unit: int, residuals: dict[int, torch.Tensor], batch: int | None) -> None:
+    def submit(
+        self, unit: int, residuals: dict[HookPoint, torch.Tensor], batch: int | None
+    ) -> None:
         """Commit a unit once the device has its residuals; wait while too many are in flight.
 
         Args:
-            residuals: (n, d) in spine order, by layer. The writer empties the dict.
+            residuals: (n, d) in spine order, by hook point. The writer empties the dict.
             batch: packed rows per forward pass, where it was not the manifest's.
         """
         self.wait(most=IN_FLIGHT - 1)
@@ -63,25 +66,25 @@ class Writer:
             self.written += self._pending.popleft().result()
 
     def _finish(
-        self, unit: int, residuals: dict[int, torch.Tensor], batch: int | None, made: Any
+        self, unit: int, residuals: dict[HookPoint, torch.Tensor], batch: int | None, made: Any
     ) -> int:
         """`_commit`, also where a signal ends the process meanwhile."""
         with stopping.holding():
             return self._commit(unit, residuals, batch, made)
 
     def _commit(
-        self, unit: int, residuals: dict[int, torch.Tensor], batch: int | None, made: Any
+        self, unit: int, residuals: dict[HookPoint, torch.Tensor], batch: int | None, made: Any
     ) -> int:
         """Commit a unit in this thread; the bytes of its rows."""
         with self._side_stream(made), torch.inference_mode():
-            layers = prepared(self._store, unit, residuals)
+            points = prepared(self._store, unit, residuals)
         residuals.clear()  # frees the device's memory before the slow part
-        for layer, rows in layers.items():
-            _require_finite(self._store, unit, layer, rows, self._faults.non_finite)
-        self._store.commit_residuals(unit, layers, batch)
+        for point, rows in points.items():
+            _require_finite(self._store, unit, point, rows, self._faults.non_finite)
+        self._store.commit_residuals(unit, points, batch)
         self.holds.discard(unit)
         self._claims.release(unit_claim(unit))
-        return sum(rows.bits.nbytes for rows in layers.values())
+        return sum(rows.bits.nbytes for rows in points.values())
 
     def _side_stream(self, made: Any) -> Any:
         """On a GPU, a stream of this thread's own that waits for the event `made`."""
@@ -93,7 +96,9 @@ class Writer:
         return torch.cuda.stream(stream)
 
 
-def _require_finite(store: Store, unit: int, layer: int, rows: Prepared, tolerated: int) -> None:
+def _require_finite(
+    store: Store, unit: int, point: HookPoint, rows: Prepared, tolerated: int
+) -> None:
     """Raise PipelineError if more than `tolerated` rows hold NaN or infinity."""
     bad = rows.non_finite
     if len(bad) > tolerated:
@@ -101,7 +106,7 @@ def _require_finite(store: Store, unit: int, layer: int, rows: Prepared, tolerat
         row, position = divmod(first, store.context)
         token = int(store.tokens(unit)[row, position])
         raise PipelineError(
-            f"layer {layer} gave NaN or infinity in {len(bad)} of {len(rows.bits)} rows of unit "
+            f"{point} gave NaN or infinity in {len(bad)} of {len(rows.bits)} rows of unit "
             f"{unit} of {store.name}, first at token {position} (id {token}) of packed row {row}; "
             "the unit was not committed. Try model.dtype=float32 or another layer, or allow "
             f"non_finite={len(bad)} rows a unit: they are counted and never served"

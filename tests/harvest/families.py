@@ -107,7 +107,7 @@ _HALF_FULL = ["sliding_attention", "full_attention"] * 2
 # What else a family's sizes must obey.
 _OWN: dict[str, dict[str, Any]] = {
     "axk1": _AS_MANY_KEYS,
-    "axk2": _AS_MANY_KEYS,
+    "axk2": {**_AS_MANY_KEYS, "gated_norm_rank": 1},
     "bailing_hybrid": _AS_MANY_KEYS,
     "bamba": {"attn_layer_indices": [1, 3]},
     "codegen": {"rotary_dim": 4},

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, Gemma4TextConfig, GPT2Config, LlamaConfig, Qwen3MoeConfig
 
 from data.errors import SettingError
+from data.site import HookPoint
 from data.tiny.embedded import MODEL_DIR
 from harvest.cost import cost
 from harvest.decoder import find_blocks
@@ -130,7 +131,7 @@ def test_flop_are_the_ones_of_the_kernels(family: str) -> None:
     passes = forward_inputs(np.ones((2, CONTEXT), np.uint32), starts, "packed")
     # The fused kernel for CPUs is not in torch's tables; the plain one is two products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        batch_residuals(lm, passes, [3, 7])
+        batch_residuals(lm, passes, [HookPoint(3), HookPoint(7)])
     dense = predicted.attention_flop * 2 * CONTEXT / (CONTEXT + 1)
     assert counter.get_total_flops() == pytest.approx(
         (predicted.matmul_flop + dense) * 2 * CONTEXT, rel=1e-6
@@ -151,7 +152,7 @@ def test_bytes_are_the_ones_that_a_run_holds(family: str, dtype: str) -> None:
     starts[:, ::50] = True
     passes = forward_inputs(np.ones((2, CONTEXT), np.uint32), starts, "packed")
     with Live() as live:
-        batch_residuals(lm, passes, [3, 7])
+        batch_residuals(lm, passes, [HookPoint(3), HookPoint(7)])
     assert live.peak / 1.3 < predicted.activation_bytes < live.peak * 1.3
 
 

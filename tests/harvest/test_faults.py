@@ -22,6 +22,7 @@ from data.errors import DocumentError, MismatchError, PipelineError, StoreError
 from data.rows.reader import Reader
 from data.rows.source import Source
 from data.rows.split import Policy
+from data.site import HookPoint
 from data.store import records, verified
 from data.store.place import LocalPlace
 from data.store.repair import damage, is_derived, repair
@@ -431,7 +432,7 @@ def test_halving_goes_on_and_records_it(
     for unit in range(8):  # recomputed with the batch on record, whatever memory there is now
         lm = open_model(root)
         lm.truncate_(4)
-        selfcheck.require_same(store, lm, unit, [1, 4])
+        selfcheck.require_same(store, lm, unit, [HookPoint(1), HookPoint(4)])
 
 
 def test_another_model_tokenizer_or_setting_is_refused_with_both_values(

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.masking_utils import create_masks_for_generate
 
+from data.site import HookPoint
 from harvest.forward import batch_residuals, forward
 from harvest.isolation import Isolation, attention_mask, forward_inputs, groups
 from harvest.model import LanguageModel, ModelConfig, load
@@ -82,7 +83,7 @@ def test_a_run_waits_for_no_device(model: Callable[[str], LanguageModel], family
     kept_apart: Isolation = "padded" if family == "qwen3_5" else "packed"
     passes = forward_inputs(*batch(), kept_apart)
     with Waits() as waits:
-        batch_residuals(lm, passes, [0, 2])
+        batch_residuals(lm, passes, [HookPoint(0), HookPoint(2)])
     assert waits.found == []
     with Waits() as waits:  # as it would be: transformers looks at the values of the positions
         forward(lm, passes[0])
@@ -178,14 +179,19 @@ def test_padding_adds_less_than_15_percent_to_documents_of_usual_lengths(median:
     assert sum(inputs.ids.numel() for inputs in passes) < 1.15 * starts.size
 
 
+def rows_of_layer_2(lm: LanguageModel, passes: Any, tokens: int) -> torch.Tensor:
+    point = HookPoint(2)
+    return batch_residuals(lm, passes, [point], {point: torch.empty(tokens, 32)})[point]
+
+
 def test_eager_attention_adds_its_mask(model: Callable[[str], LanguageModel]) -> None:
     """Families without SDPA (gpt-oss) add the mask to their scores: the rows are the same."""
     lm = model("gemma3")
     tokens, starts = batch()
     passes = forward_inputs(tokens, starts, "packed")
-    by_sdpa = batch_residuals(lm, passes, [2], {2: torch.empty(tokens.size, 32)})[2]
+    by_sdpa = rows_of_layer_2(lm, passes, tokens.size)
     config: Any = lm.decoder.config
     config._attn_implementation = "eager"
     assert attention_mask(config, passes[0].positions)["full_attention"].dtype == torch.float32
-    by_adding = batch_residuals(lm, passes, [2], {2: torch.empty(tokens.size, 32)})[2]
+    by_adding = rows_of_layer_2(lm, passes, tokens.size)
     torch.testing.assert_close(by_adding, by_sdpa, rtol=1e-3, atol=1e-4)

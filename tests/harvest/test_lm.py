@@ -187,12 +187,10 @@ def test_truncation_changes_no_bit(
     passes = forward_inputs(*batch(), lm.isolation)
 
     def residuals(lm: LanguageModel, layers: Sequence[int]) -> dict[int, torch.Tensor]:
-        return batch_residuals(
-            lm,
-            passes,
-            layers,
-            {layer: torch.zeros(120, 32, dtype=getattr(torch, dtype)) for layer in layers},
-        )
+        points = list(map(HookPoint, layers))
+        out = {point: torch.zeros(120, 32, dtype=getattr(torch, dtype)) for point in points}
+        batch_residuals(lm, passes, points, out)
+        return {point.layer: rows for point, rows in out.items()}
 
     def weights(lm: LanguageModel) -> int:
         return sum(weight.numel() for weight in lm.decoder.parameters() if not weight.is_meta)
@@ -357,7 +355,7 @@ def test_a_layer_added_later_equals_one_harvested_at_once(
 def test_run_takes_no_cache_and_no_head(folders: dict[str, Path]) -> None:
     lm = open_model(folders["gemma4"])
     assert not hasattr(lm.decoder, "lm_head")
-    rows = batch_residuals(lm, forward_inputs(*batch(), "packed"), [1])[1]
+    rows = batch_residuals(lm, forward_inputs(*batch(), "packed"), [HookPoint(1)])[HookPoint(1)]
     assert rows.shape == (120, 32)
     assert rows.dtype == torch.bfloat16
 
