@@ -30,6 +30,8 @@ NAMES = (
 # Lists of names, in brackets. A value without brackets is one name, commas and all: an arm's
 # directory has commas.
 LISTS = ("runs", "study.others", "study.words")
+# A name, or in brackets a list of several names; one name in brackets has brackets.
+_NAME_OR_LIST = ("store",)
 # Names of files and folders: of what a command writes or needs, and of what may be something else
 # too, such as a hub id, unless it is there.
 _PATHS = ("run", "out", "store", "text.path", "text.sources.*.path")
@@ -86,7 +88,7 @@ def texts(settings: Mapping[str, Any], under: str = "") -> dict[str, Any]:
         name = f"{under}{key}"
         if isinstance(value, Mapping):
             plain[key] = texts(value, f"{name}.")
-        elif isinstance(value, list) and _is_in(name, LISTS):
+        elif isinstance(value, list) and _is_in(name, (*LISTS, *_NAME_OR_LIST)):
             plain[key] = [_text(item) for item in value]
         else:
             plain[key] = _text(value) if _is_name(name) or _is_in(name, LISTS) else value
@@ -125,15 +127,15 @@ def _argument(argument: str, multirun: bool) -> str:
     if not sign or not value:
         return argument
     if _is_in(name, LISTS):
-        is_list = value.startswith("[") and value.endswith("]")
-        return f"{key}={_listed(value) if is_list else quote(value)}"
+        return f"{key}={_listed(value) if _is_bracketed(value) else quote(value)}"
     if not _is_name(name):
         return argument
+    quoted_name = _name_or_list if _is_in(name, _NAME_OR_LIST) else quote
     if not multirun:
-        return f"{key}={quote(value)}"
+        return f"{key}={quoted_name(value)}"
     if _SWEEP.fullmatch(value):
         return argument
-    return f"{key}={','.join(map(quote, _split(value)))}"
+    return f"{key}={','.join(map(quoted_name, _split(value)))}"
 
 
 def _is_in(name: str, patterns: Sequence[str]) -> bool:
@@ -141,6 +143,16 @@ def _is_in(name: str, patterns: Sequence[str]) -> bool:
     if group == "study":  # study=all has study.NAME.SETTING
         name = f"{group}{dot}{setting.rpartition('.')[2]}"
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _is_bracketed(value: str) -> bool:
+    return value.startswith("[") and value.endswith("]")
+
+
+def _name_or_list(value: str) -> str:
+    """A list of several names in quotes; anything else as one name."""
+    several = _is_bracketed(value) and len(list(_split(value[1:-1]))) > 1
+    return _listed(value) if several else quote(value)
 
 
 def _listed(value: str) -> str:

@@ -35,6 +35,17 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
+def single(name: str, value: Any) -> Any:
+    """`value`, unless it is a list.
+
+    Raises:
+        SettingError: it is one.
+    """
+    if isinstance(value, list):
+        raise SettingError(f"{name}=[{','.join(map(str, value))}] must be one, and not a list")
+    return value
+
+
 def optional_whole(name: str, value: Any) -> int | None:
     """Like `whole`; None stays None."""
     return None if value is None else whole(name, value)

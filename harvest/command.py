@@ -12,7 +12,7 @@ from data.device import own_device
 from data.errors import SettingError
 from data.journal import heartbeat, show, tell
 from data.rank import Rank
-from data.settings import flag, optional_whole, whole
+from data.settings import flag, optional_whole, single, whole
 from data.store import coming, default, manifest
 from data.store.place import place_of
 from data.store.repair import is_derived, is_pack, repair, require_store
@@ -127,7 +127,9 @@ def harvest_config(settings: dict[str, Any]) -> HarvestConfig:
     sites = settings["site"]
     stands = standing(settings)
     return HarvestConfig(
-        store=str(settings["store"] or default_store(settings["model"], settings["text"])),
+        store=str(
+            single("store", settings["store"]) or default_store(settings["model"], settings["text"])
+        ),
         layers=tuple(sorted(whole("layer", layer) for layer in listed)),
         tokens=whole("tokens", settings["tokens"]),
         context=whole("context", settings["context"]),

@@ -13,7 +13,8 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 
-from conf.names import absolute
+from conf.names import absolute, quoted
+from hydra_plugins.all_jobs import _absolute
 from tests.conftest import Call
 from tests.train.test_command import SMALL, make_store
 
@@ -165,3 +166,11 @@ def test_what_may_be_a_path_is_one_if_it_is_there(tmp_path: Path) -> None:
         # A model's name in manifests is its folder's last one.
         assert absolute(name, ".", str(tmp_path)) == "."
     assert absolute("run", "saelens:owner", str(tmp_path)) == f"saelens:{tmp_path}/owner"
+
+
+def test_each_of_several_stores_is_from_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (given,) = quoted(["store=[a b.zarr,/x/b.zarr]"])
+    assert _absolute(given) == f"store=['{tmp_path}/a b.zarr','/x/b.zarr']"

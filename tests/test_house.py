@@ -247,8 +247,8 @@ def defaults(kind: type) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(kind)}
 
 
-# null in the YAML: the command asks the launcher's environment first.
-FROM_THE_LAUNCHER = {"rank", "world"}
+# null in the YAML: the command asks the launcher's environment first, or the kind of dictionary.
+DECIDED_BY_OTHERS = {"rank", "world", "site"}
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def require_the_same(settings: Mapping[str, Any], kind: type) -> int:
             default = field.default_factory()
         if default is dataclasses.MISSING or field.name not in settings:
             continue
-        if field.name in FROM_THE_LAUNCHER:
+        if field.name in DECIDED_BY_OTHERS and settings[field.name] is None:
             continue
         if isinstance(default, tuple):
             default = list(default)

@@ -36,6 +36,7 @@ WORDS = {
 # Settings without a default that name nothing.
 NAMELESS = {
     *("layer", "tokens", "unit", "max_bytes", "rank", "world", "device", "train.matmul", "codec"),
+    *("site", "sae.target"),
     *("accept", "drop_bos", "drop_outliers"),
     *(
         "text.max_tokens",
@@ -105,6 +106,20 @@ def test_lists_of_names() -> None:
         assert read(f"{key}=a/x=1,y=2") == {key: "a/x=1,y=2"}
         assert read(f"{key}=[]") == {key: []}
     assert quoted(["-m", "runs=a,b"])[1] == "runs='a,b'"
+
+
+def test_a_store_or_several() -> None:
+    """Two stores in brackets; one name in brackets is a name."""
+    several = ["2024_01", "a=b", "c,d", "it's"]
+    assert read("store=[2024_01, a=b,'c,d', it's]") == {"store": several}
+    assert read("store=[2024_01]") == {"store": "[2024_01]"}
+    (override,) = quoted(["-m", "store=2024_01,[2024_01,a b],[x]"])[1:]
+    swept = OverridesParser.create().parse_override(override).sweep_string_iterator()
+    again = OverridesParser.create().parse_overrides([f"store={text}" for text in swept])
+    assert [each.value() for each in again] == ["2024_01", ["2024_01", "a b"], "[x]"]
+    with initialize_config_module("conf", version_base="1.3"):
+        settings = plain(compose("train", ["store=[1,2]"]))
+        assert settings["store"] == ["1", "2"]
 
 
 def test_a_name_may_refer_to_a_setting() -> None:

@@ -6,17 +6,29 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
 from data.errors import SettingError
+from data.site import HookPoint
 from data.store import default
+from data.store.store import Store
 from tests.conftest import Call
 from tests.train.test_command import SMALL, make_store
 from train import run
 from train.command import default_store
+
+
+def first(store: Store) -> list[HookPoint]:
+    return store.points[:1]
+
+
+def layer(number: int) -> Callable[[Store], list[HookPoint]]:
+    return lambda store: [HookPoint(number)]
+
 
 ROOT = Path(__file__).parents[1]
 HARVEST = ("model=tiny", "text=tiny", "layer=5", "tokens=3000", "context=32", "device=cpu")
@@ -93,29 +105,29 @@ def activations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_only_complete_store_is_taken(activations: Path) -> None:
-    assert default.find(None)[0] == default.find(5)[0] == "activations/whole.zarr"
+    assert default.find(first)[0] == default.find(layer(5))[0] == "activations/whole.zarr"
     with pytest.raises(SettingError, match="store=") as refused:
-        default.find(4)
+        default.find(layer(4))
     assert str(refused.value).count("no layer 4") == 2
 
 
 def test_several_stores_are_listed_with_their_states(activations: Path) -> None:
     make_store(activations / "more.zarr", units=2, layers=(5,))
-    assert default.find(3)[0] == "activations/whole.zarr"
+    assert default.find(layer(3))[0] == "activations/whole.zarr"
     with pytest.raises(SettingError, match="store=activations/more") as refused:
-        default.find(None)
+        default.find(first)
     for state in ("more.zarr (complete)", "whole.zarr (complete)", "part.zarr (layer 3: 1 of 2 "):
         assert f"activations/{state}" in str(refused.value)
     shutil.rmtree(activations / "more.zarr")
     shutil.rmtree(activations / "whole.zarr")
     with pytest.raises(SettingError, match="harvest") as refused:
-        default.find(None)
+        default.find(first)
     assert "damaged (damaged), " in str(refused.value)
 
 
 def test_the_default_harvests_store_comes_first(activations: Path) -> None:
     shutil.copytree(activations / "part.zarr", default.HARVESTED)
-    assert default.find(None)[0] == default.HARVESTED
+    assert default.find(first)[0] == default.HARVESTED
 
 
 def test_the_newest_finished_run(

@@ -11,16 +11,15 @@ from typing import Any
 from conf.command import ALONE, Job
 from data import durable, rank
 from data.device import own_device
-from data.errors import SettingError
 from data.journal import tell
 from data.rows import summary
 from data.rows.source import Source
 from data.rows.split import Policy
 from data.settings import build, flag, optional_whole, whole
-from data.store import coming, default, retention
-from data.store.store import Store
+from data.store import coming, default
 from train import objective
 from train.arm import Arm
+from train.asked import Asked, stem
 from train.loop import train
 from train.optim import OptimConfig
 from train.parallel import Group
@@ -70,13 +69,18 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
     )
     tokens = optional_whole("tokens", settings["tokens"])
     counts: dict[str, Any] = {name: whole(name, settings[name]) for name in _COUNTS}
-    asked_layer = optional_whole("layer", settings["layer"])
-    path = str(settings["store"] or default_store(Path.cwd(), asked_layer))
-    coming.await_ring(path)
-    store = store_at(path)
-    layer = first_layer(store) if asked_layer is None else asked_layer
+    named = settings["store"]
+    paths = list(map(str, named if isinstance(named, list) else [named] if named else []))
+    asked = Asked.of(settings["layer"], settings["site"], max(len(paths), 1), sae)
+    paths = paths or [default_store(Path.cwd(), asked)]
+    if len(paths) == 1:
+        coming.await_ring(paths[0])
+    stores = list(map(store_at, paths))
+    layers = asked.layers_in(stores)
     config = TrainConfig(
-        layer=layer,
+        layer=layers[0] if len(layers) == 1 else layers,
+        site=asked.sites[0] if len(asked.sites) == 1 else asked.sites,
+        stores=len(stores),
         matmul=settings["train"]["matmul"] or ("tf32" if device.type == "cuda" else "fp32"),
         tokens=tokens,
         policy=policy,
@@ -85,29 +89,43 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
         **counts,
     )
     pinned = device.type == "cuda"
-    sources = (Source.of(store, layer),)
+    sources = asked.sources(stores, layers)
     stream = rows_of(sources, config.batch, config.data_seed, policy, pinned)
-    folder = run_directory(settings["run"], f"{Path(store.name).stem}_{sae_name}_L{layer}", job)
+    name = f"{stem(stores)}_{sae_name}_{asked.name(layers)}"
+    folder = run_directory(settings["run"], name, job)
     follower = stream.reader.follower(file_name(str(folder.resolve())), str(folder))
+    several = {"store_paths": [store.name for store in stores]} if len(stores) > 1 else {}
     facts: dict[str, Any] = {
-        "store_path": store.name,
+        "store_path": stores[0].name,
+        **several,
         "sae_name": sae_name,
-        "source": source_of(store),
+        "source": source_of(stores[0]),
         "left_out": stream.left_out,
+        **_variance_lost(sources),
     }
-    if store.complete(layer) and (lost := summary.variance_lost(store, layer)) is not None:
-        facts["store_variance_lost"] = lost
-        tell(
-            f"{store.name} keeps rows as {store.manifest['codec']}, which lost {lost:.2e} of their "
-            "variance"
-        )
     return Arm(config, stream, folder, follower, facts)
 
 
+def _variance_lost(sources: Sequence[Source]) -> dict[str, float]:
+    """What a lossy codec lost of the variance of the rows: the most of the sources; tells it."""
+    most = None
+    for source in sources:
+        if not source.store.complete(source.point):
+            continue
+        lost = summary.variance_lost(*source)
+        if lost is not None:
+            tell(
+                f"{source.store.name} keeps rows of {source.point} as "
+                f"{source.store.manifest['codec']}, which lost {lost:.2e} of their variance"
+            )
+            most = max(lost, most or 0.0)
+    return {} if most is None else {"store_variance_lost": most}
+
+
 @cache  # the arms of a sweep take the same one, which is said once
-def default_store(here: Path, layer: int | None) -> str:
+def default_store(here: Path, asked: Asked) -> str:
     """The store that is meant where none is named, in the working directory `here`."""
-    path, reason = default.find(layer)
+    path, reason = default.find(lambda store: asked.points(asked.layers_in([store])))
     tell(f"store={path}: {reason}")
     return path
 
@@ -116,16 +134,6 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
     """One token id or a list of them, ascending."""
     listed = value if isinstance(value, list) else [] if value is None else [value]
     return tuple(sorted({whole(name, token) for token in listed}))
-
-
-def first_layer(store: Store) -> int:
-    """The default layer."""
-    points = retention.read(store.place).points or store.points
-    if not points:
-        raise SettingError(
-            f"{store.name} has no layer yet; finish it with `python -m harvest store={store.name}`"
-        )
-    return points[0].layer
 
 
 def run_directory(asked: str | None, name: str, job: Job) -> Path:

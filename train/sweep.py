@@ -1,7 +1,10 @@
 """Which arms of a sweep are trained on one read.
 
-Arms share a read if they take the same batches: same store, batch, data_seed and policy, whatever
-their layers. Of those, as many go into one pass as fit into the device's memory.
+Arms share a pass if they take batches in the same rhythm: of the same store, or of two stores of
+which one is the same, with the same batch, data_seed and policy, whatever their hook points. Of
+those, as many go into one pass as fit into the device's memory. Arms of one stream share its
+batches. Streams of a pass go side by side: what several read comes from the disk once, as long as
+the page cache holds two windows of it.
 """
 
 from __future__ import annotations
@@ -45,13 +48,22 @@ def passes(arms: Sequence[Arm], free: int | None) -> list[list[int]]:
 
 
 def _sharing(arms: Sequence[Arm]) -> list[list[int]]:
-    """Numbers of the arms that take the same batches."""
-    groups: dict[object, list[int]] = {}
+    """Numbers of the arms that read in one rhythm."""
+    groups: list[tuple[set[object], list[int]]] = []
     for number, arm in enumerate(arms):
         config = arm.config
-        rhythm = arm.stream.identity, config.batch, config.data_seed, config.policy
-        groups.setdefault(rhythm, []).append(number)
-    return list(groups.values())
+        rhythm = config.batch, config.data_seed, config.policy
+        keys: set[object] = {
+            (store, *rhythm) for store in (arm.stream.identity, *arm.stream.identities)
+        }
+        # An arm of two stores brings the arms of each of them together.
+        numbers = [number]
+        for group in [group for group in groups if group[0] & keys]:
+            groups.remove(group)
+            keys |= group[0]
+            numbers += group[1]
+        groups.append((keys, sorted(numbers)))
+    return sorted(numbers for _, numbers in groups)
 
 
 def train_sweep(arms: Sequence[Arm], device: torch.device) -> list[Outcome]:

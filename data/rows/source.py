@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import StoreError
-from data.site import HookPoint, Point
+from data.site import RESID_POST, HookPoint, Point
 from data.store.kinds import NON_FINITE
 from data.store.store import Store
 
@@ -59,7 +59,11 @@ class Source(NamedTuple):
         store = self.store
         if self.point not in store.points:
             there = ", ".join(map(str, store.points)) or "no rows yet"
-            raise StoreError(f"{self.point} is not in {store.name}; it has {there}")
+            site = "" if self.point.site == RESID_POST else f"site={self.point.site} "
+            raise StoreError(
+                f"{self.point} is not in {store.name}; it has {there}; `python -m harvest "
+                f"{site}layer={self.point.layer} store={store.name}` adds it"
+            )
         if not store.complete(self.point):
             raise StoreError(
                 f"{self.point} of {store.name} lacks {len(store.missing([self.point]))} of "

@@ -4,11 +4,12 @@ it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from data.errors import PipelineError, SettingError
-from data.site import HookPoint, Point
+from data.site import HookPoint
 from data.store import manifest, retention
 from data.store.coming import is_announced
 from data.store.place import place_of
@@ -34,14 +35,15 @@ class Found(NamedTuple):
     state: str  # for people
 
 
-def find(point: Point | None) -> tuple[str, str]:
+def find(needed: Callable[[Store], Sequence[HookPoint]]) -> tuple[str, str]:
     """The store to train from, and why it is this one.
 
     It is the default harvest's if there is one, else the only one in `FOLDER` whose rows are
     complete.
 
     Args:
-        point: hook point that training needs; None: the store's first.
+        needed: the hook points that training needs of a store; it raises SettingError where they
+            cannot be there.
 
     Raises:
         SettingError: there is no such store, or there are several.
@@ -50,7 +52,7 @@ def find(point: Point | None) -> tuple[str, str]:
     if manifest.exists(harvested) or is_announced(harvested):
         return HARVESTED, "what `python -m harvest` makes by default"
     folders = sorted(path for path in FOLDER.glob("*/") if manifest.exists(place_of(path)))
-    found = [_look(path, point) for path in folders]
+    found = [_look(path, needed) for path in folders]
     complete = [store.path for store in found if store.complete]
     if len(complete) == 1:
         return str(complete[0]), f"the only complete store in {FOLDER}/"
@@ -71,17 +73,23 @@ def find(point: Point | None) -> tuple[str, str]:
     )
 
 
-def _look(path: Path, point: Point | None) -> Found:
+def _look(path: Path, needed: Callable[[Store], Sequence[HookPoint]]) -> Found:
     try:
         store = Store.open(path)
     except PipelineError:
         return Found(path, False, "damaged")
     if retention.read(store.place).span is not None:
         return Found(path, False, "a ring, whose rows are freed")
-    wanted = min(store.points, default=None) if point is None else HookPoint.of(point)
-    if wanted is None or wanted not in store.points:
-        return Found(path, False, "no layer yet" if wanted is None else f"no {wanted}")
-    if store.complete(wanted):
-        return Found(path, True, "complete")
-    done = int(store.committed(wanted).sum())
-    return Found(path, False, f"{wanted}: {done} of {store.units} units")
+    if not store.points:
+        return Found(path, False, "no layer yet")
+    try:
+        points = needed(store)
+    except SettingError:
+        return Found(path, False, f"only {', '.join(map(str, store.points))}")
+    for point in points:
+        if point not in store.points:
+            return Found(path, False, f"no {point}")
+        if not store.complete(point):
+            done = int(store.committed(point).sum())
+            return Found(path, False, f"{point}: {done} of {store.units} units")
+    return Found(path, True, "complete")

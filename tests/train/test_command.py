@@ -15,6 +15,7 @@ import yaml
 from conf import command as command_line
 from data.errors import SettingError
 from data.journal import read_metrics
+from data.site import RESID_POST, HookPoint
 from data.store import coming
 from data.store.store import SpineEnd, Store
 from data.text.packing import Cursor
@@ -28,10 +29,16 @@ SMALL = ["sae=tiny", "optim=tiny", "sae.d_sae=32", "sae.k=2", "batch=64", "devic
 UNIT, CONTEXT, D = 512, 32, 8
 
 
-def make_store(path, units=8, layers=(3, 5)):
-    """A store of planted rows, with BOS rows that would spoil any fit."""
+def make_store(path, units=8, layers=(3, 5), model="nobody/none"):
+    """A store of planted rows, with BOS rows that would spoil any fit.
+
+    Args:
+        layers: hook points, by their names.
+    """
+    points = list(map(HookPoint.of, layers))
     shape = {"tokens": units * UNIT, "context": CONTEXT, "unit": UNIT, "chunk": 128}
     manifest = {**make_manifest(D, **shape, codec="none"), "seed": 0}
+    manifest["model"]["id"] = model
     store, reader = Store.open_or_create(path, manifest), killing.planted()
     for unit in range(units):
         tokens = np.ones((UNIT // CONTEXT, CONTEXT), np.uint32)
@@ -43,13 +50,17 @@ def make_store(path, units=8, layers=(3, 5)):
         store.commit_spine(unit, tokens, document.astype(np.uint32), Cursor(unit, 0, None))
     store.close_spine(SpineEnd(units * UNIT // CONTEXT, ended_early=False))
     for unit in range(units):
-        rows = {layer: reader.draw(1000 * layer + unit, UNIT) for layer in layers}
+        rows = {}
+        for point in points:
+            number = 1000 * point.layer + unit
+            drawn = reader.draw(number if point.site == RESID_POST else -number, UNIT)
+            rows[point] = drawn + len(point.site) - len(RESID_POST)
         for drawn in rows.values():
             drawn[::CONTEXT] = 1000.0
         commit(
-            store, unit, {layer: drawn.view(torch.uint16).numpy() for layer, drawn in rows.items()}
+            store, unit, {point: drawn.view(torch.uint16).numpy() for point, drawn in rows.items()}
         )
-    store.declare(layers)
+    store.declare(points)
     return path
 
 
@@ -136,6 +147,19 @@ def test_multirun_names_its_arms_and_never_leaves_runs(store, tmp_path, call):
         ([], "store="),
         (["{store}", "layer=4"], "layer 4"),
         (["{store}", "layer=x"], "layer=x"),
+        (["{store}", "layer=-1"], "layer=-1"),
+        (["{store}", "layer=[]"], "layer=[]"),
+        (["{store}", "layer=[3,5]"], "sae=crosscoder_32k"),
+        (["{store}", "layer=[3,3]", "sae.kind=crosscoder"], "layer=[3, 3]"),
+        (["{store}", "layer=3", "sae.kind=crosscoder"], "layer=[21,27]"),
+        (["{store}", "layer={sae:3,cross:5}"], "cross"),
+        (["{store}", "site=residual"], "site=residual"),
+        (["{store}", "site=[]"], "site=[]"),
+        (["{store}", "site=[mlp_in,mlp_out]"], "sae=crosscoder_32k"),
+        (["{store}", "site=mlp_in"], "site=[mlp_in] layer=..."),
+        (["{store}", "site=mlp_in", "layer=3"], "`python -m harvest site=mlp_in layer=3"),
+        (["{store}", "sae.kind=transcoder"], "site=[mlp_in,mlp_out]"),
+        (["store=[{path},{path}]"], "sae=crosscoder_32k"),
         (["{store}", "tokens=1e9.5"], "tokens=1e9.5"),
         (["{store}", "tokens=100.5"], "tokens=100.5"),
         (["{store}", "tokens=0"], "tokens=0"),
@@ -162,7 +186,10 @@ def test_multirun_names_its_arms_and_never_leaves_runs(store, tmp_path, call):
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, named, store, tmp_path, call):
-    code, err = call(*SMALL, *(item.replace("{store}", f"store={store}") for item in arguments))
+    words = {"{store}": f"store={store}", "{path}": str(store)}
+    for word, meant in words.items():
+        arguments = [item.replace(word, meant) for item in arguments]
+    code, err = call(*SMALL, *arguments)
     assert code == 2
     assert named in err
     assert err.count("\n") == 1
