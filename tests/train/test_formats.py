@@ -180,7 +180,7 @@ def export(*overrides: str) -> None:
         command(OmegaConf.to_container(compose("export", list(overrides)), resolve=True))
 
 
-def a_run(folder: Path, sae: SAE, **settings: Any) -> Path:
+def a_run(folder: Path, sae: SAE, /, **settings: Any) -> Path:
     folder.mkdir(parents=True)
     torch.save({**sae.tensors(), "k": sae.k}, folder / FILE)
     source = {"model": ABOUT.model, "context": ABOUT.context, "text": ABOUT.text}

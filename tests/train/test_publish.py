@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +26,16 @@ from conf.command import run_command
 from data import digests, durable
 from data.errors import SettingError, StoreError
 from data.markdown import escaped
+from data.site import HookPoint
 from data.tiny.embedded import MODEL_DIR
 from harvest.model import ModelConfig
+from harvest.model import load as harvested
+from harvest.site import tap
 from tests.analyze.conftest import make_run, random_rows
 from tests.train.test_formats import a_run, made
 from tests.train.test_libraries import PYTHON, require
 from train.export import saelens, safetensors
+from train.ports import recorded_ports
 from train.publish import release
 from train.publish.card import ABSENT
 from train.publish.command import command
@@ -55,7 +59,7 @@ def publishes(run: Path, *overrides: str) -> Path:
     return run / "publish"
 
 
-def finished(folder: Path, sae: SAE, **settings: Any) -> Path:
+def finished(folder: Path, sae: SAE, /, **settings: Any) -> Path:
     """The least that is a finished run."""
     run = a_run(folder, sae)
     config = yaml.safe_load((run / CONFIG).read_text())
@@ -269,42 +273,77 @@ def blocks(text: str) -> Iterator[str]:
     yield from re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
-@pytest.mark.parametrize("kind", ["topk", "thresholds"])
+D_TINY = 64
+OF_KIND: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "thresholds": {},
+    "sae of mlp_out": {"site": "mlp_out"},
+    "transcoder topk skip": {"site": "mlp_in", "sae": {"kind": "transcoder", "skip": True}},
+    "transcoder thresholds": {"site": "mlp_in", "sae": {"kind": "transcoder"}},
+    "crosscoder topk": {"layer": [3, 5], "sae": {"kind": "crosscoder"}},
+}
+
+
+def of_tiny(kind: str) -> SAE:
+    draw = torch.Generator().manual_seed(0)
+    d = 2 * D_TINY if "crosscoder" in kind else D_TINY
+    W_dec = torch.nn.functional.normalize(torch.randn(96, d, generator=draw), dim=1)
+    threshold = None if "topk" in kind else torch.rand(96, generator=draw)
+    b_dec = torch.randn(d, generator=draw)
+    b_in = b_dec + 1 if "transcoder" in kind else None
+    W_skip = torch.randn(d, d, generator=draw) if "skip" in kind else None
+    return SAE.of(W_dec.T.contiguous(), W_dec, torch.zeros(96), b_dec, 8, threshold, b_in, W_skip)
+
+
+def of_the_model(ids: torch.Tensor, points: Sequence[HookPoint]) -> torch.Tensor:
+    """The rows of hook points side by side, as a harvest takes them."""
+    lm = harvested(ModelConfig(str(MODEL_DIR), dtype="float32"))
+    with tap(lm, points) as taken, torch.inference_mode():
+        lm.decoder(input_ids=ids, use_cache=False)
+    return torch.cat([taken[point][0, 1:].float() for point in points], dim=1)
+
+
+@pytest.mark.parametrize("kind", OF_KIND)
 def test_the_cards_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """On the embedded model and the folder, in the place of the Hub's."""
-    draw = torch.Generator().manual_seed(0)
-    W_dec = torch.nn.functional.normalize(torch.randn(96, 64, generator=draw), dim=1)
-    threshold = None if kind == "topk" else torch.rand(96, generator=draw)
-    sae = SAE.of(
-        W_dec.T.contiguous(), W_dec, torch.zeros(96), torch.randn(64, generator=draw), 8, threshold
-    )
-    run = finished(tmp_path / "run", sae, layer=5, policy={"drop_bos": True})
-    folder = publishes(run)
+    sae = of_tiny(kind)
+    settings = {"layer": 5, "policy": {"drop_bos": True}, **OF_KIND[kind]}
+    run = finished(tmp_path / "run", sae, **settings)
+    config = yaml.safe_load((run / CONFIG).read_text())
+    config["source"]["architecture"] = "Gemma4ForCausalLM"
+    (run / CONFIG).write_text(yaml.safe_dump(config))
+    folder = publishes(sealed(run))
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
-        of_the_model = auto.from_pretrained
+        of_the_auto = auto.from_pretrained
         monkeypatch.setattr(
             auto,
             "from_pretrained",
-            lambda name, of=of_the_model, **options: of(MODEL_DIR, **options),
+            lambda name, of=of_the_auto, **options: of(MODEL_DIR, **options),
         )
     monkeypatch.setattr(
         "huggingface_hub.hf_hub_download", lambda repo, file: folder / {REPO: file}[repo]
     )
-    code, _ = blocks(card(run))
+    code, *others = blocks(card(run))
+    assert len(others) == (kind not in ("transcoder topk skip", "crosscoder topk"))  # SAELens'
     found: dict[str, Any] = {}
     exec(code, found)
-    layers = []
-    decoder = found["model"].get_decoder()
-    hook = decoder.layers[5].register_forward_hook(lambda _, __, output: layers.append(output))
-    with torch.no_grad():
-        decoder(found["ids"])
-    hook.remove()
-    (output,) = layers
-    torch.testing.assert_close(
-        found["x"], (output[0] if isinstance(output, tuple) else output)[0, 1:].float()
-    )
-    assert len(found["x"]) > 3
-    torch.testing.assert_close(found["x_hat"], sae(found["x"]), rtol=1e-5, atol=1e-5)
+    ports = recorded_ports(settings)
+    x = of_the_model(found["ids"], [port.point for port in ports.reads])
+    torch.testing.assert_close(found["x"], x)
+    assert len(x) > 3
+    out = found["y_hat" if "transcoder" in kind else "x_hat"]
+    torch.testing.assert_close(out, sae(x), rtol=1e-5, atol=1e-4)
+    if "transcoder" in kind:
+        written = of_the_model(found["ids"], [port.point for port in ports.writes])
+        torch.testing.assert_close(found["y"], written)
+    if "crosscoder" in kind:
+        torch.testing.assert_close(found["parts"]["5"], out[:, D_TINY:])
+
+
+def test_a_card_without_the_models_family_names_no_module(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run", of_tiny("transcoder topk"), **OF_KIND["transcoder thresholds"])
+    publishes(run)
+    assert "put in their paths" in card(run) and '"PATH.OF.THE.MODULE", "output"' in card(run)
 
 
 def test_the_last_layers_rows_are_not_in_hidden_states(tmp_path: Path) -> None:

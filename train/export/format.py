@@ -105,15 +105,15 @@ def about(run: Path, config: Mapping[str, Any]) -> About:
 
 
 def _architecture(config: Mapping[str, Any]) -> str | None:
-    """The model's class, as the run's store has it; None if that is elsewhere."""
+    """The model's class, as a release or the run's store has it; None if neither says it."""
     folder = Path(str(config.get("store_path", "")))
-    if not folder.is_dir():
-        return None
-    try:
-        model = manifest.read(place_of(str(folder)))["model"]
-        return any_text_of("architecture", folder, model.get("architecture"))
-    except PipelineError:
-        return None
+    named = config["source"].get("architecture")
+    if named is None and folder.is_dir():
+        try:
+            named = manifest.read(place_of(str(folder)))["model"].get("architecture")
+        except PipelineError:
+            return None
+    return any_text_of("architecture", folder, named)
 
 
 class Format(Protocol):

@@ -18,8 +18,8 @@ from jinja2 import Environment, StrictUndefined
 from data.markdown import Markdown, escaped, in_html, table_lines
 from data.rows import statistics
 from data.rows.split import Policy
-from data.site import RESID_POST
 from train.export.format import About
+from train.publish import usage
 from train.publish.vector import Vector
 from train.sae import SAE
 
@@ -66,6 +66,7 @@ def card(facts: Facts, files: Sequence[str]) -> str:
     return template.render(
         table=_table,
         front=Markdown(_front_matter(about)),
+        saelens=any(file.startswith("saelens/") for file in files),
         name=facts.name,
         repo=Markdown(facts.repo),
         about=about,
@@ -73,6 +74,7 @@ def card(facts: Facts, files: Sequence[str]) -> str:
         topk=facts.sae.threshold is None,
         kind=_kind(facts),
         d_sae=f"{facts.sae.d_sae:,}",
+        **usage.variables(about, facts.sae, usable_model),
         last=value_at(facts.config, "source.n_layers") == about.layer + 1,
         drop_bos=value_at(facts.config, "settings.policy.drop_bos"),
         specs=_specs(facts),
@@ -109,7 +111,7 @@ def _front_matter(about: About) -> str:
     fields: dict[str, Any] = {"license": "apache-2.0", "library_name": "saelens"}
     fields["tags"] = [
         "sparse-autoencoder",
-        "sae",
+        about.kind,
         "interpretability",
         "mechanistic-interpretability",
     ]
@@ -159,13 +161,13 @@ def _kind(facts: Facts) -> str:
 def _specs(facts: Facts) -> Rows:
     about = facts.about
     sae = facts.sae
-    hook = f"output of decoder layer {about.layer} counted from 0 ({RESID_POST})"
     on_average = "" if sae.threshold is None else " on average, in training"
     return [
         ("base model", about.model),
-        ("hook", f"residual stream, {hook}"),
-        ("d_model", f"{sae.d_model:,}"),
-        ("d_sae", f"{sae.d_sae:,} ({sae.d_sae / sae.d_model:.3g} times d_model)"),
+        *usage.specs(about),
+        ("width that it reads", f"{sae.d_model:,}"),
+        ("width that it writes", f"{sae.d_out:,}"),
+        ("d_sae", f"{sae.d_sae:,} ({sae.d_sae / sae.d_model:.3g} times the width that it reads)"),
         ("k (active latents per token)", f"{sae.k:,}{on_average}"),
         ("text", f"{about.text}, in contexts of {about.context:,} tokens"),
         *_training_specs(facts),
@@ -265,6 +267,14 @@ def _figures(quality: Mapping[str, Any]) -> Rows:
         "silent": ("latents silent on all these rows", ",d"),
     }
     rows = _labelled(quality, named)
+    for name, target in (quality.get("targets") or {}).items():
+        value = _formatted(target, "variance_explained.as trained.centred", ".4f")
+        rows.append((f"variance explained of {name}, centred", value))
+    for name, baseline in (quality.get("baselines") or {}).items():
+        explains, more = (_formatted(baseline, f"{of}.value", ".4f") for of in ("explains", "more"))
+        rows.append(
+            (f"without latents, {name} explains", f"{explains}; the transcoder {more} more")
+        )
     for span in quality.get("coverage") or []:
         label = f"latents that fired within {_formatted(span, 'rows', ',')} rows"
         rows.append((label, _formatted(span, "share", ".1%")))

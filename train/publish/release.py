@@ -4,7 +4,7 @@
     sae_final.pt                        as the run has it
     config.json, sae.safetensors        the same tensors by the same names
     golden.safetensors                  rows with the latents that they have: train/export/golden.py
-    saelens/                            the same for SAELens, which loads it by the repository
+    saelens/                            the same for SAELens, if it has such
     config.yaml, metrics.jsonl          settings and curves; of the store's place only its last name
     quality.json, studies/NAME/*.json   figures, where they were made
     digests.json                        the size and digest of each: train/export/bundle.py
@@ -26,14 +26,16 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from data.errors import PipelineError, SettingError, StoreError, TemporaryError
+from data.journal import tell
 from data.secrets import redacted
 from data.text import retry
 from train import sae_file
 from train.export import bundle, golden
 from train.export.bundle import Content
-from train.export.format import about
+from train.export.format import About, about
 from train.publish import card, findings, vector
 from train.run import CONFIG, METRICS, metrics_of, read_config, sae_of
+from train.sae import SAE
 
 FOLDER = "publish"  # in a run's directory, unless it is to be elsewhere
 
@@ -99,11 +101,14 @@ def contents(run: Path, repo: str) -> dict[str, Content]:
 
     files: dict[str, Content] = {sae_file.FILE: run / sae_file.FILE, METRICS: run / METRICS}
     files |= golden.files("safetensors", trained, described)
-    for name, content in golden.files("saelens", trained, described).items():
+    for name, content in _saelens(trained, described).items():
         files[f"saelens/{name}"] = content
-    # Of the store's place only its last name: our folders are nobody's business.
-    store = PurePosixPath(redacted(str(config.get("store_path", "")))).name
-    files[CONFIG] = yaml.safe_dump({**config, "store_path": store}, sort_keys=False).encode()
+    places = {"store_path": _last_name(config.get("store_path", ""))}
+    if "store_paths" in config:
+        places["store_paths"] = [_last_name(place) for place in config["store_paths"]]
+    source = {**config["source"], "architecture": described.architecture}
+    public = {**config, **places, "source": source}
+    files[CONFIG] = yaml.safe_dump(public, sort_keys=False).encode()
     if quality is not None:
         files[findings.QUALITY] = quality
     for name, finding in studies.items():
@@ -123,6 +128,20 @@ def contents(run: Path, repo: str) -> dict[str, Content]:
         steering,
     )
     return {**files, "README.md": card.card(facts, list(files)).encode()}
+
+
+def _saelens(trained: SAE, described: About) -> dict[str, bytes]:
+    """SAELens' files; none of what it has not: crosscoders, TopK transcoders with a skip."""
+    try:
+        return golden.files("saelens", trained, described)
+    except StoreError as error:
+        tell(f"without a folder for SAELens: {error}")
+        return {}
+
+
+def _last_name(place: Any) -> str:
+    """Of a store's place only its last name: our folders are nobody's business."""
+    return PurePosixPath(redacted(str(place))).name
 
 
 # -- the Hub ---------------------------------------------------------------------------------------
