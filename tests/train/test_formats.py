@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +218,67 @@ def test_its_refusals(tmp_path: Path) -> None:
     ]:
         with pytest.raises(PipelineError, match=re.escape(named)):
             export(*overrides)
+
+
+def transcoders(
+    root: Path, layers: Sequence[int], kind: str = "transcoder topk skip"
+) -> list[Path]:
+    settings = {"site": "mlp_in", "sae": {"kind": "transcoder", "skip": "skip" in kind}}
+    return [a_run(root / f"L{layer}", made(kind), layer=layer, **settings) for layer in layers]
+
+
+def test_transcoders_of_several_layers_are_one_set_of_circuit_tracer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = transcoders(tmp_path / "runs", [1, 0])
+    out = tmp_path / "runs" / "export" / "circuit_tracer"
+    for named in (
+        "[{}]".format(",".join(map(str, runs))),
+        f"'{tmp_path}/runs/L*'",
+        tmp_path / "runs",
+    ):
+        shutil.rmtree(out, ignore_errors=True)
+        export(f"run={named}", "to=circuit_tracer")
+        config = yaml.safe_load((out / "config.yaml").read_text())
+        assert config["transcoders"] == ["topk_layer_0.safetensors", "topk_layer_1.safetensors"]
+        assert (config["activation"], config["k"]) == ("topk", K)
+        for layer in (0, 1):
+            file = out / f"topk_layer_{layer}.safetensors"
+            found = find("circuit_tracer").origin(file).ports()
+            assert found == ports_of("transcoder", [layer], ["mlp_in"], None)
+            again = find("circuit_tracer").read(file)
+            torch.testing.assert_close(again(rows()), load(runs[0] / FILE)(rows()))
+        assert "gap" not in capsys.readouterr().err
+    export(f"run={runs[0]}", "to=circuit_tracer")
+    assert "without a gap, and this has 1" in capsys.readouterr().err
+    export(f"run='{tmp_path}/runs/L*'", "to=safetensors", f"out={tmp_path / 'each'}")
+    assert (tmp_path / "each" / "L1" / "safetensors" / "sae.safetensors").is_file()
+
+
+def test_transcoders_that_are_no_set_are_refused(tmp_path: Path) -> None:
+    (first,) = transcoders(tmp_path / "a", [0])
+    for number, (layer, kind, name) in enumerate(
+        (
+            (0, "transcoder topk skip", "mlp_in of layer 0"),
+            (1, "transcoder topk", "skip"),
+            (1, "transcoder thresholds skip", "k"),
+        )
+    ):
+        (other,) = transcoders(tmp_path / str(number), [layer], kind)
+        with pytest.raises(PipelineError, match=name):
+            export(f"run=[{first},{other}]", "to=circuit_tracer")
+    with pytest.raises(PipelineError, match="no run"):
+        export(f"run='{tmp_path}/x*'", "to=circuit_tracer")
+
+
+def test_a_crosscoders_file_lists_its_targets_with_widths_and_scales(tmp_path: Path) -> None:
+    of = about("crosscoder topk")._replace(scales={"21": 0.5, "27": 2.0}, widths=(6,))
+    folder = written(tmp_path, "safetensors", made("crosscoder topk"), of)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["reads"] == config["writes"] == ["21", "27"]
+    assert config["widths"] == {"21": 6, "27": 6} and config["scales"] == {"21": 0.5, "27": 2.0}
+    assert find("safetensors").origin(folder).scales == {"21": 0.5, "27": 2.0}
+    for wrong in ({"21": 0.5}, {"21": 0.5, "27": -1}, [0.5, 2.0]):
+        (folder / "config.json").write_text(json.dumps({**config, "scales": wrong}))
+        with pytest.raises(PipelineError, match="scales"):
+            find("safetensors").origin(folder)

@@ -99,9 +99,9 @@ def remarks(members: Sequence[tuple[SAE, About]]) -> list[str]:
         )
     if members[0][0].threshold is None:
         lines.append(
-            "circuit-tracer reads `activation: topk` since its commit 4b1b491, with its "
-            "load_transcoders; transcoders with thresholds (sae.activation=batchtopk) open in "
-            "0.5.0 too"
+            "circuit-tracer reads `activation: topk` since its commit 4b1b491, by its "
+            "load_transcoders, with whole paths or hf:// addresses in config.yaml's transcoders; "
+            "sae.activation=batchtopk makes transcoders that 0.5.0 opens too"
         )
     return lines
 

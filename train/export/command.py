@@ -4,13 +4,14 @@ libraries.
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from conf.command import ALONE, Job
-from data.errors import StoreError
+from data.errors import SettingError, StoreError
 from data.journal import heartbeat, note, tell
 from data.settings import names
 from train import sae_file
@@ -41,13 +42,30 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
 
 
 def _runs(named: Any) -> tuple[Path, list[Path]]:
-    """The runs that run= names, and the folder they lie in: one, several, or a sweep's arms."""
-    if isinstance(named, list):
-        runs = [Path(run) for run in named]
+    """The runs that run= names, and the folder they lie in.
+
+    It is one, several, a pattern of several, or a sweep's folder.
+
+    Raises:
+        SettingError: the pattern fits none.
+    """
+    if isinstance(named, list) or (isinstance(named, str) and glob.has_magic(named)):
+        patterns = named if isinstance(named, list) else [named]
+        runs = [run for pattern in patterns for run in _matching(str(pattern))]
         return Path(os.path.commonpath(runs)), runs
     run = named_or_newest(named)
     arms = sorted(path.parent for path in run.glob(f"*/{CONFIG}"))
     return run, arms if arms and not (run / CONFIG).exists() else [run]
+
+
+def _matching(pattern: str) -> list[Path]:
+    """The runs whose folders fit a pattern; a folder that has a name with its signs is itself."""
+    if Path(pattern).exists() or not glob.has_magic(pattern):
+        return [Path(pattern)]
+    runs = [Path(run) for run in sorted(glob.glob(pattern)) if Path(run, CONFIG).exists()]
+    if not runs:
+        raise SettingError(f"run={pattern} fits no run; give the directory of a finished one")
+    return runs
 
 
 def _member(run: Path) -> tuple[SAE, About]:

@@ -53,7 +53,7 @@ def of(sae: SAE, about: About) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "sae.activation=batchtopk gives; to=safetensors takes this one"
         )
     width, left = divmod(sae.d_model, count)
-    if left:
+    if left or set(about.widths_of(about.ports.reads, sae.d_model)) != {width}:
         raise StoreError("dictionary_learning has one width; to=safetensors takes several")
     plain = without_b_in(sae)
     shape = (count, width)

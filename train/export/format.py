@@ -33,10 +33,10 @@ from data.store.place import place_of
 from train import export
 from train.export import bundle
 from train.export.origin import Origin
-from train.ports import Ports, recorded_ports
+from train.ports import Port, Ports, recorded_ports
 from train.run import CONFIG
 from train.sae import SAE, WEIGHTS
-from train.tensors import any_tensor_of, any_text_of, refuse, refuse_shape, shown, tensor_of
+from train.tensors import any_tensor_of, refuse, refuse_shape, shown, tensor_of
 
 _WAY_OUT = "restore or download it again"
 # Modules here that are no library.
@@ -56,6 +56,8 @@ class About(NamedTuple):
     architecture: str | None = None  # the model's class in transformers; None: not recorded
     # By the names of the ports: what rows were multiplied by in training, of a crosscoder
     scales: Mapping[str, float] | None = None
+    second: str | None = None  # the model of the second store, if there is one that is known
+    widths: tuple[int | None, ...] = (None,)  # of each store's rows; None: not known
 
     @property
     def point(self) -> HookPoint:
@@ -71,6 +73,13 @@ class About(NamedTuple):
     def layer(self) -> int:
         """Of `point`."""
         return self.point.layer
+
+    def widths_of(self, side: Sequence[Port], total: int) -> list[int]:
+        """The columns of each of some ports, which have `total` in all; the same, if not known."""
+        known = [
+            self.widths[port.store] if port.store < len(self.widths) else None for port in side
+        ]
+        return [width or total // len(side) for width in known]
 
     @property
     def kind(self) -> str:
@@ -94,26 +103,29 @@ def about(run: Path, config: Mapping[str, Any]) -> About:
         )
     with reading(f"{run / CONFIG} is not what training wrote", "restore it"):
         ports = recorded_ports(config["settings"])
+    stores = config.get("store_paths", [config.get("store_path")])
+    models = [_model_of(place) for place in stores]
     return About(
         source["model"],
         ports,
         source["context"],
         source["text"],
-        _architecture(config),
+        source.get("architecture") or models[0].get("architecture"),
         config.get("scales"),
+        models[1].get("id") if len(models) > 1 else None,
+        tuple(model.get("d_model") for model in models),
     )
 
 
-def _architecture(config: Mapping[str, Any]) -> str | None:
-    """The model's class, as a release or the run's store has it; None if neither says it."""
-    folder = Path(str(config.get("store_path", "")))
-    named = config["source"].get("architecture")
-    if named is None and folder.is_dir():
-        try:
-            named = manifest.read(place_of(str(folder)))["model"].get("architecture")
-        except PipelineError:
-            return None
-    return any_text_of("architecture", folder, named)
+def _model_of(place: Any) -> Mapping[str, Any]:
+    """What a store has of its model; nothing if the store is elsewhere."""
+    folder = Path(str(place))
+    if not place or not folder.is_dir():
+        return {}
+    try:
+        return dict(manifest.read(place_of(str(folder)))["model"])
+    except PipelineError:
+        return {}
 
 
 class Format(Protocol):

@@ -23,14 +23,25 @@ from train.ports import Port, Ports
 from train.sae import OPTIONAL, SAE, WEIGHTS
 from train.tensors import any_text_of, any_whole_of, refuse, text_of, whole_of
 
-_KEYS = {"k", "d_model", "d_out", "d_sae", "model", "context", "text", "architecture", "scales"}
-_PLACES = {"site", "layer", "reads", "writes"}
+_KEYS = {
+    "k",
+    "d_model",
+    "d_out",
+    "d_sae",
+    "model",
+    "context",
+    "text",
+    "architecture",
+    "scales",
+    "second",
+}
+_PLACES = {"site", "layer", "reads", "writes", "widths"}
 
 
 def write(sae: SAE, about: About) -> dict[str, bytes]:
     """See train.export.format.Format."""
     named: dict[str, Any] = {"model": about.model, "context": about.context, "text": about.text}
-    for name in ("architecture", "scales"):
+    for name in ("architecture", "scales", "second"):
         if getattr(about, name) is not None:
             named[name] = getattr(about, name)
     config = {"k": sae.k, "d_model": sae.d_model, "d_sae": sae.d_sae, **_places(about, sae)}
@@ -44,11 +55,14 @@ def _places(about: About, sae: SAE) -> dict[str, Any]:
     """
     if about.kind == "sae":
         return {"site": about.point.site, "layer": about.layer}
-    reads = [port.name for port in about.ports.reads]
+    reads, writes = about.ports.reads, about.ports.writes
+    widths = about.widths_of(reads, sae.d_model) + about.widths_of(writes, sae.d_out)
+    names = [port.name for port in (*reads, *writes)]
     return {
         "d_out": sae.d_out,
-        "reads": reads,
-        "writes": [port.name for port in about.ports.writes],
+        "reads": names[: len(reads)],
+        "writes": names[len(reads) :],
+        "widths": dict(zip(names, widths, strict=True)),
     }
 
 

@@ -62,7 +62,7 @@ def card(facts: Facts, files: Sequence[str]) -> str:
     environment.filters["code"] = Markdown  # of names that were checked
     template = environment.from_string(resources.files(__package__).joinpath("card.md").read_text())
     about = facts.about
-    usable_model = about.model if _HUB_ID.fullmatch(about.model) else "FOLDER/OF/THE/MODEL"
+    usable = [_usable(about.model), _usable(about.second or "")]
     return template.render(
         table=_table,
         front=Markdown(_front_matter(about)),
@@ -70,11 +70,11 @@ def card(facts: Facts, files: Sequence[str]) -> str:
         name=facts.name,
         repo=Markdown(facts.repo),
         about=about,
-        code_model=Markdown(json.dumps(usable_model)),
+        code_model=Markdown(json.dumps(usable[0])),
         topk=facts.sae.threshold is None,
         kind=_kind(facts),
         d_sae=f"{facts.sae.d_sae:,}",
-        **usage.variables(about, facts.sae, usable_model),
+        **usage.variables(about, facts.sae, usable),
         last=value_at(facts.config, "source.n_layers") == about.layer + 1,
         drop_bos=value_at(facts.config, "settings.policy.drop_bos"),
         specs=_specs(facts),
@@ -93,6 +93,11 @@ def card(facts: Facts, files: Sequence[str]) -> str:
         files=files,
         provenance=_provenance(facts),
     )
+
+
+def _usable(model: str) -> str:
+    """A model's name as code may load it."""
+    return model if _HUB_ID.fullmatch(model) else "FOLDER/OF/THE/MODEL"
 
 
 # -- escaping --------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def contents(run: Path, repo: str) -> dict[str, Content]:
     files |= golden.files("safetensors", trained, described)
     for name, content in _saelens(trained, described).items():
         files[f"saelens/{name}"] = content
-    places = {"store_path": _last_name(config.get("store_path", ""))}
+    places: dict[str, Any] = {"store_path": _last_name(config.get("store_path", ""))}
     if "store_paths" in config:
         places["store_paths"] = [_last_name(place) for place in config["store_paths"]]
     source = {**config["source"], "architecture": described.architecture}

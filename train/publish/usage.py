@@ -48,16 +48,14 @@ def _words(port: Port) -> str:
     return f"{where} ({point.site}; {hook_name(point)} in TransformerLens){store}"
 
 
-def variables(about: About, sae: SAE, model: str) -> dict[str, Any]:
+def variables(about: About, sae: SAE, models: Sequence[str]) -> dict[str, Any]:
     """What the card's template takes.
 
     Args:
-        model: the name that the code loads, of the first store.
+        models: the names that the code loads, of the first store and of the second.
     """
     transcoder = about.kind == "transcoder"
-    stores = {
-        port.store: model if not port.store else "MODEL/OF/STORE" for port in about.ports.every
-    }
+    stores = {port.store: models[port.store] for port in about.ports.every}
     return {
         "noun": _NOUNS[about.kind],
         "plain": about.kind == "sae" and about.point.site == RESID_POST,
