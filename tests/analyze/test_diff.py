@@ -1,0 +1,234 @@
+"""study=diff on planted truths: what is shared, what is one target's own, what is an artefact of
+training, and what is no difference at all.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from numpy.typing import NDArray
+from torch import Tensor
+
+from analyze import targets
+from analyze.outcome import Outcome
+from analyze.results import FEATURES
+from analyze.studies.diff.study import DEFINITION
+from analyze.study import Study
+from analyze.subject import Subject
+from analyze.targets import Targets
+from data.errors import SettingError
+from harvest.model import ModelConfig
+from tests.analyze.conftest import LAYER, write_run
+from tests.conftest import make_spine, make_store
+from train.run import CONFIG
+from train.sae import SAE, SAEConfig
+
+N, D, UNIT = 4096, 64, 1024
+SHARED, OWN_A, OWN_B = 24, 10, 12  # planted features; of the shared a third each is
+SAME, ROTATED, OPPOSITE = slice(0, 8), slice(8, 16), slice(16, 24)
+
+
+class World(NamedTuple):
+    """Planted features of two models: codes, and directions that are 0 where a model lacks one."""
+
+    codes: Tensor  # (N, F)
+    a: Tensor  # (F, D)
+    b: Tensor  # (F, D)
+
+
+def world(noise_seed: int = 0) -> World:
+    generator = torch.Generator().manual_seed(noise_seed)
+    features = SHARED + OWN_A + OWN_B
+    basis = torch.linalg.qr(torch.randn(D, D, generator=generator)).Q
+    a = basis[:features].clone()
+    b = a.clone()
+    b[ROTATED] = basis[features : features + 8]
+    b[OPPOSITE] *= -1
+    b[SHARED : SHARED + OWN_A] = 0
+    a[SHARED + OWN_A :] = 0
+    fires = torch.rand(N, features, generator=generator) < 0.08
+    codes = fires * (1 + torch.rand(N, features, generator=generator))
+    return World(codes, a, b)
+
+
+def rows_of(codes: Tensor, directions: Tensor, seed: int, scale: float = 1.0) -> Tensor:
+    noise = torch.randn(N, D, generator=torch.Generator().manual_seed(seed))
+    return (codes @ directions + 0.02 * noise) * scale
+
+
+def crosscoder(planted: World, scales: tuple[float, float] = (1, 1)) -> SAE:
+    """The dictionary that has each planted feature as a latent."""
+    reads = planted.a.norm(dim=1) + planted.b.norm(dim=1)
+    W_enc = torch.cat([planted.a / scales[0], planted.b / scales[1]], 1) / reads[:, None]
+    W_dec = torch.cat([planted.a * scales[0], planted.b * scales[1]], 1)
+    features = len(W_enc)
+    zeros = torch.zeros(features)
+    return SAE.of(W_enc.T, W_dec, zeros, torch.zeros(2 * D), 8, torch.full((features,), 0.5))
+
+
+def write(
+    folder: Path, a: Tensor, b: Tensor, sae: SAE, scales: tuple[float, float] = (1, 1)
+) -> Path:
+    """A finished crosscoder of two stores of the same tokens; of one store if b is a."""
+    folder.mkdir()
+    spine = make_spine(N // 32, 32, np.random.default_rng(1))
+    stores = []
+    for name, rows in (("a", a), ("b", b))[: 1 if b is a else 2]:
+        bits = rows.bfloat16().view(torch.uint16).numpy()
+        size = {"context": 32, "unit": UNIT, "chunk": 32, "layer": LAYER}
+        stores.append(make_store(folder / f"{name}.zarr", bits, spine=spine, **size))
+    stores = stores * (1 if len(stores) == 2 else 2)
+    write_run(folder / "run", stores[0], LAYER, SAEConfig(d_sae=sae.d_sae, k=sae.k, k_aux=4), sae)
+    config = yaml.safe_load((folder / "run" / CONFIG).read_text())
+    config["settings"]["sae"] |= {"kind": "crosscoder", "activation": "batchtopk"}
+    config["settings"]["stores"] = 2
+    config["settings"]["store"]["identities"] = [store.identity for store in stores]
+    config["store_paths"] = [store.name for store in stores]
+    config["scales"] = {f"{LAYER}": 1 / scales[0], f"1/{LAYER}": 1 / scales[1]}
+    (folder / "run" / CONFIG).write_text(yaml.safe_dump(config))
+    return folder / "run"
+
+
+def study_of(run: Path, **options: Any) -> Study:
+    subject = Subject.open(run, None, torch.device("cpu"))
+    return Study("diff", subject, options, ModelConfig("nowhere/none"))
+
+
+def found(run: Path, **options: Any) -> tuple[Outcome, dict[str, list[Any]]]:
+    study = study_of(run, **options)
+    outcome = study.perform(DEFINITION)
+    return outcome, pq.read_table(study.folder / FEATURES).to_pydict()
+
+
+def own_of(outcome: Outcome) -> list[dict[str, Any]]:
+    return list(outcome.figures["own"].values())
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, Outcome, dict[str, list[Any]]]:
+    """Rows of the second store are a hundred times as long, which must change nothing."""
+    made = world()
+    scales = (1.0, 100.0)
+    a = rows_of(made.codes, made.a, 1)
+    b = rows_of(made.codes, made.b, 2, 100)
+    run = write(tmp_path_factory.mktemp("diff") / "x", a, b, crosscoder(made, scales), scales)
+    return made, *found(run)
+
+
+def test_planted_directions_are_told_apart(
+    planted: tuple[World, Outcome, dict[str, list[Any]]],
+) -> None:
+    _, outcome, table = planted
+    truth = ["shared"] * SHARED + ["3"] * OWN_A + ["1/3"] * OWN_B
+    assert table["class"] == truth
+    assert [target["survive"] for target in own_of(outcome)] == [OWN_A, OWN_B]
+    assert all(target["differs"] for target in own_of(outcome))
+    cosine = outcome.figures["cosine"]
+    assert (cosine["same"], cosine["rotated"], cosine["opposite"]) == (8, 8, 8)
+    assert np.allclose(table["share 1/3"][:SHARED], 0.5)
+    assert np.allclose(table["entropy"], [1] * SHARED + [0] * (OWN_A + OWN_B))
+
+
+def test_each_class_explains_what_was_planted(
+    planted: tuple[World, Outcome, dict[str, list[Any]]],
+) -> None:
+    """A class explains of a target as much variance as its features were planted with."""
+    made, outcome, _ = planted
+    parts = {"shared": slice(0, SHARED), "own": slice(SHARED, SHARED + OWN_A)}
+    variance = made.codes.var(0)
+    total = (variance * made.a.norm(dim=1) ** 2).sum() + D * 0.02**2
+    a, b = outcome.figures["variance_explained"].values()
+    for (name, part), title in zip(parts.items(), ("shared", "own of layer 3"), strict=True):
+        expected = variance[part].sum() / total
+        measured = a["of_class"][title]
+        low, high = measured["interval"]
+        assert low < measured["value"] < high
+        assert measured["value"] == pytest.approx(float(expected), rel=0.1), name
+    assert b["of_class"]["own of layer 3"]["value"] == pytest.approx(0, abs=1e-3)
+    assert a["all"]["value"] > 0.99
+    rates = [found["l0"]["value"] for found in outcome.figures["classes"].values()]
+    assert rates == pytest.approx([0.08 * n for n in (OWN_A, OWN_B, SHARED, 0)], rel=0.1)
+
+
+def test_artefacts_of_training_do_not_survive(tmp_path: Path) -> None:
+    """Shared features whose decoder has shrunk, or that are split in two, look own by their
+    norms.
+    """
+    made = world()
+    sae = crosscoder(made)
+    W_enc, W_dec = sae.W_enc.clone(), sae.W_dec.clone()
+    W_dec[:4, :D] = 0  # shrunk: A has the direction, in its error
+    # Decoupled: one latent for A and another one for B, which fire together.
+    W_dec[4:8, :D] = 0
+    split = torch.cat([W_dec[4:8].clone() * 0 + torch.cat([made.a[4:8], torch.zeros(4, D)], 1)])
+    W_enc = torch.cat([W_enc, W_enc[:, 4:8]], 1)
+    W_dec = torch.cat([W_dec, split])
+    broken = SAE.of(
+        W_enc, W_dec, torch.zeros(len(W_dec)), sae.b_dec, 8, torch.full((len(W_dec),), 0.5)
+    )
+    run = write(
+        tmp_path / "x", rows_of(made.codes, made.a, 1), rows_of(made.codes, made.b, 2), broken
+    )
+    outcome, table = found(run)
+    a, b = own_of(outcome)
+    assert (a["latents"], a["survive"], a["decoupled"], a["shrunk"]) == (OWN_A + 4, OWN_A, 4, 0)
+    assert (b["latents"], b["survive"]) == (OWN_B + 8, OWN_B)
+    assert (b["decoupled"], b["shrunk"]) == (4, 4)
+    assert np.allclose(table["nu_error"][:4], 1, atol=0.05)
+    assert np.allclose(table["nu_reconstruction"][4:8], 1, atol=0.05)
+    assert np.allclose(table["nu_error"][SHARED:-4], 0, atol=0.05)
+
+
+def itself(made: World) -> World:
+    """The same features, all of them in both models."""
+    directions = torch.where(made.a.norm(dim=1, keepdim=True) > 0, made.a, made.b)
+    return World(made.codes, directions, directions)
+
+
+def test_a_model_with_itself_shows_no_difference(tmp_path: Path) -> None:
+    """Whatever the decoder says: a third of the features are called own, half of them of each."""
+    made = itself(world())
+    sae = crosscoder(made)
+    W_dec = sae.W_dec.clone()
+    W_dec[:8, :D] = 0
+    W_dec[8:16, D:] = 0
+    W_dec[16:20, :D] *= 0.3
+    false = SAE.of(sae.W_enc, W_dec, sae.b_enc, sae.b_dec, 8, sae.threshold)
+    rows = rows_of(made.codes, made.a, 1)
+    outcome, _ = found(write(tmp_path / "x", rows, rows, false))
+    assert [target["latents"] for target in own_of(outcome)] == [8, 8]
+    assert [target["survive"] for target in own_of(outcome)] == [0, 0]
+    assert not any(target["differs"] for target in own_of(outcome))
+    assert outcome.summary[0].startswith("No difference beyond the null")
+
+
+def test_what_either_model_may_have_by_chance_is_no_difference(tmp_path: Path) -> None:
+    """Rare features, each of them in the one model or in the other by a coin for each document.
+
+    Many survive latent scaling, in as many permuted documents as in these.
+    """
+    made = itself(world())
+    sae = crosscoder(made)
+    W_dec = sae.W_dec.clone()
+    W_dec[:, :D] = 0
+    blamed = SAE.of(sae.W_enc, W_dec, sae.b_enc, sae.b_dec, 8, sae.threshold)
+    _, document = make_spine(N // 32, 32, np.random.default_rng(1))
+    generator = torch.Generator().manual_seed(3)
+    features = len(made.a)
+    shape = (int(document.max()) + 1, features)
+    coin = (torch.rand(shape, generator=generator) < 0.5)[document.ravel().astype(np.int64)]
+    rare = torch.rand(N, features, generator=generator) < 0.002
+    codes = 1.5 * rare
+    a = rows_of(codes * coin, made.a, 1)
+    b = rows_of(codes * ~coin, made.a, 2)
+    outcome, _ = found(write(tmp_path / "x", a, b, blamed))
+    of_a, of_b = own_of(outcome)
+    assert of_b["survive"] >= 3
+    assert of_b["permuted"]["mean"] >= 3
+    assert not of_a["differs"] and not of_b["differs"]
