@@ -90,14 +90,17 @@ def nearest(
     return torch.cat(values), torch.cat(numbers)
 
 
-def neighbours(subject: Subject) -> tuple[Tensor, Tensor]:
+def neighbours(subject: Subject, *, by_encoder: bool = False) -> tuple[Tensor, Tensor]:
     """The latents with the largest cosines of decoder directions to each latent's own, kept.
+
+    Args:
+        by_encoder: of the directions that latents read along instead.
 
     Returns:
         cosines (F, NEIGHBOURS) in descending order, and the latents' numbers; fewer columns where
         there are fewer other latents.
     """
-    W_dec = subject.scaled(subject.sae.W_dec)
+    W_dec = subject.sae.encoder if by_encoder else subject.scaled(subject.sae.W_dec)
 
     def make(first: int) -> Arrays:
         count = min(NEIGHBOURS, len(W_dec) - 1)

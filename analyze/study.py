@@ -10,7 +10,7 @@ import json
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +29,7 @@ from analyze.subject import Subject
 from data import durable
 from data.errors import MismatchError, SettingError, TemporaryError, first_line
 from data.journal import note, show, tell
+from data.store.store import Store
 from harvest import model as models
 from harvest.description import Description
 from harvest.model import LanguageModel, ModelConfig
@@ -150,21 +151,35 @@ class Study:
         Raises:
             MismatchError: model= is another one.
         """
-        if self.model not in self.loaded:
-            self.loaded[self.model] = self._load()
-        return self.loaded[self.model]
+        return self._loaded(self.model, 0)
 
-    def _load(self) -> LanguageModel:
-        tell(f"loading {self.model.path}")
-        loaded = models.load(self.model, head=True)
-        recorded = self.subject.store.manifest["model"]
+    def lm_of(self, store: int) -> LanguageModel:
+        """The whole language model that the run's store of this number was harvested with.
+
+        model= names that of the first.
+        """
+        recorded = self.subject.stores[store].manifest["model"]
+        if recorded["weights"] == self.subject.store.manifest["model"]["weights"]:
+            return self.lm
+        path = self.subject.model_path(None, store)
+        return self._loaded(replace(self.model, path=path, revision=recorded["revision"]), store)
+
+    def _loaded(self, model: ModelConfig, store: int) -> LanguageModel:
+        if model not in self.loaded:
+            self.loaded[model] = self._load(model, self.subject.stores[store])
+        return self.loaded[model]
+
+    def _load(self, model: ModelConfig, store: Store) -> LanguageModel:
+        tell(f"loading {model.path}")
+        loaded = models.load(model, head=True)
+        recorded = store.manifest["model"]
         unequal = {}
         for key in ("weights", "config", "tokenizer"):
             if recorded[key] != loaded.identity[key]:
                 unequal[key] = (recorded[key], loaded.identity[key])
         if unequal:
             way_out = "Give the model that it was harvested with, as model.path="
-            raise MismatchError(f"store {self.subject.store.name}", unequal, way_out)
+            raise MismatchError(f"store {store.name}", unequal, way_out)
         note(f"study={self.name}")
         return loaded
 

@@ -338,9 +338,13 @@ class Subject:
 
     # -- rows --------------------------------------------------------------------------------------
 
-    def model_path(self, asked: str | None) -> str:
-        """Where the language model is: as asked, else as the store's manifest records it."""
-        recorded = str(self.store.manifest["model"]["id"])
+    def model_path(self, asked: str | None, store: int = 0) -> str:
+        """Where the language model is: as asked, else as the store's manifest records it.
+
+        Args:
+            store: the number of the store.
+        """
+        recorded = str(self.stores[store].manifest["model"]["id"])
         return asked or (EMBEDDED if recorded == "tiny" else recorded)
 
     def require_complete(self) -> None:

@@ -16,6 +16,7 @@ Shapes: F latents, T targets, d columns of a target.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,11 @@ from analyze.subject import Subject
 OWN = 0.9
 SHARED = 0.6
 ALIKE = 0.8  # cosine from which two directions are the same, and below whose negative opposite
+
+
+def class_names(targets: Sequence[str]) -> list[str]:
+    """The names of `Targets.classes`, by their numbers."""
+    return [*(f"own of {name}" for name in targets), "shared", "between"]
 
 
 class Targets(NamedTuple):

@@ -469,7 +469,8 @@ def test_a_hub_that_cannot_be_reached_costs_the_logits_alone(
         raise TemporaryError("model.path=nowhere/none cannot be had")
 
     monkeypatch.setattr(Study, "lm", property(refuse))
-    there, reason = study.logits(study_of(made, tmp_path), 2, StopRequest())
+    part = study_of(made, tmp_path)
+    there, reason = study.logits(part, part.subject.ports.writes[0], 2, StopRequest())
     assert there is None and "model.path=" in str(reason)
 
 

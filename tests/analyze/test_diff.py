@@ -110,8 +110,13 @@ def own_of(outcome: Outcome) -> list[dict[str, Any]]:
     return list(outcome.figures["own"].values())
 
 
+Planted = tuple[World, Outcome, dict[str, list[Any]]]
+
+
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, Outcome, dict[str, list[Any]]]:
+def planted(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[World, Outcome, dict[str, list[Any]]]:
     """Rows of the second store are a hundred times as long, which must change nothing."""
     made = world()
     scales = (1.0, 100.0)
@@ -121,11 +126,9 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, Outcome, d
     return made, *found(run)
 
 
-def test_planted_directions_are_told_apart(
-    planted: tuple[World, Outcome, dict[str, list[Any]]],
-) -> None:
+def test_planted_directions_are_told_apart(planted: Planted) -> None:
     _, outcome, table = planted
-    truth = ["shared"] * SHARED + ["3"] * OWN_A + ["1/3"] * OWN_B
+    truth = ["shared"] * SHARED + ["own of 3"] * OWN_A + ["own of 1/3"] * OWN_B
     assert table["class"] == truth
     assert [target["survive"] for target in own_of(outcome)] == [OWN_A, OWN_B]
     assert all(target["differs"] for target in own_of(outcome))
@@ -135,9 +138,7 @@ def test_planted_directions_are_told_apart(
     assert np.allclose(table["entropy"], [1] * SHARED + [0] * (OWN_A + OWN_B))
 
 
-def test_each_class_explains_what_was_planted(
-    planted: tuple[World, Outcome, dict[str, list[Any]]],
-) -> None:
+def test_each_class_explains_what_was_planted(planted: Planted) -> None:
     """A class explains of a target as much variance as its features were planted with."""
     made, outcome, _ = planted
     parts = {"shared": slice(0, SHARED), "own": slice(SHARED, SHARED + OWN_A)}

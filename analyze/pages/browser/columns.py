@@ -6,6 +6,7 @@ has no figure. Definitions name the columns, see analyze/study.py.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,36 @@ class Column(NamedTuple):
     label: str
     about: str  # what it is, in a sentence
     values: NDArray[np.float64]  # (F,); NaN where it is not known
+
+
+def of_targets(table: Path) -> list[Column]:
+    """How a crosscoder's latents share their norms among its targets; none of anything else."""
+    names = target_names(table)
+    if not names:
+        return []
+    read = pq.read_table(table, columns=["cosine", "targets.list.element.share"])
+    flat = read.column("targets").combine_chunks().flatten().field("share")
+    shares = flat.to_numpy().reshape(-1, len(names))
+    cosine = read.column("cosine").to_numpy()
+    columns = []
+    if len(names) == 2:
+        about = (
+            f"norm of its direction at {names[1]}, over the sum with that at {names[0]}: near 0 it "
+            f"is {names[0]}'s own, near 1 {names[1]}'s"
+        )
+        columns.append(Column("relative", "relative norm", about, shares[:, 1]))
+    else:
+        for number, name in enumerate(names):
+            about = f"share of {name} in the norms of its directions"
+            columns.append(Column(f"share_{number}", f"share of {name}", about, shares[:, number]))
+    about = "of its directions in the targets; of more than two the smallest"
+    return [*columns, Column("cosine", "cosine", about, cosine)]
+
+
+def target_names(table: Path) -> list[str]:
+    """The targets of a crosscoder, as its catalogue names them; none of anything else."""
+    names: list[str] = json.loads((pq.read_schema(table).metadata or {}).get(b"targets", b"[]"))
+    return names
 
 
 def studied(subject: Subject) -> dict[str, Result]:

@@ -3,7 +3,8 @@
 A file is {words, features}. `words` are the texts of the tokens in it; all else refers to a text by
 its number. A feature is
 
-    figures            as the list's columns: density, largest activation, those of other studies
+    figures            as the list's columns: density, largest activation, a crosscoder's shares,
+                       those of other studies
     count, mean, std   of the rows in which it fires, and of its activations there
     histogram          [the first bin that is not empty, counts from there on]
     top                [context]
@@ -12,13 +13,21 @@ its number. A feature is
     neighbours         [[feature, cosine]]
     others             [[feature, cosine]] of each of the other runs
 
+of a transcoder also
+    readers            [[feature, cosine]] of the directions that are read
+    tokens             [[word, share of its activation that is on the token]]
+
+of a crosscoder also
+    class              number of a class in the run's facts
+    targets            of each target [share, energy, raised, lowered], as the catalogue has them
+
 and a context [document, position, peak, [word of each token], [token, activation of those above 0,
 ...]].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,14 +52,25 @@ _COLUMNS = [
     *fields("lowered", "token", "logit"),
     *fields("neighbours", "feature", "cosine"),
 ]
+_OF_KINDS = {  # columns that are there or not, by name
+    "readers": fields("readers", "feature", "cosine"),
+    "class": ["class"],
+    "targets": [
+        *fields("targets", "share", "energy"),
+        *fields("targets.list.element.raised", "token", "logit"),
+        *fields("targets.list.element.lowered", "token", "logit"),
+    ],
+}
 
 Name = Callable[[int], str]  # a token's text
 
 
 def blocks(file: pq.ParquetFile) -> Iterator[pa.Table]:
     """The catalogue's table CHUNK latents at a time, without what is not shown."""
+    there = [name for name in _OF_KINDS if name in file.schema_arrow.names]
+    columns = _COLUMNS + [field for name in there for field in _OF_KINDS[name]]
     for group in range(file.num_row_groups):
-        table = file.read_row_group(group, columns=_COLUMNS).combine_chunks()
+        table = file.read_row_group(group, columns=columns).combine_chunks()
         for first in range(0, table.num_rows, CHUNK):
             yield pa.Table.from_batches(table.slice(first, CHUNK).to_batches()).combine_chunks()
 
@@ -84,7 +104,8 @@ class Shown(NamedTuple):
     contexts: int  # with the largest activations, at most
     samples: int  # of each quantile, at most
     others: list[Partners]  # of each of the other runs
-    studied: list[Column]  # figures that other studies have of every latent
+    listed: list[Column]  # figures of every latent beside density and largest activation
+    tokens: Sequence[Sequence[tuple[int, float]]] | None  # of a transcoder, see tokens.of_latents
 
 
 def page(block: pa.Table, shown: Shown) -> dict[str, Any]:
@@ -93,9 +114,10 @@ def page(block: pa.Table, shown: Shown) -> dict[str, Any]:
     top = contexts_of(block, "top")
     quantiles = contexts_of(block, "quantiles")
     features = []
-    for number, row in enumerate(block.select([*_PLAIN, *_LISTS]).to_pylist()):
+    there = [name for name in _OF_KINDS if name in block.column_names]
+    for number, row in enumerate(block.select([*_PLAIN, *_LISTS, *there]).to_pylist()):
         feature = {
-            "figures": _figures(row, shown.studied),
+            "figures": _figures(row, shown.listed),
             "count": row["count"],
             "mean": _number(row["mean"]),
             "std": _number(row["std"]),
@@ -106,9 +128,28 @@ def page(block: pa.Table, shown: Shown) -> dict[str, Any]:
             "lowered": _logits(row["lowered"], words),
             "neighbours": _pairs((near["feature"], near["cosine"]) for near in row["neighbours"]),
             "others": [_pairs(partners[row["feature"]]) for partners in shown.others],
+            **_of_kind(row, shown, words),
         }
         features.append(feature)
     return {"words": words.texts, "features": features}
+
+
+def _of_kind(row: dict[str, Any], shown: Shown, words: Words) -> dict[str, Any]:
+    """What the page of a transcoder's or a crosscoder's latent has beside an SAE's."""
+    own: dict[str, Any] = {}
+    if "readers" in row:
+        own["readers"] = _pairs((near["feature"], near["cosine"]) for near in row["readers"])
+    if shown.tokens is not None:
+        fires_on = shown.tokens[row["feature"]]
+        own["tokens"] = _pairs((words(token), share) for token, share in fires_on)
+    if "targets" in row:
+        own["class"] = row["class"]
+        targets = []
+        for target in row["targets"]:
+            logits = [_logits(target[name], words) for name in ("raised", "lowered")]
+            targets.append([*short([target["share"], target["energy"]]), *logits])
+        own["targets"] = targets
+    return own
 
 
 def _number(value: float | None) -> float | None:
@@ -120,8 +161,8 @@ def _pairs(pairs: Any) -> list[list[Any]]:
     return [[identity, _number(value)] for identity, value in pairs]
 
 
-def _figures(row: dict[str, Any], studied: list[Column]) -> list[float | None]:
-    others = [column.values[row["feature"]] for column in studied]
+def _figures(row: dict[str, Any], listed: list[Column]) -> list[float | None]:
+    others = [column.values[row["feature"]] for column in listed]
     # None becomes NaN, and then null.
     return short(np.array([row["density"], row["max"], *others], np.float64))
 

@@ -31,10 +31,13 @@ from analyze.pages.browser.columns import Column
 from analyze.pages.browser.joins import Other
 from analyze.pages.browser.pages import CHUNK, Shown
 from analyze.pages.browser.script import script, short
+from analyze.pages.browser.tokens import Tallies
 from analyze.results import FOLDER, PAGE, made
 from analyze.studies.catalogue import study as catalogue
 from analyze.studies.catalogue.study import Files
 from analyze.study import Definition, Study, at_least
+from analyze.subject import Subject
+from analyze.targets import class_names
 from data import durable
 from data.errors import SettingError, StopRequest
 from data.journal import Progress
@@ -101,20 +104,23 @@ def browser(study: Study) -> Outcome:
     files = catalogue.files(subject)
     others = [joins.open_other(subject, run) for run in options.others]
     name_of = catalogue.names(study)
-    shown = Shown(
-        name=name_of or (lambda token: f"#{token}"),
-        contexts=options.contexts,
-        samples=options.samples,
-        others=[],
-        studied=columns.of_studies(subject, columns.studied(subject)),
-    )
+    of_studies = columns.of_studies(subject, columns.studied(subject))
     with StopRequest() as stop:
+        tallies = tokens.tally(subject.store, files.places, stop)
+        shown = Shown(
+            name=name_of or (lambda token: f"#{token}"),
+            contexts=options.contexts,
+            samples=options.samples,
+            others=[],
+            listed=[*columns.of_targets(files.table), *of_studies],
+            tokens=None if subject.ports.is_autoencoder else tokens.of_latents(tallies),
+        )
         for other in others:
             theirs = other.files.places
             shown.others.append(joins.partners(files.places, theirs, options.rows, stop))
         site = Site(study.folder)
         figures_of = _write_features(site, files, shown, stop)
-        token_count = _write_tokens(site, study, files, shown, stop)
+        token_count = _write_tokens(site, tallies, shown)
         site.write("meta", _meta(study, files, figures_of, others, as_ids=name_of is None))
         site.finish()
     figures = {
@@ -162,6 +168,7 @@ def _write_features(site: Site, files: Files, shown: Shown, stop: StopRequest) -
     words = pages.Words(shown.name)
     strongest: list[list[int]] = []
     raised: list[list[int]] = []
+    classes: list[int] = []
     density: list[float] = []
     largest: list[float | None] = []
     progress = Progress()
@@ -170,23 +177,24 @@ def _write_features(site: Site, files: Files, shown: Shown, stop: StopRequest) -
         site.write(f"features/{number:03d}", pages.page(block, shown))
         strongest += pages.strongest(block, words)
         raised += pages.raised(block, words)
+        classes += block.column("class").to_pylist() if "class" in block.column_names else []
         density += block.column("density").to_pylist()
         largest += block.column("max").to_pylist()
         progress.show(f"pages of {len(density):,}/{total:,} latents", last=len(density) == total)
     listed = [
         Column("density", "density", "share of rows in which it fires", np.array(density)),
         Column("max", "largest", "largest activation", np.array(largest, np.float64)),
-        *shown.studied,
+        *shown.listed,
     ]
     figures = {column.key: short(column.values) for column in listed}
     texts = {"words": words.texts, "strongest": strongest, "raised": raised}
-    site.write("table", {**texts, "columns": figures})
+    of_targets = {"classes": classes} if classes else {}
+    site.write("table", {**texts, **of_targets, "columns": figures})
     return listed
 
 
-def _write_tokens(site: Site, study: Study, files: Files, shown: Shown, stop: StopRequest) -> int:
+def _write_tokens(site: Site, tallies: Tallies, shown: Shown) -> int:
     """Write the tokens and the latents that fire on them; how many tokens there are."""
-    tallies = tokens.tally(study.subject.store, files.places, stop)
     ids = tokens.ranked(tallies.occurrences)
     for number, shard in enumerate(tokens.shards(tallies, ids)):
         site.write(f"tokens/{number:03d}", shard)
@@ -211,7 +219,8 @@ def _meta(
         described.append({"key": column.key, "label": column.label, "about": column.about})
     return {
         "name": neutral(subject.run.resolve().name),
-        "layer": subject.layer,
+        **_where(subject),
+        **_kind(subject, files),
         "model": neutral(str(subject.store.manifest["model"]["id"])),
         "rows": int(metadata[b"rows"]),
         "features": subject.sae.d_sae,
@@ -224,13 +233,26 @@ def _meta(
     }
 
 
+def _where(subject: Subject) -> dict[str, Any]:
+    """The layer of an SAE of resid_post; else the hook points in words."""
+    return {"layer": subject.layer} if subject.is_resid_post else {"where": subject.where}
+
+
+def _kind(subject: Subject, files: Files) -> dict[str, Any]:
+    """What the page says of a transcoder or a crosscoder alone."""
+    if not subject.ports.is_autoencoder:
+        return {"reads": str(subject.ports.reads[0]), "writes": str(subject.ports.writes[0])}
+    names = columns.target_names(files.table)
+    return {"targets": names, "classes": class_names(names)} if names else {}
+
+
 def _link(study: Study, other: Other) -> dict[str, Any]:
     """Another run, and the path of its own browser from this one, if it has one."""
     page = other.subject.run / FOLDER / study.name / PAGE
     path = os.path.relpath(page.resolve(), study.place.resolve())
     return {
         "name": neutral(other.subject.run.resolve().name),
-        "layer": other.subject.layer,
+        **_where(other.subject),
         "page": quote(path) if page.is_file() else None,
     }
 

@@ -22,6 +22,7 @@ from data.errors import StopRequest
 from data.store.store import Store
 
 TOP = 20  # latents of a token
+TOKENS = 10  # of a latent
 SHARD = 256  # tokens of a file
 
 
@@ -56,6 +57,19 @@ def ranked(occurrences: NDArray[np.int64]) -> NDArray[np.int64]:
     """The ids that occur, the most frequent first."""
     ids = np.flatnonzero(occurrences)
     return ids[np.argsort(-occurrences[ids], kind="stable")]
+
+
+def of_latents(tallies: Tallies) -> list[list[tuple[int, float]]]:
+    """Of each latent up to TOKENS ids with most of its activation, each with the share of it."""
+    by_latent = sparse.csc_array(tallies.activation)
+    found = []
+    for latent in range(by_latent.shape[1]):
+        span = slice(*by_latent.indptr[latent : latent + 2])
+        sums = by_latent.data[span]
+        best = np.lexsort((by_latent.indices[span], -sums))[:TOKENS]
+        shares = (sums[best] / sums.sum()).tolist()
+        found.append(list(zip(by_latent.indices[span][best].tolist(), shares, strict=True)))
+    return found
 
 
 def shards(tallies: Tallies, ids: NDArray[np.int64]) -> Iterator[list[list[float | None]]]:

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from analyze import contexts, directions, results
+from analyze import contexts, directions, results, targets
 from analyze.kept import Growing
 from analyze.memory import Needed, of_pass, of_sae
 from analyze.outcome import Outcome
@@ -33,14 +33,16 @@ from analyze.studies.catalogue import table as feature_table
 from analyze.studies.catalogue import words
 from analyze.studies.catalogue.index import Index
 from analyze.studies.catalogue.state import SEED, State
-from analyze.studies.catalogue.table import Content, Ranked
+from analyze.studies.catalogue.table import Content, Logits, OfTargets, Ranked
 from analyze.study import Definition, Study
 from analyze.subject import Subject
 from data import durable
 from data.errors import PipelineError, SettingError, StopRequest, StoreError
 from data.journal import Progress, duration, tell
-from data.rows.split import held_out_units, require_complete
+from data.rows.split import held_out_units
 from data.settings import build
+from data.site import MLP_IN
+from train.ports import Port
 
 FILE = FEATURES
 FOLDER = "index"
@@ -127,23 +129,27 @@ def catalogue(study: Study) -> Outcome:
                 f"no row of {subject.store.name} that was read passes the run's policy "
                 f"{subject.policy}"
             )
-        raised_lowered, refusal = logits(study, options.logits, stop)
+        every = [logits(study, port, options.logits, stop) for port in subject.ports.writes]
+        of_targets = targets_of(subject, state, [both for both, _ in every])
         content = Content(
             store=subject.store,
             index=kept_index.linked(made(study.folder / FOLDER)),
             state=state,
             neighbours=neighbours(subject),
-            logits=raised_lowered,
+            logits=of_targets.strongest if of_targets else every[0][0],
             names=names(study),
             quantiles=options.quantiles,
             each=options.each,
+            readers=None if subject.ports.is_autoencoder else neighbours(subject, by_encoder=True),
+            targets=of_targets,
         )
         feature_table.write(study.folder / FILE, content, stop)
     figures = {
         "rows": state.rows,
         "units": list(content.index.units),
         **words.figures_of(state),
-        "no_logits": refusal,
+        **(words.of_targets(of_targets, state) if of_targets else {}),
+        "no_logits": "; ".join(dict.fromkeys(reason for _, reason in every if reason)) or None,
         "sample_seed": SEED,
         "files": [FILE, FOLDER],
     }
@@ -157,7 +163,7 @@ def catalogue(study: Study) -> Outcome:
 
 def units_of(subject: Subject, options: Options) -> list[int]:
     """The units to read: as many as have the rows asked for, and at least one."""
-    require_complete(subject.store, subject.layer)
+    subject.require_complete()
     if options.part == "all":
         every = list(range(subject.store.units))
     else:
@@ -232,8 +238,7 @@ def _identity(subject: Subject) -> str:
     follows = {
         "weights": weights,
         "k": subject.sae.k,
-        "layer": subject.layer,
-        "store": subject.store.identity,
+        **subject.recorded,
         "policy": subject.policy.recorded(),
     }
     return durable.digest(json.dumps(follows, sort_keys=True).encode())
@@ -242,20 +247,44 @@ def _identity(subject: Subject) -> str:
 # -- weights ---------------------------------------------------------------------------------------
 
 
-def neighbours(subject: Subject) -> Ranked:
-    """The latents whose decoder directions have the largest cosines with each latent's own."""
-    cosines, ids = directions.neighbours(subject)
+def neighbours(subject: Subject, *, by_encoder: bool = False) -> Ranked:
+    """The latents whose directions have the largest cosines with each latent's own."""
+    cosines, ids = directions.neighbours(subject, by_encoder=by_encoder)
     return Ranked(cosines.numpy(), ids.numpy())
 
 
+def targets_of(subject: Subject, state: State, both: Sequence[Logits | None]) -> OfTargets | None:
+    """What a crosscoder's latents write to its targets; None of anything else.
+
+    Args:
+        both: the logits of each target.
+    """
+    ports = subject.ports.writes
+    if len(ports) == 1:
+        return None
+    energy = []
+    for port in ports:
+        columns = subject.columns(port)
+        norms = subject.sae.W_dec[:, columns].square().sum(1).double().cpu().numpy()
+        energy.append(norms * state.squares / state.rows / subject.moments.variance[columns].sum())
+    named = [str(port) for port in ports]
+    return OfTargets(named, targets.of(subject), np.stack(energy, axis=1), both)
+
+
 def logits(
-    study: Study, count: int, stop: StopRequest
-) -> tuple[tuple[Ranked, Ranked] | None, str | None]:
-    """The token ids that each latent raises and lowers most; or None, and why there are none."""
+    study: Study, port: Port, count: int, stop: StopRequest
+) -> tuple[Logits | None, str | None]:
+    """The token ids that each latent raises and lowers most by what it writes to a port.
+
+    None if there are none, and why.
+    """
     if not count:
         return None, "study.logits=0"
+    if port.point.site == MLP_IN:
+        return None, f"{port} is read behind a norm, and is no part of the residual stream"
+    subject = study.subject
     try:
-        lm = study.lm
+        lm = study.lm if port.store == 0 else study.lm_of(port.store)
     except PipelineError as error:
         return None, str(error)
     key = {
@@ -264,8 +293,10 @@ def logits(
         "device": study.model.device,
         "count": count,
     }
-    parts = study.subject.parts("logits", key)
-    both = directions.logits(lm, study.subject.sae.W_dec, count, stop, parts)
+    if len(subject.ports.writes) > 1:
+        key["port"] = port.name
+    W_dec = subject.sae.W_dec[:, subject.columns(port)]
+    both = directions.logits(lm, W_dec, count, stop, subject.parts("logits", key))
     raised, lowered = (Ranked(scores.numpy(), ids.numpy()) for scores, ids in both)
     return (raised, lowered), None
 

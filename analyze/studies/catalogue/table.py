@@ -16,6 +16,19 @@
                       language model
     neighbours     list<{feature, cosine}>, of the decoder's directions
 
+    of a transcoder
+    readers        list<{feature, cosine}>, of the encoder's directions: what reads the same
+
+    of a crosscoder, whose raised and lowered are those of the target with the largest share
+    cosine         float64   of its directions in the targets, see analyze/targets.py
+    class          uint8     number of a target: its own; then shared; then between
+    targets        list<target>, in the order of the names in the file's metadata, as JSON under
+                   targets
+
+A target is {share, energy, raised, lowered}: its share of the latent's decoder norms, the mean
+square of what the latent writes to it over the variance of its rows, and the logits of what it
+writes there; null if the target is no part of the residual stream, or its model is not at hand.
+
 A context is {document, position, value, peak, tokens, text, activations}: the tokens from
 `BEFORE` ahead of its peak to `AFTER` behind it, as far as the document's piece goes, without BOS.
 `tokens[peak]` is the peak. It is at `position` after the piece's BOS, and its activation is
@@ -32,7 +45,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +58,7 @@ from numpy.typing import NDArray
 from analyze.contexts import AFTER, BEFORE
 from analyze.studies.catalogue.index import BLOCK, Index, Postings
 from analyze.studies.catalogue.state import Places, State, rank_within
+from analyze.targets import Targets
 from data import durable
 from data.errors import StopRequest
 from data.journal import Progress
@@ -74,6 +88,13 @@ _SCHEMA = {
     "lowered": _LOGITS,
     "neighbours": pa.list_(pa.struct({"feature": pa.uint32(), "cosine": pa.float32()})),
 }
+_OF_TRANSCODERS = {"readers": _SCHEMA["neighbours"]}
+_TARGET = {"share": pa.float64(), "energy": pa.float64(), "raised": _LOGITS, "lowered": _LOGITS}
+_OF_CROSSCODERS = {
+    "cosine": pa.float64(),
+    "class": pa.uint8(),
+    "targets": pa.list_(pa.struct(_TARGET)),
+}
 
 
 class Ranked(NamedTuple):
@@ -81,6 +102,34 @@ class Ranked(NamedTuple):
 
     scores: NDArray[np.float32]
     ids: NDArray[np.int64]
+
+
+Logits = tuple[Ranked, Ranked]  # raised, lowered
+
+
+@dataclass(frozen=True)
+class OfTargets:
+    """What a crosscoder's latents write to its T targets."""
+
+    names: Sequence[str]
+    written: Targets
+    energy: NDArray[np.float64]  # (F, T)
+    logits: Sequence[Logits | None]  # of each target
+
+    @property
+    def strongest(self) -> Logits | None:
+        """The logits of the target with the largest share, of those that have logits."""
+        known = [number for number, both in enumerate(self.logits) if both]
+        if not known:
+            return None
+        best = self.written.shares[:, known].argmax(1)
+        every = np.arange(len(best))
+        tables = [both for both in self.logits if both]
+        joined = []
+        for sign in (0, 1):
+            columns = zip(*(both[sign] for both in tables), strict=True)
+            joined.append(Ranked._make(np.stack(column)[best, every] for column in columns))
+        return joined[0], joined[1]
 
 
 @dataclass(frozen=True)
@@ -91,10 +140,18 @@ class Content:
     index: Index
     state: State
     neighbours: Ranked
-    logits: tuple[Ranked, Ranked] | None  # raised, lowered
+    logits: Logits | None
     names: Callable[[int], str] | None  # from token id to text
     quantiles: int  # equal parts of a latent's activations
     each: int  # contexts of a part
+    readers: Ranked | None = None  # of a transcoder
+    targets: OfTargets | None = None  # of a crosscoder
+
+    @property
+    def kinds(self) -> dict[str, pa.DataType]:
+        """The table's columns."""
+        of_transcoders = _OF_TRANSCODERS if self.readers else {}
+        return {**_SCHEMA, **of_transcoders, **(_OF_CROSSCODERS if self.targets else {})}
 
 
 class Picked(NamedTuple):
@@ -110,7 +167,10 @@ class Picked(NamedTuple):
 def write(path: Path, content: Content, stop: StopRequest) -> None:
     """Write the table; the file appears only when it is whole."""
     edges = json.dumps(content.state.edges.astype(float).tolist())
-    schema = pa.schema(_SCHEMA, {"histogram_edges": edges, "rows": str(content.state.rows)})
+    metadata = {"histogram_edges": edges, "rows": str(content.state.rows)}
+    if content.targets:
+        metadata["targets"] = json.dumps(list(content.targets.names))
+    schema = pa.schema(content.kinds, metadata)
     durable.write(path, _encoded(schema, _blocks(content, stop)))
 
 
@@ -162,11 +222,15 @@ def _blocks(content: Content, stop: StopRequest) -> Iterator[pa.Table]:
             **_figures(state, block),
             "top": _contexts(content, strongest, block, with_quantile=False),
             "quantiles": _contexts(content, spread, block, with_quantile=True),
-            **_logit_columns(content, block),
+            **_logit_columns(content.logits, content.names, block),
             "neighbours": _ranked(content.neighbours, block, ("feature", "cosine")),
         }
-        arrays = [columns[name].cast(kind) for name, kind in _SCHEMA.items()]
-        yield pa.table(arrays, schema=pa.schema(_SCHEMA))
+        if content.readers:
+            columns["readers"] = _ranked(content.readers, block, ("feature", "cosine"))
+        if content.targets:
+            columns |= _of_targets(content.targets, content.names, block)
+        arrays = [columns[name].cast(kind) for name, kind in content.kinds.items()]
+        yield pa.table(arrays, schema=pa.schema(content.kinds))
         last = block.stop == features
         progress.show(f"contexts of {block.stop:,}/{features:,} latents", last=last)
 
@@ -351,13 +415,44 @@ def _ranked(
     return pa.ListArray.from_arrays(offsets.astype(np.int32), items)
 
 
-def _logit_columns(content: Content, block: slice) -> dict[str, pa.Array]:
+def _logit_columns(
+    logits: Logits | None, token_name: Callable[[int], str] | None, block: slice
+) -> dict[str, pa.Array]:
     names = ("raised", "lowered")
-    if content.logits is None:
+    if logits is None:
         return {name: pa.nulls(block.stop - block.start, _LOGITS) for name in names}
     columns = {}
-    for name, ranked in zip(names, content.logits, strict=True):
+    for name, ranked in zip(names, logits, strict=True):
         ids = ranked.ids[block].ravel()
-        text = _named(content.names, ids) if content.names else pa.nulls(len(ids), pa.string())
+        text = _named(token_name, ids) if token_name else pa.nulls(len(ids), pa.string())
         columns[name] = _ranked(ranked, block, ("token", "logit"), {"text": text})
     return columns
+
+
+def _of_targets(
+    targets: OfTargets, token_name: Callable[[int], str] | None, block: slice
+) -> dict[str, pa.Array]:
+    """The columns of crosscoders of a block of latents."""
+    written = targets.written
+    cosine = written.cosine[block]
+    parts = []
+    for number, logits in enumerate(targets.logits):
+        columns = {
+            "share": pa.array(written.shares[block, number]),
+            "energy": pa.array(targets.energy[block, number]),
+            **_logit_columns(logits, token_name, block),
+        }
+        arrays = [columns[name].cast(kind) for name, kind in _TARGET.items()]
+        parts.append(pa.StructArray.from_arrays(arrays, list(_TARGET)))
+    # From target by target to latent by latent.
+    count = len(parts)
+    size = block.stop - block.start
+    by_latent = np.arange(count * size).reshape(count, size).T.ravel()
+    offsets = np.arange(0, count * size + 1, count, dtype=np.int32)
+    return {
+        "cosine": pa.array(cosine, mask=np.isnan(cosine)),
+        "class": pa.array(written.classes[block]),
+        "targets": pa.ListArray.from_arrays(
+            offsets, pa.concat_arrays(parts).take(pa.array(by_latent))
+        ),
+    }

@@ -13,7 +13,10 @@ from analyze import drawing
 from analyze.outcome import Picture, Table
 from analyze.results import FEATURES
 from analyze.studies.catalogue.state import State
+from analyze.studies.catalogue.table import OfTargets
+from analyze.targets import class_names
 
+ABOUT_CLASSES = "study=diff tests own ones, and has nulls."
 SHOWN = 20  # latents of the short table
 _SHOWN_TOKENS = 5  # contexts of each, and tokens raised
 
@@ -31,6 +34,14 @@ def figures_of(state: State) -> dict[str, Any]:
         "histogram_edges": state.edges.tolist(),
         "histogram_clipped": _clipped(state),
     }
+
+
+def of_targets(targets: OfTargets, state: State) -> dict[str, Any]:
+    """The figures of a crosscoder: latents that fire, by whose they are."""
+    classes = targets.written.classes[state.count > 0]
+    names = class_names(targets.names)
+    counts = np.bincount(classes, minlength=len(names)).tolist()
+    return {"classes": dict(zip(names, counts, strict=True))}
 
 
 def _clipped(state: State) -> float:
@@ -52,6 +63,9 @@ def summary(figures: dict[str, Any]) -> list[str]:
         f"{figures['density_above_1_percent']:,} fire in more than 1 % of rows, "
         f"{figures['density_above_10_percent']:,} in more than 10 %.",
     ]
+    if classes := figures.get("classes"):
+        counts = ", ".join(f"{count:,} {name}" for name, count in classes.items())
+        lines.append(f"By their decoder norms those that fire are: {counts}. {ABOUT_CLASSES}")
     if figures["no_logits"]:
         lines.append(f"There are no logits: {figures['no_logits']}.")
     return lines

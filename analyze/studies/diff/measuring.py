@@ -5,8 +5,9 @@ direction in the target that it is said to be own of, and z rows of target m, th
 
     beta_m = sum f (z . u) / sum f^2 |u|^2
 
-says how much of u is in z where the latent fires. z, in scaled rows, is once m's error, with what the latent itself
-adds to m put back, and once m's reconstruction, without b_dec. Over the beta of the own target,
+says how much of u is in z where the latent fires. z, in scaled rows, is once m's error, with what
+the latent itself adds to m put back, and once m's reconstruction, without b_dec. Over the beta of
+the own target,
 
     nu_error            near 1: the other target has the direction, and the crosscoder leaves it in
                         the error ("complete shrinkage")

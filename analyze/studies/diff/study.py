@@ -44,15 +44,13 @@ from analyze.studies.diff import measuring, words
 from analyze.studies.diff.measuring import Explained, Fired, Measuring, Nu, Scaling
 from analyze.study import Column, Definition, Study, at_least, write_features
 from analyze.subject import Subject
-from analyze.targets import ALIKE, OWN, SHARED, Targets
+from analyze.targets import ALIKE, OWN, SHARED, Targets, class_names
 from data.errors import SettingError, StopRequest
 from data.settings import build
 
 LEVEL = 0.05  # of the tests, adjusted over the targets
 DRAWS = 200  # permutations
 SEED = 0
-BETWEEN = "between"  # names of classes beside those of the targets
-COMMON = "shared"
 
 
 @dataclass(frozen=True)
@@ -195,7 +193,7 @@ def figures_of(
         self_null: of a crosscoder of a model with itself.
     """
     names = [str(port) for port in subject.ports.writes]
-    classes = [f"own of {name}" for name in names] + [COMMON, BETWEEN]
+    classes = class_names(names)
     alive = measured.alive
     explained = measured.explained
     figures: dict[str, Any] = {
@@ -299,7 +297,9 @@ def _of_own(
         tests.append(p)
         found[name] = of_target
     # A target differs where the weakest of its tests says so, adjusted over the targets.
-    for of_target, p in zip(found.values(), holm([max(p, default=1.0) for p in tests]), strict=True):
+    for of_target, p in zip(
+        found.values(), holm([max(p, default=1.0) for p in tests]), strict=True
+    ):
         of_target |= {"p": float(p), "differs": bool(p < LEVEL)}
     return found
 
@@ -326,7 +326,7 @@ def _write(study: Study, measured: Measured) -> None:
     """One row per latent."""
     written = measured.targets
     names = [port.name for port in study.subject.ports.writes]
-    classes = np.array([*names, COMMON, BETWEEN])[written.classes]
+    classes = np.array(class_names(names))[written.classes]
     columns: dict[str, Any] = {
         "feature": pa.array(np.arange(len(classes)), pa.uint32()),
         "count": pa.array(measured.fired.count),
@@ -365,14 +365,14 @@ DEFINITION = Definition(
         Column(
             "nu_error",
             "nu_error",
-            "ν of the error",
+            "nu, error",
             "of an own latent: near 1 if another target has its direction, in the error "
             "(study=diff)",
         ),
         Column(
             "nu_reconstruction",
             "nu_reconstruction",
-            "ν of the reconstruction",
+            "nu, reconstruction",
             "of an own latent: near 1 if other latents write its direction to another target "
             "(study=diff)",
         ),

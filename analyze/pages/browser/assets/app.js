@@ -119,16 +119,23 @@ function onKey(event) {
   event.preventDefault();
 }
 
+// Where a run's rows are: "Layer 21", or its hook points.
+const placed = ({ layer, where }) => (where === undefined ? `Layer ${layer}` : `${where[0].toUpperCase()}${where.slice(1)}`);
+
 function begin() {
   if (meta()) {
-    const { name, layer, model, features, rows, as_ids } = meta();
+    const { name, model, features, rows, as_ids } = meta();
     document.getElementById("title").textContent = `Features of ${name}`;
     const ids = as_ids ? " Tokens are shown as ids: the tokenizer was not at hand." : "";
-    document.getElementById("about").textContent = `Layer ${layer} of ${model}, ${formatted(features)} features on ${formatted(rows)} rows.${ids}`;
+    document.getElementById("about").textContent = `${placed(meta())} of ${model}, ${formatted(features)} features on ${formatted(rows)} rows.${ids}`;
   }
   const q = document.getElementById("q");
   q.addEventListener("input", later(() => change({ q: q.value })));
   document.getElementById("alive").addEventListener("change", (event) => change({ alive: event.target.checked ? "1" : "" }));
+  const filter = document.getElementById("class");
+  document.getElementById("classes").hidden = !meta()?.classes;
+  filter.append(...(meta()?.classes ?? []).map((name, number) => el("option", { value: number }, name)));
+  filter.addEventListener("change", () => change({ class: filter.value }));
   const token = document.getElementById("token-q");
   token.addEventListener("input", later(() => location.replace(hashOf({ tokens: token.value }))));
   document.addEventListener("click", (event) => {

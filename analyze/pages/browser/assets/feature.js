@@ -77,14 +77,14 @@ function likeIt(own) {
       const link = other.page && location.protocol === "file:" ? el("a", { href: `${other.page}${hashOf({ feature })}` }, feature) : feature;
       return scored(link, cosine);
     });
-    tables.push(pairsTable(`Fires like it in ${other.name}, layer ${other.layer}`, heads, rows));
+    tables.push(pairsTable(`Fires like it in ${other.name}, ${other.where ?? `layer ${other.layer}`}`, heads, rows));
   });
   return tables;
 }
 
-function logits(own, texts) {
+function logits({ raised, lowered }, texts) {
   const tables = [];
-  for (const [name, tokens] of [["Raises", own.raised], ["Lowers", own.lowered]]) {
+  for (const [name, tokens] of [["Raises", raised], ["Lowers", lowered]]) {
     if (!tokens) continue; // there was no language model
     const rows = tokens.map(([wordNumber, logit]) => scored(word(texts[wordNumber]), logit));
     tables.push(pairsTable(name, ["token", "logit"], rows));
@@ -92,11 +92,47 @@ function logits(own, texts) {
   return tables;
 }
 
+// A part of the page beside others like it.
+const part = (title, ...children) => el("section", { class: "part" }, el("h3", {}, title), ...children);
+
+function ofTranscoder(own, texts) {
+  const { reads, writes } = meta();
+  const near = (pairs) => pairs.map(([feature, cosine]) => scored(featureLink(feature), cosine));
+  const fires = own.tokens.map(([wordNumber, share]) => el("tr", {}, el("td", {}, word(texts[wordNumber])), el("td", { class: "number" }, percent(share))));
+  return [
+    part(`Reads ${reads}`, pairsTable("Fires on", ["token", "of its activation"], fires), pairsTable("Reads the same", ["feature", "cosine"], near(own.readers))),
+    part(`Writes ${writes}`, ...logits(own, texts), pairsTable("Writes the same", ["feature", "cosine"], near(own.neighbours))),
+  ];
+}
+
+function ofCrosscoder(own, texts) {
+  return own.targets.map(([share, energy, raised, lowered], number) => {
+    const figures = el(
+      "dl",
+      { class: "facts" },
+      el("div", { title: "share of this target in the norms of its directions" }, el("dt", {}, "share of norms"), el("dd", {}, formatted(share))),
+      el("div", { title: "mean square of what it writes here, over the variance of the rows" }, el("dt", {}, "energy"), el("dd", {}, percent(energy))),
+    );
+    const bar = el("meter", { min: 0, max: 1, value: share, "aria-label": `share of norms at ${meta().targets[number]}` });
+    return part(meta().targets[number], bar, figures, ...logits({ raised, lowered }, texts));
+  });
+}
+
 function facts(own) {
   const figures = meta().columns.map(({ key, label, about }, index) => [label, figure(key, own.figures[index]), about]);
   figures.push(["fires in", `${formatted(own.count)} of ${formatted(meta().rows)} rows`, "rows of the catalogue"]);
   figures.push(["mean ± std", `${formatted(own.mean)} ± ${formatted(own.std)}`, "of its activations where it fires"]);
+  if (own.targets) figures.unshift(["class", meta().classes[own.class], "by the norms of its directions; study=diff tests own ones"]);
   return el("dl", { class: "facts" }, ...figures.map(([name, value, about]) => el("div", { title: about }, el("dt", {}, name), el("dd", {}, value))));
+}
+
+// What it reads and writes, and which features are like it.
+function sides(own, texts) {
+  const side = (children) => el("div", { class: "side" }, ...children);
+  const parts = (children) => el("div", { class: "parts" }, ...children);
+  if (own.readers) return [parts(ofTranscoder(own, texts)), side(likeIt(own).slice(1))];
+  if (own.targets) return [parts(ofCrosscoder(own, texts)), side(likeIt(own))];
+  return [side([...logits(own, texts), ...likeIt(own)])];
 }
 
 // The feature before or after this one: in the list's order if the list has it, else by number. null: there is none.
@@ -124,13 +160,13 @@ async function showFeature(state) {
   const largest = own.figures[columns.findIndex(({ key }) => key === "max")] || 1;
   const lines = (contexts) => el("ul", { class: "places" }, ...contexts.map((shown) => context(shown, page.words, largest)));
   const parts = [steps(number), el("h2", { id: "feature-title", tabindex: "-1" }, `Feature ${number}`), facts(own)];
-  const side = el("div", { class: "side" }, ...logits(own, page.words), ...likeIt(own));
+  const side = sides(own, page.words);
   if (own.count) {
-    parts.push(section("Activations, four bins an octave", histogram(own.histogram)), side);
+    parts.push(section("Activations, four bins an octave", histogram(own.histogram)), ...side);
     parts.push(section("Strongest contexts, one per document", lines(own.top)));
     parts.push(...own.quantiles.map(([quantile, contexts]) => section(`Sampled from part ${quantile + 1} of its activations (1 is the lowest)`, lines(contexts))));
   } else {
-    parts.push(el("p", {}, "It never fires in these rows."), side);
+    parts.push(el("p", {}, "It never fires in these rows."), ...side);
   }
   return () => document.getElementById("feature").replaceChildren(...parts);
 }

@@ -26,9 +26,12 @@ function words(feature) {
   return { strongest: strongest[feature].map(text), raised: raised[feature].map(text) };
 }
 
-function matching(query, alive) {
+// `classed` is the number of a class of a crosscoder's latents, as text; null or empty: all.
+function matching(query, alive, classed) {
   const density = table().columns.density;
-  const every = [...density.keys()].filter((feature) => !alive || density[feature] > 0);
+  const { classes } = table();
+  const inClass = (feature) => !classed || !classes || classes[feature] === Number(classed);
+  const every = [...density.keys()].filter((feature) => (!alive || density[feature] > 0) && inClass(feature));
   const text = query.trim().toLowerCase();
   if (!text) return every;
   list.haystacks ??= density.map((_, feature) => Object.values(words(feature)).flat().join("\n").toLowerCase());
@@ -50,9 +53,9 @@ function ordered(features, { key, descending }) {
 function arrange(state) {
   const sort = sortOf(state);
   const query = state.get("q") || "";
-  const key = JSON.stringify([sort, query, state.get("alive")]);
+  const key = JSON.stringify([sort, query, state.get("alive"), state.get("class")]);
   if (list.key === key) return;
-  list.order = ordered(matching(query, state.get("alive") === "1"), sort);
+  list.order = ordered(matching(query, state.get("alive") === "1", state.get("class")), sort);
   // The feature whose number is searched for comes first.
   const exact = /^\d+$/.test(query.trim()) ? list.order.indexOf(Number(query)) : -1;
   if (exact > 0) list.order.unshift(...list.order.splice(exact, 1));
@@ -108,6 +111,7 @@ function renderList(state) {
   const input = document.getElementById("q");
   if (input !== document.activeElement) input.value = state.get("q") || "";
   document.getElementById("alive").checked = state.get("alive") === "1";
+  document.getElementById("class").value = state.get("class") || "";
   document.getElementById("found").textContent = `${list.order.length.toLocaleString("en")} of ${meta().features.toLocaleString("en")} features`;
   document.getElementById("page").textContent = shown.length ? `${(from + 1).toLocaleString("en")} to ${(from + shown.length).toLocaleString("en")}` : "none";
   for (const [id, target, off] of [["before", page, page === 0], ["after", page + 2, page === last]]) {
