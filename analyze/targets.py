@@ -17,6 +17,7 @@ Shapes: F latents, T targets, d columns of a target.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -65,6 +66,15 @@ class Targets(NamedTuple):
         is_shared = shares.min(1) >= SHARED / count
         others = np.where(is_shared, count, count + 1)
         return np.where(shares.max(1) >= OWN, strongest, others)
+
+
+def names_of(subject: Subject) -> list[str]:
+    """The targets for people: of several stores each with its store's name, where these differ."""
+    ports = subject.ports.writes
+    stores = [Path(store.name.rstrip("/")).stem for store in subject.stores]
+    if len(set(stores)) < max(len(stores), 2):
+        return [str(port) for port in ports]
+    return [f"{port.point} of {stores[port.store]}" for port in ports]
 
 
 def of(subject: Subject) -> Targets:

@@ -12,17 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from numpy.typing import NDArray
 from torch import Tensor
 
-from analyze import targets
 from analyze.outcome import Outcome
 from analyze.results import FEATURES
 from analyze.studies.diff.study import DEFINITION
 from analyze.study import Study
 from analyze.subject import Subject
-from analyze.targets import Targets
-from data.errors import SettingError
 from harvest.model import ModelConfig
 from tests.analyze.conftest import LAYER, write_run
 from tests.conftest import make_spine, make_store
@@ -145,13 +141,13 @@ def test_each_class_explains_what_was_planted(planted: Planted) -> None:
     variance = made.codes.var(0)
     total = (variance * made.a.norm(dim=1) ** 2).sum() + D * 0.02**2
     a, b = outcome.figures["variance_explained"].values()
-    for (name, part), title in zip(parts.items(), ("shared", "own of layer 3"), strict=True):
+    for (name, part), title in zip(parts.items(), ("shared", "own of layer 3 of a"), strict=True):
         expected = variance[part].sum() / total
         measured = a["of_class"][title]
         low, high = measured["interval"]
         assert low < measured["value"] < high
         assert measured["value"] == pytest.approx(float(expected), rel=0.1), name
-    assert b["of_class"]["own of layer 3"]["value"] == pytest.approx(0, abs=1e-3)
+    assert b["of_class"]["own of layer 3 of a"]["value"] == pytest.approx(0, abs=1e-3)
     assert a["all"]["value"] > 0.99
     rates = [found["l0"]["value"] for found in outcome.figures["classes"].values()]
     assert rates == pytest.approx([0.08 * n for n in (OWN_A, OWN_B, SHARED, 0)], rel=0.1)

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from analyze import results, study
+from analyze.pages.browser.contexts import fields
 from analyze.results import FOLDER, Result
 from analyze.subject import Subject
 
@@ -35,7 +36,7 @@ def of_targets(table: Path) -> list[Column]:
     names = target_names(table)
     if not names:
         return []
-    read = pq.read_table(table, columns=["cosine", "targets.list.element.share"])
+    read = pq.ParquetFile(table).read(columns=["cosine", *fields("targets", "share")])
     flat = read.column("targets").combine_chunks().flatten().field("share")
     shares = flat.to_numpy().reshape(-1, len(names))
     cosine = read.column("cosine").to_numpy()

@@ -37,7 +37,7 @@ from analyze.studies.catalogue import study as catalogue
 from analyze.studies.catalogue.study import Files
 from analyze.study import Definition, Study, at_least
 from analyze.subject import Subject
-from analyze.targets import class_names
+from analyze.targets import class_names, names_of
 from data import durable
 from data.errors import SettingError, StopRequest
 from data.journal import Progress
@@ -214,6 +214,7 @@ def _meta(
     subject = study.subject
     metadata = pq.read_schema(files.table).metadata
     edges = np.array(json.loads(metadata[b"histogram_edges"]))
+    models = [str(store.manifest["model"]["id"]) for store in subject.stores]
     described = []
     for column in listed:
         described.append({"key": column.key, "label": column.label, "about": column.about})
@@ -221,7 +222,7 @@ def _meta(
         "name": neutral(subject.run.resolve().name),
         **_where(subject),
         **_kind(subject, files),
-        "model": neutral(str(subject.store.manifest["model"]["id"])),
+        "model": neutral(" and ".join(dict.fromkeys(models))),
         "rows": int(metadata[b"rows"]),
         "features": subject.sae.d_sae,
         "chunk": CHUNK,
@@ -235,7 +236,10 @@ def _meta(
 
 def _where(subject: Subject) -> dict[str, Any]:
     """The layer of an SAE of resid_post; else the hook points in words."""
-    return {"layer": subject.layer} if subject.is_resid_post else {"where": subject.where}
+    if subject.is_resid_post:
+        return {"layer": subject.layer}
+    several = len(subject.ports.writes) > 1
+    return {"where": neutral(" and ".join(names_of(subject))) if several else subject.where}
 
 
 def _kind(subject: Subject, files: Files) -> dict[str, Any]:
@@ -243,7 +247,9 @@ def _kind(subject: Subject, files: Files) -> dict[str, Any]:
     if not subject.ports.is_autoencoder:
         return {"reads": str(subject.ports.reads[0]), "writes": str(subject.ports.writes[0])}
     names = columns.target_names(files.table)
-    return {"targets": names, "classes": class_names(names)} if names else {}
+    if not names:
+        return {}
+    return {"targets": list(map(neutral, names)), "classes": list(map(neutral, class_names(names)))}
 
 
 def _link(study: Study, other: Other) -> dict[str, Any]:

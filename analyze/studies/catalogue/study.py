@@ -267,8 +267,8 @@ def targets_of(subject: Subject, state: State, both: Sequence[Logits | None]) ->
         columns = subject.columns(port)
         norms = subject.sae.W_dec[:, columns].square().sum(1).double().cpu().numpy()
         energy.append(norms * state.squares / state.rows / subject.moments.variance[columns].sum())
-    named = [str(port) for port in ports]
-    return OfTargets(named, targets.of(subject), np.stack(energy, axis=1), both)
+    names = targets.names_of(subject)
+    return OfTargets(names, targets.of(subject), np.stack(energy, axis=1), both)
 
 
 def logits(

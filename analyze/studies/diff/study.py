@@ -44,7 +44,7 @@ from analyze.studies.diff import measuring, words
 from analyze.studies.diff.measuring import Explained, Fired, Measuring, Nu, Scaling
 from analyze.study import Column, Definition, Study, at_least, write_features
 from analyze.subject import Subject
-from analyze.targets import ALIKE, OWN, SHARED, Targets, class_names
+from analyze.targets import ALIKE, OWN, SHARED, Targets, class_names, names_of
 from data.errors import SettingError, StopRequest
 from data.settings import build
 
@@ -192,7 +192,7 @@ def figures_of(
         permuted: (draws, T) survivors where targets are permuted.
         self_null: of a crosscoder of a model with itself.
     """
-    names = [str(port) for port in subject.ports.writes]
+    names = names_of(subject)
     classes = class_names(names)
     alive = measured.alive
     explained = measured.explained

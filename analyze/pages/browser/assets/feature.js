@@ -113,7 +113,7 @@ function ofCrosscoder(own, texts) {
       el("div", { title: "share of this target in the norms of its directions" }, el("dt", {}, "share of norms"), el("dd", {}, formatted(share))),
       el("div", { title: "mean square of what it writes here, over the variance of the rows" }, el("dt", {}, "energy"), el("dd", {}, percent(energy))),
     );
-    const bar = el("meter", { min: 0, max: 1, value: share, "aria-label": `share of norms at ${meta().targets[number]}` });
+    const bar = el("progress", { value: share, "aria-label": `share of norms at ${meta().targets[number]}` });
     return part(meta().targets[number], bar, figures, ...logits({ raised, lowered }, texts));
   });
 }
