@@ -6,9 +6,9 @@ from typing import Any
 
 from analyze.studies import quality
 from analyze.subject import Subject
+from analyze.targets import names_of
 from data.foreign import reading
 from data.rows import statistics, summary
-from data.site import RESID_POST
 from train.optim import OptimConfig
 from train.run import CONFIG
 from train.sae import SAEConfig
@@ -22,6 +22,22 @@ _REFERENCE = {
     "dead": "0 of 32,768",
 }
 COVERAGE_ROWS = 4096  # rows in which the reference counts coverage: one batch
+
+
+def opening(subject: Subject, run: dict[str, str], store: dict[str, str]) -> str:
+    """What the run is, in a sentence.
+
+    Args:
+        run, store: as `of_run` and `of_store` give them.
+    """
+    dictionary, model = run[subject.noun], store["model"]
+    if subject.is_resid_post:
+        return f"A sparse autoencoder ({dictionary}) on the residual stream of {model}."
+    if not subject.ports.is_autoencoder:
+        ends = f"reads {store['reads']} and writes {store['writes']}"
+        return f"A transcoder ({dictionary}) that {ends}, of {model}."
+    kind = "sparse autoencoder" if subject.is_sae else "crosscoder"
+    return f"A {kind} ({dictionary}) of {' and '.join(names_of(subject))}, of {model}."
 
 
 def of_run(subject: Subject) -> dict[str, str]:
@@ -42,7 +58,7 @@ def _of_config(subject: Subject) -> dict[str, str]:
     data_seed = settings.get("data_seed", settings["seed"])
     environment = [f"{key} {value}" for key, value in config["environment"].items()]
     return {
-        "SAE": f"{sae['activation']}, {sae['d_sae']:,} latents, k = {sae['k']}{on_average}",
+        subject.noun: f"{sae['activation']}, {sae['d_sae']:,} latents, k = {sae['k']}{on_average}",
         "start": _start(sae, settings["seed"]),
         "dead latents": f"after {dead_after:,} tokens: {_revival(sae)}",
         "optimizer": _optimizer(optim, config, settings),
@@ -86,21 +102,50 @@ def of_store(subject: Subject) -> dict[str, str]:
     """What the store holds, by label."""
     store = subject.store
     manifest = store.manifest
-    model = manifest["model"]
     text = [
         f"{key} {value}" for key, value in manifest["text"].items() if not isinstance(value, dict)
     ]
-    lost = summary.variance_lost(store, subject.layer)
-    loss = "" if lost is None else f", which lost {lost:.2e} of the rows' variance"
+    models = [_model(each.manifest["model"]) for each in subject.stores]
+    weights = [str(each.manifest["model"]["weights"]) for each in subject.stores]
     return {
-        "model": f"{model['id']} ({model['architecture']}, {model['n_layers']} layers, "
-        f"width {model['d_model']}), run in {model['dtype']}",
-        "weights": model["weights"],
-        "site": f"{RESID_POST} of layer {subject.layer}",
+        "model": " and ".join(dict.fromkeys(models)),
+        "weights": ", ".join(dict.fromkeys(weights)),
+        **_ends(subject),
         "text": ", ".join(text),
         "tokens": f"{store.rows:,} in rows of {store.context:,}, documents {manifest['isolation']}",
-        "store": f"{store.name}, {store.units} units, codec {manifest['codec']}{loss}",
+        "store": "; ".join(_store(subject, number) for number in range(len(subject.stores))),
     }
+
+
+def _model(model: dict[str, Any]) -> str:
+    return (
+        f"{model['id']} ({model['architecture']}, {model['n_layers']} layers, "
+        f"width {model['d_model']}), run in {model['dtype']}"
+    )
+
+
+def _ends(subject: Subject) -> dict[str, str]:
+    """The hook points on both sides, by label."""
+    if not subject.ports.is_autoencoder:
+        return {"reads": str(subject.ports.reads[0]), "writes": str(subject.ports.writes[0])}
+    if not subject.is_sae:
+        return {"reads and writes": ", ".join(names_of(subject))}
+    point = subject.ports.reads[0].point
+    return {"site": f"{point.site} of layer {point.layer}"}
+
+
+def _store(subject: Subject, number: int) -> str:
+    """A store, and what its codec lost."""
+    store = subject.stores[number]
+    lost = []
+    for port in subject.ports.every:
+        if port.store != number:
+            continue
+        share = summary.variance_lost(store, port.point)
+        if share is not None:
+            of_port = f" of {port.point}" if len(subject.ports.every) > 1 else ""
+            lost.append(f", which lost {share:.2e} of the rows' variance{of_port}")
+    return f"{store.name}, {store.units} units, codec {store.manifest['codec']}{''.join(lost)}"
 
 
 def of_quality(figures: dict[str, Any], final: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -66,15 +66,18 @@ def report(subject: Subject, limit: int, model_path: str | None) -> Path:
     figures = _figures(subject, limit, done)
     metrics = metrics_of(subject.run)
     final = [record for record in metrics if record["split"] == "held_out"][-1]
+    run, store = facts.of_run(subject), facts.of_store(subject)
     page = rendered(
         "report.html",
         name=subject.run.name,
-        run=facts.of_run(subject),
-        store=facts.of_store(subject),
+        opening=facts.opening(subject, run, store),
+        run=run,
+        store=store,
         figures=figures,
         quality=facts.of_quality(figures, final),
         subsets=quality.subset_rows(figures),
         definitions=quality.SUBSET_HEADER,
+        of_kind=quality.tables_of_kind(figures),
         notes=[resampled(figures["documents"], "document"), quality.ABOUT, quality.COVERAGE],
         left_out=quality.left_out(figures["variance_explained"][TRAINED]),
         final=final,
@@ -237,7 +240,7 @@ def _sweep(subject: Subject) -> dict[str, Any] | None:
     from analyze.studies.sweep import page as sweep_page
 
     run = subject.run.absolute()
-    compared = sweep_page.read(run.parent, subject.layer)
+    compared = sweep_page.read(run.parent, subject.ports.reads[0].point.layer)
     if compared is None or compared.saes.get(run.name) != subject.digest:
         return None
     return {

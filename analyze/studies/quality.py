@@ -321,7 +321,7 @@ def outcome_of(subject: Subject, figures: dict[str, Any]) -> Outcome:
         explained = [(str(at["k"]), stats.formatted(at["explained"], ".4f")) for at in by_k]
         header = ("latents kept of a row", "variance explained, centred")
         tables.append(Table("With fewer latents, of the rows as trained", header, explained))
-    return Outcome(figures, summary, [*_tables_of_kind(figures), *tables])
+    return Outcome(figures, summary, [*tables_of_kind(figures), *tables])
 
 
 def _lost(subject: Subject) -> Iterator[tuple[str, str]]:
@@ -382,7 +382,7 @@ def _is_above(measured: dict[str, Any]) -> bool:
     return bool((measured["value"] if interval is None else interval[0]) > 0)
 
 
-def _tables_of_kind(figures: dict[str, Any]) -> list[Table]:
+def tables_of_kind(figures: dict[str, Any]) -> list[Table]:
     """The table of a transcoder's baselines, or of a crosscoder's targets."""
     rows: list[tuple[str, ...]] = []
     if baselines := figures.get("baselines"):
