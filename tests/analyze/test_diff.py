@@ -4,6 +4,7 @@ training, and what is no difference at all.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,16 +17,19 @@ from torch import Tensor
 
 from analyze.outcome import Outcome
 from analyze.results import FEATURES
-from analyze.studies.diff.study import DEFINITION
+from analyze.studies.diff import words
+from analyze.studies.diff.study import DEFINITION, Measured, compare
 from analyze.study import Study
 from analyze.subject import Subject
+from data.errors import SettingError, StopRequest
 from harvest.model import ModelConfig
 from tests.analyze.conftest import LAYER, write_run
 from tests.conftest import make_spine, make_store
+from train.ports import ports_of
 from train.run import CONFIG
 from train.sae import SAE, SAEConfig
 
-N, D, UNIT = 4096, 64, 1024
+N, D, UNIT = 2048, 64, 1024
 SHARED, OWN_A, OWN_B = 24, 10, 12  # planted features; of the shared a third each is
 SAME, ROTATED, OPPOSITE = slice(0, 8), slice(8, 16), slice(16, 24)
 
@@ -71,24 +75,25 @@ def crosscoder(planted: World, scales: tuple[float, float] = (1, 1)) -> SAE:
 def write(
     folder: Path, a: Tensor, b: Tensor, sae: SAE, scales: tuple[float, float] = (1, 1)
 ) -> Path:
-    """A finished crosscoder of two stores of the same tokens; of one store if b is a."""
-    folder.mkdir()
+    """A finished crosscoder of two stores of the same tokens; of one store twice if b is a."""
     spine = make_spine(N // 32, 32, np.random.default_rng(1))
+    size: dict[str, Any] = {"context": 32, "unit": UNIT, "chunk": 32, "layer": LAYER}
     stores = []
-    for name, rows in (("a", a), ("b", b))[: 1 if b is a else 2]:
+    for name, rows in {"a": a, "b": b}.items() if b is not a else [("a", a)]:
         bits = rows.bfloat16().view(torch.uint16).numpy()
-        size = {"context": 32, "unit": UNIT, "chunk": 32, "layer": LAYER}
-        stores.append(make_store(folder / f"{name}.zarr", bits, spine=spine, **size))
-    stores = stores * (1 if len(stores) == 2 else 2)
-    write_run(folder / "run", stores[0], LAYER, SAEConfig(d_sae=sae.d_sae, k=sae.k, k_aux=4), sae)
-    config = yaml.safe_load((folder / "run" / CONFIG).read_text())
-    config["settings"]["sae"] |= {"kind": "crosscoder", "activation": "batchtopk"}
-    config["settings"]["stores"] = 2
-    config["settings"]["store"]["identities"] = [store.identity for store in stores]
-    config["store_paths"] = [store.name for store in stores]
-    config["scales"] = {f"{LAYER}": 1 / scales[0], f"1/{LAYER}": 1 / scales[1]}
-    (folder / "run" / CONFIG).write_text(yaml.safe_dump(config))
-    return folder / "run"
+        # As stores of different models the two have different identities.
+        codec = {"a": "blosc", "b": "none"}[name]
+        stores.append(make_store(folder / f"{name}.zarr", bits, spine=spine, codec=codec, **size))
+    stores = [stores[0], stores[-1]]
+    run = folder / "run"
+    config = SAEConfig(kind="crosscoder", d_sae=sae.d_sae, k=sae.k, k_aux=4)
+    named = {str(LAYER): 1 / scales[0], f"1/{LAYER}": 1 / scales[1]}
+    write_run(run, stores[0], LAYER, config, sae, named, stores=2)
+    written = yaml.safe_load((run / CONFIG).read_text())
+    written["settings"]["store"]["identities"] = [store.identity for store in stores]
+    written["store_paths"] = [store.name for store in stores]
+    (run / CONFIG).write_text(yaml.safe_dump(written))
+    return run
 
 
 def study_of(run: Path, **options: Any) -> Study:
@@ -96,14 +101,16 @@ def study_of(run: Path, **options: Any) -> Study:
     return Study("diff", subject, options, ModelConfig("nowhere/none"))
 
 
-def found(run: Path, **options: Any) -> tuple[Outcome, dict[str, list[Any]]]:
-    study = study_of(run, **options)
-    outcome = study.perform(DEFINITION)
-    return outcome, pq.read_table(study.folder / FEATURES).to_pydict()
+def own_of(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    return list(figures["own"].values())
 
 
-def own_of(outcome: Outcome) -> list[dict[str, Any]]:
-    return list(outcome.figures["own"].values())
+def compared(run: Path, null: Path | None = None) -> tuple[Measured, dict[str, Any]]:
+    """What the study finds, without its files and pictures."""
+    subject, of_null = (
+        path and Subject.open(path, None, torch.device("cpu")) for path in (run, null)
+    )
+    return compare(subject, of_null, 10**6, StopRequest())
 
 
 Planted = tuple[World, Outcome, dict[str, list[Any]]]
@@ -118,16 +125,18 @@ def planted(
     scales = (1.0, 100.0)
     a = rows_of(made.codes, made.a, 1)
     b = rows_of(made.codes, made.b, 2, 100)
-    run = write(tmp_path_factory.mktemp("diff") / "x", a, b, crosscoder(made, scales), scales)
-    return made, *found(run)
+    run = write(tmp_path_factory.mktemp("diff"), a, b, crosscoder(made, scales), scales)
+    study = study_of(run)
+    outcome = study.perform(DEFINITION)
+    return made, outcome, pq.read_table(study.folder / FEATURES).to_pydict()
 
 
 def test_planted_directions_are_told_apart(planted: Planted) -> None:
     _, outcome, table = planted
     truth = ["shared"] * SHARED + ["own of 3"] * OWN_A + ["own of 1/3"] * OWN_B
     assert table["class"] == truth
-    assert [target["survive"] for target in own_of(outcome)] == [OWN_A, OWN_B]
-    assert all(target["differs"] for target in own_of(outcome))
+    assert [target["survive"] for target in own_of(outcome.figures)] == [OWN_A, OWN_B]
+    assert all(target["differs"] for target in own_of(outcome.figures))
     cosine = outcome.figures["cosine"]
     assert (cosine["same"], cosine["rotated"], cosine["opposite"]) == (8, 8, 8)
     assert np.allclose(table["share 1/3"][:SHARED], 0.5)
@@ -163,23 +172,22 @@ def test_artefacts_of_training_do_not_survive(tmp_path: Path) -> None:
     W_dec[:4, :D] = 0  # shrunk: A has the direction, in its error
     # Decoupled: one latent for A and another one for B, which fire together.
     W_dec[4:8, :D] = 0
-    split = torch.cat([W_dec[4:8].clone() * 0 + torch.cat([made.a[4:8], torch.zeros(4, D)], 1)])
+    split = torch.cat([made.a[4:8], torch.zeros(4, D)], 1)
     W_enc = torch.cat([W_enc, W_enc[:, 4:8]], 1)
     W_dec = torch.cat([W_dec, split])
     broken = SAE.of(
         W_enc, W_dec, torch.zeros(len(W_dec)), sae.b_dec, 8, torch.full((len(W_dec),), 0.5)
     )
-    run = write(
-        tmp_path / "x", rows_of(made.codes, made.a, 1), rows_of(made.codes, made.b, 2), broken
-    )
-    outcome, table = found(run)
-    a, b = own_of(outcome)
+    run = write(tmp_path, rows_of(made.codes, made.a, 1), rows_of(made.codes, made.b, 2), broken)
+    measured, figures = compared(run)
+    a, b = own_of(figures)
     assert (a["latents"], a["survive"], a["decoupled"], a["shrunk"]) == (OWN_A + 4, OWN_A, 4, 0)
     assert (b["latents"], b["survive"]) == (OWN_B + 8, OWN_B)
     assert (b["decoupled"], b["shrunk"]) == (4, 4)
-    assert np.allclose(table["nu_error"][:4], 1, atol=0.05)
-    assert np.allclose(table["nu_reconstruction"][4:8], 1, atol=0.05)
-    assert np.allclose(table["nu_error"][SHARED:-4], 0, atol=0.05)
+    assert measured.nu is not None
+    assert np.allclose(measured.nu.error[:4], 1, atol=0.1)
+    assert np.allclose(measured.nu.reconstruction[4:8], 1, atol=0.1)
+    assert np.allclose(measured.nu.error[SHARED:-4], 0, atol=0.1)
 
 
 def itself(made: World) -> World:
@@ -198,11 +206,11 @@ def test_a_model_with_itself_shows_no_difference(tmp_path: Path) -> None:
     W_dec[16:20, :D] *= 0.3
     false = SAE.of(sae.W_enc, W_dec, sae.b_enc, sae.b_dec, 8, sae.threshold)
     rows = rows_of(made.codes, made.a, 1)
-    outcome, _ = found(write(tmp_path / "x", rows, rows, false))
-    assert [target["latents"] for target in own_of(outcome)] == [8, 8]
-    assert [target["survive"] for target in own_of(outcome)] == [0, 0]
-    assert not any(target["differs"] for target in own_of(outcome))
-    assert outcome.summary[0].startswith("No difference beyond the null")
+    _, figures = compared(write(tmp_path, rows, rows, false))
+    assert [target["latents"] for target in own_of(figures)] == [8, 8]
+    assert [target["survive"] for target in own_of(figures)] == [0, 0]
+    assert not any(target["differs"] for target in own_of(figures))
+    assert words.summary(figures)[0].startswith("No difference beyond the null")
 
 
 def test_what_either_model_may_have_by_chance_is_no_difference(tmp_path: Path) -> None:
@@ -224,8 +232,35 @@ def test_what_either_model_may_have_by_chance_is_no_difference(tmp_path: Path) -
     codes = 1.5 * rare
     a = rows_of(codes * coin, made.a, 1)
     b = rows_of(codes * ~coin, made.a, 2)
-    outcome, _ = found(write(tmp_path / "x", a, b, blamed))
-    of_a, of_b = own_of(outcome)
+    _, figures = compared(write(tmp_path, a, b, blamed))
+    of_a, of_b = own_of(figures)
     assert of_b["survive"] >= 3
     assert of_b["permuted"]["mean"] >= 3
     assert not of_a["differs"] and not of_b["differs"]
+
+
+def test_beside_a_null_run_more_than_its_share_must_survive(
+    planted: Planted, tmp_path: Path
+) -> None:
+    """The same own latents of a run whose null has none, and beside itself as the null."""
+    made, outcome, _ = planted
+    run = Path(outcome.figures["stores"][0]).parent / "run"
+    sae = Subject.open(run, None, torch.device("cpu")).sae
+    rows = rows_of(itself(made).codes, itself(made).a, 1)
+    null = write(tmp_path, rows, rows, sae)
+    found = [target["null"] for target in own_of(compared(run, null)[1])]
+    assert all(of_null["expected_survivors"] == 0 and of_null["p"] < 1e-3 for of_null in found)
+    figures = compared(run, run)[1]
+    assert not any(target["differs"] for target in own_of(figures))
+    assert own_of(figures)[0]["null"]["expected_survivors"] == (OWN_A + OWN_B) / 2
+    assert words.summary({**figures, "null": "runs/self"})[0].startswith("No difference")
+
+
+def test_what_is_no_null_is_refused(planted: Planted) -> None:
+    run = Path(planted[1].figures["stores"][0]).parent / "run"
+    with pytest.raises(SettingError, match=r"study\.null"):  # its targets are different
+        study_of(run, null=str(run)).perform(DEFINITION)
+    study = study_of(run)
+    study.subject = replace(study.subject, ports=ports_of("sae", [LAYER], ["resid_post"], None))
+    with pytest.raises(SettingError, match=rf"{run}.*crosscoder"):
+        study.perform(DEFINITION)

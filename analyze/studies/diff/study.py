@@ -144,22 +144,34 @@ def null_of(study: Study) -> Subject | None:
 def diff(study: Study) -> Outcome:
     """Which latents are whose, with the nulls and intervals."""
     options = build(Options, "study", study.options)
+    subject = study.subject
+    null = null_of(study)
     with StopRequest() as stop:
-        measured = measure(study.subject, options.rows, stop)
-        null = null_of(study)
-        self_null = null and measure(null, options.rows, stop)
-        permuted = None
-        if measured.scaling:
-            classes = measured.targets.classes
-            permuted = measuring.permuted(measured.scaling, classes, DRAWS, SEED, stop)
+        measured, figures = compare(subject, null, options.rows, stop)
+    _write(study, measured)
     if null:
         null.forget()
-    _write(study, measured)
-    figures = figures_of(study.subject, measured, permuted, self_null)
-    figures["null"] = options.null
-    return Outcome(
-        figures, words.summary(figures), words.tables(figures), words.pictures(measured.targets)
-    )
+        figures["null"] = options.null
+    summary, tables = words.summary(figures), words.tables(figures)
+    return Outcome(figures, summary, tables, words.pictures(measured.targets))
+
+
+def compare(
+    subject: Subject, null: Subject | None, limit: int, stop: StopRequest
+) -> tuple[Measured, dict[str, Any]]:
+    """What is measured of a crosscoder, and every figure.
+
+    Args:
+        null: a crosscoder of a model with itself.
+        limit: see `Subject.rows`.
+    """
+    measured = measure(subject, limit, stop)
+    of_null = measure(null, limit, stop) if null else None
+    permuted = None
+    if measured.scaling:
+        classes = measured.targets.classes
+        permuted = measuring.permuted(measured.scaling, classes, DRAWS, SEED, stop)
+    return measured, figures_of(subject, measured, permuted, of_null)
 
 
 def measure(subject: Subject, limit: int, stop: StopRequest) -> Measured:
