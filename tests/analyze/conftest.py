@@ -5,6 +5,7 @@ hand.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from harvest.config import HarvestConfig
 from harvest.loop import harvest
 from harvest.model import ModelConfig, load
 from harvest.model_folder import EMBEDDED
+from tests.analyze.chromium import Chromium
 from tests.conftest import commit, make_store
 from train import sae, sae_file
 from train.optim import OptimConfig
@@ -184,3 +186,13 @@ def tiny_study(tiny_run: Path):
         )
 
     return of
+
+
+# -- pages -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chrome() -> Iterator[Chromium]:
+    """A browser; not of the session, because asyncio does not run beside it."""
+    with Chromium() as running:
+        yield running

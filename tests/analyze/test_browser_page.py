@@ -24,12 +24,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     return build(tmp_path_factory.mktemp("browser"))
 
 
-@pytest.fixture(scope="module")
-def chrome() -> Iterator[Chromium]:
-    with Chromium() as browser:
-        yield browser
-
-
 @pytest.fixture(params=["file", "http"])
 def url(request: pytest.FixtureRequest, built: Built) -> Iterator[str]:
     if request.param == "file":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,12 +49,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
             contexts, "token_names", lambda *_: lambda token: contexts.visible(say(token))
         )
         return report(subject, 10**6, None).as_uri()
-
-
-@pytest.fixture(scope="module")
-def chrome() -> Iterator[Chromium]:
-    with Chromium() as browser:
-        yield browser
 
 
 def test_it_is_inert_and_alone(chrome: Chromium, page: str) -> None:
