@@ -48,7 +48,8 @@ class Targets(NamedTuple):
         """(F, T) of each latent's norms; equal parts for a latent that writes nothing."""
         total = self.norms.sum(1, keepdims=True)
         equal = np.full_like(self.norms, 1 / self.norms.shape[1])
-        return np.divide(self.norms, total, out=equal, where=total > 0)
+        shares: NDArray[np.float64] = np.divide(self.norms, total, out=equal, where=total > 0)
+        return shares
 
     @property
     def entropy(self) -> NDArray[np.float64]:
@@ -65,7 +66,7 @@ class Targets(NamedTuple):
         strongest = shares.argmax(1)
         is_shared = shares.min(1) >= SHARED / count
         others = np.where(is_shared, count, count + 1)
-        return np.where(shares.max(1) >= OWN, strongest, others)
+        return np.where(shares.max(1) >= OWN, strongest, others).astype(np.int64)
 
 
 def names_of(subject: Subject) -> list[str]:

@@ -107,10 +107,8 @@ def own_of(figures: dict[str, Any]) -> list[dict[str, Any]]:
 
 def compared(run: Path, null: Path | None = None) -> tuple[Measured, dict[str, Any]]:
     """What the study finds, without its files and pictures."""
-    subject, of_null = (
-        path and Subject.open(path, None, torch.device("cpu")) for path in (run, null)
-    )
-    return compare(subject, of_null, 10**6, StopRequest())
+    of_null = study_of(null).subject if null else None
+    return compare(study_of(run).subject, of_null, 10**6, StopRequest())
 
 
 Planted = tuple[World, Outcome, dict[str, list[Any]]]

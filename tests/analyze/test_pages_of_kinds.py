@@ -14,7 +14,7 @@ from torch import Tensor
 from analyze import contexts, directions
 from analyze.pages import facts
 from analyze.pages.browser.study import DEFINITION as BROWSER
-from analyze.pages.browser.study import PAGE
+from analyze.results import PAGE
 from analyze.studies.catalogue.study import FILE as TABLE
 from analyze.study import Study
 from analyze.subject import Subject

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -122,14 +123,14 @@ def where_own_fire(run: Path, target: int) -> dict[str, float]:
         for name, members in kinds.items():
             chosen = members[firings.latent]
             counts[name] += np.bincount(is_line[firings.row[chosen]], minlength=2)
-    figures = {}
+    figures: dict[str, float] = {}
     for name in kinds:
         elsewhere, line = counts[name] / counts["tokens"]
         figures |= {f"{name}_on_the_line": float(line), f"{name}_elsewhere": float(elsewhere)}
     return figures
 
 
-def _lines(tokenizer: Any, ids: np.ndarray) -> np.ndarray:
+def _lines(tokenizer: Any, ids: NDArray[np.uint32]) -> NDArray[np.int64]:
     """(t,) 1 from MARK to the end of its document, 0 elsewhere."""
     mark = tokenizer(MARK, add_special_tokens=False)["input_ids"]
     inside = np.zeros(len(ids), np.int64)

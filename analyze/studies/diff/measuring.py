@@ -44,7 +44,7 @@ class Fired(NamedTuple):
     """What the first pass finds."""
 
     rows: int
-    count: NDArray[np.int64]  # (F,) rows in which each latent fires
+    fires: NDArray[np.int64]  # (F,) rows in which each latent fires
     total: Floats  # (F,) sum of its activations
 
 
@@ -252,7 +252,8 @@ def _ratio(latent: NDArray[np.int64], sums: Floats, classes: NDArray[np.int64]) 
     total[every, mine] = 0
     strongest = total[every, np.abs(total).argmax(1)]
     known = is_own & (own > 0)
-    return np.divide(strongest, own, out=np.full(len(classes), np.nan), where=known)
+    ratio: Floats = np.divide(strongest, own, out=np.full(len(classes), np.nan), where=known)
+    return ratio
 
 
 def permuted(

@@ -75,7 +75,7 @@ class Measured(NamedTuple):
 
     @property
     def alive(self) -> NDArray[np.bool_]:
-        return self.fired.count > 0
+        return self.fired.fires > 0
 
     def own(self) -> NDArray[np.int64]:
         """(T,) latents that fire and are each target's own by their norms."""
@@ -230,7 +230,7 @@ def _of_classes(measured: Measured, names: list[str]) -> dict[str, Any]:
     """How many latents of each class there are, and how often they fire."""
     fires, rows = measured.explained.fires, measured.explained.rows
     intervals = bootstrap_ratios(fires, rows)
-    density = measured.fired.count / measured.fired.rows
+    density = measured.fired.fires / measured.fired.rows
     found = {}
     for number, name in enumerate(names):
         mine = (measured.targets.classes == number) & measured.alive
@@ -341,7 +341,7 @@ def _write(study: Study, measured: Measured) -> None:
     classes = np.array(class_names(names))[written.classes]
     columns: dict[str, Any] = {
         "feature": pa.array(np.arange(len(classes)), pa.uint32()),
-        "count": pa.array(measured.fired.count),
+        "count": pa.array(measured.fired.fires),
         "class": pa.array(classes.tolist()),
         "entropy": pa.array(written.entropy),
         "cosine": _known(written.cosine),
