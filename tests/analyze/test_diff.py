@@ -256,8 +256,8 @@ def test_beside_a_null_run_more_than_its_share_must_survive(
 
 def test_what_is_no_null_is_refused(planted: Planted) -> None:
     run = Path(planted[1].figures["stores"][0]).parent / "run"
-    with pytest.raises(SettingError, match=r"study\.null"):  # its targets are different
-        study_of(run, null=str(run)).perform(DEFINITION)
+    with pytest.raises(SettingError, match=r"study\.null_run"):  # its targets are different
+        study_of(run, null_run=str(run)).perform(DEFINITION)
     study = study_of(run)
     study.subject = replace(study.subject, ports=ports_of("sae", [LAYER], ["resid_post"], None))
     with pytest.raises(SettingError, match=rf"{run}.*crosscoder"):

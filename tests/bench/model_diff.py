@@ -173,7 +173,7 @@ def main() -> None:
             *(f"layer={LAYER}", f"run={runs[name]}"),
         )
     command("analyze", "study=diff", f"run={runs['self']}")
-    command("analyze", "study=diff", f"run={runs['diff']}", f"study.null={runs['self']}")
+    command("analyze", "study=diff", f"run={runs['diff']}", f"study.null_run={runs['self']}")
     results = {}
     for name, run in runs.items():
         record = json.loads((run / "studies" / "diff" / "diff.json").read_text())

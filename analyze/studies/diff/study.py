@@ -7,7 +7,7 @@ stands beside two nulls:
 
     permuted   on this crosscoder and the same rows: the targets change places in random documents
     null       of a crosscoder of a model with itself, trained by the same settings with
-               store=[A,A], given as study.null=: every own latent that it has is a false one
+               store=[A,A], given as study.null_run=: every own latent that it has is a false one
 
 A target differs where more of its own latents survive than in each null.
 
@@ -57,7 +57,7 @@ SEED = 0
 class Options:
     """Settings of conf/study/diff.yaml."""
 
-    null: str | None = None  # directory of a finished crosscoder of a model with itself
+    null_run: str | None = None  # directory of a finished crosscoder of a model with itself
     rows: int = 1_000_000  # held-out rows at most, in whole units
 
     def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ def inputs(study: Study) -> Mapping[str, Any]:
     """What the result depends on beside its settings.
 
     Raises:
-        SettingError: the run is no crosscoder, or study.null is no null of it.
+        SettingError: the run is no crosscoder, or study.null_run is no null of it.
     """
     require_crosscoder(study.subject, f"run={study.subject.run}")
     null = null_of(study)
@@ -116,26 +116,26 @@ def require_crosscoder(subject: Subject, given: str) -> None:
 
 
 def null_of(study: Study) -> Subject | None:
-    """The crosscoder of a model with itself that study.null names.
+    """The crosscoder of a model with itself that study.null_run names.
 
     Raises:
         SettingError: it is another kind of run, or of another size.
     """
-    path = build(Options, "study", study.options).null
+    path = build(Options, "study", study.options).null_run
     if path is None:
         return None
     null = Subject.open(Path(path), None, study.subject.device)
-    require_crosscoder(null, f"study.null={path}")
+    require_crosscoder(null, f"study.null_run={path}")
     sources = {(null.stores[port.store].identity, port.point) for port in null.ports.writes}
     if len(sources) > 1:
         raise SettingError(
-            f"study.null={path} has different targets, {null.where}; a null is trained on one "
+            f"study.null_run={path} has different targets, {null.where}; a null is trained on one "
             "store twice, by store=[A,A]"
         )
     mine, its = study.subject.sae, null.sae
     if (mine.d_sae, mine.k) != (its.d_sae, its.k):
         raise SettingError(
-            f"study.null={path} has {its.d_sae} latents and k={its.k}, and the run "
+            f"study.null_run={path} has {its.d_sae} latents and k={its.k}, and the run "
             f"{mine.d_sae} and k={mine.k}; train the null by the run's settings"
         )
     return null
@@ -151,7 +151,7 @@ def diff(study: Study) -> Outcome:
     _write(study, measured)
     if null:
         null.forget()
-        figures["null"] = options.null
+        figures["null"] = options.null_run
     summary, tables = words.summary(figures), words.tables(figures)
     return Outcome(figures, summary, tables, words.pictures(measured.targets))
 

@@ -30,7 +30,7 @@ def summary(figures: Mapping[str, Any]) -> list[str]:
         lines.append(
             "The null is that of permuted documents alone. It says what noise of the rows gives, "
             "not what training gives: train a crosscoder of a model with itself by store=[A,A], "
-            "and give it as study.null=."
+            "and give it as study.null_run=."
         )
     classes = figures["classes"]
     counts = ", ".join(f"{found['latents']:,} {name}" for name, found in classes.items())
