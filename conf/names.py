@@ -20,7 +20,7 @@ from data.neutral import neutral
 
 # Paths, stores, runs, repositories, revisions, columns, ids: any text is one.
 NAMES = (
-    *("run", "out", "store", "repo", "problems"),
+    *("run", "out", "start", "store", "repo", "problems"),
     *("model.path", "model.revision", "answers.examples"),
     *("text.path", "text.field", "text.messages", "text.sources.*.*"),
     *("study.other", "study.corpus", "study.null_run"),
@@ -34,7 +34,7 @@ LISTS = ("runs", "study.others", "study.words")
 _NAME_OR_LIST = ("store",)
 # Names of files and folders: of what a command writes or needs, and of what may be something else
 # too, such as a hub id, unless it is there.
-_PATHS = ("run", "out", "store", "text.path", "text.sources.*.path")
+_PATHS = ("run", "out", "start", "store", "text.path", "text.sources.*.path")
 _MAYBE_PATHS = (
     *("model.path", "problems", "answers.examples", "runs"),
     *("study.other", "study.others", "study.corpus", "study.null_run"),

@@ -60,7 +60,7 @@ ANNEXES = {
     "train.sweep": "hydra_plugins.one_pass",
     # Objectives are found by name, in train/objective.py.
     "train.objectives": None,
-    "train.export": None,
+    "train.export": "train.warm",
     "train.publish": None,
     # Studies are found by name, in analyze/study.py; quality, which every run has, is of the core.
     "analyze.studies": None,

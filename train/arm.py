@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data import digests, durable, environment, locks
 from data.errors import NonFiniteError, PipelineError, StopRequest, StoreError, TemporaryError
@@ -22,6 +23,7 @@ from train.checkpoint import Checkpoint
 from train.parallel import Group
 from train.stream import Stream
 from train.trainer import TrainConfig, Trainer
+from train.warm import Start
 
 Outcome = dict[str, Any] | PipelineError  # the final held-out record, or why there is none
 
@@ -36,6 +38,7 @@ class Arm:
     follower: Follower = field(default_factory=FollowsNobody)
     # Written to config.yaml beside the settings.
     facts: Mapping[str, Any] = field(default_factory=dict)
+    start: Start | None = None  # config.start is its digest
 
 
 class Run:
@@ -131,12 +134,21 @@ class Run:
                 batches = min(batches, follower.at_once // batch)
             follower.wait(batches - 1, stop)
             stop.check()
-            self.trainer.begin_(self.arm.stream.first(min(needed, batches * batch)))
+            self._begin(self.arm.stream.first(min(needed, batches * batch)))
         seen = (saved.metrics_bytes, saved.metrics_digest) if saved else ()
         self._metrics = stack.enter_context(closing(Metrics(folder / run.METRICS, *seen)))
         timings = _timings(folder / run.TIMINGS, saved)
         self._timings = stack.enter_context(closing(timings))
         durable.sync_directory(folder)
+
+    def _begin(self, first: Tensor) -> None:
+        """Set the first weights by the stream's first rows, and by the start if there is one."""
+        start = self.arm.start
+        if start is None:
+            self.trainer.begin_(first)
+            return
+        done = self.trainer.begin_from_(start.sae(), first)
+        tell(f"{self.arm.folder} starts from {start.named}: {done}")
 
     def _share(self) -> None:
         """Let all processes begin with process 0's state."""
@@ -165,6 +177,8 @@ class Run:
 
     @property
     def evaluation_due(self) -> bool:
+        if self.step == 0:  # it begins here, since nothing is saved at step 0
+            return self.arm.config.start is not None
         return self.fresh and (self.last or self.step % self.arm.config.eval_every == 0)
 
     @property
@@ -198,6 +212,18 @@ class Run:
             self._metrics.write(record)
             if speed is not None:
                 self._timings.write({"step": self.step, "tokens_per_s": round(speed)})
+
+    def note_evaluation(self, record: dict[str, Any]) -> None:
+        """Write a held-out record to the metrics; tell of that of a start."""
+        self.note(record)
+        if record["step"] == 0:
+            as_is, now = record["variance_explained_as_is"], record["variance_explained"]
+            nothing = ": it explains nothing of these rows" if now <= 0 else ""
+            tell(
+                f"{self.arm.folder}: before training, held-out variance explained {now:.4f}; of "
+                f"the start as it is {as_is:.4f}, with {record['l0_as_is']:.1f} latents a "
+                f"row{nothing}"
+            )
 
     def finish(self) -> None:
         """Write the final file, then the record that vouches for all of the run's.

@@ -20,6 +20,7 @@ from data.store import coming, default
 from train import objective
 from train.arm import Arm
 from train.asked import Asked, stem
+from train.columns import widths_of
 from train.loop import train
 from train.optim import OptimConfig
 from train.parallel import Group
@@ -27,6 +28,7 @@ from train.run import FOLDER as RUNS
 from train.run import source_of
 from train.stream import rows_of, store_at
 from train.trainer import TrainConfig
+from train.warm import Start
 
 _ARM_BYTES = 150  # of a directory's name; file systems allow 255
 _COUNTS = (
@@ -77,6 +79,10 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
         coming.await_ring(paths[0])
     stores = list(map(store_at, paths))
     layers = asked.layers_in(stores)
+    name = f"{stem(stores)}_{sae_name}_{asked.name(layers)}"
+    folder = run_directory(settings["run"], name, job)
+    start = Start.of(settings["start"], folder) if settings["start"] else None
+    sae = start.adopted(sae, job.overrides) if start else sae
     config = TrainConfig(
         layer=layers[0] if len(layers) == 1 else layers,
         site=asked.sites[0] if len(asked.sites) == 1 else asked.sites,
@@ -86,13 +92,15 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
         policy=policy,
         sae=sae,
         optim=optim,
+        start=start and start.digest,
         **counts,
     )
     pinned = device.type == "cuda"
     sources = asked.sources(stores, layers)
     stream = rows_of(sources, config.batch, config.data_seed, policy, pinned)
-    name = f"{stem(stores)}_{sae_name}_{asked.name(layers)}"
-    folder = run_directory(settings["run"], name, job)
+    if start:
+        widths = widths_of(config.ports, stream.reader)
+        start.require_fit(sae, widths, f"the rows of {stem(stores)}")
     follower = stream.reader.follower(file_name(str(folder.resolve())), str(folder))
     several = {"store_paths": [store.name for store in stores]} if len(stores) > 1 else {}
     facts: dict[str, Any] = {
@@ -101,9 +109,10 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
         "sae_name": sae_name,
         "source": source_of(stores[0]),
         "left_out": stream.left_out,
+        **({"started_from": start.named} if start else {}),
         **_variance_lost(sources),
     }
-    return Arm(config, stream, folder, follower, facts)
+    return Arm(config, stream, folder, follower, facts, start)
 
 
 def _variance_lost(sources: Sequence[Source]) -> dict[str, float]:

@@ -157,12 +157,13 @@ def _evaluate(runs: Sequence[Run], failures: _Failures) -> None:
         due = _of(stream, runs)
         with failures.ending(*due):
             evaluations = [run.trainer.evaluation() for run in due]
-            evaluate(evaluations, stream.held_out())
+            as_is = [run.trainer.evaluation_as_is() for run in due]
+            evaluate([*evaluations, *filter(None, as_is)], stream.held_out())
         if due != _going_on(due):
             continue
-        for run, evaluation in zip(due, evaluations, strict=True):
+        for run, evaluation, start in zip(due, evaluations, as_is, strict=True):
             with failures.ending(run):
-                run.note(run.trainer.held_out_record(evaluation))
+                run.note_evaluation(run.trainer.held_out_record(evaluation, start))
 
 
 def _of(stream: Stream, runs: Sequence[Run]) -> list[Run]:

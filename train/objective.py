@@ -11,19 +11,21 @@ from __future__ import annotations
 import pkgutil
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from data.errors import SettingError
-from train import objectives
+from train import kernels, objectives
 from train.dead import firings
 from train.kernels import Bags, Kept, Matmul
 from train.objectives.auxk import auxk
 from train.optim import Adam
 from train.parallel import Group
 from train.sae import SAE, SAEConfig
+
+Thresholds = Literal["none", "followed", "learned"]
 
 
 class Main(NamedTuple):
@@ -47,6 +49,8 @@ class Objective:
     # True: rows of a batch compete with each other, so processes cannot share a batch.
     whole_batch: ClassVar[bool] = True
     settings: ClassVar[type[SAEConfig]] = SAEConfig  # what `sae.` has for this objective
+    # Those of the trained SAE: none, followed (set by what batches keep), or learned.
+    thresholds: ClassVar[Thresholds] = "none"
 
     def __post_init__(self) -> None:
         """Raise SettingError for a setting that this objective cannot use."""
@@ -55,8 +59,19 @@ class Objective:
         """The SAE before its first step, with all tensors that this objective needs."""
         return sae
 
+    def largest(self, centred: Tensor, encoder: Tensor, b_enc: Tensor) -> Kept:
+        """The n k largest positive pre-activations of a batch of n rows."""
+        return kernels.encode_batch(centred, encoder, b_enc, self.config.k, self.matmul)
+
+    def kept_by_k(self, sae: SAE, x: Tensor) -> Kept:
+        """The largest of rows x (n, d), by which thresholds begin where there are some."""
+        return self.largest(sae.centred(x), sae.encoder, sae.b_enc)
+
     def begin_(self, sae: SAE, centred: Tensor) -> None:
         """Set thresholds by the first batch, centred (n, d)."""
+
+    def take_(self, sae: SAE, threshold: Tensor) -> None:
+        """Set thresholds (F,) to those of another SAE."""
 
     def main(self, sae: SAE, centred: Tensor, target: Tensor, denominator: float) -> Main:
         """The loss of one batch; autograd follows `sae`'s learned tensors.

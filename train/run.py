@@ -93,7 +93,7 @@ def agree(
     old, there = recorded["settings"], recorded["environment"]
     if unequal := differences(_with(unrecorded, old), _with(unrecorded, settings)):
         raise MismatchError(f"run {run}", unequal, "Use those settings to go on, or another run=.")
-    if kept is None and not _has_trained(run):  # killed before its first record
+    if kept is None and not has_trained(run):  # killed before its first record
         _begin(run, content)
         return []
     if kept is None and not (run / sae_file.FILE).exists():  # of an earlier version
@@ -120,7 +120,8 @@ def _require_empty(run: Path) -> None:
         )
 
 
-def _has_trained(run: Path) -> bool:
+def has_trained(run: Path) -> bool:
+    """Whether a run has a checkpoint, or is finished."""
     return (run / sae_file.FILE).exists() or any((run / CHECKPOINTS).glob("*.json"))
 
 

@@ -247,6 +247,21 @@ class SAE:
         norms = torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True)
         self.W_dec.div_(norms.clamp_min_(torch.finfo(norms.dtype).tiny))
 
+    def unit_decoder(self) -> SAE:
+        """The same function with decoder rows of norm 1. Latents are kept by activation times norm.
+
+        With thresholds that is the same; TopK may keep others where norms differ.
+        """
+        norms = torch.linalg.vector_norm(self.W_dec, dim=1)
+        norms = norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        return replace(
+            self,
+            encoder=self.encoder * norms[:, None],
+            W_dec=self.W_dec / norms[:, None],
+            b_enc=self.b_enc * norms,
+            threshold=None if self.threshold is None else self.threshold * norms,
+        )
+
     def folded(self, scale: float | Scales, basis: Tensor | None = None) -> SAE:
         """The same function on raw rows x, of an SAE on scale * x or on scale * x @ basis.
 

@@ -19,7 +19,7 @@ from data.errors import NonFiniteError, SettingError
 from data.rows.reader import Reader
 from data.rows.split import Policy
 from data.site import RESID_POST
-from train import dead, objective, sae, start
+from train import dead, objective, refit, sae, start
 from train.checkpoint import Checkpoint
 from train.columns import Columns
 from train.evaluate import Evaluation, Fidelity
@@ -56,8 +56,9 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     site: str | tuple[str, ...] = RESID_POST  # what is read of each layer; several in a crosscoder
     stores: int = 1  # of which a crosscoder reads the same hook points
+    start: str | None = None  # digest of the SAE that training starts from (train/warm.py)
     # What runs had before those settings were there, and do not record.
-    LATER: ClassVar[Mapping[str, Any]] = {"site": RESID_POST, "stores": 1}
+    LATER: ClassVar[Mapping[str, Any]] = {"site": RESID_POST, "stores": 1, "start": None}
 
     def __post_init__(self) -> None:
         assert self.ports  # a SettingError where there are none of these settings
@@ -161,6 +162,7 @@ class Trainer:
             self.state.restarted = torch.zeros_like(silent)
         if config.sae.rotate:
             self.state.basis = torch.eye(len(self.columns.mean), device=device)
+        self.as_is: SAE | None = None  # what training started from, until it is evaluated
 
     @property
     def scale(self) -> float | Tensor:
@@ -177,6 +179,8 @@ class Trainer:
     def rows_to_begin(self) -> int:
         """Rows that `begin_` needs; 0: it is not to be called."""
         needed = start.rows_needed(self.config.sae, len(self.columns.mean))
+        if self.config.start is not None:
+            needed = max(needed, refit.ROWS)
         return min(needed, self.steps * self.config.batch)
 
     def begin_(self, first: Tensor) -> None:
@@ -190,11 +194,7 @@ class Trainer:
         """
         state = self.state
         config = self.config.sae
-        if bad := len(first) - int(torch.isfinite(first).all(1).sum()):
-            raise NonFiniteError(
-                f"{bad} of the {len(first)} rows to begin with hold NaN or infinity; {_VERIFY}"
-            )
-        x, y = self.columns.split(self.columns.scaled(first))
+        x, y = self.columns.split(self._finite(first))
         if config.init == "kaiming":
             state.sae.b_dec.copy_(start.geometric_median(y))
         target = y - state.sae.b_dec
@@ -205,6 +205,42 @@ class Trainer:
         if config.init == "rows":
             centred = target if state.sae.b_in is None else x - state.sae.b_in
             start.from_rows_(state.sae, centred, target, whiten=state.basis is not None)
+
+    def begin_from_(self, named: SAE, first: Tensor) -> str:
+        """Set all weights to those of an SAE on raw rows, made right for these; what was done.
+
+        Args:
+            first: as in `begin_`.
+
+        Raises:
+            NonFiniteError: as `begin_`.
+        """
+        state = self.state
+        rows = self._finite(first)
+        found = refit.refit(named.to(self.device), self.columns, rows[: refit.ROWS], self.objective)
+        x, _ = self.columns.split(rows[: refit.ROWS])
+        begun = found.sae
+        if state.basis is not None:
+            state.basis.copy_(start.principal_axes(rows - self.columns.mean.float()))
+            begun = begun.folded(1.0, state.basis.T)
+            x = x @ state.basis
+        for name, tensor in begun.parameters().items():
+            if name != "threshold":
+                getattr(state.sae, name).copy_(tensor)
+        if begun.threshold is None:
+            self.objective.begin_(state.sae, state.sae.centred(x))
+        else:
+            self.objective.take_(state.sae, begun.threshold)
+        self.as_is = found.as_is
+        return found.told
+
+    def _finite(self, first: Tensor) -> Tensor:
+        """The stream's first rows, scaled. Raises NonFiniteError if some are NaN or infinite."""
+        if bad := len(first) - int(torch.isfinite(first).all(1).sum()):
+            raise NonFiniteError(
+                f"{bad} of the {len(first)} rows to begin with hold NaN or infinity; {_VERIFY}"
+            )
+        return self.columns.scaled(first)
 
     def step_(self, batch: Tensor) -> dict[str, Any] | None:
         """One optimizer step on raw rows (batch, c); its record, if it is one to log.
@@ -221,7 +257,7 @@ class Trainer:
 
         # Losses and gradients. Device sync: nonzero must know how many latents are dead.
         dying = dead.dead_latents(state.silent, self.dead_after)
-        if state.step == 0:
+        if state.step == 0 and config.start is None:
             self.objective.begin_(state.sae, state.sae.centred(x))
         result = objective.losses(
             self.objective, state.sae, x, y, dying, self.mean_variance, self.group
@@ -297,15 +333,25 @@ class Trainer:
         }
 
     def evaluation(self) -> Evaluation:
-        """Of held-out rows: all of them at the end, `eval_rows` before."""
-        limit = None if self.state.step == self.steps else self.config.eval_rows
+        """Of held-out rows: all of them at a warm start and at the end, `eval_rows` between."""
+        limit = None if self.state.step in (0, self.steps) else self.config.eval_rows
         return Evaluation(self.state.sae, self.columns, limit, self.state.basis)
 
-    def held_out_record(self, evaluation: Evaluation) -> dict[str, Any]:
-        """The record of a finished evaluation."""
+    def evaluation_as_is(self) -> Evaluation | None:
+        """Of what training starts from, as it is; None: from nothing, or it was evaluated."""
+        as_is, self.as_is = self.as_is, None
+        return as_is and Evaluation(as_is, self.columns, None)
+
+    def held_out_record(
+        self, evaluation: Evaluation, as_is: Evaluation | None = None
+    ) -> dict[str, Any]:
+        """The record of a finished evaluation, and of that of the start as it is."""
         dead_count = len(dead.dead_latents(self.state.silent, self.dead_after))
         share = dead_count / self.config.sae.d_sae
         figures = evaluation.figures()
+        for name, value in as_is.figures().items() if as_is else ():
+            if name in ("variance_explained", "l0"):
+                figures[f"{name}_as_is"] = value
         return {
             "split": "held_out",
             **self._position(),

@@ -214,21 +214,6 @@ def require_one_width(sae: SAE, name: str) -> None:
         )
 
 
-def unit_decoder(sae: SAE) -> SAE:
-    """The same function with decoder rows of norm 1.
-
-    Activations take the norms. Latents are kept by those products.
-    """
-    norms = torch.linalg.vector_norm(sae.W_dec, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-    return replace(
-        sae,
-        encoder=sae.encoder * norms[:, None],
-        W_dec=sae.W_dec / norms[:, None],
-        b_enc=sae.b_enc * norms,
-        threshold=None if sae.threshold is None else sae.threshold * norms,
-    )
-
-
 def without_b_in(sae: SAE) -> SAE:
     """The same function with a b_in of 0: nothing is subtracted from the row.
 
@@ -321,7 +306,7 @@ def topk(weights: Weights, k: int, folder: Path, *, by_norm: bool = False) -> SA
     d_sae = len(weights.b_enc)
     refuse(not 1 <= k <= d_sae, folder, f"k={k}", f"1 to {d_sae}, its latents")
     sae = weights.sae(k)
-    return unit_decoder(sae) if by_norm else sae
+    return sae.unit_decoder() if by_norm else sae
 
 
 def thresholded(weights: Weights, threshold: Tensor) -> SAE:
@@ -329,7 +314,7 @@ def thresholded(weights: Weights, threshold: Tensor) -> SAE:
 
     Its k is no part of its function.
     """
-    return unit_decoder(weights.sae(len(weights.b_enc), threshold.clamp_min(0)))
+    return weights.sae(len(weights.b_enc), threshold.clamp_min(0)).unit_decoder()
 
 
 def ungated(weights: Weights, b_gate: Tensor, r_mag: Tensor) -> tuple[Weights, Tensor]:

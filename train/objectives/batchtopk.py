@@ -13,13 +13,13 @@ Shapes: n rows, d = d_model, F = d_sae.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor
 
-from train import kernels
 from train.functions import bias, decode, encode, mean_square
 from train.kernels import Kept
-from train.objective import Main, Objective
+from train.objective import Main, Objective, Thresholds
 from train.sae import SAE
 
 _THRESHOLD_DECAY = 0.99  # of the running mean, over about the last 100 batches
@@ -29,6 +29,8 @@ _THRESHOLD_DECAY = 0.99  # of the running mean, over about the last 100 batches
 class Thresholded(Objective):
     """An objective whose SAE has thresholds, which start by BatchTopK's first batch."""
 
+    thresholds: ClassVar[Thresholds] = "followed"
+
     def started(self, sae: SAE) -> SAE:
         return replace(sae, threshold=sae.b_enc.new_zeros(sae.d_sae))
 
@@ -36,9 +38,9 @@ class Thresholded(Objective):
         assert sae.threshold is not None
         sae.threshold.copy_(smallest(self.largest(centred, sae.encoder, sae.b_enc)))
 
-    def largest(self, centred: Tensor, encoder: Tensor, b_enc: Tensor) -> Kept:
-        """The n k largest positive pre-activations of a batch of n rows."""
-        return kernels.encode_batch(centred, encoder, b_enc, self.config.k, self.matmul)
+    def take_(self, sae: SAE, threshold: Tensor) -> None:
+        assert sae.threshold is not None
+        sae.threshold.copy_(threshold)
 
 
 @dataclass(frozen=True)

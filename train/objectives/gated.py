@@ -30,7 +30,7 @@ from data.errors import SettingError
 from train import kernels
 from train.functions import bias, decode, encode, mean_square, per_pair
 from train.kernels import Kept
-from train.objective import Main, Objective
+from train.objective import Main, Objective, Thresholds
 from train.objectives.batchtopk import smallest
 from train.optim import Adam
 from train.sae import SAE, SAEConfig, Scales
@@ -92,6 +92,7 @@ class Gated(Objective):
     learned: ClassVar[tuple[str, ...]] = (*Objective.learned, "r_mag", "b_gate")
     whole_batch: ClassVar[bool] = False
     settings: ClassVar[type[SAEConfig]] = GatedConfig
+    thresholds: ClassVar[Thresholds] = "learned"
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, GatedConfig):
@@ -105,8 +106,11 @@ class Gated(Objective):
 
     def begin_(self, sae: SAE, centred: Tensor) -> None:
         assert isinstance(sae, GatedSAE)
-        first = kernels.encode_batch(centred, sae.encoder, sae.b_enc, sae.k, self.matmul)
-        sae.b_gate.copy_(-smallest(first))
+        self.take_(sae, smallest(self.largest(centred, sae.encoder, sae.b_enc)))
+
+    def take_(self, sae: SAE, threshold: Tensor) -> None:
+        assert isinstance(sae, GatedSAE)
+        sae.b_gate.copy_(sae.b_enc - threshold)  # r_mag is 0, so z = u + b_enc
 
     def main(self, sae: SAE, centred: Tensor, target: Tensor, denominator: float) -> Main:
         assert isinstance(sae, GatedSAE) and isinstance(self.config, GatedConfig)

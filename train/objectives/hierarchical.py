@@ -44,7 +44,7 @@ class Hierarchical(TopK):
 
     def _largest_first(self, centred: Tensor, encoder: Tensor, b_enc: Tensor) -> Kept:
         """TopK's pairs; those of a row from the largest to the smallest."""
-        kept = self._largest(centred, encoder, b_enc)
+        kept = self.largest(centred, encoder, b_enc)
         values = kept.values.view(-1, self.config.k)
         indices = kept.indices.view(-1, self.config.k)
         order = values.sort(dim=1, descending=True, stable=True).indices

@@ -26,7 +26,7 @@ from data.errors import SettingError
 from train import kernels
 from train.functions import bias, decode, encode, mean_square
 from train.kernels import Bags, Kept
-from train.objective import Main
+from train.objective import Main, Thresholds
 from train.objectives.batchtopk import Thresholded
 from train.sae import SAE
 
@@ -34,6 +34,7 @@ from train.sae import SAE
 @dataclass(frozen=True)
 class JumpReLU(Thresholded):
     learned: ClassVar[tuple[str, ...]] = (*Thresholded.learned, "threshold")
+    thresholds: ClassVar[Thresholds] = "learned"
 
     def __post_init__(self) -> None:
         l0_coef = self.config.l0_coef

@@ -29,13 +29,14 @@ class TopK(Objective):
 
     def main(self, sae: SAE, centred: Tensor, target: Tensor, denominator: float) -> Main:
         b_enc = bias(sae.b_enc, sae)
-        kept, bags = encode(self._largest, centred, sae.encoder, b_enc)
+        kept, bags = encode(self.largest, centred, sae.encoder, b_enc)
         # kernels.encode has applied ReLU. Here ReLU only makes the gradient 0 where the value is 0.
         f = kept._replace(values=kept.values.relu())
         error = target - decode(f, bags, sae.W_dec)  # y - y_hat: target has no b_dec, no skip
         return Main(mean_square(error, denominator), error, f, bags, b_enc)
 
-    def _largest(self, centred: Tensor, encoder: Tensor, b_enc: Tensor) -> Kept:
+    def largest(self, centred: Tensor, encoder: Tensor, b_enc: Tensor) -> Kept:
+        """The k largest pre-activations of each row."""
         return kernels.encode(centred, encoder, b_enc, self.config.k, self.matmul)
 
 
