@@ -1,7 +1,8 @@
 """Changes of the recipe `sae=rows_32k optim=rows`, one at a time: what docs/method.md says of each.
 
     python -m tests.bench.real_rows --model minilm --text FILES... --rows 400000 --out minilm
-    nice python -m tests.bench.variants --activations minilm --runs runs.jsonl --out variants.json
+    nice python -m tests.bench.variants --activations minilm --variants topk batchtopk \
+        --runs runs.jsonl --out variants.json
 
 A variant's rate is chosen on choice.npy, and its figures are of heldout.npy with three other seeds,
 as in tests.bench.method. A seed decides the initial weights and the order of rows, so variants are
@@ -76,8 +77,7 @@ class Frequent(TopK):
     """TopK with a penalty on what fires often: weight sum_i p_i a_i / sum_i a_i.
 
     p_i is the share of the batch's rows on which latent i fires, a_i its mean activation; p and the
-    denominator are constants of the gradient. Gamma Scope's penalty is on p_i^2 and needs
-    thresholds that learn, which TopK has not.
+    denominator are constants of the gradient, since TopK's selection has none.
     """
 
     weight: float = 0.1
@@ -132,7 +132,6 @@ VARIANTS = {
     "aligned": Variant(objective=Aligned, finish=aligned),
     "aligned-shifted": Variant(trainer=Shifted),
     "frequency-0.1": Variant(objective=Frequent),
-    "frequency-1": Variant(objective=Frequent, arguments={"weight": 1.0}),
     "batchtopk": Variant(("sae.activation=batchtopk",)),
     "matryoshka": Variant(("sae.activation=matryoshka",)),
     "hierarchical": Variant(("sae.activation=hierarchical", "sae.nested=4")),
