@@ -60,6 +60,7 @@ from data.safetensors import Entry, header
 from data.settings import build
 from harvest.hub_model import described
 from harvest.model_folder import EMBEDDED
+from train.export.sparsify import folder_of
 from train.run import text_of
 
 LATENTS = "latents"
@@ -147,8 +148,9 @@ def delphi(study: Study) -> Outcome:
 
 
 def hookpoint(subject: Subject) -> str:
-    """The layer whose output the SAE reconstructs, as sparsify names it."""
-    return f"layers.{subject.layer}"
+    """What the SAE is of, as sparsify names it; sparsify has no crosscoders."""
+    architecture = subject.store.manifest["model"].get("architecture")
+    return subject.label if subject.target is None else folder_of(subject.ports, architecture)
 
 
 def cache_of(subject: Subject) -> Cache:

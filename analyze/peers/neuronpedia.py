@@ -56,7 +56,7 @@ from data import durable
 from data.errors import SettingError, StopRequest, StoreError
 from data.journal import Progress
 from data.settings import build
-from data.site import hook_name
+from data.site import ATTN_OUT, MLP_OUT, RESID_POST, HookPoint, hook_name
 from train.run import text_of
 
 ROOT = "v1"
@@ -76,6 +76,7 @@ _COLUMNS = [
     *fields("raised", "token", "logit"),
     *fields("lowered", "token", "logit"),
 ]
+_KINDS = {RESID_POST: "res", MLP_OUT: "mlp", ATTN_OUT: "att"}  # in names of sets, by what is read
 # By setting the pattern that Neuronpedia takes, and what it allows.
 _RULES = {
     "model": ("[a-z0-9_-]{1,128}", "1 to 128 small letters, digits, - and _"),
@@ -208,19 +209,32 @@ def names_of(study: Study) -> Names:
     """What things are called: as asked, else after the model and the run."""
     options = build(Options, "study", study.options)
     subject = study.subject
+    written = subject.target
+    if written is None:
+        raise SettingError(
+            "study=neuronpedia takes what writes one hook point, and "
+            f"{subject.run} is a crosscoder of {subject.where}; study=browser shows its targets "
+            "side by side"
+        )
+    kind = _KINDS.get(written.site, written.site) if subject.is_sae else subject.noun
     model_id = str(subject.store.manifest["model"]["id"])
     model = options.model or _slug(model_id.rpartition("/")[2], "model")
     width = subject.sae.d_sae
     size = f"{width // 1024}k" if width % 1024 == 0 else str(width)
-    sources = options.set or f"{_slug(subject.run.resolve().name, 'run')}-res-{size}"
+    sources = options.set or f"{_slug(subject.run.resolve().name, 'run')}-{kind}-{size}"
     return Names(
         model=model,
         set=sources,
-        source=f"{subject.layer}-{sources}",
+        source=f"{written.layer}-{sources}",
         release=options.release or _slug(sources, "release"),
         author=options.author,
         creator=options.creator,
     )
+
+
+def _written(export: Export) -> HookPoint:
+    """The hook point that the vectors are of; `names_of` has refused those of several."""
+    return export.study.subject.ports.writes[0].point
 
 
 def _slug(text: str, otherwise: str) -> str:
@@ -327,7 +341,7 @@ def _feature(export: Export, row: Row, bins: Bins, vector: list[float] | None) -
         "maxActApprox": largest,
         "hasVector": vector is not None,
         "vector": vector or [],
-        "hookName": hook_name(export.study.subject.layer) if vector else None,
+        "hookName": hook_name(_written(export)) if vector else None,
         "vectorDefaultSteerStrength": largest if vector else None,
         "topkCosSimIndices": [row["feature"], *(neighbour["feature"] for neighbour in near)],
         "topkCosSimValues": [1, *_rounded([neighbour["cosine"] for neighbour in near])],
@@ -410,7 +424,8 @@ def _metadata(export: Export) -> dict[str, Row]:
     store = subject.store
     model = store.manifest["model"]
     model_id = str(model["id"])
-    title = f"{names.set}: SAEs of the residual stream, {subject.sae.d_sae:,} latents"
+    place = "the residual stream" if subject.is_resid_post else subject.where
+    title = f"{names.set}: {subject.noun}s of {place}, {subject.sae.d_sae:,} latents"
     owner = {"creatorId": names.creator, "visibility": "PUBLIC"}
     return {
         "release": {

@@ -30,6 +30,7 @@ from train.export.format import (
 )
 from train.export.hooks import has_plain_mlp
 from train.export.origin import Origin, of_hook
+from train.ports import Ports
 from train.sae import SAE
 from train.tensors import any_text_of, any_whole_of, refuse, shown, whole_of
 
@@ -84,7 +85,7 @@ def write(sae: SAE, about: About) -> dict[str, bytes]:
         "transcode": transcode,
         "d_in": sae.d_model,
     }
-    folder = _folder(about)
+    folder = folder_of(about.ports, about.architecture)
     if of_hook(folder).ports() != about.ports:
         config |= {"hook_name": hook_name(about.point), "hook_name_out": hook_name(about.target)}
     state = {
@@ -101,12 +102,12 @@ def write(sae: SAE, about: About) -> dict[str, bytes]:
     }
 
 
-def _folder(about: About) -> str:
+def folder_of(ports: Ports, architecture: str | None) -> str:
     """sparsify's name of the place, by which delphi finds it; ours where it is no module's."""
-    site = about.target.site
-    is_module = site == RESID_POST or has_plain_mlp(about.architecture)
-    name = _MODULES.get((about.point.site, site)) if is_module else None
-    return f"layers.{about.target.layer}{f'.{site}' if name is None else name}"
+    read, written = ports.reads[0].point, ports.writes[0].point
+    is_module = written.site == RESID_POST or has_plain_mlp(architecture)
+    name = _MODULES.get((read.site, written.site)) if is_module else None
+    return f"layers.{written.layer}{f'.{written.site}' if name is None else name}"
 
 
 def read(folder: Path) -> SAE:
