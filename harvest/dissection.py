@@ -130,7 +130,7 @@ def _sites(chain: Chain, is_mlp: Sequence[bool]) -> LayerAnatomy:
         places[MLP_OUT] = _summed(mlp)
         if len(reads := _merged(mlp)) == 1:
             places[MLP_IN] = reads[0].readers
-    refused[MLP_IN] = refused.get(MLP_OUT, "its MLP reads several things")
+    refused[MLP_IN] = refused.get(MLP_OUT, "parts of its MLP read different states")
 
     before = [part for part in rest if part.step < step] or [p for p in rest if p.step == step]
     steps = {part.step for part in before}

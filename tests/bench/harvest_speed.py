@@ -30,6 +30,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModel, Gemma4TextConfig
 
+from data.site import HookPoint
 from data.store.store import Store
 from data.text.sources import TinyText
 from data.tiny.embedded import MODEL_DIR
@@ -128,13 +129,14 @@ def seconds_of(work: Callable[[], None], device: str) -> float:
 def forwards(store: Store, lm: LanguageModel, layers: tuple[int, ...]) -> None:
     """The forward passes of every batch of the store, with the residuals taken and dropped."""
     rows = store.manifest["batch"]
+    points = list(map(HookPoint, layers))
     for unit in range(store.units):
         tokens, starts = store.tokens(unit), store.piece_starts(unit)
         for at in range(0, len(tokens), rows):
             batch_residuals(
                 lm,
                 forward_inputs(tokens[at : at + rows], starts[at : at + rows], lm.isolation),
-                layers,
+                points,
             )
 
 

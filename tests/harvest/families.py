@@ -21,12 +21,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from data.errors import SettingError
-from data.site import HookPoint
+from data.site import SITES, HookPoint
+from harvest.anatomy import Anatomy
 from harvest.decoder import find_blocks, meta_decoder
 from harvest.forward import batch_residuals
 from harvest.isolation import forward_inputs
 from harvest.model import ModelConfig, load
 from harvest.model_folder import read_config
+from harvest.proof import prove
 from harvest.selfcheck import choose_isolation, worst
 from harvest.site import tap
 from tests.harvest.models import VOCABULARY, Bare, enlarge_, save_tokenizer
@@ -176,6 +178,7 @@ class Verdict(NamedTuple):
     way: str | None  # the isolation; None: refused
     reason: str  # of a refusal
     error: float  # largest error of a row relative to its norm, against the whole model
+    sites: str = ""  # that its layers have, and why no others
 
 
 def families() -> dict[str, list[str]]:
@@ -227,15 +230,33 @@ def tried(family: str, root: Path) -> Verdict:
     try:
         whole = build_family(folder, family)
         lm = load(ModelConfig(str(folder), dtype="float32"), deepest=max(LAYERS))
-        lm.isolation = choose_isolation(lm, LAYERS, CONTEXT)
+        lm.isolation = choose_isolation(lm, list(map(HookPoint, LAYERS)), CONTEXT)
+        points = [HookPoint(layer, site) for layer in LAYERS for site in lm.anatomy.sites(layer)]
+        prove(lm, points, torch.from_numpy(_batch()[0].astype(np.int64)))
     except SettingError as error:
         return Verdict(family, None, _plain(error, folder), 0.0)
     tokens, starts = _batch()
-    out = {layer: torch.empty(tokens.size, lm.d_model) for layer in LAYERS}
-    batch_residuals(lm, forward_inputs(tokens, starts, lm.isolation), LAYERS, out)
-    expected = _alone(whole, tokens, starts)
-    errors = [worst(out[layer], expected[layer]) for layer in LAYERS]
-    return Verdict(family, lm.isolation, "", max(errors))
+    out = {point: torch.empty(tokens.size, lm.d_model) for point in points}
+    batch_residuals(lm, forward_inputs(tokens, starts, lm.isolation), points, out)
+    expected = _alone(whole, lm.anatomy, tokens, starts, points)
+    errors = [worst(out[point], expected[point]) for point in points]
+    return Verdict(family, lm.isolation, "", max(errors), _sites(lm.anatomy))
+
+
+def _sites(anatomy: Anatomy) -> str:
+    """The sites of a family's layers, as the page has them."""
+    told: list[str] = []
+    for number, layer in enumerate(anatomy.layers):
+        there = anatomy.sites(number)
+        lacking = [site for site in SITES if site not in there]
+        reasons = dict.fromkeys(layer.refused[site] for site in lacking)
+        if not lacking:
+            told.append("all")
+        elif len(there) == 2:
+            told.append(f"{', '.join(there)} ({'; '.join(reasons)})")
+        else:
+            told.append(f"all but {', '.join(lacking)} ({'; '.join(reasons)})")
+    return "; in other layers ".join(dict.fromkeys(told))
 
 
 def _plain(error: SettingError, folder: Path) -> str:
@@ -251,19 +272,23 @@ def _batch() -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
 
 
 def _alone(
-    whole: Any, tokens: NDArray[np.uint32], starts: NDArray[np.bool_]
-) -> dict[int, torch.Tensor]:
-    """(n, d) float32 rows a layer: each piece run alone in the whole model with its head."""
-    blocks = find_blocks(whole.base_model)
+    whole: Any,
+    anatomy: Anatomy,
+    tokens: NDArray[np.uint32],
+    starts: NDArray[np.bool_],
+    points: list[HookPoint],
+) -> dict[HookPoint, torch.Tensor]:
+    """(n, d) float32 rows a point: each piece run alone in the whole model with its head."""
+    layers = Bare(find_blocks(whole.base_model), anatomy)
     edges = [*np.flatnonzero(starts).tolist(), tokens.size]
-    rows: dict[int, list[torch.Tensor]] = {layer: [] for layer in LAYERS}
+    rows: dict[HookPoint, list[torch.Tensor]] = {point: [] for point in points}
     for first, end in pairwise(edges):
         ids = torch.from_numpy(tokens.ravel()[first:end].astype(np.int64))[None]
-        with torch.no_grad(), tap(Bare(blocks), LAYERS) as taken:
+        with torch.no_grad(), tap(layers, points) as taken:
             whole(input_ids=ids, use_cache=False)
-        for layer in LAYERS:
-            rows[layer].append(taken[HookPoint(layer)][0])
-    return {layer: torch.cat(rows[layer]) for layer in LAYERS}
+        for point in points:
+            rows[point].append(taken[point][0])
+    return {point: torch.cat(rows[point]) for point in points}
 
 
 def page(verdicts: list[Verdict]) -> str:
@@ -287,14 +312,20 @@ def page(verdicts: list[Verdict]) -> str:
         "- **alone**: each piece is a pass of its own. It is slow for short pieces. Models that "
         "read their padding (bidirectional ones) need it.",
         "",
-        f"{len(supported)} text decoders are supported:",
+        "The sites inside a layer are found by structure and proven at every start, by what they "
+        "add up to. `resid_post` and `resid_pre` are there in every family.",
         "",
-        "| family | how | also in |",
-        "|---|---|---|",
+        f"{len(supported)} text decoders are supported, "
+        f"{sum(v.sites == 'all' for v in supported)} of them with all six sites:",
+        "",
+        "| family | how | sites | also in |",
+        "|---|---|---|---|",
     ]
     for verdict in supported:
         others = [kind for kind in holders[verdict.family] if kind != verdict.family]
-        lines.append(f"| {verdict.family} | {verdict.way} | {', '.join(others)} |")
+        lines.append(
+            f"| {verdict.family} | {verdict.way} | {verdict.sites} | {', '.join(others)} |"
+        )
     lines += ["", f"{len(refused)} are refused, each in one line:", "", "| family | reason |"]
     lines.append("|---|---|")
     for verdict in refused:

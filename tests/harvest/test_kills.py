@@ -50,6 +50,11 @@ def config(store: Path, tokens: int = 128) -> HarvestConfig:
     return HarvestConfig(str(store), (1, 4), tokens=tokens, context=16, batch=2, unit=64, chunk=16)
 
 
+def two_sites(store: Path) -> HarvestConfig:
+    """A small store of two sites of a layer."""
+    return replace(config(store), layers=(4,), sites=("resid_post", "mlp_out"))
+
+
 def make_spine(target: HarvestConfig, lm: LanguageModel, source: FileText) -> Store:
     """The first half of a harvest, in this process."""
     lm.isolation = choose_isolation(lm, target.layers, target.context)
@@ -67,7 +72,8 @@ def reference(root: Path) -> dict[int, dict[str, bytes]]:
         make_spine(
             config(root / f"{tokens}.spine", tokens), open_model(root), FileText(root / "text.txt")
         )
-        harvest(config(path, tokens), open_model(root), FileText(root / "text.txt"))
+        target = two_sites(path) if tokens == 128 else config(path, tokens)
+        harvest(target, open_model(root), FileText(root / "text.txt"))
         stores[tokens] = tree(path)
     return stores
 
@@ -113,7 +119,7 @@ def kill_commits(root: Path, folder: Path, expected: dict[str, bytes], stride: i
     """Kill harvests that begin with their spine."""
     lm, source = open_model(root), FileText(root / "text.txt")
     return kill_by_the_step(
-        lambda number: config(shutil.copytree(root / "128.spine", folder / f"{number}.zarr")),
+        lambda number: two_sites(shutil.copytree(root / "128.spine", folder / f"{number}.zarr")),
         lambda target: harvest(target, lm, source),
         expected,
         stride,
@@ -157,9 +163,9 @@ def test_a_kill_at_every_step_of_another_layers_harvest_changes_no_byte(
     """Beside a layer that is whole. The bytes are those of both, harvested one after the other."""
     lm, source = open_model(root), FileText(root / "text.txt")
     harvest(replace(config(root / "first.zarr"), layers=(1,)), open_model(root), source)
-    harvest(config(shutil.copytree(root / "first.zarr", root / "both.zarr")), lm, source)
+    harvest(two_sites(shutil.copytree(root / "first.zarr", root / "both.zarr")), lm, source)
     steps = kill_by_the_step(
-        lambda number: config(shutil.copytree(root / "first.zarr", tmp_path / f"{number}.zarr")),
+        lambda number: two_sites(shutil.copytree(root / "first.zarr", tmp_path / f"{number}.zarr")),
         lambda target: harvest(target, lm, source),
         tree(root / "both.zarr"),
     )
@@ -218,14 +224,14 @@ def test_the_canary_refuses_to_go_on_with_other_bits(
 ) -> None:
     source, target = (
         FileText(root / "text.txt"),
-        config(shutil.copytree(root / "128.zarr", tmp_path / "s.zarr")),
+        two_sites(shutil.copytree(root / "128.zarr", tmp_path / "s.zarr")),
     )
-    (tmp_path / "s.zarr" / "commits" / "residuals" / "00000001.1_4.json").unlink()
+    (tmp_path / "s.zarr" / "commits" / "residuals" / "00000001.4.mlp_out_4.json").unlink()
     changed = open_model(root)
     changed.blocks[0].mlp.down_proj.weight.data.mul_(
         1.5
     )  # its files, and so its identity, stay the same
-    with pytest.raises(StoreError, match="unit 0 of layer 1 "):
+    with pytest.raises(StoreError, match="unit 0 of mlp_out of layer 4 "):
         harvest(target, changed, source)
     assert Store.open(target.store).missing([1, 4]) == {1: [HookPoint(1), HookPoint(4)]}
 

@@ -45,7 +45,16 @@ def leased(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def config(store: Path, rank: int = 0) -> HarvestConfig:
     return HarvestConfig(
-        str(store), (1, 4), tokens=512, context=16, batch=2, unit=64, chunk=16, rank=rank, world=3
+        str(store),
+        (4,),
+        tokens=512,
+        context=16,
+        batch=2,
+        unit=64,
+        chunk=16,
+        sites=("mlp_in", "resid_post"),
+        rank=rank,
+        world=3,
     )
 
 

@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModel
 
 from data.errors import SettingError
 from data.site import ATTN_OUT, MLP_IN, MLP_OUT, RESID_MID, RESID_POST, RESID_PRE, SITES, HookPoint
+from harvest.anatomy import Term
+from harvest.decoder import find_blocks
+from harvest.dissection import dissect
 from harvest.model import LanguageModel, ModelConfig, load
 from harvest.site import edited_at, tap
-from tests.harvest.families import save_family
-from tests.harvest.models import save_model
+from tests.harvest.families import save_family, tiny_config
+from tests.harvest.models import enlarge_, save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LAYER = 2
@@ -134,6 +138,27 @@ def test_an_mlp_may_be_replaced_by_a_function_of_what_it_reads(
             found = values(lm)
     expected = found[RESID_MID] + 3.0 * found[MLP_IN]
     torch.testing.assert_close(found[RESID_POST], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_experts_beside_a_dense_mlp_write_one_sum_and_read_different_norms() -> None:
+    """Gemma 4 with a mixture: experts behind a norm of their own, a router of the stream."""
+    config = tiny_config("gemma4_text")
+    config.update(
+        {
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 16,
+        }
+    )
+    torch.manual_seed(0)
+    decoder = AutoModel.from_config(config, dtype=torch.bfloat16).eval()
+    enlarge_(decoder)
+    anatomy = dissect(decoder, find_blocks(decoder), 1, torch.arange(20, 36).reshape(2, 8))
+    assert set(SITES) - set(anatomy.sites(1)) == {MLP_IN}
+    assert anatomy.layers[1].places[MLP_OUT] == (Term("post_feedforward_layernorm"),)
+    with pytest.raises(SettingError, match="site=mlp_in "):
+        anatomy.require([HookPoint(1, MLP_IN)])
 
 
 def test_a_site_that_a_family_has_not_is_one_line(opened: Callable[[str], LanguageModel]) -> None:
