@@ -376,14 +376,18 @@ def test_every_copy_of_the_weights_has_golden_rows(tmp_path: Path) -> None:
         weights.write_bytes(data)
 
 
-@pytest.mark.parametrize("kind", ["topk", "thresholds"])
+@pytest.mark.parametrize(
+    "kind", ["topk", "thresholds", "transcoder topk", "transcoder thresholds skip"]
+)
 def test_saelens_loads_it_by_its_name(tmp_path: Path, kind: str) -> None:
     require("saelens")
-    run = finished(tmp_path / "run", made(kind))
+    settings = OF_KIND["transcoder thresholds"] if "transcoder" in kind else {}
+    run = finished(tmp_path / "run", made(kind), **settings)
     folder = publishes(run)
     _, code = blocks(card(run))
     x = torch.randn(50, 12, generator=torch.Generator().manual_seed(2))
-    torch.save({"x": x, "x_hat": load(run / FILE)(x)}, tmp_path / "rows.pt")
+    out = "y_hat" if "transcoder" in kind else "x_hat"
+    torch.save({"x": x, out: load(run / FILE)(x)}, tmp_path / "rows.pt")
     hub = f"""
 import torch, sae_lens.loading.pretrained_sae_loaders as loaders
 from pathlib import Path
@@ -395,7 +399,7 @@ def local(repo_id, filename, **_):
 loaders.hf_hub_download = local
 rows = torch.load("rows.pt", weights_only=True); x = rows["x"]
 """
-    check = 'torch.testing.assert_close(x_hat, rows["x_hat"], rtol=1e-4, atol=1e-4)'
+    check = f'torch.testing.assert_close({out}, rows["{out}"], rtol=1e-4, atol=1e-4)'
     subprocess.run([PYTHON, "-c", f"{hub}\n{code}\n{check}"], check=True, cwd=tmp_path)
 
 
