@@ -93,6 +93,9 @@ def train_sweep(arms: Sequence[Arm], device: torch.device) -> list[Outcome]:
 def announcement(arms: Sequence[Arm], planned: Sequence[Sequence[int]]) -> list[str]:
     """What will be trained together."""
     heads = [f"{len(arms)} arm{'s' * (len(arms) > 1)} on one read of the store"]
+    readers = len({arm.stream for arm in arms})
+    if readers > 1:
+        heads = [f"{len(arms)} arms in one pass, with {readers} readers of the store side by side"]
     if len(planned) > 1:
         groups = len(_sharing(arms))
         reason = (
