@@ -35,7 +35,7 @@ class Term(NamedTuple):
 
 
 Place = tuple[Reader, ...] | tuple[Term, ...]  # readers all read the same value
-_EDGES: dict[str, Place] = {RESID_PRE: (Reader("", None),), RESID_POST: (Term(""),)}
+_EDGES: dict[str, Place] = {RESID_PRE: (Reader("", None, copied=True),), RESID_POST: (Term(""),)}
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def dissect(decoder: nn.Module, blocks: nn.ModuleList, deepest: int, ids: torch.
         Exception: whatever the family's own code raises.
     """
     with in_float32(blocks):
-        flow = follow(decoder, blocks, deepest, ids)
+        flow = follow(decoder, blocks, deepest, ids, use_cache=False)
         chains = [_Chains(flow, layer).chain() for layer in range(deepest + 1)]
         of_mlp = _tokenwise(decoder, blocks, chains, ids)
     family = type(decoder).__name__
@@ -95,6 +95,7 @@ def require_foreseen(text: Any, points: Sequence[HookPoint]) -> None:
     deepest = max(point.layer for point in inside)
     ids = torch.zeros(2, 4, dtype=torch.int64, device="meta")
     try:
+        # With a cache, as by default: without one transformers looks at the positions' values.
         flow = follow(decoder, blocks, deepest, ids)
         layers = [_guessed(_Chains(flow, layer).chain()) for layer in range(deepest + 1)]
     except Exception:  # the family's own code may raise anything

@@ -126,8 +126,13 @@ class _Over(Exception):
     """The last layer that is followed has ended."""
 
 
-def follow(decoder: nn.Module, blocks: nn.ModuleList, deepest: int, ids: torch.Tensor) -> Flow:
+def follow(
+    decoder: nn.Module, blocks: nn.ModuleList, deepest: int, ids: torch.Tensor, **options: Any
+) -> Flow:
     """Run one pass of `ids` (b, t) up to layer `deepest`, and follow it.
+
+    Args:
+        options: what else the decoder is told.
 
     Raises:
         Exception: whatever the family's own code raises.
@@ -140,7 +145,7 @@ def follow(decoder: nn.Module, blocks: nn.ModuleList, deepest: int, ids: torch.T
     handles.append(blocks[deepest].register_forward_hook(_over))
     try:
         with torch.inference_mode(), suppress(_Over), flow:
-            decoder(input_ids=ids, use_cache=False)
+            decoder(input_ids=ids, **options)
     finally:
         for handle in handles:
             handle.remove()

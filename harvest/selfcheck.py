@@ -213,7 +213,7 @@ def _entered(lm: LanguageModel, layers: Sequence[int]) -> Iterator[dict[int, tor
         def on_input(_module: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
             values = [*inputs, *options.values()]
             tensors = [value for value in values if isinstance(value, torch.Tensor)]
-            read[layer] = tensors[0]
+            read[layer] = tensors[0].clone()  # a layer that changes it in place is found out
             if layer == max(layers):
                 raise DeepestReached
 

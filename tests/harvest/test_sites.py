@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModel
 
 from data.errors import SettingError
 from data.site import ATTN_OUT, MLP_IN, MLP_OUT, RESID_MID, RESID_POST, RESID_PRE, SITES, HookPoint
+from data.text.sources import FileText
 from harvest.anatomy import Term
+from harvest.config import HarvestConfig
 from harvest.decoder import find_blocks
-from harvest.dissection import dissect
+from harvest.dissection import dissect, require_foreseen
+from harvest.loop import harvest
 from harvest.model import LanguageModel, ModelConfig, load
-from harvest.site import edited_at, tap
+from harvest.selfcheck import choose_isolation
+from harvest.site import DeepestReached, edited_at, tap
+from harvest.status import status
+from harvest.verify import verify
 from tests.harvest.families import save_family, tiny_config
 from tests.harvest.models import enlarge_, save_model
 
@@ -159,6 +169,60 @@ def test_experts_beside_a_dense_mlp_write_one_sum_and_read_different_norms() -> 
     assert anatomy.layers[1].places[MLP_OUT] == (Term("post_feedforward_layernorm"),)
     with pytest.raises(SettingError, match="site=mlp_in "):
         anatomy.require([HookPoint(1, MLP_IN)])
+
+
+def test_a_layer_that_changes_its_input_in_place_is_refused(
+    opened: Callable[[str], LanguageModel],
+) -> None:
+    """What was taken of the layer below would change with it."""
+    lm = opened("llama")
+    handle = lm.blocks[LAYER].register_forward_pre_hook(lambda _, inputs: inputs[0].add_(1.0))
+    with handle, pytest.raises(SettingError, match=f"layer {LAYER} "):
+        choose_isolation(lm, [LAYER - 1, LAYER], 16)
+
+
+def test_a_store_takes_sites_and_others_later(tmp_path: Path) -> None:
+    """int8 is fitted to each. Status and verify go over all of them."""
+    folder, text = save_family(tmp_path / "model", "granite"), tmp_path / "text.txt"
+    lm = load(ModelConfig(str(folder), dtype="float32"))
+    text.write_text("All work and no play makes nobody happy. " * 9)
+    first = HarvestConfig(
+        *(tmp_path / "s.zarr", (LAYER,)),
+        tokens=128,
+        context=16,
+        batch=2,
+        unit=64,
+        sites=(MLP_IN, MLP_OUT),
+        codec="int8",
+    )
+    harvest(first, lm, FileText(text))
+    store = harvest(replace(first, layers=(1, LAYER), sites=(ATTN_OUT,)), lm, FileText(text))
+    points = [HookPoint(1, ATTN_OUT)] + [HookPoint(LAYER, s) for s in (ATTN_OUT, MLP_IN, MLP_OUT)]
+    assert store.points == points and all(map(store.complete, points))
+    told = list(status(store.place))
+    for point in points:
+        assert any(line.startswith(f"{point}: 2 of 2 units") for line in told)
+    assert "is the same" in verify(store.place, lambda _deepest: lm)
+
+    # A stored row is its site's, but for int8's rounding.
+    with tap(lm, points, ends=True) as taken, suppress(DeepestReached), torch.inference_mode():
+        lm.decoder(input_ids=torch.from_numpy(store.tokens(0)[:1].astype(np.int64)))
+    first_row = np.flatnonzero(store.permutation(0) == 0)[0]
+    for point in points:
+        bits = torch.from_numpy(store.residuals(point, 0)[first_row])
+        row = bits.view(torch.bfloat16).float()
+        assert (row - taken[point][0, 0]).norm() < 0.05 * row.norm()
+
+
+@pytest.mark.parametrize(
+    ("family", "site"), [("gptj", RESID_MID), ("bert", MLP_OUT), ("doge", ATTN_OUT)]
+)
+def test_what_the_code_shows_is_refused_before_any_weight(family: str, site: str) -> None:
+    config = tiny_config(family)
+    with pytest.raises(SettingError, match=f"site={site} .*resid_pre"):
+        require_foreseen(config, [HookPoint(1, RESID_POST), HookPoint(1, site)])
+    require_foreseen(config, [HookPoint(1, RESID_PRE), HookPoint(1, RESID_POST)])
+    require_foreseen(tiny_config("llama"), [HookPoint(1, site)])
 
 
 def test_a_site_that_a_family_has_not_is_one_line(opened: Callable[[str], LanguageModel]) -> None:
