@@ -42,8 +42,8 @@ class World(NamedTuple):
     b: Tensor  # (F, D)
 
 
-def world(noise_seed: int = 0) -> World:
-    generator = torch.Generator().manual_seed(noise_seed)
+def world(rows: int = N) -> World:
+    generator = torch.Generator().manual_seed(0)
     features = SHARED + OWN_A + OWN_B
     basis = torch.linalg.qr(torch.randn(D, D, generator=generator)).Q
     a = basis[:features].clone()
@@ -52,13 +52,13 @@ def world(noise_seed: int = 0) -> World:
     b[OPPOSITE] *= -1
     b[SHARED : SHARED + OWN_A] = 0
     a[SHARED + OWN_A :] = 0
-    fires = torch.rand(N, features, generator=generator) < 0.08
-    codes = fires * (1 + torch.rand(N, features, generator=generator))
+    fires = torch.rand(rows, features, generator=generator) < 0.08
+    codes = fires * (1 + torch.rand(rows, features, generator=generator))
     return World(codes, a, b)
 
 
 def rows_of(codes: Tensor, directions: Tensor, seed: int, scale: float = 1.0) -> Tensor:
-    noise = torch.randn(N, D, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(len(codes), D, generator=torch.Generator().manual_seed(seed))
     return (codes @ directions + 0.02 * noise) * scale
 
 

@@ -3,9 +3,11 @@
     python -m tests.bench.model_diff --work DIR --out FILE
 
 The copy is fine-tuned to write each answer backwards behind its problem. Both read the same text,
-half of whose problems have that line. A crosscoder of layer 5 of both is trained, and one of the
+half of whose problems have that line. A crosscoder of a layer of both is trained, and one of the
 base model with itself (store=[A,A]) by the same settings: the null. study=diff then says whose the
-latents are. Where own latents fire is counted apart, on the text of the new line and elsewhere.
+latents are. Where each class fires is counted apart, on the text of the new line and elsewhere.
+
+Planted models come first, of which the truth is known: tests/analyze/test_diff.py has the features.
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from analyze.subject import Subject
 from data.tiny.embedded import MODEL_DIR
 from data.tiny.problems import Problem, document, problem
+from tests.analyze.test_diff import rows_of, world
 from tests.bench.outcome import finish
+from tests.conftest import make_spine, make_store
 from tests.tiny.build import BOS, EOS, PAD, Batch, train_
 
 MARK = "\nBackwards: "  # what the copy learns to go on with
-LAYER = 5
+PLANTED_ROWS = 65_536
 TUNING_SEED = 11  # of the problems to learn on; the text is of another one
 TEXT_SEED = 12
 
@@ -104,30 +108,22 @@ def command(*words: str) -> None:
     subprocess.run([sys.executable, "-m", *words], check=True)
 
 
-def where_own_fire(run: Path, target: int) -> dict[str, float]:
-    """How often surviving own latents of a target fire, and shared ones: on the new line, and
-    elsewhere; latents a token.
-    """
+def where_classes_fire(run: Path) -> dict[str, list[float]]:
+    """Latents of each class that fire on a token: elsewhere, and on the new line."""
     subject = Subject.open(run, None, torch.device("cpu"))
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     table = pq.read_table(run / "studies" / "diff" / "features.parquet").to_pydict()
-    survives = np.array([value == 1 for value in table["survives"]])
-    share = np.array(table[f"share {subject.ports.writes[target].name}"])
-    kinds = {"own": survives & (share > 0.5), "others": ~survives}
-    counts = {name: np.zeros(2) for name in (*kinds, "tokens")}
+    classes = np.array(table["class"])
+    counts = {str(name): np.zeros(2) for name in np.unique(classes)}
+    tokens = np.zeros(2)
     for firings in subject.firings(10**6):
         unit = firings.unit
-        ids = subject.store.tokens(unit.number).ravel()
-        is_line = _lines(tokenizer, ids)[unit.local]
-        counts["tokens"] += np.bincount(is_line[firings.rows], minlength=2)
-        for name, members in kinds.items():
-            chosen = members[firings.latent]
-            counts[name] += np.bincount(is_line[firings.row[chosen]], minlength=2)
-    figures: dict[str, float] = {}
-    for name in kinds:
-        elsewhere, line = counts[name] / counts["tokens"]
-        figures |= {f"{name}_on_the_line": float(line), f"{name}_elsewhere": float(elsewhere)}
-    return figures
+        is_line = _lines(tokenizer, subject.store.tokens(unit.number).ravel())[unit.local]
+        tokens += np.bincount(is_line[firings.rows], minlength=2)
+        for name, count in counts.items():
+            chosen = firings.row[classes[firings.latent] == name]
+            count += np.bincount(is_line[chosen], minlength=2)
+    return {name: (count / tokens).tolist() for name, count in counts.items()}
 
 
 def _lines(tokenizer: Any, ids: NDArray[np.uint32]) -> NDArray[np.int64]:
@@ -144,45 +140,75 @@ def _lines(tokenizer: Any, ids: NDArray[np.uint32]) -> NDArray[np.int64]:
     return inside
 
 
+def planted(work: Path) -> dict[str, Any]:
+    """What is found of planted models: directions that both have, or one alone; and the null."""
+    made = world(PLANTED_ROWS)
+    spine = make_spine(PLANTED_ROWS // 32, 32, np.random.default_rng(1))
+    for name, written, codec in (("a", made.a, "blosc"), ("b", made.b, "none")):
+        if not (work / f"{name}.zarr").exists():
+            bits = rows_of(made.codes, written, ord(name)).bfloat16().view(torch.uint16).numpy()
+            size: dict[str, Any] = {"context": 32, "unit": 4096, "chunk": 256, "layer": 3}
+            make_store(work / f"{name}.zarr", bits, spine=spine, codec=codec, **size)
+    for name, pair in (("planted", "ab"), ("planted_self", "aa")):
+        both = ",".join(str(work / f"{letter}.zarr") for letter in pair)
+        command(
+            *("train", "sae=tiny_crosscoder", "optim=tiny", "sae.d_sae=64", "sae.k=4", "batch=512"),
+            *("layer=3", f"store=[{both}]", f"run={work / name}", "tokens=600000"),
+        )
+    return studied(work / "planted", work / "planted_self")
+
+
+def studied(run: Path, null: Path) -> dict[str, Any]:
+    """What study=diff finds of a run beside its null, and of the null itself."""
+    command("analyze", "study=diff", f"run={null}")
+    command("analyze", "study=diff", f"run={run}", f"study.null_run={null}")
+    kept = ("rows", "documents", "features", "silent", "classes", "cosine", "own")
+    results = {}
+    for name, folder in (("diff", run), ("self", null)):
+        figures = json.loads((folder / "studies" / "diff" / "diff.json").read_text())["figures"]
+        results[name] = {key: figures[key] for key in (*kept, "variance_explained")}
+    return results
+
+
+def real(work: Path, layer: int, tokens: int) -> dict[str, Any]:
+    """The embedded model and its copy at a layer."""
+    stores = {"base": MODEL_DIR, "tuned": work / "tuned"}
+    for name, folder in stores.items():
+        command(
+            *("harvest", f"model.path={folder}", "model.dtype=float32"),
+            *(f"text.path={work / 'text.jsonl'}", f"layer={layer}", f"tokens={tokens}"),
+            *("context=256", f"store={work / name}.zarr"),
+        )
+    for name, pair in ((f"diff{layer}", ("base", "tuned")), (f"self{layer}", ("base", "base"))):
+        both = ",".join(f"{work / one}.zarr" for one in pair)
+        command(
+            *("train", "sae=tiny_crosscoder", "optim=tiny", "batch=512", f"store=[{both}]"),
+            *(f"layer={layer}", f"run={work / name}"),
+        )
+    found = studied(work / f"diff{layer}", work / f"self{layer}")
+    return {**found, "fires": where_classes_fire(work / f"diff{layer}")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="kept; a second start goes on")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--tokens", type=int, default=400_000)
-    parser.add_argument("--sae", default="tiny_crosscoder")
+    parser.add_argument("--layers", type=int, nargs="+", default=[5, 10])
     args = parser.parse_args()
-    work: Path = args.work
+    work: Path = args.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
-    text = write_text(work / "text.jsonl", args.tokens // 20)
-    tuned = fine_tuned(work / "tuned", args.steps)
-    losses = {"loss_base": loss_of_the_line(MODEL_DIR), "loss_tuned": loss_of_the_line(tuned)}
-    stores = {}
-    for name, folder in (("base", MODEL_DIR), ("tuned", tuned)):
-        stores[name] = work / f"{name}.zarr"
-        command(
-            *("harvest", f"model.path={folder}", "model.dtype=float32", f"text.path={text}"),
-            *(f"layer={LAYER}", f"tokens={args.tokens}", "context=256", f"store={stores[name]}"),
-        )
-    runs = {}
-    for name, pair in (("diff", ("base", "tuned")), ("self", ("base", "base"))):
-        runs[name] = work / name
-        both = ",".join(str(stores[one]) for one in pair)
-        command(
-            *("train", f"sae={args.sae}", "optim=tiny", "batch=512", f"store=[{both}]"),
-            *(f"layer={LAYER}", f"run={runs[name]}"),
-        )
-    command("analyze", "study=diff", f"run={runs['self']}")
-    command("analyze", "study=diff", f"run={runs['diff']}", f"study.null_run={runs['self']}")
-    results = {}
-    for name, run in runs.items():
-        record = json.loads((run / "studies" / "diff" / "diff.json").read_text())
-        figures = record["figures"]
-        kept = ("rows", "documents", "features", "silent", "classes", "cosine", "own")
-        results[name] = {key: figures[key] for key in (*kept, "variance_explained")}
-    shape = {"steps": args.steps, "tokens": args.tokens, "layer": LAYER, "sae": args.sae}
-    fires = where_own_fire(runs["diff"], 1)
-    finish(shape, {**losses, **fires, **results}, args.out)
+    if not (work / "text.jsonl").exists():
+        write_text(work / "text.jsonl", args.tokens // 20)
+    if not (work / "tuned" / "chat_template.jinja").exists():
+        fine_tuned(work / "tuned", args.steps)
+    figures: dict[str, Any] = {"planted": planted(work)}
+    figures["loss_base"] = loss_of_the_line(MODEL_DIR)
+    figures["loss_tuned"] = loss_of_the_line(work / "tuned")
+    for layer in args.layers:
+        figures[f"layer_{layer}"] = real(work, layer, args.tokens)
+    finish({"steps": args.steps, "tokens": args.tokens}, figures, args.out)
 
 
 if __name__ == "__main__":

@@ -220,6 +220,7 @@ def figures_of(
         "classes": _of_classes(measured, classes),
         "entropy": float(measured.targets.entropy[alive].mean()) if alive.any() else None,
         "cosine": _of_cosines(measured),
+        "cosine_of_null": self_null and _of_cosines(self_null),
         "variance_explained": _of_targets(explained, names, classes),
         "own": _of_own(measured, names, permuted, self_null),
     }

@@ -43,7 +43,7 @@ def summary(figures: Mapping[str, Any]) -> list[str]:
             f"Shared latents have the same direction in all targets in {cosine['same']:,} cases "
             f"(cosine {cosine['alike_from']:g} or more), a rotated one in {cosine['rotated']:,}, "
             f"an opposite one in {cosine['opposite']:,}; the median cosine is "
-            f"{cosine['median']:.2f}."
+            f"{cosine['median']:.2f}.{_of_null_cosine(figures['cosine_of_null'])}"
         )
     stores = ", ".join(f"store {i} is {name}" for i, name in enumerate(figures["stores"]))
     lines.append(
@@ -76,6 +76,15 @@ def _of_null(null: Mapping[str, Any], path: str) -> str:
         f"{bracketed(own['interval'], '.2%')} of its latents a target's own, and "
         f"{survive['value']:.2%} {bracketed(survive['interval'], '.2%')} survive: of each target "
         f"here {null['expected_own']:.1f} and {null['expected_survivors']:.1f} would be false."
+    )
+
+
+def _of_null_cosine(cosine: Mapping[str, Any] | None) -> str:
+    if cosine is None:
+        return ""
+    return (
+        f" In the null the same are {cosine['same']:,}, {cosine['rotated']:,}, "
+        f"{cosine['opposite']:,} and {cosine['median']:.2f}: training alone rotates as many."
     )
 
 
