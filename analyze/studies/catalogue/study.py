@@ -286,7 +286,8 @@ def logits(
     try:
         lm = study.lm if port.store == 0 else study.lm_of(port.store)
     except PipelineError as error:
-        return None, str(error)
+        of_port = f"{port}: " if len(subject.ports.writes) > 1 else ""
+        return None, f"{of_port}{error}"
     key = {
         "version": directions.VERSION,
         **study.identity,

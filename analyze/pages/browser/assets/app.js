@@ -119,15 +119,15 @@ function onKey(event) {
   event.preventDefault();
 }
 
-// Where a run's rows are: "Layer 21", or its hook points.
-const placed = ({ layer, where }) => (where === undefined ? `Layer ${layer}` : `${where[0].toUpperCase()}${where.slice(1)}`);
+// Where a run's rows are: a layer's output, or its hook points.
+const placed = ({ layer, where, model }) => (where === undefined ? `Layer ${layer} of ${model}` : `${where.replace(/^l/, "L")} (${model})`);
 
 function begin() {
   if (meta()) {
-    const { name, model, features, rows, as_ids } = meta();
+    const { name, features, rows, as_ids } = meta();
     document.getElementById("title").textContent = `Features of ${name}`;
     const ids = as_ids ? " Tokens are shown as ids: the tokenizer was not at hand." : "";
-    document.getElementById("about").textContent = `${placed(meta())} of ${model}, ${formatted(features)} features on ${formatted(rows)} rows.${ids}`;
+    document.getElementById("about").textContent = `${placed(meta())}, ${formatted(features)} features on ${formatted(rows)} rows.${ids}`;
   }
   const q = document.getElementById("q");
   q.addEventListener("input", later(() => change({ q: q.value })));

@@ -114,7 +114,7 @@ function ofCrosscoder(own, texts) {
       el("div", { title: "mean square of what it writes here, over the variance of the rows" }, el("dt", {}, "energy"), el("dd", {}, percent(energy))),
     );
     const bar = el("progress", { value: share, "aria-label": `share of norms at ${meta().targets[number]}` });
-    return part(meta().targets[number], bar, figures, ...logits({ raised, lowered }, texts));
+    return part(meta().targets[number], bar, figures, ...(raised ? logits({ raised, lowered }, texts) : [el("p", { class: "soft" }, "no logits: study=catalogue says why")]));
   });
 }
 
