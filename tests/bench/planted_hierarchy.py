@@ -18,7 +18,9 @@ Shapes: n rows, d 64, features P + 3 P.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,14 +32,21 @@ from tests.bench.method import Runs, chosen, judged
 from tests.bench.outcome import finish
 from tests.bench.peer_trainers import Task, load
 from tests.bench.peers import Figures
-from tests.bench.variants import finished, judge
+from tests.bench.variants import RECIPE, finished, judge
 from train.sae import SAE
 
 PARENTS, CHILDREN, D = 20, 3, 64
 OFTEN = 0.15  # of the rows a parent fires on
 WITH_CHILD = 0.75  # of those, a child fires too
 _NOISE = 0.02  # of a row, per dimension
+_SEED = 1_000_003  # none that an SAE has: equal seeds would draw equal directions
 _PARTS = {"train": 200_000, "choice": 16_384, "heldout": 16_384}
+# By name: what the variants change, and settings beside it. In so short a run AuxK of the scaled
+# recipe would never act: its latents are dead after 10e6 tokens.
+RECIPES: dict[str, tuple[Sequence[str], tuple[str, ...]]] = {
+    "rows": (RECIPE, ()),
+    "scaled": (["sae=scaled_32k", "optim=scaled"], ("sae.dead_after=null",)),
+}
 NAMES = ("topk", "batchtopk", "matryoshka")
 
 
@@ -63,7 +72,7 @@ def planted(count: int, draw: torch.Generator, directions: Tensor) -> Planted:
 def write(folder: Path) -> None:
     """The three parts, each with what fires."""
     folder.mkdir(parents=True, exist_ok=True)
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(_SEED)
     features = PARENTS * (1 + CHILDREN)
     directions = torch.nn.functional.normalize(torch.randn(features, D, generator=draw), dim=1)
     for name, count in _PARTS.items():
@@ -97,10 +106,10 @@ def recovered(sae: SAE, folder: Path) -> Figures:
     }
 
 
-def make(task: Task) -> Figures:
+def make(recipe: Sequence[str], task: Task) -> Figures:
     """One run's figures."""
     rows = load(task)
-    sae = finished(task, rows)
+    sae = finished(task, rows, recipe)
     assert task.activations is not None
     figures = {**judge(sae, rows), **recovered(sae, Path(task.activations))}
     print(task.trainer, f"lr {task.lr:g} seed {task.seed}", figures, flush=True)
@@ -113,18 +122,23 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, required=True, help="for the rows and the runs")
     parser.add_argument("--k", type=int, default=5)
+    parser.add_argument("--recipe", choices=RECIPES, default="rows")
     parser.add_argument("--out", type=Path, help="write the result there as JSON")
     asked = parser.parse_args()
     if not (asked.folder / "heldout.npy").exists():
         write(asked.folder)
-    runs = Runs(asked.folder / "runs.jsonl", make)
-    task = Task("", D, 128, asked.k, 512, 200_000, 0.0, 0, str(asked.folder.absolute()), True)
+    recipe, settings = RECIPES[asked.recipe]
+    runs = Runs(asked.folder / "runs.jsonl", partial(make, recipe))
+    folder = str(asked.folder.absolute())
+    task = Task("", D, 128, asked.k, 512, 200_000, 0.0, 0, folder, True, settings)
     found: Figures = {}
     for name in NAMES:
         lr, tried = chosen(runs, replace(task, trainer=name))
         found[name] = {"lr": lr, "choice_by_rate": tried}
         found[name] |= judged(runs, replace(task, trainer=name, lr=lr))
-    finish({"k": asked.k, "d_sae": 128, "tokens": 200_000}, found, asked.out)
+    finish(
+        {"recipe": asked.recipe, "k": asked.k, "d_sae": 128, "tokens": 200_000}, found, asked.out
+    )
 
 
 if __name__ == "__main__":

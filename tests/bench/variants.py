@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,7 @@ def make(task: Task) -> Figures:
     return figures
 
 
-def finished(task: Task, rows: Rows) -> SAE:
+def finished(task: Task, rows: Rows, recipe: Sequence[str] = RECIPE) -> SAE:
     """The trained SAE of a variant.
 
     Raises:
@@ -159,7 +159,7 @@ def finished(task: Task, rows: Rows) -> SAE:
     """
     torch.set_num_threads(1)
     variant = VARIANTS[task.trainer]
-    config = configured(task, [*RECIPE, *variant.settings])
+    config = configured(task, [*recipe, *variant.settings])
     trainer = variant.trainer(config, rows, torch.device("cpu"))
     if variant.objective is not None:
         trainer.objective = variant.objective(config.sae, **variant.arguments)
