@@ -48,6 +48,7 @@ from train.command import command as train
 from train.run import CHECKPOINTS, METRICS
 
 LAYERS, UNITS, UNIT, D = (1, 4), 40, 64, 32
+READS: dict[int, int | list[int]] = {1: [1, 4], 4: 4}  # by the run: one is a crosscoder of both
 HELD_OUT = 2
 EACH = ring_state.unit_bytes(UNIT, 16, D, len(LAYERS))
 SPAN = 2
@@ -99,7 +100,9 @@ def settings(store: Path, run: Path, layer: int = 4, **changes: Any) -> dict[str
     """A small run whose logs, evaluations and checkpoints are out of step with one another and with
     the ring.
     """
-    sae = {"activation": "topk", "d_sae": 48, "k": 4, "k_aux": 8, "dead_after": 300}
+    kind = "crosscoder" if isinstance(READS[layer], list) else "sae"
+    sizes = {"d_sae": 48, "k": 4, "k_aux": 8, "dead_after": 300}
+    sae = {"kind": kind, "activation": "topk", **sizes}
     optim = {"lr": 0.01, "project_every": 3}
     counts = {
         "batch": 16,
@@ -113,7 +116,9 @@ def settings(store: Path, run: Path, layer: int = 4, **changes: Any) -> dict[str
     asked = {
         "store": str(store),
         "run": str(run),
-        "layer": layer,
+        "layer": READS[layer],
+        "site": None,
+        "start": None,
         "tokens": None,
         "device": "cpu",
         "train": {"matmul": None},
@@ -147,7 +152,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def reference(bench: Bench) -> dict[int, dict[str, bytes]]:
-    """The bits of one run per layer, from a store that keeps all rows, in the same groups."""
+    """The bits of each run, from a store that keeps all rows, in the same groups."""
     store = Path(shutil.copytree(bench.spine, bench.folder / "whole.zarr"))
     place = LocalPlace(store)
     held_out = split.parts(Store.open(place))[split.HELD_OUT]

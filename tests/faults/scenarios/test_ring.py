@@ -109,6 +109,7 @@ class World:
         counts = {"batch": 16, "seed": 0, "data_seed": 0, "log_every": 3, "eval_every": 11}
         rules = {"drop_bos": True, "drop_outliers": True, "drop_tokens": []}
         asked = {"store": str(folder / "s.zarr"), "run": str(folder / "run"), "layer": LAYER}
+        asked |= {"site": None, "start": None}
         more = {"tokens": None, "device": "cpu", "train": {"matmul": None}, "optim": {"lr": 0.01}}
         train(
             {**asked, **counts, **rules, **more, "eval_rows": 32, "checkpoint_every": 5, "sae": sae}
