@@ -14,6 +14,8 @@ from train.kernels import GPU_BLOCK_BYTES
 _STATE = 3  # tensors of each parameter's size: itself, and Adam's two moments
 # (batch, d) float32 at a time: rows, centred rows, reconstruction, error, gradient, ...
 _ROW_BUFFERS = 8
+_NESTED = ("matryoshka", "hierarchical")  # they reconstruct each row sae.nested times
+_NESTED_BUFFERS = 4  # (batch, nested, d) float32: what levels add, errors, and both gradients
 
 
 def arm_bytes(arm: Arm) -> int:
@@ -32,7 +34,8 @@ def step_bytes(arm: Arm) -> int:
     d_sae = arm.config.sae.d_sae
     batch = arm.config.batch
     gradients = 4 * (d + d_out) * d_sae
-    rows = 4 * _ROW_BUFFERS * batch * max(d, d_out)
+    nested = arm.config.sae.nested if arm.config.sae.activation in _NESTED else 0
+    rows = 4 * batch * (_ROW_BUFFERS * max(d, d_out) + _NESTED_BUFFERS * nested * d_out)
     pre_activations = min(4 * batch * d_sae, GPU_BLOCK_BYTES)
     pairs = 4 * 12 * batch * arm.config.sae.k
     return gradients + rows + pre_activations + pairs
