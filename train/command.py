@@ -92,7 +92,7 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
         policy=policy,
         sae=sae,
         optim=optim,
-        start=start and start.digest,
+        start=start.digest if start else None,
         **counts,
     )
     pinned = device.type == "cuda"

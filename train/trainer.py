@@ -340,7 +340,7 @@ class Trainer:
     def evaluation_as_is(self) -> Evaluation | None:
         """Of what training starts from, as it is; None: from nothing, or it was evaluated."""
         as_is, self.as_is = self.as_is, None
-        return as_is and Evaluation(as_is, self.columns, None)
+        return None if as_is is None else Evaluation(as_is, self.columns, None)
 
     def held_out_record(
         self, evaluation: Evaluation, as_is: Evaluation | None = None

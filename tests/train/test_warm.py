@@ -36,7 +36,8 @@ STEPS = 400  # of the runs to start from: few enough to be quick, enough to lear
 BATCH = 64
 K = 3  # directions in a row, and latents that are kept of it
 D = 16
-KINDS = ("topk", "batchtopk", "jumprelu", "gated")
+LONG = pytest.mark.long
+KINDS = ["topk", "batchtopk", "jumprelu", pytest.param("gated", marks=LONG)]
 
 
 def settings(activation: str = "topk", **changes: Any) -> SAEConfig:
@@ -69,7 +70,7 @@ def arm(folder: Path, sae: SAEConfig, start: str | None = None, **changes: Any) 
     small: dict[str, Any] = {
         "tokens": changes.pop("steps", STEPS) * BATCH,
         "batch": BATCH,
-        "start": begun and begun.digest,
+        "start": begun.digest if begun else None,
         "checkpoint_every": 10**6,
         "eval_every": 10**6,
         "log_every": 10**6,
@@ -96,20 +97,28 @@ def first_record(folder: Path) -> dict[str, Any]:
     return read_metrics(folder / run.METRICS)[0]
 
 
+class Bases(dict[str, Path]):
+    """A finished run of each activation, trained when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __missing__(self, kind: str) -> Path:
+        train(arm(self._folder / kind, settings(kind)), CPU)
+        self[kind] = self._folder / kind
+        return self[kind]
+
+
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A finished run of each activation."""
-    folder = tmp_path_factory.mktemp("bases")
-    for kind in KINDS:
-        train(arm(folder / kind, settings(kind)), CPU)
-    return {kind: folder / kind for kind in KINDS}
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
+    return Bases(tmp_path_factory.mktemp("bases"))
 
 
 # -- the same rows ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_on_the_same_rows_it_is_the_run_itself(kind: str, bases: dict[str, Path]) -> None:
+def test_on_the_same_rows_it_is_the_run_itself(kind: str, bases: Bases) -> None:
     now, end = begun(settings(kind), bases[kind]), run.metrics_of(bases[kind])[-1]
     assert (now["split"], now["step"], now["rows"]) == ("held_out", 0, end["rows"])
     for name in ("variance_explained", "variance_explained_as_is"):
@@ -117,15 +126,13 @@ def test_on_the_same_rows_it_is_the_run_itself(kind: str, bases: dict[str, Path]
     assert now["l0"] == pytest.approx(end["l0"], abs=1e-2)
 
 
-def test_in_principal_axes_too(bases: dict[str, Path]) -> None:
+def test_in_principal_axes_too(bases: Bases) -> None:
     now, end = begun(settings(rotate=True), bases["topk"]), run.metrics_of(bases["topk"])[-1]
     assert now["variance_explained"] == pytest.approx(end["variance_explained"], abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["saelens", "sparsify", "dictionary_learning", "reference"])
-def test_another_librarys_files_are_the_same_start(
-    name: str, bases: dict[str, Path], tmp_path: Path
-) -> None:
+def test_another_librarys_files_are_the_same_start(name: str, bases: Bases, tmp_path: Path) -> None:
     sae, _ = run.sae_of(bases["topk"])
     if name != "reference":
         bundle.write(tmp_path, golden.files(name, sae, ABOUT))
@@ -141,10 +148,15 @@ def test_another_librarys_files_are_the_same_start(
 
 @pytest.mark.parametrize(
     ("kind", "factor", "shift"),
-    [("topk", 0.02, 0.0), ("topk", 30.0, 7.0), ("batchtopk", 1.0, 0.5), ("jumprelu", 30.0, 7.0)],
+    [
+        ("topk", 0.02, 0.0),
+        ("batchtopk", 1.0, 0.5),
+        pytest.param("topk", 30.0, 7.0, marks=LONG),
+        pytest.param("jumprelu", 30.0, 7.0, marks=LONG),
+    ],
 )
 def test_a_factor_and_a_mean_that_moved_are_found(
-    kind: str, factor: float, shift: float, bases: dict[str, Path]
+    kind: str, factor: float, shift: float, bases: Bases
 ) -> None:
     """Rows that are the old ones but for a factor and a shift: what was explained is again."""
     now = begun(settings(kind), bases[kind], Moved(factor, shift))
@@ -156,17 +168,17 @@ def test_a_factor_and_a_mean_that_moved_are_found(
 @pytest.mark.parametrize(
     ("kind", "into"),
     [
-        *(("topk", "batchtopk"), ("topk", "jumprelu"), ("topk", "gated"), ("topk", "hierarchical")),
-        *(("batchtopk", "topk"), ("batchtopk", "jumprelu"), ("jumprelu", "matryoshka")),
+        *(("topk", "batchtopk"), ("topk", "jumprelu"), ("topk", "gated")),
+        *(("batchtopk", "hierarchical"), ("jumprelu", "matryoshka")),
     ],
 )
-def test_any_activation_from_any_other(kind: str, into: str, bases: dict[str, Path]) -> None:
+def test_any_activation_from_any_other(kind: str, into: str, bases: Bases) -> None:
     now = begun(settings(into), bases[kind])
     assert now["variance_explained"] > 0.8
     assert now["l0"] == pytest.approx(K, rel=0.5)
 
 
-def test_thresholds_stay_with_the_function(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_thresholds_stay_with_the_function(bases: Bases, tmp_path: Path) -> None:
     """Of JumpReLU in Gated, and of decoder rows of any norm: the same function."""
     sae, _ = run.sae_of(bases["jumprelu"])
     norms = torch.linspace(0.5, 2, sae.d_sae)
@@ -186,7 +198,7 @@ def test_thresholds_stay_with_the_function(bases: dict[str, Path], tmp_path: Pat
 
 
 def test_a_start_that_knows_nothing_is_said_to(
-    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bases: Bases, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Directions to read and to write that were drawn apart from each other."""
     sae, _ = run.sae_of(bases["topk"])
@@ -202,7 +214,7 @@ def test_a_start_that_knows_nothing_is_said_to(
     assert "decoder norms" in said and "explains nothing" in said
 
 
-def test_training_goes_on_from_there(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_training_goes_on_from_there(bases: Bases, tmp_path: Path) -> None:
     """Rows of twice the size about another mean: it explains more with the same few steps."""
     rates = OptimConfig(lr=2e-3, lr_floor=1e-3)
     few: dict[str, Any] = {"reader": Moved(2.0, 0.5), "steps": 60, "optim": rates}
@@ -231,7 +243,7 @@ class Aligned(Drawn):
         return torch.cat([first * rows, second * rows @ self._turn], dim=1).bfloat16()
 
 
-@pytest.mark.parametrize("kind", ["transcoder", "crosscoder"])
+@pytest.mark.parametrize("kind", ["transcoder", pytest.param("crosscoder", marks=LONG)])
 def test_transcoders_and_crosscoders_start_too(kind: str, tmp_path: Path) -> None:
     layers = {"transcoder": 0, "crosscoder": (0, 1)}[kind]
     more: dict[str, Any] = {"layer": layers, "reader": Aligned()}
@@ -256,7 +268,7 @@ def test_transcoders_and_crosscoders_start_too(kind: str, tmp_path: Path) -> Non
 ABOUT = About("nobody/none", ports_of("sae", [0], ["resid_post"], None), 16, "made up")
 
 
-def test_what_does_not_fit_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused(bases: Bases, tmp_path: Path) -> None:
     start = Start.of(str(bases["topk"]), tmp_path)
     start.require_fit(settings(), (D, D), "rows")
     with pytest.raises(SettingError, match=r"48 latents, and sae.d_sae=64; give sae.d_sae=48"):
@@ -267,7 +279,7 @@ def test_what_does_not_fit_is_refused(bases: dict[str, Path], tmp_path: Path) ->
         start.require_fit(settings(kind="transcoder"), (D, D), "rows")
 
 
-def test_what_is_no_start_is_refused_in_one_line(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_what_is_no_start_is_refused_in_one_line(bases: Bases, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     sae, _ = run.sae_of(bases["topk"])
     spoiled = replace(sae, b_enc=sae.b_enc.clone().fill_(float("nan")))
@@ -293,7 +305,7 @@ def test_what_is_no_start_is_refused_in_one_line(bases: dict[str, Path], tmp_pat
 # -- going on, and the command ---------------------------------------------------------------------
 
 
-def test_a_run_goes_on_when_its_start_is_gone(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_goes_on_when_its_start_is_gone(bases: Bases, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(bases["batchtopk"], base)
     small = settings("batchtopk")
