@@ -27,17 +27,22 @@ from train.sae import SAEConfig
 from train.trainer import TrainConfig, Trainer
 
 _STEPS = 1_000_000  # the schedule's length; the bench ends long before
+_BATCHES = 4  # that are different
 
 
 class InMemory:
     """Normal rows: the surface of data.rows.reader.Reader."""
 
-    def __init__(self, d: int, batch: int, batches: int = 4) -> None:
+    def __init__(self, d: int, batch: int, widths: list[int] | None = None) -> None:
+        """Args:
+        widths: of the sources, d together; None: there is one.
+        """
         draw = torch.Generator().manual_seed(0)
-        self._batches = [torch.randn(batch, d, generator=draw).bfloat16() for _ in range(batches)]
+        self._batches = [torch.randn(batch, d, generator=draw).bfloat16() for _ in range(_BATCHES)]
         self.rows = _STEPS * batch
-        self.widths = [d]
-        self.mean_norms = [float(self._batches[0].float().norm(dim=1).mean())]
+        self.widths = widths or [d]
+        parts = self._batches[0].float().split(self.widths, 1)
+        self.mean_norms = [float(part.norm(dim=1).mean()) for part in parts]
         self.mean, self.variance = np.zeros(d), np.ones(d)
 
     def batches(self, start: int) -> Iterator[Tensor]:

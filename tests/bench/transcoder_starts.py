@@ -123,7 +123,8 @@ class Rows:
 
 def least_squares(x: Tensor, y: Tensor) -> Tensor:
     """(d, d_out) the map M of least |x M - y|^2, of centred rows."""
-    return torch.linalg.lstsq(x.double(), y.double()).solution.float()
+    solution: Tensor = torch.linalg.lstsq(x.double(), y.double()).solution
+    return solution.float()
 
 
 def best_scale_(sae: SAE, x: Tensor, y: Tensor) -> None:
@@ -187,7 +188,7 @@ def explained(start: str, lr: float, seed: int, judged: str, asked: argparse.Nam
             trainer.step_(batch)
         evaluation = trainer.evaluation()
         held_out = torch.from_numpy(np.load(asked.rows / f"{judged}.npy"))
-        evaluate([evaluation], held_out.split(4096))
+        evaluate([evaluation], torch.split(held_out, 4096))
         return trainer.held_out_record(evaluation)
 
 
