@@ -52,6 +52,7 @@ SEEDS = (1, 2, 3)
 _LAYER = 5  # of the embedded model
 _DOCUMENTS = 30_000  # word problems
 _MOST_RATES = 8
+_JUDGED = 16_384  # rows of each part
 
 
 class Tapped:
@@ -187,8 +188,8 @@ def explained(start: str, lr: float, seed: int, judged: str, asked: argparse.Nam
         for batch in reader.batches(0):
             trainer.step_(batch)
         evaluation = trainer.evaluation()
-        held_out = torch.from_numpy(np.load(asked.rows / f"{judged}.npy"))
-        evaluate([evaluation], torch.split(held_out, 4096))
+        held_out = np.load(asked.rows / f"{judged}.npy", mmap_mode="r")[:_JUDGED]
+        evaluate([evaluation], torch.split(torch.from_numpy(np.array(held_out)), 4096))
         return trainer.held_out_record(evaluation)
 
 
