@@ -32,7 +32,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.request import Request, urlopen
@@ -40,6 +40,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 import analyze.pages.browser.serve
+from data.site import RESID_POST, HookPoint
 from data.store import bucket as objects
 from data.store.store import Store
 from data.tiny import problems
@@ -394,7 +395,9 @@ def require_harvest(words: list[str], out: str) -> None:
         assert out.strip()
     if action == "run":
         layers = setting(words, "layer", "[5,8]").strip("[]").split(",")
-        assert all(store.complete(int(layer)) for layer in layers)
+        sites = setting(words, "site", RESID_POST).strip("[]").split(",")
+        points = [HookPoint(int(layer), site) for layer, site in product(layers, sites)]
+        assert all(store.complete(point) for point in points)
 
 
 def begin(shell: Shell) -> None:

@@ -21,7 +21,7 @@ from train.kernels import Kept
 from train.ports import KINDS
 
 AUX_NORMS = ("raw", "variance")
-INITS = ("random", "rows", "kaiming")
+INITS = ("random", "rows", "map", "kaiming")
 WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec")  # of a file
 OPTIONAL = ("threshold", "b_in", "W_skip")  # what a file may have beside them
 
@@ -48,7 +48,7 @@ class SAEConfig:
     # Tokens without firing that make a latent dead (Gao et al., section 2.4). None: 1/25 of the
     # run, at most 10e6.
     dead_after: int | None = 10_000_000
-    init: str = "random"  # decoder directions at the start, one of INITS: train/start.py
+    init: str = "random"  # directions at the start, one of INITS: train/start.py
     # Train in the rows' principal axes, where Adam scales each by itself. The file is on raw rows.
     rotate: bool = False
     # In the first 80 % of the run, restart latents silent for three times dead_after along the
@@ -80,6 +80,11 @@ class SAEConfig:
     def __post_init__(self) -> None:
         if self.init not in INITS:
             raise SettingError(f"sae.init={self.init!r} must be one of {', '.join(INITS)}")
+        if self.init == "map" and self.kind != "transcoder":
+            raise SettingError(
+                "sae.init=map is of transcoders, whose encoder and decoder are of different hook "
+                f"points, and sae.kind={self.kind}; take sae.init=rows"
+            )
         if self.kind not in KINDS:
             raise SettingError(f"sae.kind={self.kind} must be one of {', '.join(KINDS)}")
         if self.target is not None:

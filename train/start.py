@@ -3,6 +3,8 @@
 - init=random: random directions, b_dec the rows' mean; no row is needed (train/sae.py).
 - init=rows: directions of rows. Measured on MiniLM's activations, d 384, F 4,096, k 32, 300,000
   tokens (docs/method.md).
+- init=map: of a transcoder. Random directions that are written, read along what a linear map makes
+  of them (docs/method.md).
 - init=kaiming: random directions, a short encoder, b_dec the geometric median, as in
   caiovicentino/mechreward scripts/train_sae_qwen35.py.
 
@@ -27,7 +29,7 @@ _WEISZFELD_STEPS = 5  # as the reference has it
 def rows_needed(config: SAEConfig, d: int) -> int:
     """Rows for what the settings start from; 0: for none."""
     median = _ROWS_OF_MEDIAN if config.init == "kaiming" else 0
-    if config.rotate or config.init == "rows":
+    if config.rotate or config.init in ("rows", "map"):
         return max(_ROWS_PER_AXIS * d, config.d_sae, median)
     return median
 
@@ -50,12 +52,28 @@ def principal_axes(centred: Tensor) -> Tensor:
     return axes.to(centred.dtype)
 
 
+def by_map_(sae: SAE, centred: Tensor, target: Tensor) -> None:
+    """Let each latent of a transcoder read what a linear map takes to the direction that it writes.
+
+    With M of the least |x M - y|^2 the encoder is W_dec M^T, its rows of norm 1, then scaled as
+    `from_rows_` does.
+
+    Args:
+        centred: (n, d) rows x less b_in.
+        target: (n, d_out) rows y less b_dec.
+    """
+    x = centred.double()
+    # By the covariance and its pseudo-inverse: columns that are always 0 count for nothing.
+    M = torch.linalg.pinv(x.T @ x, hermitian=True) @ (x.T @ target.double())
+    sae.encoder.copy_(normalize(sae.W_dec.double() @ M.T, dim=1))
+    _scale_(sae, centred, target)
+
+
 def from_rows_(sae: SAE, centred: Tensor, target: Tensor, whiten: bool) -> None:
     """Set the decoder's directions to those of rows, and the encoder to the same, scaled.
 
-    The scale makes the first reconstructions fit best: <y, y_hat> / |y_hat|^2. TopK keeps the same
-    latents whatever the scale is. Directions for which there is no row stay random. A transcoder's
-    latent writes along a row of y, and reads along the same token's row of x.
+    TopK keeps the same latents whatever the scale is. Directions for which there is no row stay
+    random. A transcoder's latent writes along a row of y, and reads along the same token's row of x.
 
     Args:
         centred: (n, d) rows x less b_in, of an autoencoder less b_dec.
@@ -76,6 +94,11 @@ def from_rows_(sae: SAE, centred: Tensor, target: Tensor, whiten: bool) -> None:
     else:
         read = centred[norms > 0][: sae.d_sae]
         sae.encoder[: len(read)] = normalize(read, dim=1)
+    _scale_(sae, centred, target)
+
+
+def _scale_(sae: SAE, centred: Tensor, target: Tensor) -> None:
+    """Scale the encoder so that the first reconstructions fit best: <y, y_hat> / |y_hat|^2."""
     few, wanted = centred[:4096], target[:4096]
     y_hat = kernels.decode(kernels.encode(few, sae.encoder, sae.b_enc, sae.k), sae.W_dec)
     scale = (wanted * y_hat).sum() / y_hat.square().sum()

@@ -202,9 +202,11 @@ class Trainer:
             state.basis.copy_(start.principal_axes(target))
             target = target @ state.basis
             state.sae.b_dec.copy_(state.sae.b_dec @ state.basis)
+        centred = target if state.sae.b_in is None else x - state.sae.b_in
         if config.init == "rows":
-            centred = target if state.sae.b_in is None else x - state.sae.b_in
             start.from_rows_(state.sae, centred, target, whiten=state.basis is not None)
+        if config.init == "map":
+            start.by_map_(state.sae, centred, target)
 
     def begin_from_(self, named: SAE, first: Tensor) -> str:
         """Set all weights to those of an SAE on raw rows, made right for these; what was done.

@@ -190,6 +190,26 @@ def test_starts_from_pairs_of_rows():
     assert float((y * y_hat).sum() / y_hat.square().sum()) == pytest.approx(1, rel=1e-5)
 
 
+def test_starts_by_the_map_that_rows_have():
+    """Of y = x A each latent reads A of what it writes, also where a column of x is always 0."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 5, generator=draw)
+    x[:, 4] = 0
+    A = torch.randn(5, 4, generator=draw)
+    sae = initial(SAEConfig(d_sae=16, k=2, kind="transcoder"), torch.zeros(4), 0, torch.zeros(5))
+    directions = sae.W_dec.clone()
+    start.by_map_(sae, x, x @ A)
+    A[4] = 0
+    assert torch.equal(sae.W_dec, directions)
+    torch.testing.assert_close(
+        normalize(sae.encoder, dim=1), normalize(directions @ A.T, dim=1), rtol=1e-4, atol=1e-5
+    )
+    y_hat = sae(x)
+    assert float((x @ A * y_hat).sum() / y_hat.square().sum()) == pytest.approx(1, rel=1e-5)
+    with pytest.raises(SettingError, match=r"sae\.init=map"):
+        SAEConfig(init="map")
+
+
 def test_starts_apart_without_rows():
     """Encoder and decoder are of different hook points, so they have nothing in common."""
     config = SAEConfig(d_sae=500, k=2, kind="transcoder", skip=True)
