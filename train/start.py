@@ -73,7 +73,7 @@ def from_rows_(sae: SAE, centred: Tensor, target: Tensor, whiten: bool) -> None:
     """Set the decoder's directions to those of rows, and the encoder to the same, scaled.
 
     TopK keeps the same latents whatever the scale is. Directions for which there is no row stay
-    random. A transcoder's latent writes along a row of y, and reads along the same token's row of x.
+    random. A latent of a transcoder writes along a row of y, and reads along its token's row of x.
 
     Args:
         centred: (n, d) rows x less b_in, of an autoencoder less b_dec.

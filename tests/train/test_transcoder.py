@@ -38,8 +38,8 @@ AUX = {"aux_coef": 1 / 32, "k_aux": 16, "aux_norm": "variance", "resample": True
 
 
 def sae_config(activation="topk", **settings):
-    """A transcoder's settings, started from rows unless something else is said."""
-    given = {**AUX, "init": "rows", "kind": "transcoder", **EVERY[activation], **settings}
+    """A transcoder's settings, started by the map unless something else is said."""
+    given = {**AUX, "init": "map", "kind": "transcoder", **EVERY[activation], **settings}
     return objective.find(activation).settings(activation=activation, **given)
 
 
@@ -62,7 +62,7 @@ def trained(folder, activation, steps, **planted):
 
 def test_finds_what_the_neurons_read_and_write(tmp_path):
     """And nothing where each row is beside another token's."""
-    final, share = trained(tmp_path / "mlp", "topk", 200)
+    final, share = trained(tmp_path / "mlp", "topk", 260)
     assert share >= 0.95
     assert final["variance_explained"] > 0.85
     final, share = trained(tmp_path / "apart", "topk", 40, apart=True)
