@@ -21,7 +21,10 @@ def summary(figures: Mapping[str, Any]) -> list[str]:
         counts = ", ".join(f"{own[name]['survive']:,} of {name}" for name in differing)
         lines = [f"The targets differ beyond the null: own latents that survive are {counts}."]
     else:
-        lines = ["No difference beyond the null: no target has more own latents than it."]
+        lines = [
+            "No difference beyond the null: no target has more own latents than it. Own latents "
+            "alone are tested; what both have may still differ in direction or use."
+        ]
     lines += [_of_target(name, target) for name, target in own.items()]
     first = next(iter(own.values()))
     if "null" in first:
@@ -84,7 +87,7 @@ def _of_null_cosine(cosine: Mapping[str, Any] | None) -> str:
         return ""
     return (
         f" In the null the same are {cosine['same']:,}, {cosine['rotated']:,}, "
-        f"{cosine['opposite']:,} and {cosine['median']:.2f}: training alone rotates as many."
+        f"{cosine['opposite']:,} and {cosine['median']:.2f}: what training alone gives."
     )
 
 
