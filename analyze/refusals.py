@@ -1,9 +1,12 @@
 """What a study cannot be of: a reason with its way out, before a model is loaded; None if it can.
 
-A study names one of these in its `Definition`.
+A study names one of these in its `Definition`; it is given the subject and the study's settings.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from analyze.subject import Subject
 from data.site import MLP_IN
@@ -11,12 +14,12 @@ from data.site import MLP_IN
 _OF_ROWS = "quality, stability, catalogue"  # studies that read stored rows alone
 
 
-def nothing(_: Subject) -> str | None:
+def nothing(_: Subject, __: Mapping[str, Any]) -> str | None:
     """Of a study of any dictionary."""
     return None
 
 
-def two_models(subject: Subject) -> str | None:
+def two_models(subject: Subject, _: Mapping[str, Any]) -> str | None:
     """Of a study that runs the language model: two stores are of two models, or of one twice."""
     if len(subject.stores) == 1:
         return None
@@ -26,7 +29,16 @@ def two_models(subject: Subject) -> str | None:
     )
 
 
-def all_but_saes(subject: Subject) -> str | None:
+def no_layer(subject: Subject, options: Mapping[str, Any]) -> str | None:
+    """Of a study of one layer, study.layer=, which by default is that of the hook points."""
+    if reason := two_models(subject, options):
+        return reason
+    if subject.only_layer is not None or options.get("layer") is not None:
+        return None
+    return f"the crosscoder of {subject.run} is of {subject.where}; give one layer as study.layer="
+
+
+def all_but_saes(subject: Subject, _: Mapping[str, Any]) -> str | None:
     """Of a study whose figures are defined for what reconstructs the one hook point it reads."""
     if subject.is_sae:
         return None
@@ -36,7 +48,7 @@ def all_but_saes(subject: Subject) -> str | None:
     )
 
 
-def beside_the_stream(subject: Subject) -> str | None:
+def beside_the_stream(subject: Subject, _: Mapping[str, Any]) -> str | None:
     """Of what directions say to the head: mlp_in is behind a norm, and adds nothing to the stream.
 
     A transcoder is fit by what it writes, a crosscoder if all that it writes is in the stream.

@@ -37,10 +37,12 @@ from analyze.problems import Solution
 from analyze.results import FOLDER
 from data import digests
 from data.errors import MismatchError, NonFiniteError, SettingError, StoreError
+from data.site import RESID_POST
 from data.text.documents import Content
 from harvest import model as language_model
 from harvest.model import LanguageModel, ModelConfig
 from train import sae_file
+from train.ports import recorded_ports
 from train.run import read_config, sae_digest
 from train.sae import SAE
 
@@ -102,7 +104,14 @@ class DenseReward:
             SettingError: the stage gate did not pass, the features were chosen on questions of
                 `judged_on`, or the model does not fit the SAE.
         """
-        layer = int(read_config(run)["settings"]["layer"])
+        ports = recorded_ports(read_config(run)["settings"])
+        ((_, point), *others) = ports.reads
+        if others or not ports.is_autoencoder or point.site != RESID_POST:
+            raise SettingError(
+                f"the features of {run} are no SAE's of resid_post, which a reward reads; give the "
+                "run of one"
+            )
+        layer = point.layer
         path = features or run / FOLDER / _GATE / f"{_GATE}.json"
         chosen = Chosen.read(path)
         chosen.require_layer(layer)

@@ -69,7 +69,7 @@ class Definition:
     # What the result depends on beside the run, the model and the settings.
     inputs: Callable[[Study], Mapping[str, Any]] = nothing
     # Why it cannot be of a dictionary, with the way out; None: it can. See analyze/refusals.py.
-    refuses: Callable[[Subject], str | None] = refusals.nothing
+    refuses: Callable[[Subject, Mapping[str, Any]], str | None] = refusals.nothing
     # Other studies whose files it reads, by run and name: nobody does them again meanwhile.
     reads: Callable[[Study], Iterable[tuple[Path, str]]] = no_study
     memory: Callable[[Study], Needed] | None = None  # None: less than anybody asks about
@@ -215,7 +215,7 @@ class Study:
             TemporaryError: another process does the study, or what it reads changed meanwhile.
         """
         assert definition.run is not None
-        if reason := definition.refuses(self.subject):
+        if reason := definition.refuses(self.subject, self.options):
             raise SettingError(f"study={self.name} is not for this run: {reason}")
         run = self.subject.run
         settings = {} if definition.fresh else self.settings(definition)

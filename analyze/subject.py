@@ -99,15 +99,28 @@ def open_stores(
         StoreError, MismatchError: see `open_store`.
     """
     named = [asked] if isinstance(asked, str) else asked
-    if named is not None and len(named) != len(recorded):
-        raise SettingError(
-            f"store={','.join(named)} names {len(named)}, and {run} was trained from "
-            f"{len(recorded)}: give each in its order, as store=[A,B] where there are two"
-        )
+    if named is not None:
+        require_each(run, named, recorded)
     opened = []
     for number, (place, identity) in enumerate(recorded):
         opened.append(open_store(run, place, identity, named[number] if named else None))
     return tuple(opened)
+
+
+def place_of_writes(ports: Ports) -> int | str:
+    """What is written, in records and files: the layer where that is resid_post, else names."""
+    if len(ports.writes) == 1 and not ports.writes[0].store:
+        return ports.writes[0].point.recorded
+    return "+".join(port.name.replace("/", "_") for port in ports.writes)
+
+
+def require_each(run: Path, named: Sequence[str], recorded: Sequence[Any]) -> None:
+    """Raise SettingError unless as many stores are named as a run was trained from."""
+    if len(named) != len(recorded):
+        raise SettingError(
+            f"store={','.join(named)} names {len(named)}, and {run} was trained from "
+            f"{len(recorded)}: give each in its order, as store=[A,B] where there are two"
+        )
 
 
 @dataclass(frozen=True)
@@ -239,19 +252,28 @@ class Subject:
         return self.ports.writes[0].point if len(self.ports.writes) == 1 else None
 
     @property
+    def only_layer(self) -> int | None:
+        """The layer of all its hook points; None if they are of several."""
+        layers = {port.point.layer for port in self.ports.every}
+        return layers.pop() if len(layers) == 1 else None
+
+    @property
     def layer(self) -> int:
-        """The layer of all its hook points.
+        """The same.
 
         Raises:
             SettingError: they are of several layers.
         """
-        layers = {port.point.layer for port in self.ports.every}
-        if len(layers) > 1:
+        if self.only_layer is None:
             raise SettingError(
-                f"the crosscoder of {self.run} is of layers {', '.join(map(str, sorted(layers)))}; "
-                "give one as study.layer= where the study takes it, or the run of one layer as run="
+                f"the crosscoder of {self.run} is of {self.where}; give the run of one layer"
             )
-        return layers.pop()
+        return self.only_layer
+
+    @property
+    def place(self) -> int | str:
+        """See `place_of_writes`."""
+        return place_of_writes(self.ports)
 
     @property
     def where(self) -> str:
@@ -315,6 +337,23 @@ class Subject:
             scales = {name: float(self.config["scales"][name]) for name in names}
             mean = math.exp(sum(map(math.log, scales.values())) / len(names))
         return {name: scale / mean for name, scale in scales.items()}
+
+    def read_columns(self, ports: Sequence[Port]) -> list[int]:
+        """The columns of `Unit.rows` that some of its read ports have."""
+        columns: list[int] = []
+        start = 0
+        of_port = {}
+        for port, source in zip(self.ports.reads, self.sources(self.ports.reads), strict=True):
+            of_port[port] = range(start, start + source.width)
+            start += source.width
+        for port in ports:
+            columns += of_port[port]
+        return columns
+
+    def states(self, taken: Mapping[HookPoint, Tensor]) -> Tensor:
+        """(t, d) float32 rows that it reads, of a language model's states (t, width) by point."""
+        rows = [taken[port.point].float() for port in self.ports.reads]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
 
     def scaled(self, targets: Tensor) -> Tensor:
         """Written rows or directions (..., d_out), each port's columns times its `scales`."""

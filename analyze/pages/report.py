@@ -240,7 +240,7 @@ def _sweep(subject: Subject) -> dict[str, Any] | None:
     from analyze.studies.sweep import page as sweep_page
 
     run = subject.run.absolute()
-    compared = sweep_page.read(run.parent, subject.ports.reads[0].point.layer)
+    compared = sweep_page.read(run.parent, subject.place)
     if compared is None or compared.saes.get(run.name) != subject.digest:
         return None
     return {

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from analyze import refusals
 from analyze.losses import ALL, CLEAN
 from analyze.memory import Needed, of_pass, of_sae
 from analyze.outcome import Outcome, Table, dumped
@@ -315,5 +316,11 @@ def memory(study: Study) -> Needed:
 
 
 DEFINITION = Definition(
-    saebench, version=2, options=Options, inputs=inputs, memory=memory, order=95
+    saebench,
+    version=2,
+    options=Options,
+    refuses=refusals.all_but_saes,
+    inputs=inputs,
+    memory=memory,
+    order=95,
 )

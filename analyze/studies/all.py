@@ -62,7 +62,7 @@ def every(study: Study) -> Outcome:
         options = {key: value for key, value in study.options[name].items() if key != "name"}
         part = replace(study, name=name, options=options)
         definition = find(name)
-        if reason := definition.refuses(study.subject):
+        if reason := definition.refuses(study.subject, options):
             left_out[name] = reason
             continue
         try:

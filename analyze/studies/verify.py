@@ -11,7 +11,7 @@ while it was found and nobody holds the folder's lock.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 from analyze.results import FOLDER
 from analyze.study import Definition
-from analyze.subject import open_store
+from analyze.subject import open_store, places_of, recorded_stores, require_each
 from data import digests, durable, locks, sealed
 from data.digests import Digests
 from data.errors import PipelineError, SettingError, StoreError, TemporaryError
@@ -92,7 +92,7 @@ def verify(settings: Mapping[str, Any]) -> None:
         f"{size(checked.bytes)}, are as they were written"
     )
     if options.store:
-        whole += f"; {_store(checked, str(settings['store']) if settings['store'] else None)}"
+        whole += f"; {_stores(checked, places_of(settings['store']))}"
     if checked.damaged:
         kind = TemporaryError if checked.passing else StoreError
         raise kind(f"{run}: {checked.damaged} damaged, in a line each above, with the way out")
@@ -256,15 +256,24 @@ def _required(checked: Checked, name: str) -> None:
 # -- the store -------------------------------------------------------------------------------------
 
 
-def _store(checked: Checked, asked: str | None) -> str:
-    """Compare every object of the run's store; what was read, in words."""
+def _stores(checked: Checked, asked: Sequence[str] | None) -> str:
+    """Compare every object of the run's stores; what was read, in words."""
     try:
-        config = runs.read_config(checked.run)
-        recorded, identity = str(config["store_path"]), config["settings"]["store"]["identity"]
-    except (StoreError, KeyError):
+        recorded = recorded_stores(runs.read_config(checked.run))
+    except (StoreError, KeyError, ValueError):
         if asked is None:
             return "its store is not known"  # what is wrong with config.yaml was told
-        recorded = identity = ""
+        recorded = [("", "")] * len(asked)
+    if asked is not None:
+        require_each(checked.run, asked, recorded)
+    read = []
+    for number, (place, identity) in enumerate(recorded):
+        read.append(_store(checked, place, identity, asked[number] if asked else None))
+    return ", and ".join(line for line in read if line)
+
+
+def _store(checked: Checked, recorded: str, identity: str, asked: str | None) -> str:
+    """Compare every object of a store; what was read, in words."""
     place = place_of(asked or recorded)
     try:
         if identity:

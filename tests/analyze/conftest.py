@@ -19,6 +19,7 @@ from analyze.study import Study
 from analyze.subject import Subject
 from data import durable
 from data.rows import summary
+from data.site import MLP_IN, MLP_OUT
 from data.store.store import Store
 from data.text.sources import TinyText
 from harvest.config import HarvestConfig
@@ -196,3 +197,38 @@ def chrome() -> Iterator[Chromium]:
     """A browser; not of the session, because asyncio does not run beside it."""
     with Chromium() as running:
         yield running
+
+
+MLP_LAYERS = (0, 5)
+
+
+@pytest.fixture(scope="session")
+def tiny_mlps(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """2,048 tokens of the embedded model: what the MLPs of two layers read and write."""
+    config = HarvestConfig(
+        tmp_path_factory.mktemp("mlps") / "s.zarr",
+        MLP_LAYERS,
+        2048,
+        context=128,
+        unit=512,
+        chunk=128,
+        sites=(MLP_IN, MLP_OUT),
+    )
+    return harvest(config, load(ModelConfig(EMBEDDED, dtype="float32")), TinyText())
+
+
+def mlp_run(run: Path, store: Store, layer: int, made: sae.SAE) -> Subject:
+    """A finished run of a transcoder of one of those MLPs."""
+    shape = {"d_sae": made.d_sae, "k": made.k, "k_aux": 4, "dead_after": 1000}
+    config = sae.SAEConfig(kind="transcoder", skip=made.W_skip is not None, **shape)
+    write_run(run, store, layer, config, made, site=MLP_IN)
+    return Subject.open(run, None, torch.device("cpu"))
+
+
+def random_transcoder(layer: int) -> sae.SAE:
+    """Directions that nobody trained."""
+    generator = torch.Generator().manual_seed(layer)
+    W_dec = torch.nn.functional.normalize(torch.randn(96, 64, generator=generator), dim=1)
+    W_enc = torch.randn(64, 96, generator=generator)
+    zeros = torch.zeros(64)
+    return sae.SAE.of(W_enc, W_dec, torch.zeros(96), zeros, 8, b_in=zeros)

@@ -30,6 +30,7 @@ from analyze.study import Study
 from data import durable
 from data.errors import NonFiniteError, SettingError, StopRequest, StoreError
 from data.journal import Progress
+from data.site import HookPoint
 from train.kernels import latent_sums
 
 VERSION = 1  # of the kept means: raise it when the same answers give other ones
@@ -98,7 +99,7 @@ def _parts(answers: Sequence[Answer]) -> NDArray[np.str_] | None:
 def memory(study: Study) -> Needed:
     """The SAE, and while answers are read their means at all layers, a byte more of each number."""
     layers = int(study.subject.store.manifest["model"]["n_layers"])
-    hidden = 5 * layers * number_of(study) * study.subject.sae.d_model
+    hidden = 5 * layers * number_of(study) * study.subject.store.d_model
     return Needed(of_sae(study.subject) + hidden, "answers.questions")
 
 
@@ -169,16 +170,17 @@ def _measured(
 def _of_batch(study: Study, batch: Sequence[Answer]) -> Arrays:
     """Hidden (layers, b, d), and features (b, F) as CSR, of answers that are read together."""
     lm = study.lm
-    layers = range(lm.n_layers)
+    layers = [HookPoint(layer) for layer in range(lm.n_layers)]
+    points = [*layers, *(port.point for port in study.subject.ports.reads)]
     hidden = np.empty((lm.n_layers, len(batch), lm.d_model), np.float32)
     features: dict[int, Any] = {}
-    for row, states in residuals(lm, [answer.sequence for answer in batch], layers):
+    for row, states in residuals(lm, [answer.sequence for answer in batch], points):
         first = len(batch[row].prompt_ids)
         if not batch[row].ids:
             first -= 1
         means = torch.stack([states[layer][first:].float().mean(0) for layer in layers])
         hidden[:, row] = means.cpu().numpy()  # device sync, once an answer
-        features[row] = _mean_features(study, states[study.subject.layer][first:].float())
+        features[row] = _mean_features(study, study.subject.states(states)[first:])
     matrix = sparse.vstack([features[row] for row in range(len(batch))], format="csr")
     csr = {"data": matrix.data, "indices": matrix.indices, "indptr": matrix.indptr}
     return {"hidden": hidden, **csr}

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from analyze import refusals
 from analyze.answering import answers, inputs
 from analyze.outcome import Outcome, dumped
 from analyze.results import FEATURES
@@ -78,7 +79,8 @@ def contrast(study: Study) -> Outcome:
     Leaves these files:
         cohens_d.npy                         (layers, d)
         contrastive_features_L{layer}.json   the features that they choose, of the SAE's layer, with
-                                             d in the other answers
+                                             d in the other answers; the names of
+                                             other hook points stand for L{layer}
         features.parquet                     figures of every feature that was tested
     """
     options = build(Options, "study", study.options)
@@ -90,10 +92,9 @@ def contrast(study: Study) -> Outcome:
     d = io.BytesIO()
     np.save(d, np.array([of_layer.raw.d for of_layer in findings.layers], np.float32))
     durable.write(study.folder / "cohens_d.npy", [d.getbuffer()])
-    sae_layer = study.subject.layer
     of_choice = choice.figures(findings.choice, means)
-    chosen = {**of_choice, "layer": sae_layer, "options": vars(options)}
-    path = study.folder / f"contrastive_features_L{sae_layer}.json"
+    chosen = {**of_choice, "layer": study.subject.only_layer, "options": vars(options)}
+    path = study.folder / f"contrastive_features_{study.subject.label}.json"
     durable.write(path, [dumped(chosen).encode()])
     table = feature_table(findings)
     if table:
@@ -240,6 +241,7 @@ DEFINITION = Definition(
     contrast,
     version=3,
     options=Options,
+    refuses=refusals.two_models,
     inputs=inputs,
     memory=memory,
     order=30,

@@ -142,8 +142,8 @@ def open_all(
         target = subject.target
         if subject.ports.is_autoencoder or target is None or target.site != MLP_OUT:
             raise SettingError(
-                f"runs= holds {folder}, a {subject.noun} of {subject.where}, and study=replacement "
-                "is of transcoders that write mlp_out; narrow runs="
+                f"runs= holds the {subject.noun} of {subject.where} in {folder}, and "
+                "study=replacement is of transcoders that write mlp_out; narrow runs="
             )
         if other := subjects.get(target.layer):
             raise SettingError(

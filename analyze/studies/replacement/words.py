@@ -37,12 +37,12 @@ def summary(figures: Mapping[str, Any]) -> list[str]:
     verdict = figures["verdict"]
     own = find(figures, TRANSCODERS)
     replaced = len(figures["runs"])
-    broken = [name for name, holds in verdict["conditions"].items() if not holds]
-    lines = [
-        f"The replaced model passes: {'; '.join(verdict['conditions'])}."
-        if verdict["passes"]
-        else f"The replaced model does not pass. It does not hold that {'; '.join(broken)}."
-    ]
+    holds = [name for name, is_so in verdict["conditions"].items() if is_so]
+    broken = [name for name, is_so in verdict["conditions"].items() if not is_so]
+    lines = [f"The replaced model {'passes' if verdict['passes'] else 'does not pass'}."]
+    for said, names in (("It holds that", holds), ("It does not hold that", broken)):
+        if names:
+            lines[0] += f" {said} {'; '.join(names)}."
     lines.append(
         f"With {replaced} of {figures['model_layers']} MLPs of {neutral(str(figures['model']))} "
         f"replaced by transcoders at {TRAINED}, the model loses "

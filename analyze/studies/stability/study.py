@@ -19,7 +19,7 @@ Shapes: n rows, F latents.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from scipy import sparse
+from torch import Tensor
 
 from analyze import directions, encoding
 from analyze.encoding import Unit, positive, taken
@@ -92,11 +93,20 @@ def other_of(study: Study) -> Subject:
 
     Raises:
         StoreError: it is missing, unfinished, or of another store.
-        SettingError: it is the study's own run.
+        SettingError: it is the study's own run, or writes other sites.
     """
     options = build(Options, "study", study.options)
     assert options.other is not None
-    return study.subject.beside(options.other)
+    ours = study.subject
+    theirs = ours.beside(options.other)
+    sites = [[port.point.site for port in run.ports.writes] for run in (ours, theirs)]
+    if ours.noun != theirs.noun or sites[0] != sites[1]:
+        raise SettingError(
+            f"study.other={options.other} is a run of the {theirs.noun} of {theirs.where}, and "
+            f"{ours.run} of the {ours.noun} of {ours.where}: what they write cannot be compared; "
+            "give one of the same kind and sites"
+        )
+    return theirs
 
 
 def inputs(study: Study) -> Mapping[str, Any]:
@@ -132,18 +142,26 @@ def stability(study: Study) -> Outcome:
 def random_dictionary(sae: SAE) -> SAE:
     """Random directions of norm 1 with the second moments of another decoder's, about 0.
 
-    The encoder is the decoder transposed, without bias.
+    The encoder is the decoder transposed, without bias; of a transcoder, directions with the second
+    moments of its encoder's.
     """
-    W = sae.W_dec.cpu().double()
+    W_dec = _drawn_as(sae.W_dec)
+    encoder = W_dec if sae.b_in is None else _drawn_as(sae.encoder)
+    b_enc = torch.zeros_like(sae.b_enc)
+    return SAE(encoder, W_dec, b_enc, sae.b_dec, sae.k, b_in=sae.b_in)
+
+
+def _drawn_as(like: Tensor) -> Tensor:
+    """Random directions (F, d) of norm 1 with the second moments of others."""
+    W = like.cpu().double()
     values, vectors = torch.linalg.eigh(W.T @ W / len(W))
     del W
     root = values.clamp_min(0).sqrt()
-    drawn = torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(SEED))
+    drawn = torch.randn(like.shape, generator=torch.Generator().manual_seed(SEED))
     # In blocks: float64 of all would be three times the dictionary.
     for rows in torch.split(drawn, _DRAWN_ROWS):
         rows.copy_(directions.unit(rows.double() * root @ vectors.T))
-    W_dec = drawn.to(sae.W_dec.device)
-    return SAE.of(W_dec.T, W_dec, torch.zeros_like(sae.b_enc), sae.b_dec, sae.k)
+    return drawn.to(like.device)
 
 
 def encode(ours: Subject, theirs: Subject, drawn: SAE, limit: int, stop: StopRequest) -> Coded:
@@ -259,6 +277,11 @@ def _interval(draws: Floats) -> Interval | None:
     return percentiles(draws) if len(draws) else None
 
 
+def _scaled(subject: Subject, sae: SAE) -> SAE:
+    """An SAE with the directions that are compared: those of a crosscoder's targets, scaled."""
+    return replace(sae, W_dec=subject.scaled(sae.W_dec))
+
+
 def _cosines(of: SAE, among: SAE) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """(F,) each latent's largest cosine with a direction of `among`, and which direction it is."""
     values, ids = directions.nearest(of.W_dec, among.W_dec, 1)
@@ -337,7 +360,9 @@ def _outcome(
     matches: dict[str, Match],
     drawn: SAE,
 ) -> Outcome:
-    ours = study.subject.sae
+    ours = _scaled(study.subject, study.subject.sae)
+    other_sae = _scaled(theirs, theirs.sae)
+    drawn = _scaled(theirs, drawn)
     other = matches["other"]
     fires = np.bincount(coded.ours[half].indices, minlength=ours.d_sae)
     fires_again = np.bincount(coded.ours[~half].indices, minlength=ours.d_sae)
@@ -347,10 +372,10 @@ def _outcome(
         raise StoreError("no latent fires on both halves of the documents; give more study.rows=")
 
     # One row per latent.
-    cosine, nearest = _cosines(ours, theirs.sae)
+    cosine, nearest = _cosines(ours, other_sae)
     assigned = _assigned(coded, half)
     alone = other.partner == NONE
-    partner_cosine = _pair_cosines(ours, theirs.sae, other.partner)
+    partner_cosine = _pair_cosines(ours, other_sae, other.partner)
     columns = {
         "feature": pa.array(np.arange(ours.d_sae), pa.uint32()),
         "density": pa.array(density),
@@ -369,7 +394,7 @@ def _outcome(
 
     figures: dict[str, Any] = {
         "other": str(theirs.run),
-        "layers": [study.subject.layer, theirs.layer],
+        "layers": [study.subject.place, theirs.place],
         "rows": len(half),
         "documents": len(np.unique(coded.document)),
         "seed": SEED,

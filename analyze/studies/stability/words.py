@@ -47,7 +47,10 @@ def summary(figures: dict[str, Any]) -> list[str]:
     ]
     ours, theirs = figures["layers"]
     if ours != theirs:
-        lines.append(f"The two are of layers {ours} and {theirs}, on the same tokens.")
+        names = f"layers {ours} and {theirs}"
+        if not (isinstance(ours, int) and isinstance(theirs, int)):
+            names = f"{ours}, and of {theirs}"
+        lines.append(f"The two are of {names}, on the same tokens.")
     return lines
 
 

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from analyze import refusals
 from analyze.answering import answers, inputs
 from analyze.outcome import Outcome
 from analyze.split import in_discovery, require_share
@@ -88,7 +89,7 @@ def stage_gate(study: Study) -> Outcome:
         means = answer_means(study, answered, stop)
         log_probability = log_probabilities(study, answered, stop)
         figures = judge(means, log_probability, layer, options, stop)
-    figures["layer_of_features"] = study.subject.layer
+    figures["layer_of_features"] = study.subject.only_layer
     return Outcome(figures, summary(figures), tables(figures), {"auroc": picture(figures)})
 
 
@@ -301,5 +302,11 @@ def _side(means: Means, mask: NDArray[np.bool_]) -> dict[str, Any]:
 
 
 DEFINITION = Definition(
-    stage_gate, version=2, options=Options, inputs=inputs, memory=memory, order=50
+    stage_gate,
+    version=2,
+    options=Options,
+    refuses=refusals.no_layer,
+    inputs=inputs,
+    memory=memory,
+    order=50,
 )

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from analyze import refusals
 from analyze.answering import Answer, Asking, answers, asking_of, inputs
 from analyze.outcome import Outcome
 from analyze.problems import Problem
@@ -295,5 +296,11 @@ def steers(
 
 
 DEFINITION = Definition(
-    steering, version=3, options=Options, inputs=inputs, memory=memory, order=40
+    steering,
+    version=3,
+    options=Options,
+    refuses=refusals.no_layer,
+    inputs=inputs,
+    memory=memory,
+    order=40,
 )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from analyze.subject import place_of_writes, recorded_stores
 from data.errors import SettingError, StoreError
 from data.journal import read_metrics, tell
 from data.rows.split import Policy
@@ -40,8 +41,8 @@ class Arm:
     settings: dict[str, Any]  # by dotted key, without those of the store
     policy: Policy
     ports: Ports  # what it reads and writes
-    identity: str  # digest of the run's store
-    store_path: str  # where the store was when the run was trained
+    config: Mapping[str, Any]  # config.yaml
+    stores: list[tuple[str, str]]  # place and identity of each store, when the run was trained
     steps: int  # optimizer steps of the whole run
     records: list[dict[str, Any]]  # metrics.jsonl
     tokens_per_s: float | None
@@ -66,8 +67,8 @@ class Arm:
                 settings=_flat(own_settings),
                 policy=Policy.of(settings["policy"]),
                 ports=recorded_ports(settings),
-                identity=str(settings["store"]["identity"]),
-                store_path=str(config["store_path"]),
+                config=config,
+                stores=recorded_stores(config),
                 steps=int(config["steps"]),
                 records=_records(run, finished),
                 tokens_per_s=_speed(run),
@@ -80,8 +81,14 @@ class Arm:
             ) from error
 
     @property
-    def layer(self) -> int:
-        return self.ports.reads[0].point.layer
+    def place(self) -> int | str:
+        """What it writes: arms that write the same are compared."""
+        return place_of_writes(self.ports)
+
+    @property
+    def identity(self) -> str:
+        """Digests of the run's stores."""
+        return ", ".join(identity for _, identity in self.stores)
 
     @property
     def finished(self) -> bool:
@@ -260,7 +267,8 @@ def read_all(runs: Sequence[Path]) -> tuple[list[Arm], dict[str, str]]:
 
 
 def _origin(arm: Arm) -> str:
-    return f"{arm.run} is from {arm.store_path} ({arm.identity})"
+    places = ", ".join(place for place, _ in arm.stores)
+    return f"{arm.run} is from {places} ({arm.identity})"
 
 
 # -- their settings --------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from analyze.studies.sweep.arms import SEEDS, Arm, common_folder, exact, varying
 from analyze.studies.sweep.ranking import Standing, compare
 from analyze.studies.sweep.reading import Measured, measure
-from analyze.subject import open_store
+from analyze.subject import open_stores
 from data.rows.split import Policy
 from data.store.store import Store
 
@@ -30,7 +30,7 @@ _COMPARED = (
 def sweep(
     arms: Sequence[Arm],
     damaged: dict[str, str],
-    store: str | None,
+    store: Sequence[str] | None,
     limit: int,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -43,14 +43,14 @@ def sweep(
         limit: held-out rows to measure on, in whole units.
     """
     finished = [arm for arm in arms if arm.finished]
-    opened = None
+    opened: tuple[Store, ...] = ()
     if finished:
-        first = finished[0]
-        opened = open_store(first.run, first.store_path, first.identity, store)
+        opened = open_stores(finished[0].run, finished[0].stores, store)
     keys = varying(arms)
     layers = []
-    for number in sorted({arm.layer for arm in arms}):
-        here = [arm for arm in arms if arm.layer == number]
+    writes = sorted({arm.ports.writes for arm in arms})
+    for written in writes:
+        here = [arm for arm in arms if arm.ports.writes == written]
         layer = _layer(here, damaged, opened, keys, limit, device)
         if layer["arms"]:
             layers.append(layer)
@@ -60,24 +60,24 @@ def sweep(
         same = {key: value for key, value in arms[0].settings.items() if key not in keys}
         figures |= {
             "folder": str(common_folder([arm.run for arm in arms]).absolute()),
-            "store": opened.name if opened else arms[0].store_path,
+            "store": opened[0].name if opened else arms[0].stores[0][0],
             "identity": arms[0].identity,
             "same_in_all": same,
         }
     if opened:
-        figures["model"] = opened.manifest["model"]["id"]
+        figures["model"] = opened[0].manifest["model"]["id"]
     return figures
 
 
 def _layer(
     arms: Sequence[Arm],
     damaged: dict[str, str],
-    store: Store | None,
+    stores: tuple[Store, ...],
     keys: Sequence[str],
     limit: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """The comparison of one layer's arms."""
+    """The comparison of the arms that write the same hook points."""
     # The rows that every arm's policy keeps.
     policy = Policy(
         drop_bos=any(arm.policy.drop_bos for arm in arms),
@@ -86,8 +86,8 @@ def _layer(
     )
     finished = [arm for arm in arms if arm.finished]
     measured = None
-    if store and finished:
-        measured = measure(finished, damaged, store, policy, limit, device)
+    if stores and finished:
+        measured = measure(finished, damaged, stores, policy, limit, device)
     standings: dict[str, Standing] = {}
     labels = None
     if measured and measured.squared_error:
@@ -99,7 +99,7 @@ def _layer(
     figures = []
     for arm in arms:
         if arm.name not in damaged:
-            figures.append(_figures(arm, standings.get(arm.name), measured, store, keys))
+            figures.append(_figures(arm, standings.get(arm.name), measured, keys))
     place = {arm.name: number for number, arm in enumerate(arms)}
     simple = {arm.name: [arm.settings.get(key) or 0 for key in _SIZES] for arm in arms}
 
@@ -116,7 +116,8 @@ def _layer(
 
     figures.sort(key=rank)
     return {
-        "layer": arms[0].layer,
+        "layer": arms[0].place,
+        **_where(arms[0]),
         "rows": measured.rows if measured else 0,
         "documents": len(measured.about_mean) if measured else 0,
         "left_out": measured.left_out if measured else {},
@@ -129,6 +130,11 @@ def _layer(
         "seed_freedom": len(units) - len({setting for setting, _ in units}),
         "arms": figures,
     }
+
+
+def _where(arm: Arm) -> dict[str, str]:
+    """What is written in words, where that is not the resid_post of one layer."""
+    return {} if isinstance(arm.place, int) else {"where": " and ".join(map(str, arm.ports.writes))}
 
 
 def settings_and_seeds(arms: Sequence[Arm]) -> dict[str, tuple[str, str]] | None:
@@ -166,7 +172,6 @@ def _figures(
     arm: Arm,
     standing: Standing | None,
     measured: Measured | None,
-    store: Store | None,
     keys: Sequence[str],
 ) -> dict[str, Any]:
     """One arm's figures.
@@ -188,12 +193,12 @@ def _figures(
         **{key: last.get(key) for key in _RECORDED},
         **dict.fromkeys(_COMPARED),
     }
-    if standing and measured and store:
+    if standing and measured:
         error = float(measured.squared_error[arm.name].sum())
         figures |= {
             "variance_explained": standing.variance_explained,
             "variance_explained_95": standing.interval,
-            "mse": error / measured.rows / store.d_model,
+            "mse": error / measured.rows / measured.width,
             "seeds": standing.seeds,
             "setting_mean": standing.mean,
             "behind_best": standing.behind,

@@ -50,7 +50,7 @@ def write(folder: Path, figures: dict[str, Any], arms: Sequence[Arm]) -> Path:
     layers = []
     contents: dict[str, bytes] = {}
     for layer in figures["layers"]:
-        own = [arm for arm in arms if arm.layer == layer["layer"]]
+        own = [arm for arm in arms if arm.place == layer["layer"]]
         pictures = _pictures(layer, own, figures["settings"])
         drawn.append(pictures)
         caption, svg = pictures[0]
@@ -74,8 +74,9 @@ def _put(folder: Path, contents: Mapping[str, bytes]) -> None:
         digests.put(folder / RECORD, files, {"study": "sweep"})
 
 
-def read(folder: Path, layer: int) -> Shown | None:
-    """What `write` left of a layer in `folder`; None if there is nothing whole.
+def read(folder: Path, layer: int | str) -> Shown | None:
+    """What `write` left of what a run writes, `Subject.place`, in `folder`; None if there is
+    nothing whole.
 
     A line says if something is damaged.
     """
@@ -114,7 +115,7 @@ def _page(folder: Path, figures: dict[str, Any], drawn: Sequence[Drawn]) -> byte
             rows.append({"cells": cells, "run": neutral(arm["run"]), "class": _class(arm, layer)})
         layers.append(
             {
-                "layer": layer["layer"],
+                "heading": words.heading(layer),
                 "verdict": words.verdict(layer, words.name_in(layer)),
                 "heads": heads,
                 "rows": rows,

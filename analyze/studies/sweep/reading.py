@@ -24,6 +24,7 @@ from data.rows.split import Policy, held_out_units
 from data.rows.statistics import Tally
 from data.store.store import Store
 from train import sae_file
+from train.ports import Ports
 from train.sae import SAE
 
 _MEMORY_SHARE = 0.5  # of the free memory, for the SAEs that are measured in one reading
@@ -35,6 +36,7 @@ class Measured:
     """Sums over the held-out rows of each document."""
 
     rows: int
+    width: int  # of a row
     about_mean: NDArray[np.float64]  # (D,) |x - mu|^2
     squared_error: dict[str, NDArray[np.float64]]  # (D,) |e|^2, by the arm's name
     left_out: dict[str, dict[str, float]] = field(default_factory=dict)  # see `Tally.left_out`
@@ -43,7 +45,7 @@ class Measured:
 def measure(
     arms: Sequence[Arm],
     damaged: dict[str, str],
-    store: Store,
+    stores: tuple[Store, ...],
     policy: Policy,
     limit: int,
     device: torch.device,
@@ -53,17 +55,26 @@ def measure(
     Arms whose SAE cannot be read, or reconstructs no finite rows, are added to `damaged`. None if
     no arm's SAE can be read.
     """
+    # Rows are kept or left out by all that any arm reads, so that all have the same rows.
+    reads = tuple(dict.fromkeys(port for arm in arms for port in arm.ports.reads))
     measured: Measured | None = None
     squared_error: dict[str, NDArray[np.float64]] = {}
     budget = int((free_bytes(device) or _MEMORY_UNKNOWN) * _MEMORY_SHARE)
     for group in groups(arms, budget):
-        saes = dict(_load(group, damaged, store, device))
+        saes = dict(_load(group, damaged, stores, device))
         if not saes:
             continue
-        arm = next(arm for arm in group if arm.name in saes)
+        readable = [arm for arm in group if arm.name in saes]
+        arm = readable[0]
         # With the policy of all arms, they also share the mean that variance is about.
-        subject = Subject(arm.run, {}, (store,), saes[arm.name], arm.sae or "", arm.ports, policy)
-        measured = _read(subject, saes, limit)
+        ports = Ports(reads, arm.ports.writes)
+        sae = saes[arm.name]
+        subject = Subject(arm.run, dict(arm.config), stores, sae, arm.sae or "", ports, policy)
+        columns = {}
+        for one in readable:
+            if one.ports.reads != reads:
+                columns[one.name] = subject.read_columns(one.ports.reads)
+        measured = _read(subject, saes, columns, limit)
         for name, error in measured.squared_error.items():
             if np.isfinite(error).all():
                 squared_error[name] = error
@@ -76,17 +87,21 @@ def measure(
 
 
 def _load(
-    arms: Sequence[Arm], damaged: dict[str, str], store: Store, device: torch.device
+    arms: Sequence[Arm], damaged: dict[str, str], stores: Sequence[Store], device: torch.device
 ) -> Iterator[tuple[str, SAE]]:
     for arm in arms:
         path = arm.run / sae_file.FILE
         try:
             loaded = sae_file.load(path, device)
-            shape = (loaded.d_model, loaded.d_sae)
-            wanted = (store.d_model, arm.settings.get("sae.d_sae"))
+            shape = (loaded.d_model, loaded.d_out, loaded.d_sae)
+            d_in, d_out = (
+                sum(stores[port.store].d_model for port in ports)
+                for ports in (arm.ports.reads, arm.ports.writes)
+            )
+            wanted = (d_in, d_out, arm.settings.get("sae.d_sae"))
             if shape != wanted:
                 raise StoreError(
-                    f"{path} has width and latents {shape}, the store and config.yaml say {wanted}"
+                    f"{path} has widths and latents {shape}, the store and config.yaml say {wanted}"
                 )
         except StoreError as error:
             damaged[arm.name] = str(error)
@@ -110,12 +125,19 @@ def groups(arms: Sequence[Arm], budget: int) -> Iterator[list[Arm]]:
         yield group
 
 
-def _read(subject: Subject, saes: Mapping[str, SAE], limit: int) -> Measured:
-    """One reading of the held-out units. Only the sums of each document are kept."""
+def _read(
+    subject: Subject, saes: Mapping[str, SAE], columns: Mapping[str, list[int]], limit: int
+) -> Measured:
+    """One reading of the held-out units. Only the sums of each document are kept.
+
+    Args:
+        columns: by arm, those of the rows that it reads, where it does not read all.
+    """
     rows = 0
     documents: list[NDArray[np.uint32]] = []
     sums: list[list[NDArray[np.float64]]] = []  # unit by unit: |x - mu|^2, then |e|^2 of each SAE
     units = len(held_out_units(subject.store))
+    said = " and ".join(map(str, subject.ports.writes))
     progress = Progress()
     tally = Tally()
     for unit in subject.rows(limit):
@@ -124,11 +146,11 @@ def _read(subject: Subject, saes: Mapping[str, SAE], limit: int) -> Measured:
         if len(chosen):
             document = unit.document[chosen]
             documents.append(np.unique(document))
-            sums.append(sums_by(document, *_squares(subject, saes, unit, chosen)))
+            sums.append(sums_by(document, *_squares(subject, saes, columns, unit, chosen)))
             rows += len(chosen)
         count = len(sums)
         progress.show(
-            f"layer {subject.layer}: held-out unit {count}/{units} for {len(saes)} arms",
+            f"{said}: held-out unit {count}/{units} for {len(saes)} arms",
             last=count == units,
         )
     if not sums:
@@ -136,22 +158,29 @@ def _read(subject: Subject, saes: Mapping[str, SAE], limit: int) -> Measured:
             f"no held-out row of {subject.store.name} passes the runs' policy {subject.policy}"
         )
     # A document that goes on in the next unit has sums in both.
-    columns = [np.concatenate(column) for column in zip(*sums, strict=True)]
-    about_mean, *errors = sums_by(np.concatenate(documents), *columns)
+    whole = [np.concatenate(column) for column in zip(*sums, strict=True)]
+    about_mean, *errors = sums_by(np.concatenate(documents), *whole)
     by_name = dict(zip(saes, errors, strict=True))
-    return Measured(rows, about_mean, by_name, tally.left_out(subject.policy))
+    width = subject.sae.d_out
+    return Measured(rows, width, about_mean, by_name, tally.left_out(subject.policy))
 
 
 def _squares(
-    subject: Subject, saes: Mapping[str, SAE], unit: Unit, chosen: NDArray[np.int64]
+    subject: Subject,
+    saes: Mapping[str, SAE],
+    read: Mapping[str, list[int]],
+    unit: Unit,
+    chosen: NDArray[np.int64],
 ) -> list[NDArray[np.float64]]:
     """(n,) each: |x - mu|^2 of the chosen rows, then |x - x_hat|^2 of each SAE."""
     columns: list[list[NDArray[np.float64]]] = [[] for _ in range(1 + len(saes))]
     for start in range(0, len(chosen), BATCH_ROWS):
         batch = torch.from_numpy(chosen[start : start + BATCH_ROWS]).to(subject.device)
         rows = unit.rows[batch]
-        x = rows.double()
+        x = unit.targets[batch].double()
         columns[0].append(subject.about_mean(x).cpu().numpy())
-        for column, sae in zip(columns[1:], saes.values(), strict=True):
-            column.append((x - sae(rows).double()).square().sum(1).cpu().numpy())
+        for column, (name, sae) in zip(columns[1:], saes.items(), strict=True):
+            own = rows[:, read[name]] if name in read else rows
+            error = subject.scaled(x - sae(own).double())
+            column.append(error.square().sum(1).cpu().numpy())
     return [np.concatenate(column) for column in columns]

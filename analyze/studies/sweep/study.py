@@ -10,6 +10,7 @@ from typing import Any
 from analyze.studies.sweep import arms, page, words
 from analyze.studies.sweep.comparison import sweep
 from analyze.study import Definition, at_least
+from analyze.subject import places_of
 from data.device import torch_device
 from data.errors import SettingError, StoreError
 from data.journal import show, tell
@@ -40,7 +41,7 @@ def compare(settings: Mapping[str, Any]) -> None:
         )
     options = {key: value for key, value in settings["study"].items() if key != "name"}
     limit = build(Options, "study", options).rows
-    store = str(settings["store"]) if settings["store"] else None
+    store = places_of(settings["store"])
     folders = arms.find(settings["runs"])
     read, damaged = arms.read_all(folders)
     figures = sweep(read, damaged, store, limit, torch_device(settings["device"]))

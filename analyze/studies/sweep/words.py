@@ -27,11 +27,16 @@ def markdown(figures: dict[str, Any], escape: Callable[[str], str] = escaped) ->
     for layer in figures["layers"]:
         heads, rows = table(figures, layer)
         sentences = verdict(layer, name_in(layer))
-        lines += ["", f"## Layer {layer['layer']}", "", *map(escape, sentences), ""]
+        lines += ["", f"## {heading(layer)}", "", *map(escape, sentences), ""]
         lines += table_lines(heads, rows, escape)
     if rest := left_out(figures):
         lines += ["", *map(escape, rest)]
     return lines
+
+
+def heading(layer: dict[str, Any]) -> str:
+    """What the arms write."""
+    return str(layer.get("where", f"Layer {layer['layer']}"))
 
 
 def name_in(layer: dict[str, Any]) -> Callable[[str], str]:
