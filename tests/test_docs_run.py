@@ -60,8 +60,9 @@ SUBSTITUTES = {
     r"layer=27": "layer=8",
     r"study\.layer=27": "study.layer=8",
     r"layer=12": "layer=6",
+    r"layer=(\[)?0,1,2,3,4,5,6,7,8,9,10,11(\])?": r"layer=\g<1>0,5\g<2>",
     r"(runs=.*)_L21": r"\1_L5",  # a directory that is named after its layer
-    r"tokens=(1e9|1e7|1e6|4e5)": "tokens=2048",
+    r"tokens=(1e9|1e7|1e6|4e5|2\.6e5|1\.2e5)": "tokens=2048",
     r"rank=range\(0,\d+\)": "rank=range(0,1)",
     r"optim\.lr=1e-4,2e-4,4e-4": "optim.lr=1e-4,4e-4",
     r"sae\.aux_coef=0,0\.03125,0\.125": "sae.aux_coef=0,0.125",
@@ -72,6 +73,7 @@ SUBSTITUTES = {
     r"text=\[fineweb_edu,finemath\]": "text=[fineweb_edu,finemath] "
     "text.sources.fineweb_edu.dataset=hub/web text.sources.fineweb_edu.config=null "
     "text.sources.finemath.dataset=hub/math text.sources.finemath.config=null",
+    r"study\.tokens=6000": "study.tokens=100",
     r"answers\.questions=(100|50)": "answers.questions=20",
     r"hydra/launcher=\w+": "hydra/launcher=basic",
     r"hydra\.launcher\..*": "",

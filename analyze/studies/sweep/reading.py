@@ -36,10 +36,10 @@ class Measured:
     """Sums over the held-out rows of each document."""
 
     rows: int
-    width: int  # of a row
     about_mean: NDArray[np.float64]  # (D,) |x - mu|^2
     squared_error: dict[str, NDArray[np.float64]]  # (D,) |e|^2, by the arm's name
     left_out: dict[str, dict[str, float]] = field(default_factory=dict)  # see `Tally.left_out`
+    width: int = 1  # of a row
 
 
 def measure(
@@ -161,8 +161,8 @@ def _read(
     whole = [np.concatenate(column) for column in zip(*sums, strict=True)]
     about_mean, *errors = sums_by(np.concatenate(documents), *whole)
     by_name = dict(zip(saes, errors, strict=True))
-    width = subject.sae.d_out
-    return Measured(rows, width, about_mean, by_name, tally.left_out(subject.policy))
+    left_out = tally.left_out(subject.policy)
+    return Measured(rows, about_mean, by_name, left_out, subject.sae.d_out)
 
 
 def _squares(
