@@ -254,7 +254,7 @@ def test_a_crosscoder_is_seen_target_by_target(cross: Subject) -> None:
     torch.testing.assert_close(cross.scaled(cross.sae.W_dec).norm(dim=1), torch.ones(40))
     norms = cross.decoder_norms()
     torch.testing.assert_close(norms.square().sum(1), torch.ones(40))
-    with pytest.raises(SettingError, match=r"of layers 3, 5"):
+    with pytest.raises(SettingError, match=r"is of layer 3 and layer 5"):
         cross.layer  # noqa: B018
 
     figures = figures_of(cross)
@@ -294,7 +294,7 @@ def test_a_crosscoder_of_two_stores_reads_both(tmp_path: Path) -> None:
     assert set(figures_of(subject)["targets"]) == {"3", "1/3"}
     with pytest.raises(SettingError, match=r"store=.* names 1, .* from 2"):
         Subject.open(tmp_path / "run", stores[0].name, CPU)
-    assert "two stores" in (refusals.two_models(subject) or "")
+    assert "two stores" in (refusals.two_models(subject, {}) or "")
 
 
 def _record_both(run: Path, stores: list[Store]) -> None:
