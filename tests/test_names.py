@@ -36,7 +36,7 @@ WORDS = {
 # Settings without a default that name nothing.
 NAMELESS = {
     *("layer", "tokens", "unit", "max_bytes", "rank", "world", "device", "train.matmul", "codec"),
-    *("site", "sae.target"),
+    *("site", "sae.target", "study.most_ce_increase"),
     *("accept", "drop_bos", "drop_outliers"),
     *(
         "text.max_tokens",
