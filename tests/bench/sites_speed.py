@@ -28,20 +28,22 @@ SITES = {"one": (RESID_POST,), "three": (RESID_POST, MLP_IN, MLP_OUT)}
 
 
 def one_harvest(folder: Path, sites: tuple[str, ...], layer: int, tokens: int) -> dict[str, float]:
-    """Seconds of a whole harvest, of its CPU time, and of the checks at its start."""
+    """Seconds of the checks at a harvest's start and of the rest of it, by clock and by CPU."""
     lm = load(ModelConfig(EMBEDDED, dtype="float32"), deepest=layer)
     config = HarvestConfig(folder / "s.zarr", (layer,), tokens=tokens, context=256, sites=sites)
-    began, worked = time.perf_counter(), time.process_time()
+    began = time.perf_counter(), time.process_time()
     choose_isolation(lm, config.points, config.context)
-    checked = time.perf_counter()
+    checked = time.perf_counter(), time.process_time()
     store = harvest(config, lm, TinyText())
-    ended = time.perf_counter()
+    ended = time.perf_counter(), time.process_time()
     assert store.rows == tokens
     shutil.rmtree(folder / "s.zarr")
+    checks = [then - now for now, then in zip(began, checked, strict=True)]
+    rest = [then - now for now, then in zip(checked, ended, strict=True)]
     return {
-        "checks_s": checked - began,
-        "harvest_s": ended - checked,
-        "cpu_s": time.process_time() - worked,
+        "checks_cpu_s": checks[1],
+        "harvest_s": rest[0] - checks[0],  # which it does again
+        "harvest_cpu_s": rest[1] - checks[1],
     }
 
 
@@ -62,7 +64,7 @@ def measure(layer: int, tokens: int, rounds: int) -> dict[str, Any]:
     return {
         **found,
         "share_of_speed": found["one_harvest_s"] / found["three_harvest_s"],
-        "share_by_cpu_time": found["one_cpu_s"] / found["three_cpu_s"],
+        "share_by_cpu_time": found["one_harvest_cpu_s"] / found["three_harvest_cpu_s"],
     }
 
 
