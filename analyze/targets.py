@@ -66,7 +66,8 @@ class Targets(NamedTuple):
         strongest = shares.argmax(1)
         is_shared = shares.min(1) >= SHARED / count
         others = np.where(is_shared, count, count + 1)
-        return np.where(shares.max(1) >= OWN, strongest, others).astype(np.int64)
+        classes: NDArray[np.int64] = np.where(shares.max(1) >= OWN, strongest, others)
+        return classes
 
 
 def names_of(subject: Subject) -> list[str]:
