@@ -32,7 +32,7 @@ EVERY = {
     "jumprelu": {},
     "matryoshka": {"nested": 3},
     "hierarchical": {"nested": 2},
-    "gated": {"l1_coef": 0.7, "aux_coef": 0.0},
+    "gated": {"l1_coef": 0.3, "aux_coef": 0.0},
 }
 AUX = {"aux_coef": 1 / 32, "k_aux": 16, "aux_norm": "variance", "resample": True}
 
