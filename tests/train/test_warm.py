@@ -302,6 +302,16 @@ def test_what_is_no_start_is_refused_in_one_line(bases: Bases, tmp_path: Path) -
         assert "\n" not in str(refused.value) and Path(named).name in str(refused.value)
 
 
+def test_a_start_that_changes_meanwhile_is_refused(bases: Bases, tmp_path: Path) -> None:
+    sae, _ = run.sae_of(bases["topk"])
+    sae_file.write_final(sae, 1.0, tmp_path)
+    start = Start.of(f"reference:{tmp_path}", tmp_path / "r")
+    assert start.sae().d_sae == sae.d_sae
+    sae_file.write_final(replace(sae, b_dec=sae.b_dec + 1), 1.0, tmp_path)
+    with pytest.raises(StoreError, match=r"start=reference"):
+        start.sae()
+
+
 # -- going on, and the command ---------------------------------------------------------------------
 
 
