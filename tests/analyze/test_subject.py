@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from analyze import linear, refusals
 from analyze.studies import quality as study
+from analyze.studies.sweep import arms
+from analyze.studies.sweep.comparison import sweep
 from analyze.study import Definition, Study
 from analyze.subject import Subject
 from data.errors import SettingError, StoreError
@@ -305,6 +307,27 @@ def _record_both(run: Path, stores: list[Store]) -> None:
     config["store_paths"] = [store.name for store in stores]
     config["settings"]["store"]["identities"] = [store.identity for store in stores]
     path.write_text(yaml.safe_dump(config))
+
+
+# -- sweeps ----------------------------------------------------------------------------------------
+
+
+def test_a_sweep_compares_what_writes_the_same(
+    root: Path, store: Store, mlp: Subject, shuffled: Subject
+) -> None:
+    """A transcoder beside an SAE of what it writes, on the rows that both keep."""
+    both_ways = torch.cat([torch.eye(OUT), -torch.eye(OUT)])
+    perfect = SAE.of(both_ways.T.contiguous(), both_ways, torch.zeros(24), torch.zeros(OUT), 24)
+    config = SAEConfig(d_sae=24, k=24, k_aux=4, dead_after=1000)
+    write_run(root / "run_sae", store, LAYER, config, perfect, site="mlp_out")
+    read, damaged = arms.read_all(arms.find(str(root)))
+    found = {entry["layer"]: entry for entry in sweep(read, damaged, None, 10**6, CPU)["layers"]}
+    assert set(found) == {mlp.place, shuffled.place} == {"mlp_out_3", "mlp_out_5"}
+    explained = {arm["name"]: arm["variance_explained"] for arm in found["mlp_out_3"]["arms"]}
+    assert explained["run_sae"] == pytest.approx(1, abs=1e-6)
+    assert explained["run_3"] == pytest.approx(centred(figures_of(mlp)), abs=1e-6)
+    assert [arm["name"] for arm in found["mlp_out_5"]["arms"]] == ["run_5"]
+    assert found["mlp_out_3"]["where"] == "mlp_out of layer 3" and not damaged
 
 
 # -- refusals --------------------------------------------------------------------------------------
