@@ -238,6 +238,19 @@ def test_restarted_latents_read_the_row_whose_error_they_write():
     assert not sae.b_enc[latents].any()
 
 
+def test_restarts_are_given_the_centred_rows(monkeypatch):
+    given = []
+    monkeypatch.setattr(dead, "resample_", lambda *arguments: given.append(arguments[-1]))
+    drawn = reader()
+    trainer = Trainer(killing.config(**small(init="random")), drawn, killing.CPU)
+    with torch.no_grad():
+        for number in range(6):
+            given.clear()
+            trainer.step_(drawn.draw(number, killing.BATCH))
+    x, _ = trainer.columns.split(trainer.columns.scaled(drawn.draw(5, killing.BATCH)))
+    torch.testing.assert_close(given[0], x - trainer.state.sae.b_in)
+
+
 def test_rotate_is_refused():
     with pytest.raises(SettingError, match=r"sae\.rotate"):
         SAEConfig(kind="transcoder", rotate=True)
