@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from data.errors import StoreError
-from data.site import HookPoint
 from data.store.place import LocalPlace
 from data.store.repair import damage, repair
 from data.store.store import Store
@@ -233,7 +232,7 @@ def test_the_canary_refuses_to_go_on_with_other_bits(
     )  # its files, and so its identity, stay the same
     with pytest.raises(StoreError, match="unit 0 of mlp_out of layer 4 "):
         harvest(target, changed, source)
-    assert Store.open(target.store).missing([1, 4]) == {1: [HookPoint(1), HookPoint(4)]}
+    assert Store.open(target.store).missing(target.points) == {1: target.points}
 
 
 def test_damage_is_repaired_to_the_same_bytes(
