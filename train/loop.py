@@ -89,9 +89,14 @@ def _tell_left_out(runs: list[Run]) -> None:
     """Say once for each stream which rows are not served."""
     span = runs[0].arm.follower.span
     of_what = "training" if span is None else f"the first {span} training units"
-    for stream in _streams(runs):
+    streams = _streams(runs)
+    for stream in streams:
+        rows = ""
+        if len(streams) > 1:
+            read = _of(stream, runs)[0].arm.config.ports.every
+            rows = f" ({', '.join(map(str, read))})"
         if stream.left_out:
-            tell(f"left out of {of_what}: {statistics.told(stream.policy, stream.left_out)}")
+            tell(f"left out of {of_what}{rows}: {statistics.told(stream.policy, stream.left_out)}")
 
 
 def _going_on(runs: Sequence[Run]) -> list[Run]:

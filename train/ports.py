@@ -98,9 +98,11 @@ def ports_of(
             )
         return Ports(reads, reads)
     if len(reads) > 1:
+        way_out = "take -m layer=21,27 for one each"
+        if kind == "sae":
+            way_out += ", or sae=crosscoder_32k for one dictionary of all of them"
         raise SettingError(
-            f"sae.kind={kind} reads one hook point, and these are {named}; take "
-            "sae=crosscoder_32k for one dictionary of all of them, or -m layer=21,27 for one each"
+            f"sae.kind={kind} reads one hook point, and these are {named}; {way_out}"
         )
     if kind == "sae":
         return Ports(reads, reads)

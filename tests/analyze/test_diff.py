@@ -254,6 +254,26 @@ def test_beside_a_null_run_more_than_its_share_must_survive(
     assert words.summary({**figures, "null": "runs/self"})[0].startswith("No difference")
 
 
+def test_shared_latents_with_other_directions_are_a_difference_beside_a_null(
+    tmp_path: Path,
+) -> None:
+    """No latent is own: a third of the shared ones is rotated in B, a third is opposite."""
+    made = world()
+    shared = World(made.codes[:, :SHARED], made.a[:SHARED], made.b[:SHARED])
+    a, b = (rows_of(shared.codes, side, 1) for side in (shared.a, shared.b))
+    run = write(tmp_path / "run", a, b, crosscoder(shared))
+    null = write(tmp_path / "null", a, a, crosscoder(shared._replace(b=shared.a)))
+    figures = compared(run, null)[1]
+    assert figures["cosine"]["differs"] and figures["cosine"]["p"] < 1e-3
+    assert not any(target["differs"] for target in own_of(figures))
+    told = words.summary({**figures, "null": "runs/self"})
+    assert told[0].startswith("The targets differ") and "16 shared latents" in told[0]
+    # Beside its like it differs in nothing, and without a null no direction is tested.
+    assert not compared(run, run)[1]["cosine"]["differs"]
+    assert "differs" not in compared(run)[1]["cosine"]
+    assert words.summary(compared(run)[1])[0].startswith("No difference beyond the null")
+
+
 def test_what_is_no_null_is_refused(planted: Planted) -> None:
     run = Path(planted[1].figures["stores"][0]).parent / "run"
     with pytest.raises(SettingError, match=r"study\.null_run"):  # its targets are different

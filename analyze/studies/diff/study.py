@@ -224,6 +224,7 @@ def figures_of(
         "variance_explained": _of_targets(explained, names, classes),
         "own": _of_own(measured, names, permuted, self_null),
     }
+    _judge_(figures)
     return figures
 
 
@@ -288,7 +289,6 @@ def _of_own(
     own = measured.own()
     survive = measured.survivors()
     alive = int(measured.alive.sum())
-    tests: list[list[float]] = []
     found: dict[str, Any] = {}
     for number, name in enumerate(names):
         of_target: dict[str, Any] = {"latents": int(own[number]), "survive": int(survive[number])}
@@ -307,14 +307,27 @@ def _of_own(
             of_null = _against(self_null, int(own[number]), int(survive[number]), alive)
             p.append(of_null["p"])
             of_target["null"] = of_null
-        tests.append(p)
+        of_target["p"] = max(p, default=1.0)  # the weakest of its tests
         found[name] = of_target
-    # A target differs where the weakest of its tests says so, adjusted over the targets.
-    for of_target, p in zip(
-        found.values(), holm([max(p, default=1.0) for p in tests]), strict=True
-    ):
-        of_target |= {"p": float(p), "differs": bool(p < LEVEL)}
     return found
+
+
+def _judge_(figures: dict[str, Any]) -> None:
+    """Decide what differs: each target's own latents, and the directions of shared ones.
+
+    Directions are compared with those of a crosscoder of a model with itself, where there is one.
+    All tests are adjusted together.
+    """
+    tested = list(figures["own"].values())
+    cosine, of_null = figures["cosine"], figures["cosine_of_null"]
+    if cosine and of_null:
+        counts = []
+        for found in (cosine, of_null):
+            counts.append([found["rotated"] + found["opposite"], found["same"]])
+        cosine["p"] = float(scipy_stats.fisher_exact(counts, alternative="greater").pvalue)
+        tested.append(cosine)
+    for found, p in zip(tested, holm([found["p"] for found in tested]), strict=True):
+        found |= {"p": float(p), "differs": bool(p < LEVEL)}
 
 
 def _against(null: Measured, own: int, survive: int, alive: int) -> dict[str, Any]:

@@ -16,15 +16,7 @@ from analyze.targets import Targets
 
 def summary(figures: Mapping[str, Any]) -> list[str]:
     own = figures["own"]
-    differing = [name for name, target in own.items() if target["differs"]]
-    if differing:
-        counts = ", ".join(f"{own[name]['survive']:,} of {name}" for name in differing)
-        lines = [f"The targets differ beyond the null: own latents that survive are {counts}."]
-    else:
-        lines = [
-            "No difference beyond the null: no target has more own latents than it. Own latents "
-            "alone are tested; what both have may still differ in direction or use."
-        ]
+    lines = [_verdict(own, figures["cosine"])]
     lines += [_of_target(name, target) for name, target in own.items()]
     first = next(iter(own.values()))
     if "null" in first:
@@ -54,6 +46,27 @@ def summary(figures: Mapping[str, Any]) -> list[str]:
         f"{resampled(figures['documents'], 'document')}"
     )
     return lines
+
+
+def _verdict(own: Mapping[str, Any], cosine: Mapping[str, Any] | None) -> str:
+    differing = [name for name, target in own.items() if target["differs"]]
+    is_tested = bool(cosine and "p" in cosine)
+    reasons = []
+    if differing:
+        counts = ", ".join(f"{own[name]['survive']:,} of {name}" for name in differing)
+        reasons.append(f"own latents that survive are {counts}")
+    if cosine and is_tested and cosine["differs"]:
+        turned = cosine["rotated"] + cosine["opposite"]
+        reasons.append(f"{turned:,} shared latents have other directions (p = {cosine['p']:.2g})")
+    if reasons:
+        return f"The targets differ beyond the null: {'; '.join(reasons)}."
+    line = "No difference beyond the null: no target has more own latents than it"
+    if is_tested:
+        return f"{line}, and no more shared latents have other directions than in it."
+    return (
+        f"{line}. Own latents alone are tested, for want of a study.null_run=; what both have may "
+        "still differ in direction or use."
+    )
 
 
 def _of_target(name: str, target: Mapping[str, Any]) -> str:
