@@ -86,7 +86,7 @@ def annex(module: str) -> str | None:
 def top_level_imports(path: Path) -> set[str]:
     """Top-level packages that a file imports, anywhere in it."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node, _ in house_signs.statements(house_signs.parsed(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -187,7 +187,7 @@ def test_the_product_is_not_dense() -> None:
 
 def test_nothing_unpickles_or_trusts_remote_code() -> None:
     for path in PRODUCT:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(house_signs.parsed(path)):
             if not isinstance(node, ast.Call):
                 continue
             options = {keyword.arg: keyword.value for keyword in node.keywords}
@@ -357,6 +357,7 @@ def shorter(arguments: list[str]) -> list[str]:
     return [word.replace("tokens=4e5", "tokens=1e5") for word in arguments]
 
 
+@pytest.mark.long
 def test_readme_first_commands_learn(tmp_path: Path) -> None:
     """Its harvest and training, nearly as they stand; test_docs_run.py has all."""
     ran = 0

@@ -12,6 +12,7 @@ import ast
 import statistics
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,20 +39,27 @@ def imported(path: Path, modules: Mapping[str, Path]) -> tuple[set[str], set[str
 
     Imports under TYPE_CHECKING are at module level.
     """
-    tree = ast.parse(path.read_text())
-    late = {id(node) for node in _inside_functions(tree)}
     at_once = set[str]()
     lazily = set[str]()
-    for node in ast.walk(tree):
+    for node, late in statements(parsed(path)):
         names = [name for name in _imported_names(node, modules) if name in modules]
-        (lazily if id(node) in late else at_once).update(names)
+        (lazily if late else at_once).update(names)
     return at_once, lazily
 
 
-def _inside_functions(tree: ast.AST) -> Iterator[ast.AST]:
-    for node in ast.walk(tree):
-        if isinstance(node, _FUNCTIONS):
-            yield from ast.walk(node)
+@cache
+def parsed(path: Path) -> ast.Module:
+    """A file's syntax tree."""
+    return ast.parse(path.read_text())
+
+
+def statements(node: ast.AST, late: bool = False) -> Iterator[tuple[ast.stmt, bool]]:
+    """Every statement below a node, and whether it is inside a function."""
+    for part in ("body", "orelse", "finalbody", "handlers", "cases"):
+        for child in getattr(node, part, ()):
+            if isinstance(child, ast.stmt):
+                yield child, late
+            yield from statements(child, late or isinstance(child, _FUNCTIONS))
 
 
 def _imported_names(node: ast.AST, modules: Mapping[str, Path]) -> list[str]:
@@ -132,7 +140,7 @@ def signs(root: Path) -> dict[str, float]:
     lines = [line for text in texts for line in text.splitlines()]
     filled = [line for line in lines if line.strip()]
     code = sum(not line.lstrip().startswith("#") for line in filled)
-    trees = [ast.parse(text) for text in texts]
+    trees = list(map(parsed, modules.values()))
     nodes = [node for tree in trees for node in ast.walk(tree)]
     comprehensions = sum(isinstance(node, _COMPREHENSIONS) for node in nodes)
     every = [function for tree in trees for function in functions(tree)]

@@ -36,7 +36,10 @@ def listed(verdicts: list[Verdict]) -> set[str]:
     return {line for line in page(verdicts).splitlines() if line.startswith("| ")}
 
 
-@pytest.mark.parametrize("group", range(len(GROUPS)))
+@pytest.mark.parametrize(
+    "group",
+    [0, 1, *(pytest.param(group, marks=pytest.mark.long) for group in range(2, len(GROUPS)))],
+)
 def test_every_family_is_right_or_refused_as_the_page_says(tmp_path: Path, group: int) -> None:
     verdicts = [tried(family, tmp_path) for family in GROUPS[group]]
     assert {v.family: v.error for v in verdicts if not v.error <= ALLOWED} == {}

@@ -131,7 +131,13 @@ def test_in_principal_axes_too(bases: Bases) -> None:
     assert now["variance_explained"] == pytest.approx(end["variance_explained"], abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["saelens", "sparsify", "dictionary_learning", "reference"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "saelens",
+        *(pytest.param(n, marks=LONG) for n in ("sparsify", "dictionary_learning", "reference")),
+    ],
+)
 def test_another_librarys_files_are_the_same_start(name: str, bases: Bases, tmp_path: Path) -> None:
     sae, _ = run.sae_of(bases["topk"])
     if name != "reference":
