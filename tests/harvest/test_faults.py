@@ -98,7 +98,7 @@ def test_a_disk_that_refuses_at_any_step_loses_nothing(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     source = FileText(root / "text.jsonl")
-    stride = {"fsync": 97, "replace": 59, "link": 11}[call]  # samples: kills meet every step
+    stride = {"fsync": 97, "replace": 59, "link": 5}[call]  # samples: kills meet every step
     original: Callable[..., Any] = getattr(os, call)
     step = 0
     refused = True
