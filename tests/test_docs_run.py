@@ -62,7 +62,7 @@ SUBSTITUTES = {
     r"layer=12": "layer=6",
     r"layer=(\[)?0,1,2,3,4,5,6,7,8,9,10,11(\])?": r"layer=\g<1>0,5\g<2>",
     r"(runs=.*)_L21": r"\1_L5",  # a directory that is named after its layer
-    r"tokens=(1e9|1e7|1e6|4e5|2\.6e5|1\.2e5)": "tokens=2048",
+    r"tokens=(1e9|1e7|1e6|1\.2e6|6e5|4e5)": "tokens=2048",
     r"rank=range\(0,\d+\)": "rank=range(0,1)",
     r"optim\.lr=1e-4,2e-4,4e-4": "optim.lr=1e-4,4e-4",
     r"sae\.aux_coef=0,0\.03125,0\.125": "sae.aux_coef=0,0.125",
