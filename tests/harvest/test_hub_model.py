@@ -162,6 +162,7 @@ def sharded(folder: Path) -> dict[str, bytes]:
 # -- tests -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_embedded_model_is_a_hub_model_too(alone: Alone, tmp_path: Path) -> None:
     alone.run(check_the_embedded_model, tmp_path / "cache", str(tmp_path))
     alone.run(check_offline, tmp_path / "cache", str(tmp_path))
