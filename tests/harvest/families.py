@@ -1,6 +1,7 @@
 """Every causal family of transformers: a tiny random model of it, and whether it can be harvested.
 
-`python -m tests.harvest.families` writes docs/families.md, which `make test` compares.
+`python -m tests.harvest.families` writes docs/families.md, which `make test-long`
+compares, and `make test` a part of it.
 """
 
 from __future__ import annotations
@@ -303,7 +304,7 @@ def page(verdicts: list[Verdict]) -> str:
         "model: the rows of a batch of packed documents against each piece run alone in the whole "
         f"model. The largest error of a row is {max(v.error for v in supported):.0e} of its norm; "
         "one rounding of a stored value is 4e-03. `python -m tests.harvest.families` writes this "
-        "page, and `make test` compares it.",
+        "page. `make test-long` compares it, and `make test` a part.",
         "",
         "How documents stay apart is found at every start, by trying ([harvest.md](harvest.md)):",
         "",
