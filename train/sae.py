@@ -92,7 +92,8 @@ class SAEConfig:
         for name, given in (("target", self.target is not None), ("skip", self.skip)):
             if given and self.kind != "transcoder":
                 raise SettingError(
-                    f"sae.{name}={getattr(self, name)} is of transcoders, and sae.kind={self.kind}"
+                    f"sae.{name}={getattr(self, name)} is of transcoders, and sae.kind={self.kind};"
+                    f" leave sae.{name}= out, or take sae=transcoder_32k"
                 )
         for name in ("d_sae", "k", "k_aux", "dead_after"):
             value = getattr(self, name)
