@@ -17,12 +17,12 @@ from torch import Tensor
 
 from analyze import results
 from analyze.answering import Answer, Asking, answers, completions
+from analyze.intervention import Steer, intervened
 from analyze.language_model import generate
 from analyze.outcome import dumped
 from analyze.problems import problem
 from analyze.studies.steering import study as steering
 from analyze.studies.steering import words
-from analyze.studies.steering.hook import Steer, steered
 from analyze.studies.steering.outcomes import Findings, Reply, Row, nulls, overlaps
 from analyze.studies.steering.study import Options
 from analyze.studies.steering.sweeps import Sweeps
@@ -455,7 +455,7 @@ def test_a_row_of_the_study_is_a_steered_generation(small: Study) -> None:
     for answer in every:
         if answer.problem.id in found["ids"]["test"]:
             by = Steer("v", (v / v.norm()).numpy(), -20.0, "all")
-            with steered(lm, 8, by, [len(answer.prompt_ids)]):
+            with intervened(lm, 8, by, [len(answer.prompt_ids)]):
                 (alone,) = completions(
                     lm, [(answer.problem, answer.prompt_ids)], Asking(new_tokens=20)
                 )
@@ -563,7 +563,7 @@ def test_the_cards_code_steers_as_the_study_does(
         exec(code.split("```")[0].replace("=256", "=16"), found)
         prompt = found["ids"][0].tolist()
         by = Steer("v", found["v"].double().numpy(), scale, positions)
-        with steered(lm, 3, by, [len(prompt)]):
+        with intervened(lm, 3, by, [len(prompt)]):
             (written,) = generate(lm, [prompt], 16)
         answer = found["answer"][0, len(prompt) :].tolist()
         assert answer[: len(written.ids)] == written.ids and len(written.ids) > 3

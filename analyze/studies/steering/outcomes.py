@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from analyze.intervention import Steer
 from analyze.stats import (
     Interval,
     detectable_change,
@@ -23,7 +24,6 @@ from analyze.stats import (
     permutation_p,
     wilson,
 )
-from analyze.studies.steering.hook import Steer
 
 # Share of the outcomes that the reference SAE's steering changes: 12 of 50 at its strongest.
 DISCORDANT = 0.2

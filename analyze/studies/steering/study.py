@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 
 from analyze import refusals
 from analyze.answering import Answer, Asking, answers, asking_of, inputs
+from analyze.intervention import POSITIONS, Steer, prompt_inert_from
 from analyze.outcome import Outcome
 from analyze.problems import Problem
 from analyze.stats import Floats
 from analyze.studies.contrast.means import answer_means, caa, memory
 from analyze.studies.steering import vector, words
-from analyze.studies.steering.hook import POSITIONS, Steer, prompt_inert_from
 from analyze.studies.steering.outcomes import Findings, Reply, Row
 from analyze.studies.steering.sweeps import Sweeps
 from analyze.study import Definition, Study
@@ -47,7 +47,7 @@ class Options:
 
     layer: int | None = None  # null: the run's own
     scales: Sequence[float] = (2, 5, 10, 15, -5)  # times the unit vector
-    positions: str = "all"  # see hook.py
+    positions: str = "all"  # see analyze/intervention.py
     n_random: int = 20
     n_shuffled: int = 5
     train: float = 0.3  # share of the questions

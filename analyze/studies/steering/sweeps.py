@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from analyze.answering import Answer, Asking, completions, grow_answers, model_key
+from analyze.intervention import Steer, effects, intervened
 from analyze.kept import read_lines
 from analyze.results import digest_of
-from analyze.studies.steering.hook import Steer, effects, steered
 from analyze.studies.steering.outcomes import Reply
 from analyze.study import Study
 from data import durable
@@ -88,7 +88,7 @@ class Sweeps:
         lm = self.study.lm
         prompts = [answer.prompt_ids for answer in asked]
         lengths = [len(prompt) for prompt in prompts]
-        hook = nullcontext() if steer is None else steered(lm, self.layer, steer, lengths)
+        hook = nullcontext() if steer is None else intervened(lm, self.layer, steer, lengths)
         with hook:
             batch = [(answer.problem, answer.prompt_ids) for answer in asked]
             written = completions(lm, batch, self.asking)

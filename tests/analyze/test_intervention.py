@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from analyze import intervention as hook
+from analyze.intervention import Steer
 from analyze.language_model import edited, generate, unembedded
 from analyze.problems import read
 from analyze.prompts import PROMPTS
-from analyze.studies.steering import hook
-from analyze.studies.steering.hook import Steer
 from data.site import HookPoint
 from harvest.model import LanguageModel, ModelConfig, load
 from harvest.model_folder import EMBEDDED
@@ -68,7 +68,7 @@ def traced(
         if not how:
             return generate(lm, prompts, new_tokens), seen
         layer, scale, positions = how
-        with hook.steered(lm, layer, by(lm, scale, positions), lengths(prompts)):
+        with hook.intervened(lm, layer, by(lm, scale, positions), lengths(prompts)):
             return generate(lm, prompts, new_tokens), seen
     finally:
         handle.remove()
@@ -164,7 +164,7 @@ def test_a_cached_batch_is_what_single_whole_passes_give(
 def test_padding_is_not_steered(lm: LanguageModel, prompts: Any) -> None:
     seen = []
     widths = lengths(prompts)
-    with hook.steered(lm, 3, by(lm, 2.0, "all"), widths), tap(lm, [3]) as taken:
+    with hook.intervened(lm, 3, by(lm, 2.0, "all"), widths), tap(lm, [3]) as taken:
         generate(lm, prompts, 1)
         seen.append(taken[HookPoint(3)].clone())
     with tap(lm, [3]) as taken:
@@ -179,7 +179,10 @@ def test_padding_is_not_steered(lm: LanguageModel, prompts: Any) -> None:
 
 def test_the_hook_goes_when_something_fails(lm: LanguageModel, prompts: Any) -> None:
     unsteered = traced(lm, prompts)
-    with pytest.raises(IndexError), hook.steered(lm, 4, by(lm, 30.0, "all"), lengths(prompts)):
+    with (
+        pytest.raises(IndexError),
+        hook.intervened(lm, 4, by(lm, 30.0, "all"), lengths(prompts)),
+    ):
         raise IndexError
     assert same(traced(lm, prompts), unsteered)
 
@@ -190,7 +193,7 @@ def test_steering_towards_a_token_writes_it(lm: LanguageModel, prompts: Any) -> 
     own = unembedded(lm, 1000 * rows).argmax(-1) == torch.arange(len(rows))
     token = int(torch.nonzero(own)[100])
     towards = Steer("v", rows[token].numpy().astype(np.float64), 1e4, "generated")
-    with hook.steered(lm, 11, towards, lengths(prompts)):
+    with hook.intervened(lm, 11, towards, lengths(prompts)):
         written = generate(lm, prompts, 4)
     assert all(answer.ids == [token] * 4 for answer in written)
 

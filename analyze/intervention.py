@@ -1,4 +1,5 @@
-"""Steering: a vector added to a layer's output, in generation and on given texts.
+"""Interventions: a vector added to a layer's output, or latents changed there, in generation and on
+given texts.
 
 A position is `generated` if the model samples the next token there: at the prompt's last token, and
 at every token that it wrote. `prompt` are the prompt's tokens before the last one, `all`
@@ -7,14 +8,16 @@ are both.
 An edit of `prompt` therefore reaches the completion through keys and values alone. Where no later
 layer computes any from its own input, it changes nothing, to the last bit (`prompt_inert_from`).
 
-Shapes: b sequences, t positions, n positions of one sequence, d d_model, V vocabulary.
+Shapes: b sequences, t positions, n positions of one sequence, d d_model, F latents, m changed
+latents, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,19 +25,87 @@ from torch import Tensor
 from analyze.language_model import BATCH_TOKENS, Prediction, batches, blocks, edited
 from analyze.stats import Floats
 from harvest.model import LanguageModel
+from train.sae import SAE
 
 POSITIONS = ("prompt", "generated", "all")
+CHANGES = ("ablate", "clamp", "add")  # what is done to latents
 # Bytes of either model's float32 logits at a time: 128 positions of Gemma 4's 262,144 ids.
 BLOCK_BYTES = 1 << 27
 
+# Of states (..., d) in the model's dtype what is added to them, (..., d) or (d,) in that dtype.
+Delta = Callable[[Tensor], Tensor]
+
+
+class Intervention(Protocol):
+    """What is done to a layer's output, and where."""
+
+    @property
+    def positions(self) -> str:
+        """One of POSITIONS."""
+
+    def delta(self, lm: LanguageModel) -> Delta:
+        """What is added to the layer's output."""
+
 
 class Steer(NamedTuple):
-    """What is added to a layer's output, and where."""
+    """A vector that is added."""
 
     kind: str  # `v`, or which control
     vector: Floats  # (d,), unit norm
     scale: float
-    positions: str  # one of POSITIONS
+    positions: str
+
+    def delta(self, lm: LanguageModel) -> Delta:
+        """scale * vector, rounded once to the model's own dtype."""
+        step = self.scale * torch.from_numpy(self.vector).double()
+        step = step.to(lm.config.device, getattr(torch, lm.config.dtype))
+        return lambda _: step
+
+
+@dataclass(frozen=True)
+class LatentChange:
+    """Latents of an SAE that get other values; its error, and all other latents, stay.
+
+        h + sum over i in features of (g_i - f_i(h)) * W_dec[i]
+
+    f_i(h) is what the SAE gives latent i. g_i is 0 (`ablate`), `value` (`clamp`), or f_i(h) + value
+    (`add`). What does not change is added as exact 0: ablated latents that are silent leave every
+    bit.
+    """
+
+    sae: SAE  # of resid_post
+    change: str  # one of CHANGES
+    features: tuple[int, ...]
+    value: float  # in units of activation; of `ablate` not used
+    positions: str
+
+    def delta(self, lm: LanguageModel) -> Delta:
+        features = torch.tensor(self.features, device=self.sae.W_dec.device)
+        directions = self.sae.W_dec[features]
+        if self.change == "add":
+            step = self.value * directions.double().sum(0)
+            step = step.to(lm.config.device, getattr(torch, lm.config.dtype))
+            return lambda _: step
+        value = self.value if self.change == "clamp" else 0.0
+
+        def changed(states: Tensor) -> Tensor:
+            rows = states.flatten(0, -2).to(directions.device).float()
+            moved = (value - activations(self.sae, rows, features)) @ directions
+            return moved.to(states).reshape(states.shape)
+
+        return changed
+
+
+def activations(sae: SAE, rows: Tensor, features: Tensor) -> Tensor:
+    """(n, m) values of some latents (m,) in rows (n, d); 0 where the SAE does not keep them."""
+    kept = sae.encode(rows)
+    column = torch.full((sae.d_sae,), -1, device=rows.device)
+    column[features] = torch.arange(len(features), device=rows.device)
+    column = column[kept.indices]
+    asked = column >= 0
+    dense = rows.new_zeros(len(rows), len(features))
+    dense[kept.rows[asked], column[asked]] = kept.values[asked].to(dense)
+    return dense
 
 
 def prompt_inert_from(lm: LanguageModel) -> int:
@@ -52,10 +123,10 @@ def prompt_inert_from(lm: LanguageModel) -> int:
 
 
 @contextmanager
-def steered(
-    lm: LanguageModel, layer: int, steer: Steer, prompt_lengths: Sequence[int]
+def intervened(
+    lm: LanguageModel, layer: int, intervention: Intervention, prompt_lengths: Sequence[int]
 ) -> Iterator[None]:
-    """While open, generation adds scale * vector to the output of `layer`.
+    """While open, generation goes on from the output of `layer` as the intervention changes it.
 
     A call that shows one position is either a decoded token, or the prompt's last one: a layer with
     shared keys and values sees no more of a prompt. Both are `generated`, so the calls need not be
@@ -64,29 +135,24 @@ def steered(
     Args:
         prompt_lengths: tokens of each prompt of the batch, which is padded on the left.
     """
-    step = _step(lm, steer)
+    delta = intervention.delta(lm)
+    positions = intervention.positions
     width = max(prompt_lengths)
-    first = torch.tensor([width - length for length in prompt_lengths], device=step.device)
+    first = torch.tensor([width - length for length in prompt_lengths], device=lm.config.device)
     boundary = torch.full_like(first, width - 1)
 
     def edit(states: Tensor) -> Tensor:
         length = states.shape[1]
         if length == 1:
-            return states if steer.positions == "prompt" else states + step
+            return states if positions == "prompt" else states + delta(states)
         is_prompt = len(states) == len(prompt_lengths) and length >= width
         assert is_prompt, "not a generation from these prompts"
         end = torch.full_like(first, length)
-        chosen = _chosen(steer.positions, first, boundary, end, length)
-        return torch.where(chosen[..., None], states + step, states)
+        chosen = _chosen(positions, first, boundary, end, length)
+        return torch.where(chosen[..., None], states + delta(states), states)
 
     with edited(lm.blocks[layer], edit):
         yield
-
-
-def _step(lm: LanguageModel, steer: Steer) -> Tensor:
-    """(d,) scale * vector in the model's own dtype: rounded once."""
-    step = steer.scale * torch.from_numpy(steer.vector).double()
-    return step.to(lm.config.device, getattr(torch, lm.config.dtype))
 
 
 def _chosen(positions: str, first: Tensor, boundary: Tensor, end: Tensor, length: int) -> Tensor:
@@ -107,12 +173,12 @@ def _chosen(positions: str, first: Tensor, boundary: Tensor, end: Tensor, length
 
 
 class Effect(NamedTuple):
-    """What steering does while the model reads one given completion."""
+    """What an intervention does while the model reads one given completion."""
 
-    # KL(steered || unsteered) of the next token in nats, summed over the completion's tokens.
+    # KL(changed || unchanged) of the next token in nats, summed over the completion's tokens.
     kl: float
-    norm: float  # mean |h| at the layer over the generated positions, unsteered
-    # Mean |delta| / |h| over the steered positions. delta is what was really added: bfloat16
+    norm: float  # mean |h| at the layer over the generated positions, unchanged
+    # Mean |delta| / |h| over the changed positions. delta is what was really added: bfloat16
     # rounds small steps.
     relative: float
 
@@ -122,34 +188,34 @@ def effects(
     lm: LanguageModel,
     texts: Sequence[tuple[Sequence[int], Sequence[int]]],
     layer: int,
-    steer: Steer,
+    intervention: Intervention,
     tokens: int = BATCH_TOKENS,
     block_bytes: int = BLOCK_BYTES,
 ) -> list[Effect]:
-    """The effect on each text, by a forward pass with steering and one without.
+    """The effect on each text, by a forward pass with the intervention and one without.
 
     Args:
         texts: prompt and completion, as ids.
         tokens: of a batch of texts, at most.
         block_bytes: of logits at a time.
     """
-    step = _step(lm, steer)
+    delta = intervention.delta(lm)
     sequences = [[*prompt, *completion] for prompt, completion in texts]
     effect_of: dict[int, Effect] = {}
     for numbers, padded in batches(sequences, tokens):
-        # Which positions are steered, and which are generated. Padding is on the right here.
+        # Which positions are changed, and which are generated. Padding is on the right here.
         ids = padded.to(lm.config.device)
         ends = [len(sequences[number]) for number in numbers]
         boundaries = [len(texts[number][0]) - 1 for number in numbers]
         end = torch.tensor(ends, device=ids.device)
         boundary = torch.tensor(boundaries, device=ids.device)
-        chosen = _chosen(steer.positions, torch.zeros_like(end), boundary, end, ids.shape[1])
+        chosen = _chosen(intervention.positions, torch.zeros_like(end), boundary, end, ids.shape[1])
         generated = _chosen("generated", boundary, boundary, end, ids.shape[1])
 
         # Both passes: final states behind the norm, and what was added beside what was there.
         norms: list[Tensor] = []
         clean = lm.decoder(input_ids=ids, use_cache=False).last_hidden_state
-        with edited(lm.blocks[layer], _measuring(step, chosen, norms)):
+        with edited(lm.blocks[layer], _measuring(delta, chosen, norms)):
             moved = lm.decoder(input_ids=ids, use_cache=False).last_hidden_state
         norm = _mean(norms[0], generated)
         relative = _mean(norms[1], chosen)
@@ -161,14 +227,14 @@ def effects(
     return [effect_of[number] for number in range(len(texts))]
 
 
-def _measuring(step: Tensor, chosen: Tensor, norms: list[Tensor]) -> Callable[[Tensor], Tensor]:
+def _measuring(delta: Delta, chosen: Tensor, norms: list[Tensor]) -> Callable[[Tensor], Tensor]:
     """The edit of `chosen` (b, t), which appends |h| and |delta| / |h|, (b, t) each, to `norms`."""
 
     def edit(states: Tensor) -> Tensor:
-        moved = torch.where(chosen[..., None], states + step, states)
+        moved = torch.where(chosen[..., None], states + delta(states), states)
         norm = states.float().norm(dim=-1)
-        delta = (moved.float() - states.float()).norm(dim=-1)
-        norms.extend((norm, delta / norm))
+        added = (moved.float() - states.float()).norm(dim=-1)
+        norms.extend((norm, added / norm))
         return moved
 
     return edit
@@ -183,7 +249,7 @@ def _kl(lm: LanguageModel, moved: Tensor, clean: Tensor, block_bytes: int) -> fl
     """Sum of KL(moved || clean) of the next token, from final states (n, d) behind the norm."""
     total = 0.0
     for part in blocks(lm, len(clean), block_bytes):
-        steered_prediction = Prediction.of_states(lm, moved[part], normed=True)
-        prediction = Prediction.of_states(lm, clean[part], normed=True)
-        total += float(steered_prediction.kl(prediction).double().sum())
+        changed = Prediction.of_states(lm, moved[part], normed=True)
+        unchanged = Prediction.of_states(lm, clean[part], normed=True)
+        total += float(changed.kl(unchanged).double().sum())
     return total
