@@ -14,10 +14,11 @@ import torch
 import yaml
 from scipy import sparse
 
+from analyze import matching
+from analyze.codes import choosing_half
+from analyze.matching import NONE
 from analyze.outcome import Outcome
-from analyze.studies.stability import matching
 from analyze.studies.stability import study as stability
-from analyze.studies.stability.matching import NONE
 from analyze.study import Study
 from analyze.subject import Subject
 from data.errors import SettingError, StoreError
@@ -210,17 +211,17 @@ def test_what_was_chosen_is_measured_elsewhere() -> None:
     """Unrelated latents correlate above 0 where the partner was chosen, not elsewhere."""
     ours, theirs = (sparse.csr_array(random_codes(400, 60, seed)) for seed in (4, 5))
     document = np.arange(400) // 5
-    found = stability.match(ours, theirs, document, stability.choosing_half(document))
+    found = stability.match(ours, theirs, document, choosing_half(document, 0))
     assert found.chosen.mean() > 0.1
     assert abs(found.measured.r.mean()) < 0.03
 
 
 def test_halves_split_documents() -> None:
     document = np.repeat(np.arange(10), 4)
-    half = stability.choosing_half(document).reshape(10, 4)
+    half = choosing_half(document, 0).reshape(10, 4)
     assert (half.all(1) | ~half.any(1)).all() and half.all(1).sum() == 5
     with pytest.raises(StoreError, match=r"study\.rows"):
-        stability.choosing_half(np.zeros(5, np.int64))
+        choosing_half(np.zeros(5, np.int64), 0)
 
 
 def test_the_random_dictionary_has_the_second_moments() -> None:

@@ -29,19 +29,18 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
-from analyze import directions, encoding
-from analyze.encoding import Unit, positive, taken
+from analyze import directions, encoding, matching
+from analyze.codes import Codes, choosing_half, codes_of, shared_rows
+from analyze.matching import NONE, Measured
 from analyze.memory import Needed, of_pass, of_sae, rows_read
 from analyze.outcome import Outcome
 from analyze.stats import Floats, Interval, percentiles
-from analyze.studies.stability import matching, words
-from analyze.studies.stability.matching import NONE, Codes, Measured
+from analyze.studies.stability import words
 from analyze.study import Column, Definition, Study, write_features
 from analyze.subject import Subject
 from data.errors import SettingError, StopRequest, StoreError
 from data.journal import Progress
 from data.settings import build
-from train.kernels import Kept
 from train.sae import SAE
 
 FILE = "matches.parquet"
@@ -122,7 +121,7 @@ def stability(study: Study) -> Outcome:
     drawn = random_dictionary(theirs.sae)
     with StopRequest() as stop:
         coded = encode(ours, theirs, drawn, options.rows, stop)
-        half = choosing_half(coded.document)
+        half = choosing_half(coded.document, SEED)
         matches = {}
         for name, codes in (
             ("other", coded.theirs),
@@ -171,12 +170,12 @@ def encode(ours: Subject, theirs: Subject, drawn: SAE, limit: int, stop: StopReq
     progress = Progress()
     for our_unit, their_unit in zip(ours.rows(limit), theirs.rows(limit), strict=False):
         stop.check()
-        our_rows, their_rows = _shared(ours, our_unit, theirs, their_unit)
+        our_rows, their_rows = shared_rows(ours, our_unit, theirs, their_unit)
         parts.append(
             Coded(
-                ours=_codes(ours.encoded(our_unit), our_rows, ours.sae.d_sae),
-                theirs=_codes(theirs.encoded(their_unit), their_rows, theirs.sae.d_sae),
-                random=_codes(
+                ours=codes_of(ours.encoded(our_unit), our_rows, ours.sae.d_sae),
+                theirs=codes_of(theirs.encoded(their_unit), their_rows, theirs.sae.d_sae),
+                random=codes_of(
                     encoding.encode(drawn, their_unit, drawn_kept), their_rows, drawn.d_sae
                 ),
                 document=our_unit.document[our_rows].astype(np.int64),
@@ -193,46 +192,11 @@ def encode(ours: Subject, theirs: Subject, drawn: SAE, limit: int, stop: StopReq
     )
 
 
-def _shared(
-    ours: Subject, our_unit: Unit, theirs: Subject, their_unit: Unit
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The rows of both layers of a unit that belong to the same tokens, in text order."""
-    assert our_unit.number == their_unit.number
-    our_rows = ours.text_rows(our_unit)
-    their_rows = theirs.text_rows(their_unit)
-    _, first, second = np.intersect1d(
-        our_unit.local[our_rows],
-        their_unit.local[their_rows],
-        assume_unique=True,
-        return_indices=True,
-    )
-    return our_rows[first], their_rows[second]
-
-
-def _codes(encoded: Kept, rows: NDArray[np.int64], d_sae: int) -> Codes:
-    """(n, F) activations of some of a unit's rows."""
-    chosen = taken(encoded, torch.from_numpy(rows).to(encoded.values.device))
-    latent, row, value = (column.cpu().numpy() for column in positive(chosen))
-    return sparse.csr_array((value, (row, latent)), shape=(len(rows), d_sae))
-
-
 def _shifted(codes: Codes) -> Codes:
     """The rows rotated by about half of them."""
     n = codes.shape[0]
     by = int(np.random.default_rng(SEED).integers(n // 4, max(3 * n // 4, 1)))
     return sparse.csr_array(sparse.vstack([codes[by:], codes[:by]], format="csr"))
-
-
-def choosing_half(document: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """(n,) whether a row's document is in the random half on which partners are chosen."""
-    numbers, which = np.unique(document, return_inverse=True)
-    if len(numbers) < 2:
-        raise StoreError(
-            "the rows are of a single document, so no other is left to measure on; "
-            "give more study.rows="
-        )
-    chosen = np.random.default_rng(SEED).permutation(len(numbers)) < len(numbers) // 2
-    return chosen[which]
 
 
 def match(

@@ -14,16 +14,14 @@ Shapes: n rows, F and G latents, m documents.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
-Codes = Any  # scipy.sparse.csr_array, (n, F) float32: activations, 0 where a latent is silent
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
+from analyze.codes import Codes, Ints
+from analyze.stats import Floats
 
 # Latents whose products with all others are in memory at a time: at most 67 MB at 32,768 latents.
 BLOCK = 256
