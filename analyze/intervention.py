@@ -24,6 +24,7 @@ from torch import Tensor
 
 from analyze.language_model import BATCH_TOKENS, Prediction, batches, blocks, edited
 from analyze.stats import Floats
+from data.errors import SettingError
 from harvest.model import LanguageModel
 from train.sae import SAE
 
@@ -76,24 +77,82 @@ class LatentChange:
     sae: SAE  # of resid_post
     change: str  # one of CHANGES
     features: tuple[int, ...]
-    value: float  # in units of activation; of `ablate` not used
+    # In units of activation, of all features or of each; of `ablate` not used.
+    value: float | tuple[float, ...]
     positions: str
 
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            SettingError: a feature is none of the SAE's, or is named twice.
+        """
+        assert self.change in CHANGES and self.positions in POSITIONS
+        require_features(self.features, self.sae.d_sae)
+
     def delta(self, lm: LanguageModel) -> Delta:
-        features = torch.tensor(self.features, device=self.sae.W_dec.device)
-        directions = self.sae.W_dec[features]
+        directions = self.sae.W_dec[list(self.features)]
         if self.change == "add":
-            step = self.value * directions.double().sum(0)
+            step = self._values(directions.double()) @ directions.double()
             step = step.to(lm.config.device, getattr(torch, lm.config.dtype))
             return lambda _: step
-        value = self.value if self.change == "clamp" else 0.0
+        exact = self.exact
 
         def changed(states: Tensor) -> Tensor:
-            rows = states.flatten(0, -2).to(directions.device).float()
-            moved = (value - activations(self.sae, rows, features)) @ directions
-            return moved.to(states).reshape(states.shape)
+            return exact(states).to(states)
 
         return changed
+
+    def exact(self, states: Tensor) -> Tensor:
+        """What is added to states (..., d), before it is rounded to their dtype."""
+        features = torch.tensor(self.features, device=self.sae.W_dec.device)
+        directions = self.sae.W_dec[features]
+        rows = states.flatten(0, -2).to(directions.device).float()
+        values = self._values(directions)
+        if self.change == "add":
+            moved = values.expand(len(rows), -1)
+        else:
+            moved = values - activations(self.sae, rows, features)
+        added: Tensor = (moved @ directions).reshape(states.shape)
+        return added
+
+    def _values(self, like: Tensor) -> Tensor:
+        """(m,) values that the features get, or that are added to theirs."""
+        value = 0.0 if self.change == "ablate" else self.value
+        values = torch.tensor(value, dtype=torch.float64).to(like)
+        return values.expand(len(self.features))
+
+
+@dataclass(frozen=True)
+class EqualNorm:
+    """Another direction that is as long, at each position, as what a change of latents adds there.
+
+    h + |delta(h)| * direction
+    """
+
+    change: LatentChange
+    direction: Floats  # (d,), unit norm
+
+    @property
+    def positions(self) -> str:
+        return self.change.positions
+
+    def delta(self, lm: LanguageModel) -> Delta:
+        direction = torch.from_numpy(self.direction).float().to(lm.config.device)
+
+        def changed(states: Tensor) -> Tensor:
+            norm = self.change.exact(states).norm(dim=-1, keepdim=True)
+            return (norm.to(direction.device) * direction).to(states)
+
+        return changed
+
+
+def require_features(features: Sequence[int], d_sae: int) -> None:
+    """Raise SettingError unless `features` are different latents of an SAE that has `d_sae`."""
+    fits = all(0 <= feature < d_sae for feature in features)
+    if not features or not fits or len(set(features)) < len(features):
+        raise SettingError(
+            f"features {list(features)} must be different latents of the SAE, 0 to {d_sae - 1}"
+        )
 
 
 def activations(sae: SAE, rows: Tensor, features: Tensor) -> Tensor:
