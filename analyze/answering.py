@@ -145,7 +145,7 @@ def inputs(study: Study) -> dict[str, Any]:
             not loaded for that.
     """
     asking = asking_of(study)
-    return _inputs(study, _problems(study, asking), asking)
+    return _inputs(study, problems_of(study, asking), asking)
 
 
 def _inputs(study: Study, asked: Sequence[Problem | Solution], asking: Asking) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def answers(study: Study, stop: StopRequest | None = None, part: str | None = No
     """
     asking = asking_of(study)
     by_part: dict[str | None, list[Problem | Solution]] = {}
-    for item in _problems(study, asking):
+    for item in problems_of(study, asking):
         own = item.problem.part if isinstance(item, Solution) else item.part
         if own is None or part in (None, own):
             by_part.setdefault(own, []).append(item)
@@ -219,35 +219,55 @@ def _generated(
     bare = [replace(question, part=None) for question in questions]
 
     def fill(folder: Path) -> None:
-        prompts = _prompts(study, bare, asking)
+        prompts = prompts_of(study, bare, asking)
         longest = max(map(len, prompts.values()))
         require_room(longest, asking, _context(study))
         if (turns := turns_of(study)) and turns.built_in:
             tell(f"the tokenizer has no chat template: prompts are in {turns.name}")
-        asked = [(question, sample) for question in bare for sample in range(asking.samples)]
-
-        def make(rows: slice) -> list[dict[str, Any]]:
-            batch = [(question, prompts[question.id]) for question, _ in asked[rows]]
-            samples = [sample for _, sample in asked[rows]]
-            return [answer.record() for answer in completions(study.lm, batch, asking, samples)]
-
-        path = folder / _FILE
-        grow_answers(path, len(asked), asking.batch, make, Progress().show, stop or StopRequest())
+        write_answers(folder / _FILE, study.lm, bare, prompts, asking, stop or StopRequest())
 
     # Either number is kept, so the grading makes no other answers.
     key = {"version": VERSION, **model_key(study)}
     key |= _inputs(study, bare, replace(asking, grading=Asking.grading))
     folder = study.kept("answers", key, fill)
     found = []
-    for line in read_lines(folder / _FILE):
-        kept = Answer(**{**line, "problem": Problem(**line["problem"])})
+    for kept in read_answers(folder / _FILE):
         own = replace(kept.problem, part=questions[0].part)
         number = kept.strict if asking.grading == "strict" else kept.flexible
         found.append(replace(kept, problem=own, correct=own.is_answer(number)))
     return found
 
 
-def _prompts(study: Study, questions: Sequence[Problem], asking: Asking) -> dict[str, list[int]]:
+def write_answers(
+    path: Path,
+    lm: LanguageModel,
+    questions: Sequence[Problem],
+    prompts: Mapping[str, list[int]],
+    asking: Asking,
+    stop: StopRequest,
+) -> None:
+    """Write a model's own answers to a file, batch by batch, from wherever it stands.
+
+    Args:
+        prompts: ids of each question's prompt, by the question's id.
+    """
+    asked = [(question, sample) for question in questions for sample in range(asking.samples)]
+
+    def make(rows: slice) -> list[dict[str, Any]]:
+        batch = [(question, prompts[question.id]) for question, _ in asked[rows]]
+        samples = [sample for _, sample in asked[rows]]
+        return [answer.record() for answer in completions(lm, batch, asking, samples)]
+
+    grow_answers(path, len(asked), asking.batch, make, Progress().show, stop)
+
+
+def read_answers(path: Path) -> list[Answer]:
+    """The answers that `write_answers` left."""
+    lines = read_lines(path)
+    return [Answer(**{**line, "problem": Problem(**line["problem"])}) for line in lines]
+
+
+def prompts_of(study: Study, questions: Sequence[Problem], asking: Asking) -> dict[str, list[int]]:
     """The ids of each question's prompt, by the question's id."""
     prompt = PROMPTS[asking.prompt]
     tokenizer = study.description.tokenizer
@@ -284,11 +304,11 @@ def questions(study: Study) -> list[tuple[Problem, list[int]]]:
     """Each question once, with its prompt's ids; of a folder those of test.jsonl."""
     asking = asking_of(study)
     found: dict[str, Problem] = {}
-    for item in _problems(study, asking):
+    for item in problems_of(study, asking):
         asked = item.problem if isinstance(item, Solution) else item
         if asked.part != "train":
             found.setdefault(asked.id, asked)
-    prompts = _prompts(study, list(found.values()), asking)
+    prompts = prompts_of(study, list(found.values()), asking)
     return [(asked, prompts[asked.id]) for asked in found.values()]
 
 
@@ -304,10 +324,11 @@ def asking_of(study: Study) -> Asking:
 def number_of(study: Study) -> int:
     """How many answers a study asks for, at most."""
     asking = asking_of(study)
-    return len(_problems(study, asking)) * asking.samples
+    return len(problems_of(study, asking)) * asking.samples
 
 
-def _problems(study: Study, asking: Asking) -> Sequence[Problem | Solution]:
+def problems_of(study: Study, asking: Asking) -> Sequence[Problem | Solution]:
+    """The problems that the study is given; of the embedded model its own by default."""
     is_tiny = study.subject.store.manifest["model"]["id"] == "tiny"
     source = study.problems or (problems.TINY if is_tiny else None)
     if source is None:
@@ -439,7 +460,7 @@ def _of_solutions(study: Study, solutions: Sequence[Solution], asking: Asking) -
     """Labelled solutions as completions of the problem's prompt, right where the label says so."""
     tokenizer = study.description.tokenizer
     questions = {solution.problem.id: solution.problem for solution in solutions}
-    prompts = _prompts(study, list(questions.values()), asking)
+    prompts = prompts_of(study, list(questions.values()), asking)
     labelled = []
     for solution in solutions:
         ids = tokenizer.encode([" " + solution.text])[0]
