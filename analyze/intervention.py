@@ -17,13 +17,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from analyze.language_model import BATCH_TOKENS, Prediction, batches, blocks, edited
 from analyze.stats import Floats
+from data import durable
 from data.errors import SettingError
 from harvest.model import LanguageModel
 from train.sae import SAE
@@ -48,6 +49,12 @@ class Intervention(Protocol):
         """What is added to the layer's output."""
 
 
+def require_positions(positions: str) -> None:
+    """Raise SettingError unless study.positions is one of POSITIONS."""
+    if positions not in POSITIONS:
+        raise SettingError(f"study.positions={positions} must be one of {', '.join(POSITIONS)}")
+
+
 class Steer(NamedTuple):
     """A vector that is added."""
 
@@ -61,6 +68,11 @@ class Steer(NamedTuple):
         step = self.scale * torch.from_numpy(self.vector).double()
         step = step.to(lm.config.device, getattr(torch, lm.config.dtype))
         return lambda _: step
+
+    @property
+    def key(self) -> list[Any]:
+        """What it follows from, for the key of kept replies."""
+        return [durable.digest(self.vector.tobytes()), self.scale, self.positions]
 
 
 @dataclass(frozen=True)
@@ -118,7 +130,7 @@ class LatentChange:
     def _values(self, like: Tensor) -> Tensor:
         """(m,) values that the features get, or that are added to theirs."""
         value = 0.0 if self.change == "ablate" else self.value
-        values = torch.tensor(value, dtype=torch.float64).to(like)
+        values: Tensor = torch.tensor(value, dtype=torch.float64).to(like)
         return values.expand(len(self.features))
 
 
@@ -140,7 +152,7 @@ class EqualNorm:
         direction = torch.from_numpy(self.direction).float().to(lm.config.device)
 
         def changed(states: Tensor) -> Tensor:
-            norm = self.change.exact(states).norm(dim=-1, keepdim=True)
+            norm: Tensor = self.change.exact(states).norm(dim=-1, keepdim=True)
             return (norm.to(direction.device) * direction).to(states)
 
         return changed

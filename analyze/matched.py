@@ -1,4 +1,4 @@
-"""Random latents that fire as often as chosen ones: what a choice is worth beside no choice.
+"""Random latents that fire as often as chosen ones, and random directions: what a choice is worth.
 
 A latent that fires on every token moves, probes and rewards otherwise than one that fires on one in
 a thousand. So the random latents beside chosen ones have nearly their density.
@@ -55,3 +55,13 @@ def random_latents(
         drawn[place] = left[index]
         left = np.delete(left, index)
     return drawn
+
+
+def random_directions(d: int, count: int, rng: np.random.Generator) -> list[Floats]:
+    """Directions (d,) of norm 1, uniform on the sphere."""
+    return [unit(rng.normal(size=d)) for _ in range(count)]
+
+
+def unit(vector: Floats) -> Floats:
+    """(d,) scaled to norm 1."""
+    return np.asarray(vector / np.linalg.norm(vector), np.float64)

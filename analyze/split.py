@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
+from analyze.answering import Answer
+from analyze.problems import Problem
 from data import durable
 from data.errors import SettingError
 
@@ -35,3 +40,62 @@ def require_share(share: float) -> None:
     """Raise SettingError unless study.discovery can be a share of the questions."""
     if not 0 < share < 1:
         raise SettingError(f"study.discovery={share} must be above 0 and below 1, such as 0.5")
+
+
+# -- in three --------------------------------------------------------------------------------------
+
+
+class Split(NamedTuple):
+    """Questions by what they are for: train chooses, dev chooses how much, test judges."""
+
+    train: list[str]  # ids
+    dev: list[Answer]  # one per question
+    test: list[Answer]
+
+
+def split_of(answered: Sequence[Answer], train: float, dev: float) -> Split:
+    """Each question's part is a function of its id, so other questions do not change it.
+
+    Problems that come as train.jsonl and test.jsonl keep that: questions of train.jsonl are train
+    or dev, in the ratio of the two shares, and those of test.jsonl are test.
+
+    Args:
+        train: share of the questions, about.
+        dev: likewise.
+
+    Raises:
+        SettingError: a part is empty.
+    """
+    parts: dict[str, dict[str, Answer]] = {"train": {}, "dev": {}, "test": {}}
+    for answer in answered:
+        part = _part(answer.problem, train, dev)
+        parts[part].setdefault(answer.problem.id, answer)
+    total = sum(map(len, parts.values()))
+    for name, part_answers in parts.items():
+        if not part_answers:
+            raise SettingError(
+                f"of {total} questions none is left as {name} question; raise answers.questions"
+            )
+    return Split(list(parts["train"]), list(parts["dev"].values()), list(parts["test"].values()))
+
+
+def _part(asked: Problem, train: float, dev: float) -> str:
+    """`train`, `dev` or `test`."""
+    if asked.part == "test":
+        return "test"
+    digest = durable.digest(b"steering", asked.id.encode())
+    position = int(digest, 16) / 2**128  # in [0, 1)
+    if asked.part == TRAIN:
+        position *= train + dev
+    if position < train:
+        return "train"
+    return "dev" if asked.part == TRAIN or position < train + dev else "test"
+
+
+def require_shares(train: float, dev: float) -> None:
+    """Raise SettingError unless study.train and study.dev leave questions to test on."""
+    if not (train > 0 and dev > 0 and train + dev < 1):
+        raise SettingError(
+            f"study.train={train} and study.dev={dev} must be above 0 and leave questions to test "
+            "on: together less than 1"
+        )

@@ -21,12 +21,14 @@ from analyze.intervention import Steer, intervened
 from analyze.language_model import generate
 from analyze.outcome import dumped
 from analyze.problems import problem
+from analyze.replies import Reply, Row
+from analyze.split import split_of
 from analyze.studies.steering import study as steering
 from analyze.studies.steering import words
-from analyze.studies.steering.outcomes import Findings, Reply, Row, nulls, overlaps
+from analyze.studies.steering.outcomes import Findings, nulls, overlaps
 from analyze.studies.steering.study import Options
-from analyze.studies.steering.sweeps import Sweeps
 from analyze.study import Study
+from analyze.sweeps import Sweeps, greedy
 from data import digests
 from data.errors import Interrupted, SettingError, StopRequest
 from data.journal import Progress
@@ -228,7 +230,7 @@ def test_questions_keep_their_part_whoever_else_is_asked() -> None:
         Answer(problem(drawn.question, "1"), "generated", [2], [3], "", True, "1", "1", True)
         for drawn, _ in zip(tiny_problems("heldout"), range(600), strict=False)
     ]
-    split = steering.split_of([*every, *every], Options())
+    split = split_of([*every, *every], 0.3, 0.2)
     parts = [
         set(split.train),
         {answer.problem.id for answer in split.dev},
@@ -240,7 +242,7 @@ def test_questions_keep_their_part_whoever_else_is_asked() -> None:
         == len({answer.problem.id for answer in every})
     )
     assert [len(part) / 600 for part in parts] == pytest.approx([0.3, 0.2, 0.5], abs=0.06)
-    fewer = steering.split_of(every[300:], Options())
+    fewer = split_of(every[300:], 0.3, 0.2)
     assert set(fewer.train) < parts[0] and {answer.problem.id for answer in fewer.test} < parts[2]
 
 
@@ -249,7 +251,7 @@ def test_train_questions_of_a_folder_never_judge_and_its_test_questions_do_nothi
     for drawn, part in zip(tiny_problems("heldout"), ["train", "test"] * 200, strict=False):
         asked = replace(problem(drawn.question, "1"), part=part)
         every.append(Answer(asked, "generated", [2], [3], "", True, "1", "1", True))
-    split = steering.split_of(every, Options())
+    split = split_of(every, 0.3, 0.2)
     by_part = {"train": {*split.train}, "dev": {answer.problem.id for answer in split.dev}}
     given = {part: {a.problem.id for a in every if a.problem.part == part} for part in ("train",)}
     assert by_part["train"] | by_part["dev"] == given["train"]
@@ -260,7 +262,7 @@ def test_train_questions_of_a_folder_never_judge_and_its_test_questions_do_nothi
 
 def test_sweeps_are_greedy_whatever_made_the_vector() -> None:
     sampled = Asking(samples=8, temperature=0.7, seed=3, new_tokens=9)
-    assert steering.greedy(sampled) == Asking(seed=3, new_tokens=9)
+    assert greedy(sampled) == Asking(seed=3, new_tokens=9)
     found = findings("1100", "1100", ["1100"], samples=8)
     assert "greedy" in " ".join(words.summary(found))
     assert "greedy" not in " ".join(words.summary(replace(found, samples=1)))

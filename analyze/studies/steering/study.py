@@ -13,25 +13,26 @@ Shapes: n answers, d d_model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isfinite
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from analyze import refusals
-from analyze.answering import Answer, Asking, answers, asking_of, inputs
-from analyze.intervention import POSITIONS, Steer, prompt_inert_from
+from analyze.answering import Answer, answers, asking_of, inputs
+from analyze.intervention import POSITIONS, Steer, prompt_inert_from, require_positions
+from analyze.matched import random_directions, unit
 from analyze.outcome import Outcome
-from analyze.problems import Problem
+from analyze.replies import Reply
+from analyze.split import require_shares, split_of
 from analyze.stats import Floats
 from analyze.studies.contrast.means import answer_means, caa, memory
 from analyze.studies.steering import vector, words
-from analyze.studies.steering.outcomes import Findings, Reply, Row
-from analyze.studies.steering.sweeps import Sweeps
+from analyze.studies.steering.outcomes import Findings
 from analyze.study import Definition, Study
-from data import durable
+from analyze.sweeps import Sweeps, greedy
 from data.errors import SettingError, StopRequest
 from data.journal import Progress
 from data.settings import build, number
@@ -54,10 +55,7 @@ class Options:
     dev: float = 0.2  # likewise; the rest are test questions
 
     def __post_init__(self) -> None:
-        if self.positions not in POSITIONS:
-            raise SettingError(
-                f"study.positions={self.positions} must be one of {', '.join(POSITIONS)}"
-            )
+        require_positions(self.positions)
         if not isinstance(self.scales, list | tuple):
             raise SettingError(f"study.scales={self.scales} must be a list, such as [2,5,-5]")
         scales = [number("study.scales", scale) for scale in self.scales]
@@ -70,11 +68,7 @@ class Options:
             value = getattr(self, name)
             if value < 1:
                 raise SettingError(f"study.{name}={value} must be at least 1")
-        if not (self.train > 0 and self.dev > 0 and self.train + self.dev < 1):
-            raise SettingError(
-                f"study.train={self.train} and study.dev={self.dev} must be above 0 and leave "
-                "questions to test on: together less than 1"
-            )
+        require_shares(self.train, self.dev)
 
 
 # -- the study -------------------------------------------------------------------------------------
@@ -99,7 +93,7 @@ def steering(study: Study) -> Outcome:
     with StopRequest() as stop:
         # The vector and its controls, from the answers to the train questions.
         answered = answers(study, stop)
-        split = split_of(answered, options)
+        split = split_of(answered, options.train, options.dev)
         # Those that contrast reads too: of one file all, of a folder those to train questions.
         read = [answer for answer in answered if answer.problem.part != "test"]
         means = answer_means(study, read, stop)
@@ -117,7 +111,7 @@ def steering(study: Study) -> Outcome:
         best = best_of(tried, dev)
 
         # Every scale and every control, on the test questions.
-        rows = _test_rows(sweeps, steers(tried, best, vectors), split.test)
+        rows = sweeps.rows(steers(tried, best, vectors), split.test, "test")
     findings = Findings(
         rows=rows,
         best=best.scale,
@@ -131,11 +125,6 @@ def steering(study: Study) -> Outcome:
     )
     vector.write(study.folder, layer, v, provenance(study, findings, options))
     return words.outcome(findings)
-
-
-def greedy(asking: Asking) -> Asking:
-    """How the sweeps ask: once, and without chance, so that nothing but steering differs."""
-    return replace(asking, samples=1, temperature=0.0)
 
 
 def provenance(study: Study, findings: Findings, options: Options) -> dict[str, Any]:
@@ -182,17 +171,6 @@ def _right_on_dev(
     return right
 
 
-def _test_rows(sweeps: Sweeps, every: Sequence[Steer], asked: Sequence[Answer]) -> list[Row]:
-    """The rows of all sweeps over the test questions, the unsteered one first."""
-    unsteered = sweeps.run(asked, None, "test, unsteered")
-    rows = [Row.of(None, unsteered, unsteered)]
-    for done, steer in enumerate(every, 1):
-        label = f"test {done}/{len(every)}, {steer.kind} {steer.scale:+g}"
-        replies = sweeps.run(asked, steer, label, unsteered)
-        rows.append(Row.of(steer, replies, unsteered))
-    return rows
-
-
 def _right(replies: Sequence[Reply]) -> int:
     return sum(reply.correct for reply in replies)
 
@@ -202,49 +180,6 @@ def _ids(asked: Sequence[Answer]) -> list[str]:
 
 
 # -- what is compared ------------------------------------------------------------------------------
-
-
-class Split(NamedTuple):
-    """Questions by what they are for."""
-
-    train: list[str]  # ids
-    dev: list[Answer]  # one per question
-    test: list[Answer]
-
-
-def split_of(answered: Sequence[Answer], options: Options) -> Split:
-    """Each question's part is a function of its id, so other questions do not change it.
-
-    Problems that come as train.jsonl and test.jsonl keep that: train questions make the vector or
-    choose its scale, in the shares that `options` gives these two, and test questions are test.
-
-    Raises:
-        SettingError: a part is empty.
-    """
-    parts: dict[str, dict[str, Answer]] = {"train": {}, "dev": {}, "test": {}}
-    for answer in answered:
-        part = _part(answer.problem, options)
-        parts[part].setdefault(answer.problem.id, answer)
-    total = sum(map(len, parts.values()))
-    for name, part_answers in parts.items():
-        if not part_answers:
-            raise SettingError(
-                f"of {total} questions none is left as {name} question; raise answers.questions"
-            )
-    return Split(list(parts["train"]), list(parts["dev"].values()), list(parts["test"].values()))
-
-
-def _part(asked: Problem, options: Options) -> str:
-    """`train`, `dev` or `test`."""
-    if asked.part == "test":
-        return "test"
-    digest = durable.digest(b"steering", asked.id.encode())
-    position = int(digest, 16) / 2**128  # in [0, 1)
-    if asked.part == "train":
-        position *= options.train + options.dev
-    if position < options.train:
-        return "train"
-    return "dev" if asked.part == "train" or position < options.train + options.dev else "test"
 
 
 def directions(
@@ -258,14 +193,10 @@ def directions(
     """
     v = vector.as_shipped(caa(hidden, correct))
     rng = np.random.default_rng(SEED)
-    random = [_unit(rng.normal(size=len(v))) for _ in range(options.n_random)]
+    random = random_directions(len(v), options.n_random, rng)
     shuffled = [caa(hidden, rng.permutation(correct)) for _ in range(options.n_shuffled)]
-    orthogonal = _unit(random[0] - (random[0] @ v) / (v @ v) * v)
+    orthogonal = unit(random[0] - (random[0] @ v) / (v @ v) * v)
     return {"v": [v], "orthogonal": [orthogonal], "shuffled": shuffled, "random": random}
-
-
-def _unit(vector: Floats) -> Floats:
-    return np.asarray(vector / np.linalg.norm(vector), np.float64)
 
 
 def best_of(tried: Sequence[Steer], right: Mapping[float, int]) -> Steer:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from analyze.outcome import Outcome, Picture, Table
+from analyze.replies import Row
 from analyze.stats import detectable_change, figure, formatted
-from analyze.studies.steering.outcomes import DISCORDANT, Findings, Null, Overlap, Row
+from analyze.studies.steering.outcomes import DISCORDANT, Findings, Null, Overlap
 from analyze.studies.steering.plot import over_scales
 
 LEVEL = 0.05

@@ -1,20 +1,19 @@
-"""Answers generated under steering, sweep by sweep, and kept."""
+"""Answers generated under changes of a layer's output, sweep by sweep, and kept."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from analyze.answering import Answer, Asking, completions, grow_answers, model_key
-from analyze.intervention import Steer, effects, intervened
+from analyze.intervention import effects, intervened
 from analyze.kept import read_lines
+from analyze.replies import Reply, Row, Swept
 from analyze.results import digest_of
-from analyze.studies.steering.outcomes import Reply
 from analyze.study import Study
-from data import durable
 from data.errors import StopRequest
 from data.journal import Progress
 
@@ -22,9 +21,14 @@ VERSION = 1  # of the kept replies: raise it when the same settings give other o
 _FILE = "replies.jsonl"
 
 
+def greedy(asking: Asking) -> Asking:
+    """How sweeps ask: once, and without chance, so that nothing but the change differs."""
+    return replace(asking, samples=1, temperature=0.0)
+
+
 @dataclass(frozen=True)
 class Sweeps:
-    """Generates answers under steering, and keeps them: see `Study.kept`."""
+    """Generates answers under changes, and keeps them: see `Study.kept`."""
 
     study: Study
     layer: int
@@ -35,22 +39,22 @@ class Sweeps:
     def run(
         self,
         asked: Sequence[Answer],
-        steer: Steer | None,
+        change: Swept | None,
         label: str,
         unsteered: Sequence[Reply] | None = None,
     ) -> list[Reply]:
         """The replies to questions, in batches of consecutive ones, the same in every sweep.
 
         Args:
-            steer: None: no hook at all.
+            change: None: no hook at all.
             label: of the sweep, for the line of progress.
-            unsteered: replies to the same questions; the effect of steering is then measured, too,
-                on these texts.
+            unsteered: replies to the same questions; the change's effect on these texts is then
+                measured, too.
         """
 
         def make(part: slice) -> list[dict[str, Any]]:
             before = None if unsteered is None else unsteered[part]
-            return [reply._asdict() for reply in self._replies(asked[part], steer, before)]
+            return [reply._asdict() for reply in self._replies(asked[part], change, before)]
 
         def show(line: str, *, last: bool) -> None:
             self.progress.show(f"{label}: {line}")  # other sweeps follow, so none is the last
@@ -59,16 +63,26 @@ class Sweeps:
             path = folder / _FILE
             grow_answers(path, len(asked), self.asking.batch, make, show, self.stop)
 
-        folder = self.study.kept("steered", self._key(asked, steer, unsteered), fill)
+        folder = self.study.kept("steered", self._key(asked, change, unsteered), fill)
         return [Reply(**line) for line in read_lines(folder / _FILE)]
 
+    def rows(self, changes: Sequence[Swept], asked: Sequence[Answer], part: str) -> list[Row]:
+        """The rows of all sweeps over some questions, the unsteered one first.
+
+        Args:
+            part: of the questions, for the line of progress.
+        """
+        unsteered = self.run(asked, None, f"{part}, unsteered")
+        rows = [Row.of(None, unsteered, unsteered)]
+        for done, change in enumerate(changes, 1):
+            label = f"{part} {done}/{len(changes)}, {change.kind} {change.scale:+g}"
+            replies = self.run(asked, change, label, unsteered)
+            rows.append(Row.of(change, replies, unsteered))
+        return rows
+
     def _key(
-        self, asked: Sequence[Answer], steer: Steer | None, unsteered: Sequence[Reply] | None
+        self, asked: Sequence[Answer], change: Swept | None, unsteered: Sequence[Reply] | None
     ) -> dict[str, Any]:
-        steered_by = None
-        if steer is not None:
-            vector = durable.digest(steer.vector.tobytes())
-            steered_by = [self.layer, vector, steer.scale, steer.positions]
         prompts = [[answer.prompt_ids, answer.problem.record()] for answer in asked]
         texts = None if unsteered is None else [reply.ids for reply in unsteered]
         return {
@@ -77,18 +91,18 @@ class Sweeps:
             "asked": digest_of({"asked": prompts}),
             "asking": [self.asking.new_tokens, self.asking.batch],
             **self.asking.added,
-            "steer": steered_by,
+            "steer": None if change is None else [self.layer, *change.key],
             "unsteered": digest_of({"ids": texts}),
         }
 
     def _replies(
-        self, asked: Sequence[Answer], steer: Steer | None, unsteered: Sequence[Reply] | None
+        self, asked: Sequence[Answer], change: Swept | None, unsteered: Sequence[Reply] | None
     ) -> list[Reply]:
         """The replies to one batch of questions."""
         lm = self.study.lm
         prompts = [answer.prompt_ids for answer in asked]
         lengths = [len(prompt) for prompt in prompts]
-        hook = nullcontext() if steer is None else intervened(lm, self.layer, steer, lengths)
+        hook = nullcontext() if change is None else intervened(lm, self.layer, change, lengths)
         with hook:
             batch = [(answer.problem, answer.prompt_ids) for answer in asked]
             written = completions(lm, batch, self.asking)
@@ -103,10 +117,10 @@ class Sweeps:
                     finished=answer.finished,
                 )
             )
-        if steer is None or unsteered is None:
+        if change is None or unsteered is None:
             return replies
         texts = [(prompt, reply.ids) for prompt, reply in zip(prompts, unsteered, strict=True)]
-        measured = effects(lm, texts, self.layer, steer)
+        measured = effects(lm, texts, self.layer, change)
         return [
             reply._replace(**effect._asdict())
             for reply, effect in zip(replies, measured, strict=True)
