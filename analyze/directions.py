@@ -20,12 +20,14 @@ from data import durable
 from data.errors import StopRequest
 from data.journal import Progress
 from harvest.model import LanguageModel
+from train.sae import SAE
 
 BLOCK_BYTES = 1 << 28  # of products held at a time
 # Operations of a product at a time on a CPU: under a second of one core. A GPU does as many in a
 # millisecond, and is bounded by BLOCK_BYTES.
 BLOCK_OPERATIONS = 1 << 35
 NEIGHBOURS = 10  # of each latent
+_DRAWN_ROWS = 4096  # random directions that are float64 at a time
 _PART = 8192  # latents whose neighbours are kept together: half a minute of a core
 VOCABULARY_BLOCK = 16_384  # ids whose unembeddings are float32 at a time: 168 MB at d = 2560
 VERSION = 1  # of the kept logits and neighbours: raise it when the same weights give other ones
@@ -209,3 +211,31 @@ def _best(
     ids = torch.from_numpy(np.concatenate([part[f"{name}_ids"] for part in found], axis=1))
     chosen = values.topk(min(count, values.shape[1]), dim=1, largest=largest)
     return chosen.values, ids.gather(1, chosen.indices)
+
+
+# -- directions by chance --------------------------------------------------------------------------
+
+
+def random_dictionary(sae: SAE, seed: int) -> SAE:
+    """Random directions of norm 1 with the second moments of another decoder's, about 0.
+
+    The encoder is the decoder transposed, without bias; of a transcoder, directions with the second
+    moments of its encoder's.
+    """
+    W_dec = _drawn_as(sae.W_dec, seed)
+    encoder = W_dec if sae.b_in is None else _drawn_as(sae.encoder, seed)
+    b_enc = torch.zeros_like(sae.b_enc)
+    return SAE(encoder, W_dec, b_enc, sae.b_dec, sae.k, b_in=sae.b_in)
+
+
+def _drawn_as(like: Tensor, seed: int) -> Tensor:
+    """Random directions (F, d) of norm 1 with the second moments of others."""
+    W = like.cpu().double()
+    values, vectors = torch.linalg.eigh(W.T @ W / len(W))
+    del W
+    root = values.clamp_min(0).sqrt()
+    drawn = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
+    # In blocks: float64 of all would be three times the dictionary.
+    for rows in torch.split(drawn, _DRAWN_ROWS):
+        rows.copy_(unit(rows.double() * root @ vectors.T))
+    return drawn.to(like.device)

@@ -5,19 +5,16 @@ A source is GSM8K's files, others of their form, or the embedded model's own pro
 
 from __future__ import annotations
 
-import codecs
-import json
 import re
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from decimal import Decimal, InvalidOperation
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from analyze import json_lines
 from analyze.truth import NotANumber, is_right, truth_of
 from data import durable
-from data.errors import SettingError, StoreError, caused
+from data.errors import SettingError, StoreError
 from data.tiny import problems as tiny
 
 TINY = "tiny"
@@ -164,7 +161,7 @@ def _of_folder(folder: Path, limit: int) -> list[Problem] | list[Solution]:
 def _of_file(path: Path, limit: int) -> list[Problem] | list[Solution]:
     plain: dict[str, Problem] = {}
     labelled: dict[str, list[Solution]] = {}
-    for place, line in _lines(path):
+    for place, line in json_lines.lines(path, "problems", "question and answer"):
         if len(plain) == limit or (len(labelled) == limit and not plain):
             break
         asked = _problem(place, line)
@@ -197,7 +194,7 @@ def examples(path: Path) -> list[Example]:
             "GSM8K's train.jsonl"
         )
     found = []
-    for place, line in _lines(path):
+    for place, line in json_lines.lines(path, "answers.examples", "question and answer"):
         question, answer = line.get("question"), line.get("answer")
         if not isinstance(question, str) or isinstance(answer, bool | list | dict | None):
             raise StoreError(f"{place}: an example has a text `question` and an `answer`")
@@ -212,81 +209,6 @@ def _embedded(limit: int) -> list[Problem]:
         asked = problem(drawn.question, str(drawn.answer))
         unique[asked.id] = asked
     return list(islice(unique.values(), limit))
-
-
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects in a file of JSON lines, each with its place, for error messages.
-
-    Numbers are int or Decimal, so they are exactly what is written.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        got = f"problems={path} cannot be read: {error.strerror}"
-        raise caused(error, got, "mend the file's rights") from error
-    for row, raw in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), 1):
-        place = f"{path} line {row}"
-        try:
-            text = raw.decode()
-        except UnicodeDecodeError as error:
-            got = f"byte 0x{raw[error.start]:02x} at {error.start}"
-            raise StoreError(f"{place} is not UTF-8 ({got}); save the file as UTF-8") from error
-        if not text.strip():
-            continue
-        line = _object(place, text)
-        _require_unicode(place, line)
-        yield place, line
-
-
-def _object(place: str, text: str) -> dict[str, Any]:
-    """The JSON object of a line."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        line = dict(pairs)
-        if len(line) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise StoreError(f"{place} has {twice!a} twice; it may be there once")
-        return line
-
-    try:
-        line = json.loads(
-            text,
-            object_pairs_hook=unique,
-            parse_float=_decimal,
-            parse_int=_whole,
-            parse_constant=Decimal,  # NaN, Infinity
-        )
-    except (ValueError, RecursionError) as error:
-        raise StoreError(f"{place} is not JSON") from error
-    if not isinstance(line, dict):
-        raise StoreError(f"{place} is not an object of question and answer")
-    return line
-
-
-def _decimal(written: str) -> Decimal:
-    """A number of JSON; infinite, if its exponent is."""
-    try:
-        return Decimal(written)
-    except InvalidOperation:
-        return Decimal("Infinity")
-
-
-def _whole(digits: str) -> int | Decimal:
-    """A whole number of JSON; Python reads no int of more than some thousand digits."""
-    return int(digits) if len(digits) < 1000 else Decimal(digits)
-
-
-def _require_unicode(place: str, line: dict[str, Any]) -> None:
-    """Raise StoreError if a text of a line holds half of a surrogate pair, which has no UTF-8."""
-    for name, value in line.items():
-        texts = value.values() if isinstance(value, dict) else (name, value)
-        for text in texts:
-            if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise StoreError(
-                    f"{place}: {name!a} holds half of a surrogate pair, which no tokenizer can "
-                    "read; write the whole character"
-                )
 
 
 def _problem(place: str, line: dict[str, Any]) -> Problem:

@@ -18,7 +18,8 @@ from analyze.stats import bootstrap_ratio
 from analyze.studies.logit_lens import study as logit_lens
 from analyze.studies.logit_lens.heat_map import heat_map
 from analyze.studies.logit_lens.study import Options, Reading
-from analyze.studies.logit_lens.token_classes import (
+from analyze.subject import Subject
+from analyze.token_classes import (
     CLASSES,
     NAMES,
     SCRIPTS,
@@ -26,7 +27,6 @@ from analyze.studies.logit_lens.token_classes import (
     members,
     script_of,
 )
-from analyze.subject import Subject
 from data.errors import PipelineError, SettingError, StopRequest
 from data.rows.split import held_out_units
 from data.settings import build

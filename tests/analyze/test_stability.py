@@ -14,7 +14,7 @@ import torch
 import yaml
 from scipy import sparse
 
-from analyze import matching
+from analyze import directions, matching
 from analyze.codes import choosing_half
 from analyze.matching import NONE
 from analyze.outcome import Outcome
@@ -229,8 +229,8 @@ def test_the_random_dictionary_has_the_second_moments() -> None:
     mix = torch.linalg.qr(torch.randn(d, d, generator=draw)).Q * torch.linspace(0.5, 2, d)[:, None]
     W_dec = torch.randn(20_000, d, generator=draw) @ mix.T @ mix
     W_dec /= W_dec.norm(dim=1, keepdim=True)
-    drawn = stability.random_dictionary(
-        SAE.of(W_dec.T, W_dec, torch.zeros(20_000), torch.ones(d), 3)
+    drawn = directions.random_dictionary(
+        SAE.of(W_dec.T, W_dec, torch.zeros(20_000), torch.ones(d), 3), 0
     )
     torch.testing.assert_close(drawn.W_dec.norm(dim=1), torch.ones(20_000))
     ours, theirs = (W.T @ W / len(W) for W in (W_dec, drawn.W_dec))

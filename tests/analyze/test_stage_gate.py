@@ -15,11 +15,11 @@ from scipy import optimize, sparse
 from scipy import stats as reference
 from scipy.stats import rankdata
 
-from analyze import answering, stats
+from analyze import answering, probe, stats
 from analyze.outcome import dumped
 from analyze.split import in_discovery
 from analyze.studies.contrast.means import Means
-from analyze.studies.stage_gate import probe, within
+from analyze.studies.stage_gate import within
 from analyze.studies.stage_gate.discrimination import Scored, measured, permuted, resampled, three
 from analyze.studies.stage_gate.study import (
     SCORE,

@@ -6,7 +6,7 @@ model's own prediction. A prompt is the first tokens of a held-out document's lo
 document, or with problems= of a question as `answers.prompt` puts it. Positions are those behind
 which a token follows, without BOS. With p_l the lens' distribution, a position has:
 
-    mass        p_l of all ids of a class of text or a script (token_classes.py)
+    mass        p_l of all ids of a class of text or a script (analyze/token_classes.py)
     CE          -ln p_l(next token), nats
     KL          KL(p_last || p_l), nats: as the tuned lens is measured (Belrose et al.,
                 arXiv 2303.08112)
@@ -57,9 +57,9 @@ from analyze.results import digest_of
 from analyze.stats import Floats, Interval, bootstrap, bootstrap_ratios, figure, percentiles
 from analyze.studies.logit_lens import words
 from analyze.studies.logit_lens.heat_map import heat_map
-from analyze.studies.logit_lens.token_classes import NAMES, members
 from analyze.study import Definition, Study
 from analyze.subject import Subject
+from analyze.token_classes import NAMES, members
 from data.errors import SettingError, StopRequest, StoreError
 from data.journal import Progress, note
 from data.settings import build

@@ -8,7 +8,7 @@ from typing import Any
 from analyze.drawing import Line, bands
 from analyze.outcome import Picture, Table
 from analyze.stats import formatted, resampled
-from analyze.studies.logit_lens.token_classes import CLASSES, REST, SCRIPTS
+from analyze.token_classes import CLASSES, REST, SCRIPTS
 
 
 def summary(figures: dict[str, Any]) -> list[str]:

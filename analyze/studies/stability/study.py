@@ -27,7 +27,6 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from scipy import sparse
-from torch import Tensor
 
 from analyze import directions, encoding, matching
 from analyze.codes import Codes, choosing_half, codes_of, shared_rows
@@ -44,7 +43,6 @@ from data.settings import build
 from train.sae import SAE
 
 FILE = "matches.parquet"
-_DRAWN_ROWS = 4096  # directions that are float64 at a time
 SEED = 0  # of the halves, the random dictionary and the resampling
 DRAWS = 200  # of documents
 LEVELS = words.LEVELS
@@ -118,7 +116,7 @@ def stability(study: Study) -> Outcome:
     options = build(Options, "study", study.options)
     ours = study.subject
     theirs = other_of(study)
-    drawn = random_dictionary(theirs.sae)
+    drawn = directions.random_dictionary(theirs.sae, SEED)
     with StopRequest() as stop:
         coded = encode(ours, theirs, drawn, options.rows, stop)
         half = choosing_half(coded.document, SEED)
@@ -136,31 +134,6 @@ def stability(study: Study) -> Outcome:
 
 
 # -- the pass --------------------------------------------------------------------------------------
-
-
-def random_dictionary(sae: SAE) -> SAE:
-    """Random directions of norm 1 with the second moments of another decoder's, about 0.
-
-    The encoder is the decoder transposed, without bias; of a transcoder, directions with the second
-    moments of its encoder's.
-    """
-    W_dec = _drawn_as(sae.W_dec)
-    encoder = W_dec if sae.b_in is None else _drawn_as(sae.encoder)
-    b_enc = torch.zeros_like(sae.b_enc)
-    return SAE(encoder, W_dec, b_enc, sae.b_dec, sae.k, b_in=sae.b_in)
-
-
-def _drawn_as(like: Tensor) -> Tensor:
-    """Random directions (F, d) of norm 1 with the second moments of others."""
-    W = like.cpu().double()
-    values, vectors = torch.linalg.eigh(W.T @ W / len(W))
-    del W
-    root = values.clamp_min(0).sqrt()
-    drawn = torch.randn(like.shape, generator=torch.Generator().manual_seed(SEED))
-    # In blocks: float64 of all would be three times the dictionary.
-    for rows in torch.split(drawn, _DRAWN_ROWS):
-        rows.copy_(directions.unit(rows.double() * root @ vectors.T))
-    return drawn.to(like.device)
 
 
 def encode(ours: Subject, theirs: Subject, drawn: SAE, limit: int, stop: StopRequest) -> Coded:

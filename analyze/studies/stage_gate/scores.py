@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from analyze.answering import Answer, model_key
 from analyze.language_model import Prediction, batch_tokens, batches, blocks, logits
 from analyze.parts import Arrays, Parts
+from analyze.probe import cross_validated
 from analyze.results import digest_of
 from analyze.stats import Floats, spearman
 from analyze.studies.contrast.means import Means
 from analyze.studies.stage_gate.features import Chosen
-from analyze.studies.stage_gate.probe import cross_validated
 from analyze.studies.stage_gate.within import Groups, centred
 from analyze.studies.stage_gate.words import LENGTH, SCORE
 from analyze.study import Study

@@ -31,13 +31,13 @@ from numpy.typing import NDArray
 from analyze import refusals
 from analyze.answering import answers, inputs
 from analyze.outcome import Outcome
+from analyze.probe import cross_validated
 from analyze.split import in_discovery, require_share
 from analyze.stats import Floats, percentiles, permutation_p, spearman_cap
 from analyze.studies.contrast.means import Means, answer_means, memory
 from analyze.studies.stage_gate import within
 from analyze.studies.stage_gate.discrimination import Scored, measured
 from analyze.studies.stage_gate.features import Chosen, choose, random_features
-from analyze.studies.stage_gate.probe import cross_validated
 from analyze.studies.stage_gate.scores import FitProbe, Fitting, log_probabilities, scores
 from analyze.studies.stage_gate.within import Groups
 from analyze.studies.stage_gate.words import SCORE, picture, summary, tables
