@@ -121,6 +121,7 @@ def measure(
     points: Sequence[HookPoint],
     edits: Edits,
     parts: Parts = NOWHERE,
+    stop: StopRequest | None = None,
 ) -> Losses:
     """Losses of every token behind a BOS, clean and with each edit.
 
@@ -128,11 +129,12 @@ def measure(
         points: whose states of the clean model `edits` is given.
         edits: those of a batch.
         parts: where the losses of each batch are kept.
+        stop: of the caller, whose signals it gets; None: its own.
     """
     found: list[Losses] = []
     done = 0
     progress = Progress()
-    with StopRequest() as stop:
+    with nullcontext(stop) if stop else StopRequest() as stop:
         every = batches([piece.ids for piece, *_ in read], language_model.batch_tokens(lm))
         for index, (numbers, ids) in enumerate(every):
             stop.check()

@@ -202,6 +202,12 @@ def examples(path: Path) -> list[Example]:
     return found
 
 
+def embedded_kinds(limit: int) -> dict[str, str]:
+    """By id the kind of each of the first `limit` embedded problems, one of `tiny.KINDS`."""
+    first = islice(tiny.problems("heldout"), 2 * limit)
+    return {problem(drawn.question, str(drawn.answer)).id: drawn.kind for drawn in first}
+
+
 def _embedded(limit: int) -> list[Problem]:
     """The first `limit` different problems that the embedded model was not trained on."""
     unique: dict[str, Problem] = {}

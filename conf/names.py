@@ -23,7 +23,7 @@ NAMES = (
     *("run", "out", "start", "store", "repo", "problems"),
     *("model.path", "model.revision", "answers.examples"),
     *("text.path", "text.field", "text.messages", "text.sources.*.*"),
-    *("study.other", "study.corpus", "study.null_run"),
+    *("study.other", "study.corpus", "study.null_run", "study.features"),
     *("study.author", "study.creator", "study.model", "study.release", "study.set"),
     *("hydra.run.dir", "hydra.sweep.dir"),
 )
@@ -37,7 +37,7 @@ _NAME_OR_LIST = ("store",)
 _PATHS = ("run", "out", "start", "store", "text.path", "text.sources.*.path")
 _MAYBE_PATHS = (
     *("model.path", "problems", "answers.examples", "runs"),
-    *("study.other", "study.others", "study.corpus", "study.null_run"),
+    *("study.other", "study.others", "study.corpus", "study.null_run", "study.features"),
 )
 _NUMBERS = ("text.sources.*.weight",)  # settings that NAMES would match
 

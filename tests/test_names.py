@@ -46,6 +46,8 @@ NAMELESS = {
         "study.splits",
         "study.layer",
         "study.bands",
+        "study.lora",
+        "study.together",
         "model.dtype",
     ),
 }

@@ -45,7 +45,7 @@ from analyze.studies.replacement.spliced import (
     Layer,
     Way,
 )
-from analyze.studies.replacement.words import find, outcome_of
+from analyze.studies.replacement.words import find, outcome_of, transcoders
 from analyze.studies.sweep import arms
 from analyze.study import Definition, Study, at_least, model_of
 from analyze.subject import Subject, places_of
@@ -113,12 +113,12 @@ def _files(out: Path, outcome: Outcome) -> dict[str, bytes]:
     record = {"study": "replacement", "summary": outcome.summary, "figures": outcome.figures}
     lines = ["# replacement", "", *markdown(outcome)]
     page = rendered(
-        "replacement.html",
+        "study.html",
+        title="MLPs replaced by transcoders",
         name=neutral(out.absolute().name),
         summary=outcome.summary,
-        tables=outcome.tables,
+        tables=[*outcome.tables, transcoders(outcome.figures["runs"])],
         pictures=list(outcome.pictures.values()),
-        runs=outcome.figures["runs"],
     )
     return {
         "replacement.json": dumped(record).encode() + b"\n",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from analyze.drawing import Line, bands
@@ -30,6 +30,15 @@ def outcome_of(figures: Mapping[str, Any]) -> Outcome:
         caption = "Cross entropy more than the model's, by the layers that are replaced"
         pictures["replacement"] = Picture(caption, _picture(layers))
     return Outcome(dict(figures), summary(figures), tables, pictures)
+
+
+def transcoders(runs: Sequence[Mapping[str, Any]]) -> Table:
+    """The runs of the transcoders."""
+    rows = []
+    for run in runs:
+        skip = "yes" if run["skip"] else "no"
+        rows.append((str(run["layer"]), neutral(str(run["run"])), f"{run['d_sae']:,}", skip))
+    return Table("Transcoders", ("layer", "run", "latents", "skip"), rows)
 
 
 def summary(figures: Mapping[str, Any]) -> list[str]:

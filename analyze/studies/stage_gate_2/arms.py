@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any, NamedTuple
 
+from analyze.split import require_share
 from analyze.study import at_least
 from data.errors import SettingError
 from data.settings import number
@@ -45,13 +46,20 @@ class Options:
     lora: int | None = None  # rank of what is trained; by default all weights are
     together: int | None = None  # rollouts in one backward pass; by default those of a step
     checkpoint: int = 10  # optimizer steps between two
+    # What judges.
+    discovery: float = 0.5  # share of the questions that train, where problems have no parts
+    other: str | None = None  # problems of another kind: a .jsonl; None: see study.LEFT_OUT
+    canaries: int = 100  # questions that are asked with a wrong hint too, and other problems
+    text: int = 20_000  # held-out tokens at most, in whole pieces
 
     def __post_init__(self) -> None:
         for name, known in (("rewards", REWARDS), ("levels", LEVELS)):
             _require_some(name, getattr(self, name), known)
         _require_rates(self.lr)
-        for name, least in (("seeds", 1), ("steps", 1), ("batch", 1), ("rollouts", 2)):
-            at_least(f"study.{name}", getattr(self, name), least)
+        require_share(self.discovery)
+        least = {"seeds": 1, "steps": 1, "batch": 1, "rollouts": 2, "canaries": 2, "text": 2}
+        for name, value in least.items():
+            at_least(f"study.{name}", getattr(self, name), value)
         for name in ("lora", "together", "checkpoint"):
             if (value := getattr(self, name)) is not None:
                 at_least(f"study.{name}", value, 1)

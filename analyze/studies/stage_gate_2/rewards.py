@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from analyze.problems import Problem
+from analyze.reward import ResidualReward
 from analyze.studies.stage_gate_2.arms import Options
 from analyze.study import Study
 from data.errors import StopRequest
@@ -14,6 +16,9 @@ from data.errors import StopRequest
 @dataclass(frozen=True)
 class Rewards:
     """The rewards of all arms, by a frozen reader."""
+
+    readers: Mapping[str, ResidualReward]  # of answers, for R1, R2 and R3
+    follows: Mapping[str, Any]  # all that they follow from, for keys of what they read
 
     @classmethod
     def of(
