@@ -405,15 +405,17 @@ def completions(
     sampling = None
     if asking.temperature:
         pairs = zip(asked, samples, strict=True)
-        uniform = [_uniform(asking, item.id, sample) for (item, _), sample in pairs]
+        uniform = []
+        for (item, _), sample in pairs:
+            uniform.append(numbers(asking.new_tokens, asking.seed, item.id, sample))
         sampling = Sampling(asking.temperature, torch.from_numpy(np.stack(uniform)))
     in_turns = asking.prompt in IN_TURNS
     generations = generate(lm, prompts, asking.new_tokens, STOPS, sampling, in_turns=in_turns)
-    graded = []
+    found = []
     for (item, prompt), generation, sample in zip(asked, generations, samples, strict=True):
-        answer = _graded(lm.tokenizer, item, prompt, generation, asking.grading)
-        graded.append(replace(answer, sample=sample))
-    return graded
+        answer = graded(lm.tokenizer, item, prompt, generation, asking.grading)
+        found.append(replace(answer, sample=sample))
+    return found
 
 
 def require_room(longest: int, asking: Asking, max_context: int) -> None:
@@ -425,19 +427,20 @@ def require_room(longest: int, asking: Asking, max_context: int) -> None:
         )
 
 
-def _uniform(asking: Asking, question: str, sample: int) -> NDArray[np.float64]:
-    """(new_tokens,) in [0, 1), by which an answer is drawn: a function of these alone."""
-    entropy = durable.digest(f"{asking.seed} {question} {sample}".encode())
-    return np.random.default_rng(int(entropy, 16)).random(asking.new_tokens)
+def numbers(count: int, *of: object) -> NDArray[np.float64]:
+    """(count,) in [0, 1), by which an answer is drawn: a function of the words `of` alone."""
+    entropy = durable.digest(" ".join(map(str, of)).encode())
+    return np.random.default_rng(int(entropy, 16)).random(count)
 
 
-def _graded(
+def graded(
     tokenizer: Tokenizer,
     item: Problem,
     prompt: list[int],
     completion: Generation,
     grading: str,
 ) -> Answer:
+    """A completion as an answer, right or wrong by its number."""
     text: str = tokenizer.inner.decode(completion.ids, skip_special_tokens=True)
     for stop in STOPS:
         text = text.split(stop)[0]

@@ -251,6 +251,7 @@ class Generation(NamedTuple):
 
     ids: list[int]  # without the token that ended it
     finished: bool  # ended by itself or at a stop string, not by the limit
+    end: int | None = None  # the token that ended it; None: a stop string, or the limit
 
 
 class Sampling(NamedTuple):
@@ -328,7 +329,7 @@ def _cut(new: list[int], ends: set[int], stopped: int | None) -> Generation:
     """
     end = next((index for index, token in enumerate(new) if token in ends), None)
     if end is not None and (stopped is None or end < stopped):
-        return Generation(new[:end], True)
+        return Generation(new[:end], True, new[end])
     return Generation(new[:stopped], stopped is not None)
 
 

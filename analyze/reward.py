@@ -107,17 +107,7 @@ class ResidualReward(ABC):
         """(t,) of one completion."""
         if not completion:
             return torch.zeros(0)
-        length = len(prompt) + len(completion)
-        if length > self.lm.max_context:
-            raise SettingError(
-                f"a prompt and its completion have {length} tokens, the model's context "
-                f"{self.lm.max_context}; lower max_completion_length"
-            )
-        ((_, states),) = residuals(self.lm, [prompt + completion], [self.layer])
-        rows = states[self.layer][len(prompt) :].float()
-        if not bool(torch.isfinite(rows).all()):
-            raise NonFiniteError("a residual is NaN or infinite; run the model with dtype float32")
-        return self.worth(rows)
+        return self.worth(read_alone(self.lm, self.layer, prompt, completion))
 
     def _prompt_ids(self, prompt: Content) -> list[int]:
         tokenizer = self.lm.tokenizer
@@ -126,6 +116,28 @@ class ResidualReward(ABC):
         else:
             ids = tokenizer.encode([prompt], reply=True)[0]
         return ids if ids[:1] == [tokenizer.bos] else [tokenizer.bos, *ids]
+
+
+def read_alone(
+    lm: LanguageModel, layer: int, prompt: Sequence[int], completion: Sequence[int]
+) -> Tensor:
+    """(t, d) float32 residuals of a completion's tokens behind its prompt, read without others.
+
+    Raises:
+        SettingError: prompt and completion do not fit in the model's context.
+        NonFiniteError: a residual is NaN or infinite.
+    """
+    length = len(prompt) + len(completion)
+    if length > lm.max_context:
+        raise SettingError(
+            f"a prompt and its completion have {length} tokens, the model's context "
+            f"{lm.max_context}; lower max_completion_length"
+        )
+    ((_, states),) = residuals(lm, [[*prompt, *completion]], [layer])
+    rows = states[layer][len(prompt) :].float()
+    if not bool(torch.isfinite(rows).all()):
+        raise NonFiniteError("a residual is NaN or infinite; run the model with dtype float32")
+    return rows
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -92,6 +93,10 @@ class Arm(NamedTuple):
         """As files and tables name it: `R1-token-lr3e-06-seed0`."""
         return f"{self.reward}-{self.level}-lr{self.lr:g}-seed{self.seed}"
 
+    def weight(self, options: Options) -> float:
+        """Of what is added to the outcome."""
+        return {OUTCOME: 0.0, ALONE: 1.0}.get(self.reward, options.weight)
+
 
 def arms(options: Options) -> list[Arm]:
     """All arms, a seed after the other, so that a stopped table has whole seeds."""
@@ -102,6 +107,19 @@ def arms(options: Options) -> list[Arm]:
                 levels = (TRAJECTORY,) if reward == OUTCOME else options.levels
                 found += [Arm(reward, level, float(lr), seed) for level in levels]
     return found
+
+
+def require_installed(options: Options) -> None:
+    """Raise SettingError unless the libraries are there that train these arms."""
+    if find_spec("trl") is None:
+        raise SettingError(
+            "study=stage_gate_2 trains by TRL, and trl is not installed; run pip install "
+            "'residual-saes[grpo]'"
+        )
+    if options.lora and find_spec("peft") is None:
+        raise SettingError(
+            f"study.lora={options.lora} needs peft, which is not installed; run pip install peft"
+        )
 
 
 def _require_some(name: str, value: Any, known: Sequence[str]) -> None:

@@ -17,22 +17,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import compress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from analyze import answering, losses, problems, refusals
 from analyze.answering import asking_of, problems_of
-from analyze.chosen import GATE, ChosenFeatures
 from analyze.outcome import Outcome
 from analyze.problems import Problem
-from analyze.results import FOLDER, PAGE
+from analyze.results import PAGE
 from analyze.split import in_discovery
 from analyze.stats import Floats
 from analyze.studies.stage_gate_2 import plot, watching, words
 from analyze.studies.stage_gate_2.arms import FEATURES, OUTCOME, Arm, Options, arms
-from analyze.studies.stage_gate_2.rewards import Rewards
+from analyze.studies.stage_gate_2.rewards import Rewards, features_of
 from analyze.studies.stage_gate_2.training import policy, trained
 from analyze.studies.stage_gate_2.verdict import ACCURACY, Cell, difference, find, judge, share
 from analyze.studies.stage_gate_2.watching import (
@@ -80,15 +78,6 @@ def inputs(study: Study) -> dict[str, Any]:
         "features": {"helpful": chosen.helpful, "harmful": chosen.harmful},
         "others": durable.digest(repr(sides.others).encode()),
     }
-
-
-def features_of(study: Study, options: Options) -> ChosenFeatures:
-    """The features of R1: those of study.features, else of the run's stage gate."""
-    gate = study.subject.run / FOLDER / GATE / f"{GATE}.json"
-    chosen = ChosenFeatures.read(Path(options.features) if options.features else gate)
-    chosen.require_layer(study.subject.layer)
-    chosen.require_sae(study.subject.run)
-    return chosen
 
 
 def sides_of(study: Study, options: Options) -> Sides:
