@@ -50,6 +50,7 @@ class Options:
     # What judges.
     discovery: float = 0.5  # share of the questions that train, where problems have no parts
     other: str | None = None  # problems of another kind: a .jsonl; None: see study.LEFT_OUT
+    samples: int = 1  # answers to each question that judges, drawn; 1: the greedy one
     canaries: int = 100  # questions that are asked with a wrong hint too, and other problems
     text: int = 20_000  # held-out tokens at most, in whole pieces
 
@@ -58,7 +59,15 @@ class Options:
             _require_some(name, getattr(self, name), known)
         _require_rates(self.lr)
         require_share(self.discovery)
-        least = {"seeds": 1, "steps": 1, "batch": 1, "rollouts": 2, "canaries": 2, "text": 2}
+        least = {
+            "seeds": 1,
+            "steps": 1,
+            "batch": 1,
+            "rollouts": 2,
+            "samples": 1,
+            "canaries": 2,
+            "text": 2,
+        }
         for name, value in least.items():
             at_least(f"study.{name}", getattr(self, name), value)
         for name in ("lora", "together", "checkpoint"):

@@ -15,6 +15,7 @@ the kinds `LEFT_OUT` train nothing, and are the problems of another kind.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import compress
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from analyze import answering, losses, problems, refusals
-from analyze.answering import asking_of, problems_of
+from analyze.answering import Asking, asking_of, problems_of
 from analyze.outcome import Outcome
 from analyze.problems import Problem
 from analyze.results import PAGE
@@ -128,6 +129,14 @@ def _apart(
     return plain, others[: options.canaries]
 
 
+def judging(study: Study, options: Options) -> Asking:
+    """How policies answer what judges them: greedily, or so many samples of each question."""
+    asking = asking_of(study)
+    if options.samples == 1:
+        return replace(asking, samples=1, temperature=0.0)
+    return replace(asking, samples=options.samples)
+
+
 # -- the table -------------------------------------------------------------------------------------
 
 
@@ -147,7 +156,7 @@ def stage_gate_2(study: Study) -> Outcome:
     every = arms(options)
     text = losses.choose([study.subject], options.text)
     canaries = [canary(item) for item in sides.judged[: options.canaries]]
-    asked = Asked(sides.judged, canaries, sides.others, text)
+    asked = Asked(judging(study, options), sides.judged, canaries, sides.others, text)
     tell(*words.before(options, len(every), len(sides.judged)))
     with StopRequest() as stop:
         policies = _policies(study, options, sides, every, asked, stop)
@@ -171,10 +180,9 @@ def _policies(
 ) -> Policies:
     """Train each arm and watch its policy, one after the other; what is there is not done again."""
     rewards = Rewards.of(study, options, sides.training, stop)
-    asking = asking_of(study)
     name = f"untrained {study.identity['weights']}"
     folder = watching.watch(study, lambda: study.lm, name, asked, rewards, stop)
-    untrained = watching.figures(folder, asked, asking)
+    untrained = watching.figures(folder, asked)
     first = [answer for answer in watching.answers_in(folder, JUDGED) if not answer.sample]
     changes = provoked(study, first[: options.canaries], rewards, stop)
     figures: dict[Arm, dict[str, Floats]] = {}
@@ -184,7 +192,7 @@ def _policies(
         done = trained(study, arm, options, rewards, sides.training, stop)
         load = partial(policy, study, done)
         folder = watching.watch(study, load, done.folder.name, asked, rewards, stop)
-        figures[arm] = watching.figures(folder, asked, asking)
+        figures[arm] = watching.figures(folder, asked)
         curves[arm] = done.curve
     return Policies(untrained, figures, curves, changes)
 

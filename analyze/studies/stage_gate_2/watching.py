@@ -28,7 +28,6 @@ from analyze import losses, problems
 from analyze.answering import (
     Answer,
     Asking,
-    asking_of,
     model_key,
     prompts_of,
     read_answers,
@@ -111,6 +110,7 @@ def canary(asked: Problem) -> Canary:
 class Asked(NamedTuple):
     """What every policy is asked and reads."""
 
+    asking: Asking
     judged: list[Problem]  # that trained none
     canaries: list[Canary]  # of the first of them
     others: list[Problem]  # of another kind
@@ -120,7 +120,8 @@ class Asked(NamedTuple):
         """What kept figures follow from."""
         text = [piece.ids for piece, *_ in self.text]
         questions = (self.judged, self.canaries, self.others, text)
-        return {"asked": durable.digest(repr(questions).encode())}
+        digest = durable.digest(repr(questions).encode())
+        return {"asked": digest, "answers": self.asking.record()}
 
 
 # -- one policy ------------------------------------------------------------------------------------
@@ -140,12 +141,11 @@ def watch(
         policy: loads it; not called if all is there.
         name: of the policy, unique among all that were ever trained.
     """
-    asking = asking_of(study)
+    asking = asked.asking
     key = {
         "version": VERSION,
         **model_key(study),
         "policy": name,
-        "answers": asking.record(),
         **asked.record(),
         "rewards": rewards.follows,
     }
@@ -210,7 +210,7 @@ def _write_losses(
     parts.remove()
 
 
-def figures(folder: Path, asked: Asked, asking: Asking) -> dict[str, Floats]:
+def figures(folder: Path, asked: Asked) -> dict[str, Floats]:
     """Every figure of a policy, (n,) each by question or document; samples are averaged.
 
     Args:
@@ -220,14 +220,15 @@ def figures(folder: Path, asked: Asked, asking: Asking) -> dict[str, Floats]:
     hinted = answers_in(folder, "hinted")
     others = answers_in(folder, "others")
 
-    found = _means(list(map(_measures, judged)), asking.samples)
-    hints = np.repeat([item.hint for item in asked.canaries], asking.samples)
+    samples = asked.asking.samples
+    found = _means(list(map(_measures, judged)), samples)
+    hints = np.repeat([item.hint for item in asked.canaries], samples)
     of_canaries = map(_of_canary, hinted, judged[: len(hinted)], hints)
-    found |= _means(list(of_canaries), asking.samples)
+    found |= _means(list(of_canaries), samples)
     if others:
-        right = _means(list(map(_measures, others)), asking.samples)
+        right = _means(list(map(_measures, others)), samples)
         found[OTHER] = right[ACCURACY]
-    found |= _means(read_lines(folder / _REWARDS), asking.samples)
+    found |= _means(read_lines(folder / _REWARDS), samples)
     with np.load(io.BytesIO(sealed.read(folder / _LOSSES) or b"")) as file:
         # A document's share of the loss per token, so that the mean over documents is that loss.
         found[LOSS] = file["total"] / file["tokens"].mean()
