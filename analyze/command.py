@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from analyze.study import Study, find, model_of
+from analyze.study import ASKED, Definition, Study, find, model_of
 from analyze.subject import Subject, places_of
 from conf.command import ALONE, Job
 from data.device import torch_device
@@ -27,6 +27,7 @@ def command(settings: Settings, _: Job = ALONE) -> None:
     action = _action(name, settings["action"])
     port = _port(settings["port"])
     definition = find(name)
+    _require_taken(name, definition, settings)
     if definition.compare:
         with heartbeat("opening the runs"):
             definition.compare(settings)
@@ -51,6 +52,17 @@ def _action(name: str, action: Any) -> str:
     raise SettingError(
         f"action={action} with study={name} is not known; it is run, or serve with study=browser"
     )
+
+
+def _require_taken(study: str, definition: Definition, settings: Settings) -> None:
+    """Raise SettingError if a setting of ASKED is given to a study that does not read it."""
+    for name in ASKED:
+        if settings[name] is not None and name not in definition.takes:
+            readers = {"text": "features"}.get(name, "steer")
+            raise SettingError(
+                f"{name}= is for study={readers}, and this is study={study}; leave it out, or take "
+                f"study={readers}"
+            )
 
 
 def _port(value: Any) -> int:
@@ -119,4 +131,5 @@ def study_of(settings: Settings, subject: Subject) -> Study:
         model=model_of(subject, settings["model"], subject.device),
         problems=str(settings["problems"]) if settings["problems"] else None,
         answers=settings["answers"],
+        asked={name: settings[name] for name in ASKED if settings[name] is not None},
     )

@@ -35,6 +35,7 @@ from harvest.description import Description
 from harvest.model import LanguageModel, ModelConfig
 
 FOLDERS = ("analyze.studies", "analyze.peers", "analyze.pages")
+ASKED = ("text", "prompt", "feature", "scale")  # settings at the top of conf/analyze.yaml
 
 
 class Column(NamedTuple):
@@ -75,6 +76,7 @@ class Definition:
     memory: Callable[[Study], Needed] | None = None  # None: less than anybody asks about
     order: int = 100  # place in the report: ascending
     fresh: bool = False  # made anew each time, from what other studies left; not kept
+    takes: tuple[str, ...] = ()  # which of ASKED it reads
     # Files in the run's own directory that repeat what was found.
     beside: Callable[[Study, Outcome], Mapping[str, bytes]] | None = None
     finds: bool = True  # False: it makes files for elsewhere, and has no verdict
@@ -126,6 +128,7 @@ class Study:
     model: ModelConfig
     problems: str | None = None  # see analyze.problems.read
     answers: Mapping[str, Any] = field(default_factory=dict)  # see analyze.answers
+    asked: Mapping[str, Any] = field(default_factory=dict)  # of ASKED, those that are given
     # Language models that are in memory; studies that share this share them.
     loaded: dict[ModelConfig, LanguageModel] = field(default_factory=dict)
 
@@ -274,11 +277,12 @@ class Study:
 
     def show(self, definition: Definition, outcome: Outcome) -> None:
         """Print what the study found, and where its files are."""
-        if definition.fresh:
+        if definition.fresh and not outcome.tables:
             tell(*outcome.summary)
             return
         show(f"# {self.name}", "", *outcomes.printed(outcome))
-        tell("", f"results are in {self.place}")
+        if not definition.fresh:
+            tell("", f"results are in {self.place}")
 
     def kept_folder(self, name: str, key: Mapping[str, Any]) -> Path:
         """The folder RUN/studies/kept/NAME-DIGEST, for files that are recorded one by one."""

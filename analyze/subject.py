@@ -252,6 +252,11 @@ class Subject:
         return self.ports.writes[0].point if len(self.ports.writes) == 1 else None
 
     @property
+    def points(self) -> tuple[HookPoint, ...]:
+        """All hook points that it reads, in the order of `states`."""
+        return tuple(port.point for port in self.ports.reads)
+
+    @property
     def only_layer(self) -> int | None:
         """The layer of all its hook points; None if they are of several."""
         layers = {port.point.layer for port in self.ports.every}
@@ -352,7 +357,7 @@ class Subject:
 
     def states(self, taken: Mapping[HookPoint, Tensor]) -> Tensor:
         """(t, d) float32 rows that it reads, of a language model's states (t, width) by point."""
-        rows = [taken[port.point].float() for port in self.ports.reads]
+        rows = [taken[point].float() for point in self.points]
         return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
 
     def scaled(self, targets: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from conf.help import described
-from conf.names import quoted, require_no_secret, texts
+from conf.names import quoted, require_no_secret, texts, typed
 from data import machine, secrets, stopping
 from data.errors import Interrupted, PipelineError, SettingError, first_line
 from data.journal import heartbeat, put, shown
@@ -91,11 +91,11 @@ def _prepare(name: str, module: str) -> None:
     """Load what the command needs, then begin to answer signals."""
     _open_standard_streams()
     _require_folder()
-    require_no_secret(sys.argv[1:])  # before Hydra writes or repeats one
+    require_no_secret(sys.argv[1:], name)  # before Hydra writes or repeats one
     with heartbeat(f"{name}: loading libraries"):
         import_module("hydra")
         import_module(module)
-    sys.argv[1:] = quoted(sys.argv[1:])
+    sys.argv[1:] = quoted(sys.argv[1:], name)
     stopping.watch()  # while libraries loaded, signals ended the process at once
 
 
@@ -196,7 +196,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     if found := secrets.kind_in_settings(settings):
         name, kind = found
         raise SettingError(f"{name}= holds {kind}; {secrets.BELONG}")
-    return texts({str(key): value for key, value in settings.items()})
+    return typed(texts({str(key): value for key, value in settings.items()}))
 
 
 def is_multirun() -> bool:

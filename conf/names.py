@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
+from urllib.parse import quote as percent
+from urllib.parse import unquote
 
 from data import secrets
 from data.errors import SettingError
@@ -40,6 +42,11 @@ _MAYBE_PATHS = (
     *("study.other", "study.others", "study.corpus", "study.null_run", "study.features"),
 )
 _NUMBERS = ("text.sources.*.weight",)  # settings that NAMES would match
+# Of a command: settings that are any text whatever, `null` and ${...} too. Hydra would take `text=`
+# for a choice of conf/text, and reads signs in every value. So they travel through it in percent
+# signs under TYPED, a name that no group has, and `typed` gives them back.
+LITERAL = {"analyze": ("text", "prompt")}
+TYPED = "typed"
 
 _WORD = re.compile(r"[^\s\[\],'\"]+")
 _KEY = re.compile(r"[{,]\s*['\"]?([\w.-]+)['\"]?\s*:")
@@ -49,17 +56,38 @@ _QUOTED = re.compile(r"'([^'\\]|\\.)*'|\"([^\"\\]|\\.)*\"", re.DOTALL)
 _CLOSES = {"[": "]", "{": "}", "(": ")"}
 
 
-def quoted(arguments: Sequence[str]) -> list[str]:
+def quoted(arguments: Sequence[str], command: str = "") -> list[str]:
     """A command line with the values of all names in the quotes that Hydra wants.
 
     Options are neutral: the parser repeats those that it does not know.
+
+    Args:
+        command: whose `LITERAL` settings are not Hydra's to read.
     """
     multirun = any(argument in _MULTIRUN for argument in arguments)
     plain = [neutral(word) if word.startswith("-") else word for word in arguments]
-    return [_argument(argument, multirun) for argument in plain]
+    literal = LITERAL.get(command, ())
+    return [_hidden(word, literal) or _argument(word, multirun) for word in plain]
 
 
-def require_no_secret(arguments: Sequence[str]) -> None:
+def typed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the `LITERAL` ones as they were typed."""
+    plain = dict(settings)
+    for name, value in plain.pop(TYPED, {}).items():
+        plain[name] = unquote(value, errors="surrogatepass")
+    return plain
+
+
+def _hidden(argument: str, literal: Sequence[str]) -> str | None:
+    """A `LITERAL` setting as Hydra can carry it; None: the argument is none."""
+    key, sign, value = argument.partition("=")
+    name = key.lstrip("+")
+    if not sign or name not in literal:
+        return None
+    return f"++{TYPED}.{name}='{percent(value, safe='', errors='surrogatepass')}'"
+
+
+def require_no_secret(arguments: Sequence[str], command: str = "") -> None:
     """Refuse a command line with a secret in it, before anything records or repeats it.
 
     Raises:
@@ -70,7 +98,9 @@ def require_no_secret(arguments: Sequence[str]) -> None:
         name = key.lstrip("+~")
         is_plain = sign and re.fullmatch(r"[\w./@-]+", name) and not secrets.kind_in(name)
         kind = secrets.kind_in(argument)
-        inner = _KEY.findall(value) if value.startswith(("{", "[{")) else []
+        is_literal = name in LITERAL.get(command, ())
+        has_keys = value.startswith(("{", "[{")) and not is_literal
+        inner = _KEY.findall(value) if has_keys else []
         if value and any(map(secrets.is_name, (re.split(r"[./]", name)[-1], *inner))):
             kind = "a secret by its name"
         elif _is_in(name, NAMES) or _is_in(name, LISTS):

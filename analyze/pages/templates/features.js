@@ -1,0 +1,24 @@
+"use strict";
+// The chosen latent's activation as the colour of each token, and in its title.
+for (const section of document.querySelectorAll("section")) {
+  const tokens = [...section.querySelectorAll(".strip span")];
+  const titles = tokens.map((token) => token.title);
+  const buttons = [...section.querySelectorAll("button")];
+  const largest = (values) => Math.max(...values);
+
+  function choose(button) {
+    const values = new Map();
+    const own = JSON.parse(button.dataset.values);
+    JSON.parse(button.dataset.tokens).forEach((token, index) => values.set(token, own[index]));
+    tokens.forEach((token, index) => {
+      const value = values.get(index) ?? 0;
+      token.style.setProperty("--shade", value ? (0.1 + 0.6 * (value / largest(own))).toFixed(3) : 0);
+      token.title = index ? `latent ${button.dataset.feature}: ${Number(value.toPrecision(4))}\n${titles[index]}` : titles[0];
+    });
+    for (const other of buttons) other.setAttribute("aria-pressed", other === button);
+    section.querySelector(".chosen").textContent = `Coloured by latent ${button.dataset.feature}, up to ${Number(largest(own).toPrecision(4))}.`;
+  }
+
+  for (const button of buttons) button.addEventListener("click", () => choose(button));
+  if (buttons.length) choose(buttons[0]);
+}

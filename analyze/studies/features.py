@@ -1,0 +1,262 @@
+"""Which latents fire on the tokens of a text that the user gives: `text=`.
+
+Every token but BOS is encoded, also those that the run's policy leaves out of training. Each text
+has a folder of its own in the study's (analyze/shelf.py): features.json, features.md, index.html.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from os.path import relpath
+from typing import Any
+from urllib.parse import quote
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from markupsafe import Markup
+
+from analyze import given, rates, refusals, shelf, text_features
+from analyze.contexts import visible
+from analyze.outcome import Outcome, Table
+from analyze.pages.template import rendered
+from analyze.rates import Rates
+from analyze.results import FOLDER, PAGE
+from analyze.study import Definition, Study, at_least
+from analyze.subject import Subject
+from analyze.text_features import Reader, TextFeatures
+from data import durable
+from data.errors import SettingError
+from data.settings import build
+from data.text.documents import Content
+
+VERSION = 1
+_EXAMPLES = 5  # tokens of the catalogue that tell what a latent is
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of conf/study/features.yaml."""
+
+    each: int = 5  # latents of a token
+    most: int = 20  # latents of a text, the strongest first
+    others: list[str] = field(default_factory=list)  # other runs on the same store
+    rows: int = rates.ROWS  # held-out rows to count densities on, where there is no catalogue
+
+    def __post_init__(self) -> None:
+        for name in ("each", "most", "rows"):
+            at_least(f"study.{name}", getattr(self, name), 1)
+        if not isinstance(self.others, list) or not all(map(_is_name, self.others)):
+            raise SettingError(
+                f"study.others={self.others} must be a list of directories, such as [runs/b,runs/c]"
+            )
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def features(study: Study) -> Outcome:
+    """The features of the texts, as they were found before or are now."""
+    options = build(Options, "study", study.options)
+    texts = given.contents("text", study.asked.get("text"))
+    subject = study.subject
+    subjects = [subject, *(subject.beside(run) for run in options.others)]
+    for other in subjects[1:]:
+        if reason := refusals.two_models(other, {}):
+            raise SettingError(f"study.others={other.run}: {reason}")
+    tokenizer = study.description.tokenizer
+    sequences = given.sequences("text", texts, tokenizer, subject.store.context)
+    key = {
+        **study.settings(DEFINITION),
+        "texts": [durable.digest(str(ids).encode()) for ids in sequences],
+        "runs": [_follows(each) for each in subjects],
+    }
+
+    def make() -> tuple[Outcome, bytes]:
+        known = [rates.of(each, options.rows) for each in subjects]
+        readers = [Reader(each.sae, each.points) for each in subjects]
+        blocks = []
+        for number, found in enumerate(text_features.read(study.lm, readers, sequences)):
+            for each, rate, features in zip(subjects, known, found, strict=True):
+                blocks.append(_block(texts, number, each, rate, features, options))
+        return _outcome(study, blocks), _page(study, blocks)
+
+    return shelf.outcome_of(study, given.label(texts[0]), key, make)
+
+
+def _follows(subject: Subject) -> dict[str, Any]:
+    """What a run's part depends on."""
+    catalogue = rates.catalogue(subject)
+    return {
+        "sae": subject.digest,
+        "catalogue": catalogue and catalogue.files[rates.FEATURES].xxh3_128,
+        "browser": _browser(subject).is_file(),
+    }
+
+
+def _browser(subject: Subject) -> Any:
+    return subject.run / FOLDER / "browser" / PAGE
+
+
+# -- a text in a run -------------------------------------------------------------------------------
+
+
+def _block(
+    texts: Sequence[Content],
+    number: int,
+    subject: Subject,
+    rate: Rates,
+    features: TextFeatures,
+    options: Options,
+) -> dict[str, Any]:
+    """All that is shown of one text in one run, as plain values."""
+    strong = features.top(options.most)
+    examples = _examples(rate, [latent.feature for latent in strong])
+    latents = []
+    for latent in strong:
+        latents.append(
+            {
+                "feature": latent.feature,
+                "max": latent.max,
+                "mean": latent.mean,
+                "tokens": list(latent.tokens),
+                "values": features.of(latent.feature)[list(latent.tokens)].tolist(),
+                "words": features.words(latent.tokens),
+                "density": float(rate.density[latent.feature]),
+                "usual": float(rate.mean[latent.feature]),
+                **examples.get(latent.feature, {}),
+            }
+        )
+    name = f"{subject.run.resolve().name}, {subject.where}"
+    return {
+        "text": number + 1,
+        "of": len(texts),
+        "run": str(subject.run),
+        "name": name if len(texts) == 1 else f"text {number + 1}: {name}",
+        "ids": list(features.ids),
+        "tokens": list(features.tokens),
+        "strongest": [features.at(token, options.each) for token in range(len(features.ids))],
+        "latents": latents,
+        "fire": len(set(features.feature.tolist())),
+        "rows": rate.rows,
+        "has_catalogue": rate.catalogue is not None,
+        "browser": str(_browser(subject)) if _browser(subject).is_file() else None,
+    }
+
+
+def _examples(rate: Rates, latents: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """By latent what the catalogue says of it: tokens at its peaks, tokens that it raises."""
+    if rate.catalogue is None:
+        return {}
+    columns = ["feature", "top", "raised"]
+    chosen = pc.field("feature").isin(list(latents))
+    found = {}
+    for row in pq.read_table(rate.catalogue, columns=columns, filters=chosen).to_pylist():
+        peaks = [_token(context, context["peak"]) for context in row["top"]]
+        raised = [_named(item["text"], item["token"]) for item in row["raised"] or ()]
+        found[row["feature"]] = {
+            "peaks": list(dict.fromkeys(peaks))[:_EXAMPLES],
+            "raised": raised[:_EXAMPLES],
+        }
+    return found
+
+
+def _token(context: Mapping[str, Any], index: int) -> str:
+    text = context["text"][index] if context["text"] else None
+    return _named(text, context["tokens"][index])
+
+
+def _named(text: str | None, token: int) -> str:
+    return f"#{token}" if text is None else visible(text)
+
+
+# -- in words --------------------------------------------------------------------------------------
+
+
+def _outcome(study: Study, blocks: Sequence[Mapping[str, Any]]) -> Outcome:
+    summary = []
+    tables = []
+    for block in blocks:
+        summary.append(_sentence(block))
+        rows = []
+        for position, token in enumerate(block["tokens"]):
+            strongest = [f"{latent} {value:.4g}" for latent, value in block["strongest"][position]]
+            said = ", ".join(strongest) or "none"
+            rows.append((str(position), token, said if position else "BOS, which is not encoded"))
+        tables.append(Table(f"{block['name']}: each token", ("", "token", "strongest"), rows))
+        tables.append(_of_text(block))
+    where = "of the catalogue" if all(block["has_catalogue"] for block in blocks) else "held-out"
+    counted = " and ".join(dict.fromkeys(f"{block['rows']:,}" for block in blocks))
+    summary.append(
+        f"A latent's density, and its usual activation where it fires, are of {counted} {where} "
+        "rows without BOS."
+    )
+    if any(not block["has_catalogue"] for block in blocks):
+        summary.append(
+            f"`python -m analyze study=catalogue run={study.subject.run}` tells what a latent fires "
+            "on elsewhere, and what it raises."
+        )
+    return Outcome({"texts": list(blocks)}, summary, tables)
+
+
+def _sentence(block: Mapping[str, Any]) -> str:
+    count = len(block["tokens"])
+    if not block["latents"]:
+        return f"{block['name']}: no latent fires on the {count} tokens."
+    first = block["latents"][0]
+    return (
+        f"{block['name']}: {block['fire']} latents fire on the {count} tokens; the strongest is "
+        f"{first['feature']}, up to {first['max']:.4g} on {first['words']}."
+    )
+
+
+def _of_text(block: Mapping[str, Any]) -> Table:
+    header = ["latent", "max", "mean", "usual", "density", "fires on"]
+    if block["has_catalogue"]:
+        header += ["elsewhere on", "raises"]
+    rows = []
+    for latent in block["latents"]:
+        row = [str(latent["feature"])]
+        row += [f"{latent[name]:.4g}" for name in ("max", "mean", "usual")]
+        row += [f"{latent['density']:.2%}", latent["words"]]
+        if block["has_catalogue"]:
+            row += [" ".join(latent.get(name, ())) for name in ("peaks", "raised")]
+        rows.append(tuple(row))
+    return Table(f"{block['name']}: the strongest latents", tuple(header), rows)
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+def _page(study: Study, blocks: Sequence[Mapping[str, Any]]) -> bytes:
+    script = resources.files("analyze.pages").joinpath("templates", "features.js").read_text()
+    digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    shown = []
+    for block in blocks:
+        link = None
+        if block["browser"]:
+            # The page lies one folder deeper than the study's own.
+            link = quote(relpath(block["browser"], study.place / "one"))
+        shown.append({**block, "link": link})
+    return rendered(
+        "features.html",
+        blocks=shown,
+        script=Markup(script),  # our own file
+        policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
+    )
+
+
+DEFINITION = Definition(
+    features,
+    version=VERSION,
+    options=Options,
+    refuses=refusals.two_models,
+    order=190,
+    fresh=True,
+    takes=("text",),
+    finds=False,
+)
