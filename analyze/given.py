@@ -1,10 +1,10 @@
 """Texts that a user gives by hand: as they are typed, in a file, or as chats.
 
-    What's 3+4, {really}?                     a text, to the last sign
-    @notes.txt, @questions.jsonl              a text; a text or a chat a line (`text`, `messages`)
-    ["a text", "another"]                     JSON: several texts
-    [{"role": "user", "content": "Hello"}]    JSON: a chat, in the model's own template
-    @@home                                    the text `@home`
+What's 3+4, {really}?                     a text, to the last sign
+@notes.txt, @questions.jsonl              a text; a text or a chat a line (`text`, `messages`)
+["a text", "another"]                     JSON: several texts
+[{"role": "user", "content": "Hello"}]    JSON: a chat, in the model's own template
+@@home                                    the text `@home`
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from data.errors import DocumentError, SettingError
 from data.text.chats import Chat, messages_of
@@ -35,7 +35,8 @@ def contents(setting: str, value: Any) -> list[Content]:
     """
     if value is None or value == "":
         state = "missing" if value is None else "empty"
-        raise SettingError(f'{setting}= is {state}; give a text, as {setting}="Tom has 3", or @FILE')
+        example = f'{setting}="Tom has 7 apples"'
+        raise SettingError(f"{setting}= is {state}; give a text, such as {example}, or @FILE")
     if not isinstance(value, str):
         return _of_json(setting, value) or [str(value)]
     if value.startswith("@@"):
@@ -91,8 +92,12 @@ def _of_file(setting: str, path: Path) -> list[Content]:
 
 def _read(path: Path, column: Column) -> list[Content | DocumentError]:
     """The first texts of a file, one more than `MOST` at most."""
-    documents = read_files([str(path)], lambda name: Path(name).open("rb"), column, None)
+    documents = read_files([str(path)], _open, column, None)
     return [document.content for document in islice(documents, MOST + 1)]
+
+
+def _open(name: str) -> BinaryIO:
+    return Path(name).open("rb")
 
 
 def is_chat(content: Content) -> bool:

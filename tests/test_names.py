@@ -13,7 +13,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from conf.command import plain
-from conf.names import LISTS, NAMES, quoted
+from conf.names import LISTS, LITERAL, NAMES, quoted, require_no_secret
+from data.errors import SettingError
 from data.text.sources import source_of
 from harvest.command import harvest_config, model_config
 from tests.conftest import Call
@@ -37,7 +38,7 @@ WORDS = {
 NAMELESS = {
     *("layer", "tokens", "unit", "max_bytes", "rank", "world", "device", "train.matmul", "codec"),
     *("site", "sae.target", "study.most_ce_increase"),
-    *("accept", "drop_bos", "drop_outliers"),
+    *("accept", "drop_bos", "drop_outliers", "feature", "scale"),
     *(
         "text.max_tokens",
         "sae.dead_after",
@@ -179,7 +180,8 @@ def test_paths_are_declared() -> None:
         group = "" if file.parent == CONF else f"{file.parent.name}."
         for key, value in leaves(read_yaml(file), group):
             if value is None and key not in NAMELESS:
-                assert any(fnmatchcase(key, pattern) for pattern in (*NAMES, *LISTS)), key
+                known = (*NAMES, *LISTS, *LITERAL["analyze"])
+                assert any(fnmatchcase(key, pattern) for pattern in known), key
 
 
 # -- commands --------------------------------------------------------------------------------------
@@ -246,3 +248,66 @@ def test_a_name_that_cannot_be_is_one_line(
     code, err = train(call, *arguments)
     assert (code, err.count("\n")) == (2, 1), err
     assert named.removeprefix("run=") in err
+
+
+# -- settings that are any text --------------------------------------------------------------------
+
+TEXTS = [
+    *ODD,
+    *OF_FUNCTIONS,
+    *("What's 3+4, {really}?", 'He said "no", didn\'t he?', "a=b", "text=x", "=", "null", "NULL"),
+    *(
+        "two\nlines\r\n\ttab",
+        "🙂 👩‍👩‍👧 🏴󠁧󠁢󠁳󠁣󠁴󠁿",
+        "مرحبا \u202e abc",
+        "\x1b[31m",
+        "a\u0301",
+        "\\${x}",
+        "\\\\",
+    ),
+    *("${run}", "$HOME", "${oc.env:HOME}", "'quoted'", '"quoted"', "'null'", "''", "~", "~text"),
+    *("%20 100%", "%", "+1", "++x", "-m", "@file", "[a,b]", '["a","b"]', "{a: 1}", '{"token": 1}'),
+    *(
+        "choice(a,b)",
+        "a,b,c",
+        "a: b",
+        "# no comment",
+        " lead",
+        "trail ",
+        "\ud800",
+        "tiny",
+        "x" * 5000,
+    ),
+]
+
+
+@pytest.mark.parametrize("multirun", [(), ("-m",)])
+def test_any_text_is_that_text(multirun: tuple[str, ...]) -> None:
+    """`text=` is no choice of conf/text, and Hydra reads nothing into what was typed."""
+    with initialize_config_module("conf", version_base="1.3"):
+        for text in TEXTS:
+            typed = [f"text={text}", f"+prompt={text}", "study=features", "scale=[0,-5]"]
+            require_no_secret(typed, "analyze")
+            overrides = [word for word in quoted([*multirun, *typed], "analyze") if word != "-m"]
+            parsed = OverridesParser.create().parse_overrides(overrides)
+            assert not any(override.is_sweep_override() for override in parsed)
+            settings = plain(compose("analyze", overrides))
+            assert (settings["text"], settings["prompt"]) == (text, text)
+            assert settings["study"]["name"] == "features" and settings["scale"] == [0, -5]
+            assert "typed" not in settings
+
+
+def test_the_last_text_counts_and_none_is_none() -> None:
+    with initialize_config_module("conf", version_base="1.3"):
+        settings = plain(compose("analyze", quoted(["text=a", "text=b"], "analyze")))
+        assert settings["text"] == "b" and settings["prompt"] is None
+        assert plain(compose("analyze", quoted(["text="], "analyze")))["text"] == ""
+
+
+def test_a_secret_in_a_text_is_refused() -> None:
+    with pytest.raises(SettingError, match="text="):
+        require_no_secret(["text=see https://me:word@host/x"], "analyze")
+
+
+def test_other_commands_choose_their_text() -> None:
+    assert quoted(["text=tiny", "prompt=a"], "harvest") == ["text=tiny", "prompt=a"]

@@ -197,8 +197,8 @@ def _outcome(study: Study, blocks: Sequence[Mapping[str, Any]]) -> Outcome:
     )
     if any(not block["has_catalogue"] for block in blocks):
         summary.append(
-            f"`python -m analyze study=catalogue run={study.subject.run}` tells what a latent fires "
-            "on elsewhere, and what it raises."
+            f"`python -m analyze study=catalogue run={study.subject.run}` tells what a latent "
+            "fires on elsewhere, and what it raises."
         )
     return Outcome({"texts": list(blocks)}, summary, tables)
 

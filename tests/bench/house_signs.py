@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-PACKAGES = ("conf", "data", "harvest", "train", "analyze", "hydra_plugins")
+PACKAGES = ("conf", "data", "harvest", "train", "analyze", "hydra_plugins", "residual_saes")
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 

@@ -1,0 +1,281 @@
+"""What the model writes behind `prompt=` while latents are pushed, side by side for several scales.
+
+analyze/steered.py says what a scale means. Beside each scale stand the same with random latents of
+equal density, whose push is as long. Scale 0 goes through the same code as any other, and must
+write what the untouched model writes, token for token.
+
+Each prompt has a folder of its own in the study's (analyze/shelf.py): steer.json, steer.md,
+index.html.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+
+from analyze import given, rates, shelf, steered
+from analyze.language_model import Generation
+from analyze.matched import random_latents
+from analyze.outcome import Outcome, Table
+from analyze.pages.template import rendered
+from analyze.steered import Dose, Push
+from analyze.study import Definition, Study, at_least
+from analyze.subject import Subject
+from data.errors import PipelineError, SettingError
+from data.settings import build
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of conf/study/steer.yaml."""
+
+    new_tokens: int = 64  # of a continuation, at most
+    seed: int = 0  # of the random latents
+    rows: int = rates.ROWS  # held-out rows to count mean activations on, without a catalogue
+
+    def __post_init__(self) -> None:
+        at_least("study.new_tokens", self.new_tokens, 1)
+        at_least("study.seed", self.seed, 0)
+        at_least("study.rows", self.rows, 1)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked, checked before the model is loaded."""
+
+    content: Any  # the prompt, or the chat
+    ids: list[int]  # of the prompt, with BOS
+    features: list[int]
+    scales: list[float]
+
+    @property
+    def in_turns(self) -> bool:
+        return given.is_chat(self.content)
+
+    @property
+    def name(self) -> str:
+        """The latents in words."""
+        plural = "s" if len(self.features) > 1 else ""
+        return f"latent{plural} {' + '.join(map(str, self.features))}"
+
+
+def refuses(subject: Subject, _: Mapping[str, Any]) -> str | None:
+    """Of what is pushed at the output of a layer, in the direction that a latent writes there."""
+    if subject.is_resid_post:
+        return None
+    return (
+        f"it adds to a layer's output, and {subject.run} is a {subject.noun} of {subject.where}; "
+        "take the run of an SAE of resid_post, or study=splice"
+    )
+
+
+def asked_of(study: Study, options: Options) -> Asked:
+    """What the settings ask.
+
+    Raises:
+        SettingError: a setting cannot be meant.
+    """
+    features = steered.features_of(study.asked.get("feature"), study.subject.sae.d_sae)
+    scales = steered.scales_of(study.asked.get("scale"))
+    contents = given.contents("prompt", study.asked.get("prompt"))
+    if len(contents) > 1:
+        raise SettingError(f"prompt= has {len(contents)} texts; give one, and each its own command")
+    description = study.description
+    context = description.max_context or 2**31
+    (ids,) = given.sequences("prompt", contents, description.tokenizer, context, reply=True)
+    if len(ids) + options.new_tokens > context:
+        raise SettingError(
+            f"study.new_tokens={options.new_tokens} behind a prompt of {len(ids):,} tokens pass "
+            f"the model's context of {context:,}; lower it"
+        )
+    return Asked(contents[0], ids, features, scales)
+
+
+def steer(study: Study) -> Outcome:
+    """The continuations, as they were made before or are now."""
+    options = build(Options, "study", study.options)
+    asked = asked_of(study, options)
+    catalogue = rates.catalogue(study.subject)
+    key = {
+        **study.settings(DEFINITION),
+        "prompt": asked.ids,
+        "feature": asked.features,
+        "scale": asked.scales,
+        "catalogue": catalogue and catalogue.files[rates.FEATURES].xxh3_128,
+    }
+    known = rates.of(study.subject, options.rows)
+    chosen = _push(study.subject, asked.features, known)
+
+    def make() -> tuple[Outcome, bytes]:
+        outcome = _steered(study, options, asked, known, chosen)
+        return outcome, _page(study, asked, outcome)
+
+    return shelf.outcome_of(study, given.label(asked.content), key, make)
+
+
+def _push(subject: Subject, features: Sequence[int], known: rates.Rates) -> Push:
+    return Push.of(subject.sae, features, [known.mean_of(feature) for feature in features])
+
+
+def _steered(
+    study: Study, options: Options, asked: Asked, known: rates.Rates, chosen: Push
+) -> Outcome:
+    subject = study.subject
+    rng = np.random.default_rng(options.seed)
+    drawn = random_latents(known.density, asked.features, rng).tolist()
+    random = _push(subject, drawn, known).as_long_as(chosen)
+    lm = study.lm
+    more = {"new_tokens": options.new_tokens, "in_turns": asked.in_turns}
+    plain = steered.written(lm, subject.layer, asked.ids, None, **more)
+    doses: dict[str, list[Dose]] = {"chosen": [], "random": []}
+    for scale in asked.scales:
+        for name, push in (("chosen", chosen), ("random", random)):
+            made = steered.dose(lm, subject.layer, asked.ids, plain, push, scale, **more)
+            doses[name].append(made)
+    figures = {
+        "prompt": given.label(asked.content),
+        "prompt_ids": asked.ids,
+        "layer": subject.layer,
+        "features": asked.features,
+        "random_features": drawn,
+        "mean_activation": list(chosen.activations),
+        "density": known.density[asked.features].tolist(),
+        "density_of_random": known.density[drawn].tolist(),
+        "rows": known.rows,
+        "untouched": {"ids": plain.ids, "text": steered.text_of(lm, plain)},
+        **{name: [_figures(dose, chosen, plain) for dose in made] for name, made in doses.items()},
+    }
+    return _outcome(asked, figures)
+
+
+def _figures(dose: Dose, push: Push, plain: Generation) -> dict[str, Any]:
+    figures = asdict(dose)
+    ids, finished = figures.pop("generation")
+    same = _shared(ids, plain.ids)
+    return {
+        **figures,
+        "added": [dose.scale * activation for activation in push.activations],
+        "ids": ids,
+        "finished": finished,
+        "same_tokens": same,
+        "is_untouched": ids == plain.ids and finished == plain.finished,
+    }
+
+
+def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many items two sequences begin with together."""
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+# -- in words --------------------------------------------------------------------------------------
+
+
+def _outcome(asked: Asked, figures: Mapping[str, Any]) -> Outcome:
+    chosen, random = figures["chosen"], figures["random"]
+    for dose in (*chosen, *random):
+        if dose["scale"] == 0 and not dose["is_untouched"]:
+            raise PipelineError(
+                "scale 0 changed the continuation, so generation does not repeat itself on this "
+                "device; no scale can be judged"
+            )
+    changed = [dose for dose in chosen if not dose["is_untouched"]]
+    summary = [
+        f"{len(changed)} of {len(chosen)} scales of {asked.name} change the continuation; so do "
+        f"{sum(not dose['is_untouched'] for dose in random)} of as long pushes along "
+        f"{_random(figures)}.",
+        *_meaning(asked, figures),
+    ]
+    if 0 in asked.scales:
+        summary.append("Scale 0 writes what the untouched model writes, token for token.")
+    rows = []
+    for dose, other in zip(chosen, random, strict=True):
+        added = " + ".join(f"{value:.4g}" for value in dose["added"])
+        rows.append(
+            (
+                f"{dose['scale']:g}",
+                added,
+                f"{dose['relative']:.3g}",
+                f"{dose['kl']:.3g}",
+                f"{other['kl']:.3g}",
+                _same(dose),
+                _same(other),
+            )
+        )
+    header = ("scale", "added", "|delta|/|h|", "KL", "KL, random", "same tokens", "same, random")
+    figure_table = Table("Each scale", header, rows)
+    texts = [("untouched", "", figures["untouched"]["text"])]
+    for dose, other in zip(chosen, random, strict=True):
+        texts.append((f"{dose['scale']:g}", asked.name, dose["text"]))
+        texts.append((f"{dose['scale']:g}", "random", other["text"]))
+    caption = f"What is written behind: {figures['prompt']}"
+    return Outcome(
+        dict(figures), summary, [figure_table, Table(caption, ("scale", "of", "text"), texts)]
+    )
+
+
+def _same(dose: Mapping[str, Any]) -> str:
+    return "all" if dose["is_untouched"] else str(dose["same_tokens"])
+
+
+def _random(figures: Mapping[str, Any]) -> str:
+    drawn = " + ".join(map(str, figures["random_features"]))
+    plural = "s" if len(figures["random_features"]) > 1 else ""
+    return f"random latent{plural} {drawn} of equal density"
+
+
+def _meaning(asked: Asked, figures: Mapping[str, Any]) -> list[str]:
+    lines = []
+    columns = (asked.features, figures["mean_activation"], figures["density"])
+    for feature, mean, density in zip(*columns, strict=True):
+        lines.append(
+            f"Scale 1 adds {mean:.4g} times the direction of latent {feature} to layer "
+            f"{figures['layer']} at every position: its mean activation where it fires, on "
+            f"{density:.2%} of {figures['rows']:,} rows."
+        )
+    lines.append(
+        "KL is of the next token, steered from untouched, in nats a token of the untouched "
+        "continuation; |delta|/|h| is what was added over what was there."
+    )
+    return lines
+
+
+def _page(study: Study, asked: Asked, outcome: Outcome) -> bytes:
+    figures = outcome.figures
+    plain = figures["untouched"]["text"]
+    columns = []
+    for dose, other in zip(figures["chosen"], figures["random"], strict=True):
+        cells = []
+        for name, each in ((asked.name, dose), ("random", other)):
+            same = _shared(plain, each["text"])
+            parts = (each["text"][:same].split("\n"), each["text"][same:].split("\n"))
+            cells.append({"name": name, "kl": each["kl"], "parts": parts})
+        columns.append({"scale": dose["scale"], "dose": dose, "cells": cells})
+    return rendered(
+        "steer.html",
+        name=asked.name,
+        run=str(study.subject.run.resolve().name),
+        prompt=figures["prompt"].split("\n"),
+        plain=plain.split("\n"),
+        summary=outcome.summary,
+        table=outcome.tables[0],
+        columns=columns,
+    )
+
+
+DEFINITION = Definition(
+    steer,
+    version=VERSION,
+    options=Options,
+    refuses=refuses,
+    order=191,
+    fresh=True,
+    takes=("prompt", "feature", "scale"),
+    finds=False,
+)

@@ -1,0 +1,329 @@
+"""An SAE as people use it from Python, with its language model on demand.
+
+    sae = SAE.load("runs/demo")
+    sae.encode(x)                       (n, F) activations of residuals x (n, d)
+    sae.features("Tom has 7 apples")    which latents fire on each token
+    with sae.steer(161, 5):             161 pushed by five times its mean activation
+        sae.generate("Tom has 7")
+
+What study=features and study=steer show is computed by the same code.
+
+Shapes: n rows, d the width that is read, d_out the width that is written, F latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from analyze import given, rates, refusals, steered, text_features
+from analyze.intervention import Steer
+from analyze.peers import imported
+from analyze.study import Study, model_of
+from analyze.subject import Subject
+from analyze.text_features import Reader, TextFeatures
+from data.device import torch_device
+from data.errors import MismatchError, SettingError, StoreError
+from data.foreign import reading
+from data.settings import number
+from data.site import RESID_POST, HookPoint
+from data.text import retry
+from data.text.documents import Content
+from harvest import model as models
+from harvest.model import LanguageModel, ModelConfig
+from harvest.model_folder import EMBEDDED
+from train import sae as weights_of
+from train import sae_file
+from train.export.readers import ORIGINS, READERS, is_foreign
+from train.ports import recorded_ports
+from train.run import CONFIG, read_config, sae_of
+
+_HUB = "hub:"
+_RELEASE = (sae_file.FILE, CONFIG, "digests.json", "golden.safetensors")  # what is downloaded
+
+
+@dataclass(eq=False)
+class SAE:
+    """A trained dictionary: an SAE, a transcoder or a crosscoder."""
+
+    name: str  # as it was given to `load`
+    weights: weights_of.SAE = field(repr=False)  # W_enc, W_dec, b_enc, b_dec, k, ... on raw rows
+    points: tuple[HookPoint, ...]  # that it reads; empty: its files do not say
+    model: str | None  # folder or hub id of its language model; None: its files do not say
+    revision: str = "main"
+    dtype: str | None = None  # that the model is run in; None: its own
+    model_digest: str | None = None  # of the model's weights, where the files say it
+    context: int = 2**31  # tokens of a text at most
+    subject: Subject | None = field(default=None, repr=False)  # with the run's store
+    _steer: Steer | None = field(default=None, init=False)
+
+    @classmethod
+    def load(
+        cls,
+        where: str | Path,
+        *,
+        store: str | None = None,
+        layer: int | None = None,
+        model: str | None = None,
+        device: str | None = None,
+    ) -> SAE:
+        """The SAE at a place.
+
+        Args:
+            where: a run's directory or a release's; hub:OWNER/NAME, a release; or saelens:,
+                sparsify:, dictionary_learning:, circuit_tracer:, safetensors: or reference:PATH.
+            store: the run's store, if it has moved; with an SAE of another library the store that
+                it is measured on, which gives densities and mean activations.
+            layer: of an SAE of another library whose files do not say it.
+            model: folder or hub id of the language model, where the recorded one is not it.
+            device: cpu, cuda or cuda:N; None: the GPU if there is one.
+
+        Raises:
+            SettingError: there is no such SAE, or it is not of the store.
+            StoreError: a file is missing or damaged.
+        """
+        name = str(where)
+        own = torch_device(device)
+        if name.startswith(_HUB):
+            where = _downloaded(name)
+            name = (
+                str(where) if (where / CONFIG).is_file() else f"reference:{where / sae_file.FILE}"
+            )
+        if is_foreign(name) and store is not None:
+            where, store = imported.run_of(name, store, layer), None
+        elif is_foreign(name):
+            return cls._of_files(str(name), name, layer, model, own)
+        elif layer is not None:
+            raise SettingError(
+                f"layer={layer} is for SAEs of other libraries; {name} knows its own"
+            )
+        return cls._of_run(name, Path(where), store, model, own)
+
+    @classmethod
+    def _of_run(
+        cls, name: str, run: Path, store: str | None, model: str | None, device: torch.device
+    ) -> SAE:
+        config = read_config(run)
+        with reading(f"{run / CONFIG} is not what training wrote", "restore it"):
+            ports = recorded_ports(config["settings"])
+            source = config.get("source", {})
+        points = () if any(port.store for port in ports.every) else ports.reads
+        try:
+            subject = Subject.open(run, store, device)
+        except (StoreError, MismatchError):
+            if store is not None:
+                raise
+            subject = None  # the weights are all that is needed for `encode`
+        recorded = source.get("model")
+        known: dict[str, Any] = {"dtype": None}
+        if subject is not None:
+            recorded = subject.model_path(None)
+            known["dtype"] = subject.store.manifest["model"]["dtype"]
+        return cls(
+            name=name,
+            weights=subject.sae if subject else sae_of(run, device)[0],
+            points=tuple(port.point for port in points),
+            model=model or (EMBEDDED if recorded == "tiny" else recorded),
+            revision="main" if model else source.get("revision") or "main",
+            model_digest=source.get("weights"),
+            context=source.get("context") or 2**31,
+            subject=subject,
+            **known,
+        )
+
+    @classmethod
+    def _of_files(
+        cls, name: str, named: str, layer: int | None, model: str | None, device: torch.device
+    ) -> SAE:
+        """Of another library's files, or the reference's, without a store."""
+        kind, _, path = named.partition(":")
+        with reading(f"{named} cannot be read", f"take files that {kind} wrote"):
+            weights = READERS[kind](Path(path)).to(device)
+            origin = ORIGINS[kind](Path(path))
+        ports = origin.ports()
+        points: tuple[HookPoint, ...] = ()
+        if ports is not None and not any(port.store for port in ports.every):
+            points = tuple(port.point for port in ports.reads)
+        elif ports is None and layer is not None and origin.site in (None, RESID_POST):
+            points = (HookPoint(layer),)
+        if layer is not None and any(point.layer != layer for point in points):
+            raise SettingError(f"layer={layer}, and {name} says that it is of {points[0]}")
+        known = EMBEDDED if origin.model == "tiny" else origin.model
+        return cls(name, weights, points, model or known, context=origin.context or 2**31)
+
+    # -- rows --------------------------------------------------------------------------------------
+
+    @property
+    def d_model(self) -> int:
+        return self.weights.d_model
+
+    @property
+    def d_sae(self) -> int:
+        return self.weights.d_sae
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """(n, F) float32 activations of raw rows x (n, d); 0 where a latent is not kept."""
+        kept = self.weights.encode(self._rows(x, self.d_model))
+        dense = torch.zeros(len(x), self.d_sae, device=kept.values.device)
+        dense[kept.rows, kept.indices] = kept.values.float()
+        return dense
+
+    @torch.no_grad()
+    def decode(self, f: Tensor) -> Tensor:
+        """(n, d_out) f @ W_dec + b_dec of activations f (n, F); without a transcoder's skip."""
+        return self._rows(f, self.d_sae) @ self.weights.W_dec + self.weights.b_dec
+
+    def _rows(self, x: Tensor, width: int) -> Tensor:
+        if x.ndim != 2 or x.shape[1] != width:
+            raise SettingError(
+                f"rows of shape {tuple(x.shape)} must be (n, {width}); x.reshape(-1, {width}) "
+                "makes such of more dimensions"
+            )
+        return x.to(self.weights.b_dec)
+
+    # -- texts -------------------------------------------------------------------------------------
+
+    @cached_property
+    def language_model(self) -> LanguageModel:
+        """The model that it is of, with its head; loaded on first use.
+
+        Raises:
+            SettingError: its files do not say which, or there is no such model.
+            MismatchError: it has other weights than the recorded model.
+        """
+        if self.model is None:
+            raise SettingError(f"{self.name} does not say its model; give model= to SAE.load")
+        device = str(self.weights.b_dec.device)
+        if self.subject is not None:
+            asked = {"path": self.model, "revision": self.revision, "dtype": self.dtype}
+            config = model_of(self.subject, asked, torch.device(device))
+            return Study("residual_saes", self.subject, {}, config).lm
+        dtype = self.dtype or ("float32" if self.model == EMBEDDED else "bfloat16")
+        lm = models.load(ModelConfig(self.model, self.revision, dtype, device), head=True)
+        if self.model_digest not in (None, lm.identity["weights"]):
+            unequal = {"weights": (self.model_digest, lm.identity["weights"])}
+            raise MismatchError(f"SAE {self.name}", unequal, "Give its own model as model=.")
+        return lm
+
+    @cached_property
+    def rates(self) -> rates.Rates:
+        """How often each latent fires, and how strongly.
+
+        Raises:
+            SettingError: the store is not at hand.
+        """
+        if self.subject is None:
+            raise SettingError(
+                f"the store of {self.name} is not at hand, and densities and mean activations come "
+                "from it; give store= to SAE.load, or activation= to steer"
+            )
+        return rates.of(self.subject)
+
+    def features(self, text: Content) -> TextFeatures:
+        """Which latents fire on each token of a text, or of a chat.
+
+        Args:
+            text: a text, or messages `[{"role": "user", "content": ...}]`.
+
+        Raises:
+            SettingError: the text is empty or too long, or what the SAE reads is not known.
+        """
+        if not self.points:
+            raise SettingError(
+                f"{self.name} does not say which layer of one model it reads; give layer="
+            )
+        if self.subject is not None and (reason := refusals.two_models(self.subject, {})):
+            raise SettingError(reason)
+        (ids,) = self._ids("text", text)
+        reader = Reader(self.weights, self.points)
+        ((found,),) = text_features.read(self.language_model, [reader], [ids])
+        return found
+
+    def _ids(self, setting: str, text: Content, *, reply: bool = False) -> list[list[int]]:
+        lm = self.language_model
+        most = lm.max_context if reply else min(self.context, lm.max_context)
+        return given.sequences(setting, [text], lm.tokenizer, most, reply=reply)
+
+    @contextmanager
+    def steer(
+        self,
+        feature: int | Sequence[int],
+        scale: float = 1.0,
+        *,
+        activation: float | None = None,
+    ) -> Iterator[SAE]:
+        """While open, `generate` adds latents' directions to the layer's output, at all positions.
+
+        Args:
+            feature: a latent, or several, which are added together.
+            scale: times each latent's mean activation where it fires.
+            activation: what scale 1 adds of each latent in place of its mean activation.
+
+        Raises:
+            SettingError: there is no such latent, it never fires, or the SAE is not of a layer's
+                output.
+        """
+        asked = list(feature) if isinstance(feature, Sequence) else feature
+        features = steered.features_of(asked, self.d_sae)
+        if [point.site for point in self.points] != [RESID_POST] or self.weights.b_in is not None:
+            raise SettingError(f"{self.name} is no SAE of a layer's output, so it cannot steer it")
+        if activation is None:
+            activations = [self.rates.mean_of(each) for each in features]
+        else:
+            activations = [float(activation)] * len(features)
+        push = steered.Push.of(self.weights, features, activations)
+        (times,) = steered.scales_of(number("scale", scale))
+        before, self._steer = self._steer, push.steer(times)
+        try:
+            yield self
+        finally:
+            self._steer = before
+
+    def generate(self, prompt: Content, new_tokens: int = 64) -> str:
+        """What the model writes behind a prompt or a chat, the most probable token each time.
+
+        Raises:
+            SettingError: the prompt is empty, or too long.
+        """
+        (ids,) = self._ids("prompt", prompt, reply=True)
+        lm = self.language_model
+        in_turns = given.is_chat(prompt)
+        layer = self.points[0].layer if self.points else 0
+        made = steered.written(lm, layer, ids, self._steer, new_tokens, in_turns=in_turns)
+        return steered.text_of(lm, made)
+
+    def __repr__(self) -> str:
+        points = " and ".join(map(str, self.points)) or "a layer that its files do not name"
+        kind = f"TopK k={self.weights.k}" if self.weights.threshold is None else "thresholds"
+        return (
+            f"SAE({self.name}: {points} of {self.model or 'a model that they do not name'}, "
+            f"{self.d_sae:,} latents, {kind}, d_model {self.d_model})"
+        )
+
+
+def _downloaded(name: str) -> Path:
+    """The folder of a release on the Hub.
+
+    Raises:
+        SettingError: it holds no SAE in our format or the reference's.
+    """
+    from huggingface_hub import snapshot_download
+
+    repo = name.removeprefix(_HUB)
+    folder = Path(
+        retry.persistent(name, lambda: snapshot_download(repo, allow_patterns=list(_RELEASE)))
+    )
+    if not (folder / sae_file.FILE).is_file():
+        raise SettingError(
+            f"{name} has no {sae_file.FILE}; download the files of another library, and give them "
+            "as saelens:PATH, sparsify:PATH or dictionary_learning:PATH"
+        )
+    return folder

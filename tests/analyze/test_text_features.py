@@ -1,0 +1,215 @@
+"""What fires on a text that is given: equal to the store, to the study, to the page, to Python."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from analyze import given, shelf, text_features
+from analyze.studies import features as study_features
+from analyze.study import Study
+from analyze.subject import Subject
+from analyze.text_features import Reader, TextFeatures
+from data.errors import SettingError
+from harvest import model as models
+from harvest.model import LanguageModel, ModelConfig, load
+from harvest.model_folder import EMBEDDED
+from residual_saes import SAE
+from tests.conftest import Call
+
+TEXT = "What's 3+4, {really}?\nTom has <b>7</b> apples"
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return load(ModelConfig(EMBEDDED, dtype="float32"), head=True)
+
+
+@pytest.fixture(scope="module")
+def subject(tiny_run: Path) -> Subject:
+    return Subject.open(tiny_run, None, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def found(lm: LanguageModel, subject: Subject) -> TextFeatures:
+    return read(lm, subject, TEXT)
+
+
+def read(lm: LanguageModel, subject: Subject, text: Any) -> TextFeatures:
+    (ids,) = given.sequences("text", [text], lm.tokenizer, 512)
+    ((own,),) = text_features.read(lm, [Reader(subject.sae, subject.points)], [ids])
+    return own
+
+
+def ask(study: Study, **asked: object) -> dict[str, Any]:
+    study.asked = asked
+    (block, *_) = study.perform(study_features.DEFINITION).figures["texts"]
+    return block
+
+
+# -- the values ------------------------------------------------------------------------------------
+
+
+def test_a_stored_document_has_its_stored_rows_latents(lm: LanguageModel, subject: Subject) -> None:
+    """Whole pieces of one unit. A batch may round one in thousands of rows otherwise."""
+    unit = subject.unit(1)
+    ids = subject.store.tokens(1).ravel()
+    starts = np.flatnonzero(subject.store.piece_starts(1).ravel())
+    row_of = np.zeros(len(ids), np.int64)
+    row_of[unit.local] = np.arange(len(unit.local))
+    differing = tokens = 0
+    for start, end in list(zip(starts, starts[1:], strict=False))[:12]:
+        reader = Reader(subject.sae, subject.points)
+        ((own,),) = text_features.read(lm, [reader], [ids[start:end].tolist()])
+        stored = np.zeros_like(own.dense)
+        kept = subject.sae.encode(unit.rows[row_of[start:end]])
+        stored[kept.rows, kept.indices] = kept.values
+        assert not own.dense[0].any() and stored[0].any()  # BOS is not encoded
+        exact = (np.abs(own.dense[1:] - stored[1:].clip(0)) < 1e-4).all(1)
+        differing += int((~exact).sum())
+        tokens += end - start
+    assert tokens > 300 and differing <= tokens / 300
+
+
+def test_study_page_and_package_have_the_same_values(
+    found: TextFeatures, tiny_study: Any, tiny_run: Path
+) -> None:
+    block = ask(tiny_study("features"), text=TEXT)
+    assert block["tokens"] == list(found.tokens) and block["ids"] == list(found.ids)
+    package = SAE.load(tiny_run).features(TEXT)
+    assert (package.dense == found.dense).all()
+    page = next((tiny_run / "studies/features").glob("what-s-3-4*/index.html")).read_text()
+    buttons = re.findall(r'data-feature="(\d+)" data-tokens="(.*?)" data-values="(.*?)"', page)
+    assert len(buttons) == 20 == len(block["latents"])
+    for (feature, tokens, values), latent in zip(buttons, block["latents"], strict=True):
+        assert int(feature) == latent["feature"]
+        shown = np.zeros(len(found.ids), np.float32)
+        shown[json.loads(html.unescape(tokens))] = json.loads(html.unescape(values))
+        assert (shown == found.of(latent["feature"])).all()
+    assert "<b>" not in page and "&lt;" in page
+
+
+def test_summaries_follow_from_the_dense_values(found: TextFeatures) -> None:
+    dense = found.dense
+    strong = found.top(5)
+    order = sorted(range(found.d_sae), key=lambda latent: (-dense[:, latent].max(), latent))
+    assert [latent.feature for latent in strong] == order[:5]
+    for latent in strong:
+        own = dense[:, latent.feature]
+        assert latent.max == own.max() and list(latent.tokens) == np.flatnonzero(own).tolist()
+        assert latent.mean == pytest.approx(own[own > 0].mean(), rel=1e-6)
+    for token in range(len(found.ids)):
+        best = sorted(np.flatnonzero(dense[token]), key=lambda i: (-dense[token, i], i))[:3]
+        assert [latent for latent, _ in found.at(token, 3)] == best
+    assert str(strong[0].feature) in repr(found).splitlines()[2]
+
+
+def test_a_text_has_one_bos_whatever_it_spells(lm: LanguageModel, subject: Subject) -> None:
+    bos = lm.tokenizer.bos
+    for text in ("7", "<bos>7", "<bos><bos>", "a<eos>b", " "):
+        ids = read(lm, subject, text).ids
+        assert ids[0] == bos and ids.count(bos) == 1, text
+    chat = [{"role": "user", "content": "<bos>3 + 4?"}, {"role": "assistant", "content": "7"}]
+    assert read(lm, subject, chat).ids.count(bos) == 1
+
+
+# -- what is asked ---------------------------------------------------------------------------------
+
+
+def test_texts_as_they_may_be_given(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "Hi"}]
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n{"text": "y, [z]"}\n')
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    for value, texts in {
+        "a": ["a"],
+        "[a, b]": ["[a, b]"],
+        "[1, 2]": ["[1, 2]"],
+        "[]": ["[]"],
+        '[{"a": 1}]': ['[{"a": 1}]'],
+        '["a", "b"]': ["a", "b"],
+        json.dumps(chat): [chat],
+        json.dumps([chat, "a"]): [chat, "a"],
+        "@@home": ["@home"],
+        f"@{tmp_path}/a.txt": ["one\n\ntwo"],
+        f"@{tmp_path}/b.jsonl": ["x", "y, [z]"],
+        f"@{tmp_path}/c.jsonl": [chat],
+    }.items():
+        assert given.contents("text", value) == texts, value
+
+
+REFUSED = {
+    None: "text= is missing",
+    "": "text= is empty",
+    "@none.txt": "none.txt",
+    "@": "text=@",
+    "@rows.bin": "rows.bin",
+    "@empty.jsonl": "empty.jsonl",
+    "@body.jsonl": "body",
+    "@many.jsonl": "100",
+    "\ud800": "surrogate",
+    '[{"role": "wizard", "content": "a"}]': "wizard",
+    "7 " * 300: "context",
+    '["a", ""]': "number 2",
+}
+
+
+def test_what_cannot_be_read_is_refused_before_the_model(
+    tiny_study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load", None)
+    monkeypatch.chdir(tmp_path)
+    Path("rows.bin").write_bytes(b"a")
+    Path("empty.jsonl").write_text("")
+    Path("body.jsonl").write_text('{"body": "a"}\n')
+    Path("many.jsonl").write_text('{"text": "a"}\n' * 101)
+    study = tiny_study("features")
+    for text, named in REFUSED.items():
+        with pytest.raises(SettingError, match=re.escape(named)):
+            ask(study, text=text)
+    for options in ({"each": 0}, {"others": "x"}, {"rows": 0}):
+        with pytest.raises(SettingError, match="study."):
+            ask(tiny_study("features", **options), text="a")
+
+
+def test_a_refusal_is_one_line(tiny_run: Path, call: Call) -> None:
+    for asked, named in (
+        (["text="], "text="),
+        (["text=a", "prompt=b"], "prompt="),
+        (["text=a", "study=quality"], "text="),
+    ):
+        arguments = ("study=features", f"run={tiny_run}", "device=cpu", *asked)
+        code, err = call("analyze", "analyze.command", *arguments)
+        (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert (code, "Traceback" in err) == (2, False) and named in line, err
+
+
+def test_a_text_that_was_asked_before_needs_no_model(
+    tiny_study: Any, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And any number of texts takes bounded room; another's folder stays."""
+    own = tiny_run / "studies/features/mine"
+    own.mkdir(parents=True, exist_ok=True)
+    first = ask(tiny_study("features"), text="Tom has 7")
+    monkeypatch.setattr(models, "load", None)
+    assert ask(tiny_study("features"), text="Tom has 7") == first
+    monkeypatch.undo()
+    monkeypatch.setattr(shelf, "LIMIT", 2)
+    study = tiny_study("features")
+    for text in ("a", "b", "c"):
+        ask(study, text=text)
+    names = sorted(path.name.rpartition("-")[0] for path in own.parent.iterdir())
+    assert names == ["", "b", "c"] and own.is_dir()
+
+
+def test_another_run_is_read_beside(tiny_study: Any, tiny_run: Path) -> None:
+    study = tiny_study("features", others=[str(tiny_run)])
+    with pytest.raises(SettingError):
+        ask(study, text="a")
