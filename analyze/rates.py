@@ -70,7 +70,13 @@ def of(subject: Subject, rows: int = ROWS) -> Rates:
     return _of_catalogue(subject) or _counted(subject, rows)
 
 
-def catalogue(subject: Subject) -> digests.Digests | None:
+def catalogue_digest(subject: Subject) -> str | None:
+    """Digest of the run's table of latents; None: it has none."""
+    recorded = _catalogue(subject)
+    return recorded.files[FEATURES].xxh3_128 if recorded else None
+
+
+def _catalogue(subject: Subject) -> digests.Digests | None:
     """The record of the run's catalogue, if it has a whole one of its present SAE.
 
     Its index is not looked at: of a billion tokens that would take longer than all else.
@@ -83,7 +89,7 @@ def catalogue(subject: Subject) -> digests.Digests | None:
 
 
 def _of_catalogue(subject: Subject) -> Rates | None:
-    recorded = catalogue(subject)
+    recorded = _catalogue(subject)
     if recorded is None:
         return None
     path = recorded.path(FEATURES)

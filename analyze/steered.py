@@ -6,8 +6,6 @@ At scale s every position's residual, BOS included, gets
 
 m_i is the mean activation of latent i where it fires. So at scale 1 a latent that is silent gets
 the value that it has as a rule where it fires, and a feature's scales mean the same in any SAE.
-
-Shapes: d d_model.
 """
 
 from __future__ import annotations
@@ -16,13 +14,10 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from analyze.intervention import Steer, effects, intervened
+from analyze.intervention import LatentChange, effects, intervened
 from analyze.language_model import Generation, end_tokens, generate
-from analyze.stats import Floats
 from data.errors import SettingError
 from data.settings import number, whole
 from harvest.model import LanguageModel
@@ -32,34 +27,26 @@ SCALES = (0.0, 2.0, 5.0, -5.0)
 _MOST_SCALES = 50
 
 
-@dataclass(frozen=True)
-class Push:
+class Push(NamedTuple):
     """What is added at scale 1."""
 
+    sae: SAE
     features: tuple[int, ...]
     activations: tuple[float, ...]  # of each, that are added
-    vector: Floats  # (d,)
-
-    @classmethod
-    def of(cls, sae: SAE, features: Sequence[int], activations: Sequence[float]) -> Push:
-        """The decoder directions of some latents, each times an activation."""
-        directions = sae.W_dec[list(features)].double().cpu().numpy()
-        vector = np.asarray(activations, np.float64) @ directions
-        return cls(tuple(features), tuple(activations), vector)
 
     @property
     def norm(self) -> float:
-        return float(np.linalg.norm(self.vector))
+        """Length of what is added."""
+        directions = self.sae.W_dec[list(self.features)].double()
+        return float((directions.new_tensor(self.activations) @ directions).norm())
 
-    def as_long_as(self, other: Push) -> Push:
-        """The same direction with the norm of another push."""
-        factor = other.norm / (self.norm or 1.0)
-        activations = tuple(factor * activation for activation in self.activations)
-        return Push(self.features, activations, factor * self.vector)
+    def scaled(self, factor: float) -> Push:
+        """The same direction, another length."""
+        return self._replace(activations=tuple(factor * value for value in self.activations))
 
-    def steer(self, scale: float) -> Steer:
-        name = "+".join(map(str, self.features))
-        return Steer(name, self.vector / (self.norm or 1.0), scale * self.norm, "all")
+    def change(self) -> LatentChange:
+        """As an intervention at all positions."""
+        return LatentChange(self.sae, "add", self.features, self.activations, "all")
 
 
 @dataclass(frozen=True)
@@ -74,59 +61,43 @@ class Dose:
     norm: float  # mean |h| there, untouched
 
 
-def written(
-    lm: LanguageModel,
-    layer: int,
-    prompt: Sequence[int],
-    steer: Steer | None,
-    new_tokens: int,
-    *,
-    in_turns: bool = False,
-) -> Generation:
-    """A greedy continuation; None: untouched.
+class Writer(NamedTuple):
+    """Writes greedy continuations of one prompt."""
 
-    Args:
-        in_turns: the prompt ends with the beginning of the model's turn.
-    """
-    opened = intervened(lm, layer, steer, [len(prompt)]) if steer else nullcontext()
-    with opened:
-        return generate(lm, [prompt], new_tokens, in_turns=in_turns)[0]
+    lm: LanguageModel
+    layer: int  # whose output is pushed
+    prompt: Sequence[int]
+    new_tokens: int  # at most
+    in_turns: bool  # the prompt ends with the beginning of the model's turn
 
+    def written(self, push: Push | None) -> Generation:
+        """A continuation; None: untouched."""
+        lengths = [len(self.prompt)]
+        opened = intervened(self.lm, self.layer, push.change(), lengths) if push else nullcontext()
+        with opened:
+            return generate(self.lm, [self.prompt], self.new_tokens, in_turns=self.in_turns)[0]
 
-def dose(
-    lm: LanguageModel,
-    layer: int,
-    prompt: Sequence[int],
-    untouched: Generation,
-    push: Push,
-    scale: float,
-    new_tokens: int,
-    *,
-    in_turns: bool = False,
-) -> Dose:
-    """What the model writes at a scale, and how far its predictions move on the untouched text.
+    def dose(self, untouched: Generation, push: Push, scale: float) -> Dose:
+        """What the model writes at a scale, and how far its predictions move on a text.
 
-    Raises:
-        SettingError: the model's outputs are no numbers any more.
-    """
-    steer = push.steer(scale)
-    # A text that ended at once is the token that ended it.
-    read = untouched.ids or [min(end_tokens(lm, in_turns=in_turns))]
-    (effect,) = effects(lm, [(prompt, read)], layer, steer)
-    if not math.isfinite(effect.kl):
-        raise SettingError(
-            f"scale={scale:g} is too large: the model's outputs are no numbers any more; take a "
-            "smaller one"
-        )
-    generation = written(lm, layer, prompt, steer, new_tokens, in_turns=in_turns)
-    return Dose(
-        scale=scale,
-        generation=generation,
-        text=text_of(lm, generation),
-        kl=effect.kl / len(read),
-        relative=effect.relative,
-        norm=effect.norm,
-    )
+        Args:
+            untouched: the text.
+
+        Raises:
+            SettingError: the model's outputs are no numbers any more.
+        """
+        scaled = push.scaled(scale)
+        # A text that ended at once is the token that ended it.
+        read = untouched.ids or [min(end_tokens(self.lm, in_turns=self.in_turns))]
+        (effect,) = effects(self.lm, [(self.prompt, read)], self.layer, scaled.change())
+        if not math.isfinite(effect.kl):
+            raise SettingError(
+                f"scale={scale:g} is too large: the model's outputs are no numbers any more; take "
+                "a smaller one"
+            )
+        generation = self.written(scaled)
+        text = text_of(self.lm, generation)
+        return Dose(scale, generation, text, effect.kl / len(read), effect.relative, effect.norm)
 
 
 def text_of(lm: LanguageModel, generation: Generation) -> str:
@@ -144,15 +115,13 @@ def features_of(value: Any, d_sae: int) -> list[int]:
     """
     if value is None:
         raise SettingError("feature= is missing; give a latent's number, or several in a list")
-    items = value if isinstance(value, list) else [value]
-    features = [whole("feature", item) for item in items]
-    if not features or len(set(features)) < len(features):
-        raise SettingError(f"feature={value} must be one latent, or several different ones")
-    for feature in features:
-        if not 0 <= feature < d_sae:
-            raise SettingError(
-                f"feature={feature} is none of the {d_sae:,} latents; give 0 to {d_sae - 1}"
-            )
+    features = [whole("feature", item) for item in (value if isinstance(value, list) else [value])]
+    fits = all(0 <= feature < d_sae for feature in features)
+    if not features or not fits or len(set(features)) < len(features):
+        raise SettingError(
+            f"feature={value} must be one of the {d_sae:,} latents, 0 to {d_sae - 1}, or several "
+            "different ones in a list"
+        )
     return features
 
 
@@ -164,11 +133,8 @@ def scales_of(value: Any) -> list[float]:
     """
     items = value if isinstance(value, list) else SCALES if value is None else [value]
     scales = list(dict.fromkeys(number("scale", item) for item in items))
-    wrong = next((scale for scale in scales if not math.isfinite(scale)), None)
-    if wrong is not None:
-        raise SettingError(f"scale={wrong} must be a finite number, such as 5 or -2.5")
-    if not 0 < len(scales) <= _MOST_SCALES:
+    if not all(map(math.isfinite, scales)) or not 0 < len(scales) <= _MOST_SCALES:
         raise SettingError(
-            f"scale= has {len(scales)} numbers; give 1 to {_MOST_SCALES}, such as scale=[0,2,5,-5]"
+            f"scale={value} must be 1 to {_MOST_SCALES} finite numbers, such as 5 or [0,2,5,-5]"
         )
     return scales

@@ -18,15 +18,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from analyze import given, rates, refusals, steered, text_features
-from analyze.intervention import Steer
 from analyze.peers import imported
-from analyze.study import Study, model_of
+from analyze.steered import Push, Writer
+from analyze.study import Study
 from analyze.subject import Subject
 from analyze.text_features import Reader, TextFeatures
 from data.device import torch_device
@@ -42,9 +42,9 @@ from harvest.model_folder import EMBEDDED
 from train import sae as weights_of
 from train import sae_file
 from train.export.readers import ORIGINS, READERS, is_foreign
-from train.ports import recorded_ports
-from train.run import CONFIG, read_config, sae_of
+from train.run import CONFIG
 
+Dtype = Literal["bfloat16", "float32"]
 _HUB = "hub:"
 _RELEASE = (sae_file.FILE, CONFIG, "digests.json", "golden.safetensors")  # what is downloaded
 
@@ -58,11 +58,10 @@ class SAE:
     points: tuple[HookPoint, ...]  # that it reads; empty: its files do not say
     model: str | None  # folder or hub id of its language model; None: its files do not say
     revision: str = "main"
-    dtype: str | None = None  # that the model is run in; None: its own
-    model_digest: str | None = None  # of the model's weights, where the files say it
+    dtype: Dtype = "bfloat16"  # that the model is run in
     context: int = 2**31  # tokens of a text at most
     subject: Subject | None = field(default=None, repr=False)  # with the run's store
-    _steer: Steer | None = field(default=None, init=False)
+    _push: Push | None = field(default=None, init=False, repr=False)  # what `steer` adds
 
     @classmethod
     def load(
@@ -92,71 +91,62 @@ class SAE:
         name = str(where)
         own = torch_device(device)
         if name.startswith(_HUB):
-            where = _downloaded(name)
-            name = (
-                str(where) if (where / CONFIG).is_file() else f"reference:{where / sae_file.FILE}"
-            )
-        if is_foreign(name) and store is not None:
-            where, store = imported.run_of(name, store, layer), None
-        elif is_foreign(name):
-            return cls._of_files(str(name), name, layer, model, own)
-        elif layer is not None:
-            raise SettingError(
-                f"layer={layer} is for SAEs of other libraries; {name} knows its own"
-            )
-        return cls._of_run(name, Path(where), store, model, own)
-
-    @classmethod
-    def _of_run(
-        cls, name: str, run: Path, store: str | None, model: str | None, device: torch.device
-    ) -> SAE:
-        config = read_config(run)
-        with reading(f"{run / CONFIG} is not what training wrote", "restore it"):
-            ports = recorded_ports(config["settings"])
-            source = config.get("source", {})
-        points = () if any(port.store for port in ports.every) else ports.reads
+            return cls._of_files(name, f"reference:{_downloaded(name)}", layer, model, own)
+        if is_foreign(name):
+            if store is None:
+                return cls._of_files(name, name, layer, model, own)
+            subject = Subject.open(imported.run_of(name, store, layer), None, own)
+            return cls._of_subject(name, subject, model)
+        if not Path(name).is_dir():
+            known = ", ".join(("hub", *READERS))
+            raise SettingError(f"{name} is no run's directory, nor KIND:PATH of {known}")
+        if layer is not None:
+            raise SettingError(f"layer={layer} is for SAEs of other libraries, and {name} is ours")
         try:
-            subject = Subject.open(run, store, device)
+            return cls._of_subject(name, Subject.open(Path(name), store, own), model)
         except (StoreError, MismatchError):
             if store is not None:
                 raise
-            subject = None  # the weights are all that is needed for `encode`
-        recorded = source.get("model")
-        known: dict[str, Any] = {"dtype": None}
-        if subject is not None:
-            recorded = subject.model_path(None)
-            known["dtype"] = subject.store.manifest["model"]["dtype"]
+            # Its store is elsewhere, and `encode` does not need it.
+            return cls._of_files(name, f"reference:{name}", layer, model, own)
+
+    @classmethod
+    def _of_subject(cls, name: str, subject: Subject, model: str | None) -> SAE:
+        recorded = subject.store.manifest["model"]
         return cls(
             name=name,
-            weights=subject.sae if subject else sae_of(run, device)[0],
-            points=tuple(port.point for port in points),
-            model=model or (EMBEDDED if recorded == "tiny" else recorded),
-            revision="main" if model else source.get("revision") or "main",
-            model_digest=source.get("weights"),
-            context=source.get("context") or 2**31,
+            weights=subject.sae,
+            points=subject.points if len(subject.stores) == 1 else (),
+            model=model or subject.model_path(None),
+            revision="main" if model else recorded["revision"],
+            dtype=recorded["dtype"],
+            context=subject.store.context,
             subject=subject,
-            **known,
         )
 
     @classmethod
     def _of_files(
         cls, name: str, named: str, layer: int | None, model: str | None, device: torch.device
     ) -> SAE:
-        """Of another library's files, or the reference's, without a store."""
+        """Of files alone, without a store.
+
+        Args:
+            named: KIND:PATH.
+        """
         kind, _, path = named.partition(":")
-        with reading(f"{named} cannot be read", f"take files that {kind} wrote"):
+        with reading(f"{name} cannot be read", f"take files that {kind} wrote"):
             weights = READERS[kind](Path(path)).to(device)
             origin = ORIGINS[kind](Path(path))
         ports = origin.ports()
-        points: tuple[HookPoint, ...] = ()
-        if ports is not None and not any(port.store for port in ports.every):
-            points = tuple(port.point for port in ports.reads)
-        elif ports is None and layer is not None and origin.site in (None, RESID_POST):
+        reads = ports.reads if ports else ()
+        points = tuple(port.point for port in reads if not any(port.store for port in reads))
+        if ports is None and layer is not None and origin.site in (None, RESID_POST):
             points = (HookPoint(layer),)
         if layer is not None and any(point.layer != layer for point in points):
             raise SettingError(f"layer={layer}, and {name} says that it is of {points[0]}")
-        known = EMBEDDED if origin.model == "tiny" else origin.model
-        return cls(name, weights, points, model or known, context=origin.context or 2**31)
+        model = model or (EMBEDDED if origin.model == "tiny" else origin.model)
+        dtype: Dtype = "float32" if model == EMBEDDED else "bfloat16"
+        return cls(name, weights, points, model, "main", dtype, origin.context or 2**31)
 
     # -- rows --------------------------------------------------------------------------------------
 
@@ -197,21 +187,15 @@ class SAE:
 
         Raises:
             SettingError: its files do not say which, or there is no such model.
-            MismatchError: it has other weights than the recorded model.
+            MismatchError: it is not the model of the store.
         """
         if self.model is None:
             raise SettingError(f"{self.name} does not say its model; give model= to SAE.load")
         device = str(self.weights.b_dec.device)
+        config = ModelConfig(self.model, self.revision, self.dtype, device)
         if self.subject is not None:
-            asked = {"path": self.model, "revision": self.revision, "dtype": self.dtype}
-            config = model_of(self.subject, asked, torch.device(device))
             return Study("residual_saes", self.subject, {}, config).lm
-        dtype = self.dtype or ("float32" if self.model == EMBEDDED else "bfloat16")
-        lm = models.load(ModelConfig(self.model, self.revision, dtype, device), head=True)
-        if self.model_digest not in (None, lm.identity["weights"]):
-            unequal = {"weights": (self.model_digest, lm.identity["weights"])}
-            raise MismatchError(f"SAE {self.name}", unequal, "Give its own model as model=.")
-        return lm
+        return models.load(config, head=True)
 
     @cached_property
     def rates(self) -> rates.Rates:
@@ -279,13 +263,13 @@ class SAE:
             activations = [self.rates.mean_of(each) for each in features]
         else:
             activations = [float(activation)] * len(features)
-        push = steered.Push.of(self.weights, features, activations)
         (times,) = steered.scales_of(number("scale", scale))
-        before, self._steer = self._steer, push.steer(times)
+        before = self._push
+        self._push = Push(self.weights, tuple(features), tuple(activations)).scaled(times)
         try:
             yield self
         finally:
-            self._steer = before
+            self._push = before
 
     def generate(self, prompt: Content, new_tokens: int = 64) -> str:
         """What the model writes behind a prompt or a chat, the most probable token each time.
@@ -297,8 +281,8 @@ class SAE:
         lm = self.language_model
         in_turns = given.is_chat(prompt)
         layer = self.points[0].layer if self.points else 0
-        made = steered.written(lm, layer, ids, self._steer, new_tokens, in_turns=in_turns)
-        return steered.text_of(lm, made)
+        writer = Writer(lm, layer, ids, new_tokens, in_turns)
+        return steered.text_of(lm, writer.written(self._push))
 
     def __repr__(self) -> str:
         points = " and ".join(map(str, self.points)) or "a layer that its files do not name"
@@ -310,7 +294,7 @@ class SAE:
 
 
 def _downloaded(name: str) -> Path:
-    """The folder of a release on the Hub.
+    """The SAE's file of a release on the Hub, with what the release says of it beside it.
 
     Raises:
         SettingError: it holds no SAE in our format or the reference's.
@@ -326,4 +310,4 @@ def _downloaded(name: str) -> Path:
             f"{name} has no {sae_file.FILE}; download the files of another library, and give them "
             "as saelens:PATH, sparsify:PATH or dictionary_learning:PATH"
         )
-    return folder
+    return folder / sae_file.FILE

@@ -90,10 +90,9 @@ def features(study: Study) -> Outcome:
 
 def _follows(subject: Subject) -> dict[str, Any]:
     """What a run's part depends on."""
-    catalogue = rates.catalogue(subject)
     return {
         "sae": subject.digest,
-        "catalogue": catalogue and catalogue.files[rates.FEATURES].xxh3_128,
+        "catalogue": rates.catalogue_digest(subject),
         "browser": _browser(subject).is_file(),
     }
 

@@ -22,7 +22,7 @@ from analyze.language_model import Generation
 from analyze.matched import random_latents
 from analyze.outcome import Outcome, Table
 from analyze.pages.template import rendered
-from analyze.steered import Dose, Push
+from analyze.steered import Dose, Push, Writer
 from analyze.study import Definition, Study, at_least
 from analyze.subject import Subject
 from data.errors import PipelineError, SettingError
@@ -101,13 +101,12 @@ def steer(study: Study) -> Outcome:
     """The continuations, as they were made before or are now."""
     options = build(Options, "study", study.options)
     asked = asked_of(study, options)
-    catalogue = rates.catalogue(study.subject)
     key = {
         **study.settings(DEFINITION),
         "prompt": asked.ids,
         "feature": asked.features,
         "scale": asked.scales,
-        "catalogue": catalogue and catalogue.files[rates.FEATURES].xxh3_128,
+        "catalogue": rates.catalogue_digest(study.subject),
     }
     known = rates.of(study.subject, options.rows)
     chosen = _push(study.subject, asked.features, known)
@@ -120,7 +119,8 @@ def steer(study: Study) -> Outcome:
 
 
 def _push(subject: Subject, features: Sequence[int], known: rates.Rates) -> Push:
-    return Push.of(subject.sae, features, [known.mean_of(feature) for feature in features])
+    means = [known.mean_of(feature) for feature in features]
+    return Push(subject.sae, tuple(features), tuple(means))
 
 
 def _steered(
@@ -129,15 +129,15 @@ def _steered(
     subject = study.subject
     rng = np.random.default_rng(options.seed)
     drawn = random_latents(known.density, asked.features, rng).tolist()
-    random = _push(subject, drawn, known).as_long_as(chosen)
+    random = _push(subject, drawn, known)
+    random = random.scaled(chosen.norm / (random.norm or 1.0))
     lm = study.lm
-    more = {"new_tokens": options.new_tokens, "in_turns": asked.in_turns}
-    plain = steered.written(lm, subject.layer, asked.ids, None, **more)
+    writer = Writer(lm, subject.layer, asked.ids, options.new_tokens, asked.in_turns)
+    plain = writer.written(None)
     doses: dict[str, list[Dose]] = {"chosen": [], "random": []}
     for scale in asked.scales:
         for name, push in (("chosen", chosen), ("random", random)):
-            made = steered.dose(lm, subject.layer, asked.ids, plain, push, scale, **more)
-            doses[name].append(made)
+            doses[name].append(writer.dose(plain, push, scale))
     figures = {
         "prompt": given.label(asked.content),
         "prompt_ids": asked.ids,

@@ -1,0 +1,203 @@
+"""Steering by a latent against a loop over whole forward passes, in the study and from Python."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from analyze import rates
+from analyze.studies import steer as study_steer
+from analyze.study import Study
+from analyze.subject import Subject
+from data.errors import SettingError
+from data.tiny.problems import problems
+from harvest import model as models
+from harvest.model import LanguageModel, ModelConfig, load
+from harvest.model_folder import EMBEDDED
+from residual_saes import SAE
+from tests.conftest import Call
+
+PROMPT = f"Question: {next(problems('heldout')).question}\nAnswer:"
+TOKENS = 8
+LAYER = 5
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return load(ModelConfig(EMBEDDED, dtype="float32"), head=True)
+
+
+@pytest.fixture(scope="module")
+def subject(tiny_run: Path) -> Subject:
+    return Subject.open(tiny_run, None, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def feature(subject: Subject) -> int:
+    """A latent that fires often."""
+    return int(rates.of(subject).count.argmax())
+
+
+def ask(study: Study, **asked: object) -> dict[str, Any]:
+    study.asked = asked
+    return study.perform(study_steer.DEFINITION).figures
+
+
+@torch.inference_mode()
+def logits(lm: LanguageModel, ids: list[int], added: torch.Tensor | None) -> torch.Tensor:
+    """(t, V) behind each token, with a vector added to the layer's output everywhere."""
+
+    def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        moved = first + added
+        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+    handle = lm.blocks[LAYER].register_forward_hook(hook) if added is not None else None
+    try:
+        return lm.causal(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    finally:
+        if handle:
+            handle.remove()
+
+
+def greedy(lm: LanguageModel, ids: list[int], added: torch.Tensor | None) -> list[int]:
+    new: list[int] = []
+    while len(new) < TOKENS:
+        token = int(logits(lm, ids + new, added)[-1].argmax())
+        if token in lm.causal.generation_config.eos_token_id:
+            break
+        new.append(token)
+    return new
+
+
+# -- the values ------------------------------------------------------------------------------------
+
+
+def test_a_scale_adds_the_mean_activation_everywhere(
+    tiny_study: Any, lm: LanguageModel, subject: Subject, feature: int, tiny_run: Path
+) -> None:
+    scales = [0, 8, -20]
+    study = tiny_study("steer", new_tokens=TOKENS)
+    figures = ask(study, prompt=PROMPT, feature=feature, scale=scales)
+    ids = figures["prompt_ids"]
+    plain = greedy(lm, ids, None)
+    assert figures["untouched"]["ids"] == plain and figures["chosen"][0]["is_untouched"]
+    clean = logits(lm, ids + plain, None).log_softmax(1)[len(ids) - 1 : -1]
+
+    # The mean activation, from every held-out row that training would keep.
+    values = np.zeros(0)
+    for firings in subject.firings(10**9):
+        values = np.append(values, firings.value[firings.latent == feature])
+    assert figures["mean_activation"] == [pytest.approx(values.mean(), rel=1e-6)]
+    package = SAE.load(tiny_run)
+    for dose, scale in zip(figures["chosen"], scales, strict=True):
+        added = scale * values.mean() * subject.sae.W_dec[feature].double()
+        assert dose["ids"] == greedy(lm, ids, added.float())
+        moved = logits(lm, ids + plain, added.float()).log_softmax(1)[len(ids) - 1 : -1]
+        kl = (moved.exp() * (moved - clean)).sum(1).mean()
+        assert dose["kl"] == pytest.approx(float(kl), rel=1e-3, abs=1e-6)
+        assert dose["added"] == [pytest.approx(scale * values.mean(), rel=1e-6)]
+        assert dose["relative"] * dose["norm"] == pytest.approx(
+            abs(scale) * values.mean(), rel=0.2
+        )  # the ratio's mean over positions is not quite the ratio of means
+        with package.steer(feature, scale):
+            assert package.generate(PROMPT, TOKENS) == dose["text"]
+    assert package.generate(PROMPT, TOKENS) == figures["untouched"]["text"]
+    assert len({tuple(dose["ids"]) for dose in figures["chosen"]}) > 1
+
+
+def test_random_latents_fire_as_often_and_push_as_far(
+    tiny_study: Any, subject: Subject, feature: int
+) -> None:
+    """Of several features, which are added together."""
+    chosen = [feature, (feature + 1) % subject.sae.d_sae]
+    study = tiny_study("steer", new_tokens=2)
+    figures = ask(study, prompt=PROMPT, feature=chosen, scale=2)
+    known = rates.of(subject)
+    assert not set(figures["random_features"]) & set(chosen)
+    for own, other in zip(figures["density"], figures["density_of_random"], strict=True):
+        rank = np.abs(np.log(np.maximum(known.density, 1e-9)) - np.log(own)).argsort()
+        near = known.density[rank[:53]]
+        assert near.min() <= other <= near.max()
+    (dose,), (random,) = figures["chosen"], figures["random"]
+    assert random["relative"] == pytest.approx(dose["relative"], rel=1e-4)
+    assert np.allclose(dose["added"], 2 * np.array(figures["mean_activation"]))
+
+
+def test_steering_ends_with_its_block(tiny_run: Path, feature: int) -> None:
+    sae = SAE.load(tiny_run)
+    plain = sae.generate(PROMPT, 4)
+    with sae.steer(feature, 30):
+        with pytest.raises(KeyError), sae.steer(feature, activation=0.0):
+            raise KeyError(sae.generate(PROMPT, 4))
+        assert sae.generate(PROMPT, 4) != plain
+        with sae.steer(feature, activation=0.0):
+            assert sae.generate(PROMPT, 4) == plain
+    assert sae.generate(PROMPT, 4) == plain
+
+
+# -- what is asked ---------------------------------------------------------------------------------
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"feature": None}, "feature= is missing"),
+    ({"feature": 256}, "feature=256"),
+    ({"feature": -1}, "feature=-1"),
+    ({"feature": 1.5}, "feature=1.5"),
+    ({"feature": "a"}, "feature=a"),
+    ({"feature": []}, "feature=[]"),
+    ({"feature": [3, 3]}, "feature=[3, 3]"),
+    ({"feature": [[3]]}, "feature=[3]"),
+    ({"feature": True}, "feature=True"),
+    ({"scale": "much"}, "scale=much"),
+    ({"scale": []}, "scale=[]"),
+    ({"scale": [1, None]}, "scale=None"),
+    ({"scale": [1, float("nan")]}, "scale="),
+    ({"scale": float("inf")}, "scale=inf"),
+    ({"scale": True}, "scale=True"),
+    ({"scale": list(range(51))}, "scale="),
+    ({"prompt": None}, "prompt= is missing"),
+    ({"prompt": ""}, "prompt= is empty"),
+    ({"prompt": '["a", "b"]'}, "prompt="),
+    ({"prompt": "7 " * 1200}, "prompt="),
+    ({"prompt": "7 " * 505}, "study.new_tokens"),
+]
+
+
+def test_what_cannot_be_meant_is_refused_before_the_model(
+    tiny_study: Any, monkeypatch: pytest.MonkeyPatch, subject: Subject, feature: int
+) -> None:
+    monkeypatch.setattr(models, "load", None)
+    study = tiny_study("steer")
+    asked = {"prompt": PROMPT, "feature": feature, "scale": [0, 2]}
+    for wrong, named in REFUSED:
+        with pytest.raises(SettingError, match=re.escape(named)):
+            ask(study, **{**asked, **wrong})
+    silent = np.flatnonzero(rates.of(subject).count == 0)
+    if len(silent):
+        with pytest.raises(SettingError, match="fires on none"):
+            ask(study, **{**asked, "feature": int(silent[0])})
+
+
+def test_a_scale_that_breaks_the_model_is_said(
+    tiny_study: Any, call: Call, tiny_run: Path, feature: int
+) -> None:
+    arguments = ("study=steer", f"run={tiny_run}", "device=cpu", "prompt=What's {this}, 3+4=?")
+    code, err = call("analyze", "analyze.command", *arguments, f"feature={feature}", "scale=1e300")
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and "scale=1e+300" in line
+
+
+def test_what_is_no_layers_output_is_not_steered(tiny_mlps: Any, tmp_path: Path) -> None:
+    from tests.analyze.conftest import mlp_run, random_transcoder
+
+    subject = mlp_run(tmp_path / "run", tiny_mlps, 5, random_transcoder(5))
+    assert "transcoder" in (study_steer.refuses(subject, {}) or "")
+    sae = SAE.load(tmp_path / "run")
+    assert sae.features("Tom has 7").token.max() > 0
+    with pytest.raises(SettingError), sae.steer(3, activation=1.0):
+        pass
