@@ -14,14 +14,18 @@ Shapes: n rows, F and G latents, m documents.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
 from analyze.codes import Codes, Ints
 from analyze.stats import Floats
+from data.errors import StopRequest
+from data.journal import Progress
 
 # Latents whose products with all others are in memory at a time: at most 67 MB at 32,768 latents.
 BLOCK = 256
@@ -53,6 +57,38 @@ def best_partners(a: Codes, b: Codes, block: int = BLOCK) -> Partners:
         best = np.flatnonzero((r == their_best[column]) & (r > before[column]))[::-1]
         theirs[column[best]] = rows[best]
     return Partners(ours, theirs, our_best)
+
+
+def best_few(
+    a: Codes, b: Codes, count: int, eligible: NDArray[np.bool_], stop: StopRequest
+) -> tuple[Ints, Floats]:
+    """(F, count) partners of each latent, the best first, and their correlations.
+
+    NONE and 0 where fewer are above 0. Of equal ones the first comes first.
+
+    Args:
+        eligible: (G,) whether a latent of the other dictionary may be a partner.
+    """
+    partners = np.full((a.shape[1], count), NONE)
+    values = np.zeros(partners.shape)
+    progress = Progress()
+    for first, row, column, r in _blocks(a, b, BLOCK):
+        stop.check()
+        progress.show(f"partners of {first:,} of {a.shape[1]:,} latents")
+        r = np.where(eligible[column] & (r > 0), r, 0)
+        bounds = np.searchsorted(row, np.arange(row.max(initial=-1) + 2))
+        for latent, (low, high) in enumerate(pairwise(bounds.tolist()), first):
+            of_row = r[low:high]
+            few = np.arange(high - low)
+            if len(few) > count:
+                # More than are kept, so that equal ones are told apart by their numbers.
+                least = np.partition(of_row, -count)[-count]
+                few = np.flatnonzero(of_row >= least)
+            few = few[np.lexsort((few, -of_row[few]))][:count]
+            few = few[of_row[few] > 0]
+            partners[latent, : len(few)] = column[low + few]
+            values[latent, : len(few)] = of_row[few]
+    return partners, values
 
 
 def correlations(a: Codes, b: Codes, block: int = BLOCK) -> Floats:

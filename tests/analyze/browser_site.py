@@ -22,6 +22,7 @@ from analyze.pages.browser.study import DEFINITION, PAGE
 from analyze.results import FEATURES
 from analyze.results import made as made_folder
 from analyze.studies.catalogue import study as catalogue
+from analyze.studies.cross_layer.study import PAIRS
 from analyze.study import Definition, Study, write_features
 from analyze.subject import Subject
 from harvest.model import ModelConfig
@@ -75,6 +76,7 @@ def build(root: Path) -> Built:
         # So that there is something to lead to.
         made_folder(study_of(other).folder).joinpath(PAGE).touch()
         findings(made.run)
+        crossings(made.run, other)
         patch.setattr(contexts, "token_names", lambda *_, **__: say)
         study = study_of(made.run, others=[str(other)], contexts=3, samples=2)
         return Built(study.folder, study.perform(DEFINITION), made, order)
@@ -125,6 +127,30 @@ def findings(run: Path) -> None:
     r = pa.array([None if at % 2 else at / F for at in range(F)], pa.float64())
     matches = {"feature": np.arange(F), "correlation": r}
     leave("stability", "matches.parquet", matches, other="runs/<i>b")
+
+
+# Pairs of a latent that predicts and one that is predicted, with r and q.
+CROSSED = [(7, 3, 0.9, 0.01), (7, 5, 0.95, 0.02), (7, 6, 0.5, 0.2), (3, 7, 0.8, 0.03)]
+
+
+def crossings(run: Path, other: Path) -> None:
+    """study=cross_layer in both directions, with the pairs `CROSSED` in each."""
+    partner, feature, r, q = map(np.array, zip(*CROSSED, strict=True))
+    table = {
+        **{"feature": feature, "partner": partner, "r": r, "q": q},
+        "class": pa.array(["partly", "new", "combined", "same direction"]),
+        **{"given_partner": r / 2, "given_latent": r / 4, "cosine": -r},
+    }
+    for earlier, later in ((run, other), (other, run)):
+        where = [f"<i>layer</i> of {folder.name}" for folder in (earlier, later)]
+        to = study_of(later).subject
+
+        def leave(study: Study, to: Subject = to, where: list[str] = where) -> Outcome:
+            write_features(study.folder / PAIRS, table)
+            return Outcome({"to": str(to.run), "where": where}, [])
+
+        inputs = {"to_sae": to.digest}
+        study_of(earlier, "cross_layer").perform(Definition(leave, inputs=lambda _, i=inputs: i))
 
 
 def read(folder: Path, name: str) -> Any:

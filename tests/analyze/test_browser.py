@@ -121,7 +121,7 @@ def test_figures_of_another_sae_are_left_out(built: Built) -> None:
     subject = Subject.open(built.made.run, None, torch.device("cpu"))
 
     done = columns.studied(subject)
-    assert set(done) == {"contrast", "stability"}
+    assert set(done) == {"contrast", "stability", "cross_layer"}
     keys = [column.key for column in columns.of_studies(subject, {"stability": done["stability"]})]
     assert keys == ["stability"]
     other = replace(subject, digest="another")

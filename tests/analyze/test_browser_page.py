@@ -114,6 +114,26 @@ def test_a_visit(chrome: Chromium, url: str, built: Built) -> None:
     quiet(chrome, url)
 
 
+def test_latents_of_another_layer_that_predict_it(chrome: Chromium, url: str, built: Built) -> None:
+    """Both tables of feature 7: what it predicts, and what predicts it; each leads to the other."""
+    chrome.open(f"{url}#feature=7")
+    assert texts(chrome, ".layers h3") == [
+        "Predicts features of ot'her <b>&, <i>layer</i> of ot'her <b>&",
+        "Predicted (same direction) by those of ot'her <b>&, layer 3",
+    ]
+    cells = texts(chrome, ".layers td")
+    assert cells[:5] == ["5", "0.950", "0.237", "0.475", "-0.950"]
+    assert cells[5:10] == ["3", "0.900", "0.225", "0.450", "-0.900"]
+    assert cells[10:] == ["3", "0.800", "0.400", "0.200", "-0.800"]
+    links = chrome.js("[...document.querySelectorAll('.layers a')].map((link) => link.href)")
+    there = built.made.run.parent / "ot'her <b>&/studies/browser" / PAGE
+    expected = [f"file://{there}#feature={number}" for number in (5, 3, 3)]
+    assert list(map(unquote, links)) == (expected if url.startswith("file:") else [])
+    chrome.open(f"{url}#feature=5")
+    assert texts(chrome, ".layers h3")[1].startswith("New: predicted by none of")
+    quiet(chrome, url)
+
+
 def test_keys_and_tokens(chrome: Chromium, built: Built) -> None:
     every, url = read(built.folder, "tokens"), (built.folder / PAGE).as_uri()
     chrome.open(f"{url}#sort=-density")

@@ -12,6 +12,8 @@ its number. A feature is
     raised, lowered    [[word, logit]], or null without the language model
     neighbours         [[feature, cosine]]
     others             [[feature, cosine]] of each of the other runs
+    crossings          of each result of study=cross_layer [class, [[feature, r, P(this | that),
+                       P(that | this), cosine]]], where there is one
 
 of a transcoder also
     readers            [[feature, cosine]] of the directions that are read
@@ -63,6 +65,7 @@ _OF_KINDS = {  # columns that are there or not, by name
 }
 
 Name = Callable[[int], str]  # a token's text
+Latents = tuple[list[list[list[float | None]]], list[str]]  # of each latent those of another layer
 
 
 def blocks(file: pq.ParquetFile) -> Iterator[pa.Table]:
@@ -106,6 +109,7 @@ class Shown(NamedTuple):
     others: list[Partners]  # of each of the other runs
     listed: list[Column]  # figures of every latent beside density and largest activation
     tokens: Sequence[Sequence[tuple[int, float]]] | None  # of a transcoder, see tokens.of_latents
+    crossings: Sequence[Latents] = ()  # see crossings.Crossing.pairs
 
 
 def page(block: pa.Table, shown: Shown) -> dict[str, Any]:
@@ -130,6 +134,10 @@ def page(block: pa.Table, shown: Shown) -> dict[str, Any]:
             "others": [_pairs(partners[row["feature"]]) for partners in shown.others],
             **_of_kind(row, shown, words),
         }
+        if shown.crossings:
+            number = row["feature"]
+            of_layers = [[classes[number], pairs[number]] for pairs, classes in shown.crossings]
+            feature["crossings"] = of_layers
         features.append(feature)
     return {"words": words.texts, "features": features}
 

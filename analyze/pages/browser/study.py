@@ -26,8 +26,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from analyze.outcome import Outcome
-from analyze.pages.browser import columns, joins, pages, tokens
+from analyze.pages.browser import columns, crossings, joins, pages, tokens
 from analyze.pages.browser.columns import Column
+from analyze.pages.browser.crossings import Crossing
 from analyze.pages.browser.joins import Other
 from analyze.pages.browser.pages import CHUNK, Shown
 from analyze.pages.browser.script import script, short
@@ -75,10 +76,18 @@ def inputs(study: Study) -> Mapping[str, Any]:
     """
     subject = study.subject
     catalogues = [catalogue.files(subject)]
+    others = []
     for run in build(Options, "study", study.options).others:
-        catalogues.append(joins.open_other(subject, run).files)
+        others.append(joins.open_other(subject, run))
+        catalogues.append(others[-1].files)
     tables = columns.digests(columns.studied(subject))
+    across = _crossings(subject, others)
+    for crossing in across:
+        tables[str(crossing.table)] = crossing.digest
+    runs = {*(other.subject.run for other in others), *(crossing.run for crossing in across)}
+    linked = sorted(str(run) for run in runs if (run / FOLDER / study.name / PAGE).is_file())
     return {
+        **({"linked": linked} if linked else {}),
         "files": {**tables, **{str(files.table): files.digest for files in catalogues}},
         "units": [files.places.units for files in catalogues],
         "as_ids": catalogue.names(study) is None,
@@ -90,7 +99,14 @@ def reads(study: Study) -> list[tuple[Path, str]]:
     others = build(Options, "study", study.options).others
     catalogues = [(Path(run), "catalogue") for run in others]
     tables = [(study.subject.run, name) for name in columns.studied(study.subject)]
+    for run in others:
+        if (Path(run) / FOLDER / crossings.STUDY).is_dir():
+            tables.append((Path(run), crossings.STUDY))
     return [*catalogue.read_by(study), *catalogues, *tables]
+
+
+def _crossings(subject: Subject, others: list[Other]) -> list[Crossing]:
+    return crossings.of(subject, [other.subject for other in others])
 
 
 def browser(study: Study) -> Outcome:
@@ -105,6 +121,7 @@ def browser(study: Study) -> Outcome:
     others = [joins.open_other(subject, run) for run in options.others]
     name_of = catalogue.names(study)
     of_studies = columns.of_studies(subject, columns.studied(subject))
+    across = _crossings(subject, others)
     with StopRequest() as stop:
         tallies = tokens.tally(subject.store, files.places, stop)
         shown = Shown(
@@ -114,6 +131,7 @@ def browser(study: Study) -> Outcome:
             others=[],
             listed=[*columns.of_targets(files.table), *of_studies],
             tokens=None if subject.ports.is_autoencoder else tokens.of_latents(tallies),
+            crossings=[crossing.pairs(subject.sae.d_sae) for crossing in across],
         )
         for other in others:
             theirs = other.files.places
@@ -121,7 +139,10 @@ def browser(study: Study) -> Outcome:
         site = Site(study.folder)
         figures_of = _write_features(site, files, shown, stop)
         token_count = _write_tokens(site, tallies, shown)
-        site.write("meta", _meta(study, files, figures_of, others, as_ids=name_of is None))
+        meta = _meta(study, files, figures_of, others, as_ids=name_of is None)
+        if across:
+            meta["crossings"] = [_crossing(study, crossing) for crossing in across]
+        site.write("meta", meta)
         site.finish()
     figures = {
         "features": subject.sae.d_sae,
@@ -253,14 +274,22 @@ def _kind(subject: Subject, files: Files) -> dict[str, Any]:
 
 
 def _link(study: Study, other: Other) -> dict[str, Any]:
-    """Another run, and the path of its own browser from this one, if it has one."""
-    page = other.subject.run / FOLDER / study.name / PAGE
-    path = os.path.relpath(page.resolve(), study.place.resolve())
+    return {**_page(study, other.subject.run), **_where(other.subject)}
+
+
+def _crossing(study: Study, crossing: Crossing) -> dict[str, Any]:
     return {
-        "name": neutral(other.subject.run.resolve().name),
-        **_where(other.subject),
-        "page": quote(path) if page.is_file() else None,
+        **_page(study, crossing.run),
+        "where": neutral(crossing.where),
+        "predicts": crossing.predicts,
     }
+
+
+def _page(study: Study, run: Path) -> dict[str, Any]:
+    """Another run, and the path of its own browser from this one, if it has one."""
+    page = run / FOLDER / study.name / PAGE
+    path = os.path.relpath(page.resolve(), study.place.resolve())
+    return {"name": neutral(run.resolve().name), "page": quote(path) if page.is_file() else None}
 
 
 def _summary(study: Study, figures: Mapping[str, Any], *, as_ids: bool) -> list[str]:

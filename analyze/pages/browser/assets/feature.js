@@ -63,8 +63,13 @@ function pairsTable(caption, heads, rows) {
   return section(caption, el("table", {}, el("thead", {}, el("tr", {}, ...cells)), el("tbody", {}, ...rows)));
 }
 
-function scored(cell, value) {
-  return el("tr", {}, el("td", {}, cell), el("td", { class: "number" }, formatted(value)));
+function scored(cell, ...values) {
+  return el("tr", {}, el("td", {}, cell), ...values.map((value) => el("td", { class: "number" }, formatted(value))));
+}
+
+// Other runs' pages lie outside this folder, which is all that a server has.
+function otherLink(other, feature) {
+  return other.page && location.protocol === "file:" ? el("a", { href: `${other.page}${hashOf({ feature })}` }, feature) : feature;
 }
 
 function likeIt(own) {
@@ -72,14 +77,22 @@ function likeIt(own) {
   const nearest = own.neighbours.map(([feature, cosine]) => scored(featureLink(feature), cosine));
   const tables = [pairsTable("Nearest directions", heads, nearest)];
   meta().others.forEach((other, index) => {
-    const rows = own.others[index].map(([feature, cosine]) => {
-      // Other runs' pages lie outside this folder, which is all that a server has.
-      const link = other.page && location.protocol === "file:" ? el("a", { href: `${other.page}${hashOf({ feature })}` }, feature) : feature;
-      return scored(link, cosine);
-    });
+    const rows = own.others[index].map(([feature, cosine]) => scored(otherLink(other, feature), cosine));
     tables.push(pairsTable(`Fires like it in ${other.name}, ${other.where ?? `layer ${other.layer}`}`, heads, rows));
   });
   return tables;
+}
+
+// Features of another layer that predict this one, and those that it predicts: see study=cross_layer.
+function ofLayers(own) {
+  const heads = ["feature", "r", "P(this | that)", "P(that | this)", "cosine"];
+  const tables = (meta().crossings ?? []).map((other, index) => {
+    const [classed, pairs] = own.crossings[index];
+    const rows = pairs.map(([feature, ...figures]) => scored(otherLink(other, feature), ...figures));
+    const title = other.predicts ? "Predicts features" : classed === "new" ? "New: predicted by none" : `Predicted (${classed}) by those`;
+    return pairsTable(`${title} of ${other.name}, ${other.where}`, heads, rows);
+  });
+  return tables.length ? [el("div", { class: "layers" }, ...tables)] : [];
 }
 
 function logits({ raised, lowered }, texts) {
@@ -160,7 +173,7 @@ async function showFeature(state) {
   const largest = own.figures[columns.findIndex(({ key }) => key === "max")] || 1;
   const lines = (contexts) => el("ul", { class: "places" }, ...contexts.map((shown) => context(shown, page.words, largest)));
   const parts = [steps(number), el("h2", { id: "feature-title", tabindex: "-1" }, `Feature ${number}`), facts(own)];
-  const side = sides(own, page.words);
+  const side = [...sides(own, page.words), ...ofLayers(own)];
   if (own.count) {
     parts.push(section("Activations, four bins an octave", histogram(own.histogram)), ...side);
     parts.push(section("Strongest contexts, one per document", lines(own.top)));

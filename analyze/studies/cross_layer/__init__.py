@@ -1,0 +1,1 @@
+"""Which latents of one dictionary predict which of another, on the same tokens."""
