@@ -22,8 +22,8 @@ from analyze.kept import grow, read_lines
 from analyze.language_model import Generation, Sampling, generate
 from analyze.outcome import dumped
 from analyze.problems import Example, Problem, Solution
-from analyze.prompts import IN_TURNS, PROMPTS, drawn
-from analyze.study import Study
+from analyze.prompts import ENDS, IN_TURNS, PROMPTS, cut, drawn
+from analyze.study import Study, find
 from data import durable
 from data.errors import SettingError, StopRequest
 from data.journal import Progress, tell
@@ -37,6 +37,7 @@ GRADINGS = ("strict", "flexible")
 GENERATED = "generated"  # source of the model's own answers
 STOPS = ("Question:", "</s>", "<|im_end|>")  # lm-evaluation-harness'
 _FILE = "answers.jsonl"
+_OWN = ("samples", "temperature")  # settings that may be left to the study
 
 
 class NoProblemsError(SettingError):
@@ -77,7 +78,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Asking:
-    """The settings `answers`: how problems are answered."""
+    """The settings `answers`: how problems are answered. `asking_of` knows a study's own."""
 
     prompt: str = "lm_eval"
     shots: int = 0  # examples before the question
@@ -120,6 +121,11 @@ class Asking:
             )
 
     @property
+    def stops(self) -> tuple[str, ...]:
+        """Strings that end an answer."""
+        return (*STOPS, *ENDS.get(self.prompt, ()))
+
+    @property
     def added(self) -> dict[str, Any]:
         """Settings that were added since answers were first kept, unless they are at defaults."""
         names = ("shots", "samples", "temperature", "seed", "grading")
@@ -144,8 +150,8 @@ def inputs(study: Study) -> dict[str, Any]:
         SettingError: there are no problems, or the prompt needs what is not there. The model is
             not loaded for that.
     """
-    asking = asking_of(study)
-    return _inputs(study, problems_of(study, asking), asking)
+    asking, asked = _asked(study)
+    return _inputs(study, asked, asking)
 
 
 def _inputs(study: Study, asked: Sequence[Problem | Solution], asking: Asking) -> dict[str, Any]:
@@ -196,9 +202,9 @@ def answers(study: Study, stop: StopRequest | None = None, part: str | None = No
     Raises:
         SettingError: there are no problems, or a prompt leaves no room for an answer.
     """
-    asking = asking_of(study)
+    asking, every = _asked(study)
     by_part: dict[str | None, list[Problem | Solution]] = {}
-    for item in problems_of(study, asking):
+    for item in every:
         own = item.problem.part if isinstance(item, Solution) else item.part
         if own is None or part in (None, own):
             by_part.setdefault(own, []).append(item)
@@ -302,9 +308,9 @@ def _examples(study: Study, asking: Asking) -> list[Example]:
 
 def questions(study: Study) -> list[tuple[Problem, list[int]]]:
     """Each question once, with its prompt's ids; of a folder those of test.jsonl."""
-    asking = asking_of(study)
+    asking, every = _asked(study)
     found: dict[str, Problem] = {}
-    for item in problems_of(study, asking):
+    for item in every:
         asked = item.problem if isinstance(item, Solution) else item
         if asked.part != "train":
             found.setdefault(asked.id, asked)
@@ -313,18 +319,38 @@ def questions(study: Study) -> list[tuple[Problem, list[int]]]:
 
 
 def asking_of(study: Study) -> Asking:
-    """The study's settings `answers`.
+    """The study's settings `answers`; what is null in them is as the study itself has it.
+
+    One answer is greedy, several are drawn at temperature 1.
 
     Raises:
         SettingError: one of them is not known, or cannot be.
     """
-    return build(Asking, "answers", study.answers)
+    given = _given(study)
+    samples = given.get("samples", 1 if given.get("temperature") == 0 else find(study.name).samples)
+    own = {"samples": samples, "temperature": 0.0 if samples == 1 else 1.0}
+    return build(Asking, "answers", own | given)
+
+
+def _given(study: Study) -> dict[str, Any]:
+    """The settings `answers` without those that are left to the study."""
+    left = {name for name in _OWN if study.answers.get(name) is None}
+    return {name: value for name, value in study.answers.items() if name not in left}
 
 
 def number_of(study: Study) -> int:
     """How many answers a study asks for, at most."""
+    asking, every = _asked(study)
+    return sum(1 if isinstance(item, Solution) else asking.samples for item in every)
+
+
+def _asked(study: Study) -> tuple[Asking, Sequence[Problem | Solution]]:
+    """What is asked, and how. Where all solutions are labelled, nothing is drawn."""
     asking = asking_of(study)
-    return len(problems_of(study, asking)) * asking.samples
+    asked = problems_of(study, asking)
+    if all(isinstance(item, Solution) for item in asked):
+        asking = replace(asking, samples=1, temperature=0.0)
+    return asking, asked
 
 
 def problems_of(study: Study, asking: Asking) -> Sequence[Problem | Solution]:
@@ -337,7 +363,8 @@ def problems_of(study: Study, asking: Asking) -> Sequence[Problem | Solution]:
             "one of labelled solutions, a folder with train.jsonl and test.jsonl, or problems=tiny"
         )
     asked = problems.read(source, asking.questions)
-    if asking.temperature and any(isinstance(item, Solution) for item in asked):
+    is_given = any(name in _given(study) for name in _OWN)
+    if is_given and asking.temperature and any(isinstance(item, Solution) for item in asked):
         raise SettingError(
             f"problems={source} holds labelled solutions, so nothing is drawn; leave out "
             "answers.temperature= and answers.samples=, or give problems without solutions"
@@ -410,10 +437,11 @@ def completions(
             uniform.append(numbers(asking.new_tokens, asking.seed, item.id, sample))
         sampling = Sampling(asking.temperature, torch.from_numpy(np.stack(uniform)))
     in_turns = asking.prompt in IN_TURNS
-    generations = generate(lm, prompts, asking.new_tokens, STOPS, sampling, in_turns=in_turns)
+    limits = (asking.new_tokens, asking.stops)
+    generations = generate(lm, prompts, *limits, sampling, in_turns=in_turns)
     found = []
     for (item, prompt), generation, sample in zip(asked, generations, samples, strict=True):
-        answer = graded(lm.tokenizer, item, prompt, generation, asking.grading)
+        answer = graded(lm.tokenizer, item, prompt, generation, asking)
         found.append(replace(answer, sample=sample))
     return found
 
@@ -438,12 +466,13 @@ def graded(
     item: Problem,
     prompt: list[int],
     completion: Generation,
-    grading: str,
+    asking: Asking,
 ) -> Answer:
     """A completion as an answer, right or wrong by its number."""
     text: str = tokenizer.inner.decode(completion.ids, skip_special_tokens=True)
     for stop in STOPS:
         text = text.split(stop)[0]
+    text = cut(asking.prompt, text)
     strict = problems.strict(text)
     flexible = problems.flexible(text)
     return Answer(
@@ -452,7 +481,7 @@ def graded(
         prompt_ids=prompt,
         ids=completion.ids,
         text=text,
-        correct=item.is_answer(strict if grading == "strict" else flexible),
+        correct=item.is_answer(strict if asking.grading == "strict" else flexible),
         strict=strict,
         flexible=flexible,
         finished=completion.finished,

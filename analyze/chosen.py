@@ -1,6 +1,6 @@
 """The features that a study chose, as other studies and rewards read them.
 
-A stage gate's result, or a file of two lists as `study=contrast` leaves it.
+The result of a stage gate or of rollouts, or a file of two lists as `study=contrast` leaves it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from harvest.model import LanguageModel
 from train.run import sae_digest
 
 GATE = "stage_gate"
+_JUDGED = (GATE, "rollouts")  # studies whose results have the verdict
 _AGAIN = "do the study that chooses the features again"
-_HOW = "`python -m analyze study=stage_gate answers.samples=8 answers.temperature=1`"
+_HOW = "`python -m analyze study=stage_gate`"
 
 
 class ChosenFeatures(NamedTuple):
@@ -48,9 +49,9 @@ class ChosenFeatures(NamedTuple):
         try:
             data, settings = _content(path)
             content = json.loads(data)
-            is_gate = content.get("study") == GATE
+            is_gate = content.get("study") in _JUDGED
             figures = content["figures"] if is_gate else content
-            if is_gate and "within" not in figures:
+            if is_gate and "best_of" not in figures:
                 raise StoreError(f"{path} is of an earlier version; do {_HOW} again")
             layer = figures.get("layer_of_features" if is_gate else "layer")
             chose = figures["discovery"]["ids"] if is_gate else figures.get("ids", [])

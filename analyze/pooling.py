@@ -33,6 +33,7 @@ from train.sae import SAE
 
 MEAN, LAST, MAX = "mean", "last", "max"
 POOLINGS = (MEAN, LAST, MAX)
+_VERSION = 2  # of what is kept: raise it when the same texts give other rows
 _HIDDEN = "hidden.npy"
 _PARTS = "parts"  # of all files, by batch, until all texts are read
 
@@ -58,6 +59,7 @@ class Pooled(NamedTuple):
 
     hidden: NDArray[np.float32]  # (n, P, d)
     features: list[Any]  # of each dictionary a scipy.sparse.csr_array (n, F) float32
+    firings: list[Any]  # likewise, int32: on how many of a text's pooled tokens a latent fires
 
 
 def pooled(
@@ -83,11 +85,10 @@ def pooled(
 
     def fill(folder: Path) -> None:
         parts = Parts(folder / _PARTS)
-        hidden, features = _measured(study, spans, reading, parts, stop)
-        _write(folder, hidden, features)
+        _write(folder, _measured(study, spans, reading, parts, stop))
         parts.remove()
 
-    return _read(study.kept(name, key, fill), len(reading.saes))
+    return _read(study.kept(name, {**key, "pooled": _VERSION}, fill), len(reading.saes))
 
 
 # -- the pass --------------------------------------------------------------------------------------
@@ -95,8 +96,8 @@ def pooled(
 
 def _measured(
     study: Study, spans: Sequence[Span], reading: Reading, parts: Parts, stop: StopRequest
-) -> tuple[NDArray[np.float32], list[Any]]:
-    """Hidden (P, n, d) and features (n, F) of each dictionary, by one forward pass per text."""
+) -> Pooled:
+    """The rows, by one forward pass per text."""
     lm = study.lm
     noun = reading.noun
     longest = max(len(span.ids) for span in spans)
@@ -107,6 +108,7 @@ def _measured(
         )
     hidden = np.empty((len(reading.points), len(spans), lm.d_model), np.float32)
     rows: list[dict[int, Any]] = [{} for _ in reading.saes]
+    counts: list[dict[int, Any]] = [{} for _ in reading.saes]
     progress = Progress()
     sequences = [span.ids for span in spans]
     for index, (numbers, _) in enumerate(batches(sequences, batch_tokens(lm))):
@@ -114,11 +116,12 @@ def _measured(
         batch = [spans[number] for number in numbers]
         part = parts.of(index, partial(_of_batch, study, batch, reading))
         hidden[:, numbers] = part["hidden"]
-        for of_sae, (sae, suffix) in zip(rows, _suffixes(reading.saes), strict=True):
-            csr = (part[f"data{suffix}"], part[f"indices{suffix}"], part[f"indptr{suffix}"])
-            matrix = sparse.csr_array(csr, shape=(len(numbers), sae.d_sae))
-            for row, number in enumerate(numbers):
-                of_sae[number] = matrix[[row]]
+        for into, array in ((rows, "data"), (counts, "firings")):
+            for of_sae, (sae, suffix) in zip(into, _suffixes(reading.saes), strict=True):
+                csr = (part[array + suffix], part[f"indices{suffix}"], part[f"indptr{suffix}"])
+                matrix = sparse.csr_array(csr, shape=(len(numbers), sae.d_sae))
+                for row, number in enumerate(numbers):
+                    of_sae[number] = matrix[[row]]
         done = len(rows[0])
         progress.show(f"{done}/{len(spans)} {noun}s read", last=done == len(spans))
     if not np.isfinite(hidden).all():
@@ -126,30 +129,35 @@ def _measured(
             "a residual is NaN or infinite; run the model in another dtype with model.dtype=float32"
         )
     stacked = []
-    for of_sae in rows:
+    for of_sae in (*rows, *counts):
         in_order = [of_sae[number] for number in range(len(spans))]
         stacked.append(sparse.vstack(in_order, format="csr"))
-    return hidden, stacked
+    return Pooled(hidden.transpose(1, 0, 2), stacked[: len(rows)], stacked[len(rows) :])
 
 
 def _of_batch(study: Study, batch: Sequence[Span], reading: Reading) -> Arrays:
-    """Hidden (P, b, d), and features (b, F) as CSR, of texts that are read together."""
+    """Of texts that are read together: hidden (P, b, d), and features (b, F) as CSR.
+
+    `firings` are those of the features that `data` has, in the same order.
+    """
     points = [*reading.points, *(port.point for port in study.subject.ports.reads)]
     hidden = np.empty((len(reading.points), len(batch), study.lm.d_model), np.float32)
     rows: list[list[Any]] = [[None] * len(batch) for _ in reading.saes]
+    counts: list[list[Any]] = [[None] * len(batch) for _ in reading.saes]
     for row, states in residuals(study.lm, [span.ids for span in batch], points):
         first = batch[row].first
         taken = [_pool(states[point][first:].float(), reading.pooling) for point in reading.points]
         if taken:
             hidden[:, row] = torch.stack(taken).cpu().numpy()  # device sync, once a text
         read = study.subject.states(states)[first:]
-        for of_sae, sae in zip(rows, reading.saes, strict=True):
-            of_sae[row] = _latents(sae, read, reading.pooling)
+        for number, sae in enumerate(reading.saes):
+            rows[number][row], counts[number][row] = _latents(sae, read, reading.pooling)
     arrays = {"hidden": hidden}
-    for of_sae, (_, suffix) in zip(rows, _suffixes(reading.saes), strict=True):
-        matrix = sparse.vstack(of_sae, format="csr")
+    for number, (_, suffix) in enumerate(_suffixes(reading.saes)):
+        matrix = sparse.vstack(rows[number], format="csr")
         for name in ("data", "indices", "indptr"):
             arrays[name + suffix] = getattr(matrix, name)
+        arrays[f"firings{suffix}"] = np.concatenate(counts[number])
     return arrays
 
 
@@ -165,8 +173,8 @@ def _pool(rows: Tensor, pooling: str) -> Tensor:
     return rows[-1] if pooling == LAST else rows.amax(0)
 
 
-def _latents(sae: SAE, rows: Tensor, pooling: str) -> Any:
-    """(1, F) sparse, of the latents of rows (t, d)."""
+def _latents(sae: SAE, rows: Tensor, pooling: str) -> tuple[Any, NDArray[np.int32]]:
+    """(1, F) sparse, of the latents of rows (t, d); and in how many rows each of these fires."""
     rows = rows[-1:] if pooling == LAST else rows
     firings = sae.encode(rows)
     if pooling == MAX:
@@ -174,23 +182,29 @@ def _latents(sae: SAE, rows: Tensor, pooling: str) -> Any:
         found = most.scatter_reduce_(0, firings.indices, firings.values, "amax")
     else:
         found = latent_sums(firings.values, firings.indices, sae.d_sae)
+    fires = (firings.values > 0).float()
+    counts = latent_sums(fires, firings.indices, sae.d_sae).cpu().numpy().astype(np.int32)
     values = found.cpu().numpy()
-    return sparse.csr_array(values[None] / (len(rows) if pooling == MEAN else 1))
+    matrix = sparse.csr_array(values[None] / (len(rows) if pooling == MEAN else 1))
+    return matrix, counts[matrix.indices]
 
 
 # -- files -----------------------------------------------------------------------------------------
 
 
-def _write(folder: Path, hidden: NDArray[np.float32], features: Sequence[Any]) -> None:
-    """Write hidden (P, n, d) and features (n, F) of each dictionary into a folder."""
+def _write(folder: Path, made: Pooled) -> None:
+    """Write the rows into a folder, hidden as (P, n, d)."""
+    hidden = made.hidden.transpose(1, 0, 2)
     header = io.BytesIO()  # apart from the array, which is not copied
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(hidden))
     durable.write(folder / _HIDDEN, [header.getbuffer(), hidden.data.cast("B")])
-    for number, matrix in enumerate(features):
+    pairs = zip(made.features, made.firings, strict=True)
+    for number, (matrix, firings) in enumerate(pairs):
         arrays = io.BytesIO()
         np.savez(
             arrays,
             data=matrix.data,
+            firings=firings.data,
             indices=matrix.indices,
             indptr=matrix.indptr,
             shape=matrix.shape,
@@ -199,14 +213,16 @@ def _write(folder: Path, hidden: NDArray[np.float32], features: Sequence[Any]) -
 
 
 def _read(folder: Path, dictionaries: int) -> Pooled:
-    features = []
+    features: list[Any] = []
+    firings: list[Any] = []
     for number in range(dictionaries):
         with np.load(folder / _file(number)) as arrays:
-            matrix = (arrays["data"], arrays["indices"], arrays["indptr"])
-            features.append(sparse.csr_array(matrix, shape=tuple(arrays["shape"])))
+            for into, name in ((features, "data"), (firings, "firings")):
+                matrix = (arrays[name], arrays["indices"], arrays["indptr"])
+                into.append(sparse.csr_array(matrix, shape=tuple(arrays["shape"])))
     # Copy on write: torch warns of arrays that it may not write to.
     hidden = np.load(folder / _HIDDEN, mmap_mode="c")
-    return Pooled(hidden.transpose(1, 0, 2), features)
+    return Pooled(hidden.transpose(1, 0, 2), features, firings)
 
 
 def _file(number: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 
 from analyze.problems import Example
@@ -17,6 +18,11 @@ _INSTRUCTION = "Solve step by step and give final answer as '#### N'.\n\n"
 def _lm_eval(tokenizer: Tokenizer, question: str, examples: Sequence[Example] = ()) -> list[int]:
     shown = "".join(f"Question: {asked}\nAnswer: {answer}\n\n" for asked, answer in examples)
     text = f"{shown}Question: {question}\nAnswer:"
+    return [tokenizer.bos, *tokenizer.encode([text])[0]]
+
+
+def _reference_cot(tokenizer: Tokenizer, question: str) -> list[int]:
+    text = f"Q: {question}\nA: Let's think step by step."
     return [tokenizer.bos, *tokenizer.encode([text])[0]]
 
 
@@ -35,8 +41,17 @@ PROMPTS: dict[str, Callable[..., list[int]]] = {
     "lm_eval": _lm_eval,  # lm-evaluation-harness', with or without examples
     "chat": _chat,  # the bare question
     "reference": _reference,  # with the instruction of the reference SAE's card
+    "reference_cot": _reference_cot,  # of the reference project's stage gates; plain text
 }
 IN_TURNS = ("chat", "reference")
+# What ends an answer to a prompt, beside what ends every answer.
+ENDS = {"reference_cot": ("\nQ:", "\nProblem:")}
+_NEXT_PROBLEM = re.compile(r"\n+\s*(?:Q:|Problem:)")  # where the reference project cuts answers
+
+
+def cut(prompt: str, text: str) -> str:
+    """An answer to this prompt up to where the model puts a further problem to itself."""
+    return _NEXT_PROBLEM.split(text)[0] if prompt in ENDS else text
 
 
 def drawn(examples: Sequence[Example], questions: Sequence[str], shots: int) -> list[list[Example]]:

@@ -66,6 +66,8 @@ class Definition:
     compare: Callable[[Mapping[str, Any]], None] | None = None
     # Raise it when the same settings give another result: earlier results are then done again.
     version: int = 1
+    # Answers to each question unless answers.samples= says otherwise; several are drawn.
+    samples: int = 1
     options: type[Any] | None = None  # dataclass of conf/study/NAME.yaml; None: no settings
     # What the result depends on beside the run, the model and the settings.
     inputs: Callable[[Study], Mapping[str, Any]] = nothing
@@ -305,6 +307,11 @@ def at_least(name: str, value: int, least: int) -> None:
 
 def write_features(path: Path, columns: Mapping[str, Any]) -> None:
     """Write a Parquet file of one row per latent; the column `feature` says which."""
+    write_table(path, columns)
+
+
+def write_table(path: Path, columns: Mapping[str, Any]) -> None:
+    """Write a Parquet file of columns by name."""
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(dict(columns)), sink, compression="zstd")
     durable.write(path, [memoryview(sink.getvalue())])

@@ -254,8 +254,9 @@ def defaults(kind: type) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(kind)}
 
 
-# null in the YAML: the command asks the launcher's environment first, or the kind of dictionary.
-DECIDED_BY_OTHERS = {"rank", "world", "site"}
+# null in the YAML: the command asks the launcher's environment first, the kind of dictionary, or
+# the study.
+DECIDED_BY_OTHERS = {"rank", "world", "site", "samples", "temperature"}
 
 
 @pytest.mark.parametrize(

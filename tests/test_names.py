@@ -39,6 +39,7 @@ NAMELESS = {
     *("layer", "tokens", "unit", "max_bytes", "rank", "world", "device", "train.matmul", "codec"),
     *("site", "sae.target", "study.most_ce_increase"),
     *("accept", "drop_bos", "drop_outliers", "feature", "scale"),
+    *("answers.samples", "answers.temperature"),
     *(
         "text.max_tokens",
         "sae.dead_after",

@@ -11,7 +11,7 @@ import pytest
 
 from analyze import answering, problems
 from analyze.problems import Example
-from analyze.prompts import PROMPTS, drawn
+from analyze.prompts import PROMPTS, cut, drawn
 from analyze.reward import DenseReward
 from analyze.studies import gsm8k
 from analyze.study import Study
@@ -54,6 +54,21 @@ def write_tiny(folder: Path) -> Path:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write_tiny(tmp_path)
+
+
+def test_the_reference_projects_prompt_is_plain_and_its_answers_are_cut(tiny_study) -> None:
+    tokenizer = Tokenizer.load(MODEL_DIR)
+    ids = PROMPTS["reference_cot"](tokenizer, "How many?")
+    assert ids[0] == tokenizer.bos
+    assert tokenizer.inner.decode(ids[1:]) == "Q: How many?\nA: Let's think step by step."
+    for behind in ("\nQ: And 9?", "\n\n  Q: 9", "\nProblem: 9", "\n \nProblem: 9"):
+        assert cut("reference_cot", f" It is 4.{behind}") == " It is 4."
+        assert cut("lm_eval", f" It is 4.{behind}").endswith(behind)
+    assert cut("reference_cot", "Q: 4\nSo, Q: 5") == "Q: 4\nSo, Q: 5"
+    for answer in answering.answers(
+        tiny_study("gsm8k", answers={"prompt": "reference_cot", **ASKED})
+    ):
+        assert answer.prompt_ids == PROMPTS["reference_cot"](tokenizer, answer.problem.question)
 
 
 # -- lm-evaluation-harness -------------------------------------------------------------------------

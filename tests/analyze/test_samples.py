@@ -93,6 +93,51 @@ def test_what_cannot_be_drawn_is_one_line() -> None:
         Asking(samples=0, temperature=1.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("gsm8k", {}, (1, 0.0)),
+        ("contrast", {"samples": None, "temperature": None}, (1, 0.0)),
+        ("gsm8k", {"samples": 3}, (3, 1.0)),
+        ("gsm8k", {"temperature": 0.5}, (1, 0.5)),
+        ("stage_gate", {}, (8, 1.0)),
+        ("rollouts", {"samples": None, "temperature": None}, (8, 1.0)),
+        ("rollouts", {"samples": 4}, (4, 1.0)),
+        ("rollouts", {"samples": 1}, (1, 0.0)),
+        ("stage_gate", {"temperature": 0.7}, (8, 0.7)),
+        ("stage_gate", {"temperature": 0}, (1, 0.0)),
+        ("stage_gate", {"samples": 2, "temperature": 0.3}, (2, 0.3)),
+    ],
+)
+def test_what_is_not_given_is_as_the_study_has_it(
+    tiny_study, name: str, given: dict, expected: tuple[int, float]
+) -> None:
+    asking = answering.asking_of(tiny_study(name, answers=given))
+    assert (asking.samples, asking.temperature) == expected
+    said = tiny_study(name, answers=dict(zip(("samples", "temperature"), expected, strict=True)))
+    assert answering.inputs(tiny_study(name, answers=given)) == answering.inputs(said)
+
+
+def test_what_is_given_is_obeyed_or_refused(tiny_study, labelled: Path) -> None:
+    with pytest.raises(SettingError, match=r"answers\.samples"):
+        answering.asking_of(tiny_study("rollouts", answers={"samples": 8, "temperature": 0}))
+    for name in ("rollouts", "stage_gate", "gsm8k"):
+        own = answering.inputs(tiny_study(name, str(labelled)))
+        assert own == answering.inputs(tiny_study("gsm8k", str(labelled)))
+        assert answering.number_of(tiny_study(name, str(labelled))) == 2
+        with pytest.raises(SettingError, match=r"answers\.temperature"):
+            answering.inputs(tiny_study(name, str(labelled), {"samples": 8}))
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    solution = {"solution": "3 + 4 = 7", "is_correct": True}
+    line = {"question": "What is 3 + 4?", "ground_truth": "7", "a": solution, "b": solution}
+    path = tmp_path / "labelled.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    return path
+
+
 def test_answers_kept_before_are_found_again() -> None:
     before = {"prompt": "lm_eval", "questions": 1319, "new_tokens": 512, "batch": 32}
     assert Asking().record() == before

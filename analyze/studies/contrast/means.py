@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from analyze.answering import Answer, model_key, number_of
+from analyze.answering import Answer, asking_of, model_key, number_of
 from analyze.memory import Needed, of_sae
 from analyze.pooling import MEAN, Reading, Span, pooled
 from analyze.results import digest_of
@@ -41,6 +41,9 @@ class Means(NamedTuple):
     question: NDArray[np.str_]  # (n,) ids
     source: NDArray[np.str_] | None = None  # (n,) who wrote each; None: one writer
     part: NDArray[np.str_] | None = None  # (n,) of the problems; None: they have no parts
+    # (n,) the number by which each is graded, "" where there is none; None: not known.
+    number: NDArray[np.str_] | None = None
+    firings: Any | None = None  # (n, F) sparse: tokens of each answer on which a latent fires
 
 
 def answer_means(study: Study, answers: Sequence[Answer], stop: StopRequest) -> Means:
@@ -64,9 +67,13 @@ def answer_means(study: Study, answers: Sequence[Answer], stop: StopRequest) -> 
     layers = [HookPoint(layer) for layer in range(study.n_layers)]
     reading = Reading(layers, [study.subject.sae], MEAN, "answer")
     found = pooled(study, "means", key, spans, reading, stop)
+    by_strict = asking_of(study).grading == "strict"
+    numbers = [answer.strict if by_strict else answer.flexible for answer in answers]
     return Means(
         hidden=found.hidden,
         features=found.features[0],
+        firings=found.firings[0],
+        number=np.array([number or "" for number in numbers]),
         length=np.array([len(answer.ids) for answer in answers]),
         finished=np.array([answer.finished for answer in answers]),
         correct=np.array([answer.correct for answer in answers]),

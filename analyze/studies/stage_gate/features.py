@@ -5,15 +5,18 @@ Shapes: n answers, F latents.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.stats import Floats, auroc
+from analyze.matched import random_latents
+from analyze.stats import Floats
 from analyze.studies.contrast.effects import Design, columns
-from analyze.studies.stage_gate.within import Groups
+from analyze.studies.contrast.means import Means
 from data.errors import StopRequest
+from data.journal import Progress
 
 EACH = 10  # helpful features, and harmful ones
 _SEED = 0
@@ -66,31 +69,44 @@ def choose(
     return Chosen(helpful[g[helpful] > 0], harmful[g[harmful] < 0], g, eligible)
 
 
-def random_features(
-    features: Any,
-    correct: NDArray[np.bool_],
-    chosen: Chosen,
-    draws: int,
-    stop: StopRequest,
-    groups: Groups | None = None,
-) -> Floats:
-    """(draws,) AUROC of as many random features as were chosen, with signs from discovery too.
+def density(means: Means, rows: NDArray[np.int64]) -> Floats:
+    """(F,) share of the tokens of these answers on which each latent fires."""
+    assert means.firings is not None
+    tokens = int(means.length[rows].sum())
+    return np.asarray(means.firings[rows].sum(axis=0), np.float64).ravel() / max(tokens, 1)
 
-    Without those signs they would know less than R does, and R would pass for a good choice where
-    any features do as well.
+
+def random_scores(
+    features: Any, densities: Floats, chosen: Chosen, draws: int, stop: StopRequest
+) -> Iterator[Floats] | None:
+    """`draws` scores (n,) of as many random latents as were chosen, of nearly equal density.
+
+    They have the signs that they have on discovery. Without those they would know less than R does,
+    and R would pass for a good choice where any features do as well.
 
     Args:
-        features: (n, F) of the validation answers.
-        groups: of the same answers in this order, where the AUROC is that within questions.
+        features: (n, F) of all answers.
+        densities: (F,) on the discovery answers.
+
+    Returns:
+        None where no feature was chosen, or too few are eligible beside the chosen ones.
     """
+    picked = [*chosen.helpful, *chosen.harmful]
+    if not picked or len(chosen.eligible) < 2 * len(picked):
+        return None
+    among = np.zeros(len(densities))
+    among[chosen.eligible] = densities[chosen.eligible]
+    return _random_scores(features.tocsc(), among, chosen, draws, stop)
+
+
+def _random_scores(
+    by_column: Any, among: Floats, chosen: Chosen, draws: int, stop: StopRequest
+) -> Iterator[Floats]:
+    picked = [*chosen.helpful, *chosen.harmful]
     rng = np.random.default_rng(_SEED)
-    size = len(chosen.helpful) + len(chosen.harmful)
-    signs = np.sign(chosen.g[chosen.eligible])
-    by_column = features.tocsc()[:, chosen.eligible]
-    aurocs = np.empty(draws)
+    progress = Progress()
     for draw in range(draws):
         stop.check()
-        some = rng.choice(len(chosen.eligible), size, replace=False)
-        values = np.asarray(by_column[:, some] @ signs[some], np.float64).ravel()
-        aurocs[draw] = groups.auroc(values) if groups else auroc(values, correct)
-    return aurocs
+        some = random_latents(among, picked, rng)
+        yield np.asarray(by_column[:, some] @ np.sign(chosen.g[some]), np.float64).ravel()
+        progress.show(f"{draw + 1}/{draws} sets of random latents", last=draw + 1 == draws)

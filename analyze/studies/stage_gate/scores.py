@@ -26,7 +26,7 @@ from analyze.stats import Floats, spearman
 from analyze.studies.contrast.means import Means
 from analyze.studies.stage_gate.features import Chosen
 from analyze.studies.stage_gate.within import Groups, centred
-from analyze.studies.stage_gate.words import LENGTH, SCORE
+from analyze.studies.stage_gate.words import LENGTH, LOG_PROBABILITY, SCORE
 from analyze.study import Study
 from data import durable
 from data.errors import StopRequest
@@ -84,7 +84,7 @@ def scores(
     return {
         SCORE: np.asarray(means.features @ chosen.weights(), np.float64).ravel(),
         LENGTH: signed(means.length.astype(np.float64)),
-        "mean log-probability": signed(log_probability),
+        LOG_PROBABILITY: signed(log_probability),
         "raw direction (CAA)": along,
         "raw direction, cosine": along / np.maximum(np.linalg.norm(hidden, axis=1), 1e-30),
         "logistic probe": probe(hidden),

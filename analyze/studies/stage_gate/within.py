@@ -6,7 +6,8 @@ counts once, however many answers it has and however many are right. So it does 
 
     AUROC   mean over questions of the share of right-wrong pairs that a score orders, ties half
     rho     correlation of ranks within the question with being right
-    given   that correlation at equal length, equally finished, and by the same writer
+    given   that correlation at equal length, equally finished, by the same writer, and of answers
+            that all give a number, or none
 
 Intervals resample questions. p is of labels permuted inside questions. The permuted figure is
 AUROC - 1/2 over its standard error between questions, which makes it right also where wrong answers
@@ -135,6 +136,8 @@ def _covariates(means: Means, rows: NDArray[np.int64]) -> tuple[Floats, list[str
     if means.source is not None:
         writers = means.source[rows]
         columns["who wrote it"] = [1.0 * (writers == name) for name in np.unique(writers)[1:]]
+    if means.number is not None:  # without one it is wrong, whatever it says
+        columns["whether it gives a number"] = [1.0 * (means.number[rows] != "")]
     kept = []
     names = []
     for name, values in columns.items():

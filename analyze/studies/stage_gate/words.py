@@ -1,4 +1,4 @@
-"""What the stage gate says: verdict, tables and picture, from the figures of `study.judge`."""
+"""What the stage gate says: verdict, tables and picture, from the figures of `judgement.judge`."""
 
 from __future__ import annotations
 
@@ -9,29 +9,43 @@ import matplotlib as mpl
 from analyze.drawing import STYLE, empty, svg
 from analyze.outcome import Picture, Table
 from analyze.stats import figure, formatted
+from analyze.studies.stage_gate.best_of import ORACLE
 
 SCORE = "R"
 LENGTH = "length"
+LOG_PROBABILITY = "mean log-probability"
+RANDOM_LATENTS = "random latents"
+NO_CHANCE = (
+    "There are no random latents beside R: too few others fire in the discovery answers, or none "
+    "was chosen."
+)
+_HEADER = ("score", "AUROC", "rho", "rho given length", "p", "R's AUROC less its own")
 _BLUE = "#2563eb"
 
 
 def summary(figures: dict[str, Any]) -> list[str]:
     """The verdict with its rule, then R beside its bounds and its baselines."""
+    lines = [verdict(figures)]
+    if figures["within"]:
+        lines.append(within(figures))
+    lines.append(_across(figures))
+    lines.append(_by_chance(figures))
+    lines.append(beside(figures))
+    lines.append(picked(figures))
+    return lines
+
+
+def verdict(figures: dict[str, Any]) -> str:
+    """The verdict with its rule, and what keeps it from a pass."""
     parts = list(figures["notes"])
     if figures["missing"]:
         parts.append(f"does not hold: {'; '.join(figures['missing'])}")
     because = f" ({'; '.join(parts)})" if parts else ""
-    lines = [f"Verdict: {figures['verdict']}{because}. The rule: {figures['rule']}."]
-    if figures["within"]:
-        lines.append(_within(figures))
-    lines.append(_across(figures))
-    if figures["random_features"]:
-        lines.append(_by_chance(figures))
-    lines.append(_beside(figures))
-    return lines
+    return f"Verdict: {figures['verdict']}{because}. The rule: {figures['rule']}."
 
 
-def _within(figures: dict[str, Any]) -> str:
+def within(figures: dict[str, Any]) -> str:
+    """R's figures within questions."""
     own = figures["scores"][SCORE]["within"]
     inside = figures["within"]
     given = ", ".join(inside["covariates"]) or "nothing, for the answers differ by none of these"
@@ -59,17 +73,46 @@ def _across(figures: dict[str, Any]) -> str:
 
 
 def _by_chance(figures: dict[str, Any]) -> str:
-    chance = figures["random_features"]
+    if not figures["random_latents"]:
+        return NO_CHANCE
+    chance = figures["random_latents"]["auroc"]
     low, high = chance["interval"]
     where = "Within" if figures["within"] else "Across"
     return (
-        f"{where} questions, as many random features with the signs that they have on discovery "
-        f"have an AUROC of {chance['median']:.3f}, 95 % of them {low:.3f} to {high:.3f} (p = "
-        f"{chance['p']:.2g})."
+        f"{where} questions, as many random latents of equal density, with the signs that they "
+        f"have on discovery, have an AUROC of {chance['median']:.3f}, 95 % of the sets {low:.3f} "
+        f"to {high:.3f} (p = {chance['p']:.2g})."
     )
 
 
-def _beside(figures: dict[str, Any]) -> str:
+def picked(figures: dict[str, Any]) -> str:
+    """What the answers are worth that R picks among all to a question."""
+    best = figures["best_of"]
+
+    def accuracy(name: str) -> str:
+        return formatted(best["accuracy"][name][-1], ".3f")
+
+    compared = []
+    for other, points in best["ahead"][SCORE].items():
+        ahead = formatted(points[-1], "+.3f")
+        compared.append(f"{other} {accuracy(other)} (R {ahead}, p = {points[-1]['p']:.2g})")
+    chance = ""
+    if figures["random_latents"]:
+        own = figures["random_latents"]["accuracy"][-1]
+        low, high = own["interval"]
+        chance = (
+            f" Of the sets of random latents half pick {own['median']:.3f} or less, 95 % of them "
+            f"{low:.3f} to {high:.3f} (p = {own['p']:.2g})."
+        )
+    return (
+        f"Best of {best['n'][-1]}: of {best['questions']} validation questions the answer of the "
+        f"highest R is right in {accuracy(SCORE)}. Beside it: {'; '.join(compared)}. A right "
+        f"answer is among them in {accuracy(ORACLE)}.{chance}"
+    )
+
+
+def beside(figures: dict[str, Any]) -> str:
+    """Which baselines order answers as well as R."""
     every = figures["scores"]
     own = _auroc(every[SCORE])["value"]
     better = []
@@ -92,16 +135,23 @@ def _number(value: float | None, form: str) -> str:
 
 def tables(figures: dict[str, Any]) -> list[Table]:
     """The scores, the split of the questions, and the features that were chosen."""
-    header = ("score", "AUROC", "rho", "rho given length", "p", "R's AUROC less its own")
-    every = figures["scores"]
-    drawn = []
-    if inside := figures["within"]:
-        caption = f"Within {inside['questions']} validation questions"
-        rows = [_score_row(name, score["within"]) for name, score in every.items()]
-        drawn.append(Table(caption, header, rows))
     cap = _number(figures["cap"], ".3f")
-    rows = [_score_row(name, score) for name, score in every.items()]
-    drawn.append(Table(f"Across validation questions; rho is at most {cap} for R", header, rows))
+    rows = [_score_row(name, score) for name, score in figures["scores"].items()]
+    across = Table(f"Across validation questions; rho is at most {cap} for R", _HEADER, rows)
+    return [*tables_within(figures), across, *tables_of_choice(figures)]
+
+
+def tables_within(figures: dict[str, Any]) -> list[Table]:
+    """The scores within questions, if anything is known there."""
+    if not (inside := figures["within"]):
+        return []
+    caption = f"Within {inside['questions']} validation questions"
+    rows = [_score_row(name, score["within"]) for name, score in figures["scores"].items()]
+    return [Table(caption, _HEADER, rows)]
+
+
+def tables_of_choice(figures: dict[str, Any]) -> list[Table]:
+    """The split of the questions, and the features that were chosen."""
     sides = []
     for side in ("discovery", "validation"):
         counts = [f"{figures[side][key]:,}" for key in ("questions", "answers", "right")]
@@ -111,7 +161,6 @@ def tables(figures: dict[str, Any]) -> list[Table]:
         for feature in figures[sign]:
             chosen.append((sign, str(feature["feature"]), f"{feature['g']:.2f}"))
     return [
-        *drawn,
         Table("The split", ("", "questions", "answers", "right"), sides),
         Table(
             "Features, chosen on the discovery questions",
@@ -134,11 +183,12 @@ def _score_row(name: str, score: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def picture(figures: dict[str, Any]) -> Picture:
-    """AUROC of every score and of random features, with intervals; the verdict's."""
+def auroc_picture(figures: dict[str, Any]) -> Picture:
+    """AUROC of every score and of random latents, with intervals; the verdict's."""
     points = {name: _auroc(score) for name, score in figures["scores"].items()}
-    if chance := figures["random_features"]:
-        points["random features"] = figure(chance["median"], chance["interval"])
+    if chance := figures["random_latents"]:
+        own = chance["auroc"]
+        points[RANDOM_LATENTS] = figure(own["median"], own["interval"])
     where = "within" if figures["within"] else "across"
     with mpl.rc_context(STYLE):
         drawing, axes = empty("AUROC", "")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analyze.answering import STOPS, Asking, graded, numbers, require_room
+from analyze.answering import Asking, graded, numbers, require_room
 from analyze.kept import grow, read_lines
 from analyze.language_model import Prediction, Sampling, batch_tokens, blocks, generate, logits
 from analyze.problems import Problem
@@ -93,11 +93,12 @@ class Rollouts:
             uniform.append(torch.from_numpy(drawn))
         sampling = Sampling(asking.temperature, torch.stack(uniform))
         in_turns = asking.prompt in IN_TURNS
-        written = generate(policy, prompts, asking.new_tokens, STOPS, sampling, in_turns=in_turns)
+        limits = (asking.new_tokens, asking.stops)
+        written = generate(policy, prompts, *limits, sampling, in_turns=in_turns)
         found = []
         for (question, sample), prompt, own in zip(asked, prompts, written, strict=True):
             self.stop.check()
-            answer = graded(policy.tokenizer, question, prompt, own, asking.grading)
+            answer = graded(policy.tokenizer, question, prompt, own, asking)
             worth = self.rewards.worth(self.arm, prompt, own.ids)
             about = (question.id, sample, own.ids, own.end, own.finished, answer.correct)
             found.append(Rollout(*about, *worth))
