@@ -1,0 +1,180 @@
+"""What the arms found, in sentences, a table and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from analyze.outcome import Outcome, Picture, Table
+from analyze.studies.synth import plot
+from analyze.studies.synth.baselines import ORACLE, PCA, RANDOM, UNTRAINED
+from analyze.studies.synth.verdict import LEVEL
+
+_COLUMNS = {  # of the table: figure, head and form
+    "variance_explained": ("variance explained", ".3f"),
+    "f1": ("F1", ".3f"),
+    "precision": ("precision", ".3f"),
+    "recall": ("recall", ".3f"),
+    "f1_by_decoder": ("F1 by decoder", ".3f"),
+    "mcc": ("MCC", ".3f"),
+    "absorption": ("absorption", ".1%"),
+    "absorption_by_chance": ("by chance", ".1%"),
+    "split": ("split", ".1%"),
+    "dead": ("dead", ".1%"),
+    "l0": ("L0", ".1f"),
+}
+_SHOWN = 5  # pairs of arms in sentences; all are in the JSON
+
+
+def rule(trained: int, seeds: int) -> list[str]:
+    """What decides, before anything is trained."""
+    return [
+        f"the rule: {trained} arms on {seeds} worlds; two arms differ in a figure if the "
+        f"difference's simultaneous {LEVEL:.0%} interval over worlds leaves out 0 (Tukey's range "
+        "test); variance explained and F1 disagree on two arms if both differ and order them "
+        "differently"
+    ]
+
+
+def outcome_of(figures: Mapping[str, Any]) -> Outcome:
+    """All that the page says."""
+    arms = figures["arms"]
+    caption = (
+        "F1 against variance explained: means, and lines from the least to the most of a world"
+    )
+    pictures = {
+        "f1": Picture(caption, plot.against(figures, "variance_explained", "f1", *_LABELS)),
+        "absorption": Picture(
+            "Absorption against latents a row",
+            plot.against(figures, "l0", "absorption", "L0", "absorption"),
+        ),
+    }
+    header = ("arm", *(head for head, _ in _COLUMNS.values()))
+    rows = []
+    for name in sorted(arms, key=lambda name: -arms[name]["f1"]["mean"]):
+        cells = [_ranged(arms[name][key], form) for key, (_, form) in _COLUMNS.items()]
+        rows.append((name, *cells))
+    tables = [Table("Arms, most F1 first: mean (least to most of the worlds)", header, rows)]
+    if figures["disagreements"]:
+        tables.append(_disagreements(figures))
+    return Outcome(dict(figures), summary(figures), tables, pictures)
+
+
+_LABELS = ("variance explained", "F1")
+
+
+def summary(figures: Mapping[str, Any]) -> list[str]:
+    """The verdict first."""
+    lines = [_verdict(figures), *_best(figures), _correlations(figures)]
+    lines += [_beside(figures), _settings(figures)]
+    return lines
+
+
+def _verdict(figures: Mapping[str, Any]) -> str:
+    if figures["options"]["seeds"] < 2 or len(figures["trained"]) < 2:
+        return (
+            "Nothing is decided: intervals need two worlds (study.seeds=2) and two arms at least."
+        )
+    pairs = figures["disagreements"]
+    halves = figures["half_widths"]
+    told = (
+        f"Arms differ where variance explained differs by more than "
+        f"{halves['variance_explained']:.3f}, F1 by more than {halves['f1']:.3f}: simultaneous "
+        f"{LEVEL:.0%} intervals."
+    )
+    if not pairs:
+        return (
+            f"Variance explained and F1 disagree on none of {figures['pairs']} pairs of arms. "
+            f"{told}"
+        )
+    first = pairs[0]
+    return (
+        f"Variance explained and F1 disagree on {len(pairs)} of {figures['pairs']} pairs of arms. "
+        f"Most clearly: {first['more']} explains {first['variance_explained']:.3f} more than "
+        f"{first['less']}, and its F1 is {-first['f1']:.3f} lower. {told}"
+    )
+
+
+def _best(figures: Mapping[str, Any]) -> list[str]:
+    """What either figure would choose."""
+    arms, trained = figures["arms"], figures["trained"]
+
+    def most(key: str) -> Any:
+        return max(trained, key=lambda name: arms[name][key]["mean"])
+
+    explains, finds = most("variance_explained"), most("f1")
+    alike = _not_told(figures, finds)
+    lines = [
+        f"Most F1: {finds}, {_ranged(arms[finds]['f1'], '.3f')}, with variance explained "
+        f"{_ranged(arms[finds]['variance_explained'], '.3f')}."
+    ]
+    if alike:
+        lines[0] += f" Not told from it: {', '.join(alike)}."
+    if explains != finds:
+        lost = arms[finds]["f1"]["mean"] - arms[explains]["f1"]["mean"]
+        lines.append(
+            f"Most variance explained: {explains}, "
+            f"{_ranged(arms[explains]['variance_explained'], '.3f')}. To choose it costs "
+            f"{lost:.3f} of F1 (+-{figures['half_widths']['f1']:.3f})."
+        )
+    return lines
+
+
+def _not_told(figures: Mapping[str, Any], best: str) -> list[str]:
+    """The arms whose F1 cannot be told from the best one's."""
+    arms = figures["arms"]
+    least = arms[best]["f1"]["mean"] - figures["half_widths"]["f1"]
+    return [n for n in figures["trained"] if n != best and arms[n]["f1"]["mean"] >= least]
+
+
+def _correlations(figures: Mapping[str, Any]) -> str:
+    by_k = []
+    for k, found in figures["rank_correlation_at_k"].items():
+        by_k.append(f"{_ranged(found, '+.2f')} at k {k}")
+    return (
+        "Rank correlation of F1 with variance explained: "
+        f"{_ranged(figures['rank_correlation'], '+.2f')} over all arms; over the objectives alone "
+        f"{', '.join(by_k)}."
+    )
+
+
+def _beside(figures: Mapping[str, Any]) -> str:
+    """Worthless dictionaries, and the truth."""
+    arms = figures["arms"]
+    f1 = {name: _ranged(arms[name]["f1"], ".3f") for name in (ORACLE, UNTRAINED, RANDOM, PCA)}
+    return (
+        f"F1 of what nobody trained: a latent that is always active {figures['always_on']:.3f}, "
+        f"{RANDOM} {f1[RANDOM]}, {PCA} {f1[PCA]}, the start of training {f1[UNTRAINED]}, the true "
+        f"directions with the best linear reading and threshold {f1[ORACLE]}, which explain "
+        f"{_ranged(arms[ORACLE]['variance_explained'], '.3f')}."
+    )
+
+
+def _settings(figures: Mapping[str, Any]) -> str:
+    options = figures["options"]
+    return (
+        f"{options['features']} features in {options['d_model']} dimensions, "
+        f"{figures['true_l0']:.1f} of them in a row, {options['hierarchy']:.0%} in trees; "
+        f"{options['d_sae']} latents, {options['tokens']:,} rows. Brackets are the least and the "
+        f"most of {options['seeds']} worlds, each with directions, frequencies and starts of its "
+        "own."
+    )
+
+
+def _disagreements(figures: Mapping[str, Any]) -> Table:
+    pairs = figures["disagreements"]
+    rows = []
+    for pair in pairs[:_SHOWN]:
+        numbers = f"+{pair['variance_explained']:.3f}", f"{pair['f1']:.3f}"
+        rows.append((pair["more"], pair["less"], *numbers))
+    shown = f", the clearest {_SHOWN} of {len(pairs)}" if len(pairs) > _SHOWN else ""
+    header = ("explains more", "finds more", "variance explained", "F1")
+    return Table(f"Where they disagree{shown}: the first arm less the second", header, rows)
+
+
+def _ranged(found: Mapping[str, Any], form: str) -> str:
+    """A mean, with the least and the most of the worlds."""
+    values: Sequence[float] = found["by_seed"]
+    if len(values) < 2:
+        return f"{found['mean']:{form}}"
+    return f"{found['mean']:{form}} ({min(values):{form}} to {max(values):{form}})"

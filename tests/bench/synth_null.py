@@ -1,0 +1,118 @@
+"""study=synth where there is nothing to find: how often equal arms are told apart.
+
+    python -m tests.bench.synth_null --sets 200 --out synth_null.json
+
+Every null data set has its own worlds and, on each, arms of one objective that differ in their
+start alone. So an arm that "finds more" than another, or a disagreement, is false. The worlds are
+small, so that hundreds of data sets take minutes. `unequal` draws normal tables in which arms have
+equal means and the spreads that the arms of a default run have (--of synth.json).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analyze.studies.synth import scores, training
+from analyze.studies.synth.baselines import of_sae
+from analyze.studies.synth.planted import CHOICE, HELD_OUT
+from analyze.studies.synth.study import Options
+from analyze.studies.synth.training import Dictionary
+from analyze.studies.synth.verdict import differences, disagreements, half_width
+from tests.bench.outcome import finish
+from train import sae_file
+from train.arm import Arm
+
+WORLDS = 3
+ARMS = 4
+KEYS = ("variance_explained", "f1")
+OPTIONS = Options(
+    features=32, d_model=14, d_sae=32, k=3, l1=1.0, active=2.5, tokens=10_240, rows=2_048
+)
+Floats = NDArray[np.float64]
+
+
+def null_set(number: int, objective: str) -> Floats:
+    """(figures, arms, worlds) of one null data set."""
+    table = np.zeros((len(KEYS), ARMS, WORLDS))
+    for place in range(WORLDS):
+        seed = 1_000 + number * WORLDS + place
+        world = OPTIONS.world(seed)
+        stream = training.stream_of(world, OPTIONS.tokens)
+        choice = world.draw(CHOICE, 0, OPTIONS.rows)
+        held_out = world.draw(HELD_OUT, 0, OPTIONS.rows)
+        config = OPTIONS.config(Dictionary(objective, 3), seed)
+        with tempfile.TemporaryDirectory() as folder:
+            arms = []
+            for arm in range(ARMS):
+                # Random directions: a start from rows is the same for all arms of a world.
+                own = replace(config.sae, init="random")
+                started = replace(config, sae=own, seed=seed * ARMS + arm)
+                arms.append(Arm(started, stream, Path(folder) / str(arm)))
+            if failed := training.train_all(arms):
+                raise failed
+            for arm, made in enumerate(arms):
+                encode = of_sae(sae_file.load(made.folder / sae_file.FILE))
+                found = scores.scores(world, choice, held_out, encode(choice.x), encode(held_out.x))
+                table[:, arm, place] = [found[key] for key in KEYS]
+    return table
+
+
+def judged(tables: list[Floats]) -> dict[str, float]:
+    """Share of the data sets with any pair told apart, by each figure, and with a disagreement."""
+    told = {key: 0 for key in KEYS}
+    disagree = 0
+    for table in tables:
+        for key, values in zip(KEYS, table, strict=True):
+            told[key] += bool(np.abs(differences(values)).max() > half_width(values))
+        disagree += bool(disagreements(*table))
+    shares = {f"told_apart_by_{key}": count / len(tables) for key, count in told.items()}
+    return {**shares, "disagree": disagree / len(tables)}
+
+
+def unequal(path: Path, sets: int) -> dict[str, float]:
+    """Normal tables with the spreads of a run's arms, and no difference."""
+    figures = json.loads(path.read_text())["figures"]
+    rng = np.random.default_rng(0)
+    tables = []
+    deviations = []
+    for key in KEYS:
+        values = np.array([figures["arms"][name][key]["by_seed"] for name in figures["trained"]])
+        rest = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
+        deviations.append(np.sqrt(np.square(rest).mean(1, keepdims=True)))
+    for _ in range(sets):
+        tables.append(np.stack([d * rng.normal(size=(len(d), WORLDS)) for d in deviations]))
+    spread = {
+        f"spread_{k}": float(d.max() / d.min()) for k, d in zip(KEYS, deviations, strict=True)
+    }
+    return {**judged(tables), **spread}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sets", type=int, default=200)
+    parser.add_argument("--objective", default="topk")
+    parser.add_argument("--of", type=Path, help="synth.json of a default run")
+    parser.add_argument("--out", type=Path, help="write the result there as JSON")
+    asked = parser.parse_args()
+    tables = []
+    for number in range(asked.sets):
+        tables.append(null_set(number, asked.objective))
+        print(number + 1, judged(tables), flush=True)
+    found = {"null": judged(tables)}
+    if asked.of:
+        found["unequal"] = unequal(asked.of, 5_000)
+    shape = {"sets": asked.sets, "worlds": WORLDS, "arms": ARMS, "objective": asked.objective}
+    finish(shape, found, asked.out)
+
+
+if __name__ == "__main__":
+    main()
