@@ -212,7 +212,7 @@ class Judge:
         config = options.config(Dictionary("topk", k), self.seed)
         found = {}
         for name, encoder in baselines(self.world, self._stream, config).items():
-            found[name] = self._scores(encoder)
+            found[name] = self._scores(name, encoder)
         return found
 
     def _kept(self, arm: Path, name: str, reading: Callable[[SAE], Encoder]) -> Scores:
@@ -223,12 +223,12 @@ class Judge:
             kept = json.loads(content)
             if kept["of"] == of:
                 return dict(kept["scores"])
-        found = self._scores(reading(sae_file.load(arm / sae_file.FILE)))
+        found = self._scores(arm.name, reading(sae_file.load(arm / sae_file.FILE)))
         sealed.write(path, [json.dumps({"of": of, "scores": found}).encode()])
         return found
 
-    def _scores(self, encoder: Encoder) -> Scores:
-        self._progress.show(f"world {self.seed}: judging")
+    def _scores(self, name: str, encoder: Encoder) -> Scores:
+        self._progress.show(f"world {self.seed}: judging {name}")
         chosen, code = encoder(self._choice.x), encoder(self._held_out.x)
         return scores.scores(self.world, self._choice, self._held_out, chosen, code)
 
