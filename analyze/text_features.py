@@ -93,7 +93,7 @@ class TextFeatures:
 
     def words(self, tokens: Sequence[int]) -> str:
         """Some of the text's tokens in a line."""
-        named = " ".join(self.tokens[token].strip() or "␣" for token in tokens[:_WORDS])
+        named = " ".join(word(self.tokens[token]) for token in tokens[:_WORDS])
         more = len(tokens) - _WORDS
         return f"{named} and {more} more" if more > 0 else named
 
@@ -104,6 +104,11 @@ class TextFeatures:
             figures = f"{strong.feature:>8} {strong.max:>8.4g} {strong.mean:>8.4g}"
             lines.append(f"{figures}  {self.words(strong.tokens)}")
         return "\n".join(lines)
+
+
+def word(token: str) -> str:
+    """A token's text in a list of several; spaces alone as a mark."""
+    return token.strip() or "␣"
 
 
 def read(

@@ -27,7 +27,7 @@ from analyze.rates import Rates
 from analyze.results import FOLDER, PAGE
 from analyze.study import Definition, Study, at_least
 from analyze.subject import Subject
-from analyze.text_features import Reader, TextFeatures
+from analyze.text_features import Reader, TextFeatures, word
 from data import durable
 from data.errors import SettingError
 from data.settings import build
@@ -83,7 +83,7 @@ def features(study: Study) -> Outcome:
         for number, found in enumerate(text_features.read(study.lm, readers, sequences)):
             for each, rate, features in zip(subjects, known, found, strict=True):
                 blocks.append(_block(texts, number, each, rate, features, options))
-        return _outcome(study, blocks), _page(study, blocks)
+        return _outcome(blocks), page_of(study, blocks)
 
     return shelf.outcome_of(study, given.label(texts[0]), key, make)
 
@@ -170,13 +170,13 @@ def _token(context: Mapping[str, Any], index: int) -> str:
 
 
 def _named(text: str | None, token: int) -> str:
-    return f"#{token}" if text is None else visible(text)
+    return f"#{token}" if text is None else word(visible(text))
 
 
 # -- in words --------------------------------------------------------------------------------------
 
 
-def _outcome(study: Study, blocks: Sequence[Mapping[str, Any]]) -> Outcome:
+def _outcome(blocks: Sequence[Mapping[str, Any]]) -> Outcome:
     summary = []
     tables = []
     for block in blocks:
@@ -194,10 +194,10 @@ def _outcome(study: Study, blocks: Sequence[Mapping[str, Any]]) -> Outcome:
         f"A latent's density, and its usual activation where it fires, are of {counted} {where} "
         "rows without BOS."
     )
-    if any(not block["has_catalogue"] for block in blocks):
+    for run in dict.fromkeys(block["run"] for block in blocks if not block["has_catalogue"]):
         summary.append(
-            f"`python -m analyze study=catalogue run={study.subject.run}` tells what a latent "
-            "fires on elsewhere, and what it raises."
+            f"`python -m analyze study=catalogue run={run}` tells what a latent fires on "
+            "elsewhere, and what it raises."
         )
     return Outcome({"texts": list(blocks)}, summary, tables)
 
@@ -207,9 +207,10 @@ def _sentence(block: Mapping[str, Any]) -> str:
     if not block["latents"]:
         return f"{block['name']}: no latent fires on the {count} tokens."
     first = block["latents"][0]
+    peak = first["tokens"][first["values"].index(first["max"])]
     return (
         f"{block['name']}: {block['fire']} latents fire on the {count} tokens; the strongest is "
-        f"{first['feature']}, up to {first['max']:.4g} on {first['words']}."
+        f"{first['feature']}, {first['max']:.4g} on token {peak}, {word(block['tokens'][peak])}."
     )
 
 
@@ -231,7 +232,7 @@ def _of_text(block: Mapping[str, Any]) -> Table:
 # -- the page --------------------------------------------------------------------------------------
 
 
-def _page(study: Study, blocks: Sequence[Mapping[str, Any]]) -> bytes:
+def page_of(study: Study, blocks: Sequence[Mapping[str, Any]]) -> bytes:
     script = resources.files("analyze.pages").joinpath("templates", "features.js").read_text()
     digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
     shown = []

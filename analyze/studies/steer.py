@@ -11,7 +11,7 @@ index.html.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -155,16 +155,18 @@ def _steered(
 
 
 def _figures(dose: Dose, push: Push, plain: Generation) -> dict[str, Any]:
-    figures = asdict(dose)
-    ids, finished = figures.pop("generation")
-    same = _shared(ids, plain.ids)
+    written = dose.generation
     return {
-        **figures,
+        "scale": dose.scale,
         "added": [dose.scale * activation for activation in push.activations],
-        "ids": ids,
-        "finished": finished,
-        "same_tokens": same,
-        "is_untouched": ids == plain.ids and finished == plain.finished,
+        "relative": dose.relative,
+        "norm": dose.norm,
+        "kl": dose.kl,
+        "text": dose.text,
+        "ids": written.ids,
+        "finished": written.finished,
+        "same_tokens": _shared(written.ids, plain.ids),
+        "is_untouched": written == plain,
     }
 
 
@@ -187,20 +189,19 @@ def _outcome(asked: Asked, figures: Mapping[str, Any]) -> Outcome:
             )
     changed = [dose for dose in chosen if not dose["is_untouched"]]
     summary = [
-        f"{len(changed)} of {len(chosen)} scales of {asked.name} change the continuation; so do "
-        f"{sum(not dose['is_untouched'] for dose in random)} of as long pushes along "
-        f"{_random(figures)}.",
+        f"{len(changed)} of {len(chosen)} scales of {asked.name} change the continuation. The same "
+        f"lengths along {_random(figures)} change it at "
+        f"{sum(not dose['is_untouched'] for dose in random)}.",
         *_meaning(asked, figures),
     ]
     if 0 in asked.scales:
         summary.append("Scale 0 writes what the untouched model writes, token for token.")
     rows = []
     for dose, other in zip(chosen, random, strict=True):
-        added = " + ".join(f"{value:.4g}" for value in dose["added"])
         rows.append(
             (
                 f"{dose['scale']:g}",
-                added,
+                _added(dose),
                 f"{dose['relative']:.3g}",
                 f"{dose['kl']:.3g}",
                 f"{other['kl']:.3g}",
@@ -218,6 +219,10 @@ def _outcome(asked: Asked, figures: Mapping[str, Any]) -> Outcome:
     return Outcome(
         dict(figures), summary, [figure_table, Table(caption, ("scale", "of", "text"), texts)]
     )
+
+
+def _added(dose: Mapping[str, Any]) -> str:
+    return " and ".join(f"{value:.4g}" for value in dose["added"])
 
 
 def _same(dose: Mapping[str, Any]) -> str:
@@ -256,7 +261,7 @@ def _page(study: Study, asked: Asked, outcome: Outcome) -> bytes:
             same = _shared(plain, each["text"])
             parts = (each["text"][:same].split("\n"), each["text"][same:].split("\n"))
             cells.append({"name": name, "kl": each["kl"], "parts": parts})
-        columns.append({"scale": dose["scale"], "dose": dose, "cells": cells})
+        columns.append({"scale": dose["scale"], "added": _added(dose), "cells": cells})
     return rendered(
         "steer.html",
         name=asked.name,

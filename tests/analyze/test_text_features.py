@@ -23,6 +23,7 @@ from harvest import model as models
 from harvest.model import LanguageModel, ModelConfig, load
 from harvest.model_folder import EMBEDDED
 from residual_saes import SAE
+from tests.analyze.chromium import NEEDS_CHROMIUM, Chromium
 from tests.conftest import Call
 
 TEXT = "What's 3+4, {really}?\nTom has <b>7</b> apples"
@@ -214,3 +215,43 @@ def test_another_run_is_read_beside(tiny_study: Any, tiny_run: Path) -> None:
     study = tiny_study("features", others=[str(tiny_run)])
     with pytest.raises(SettingError):
         ask(study, text="a")
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+@NEEDS_CHROMIUM
+def test_the_page_colours_by_the_latent_that_is_clicked(
+    chrome: Chromium, tiny_study: Any, tiny_run: Path, found: TextFeatures
+) -> None:
+    ask(tiny_study("features"), text=TEXT)
+    page = next((tiny_run / "studies/features").glob("what-s-3-4*/index.html"))
+    chrome.resize(390, 800)
+    chrome.open(page.resolve().as_uri(), "document.querySelector('[aria-pressed=true]')")
+    second = found.top(2)[1]
+    tokens = "[...document.querySelectorAll('.strip span')]"
+    shades = f"{tokens}.map((token) => token.style.getPropertyValue('--shade'))"
+    for number, latent in ((1, second), (0, found.top(1)[0])):
+        chrome.js(f"document.querySelectorAll('button')[{number}].click()")
+        values = found.of(latent.feature)
+        shown = np.array([float(shade) for shade in chrome.js(shades)])
+        assert ((shown > 0) == (values > 0)).all() and shown.argmax() == values.argmax()
+        title = chrome.js(f"{tokens}[{values.argmax()}].title")
+        assert title.startswith(f"latent {latent.feature}: {float(f'{latent.max:.4g}')}"[:14])
+    assert chrome.js("document.querySelector('.strip').textContent") == "".join(found.tokens)
+    assert chrome.js("document.documentElement.scrollWidth") <= 390
+    assert not chrome.troubles and len(chrome.requests) == 1
+
+
+def test_hostile_tokens_are_shown_and_not_obeyed(tiny_study: Any, found: TextFeatures) -> None:
+    """Whatever a token's text is: a page escapes it, marks what is not to be seen."""
+    block = ask(tiny_study("features"), text=TEXT)
+    hostile = '\u202e</span><script>alert(1)</script>\x07"'
+    block = {**block, "name": hostile, "tokens": [hostile] * len(block["tokens"])}
+    for latent in block["latents"]:
+        latent |= {"words": hostile, "peaks": [hostile], "raised": [hostile]}
+    page = study_features.page_of(
+        tiny_study("features"), [{**block, "has_catalogue": True}]
+    ).decode()
+    assert page.count("<script>") == 1 and "alert(1)</script>" not in page
+    assert not {"\u202e", "\x07"} & set(page) and "\\u202e&lt;/span&gt;" in page

@@ -4,6 +4,7 @@ for (const section of document.querySelectorAll("section")) {
   const tokens = [...section.querySelectorAll(".strip span")];
   const titles = tokens.map((token) => token.title);
   const buttons = [...section.querySelectorAll("button")];
+  const status = section.querySelector(".chosen");
   const largest = (values) => Math.max(...values);
 
   function choose(button) {
@@ -16,9 +17,11 @@ for (const section of document.querySelectorAll("section")) {
       token.title = index ? `latent ${button.dataset.feature}: ${Number(value.toPrecision(4))}\n${titles[index]}` : titles[0];
     });
     for (const other of buttons) other.setAttribute("aria-pressed", other === button);
-    section.querySelector(".chosen").textContent = `Coloured by latent ${button.dataset.feature}, up to ${Number(largest(own).toPrecision(4))}.`;
+    status.textContent = `Coloured by latent ${button.dataset.feature}, up to ${Number(largest(own).toPrecision(4))}.`;
   }
 
+  // Where nothing can point at a token, a click tells the same.
+  for (const token of tokens) token.addEventListener("click", () => (status.textContent = `${token.textContent.trim()}: ${token.title}`));
   for (const button of buttons) button.addEventListener("click", () => choose(button));
   if (buttons.length) choose(buttons[0]);
 }
