@@ -40,12 +40,15 @@ class Probe:
         return odds
 
 
-def fit(x: ArrayLike, label: NDArray[np.bool_], penalty: float) -> Probe:
+def fit(
+    x: ArrayLike, label: NDArray[np.bool_], penalty: float, weight: Floats | None = None
+) -> Probe:
     """The minimum of mean log loss + penalty / 2 |w|^2 on standardised inputs.
 
     Args:
         x: (n, d).
         label: (n,); both values occur.
+        weight: (n,) of the cases in the mean; None: all weigh alike.
     """
     x = np.asarray(x, np.float64)
     mean = x.mean(0)
@@ -56,28 +59,32 @@ def fit(x: ArrayLike, label: NDArray[np.bool_], penalty: float) -> Probe:
     if z.shape[1] > len(z):  # the penalty keeps w within the span of the cases
         basis, factor = np.linalg.qr(z.T)
         z = factor.T
-    solution = _newton(np.c_[z, np.ones(len(z))], label.astype(np.float64), penalty)
+    weight = np.ones(len(z)) if weight is None else weight
+    share = weight / weight.sum()
+    solution = _newton(np.c_[z, np.ones(len(z))], label.astype(np.float64), share, penalty)
     w = solution[:-1]
     return Probe(mean, scale, w if basis is None else basis @ w, float(solution[-1]), penalty)
 
 
-def _newton(z: Floats, target: Floats, penalty: float) -> Floats:
+def _newton(z: Floats, target: Floats, share: Floats, penalty: float) -> Floats:
     """(d + 1,) weights of (n, d + 1) inputs, of which the last is 1 and free of the penalty.
 
     By Newton's steps, halved until the loss falls. The loss is convex, so they end at its minimum.
+
+    Args:
+        share: (n,) of each case in the mean loss.
     """
-    n = len(z)
     ridge = np.append(np.full(z.shape[1] - 1, penalty), 0.0)
 
     def loss(w: Floats) -> float:
         odds = z @ w
-        return float(np.mean(np.logaddexp(0, odds) - target * odds) + (ridge * w) @ w / 2)
+        return float(share @ (np.logaddexp(0, odds) - target * odds) + (ridge * w) @ w / 2)
 
     w = np.zeros(z.shape[1])
     for _ in range(_STEPS):
-        share = special.expit(z @ w)
-        gradient = z.T @ (share - target) / n + ridge * w
-        curvature = (z.T * (share * (1 - share) / n)) @ z + np.diag(ridge)
+        p = special.expit(z @ w)
+        gradient = z.T @ (share * (p - target)) + ridge * w
+        curvature = (z.T * (share * p * (1 - p))) @ z + np.diag(ridge)
         step = np.linalg.solve(curvature, gradient)
         if gradient @ step < _PRECISION:
             break

@@ -26,6 +26,7 @@ NAMES = (
     *("model.path", "model.revision", "answers.examples"),
     *("text.path", "text.field", "text.messages", "text.sources.*.*"),
     *("study.other", "study.corpus", "study.null_run", "study.features"),
+    *("study.texts", "study.label", "study.group"),
     "study.to",
     *("study.author", "study.creator", "study.model", "study.release", "study.set"),
     *("hydra.run.dir", "hydra.sweep.dir"),
@@ -41,7 +42,7 @@ _PATHS = ("run", "out", "start", "store", "text.path", "text.sources.*.path")
 _MAYBE_PATHS = (
     *("model.path", "problems", "answers.examples", "runs"),
     *("study.other", "study.others", "study.corpus", "study.null_run", "study.features"),
-    "study.to",
+    *("study.texts", "study.to"),
 )
 _NUMBERS = ("text.sources.*.weight",)  # settings that NAMES would match
 # Of a command: settings that are any text whatever, `null` and ${...} too. Hydra would take `text=`

@@ -59,6 +59,7 @@ SUBSTITUTES = {
     r"layer=21": "layer=5",
     r"layer=27": "layer=8",
     r"study\.layer=27": "study.layer=8",
+    r"study\.layers=\[14,21,27\]": "study.layers=[8]",
     r"layer=12": "layer=6",
     r"layer=(\[)?0,1,2,3,4,5,6,7,8,9,10,11(\])?": r"layer=\g<1>0,5\g<2>",
     r"(runs=.*)_L21": r"\1_L5",  # a directory that is named after its layer
@@ -89,6 +90,8 @@ ADDED = {
     "study=steering": "answers.questions=12 answers.new_tokens=5 study.scales=[5] "
     "study.n_random=1 study.n_shuffled=1",
     "study=splice": "study.tokens=100",
+    "study=probes": "answers.questions=160 study.k=[1] study.seeds=1 study.draws=20 "
+    "study.permutations=1",
     "study=stage_gate": "answers.questions=20 answers.new_tokens=22 study.draws=20 "
     "study.min_firing=1",
     "study=synth": "study.objectives=[topk] study.k=[3] study.seeds=2 study.tokens=1024 "

@@ -47,6 +47,7 @@ NAMELESS = {
         "optim.clip_norm",
         "study.splits",
         "study.layer",
+        "study.layers",
         "study.bands",
         "study.lora",
         "study.together",

@@ -4,6 +4,10 @@ Rows come from the store, in one pass. Every field follows SAEBench's own defini
 (saebench_metrics.py), so it compares with other results. `eval_result_unstructured` holds the
 figure to quote: the variance explained centred per dimension, with its interval.
 
+Only the benchmark `core` is filled. TPP and SCR, which see what ablated latents do to classifiers,
+are not computed: "Are SAE benchmarks reliable?" (arXiv 2605.18229) finds that they should not be
+used. What sparse probing asks is study=probes.
+
 CE and KL are study=splice's at all positions, if that was done: of every token behind a BOS in its
 own document. SAEBench also lets the documents of a prompt see each other, and leaves out what BOS
 itself predicts. As in SAEBench, -1 is a figure that was not computed or is NaN.
@@ -287,6 +291,8 @@ def _summary(figures: Mapping[str, Any], policy: Policy, *, losses: bool) -> lis
         f"{config['n_eval_sparsity_variance_batches']:,} batches of "
         f"{config['batch_size_prompts']} prompts of {config['context_size']} tokens; "
         f"-1 is what has no value. {resampled(ours['documents'], 'document')}",
+        "Of SAEBench's benchmarks the file has core alone. Its TPP and SCR are not computed: they "
+        "should not be used (arXiv 2605.18229). study=probes is what its sparse probing asks.",
         "SAEBench divides its mse by the rows of a batch; per element it is "
         f"{ours['mse_per_element']:.4g}.",
         "CE and KL are study=splice's at all positions."
