@@ -527,6 +527,8 @@ def test_the_study_of_the_embedded_model(tiny_study) -> None:
     assert sum(side["questions"] for side in sides) == 40
     assert figures["layer"] == 2 and figures["layer_of_features"] == study.subject.layer
     assert outcome.pictures["auroc"].svg.startswith("<svg")
+    pack = json.loads((study.folder / "reasoning_pack.json").read_bytes())
+    assert pack["validation"]["verdict"] == figures["verdict"].upper()
     with pytest.raises(SettingError, match=r"study\.layer"):
         stage_gate(tiny_study("stage_gate", answers={"questions": 40}, layer=99))
 

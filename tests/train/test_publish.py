@@ -209,6 +209,19 @@ def test_no_local_path_is_published_and_what_is_no_longer_found_goes(tmp_path: P
     assert not list(folder.glob("studies/*/*")) and "a finding" not in card(run)
 
 
+def test_a_catalogue_pack_names_the_repository(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run", made("topk"))
+    with_study(run, "it failed", name="stage_gate")
+    pack = {"release": "run", "features": [{"release": "run"}], "validation": {"verdict": "FAIL"}}
+    (run / "studies/stage_gate/reasoning_pack.json").write_text(json.dumps(pack))
+    results.seal(run / "studies/stage_gate", {"settings": {}})
+    published = json.loads((publishes(run) / "studies/stage_gate/reasoning_pack.json").read_bytes())
+    assert "/" in published["release"] and published["features"] == [
+        {"release": published["release"]}
+    ]
+    assert published["validation"] == {"verdict": "FAIL"}
+
+
 def test_foreign_text_cannot_break_the_page(tmp_path: Path) -> None:
     run = finished(tmp_path / "run", made("topk"))
     config = yaml.safe_load((run / CONFIG).read_text())

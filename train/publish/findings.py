@@ -12,6 +12,7 @@ from data.journal import tell
 
 FOLDER = "studies"  # in a run's directory, as analyze leaves it
 QUALITY = "quality.json"  # likewise
+PACK = "reasoning_pack.json"  # chosen features, as study=stage_gate writes them for a catalogue
 _PUBLISHED = (".json", ".pt")  # endings of a result's files that go into a release
 _RECORD = {"finds", "settings", "summary", "tables"}  # what a study's JSON has at least
 
@@ -67,6 +68,17 @@ def quality_of(run: Path, digest: str) -> bytes | None:
     except StoreError as error:
         tell(str(error))
         return None
+
+
+def published(file: str, content: bytes, repo: str) -> bytes:
+    """A finding's file as a release has it: a catalogue pack names the repository of the SAE."""
+    if file != PACK:
+        return content
+    pack = json.loads(content)
+    pack["release"] = repo
+    for feature in pack["features"]:
+        feature["release"] = repo
+    return json.dumps(pack, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
 def _read(folder: Path, name: str) -> Finding | None:

@@ -113,7 +113,8 @@ def contents(run: Path, repo: str) -> dict[str, Content]:
         files[findings.QUALITY] = quality
     for name, finding in studies.items():
         for file, content in finding.files.items():
-            files[f"{findings.FOLDER}/{name}/{file}"] = content
+            published = findings.published(file, content, repo)
+            files[f"{findings.FOLDER}/{name}/{file}"] = published
     steering = vector.of_study(studies["steering"].files) if "steering" in studies else None
     facts = card.Facts(
         run.name,

@@ -12,7 +12,8 @@ from __future__ import annotations
 from analyze import refusals
 from analyze.answering import inputs
 from analyze.outcome import Outcome
-from analyze.studies.contrast.means import memory
+from analyze.studies.contrast.means import answer_means, memory
+from analyze.studies.stage_gate import pack
 from analyze.studies.stage_gate.judgement import SAMPLES, VERSION, Options, judged
 from analyze.studies.stage_gate.words import auroc_picture, summary, tables
 from analyze.study import Definition, Study
@@ -22,8 +23,9 @@ from data.errors import StopRequest
 def stage_gate(study: Study) -> Outcome:
     """The verdict by `judgement.RULE`, with the figures of R and its baselines."""
     with StopRequest() as stop:
-        judgement, _ = judged(study, stop)
-    figures = judgement.figures
+        judgement, answered = judged(study, stop)
+        figures = judgement.figures
+        pack.write(study, figures, answer_means(study, answered, stop))
     return Outcome(figures, summary(figures), tables(figures), {"auroc": auroc_picture(figures)})
 
 
