@@ -41,14 +41,14 @@ ACCURACY = "right"
 DECISIVE = ("R0", "R3")  # arms that R1 must beat
 LENIENT = "right, whatever the form"  # an answer without `#### ` is graded by its last number
 RULE = (
-    "pass if at one learning rate R1 (outcome + features) has more right answers than R0 (outcome "
-    "alone) and than R3 (outcome + random latents of equal density), both at that rate, each with "
-    "its 95 % interval over questions and seeds above 0 and p < 0.05 (the larger of the two, by "
-    "Holm over all rates and levels); also where an answer without '#### ' is graded by its last "
-    "number, so that form alone does not pass; and R0 at no other rate has more. Whether R1 beats "
-    "R2 (outcome + raw direction) is said beside it. Undecided with fewer than "
-    f"{LEAST_SEEDS} seeds an arm. What R1 does worse than R0 at that rate, or than the untrained "
-    "model, is named by any interval that excludes 0"
+    "A level passes if at one learning rate R1 (outcome + features) has more right answers than R0 "
+    "(outcome alone) and than R3 (outcome + random latents of equal density), both at that rate. "
+    "Each difference must have its 95 % interval over questions and seeds above 0, and the larger "
+    f"of the two p be below {LEVEL} by Holm over all rates and levels. Both must hold too where an "
+    "answer without '#### ' is graded by its last number, so that form alone does not pass. R0 may "
+    f"have more at no other rate. Fewer than {LEAST_SEEDS} seeds an arm decide nothing. Beside it "
+    "stands whether R1 beats R2 (outcome + raw direction), and what R1 does worse than R0 or than "
+    "the untrained model, by any interval that excludes 0."
 )
 
 

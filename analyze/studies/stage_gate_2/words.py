@@ -38,7 +38,7 @@ _WATCHED = {harm.name: harm.form for harm in HARMS} | {HINTED: ".3f", UNHINTED: 
 def before(options: Options, trainings: int, questions: int) -> list[str]:
     """The rule, the work, and what could be shown."""
     lines = [
-        f"the rule: {RULE}",
+        f"The rule: {RULE}",
         f"{trainings} trainings of {options.steps * options.of_step:,} rollouts each, judged by "
         f"{questions} questions",
     ]
@@ -59,15 +59,16 @@ def summary(figures: Mapping[str, Any]) -> list[str]:
     """The verdict with its rule, then what it rests on."""
     levels = figures["levels"]
     because = "; ".join(map(_reason, levels.values())) or "no R1 was trained"
-    lines = [f"Verdict: {figures['verdict']} ({because}). The rule: {figures['rule']}."]
+    lines = [f"Verdict: {figures['verdict']} ({because}).", f"The rule: {figures['rule']}"]
     lines += list(map(_beside, levels.values()))
     lines.append(_untrained(figures))
     lines += list(map(_harms, levels.values()))
     lines.append(_changes(figures["changes"]))
     lines.append(
-        "Brackets are 95 % intervals over questions and seeds. What R1 does worse, and what raises "
-        "a reward, is not adjusted for the number of figures watched: it warns, and decides nothing"
-        "."
+        "Brackets are 95 % intervals over questions and seeds. What would have been found is the "
+        f"least true difference that the test finds with probability {POWER}. What R1 does worse, "
+        "and what raises a reward, is not adjusted for the number of figures watched: it warns, "
+        "and decides nothing."
     )
     return lines
 
@@ -103,8 +104,7 @@ def _beside(entry: Mapping[str, Any]) -> str:
         said += f"; adjusted p = {entry['p_holm']:.2g}"
     return (
         f"By {entry['level']}, at lr {entry['lr']:g}, R1 has {entry['accuracy']:.3f} right "
-        f"answers: {said}. What would have been found is the least true difference that the test "
-        f"finds with probability {POWER}."
+        f"answers: {said}."
     )
 
 
