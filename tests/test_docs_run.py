@@ -96,6 +96,8 @@ ADDED = {
     "study.min_firing=1",
     "study=synth": "study.objectives=[topk] study.k=[3] study.seeds=2 study.tokens=1024 "
     "study.rows=500",
+    "study=rollouts": "answers.questions=20 answers.new_tokens=22 study.draws=20 "
+    "study.min_firing=1",
     "study=reason_score": "study.words=[more,left]",
     "study=all": "answers.questions=20 ~study.gsm8k ~study.steering study.contrast.permutations=19 "
     "study.contrast.min_firing=1 study.stage_gate.min_firing=1 study.stage_gate.draws=20 "

@@ -98,7 +98,7 @@ def test_questions_with_fewer_answers_than_most_are_left_out() -> None:
 
 
 def compared(pickers: dict[str, NDArray[np.float64]], draws: int = 400) -> dict:
-    pool = Pool(np.zeros((len(pickers[RANDOM]), 8), int), np.zeros((1, 8), bool), None, 0)
+    pool = Pool(np.zeros((len(pickers[RANDOM]), 8), int), np.zeros((60, 8), bool), None, 0)
     return best_of.measured(pool, pickers, (RANDOM,), draws, 0)
 
 
@@ -116,32 +116,43 @@ def test_few_questions_that_differ_tell_nothing() -> None:
     assert same["p"] == 1 and same["interval"] == (0, 0)
 
 
-def false_positives(sets: int, questions: int = 50, seed: int = 0, draws: int = 400) -> dict:
-    """How often rewards that know nothing differ from each other, p < .05, and pass the gate."""
-    counts = dict.fromkeys(("random pick", "another reward", "majority vote", "verdict"), 0)
+def false_positives(
+    sets: int,
+    questions: int = 50,
+    right: float = 0.6,
+    worth: float = 0.0,
+    seed: int = 0,
+    draws: int = 400,
+) -> dict[str, float]:
+    """How often p < .05 for the best of 8 by two rewards of the same worth, or by one of none.
+
+    Args:
+        right: share of right answers to a question of middling difficulty.
+        worth: by how much right answers have a higher reward, in standard deviations of its noise.
+    """
+    others = ["another reward"] + [RANDOM, MAJORITY] * (worth == 0)
+    counts = dict.fromkeys([*others, "verdict"], 0)
     for number in range(sets):
         rng = np.random.default_rng([seed, number])
-        means = made(rng, questions, samples=8)
-        rows = np.arange(len(means.correct))
-        pool = Pool.of(means, rows)
-        pickers = {
-            SCORE: pool.picked(rng.normal(size=len(rows))),
-            "another reward": pool.picked(rng.normal(size=len(rows))),
-            RANDOM: pool.at_random(),
-        }
-        # Numbers that nobody shares: a vote that knows nothing either.
-        voted = Pool(pool.rows, pool.correct, pool.rows, 0).voted()
+        n = 8 * questions
+        ease = np.repeat(rng.normal(size=questions), 8) + math.log(right / (1 - right))
+        correct = rng.random(n) < 1 / (1 + np.exp(-ease))
+        rewards = worth * correct + rng.normal(size=(2, n))
+        numbers = rng.integers(0, 3, (questions, 8))  # of which a vote learns nothing
+        pool = Pool(np.arange(n).reshape(questions, 8), correct.reshape(questions, 8), numbers, 0)
+        voted = pool.voted()
         assert voted is not None
-        pickers[MAJORITY] = voted
-        others = ("random pick", "another reward", "majority vote")
-        ahead = best_of.measured(pool, pickers, others, draws, 0)["ahead"][SCORE]
+        pickers = {RANDOM: pool.at_random(), MAJORITY: voted}
+        pickers |= {SCORE: pool.picked(rewards[0]), "another reward": pool.picked(rewards[1])}
+        ahead = best_of.measured(pool, pickers, others, draws, number)["ahead"][SCORE]
         for other in others:
             counts[other] += ahead[other][-1]["p"] < 0.05
-        counts["verdict"] += judged(means, rng.normal(size=len(rows)))[0] == "pass"
+        means = made(rng, questions, samples=8)._replace(correct=correct, number=None)
+        counts["verdict"] += judged(means, rewards[0])[0] == "pass"
     return {name: count / sets for name, count in counts.items()}
 
 
-def test_rewards_that_know_nothing_are_told_apart_by_chance_alone() -> None:
+def test_rewards_of_the_same_worth_are_told_apart_by_chance_alone() -> None:
     found = false_positives(60, 40, draws=100)
     assert found.pop("verdict") == 0
     assert max(found.values()) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 60)

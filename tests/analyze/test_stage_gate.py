@@ -6,6 +6,7 @@ It chooses nothing on the questions that judge.
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -104,16 +105,22 @@ def test_planted_features_pass() -> None:
     assert not set(found["discovery"]["ids"]) & set(found["validation"]["ids"])
 
 
-def test_labels_permuted_inside_questions_do_not_pass() -> None:
-    verdicts = []
-    for seed in range(40):
+def null_verdicts(sets: int, draws: int = 40) -> Counter[str]:
+    """Verdicts on planted features whose labels were permuted inside questions."""
+    verdicts: Counter[str] = Counter()
+    for seed in range(sets):
         rng = np.random.default_rng(seed)
         means = made(rng, 40, effect=2.0)
         labels = rng.permuted(means.correct.reshape(-1, SAMPLES), axis=1).ravel()
-        found = verdict(means._replace(correct=labels), Options(0.5, 5, 40), first_input)
-        verdicts.append(found["verdict"])
+        means = means._replace(correct=labels, number=None)
+        verdicts[verdict(means, Options(0.5, 5, draws), first_input)["verdict"]] += 1
+    return verdicts
+
+
+def test_labels_permuted_inside_questions_do_not_pass() -> None:
+    verdicts = null_verdicts(20, 20)
     assert set(verdicts) <= {"pass", "weak", "fail"}
-    assert len(verdicts) - verdicts.count("fail") <= 4  # P(more | 5 %) = 0.05; the rule asks more
+    assert 20 - verdicts["fail"] <= 3  # P(more | 5 %) = 0.016; the rule asks more
 
 
 # -- what is worthless in GRPO ---------------------------------------------------------------------

@@ -40,7 +40,7 @@ from analyze.studies.stage_gate.within import Groups
 from analyze.studies.stage_gate.words import LOG_PROBABILITY, SCORE
 from analyze.study import Study
 from data.errors import SettingError, StopRequest
-from data.journal import tell
+from data.journal import note, tell
 from data.settings import build
 
 VERSION = 3  # of both studies' results: raise it when the same answers give others
@@ -177,6 +177,7 @@ def judged(
             f"study.layer={layer} must be one of the model's layers, 0 to {study.n_layers - 1}"
         )
     tell(f"the rule: {RULE}")
+    note(f"study={study.name}")  # what a sign of life repeats
     every = answers(study, stop)
     answered = [answer for answer in every if answer.ids]
     means = answer_means(study, answered, stop)

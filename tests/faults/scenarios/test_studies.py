@@ -72,6 +72,7 @@ CASES = {
     "gsm8k": Case({}, {}),
     "contrast": Case({"permutations": 19, "min_firing": 1}, {"permutations": 29, "min_firing": 1}),
     "stage_gate": Case({"draws": 20, "min_firing": 1}, {"draws": 30, "min_firing": 1}),
+    "rollouts": Case({"draws": 20, "min_firing": 1}, {"draws": 30, "min_firing": 1}),
     "steering": Case(STEERING, {**STEERING, "scales": [3]}),
 }
 FLIPS = 80  # of each kind of file
