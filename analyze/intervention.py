@@ -219,14 +219,14 @@ def intervened(
         is_prompt = len(states) == len(prompt_lengths) and length >= width
         assert is_prompt, "not a generation from these prompts"
         end = torch.full_like(first, length)
-        chosen = _chosen(positions, first, boundary, end, length)
+        chosen = _columns(positions, first, boundary, end, length)
         return torch.where(chosen[..., None], states + delta(states), states)
 
     with edited(lm.blocks[layer], edit):
         yield
 
 
-def _chosen(positions: str, first: Tensor, boundary: Tensor, end: Tensor, length: int) -> Tensor:
+def _columns(positions: str, first: Tensor, boundary: Tensor, end: Tensor, length: int) -> Tensor:
     """(b, length) bool: the columns of each row that `positions` takes.
 
     Args:
@@ -276,12 +276,9 @@ def effects(
     for numbers, padded in batches(sequences, tokens):
         # Which positions are changed, and which are generated. Padding is on the right here.
         ids = padded.to(lm.config.device)
-        ends = [len(sequences[number]) for number in numbers]
-        boundaries = [len(texts[number][0]) - 1 for number in numbers]
-        end = torch.tensor(ends, device=ids.device)
-        boundary = torch.tensor(boundaries, device=ids.device)
-        chosen = _chosen(intervention.positions, torch.zeros_like(end), boundary, end, ids.shape[1])
-        generated = _chosen("generated", boundary, boundary, end, ids.shape[1])
+        batch = [texts[number] for number in numbers]
+        chosen = columns_of(intervention.positions, batch, ids)
+        generated = columns_of("generated", batch, ids)
 
         # Both passes: final states behind the norm, and what was added beside what was there.
         norms: list[Tensor] = []
@@ -292,10 +289,24 @@ def effects(
         relative = _mean(norms[1], chosen)
 
         for row, number in enumerate(numbers):
-            predicting = slice(boundaries[row], ends[row] - 1)
+            prompt, completion = texts[number]
+            predicting = slice(len(prompt) - 1, len(prompt) + len(completion) - 1)
             kl = _kl(lm, moved[row, predicting], clean[row, predicting], block_bytes)
             effect_of[number] = Effect(kl, float(norm[row]), float(relative[row]))
     return [effect_of[number] for number in range(len(texts))]
+
+
+def columns_of(
+    positions: str, texts: Sequence[tuple[Sequence[int], Sequence[int]]], ids: Tensor
+) -> Tensor:
+    """(b, t) bool: the columns that `positions` takes of texts that are padded on the right.
+
+    Args:
+        texts: prompt and completion of each row of `ids` (b, t).
+    """
+    end = torch.tensor([len(prompt) + len(own) for prompt, own in texts], device=ids.device)
+    boundary = torch.tensor([len(prompt) - 1 for prompt, _ in texts], device=ids.device)
+    return _columns(positions, torch.zeros_like(end), boundary, end, ids.shape[1])
 
 
 def _measuring(delta: Delta, chosen: Tensor, norms: list[Tensor]) -> Callable[[Tensor], Tensor]:

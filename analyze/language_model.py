@@ -154,6 +154,11 @@ def vocabulary_size(lm: LanguageModel) -> int:
 
 @torch.inference_mode()
 def unembedded(lm: LanguageModel, states: Tensor, *, normed: bool = False) -> Tensor:
+    """`read_by_head` where no gradient is wanted."""
+    return read_by_head(lm, states, normed=normed)
+
+
+def read_by_head(lm: LanguageModel, states: Tensor, *, normed: bool = False) -> Tensor:
     """Logits (..., V) float32 of states (..., d): softcap(unembed(final_norm(states))).
 
     Args:

@@ -156,3 +156,33 @@ class Rank(NamedTuple):
             p_low=permutation_p(-row.right, -right),
             p=permutation_p(abs(row.net), far),
         )
+
+
+# -- cells of tables -------------------------------------------------------------------------------
+
+OUTCOMES = ("positions", "right", "95 %", "gained", "lost", "net", "McNemar p")
+CHANGES = ("unparsable", "truncated", "tokens", "KL per token", "|Δ| / |h|")
+
+
+def outcome_cells(row: Row) -> tuple[str, ...]:
+    """The cells below OUTCOMES."""
+    accuracy = f"{row.accuracy:.1%}"
+    interval = f"{row.interval.low:.1%} to {row.interval.high:.1%}"
+    if row.kind == "unsteered":
+        return "", accuracy, interval, "", "", "", ""
+    return (
+        row.positions,
+        accuracy,
+        interval,
+        str(len(row.gained)),
+        str(len(row.lost)),
+        f"{row.net:+d}",
+        f"{row.p:.2g}",
+    )
+
+
+def change_cells(row: Row) -> tuple[str, ...]:
+    """The cells below CHANGES; KL and norm are empty where they were not measured."""
+    kl = "" if np.isnan(row.kl) else f"{row.kl:.3g}"
+    relative = "" if np.isnan(row.relative) else f"{row.relative:.3g}"
+    return str(row.unparsable), str(row.truncated), f"{row.length:.1f}", kl, relative

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from analyze.outcome import Outcome, Picture, Table
-from analyze.replies import Row
+from analyze.replies import CHANGES, OUTCOMES, Row, change_cells, outcome_cells
 from analyze.stats import detectable_change, figure, formatted
 from analyze.studies.steering.outcomes import DISCORDANT, Findings, Null, Overlap
 from analyze.studies.steering.plot import over_scales
@@ -216,9 +216,6 @@ def _vector(findings: Findings) -> str:
 
 # -- tables ----------------------------------------------------------------------------------------
 
-_OUTCOMES = ("positions", "right", "95 %", "gained", "lost", "net", "McNemar p")
-_CHANGES = ("unparsable", "truncated", "tokens", "KL per token", "|Δ| / |h|")
-
 
 def _scale_table(findings: Findings) -> Table:
     cells = []
@@ -227,16 +224,16 @@ def _scale_table(findings: Findings) -> Table:
         if row.kind != "unsteered":
             scale = (f"{row.scale:g}", f"{row.scale / findings.norm:.1%}")
         holm_p = _p(findings.holm[row.scale]) if row.kind == "v" else ""
-        cells.append((*scale, *_outcomes(row), holm_p, *_changes(row)))
-    header = ("scale", "of mean norm", *_OUTCOMES, "Holm p", *_CHANGES)
+        cells.append((*scale, *outcome_cells(row), holm_p, *change_cells(row)))
+    header = ("scale", "of mean norm", *OUTCOMES, "Holm p", *CHANGES)
     return Table(f"v on {findings.best_row.questions} test questions", header, cells)
 
 
 def _control_table(findings: Findings) -> Table:
     cells = []
     for row in findings.of("opposite", "positions", "orthogonal", "shuffled", "random"):
-        cells.append((row.kind, f"{row.scale:g}", *_outcomes(row), *_changes(row)))
-    header = ("control", "scale", *_OUTCOMES, *_CHANGES)
+        cells.append((row.kind, f"{row.scale:g}", *outcome_cells(row), *change_cells(row)))
+    header = ("control", "scale", *OUTCOMES, *CHANGES)
     named = f"Controls at {findings.best:+g}, the best dev scale"
     if not findings.chosen:
         named += " other than 0; the dev questions chose to do nothing"
@@ -285,30 +282,6 @@ def _dev_table(findings: Findings) -> Table:
     for scale, right in findings.dev.items():
         cells.append((f"{scale:g}" if scale else "unsteered", str(right), f"{right / total:.1%}"))
     return Table(f"v on {total} dev questions", ("scale", "right", "accuracy"), cells)
-
-
-def _outcomes(row: Row) -> tuple[str, ...]:
-    """The cells below _OUTCOMES."""
-    accuracy = f"{row.accuracy:.1%}"
-    interval = f"{row.interval.low:.1%} to {row.interval.high:.1%}"
-    if row.kind == "unsteered":
-        return "", accuracy, interval, "", "", "", ""
-    return (
-        row.positions,
-        accuracy,
-        interval,
-        str(len(row.gained)),
-        str(len(row.lost)),
-        f"{row.net:+d}",
-        _p(row.p),
-    )
-
-
-def _changes(row: Row) -> tuple[str, ...]:
-    """The cells below _CHANGES; KL and norm are empty where they were not measured."""
-    kl = "" if np.isnan(row.kl) else f"{row.kl:.3g}"
-    relative = "" if np.isnan(row.relative) else f"{row.relative:.3g}"
-    return str(row.unparsable), str(row.truncated), f"{row.length:.1f}", kl, relative
 
 
 def _accuracy(row: Row) -> str:
