@@ -48,6 +48,16 @@ def all_but_saes(subject: Subject, _: Mapping[str, Any]) -> str | None:
     )
 
 
+def all_but_of_streams(subject: Subject, _: Mapping[str, Any]) -> str | None:
+    """Of a study that changes latents in a layer's output: the SAE is of that, resid_post."""
+    if subject.is_resid_post:
+        return None
+    return (
+        f"it changes latents in a layer's output, and {subject.run} is a {subject.noun} of "
+        f"{subject.where}; take the run of an SAE of resid_post as run="
+    )
+
+
 def beside_the_stream(subject: Subject, _: Mapping[str, Any]) -> str | None:
     """Of what directions say to the head: mlp_in is behind a norm, and adds nothing to the stream.
 

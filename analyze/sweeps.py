@@ -35,6 +35,7 @@ class Sweeps:
     asking: Asking
     stop: StopRequest
     progress: Progress
+    name: str = "steered"  # of the folders in which replies are kept
 
     def run(
         self,
@@ -63,7 +64,7 @@ class Sweeps:
             path = folder / _FILE
             grow_answers(path, len(asked), self.asking.batch, make, show, self.stop)
 
-        folder = self.study.kept("steered", self._key(asked, change, unsteered), fill)
+        folder = self.study.kept(self.name, self._key(asked, change, unsteered), fill)
         return [Reply(**line) for line in read_lines(folder / _FILE)]
 
     def rows(self, changes: Sequence[Swept], asked: Sequence[Answer], part: str) -> list[Row]:
