@@ -67,6 +67,10 @@ class Sweeps:
         folder = self.study.kept(self.name, self._key(asked, change, unsteered), fill)
         return [Reply(**line) for line in read_lines(folder / _FILE)]
 
+    def right(self, asked: Sequence[Answer], change: Swept | None, label: str) -> int:
+        """How many replies are right."""
+        return sum(reply.correct for reply in self.run(asked, change, label))
+
     def rows(self, changes: Sequence[Swept], asked: Sequence[Answer], part: str) -> list[Row]:
         """The rows of all sweeps over some questions, the unsteered one first.
 

@@ -89,6 +89,8 @@ ADDED = {
     "study.min_firing=1",
     "study=steering": "answers.questions=12 answers.new_tokens=5 study.scales=[5] "
     "study.n_random=1 study.n_shuffled=1",
+    "study=intervene": "answers.questions=20 answers.new_tokens=5 study.changes=[ablate] "
+    "study.n_features=1 study.n_random=1 study.min_firing=1",
     "study=splice": "study.tokens=100",
     "study=probes": "answers.questions=160 study.k=[1] study.seeds=1 study.draws=20 "
     "study.permutations=1",
@@ -109,7 +111,9 @@ LABELLED = {
     "problems=gsm8k/test.jsonl": "problems=labelled/test.jsonl",
     "problems=gsm8k": "problems=labelled",
 }
-REPLACED = dict.fromkeys(("study=steering", "study=stage_gate", "study=all"), LABELLED)
+REPLACED = dict.fromkeys(
+    ("study=steering", "study=intervene", "study=stage_gate", "study=all"), LABELLED
+)
 # Nothing is drawn where solutions are labelled.
 REPLACED["problems=gsm8k"] = {
     "answers.samples=8": "answers.samples=1",

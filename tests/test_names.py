@@ -32,7 +32,20 @@ OF_FUNCTIONS = ["choice(a,b)", "range(1,4)", "a,b"]  # that Hydra sweeps over in
 # Settings with other text, by the last part of their name: they take a fixed set of words.
 WORDS = {
     *("action", "activation", "aux_norm", "decay", "dtype", "formula", "init", "kind", "lr"),
-    *("bad", "grading", "name", "oom", "part", "positions", "prompt", "site", "target", "to"),
+    *(
+        "bad",
+        "grading",
+        "name",
+        "oom",
+        "part",
+        "positions",
+        "prompt",
+        "select",
+        "side",
+        "site",
+        "target",
+        "to",
+    ),
 }
 # Settings without a default that name nothing.
 NAMELESS = {
@@ -45,6 +58,7 @@ NAMELESS = {
         "sae.dead_after",
         "optim.warmup_steps",
         "optim.clip_norm",
+        "study.features",
         "study.splits",
         "study.layer",
         "study.layers",

@@ -55,6 +55,7 @@ class Choice(NamedTuple):
     features: tuple[int, ...]
     scores: tuple[float, ...] | None  # by which they were chosen, in their order; None: listed
     of: int  # latents among which they were chosen
+    gate: str | None = None  # the verdict of the stage gate that chose them
 
 
 def gate_of(study: Study) -> ChosenFeatures:
@@ -77,9 +78,10 @@ def gate_path(study: Study) -> Path:
 def by_gate(study: Study, side: str, count: int) -> Choice:
     """The first latents of the gate's list."""
     chosen = gate_of(study)
+    chosen.require_model(study.lm)
     features = chosen.helpful if side == "helpful" else chosen.harmful
     _require_some(features, side)
-    return Choice(tuple(features[:count]), None, len(features))
+    return Choice(tuple(features[:count]), None, len(features), chosen.verdict)
 
 
 def by_contrast(
@@ -102,8 +104,7 @@ def by_contrast(
     chosen = choose(means.features[rows], correct, min_firing, question)
     features = (chosen.helpful if side == "helpful" else chosen.harmful)[:count].tolist()
     _require_some(features, side)
-    scores = tuple(float(chosen.g[feature]) for feature in features)
-    return Choice(tuple(features), scores, len(chosen.eligible))
+    return Choice(tuple(features), tuple(chosen.g[features].tolist()), len(chosen.eligible))
 
 
 def by_confidence(
@@ -148,10 +149,11 @@ def by_confidence(
         found = parts.of(2 + feature, partial(measured, feature))
         gains[done] = (found["log_p"] - unchanged["log_p"]).mean()
     sign = 1 if side == "helpful" else -1
-    best = [at for at in np.argsort(-sign * gains, kind="stable")[:count] if sign * gains[at] > 0]
-    _require_some(best, side)
-    features = tuple(int(tried[at]) for at in best)
-    return Choice(features, tuple(float(gains[at]) for at in best), len(tried))
+    best = np.argsort(-sign * gains, kind="stable")[:count]
+    best = best[sign * gains[best] > 0]
+    features = tuple(tried[best].tolist())
+    _require_some(features, side)
+    return Choice(features, tuple(gains[best].tolist()), len(tried))
 
 
 def _require_some(features: Sequence[Any], side: str) -> None:

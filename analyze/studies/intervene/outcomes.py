@@ -74,6 +74,10 @@ class Measured(NamedTuple):
     dose: Dose
     row: Row
 
+    @classmethod
+    def of(cls, trial: Trial, row: Row) -> Measured:
+        return cls(trial.kind, trial.dose, row)
+
 
 class OnDev(NamedTuple):
     """Right answers to the dev questions at a dose, less those without a change."""
@@ -143,10 +147,8 @@ class Findings:
     @cached_property
     def holm(self) -> dict[Dose, float]:
         """McNemar's p by dose of the chosen latents, adjusted for all of them."""
-        chosen = self.of(CHOSEN)
-        adjusted = holm([measured.row.p for measured in chosen])
-        pairs = zip(chosen, adjusted, strict=True)
-        return {measured.dose: float(p) for measured, p in pairs}
+        p = {measured.dose: measured.row.p for measured in self.of(CHOSEN)}
+        return dict(zip(p, holm(list(p.values())).tolist(), strict=True))
 
     @cached_property
     def ranks(self) -> dict[str, Rank]:
@@ -192,7 +194,7 @@ class Findings:
             "unsteered": asdict(self.unsteered) | {"accuracy": self.unsteered.accuracy},
             "rows": [self._row_figures(measured) for measured in self.measured],
             "ranks": {kind: rank._asdict() for kind, rank in self.ranks.items()},
-            "controls": [list(features) for features in self.controls],
+            "controls": list(self.controls),
             "attribution": self.attribution and self.attribution._asdict(),
             "ids": dict(self.ids),
         }

@@ -67,9 +67,8 @@ def of_number(tokenizer: Tokenizer, prompt: list[int], ids: list[int]) -> Text |
     if not number:
         return None
     # The last number of each beginning of the answer: `6` may go on as `62`.
-    latest = [flexible(text) or "" for text in texts]
-    ends = [end for end, found in enumerate(latest) if found == number]
-    last = next((end for end in ends if latest[end : end + 2] == [number] * 2), ends[-1])
+    latest = [flexible(text) or "" for text in texts] + [number]
+    last = next(end for end in range(len(texts)) if latest[end : end + 2] == [number] * 2)
     first = last - 1
     while first and latest[first] and number.startswith(latest[first]):
         first -= 1

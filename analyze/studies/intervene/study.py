@@ -24,6 +24,7 @@ from math import isfinite
 from typing import Any
 
 import numpy as np
+from scipy.stats import rankdata
 
 from analyze import refusals
 from analyze.answering import Answer, answers, asking_of, inputs, model_key
@@ -177,7 +178,7 @@ def intervene(study: Study) -> Outcome:
         attribution = _attribution(study, sets, split.test, replies, stop)
     findings = Findings(
         unsteered=unsteered,
-        measured=[Measured(one.kind, one.dose, row) for one, row in zip(trials, rows, strict=True)],
+        measured=list(map(Measured.of, trials, rows)),
         dev=dev,
         dev_right=dev_right,
         latents=_described(choice, fires),
@@ -200,8 +201,12 @@ def _without_choosers(study: Study, options: Options, split: Split) -> Split:
     if options.features is not None or options.select != "gate":
         return split
     chose = choosing.gate_of(study).questions
-    dev = [answer for answer in split.dev if answer.problem.id not in chose]
-    test = [answer for answer in split.test if answer.problem.id not in chose]
+
+    def left(part: Sequence[Answer]) -> list[Answer]:
+        return [answer for answer in part if answer.problem.id not in chose]
+
+    dev = left(split.dev)
+    test = left(split.test)
     if not dev or not test:
         raise SettingError(
             f"the stage gate chose its features by all but {len(dev)} dev and {len(test)} test "
@@ -227,7 +232,7 @@ def _choice(
     study: Study, options: Options, train: Sequence[Answer], fires: Firing, stop: StopRequest
 ) -> Choice:
     if options.features is not None:
-        features = tuple(int(feature) for feature in options.features)
+        features = tuple(map(int, options.features))
         require_features(features, study.subject.sae.d_sae)
         return Choice(features, None, len(features))
     side, count = options.side, options.n_features
@@ -246,6 +251,7 @@ def _selection(options: Options, choice: Choice) -> dict[str, Any]:
         "by": "list" if listed else options.select,
         "side": None if listed else options.side,
         "of": choice.of,
+        "gate": choice.gate,
         "positions": options.positions,
     }
 
@@ -274,7 +280,7 @@ class Sets:
     study: Study
     positions: str
     chosen: tuple[int, ...]
-    mean: tuple[float, ...]  # activation of each chosen latent where it fires
+    mean: Floats  # (chosen,) activation where each fires
     latents: Sequence[tuple[int, ...]]  # sets of random latents, place by place as dense
     directions: Sequence[Floats]
     single: tuple[int, ...]  # random latents for attribution
@@ -282,7 +288,7 @@ class Sets:
     def trial(self, kind: str, dose: Dose, place: int = 0) -> Trial:
         """A dose of the chosen latents, or of the control at a place."""
         features = self.latents[place] if kind == LATENTS else self.chosen
-        value = tuple(dose.scale * mean for mean in self.mean)
+        value = tuple((dose.scale * self.mean).tolist())
         sae = self.study.subject.sae
         change = LatentChange(sae, dose.change, features, value, self.positions)
         across = EqualNorm(change, self.directions[place]) if kind == DIRECTIONS else change
@@ -297,9 +303,10 @@ def _sets(study: Study, options: Options, choice: Choice, fires: Firing) -> Sets
             "is known; give others as study.features="
         )
     rng = np.random.default_rng(SEED)
-    drawn = [random_latents(fires.density, choice.features, rng) for _ in range(options.n_random)]
-    firing_others = np.flatnonzero(fires.density > 0)
-    others = np.setdiff1d(firing_others, choice.features)
+    drawn = []
+    for _ in range(options.n_random):
+        drawn.append(tuple(random_latents(fires.density, choice.features, rng).tolist()))
+    others = np.setdiff1d(np.flatnonzero(fires.density > 0), choice.features)
     single: list[int] = []
     while len(single) < min(_SINGLE, len(others) - len(choice.features)):
         single += random_latents(fires.density, choice.features, rng, never=single).tolist()
@@ -307,8 +314,8 @@ def _sets(study: Study, options: Options, choice: Choice, fires: Firing) -> Sets
         study=study,
         positions=options.positions,
         chosen=choice.features,
-        mean=tuple(float(fires.mean[feature]) for feature in choice.features),
-        latents=[tuple(features.tolist()) for features in drawn],
+        mean=fires.mean[list(choice.features)],
+        latents=drawn,
         directions=random_directions(study.subject.sae.d_model, options.n_random, rng),
         single=tuple(single[:_SINGLE]),
     )
@@ -318,11 +325,11 @@ def _on_dev(
     sweeps: Sweeps, sets: Sets, doses: Sequence[Dose], asked: Sequence[Answer]
 ) -> tuple[int, dict[Dose, OnDev]]:
     """Right answers to the dev questions without a change, and how each dose moves them."""
-    right = _right(sweeps.run(asked, None, "dev, unsteered"))
+    right = sweeps.right(asked, None, "dev, unsteered")
 
     def net(kind: str, dose: Dose, place: int = 0) -> int:
         trial = sets.trial(kind, dose, place)
-        return _right(sweeps.run(asked, trial, f"dev, {dose} of {kind}")) - right
+        return sweeps.right(asked, trial, f"dev, {dose} of {kind}") - right
 
     found = {}
     for dose in doses:
@@ -337,15 +344,11 @@ def _few(sets: Sets) -> int:
     return min(_FEW, len(sets.latents))
 
 
-def _right(replies: Sequence[Reply]) -> int:
-    return sum(reply.correct for reply in replies)
-
-
 def _trials(sets: Sets, doses: Sequence[Dose], best: Dose, n_random: int) -> list[Trial]:
     """Every sweep over the test questions but the unsteered one."""
     trials = [sets.trial(NOTHING, Dose("add", 0.0))]
-    trials += [sets.trial(CHOSEN, dose) for dose in doses]
     for dose in doses:
+        trials.append(sets.trial(CHOSEN, dose))
         for kind in CONTROLS:
             count = n_random if dose == best else _few(sets)
             trials += [sets.trial(kind, dose, place) for place in range(count)]
@@ -399,12 +402,13 @@ def correlated(
     features: Sequence[int], estimated: Sequence[float], measured: Sequence[float], answers: int
 ) -> Attribution:
     """The figures of both effects, with their correlation and its null."""
-    x, y = np.array(estimated), np.array(measured)
+    x = rankdata(estimated)
+    y = rankdata(measured)
     rho = spearman(x, y)
-    rng = np.random.default_rng(SEED)
-    null = [spearman(x, rng.permutation(y)) for _ in range(_DRAWS)]
+    shuffled = np.random.default_rng(SEED).permuted(np.tile(y, (_DRAWS, 1)), axis=1)
+    # Between permutations Spearman's rho differs by the product of the ranks alone.
+    p = permutation_p(x @ y, shuffled @ x) if np.isfinite(rho) else 1.0
     interval, _ = bootstrap(lambda rows: spearman(x[rows], y[rows]), len(x), _DRAWS, SEED)
-    p = permutation_p(rho, null) if np.isfinite(rho) else 1.0
     return Attribution([*features], [*estimated], [*measured], answers, rho, interval, p)
 
 

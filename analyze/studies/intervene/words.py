@@ -32,7 +32,7 @@ RULE = (
 )
 _SELECTIONS = {
     "list": "They were listed.",
-    "gate": "The run's stage gate chose them as {side}.",
+    "gate": "The run's stage gate, whose verdict is {gate}, chose them as {side}.",
     "contrast": (
         "They are the most {side} of {of} by Hedges' g between right and wrong answers to train "
         "questions."
@@ -72,7 +72,7 @@ def summary(findings: Findings) -> list[str]:
         RULE,
         _best(findings),
         _against_controls(findings),
-        _other_doses(findings),
+        *_other_doses(findings),
         _null(findings),
         _power(findings),
         _selected(findings),
@@ -82,14 +82,14 @@ def summary(findings: Findings) -> list[str]:
 
 def _verdict(findings: Findings) -> str:
     count = len(findings.latents)
-    what = f"The {count} latents" if count > 1 else f"Latent {findings.latents[0]['feature']}"
-    where = f"{what} of layer {findings.layer}, {findings.best} at {_positions(findings)}"
+    what = f"the {count} latents" if count > 1 else f"latent {findings.latents[0]['feature']}"
+    where = f"{_done(findings.best)} {what} of layer {findings.layer} at {_positions(findings)}"
     word = findings.verdict
     if word == "broken":
         return "Nothing here is to be trusted: the hook with nothing to add changes answers."
     if word == "no effect":
         questions = findings.unsteered.questions
-        return f"{where}, have no effect on answers that {questions} questions could show."
+        return f"{where} has no effect on answers that {questions} questions could show."
     moves = "more" if findings.best_row.net > 0 else "fewer"
     if word == "not shown":
         few = ""
@@ -99,7 +99,15 @@ def _verdict(findings: Findings) -> str:
             f"{where}: {moves} answers are right, but not shown to be more than what random "
             f"latents or directions do{few}."
         )
-    return f"{where}, change answers: {moves} are right, and further than by any control's doing."
+    return f"{where} changes answers: {moves} are right, and further than controls move the count."
+
+
+def _done(dose: Dose) -> str:
+    """A dose as the beginning of a sentence."""
+    if dose.change == "ablate":
+        return "Ablating"
+    times = f"{dose.scale:g} times the mean activation"
+    return f"Adding {times} to" if dose.change == "add" else f"Clamping to {times}"
 
 
 def _positions(findings: Findings) -> str:
@@ -110,13 +118,18 @@ def _positions(findings: Findings) -> str:
 def _best(findings: Findings) -> str:
     best = findings.best_row
     on_dev = findings.dev[findings.best]
+    tried = len(findings.dev)
+    source = ""
+    if tried > 1:
+        source = (
+            f"Of {tried} doses, {findings.best} moves right answers furthest beyond its controls "
+            f"on {len(findings.ids['dev'])} dev questions ({on_dev.net:+d} from "
+            f"{findings.dev_right}; controls {_listed(on_dev.controls, '+d')}). "
+        )
     return (
-        f"Of {len(findings.dev)} doses, {findings.best} moves right answers furthest beyond its "
-        f"controls on {len(findings.ids['dev'])} dev questions ({on_dev.net:+d} from "
-        f"{findings.dev_right}; controls {', '.join(f'{net:+d}' for net in on_dev.controls)}). "
-        f"Of {best.questions} test questions {_accuracy(best)} are right, without a change "
+        f"{source}Of {best.questions} test questions {_accuracy(best)} are right, without a change "
         f"{_accuracy(findings.unsteered)}: {len(best.gained)} gained, {len(best.lost)} lost, exact "
-        f"McNemar p = {_p(best.p)}, by Holm over the {len(findings.dev)} doses "
+        f"McNemar p = {_p(best.p)}, by Holm over all doses "
         f"{_p(findings.holm[findings.best])}."
     )
 
@@ -133,15 +146,17 @@ def _against_controls(findings: Findings) -> str:
     return f"With the same change, {'; '.join(parts)}."
 
 
-def _other_doses(findings: Findings) -> str:
+def _other_doses(findings: Findings) -> list[str]:
     shown = []
     for measured in findings.of(CHOSEN):
         p = findings.holm[measured.dose]
         if p < LEVEL and measured.dose != findings.best:
             shown.append(f"{measured.dose} ({measured.row.net:+d} net, p = {_p(p)})")
+    if len(findings.dev) == 1:
+        return []
     if not shown:
-        return "At no other dose do right answers differ by Holm's p < 0.05."
-    return f"By Holm's p < 0.05 they also differ at {', '.join(shown)}, with few controls there."
+        return ["At no other dose do right answers differ by Holm's p < 0.05."]
+    return [f"By Holm's p < 0.05 they also differ at {', '.join(shown)}, with few controls there."]
 
 
 def _null(findings: Findings) -> str:
@@ -163,7 +178,7 @@ def _power(findings: Findings) -> str:
 
 def _selected(findings: Findings) -> str:
     selection = findings.selection
-    names = ", ".join(str(latent["feature"]) for latent in findings.latents)
+    names = _listed([latent["feature"] for latent in findings.latents], "d")
     how = _SELECTIONS[selection["by"]].format(**selection)
     return f"The latents: {names}. {how} No dev or test question chose them."
 
@@ -247,13 +262,17 @@ def _question_table(findings: Findings) -> Table:
 def _dev_table(findings: Findings) -> Table:
     cells = []
     for dose, on_dev in findings.dev.items():
-        controls = " ".join(f"{net:+d}" for net in on_dev.controls)
+        controls = _listed(on_dev.controls, "+d")
         cells.append((str(dose), f"{on_dev.net:+d}", controls, f"{on_dev.excess:.1f}"))
     caption = (
         f"Right answers to {len(findings.ids['dev'])} dev questions, less the "
         f"{findings.dev_right} without a change"
     )
     return Table(caption, ("dose", "chosen latents", "controls", "excess"), cells)
+
+
+def _listed(numbers: Sequence[int], form: str) -> str:
+    return ", ".join(f"{number:{form}}" for number in numbers)
 
 
 def _accuracy(row: Row) -> str:
@@ -273,8 +292,10 @@ def over_doses(findings: Findings) -> str:
     """A panel of what is set (ablate is clamp 0), and one of what is added."""
     panels = {"clamped to": ("ablate", "clamp"), "added": ("add",)}
     doses = [*findings.dev]
-    shown = {name: [d for d in doses if d.change in kinds] for name, kinds in panels.items()}
-    shown = {name: own for name, own in shown.items() if own}
+    shown = {}
+    for name, kinds in panels.items():
+        if own := [dose for dose in doses if dose.change in kinds]:
+            shown[name] = own
     with mpl.rc_context(STYLE):
         drawn = Figure(figsize=(0.8 + 3.4 * len(shown), 3.4), layout="constrained")
         panes = np.atleast_1d(drawn.subplots(1, len(shown), sharey=True))
@@ -290,19 +311,22 @@ def over_doses(findings: Findings) -> str:
 def _panel(axes: Axes, findings: Findings, doses: Sequence[Dose]) -> None:
     """One panel, with its doses at equal distances: they are far from even."""
     places = np.arange(len(doses))
-    rows = [findings.of(CHOSEN, dose)[0].row for dose in doses]
-    points = np.array([(row.accuracy, *row.interval) for row in rows])
-    shares, low, high = points.T
+    points = []
+    names = []
+    for dose in doses:
+        row = findings.of(CHOSEN, dose)[0].row
+        points.append((row.accuracy, *row.interval))
+        names.append("0 (ablated)" if dose.change == "ablate" else f"{dose.scale:g}")
+    shares, low, high = np.array(points).T
     errors = [shares - low, high - shares]
     axes.errorbar(places, shares, errors, marker="o", markersize=4, capsize=3, label=CHOSEN)
     for kind, marker, shift in ((LATENTS, "o", -0.18), (DIRECTIONS, "x", 0.18)):
-        x, y = [], []
+        drawn = []
         for place, dose in enumerate(doses):
-            controls = [measured.row.accuracy for measured in findings.of(kind, dose)]
-            x += [place + shift] * len(controls)
-            y += controls
+            for measured in findings.of(kind, dose):
+                drawn.append((place + shift, measured.row.accuracy))
+        x, y = np.array(drawn).T
         axes.plot(x, y, marker, color=_GREY, markersize=4, alpha=0.6, label=kind)
     axes.axhline(findings.unsteered.accuracy, color=_GREY, linestyle="--", linewidth=1)
-    names = ["0 (ablated)" if dose.change == "ablate" else f"{dose.scale:g}" for dose in doses]
     axes.set_xticks(places, names)
     axes.set_xlim(-0.5, len(doses) - 0.5)

@@ -25,7 +25,6 @@ from analyze.answering import Answer, answers, asking_of, inputs
 from analyze.intervention import POSITIONS, Steer, prompt_inert_from, require_positions
 from analyze.matched import random_directions, unit
 from analyze.outcome import Outcome
-from analyze.replies import Reply
 from analyze.split import require_shares, split_of
 from analyze.stats import Floats
 from analyze.studies.contrast.means import answer_means, caa, memory
@@ -165,14 +164,10 @@ def _right_on_dev(
     sweeps: Sweeps, tried: Sequence[Steer], asked: Sequence[Answer]
 ) -> dict[float, int]:
     """Right answers to the dev questions by scale; 0 is unsteered."""
-    right = {0.0: _right(sweeps.run(asked, None, "dev, unsteered"))}
+    right = {0.0: sweeps.right(asked, None, "dev, unsteered")}
     for steer in tried:
-        right[steer.scale] = _right(sweeps.run(asked, steer, f"dev, v {steer.scale:+g}"))
+        right[steer.scale] = sweeps.right(asked, steer, f"dev, v {steer.scale:+g}")
     return right
-
-
-def _right(replies: Sequence[Reply]) -> int:
-    return sum(reply.correct for reply in replies)
 
 
 def _ids(asked: Sequence[Answer]) -> list[str]:
