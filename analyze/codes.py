@@ -5,7 +5,8 @@ Shapes: n rows, F latents.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,27 +15,51 @@ from scipy import sparse
 
 from analyze.encoding import Unit, positive, taken
 from analyze.subject import Subject
-from data.errors import StoreError
+from data.errors import StopRequest, StoreError
+from data.journal import Progress
 from train.kernels import Kept
 
 Codes = Any  # scipy.sparse.csr_array, (n, F) float32: activations, 0 where a latent is silent
 Ints = NDArray[np.int64]
 
 
-def shared_rows(
-    ours: Subject, our_unit: Unit, theirs: Subject, their_unit: Unit
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The rows of both runs of a unit that belong to the same tokens, in text order."""
-    assert our_unit.number == their_unit.number
-    our_rows = ours.text_rows(our_unit)
-    their_rows = theirs.text_rows(their_unit)
-    _, first, second = np.intersect1d(
-        our_unit.local[our_rows],
-        their_unit.local[their_rows],
-        assume_unique=True,
-        return_indices=True,
-    )
-    return our_rows[first], their_rows[second]
+class Rows(NamedTuple):
+    """The rows of a unit that two runs have in common, in the order of the text."""
+
+    ours: Unit
+    our_rows: Ints  # (n,)
+    theirs: Unit
+    their_rows: Ints  # (n,) of the same tokens
+
+    @property
+    def document(self) -> Ints:
+        """(n,)"""
+        return self.ours.document[self.our_rows].astype(np.int64)
+
+
+def shared_rows(ours: Subject, theirs: Subject, limit: int, stop: StopRequest) -> Iterator[Rows]:
+    """The held-out rows that both runs' policies keep, without BOS, unit by unit.
+
+    Raises:
+        StoreError: there is none.
+    """
+    total = 0
+    progress = Progress()
+    for our_unit, their_unit in zip(ours.rows(limit), theirs.rows(limit), strict=False):
+        stop.check()
+        assert our_unit.number == their_unit.number
+        our_rows, their_rows = ours.text_rows(our_unit), theirs.text_rows(their_unit)
+        _, first, second = np.intersect1d(
+            our_unit.local[our_rows],
+            their_unit.local[their_rows],
+            assume_unique=True,
+            return_indices=True,
+        )
+        total += len(first)
+        yield Rows(our_unit, our_rows[first], their_unit, their_rows[second])
+        progress.show(f"encoded unit {our_unit.number}")
+    if not total:
+        raise StoreError(f"no held-out row of {ours.store.name} passes both runs' policies")
 
 
 def codes_of(encoded: Kept, rows: NDArray[np.int64], d_sae: int) -> Codes:

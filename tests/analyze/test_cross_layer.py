@@ -197,7 +197,7 @@ def false_positives(data_sets: range) -> int:
 
 
 def test_false_positives_are_few() -> None:
-    assert false_positives(range(8)) <= 2
+    assert false_positives(range(5)) <= 2
 
 
 @pytest.mark.long
@@ -338,8 +338,8 @@ def test_an_ablated_direction_is_lost_and_a_bystander_is_not(tiny_study: Any) ->
     ones = np.ones((64, 1))
     others: Any = [ones] * 12
     found = Found(np.arange(64)[:, None], *others)._replace(q=0 * ones)
-    figures = causal.measured(study, theirs, found, ones, 8, StopRequest())
+    figures = causal.measured(study, theirs, found, ones, 7, StopRequest())
     same = figures["same direction"]
-    assert same["measured"] == 8 and same["p"] < 0.01
+    assert same["measured"] == 7 and same["p"] < 0.01
     assert same["median"] > 0.5 > 0.2 > same["median_controls"]
     assert figures["other direction"]["measured"] == 0

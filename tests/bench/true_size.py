@@ -41,6 +41,7 @@ STUDIES: dict[str, list[str]] = {
     "catalogue": [],
     "saebench": [],
     "stability": ["study.other={run}_other"],
+    "cross_layer": ["study.to={run}_other"],
     "browser": [],
     "gsm8k": ANSWERS,
     "contrast": ANSWERS,

@@ -25,7 +25,7 @@ from analyze.matching import BLOCK, NONE, best_few
 from analyze.stats import Floats, benjamini_hochberg
 from analyze.studies.cross_layer.rotation import Runs, coincidences
 from data.errors import StopRequest
-from data.journal import Progress
+from data.journal import Progress, note
 
 TOP = 5  # partners of a latent
 LEVEL = 0.05  # of q, up to which a pair predicts
@@ -152,6 +152,7 @@ def _moments(y: Codes, x: Codes, partner: Ints, stop: StopRequest) -> tuple[Floa
     second = np.zeros((len(partner), size, size))
     for first in range(0, len(partner), BLOCK):
         stop.check()
+        note(f"moments of {first:,} of {len(partner):,} latents")
         part = slice(first, first + BLOCK)
         columns = [y[:, part].astype(np.float64), *_partners(x, partner[part])]
         for i, one in enumerate(columns):

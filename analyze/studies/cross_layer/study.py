@@ -48,8 +48,8 @@ from analyze.studies.cross_layer.rotation import Runs, rotated
 from analyze.study import Column, Definition, Study, at_least, write_features
 from analyze.subject import Subject, recorded_stores
 from analyze.targets import ALIKE
-from data.errors import SettingError, StopRequest, StoreError
-from data.journal import Progress, tell
+from data.errors import SettingError, StopRequest
+from data.journal import tell
 from data.rows import aligned
 from data.settings import build
 from train.run import read_config
@@ -133,31 +133,20 @@ def other_of(study: Study) -> Subject:
 
 def inputs(study: Study) -> Mapping[str, Any]:
     """What the result depends on beside its settings."""
-    theirs = other_of(study)
+    return _of(other_of(study))
+
+
+def _of(theirs: Subject) -> Mapping[str, Any]:
     return {"to_sae": theirs.digest, "to_store": theirs.store.identity}
 
 
 def encode(ours: Subject, theirs: Subject, limit: int, stop: StopRequest) -> Coded:
-    """Both on the held-out rows that both runs' policies keep, without BOS.
-
-    Raises:
-        StoreError: there is none.
-    """
+    """Both on the rows that they have in common; raises StoreError if there are none."""
     parts: list[Coded] = []
-    progress = Progress()
-    for our_unit, their_unit in zip(ours.rows(limit), theirs.rows(limit), strict=False):
-        stop.check()
-        our_rows, their_rows = shared_rows(ours, our_unit, theirs, their_unit)
-        parts.append(
-            Coded(
-                codes_of(ours.encoded(our_unit), our_rows, ours.sae.d_sae),
-                codes_of(theirs.encoded(their_unit), their_rows, theirs.sae.d_sae),
-                our_unit.document[our_rows].astype(np.int64),
-            )
-        )
-        progress.show(f"encoded unit {our_unit.number}")
-    if not sum(len(part.document) for part in parts):
-        raise StoreError(f"no held-out row of {ours.store.name} passes both runs' policies")
+    for rows in shared_rows(ours, theirs, limit, stop):
+        mine = codes_of(ours.encoded(rows.ours), rows.our_rows, ours.sae.d_sae)
+        their = codes_of(theirs.encoded(rows.theirs), rows.their_rows, theirs.sae.d_sae)
+        parts.append(Coded(mine, their, rows.document))
     columns = list(zip(*parts, strict=True))
     mine, their = (sparse.vstack(codes, format="csr") for codes in columns[:2])
     return Coded(mine, their, np.concatenate(columns[2]))
@@ -177,7 +166,7 @@ def cross_layer(study: Study) -> Outcome:
     with StopRequest() as stop:
         coded = encode(ours, theirs, options.rows, stop)
         half = choosing_half(coded.document, SEED)
-        kept = _kept(study, options)
+        kept = _kept(study, theirs, options)
         found = _found(kept, 0, coded, half, options, stop)
         cosine = cosines(ours, theirs, found.partner)
         figures = {
@@ -202,10 +191,10 @@ def cross_layer(study: Study) -> Outcome:
     )
 
 
-def _kept(study: Study, options: Options) -> Parts:
+def _kept(study: Study, theirs: Subject, options: Options) -> Parts:
     """Where the pairs are kept: a stop costs no more than the search at hand."""
     key = {"version": VERSION, "rows": options.rows, "min_firing": options.min_firing}
-    return study.subject.parts("cross_layer", {**key, **study.identity, **inputs(study)})
+    return study.subject.parts("cross_layer", {**key, **study.identity, **_of(theirs)})
 
 
 def _found(

@@ -38,7 +38,6 @@ from analyze.studies.stability import words
 from analyze.study import Column, Definition, Study, write_features
 from analyze.subject import Subject
 from data.errors import SettingError, StopRequest, StoreError
-from data.journal import Progress
 from data.settings import build
 from train.sae import SAE
 
@@ -140,23 +139,16 @@ def encode(ours: Subject, theirs: Subject, drawn: SAE, limit: int, stop: StopReq
     """All three dictionaries on the held-out rows that both runs' policies keep, without BOS."""
     parts: list[Coded] = []
     drawn_kept = theirs.encodings(drawn, "random")
-    progress = Progress()
-    for our_unit, their_unit in zip(ours.rows(limit), theirs.rows(limit), strict=False):
-        stop.check()
-        our_rows, their_rows = shared_rows(ours, our_unit, theirs, their_unit)
+    for rows in shared_rows(ours, theirs, limit, stop):
+        random = encoding.encode(drawn, rows.theirs, drawn_kept)
         parts.append(
             Coded(
-                ours=codes_of(ours.encoded(our_unit), our_rows, ours.sae.d_sae),
-                theirs=codes_of(theirs.encoded(their_unit), their_rows, theirs.sae.d_sae),
-                random=codes_of(
-                    encoding.encode(drawn, their_unit, drawn_kept), their_rows, drawn.d_sae
-                ),
-                document=our_unit.document[our_rows].astype(np.int64),
+                ours=codes_of(ours.encoded(rows.ours), rows.our_rows, ours.sae.d_sae),
+                theirs=codes_of(theirs.encoded(rows.theirs), rows.their_rows, theirs.sae.d_sae),
+                random=codes_of(random, rows.their_rows, drawn.d_sae),
+                document=rows.document,
             )
         )
-        progress.show(f"encoded unit {our_unit.number}")
-    if not sum(len(part.document) for part in parts):
-        raise StoreError(f"no held-out row of {ours.store.name} passes both runs' policies")
     return Coded(
         ours=sparse.vstack([part.ours for part in parts], format="csr"),
         theirs=sparse.vstack([part.theirs for part in parts], format="csr"),
