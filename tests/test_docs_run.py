@@ -77,6 +77,7 @@ SUBSTITUTES = {
     r"study\.tokens=6000": "study.tokens=100",
     r"answers\.questions=(100|50)": "answers.questions=20",
     r"hydra/launcher=\w+": "hydra/launcher=basic",
+    r"feature=161": "feature=16",
     r"hydra\.launcher\..*": "",
 }
 # What is added to a command, by its module or a word of it, unless it sets the same thing.
@@ -101,6 +102,7 @@ ADDED = {
     "study=rollouts": "answers.questions=20 answers.new_tokens=22 study.draws=20 "
     "study.min_firing=1",
     "study=reason_score": "study.words=[more,left]",
+    "study=steer": "study.new_tokens=2",
     "study=all": "answers.questions=20 ~study.gsm8k ~study.steering study.contrast.permutations=19 "
     "study.contrast.min_firing=1 study.stage_gate.min_firing=1 study.stage_gate.draws=20 "
     "study.logit_lens.prompts=2 study.splice.tokens=100 study.reason_score.words=[more,left]",
