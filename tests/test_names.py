@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from conf.command import plain
-from conf.names import LISTS, LITERAL, NAMES, quoted, require_no_secret
+from conf.names import LISTS, LITERAL, NAMES, quoted, require_no_secret, typed
 from data.errors import SettingError
 from data.text.sources import source_of
 from harvest.command import harvest_config, model_config
@@ -299,16 +299,24 @@ TEXTS = [
 
 @pytest.mark.parametrize("multirun", [(), ("-m",)])
 def test_any_text_is_that_text(multirun: tuple[str, ...]) -> None:
-    """`text=` is no choice of conf/text, and Hydra reads nothing into what was typed."""
+    """Hydra reads nothing into what was typed, and neither does a search for secrets."""
+    for text in TEXTS:
+        arguments = [f"text={text}", f"+prompt={text}"]
+        require_no_secret(arguments, "analyze")
+        overrides = [word for word in quoted([*multirun, *arguments], "analyze") if word != "-m"]
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        assert not any(override.is_sweep_override() for override in parsed)
+        hidden = {override.key_or_group.partition(".")[2]: override.value() for override in parsed}
+        assert typed({"text": None, "typed": hidden}) == {"text": text, "prompt": text}
+
+
+def test_a_text_chooses_no_group() -> None:
+    """`text=` is a group of other commands, and their composition meets it here."""
     with initialize_config_module("conf", version_base="1.3"):
-        for text in TEXTS:
-            typed = [f"text={text}", f"+prompt={text}", "study=features", "scale=[0,-5]"]
-            require_no_secret(typed, "analyze")
-            overrides = [word for word in quoted([*multirun, *typed], "analyze") if word != "-m"]
-            parsed = OverridesParser.create().parse_overrides(overrides)
-            assert not any(override.is_sweep_override() for override in parsed)
+        for text in ("tiny", "${run}", "a,b", "null", "two\nlines", '"no", {x: 1}'):
+            overrides = quoted([f"text={text}", "study=features", "scale=[0,-5]"], "analyze")
             settings = plain(compose("analyze", overrides))
-            assert (settings["text"], settings["prompt"]) == (text, text)
+            assert (settings["text"], settings["prompt"]) == (text, None)
             assert settings["study"]["name"] == "features" and settings["scale"] == [0, -5]
             assert "typed" not in settings
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,18 @@ def test_random_latents_fire_as_often_and_push_as_far(
     (dose,), (random,) = figures["chosen"], figures["random"]
     assert random["relative"] == pytest.approx(dose["relative"], rel=1e-4)
     assert np.allclose(dose["added"], 2 * np.array(figures["mean_activation"]))
+
+
+def test_a_chat_goes_on_from_the_models_turn(
+    tiny_study: Any, lm: LanguageModel, feature: int, tiny_run: Path
+) -> None:
+    chat = [{"role": "user", "content": "3 + 4?"}]
+    study = tiny_study("steer", new_tokens=4)
+    figures = ask(study, prompt=json.dumps(chat), feature=feature, scale=0)
+    (rendered,) = lm.tokenizer.encode([chat], reply=True)
+    assert figures["prompt_ids"] == [lm.tokenizer.bos, *rendered]
+    assert figures["chosen"][0]["is_untouched"]
+    assert SAE.load(tiny_run).generate(chat, 4) == figures["untouched"]["text"]
 
 
 def test_steering_ends_with_its_block(tiny_run: Path, feature: int) -> None:

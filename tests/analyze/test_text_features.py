@@ -19,12 +19,14 @@ from analyze.study import Study
 from analyze.subject import Subject
 from analyze.text_features import Reader, TextFeatures
 from data.errors import SettingError
+from data.site import HookPoint
 from harvest import model as models
 from harvest.model import LanguageModel, ModelConfig, load
 from harvest.model_folder import EMBEDDED
 from residual_saes import SAE
 from tests.analyze.chromium import NEEDS_CHROMIUM, Chromium
 from tests.conftest import Call
+from train.sae import SAE as WeightsOf
 
 TEXT = "What's 3+4, {really}?\nTom has <b>7</b> apples"
 
@@ -111,6 +113,33 @@ def test_summaries_follow_from_the_dense_values(found: TextFeatures) -> None:
         best = sorted(np.flatnonzero(dense[token]), key=lambda i: (-dense[token, i], i))[:3]
         assert [latent for latent, _ in found.at(token, 3)] == best
     assert str(strong[0].feature) in repr(found).splitlines()[2]
+
+
+def test_several_hook_points_are_read_side_by_side(lm: LanguageModel, subject: Subject) -> None:
+    """As a crosscoder reads them; another reader of the same pass has its own values still."""
+    points = (HookPoint(10), HookPoint(5))
+    generator = torch.Generator().manual_seed(0)
+    W_dec = torch.randn(30, 128, generator=generator)
+    crosscoder = WeightsOf.of(W_dec.T.contiguous(), W_dec, torch.zeros(30), torch.zeros(128), 4)
+    ids = [lm.tokenizer.bos, *range(300, 320)]
+    readers = [Reader(crosscoder, points), Reader(subject.sae, subject.points)]
+    ((own, other),) = text_features.read(lm, readers, [ids])
+    states: dict[int, torch.Tensor] = {}
+    handles = [
+        lm.blocks[layer].register_forward_hook(
+            lambda _m, _i, output, layer=layer: states.update({layer: output[0]})
+        )
+        for layer in (5, 10)
+    ]
+    lm.causal(input_ids=torch.tensor([ids]))
+    for handle in handles:
+        handle.remove()
+    rows = torch.cat([states[10], states[5]], -1).reshape(-1, 128).bfloat16().float()
+    kept = (rows[1:] @ W_dec.T).topk(4)
+    expected = torch.zeros(20, 30).scatter(1, kept.indices, kept.values.relu())
+    assert np.allclose(own.dense[1:], expected.detach().numpy(), rtol=1e-4, atol=1e-4)
+    ((alone,),) = text_features.read(lm, readers[1:], [ids])
+    assert (alone.dense == other.dense).all()
 
 
 def test_a_text_has_one_bos_whatever_it_spells(lm: LanguageModel, subject: Subject) -> None:
