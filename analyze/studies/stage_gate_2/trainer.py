@@ -1,9 +1,13 @@
 """TRL's GRPOTrainer with rollouts, advantages and a reference of ours.
 
-Of TRL it keeps the loss (`loss_type="dapo"`: a mean over the tokens of a step; the KL by Schulman's
-k3), the log-probabilities, the optimizer and the checkpoints. Its loss takes an advantage for each
-completion, (B,), or, from subclasses, for each token, (B, T). Ours are (B, T) at both levels; those
-of a trajectory are the same for all its tokens.
+Of TRL it keeps the loss, the log-probabilities, the optimizer and the checkpoints. The loss is
+
+    - mean over a step's tokens of ratio * (A - beta * k3)
+
+ratio is p / p.detach(), k3 Schulman's estimate of the KL to the reference: TRL's `loss_type="dapo"`
+with `use_bias_correction_kl` (DeepSeek-V3.2, arXiv 2512.02556). A is of completions, (B,), or, from
+subclasses, of tokens, (B, T). Ours is of tokens at both levels; that of a trajectory is the same
+for all its tokens.
 
 Shapes: B rollouts of a step, T tokens of the longest one.
 """
@@ -99,9 +103,10 @@ def config(folder: Path, arm: Arm, options: Options, temperature: float, device:
         beta=options.beta,
         temperature=temperature,
         loss_type="dapo",
+        use_bias_correction_kl=True,
         seed=arm.seed,
         disable_dropout=True,
-        gradient_checkpointing=not on_cpu,
+        activation_checkpointing=not on_cpu,
         use_cpu=on_cpu,
         bf16=not on_cpu,
         dataloader_pin_memory=False,
