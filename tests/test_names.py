@@ -38,6 +38,7 @@ WORDS = {
         "name",
         "oom",
         "part",
+        "pooling",
         "positions",
         "prompt",
         "select",

@@ -86,6 +86,47 @@ def test_the_same_text_on_two_sides_would_look_like_a_label() -> None:
     assert np.mean(apart) > 0.65 and abs(np.mean(together) - 0.5) < 0.12
 
 
+def test_many_random_directions_are_no_better_than_many_random_directions() -> None:
+    """The best of 2,000 directions is nearer to a label than the best of 24 dimensions."""
+    made = texts("directions", 800, 0)
+    x = made.inputs[DIMENSIONS]
+    for seed, name in enumerate((LATENTS, fitting.RANDOM)):
+        made.inputs[name] = x @ np.random.default_rng(seed).normal(size=(x.shape[1], 2000))
+    with StopRequest() as stop:
+        judgement, _ = judged(made, 3, 100, 20, stop)
+    assert judgement["ahead"][DIMENSIONS]["interval"].low > 0
+    assert judgement["verdict"] == "no better"
+
+
+def score(auroc: float, spread: float = 0.01) -> scoring.Scores:
+    """A probe's figures whose interval has this half-width, nearly."""
+    values = np.r_[auroc, auroc + spread * np.linspace(-1, 1, 101)]
+    return scoring.Scores(values, values, values)
+
+
+@pytest.mark.parametrize(
+    ("change", "null", "expected"),
+    [
+        ({}, 0.5, "better"),
+        ({DIMENSIONS: 0.8}, 0.5, "no better"),
+        ({fitting.RANDOM: 0.8}, 0.5, "no better"),
+        ({fitting.LENGTH: 0.8}, 0.5, "no better"),
+        ({DIMENSIONS: 0.9}, 0.5, "worse"),
+        ({fitting.RANDOM: 0.9}, 0.5, "no better"),
+        ({DENSE: 0.5}, 0.4, "undecided"),  # its interval holds 0.5
+        ({}, 0.96, "undecided"),  # as permuted labels have
+    ],
+)
+def test_the_verdict_follows_its_rule(change: dict[str, float], null: float, expected: str) -> None:
+    values = {LATENTS: 0.8, DIMENSIONS: 0.7, fitting.RANDOM: 0.7, fitting.LENGTH: 0.6, DENSE: 0.95}
+    found = {}
+    for name, value in (values | change).items():
+        # The same everywhere but for the latents, so that their differences have intervals.
+        own = score(value) if name in (LATENTS, DENSE) else score(value, 0)
+        found[Probing(name, None if name in (DENSE, fitting.LENGTH) else 1)] = own
+    assert scoring.judgement(found, np.full(20, null))["verdict"] == expected
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["random", "repeated", "directions", "alike"])
 def test_false_positives_are_at_their_level(kind: str) -> None:
