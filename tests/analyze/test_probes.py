@@ -172,10 +172,12 @@ def test_validation_rows_choose_the_penalty_alone() -> None:
     sides = fitting.split(made.label, made.group, 1)
     label = made.label.copy()
     label[sides.validation] = 1 - label[sides.validation]
-    classes = [fitting.targets(of) for of in (made.label, label)]
+    wanted = [Probing(LATENTS, 5)]
     with StopRequest() as stop:
-        chosen = [fitting.ranking(made.inputs[LATENTS], of, sides.train, 5, stop) for of in classes]
-    np.testing.assert_array_equal(*chosen)
+        of_both = [
+            fitting.judged(made.inputs, of, sides, wanted, stop) for of in (made.label, label)
+        ]
+    np.testing.assert_array_equal(*(of.latents for of in of_both))
 
 
 @given(
@@ -205,16 +207,19 @@ def test_groups_that_share_a_text_are_one() -> None:
 
 
 def test_permuted_labels_stay_together() -> None:
-    group = np.array([0, 1, 1, 0, 2, 3, 2, 3, 4])
-    label = np.array([0, 1, 2, 0, 3, 4, 5, 4, 9])
-    blocks = {(0, 0), (1, 2), (3, 5), (4, 4)}
+    group = np.array([0, 1, 1, 0, 2, 3, 2, 3, 4, 5, 5, 5])
+    label = np.array([0, 1, 2, 0, 3, 4, 5, 4, 9, 6, 7, 8])
     seen = set()
-    for seed in range(20):
+    for seed in range(30):
         drawn = scoring.permuted(label, group, np.random.default_rng(seed))
-        found = {tuple(drawn[group == number].tolist()) for number in range(4)}
-        assert found == blocks and drawn[8] == 9
+        of_group = [tuple(drawn[group == number].tolist()) for number in range(6)]
+        # Groups of one label exchange it, whatever their sizes; others with those of their size.
+        ones = [of_group[number] for number in (0, 3, 4)]
+        assert sorted(set(one).pop() for one in ones) == [0, 4, 9]
+        assert list(map(len, map(set, ones))) == [1, 1, 1]
+        assert {of_group[1], of_group[2]} == {(1, 2), (3, 5)} and of_group[5] == (6, 7, 8)
         seen.add(tuple(drawn))
-    assert len(seen) > 5
+    assert len(seen) > 8
 
 
 # -- figures are their definitions -----------------------------------------------------------------
@@ -280,6 +285,19 @@ def test_the_choice_is_of_sparse_latents_as_of_dense_ones() -> None:
             for x in (dense, sparse.csr_array(dense))
         ]
     np.testing.assert_array_equal(*both)
+
+
+def test_a_latents_class_is_chosen_on_other_rows_than_judge_it() -> None:
+    made = texts("planted", 120, 0)
+    label = made.label + 2 * (np.arange(120) % 4 == 0) * made.label  # 0, 1 and 3
+    label = np.unique(label, return_inverse=True)[1]
+    features = sparse.csr_array(made.inputs[LATENTS])
+    best, aurocs = scoring.of_latents(features, label, made.group, 0)
+    test = fitting.split(label, made.group, 0).test
+    assert best[0] == 0 and aurocs[0] < 0.1  # silent in class 0, and it fires in both others
+    for latent in (0, 5, 17):
+        own = stats.auroc(made.inputs[LATENTS][test, latent], label[test] == best[latent])
+        np.testing.assert_allclose(aurocs[latent], own)
 
 
 # -- pooling ---------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from data.errors import StopRequest
 VALIDATION, TEST = 0.2, 0.3  # shares of each class's groups
 LATENTS, DIMENSIONS, RANDOM = "latents", "dimensions", "random latents"  # of which k are chosen
 DENSE, MEANS, LENGTH = "dense", "means", "length"
-_WIDTH = 4096  # columns that are dense at a time
+WIDTH = 4096  # columns that are dense at a time
 
 Inputs = Mapping[str, Any]  # by what is read (n, m): an array, or a scipy.sparse.csr_array
 
@@ -136,9 +136,9 @@ def ranking(
     """
     chosen = x[rows]
     effect = np.zeros((len(classes), x.shape[1]))
-    for start in range(0, x.shape[1], _WIDTH):
+    for start in range(0, x.shape[1], WIDTH):
         stop.check()
-        part = slice(start, start + _WIDTH)
+        part = slice(start, start + WIDTH)
         effect[:, part] = hedges_g_of_labels(_dense(chosen[:, part]), classes[:, rows])
     order = np.argsort(-np.abs(np.nan_to_num(effect)), axis=1, kind="stable")
     return np.asarray(order[:, :count], np.int64)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from analyze.stats import Floats, Interval, figure, percentiles, permutation_p
 from analyze.studies.probes.fitting import (
@@ -21,6 +22,7 @@ from analyze.studies.probes.fitting import (
     LATENTS,
     LENGTH,
     RANDOM,
+    WIDTH,
     Inputs,
     Probing,
     judged,
@@ -136,19 +138,61 @@ def _share(weight: NDArray[np.float32], right: NDArray[np.bool_], of: NDArray[np
     return np.asarray(weight[:, of & right].sum(1, dtype=np.float64) / total)
 
 
+def of_latents(
+    features: Any, label: NDArray[np.int64], group: NDArray[np.int64], seed: int
+) -> tuple[NDArray[np.int64], Floats]:
+    """(F,) the class that each latent tells best by itself, and its AUROC on other rows (F,).
+
+    Args:
+        features: (n, F) scipy.sparse.csr_array.
+        seed: of the split, whose test rows do not choose the class.
+    """
+    sides = split(label, group, seed)
+    classes = targets(label)
+    best = []
+    aurocs = []
+    for start in range(0, features.shape[1], WIDTH):
+        dense = features[:, start : start + WIDTH].toarray()
+        chosen = _aurocs(dense[sides.known], classes[:, sides.known])
+        best.append(np.abs(chosen - 0.5).argmax(0))
+        other = _aurocs(dense[sides.test], classes[:, sides.test])
+        aurocs.append(other[best[-1], np.arange(dense.shape[1])])
+    return np.concatenate(best), np.concatenate(aurocs)
+
+
+def _aurocs(x: NDArray[np.float32], classes: NDArray[np.bool_]) -> Floats:
+    """(C, m) AUROC of every column (n, m) for every class (C, n)."""
+    ranks = rankdata(x, axis=0)
+    inside = classes.sum(1, keepdims=True)
+    above = classes.astype(np.float64) @ ranks - inside * (inside + 1) / 2
+    return np.asarray(above / (inside * (x.shape[0] - inside)))
+
+
 # -- labels permuted -------------------------------------------------------------------------------
 
 
 def permuted(
     label: NDArray[np.int64], group: NDArray[np.int64], rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """(n,) the labels of whole groups, dealt out among the groups of the same size."""
+    """(n,) the labels of whole groups, dealt out among groups.
+
+    Groups of one label each exchange it. Groups of several exchange all theirs, row by row, with
+    groups of the same size.
+    """
     order = np.argsort(group, kind="stable")
     sizes = np.bincount(group)
     starts = np.cumsum(sizes) - sizes
+    ordered = label[order]
+    low = np.minimum.reduceat(ordered, starts)
+    is_one = low == np.maximum.reduceat(ordered, starts)
     drawn = label.copy()
-    for size in np.unique(sizes):
-        rows = order[starts[sizes == size][:, None] + np.arange(size)]  # (groups, size)
+    dealt = low.copy()
+    dealt[is_one] = rng.permutation(low[is_one])
+    whole = is_one[group]
+    drawn[whole] = dealt[group[whole]]
+    for size in np.unique(sizes[~is_one]):
+        first = starts[~is_one & (sizes == size)]
+        rows = order[first[:, None] + np.arange(size)]  # (groups, size)
         drawn[rows] = label[rng.permutation(rows)]
     return drawn
 

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from scipy import stats as scipy_stats
 
 from analyze import answering, directions, refusals
 from analyze.memory import Needed, of_sae
@@ -59,7 +58,6 @@ from data.site import RESID_POST, HookPoint
 
 VERSION = 1  # of what is kept: raise it when the same texts give something else
 SEED = 0  # of the random dictionary and the resampling
-_WIDTH = 4096  # latents that are dense at a time
 
 
 @dataclass(frozen=True)
@@ -362,35 +360,17 @@ def _of_classes(made: Examples, own: Measured, options: Options) -> list[dict[st
 
 def _write(study: Study, made: Examples, features: Any) -> None:
     """Of every latent the class that it tells best by itself, and how well on other texts."""
-    sides = fitting.split(made.label, made.group, SEED)
-    classes = fitting.targets(made.label)
+    best, aurocs = scoring.of_latents(features, made.label, made.group, SEED)
     names = made.names[1:] if len(made.names) == 2 else made.names
-    best = []
-    aurocs = []
-    for start in range(0, features.shape[1], _WIDTH):
-        dense = features[:, start : start + _WIDTH].toarray()
-        chosen = _aurocs(dense[sides.known], classes[:, sides.known])
-        of_best = np.abs(chosen - 0.5).argmax(0)
-        best.append(of_best)
-        judged = _aurocs(dense[sides.test], classes[:, sides.test])
-        aurocs.append(judged[of_best, np.arange(dense.shape[1])])
     fires = np.diff(features.tocsc().indptr)
     silent = fires == 0
     columns = {
         "feature": pa.array(np.arange(features.shape[1]), pa.uint32()),
         "texts": pa.array(fires),
-        "class": pa.array(np.array(names)[np.concatenate(best)].tolist(), mask=silent),
-        "auroc": pa.array(np.concatenate(aurocs), mask=silent),
+        "class": pa.array(np.array(names)[best].tolist(), mask=silent),
+        "auroc": pa.array(aurocs, mask=silent),
     }
     write_features(study.folder / FEATURES, columns)
-
-
-def _aurocs(x: NDArray[np.float32], classes: NDArray[np.bool_]) -> Floats:
-    """(C, m) AUROC of every column (n, m) for every class (C, n)."""
-    ranks = scipy_stats.rankdata(x, axis=0)
-    inside = classes.sum(1, keepdims=True)
-    above = classes.astype(np.float64) @ ranks - inside * (inside + 1) / 2
-    return np.asarray(above / (inside * (x.shape[0] - inside)))
 
 
 def memory(study: Study) -> Needed:
@@ -398,7 +378,9 @@ def memory(study: Study) -> Needed:
     options = build(Options, "study", study.options)
     layers = study.n_layers if options.layers == "all" else len(options.layers or []) + 1
     states = 5.0 * layers * options.examples * study.subject.store.d_model
-    return Needed(2 * of_sae(study.subject) + states + 24.0 * options.examples * _WIDTH, "study.k")
+    return Needed(
+        2 * of_sae(study.subject) + states + 24.0 * options.examples * fitting.WIDTH, "study.k"
+    )
 
 
 DEFINITION = Definition(
