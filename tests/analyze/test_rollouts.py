@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import sparse
 
+from analyze.chosen import ChosenFeatures
 from analyze.outcome import dumped
 from analyze.studies.contrast.means import Means
 from analyze.studies.contrast.study import DEFINITION as CONTRAST
@@ -249,6 +250,10 @@ def test_rollouts_and_the_gate_agree_and_contrast_stands_beside(tiny_study) -> N
         assert found["scores"][name]["within"]["auroc"] == score["within"]["auroc"]
         assert found["scores"][name]["within"]["p"] == score["within"]["p"]
         assert found["best_of"]["accuracy"][name] == of_gate["best_of"]["accuracy"][name]
+
+    chosen = ChosenFeatures.read(study.place / "rollouts.json")
+    of_the_gate = ChosenFeatures.read(study.place.parent / "stage_gate" / "stage_gate.json")
+    assert chosen[1:-1] == of_the_gate[1:-1] and chosen.verdict == found["verdict"]
 
     assert found["drawn"] == {"samples": 4, "temperature": 1.5, "seed": 0}
     assert set(outcome.pictures) == {"best_of_n", "auroc"} and found["left_out"] == []

@@ -74,7 +74,7 @@ def tables(figures: dict[str, Any]) -> list[Table]:
         rows.append((name, *map(_cell, points)))
     if chance := figures["random_latents"]:
         cells = map(_spread, chance["accuracy"])
-        rows.append((f"{RANDOM_LATENTS}, {chance['sets']:,} sets", *cells))
+        rows.append((f"{RANDOM_LATENTS}: median (95 % of sets)", *cells))
     header = ("picked by", *map("n = {}".format, best["n"]))
     caption = f"Best of n: accuracy on {best['questions']} validation questions"
     return [
@@ -107,7 +107,7 @@ def _cell(point: dict[str, Any]) -> str:
 
 def _spread(point: dict[str, Any]) -> str:
     low, high = point["interval"]
-    return f"{point['median']:.3f}, 95 % in {low:.3f} to {high:.3f}"
+    return f"{point['median']:.3f} ({low:.3f}-{high:.3f})"
 
 
 # -- pictures --------------------------------------------------------------------------------------

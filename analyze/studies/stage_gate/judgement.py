@@ -54,11 +54,11 @@ _MARK = f"rho >= {PASSING_RHO:.2f}"
 _MARK_GIVEN = f"rho given length >= {PASSING_RHO:.2f}"  # else most of it may be the length's
 _PICKED = "best of n above a random pick"
 RULE = (
-    f"within questions, pass if {_MARK}, also given length (whether it is finished, who wrote it, "
-    f"whether it gives a number), its permutation p < {_LEVEL}, the AUROC's 95 % interval is above "
-    "0.5, that of rho given length above 0, and of all answers to a question the one with the "
-    f"highest R is right more often than a random one, p < {_LEVEL}; weak if only rho is too "
-    "small; else fail"
+    f"pass if within questions {_MARK}; {_MARK_GIVEN}, and its 95 % interval is above 0 (given "
+    "also whether an answer is finished, who wrote it, and whether it gives a number); p of labels "
+    f"permuted within questions < {_LEVEL}; the AUROC's 95 % interval is above 0.5; and of all "
+    "answers to a question the one of the highest R is right more often than a random one, with p "
+    f"< {_LEVEL}. Weak if only a rho is too small. Else fail"
 )
 
 

@@ -101,8 +101,8 @@ def picked(figures: dict[str, Any]) -> str:
         own = figures["random_latents"]["accuracy"][-1]
         low, high = own["interval"]
         chance = (
-            f" Of the sets of random latents half pick {own['median']:.3f} or less, 95 % of them "
-            f"{low:.3f} to {high:.3f} (p = {own['p']:.2g})."
+            f" The picks of random latents are right in {own['median']:.3f}, of 95 % of the sets "
+            f"in {low:.3f} to {high:.3f} (p = {own['p']:.2g})."
         )
     return (
         f"Best of {best['n'][-1]}: of {best['questions']} validation questions the answer of the "
