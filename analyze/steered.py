@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from analyze.intervention import LatentChange, effects, intervened
 from analyze.language_model import Generation, end_tokens, generate
+from analyze.rates import Rates
 from data.errors import SettingError
 from data.settings import number, whole
 from harvest.model import LanguageModel
@@ -33,6 +34,16 @@ class Push(NamedTuple):
     sae: SAE
     features: tuple[int, ...]
     activations: tuple[float, ...]  # of each, that are added
+
+    @classmethod
+    def usual(cls, sae: SAE, features: Sequence[int], known: Rates) -> Push:
+        """Each latent by its mean activation where it fires.
+
+        Raises:
+            SettingError: one never fires.
+        """
+        means = tuple(known.mean_of(feature) for feature in features)
+        return cls(sae, tuple(features), means)
 
     @property
     def norm(self) -> float:

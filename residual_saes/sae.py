@@ -259,13 +259,14 @@ class SAE:
         features = steered.features_of(asked, self.d_sae)
         if [point.site for point in self.points] != [RESID_POST] or self.weights.b_in is not None:
             raise SettingError(f"{self.name} is no SAE of a layer's output, so it cannot steer it")
-        if activation is None:
-            activations = [self.rates.mean_of(each) for each in features]
-        else:
-            activations = [float(activation)] * len(features)
         (times,) = steered.scales_of(number("scale", scale))
+        if activation is None:
+            push = Push.usual(self.weights, features, self.rates)
+        else:
+            added = (number("activation", activation),) * len(features)
+            push = Push(self.weights, tuple(features), added)
         before = self._push
-        self._push = Push(self.weights, tuple(features), tuple(activations)).scaled(times)
+        self._push = push.scaled(times)
         try:
             yield self
         finally:

@@ -17,14 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from analyze import given, rates, shelf, steered
+from analyze import given, rates, refusals, shelf, steered
 from analyze.language_model import Generation
 from analyze.matched import random_latents
 from analyze.outcome import Outcome, Table
 from analyze.pages.template import rendered
-from analyze.steered import Dose, Push, Writer
+from analyze.steered import Push, Writer
 from analyze.study import Definition, Study, at_least
-from analyze.subject import Subject
 from data.errors import PipelineError, SettingError
 from data.settings import build
 
@@ -60,19 +59,7 @@ class Asked:
 
     @property
     def name(self) -> str:
-        """The latents in words."""
-        plural = "s" if len(self.features) > 1 else ""
-        return f"latent{plural} {' + '.join(map(str, self.features))}"
-
-
-def refuses(subject: Subject, _: Mapping[str, Any]) -> str | None:
-    """Of what is pushed at the output of a layer, in the direction that a latent writes there."""
-    if subject.is_resid_post:
-        return None
-    return (
-        f"it adds to a layer's output, and {subject.run} is a {subject.noun} of {subject.where}; "
-        "take the run of an SAE of resid_post, or study=splice"
-    )
+        return _named(self.features)
 
 
 def asked_of(study: Study, options: Options) -> Asked:
@@ -109,7 +96,7 @@ def steer(study: Study) -> Outcome:
         "catalogue": rates.catalogue_digest(study.subject),
     }
     known = rates.of(study.subject, options.rows)
-    chosen = _push(study.subject, asked.features, known)
+    chosen = Push.usual(study.subject.sae, asked.features, known)
 
     def make() -> tuple[Outcome, bytes]:
         outcome = _steered(study, options, asked, known, chosen)
@@ -118,47 +105,41 @@ def steer(study: Study) -> Outcome:
     return shelf.outcome_of(study, given.label(asked.content), key, make)
 
 
-def _push(subject: Subject, features: Sequence[int], known: rates.Rates) -> Push:
-    means = [known.mean_of(feature) for feature in features]
-    return Push(subject.sae, tuple(features), tuple(means))
-
-
 def _steered(
     study: Study, options: Options, asked: Asked, known: rates.Rates, chosen: Push
 ) -> Outcome:
-    subject = study.subject
+    sae, layer = study.subject.sae, study.subject.layer
     rng = np.random.default_rng(options.seed)
     drawn = random_latents(known.density, asked.features, rng).tolist()
-    random = _push(subject, drawn, known)
+    random = Push.usual(sae, drawn, known)
     random = random.scaled(chosen.norm / (random.norm or 1.0))
     lm = study.lm
-    writer = Writer(lm, subject.layer, asked.ids, options.new_tokens, asked.in_turns)
+    writer = Writer(lm, layer, asked.ids, options.new_tokens, asked.in_turns)
     plain = writer.written(None)
-    doses: dict[str, list[Dose]] = {"chosen": [], "random": []}
-    for scale in asked.scales:
-        for name, push in (("chosen", chosen), ("random", random)):
-            doses[name].append(writer.dose(plain, push, scale))
-    figures = {
+    figures: dict[str, Any] = {
         "prompt": given.label(asked.content),
         "prompt_ids": asked.ids,
-        "layer": subject.layer,
-        "features": asked.features,
-        "random_features": drawn,
-        "mean_activation": list(chosen.activations),
-        "density": known.density[asked.features].tolist(),
-        "density_of_random": known.density[drawn].tolist(),
+        "layer": layer,
         "rows": known.rows,
         "untouched": {"ids": plain.ids, "text": steered.text_of(lm, plain)},
-        **{name: [_figures(dose, chosen, plain) for dose in made] for name, made in doses.items()},
     }
+    for name, push in (("chosen", chosen), ("random", random)):
+        features = list(push.features)
+        figures[name] = {
+            "features": features,
+            "activations": list(push.activations),  # that scale 1 adds
+            "density": known.density[features].tolist(),
+            "doses": [_dose(writer, plain, push, scale) for scale in asked.scales],
+        }
     return _outcome(asked, figures)
 
 
-def _figures(dose: Dose, push: Push, plain: Generation) -> dict[str, Any]:
+def _dose(writer: Writer, plain: Generation, push: Push, scale: float) -> dict[str, Any]:
+    dose = writer.dose(plain, push, scale)
     written = dose.generation
     return {
-        "scale": dose.scale,
-        "added": [dose.scale * activation for activation in push.activations],
+        "scale": scale,
+        "added": [scale * activation for activation in push.activations],
         "relative": dose.relative,
         "norm": dose.norm,
         "kl": dose.kl,
@@ -180,7 +161,7 @@ def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
 
 
 def _outcome(asked: Asked, figures: Mapping[str, Any]) -> Outcome:
-    chosen, random = figures["chosen"], figures["random"]
+    chosen, random = figures["chosen"]["doses"], figures["random"]["doses"]
     for dose in (*chosen, *random):
         if dose["scale"] == 0 and not dose["is_untouched"]:
             raise PipelineError(
@@ -192,7 +173,7 @@ def _outcome(asked: Asked, figures: Mapping[str, Any]) -> Outcome:
         f"{len(changed)} of {len(chosen)} scales of {asked.name} change the continuation. The same "
         f"lengths along {_random(figures)} change it at "
         f"{sum(not dose['is_untouched'] for dose in random)}.",
-        *_meaning(asked, figures),
+        *_meaning(figures),
     ]
     if 0 in asked.scales:
         summary.append("Scale 0 writes what the untouched model writes, token for token.")
@@ -229,15 +210,18 @@ def _same(dose: Mapping[str, Any]) -> str:
     return "all" if dose["is_untouched"] else str(dose["same_tokens"])
 
 
+def _named(features: Sequence[int]) -> str:
+    plural = "s" if len(features) > 1 else ""
+    return f"latent{plural} {' + '.join(map(str, features))}"
+
+
 def _random(figures: Mapping[str, Any]) -> str:
-    drawn = " + ".join(map(str, figures["random_features"]))
-    plural = "s" if len(figures["random_features"]) > 1 else ""
-    return f"random latent{plural} {drawn} of equal density"
+    return f"random {_named(figures['random']['features'])} of equal density"
 
 
-def _meaning(asked: Asked, figures: Mapping[str, Any]) -> list[str]:
+def _meaning(figures: Mapping[str, Any]) -> list[str]:
     lines = []
-    columns = (asked.features, figures["mean_activation"], figures["density"])
+    columns = [figures["chosen"][name] for name in ("features", "activations", "density")]
     for feature, mean, density in zip(*columns, strict=True):
         lines.append(
             f"Scale 1 adds {mean:.4g} times the direction of latent {feature} to layer "
@@ -255,7 +239,7 @@ def _page(study: Study, asked: Asked, outcome: Outcome) -> bytes:
     figures = outcome.figures
     plain = figures["untouched"]["text"]
     columns = []
-    for dose, other in zip(figures["chosen"], figures["random"], strict=True):
+    for dose, other in zip(*(figures[name]["doses"] for name in ("chosen", "random")), strict=True):
         cells = []
         for name, each in ((asked.name, dose), ("random", other)):
             same = _shared(plain, each["text"])
@@ -278,7 +262,7 @@ DEFINITION = Definition(
     steer,
     version=VERSION,
     options=Options,
-    refuses=refuses,
+    refuses=refusals.all_but_of_streams,
     order=191,
     fresh=True,
     takes=("prompt", "feature", "scale"),

@@ -87,16 +87,16 @@ def test_a_scale_adds_the_mean_activation_everywhere(
     figures = ask(study, prompt=PROMPT, feature=feature, scale=scales)
     ids = figures["prompt_ids"]
     plain = greedy(lm, ids, None)
-    assert figures["untouched"]["ids"] == plain and figures["chosen"][0]["is_untouched"]
+    assert figures["untouched"]["ids"] == plain and figures["chosen"]["doses"][0]["is_untouched"]
     clean = logits(lm, ids + plain, None).log_softmax(1)[len(ids) - 1 : -1]
 
     # The mean activation, from every held-out row that training would keep.
     values = np.zeros(0)
     for firings in subject.firings(10**9):
         values = np.append(values, firings.value[firings.latent == feature])
-    assert figures["mean_activation"] == [pytest.approx(values.mean(), rel=1e-6)]
+    assert figures["chosen"]["activations"] == [pytest.approx(values.mean(), rel=1e-6)]
     package = SAE.load(tiny_run)
-    for dose, scale in zip(figures["chosen"], scales, strict=True):
+    for dose, scale in zip(figures["chosen"]["doses"], scales, strict=True):
         added = scale * values.mean() * subject.sae.W_dec[feature].double()
         assert dose["ids"] == greedy(lm, ids, added.float())
         moved = logits(lm, ids + plain, added.float()).log_softmax(1)[len(ids) - 1 : -1]
@@ -109,7 +109,7 @@ def test_a_scale_adds_the_mean_activation_everywhere(
         with package.steer(feature, scale):
             assert package.generate(PROMPT, TOKENS) == dose["text"]
     assert package.generate(PROMPT, TOKENS) == figures["untouched"]["text"]
-    assert len({tuple(dose["ids"]) for dose in figures["chosen"]}) > 1
+    assert len({tuple(dose["ids"]) for dose in figures["chosen"]["doses"]}) > 1
 
 
 def test_random_latents_fire_as_often_and_push_as_far(
@@ -120,14 +120,16 @@ def test_random_latents_fire_as_often_and_push_as_far(
     study = tiny_study("steer", new_tokens=2)
     figures = ask(study, prompt=PROMPT, feature=chosen, scale=2)
     known = rates.of(subject)
-    assert not set(figures["random_features"]) & set(chosen)
-    for own, other in zip(figures["density"], figures["density_of_random"], strict=True):
+    own_figures, random_figures = figures["chosen"], figures["random"]
+    assert not set(random_figures["features"]) & set(chosen)
+    for own, other in zip(own_figures["density"], random_figures["density"], strict=True):
         rank = np.abs(np.log(np.maximum(known.density, 1e-9)) - np.log(own)).argsort()
         near = known.density[rank[:53]]
         assert near.min() <= other <= near.max()
-    (dose,), (random,) = figures["chosen"], figures["random"]
+    (dose,), (random,) = own_figures["doses"], random_figures["doses"]
     assert random["relative"] == pytest.approx(dose["relative"], rel=1e-4)
-    assert np.allclose(dose["added"], 2 * np.array(figures["mean_activation"]))
+    for each, side in ((dose, own_figures), (random, random_figures)):
+        assert np.allclose(each["added"], 2 * np.array(side["activations"]))
 
 
 def test_a_chat_goes_on_from_the_models_turn(
@@ -138,7 +140,7 @@ def test_a_chat_goes_on_from_the_models_turn(
     figures = ask(study, prompt=json.dumps(chat), feature=feature, scale=0)
     (rendered,) = lm.tokenizer.encode([chat], reply=True)
     assert figures["prompt_ids"] == [lm.tokenizer.bos, *rendered]
-    assert figures["chosen"][0]["is_untouched"]
+    assert figures["chosen"]["doses"][0]["is_untouched"]
     assert SAE.load(tiny_run).generate(chat, 4) == figures["untouched"]["text"]
 
 
@@ -209,7 +211,7 @@ def test_what_is_no_layers_output_is_not_steered(tiny_mlps: Any, tmp_path: Path)
     from tests.analyze.conftest import mlp_run, random_transcoder
 
     subject = mlp_run(tmp_path / "run", tiny_mlps, 5, random_transcoder(5))
-    assert "transcoder" in (study_steer.refuses(subject, {}) or "")
+    assert "transcoder" in (study_steer.DEFINITION.refuses(subject, {}) or "")
     sae = SAE.load(tmp_path / "run")
     assert sae.features("Tom has 7").token.max() > 0
     with pytest.raises(SettingError), sae.steer(3, activation=1.0):
