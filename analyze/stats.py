@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -157,6 +158,7 @@ def permutation_p(observed: float, null: ArrayLike) -> float:
 # -- shares and counts -----------------------------------------------------------------------------
 
 
+@cache
 def wilson(right: int, total: int) -> Interval:
     """Wilson's score interval of the share `right` / `total`; (0, 1) of nothing."""
     if total == 0:
@@ -165,6 +167,7 @@ def wilson(right: int, total: int) -> Interval:
     return Interval(float(interval.low), float(interval.high))
 
 
+@cache
 def mcnemar(gained: int, lost: int) -> float:
     """Exact two-sided p value that gained and lost outcomes differ by chance; 1 of none."""
     if not gained + lost:

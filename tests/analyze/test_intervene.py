@@ -30,8 +30,8 @@ from analyze.studies.intervene.outcomes import (
     Dose,
     Findings,
     Measured,
-    OnDev,
     best_of,
+    share_kept,
 )
 from analyze.studies.intervene.probability import (
     Text,
@@ -82,7 +82,8 @@ def findings(
     before: Sequence[bool],
     chosen: dict[Dose, Sequence[bool]],
     controls: dict[Dose, Sequence[Sequence[bool]]],
-    dev: dict[Dose, OnDev] | None = None,
+    dev: dict[Dose, Sequence[int]] | None = None,
+    dev_right: int = 10,
 ) -> Findings:
     """Of outcomes by dose; each kind of control has the same."""
     unsteered = Row.of(
@@ -98,8 +99,8 @@ def findings(
     return Findings(
         unsteered=unsteered,
         measured=measured,
-        dev=dev or {dose: OnDev(20 - at, [0]) for at, dose in enumerate(chosen)},
-        dev_right=9,
+        dev=dev or {dose: [8 + (at > 0)] for at, dose in enumerate(chosen)},
+        dev_right=dev_right,
         latents=latents,
         controls=[(3,)],
         attribution=correlated([7, 8, 9], [0.1, 0.2, 0.3], [0.1, 0.25, 0.2], 5),
@@ -180,11 +181,19 @@ def test_a_hook_that_changes_something_with_nothing_to_add_is_broken() -> None:
     assert "trusted" in words.summary(broken)[0]
 
 
-def test_the_dose_is_that_of_the_largest_excess_on_dev_and_the_first_of_equals() -> None:
-    weak, strong = Dose("clamp", 1.0), Dose("clamp", 9.0)
-    dev = {ABLATE: OnDev(0, [0, 0]), weak: OnDev(-6, [1, -1]), strong: OnDev(-20, [-18, 18])}
-    assert best_of(dev) == weak
-    assert best_of({ABLATE: OnDev(1, [1]), weak: OnDev(-1, [1])}) == ABLATE
+def test_the_dose_is_the_strongest_that_controls_bear() -> None:
+    doses = Options().rows
+    shares = [1.0, 0.95, 0.9, 0.8, 0.8, 0.3, 0.1]
+    assert best_of(dict(zip(doses, shares, strict=True))) == doses[3]  # the first of equals
+    assert best_of(dict(zip(doses, [0.1, 0.7, *[0.2] * 5], strict=True))) == doses[1]
+    assert share_kept([8, 6], 10) == pytest.approx(0.7) and share_kept([0, 0], 0) == 1.0
+    strong = findings(
+        mask(25),
+        dict.fromkeys(doses, mask(5)),
+        {dose: [mask(25)] * 20 for dose in doses},
+        {dose: [2, 4] for dose in doses},
+    )
+    assert "study.doses" in " ".join(words.summary(strong))
 
 
 # -- null data -------------------------------------------------------------------------------------
@@ -197,54 +206,47 @@ def shares_of_verdicts(kind: str, sets: int, seed: int, strength: float = 0.0) -
         kind: `flips`: each change turns answers over at random, as many gained as lost expected.
             `breaks`: each set of latents or direction costs answers by a strength of its own,
             drawn alike for chosen ones and controls, so that most doses change accuracy.
+            `breaks at a dose`: the same, with another strength at each dose.
         strength: by how much more the chosen ones break answers.
     """
     rng = np.random.default_rng(seed)
-    doses = [ABLATE, *(Dose(change, scale) for scale in (0.3, 1, 3) for change in ("clamp", "add"))]
+    doses = Options().rows
     counts: dict[str, int] = {}
     for _ in range(sets):
         before = {"dev": rng.random(32) < 0.63, "test": rng.random(80) < 0.63}
-        own = rng.gamma(0.5, size=41) + np.eye(41)[0] * strength  # of the chosen ones, and others
+        # Of the chosen ones, of two times 20 controls, and of four others for dev, by dose.
+        own = rng.gamma(0.5, size=(45, len(doses) if kind == "breaks at a dose" else 1))
+        own[0] += strength
+        own = np.broadcast_to(own, (45, len(doses)))
 
         def after(part: str, place: int, dose: Dose, before=before, own=own) -> Any:
             right = before[part]
             if kind == "flips":
                 share = 0.1 * (1 + dose.scale)
-                turned = (
-                    rng.random(len(right))
-                    < np.where(right, 1, right.mean() / (1 - right.mean())) * share
-                )
-                return right ^ turned
-            return right & (
-                rng.random(len(right)) > 1 - np.exp(-0.3 * own[place] * (0.3 + dose.scale))
-            )
+                odds = np.where(right, 1, right.mean() / (1 - right.mean()))
+                return right ^ (rng.random(len(right)) < odds * share)
+            rate = 0.3 * own[place, doses.index(dose)] * (0.3 + dose.scale)
+            return right & (rng.random(len(right)) < np.exp(-rate))
 
-        def net(place: int, dose: Dose, before=before, after=after) -> int:
-            return int(after("dev", place, dose).sum()) - int(before["dev"].sum())
-
-        dev = {
-            dose: OnDev(net(0, dose), [net(place, dose) for place in (1, 2, 21, 22)])
-            for dose in doses
-        }
-        best = best_of(dev)
-        measured = [
-            Measured(NOTHING, Dose("add", 0.0), row(before["test"], before["test"], NOTHING, ADD))
-        ]
+        dev = {dose: [int(after("dev", at, dose).sum()) for at in range(41, 45)] for dose in doses}
+        found = findings(before["test"], {}, {}, dev, int(before["dev"].sum()))
+        nothing = row(before["test"], before["test"], NOTHING, ADD)
+        measured = [Measured(NOTHING, Dose("add", 0.0), nothing)]
         for dose in doses:
-            measured.append(
-                Measured(CHOSEN, dose, row(after("test", 0, dose), before["test"], CHOSEN, dose))
-            )
+            own_row = row(after("test", 0, dose), before["test"], CHOSEN, dose)
+            measured.append(Measured(CHOSEN, dose, own_row))
         for start, control in ((1, CONTROLS[0]), (21, CONTROLS[1])):
             for place in range(start, start + 20):
-                right = after("test", place, best)
-                measured.append(Measured(control, best, row(right, before["test"], control, best)))
-        found = replace(findings(before["test"], {}, {}, dev), measured=measured)
-        counts[found.verdict] = counts.get(found.verdict, 0) + 1
+                right = after("test", place, found.best)
+                control_row = row(right, before["test"], control, found.best)
+                measured.append(Measured(control, found.best, control_row))
+        verdict = replace(found, measured=measured).verdict
+        counts[verdict] = counts.get(verdict, 0) + 1
     return {word: count / sets for word, count in counts.items()}
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["flips", "breaks"])
+@pytest.mark.parametrize("kind", ["flips", "breaks", "breaks at a dose"])
 def test_null_data_seldom_pass_for_a_change(kind: str) -> None:
     shares = shares_of_verdicts(kind, 400, 0)
     assert (
@@ -496,10 +498,10 @@ def test_the_study_end_to_end_stopped_and_continued(
         intervene.intervene(small)
     counted.stop_at = None
     found = intervene.intervene(small)
-    # On dev 1 + 2 doses of 3; on test 1 + nothing added + 2 doses of 3: not one sweep again.
-    assert len(counted.batches) == 7 + 8
+    # On dev 1 + 2 doses of 4; on test 1 + nothing added + 2 doses of 3: not one sweep again.
+    assert len(counted.batches) == 9 + 8
     assert dumped(asdict(intervene.intervene(small))) == dumped(asdict(found))
-    assert len(counted.batches) == 15
+    assert len(counted.batches) == 17
     figures = found.figures
     assert [latent["feature"] for latent in figures["latents"]] == [3, 40]
     assert not {3, 40} & {*figures["controls"][0]}

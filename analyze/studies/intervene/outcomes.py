@@ -1,7 +1,7 @@
 """What changes of latents did to answers, beside the same changes of other latents and directions.
 
 A dose is a change and how much of it. Holm's adjustment is over all doses of the chosen latents.
-The dose whose controls decide is chosen on dev questions.
+The dose whose controls decide is chosen on dev questions, by other controls.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ DIRECTIONS = "random directions"
 NOTHING = "nothing added"
 CONTROLS = (LATENTS, DIRECTIONS)
 LEVEL = 0.05
+KEPT = 0.8  # of right dev answers: where controls keep less, anything breaks the model
 
 
 class Dose(NamedTuple):
@@ -79,21 +80,25 @@ class Measured(NamedTuple):
         return cls(trial.kind, trial.dose, row)
 
 
-class OnDev(NamedTuple):
-    """Right answers to the dev questions at a dose, less those without a change."""
-
-    net: int  # of the chosen latents
-    controls: list[int]  # of each control
-
-    @property
-    def excess(self) -> float:
-        """How much further the chosen latents move the count than controls do, to either side."""
-        return abs(self.net) - float(np.mean(np.abs(self.controls)))
+def share_kept(right: Sequence[int], unsteered: int) -> float:
+    """Right dev answers with controls, on average, over those without a change; 1 of none."""
+    return float(np.mean(right)) / unsteered if unsteered else 1.0
 
 
-def best_of(dev: Mapping[Dose, OnDev]) -> Dose:
-    """The dose of the largest excess; of equals the first."""
-    return max(dev, key=lambda dose: dev[dose].excess)
+def best_of(kept: Mapping[Dose, float]) -> Dose:
+    """The dose whose controls decide: of those at which controls keep KEPT, the strongest.
+
+    The strongest is that at which they keep least. If they keep less at all doses, it is that at
+    which they keep most. The chosen latents have no say in it, nor have the controls that they are
+    compared with: among doses that they chose, they would look further from controls than they are.
+
+    Args:
+        kept: see `share_kept`.
+    """
+    mild = [dose for dose in kept if kept[dose] >= KEPT]
+    if not mild:
+        return max(kept, key=lambda dose: kept[dose])
+    return min(mild, key=lambda dose: kept[dose])
 
 
 class Attribution(NamedTuple):
@@ -117,8 +122,8 @@ class Findings:
 
     unsteered: Row  # of the test questions
     measured: Sequence[Measured]
-    dev: Mapping[Dose, OnDev]
-    dev_right: int  # dev answers that are right without a change
+    dev: Mapping[Dose, Sequence[int]]  # right dev answers with each of other controls
+    dev_right: int  # without a change
     latents: Sequence[Mapping[str, Any]]  # the chosen ones
     controls: Sequence[Sequence[int]]  # sets of random latents
     attribution: Attribution | None  # None: no right answer holds a number
@@ -138,7 +143,12 @@ class Findings:
     @cached_property
     def best(self) -> Dose:
         """The dose that the dev questions chose."""
-        return best_of(self.dev)
+        return best_of(self.kept)
+
+    @property
+    def kept(self) -> dict[Dose, float]:
+        """See `share_kept`."""
+        return {dose: share_kept(right, self.dev_right) for dose, right in self.dev.items()}
 
     @cached_property
     def best_row(self) -> Row:
@@ -178,8 +188,8 @@ class Findings:
     def figures(self) -> dict[str, Any]:
         """Everything, as plain JSON."""
         dev = []
-        for dose, on_dev in self.dev.items():
-            dev.append({**dose._asdict(), **on_dev._asdict(), "excess": on_dev.excess})
+        for dose, right in self.dev.items():
+            dev.append({**dose._asdict(), "right": list(right), "kept": self.kept[dose]})
         return {
             "verdict": self.verdict,
             "layer": self.layer,

@@ -55,9 +55,9 @@ from analyze.studies.intervene.outcomes import (
     Dose,
     Findings,
     Measured,
-    OnDev,
     Trial,
     best_of,
+    share_kept,
 )
 from analyze.studies.intervene.probability import (
     Firing,
@@ -75,7 +75,7 @@ from data.journal import Progress, note
 from data.settings import build, number
 
 SEED = 0  # of random latents, random directions and permutations
-_FEW = 2  # controls of each kind at every dose, on dev and on test questions
+_FEW = 2  # controls of each kind at every dose: some on test questions, others on dev questions
 _SINGLE = 40  # random latents whose ablation is measured beside their attribution
 _ANSWERS = 64  # right ones whose number that is done for, at most
 _DRAWS = 1000
@@ -172,7 +172,8 @@ def intervene(study: Study) -> Outcome:
         dev_right, dev = _on_dev(sweeps, sets, options.rows, split.dev)
 
         # Every dose with a few controls, and the best with all, on the test questions.
-        trials = _trials(sets, options.rows, best_of(dev), options.n_random)
+        best = best_of({dose: share_kept(right, dev_right) for dose, right in dev.items()})
+        trials = _trials(sets, options.rows, best, options.n_random)
         unsteered, *rows = sweeps.rows(trials, split.test, "test")
         replies = sweeps.run(split.test, None, "test, unsteered")
         attribution = _attribution(study, sets, split.test, replies, stop)
@@ -281,7 +282,8 @@ class Sets:
     positions: str
     chosen: tuple[int, ...]
     mean: Floats  # (chosen,) activation where each fires
-    latents: Sequence[tuple[int, ...]]  # sets of random latents, place by place as dense
+    # Sets of random latents, place by place as dense, and directions; the last few are for dev.
+    latents: Sequence[tuple[int, ...]]
     directions: Sequence[Floats]
     single: tuple[int, ...]  # random latents for attribution
 
@@ -303,9 +305,13 @@ def _sets(study: Study, options: Options, choice: Choice, fires: Firing) -> Sets
             "is known; give others as study.features="
         )
     rng = np.random.default_rng(SEED)
-    drawn = []
-    for _ in range(options.n_random):
-        drawn.append(tuple(random_latents(fires.density, choice.features, rng).tolist()))
+
+    def drawn(count: int) -> list[tuple[int, ...]]:
+        sets = [random_latents(fires.density, choice.features, rng) for _ in range(count)]
+        return [tuple(features.tolist()) for features in sets]
+
+    d_model = study.subject.sae.d_model
+    latents = drawn(options.n_random)
     others = np.setdiff1d(np.flatnonzero(fires.density > 0), choice.features)
     single: list[int] = []
     while len(single) < min(_SINGLE, len(others) - len(choice.features)):
@@ -315,33 +321,23 @@ def _sets(study: Study, options: Options, choice: Choice, fires: Firing) -> Sets
         positions=options.positions,
         chosen=choice.features,
         mean=fires.mean[list(choice.features)],
-        latents=drawn,
-        directions=random_directions(study.subject.sae.d_model, options.n_random, rng),
+        directions=random_directions(d_model, options.n_random + _FEW, rng),
+        latents=latents + drawn(_FEW),
         single=tuple(single[:_SINGLE]),
     )
 
 
 def _on_dev(
     sweeps: Sweeps, sets: Sets, doses: Sequence[Dose], asked: Sequence[Answer]
-) -> tuple[int, dict[Dose, OnDev]]:
-    """Right answers to the dev questions without a change, and how each dose moves them."""
-    right = sweeps.right(asked, None, "dev, unsteered")
-
-    def net(kind: str, dose: Dose, place: int = 0) -> int:
-        trial = sets.trial(kind, dose, place)
-        return sweeps.right(asked, trial, f"dev, {dose} of {kind}") - right
-
-    found = {}
-    for dose in doses:
-        controls = []
+) -> tuple[int, dict[Dose, list[int]]]:
+    """Right answers to the dev questions without a change, and at each dose of some controls."""
+    right: dict[Dose, list[int]] = {dose: [] for dose in doses}
+    for dose, counts in right.items():
         for kind in CONTROLS:
-            controls += [net(kind, dose, place) for place in range(_few(sets))]
-        found[dose] = OnDev(net(CHOSEN, dose), controls)
-    return right, found
-
-
-def _few(sets: Sets) -> int:
-    return min(_FEW, len(sets.latents))
+            for place in range(-_FEW, 0):
+                trial = sets.trial(kind, dose, place)
+                counts.append(sweeps.right(asked, trial, f"dev, {dose} of {kind}"))
+    return sweeps.right(asked, None, "dev, unsteered"), right
 
 
 def _trials(sets: Sets, doses: Sequence[Dose], best: Dose, n_random: int) -> list[Trial]:
@@ -350,7 +346,7 @@ def _trials(sets: Sets, doses: Sequence[Dose], best: Dose, n_random: int) -> lis
     for dose in doses:
         trials.append(sets.trial(CHOSEN, dose))
         for kind in CONTROLS:
-            count = n_random if dose == best else _few(sets)
+            count = n_random if dose == best else min(_FEW, n_random)
             trials += [sets.trial(kind, dose, place) for place in range(count)]
     return trials
 

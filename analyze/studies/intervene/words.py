@@ -17,6 +17,7 @@ from analyze.studies.intervene.outcomes import (
     CHOSEN,
     CONTROLS,
     DIRECTIONS,
+    KEPT,
     LATENTS,
     LEVEL,
     Attribution,
@@ -25,7 +26,8 @@ from analyze.studies.intervene.outcomes import (
 )
 
 RULE = (
-    "Rule: the latents change answers if, at the dose that dev questions chose, exact McNemar with "
+    f"Rule: of the doses at which other controls keep {KEPT:.0%} of right dev answers, the one at "
+    "which they keep least decides. The latents change answers if there exact McNemar with "
     f"Holm over all doses has p < {LEVEL}, and the count of right answers moves further than with "
     f"random latents of equal density (p < {LEVEL}) and with random directions of equal norm "
     f"(p < {LEVEL}), up or down."
@@ -117,14 +119,19 @@ def _positions(findings: Findings) -> str:
 
 def _best(findings: Findings) -> str:
     best = findings.best_row
-    on_dev = findings.dev[findings.best]
     tried = len(findings.dev)
     source = ""
-    if tried > 1:
+    if tried > 1 and findings.kept[findings.best] < KEPT:
         source = (
-            f"Of {tried} doses, {findings.best} moves right answers furthest beyond its controls "
-            f"on {len(findings.ids['dev'])} dev questions ({on_dev.net:+d} from "
-            f"{findings.dev_right}; controls {_listed(on_dev.controls, '+d')}). "
+            f"At all {tried} doses controls keep less than {KEPT:.0%} of right dev answers, and "
+            f"most at {findings.best} ({findings.kept[findings.best]:.0%}); give smaller "
+            "study.doses=. "
+        )
+    elif tried > 1:
+        source = (
+            f"Of {tried} doses, {findings.best} is the strongest at which other controls keep "
+            f"{KEPT:.0%} of the {findings.dev_right} right answers to "
+            f"{len(findings.ids['dev'])} dev questions ({findings.kept[findings.best]:.0%}). "
         )
     return (
         f"{source}Of {best.questions} test questions {_accuracy(best)} are right, without a change "
@@ -261,14 +268,13 @@ def _question_table(findings: Findings) -> Table:
 
 def _dev_table(findings: Findings) -> Table:
     cells = []
-    for dose, on_dev in findings.dev.items():
-        controls = _listed(on_dev.controls, "+d")
-        cells.append((str(dose), f"{on_dev.net:+d}", controls, f"{on_dev.excess:.1f}"))
+    for dose, right in findings.dev.items():
+        cells.append((str(dose), _listed(right, "d"), f"{findings.kept[dose]:.0%}"))
     caption = (
-        f"Right answers to {len(findings.ids['dev'])} dev questions, less the "
+        f"Right answers to {len(findings.ids['dev'])} dev questions with other controls; "
         f"{findings.dev_right} without a change"
     )
-    return Table(caption, ("dose", "chosen latents", "controls", "excess"), cells)
+    return Table(caption, ("dose", "controls", "kept"), cells)
 
 
 def _listed(numbers: Sequence[int], form: str) -> str:
