@@ -47,6 +47,7 @@ MODEL = ModelConfig(EMBEDDED, dtype="float32")
 ANSWERS = {"questions": 64, "new_tokens": 24, "batch": 32}
 CATALOGUE = {"rows": 2048, "part": "all", "top": 2, "quantiles": 2, "each": 1, "logits": 0}
 STEERING = {"scales": [2], "n_random": 1, "n_shuffled": 1}
+INTERVENE = {"changes": ["ablate"], "n_random": 1}
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ CASES = {
     "stage_gate": Case({"draws": 20, "min_firing": 1}, {"draws": 30, "min_firing": 1}),
     "rollouts": Case({"draws": 20, "min_firing": 1}, {"draws": 30, "min_firing": 1}),
     "steering": Case(STEERING, {**STEERING, "scales": [3]}),
+    "intervene": Case({**INTERVENE, "features": [3]}, {**INTERVENE, "features": [40]}),
 }
 FLIPS = 80  # of each kind of file
 
