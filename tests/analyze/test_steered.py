@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,17 @@ from analyze.studies import steer as study_steer
 from analyze.study import Study
 from analyze.subject import Subject
 from data.errors import SettingError
+from data.site import MLP_OUT, HookPoint
 from data.tiny.problems import problems
-from harvest import model as models
 from harvest.model import LanguageModel, ModelConfig, load
 from harvest.model_folder import EMBEDDED
 from residual_saes import SAE
-from tests.conftest import Call
+from train.ports import ports_of
 
 PROMPT = f"Question: {next(problems('heldout')).question}\nAnswer:"
 TOKENS = 8
 LAYER = 5
+Ask = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +47,24 @@ def feature(subject: Subject) -> int:
     return int(rates.of(subject).count.argmax())
 
 
-def ask(study: Study, **asked: object) -> dict[str, Any]:
-    study.asked = asked
-    return study.perform(study_steer.DEFINITION).figures
+@pytest.fixture
+def ask(tiny_study: Any, lm: LanguageModel) -> Ask:
+    """What the study finds with some settings; the model is loaded already."""
+
+    def asked(new_tokens: int = 4, **settings: Any) -> dict[str, Any]:
+        study: Study = tiny_study("steer", new_tokens=new_tokens)
+        study.loaded[study.model] = lm
+        study.asked = settings
+        return study.perform(study_steer.DEFINITION).figures
+
+    return asked
+
+
+@pytest.fixture(scope="module")
+def own(tiny_run: Path, lm: LanguageModel) -> SAE:
+    sae = SAE.load(tiny_run)
+    sae.__dict__["language_model"] = lm
+    return sae
 
 
 @torch.inference_mode()
@@ -80,11 +98,10 @@ def greedy(lm: LanguageModel, ids: list[int], added: torch.Tensor | None) -> lis
 
 
 def test_a_scale_adds_the_mean_activation_everywhere(
-    tiny_study: Any, lm: LanguageModel, subject: Subject, feature: int, tiny_run: Path
+    ask: Ask, own: SAE, lm: LanguageModel, subject: Subject, feature: int
 ) -> None:
     scales = [0, 8, -20]
-    study = tiny_study("steer", new_tokens=TOKENS)
-    figures = ask(study, prompt=PROMPT, feature=feature, scale=scales)
+    figures = ask(TOKENS, prompt=PROMPT, feature=feature, scale=scales)
     ids = figures["prompt_ids"]
     plain = greedy(lm, ids, None)
     assert figures["untouched"]["ids"] == plain and figures["chosen"]["doses"][0]["is_untouched"]
@@ -95,7 +112,6 @@ def test_a_scale_adds_the_mean_activation_everywhere(
     for firings in subject.firings(10**9):
         values = np.append(values, firings.value[firings.latent == feature])
     assert figures["chosen"]["activations"] == [pytest.approx(values.mean(), rel=1e-6)]
-    package = SAE.load(tiny_run)
     for dose, scale in zip(figures["chosen"]["doses"], scales, strict=True):
         added = scale * values.mean() * subject.sae.W_dec[feature].double()
         assert dose["ids"] == greedy(lm, ids, added.float())
@@ -106,19 +122,18 @@ def test_a_scale_adds_the_mean_activation_everywhere(
         assert dose["relative"] * dose["norm"] == pytest.approx(
             abs(scale) * values.mean(), rel=0.2
         )  # the ratio's mean over positions is not quite the ratio of means
-        with package.steer(feature, scale):
-            assert package.generate(PROMPT, TOKENS) == dose["text"]
-    assert package.generate(PROMPT, TOKENS) == figures["untouched"]["text"]
+        with own.steer(feature, scale):
+            assert own.generate(PROMPT, TOKENS) == dose["text"]
+    assert own.generate(PROMPT, TOKENS) == figures["untouched"]["text"]
     assert len({tuple(dose["ids"]) for dose in figures["chosen"]["doses"]}) > 1
 
 
 def test_random_latents_fire_as_often_and_push_as_far(
-    tiny_study: Any, subject: Subject, feature: int
+    ask: Ask, subject: Subject, feature: int
 ) -> None:
     """Of several features, which are added together."""
     chosen = [feature, (feature + 1) % subject.sae.d_sae]
-    study = tiny_study("steer", new_tokens=2)
-    figures = ask(study, prompt=PROMPT, feature=chosen, scale=2)
+    figures = ask(2, prompt=PROMPT, feature=chosen, scale=2)
     known = rates.of(subject)
     own_figures, random_figures = figures["chosen"], figures["random"]
     assert not set(random_figures["features"]) & set(chosen)
@@ -133,27 +148,25 @@ def test_random_latents_fire_as_often_and_push_as_far(
 
 
 def test_a_chat_goes_on_from_the_models_turn(
-    tiny_study: Any, lm: LanguageModel, feature: int, tiny_run: Path
+    ask: Ask, own: SAE, lm: LanguageModel, feature: int
 ) -> None:
     chat = [{"role": "user", "content": "3 + 4?"}]
-    study = tiny_study("steer", new_tokens=4)
-    figures = ask(study, prompt=json.dumps(chat), feature=feature, scale=0)
+    figures = ask(prompt=json.dumps(chat), feature=feature, scale=0)
     (rendered,) = lm.tokenizer.encode([chat], reply=True)
     assert figures["prompt_ids"] == [lm.tokenizer.bos, *rendered]
     assert figures["chosen"]["doses"][0]["is_untouched"]
-    assert SAE.load(tiny_run).generate(chat, 4) == figures["untouched"]["text"]
+    assert own.generate(chat, 4) == figures["untouched"]["text"]
 
 
-def test_steering_ends_with_its_block(tiny_run: Path, feature: int) -> None:
-    sae = SAE.load(tiny_run)
-    plain = sae.generate(PROMPT, 4)
-    with sae.steer(feature, 30):
-        with pytest.raises(KeyError), sae.steer(feature, activation=0.0):
-            raise KeyError(sae.generate(PROMPT, 4))
-        assert sae.generate(PROMPT, 4) != plain
-        with sae.steer(feature, activation=0.0):
-            assert sae.generate(PROMPT, 4) == plain
-    assert sae.generate(PROMPT, 4) == plain
+def test_steering_ends_with_its_block(own: SAE, feature: int) -> None:
+    plain = own.generate(PROMPT, 4)
+    with own.steer(feature, 30):
+        with pytest.raises(KeyError), own.steer(feature, activation=0.0):
+            raise KeyError(own.generate(PROMPT, 4))
+        assert own.generate(PROMPT, 4) != plain
+        with own.steer(feature, activation=0.0):
+            assert own.generate(PROMPT, 4) == plain
+    assert own.generate(PROMPT, 4) == plain
 
 
 # -- what is asked ---------------------------------------------------------------------------------
@@ -184,35 +197,27 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 def test_what_cannot_be_meant_is_refused_before_the_model(
-    tiny_study: Any, monkeypatch: pytest.MonkeyPatch, subject: Subject, feature: int
+    ask: Ask, monkeypatch: pytest.MonkeyPatch, subject: Subject, feature: int
 ) -> None:
-    monkeypatch.setattr(models, "load", None)
-    study = tiny_study("steer")
+    monkeypatch.setattr(Study, "lm", None)
     asked = {"prompt": PROMPT, "feature": feature, "scale": [0, 2]}
     for wrong, named in REFUSED:
         with pytest.raises(SettingError, match=re.escape(named)):
-            ask(study, **{**asked, **wrong})
+            ask(64, **{**asked, **wrong})
     silent = np.flatnonzero(rates.of(subject).count == 0)
     if len(silent):
         with pytest.raises(SettingError, match="fires on none"):
-            ask(study, **{**asked, "feature": int(silent[0])})
+            ask(64, **{**asked, "feature": int(silent[0])})
 
 
-def test_a_scale_that_breaks_the_model_is_said(
-    tiny_study: Any, call: Call, tiny_run: Path, feature: int
-) -> None:
-    arguments = ("study=steer", f"run={tiny_run}", "device=cpu", "prompt=What's {this}, 3+4=?")
-    code, err = call("analyze", "analyze.command", *arguments, f"feature={feature}", "scale=1e300")
-    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert code == 2 and "scale=1e+300" in line
+def test_a_scale_that_breaks_the_model_is_said(ask: Ask, feature: int) -> None:
+    with pytest.raises(SettingError, match=re.escape("scale=1e+300")):
+        ask(prompt=PROMPT, feature=feature, scale=1e300)
 
 
-def test_what_is_no_layers_output_is_not_steered(tiny_mlps: Any, tmp_path: Path) -> None:
-    from tests.analyze.conftest import mlp_run, random_transcoder
-
-    subject = mlp_run(tmp_path / "run", tiny_mlps, 5, random_transcoder(5))
-    assert "transcoder" in (study_steer.DEFINITION.refuses(subject, {}) or "")
-    sae = SAE.load(tmp_path / "run")
-    assert sae.features("Tom has 7").token.max() > 0
-    with pytest.raises(SettingError), sae.steer(3, activation=1.0):
+def test_what_is_no_layers_output_is_not_steered(subject: Subject, own: SAE) -> None:
+    ports = ports_of("sae", [LAYER], [MLP_OUT], None)
+    assert "resid_post" in (study_steer.DEFINITION.refuses(replace(subject, ports=ports), {}) or "")
+    elsewhere = replace(own, points=(HookPoint(LAYER, MLP_OUT),))
+    with pytest.raises(SettingError, match="output"), elsewhere.steer(3, activation=1.0):
         pass

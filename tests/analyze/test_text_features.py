@@ -30,10 +30,13 @@ from train.sae import SAE as WeightsOf
 
 TEXT = "What's 3+4, {really}?\nTom has <b>7</b> apples"
 
+LOADED: dict[ModelConfig, LanguageModel] = {}  # `lm`, which studies take
+
 
 @pytest.fixture(scope="module")
 def lm() -> LanguageModel:
-    return load(ModelConfig(EMBEDDED, dtype="float32"), head=True)
+    config = ModelConfig(EMBEDDED, dtype="float32")
+    return LOADED.setdefault(config, load(config, head=True))
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,7 @@ def read(lm: LanguageModel, subject: Subject, text: Any) -> TextFeatures:
 
 
 def ask(study: Study, **asked: object) -> dict[str, Any]:
+    study.loaded |= LOADED
     study.asked = asked
     (block, *_) = study.perform(study_features.DEFINITION).figures["texts"]
     return block
