@@ -33,7 +33,7 @@ from train import objective
 from train.optim import OptimConfig
 from train.sae import SAE
 
-WORLD = Options(features=60, d_model=24, active=5.0, hierarchy=0.6, tail=1.0).world(3)
+WORLD = Options(n_features=60, d_model=24, active=5.0, hierarchy=0.6, tail=1.0).world(3)
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def test_detection_against_a_plain_count() -> None:
 
 
 def test_worthless_dictionaries_and_the_oracle(parts: tuple[Batch, Batch]) -> None:
-    options = given(features=60, d_model=24, d_sae=60, tokens=2048)
+    options = given(n_features=60, d_model=24, d_sae=60, tokens=2048)
     config = options.config(Dictionary("topk", 6), 3)
     stream = training.stream_of(WORLD, 2048)
     found = {}
@@ -278,7 +278,7 @@ def test_a_disagreement_needs_both_figures() -> None:
 SMALL = {
     "objectives": ["topk", "batchtopk"],
     "k": [2, 4],
-    "features": 24,
+    "n_features": 24,
     "d_model": 10,
     "d_sae": 16,
     "active": 2.0,
@@ -319,10 +319,10 @@ def test_a_stopped_run_goes_on_where_it_was(
     assert json.loads((tmp_path / "stopped" / "synth.json").read_text()) == whole
 
     figures = whole["figures"]
-    assert figures["trained"] == [
+    assert figures["compared"] == [
         f"{n} k {k}" for n in ("topk", "batchtopk", "pursuit") for k in (2, 4)
     ]
-    for name in figures["trained"]:
+    for name in figures["compared"]:
         assert figures["arms"][name]["l0"]["mean"] == pytest.approx(int(name[-1]), rel=0.3), name
     assert figures["arms"][ORACLE]["f1"]["mean"] > figures["arms"]["topk k 2"]["f1"]["mean"]
     page = (tmp_path / "whole" / "synth.html").read_text()

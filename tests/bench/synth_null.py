@@ -1,6 +1,6 @@
 """study=synth where there is nothing to find: how often equal arms are told apart.
 
-    python -m tests.bench.synth_null --sets 200 --out synth_null.json
+    python -m tests.bench.synth_null --kept sets.jsonl --out synth_null.json
 
 Every null data set has its own worlds and, on each, arms of one objective that differ in their
 start alone. So an arm that "finds more" than another, or a disagreement, is false. The worlds are
@@ -24,7 +24,7 @@ from analyze.studies.synth.baselines import of_sae
 from analyze.studies.synth.planted import CHOICE, HELD_OUT
 from analyze.studies.synth.study import Options
 from analyze.studies.synth.training import Dictionary
-from analyze.studies.synth.verdict import differences, disagreements, half_width
+from analyze.studies.synth.verdict import differences, disagreements, half_width, log_explained
 from tests.bench.outcome import finish
 from train import sae_file
 from train.arm import Arm
@@ -33,7 +33,7 @@ WORLDS = 3
 ARMS = 4
 KEYS = ("variance_explained", "f1")
 OPTIONS = Options(
-    features=32, d_model=14, d_sae=32, k=3, l1=1.0, active=2.5, tokens=10_240, rows=2_048
+    n_features=32, d_model=14, d_sae=32, k=3, l1=1.0, active=2.5, tokens=10_240, rows=2_048
 )
 Floats = NDArray[np.float64]
 
@@ -61,6 +61,7 @@ def null_set(number: int, objective: str) -> Floats:
                 encode = of_sae(sae_file.load(made.folder / sae_file.FILE))
                 found = scores.scores(world, choice, held_out, encode(choice.x), encode(held_out.x))
                 table[:, arm, place] = [found[key] for key in KEYS]
+    table[0] = log_explained(table[0])
     return table
 
 
@@ -83,7 +84,8 @@ def unequal(path: Path, sets: int) -> dict[str, float]:
     tables = []
     deviations = []
     for key in KEYS:
-        values = np.array([figures["arms"][name][key]["by_seed"] for name in figures["trained"]])
+        values = np.array([figures["arms"][name][key]["by_seed"] for name in figures["compared"]])
+        values = log_explained(values) if key == KEYS[0] else values
         rest = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
         deviations.append(np.sqrt(np.square(rest).mean(1, keepdims=True)))
     for _ in range(sets):
@@ -100,17 +102,20 @@ def main() -> None:
     )
     parser.add_argument("--sets", type=int, default=200)
     parser.add_argument("--objective", default="topk")
+    parser.add_argument("--kept", type=Path, required=True, help="file of finished data sets")
     parser.add_argument("--of", type=Path, help="synth.json of a default run")
     parser.add_argument("--out", type=Path, help="write the result there as JSON")
     asked = parser.parse_args()
-    tables = []
-    for number in range(asked.sets):
+    lines = asked.kept.read_text().splitlines() if asked.kept.exists() else []
+    tables = [np.array(json.loads(line)) for line in lines[: asked.sets]]
+    for number in range(len(tables), asked.sets):
         tables.append(null_set(number, asked.objective))
-        print(number + 1, judged(tables), flush=True)
+        with asked.kept.open("a") as file:
+            file.write(json.dumps(tables[-1].tolist()) + "\n")
     found = {"null": judged(tables)}
     if asked.of:
         found["unequal"] = unequal(asked.of, 5_000)
-    shape = {"sets": asked.sets, "worlds": WORLDS, "arms": ARMS, "objective": asked.objective}
+    shape = {"sets": len(tables), "worlds": WORLDS, "arms": ARMS, "objective": asked.objective}
     finish(shape, found, asked.out)
 
 

@@ -8,29 +8,28 @@ from typing import Any
 import matplotlib as mpl
 
 from analyze.drawing import STYLE, empty, svg
+from analyze.studies.synth.baselines import ORACLE
 
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed", "#dc2626", "#0891b2", "#be185d", "#4d7c0f")
 _GREY = "#6b7280"
 
 
 def against(figures: Mapping[str, Any], x: str, y: str, x_label: str, y_label: str) -> str:
-    """Arms of an objective in one colour, joined in the order of k; what nobody trained in grey."""
+    """Arms of an objective in one colour, joined in the order of k, and the oracle."""
     arms = figures["arms"]
     lines: dict[str, list[str]] = {}
-    for name in figures["trained"]:
+    for name in figures["compared"]:
         lines.setdefault(name.split(" k ")[0], []).append(name)
     with mpl.rc_context(STYLE):
         figure, axes = empty(x_label, y_label)
         for (objective, names), colour in zip(lines.items(), _COLOURS, strict=False):
             xs, ys = ([arms[name][key]["mean"] for name in names] for key in (x, y))
-            axes.plot(xs, ys, "-o", color=colour, linewidth=1, markersize=4, label=objective)
+            axes.plot(xs, ys, color=colour, linewidth=1, label=objective)
+            axes.scatter(xs, ys, s=[12 * (1 + place) for place in range(len(xs))], color=colour)
             for name in names:
                 _cross(axes, arms[name][x], arms[name][y], colour)
-        for name in arms:
-            if name not in figures["trained"]:
-                at = arms[name][x]["mean"], arms[name][y]["mean"]
-                axes.plot(*at, "x", color=_GREY, markersize=5)
-                axes.annotate(name, at, xytext=(4, 4), textcoords="offset points", fontsize=7)
+        at = arms[ORACLE][x]["mean"], arms[ORACLE][y]["mean"]
+        axes.plot(*at, "x", color=_GREY, markersize=6, linestyle="", label=ORACLE)
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         return svg(figure)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from analyze import results
 from analyze.outcome import dumped, markdown, printed
@@ -24,11 +25,11 @@ from analyze.studies.synth import scores, training, words
 from analyze.studies.synth.baselines import Encoder, baselines, of_sae, pursuit
 from analyze.studies.synth.planted import CHOICE, HELD_OUT, World
 from analyze.studies.synth.training import Dictionary
-from analyze.studies.synth.verdict import disagreements, half_width
+from analyze.studies.synth.verdict import disagreements, half_width, log_explained
 from analyze.study import Definition, at_least
 from data import sealed
 from data.errors import SettingError
-from data.journal import Progress, show, tell
+from data.journal import Progress, note, show, tell
 from data.neutral import neutral
 from data.settings import build, names, number, whole
 from train import objective, sae_file
@@ -37,6 +38,7 @@ from train.trainer import TrainConfig
 
 VERSION = 1
 PURSUIT = "pursuit"
+CORRELATED = ("f1", "f1_by_decoder", "mcc", "absorption")  # with variance explained
 _FOLDER = "synth"  # without out=
 T = TypeVar("T")
 
@@ -48,7 +50,7 @@ class Options:
     objectives: Any = "all"
     k: Any = (3, 6, 12)
     l1: Any = (5.0, 2.5, 1.0)
-    features: int = 128
+    n_features: int = 128
     d_model: int = 48
     d_sae: int = 128
     active: float = 6.0
@@ -61,7 +63,7 @@ class Options:
     seeds: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("features", "d_model", "d_sae"):
+        for name in ("n_features", "d_model", "d_sae"):
             at_least(f"study.{name}", getattr(self, name), 2)
         at_least("study.rows", self.rows, 100)
         at_least("study.seeds", self.seeds, 1)
@@ -83,18 +85,20 @@ class Options:
             if not 0 <= getattr(self, name) <= most:
                 value = getattr(self, name)
                 raise SettingError(f"study.{name}={value} must be from 0 to {most:g}")
-        if not 0 < self.active <= self.features / 5:
+        if not 0 < self.active <= self.n_features / 5:
             raise SettingError(
                 f"study.active={self.active} must be above 0, and at most a fifth of "
-                f"study.features={self.features}"
+                f"study.n_features={self.n_features}"
             )
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
     def world(self, seed: int) -> World:
-        own = {field.name: getattr(self, field.name) for field in fields(World)[:-1]}
-        return World(**own, seed=seed)
+        known: dict[str, Any] = {"features": self.n_features, "seed": seed}
+        for field in fields(World):
+            known.setdefault(field.name, getattr(self, field.name, None))
+        return World(**known)
 
     def config(self, dictionary: Dictionary, seed: int) -> TrainConfig:
         """An arm's settings of training."""
@@ -108,6 +112,12 @@ class Options:
     def dictionaries(self) -> list[Dictionary]:
         """What is trained on every world."""
         return [Dictionary(name, k) for name in self.objectives for k in self.k]
+
+    @property
+    def compared(self) -> list[Dictionary]:
+        """The arms: what is trained, and TopK's dictionaries read by matching pursuit."""
+        pursued = [PURSUIT] if "topk" in self.objectives else []
+        return [Dictionary(name, k) for name in (*self.objectives, *pursued) for k in self.k]
 
 
 def _each(name: str, value: Any, read: Callable[[str, Any], T]) -> tuple[T, ...]:
@@ -134,7 +144,7 @@ def compare(settings: Mapping[str, Any]) -> None:
     given = {key: value for key, value in settings["study"].items() if key != "name"}
     options = build(Options, "study", given)
     out = Path(settings["out"] or _FOLDER)
-    tell(*words.rule(len(options.dictionaries), options.seeds))
+    tell(*words.rule(len(options.compared), options.seeds))
     with results.locked(out, "synth"):
         table = measure(options, out)
         outcome = words.outcome_of(figures_of(options, table))
@@ -175,6 +185,7 @@ class Judge:
     """One world: its arms are trained, and judged beside what nobody trained."""
 
     def __init__(self, options: Options, out: Path, seed: int) -> None:
+        note(f"world {seed}: drawing rows")
         self.options = options
         self.world = options.world(seed)
         self.seed = seed
@@ -221,7 +232,7 @@ class Judge:
         of = {"version": VERSION, "rows": self.options.rows}
         if content := sealed.read(path):
             kept = json.loads(content)
-            if kept["of"] == of:
+            if kept.get("of") == of:
                 return dict(kept["scores"])
         found = self._scores(arm.name, reading(sae_file.load(arm / sae_file.FILE)))
         sealed.write(path, [json.dumps({"of": of, "scores": found}).encode()])
@@ -241,17 +252,16 @@ def figures_of(options: Options, table: Mapping[str, Sequence[Scores]]) -> dict[
     arms = {}
     for name, found in table.items():
         arms[name] = {key: _over([scores[key] for scores in found]) for key in found[0]}
-    trained = [d.name for d in options.dictionaries]
-    if "topk" in options.objectives:
-        trained += [Dictionary(PURSUIT, k).name for k in options.k]
-    explained, f1 = (
-        np.array([[found[key] for found in table[name]] for name in trained])
-        for key in ("variance_explained", "f1")
-    )
+    compared = options.compared
+    explained = log_explained(_values(table, compared, "variance_explained"))
+    f1 = _values(table, compared, "f1")
+    names = [dictionary.name for dictionary in compared]
     pairs = []
     for pair in disagreements(explained, f1):
-        named = {"more": trained[pair.more], "less": trained[pair.less]}
-        pairs.append({**named, "variance_explained": pair.first, "f1": pair.second})
+        more, less = arms[names[pair.more]], arms[names[pair.less]]
+        by = {key: more[key]["mean"] - less[key]["mean"] for key in ("variance_explained", "f1")}
+        same_k = compared[pair.more].k == compared[pair.less].k
+        pairs.append({"more": names[pair.more], "less": names[pair.less], "same_k": same_k, **by})
     world = options.world(0)
     return {
         "options": {**vars(options)},
@@ -259,28 +269,39 @@ def figures_of(options: Options, table: Mapping[str, Sequence[Scores]]) -> dict[
         "true_l0": float(world.frequency.sum()),
         "always_on": float(np.mean(2 * world.frequency / (1 + world.frequency))),
         "arms": arms,
-        "trained": trained,
-        "half_widths": {"variance_explained": half_width(explained), "f1": half_width(f1)},
-        "pairs": math.comb(len(trained), 2),
+        "compared": names,
+        "half_widths": {"log_unexplained": half_width(explained), "f1": half_width(f1)},
+        "pairs": math.comb(len(names), 2),
         "disagreements": pairs,
-        "rank_correlation": _over(
-            [spearman(*of_seed) for of_seed in zip(explained.T, f1.T, strict=True)]
-        ),
-        "rank_correlation_at_k": _at_each_k(options, table),
+        "rank_correlations": _rank_correlations(options, table),
     }
 
 
-def _at_each_k(options: Options, table: Mapping[str, Sequence[Scores]]) -> dict[str, Any]:
-    """The rank correlation over the objectives alone."""
-    by_k = {}
+def _values(
+    table: Mapping[str, Sequence[Scores]], arms: Sequence[Dictionary], key: str
+) -> NDArray[np.float64]:
+    """(arms, worlds) of one figure."""
+    return np.array([[found[key] for found in table[arm.name]] for arm in arms])
+
+
+def _rank_correlations(
+    options: Options, table: Mapping[str, Sequence[Scores]]
+) -> dict[str, dict[str, Any]]:
+    """Of figures with variance explained, by world: over all arms, and over those of each k."""
+    groups = {"all": options.compared}
     for k in options.k:
-        here = [table[Dictionary(name, k).name] for name in options.objectives]
-        correlations = []
-        for seed in range(options.seeds):
-            explained = [found[seed]["variance_explained"] for found in here]
-            correlations.append(spearman(explained, [found[seed]["f1"] for found in here]))
-        by_k[str(k)] = _over(correlations)
-    return by_k
+        groups[f"k {k}"] = [arm for arm in options.compared if arm.k == k]
+    correlations: dict[str, dict[str, Any]] = {}
+    for key in CORRELATED:
+        correlations[key] = {}
+        for group, arms in groups.items():
+            columns = zip(
+                _values(table, arms, "variance_explained").T,
+                _values(table, arms, key).T,
+                strict=True,
+            )
+            correlations[key][group] = _over([spearman(x, y) for x, y in columns])
+    return correlations
 
 
 def _over(values: Sequence[float]) -> dict[str, Any]:

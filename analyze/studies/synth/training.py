@@ -22,7 +22,9 @@ from train.stream import Stream
 from train.trainer import TrainConfig
 
 BATCH = 512  # rows per optimizer step
-LR = 0.03  # docs/method.md: what so small dictionaries explain most with
+# Of .015, .03 and .06, at k 6 on the default world of seed 0: each objective explains at most .002
+# less than at its best rate (gated, whose L0 falls with the rate, .010).
+LR = 0.03
 EVALUATED = 8_192  # held-out rows that training itself looks at, at its end
 
 
