@@ -4,8 +4,9 @@
 
 Every null data set has its own worlds and, on each, arms of one objective that differ in their
 start alone. So an arm that "finds more" than another, or a disagreement, is false. The worlds are
-small, so that hundreds of data sets take minutes. `unequal` draws normal tables in which arms have
-equal means and the spreads that the arms of a default run have (--of synth.json).
+small, so that hundreds of data sets take minutes. `redrawn` are data sets of three worlds drawn
+from all of them, with the arms of each world in an order of its own. `unequal` draws normal tables
+in which arms have equal means and the spreads of the arms of a run (--of synth.json).
 """
 
 from __future__ import annotations
@@ -77,6 +78,19 @@ def judged(tables: list[Floats]) -> dict[str, float]:
     return {**shares, "disagree": disagree / len(tables)}
 
 
+def redrawn(tables: list[Floats], sets: int) -> list[Floats]:
+    """Data sets of three worlds of all that there are, the arms of each in an order of its own."""
+    worlds = np.concatenate(tables, axis=2)
+    rng = np.random.default_rng(0)
+    drawn = []
+    for _ in range(sets):
+        columns = []
+        for world in rng.choice(worlds.shape[2], WORLDS, replace=False):
+            columns.append(worlds[:, rng.permutation(ARMS), world])
+        drawn.append(np.stack(columns, 2))
+    return drawn
+
+
 def unequal(path: Path, sets: int) -> dict[str, float]:
     """Normal tables with the spreads of a run's arms, and no difference."""
     figures = json.loads(path.read_text())["figures"]
@@ -112,7 +126,7 @@ def main() -> None:
         tables.append(null_set(number, asked.objective))
         with asked.kept.open("a") as file:
             file.write(json.dumps(tables[-1].tolist()) + "\n")
-    found = {"null": judged(tables)}
+    found = {"null": judged(tables), "redrawn": judged(redrawn(tables, 2_000))}
     if asked.of:
         found["unequal"] = unequal(asked.of, 5_000)
     shape = {"sets": len(tables), "worlds": WORLDS, "arms": ARMS, "objective": asked.objective}

@@ -97,7 +97,8 @@ def oracle(world: World, d_sae: int) -> Encoder:
     amounts = batch.amounts[:, features].double()
     mean, mean_amount = batch.x.double().mean(0), amounts.mean(0)
     x = batch.x.double() - mean
-    reads = torch.linalg.solve(x.T @ x, x.T @ (amounts - mean_amount))
+    # By the pseudo-inverse: without noise rows may lie in fewer dimensions.
+    reads = torch.linalg.pinv(x.T @ x, hermitian=True) @ (x.T @ (amounts - mean_amount))
     value = x @ reads + mean_amount
     threshold = best_thresholds(value, amounts > 0)
     kept = torch.where(value > threshold, value, 0)

@@ -33,6 +33,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 from torch import Tensor
 
+from analyze.stats import sums_by
 from data.store import records
 from data.store.moments import Moments
 
@@ -104,24 +105,43 @@ class World:
         return np.stack([ends[child], ends[child + 1]], 1)
 
     @cached_property
+    def root(self) -> Ints:
+        """(N,) the root of each feature's tree."""
+        return np.arange(self.features) - self.place
+
+    @cached_property
+    def given_root(self) -> Floats:
+        """(N,) the probability that a feature is active where its root is."""
+        given = np.ones(self.features)
+        for child in np.flatnonzero(self.parent != NO_PARENT):
+            low, high = self.slot[child]
+            given[child] = given[self.parent[child]] * (high - low)
+        return given
+
+    @cached_property
+    def of_root(self) -> Floats:
+        """(R,) features of its tree that are active where a root is, on average, with itself."""
+        (sums,) = sums_by(self.root, self.given_root)
+        return sums
+
+    @property
+    def most_active(self) -> float:
+        """Features a row, at most."""
+        return float(MOST_OFTEN * self.of_root.sum())
+
+    @cached_property
     def frequency(self) -> Floats:
         """(N,) the probability that a feature is active."""
-        given_root = np.ones(self.features)
-        root = np.arange(self.features)
-        for feature in np.flatnonzero(self.parent != NO_PARENT):
-            above = self.parent[feature]
-            given_root[feature] = given_root[above] * np.diff(self.slot[feature])[0]
-            root[feature] = root[above]
-        below = np.bincount(root, given_root, self.features)[self.roots]  # with the root itself
         rank = 1 + np.random.default_rng([_SEED, self.seed, 0]).permutation(len(self.roots))
         shape = rank.astype(np.float64) ** -self.tail
 
-        def missing(log_c: float) -> float:
-            return float(np.minimum(np.exp(log_c) * shape, MOST_OFTEN) @ below - self.active)
+        def of_roots(log_c: float) -> Floats:
+            return np.asarray(np.minimum(np.exp(log_c) * shape, MOST_OFTEN))
 
-        of_roots = np.zeros(self.features)
-        of_roots[self.roots] = np.minimum(np.exp(brentq(missing, -30, 30)) * shape, MOST_OFTEN)
-        return np.asarray(of_roots[root] * given_root)
+        log_c = brentq(lambda log_c: of_roots(log_c) @ self.of_root - self.active, -60, 60)
+        every = np.zeros(self.features)
+        every[self.roots] = of_roots(log_c)
+        return np.asarray(every[self.root] * self.given_root)
 
     @cached_property
     def roots(self) -> Ints:

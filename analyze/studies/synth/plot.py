@@ -23,11 +23,15 @@ def against(figures: Mapping[str, Any], x: str, y: str, x_label: str, y_label: s
     with mpl.rc_context(STYLE):
         figure, axes = empty(x_label, y_label)
         for (objective, names), colour in zip(lines.items(), _COLOURS, strict=False):
-            xs, ys = ([arms[name][key]["mean"] for name in names] for key in (x, y))
+            xs, ys, sizes = [], [], []
+            for place, name in enumerate(names, 1):
+                across, up = arms[name][x], arms[name][y]
+                xs.append(across["mean"])
+                ys.append(up["mean"])
+                sizes.append(12 * place)
+                _cross(axes, across, up, colour)
             axes.plot(xs, ys, color=colour, linewidth=1, label=objective)
-            axes.scatter(xs, ys, s=[12 * (1 + place) for place in range(len(xs))], color=colour)
-            for name in names:
-                _cross(axes, arms[name][x], arms[name][y], colour)
+            axes.scatter(xs, ys, s=sizes, color=colour)
         at = arms[ORACLE][x]["mean"], arms[ORACLE][y]["mean"]
         axes.plot(*at, "x", color=_GREY, markersize=6, linestyle="", label=ORACLE)
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from analyze.studies.synth.planted import NO_PARENT, Batch, World
+from data.errors import SettingError
 
 TAKES = 0.4  # of a parent's own part along its direction (Chanin et al., appendix)
 SPLITS = 0.03  # of F1, likewise
@@ -84,9 +85,18 @@ def matched(similarity: Floats) -> Ints:
 
 
 def judged(rows: list[Batch]) -> Ints:
-    """The features that are active on enough rows of each part."""
+    """The features that are active on enough rows of each part.
+
+    Raises:
+        SettingError: none is.
+    """
     counts = np.stack([batch.fires.sum(0).numpy() for batch in rows])
-    return np.flatnonzero((counts >= LEAST).all(0))
+    features = np.flatnonzero((counts >= LEAST).all(0))
+    if not len(features):
+        raise SettingError(
+            f"study.rows={len(rows[0].x)} must be more: no feature is active on {LEAST} of them"
+        )
+    return features
 
 
 def scores(

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from analyze import results
 from analyze.outcome import dumped, markdown, printed
@@ -23,9 +22,9 @@ from analyze.pages.template import rendered
 from analyze.stats import spearman
 from analyze.studies.synth import scores, training, words
 from analyze.studies.synth.baselines import Encoder, baselines, of_sae, pursuit
-from analyze.studies.synth.planted import CHOICE, HELD_OUT, World
+from analyze.studies.synth.planted import CHOICE, HELD_OUT, MOST_OFTEN, World
 from analyze.studies.synth.training import Dictionary
-from analyze.studies.synth.verdict import disagreements, half_width, log_explained
+from analyze.studies.synth.verdict import Floats, disagreements, half_width, log_explained
 from analyze.study import Definition, at_least
 from data import sealed
 from data.errors import SettingError
@@ -85,10 +84,11 @@ class Options:
             if not 0 <= getattr(self, name) <= most:
                 value = getattr(self, name)
                 raise SettingError(f"study.{name}={value} must be from 0 to {most:g}")
-        if not 0 < self.active <= self.n_features / 5:
+        if not 0 < self.active <= 0.99 * (most := self.world(0).most_active):
             raise SettingError(
-                f"study.active={self.active} must be above 0, and at most a fifth of "
-                f"study.n_features={self.n_features}"
+                f"study.active={self.active} must be above 0 and at most {0.99 * most:.1f}, for no "
+                f"root of study.n_features={self.n_features} fires on more than {MOST_OFTEN:.0%} "
+                "of the rows"
             )
 
     def _set(self, name: str, value: Any) -> None:
@@ -248,59 +248,50 @@ class Judge:
 
 
 def figures_of(options: Options, table: Mapping[str, Sequence[Scores]]) -> dict[str, Any]:
-    """Every figure, as plain JSON: of each arm mean, least and most over the worlds."""
-    arms = {}
+    """Every figure, as plain JSON: of each arm its mean, and by world."""
+    arms: dict[str, dict[str, Any]] = {}
     for name, found in table.items():
         arms[name] = {key: _over([scores[key] for scores in found]) for key in found[0]}
-    compared = options.compared
-    explained = log_explained(_values(table, compared, "variance_explained"))
-    f1 = _values(table, compared, "f1")
-    names = [dictionary.name for dictionary in compared]
+    names = [arm.name for arm in options.compared]
+    values: dict[str, Floats] = {}  # (arms, worlds) of each figure
+    for key in ("variance_explained", *CORRELATED):
+        values[key] = np.array([arms[name][key]["by_seed"] for name in names])
+    explained = log_explained(values["variance_explained"])
     pairs = []
-    for pair in disagreements(explained, f1):
-        more, less = arms[names[pair.more]], arms[names[pair.less]]
-        by = {key: more[key]["mean"] - less[key]["mean"] for key in ("variance_explained", "f1")}
-        same_k = compared[pair.more].k == compared[pair.less].k
-        pairs.append({"more": names[pair.more], "less": names[pair.less], "same_k": same_k, **by})
-    world = options.world(0)
+    for more, less in disagreements(explained, values["f1"]):
+        pair: dict[str, Any] = {"more": names[more], "less": names[less]}
+        pair["same_k"] = options.compared[more].k == options.compared[less].k
+        for key in ("variance_explained", "f1"):
+            pair[key] = float(values[key][more].mean() - values[key][less].mean())
+        pairs.append(pair)
+    frequency = options.world(0).frequency
     return {
         "options": {**vars(options)},
         "version": VERSION,
-        "true_l0": float(world.frequency.sum()),
-        "always_on": float(np.mean(2 * world.frequency / (1 + world.frequency))),
+        "true_l0": float(frequency.sum()),
+        "always_on": float(np.mean(2 * frequency / (1 + frequency))),
         "arms": arms,
         "compared": names,
-        "half_widths": {"log_unexplained": half_width(explained), "f1": half_width(f1)},
+        "half_widths": {"log_unexplained": half_width(explained), "f1": half_width(values["f1"])},
         "pairs": math.comb(len(names), 2),
         "disagreements": pairs,
-        "rank_correlations": _rank_correlations(options, table),
+        "rank_correlations": _rank_correlations(options, values),
     }
 
 
-def _values(
-    table: Mapping[str, Sequence[Scores]], arms: Sequence[Dictionary], key: str
-) -> NDArray[np.float64]:
-    """(arms, worlds) of one figure."""
-    return np.array([[found[key] for found in table[arm.name]] for arm in arms])
-
-
-def _rank_correlations(
-    options: Options, table: Mapping[str, Sequence[Scores]]
-) -> dict[str, dict[str, Any]]:
+def _rank_correlations(options: Options, values: Mapping[str, Floats]) -> dict[str, Any]:
     """Of figures with variance explained, by world: over all arms, and over those of each k."""
-    groups = {"all": options.compared}
-    for k in options.k:
-        groups[f"k {k}"] = [arm for arm in options.compared if arm.k == k]
-    correlations: dict[str, dict[str, Any]] = {}
+    ks = np.array([arm.k for arm in options.compared])
+    groups = {"all": ks > 0} | {f"k {k}": ks == k for k in options.k}
+    correlations: dict[str, Any] = {}
     for key in CORRELATED:
         correlations[key] = {}
-        for group, arms in groups.items():
-            columns = zip(
-                _values(table, arms, "variance_explained").T,
-                _values(table, arms, key).T,
-                strict=True,
-            )
-            correlations[key][group] = _over([spearman(x, y) for x, y in columns])
+        for group, own in groups.items():
+            by_world = []
+            for world in range(options.seeds):
+                x = values["variance_explained"][own, world]
+                by_world.append(spearman(x, values[key][own, world]))
+            correlations[key][group] = _over(by_world)
     return correlations
 
 

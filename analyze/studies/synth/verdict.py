@@ -18,7 +18,6 @@ Shapes: A arms, S seeds.
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,15 +26,6 @@ from scipy.stats import studentized_range
 LEVEL = 0.95
 
 Floats = NDArray[np.float64]
-
-
-class Pair(NamedTuple):
-    """Two arms that figures order differently."""
-
-    more: int  # the arm with more of the first figure
-    less: int
-    first: float  # how much more it has of the first figure
-    second: float  # how much more it has of the second: below 0
 
 
 def log_explained(explained: Floats) -> Floats:
@@ -71,23 +61,19 @@ def differences(values: Floats) -> Floats:
     return np.asarray(means[:, None] - means)
 
 
-def disagreements(first: Floats, second: Floats) -> list[Pair]:
-    """Pairs that the figures order differently; those farthest beyond their intervals come first.
+def disagreements(first: Floats, second: Floats) -> list[tuple[int, int]]:
+    """Pairs (a, b) of arms of which a has more of the first figure, and b more of the second.
+
+    Those farthest beyond their intervals come first.
 
     Args:
         first: (A, S) of one figure.
         second: (A, S) of the other.
     """
-    by_first, by_second = differences(first), differences(second)
-    half_first, half_second = half_width(first), half_width(second)
-    found = []
-    for more, less in zip(
-        *np.nonzero((by_first > half_first) & (by_second < -half_second)), strict=True
-    ):
-        pair = Pair(int(more), int(less), float(by_first[more, less]), float(by_second[more, less]))
-        found.append(pair)
-
-    def beyond(pair: Pair) -> float:
-        return min(pair.first / max(half_first, 1e-12), -pair.second / max(half_second, 1e-12))
-
-    return sorted(found, key=beyond, reverse=True)
+    tiny = np.finfo(np.float64).tiny
+    by_first = differences(first) / max(half_width(first), tiny)
+    by_second = -differences(second) / max(half_width(second), tiny)
+    beyond = np.minimum(by_first, by_second)  # in half-widths
+    pairs = np.argwhere(beyond > 1)
+    order = np.argsort(-beyond[tuple(pairs.T)], kind="stable")
+    return [(int(more), int(less)) for more, less in pairs[order]]

@@ -186,8 +186,10 @@ def _disagreements(figures: Mapping[str, Any]) -> Table:
 
 
 def _ranged(found: Mapping[str, Any], form: str) -> str:
-    """A mean, with the least and the most of the worlds."""
+    """A mean, with the least and the most of the worlds; a dash where there is nothing."""
     values: Sequence[float] = found["by_seed"]
+    if math.isnan(found["mean"]):
+        return "-"
     if len(values) < 2:
         return f"{found['mean']:{form}}"
     return f"{found['mean']:{form}} ({min(values):{form}} to {max(values):{form}})"
