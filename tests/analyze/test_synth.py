@@ -353,7 +353,7 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], named: str) -> None:
 
 
 def test_rows_on_which_nothing_can_be_judged_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="study.rows=100"):
+    with pytest.raises(SettingError, match=r"study\.rows=100"):
         study.compare(asked(tmp_path, rows=100, active=0.01))
 
 

@@ -6,7 +6,7 @@ Every null data set has its own worlds and, on each, arms of one objective that 
 start alone. So an arm that "finds more" than another, or a disagreement, is false. The worlds are
 small, so that hundreds of data sets take minutes. `redrawn` are data sets of three worlds drawn
 from all of them, with the arms of each world in an order of its own. `unequal` draws normal tables
-in which arms have equal means and the spreads of the arms of a run (--of synth.json).
+in which arms have equal means and those of each k the spread that they have in a run (--of).
 """
 
 from __future__ import annotations
@@ -92,22 +92,28 @@ def redrawn(tables: list[Floats], sets: int) -> list[Floats]:
 
 
 def unequal(path: Path, sets: int) -> dict[str, float]:
-    """Normal tables with the spreads of a run's arms, and no difference."""
+    """Normal tables with the spreads that the arms of each k have in a run, and no difference."""
     figures = json.loads(path.read_text())["figures"]
+    k_of = np.array([name.rpartition(" ")[2] for name in figures["compared"]])
     rng = np.random.default_rng(0)
-    tables = []
-    deviations = []
+    spreads = []
     for key in KEYS:
         values = np.array([figures["arms"][name][key]["by_seed"] for name in figures["compared"]])
         values = log_explained(values) if key == KEYS[0] else values
-        rest = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
-        deviations.append(np.sqrt(np.square(rest).mean(1, keepdims=True)))
+        squares = np.square(values - values.mean(1, keepdims=True) - values.mean(0) + values.mean())
+        spread = np.ones(len(values))
+        for k in set(k_of):
+            spread[k_of == k] = np.sqrt(squares[k_of == k].mean())
+        spreads.append(spread[:, None])
+    tables = []
     for _ in range(sets):
-        tables.append(np.stack([d * rng.normal(size=(len(d), WORLDS)) for d in deviations]))
-    spread = {
-        f"spread_{k}": float(d.max() / d.min()) for k, d in zip(KEYS, deviations, strict=True)
-    }
-    return {**judged(tables), **spread}
+        tables.append(
+            np.stack([spread * rng.normal(size=(len(k_of), WORLDS)) for spread in spreads])
+        )
+    found = judged(tables)
+    for key, spread in zip(KEYS, spreads, strict=True):
+        found[f"largest_spread_over_least_{key}"] = float(spread.max() / spread.min())
+    return found
 
 
 def main() -> None:
@@ -117,7 +123,7 @@ def main() -> None:
     parser.add_argument("--sets", type=int, default=200)
     parser.add_argument("--objective", default="topk")
     parser.add_argument("--kept", type=Path, required=True, help="file of finished data sets")
-    parser.add_argument("--of", type=Path, help="synth.json of a default run")
+    parser.add_argument("--of", type=Path, help="synth.json of a run")
     parser.add_argument("--out", type=Path, help="write the result there as JSON")
     asked = parser.parse_args()
     lines = asked.kept.read_text().splitlines() if asked.kept.exists() else []
