@@ -149,3 +149,12 @@ def scales_of(value: Any) -> list[float]:
             f"scale={value} must be 1 to {_MOST_SCALES} finite numbers, such as 5 or [0,2,5,-5]"
         )
     return scales
+
+
+def require_room(setting: str, new_tokens: int, prompt: Sequence[int], context: int) -> None:
+    """Raise SettingError unless so many tokens fit into the context behind a prompt."""
+    if not 0 < new_tokens <= context - len(prompt):
+        raise SettingError(
+            f"{setting}={new_tokens} behind a prompt of {len(prompt):,} tokens must be at least 1 "
+            f"and fit into the model's context of {context:,}"
+        )

@@ -35,6 +35,7 @@ from data.foreign import reading
 from data.settings import number
 from data.site import RESID_POST, HookPoint
 from data.text import retry
+from data.text.chats import Chat, messages_of
 from data.text.documents import Content
 from harvest import model as models
 from harvest.model import LanguageModel, ModelConfig
@@ -186,7 +187,8 @@ class SAE:
         """The model that it is of, with its head; loaded on first use.
 
         Raises:
-            SettingError: its files do not say which, or there is no such model.
+            SettingError: its files do not say which, or there is no such model, or its layers are
+                not the SAE's.
             MismatchError: it is not the model of the store.
         """
         if self.model is None:
@@ -195,7 +197,14 @@ class SAE:
         config = ModelConfig(self.model, self.revision, self.dtype, device)
         if self.subject is not None:
             return Study("residual_saes", self.subject, {}, config).lm
-        return models.load(config, head=True)
+        lm = models.load(config, head=True)
+        layer = max((point.layer for point in self.points), default=0)
+        if layer >= lm.n_layers or self.d_model != lm.d_model * max(len(self.points), 1):
+            raise SettingError(
+                f"{self!r} is not of model={self.model}, which has {lm.n_layers} layers of width "
+                f"{lm.d_model}; give its own model= and layer= to SAE.load"
+            )
+        return lm
 
     @cached_property
     def rates(self) -> rates.Rates:
@@ -234,7 +243,8 @@ class SAE:
     def _ids(self, setting: str, text: Content, *, reply: bool = False) -> list[list[int]]:
         lm = self.language_model
         most = lm.max_context if reply else min(self.context, lm.max_context)
-        return given.sequences(setting, [text], lm.tokenizer, most, reply=reply)
+        content = text if isinstance(text, str | Chat) else messages_of(text, setting)
+        return given.sequences(setting, [content], lm.tokenizer, most, reply=reply)
 
     @contextmanager
     def steer(
@@ -280,9 +290,9 @@ class SAE:
         """
         (ids,) = self._ids("prompt", prompt, reply=True)
         lm = self.language_model
-        in_turns = given.is_chat(prompt)
+        steered.require_room("new_tokens", new_tokens, ids, lm.max_context)
         layer = self.points[0].layer if self.points else 0
-        writer = Writer(lm, layer, ids, new_tokens, in_turns)
+        writer = Writer(lm, layer, ids, new_tokens, given.is_chat(prompt))
         return steered.text_of(lm, writer.written(self._push))
 
     def __repr__(self) -> str:

@@ -76,11 +76,7 @@ def asked_of(study: Study, options: Options) -> Asked:
     description = study.description
     context = description.max_context or 2**31
     (ids,) = given.sequences("prompt", contents, description.tokenizer, context, reply=True)
-    if len(ids) + options.new_tokens > context:
-        raise SettingError(
-            f"study.new_tokens={options.new_tokens} behind a prompt of {len(ids):,} tokens pass "
-            f"the model's context of {context:,}; lower it"
-        )
+    steered.require_room("study.new_tokens", options.new_tokens, ids, context)
     return Asked(contents[0], ids, features, scales)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from data.errors import SettingError
+from data.site import HookPoint
 from residual_saes import SAE, Store
 from train.publish import release
 
@@ -38,8 +41,16 @@ def test_one_sae_from_wherever_it_lies(
 ) -> None:
     """A run, a run without its store, an export, a release on the Hub: the same values."""
     expected = own.features(TEXT).dense
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **_: tmp_path / repo)
     release.prepare(tiny_run, "me/mine", tmp_path / "me/mine")
+
+    def download(repo: str, allow_patterns: list[str]) -> Path:
+        """Of all that is there, what is asked for."""
+        for name in allow_patterns:
+            (tmp_path / "cache").mkdir(exist_ok=True)
+            shutil.copy(tmp_path / repo / name, tmp_path / "cache")
+        return tmp_path / "cache"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     store = own.subject.store.name if own.subject else ""
     monkeypatch.chdir(tmp_path)
     for where, more in (
@@ -64,6 +75,27 @@ def test_what_is_no_sae_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for where in ("nothing", "unknown:here", "hub:a/b"):
         with pytest.raises(SettingError, match=where):
             SAE.load(where)
+
+
+def test_another_model_is_refused(own: SAE) -> None:
+    wide = own.weights.W_dec.repeat(1, 2)
+    weights = type(own.weights).of(wide.T, wide, own.weights.b_enc, torch.zeros(128), 8)
+    for other in (
+        replace(own, subject=None, points=(HookPoint(12),)),
+        replace(own, subject=None, weights=weights),
+        replace(own, subject=None, model=None),
+    ):
+        with pytest.raises(SettingError, match="model="):
+            other.features(TEXT)
+
+
+def test_texts_that_cannot_be_read_are_refused(own: SAE) -> None:
+    for text in ("", "7 " * 200, [], ["a"], [{"role": "user"}], "\ud800"):
+        with pytest.raises(SettingError, match="text"):
+            own.features(text)
+    for new_tokens in (0, -1, 1024):
+        with pytest.raises(SettingError, match="new_tokens"):
+            own.generate(TEXT, new_tokens)
 
 
 def test_the_store_is_the_pipelines(own: SAE) -> None:
