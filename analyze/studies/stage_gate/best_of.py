@@ -36,7 +36,7 @@ RANDOM = "random pick"
 MAJORITY = "majority vote"
 ORACLE = "any right"
 _SUBSETS = 500  # of n answers that vote; of more, so many are drawn
-_CHUNK = 50  # questions that vote at a time: 13 MB for 16 answers
+_CHUNK = 50  # questions that vote at a time: 26 MB where 32 answers vote
 _ROUNDING = 1e-12
 
 
