@@ -74,6 +74,9 @@ SUBSTITUTES = {
     r"text=\[fineweb_edu,finemath\]": "text=[fineweb_edu,finemath] "
     "text.sources.fineweb_edu.dataset=hub/web text.sources.fineweb_edu.config=null "
     "text.sources.finemath.dataset=hub/math text.sources.finemath.config=null",
+    r"study\.lr=\[3e-5,1e-4\]": "study.lr=[1e-4]",
+    r"study\.batch=16": "study.batch=2",
+    r"study\.steps=20": "study.steps=1",
     r"study\.tokens=6000": "study.tokens=100",
     r"answers\.questions=(100|50)": "answers.questions=20",
     r"hydra/launcher=\w+": "hydra/launcher=basic",
@@ -97,6 +100,8 @@ ADDED = {
     "study.permutations=1",
     "study=stage_gate": "answers.questions=20 answers.new_tokens=22 study.draws=20 "
     "study.min_firing=1",
+    "study=stage_gate_2": "answers.questions=40 answers.samples=2 answers.new_tokens=22 "
+    "study.seeds=1 study.rewards=[R0,R1] study.levels=[token] study.canaries=2 study.text=100",
     "study=synth": "study.objectives=[topk] study.k=[3] study.seeds=2 study.tokens=1024 "
     "study.rows=500",
     "study=rollouts": "answers.questions=20 answers.new_tokens=22 study.draws=20 "

@@ -273,6 +273,7 @@ def refuses(subject: Subject, options: Mapping[str, Any]) -> str | None:
 
 DEFINITION = Definition(
     stage_gate_2,
+    samples=8,
     options=Options,
     refuses=refuses,
     inputs=inputs,

@@ -113,7 +113,8 @@ def _untrained(figures: Mapping[str, Any]) -> str:
     return (
         f"The untrained model has {formatted(figures['untrained'][ACCURACY], '.3f')} right answers "
         f"to {figures['questions']['judged']} questions. The arm with most is {_name(best)}, with "
-        f"{best[ACCURACY]['value']:.3f}, {formatted(best['less_untrained'], _SIGNED)} more."
+        f"{best[ACCURACY]['value']:.3f}; the difference is "
+        f"{formatted(best['less_untrained'], _SIGNED)}."
     )
 
 
@@ -124,7 +125,7 @@ def _harms(entry: Mapping[str, Any]) -> str:
         said.append(f"{alarm['what']} ({by} beside {alarm['than']})")
     watched = ", ".join(harm.name for harm in HARMS)
     if not said:
-        return f"By {entry['level']}, R1 is worse in nothing that was watched: {watched}."
+        return f"By {entry['level']}, no interval says that R1 is worse in any of: {watched}."
     return f"By {entry['level']}, R1 is worse in: {'; '.join(said)}."
 
 
