@@ -78,8 +78,7 @@ def measured(
         rows: list[dict[str, Any]] = []
         for latent in latents[np.sort(first)][:count].tolist():
             rows.append(_of_pair(texts, latent, found, rng, stop))
-        measured_rows = [row for row in rows if row["drop"]]
-        figures[kind] = {"pairs": rows, **_together(measured_rows)}
+        figures[kind] = {"pairs": rows, **_together(rows)}
     return figures
 
 
@@ -92,7 +91,7 @@ def _of_pair(
     density = texts.density_given(latent)
     drop = texts.drop(partner, latent, stop) if density[partner] else None
     controls = []
-    never = [other for other in found.partner[latent].tolist() if other != NONE]
+    never = np.setdiff1d(found.partner[latent], [NONE]).tolist()
     others = np.setdiff1d(np.flatnonzero(density), never)
     if drop and len(others):
         wanted = [partner] * min(CONTROLS, len(others))
@@ -103,11 +102,10 @@ def _of_pair(
 
 def _together(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over pairs, and whether ablating the partner does more than ablating another."""
-    with_controls = [row for row in rows if row["controls"]]
-    own = np.array([row["drop"]["value"] for row in with_controls])
-    others = np.array([np.mean(row["controls"]) for row in with_controls])
-    if not len(own):
+    known = [(row["drop"]["value"], np.mean(row["controls"])) for row in rows if row["controls"]]
+    if not known:
         return {"measured": 0, "median": None, "median_controls": None, "p": None}
+    own, others = np.array(known).T
     return {
         "measured": len(own),
         "median": float(np.median(own)),
@@ -144,17 +142,16 @@ class _Texts:
         lm = study.lm
         layers = [ours.layer, theirs.layer]
         codes: list[list[Any]] = [[], []]
-        order: list[int] = []
+        piece: list[int] = []
         progress = Progress()
         for number, states in residuals(lm, [piece.ids for piece in texts], layers):
             stop.check()
-            progress.show(f"{len(order)} of {len(texts)} pieces read")
-            order.append(number)
+            progress.show(f"{len(codes[0])} of {len(texts)} pieces read")
+            piece += [number] * (len(texts[number].ids) - 1)
             for subject, layer, kept in zip((ours, theirs), layers, codes, strict=True):
                 kept.append(_codes(subject, states[layer][1:]))
-        piece = np.repeat(order, [len(texts[number].ids) - 1 for number in order])
         both = [sparse.csc_array(sparse.vstack(parts)) for parts in codes]
-        return cls(lm, ours, theirs, texts, piece, *both)
+        return cls(lm, ours, theirs, texts, np.array(piece), *both)
 
     def _fires(self, codes: Codes, latent: int) -> Any:
         return codes.indices[codes.indptr[latent] : codes.indptr[latent + 1]]

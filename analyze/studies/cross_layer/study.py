@@ -147,9 +147,9 @@ def encode(ours: Subject, theirs: Subject, limit: int, stop: StopRequest) -> Cod
         mine = codes_of(ours.encoded(rows.ours), rows.our_rows, ours.sae.d_sae)
         their = codes_of(theirs.encoded(rows.theirs), rows.their_rows, theirs.sae.d_sae)
         parts.append(Coded(mine, their, rows.document))
-    columns = list(zip(*parts, strict=True))
-    mine, their = (sparse.vstack(codes, format="csr") for codes in columns[:2])
-    return Coded(mine, their, np.concatenate(columns[2]))
+    mine, their, document = zip(*parts, strict=True)
+    both = [sparse.vstack(codes, format="csr") for codes in (mine, their)]
+    return Coded(both[0], both[1], np.concatenate(document))
 
 
 # -- the study -------------------------------------------------------------------------------------
@@ -231,14 +231,15 @@ def _null(
 def cosines(ours: Subject, theirs: Subject, partner: Ints) -> Floats:
     """(G, T) of each pair's directions; NaN without a partner, and of two models."""
     cosine = np.full(partner.shape, np.nan)
-    weights = [subject.store.manifest["model"]["weights"] for subject in (ours, theirs)]
-    if weights[0] != weights[1]:
+    weights = ours.store.manifest["model"]["weights"]
+    if theirs.store.manifest["model"]["weights"] != weights:
         return cosine
-    mine, their = (directions.unit(subject.sae.W_dec) for subject in (ours, theirs))
+    W_ours = directions.unit(ours.sae.W_dec)
+    W_theirs = directions.unit(theirs.sae.W_dec)
     for first in range(0, len(partner), BLOCK):
         part = slice(first, first + BLOCK)
-        chosen = torch.from_numpy(np.maximum(partner[part], 0)).to(mine.device)
-        cosine[part] = torch.einsum("gd,gtd->gt", their[part], mine[chosen]).cpu().numpy()
+        chosen = torch.from_numpy(np.maximum(partner[part], 0)).to(W_ours.device)
+        cosine[part] = torch.einsum("gd,gtd->gt", W_theirs[part], W_ours[chosen]).cpu().numpy()
     cosine[partner == NONE] = np.nan
     return cosine
 
@@ -331,7 +332,7 @@ def table_of(found: Found, cosine: Floats) -> dict[str, Any]:
     partner = found.partner[has]
     columns = {
         "feature": pa.array(latent, pa.uint32()),
-        "class": pa.array([CLASSES[number] for number in classes_of(found, cosine)[latent]]),
+        "class": pa.array(np.array(CLASSES)[classes_of(found, cosine)[latent]].tolist()),
         "explained": _known(found.explained[latent]),
         "rank": pa.array(rank, pa.uint8()),
         "partner": pa.array(partner, mask=partner == NONE),
