@@ -124,7 +124,9 @@ def test_the_verdict_follows_its_rule(change: dict[str, float], null: float, exp
         # The same everywhere but for the latents, so that their differences have intervals.
         own = score(value) if name in (LATENTS, DENSE) else score(value, 0)
         found[Probing(name, None if name in (DENSE, fitting.LENGTH) else 1)] = own
-    assert scoring.judgement(found, np.full(20, null))["verdict"] == expected
+    judgement = scoring.judgement(found, np.full(20, null))
+    assert judgement["verdict"] == expected
+    assert bool(judgement["why"]) == (expected == "undecided")
 
 
 @pytest.mark.long

@@ -244,14 +244,20 @@ def judgement(found: Mapping[Probing, Scores], null_of_dense: Floats) -> dict[st
     }
     ahead = {name: measured(latents - other) for name, other in others.items()}
     p = permutation_p(float(dense[0]), null_of_dense)
-    readable = p < LEVEL and _low(measured(dense)) > 0.5
-    if not readable:
+    why = []
+    if _low(measured(dense)) <= 0.5:
+        why.append("the dense probe's interval holds 0.5")
+    if p >= LEVEL:
+        least = 1 / (1 + len(null_of_dense))
+        why.append(f"p = {p:.2g} of {len(null_of_dense)} permutations, {least:.2g} at least")
+    if why:
         verdict = UNDECIDED
     elif all(_low(ahead[name]) > 0 for name in (DIMENSIONS, RANDOM, LENGTH)):
         verdict = BETTER
     else:
         verdict = WORSE if ahead[DIMENSIONS]["interval"].high < 0 else NOT_BETTER
-    return {"verdict": verdict, "ahead": ahead, "latents": measured(latents), "p_of_dense": p}
+    of_latents = {"ahead": ahead, "latents": measured(latents)}
+    return {"verdict": verdict, "why": why, **of_latents, "p_of_dense": p}
 
 
 def _low(of: Mapping[str, Any]) -> float:

@@ -27,8 +27,9 @@ def summary(figures: Mapping[str, Any]) -> list[str]:
     dense = own[DENSE]
     few, many = _ends(figures)
     ahead = figures["ahead"]
+    because = f" ({'; '.join(figures['why'])})" if figures["why"] else ""
     lines = [
-        f"Verdict: {figures['verdict']}. The rule: {figures['rule']}.",
+        f"Verdict: {figures['verdict']}{because}. The rule: {figures['rule']}.",
         f"Averaged over k, the latents' AUROC is {formatted(figures['latents'], '.3f')}: less that "
         f"of as many dimensions {formatted(ahead[DIMENSIONS], '+.3f')}, of as many random latents "
         f"{formatted(ahead[RANDOM], '+.3f')}, of the length {formatted(ahead[LENGTH], '+.3f')}, of "
