@@ -337,7 +337,7 @@ def test_results_name_no_path_of_a_machine() -> None:
 
 def test_packages_import_from_anywhere(tmp_path: Path) -> None:
     code = (
-        "import harvest, train, analyze, data, conf\n"
+        "import harvest, train, analyze, data, conf, residual_saes\n"
         "from data.tiny.embedded import MODEL_DIR\n"
         "print(MODEL_DIR.is_dir())"
     )

@@ -222,7 +222,7 @@ def _of_text(block: Mapping[str, Any]) -> Table:
     for latent in block["latents"]:
         row = [str(latent["feature"])]
         row += [f"{latent[name]:.4g}" for name in ("max", "mean", "usual")]
-        row += [f"{latent['density']:.2%}", latent["words"]]
+        row += [f"{100 * latent['density']:.3g}%", latent["words"]]
         if block["has_catalogue"]:
             row += [" ".join(latent.get(name, ())) for name in ("peaks", "raised")]
         rows.append(tuple(row))

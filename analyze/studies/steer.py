@@ -222,7 +222,7 @@ def _meaning(figures: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"Scale 1 adds {mean:.4g} times the direction of latent {feature} to layer "
             f"{figures['layer']} at every position: its mean activation where it fires, on "
-            f"{density:.2%} of {figures['rows']:,} rows."
+            f"{100 * density:.3g}% of {figures['rows']:,} rows."
         )
     lines.append(
         "KL is of the next token, steered from untouched, in nats a token of the untouched "
