@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from data.errors import DocumentError, SettingError
 from data.text.chats import Chat, messages_of
@@ -87,7 +87,7 @@ def _of_file(setting: str, path: Path) -> list[Content]:
     if not read or len(read) > MOST:
         holds = f"more than {MOST} texts" if read else "no text"
         raise SettingError(f"{setting}=@{path} holds {holds}; give 1 to {MOST}")
-    return [each for each in read if not isinstance(each, DocumentError)]
+    return cast(list[Content], read)
 
 
 def _read(path: Path, column: Column) -> list[Content | DocumentError]:

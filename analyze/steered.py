@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from analyze.intervention import LatentChange, effects, intervened
@@ -126,7 +127,8 @@ def features_of(value: Any, d_sae: int) -> list[int]:
     """
     if value is None:
         raise SettingError("feature= is missing; give a latent's number, or several in a list")
-    features = [whole("feature", item) for item in (value if isinstance(value, list) else [value])]
+    items = value if isinstance(value, list) else [value]
+    features = list(map(partial(whole, "feature"), items))
     fits = all(0 <= feature < d_sae for feature in features)
     if not features or not fits or len(set(features)) < len(features):
         raise SettingError(
@@ -143,7 +145,7 @@ def scales_of(value: Any) -> list[float]:
         SettingError: one is no number, or there are none, or too many.
     """
     items = value if isinstance(value, list) else SCALES if value is None else [value]
-    scales = list(dict.fromkeys(number("scale", item) for item in items))
+    scales = list(dict.fromkeys(map(partial(number, "scale"), items)))
     if not all(map(math.isfinite, scales)) or not 0 < len(scales) <= _MOST_SCALES:
         raise SettingError(
             f"scale={value} must be 1 to {_MOST_SCALES} finite numbers, such as 5 or [0,2,5,-5]"

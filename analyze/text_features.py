@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from analyze.contexts import visible
 from analyze.encoding import positive
 from analyze.language_model import residuals
+from analyze.subject import Subject
 from data.journal import note
 from data.site import HookPoint
 from harvest.model import LanguageModel
@@ -34,6 +35,11 @@ class Reader(NamedTuple):
 
     sae: SAE
     points: tuple[HookPoint, ...]  # of one model, side by side in its rows
+
+    @classmethod
+    def of(cls, subject: Subject) -> Reader:
+        """A run's own."""
+        return cls(subject.sae, subject.points)
 
 
 class Strong(NamedTuple):

@@ -10,6 +10,7 @@ import hashlib
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
 from os.path import relpath
 from typing import Any
@@ -64,7 +65,7 @@ def features(study: Study) -> Outcome:
     options = build(Options, "study", study.options)
     texts = given.contents("text", study.asked.get("text"))
     subject = study.subject
-    subjects = [subject, *(subject.beside(run) for run in options.others)]
+    subjects = [subject, *map(subject.beside, options.others)]
     for other in subjects[1:]:
         if reason := refusals.two_models(other, {}):
             raise SettingError(f"study.others={other.run}: {reason}")
@@ -72,13 +73,13 @@ def features(study: Study) -> Outcome:
     sequences = given.sequences("text", texts, tokenizer, subject.store.context)
     key = {
         **study.settings(DEFINITION),
-        "texts": [durable.digest(str(ids).encode()) for ids in sequences],
-        "runs": [_follows(each) for each in subjects],
+        "texts": durable.digest(str(sequences).encode()),
+        "runs": list(map(_follows, subjects)),
     }
 
     def make() -> tuple[Outcome, bytes]:
-        known = [rates.of(each, options.rows) for each in subjects]
-        readers = [Reader(each.sae, each.points) for each in subjects]
+        known = list(map(partial(rates.of, rows=options.rows), subjects))
+        readers = list(map(Reader.of, subjects))
         blocks = []
         for number, found in enumerate(text_features.read(study.lm, readers, sequences)):
             for each, rate, features in zip(subjects, known, found, strict=True):
@@ -188,13 +189,14 @@ def _outcome(blocks: Sequence[Mapping[str, Any]]) -> Outcome:
             rows.append((str(position), token, said if position else "BOS, which is not encoded"))
         tables.append(Table(f"{block['name']}: each token", ("", "token", "strongest"), rows))
         tables.append(_of_text(block))
-    where = "of the catalogue" if all(block["has_catalogue"] for block in blocks) else "held-out"
+    lacking = [block["run"] for block in blocks if not block["has_catalogue"]]
+    where = "held-out" if lacking else "of the catalogue"
     counted = " and ".join(dict.fromkeys(f"{block['rows']:,}" for block in blocks))
     summary.append(
         f"A latent's density, and its usual activation where it fires, are of {counted} {where} "
         "rows without BOS."
     )
-    for run in dict.fromkeys(block["run"] for block in blocks if not block["has_catalogue"]):
+    for run in dict.fromkeys(lacking):
         summary.append(
             f"`python -m analyze study=catalogue run={run}` tells what a latent fires on "
             "elsewhere, and what it raises."
@@ -220,11 +222,16 @@ def _of_text(block: Mapping[str, Any]) -> Table:
         header += ["elsewhere on", "raises"]
     rows = []
     for latent in block["latents"]:
-        row = [str(latent["feature"])]
-        row += [f"{latent[name]:.4g}" for name in ("max", "mean", "usual")]
-        row += [f"{100 * latent['density']:.3g}%", latent["words"]]
+        row = [
+            str(latent["feature"]),
+            f"{latent['max']:.4g}",
+            f"{latent['mean']:.4g}",
+            f"{latent['usual']:.4g}",
+            f"{100 * latent['density']:.3g}%",
+            latent["words"],
+        ]
         if block["has_catalogue"]:
-            row += [" ".join(latent.get(name, ())) for name in ("peaks", "raised")]
+            row += [" ".join(latent.get("peaks", ())), " ".join(latent.get("raised", ()))]
         rows.append(tuple(row))
     return Table(f"{block['name']}: the strongest latents", tuple(header), rows)
 

@@ -51,7 +51,7 @@ def found(lm: LanguageModel, subject: Subject) -> TextFeatures:
 
 def read(lm: LanguageModel, subject: Subject, text: Any) -> TextFeatures:
     (ids,) = given.sequences("text", [text], lm.tokenizer, 512)
-    ((own,),) = text_features.read(lm, [Reader(subject.sae, subject.points)], [ids])
+    ((own,),) = text_features.read(lm, [Reader.of(subject)], [ids])
     return own
 
 
@@ -74,7 +74,7 @@ def test_a_stored_document_has_its_stored_rows_latents(lm: LanguageModel, subjec
     row_of[unit.local] = np.arange(len(unit.local))
     differing = tokens = 0
     for start, end in list(pairwise(starts))[:12]:
-        reader = Reader(subject.sae, subject.points)
+        reader = Reader.of(subject)
         ((own,),) = text_features.read(lm, [reader], [ids[start:end].tolist()])
         stored = np.zeros_like(own.dense)
         kept = subject.sae.encode(unit.rows[row_of[start:end]])
@@ -126,7 +126,7 @@ def test_several_hook_points_are_read_side_by_side(lm: LanguageModel, subject: S
     W_dec = torch.randn(30, 128, generator=generator)
     crosscoder = WeightsOf.of(W_dec.T.contiguous(), W_dec, torch.zeros(30), torch.zeros(128), 4)
     ids = [lm.tokenizer.bos, *range(300, 320)]
-    readers = [Reader(crosscoder, points), Reader(subject.sae, subject.points)]
+    readers = [Reader(crosscoder, points), Reader.of(subject)]
     ((own, other),) = text_features.read(lm, readers, [ids])
     states: dict[int, torch.Tensor] = {}
     handles = [
