@@ -77,7 +77,8 @@ def every(runs: Path, tiny_study: Callable[..., Study]) -> Callable[..., Study]:
 
     def of(*names: str, problems: str | None = "tiny", **options: Any) -> Study:
         chosen = {name: SMALL[name] for name in names or ORDER} | options
-        study = tiny_study("all", "tiny", {"questions": 48, "new_tokens": 24}, **chosen)
+        answers = {"questions": 48, "new_tokens": 24, "samples": 1}
+        study = tiny_study("all", "tiny", answers, **chosen)
         study.problems = problems
         study.subject = Subject.open(runs, None, study.subject.device)
         return study
