@@ -59,6 +59,8 @@ def outcome_of(
 
 def _newest_first(place: Path) -> list[Path]:
     """The folders that were made here: whatever else lies beside them is somebody's own."""
-    named = [path for path in place.iterdir() if re.search(r"(^|-)[0-9a-f]{12}$", path.name)]
-    folders = [path for path in named if (path / digests.FILE).is_file()]
+    folders = []
+    for path in place.iterdir():
+        if re.search(r"(^|-)[0-9a-f]{12}$", path.name) and (path / digests.FILE).is_file():
+            folders.append(path)
     return sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)

@@ -43,7 +43,7 @@ class Push(NamedTuple):
         Raises:
             SettingError: one never fires.
         """
-        means = tuple(known.mean_of(feature) for feature in features)
+        means = tuple(map(known.mean_of, features))
         return cls(sae, tuple(features), means)
 
     @property

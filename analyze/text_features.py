@@ -99,7 +99,7 @@ class TextFeatures:
 
     def words(self, tokens: Sequence[int]) -> str:
         """Some of the text's tokens in a line."""
-        named = " ".join(word(self.tokens[token]) for token in tokens[:_WORDS])
+        named = " ".join(map(word, map(self.tokens.__getitem__, tokens[:_WORDS])))
         more = len(tokens) - _WORDS
         return f"{named} and {more} more" if more > 0 else named
 
@@ -145,6 +145,8 @@ def _encoded(
     stored = rows[1:].bfloat16().to(sae.b_dec.device).float()
     with torch.inference_mode():
         pairs = positive(sae.encode(stored))
-    row, latent, value = (column.cpu().numpy() for column in (pairs.row, pairs.latent, pairs.value))
+    row = pairs.row.cpu().numpy()
+    latent = pairs.latent.cpu().numpy()
     order = np.lexsort((latent, row))
-    return TextFeatures(ids, tokens, sae.d_sae, row[order] + 1, latent[order], value[order])
+    value = pairs.value.cpu().numpy()[order]
+    return TextFeatures(ids, tokens, sae.d_sae, row[order] + 1, latent[order], value)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
+from operator import itemgetter
 from os.path import relpath
 from typing import Any
 from urllib.parse import quote
@@ -139,7 +140,7 @@ def _block(
         "name": name if len(texts) == 1 else f"text {number + 1}: {name}",
         "ids": list(features.ids),
         "tokens": list(features.tokens),
-        "strongest": [features.at(token, options.each) for token in range(len(features.ids))],
+        "strongest": list(map(partial(features.at, count=options.each), range(len(features.ids)))),
         "latents": latents,
         "fire": len(set(features.feature.tolist())),
         "rows": rate.rows,
@@ -191,7 +192,8 @@ def _outcome(blocks: Sequence[Mapping[str, Any]]) -> Outcome:
         tables.append(_of_text(block))
     lacking = [block["run"] for block in blocks if not block["has_catalogue"]]
     where = "held-out" if lacking else "of the catalogue"
-    counted = " and ".join(dict.fromkeys(f"{block['rows']:,}" for block in blocks))
+    rows_of = map(itemgetter("rows"), blocks)
+    counted = " and ".join(map("{:,}".format, dict.fromkeys(rows_of)))
     summary.append(
         f"A latent's density, and its usual activation where it fires, are of {counted} {where} "
         "rows without BOS."

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -135,7 +136,7 @@ def _dose(writer: Writer, plain: Generation, push: Push, scale: float) -> dict[s
     written = dose.generation
     return {
         "scale": scale,
-        "added": [scale * activation for activation in push.activations],
+        "added": push.scaled(scale).activations,
         "relative": dose.relative,
         "norm": dose.norm,
         "kl": dose.kl,
@@ -150,7 +151,7 @@ def _dose(writer: Writer, plain: Generation, push: Push, scale: float) -> dict[s
 def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
     """How many items two sequences begin with together."""
     pairs = zip(first, second, strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 # -- in words --------------------------------------------------------------------------------------
@@ -164,11 +165,9 @@ def _outcome(asked: Asked, figures: Mapping[str, Any]) -> Outcome:
                 "scale 0 changed the continuation, so generation does not repeat itself on this "
                 "device; no scale can be judged"
             )
-    changed = [dose for dose in chosen if not dose["is_untouched"]]
     summary = [
-        f"{len(changed)} of {len(chosen)} scales of {asked.name} change the continuation. The same "
-        f"lengths along {_random(figures)} change it at "
-        f"{sum(not dose['is_untouched'] for dose in random)}.",
+        f"{_changed(chosen)} of {len(chosen)} scales of {asked.name} change the continuation.",
+        f"The same lengths along {_random(figures)} change it at {_changed(random)}.",
         *_meaning(figures),
     ]
     if 0 in asked.scales:
@@ -198,6 +197,11 @@ def _outcome(asked: Asked, figures: Mapping[str, Any]) -> Outcome:
     )
 
 
+def _changed(doses: Sequence[Mapping[str, Any]]) -> int:
+    untouched = list(map(itemgetter("is_untouched"), doses))
+    return untouched.count(False)
+
+
 def _added(dose: Mapping[str, Any]) -> str:
     return " and ".join(f"{value:.4g}" for value in dose["added"])
 
@@ -217,7 +221,7 @@ def _random(figures: Mapping[str, Any]) -> str:
 
 def _meaning(figures: Mapping[str, Any]) -> list[str]:
     lines = []
-    columns = [figures["chosen"][name] for name in ("features", "activations", "density")]
+    columns = itemgetter("features", "activations", "density")(figures["chosen"])
     for feature, mean, density in zip(*columns, strict=True):
         lines.append(
             f"Scale 1 adds {mean:.4g} times the direction of latent {feature} to layer "
