@@ -82,19 +82,22 @@ def _contrast(study: Study) -> Path:
 
 def _rows(judgement: Judgement, answered: list[Answer]) -> dict[str, Any]:
     """A column per figure of an answer."""
-    side = np.where(judgement.discovery, "discovery", "validation")
-    return {
-        "question": [answer.problem.id for answer in answered],
-        "side": side,
-        "source": [answer.source for answer in answered],
-        "sample": [answer.sample for answer in answered],
-        "correct": [answer.correct for answer in answered],
-        "strict": [answer.strict for answer in answered],
-        "flexible": [answer.flexible for answer in answered],
-        "finished": [answer.finished for answer in answered],
-        "tokens": [len(answer.ids) for answer in answered],
-        **judgement.scores,
-    }
+    columns: dict[str, Any] = {}
+    for answer, chose in zip(answered, judgement.discovery, strict=True):
+        about = {
+            "question": answer.problem.id,
+            "side": "discovery" if chose else "validation",
+            "source": answer.source,
+            "sample": answer.sample,
+            "correct": answer.correct,
+            "strict": answer.strict,
+            "flexible": answer.flexible,
+            "finished": answer.finished,
+            "tokens": len(answer.ids),
+        }
+        for name, value in about.items():
+            columns.setdefault(name, []).append(value)
+    return columns | judgement.scores
 
 
 def inputs(study: Study) -> dict[str, Any]:
