@@ -126,7 +126,7 @@ def test_changes_keep_the_numbers_of_an_answer() -> None:
 
 
 def test_the_untrained_model_is_watched_as_other_studies_measure_it(tiny_study) -> None:
-    study = tiny_study("stage_gate_2", answers={"questions": 12})
+    study = tiny_study("stage_gate_2", answers={"questions": 12, "samples": 1, "temperature": 0})
     judged = [item for item in problems.read("tiny", 12) if isinstance(item, Problem)]
     text = losses.choose([study.subject], 300)
     asked = Asked(

@@ -73,7 +73,7 @@ def inputs(study: Study) -> dict[str, Any]:
     options = build(Options, "study", study.options)
     chosen = features_of(study, options)
     sides = sides_of(study, options)
-    chosen.require_other_questions({item.id for item in sides.judged})
+    chosen.require_other_questions(set(_ids(sides.judged)))
     return {
         **answering.inputs(study),
         "features": {"helpful": chosen.helpful, "harmful": chosen.harmful},
@@ -96,7 +96,7 @@ def sides_of(study: Study, options: Options) -> Sides:
             )
         asked.append(item)
     plain, others = _apart(study, options, asked)
-    ids = np.array([item.id for item in plain])
+    ids = np.array(_ids(plain))
     parts = np.array([item.part or "" for item in plain])
     trains = in_discovery(ids, options.discovery, parts if parts.any() else None)
     training = list(compress(plain, trains))
@@ -110,6 +110,10 @@ def sides_of(study: Study, options: Options) -> Sides:
     return Sides(training, judged, others)
 
 
+def _ids(asked: Sequence[Problem]) -> list[str]:
+    return [item.id for item in asked]
+
+
 def _apart(
     study: Study, options: Options, asked: Sequence[Problem]
 ) -> tuple[list[Problem], list[Problem]]:
@@ -119,7 +123,7 @@ def _apart(
     if options.other is not None:
         for item in problems.read(options.other, options.canaries):
             others.append(item if isinstance(item, Problem) else item.problem)
-        taken = {item.id for item in others}
+        taken = set(_ids(others))
         return [item for item in asked if item.id not in taken], others
     if study.problems not in (None, problems.TINY):
         return list(asked), []
@@ -155,14 +159,14 @@ def stage_gate_2(study: Study) -> Outcome:
     sides = sides_of(study, options)
     every = arms(options)
     text = losses.choose([study.subject], options.text)
-    canaries = [canary(item) for item in sides.judged[: options.canaries]]
+    canaries = list(map(canary, sides.judged[: options.canaries]))
     asked = Asked(judging(study, options), sides.judged, canaries, sides.others, text)
     tell(*words.before(options, len(every), len(sides.judged)))
     with StopRequest() as stop:
         policies = _policies(study, options, sides, every, asked, stop)
     figures = figures_of(policies, options)
-    figures["questions"] = {name: len(some) for name, some in sides._asdict().items()}
-    figures["ids"] = {"judged": [item.id for item in sides.judged]}
+    figures["questions"] = dict(zip(Sides._fields, map(len, sides), strict=True))
+    figures["ids"] = {"judged": _ids(sides.judged)}
     outcome = Outcome(
         figures, words.summary(figures), words.tables(figures), plot.pictures(figures)
     )
