@@ -22,8 +22,12 @@ from analyze.studies.probes import fitting, scoring
 from analyze.studies.probes.examples import _joined, examples
 from analyze.studies.probes.fitting import DENSE, DIMENSIONS, LATENTS, Probing
 from analyze.studies.probes.study import DEFINITION, Options
+from analyze.study import Study
 from data.errors import PipelineError, SettingError, StopRequest, StoreError
 from data.site import HookPoint
+from harvest.model import ModelConfig
+from harvest.model_folder import EMBEDDED
+from tests.analyze.conftest import mlp_run, random_transcoder
 from tests.bench import probe_nulls
 from tests.bench.probe_nulls import judged, shares, texts
 
@@ -460,6 +464,20 @@ def test_labels_of_strangers_obey_no_terminal_and_no_page(tiny_study, tmp_path: 
     study.perform(DEFINITION)
     for file in study.place.glob("*.md"):
         assert "\x1b" not in file.read_text() and "<script>" not in file.read_text()
+
+
+def test_a_transcoder_is_probed_at_what_it_reads(tiny_mlps, tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(LINES))
+    subject = mlp_run(tmp_path / "run", tiny_mlps, 5, random_transcoder(5))
+    options = {"texts": str(path), "layers": [5], **FEW}
+    model = ModelConfig(EMBEDDED, dtype="float32")
+    study = Study("probes", subject, options, model, None, {})
+    figures = study.perform(DEFINITION).figures
+    assert list(figures["sites"]) == ["mlp_in of layer 5", "layer 5"]
+    assert figures["layers"] == {"mlp_in of layer 5": None, "layer 5": 5}
+    assert figures["noun"] == "transcoder"
+    assert {one["reads"] for one in figures["sites"]["layer 5"]} == {DIMENSIONS, DENSE, "means"}
 
 
 @pytest.mark.parametrize(
