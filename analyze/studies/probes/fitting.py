@@ -81,8 +81,10 @@ def split(label: NDArray[np.int64], group: NDArray[np.int64], seed: int) -> Spli
         validation = max(1, round(VALIDATION * len(members)))
         side[members[:test]] = 2
         side[members[test : test + validation]] = 1
-    train, validation_rows, test_rows = (np.flatnonzero(side[group] == one) for one in range(3))
-    return Split(train, validation_rows, test_rows)
+    of_row = side[group]
+    return Split(
+        np.flatnonzero(of_row == 0), np.flatnonzero(of_row == 1), np.flatnonzero(of_row == 2)
+    )
 
 
 def targets(label: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -109,10 +111,13 @@ def judged(
 ) -> Judged:
     """Every wanted probe, chosen and fitted on the known rows, on the test rows."""
     classes = targets(label)
-    most = max((probing.k or 0 for probing in wanted), default=0)
+    most: dict[str, int] = {}
+    for reads, k in wanted:
+        if k is not None:
+            most[reads] = max(k, most.get(reads, 0))
     ranked = {}
-    for name in {probing.reads for probing in wanted if probing.k}:
-        ranked[name] = ranking(inputs[name], classes, sides.train, most, stop)
+    for name, count in most.items():
+        ranked[name] = ranking(inputs[name], classes, sides.train, count, stop)
     odds = np.full((len(wanted), len(classes), len(label)), np.nan, np.float32)
     for number, probing in enumerate(wanted):
         for of_class, target in enumerate(classes):

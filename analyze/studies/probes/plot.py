@@ -56,10 +56,11 @@ def _over_k(figures: Mapping[str, Any]) -> str:
 def _over_layers(figures: Mapping[str, Any], names: Mapping[int, str]) -> str:
     """Of sites by layer, in their order."""
     most = str(Probing(DIMENSIONS, figures["options"]["k"][-1]))
-    sites = [_aurocs(figures, name) for name in names.values()]
     lines = {}
     for probe, label in ((DENSE, "dense probe"), (MEANS, "means"), (most, most)):
-        lines[label] = _line(list(names), [own[probe] for own in sites])
+        lines[label] = _line(
+            list(names), [_aurocs(figures, site)[probe] for site in names.values()]
+        )
     return bands(lines, "layer", "AUROC")
 
 

@@ -51,7 +51,8 @@ class Scores(NamedTuple):
 
     def record(self) -> dict[str, Any]:
         """As results keep it."""
-        return {name: measured(values) for name, values in self._asdict().items()}
+        auroc, balanced, accuracy = map(measured, self)
+        return {"auroc": auroc, "balanced": balanced, "accuracy": accuracy}
 
 
 def measured(values: Floats) -> dict[str, Any]:
@@ -216,7 +217,10 @@ def null(
     drawn = permuted(label, group, np.random.default_rng([number, len(label)]))
     odds = judged(inputs, drawn, split(drawn, group, number), wanted, stop).odds
     once = np.ones((1, len(label)), np.float32)
-    return np.array([scores(of_probe[None], drawn, once).auroc[0] for of_probe in odds])
+    found = np.empty(len(wanted))
+    for index, of_probe in enumerate(odds):
+        found[index] = scores(of_probe[None], drawn, once).auroc[0]
+    return found
 
 
 # -- the verdict -----------------------------------------------------------------------------------
@@ -249,7 +253,8 @@ def judgement(found: Mapping[Probing, Scores], null_of_dense: Floats) -> dict[st
         why.append("the dense probe's interval holds 0.5")
     if p >= LEVEL:
         least = 1 / (1 + len(null_of_dense))
-        why.append(f"p = {p:.2g} of {len(null_of_dense)} permutations, {least:.2g} at least")
+        count = len(null_of_dense)
+        why.append(f"p = {p:.2g}, and study.permutations={count} give no less than {least:.2g}")
     if why:
         verdict = UNDECIDED
     elif all(_low(ahead[name]) > 0 for name in (DIMENSIONS, RANDOM, LENGTH)):

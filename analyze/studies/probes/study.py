@@ -108,7 +108,7 @@ class Options:
                     f"study.layers={layer} must be among the model's layers, 0 to "
                     f"{study.n_layers - 1}"
                 )
-        return [HookPoint(layer) for layer in layers]
+        return list(map(HookPoint, layers))
 
 
 class Site(NamedTuple):
@@ -248,7 +248,7 @@ def _null(
     """(permutations,) AUROC with labels permuted, of latents and of the dense probe."""
     parts = _parts(study, made, own, options, "permutations")
     every = fitting.probings(own.inputs, options.k)
-    wanted = [probing for probing in every if probing.reads in (LATENTS, DENSE)]
+    wanted = list(filter(lambda probing: probing.reads in (LATENTS, DENSE), every))
     found = []
     progress = Progress()
     for number in range(options.permutations):
@@ -340,6 +340,7 @@ def _of_classes(made: Examples, own: Measured, options: Options) -> list[dict[st
     for number, name in enumerate(judged):
         first, times = np.unique(own.latents[:, number, 0], return_counts=True)
         most = np.argsort(-times, kind="stable")
+        chosen = np.stack([first, times], 1)[most]
         aurocs = {}
         for probing, odds in zip(own.scores, own.odds, strict=True):
             aurocs[str(probing)] = scoring.of_class(odds, made.label, number)
@@ -347,7 +348,7 @@ def _of_classes(made: Examples, own: Measured, options: Options) -> list[dict[st
             {
                 "class": name,
                 "texts": int((made.label == made.names.index(name)).sum()),
-                "first_latents": [[int(first[i]), int(times[i])] for i in most],
+                "first_latents": chosen.tolist(),
                 "latents": own.latents[:, number].tolist(),
                 "auroc": aurocs,
             }
