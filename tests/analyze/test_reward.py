@@ -305,6 +305,7 @@ def test_the_features_that_contrast_lists_are_taken_by_name(run: Path) -> None:
 @pytest.mark.skipif(
     importlib.util.find_spec("trl") is None, reason="the extra `grpo` is not installed"
 )
+@pytest.mark.long
 def test_grpo_trains_on_it(lm: LanguageModel, tmp_path: Path) -> None:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -21,10 +21,10 @@ from analyze.problems import Problem
 from analyze.reward import read_alone
 from analyze.studies.stage_gate_2 import rollouts as rollouts_module
 from analyze.studies.stage_gate_2.advantages import of_tokens, of_trajectories
-from analyze.studies.stage_gate_2.arms import LEVELS, Arm, Options, arms
+from analyze.studies.stage_gate_2.arms import TOKEN, TRAJECTORY, Arm, Options, arms
 from analyze.studies.stage_gate_2.rewards import Rewards, Worth
 from analyze.studies.stage_gate_2.rollouts import Rollouts, asked_in
-from analyze.studies.stage_gate_2.training import trained
+from analyze.studies.stage_gate_2.training import policy, trained
 from analyze.study import Study
 from data import durable
 from data.errors import Interrupted, SettingError, StopRequest
@@ -32,7 +32,7 @@ from data.errors import Interrupted, SettingError, StopRequest
 needs_trl = pytest.mark.skipif(
     importlib.util.find_spec("trl") is None, reason="the extra `grpo` is not installed"
 )
-SMALL = {"steps": 3, "batch": 2, "rollouts": 2, "lr": [1e-3], "seeds": 2, "checkpoint": 2}
+SMALL = {"steps": 3, "batch": 1, "rollouts": 2, "lr": [1e-3], "seeds": 2, "checkpoint": 2}
 DRAWN = {"temperature": 1, "samples": 2, "questions": 40, "new_tokens": 24}
 
 
@@ -108,7 +108,7 @@ def test_a_missing_library_is_refused_before_anything_is_read(
 
 
 def test_greedy_rollouts_are_refused(tiny_study: Callable[..., Study], features: str) -> None:
-    greedy = tiny_study("stage_gate_2")
+    greedy = tiny_study("stage_gate_2", answers={"temperature": 0})
     with pytest.raises(SettingError, match=r"answers\.temperature=0"), StopRequest() as stop:
         Rewards.of(greedy, Options(features=features), training(greedy), stop)
 
@@ -247,7 +247,7 @@ def made(study: Study, rewards: Rewards, arm: Arm, folder: Path, **more: Any) ->
 
 
 @needs_trl
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", [pytest.param(TRAJECTORY, marks=pytest.mark.long), TOKEN])
 def test_trls_loss_is_that_of_a_plain_loop(
     study: Study, rewards_of: Callable[[Study], Rewards], tmp_path: Path, level: str
 ) -> None:
@@ -256,7 +256,9 @@ def test_trls_loss_is_that_of_a_plain_loop(
     from analyze.studies.stage_gate_2.training import _fresh
 
     arm = Arm("R1", level, 1e-3, 0)
-    several = made(study, rewards_of(study), arm, tmp_path / "steps", together=2, weight=0.5)
+    several = made(
+        study, rewards_of(study), arm, tmp_path / "steps", batch=2, together=2, weight=0.5
+    )
     lm, model = _fresh(study, None)
     with torch.no_grad():  # a policy that has moved, so that there is a KL
         noise = torch.Generator().manual_seed(0)
@@ -305,8 +307,10 @@ def digest(folder: Path) -> str:
     return hashlib.sha256((folder / "policy.safetensors").read_bytes()).hexdigest()
 
 
-def train(study: Study, rewards: Rewards, arm: Arm, stop: StopRequest | None = None) -> Path:
-    options = Options(**SMALL)
+def train(
+    study: Study, rewards: Rewards, arm: Arm, stop: StopRequest | None = None, **more: Any
+) -> Path:
+    options = Options(**{**SMALL, **more})
     return trained(study, arm, options, rewards, training(study), stop or StopRequest()).folder
 
 
@@ -332,7 +336,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, number: int | None) -> list[str]:
 @pytest.fixture
 def slow(tiny_study: Callable[..., Study]) -> Study:
     """Half of a step's rollouts are written at a time."""
-    return tiny_study("stage_gate_2", answers={**DRAWN, "batch": 2})
+    return tiny_study("stage_gate_2", answers={**DRAWN, "batch": 1})
 
 
 @pytest.fixture
@@ -355,16 +359,6 @@ WRITES += ["digests.json"]
 
 
 @needs_trl
-def test_a_killed_training_ends_as_one_that_was_not(  # behind a checkpoint, within a step
-    slow: Study,
-    rewards_of: Callable[[Study], Rewards],
-    kept: Callable[[], None],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    check_kills(slow, rewards_of(slow), kept, monkeypatch, [6])
-
-
-@needs_trl
 @pytest.mark.long
 def test_a_training_killed_at_any_moment_ends_as_one_that_was_not(
     slow: Study,
@@ -381,6 +375,7 @@ def check_kills(
     kept: Callable[[], None],
     monkeypatch: pytest.MonkeyPatch,
     numbers: Any,
+    **more: Any,
 ) -> None:
     drawn: list[int] = []
     generate = rollouts_module.generate
@@ -392,22 +387,40 @@ def check_kills(
     monkeypatch.setattr(rollouts_module, "generate", counted)
     with monkeypatch.context() as whole:
         seen = kill_at(whole, None)
-        expected = digest(train(study, rewards, ARM))
+        expected = digest(train(study, rewards, ARM, **more))
         assert seen == WRITES
-    assert sum(drawn) == 3 * 2 * 2
+    assert sum(drawn) == 3 * 2
     for number in numbers:
         kept()
         drawn.clear()
         with monkeypatch.context() as killed:
             kill_at(killed, number)
             with pytest.raises(Killed):
-                train(study, rewards, ARM)
-        assert digest(train(study, rewards, ARM)) == expected
-        # What is drawn again is what was not on the disk: two at most.
-        assert 12 <= sum(drawn) <= 14
+                train(study, rewards, ARM, **more)
+        assert digest(train(study, rewards, ARM, **more)) == expected
+        # What is drawn again is what was not on the disk: one at most.
+        assert 6 <= sum(drawn) <= 7
     # What is there is not trained again.
     drawn.clear()
-    assert digest(train(study, rewards, ARM)) == expected and not drawn
+    assert digest(train(study, rewards, ARM, **more)) == expected and not drawn
+
+
+@needs_trl
+@pytest.mark.long
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+def test_adapters_are_trained_loaded_and_resumed(
+    slow: Study,
+    rewards_of: Callable[[Study], Rewards],
+    kept: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rewards = rewards_of(slow)
+    check_kills(slow, rewards, kept, monkeypatch, [6], lora=2)
+    options = Options(**SMALL, lora=2)
+    done = trained(slow, ARM, options, rewards, training(slow), StopRequest())
+    lm = policy(slow, done)
+    moved = [name for name, _ in lm.causal.named_parameters() if ".lora_B." in name]
+    assert moved and all(lm.causal.get_parameter(name).abs().max() > 0 for name in moved)
 
 
 @needs_trl

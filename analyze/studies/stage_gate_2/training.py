@@ -127,7 +127,8 @@ def _fresh(study: Study, lora: int | None) -> tuple[LanguageModel, Any]:
 
         torch.manual_seed(0)  # adapters begin as 0, by two factors of which one is random
         shape = LoraConfig(r=lora, lora_alpha=lora, target_modules="all-linear")
-        return lm, get_peft_model(lm.causal, shape)
+        with _quiet():
+            return lm, get_peft_model(lm.causal, shape)
     for parameter in lm.causal.parameters():
         parameter.data = parameter.data.clone()  # on a CPU, else, the model's file is mapped there
     return lm, lm.causal.requires_grad_(True)
