@@ -56,11 +56,13 @@ def outcome_of(figures: Mapping[str, Any]) -> Outcome:
         "f1": Picture(f"F1 against variance explained: {drawn}", explained),
         "absorption": Picture(f"Absorption against latents a row: {drawn}", absorbed),
     }
-    header = ("arm", *(head for head, _ in _COLUMNS.values()))
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in sorted(arms, key=lambda name: -arms[name]["f1"]["mean"]):
-        cells = [_ranged(arms[name][key], form) for key, (_, form) in _COLUMNS.items()]
-        rows.append((name, *cells))
+        cells = [name]
+        for key, (_, form) in _COLUMNS.items():
+            cells.append(_ranged(arms[name][key], form))
+        rows.append(tuple(cells))
+    header = ("arm", *next(zip(*_COLUMNS.values(), strict=True)))
     tables = [Table("Arms, most F1 first: mean (least to most of the worlds)", header, rows)]
     tables.append(_correlations(figures))
     if figures["disagreements"]:
@@ -143,10 +145,14 @@ def _correlated(figures: Mapping[str, Any]) -> str:
 
 def _correlations(figures: Mapping[str, Any]) -> Table:
     """Of every figure that says something of the truth."""
-    rows = []
+    groups: list[str] = []
+    rows: list[tuple[str, ...]] = []
     for key, found in figures["rank_correlations"].items():
-        rows.append((_COLUMNS[key][0], *(_ranged(group, "+.2f") for group in found.values())))
-    groups = ("all arms" if name == "all" else name for name in found)
+        groups = ["all arms" if name == "all" else name for name in found]
+        cells = [_COLUMNS[key][0]]
+        for group in found.values():
+            cells.append(_ranged(group, "+.2f"))
+        rows.append(tuple(cells))
     return Table("Rank correlation with variance explained", ("", *groups), rows)
 
 
