@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,7 +141,8 @@ def _train(study: Study, rollouts: Rollouts, folder: Path) -> None:
     lm, trains = _fresh(study, options.lora)
     progress = Progress()
     with _quiet():
-        from analyze.studies.stage_gate_2.trainer import Stopping, Trainer, config
+        # Only here: it needs TRL, an extra, whose import takes seconds.
+        trainers = import_module("analyze.studies.stage_gate_2.trainer")
 
         def inputs(step: int) -> dict[str, Tensor]:
             lm.causal.eval()  # else a model that saves memory by checkpoints has no cache
@@ -155,9 +157,11 @@ def _train(study: Study, rollouts: Rollouts, folder: Path) -> None:
             return rollouts.inputs(own)
 
         checkpoints = folder / _CHECKPOINTS
-        told = config(checkpoints, arm, options, rollouts.asking.temperature, study.model.device)
-        trainer = Trainer(trains, lm.tokenizer.inner, told, inputs)
-        trainer.add_callback(Stopping(stop.check, lambda made: seal(made, {}) and None))
+        told = trainers.config(
+            checkpoints, arm, options, rollouts.asking.temperature, study.model.device
+        )
+        trainer = trainers.Trainer(trains, lm.tokenizer.inner, told, inputs)
+        trainer.add_callback(trainers.Stopping(stop.check, lambda made: seal(made, {}) and None))
         last = _last(checkpoints)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     _write(folder, lm, rollouts, trainer.state.log_history)
