@@ -519,14 +519,11 @@ def test_the_study_end_to_end_stopped_and_continued(
         own = by_kind[CHOSEN, change]
         assert by_kind[CONTROLS[1], change] == pytest.approx(own, rel=0.05)
     assert by_kind[CONTROLS[0], "add"] == pytest.approx(by_kind[CHOSEN, "add"], rel=0.5)
-    silent = int(np.flatnonzero(intervene_firing(small) == 0)[0])
+    sequences = [answer.sequence for answer in answers(small)]
+    fires = firing(small.lm, small.subject.sae, 5, sequences, StopRequest())
+    silent = int(np.flatnonzero(fires.density == 0)[0])
     with pytest.raises(SettingError, match=r"study\.features"):
         intervene.intervene(replace(small, options={**small.options, "features": [silent]}))
-
-
-def intervene_firing(study: Study) -> Any:
-    sequences = [answer.sequence for answer in answers(study)]
-    return firing(study.lm, study.subject.sae, 5, sequences, StopRequest()).density
 
 
 # -- a planted latent, and a bystander -------------------------------------------------------------
@@ -589,7 +586,6 @@ def test_a_planted_causal_latent_changes_answers_and_a_bystander_does_not(
     }.items():
         whole_study = replace(study, subject=subject, options={**given, **options})
         found[name] = intervene.intervene(whole_study)
-        print(name, *found[name].summary, *found[name].tables[0].rows, sep="\n")
     figures = {name: outcome.figures for name, outcome in found.items()}
     assert figures["causal"]["verdict"] == "lowers"
     assert figures["bystander"]["verdict"] == "no effect"
