@@ -30,10 +30,11 @@ def summary(figures: Mapping[str, Any]) -> list[str]:
     because = f" ({'; '.join(figures['why'])})" if figures["why"] else ""
     lines = [
         f"Verdict: {figures['verdict']}{because}. The rule: {figures['rule']}.",
-        f"Averaged over k, the latents' AUROC is {formatted(figures['latents'], '.3f')}: less that "
-        f"of as many dimensions {formatted(ahead[DIMENSIONS], '+.3f')}, of as many random latents "
-        f"{formatted(ahead[RANDOM], '+.3f')}, of the length {formatted(ahead[LENGTH], '+.3f')}, of "
-        f"the dense probe {formatted(ahead[DENSE], '+.3f')}.",
+        f"Averaged over k, the latents' AUROC is {formatted(figures['latents'], '.3f')}. Less that "
+        f"of as many dimensions it is {formatted(ahead[DIMENSIONS], '+.3f')}, less that of as many "
+        f"random latents {formatted(ahead[RANDOM], '+.3f')}, less that of the length "
+        f"{formatted(ahead[LENGTH], '+.3f')}, less that of the dense probe "
+        f"{formatted(ahead[DENSE], '+.3f')}; these four with 99 % intervals.",
         f"The dense probe of {figures['own']} has {formatted(dense['auroc'], '.3f')} (p = "
         f"{figures['p_of_dense']:.2g}), its balanced accuracy is "
         f"{formatted(dense['balanced'], '.3f')}. {_keeps(own[few], few)} {_keeps(own[many], many)}",
