@@ -303,12 +303,12 @@ def test_probabilities_are_those_of_whole_passes(study: Study) -> None:
 def test_the_number_is_where_it_is_first_written(study: Study) -> None:
     tokenizer = study.lm.tokenizer
     given = {
-        " There were 13 + 6 = 19 coins.\n#### 19": ("19", 1),
-        " 6 + 56 = 62. 62\n#### 62": ("62", 1),
-        " nothing\n#### 7": ("7", 1),
-        " it is 250 or 25": ("25", 2),  # first in 250
+        " There were 13 + 6 = 19 coins.\n#### 19": "19",
+        " 6 + 56 = 62. 62\n#### 62": "62",
+        " nothing\n#### 7": "7",
+        " it is 250 or 25": "25",  # 250 begins with it
     }
-    for text, (number, _) in given.items():
+    for text, number in given.items():
         ids = tokenizer.encode([text])[0]
         ids = ids[1:] if ids[0] == tokenizer.bos else ids
         found = of_number(tokenizer, [2], ids)
@@ -408,8 +408,6 @@ def test_contrast_chooses_by_train_answers_alone(study: Study) -> None:
         for side in choosing.SIDES
     }
     assert min(sides["helpful"].scores or (0,)) > 0 > max(sides["harmful"].scores or (0,))
-    again = choosing.by_contrast(study, train, "helpful", 3, 2, StopRequest())
-    assert again == sides["helpful"]
     right = [answer for answer in train if answer.correct]
     with pytest.raises(SettingError, match=r"answers\.questions"):
         choosing.by_contrast(study, right, "helpful", 3, 2, StopRequest())
