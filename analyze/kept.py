@@ -37,12 +37,25 @@ def filled(folder: Path, key: Mapping[str, Any], make: Callable[[Path], None]) -
     Raises:
         TemporaryError: another process fills it.
     """
+    if _is_as_recorded(folder):  # then several processes may read it at a time
+        return folder
     with locks.locked(folder, f"{folder} is being made by another process; wait, or stop it"):
         if not _is_whole(folder):
             (folder / digests.FILE).unlink(missing_ok=True)
             make(folder)
             seal(folder, {"key": key})
     return folder
+
+
+def _is_as_recorded(folder: Path) -> bool:
+    """Whether the folder is recorded and every file whole; nothing is told or removed."""
+    try:
+        recorded = digests.read(folder, _AGAIN)
+    except StoreError:
+        return False
+    if recorded is None:
+        return False
+    return not any(map(recorded.fault, recorded.files))
 
 
 def _is_whole(folder: Path) -> bool:

@@ -47,6 +47,7 @@ class Options:
     lora: int | None = None  # rank of what is trained; by default all weights are
     together: int | None = None  # rollouts in one backward pass; by default those of a step
     checkpoint: int = 10  # optimizer steps between two
+    processes: int = 1  # that train at a time, each a policy, with all in memory that one needs
     # What judges.
     discovery: float = 0.5  # share of the questions that train, where problems have no parts
     other: str | None = None  # problems of another kind: a .jsonl; None: see study.LEFT_OUT
@@ -65,6 +66,7 @@ class Options:
             "batch": 1,
             "rollouts": 2,
             "samples": 1,
+            "processes": 1,
             "canaries": 2,
             "text": 2,
         }

@@ -29,7 +29,7 @@ from analyze.problems import Problem
 from analyze.results import PAGE
 from analyze.split import in_discovery
 from analyze.stats import Floats
-from analyze.studies.stage_gate_2 import plot, watching, words
+from analyze.studies.stage_gate_2 import beside, plot, watching, words
 from analyze.studies.stage_gate_2.arms import FEATURES, OUTCOME, Arm, Options, arms
 from analyze.studies.stage_gate_2.rewards import Rewards, features_of
 from analyze.studies.stage_gate_2.training import policy, trained
@@ -153,20 +153,49 @@ class Policies(NamedTuple):
     provoked: dict[str, dict[str, Any]]
 
 
+class Table(NamedTuple):
+    """All arms, and what each policy is asked."""
+
+    study: Study
+    options: Options
+    training: list[Problem]
+    arms: list[Arm]
+    asked: Asked
+
+    @classmethod
+    def of(cls, study: Study) -> Table:
+        options = build(Options, "study", study.options)
+        sides = sides_of(study, options)
+        text = losses.choose([study.subject], options.text)
+        canaries = list(map(canary, sides.judged[: options.canaries]))
+        asked = Asked(judging(study, options), sides.judged, canaries, sides.others, text)
+        return cls(study, options, sides.training, arms(options), asked)
+
+    def share(self, number: int) -> list[Arm]:
+        """The arms that process `number` does."""
+        return self.arms[number :: self.options.processes]
+
+    def do(
+        self, arm: Arm, rewards: Rewards, stop: StopRequest
+    ) -> tuple[dict[str, Floats], list[dict[str, Any]]]:
+        """Train an arm and watch its policy: figures and curve. What is there is not done again."""
+        done = trained(self.study, arm, self.options, rewards, self.training, stop)
+        load = partial(policy, self.study, done)
+        name = done.folder.name
+        folder = watching.watch(self.study, load, name, self.asked, rewards, stop)
+        return watching.figures(folder, self.asked), done.curve
+
+
 def stage_gate_2(study: Study) -> Outcome:
     """The verdict by `verdict.RULE`, with all that is watched in every arm."""
-    options = build(Options, "study", study.options)
-    sides = sides_of(study, options)
-    every = arms(options)
-    text = losses.choose([study.subject], options.text)
-    canaries = list(map(canary, sides.judged[: options.canaries]))
-    asked = Asked(judging(study, options), sides.judged, canaries, sides.others, text)
-    tell(*words.before(options, len(every), len(sides.judged)))
+    table = Table.of(study)
+    tell(*words.before(table.options, len(table.arms), len(table.asked.judged)))
     with StopRequest() as stop:
-        policies = _policies(study, options, sides, every, asked, stop)
-    figures = figures_of(policies, options)
-    figures["questions"] = dict(zip(Sides._fields, map(len, sides), strict=True))
-    figures["ids"] = {"judged": _ids(sides.judged)}
+        policies = _policies(table, stop)
+    figures = figures_of(policies, table.options)
+    sizes = (len(table.training), len(table.asked.judged), len(table.asked.others))
+    figures["questions"] = dict(zip(Sides._fields, sizes, strict=True))
+    figures["ids"] = {"judged": _ids(table.asked.judged)}
     outcome = Outcome(
         figures, words.summary(figures), words.tables(figures), plot.pictures(figures)
     )
@@ -174,30 +203,35 @@ def stage_gate_2(study: Study) -> Outcome:
     return outcome
 
 
-def _policies(
-    study: Study,
-    options: Options,
-    sides: Sides,
-    every: Sequence[Arm],
-    asked: Asked,
-    stop: StopRequest,
-) -> Policies:
-    """Train each arm and watch its policy, one after the other; what is there is not done again."""
-    rewards = Rewards.of(study, options, sides.training, stop)
+def do_share(study: Study, number: int) -> None:
+    """Do the arms of process `number`, for a command that has done what is before them."""
+    table = Table.of(study)
+    with StopRequest() as stop:
+        rewards = Rewards.of(study, table.options, table.training, stop)
+        for arm in table.share(number):
+            table.do(arm, rewards, stop)
+
+
+def _policies(table: Table, stop: StopRequest) -> Policies:
+    """Train every arm and watch its policy."""
+    study, asked = table.study, table.asked
+    rewards = Rewards.of(study, table.options, table.training, stop)
     name = f"untrained {study.identity['weights']}"
     folder = watching.watch(study, lambda: study.lm, name, asked, rewards, stop)
     untrained = watching.figures(folder, asked)
     first = [answer for answer in watching.answers_in(folder, JUDGED) if not answer.sample]
-    changes = provoked(study, first[: options.canaries], rewards, stop)
+    changes = provoked(study, first[: table.options.canaries], rewards, stop)
+
+    # This process does its share, then what the others could not do, and reads what they did.
+    with beside.others(study, table.options.processes) as running:
+        for arm in table.share(0):
+            tell(f"arm {table.arms.index(arm) + 1} of {len(table.arms)}: {arm.name}")
+            table.do(arm, rewards, stop)
+        beside.wait(running, stop)
     figures: dict[Arm, dict[str, Floats]] = {}
     curves: dict[Arm, list[dict[str, Any]]] = {}
-    for number, arm in enumerate(every, 1):
-        tell(f"arm {number} of {len(every)}: {arm.name}")
-        done = trained(study, arm, options, rewards, sides.training, stop)
-        load = partial(policy, study, done)
-        folder = watching.watch(study, load, done.folder.name, asked, rewards, stop)
-        figures[arm] = watching.figures(folder, asked)
-        curves[arm] = done.curve
+    for arm in table.arms:
+        figures[arm], curves[arm] = table.do(arm, rewards, stop)
     return Policies(untrained, figures, curves, changes)
 
 
