@@ -1,9 +1,10 @@
 # Everything runs in .venv, which is made on first use; the only need is Python >= 3.11.
 PYTHON ?= python3
 BIN := .venv/bin
-# One thread per test process, two processes: small tensors on two cores. Each takes half of the
-# tests, file by file, and then from the other's: a file's fixtures are made once.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
+# One thread per test process, three processes: small tensors on two cores, and many tests wait for
+# a disk or another process. Each takes a third of the tests, file by file, and then from the
+# others': a file's fixtures are made once.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal -q
 
 # Of the demo's studies: its 200 word problems, answered 100 at a time.
 ANSWERS := answers.questions=200 answers.new_tokens=64 answers.batch=100

@@ -20,8 +20,8 @@ from scipy.special import gammaln
 from torch import Tensor
 
 from analyze import linear
-from analyze.budgets import Budgets
-from analyze.encoding import Unit, positive, taken
+from analyze.latents.budgets import Budgets
+from analyze.latents.encoding import Unit, positive, taken
 from analyze.linear import LinearMap
 from analyze.stats import Floats
 from analyze.subject import Subject

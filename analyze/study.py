@@ -128,7 +128,7 @@ class Study:
     subject: Subject
     options: Mapping[str, Any]  # of conf/study/NAME.yaml, without its name
     model: ModelConfig
-    problems: str | None = None  # see analyze.problems.read
+    problems: str | None = None  # see analyze.questions.problems.read
     answers: Mapping[str, Any] = field(default_factory=dict)  # see analyze.answers
     asked: Mapping[str, Any] = field(default_factory=dict)  # of ASKED, those that are given
     # Language models that are in memory; studies that share this share them.

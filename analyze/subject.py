@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from analyze import kept
-from analyze.encoding import Firings, Pairs, Unit, encode, positive, taken
+from analyze.latents.encoding import Firings, Pairs, Unit, encode, positive, taken
 from analyze.parts import NOWHERE, Parts
 from data.errors import MismatchError, SettingError, StoreError
 from data.foreign import reading

@@ -23,12 +23,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from analyze import given, rates, refusals, steered, text_features
+from analyze import given, refusals
+from analyze.changes import steered
+from analyze.changes.steered import Push, Writer
+from analyze.latents import rates, text_features
+from analyze.latents.text_features import Reader, TextFeatures
 from analyze.peers import imported
-from analyze.steered import Push, Writer
 from analyze.study import Study
 from analyze.subject import Subject
-from analyze.text_features import Reader, TextFeatures
 from data.device import torch_device
 from data.errors import MismatchError, SettingError, StoreError
 from data.foreign import reading

@@ -17,7 +17,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from analyze import study
-from analyze.answering import Asking
+from analyze.questions.answering import Asking
 from data.rows.split import Policy
 from harvest.config import Faults, HarvestConfig
 from tests.bench import house_signs

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from analyze.latents.targets import names_of
 from analyze.studies import quality
 from analyze.subject import Subject
-from analyze.targets import names_of
 from data.foreign import reading
 from data.rows import statistics, summary
 from train.optim import OptimConfig

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analyze import contexts, drawing, results
-from analyze.contexts import Context
+from analyze import drawing, results
+from analyze.latents import contexts
+from analyze.latents.contexts import Context
 from analyze.outcome import Outcome
 from analyze.pages import facts
 from analyze.pages.template import rendered

@@ -45,8 +45,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyze.directions import nearest, neighbours
-from analyze.encoding import taken
+from analyze.latents.directions import nearest, neighbours
+from analyze.latents.encoding import taken
 from analyze.stats import Floats
 from analyze.subject import Subject
 from data.errors import StopRequest, StoreError

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
-from analyze.answering import NoProblemsError
 from analyze.outcome import Outcome
+from analyze.questions.answering import NoProblemsError
 from analyze.study import Definition, Study, find
 from data.errors import (
     AGAIN,

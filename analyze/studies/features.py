@@ -21,15 +21,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from markupsafe import Markup
 
-from analyze import given, rates, refusals, shelf, text_features
-from analyze.contexts import visible
+from analyze import given, refusals, shelf
+from analyze.latents import rates, text_features
+from analyze.latents.contexts import visible
+from analyze.latents.rates import Rates
+from analyze.latents.text_features import Reader, TextFeatures, word
 from analyze.outcome import Outcome, Table
 from analyze.pages.template import rendered
-from analyze.rates import Rates
 from analyze.results import FOLDER, PAGE
 from analyze.study import Definition, Study, at_least
 from analyze.subject import Subject
-from analyze.text_features import Reader, TextFeatures, word
 from data import durable
 from data.errors import SettingError
 from data.settings import build

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from analyze.answering import GENERATED, Answer, answers, asking_of, inputs, prompt_of
 from analyze.outcome import Outcome, Table
+from analyze.questions.answering import GENERATED, Answer, answers, asking_of, inputs, prompt_of
 from analyze.stats import FEW, Floats, Interval, bootstrap_ratio, sums_by, wilson
 from analyze.study import Definition, Study
 from data.errors import StopRequest

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from analyze import stats
-from analyze.directions import neighbours
+from analyze.latents.directions import neighbours
 from analyze.memory import Needed, of_pass, rows_read, width_of
 from analyze.outcome import Outcome, Table, dumped, markdown
 from analyze.reconstruction import (

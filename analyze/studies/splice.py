@@ -41,12 +41,12 @@ import torch
 from torch import Tensor
 
 from analyze import language_model, linear, losses, refusals
-from analyze.answering import model_key
 from analyze.drawing import Line, bands, whiskers
 from analyze.losses import ALL, CLEAN, SEED, TRAINED, Batch, Edit, Losses, Taken, choose, ratios
 from analyze.outcome import Outcome, Picture, Table
 from analyze.parts import NOWHERE, Parts
 from analyze.pieces import Piece
+from analyze.questions.answering import model_key
 from analyze.results import digest_of
 from analyze.stats import formatted, resampled, sums_by
 from analyze.study import Definition, Study

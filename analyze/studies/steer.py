@@ -1,8 +1,8 @@
 """What the model writes behind `prompt=` while latents are pushed, side by side for several scales.
 
-analyze/steered.py says what a scale means. Beside each scale stand the same with random latents of
-equal density, whose push is as long. Scale 0 goes through the same code as any other, and must
-write what the untouched model writes, token for token.
+analyze/changes/steered.py says what a scale means. Beside each scale stand the same with random
+latents of equal density, whose push is as long. Scale 0 goes through the same code as any other,
+and must write what the untouched model writes, token for token.
 
 Each prompt has a folder of its own in the study's (analyze/shelf.py): steer.json, steer.md,
 index.html.
@@ -18,12 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from analyze import given, rates, refusals, shelf, steered
+from analyze import given, refusals, shelf
+from analyze.changes import steered
+from analyze.changes.steered import Push, Writer
 from analyze.language_model import Generation
-from analyze.matched import random_latents
+from analyze.latents import rates
+from analyze.latents.matched import random_latents
 from analyze.outcome import Outcome, Table
 from analyze.pages.template import rendered
-from analyze.steered import Push, Writer
 from analyze.study import Definition, Study, at_least
 from data.errors import PipelineError, SettingError
 from data.settings import build

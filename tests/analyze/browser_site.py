@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from analyze import contexts, directions
+from analyze.latents import contexts, directions
 from analyze.outcome import Outcome
 from analyze.pages.browser.serve import server
 from analyze.pages.browser.study import DEFINITION, PAGE

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from analyze import contexts
+from analyze.latents import contexts
 from analyze.outcome import Outcome
 from analyze.pages.browser import columns
 from analyze.pages.browser.joins import TOP as PARTNERS

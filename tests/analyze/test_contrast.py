@@ -13,9 +13,9 @@ import pytest
 import torch
 from scipy import sparse
 
-from analyze import answering
-from analyze.problems import problem
-from analyze.split import in_discovery
+from analyze.questions import answering
+from analyze.questions.problems import problem
+from analyze.questions.split import in_discovery
 from analyze.studies.contrast import choice
 from analyze.studies.contrast import study as contrast
 from analyze.studies.contrast.findings import figures

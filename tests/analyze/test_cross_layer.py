@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 
-from analyze.codes import choosing_half
-from analyze.matching import NONE
+from analyze.latents.codes import choosing_half
+from analyze.latents.matching import NONE
 from analyze.results import FEATURES
 from analyze.stats import wilson
 from analyze.studies.cross_layer import causal, pairs, rotation

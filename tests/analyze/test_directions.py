@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from analyze import directions
+from analyze.latents import directions
 from analyze.parts import Parts
 from data.errors import StopRequest
 from harvest import model as language_model

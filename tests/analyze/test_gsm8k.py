@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analyze import answering, problems, results
-from analyze.problems import Problem, Solution
+from analyze import results
+from analyze.questions import answering, problems
+from analyze.questions.problems import Problem, Solution
 from analyze.studies import gsm8k
 from analyze.study import Study
 from data.errors import Interrupted, MismatchError, SettingError, StopRequest, StoreError

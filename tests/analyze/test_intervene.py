@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from analyze.answering import answers
-from analyze.chosen import GATE
-from analyze.directions import gain
-from analyze.intervention import LatentChange
+from analyze.changes.intervention import LatentChange
+from analyze.changes.replies import Reply, Row
 from analyze.language_model import residuals
+from analyze.latents.chosen import GATE
+from analyze.latents.directions import gain
 from analyze.outcome import dumped
-from analyze.replies import Reply, Row
-from analyze.split import split_of
+from analyze.questions.answering import answers
+from analyze.questions.split import split_of
 from analyze.stats import hedges_g
 from analyze.studies.contrast.means import answer_means, caa
 from analyze.studies.intervene import choosing, words

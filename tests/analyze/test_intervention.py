@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from analyze import intervention as hook
-from analyze.intervention import EqualNorm, LatentChange, Steer
+from analyze.changes import intervention as hook
+from analyze.changes.intervention import EqualNorm, LatentChange, Steer
 from analyze.language_model import edited, generate, unembedded
-from analyze.problems import read
-from analyze.prompts import PROMPTS
+from analyze.questions.problems import read
+from analyze.questions.prompts import PROMPTS
 from data.errors import SettingError
 from data.site import HookPoint
 from harvest.model import LanguageModel, ModelConfig, load

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analyze.matched import random_latents
+from analyze.latents.matched import random_latents
 from data.errors import SettingError
 
 

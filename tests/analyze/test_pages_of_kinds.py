@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from analyze import contexts, directions
+from analyze.latents import contexts, directions
 from analyze.pages import facts
 from analyze.pages.browser.study import DEFINITION as BROWSER
 from analyze.results import PAGE

@@ -15,8 +15,8 @@ from scipy import sparse
 
 from analyze import probe, stats
 from analyze.language_model import residuals
+from analyze.latents.pooling import LAST, MAX, MEAN, Reading, Span, pooled
 from analyze.outcome import dumped
-from analyze.pooling import LAST, MAX, MEAN, Reading, Span, pooled
 from analyze.results import FEATURES
 from analyze.studies.probes import fitting, scoring
 from analyze.studies.probes.examples import _joined, examples

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from analyze import answering, problems
-from analyze.problems import Example
-from analyze.prompts import PROMPTS, cut, drawn
-from analyze.reward import DenseReward
+from analyze.latents.reward import DenseReward
+from analyze.questions import answering, problems
+from analyze.questions.problems import Example
+from analyze.questions.prompts import PROMPTS, cut, drawn
 from analyze.studies import gsm8k
 from analyze.study import Study
 from data import durable

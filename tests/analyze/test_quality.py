@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from analyze import reconstruction
-from analyze.budgets import Budgets
-from analyze.directions import nearest
+from analyze.latents.budgets import Budgets
+from analyze.latents.directions import nearest
 from analyze.outcome import dumped
 from analyze.stats import bootstrap_ratio
 from analyze.studies import quality as study

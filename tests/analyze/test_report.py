@@ -14,9 +14,9 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from analyze import contexts
 from analyze.command import command
-from analyze.contexts import choose, firing_counts, top_contexts, visible
+from analyze.latents import contexts
+from analyze.latents.contexts import choose, firing_counts, top_contexts, visible
 from analyze.outcome import Outcome, Picture, Table
 from analyze.pages import facts
 from analyze.pages.report import report

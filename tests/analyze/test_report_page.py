@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from analyze import contexts
+from analyze.latents import contexts
 from analyze.outcome import Outcome, Picture, Table
 from analyze.pages.report import report
 from analyze.study import Definition, Study

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from analyze import results
-from analyze.problems import problem
-from analyze.reward import DenseReward
+from analyze.latents.reward import DenseReward
+from analyze.questions.problems import problem
 from data.errors import MismatchError, SettingError, StoreError
 from data.site import HookPoint
 from data.tiny.embedded import MODEL_DIR

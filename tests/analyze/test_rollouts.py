@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import sparse
 
-from analyze.chosen import ChosenFeatures
+from analyze.latents.chosen import ChosenFeatures
 from analyze.outcome import dumped
 from analyze.studies.contrast.means import Means
 from analyze.studies.contrast.study import DEFINITION as CONTRAST

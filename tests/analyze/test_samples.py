@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from analyze import answering, problems
-from analyze.answering import Asking
 from analyze.language_model import Sampling, generate, logits
+from analyze.questions import answering, problems
+from analyze.questions.answering import Asking
 from analyze.stats import bootstrap_ratio, wilson
 from analyze.studies import gsm8k
 from data.errors import Interrupted, SettingError, StopRequest, StoreError

@@ -14,9 +14,9 @@ import torch
 import yaml
 from scipy import sparse
 
-from analyze import directions, matching
-from analyze.codes import choosing_half
-from analyze.matching import NONE
+from analyze.latents import directions, matching
+from analyze.latents.codes import choosing_half
+from analyze.latents.matching import NONE
 from analyze.outcome import Outcome
 from analyze.studies.stability import study as stability
 from analyze.study import Study

@@ -16,9 +16,10 @@ from scipy import sparse
 from scipy import stats as reference
 from scipy.stats import rankdata
 
-from analyze import answering, probe, stats
+from analyze import probe, stats
 from analyze.outcome import dumped
-from analyze.split import in_discovery
+from analyze.questions import answering
+from analyze.questions.split import in_discovery
 from analyze.studies.contrast.means import Means
 from analyze.studies.stage_gate import best_of, within
 from analyze.studies.stage_gate.discrimination import Scored, measured, permuted, resampled, three

@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 import torch
 
-from analyze.answering import asking_of, completions, problems_of, prompts_of
-from analyze.problems import Problem, strict
-from analyze.reward import read_alone
+from analyze.latents.reward import read_alone
+from analyze.questions.answering import asking_of, completions, problems_of, prompts_of
+from analyze.questions.problems import Problem, strict
 from analyze.studies.stage_gate_2 import rewards as rewards_module
 from analyze.studies.stage_gate_2.arms import Arm, Options
 from analyze.studies.stage_gate_2.rewards import Rewards

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from analyze.answering import asking_of, problems_of, prompts_of
-from analyze.chosen import ChosenFeatures
-from analyze.problems import Problem
-from analyze.reward import read_alone
+from analyze.latents.chosen import ChosenFeatures
+from analyze.latents.reward import read_alone
+from analyze.questions.answering import asking_of, problems_of, prompts_of
+from analyze.questions.problems import Problem
 from analyze.studies.stage_gate_2 import rollouts as rollouts_module
 from analyze.studies.stage_gate_2.advantages import of_tokens, of_trajectories
 from analyze.studies.stage_gate_2.arms import TOKEN, TRAJECTORY, Arm, Options, arms
@@ -182,7 +182,7 @@ def rewards_of(features: str) -> Callable[[Study], Rewards]:
 def test_rewards_are_in_units_of_the_untrained_models_answers(
     study: Study, rewards_of: Callable[[Study], Rewards]
 ) -> None:
-    from analyze.answering import answers
+    from analyze.questions.answering import answers
 
     rewards = rewards_of(study)
     own = [answer for answer in answers(study) if answer.ids]
@@ -217,7 +217,7 @@ def test_random_latents_are_as_dense_and_differ_by_seed(
 def test_the_direction_is_from_wrong_to_right_within_questions(
     study: Study, rewards_of: Callable[[Study], Rewards]
 ) -> None:
-    from analyze.answering import answers
+    from analyze.questions.answering import answers
 
     by_question: dict[str, list[tuple[bool, np.ndarray]]] = {}
     for answer in answers(study):

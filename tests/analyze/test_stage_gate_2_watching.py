@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from analyze import losses, problems
-from analyze.answering import GENERATED, Answer, Asking, answers
-from analyze.problems import Problem, problem
+from analyze import losses
+from analyze.questions import problems
+from analyze.questions.answering import GENERATED, Answer, Asking, answers
+from analyze.questions.problems import Problem, problem
 from analyze.studies.stage_gate_2 import watching
 from analyze.studies.stage_gate_2.arms import Options
 from analyze.studies.stage_gate_2.study import LEFT_OUT, inputs, sides_of

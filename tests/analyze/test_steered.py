@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from analyze import rates
+from analyze.latents import rates
 from analyze.studies import steer as study_steer
 from analyze.study import Study
 from analyze.subject import Subject

@@ -16,19 +16,19 @@ import transformers
 from torch import Tensor
 
 from analyze import results
-from analyze.answering import Answer, Asking, answers, completions
-from analyze.intervention import Steer, intervened
+from analyze.changes.intervention import Steer, intervened
+from analyze.changes.replies import Reply, Row
+from analyze.changes.sweeps import Sweeps, greedy
 from analyze.language_model import generate
 from analyze.outcome import dumped
-from analyze.problems import problem
-from analyze.replies import Reply, Row
-from analyze.split import split_of
+from analyze.questions.answering import Answer, Asking, answers, completions
+from analyze.questions.problems import problem
+from analyze.questions.split import split_of
 from analyze.studies.steering import study as steering
 from analyze.studies.steering import words
 from analyze.studies.steering.outcomes import Findings, nulls, overlaps
 from analyze.studies.steering.study import Options
 from analyze.study import Study
-from analyze.sweeps import Sweeps, greedy
 from data import digests
 from data.errors import Interrupted, SettingError, StopRequest
 from data.journal import Progress

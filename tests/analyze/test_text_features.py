@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from analyze import given, shelf, text_features
+from analyze import given, shelf
+from analyze.latents import text_features
+from analyze.latents.text_features import Reader, TextFeatures
 from analyze.studies import features as study_features
 from analyze.study import Study
 from analyze.subject import Subject
-from analyze.text_features import Reader, TextFeatures
 from data.errors import SettingError
 from data.site import HookPoint
 from harvest import model as models

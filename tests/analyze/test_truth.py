@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from analyze import answering, problems
-from analyze.problems import Problem
+from analyze.questions import answering, problems
+from analyze.questions.problems import Problem
 from data.errors import StoreError
 from data.tiny.problems import problem as tiny_problem
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from analyze.codes import choosing_half
+from analyze.latents.codes import choosing_half
 from analyze.stats import benjamini_hochberg, overlap_p, wilson
 from analyze.studies.cross_layer import pairs
 from analyze.studies.cross_layer.pairs import LEVEL, Found

@@ -76,7 +76,7 @@ def test_members_and_frames_behind_each_other_are_one_file(tmp_path: Path) -> No
     assert contents(FileText(tmp_path)) == TEXTS * len(COMPRESSED)
 
 
-@pytest.mark.parametrize("ending", [".gz", ".zst", ".bz2"])
+@pytest.mark.parametrize("ending", [".gz", ".zst", pytest.param(".bz2", marks=pytest.mark.long)])
 def test_a_damaged_file_gives_its_documents_up_to_there(tmp_path: Path, ending: str) -> None:
     """As many wherever a restart goes on, whether the file was cut or its bytes were changed."""
     rng = np.random.default_rng(3)

@@ -138,7 +138,7 @@ def test_flop_are_the_ones_of_the_kernels(family: str) -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.long), "bfloat16"])
 @pytest.mark.parametrize("family", MEDIUM)
 def test_bytes_are_the_ones_that_a_run_holds(family: str, dtype: str) -> None:
     config = MEDIUM[family]
@@ -204,7 +204,7 @@ def test_a_mixture_counts_the_experts_that_a_token_meets() -> None:
     assert flop(16, 2) - flop(8, 2) == 2 * 2 * 8 * 32  # the router alone
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.long), "bfloat16"])
 @pytest.mark.parametrize("family", MEDIUM)
 def test_the_self_check_holds_what_is_counted(family: str, dtype: str) -> None:
     config = MEDIUM[family]

@@ -176,7 +176,11 @@ def test_hooks_are_gone_after_an_error(folders: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [*((family, "bfloat16") for family in FAMILIES), ("gemma4", "float32"), ("llama", "float32")],
+    [
+        *((family, "bfloat16") for family in FAMILIES),
+        pytest.param("gemma4", "float32", marks=pytest.mark.long),
+        pytest.param("llama", "float32", marks=pytest.mark.long),
+    ],
 )
 def test_truncation_changes_no_bit(
     folders: dict[str, Path], family: str, dtype: Literal["float32", "bfloat16"]

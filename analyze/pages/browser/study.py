@@ -25,6 +25,7 @@ from urllib.parse import quote
 import numpy as np
 import pyarrow.parquet as pq
 
+from analyze.latents.targets import class_names, names_of
 from analyze.outcome import Outcome
 from analyze.pages.browser import columns, crossings, joins, pages, tokens
 from analyze.pages.browser.columns import Column
@@ -38,7 +39,6 @@ from analyze.studies.catalogue import study as catalogue
 from analyze.studies.catalogue.study import Files
 from analyze.study import Definition, Study, at_least
 from analyze.subject import Subject
-from analyze.targets import class_names, names_of
 from data import durable
 from data.errors import SettingError, StopRequest
 from data.journal import Progress

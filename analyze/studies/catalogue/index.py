@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from analyze.encoding import Unit
+from analyze.latents.encoding import Unit
 from analyze.subject import Subject
 from data import digests, durable
 from data.digests import Digests

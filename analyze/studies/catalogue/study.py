@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analyze import contexts, directions, results, targets
+from analyze import results
 from analyze.kept import Growing
+from analyze.latents import contexts, directions, targets
 from analyze.memory import Needed, of_pass, of_sae
 from analyze.outcome import Outcome
 from analyze.results import FEATURES, made

@@ -12,7 +12,7 @@
     quantiles      list<context with quantile>: random activations of part `quantile`.
                    Parts are equal and ascending: an activation's part is
                    floor(parts * #(smaller activations) / count), counted exactly
-    raised, lowered   list<{token, logit, text}>, by analyze/directions.py; null without the
+    raised, lowered   list<{token, logit, text}>, by analyze/latents/directions.py; null without the
                       language model
     neighbours     list<{feature, cosine}>, of the decoder's directions
 
@@ -20,7 +20,7 @@
     readers        list<{feature, cosine}>, of the encoder's directions: what reads the same
 
     of a crosscoder, whose raised and lowered are those of the target with the largest share
-    cosine         float64   of its directions in the targets, see analyze/targets.py
+    cosine         float64   of its directions in the targets, see analyze/latents/targets.py
     class          uint8     number of a target: its own; then shared; then between
     targets        list<target>, in the order of the names in the file's metadata, as JSON under
                    targets
@@ -55,10 +55,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from analyze.contexts import AFTER, BEFORE
+from analyze.latents.contexts import AFTER, BEFORE
+from analyze.latents.targets import Targets
 from analyze.studies.catalogue.index import BLOCK, Index, Postings
 from analyze.studies.catalogue.state import Places, State, rank_within
-from analyze.targets import Targets
 from data import durable
 from data.errors import StopRequest
 from data.journal import Progress

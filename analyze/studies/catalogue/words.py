@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from analyze import drawing
+from analyze.latents.targets import class_names
 from analyze.outcome import Picture, Table
 from analyze.results import FEATURES
 from analyze.studies.catalogue.state import State
 from analyze.studies.catalogue.table import OfTargets
-from analyze.targets import class_names
 
 ABOUT_CLASSES = "study=diff tests own ones, and has nulls."
 SHOWN = 20  # latents of the short table

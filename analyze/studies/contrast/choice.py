@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.split import in_discovery
+from analyze.questions.split import in_discovery
 from analyze.stats import Floats, benjamini_hochberg, permutation_p
 from analyze.studies.contrast.effects import Design, Watched, columns, is_rare, largest
 from analyze.studies.contrast.means import Means

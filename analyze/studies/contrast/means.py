@@ -1,7 +1,7 @@
 """What answers look like inside the model: residuals and SAE features, averaged over each answer.
 
-The model reads prompt and completion (analyze/pooling.py). Residuals at all layers, and the SAE's
-features, are averaged over the tokens of the completion.
+The model reads prompt and completion (analyze/latents/pooling.py). Residuals at all layers, and the
+SAE's features, are averaged over the tokens of the completion.
 
 Shapes: n answers, d d_model, F latents.
 """
@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from analyze.answering import Answer, asking_of, model_key, number_of
+from analyze.latents.pooling import MEAN, Reading, Span, pooled
 from analyze.memory import Needed, of_sae
-from analyze.pooling import MEAN, Reading, Span, pooled
+from analyze.questions.answering import Answer, asking_of, model_key, number_of
 from analyze.results import digest_of
 from analyze.stats import Floats
 from analyze.study import Study

@@ -10,8 +10,8 @@ length, whether the answer finished, who wrote it if several did, and the questi
 (see `effects.Effect`).
 
 Problems in two parts choose on the train questions. All else is of the test questions. Of problems
-in one file, some questions choose and the others judge what was chosen (see analyze/split.py and
-choice.py). What chooses nothing is measured on all of them.
+in one file, some questions choose and the others judge what was chosen (see
+analyze/questions/split.py and choice.py). What chooses nothing is measured on all of them.
 
 Shapes: n answers, d d_model, F latents, c of these that are tested.
 """
@@ -27,10 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analyze import refusals
-from analyze.answering import answers, inputs
 from analyze.outcome import Outcome, dumped
+from analyze.questions.answering import answers, inputs
+from analyze.questions.split import require_share
 from analyze.results import FEATURES
-from analyze.split import require_share
 from analyze.stats import Floats
 from analyze.studies.contrast import choice, effects
 from analyze.studies.contrast.choice import TOP, choose

@@ -24,17 +24,17 @@ from scipy import sparse, stats
 from torch import Tensor
 
 from analyze import pieces
-from analyze.codes import Codes
-from analyze.intervention import LatentChange, activations
+from analyze.changes.intervention import LatentChange, activations
 from analyze.language_model import batch_tokens, edited, residuals
-from analyze.matched import random_latents
-from analyze.matching import NONE
+from analyze.latents.codes import Codes
+from analyze.latents.matched import random_latents
+from analyze.latents.matching import NONE
+from analyze.latents.targets import ALIKE
 from analyze.pieces import Piece
 from analyze.stats import Floats, bootstrap_ratio, figure
 from analyze.studies.cross_layer.pairs import LEVEL, Found
 from analyze.study import Study
 from analyze.subject import Subject
-from analyze.targets import ALIKE
 from data.errors import StopRequest
 from data.journal import Progress, note
 from harvest.model import LanguageModel

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from analyze.codes import Codes, Ints
-from analyze.matching import BLOCK, NONE, best_few
+from analyze.latents.codes import Codes, Ints
+from analyze.latents.matching import BLOCK, NONE, best_few
 from analyze.stats import Floats, benjamini_hochberg
 from analyze.studies.cross_layer.rotation import Runs, coincidences
 from data.errors import StopRequest

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from analyze.codes import Codes, Ints
+from analyze.latents.codes import Codes, Ints
 from analyze.stats import Floats
 
 TINY = 1e-6

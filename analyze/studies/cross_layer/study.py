@@ -34,9 +34,10 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
-from analyze import directions
-from analyze.codes import Codes, Ints, choosing_half, codes_of, shared_rows
-from analyze.matching import BLOCK, NONE, measure
+from analyze.latents import directions
+from analyze.latents.codes import Codes, Ints, choosing_half, codes_of, shared_rows
+from analyze.latents.matching import BLOCK, NONE, measure
+from analyze.latents.targets import ALIKE
 from analyze.memory import Needed, of_pass, of_sae, rows_read
 from analyze.outcome import Outcome
 from analyze.parts import Arrays, Parts
@@ -47,7 +48,6 @@ from analyze.studies.cross_layer.pairs import LEVEL, TOP, Found
 from analyze.studies.cross_layer.rotation import Runs, rotated
 from analyze.study import Column, Definition, Study, at_least, write_features
 from analyze.subject import Subject, recorded_stores
-from analyze.targets import ALIKE
 from data.errors import SettingError, StopRequest
 from data.journal import tell
 from data.rows import aligned

@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyze.encoding import Unit, taken
+from analyze.latents.encoding import Unit, taken
 from analyze.stats import Floats
 from analyze.subject import Subject
 from data.errors import StopRequest, StoreError

@@ -1,9 +1,9 @@
 """What the targets of a crosscoder have in common, and what is one target's own.
 
 Targets are two models' layers (store=[A,B]: model diffing), or several layers or sites of one. Each
-latent is classed by what it writes to each target (analyze/targets.py). An own latent by its norms
-alone may be an artefact of training, so latent scaling tests each (measuring.py). How many survive
-stands beside two nulls:
+latent is classed by what it writes to each target (analyze/latents/targets.py). An own latent by
+its norms alone may be an artefact of training, so latent scaling tests each (measuring.py). How
+many survive stands beside two nulls:
 
     permuted   on this crosscoder and the same rows: the targets change places in random documents
     null       of a crosscoder of a model with itself, trained by the same settings with
@@ -26,7 +26,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
-from analyze import targets
+from analyze.latents import targets
+from analyze.latents.targets import ALIKE, OWN, SHARED, Targets, class_names, names_of
 from analyze.memory import Needed, of_pass
 from analyze.outcome import Outcome
 from analyze.results import FEATURES
@@ -44,7 +45,6 @@ from analyze.studies.diff import measuring, words
 from analyze.studies.diff.measuring import Explained, Fired, Measuring, Nu, Scaling
 from analyze.study import Column, Definition, Study, at_least, write_features
 from analyze.subject import Subject
-from analyze.targets import ALIKE, OWN, SHARED, Targets, class_names, names_of
 from data.errors import SettingError, StopRequest
 from data.settings import build
 

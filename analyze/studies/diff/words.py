@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analyze import drawing
+from analyze.latents.targets import Targets
 from analyze.outcome import Picture, Table
 from analyze.stats import bracketed, formatted, resampled
-from analyze.targets import Targets
 
 
 def summary(figures: Mapping[str, Any]) -> list[str]:

@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analyze.answering import Answer, model_key
-from analyze.chosen import GATE, ChosenFeatures
-from analyze.intervention import LatentChange
+from analyze.changes.intervention import LatentChange
+from analyze.latents.chosen import GATE, ChosenFeatures
 from analyze.parts import Arrays
+from analyze.questions.answering import Answer, model_key
 from analyze.results import FOLDER, digest_of
 from analyze.stats import Floats
 from analyze.studies.contrast.means import answer_means

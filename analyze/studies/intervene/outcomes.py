@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analyze.intervention import Delta, EqualNorm, LatentChange
-from analyze.replies import Rank, Row
+from analyze.changes.intervention import Delta, EqualNorm, LatentChange
+from analyze.changes.replies import Rank, Row
 from analyze.stats import Interval, holm
 from data import durable
 from harvest.model import LanguageModel

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analyze.intervention import Intervention, columns_of
+from analyze.changes.intervention import Intervention, columns_of
 from analyze.language_model import (
     Prediction,
     batch_tokens,
@@ -22,7 +22,7 @@ from analyze.language_model import (
     read_by_head,
     residuals,
 )
-from analyze.problems import flexible, strict
+from analyze.questions.problems import flexible, strict
 from analyze.stats import Floats
 from data.errors import StopRequest
 from data.journal import note

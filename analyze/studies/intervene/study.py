@@ -27,20 +27,21 @@ import numpy as np
 from scipy.stats import rankdata
 
 from analyze import refusals
-from analyze.answering import Answer, answers, asking_of, inputs, model_key
-from analyze.chosen import GATE
-from analyze.intervention import (
+from analyze.changes.intervention import (
     CHANGES,
     EqualNorm,
     LatentChange,
     require_features,
     require_positions,
 )
-from analyze.matched import random_directions, random_latents
+from analyze.changes.replies import Reply
+from analyze.changes.sweeps import Sweeps, greedy
+from analyze.latents.chosen import GATE
+from analyze.latents.matched import random_directions, random_latents
 from analyze.outcome import Outcome
-from analyze.replies import Reply
+from analyze.questions.answering import Answer, answers, asking_of, inputs, model_key
+from analyze.questions.split import Split, require_shares, split_of
 from analyze.results import digest_of
-from analyze.split import Split, require_shares, split_of
 from analyze.stats import Floats, bootstrap, permutation_p, spearman
 from analyze.studies.contrast.means import memory
 from analyze.studies.intervene import choosing, words
@@ -68,7 +69,6 @@ from analyze.studies.intervene.probability import (
     of_number,
 )
 from analyze.study import Definition, Study, at_least
-from analyze.sweeps import Sweeps, greedy
 from data import durable
 from data.errors import SettingError, StopRequest
 from data.journal import Progress, note
@@ -91,7 +91,7 @@ class Options:
     n_features: int = 5  # latents that are changed together
     changes: Sequence[str] = CHANGES
     doses: Sequence[float] = (0.3, 1, 3)  # times each latent's mean activation where it fires
-    positions: str = "all"  # see analyze/intervention.py
+    positions: str = "all"  # see analyze/changes/intervention.py
     n_random: int = 20
     candidates: int = 50  # latents that select=confidence measures
     min_firing: int = 5  # train answers in which a latent fires, for select=contrast to choose it

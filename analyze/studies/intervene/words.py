@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from analyze.changes.replies import CHANGES, OUTCOMES, Row, change_cells, outcome_cells
 from analyze.drawing import STYLE, svg
 from analyze.outcome import Outcome, Picture, Table
-from analyze.replies import CHANGES, OUTCOMES, Row, change_cells, outcome_cells
 from analyze.stats import bracketed, detectable_change, figure, formatted
 from analyze.studies.intervene.outcomes import (
     CHOSEN,

@@ -40,8 +40,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from analyze import language_model, pieces
-from analyze.answering import asking_of, inputs, model_key, questions
-from analyze.contexts import visible
 from analyze.language_model import (
     BATCH_TOKENS,
     BLOCK_BYTES,
@@ -50,9 +48,11 @@ from analyze.language_model import (
     batches,
     residuals,
 )
+from analyze.latents.contexts import visible
 from analyze.outcome import Outcome, Picture
 from analyze.parts import NOWHERE, Arrays, Parts
 from analyze.pieces import Piece
+from analyze.questions.answering import asking_of, inputs, model_key, questions
 from analyze.results import digest_of
 from analyze.stats import Floats, Interval, bootstrap, bootstrap_ratios, figure, percentiles
 from analyze.studies.logit_lens import words

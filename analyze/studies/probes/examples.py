@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse import csgraph
 
-from analyze import answering, json_lines, pieces, problems
-from analyze.pooling import Span
+from analyze import json_lines, pieces
+from analyze.latents.pooling import Span
+from analyze.questions import answering, problems
 from analyze.study import Study
 from analyze.token_classes import class_of
 from data.errors import DocumentError, SettingError, StopRequest, StoreError

@@ -24,11 +24,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from analyze import answering, directions, refusals
+from analyze import refusals
+from analyze.latents import directions
+from analyze.latents.pooling import MEAN, POOLINGS, Reading, pooled
 from analyze.memory import Needed, of_sae
 from analyze.outcome import Outcome
 from analyze.parts import Parts
-from analyze.pooling import MEAN, POOLINGS, Reading, pooled
+from analyze.questions import answering
 from analyze.results import FEATURES, digest_of
 from analyze.stats import Floats, permutation_p
 from analyze.studies.probes import fitting, plot, scoring, words

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from analyze.contexts import Context, top_contexts, visible
+from analyze.latents.contexts import Context, top_contexts, visible
 from analyze.memory import Needed, of_pass, rows_read
 from analyze.outcome import Outcome
 from analyze.results import FEATURES

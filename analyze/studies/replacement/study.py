@@ -29,11 +29,11 @@ import numpy as np
 import torch
 
 from analyze import kept, language_model, results
-from analyze.answering import model_key
 from analyze.losses import SEED, TRAINED, Losses, choose, ratios
 from analyze.outcome import Outcome, dumped, markdown, printed
 from analyze.pages.template import rendered
 from analyze.parts import Parts
+from analyze.questions.answering import model_key
 from analyze.results import digest_of
 from analyze.stats import sums_by
 from analyze.studies.replacement import spliced

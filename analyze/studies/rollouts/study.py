@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from analyze import refusals, results
-from analyze.answering import Answer
-from analyze.answering import inputs as inputs_of_answers
-from analyze.chosen import ChosenFeatures
+from analyze.latents.chosen import ChosenFeatures
 from analyze.outcome import Outcome
+from analyze.questions.answering import Answer
+from analyze.questions.answering import inputs as inputs_of_answers
 from analyze.stats import Floats
 from analyze.studies.contrast.means import memory
 from analyze.studies.rollouts.words import CONTRAST, pictures, summary, tables

@@ -28,9 +28,9 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
-from analyze import directions, encoding, matching
-from analyze.codes import Codes, choosing_half, codes_of, shared_rows
-from analyze.matching import NONE, Measured
+from analyze.latents import directions, encoding, matching
+from analyze.latents.codes import Codes, choosing_half, codes_of, shared_rows
+from analyze.latents.matching import NONE, Measured
 from analyze.memory import Needed, of_pass, of_sae, rows_read
 from analyze.outcome import Outcome
 from analyze.stats import Floats, Interval, percentiles

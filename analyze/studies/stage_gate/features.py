@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.matched import random_latents
+from analyze.latents.matched import random_latents
 from analyze.stats import Floats
 from analyze.studies.contrast.effects import Design, columns
 from analyze.studies.contrast.means import Means

@@ -6,7 +6,7 @@
 
 Features are chosen by Hedges' g on the discovery questions alone, within questions where there are
 several answers to each. Everything that is said of R is measured on the validation questions. A
-question falls to one side with all its answers (analyze/split.py).
+question falls to one side with all its answers (analyze/questions/split.py).
 
 R stands beside what costs less: the answer's length, its mean log-probability, the raw direction
 (CAA), its cosine, and a logistic probe on the mean residual of a layer, all fitted on discovery
@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.answering import GENERATED, Answer, answers, asking_of
 from analyze.probe import cross_validated
-from analyze.split import in_discovery, require_share
+from analyze.questions.answering import GENERATED, Answer, answers, asking_of
+from analyze.questions.split import in_discovery, require_share
 from analyze.stats import Floats, auroc, percentiles, permutation_p, spearman_cap
 from analyze.studies.contrast.means import Means, answer_means
 from analyze.studies.stage_gate import best_of, within

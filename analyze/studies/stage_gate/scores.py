@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analyze.answering import Answer, model_key
 from analyze.language_model import Prediction, batch_tokens, batches, blocks, logits
 from analyze.parts import Arrays, Parts
 from analyze.probe import cross_validated
+from analyze.questions.answering import Answer, model_key
 from analyze.results import digest_of
 from analyze.stats import Floats, spearman
 from analyze.studies.contrast.means import Means

@@ -10,8 +10,8 @@ stand beside ours. They decide nothing.
 from __future__ import annotations
 
 from analyze import refusals
-from analyze.answering import inputs
 from analyze.outcome import Outcome
+from analyze.questions.answering import inputs
 from analyze.studies.contrast.means import answer_means, memory
 from analyze.studies.stage_gate import pack
 from analyze.studies.stage_gate.judgement import SAMPLES, VERSION, Options, judged

@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from math import isfinite
 from typing import Any, NamedTuple
 
-from analyze.split import require_share
+from analyze.questions.split import require_share
 from analyze.study import at_least
 from data.errors import SettingError
 from data.settings import number

@@ -28,13 +28,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyze.answering import Answer, answers, asking_of, model_key
-from analyze.chosen import GATE, ChosenFeatures
-from analyze.matched import random_latents
+from analyze.latents.chosen import GATE, ChosenFeatures
+from analyze.latents.matched import random_latents
+from analyze.latents.reward import DenseReward, DirectionReward, ResidualReward, read_alone
 from analyze.outcome import dumped
-from analyze.problems import Problem
+from analyze.questions.answering import Answer, answers, asking_of, model_key
+from analyze.questions.problems import Problem
 from analyze.results import FOLDER, digest_of
-from analyze.reward import DenseReward, DirectionReward, ResidualReward, read_alone
 from analyze.stats import Floats
 from analyze.studies.contrast.means import answer_means, caa
 from analyze.studies.stage_gate.within import centred, has_both

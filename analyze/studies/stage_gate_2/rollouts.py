@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analyze.answering import Asking, graded, numbers, require_room
 from analyze.kept import grow, read_lines
 from analyze.language_model import Prediction, Sampling, batch_tokens, blocks, generate, logits
-from analyze.problems import Problem
-from analyze.prompts import IN_TURNS
+from analyze.questions.answering import Asking, graded, numbers, require_room
+from analyze.questions.problems import Problem
+from analyze.questions.prompts import IN_TURNS
 from analyze.studies.stage_gate_2.advantages import of_tokens, of_trajectories
 from analyze.studies.stage_gate_2.arms import ALONE, TOKEN, Arm, Options
 from analyze.studies.stage_gate_2.rewards import Rewards

@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analyze import answering, losses, problems, refusals
-from analyze.answering import Asking, asking_of, problems_of
+from analyze import losses, refusals
 from analyze.outcome import Outcome
-from analyze.problems import Problem
+from analyze.questions import answering, problems
+from analyze.questions.answering import Asking, asking_of, problems_of
+from analyze.questions.problems import Problem
+from analyze.questions.split import in_discovery
 from analyze.results import PAGE
-from analyze.split import in_discovery
 from analyze.stats import Floats
 from analyze.studies.stage_gate_2 import beside, plot, watching, words
 from analyze.studies.stage_gate_2.arms import FEATURES, OUTCOME, Arm, Options, arms
@@ -301,7 +302,7 @@ def _column(curve: Sequence[Mapping[str, Any]], name: str) -> Floats:
 
 
 def refuses(subject: Subject, options: Mapping[str, Any]) -> str | None:
-    """A reward reads the residual stream alone, see analyze/reward.py."""
+    """A reward reads the residual stream alone, see analyze/latents/reward.py."""
     if reason := refusals.all_but_saes(subject, options):
         return reason
     if subject.ports.reads[0].point.site == RESID_POST:

@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from analyze.answering import asking_of, model_key, prompts_of
 from analyze.kept import read_lines
-from analyze.problems import Problem
+from analyze.questions.answering import asking_of, model_key, prompts_of
+from analyze.questions.problems import Problem
 from analyze.results import digest_of, seal
 from analyze.studies.stage_gate_2.arms import Arm, Options, require_installed
 from analyze.studies.stage_gate_2.rewards import Rewards

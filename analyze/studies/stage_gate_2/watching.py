@@ -24,8 +24,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analyze import losses, problems
-from analyze.answering import (
+from analyze import losses
+from analyze.kept import grow, read_lines
+from analyze.latents.reward import ResidualReward
+from analyze.parts import Parts
+from analyze.pieces import Piece
+from analyze.questions import problems
+from analyze.questions.answering import (
     Answer,
     Asking,
     model_key,
@@ -33,17 +38,13 @@ from analyze.answering import (
     read_answers,
     write_answers,
 )
-from analyze.kept import grow, read_lines
-from analyze.parts import Parts
-from analyze.pieces import Piece
-from analyze.problems import Problem
+from analyze.questions.problems import Problem
+from analyze.questions.truth import is_right
 from analyze.results import digest_of
-from analyze.reward import ResidualReward
 from analyze.stats import Floats, bootstrap_ratio, figure, sums_by
 from analyze.studies.stage_gate_2.rewards import Rewards
 from analyze.studies.stage_gate_2.verdict import ACCURACY, LENIENT, Harm
 from analyze.study import Study
-from analyze.truth import is_right
 from data import durable, sealed
 from data.errors import StopRequest
 from data.journal import Progress

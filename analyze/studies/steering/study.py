@@ -21,17 +21,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analyze import refusals
-from analyze.answering import Answer, answers, asking_of, inputs
-from analyze.intervention import POSITIONS, Steer, prompt_inert_from, require_positions
-from analyze.matched import random_directions, unit
+from analyze.changes.intervention import POSITIONS, Steer, prompt_inert_from, require_positions
+from analyze.changes.sweeps import Sweeps, greedy
+from analyze.latents.matched import random_directions, unit
 from analyze.outcome import Outcome
-from analyze.split import require_shares, split_of
+from analyze.questions.answering import Answer, answers, asking_of, inputs
+from analyze.questions.split import require_shares, split_of
 from analyze.stats import Floats
 from analyze.studies.contrast.means import answer_means, caa, memory
 from analyze.studies.steering import vector, words
 from analyze.studies.steering.outcomes import Findings
 from analyze.study import Definition, Study
-from analyze.sweeps import Sweeps, greedy
 from data.errors import SettingError, StopRequest
 from data.journal import Progress
 from data.settings import build, number
@@ -47,7 +47,7 @@ class Options:
 
     layer: int | None = None  # null: the run's own
     scales: Sequence[float] = (2, 5, 10, 15, -5)  # times the unit vector
-    positions: str = "all"  # see analyze/intervention.py
+    positions: str = "all"  # see analyze/changes/intervention.py
     n_random: int = 20
     n_shuffled: int = 5
     train: float = 0.3  # share of the questions

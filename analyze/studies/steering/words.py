@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from analyze.changes.replies import CHANGES, OUTCOMES, Row, change_cells, outcome_cells
 from analyze.outcome import Outcome, Picture, Table
-from analyze.replies import CHANGES, OUTCOMES, Row, change_cells, outcome_cells
 from analyze.stats import detectable_change, figure, formatted
 from analyze.studies.steering.outcomes import DISCORDANT, Findings, Null, Overlap
 from analyze.studies.steering.plot import over_scales

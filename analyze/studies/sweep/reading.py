@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analyze.encoding import Unit
+from analyze.latents.encoding import Unit
 from analyze.reconstruction import BATCH_ROWS
 from analyze.stats import sums_by
 from analyze.studies.sweep.arms import Arm

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analyze import problems
 from analyze.kept import grow, read_lines
 from analyze.language_model import Generation, Sampling, generate
 from analyze.outcome import dumped
-from analyze.problems import Example, Problem, Solution
-from analyze.prompts import ENDS, IN_TURNS, PROMPTS, cut, drawn
+from analyze.questions import problems
+from analyze.questions.problems import Example, Problem, Solution
+from analyze.questions.prompts import ENDS, IN_TURNS, PROMPTS, cut, drawn
 from analyze.study import Study, find
 from data import durable
 from data.errors import SettingError, StopRequest
@@ -54,7 +54,7 @@ class Answer:
     ids: list[int]  # of the completion
     text: str
     correct: bool
-    strict: str | None  # the number found, see analyze.problems
+    strict: str | None  # the number found, see analyze.questions.problems
     flexible: str | None
     finished: bool  # not cut off by the limit
     sample: int = 0  # which of the question's answers, see `Asking.samples`

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.answering import Answer
-from analyze.problems import Problem
+from analyze.questions.answering import Answer
+from analyze.questions.problems import Problem
 from data import durable
 from data.errors import SettingError
 
-TRAIN = "train"  # the part of the problems that chooses, see analyze.problems
+TRAIN = "train"  # the part of the problems that chooses, see analyze.questions.problems
 
 
 def in_discovery(

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analyze.directions import unit
+from analyze.latents.directions import unit
 from analyze.subject import Subject
 
 OWN = 0.9

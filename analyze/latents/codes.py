@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
-from analyze.encoding import Unit, positive, taken
+from analyze.latents.encoding import Unit, positive, taken
 from analyze.subject import Subject
 from data.errors import StopRequest, StoreError
 from data.journal import Progress

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from analyze import json_lines
-from analyze.truth import NotANumber, is_right, truth_of
+from analyze.questions.truth import NotANumber, is_right, truth_of
 from data import durable
 from data.errors import SettingError, StoreError
 from data.tiny import problems as tiny
@@ -30,7 +30,7 @@ class Problem:
 
     id: str  # digest of the question's text alone, so it is the same in every file
     question: str
-    answer: str  # a number, as analyze.truth writes it
+    answer: str  # a number, as analyze.questions.truth writes it
     by_number: bool = False  # compared as numbers, since the file does not write plain digits
     part: str | None = None  # `train` or `test` in a folder of both; None in a single file
 
@@ -103,9 +103,9 @@ def read(source: str, limit: int) -> list[Problem] | list[Solution]:
 
     Args:
         source: `tiny`; a .jsonl of {question, answer}, where an answer is a number, or a text
-            whose number stands behind `#### ` or is the last one (analyze/truth.py); a .jsonl
-            of {question, ground_truth, NAME: {solution, is_correct}, ...}; or a folder with such
-            files train.jsonl and test.jsonl.
+            whose number stands behind `#### ` or is the last one (see truth.py); a .jsonl of
+            {question, ground_truth, NAME: {solution, is_correct}, ...}; or a folder with such files
+            train.jsonl and test.jsonl.
         limit: of each file.
 
     Raises:

@@ -30,11 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analyze import problems
-from analyze.answering import Asking
-from analyze.chosen import GATE, ChosenFeatures
 from analyze.language_model import end_tokens, residuals
-from analyze.problems import Solution
+from analyze.latents.chosen import GATE, ChosenFeatures
+from analyze.questions import problems
+from analyze.questions.answering import Asking
+from analyze.questions.problems import Solution
 from analyze.results import FOLDER
 from data.errors import NonFiniteError, SettingError
 from data.site import RESID_POST

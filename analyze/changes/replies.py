@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from analyze.intervention import Intervention
+from analyze.changes.intervention import Intervention
 from analyze.stats import Interval, mcnemar, permutation_p, wilson
 
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analyze.contexts import visible
-from analyze.encoding import positive
 from analyze.language_model import residuals
+from analyze.latents.contexts import visible
+from analyze.latents.encoding import positive
 from analyze.subject import Subject
 from data.journal import note
 from data.site import HookPoint

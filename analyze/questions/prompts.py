@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 
-from analyze.problems import Example
+from analyze.questions.problems import Example
 from data.errors import SettingError
 from harvest.tokens import Tokenizer
 

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from analyze import stats
-from analyze.encoding import Unit
+from analyze.latents.encoding import Unit
 from analyze.stats import Floats
 from analyze.subject import Subject
 from train.kernels import Kept

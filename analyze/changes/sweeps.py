@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from analyze.answering import Answer, Asking, completions, grow_answers, model_key
-from analyze.intervention import effects, intervened
+from analyze.changes.intervention import effects, intervened
+from analyze.changes.replies import Reply, Row, Swept
 from analyze.kept import read_lines
-from analyze.replies import Reply, Row, Swept
+from analyze.questions.answering import Answer, Asking, completions, grow_answers, model_key
 from analyze.results import digest_of
 from analyze.study import Study
 from data.errors import StopRequest

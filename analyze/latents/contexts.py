@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.encoding import Firings
+from analyze.latents.encoding import Firings
 from analyze.subject import Subject
 from data.errors import PipelineError, SettingError
 from data.neutral import neutral

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
-from analyze.codes import Codes, Ints
+from analyze.latents.codes import Codes, Ints
 from analyze.stats import Floats
 from data.errors import StopRequest
 from data.journal import Progress

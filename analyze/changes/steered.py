@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from analyze.intervention import LatentChange, effects, intervened
+from analyze.changes.intervention import LatentChange, effects, intervened
 from analyze.language_model import Generation, end_tokens, generate
-from analyze.rates import Rates
+from analyze.latents.rates import Rates
 from data.errors import SettingError
 from data.settings import number, whole
 from harvest.model import LanguageModel

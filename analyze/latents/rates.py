@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from analyze import kept
-from analyze.encoding import positive
+from analyze.latents.encoding import positive
 from analyze.results import FEATURES, FOLDER
 from analyze.subject import Subject
 from data import digests, durable

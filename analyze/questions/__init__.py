@@ -1,0 +1,1 @@
+"""Word problems, the answers that a model gives, and their grades."""
