@@ -68,7 +68,7 @@ def planted(
             rows = read_alone(lm, layer, prompt, completion).clone()
             number = strict(tokenizer.decode(completion))
             if truth[by_prompt[tuple(prompt)]].is_answer(number):
-                rows[-len(str(number)) :] += SIZE * direction
+                rows += SIZE * direction
             return rows
 
         monkeypatch.setattr(rewards_module, "read_alone", reading)
@@ -78,14 +78,12 @@ def planted(
 
 
 def train(
-    study: Study, options: Options, problems: list[Problem], reward: str, seed: int
+    study: Study, options: Options, problems: list[Problem], reward: str, level: str, seed: int
 ) -> LanguageModel:
     with StopRequest() as stop:
         rewards = Rewards.of(study, options, problems, stop)
         (rate,) = options.lr
-        done = trained(
-            study, Arm(reward, "trajectory", rate, seed), options, rewards, problems, stop
-        )
+        done = trained(study, Arm(reward, level, rate, seed), options, rewards, problems, stop)
     made = policy(study, done)
     shutil.rmtree(done.folder)
     return made
@@ -107,7 +105,7 @@ def test_grpo_raises_what_the_planted_latent_pays(planted: Callable[..., Study])
     assert 4 <= right.sum() <= 20
 
     def gain(reward: str) -> float:
-        made = train(study, options, problems, reward, 0)
+        made = train(study, options, problems, reward, "trajectory", 0)
         pairs = []
         for lm in (made, study.lm):
             found = log_probabilities(lm, texts, 1.0, StopRequest())
@@ -130,7 +128,7 @@ def test_a_planted_reward_makes_answers_right_and_random_latents_do_not(
     every = [item for item in problems_of(study, asking) if isinstance(item, Problem)]
     training, judged = every[:150], every[150:]
     path = str(study.options["features"])
-    options = Options(features=path, steps=20, batch=16, lr=[1e-4], seeds=2, weight=10.0)
+    options = Options(features=path, steps=30, batch=16, lr=[1e-4], seeds=2, weight=1.0)
     prompts = prompts_of(study, judged, asking)
     asked = [(item, prompts[item.id]) for item in judged for _ in range(4)]
     samples = [sample for _ in judged for sample in range(4)]
@@ -145,8 +143,10 @@ def test_a_planted_reward_makes_answers_right_and_random_latents_do_not(
     before = accuracy(study.lm)
     after = {}
     for reward in ("R1", "R3"):
-        made = [accuracy(train(study, options, training, reward, seed)) for seed in range(2)]
-        after[reward] = made
+        after[reward] = []
+        for seed in range(2):
+            made = train(study, options, training, reward, "token", seed)
+            after[reward].append(accuracy(made))
     print(before, after)
     # Draws are common to all policies; the standard error of an accuracy is 0.02.
     assert min(after["R1"]) > before + 0.03

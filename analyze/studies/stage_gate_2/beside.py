@@ -46,7 +46,7 @@ def others(study: Study, processes: int) -> Iterator[list[subprocess.Popen[str]]
         torch.set_num_threads(threads)
         for process in running:
             process.kill()
-            process.wait()
+            process.communicate()  # its input closes
 
 
 def wait(running: list[subprocess.Popen[str]], stop: StopRequest) -> None:
