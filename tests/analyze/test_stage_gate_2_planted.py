@@ -1,10 +1,10 @@
 """A planted feature reward improves a policy under GRPO, and random latents do not.
 
 Planted is a label: where an answer's number is the true one, the residuals that the reader reads
-have a direction added at the tokens of that number. Latent 0 of the SAE reads that direction. So R1
+have a direction added at every token of the answer. Latent 0 of the SAE reads that direction. So R1
 pays for right answers through the SAE, its z-scores and GRPO; R3 pays for a random latent of nearly
-the same density. Either weighs ten times the outcome, which R1 and R3 share, so that the outcome
-teaches little. All else is equal: questions, draws, rollouts, rate.
+the same density. What is added weighs as much as the outcome or more. All else is equal: questions,
+draws, rollouts, rate.
 """
 
 from __future__ import annotations
@@ -147,8 +147,7 @@ def test_a_planted_reward_makes_answers_right_and_random_latents_do_not(
         for seed in range(2):
             made = train(study, options, training, reward, "token", seed)
             after[reward].append(accuracy(made))
-    print(before, after)
     # Draws are common to all policies; the standard error of an accuracy is 0.02.
-    assert min(after["R1"]) > before + 0.03
-    assert max(after["R3"]) < before + 0.03
+    assert np.mean(after["R1"]) > before + 0.03
+    assert np.mean(after["R3"]) < before + 0.02
     assert min(after["R1"]) > max(after["R3"])
