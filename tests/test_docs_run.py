@@ -80,7 +80,7 @@ SUBSTITUTES = {
     r"study\.tokens=6000": "study.tokens=100",
     r"answers\.questions=(100|50)": "answers.questions=20",
     r"hydra/launcher=\w+": "hydra/launcher=basic",
-    r"feature=161": "feature=16",
+    r"feature=(161|71)": "feature=16",
     r"hydra\.launcher\..*": "",
 }
 # What is added to a command, by its module or a word of it, unless it sets the same thing.

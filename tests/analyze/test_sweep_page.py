@@ -16,6 +16,7 @@ from analyze.command import command
 from analyze.studies.sweep import page as sweep_page
 from analyze.studies.sweep import plot as sweep_pictures
 from analyze.studies.sweep.arms import Arm, find, labels, read_all, short, varying
+from analyze.study import ASKED
 from data.errors import MismatchError, PipelineError, SettingError, StoreError
 from tests.analyze.test_report import pictures
 from tests.analyze.test_sweep import (
@@ -65,6 +66,7 @@ def asked(runs: Any, **changes: Any) -> dict[str, Any]:
         "port": 0,
         "store": None,
         "device": "cpu",
+        **dict.fromkeys(ASKED),
         **changes,
     }
 
