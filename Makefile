@@ -22,7 +22,7 @@ demo: .venv/installed  ## the whole pipeline on the embedded model, to a report
 	$(BIN)/python -m analyze study=browser run=runs/demo
 	$(BIN)/python -m analyze study=report run=runs/demo
 
-test: .venv/installed  ## the whole test suite, seven to eight minutes on two cores
+test: .venv/installed  ## the whole test suite, about nine minutes on two cores
 	$(TEST)
 
 test-long: .venv/installed  ## the loops of minutes: hundreds of kills

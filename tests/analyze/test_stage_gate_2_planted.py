@@ -89,6 +89,7 @@ def train(
     return made
 
 
+@pytest.mark.long
 def test_grpo_raises_what_the_planted_latent_pays(planted: Callable[..., Study]) -> None:
     """On the training questions: right answers become more probable than wrong ones."""
     study = planted(questions=6)

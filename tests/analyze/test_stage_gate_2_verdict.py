@@ -240,6 +240,7 @@ def rates(world: World, effect: float, sets: int) -> tuple[float, float]:
     return differ / sets, passed / sets
 
 
+@pytest.mark.long
 def test_false_positives_are_at_the_level() -> None:
     differ, passed = rates(World(), 0.0, 200)
     assert 0 < differ <= 0.09  # P(more | 5 %) = 0.005
