@@ -106,7 +106,10 @@ class Hidden:
         return Path(store.name) / f"commits/residuals/{unit:08d}.3.json"
 
     def commit(self, unit: int) -> None:
-        self._record(self._store, unit).write_bytes(self._texts.pop(unit))
+        record = self._record(self._store, unit)
+        beside = record.with_name(f"{record.name}.part")
+        beside.write_bytes(self._texts.pop(unit))
+        beside.replace(record)  # whole at once, as a commit is: a reader is looking
 
 
 # -- the order -------------------------------------------------------------------------------------
