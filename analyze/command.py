@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from analyze.study import ASKED, Definition, Study, find, model_of
-from analyze.subject import Subject, places_of
-from conf.command import ALONE, Job
-from data.device import torch_device
-from data.errors import SettingError
-from data.journal import heartbeat
-from data.rows.split import Policy
-from data.settings import flag, names, optional_whole, whole
-from train.run import named_or_newest
+from residual_saes.analyze.study import ASKED, Definition, Study, find, model_of
+from residual_saes.analyze.subject import Subject, places_of
+from residual_saes.conf.command import ALONE, Job
+from residual_saes.data.device import torch_device
+from residual_saes.data.errors import SettingError
+from residual_saes.data.journal import heartbeat
+from residual_saes.data.rows.split import Policy
+from residual_saes.data.settings import flag, names, optional_whole, whole
+from residual_saes.train.run import named_or_newest
 
 Settings = dict[str, Any]  # conf/analyze.yaml, composed
 _POLICY = ("drop_bos", "drop_outliers")
@@ -41,7 +41,7 @@ def command(settings: Settings, _: Job = ALONE) -> None:
     study.show(definition, outcome)
     if action == "serve":
         # The one door to the browser's pages.
-        from analyze.pages.browser.serve import serve
+        from residual_saes.analyze.pages.browser.serve import serve
 
         serve(study.place, port)
 
@@ -103,7 +103,7 @@ def _imported(named: str, store: str | None, layer: int | None, settings: Settin
 
     This is the core's one door to analyze/peers.
     """
-    from analyze.peers import imported
+    from residual_saes.analyze.peers import imported
 
     if imported.is_foreign(named):
         accept = settings["accept"]

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from analyze.stats import Interval
-from data.neutral import neutral
+from residual_saes.analyze.stats import Interval
+from residual_saes.data.neutral import neutral
 
 _FEW = 20  # points of a line that get marks
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed")

@@ -15,11 +15,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from data.errors import DocumentError, SettingError
-from data.text.chats import Chat, messages_of
-from data.text.documents import Column, Content
-from data.text.formats import FORMATS, format_of, read_files
-from harvest.tokens import Tokenizer
+from residual_saes.data.errors import DocumentError, SettingError
+from residual_saes.data.text.chats import Chat, messages_of
+from residual_saes.data.text.documents import Column, Content
+from residual_saes.data.text.formats import FORMATS, format_of, read_files
+from residual_saes.harvest.tokens import Tokenizer
 
 MOST = 100  # texts at a time
 

@@ -9,7 +9,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from data.errors import StoreError, caused
+from residual_saes.data.errors import StoreError, caused
 
 
 def lines(path: Path, setting: str, holds: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analyze.results import FOLDER, digest_of, seal
-from data import digests, locks, sealed
-from data.digests import Digests
-from data.durable import Written
-from data.errors import StoreError
-from data.journal import tell
+from residual_saes.analyze.results import FOLDER, digest_of, seal
+from residual_saes.data import digests, locks, sealed
+from residual_saes.data.digests import Digests
+from residual_saes.data.durable import Written
+from residual_saes.data.errors import StoreError
+from residual_saes.data.journal import tell
 
 _KEPT = "kept"  # beside the studies' folders
 _AGAIN = "its files are made again"

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from data.errors import PipelineError
-from data.journal import note
-from data.site import HookPoint, Point
-from harvest.model import LanguageModel
-from harvest.site import DeepestReached, tap
+from residual_saes.data.errors import PipelineError
+from residual_saes.data.journal import note
+from residual_saes.data.site import HookPoint, Point
+from residual_saes.harvest.model import LanguageModel
+from residual_saes.harvest.site import DeepestReached, tap
 
 # Tokens of a batch of texts, padding included. With all 42 layers of Gemma 4 E4B kept in bfloat16
 # they are 0.9 GB of residuals.

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analyze.parts import Arrays
-from analyze.subject import Subject
-from data.journal import Progress
-from data.rows.split import training_units
-from data.store import retention
-from train.sae import SAE
+from residual_saes.analyze.parts import Arrays
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.journal import Progress
+from residual_saes.data.rows.split import training_units
+from residual_saes.data.store import retention
+from residual_saes.train.sae import SAE
 
 RIDGE = 1e-4  # of the variance of a column, which is 1
 # Rows at least, in whole units: 25 for each dimension of Gemma 4 E4B. They take a minute of a core.

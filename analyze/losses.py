@@ -17,18 +17,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyze import language_model, pieces
-from analyze.language_model import Prediction, batches
-from analyze.parts import NOWHERE, Arrays, Parts
-from analyze.pieces import Piece
-from analyze.stats import Floats, bootstrap_ratios, figure
-from analyze.subject import Subject
-from data.errors import StopRequest, StoreError
-from data.journal import Progress, note
-from data.site import HookPoint
-from data.store.kinds import NON_FINITE
-from harvest.model import LanguageModel
-from harvest.site import tap
+from residual_saes.analyze import language_model, pieces
+from residual_saes.analyze.language_model import Prediction, batches
+from residual_saes.analyze.parts import NOWHERE, Arrays, Parts
+from residual_saes.analyze.pieces import Piece
+from residual_saes.analyze.stats import Floats, bootstrap_ratios, figure
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.errors import StopRequest, StoreError
+from residual_saes.data.journal import Progress, note
+from residual_saes.data.site import HookPoint
+from residual_saes.data.store.kinds import NON_FINITE
+from residual_saes.harvest.model import LanguageModel
+from residual_saes.harvest.site import tap
 
 SEED = 0  # of every interval
 CLEAN = "clean"

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from analyze.subject import Subject
-from data.device import free_bytes
-from data.journal import size, tell
-from data.rows.split import held_out_units
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.device import free_bytes
+from residual_saes.data.journal import size, tell
+from residual_saes.data.rows.split import held_out_units
 
 TOLD_BYTES = 2e9  # from here on
 

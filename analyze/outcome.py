@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data import durable
-from data.digests import Digests
-from data.errors import StoreError
-from data.markdown import cell, escaped, table_lines
+from residual_saes.data import durable
+from residual_saes.data.digests import Digests
+from residual_saes.data.errors import StoreError
+from residual_saes.data.markdown import cell, escaped, table_lines
 
 
 class Table(NamedTuple):

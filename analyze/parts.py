@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.results import made
-from data import sealed
+from residual_saes.analyze.results import made
+from residual_saes.data import sealed
 
 Arrays = Mapping[str, NDArray[Any]]
 

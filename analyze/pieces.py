@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.subject import Subject
-from data.rows.split import held_out_units
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.rows.split import held_out_units
 
 
 class Piece(NamedTuple):

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from analyze.stats import Floats
+from residual_saes.analyze.stats import Floats
 
 PENALTIES = tuple(10.0**power for power in range(-3, 2))
 _FOLDS = 5

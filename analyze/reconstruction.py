@@ -19,20 +19,20 @@ from numpy.typing import NDArray
 from scipy.special import gammaln
 from torch import Tensor
 
-from analyze import linear
-from analyze.latents.budgets import Budgets
-from analyze.latents.encoding import Unit, positive, taken
-from analyze.linear import LinearMap
-from analyze.stats import Floats
-from analyze.subject import Subject
-from data.errors import StoreError
-from data.journal import Progress
-from data.rows import statistics
-from data.rows.split import EXCLUDED, Policy, held_out_units, stored_kind
-from data.store.kinds import NON_FINITE
-from data.store.moments import Moments, merge_all
-from train.kernels import Kept
-from train.ports import Port
+from residual_saes.analyze import linear
+from residual_saes.analyze.latents.budgets import Budgets
+from residual_saes.analyze.latents.encoding import Unit, positive, taken
+from residual_saes.analyze.linear import LinearMap
+from residual_saes.analyze.stats import Floats
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.errors import StoreError
+from residual_saes.data.journal import Progress
+from residual_saes.data.rows import statistics
+from residual_saes.data.rows.split import EXCLUDED, Policy, held_out_units, stored_kind
+from residual_saes.data.store.kinds import NON_FINITE
+from residual_saes.data.store.moments import Moments, merge_all
+from residual_saes.train.kernels import Kept
+from residual_saes.train.ports import Port
 
 BATCH_ROWS = 4096  # the reference's batch
 DEAD_SPANS = (1_000_000, 10_000_000, 100_000_000)  # tokens

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from analyze.subject import Subject
-from data.site import MLP_IN
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.site import MLP_IN
 
 _OF_ROWS = "quality, stability, catalogue"  # studies that read stored rows alone
 

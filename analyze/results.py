@@ -21,13 +21,13 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from analyze import outcome as outcomes
-from analyze.outcome import Outcome, dumped
-from data import digests, durable, locks
-from data.digests import Digests
-from data.durable import Written
-from data.errors import SettingError, StoreError, TemporaryError
-from data.journal import tell
+from residual_saes.analyze import outcome as outcomes
+from residual_saes.analyze.outcome import Outcome, dumped
+from residual_saes.data import digests, durable, locks
+from residual_saes.data.digests import Digests
+from residual_saes.data.durable import Written
+from residual_saes.data.errors import SettingError, StoreError, TemporaryError
+from residual_saes.data.journal import tell
 
 FOLDER = "studies"  # in a run's directory
 FEATURES = "features.parquet"  # of a study that has figures of every latent

@@ -14,12 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from analyze import kept, results
-from analyze import outcome as outcomes
-from analyze.outcome import Outcome
-from analyze.results import PAGE, digest_of
-from analyze.study import Study
-from data import digests, durable
+from residual_saes.analyze import kept, results
+from residual_saes.analyze import outcome as outcomes
+from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.results import PAGE, digest_of
+from residual_saes.analyze.study import Study
+from residual_saes.data import digests, durable
 
 LIMIT = 100  # folders of a study
 _LONGEST = 40  # characters of a question in its folder's name

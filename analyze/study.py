@@ -20,21 +20,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from analyze import kept, refusals, results
-from analyze import outcome as outcomes
-from analyze.memory import Needed, tell_needed
-from analyze.outcome import Outcome, dumped
-from analyze.results import FEATURES, FOLDER, made
-from analyze.subject import Subject
-from data import durable
-from data.errors import MismatchError, SettingError, TemporaryError, first_line
-from data.journal import note, show, tell
-from data.store.store import Store
-from harvest import model as models
-from harvest.description import Description
-from harvest.model import LanguageModel, ModelConfig
+from residual_saes.analyze import kept, refusals, results
+from residual_saes.analyze import outcome as outcomes
+from residual_saes.analyze.memory import Needed, tell_needed
+from residual_saes.analyze.outcome import Outcome, dumped
+from residual_saes.analyze.results import FEATURES, FOLDER, made
+from residual_saes.analyze.subject import Subject
+from residual_saes.data import durable
+from residual_saes.data.errors import MismatchError, SettingError, TemporaryError, first_line
+from residual_saes.data.journal import note, show, tell
+from residual_saes.data.store.store import Store
+from residual_saes.harvest import model as models
+from residual_saes.harvest.description import Description
+from residual_saes.harvest.model import LanguageModel, ModelConfig
 
-FOLDERS = ("analyze.studies", "analyze.peers", "analyze.pages")
+FOLDERS = (
+    "residual_saes.analyze.studies",
+    "residual_saes.analyze.peers",
+    "residual_saes.analyze.pages",
+)
 ASKED = ("text", "prompt", "feature", "scale")  # settings at the top of conf/analyze.yaml
 
 

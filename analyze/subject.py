@@ -19,26 +19,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyze import kept
-from analyze.latents.encoding import Firings, Pairs, Unit, encode, positive, taken
-from analyze.parts import NOWHERE, Parts
-from data.errors import MismatchError, SettingError, StoreError
-from data.foreign import reading
-from data.rows import statistics
-from data.rows.rounds import KeptRows
-from data.rows.source import Source
-from data.rows.split import Policy, held_out_units, training_units
-from data.site import RESID_POST, HookPoint
-from data.store import manifest
-from data.store.kinds import BOS, NON_FINITE
-from data.store.moments import Moments
-from data.store.place import place_of
-from data.store.store import Store
-from harvest.model_folder import EMBEDDED
-from train.kernels import Kept
-from train.ports import Port, Ports, recorded_ports
-from train.run import CONFIG, read_config, sae_of
-from train.sae import SAE
+from residual_saes.analyze import kept
+from residual_saes.analyze.latents.encoding import Firings, Pairs, Unit, encode, positive, taken
+from residual_saes.analyze.parts import NOWHERE, Parts
+from residual_saes.data.errors import MismatchError, SettingError, StoreError
+from residual_saes.data.foreign import reading
+from residual_saes.data.rows import statistics
+from residual_saes.data.rows.rounds import KeptRows
+from residual_saes.data.rows.source import Source
+from residual_saes.data.rows.split import Policy, held_out_units, training_units
+from residual_saes.data.site import RESID_POST, HookPoint
+from residual_saes.data.store import manifest
+from residual_saes.data.store.kinds import BOS, NON_FINITE
+from residual_saes.data.store.moments import Moments
+from residual_saes.data.store.place import place_of
+from residual_saes.data.store.store import Store
+from residual_saes.harvest.model_folder import EMBEDDED
+from residual_saes.train.kernels import Kept
+from residual_saes.train.ports import Port, Ports, recorded_ports
+from residual_saes.train.run import CONFIG, read_config, sae_of
+from residual_saes.train.sae import SAE
 
 # Operations of encoding a unit on a CPU from which its latents are kept: 20 s of a core.
 SLOW_UNIT = 1e12

@@ -12,7 +12,7 @@ import unicodedata
 import numpy as np
 from numpy.typing import NDArray
 
-from harvest.tokens import Tokenizer
+from residual_saes.harvest.tokens import Tokenizer
 
 CLASSES = ("english", "other", "digit", "code")  # each id has exactly one
 # Each is a part of `other`, by the first word of its characters' Unicode names.

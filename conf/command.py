@@ -18,11 +18,11 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from conf.help import described
-from conf.names import quoted, require_no_secret, texts, typed
-from data import machine, secrets, stopping
-from data.errors import Interrupted, PipelineError, SettingError, first_line
-from data.journal import heartbeat, put, shown
+from residual_saes.conf.help import described
+from residual_saes.conf.names import quoted, require_no_secret, texts, typed
+from residual_saes.data import machine, secrets, stopping
+from residual_saes.data.errors import Interrupted, PipelineError, SettingError, first_line
+from residual_saes.data.journal import heartbeat, put, shown
 
 if TYPE_CHECKING:  # hydra and omegaconf take 0.3 s to load: `start` first makes Ctrl-C quiet
     from omegaconf import DictConfig

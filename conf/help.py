@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-_CONF = resources.files("conf")
+_CONF = resources.files("residual_saes.conf")
 _PACKAGE = "# @package "
 _HIDDEN = ("defaults", "hydra", "name")  # what Hydra alone reads, and an option's own name
 

@@ -16,9 +16,9 @@ from typing import Any
 from urllib.parse import quote as percent
 from urllib.parse import unquote
 
-from data import secrets
-from data.errors import SettingError
-from data.neutral import neutral
+from residual_saes.data import secrets
+from residual_saes.data.errors import SettingError
+from residual_saes.data.neutral import neutral
 
 # Paths, stores, runs, repositories, revisions, columns, ids: any text is one.
 NAMES = (

@@ -12,10 +12,10 @@ import subprocess
 import sys
 import time
 
-from conf.command import run_command
-from conf.names import absolute, require_no_secret
-from data import secrets
-from data.errors import AGAIN, SettingError
+from residual_saes.conf.command import run_command
+from residual_saes.conf.names import absolute, require_no_secret
+from residual_saes.data import secrets
+from residual_saes.data.errors import AGAIN, SettingError
 
 # What ranks get from the environment of this command.
 PASSED_ON = ("AWS_", "AZURE_", "GOOGLE_", "HF_", "OMP_", "PYTHONPATH")
@@ -29,7 +29,14 @@ def rank(number: int, world: int, settings: list[str], keys: dict[str, str]) -> 
     Args:
         keys: variables that hold secrets. A task's arguments are in no log, and its environment is.
     """
-    command = [sys.executable, "-m", "harvest", f"rank={number}", f"world={world}", *settings]
+    command = [
+        sys.executable,
+        "-m",
+        "residual_saes.harvest",
+        f"rank={number}",
+        f"world={world}",
+        *settings,
+    ]
     prctl = ctypes.CDLL(None).prctl
     for _ in range(STARTS):
         # 1 is PR_SET_PDEATHSIG: a rank ends with its worker, for Ray starts both anew.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from data import rank
-from data.errors import SettingError
+from residual_saes.data import rank
+from residual_saes.data.errors import SettingError
 
 
 def torch_device(name: str | None) -> torch.device:

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data import durable
-from data.durable import Written
-from data.errors import StoreError, TemporaryError, caused
-from data.foreign import reading
-from data.journal import tell
-from data.store import records
+from residual_saes.data import durable
+from residual_saes.data.durable import Written
+from residual_saes.data.errors import StoreError, TemporaryError, caused
+from residual_saes.data.foreign import reading
+from residual_saes.data.journal import tell
+from residual_saes.data.store import records
 
 FILE = "digests.json"
 

@@ -17,7 +17,7 @@ from typing import NamedTuple, Self
 
 import xxhash
 
-from data.errors import StoreError, TemporaryError, caused, is_passing
+from residual_saes.data.errors import StoreError, TemporaryError, caused, is_passing
 
 Buffer = bytes | bytearray | memoryview
 

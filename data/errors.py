@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
-from data.secrets import redacted
+from residual_saes.data.secrets import redacted
 
 # EX_TEMPFAIL of sysexits.h: engines that restart by exit code take it for "again".
 AGAIN = 75

@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from data.errors import PipelineError, StoreError, caused, first_line
-from data.machine import is_out_of_memory
-from data.neutral import neutral
+from residual_saes.data.errors import PipelineError, StoreError, caused, first_line
+from residual_saes.data.machine import is_out_of_memory
+from residual_saes.data.neutral import neutral
 
 _LONGEST = 200  # characters of a library's message
 JSON_BYTES = 1 << 26  # of a configuration; the largest index of a model's shards has 10 MB

@@ -20,11 +20,11 @@ from typing import Any
 
 import xxhash
 
-from data import stopping
-from data.durable import Written, refusals
-from data.errors import StoreError, caused
-from data.neutral import neutral
-from data.secrets import redacted
+from residual_saes.data import stopping
+from residual_saes.data.durable import Written, refusals
+from residual_saes.data.errors import StoreError, caused
+from residual_saes.data.neutral import neutral
+from residual_saes.data.secrets import redacted
 
 Record = Mapping[str, Any]
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data import durable
-from data.errors import TemporaryError, caused
-from data.journal import tell
+from residual_saes.data import durable
+from residual_saes.data.errors import TemporaryError, caused
+from residual_saes.data.journal import tell
 
 # What file systems answer that have no such locks: FUSE mounts, Lustre without flock, some NFS.
 NONE = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)

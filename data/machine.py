@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.errors import (
+from residual_saes.data.errors import (
     PipelineError,
     SettingError,
     StoreError,
@@ -27,11 +27,10 @@ from data.errors import (
     first_line,
     is_passing,
 )
-from data.stopping import KEPT
+from residual_saes.data.stopping import KEPT
 
 _LONGEST = 200  # characters of a library's message
-_HERE = Path(__file__).resolve().parents[1]
-_OURS = tuple(str(_HERE / name) for name in ("analyze", "conf", "data", "harvest", "train"))
+_HERE = Path(__file__).parents[1]  # residual_saes, in whose names Python gives our files
 
 # What mends it, where that is not plain.
 _WAYS_OUT = {
@@ -120,7 +119,7 @@ def _of_a_call(error: Exception) -> PipelineError:
 def _loading(error: BaseException) -> str | None:
     """The file of a library that failed while it was loaded, and its line; None: none did."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if frame.name == "<module>" and not frame.filename.startswith((*_OURS, "<")):
+        if frame.name == "<module>" and not frame.filename.startswith((str(_HERE), "<")):
             return f"{frame.filename}:{frame.lineno}"
     return None
 
@@ -129,7 +128,7 @@ def _place(error: BaseException) -> str:
     """Where in our code it failed: file, line and function. Empty if that is not known."""
     frames = traceback.extract_tb(error.__traceback__)
     named = [frame for frame in frames if frame.filename != __file__]
-    ours = [frame for frame in named if frame.filename.startswith(_OURS)]
+    ours = [frame for frame in named if frame.filename.startswith(str(_HERE))]
     if not ours:
         return ""
     file = os.path.relpath(ours[-1].filename, _HERE)

@@ -6,7 +6,7 @@ import html
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from data.neutral import neutral
+from residual_saes.data.neutral import neutral
 
 # What Markdown, the Hub's formulas or its links would read as a mark. HTML entities are not read as
 # marks.

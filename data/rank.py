@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from data.errors import SettingError
+from residual_saes.data.errors import SettingError
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from data import durable
-from data.durable import Buffer
-from data.errors import first_line
-from data.journal import tell
-from data.store import records
+from residual_saes.data import durable
+from residual_saes.data.durable import Buffer
+from residual_saes.data.errors import first_line
+from residual_saes.data.journal import tell
+from residual_saes.data.store import records
 
 
 def write(path: Path, parts: Sequence[Buffer]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from data.errors import SettingError
+from residual_saes.data.errors import SettingError
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from data.errors import SettingError
+from residual_saes.data.errors import SettingError
 
 RESID_PRE = "resid_pre"
 ATTN_OUT = "attn_out"

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from data.errors import ANNOUNCED, exit_code, raise_interrupted
+from residual_saes.data.errors import ANNOUNCED, exit_code, raise_interrupted
 
 GRACE_S = 0.5  # from a signal to the end, unless it is held off
 _HANDLERS = {

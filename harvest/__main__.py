@@ -1,6 +1,6 @@
 """`python -m harvest`: text through a language model into an activation store."""
 
-from conf.command import start
+from residual_saes.conf.command import start
 
 if __name__ == "__main__":
-    start("harvest", "harvest.command")
+    start("harvest", "residual_saes.harvest.command")

@@ -11,8 +11,17 @@ from typing import NamedTuple
 
 import torch
 
-from data.errors import SettingError
-from data.site import ATTN_OUT, MLP_IN, MLP_OUT, RESID_MID, RESID_POST, RESID_PRE, SITES, HookPoint
+from residual_saes.data.errors import SettingError
+from residual_saes.data.site import (
+    ATTN_OUT,
+    MLP_IN,
+    MLP_OUT,
+    RESID_MID,
+    RESID_POST,
+    RESID_PRE,
+    SITES,
+    HookPoint,
+)
 
 INSIDE = (ATTN_OUT, RESID_MID, MLP_IN, MLP_OUT)  # sites inside a layer: they need an anatomy
 

@@ -23,7 +23,7 @@ from typing import Any
 from jinja2.runtime import markup_join, str_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from data.errors import SettingError
+from residual_saes.data.errors import SettingError
 
 # Of one rendering: about a second. Gemma 4's templates look at all messages for each one, and take
 # 3.4 n² steps of a chat of n texts; that is the most of 72 published ones.

@@ -15,10 +15,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data import durable
-from data.errors import DocumentError, SettingError, first_line
-from data.text.chats import Chat, Message, strings, with_strings
-from harvest.bounded_template import bounded, install
+from residual_saes.data import durable
+from residual_saes.data.errors import DocumentError, SettingError, first_line
+from residual_saes.data.text.chats import Chat, Message, strings, with_strings
+from residual_saes.harvest.bounded_template import bounded, install
 
 # Templates that print today's date (Llama 3's) get this one, their own default: a store must not
 # depend on the day.

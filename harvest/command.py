@@ -6,30 +6,30 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from conf.command import ALONE, Job
-from data import rank
-from data.device import own_device
-from data.errors import SettingError
-from data.journal import heartbeat, show, tell
-from data.rank import Rank
-from data.settings import flag, optional_whole, single, whole
-from data.store import coming, default, manifest
-from data.store.place import place_of
-from data.store.repair import is_derived, is_pack, repair, require_store
-from data.text.documents import TextSource
-from data.text.sources import source_name, source_of
-from harvest.config import Faults, HarvestConfig, check_context
-from harvest.cost import cost
-from harvest.description import Description
-from harvest.dissection import require_foreseen
-from harvest.headers import Stored, require_layers, require_usable, stored
-from harvest.loop import harvest
-from harvest.model import ModelConfig, load
-from harvest.model_folder import EMBEDDED
-from harvest.plan import Plan, guess, plan, probe, require_fit, share_done
-from harvest.provenance import require_same_so_far
-from harvest.status import status
-from harvest.verify import verify
+from residual_saes.conf.command import ALONE, Job
+from residual_saes.data import rank
+from residual_saes.data.device import own_device
+from residual_saes.data.errors import SettingError
+from residual_saes.data.journal import heartbeat, show, tell
+from residual_saes.data.rank import Rank
+from residual_saes.data.settings import flag, optional_whole, single, whole
+from residual_saes.data.store import coming, default, manifest
+from residual_saes.data.store.place import place_of
+from residual_saes.data.store.repair import is_derived, is_pack, repair, require_store
+from residual_saes.data.text.documents import TextSource
+from residual_saes.data.text.sources import source_name, source_of
+from residual_saes.harvest.config import Faults, HarvestConfig, check_context
+from residual_saes.harvest.cost import cost
+from residual_saes.harvest.description import Description
+from residual_saes.harvest.dissection import require_foreseen
+from residual_saes.harvest.headers import Stored, require_layers, require_usable, stored
+from residual_saes.harvest.loop import harvest
+from residual_saes.harvest.model import ModelConfig, load
+from residual_saes.harvest.model_folder import EMBEDDED
+from residual_saes.harvest.plan import Plan, guess, plan, probe, require_fit, share_done
+from residual_saes.harvest.provenance import require_same_so_far
+from residual_saes.harvest.status import status
+from residual_saes.harvest.verify import verify
 
 ACTIONS = ("run", "plan", "status", "verify", "repair")
 

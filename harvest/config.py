@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from data.errors import SettingError
-from data.site import RESID_POST, HookPoint, require_site
-from data.store.codec import require_known
-from harvest.encoder import Bad
-from harvest.model import LanguageModel
+from residual_saes.data.errors import SettingError
+from residual_saes.data.site import RESID_POST, HookPoint, require_site
+from residual_saes.data.store.codec import require_known
+from residual_saes.harvest.encoder import Bad
+from residual_saes.harvest.model import LanguageModel
 
 # 335 MB a layer at width 2560. Larger shards gain nothing, and peak at 3 times their size in
 # memory.

@@ -20,9 +20,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.errors import SettingError
-from data.site import HookPoint, Point
-from harvest.decoder import find_blocks, meta_decoder, narrow_per_layer_inputs_, outline
+from residual_saes.data.errors import SettingError
+from residual_saes.data.site import HookPoint, Point
+from residual_saes.harvest.decoder import (
+    find_blocks,
+    meta_decoder,
+    narrow_per_layer_inputs_,
+    outline,
+)
 
 
 @dataclass(frozen=True)

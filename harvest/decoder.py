@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from data.errors import SettingError, first_line
+from residual_saes.data.errors import SettingError, first_line
 
 # Gemma 4's table of per-layer inputs, (V, layers * width): 5.6 GB in E4B, 3.8 GB of it to layer 27.
 PER_LAYER_TABLE = "embed_tokens_per_layer"

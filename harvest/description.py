@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harvest.hub_model import described
-from harvest.model import ModelConfig, recorded_name
-from harvest.model_folder import config_digest, read_config
-from harvest.tokens import Tokenizer
+from residual_saes.harvest.hub_model import described
+from residual_saes.harvest.model import ModelConfig, recorded_name
+from residual_saes.harvest.model_folder import config_digest, read_config
+from residual_saes.harvest.tokens import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from data.site import ATTN_OUT, MLP_IN, MLP_OUT, RESID_MID, HookPoint
-from harvest.anatomy import INSIDE, Anatomy, LayerAnatomy, Reader, Term
-from harvest.decoder import find_blocks, meta_decoder
-from harvest.flow import PRODUCTS, SAME, SUMS, Call, Flow, follow, matrices
-from harvest.precise import in_float32
-from harvest.site import DeepestReached, editing, taking
+from residual_saes.data.site import ATTN_OUT, MLP_IN, MLP_OUT, RESID_MID, HookPoint
+from residual_saes.harvest.anatomy import INSIDE, Anatomy, LayerAnatomy, Reader, Term
+from residual_saes.harvest.decoder import find_blocks, meta_decoder
+from residual_saes.harvest.flow import PRODUCTS, SAME, SUMS, Call, Flow, follow, matrices
+from residual_saes.harvest.precise import in_float32
+from residual_saes.harvest.site import DeepestReached, editing, taking
 
 # Largest difference of an MLP's rows, relative to their norm in float32, where it reads the same
 # rows in another order. In every second family of docs/families.md MLPs were below 2^-23, and what

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, Literal
 
-from data.errors import (
+from residual_saes.data.errors import (
     DocumentError,
     PipelineError,
     StoreError,
@@ -26,10 +26,10 @@ from data.errors import (
     first_line,
     is_passing,
 )
-from data.journal import tell
-from data.store.store import Store
-from data.text.documents import Document, State, TextSource
-from harvest.tokens import Tokenizer
+from residual_saes.data.journal import tell
+from residual_saes.data.store.store import Store
+from residual_saes.data.text.documents import Document, State, TextSource
+from residual_saes.harvest.tokens import Tokenizer
 
 Bad = Literal["stop", "skip"]  # the setting text.bad
 

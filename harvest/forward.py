@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from data.errors import PipelineError, StopRequest
-from data.site import HookPoint
-from data.store.store import Store
-from data.store.unit import Prepared, prepare
-from harvest.isolation import Inputs, Mask, attention_mask, forward_inputs
-from harvest.model import LanguageModel
-from harvest.site import DeepestReached, tap
+from residual_saes.data.errors import PipelineError, StopRequest
+from residual_saes.data.site import HookPoint
+from residual_saes.data.store.store import Store
+from residual_saes.data.store.unit import Prepared, prepare
+from residual_saes.harvest.isolation import Inputs, Mask, attention_mask, forward_inputs
+from residual_saes.harvest.model import LanguageModel
+from residual_saes.harvest.site import DeepestReached, tap
 
 
 def unit_residuals(

@@ -10,10 +10,10 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.errors import SettingError
-from data.foreign import reading
-from harvest.hub_model import asked_of_hub, is_local
-from harvest.weight_files import INDEX, SINGLE, is_tower, needed
+from residual_saes.data.errors import SettingError
+from residual_saes.data.foreign import reading
+from residual_saes.harvest.hub_model import asked_of_hub, is_local
+from residual_saes.harvest.weight_files import INDEX, SINGLE, is_tower, needed
 
 # As the file format names the types that decoders are trained and published in.
 _PLAIN = ("F64", "F32", "F16", "BF16")

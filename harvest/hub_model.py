@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from data.errors import PipelineError, SettingError, TemporaryError
-from data.journal import size, tell
-from data.text import retry
-from data.tiny.embedded import MODEL_DIR
-from harvest.model_folder import EMBEDDED
-from harvest.weight_files import INDEX, SINGLE, needed
+from residual_saes.data.errors import PipelineError, SettingError, TemporaryError
+from residual_saes.data.journal import size, tell
+from residual_saes.data.text import retry
+from residual_saes.data.tiny.embedded import MODEL_DIR
+from residual_saes.harvest.model_folder import EMBEDDED
+from residual_saes.harvest.weight_files import INDEX, SINGLE, needed
 
 # What configurations, tokenizers and chat templates are read from: never weights, never code.
 _DESCRIPTION = [

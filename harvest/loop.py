@@ -15,29 +15,29 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from data.errors import PipelineError, StopRequest
-from data.journal import Progress, duration, size, tell
-from data.machine import is_out_of_memory
-from data.rows import summary
-from data.site import HookPoint
-from data.store import codec, retention, ring
-from data.store.claims import METADATA, Claims, unit_claim
-from data.store.manifest import exists, require_free
-from data.store.manifest import read as read_manifest
-from data.store.place import place_of
-from data.store.retention import KeepAll
-from data.store.ring import Ring
-from data.store.store import Store
-from data.text.documents import TextSource
-from harvest.config import Faults, HarvestConfig, check_layers
-from harvest.forward import unit_residuals
-from harvest.isolation import Isolation
-from harvest.model import LanguageModel
-from harvest.provenance import manifest_of
-from harvest.selfcheck import check, choose_isolation
-from harvest.spine import Spine, tell_end
-from harvest.waiting import Waiting, pause
-from harvest.writer import Writer
+from residual_saes.data.errors import PipelineError, StopRequest
+from residual_saes.data.journal import Progress, duration, size, tell
+from residual_saes.data.machine import is_out_of_memory
+from residual_saes.data.rows import summary
+from residual_saes.data.site import HookPoint
+from residual_saes.data.store import codec, retention, ring
+from residual_saes.data.store.claims import METADATA, Claims, unit_claim
+from residual_saes.data.store.manifest import exists, require_free
+from residual_saes.data.store.manifest import read as read_manifest
+from residual_saes.data.store.place import place_of
+from residual_saes.data.store.retention import KeepAll
+from residual_saes.data.store.ring import Ring
+from residual_saes.data.store.store import Store
+from residual_saes.data.text.documents import TextSource
+from residual_saes.harvest.config import Faults, HarvestConfig, check_layers
+from residual_saes.harvest.forward import unit_residuals
+from residual_saes.harvest.isolation import Isolation
+from residual_saes.harvest.model import LanguageModel
+from residual_saes.harvest.provenance import manifest_of
+from residual_saes.harvest.selfcheck import check, choose_isolation
+from residual_saes.harvest.spine import Spine, tell_end
+from residual_saes.harvest.waiting import Waiting, pause
+from residual_saes.harvest.writer import Writer
 
 
 def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Store:

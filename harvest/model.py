@@ -18,17 +18,17 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from data.errors import SettingError, first_line
-from data.machine import is_out_of_memory
-from harvest.anatomy import Anatomy
-from harvest.decoder import cut_, find_blocks, find_final_norm
-from harvest.dissection import dissect
-from harvest.headers import require_layers, stored
-from harvest.hub_model import complete
-from harvest.isolation import Isolation
-from harvest.model_folder import EMBEDDED, config_digest, read_config, weights_digest
-from harvest.tokens import Tokenizer
-from harvest.weights import load_cut, load_with_head
+from residual_saes.data.errors import SettingError, first_line
+from residual_saes.data.machine import is_out_of_memory
+from residual_saes.harvest.anatomy import Anatomy
+from residual_saes.harvest.decoder import cut_, find_blocks, find_final_norm
+from residual_saes.harvest.dissection import dissect
+from residual_saes.harvest.headers import require_layers, stored
+from residual_saes.harvest.hub_model import complete
+from residual_saes.harvest.isolation import Isolation
+from residual_saes.harvest.model_folder import EMBEDDED, config_digest, read_config, weights_digest
+from residual_saes.harvest.tokens import Tokenizer
+from residual_saes.harvest.weights import load_cut, load_with_head
 
 _FOLLOWED_TOKENS = 8  # of each of two texts, by which a decoder's anatomy is found
 

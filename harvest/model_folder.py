@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data import durable
-from data.errors import SettingError
-from data.foreign import json_object, shortened
-from data.journal import note, size
-from harvest.weights import not_loadable
+from residual_saes.data import durable
+from residual_saes.data.errors import SettingError
+from residual_saes.data.foreign import json_object, shortened
+from residual_saes.data.journal import note, size
+from residual_saes.harvest.weights import not_loadable
 
 EMBEDDED = "embedded"  # model.path of the model that ships with the package
 # Entries of config.json that count what transformers builds one by one, and the most of each. Of

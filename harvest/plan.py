@@ -10,22 +10,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import order
-from data.device import free_bytes
-from data.errors import SettingError, StoreError
-from data.journal import Progress, duration, size, tell
-from data.site import RESID_POST, SITES, HookPoint
-from data.store import retention, ring_state
-from data.store.arrays import rows_name
-from data.store.codec import EXPECTED_RATIO
-from data.store.ledger import count_residuals
-from data.store.place import place_of
-from harvest.config import HarvestConfig, check_layers
-from harvest.cost import Cost
-from harvest.forward import batch_residuals
-from harvest.isolation import forward_inputs
-from harvest.model import LanguageModel
-from harvest.writer import IN_FLIGHT
+from residual_saes.data import order
+from residual_saes.data.device import free_bytes
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.journal import Progress, duration, size, tell
+from residual_saes.data.site import RESID_POST, SITES, HookPoint
+from residual_saes.data.store import retention, ring_state
+from residual_saes.data.store.arrays import rows_name
+from residual_saes.data.store.codec import EXPECTED_RATIO
+from residual_saes.data.store.ledger import count_residuals
+from residual_saes.data.store.place import place_of
+from residual_saes.harvest.config import HarvestConfig, check_layers
+from residual_saes.harvest.cost import Cost
+from residual_saes.harvest.forward import batch_residuals
+from residual_saes.harvest.isolation import forward_inputs
+from residual_saes.harvest.model import LanguageModel
+from residual_saes.harvest.writer import IN_FLIGHT
 
 _SPINE_BYTES = 3.0  # tokens, document and token_index per token, compressed
 _NORM_BYTES = 4  # per row and hook point

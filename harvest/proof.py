@@ -23,12 +23,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.site import ATTN_OUT, MLP_IN, MLP_OUT, RESID_MID, RESID_POST, RESID_PRE, HookPoint
-from harvest.anatomy import INSIDE, LayerAnatomy
-from harvest.dissection import is_reversed, reversed_first
-from harvest.flow import matrices
-from harvest.model import LanguageModel
-from harvest.site import DeepestReached, edited_at, taking, tap
+from residual_saes.data.site import (
+    ATTN_OUT,
+    MLP_IN,
+    MLP_OUT,
+    RESID_MID,
+    RESID_POST,
+    RESID_PRE,
+    HookPoint,
+)
+from residual_saes.harvest.anatomy import INSIDE, LayerAnatomy
+from residual_saes.harvest.dissection import is_reversed, reversed_first
+from residual_saes.harvest.flow import matrices
+from residual_saes.harvest.model import LanguageModel
+from residual_saes.harvest.site import DeepestReached, edited_at, taking, tap
 
 _TOKENS = 64  # of each of the two rows that are run
 # Largest error of a sum, relative to the norm of what is added. In every second family of

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from data import environment
-from data.site import RESID_POST
-from data.store import manifest
-from data.store.place import Place
-from data.text.documents import TextSource
-from harvest.config import HarvestConfig
-from harvest.description import Description
-from harvest.model import LanguageModel
+from residual_saes.data import environment
+from residual_saes.data.site import RESID_POST
+from residual_saes.data.store import manifest
+from residual_saes.data.store.place import Place
+from residual_saes.data.text.documents import TextSource
+from residual_saes.harvest.config import HarvestConfig
+from residual_saes.harvest.description import Description
+from residual_saes.harvest.model import LanguageModel
 
 
 def manifest_of(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> dict[str, Any]:

@@ -13,19 +13,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.errors import PipelineError, SettingError, StoreError, first_line
-from data.journal import Progress, tell
-from data.machine import is_out_of_memory
-from data.site import RESID_POST, HookPoint, Point
-from data.store import retention
-from data.store.store import Store
-from harvest.decoder import require_residuals
-from harvest.forward import batch_residuals, prepared, scatter, unit_residuals, upload
-from harvest.isolation import Isolation, forward_inputs
-from harvest.model import LanguageModel
-from harvest.precise import in_float32
-from harvest.proof import prove
-from harvest.site import DeepestReached, tap
+from residual_saes.data.errors import PipelineError, SettingError, StoreError, first_line
+from residual_saes.data.journal import Progress, tell
+from residual_saes.data.machine import is_out_of_memory
+from residual_saes.data.site import RESID_POST, HookPoint, Point
+from residual_saes.data.store import retention
+from residual_saes.data.store.store import Store
+from residual_saes.harvest.decoder import require_residuals
+from residual_saes.harvest.forward import batch_residuals, prepared, scatter, unit_residuals, upload
+from residual_saes.harvest.isolation import Isolation, forward_inputs
+from residual_saes.harvest.model import LanguageModel
+from residual_saes.harvest.precise import in_float32
+from residual_saes.harvest.proof import prove
+from residual_saes.harvest.site import DeepestReached, tap
 
 # Largest error of a row against its piece alone, both in float32. One rounding of a stored value
 # is 2^-8 (bfloat16). Right ways stay below 2^-18 in every family of docs/families.md. Wrong ones

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from data.errors import SettingError
-from data.site import RESID_MID, HookPoint, Point
-from harvest.anatomy import Anatomy, Place, Reader, Term, edge
+from residual_saes.data.errors import SettingError
+from residual_saes.data.site import RESID_MID, HookPoint, Point
+from residual_saes.harvest.anatomy import Anatomy, Place, Reader, Term, edge
 
 Edit = Callable[[torch.Tensor], torch.Tensor]  # (b, t, d) -> (b, t, d)
 Keep = Callable[[torch.Tensor], None]  # takes the (b, t, d) values of one forward pass

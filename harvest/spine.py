@@ -9,16 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
-from data.errors import StopRequest
-from data.journal import tell
-from data.site import HookPoint
-from data.store.claims import SPINE, Claims
-from data.store.store import Store
-from data.text.documents import TextSource
-from harvest.encoder import Bad, left_out
-from harvest.spine_writer import SpineProcess
-from harvest.tokens import Tokenizer
-from harvest.waiting import Waiting, pause
+from residual_saes.data.errors import StopRequest
+from residual_saes.data.journal import tell
+from residual_saes.data.site import HookPoint
+from residual_saes.data.store.claims import SPINE, Claims
+from residual_saes.data.store.store import Store
+from residual_saes.data.text.documents import TextSource
+from residual_saes.harvest.encoder import Bad, left_out
+from residual_saes.harvest.spine_writer import SpineProcess
+from residual_saes.harvest.tokens import Tokenizer
+from residual_saes.harvest.waiting import Waiting, pause
 
 
 class Spine:

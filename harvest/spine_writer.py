@@ -22,15 +22,15 @@ from typing import Protocol
 
 import numpy as np
 
-from data import machine
-from data.errors import Interrupted, StoreError, TemporaryError, first_line
-from data.journal import tell
-from data.stopping import GRACE_S
-from data.store.store import SpineEnd, Store
-from data.text import packing, retry
-from data.text.documents import TextSource
-from harvest.encoder import Bad, Encoder
-from harvest.tokens import Tokenizer
+from residual_saes.data import machine
+from residual_saes.data.errors import Interrupted, StoreError, TemporaryError, first_line
+from residual_saes.data.journal import tell
+from residual_saes.data.stopping import GRACE_S
+from residual_saes.data.store.store import SpineEnd, Store
+from residual_saes.data.text import packing, retry
+from residual_saes.data.text.documents import TextSource
+from residual_saes.harvest.encoder import Bad, Encoder
+from residual_saes.harvest.tokens import Tokenizer
 
 
 class Stop(Protocol):
@@ -134,7 +134,7 @@ class SpineProcess:
         # multiprocessing, which would run the parent's main module there again, and so import
         # torch: 4 seconds of both cores.
         self._line, theirs = Pipe()
-        command = [sys.executable, "-m", "harvest.spine_writer", str(theirs.fileno())]
+        command = [sys.executable, "-m", "residual_saes.harvest.spine_writer", str(theirs.fileno())]
         # In a process group of its own, which a terminal's Ctrl-Z does not reach.
         with _blocked():
             self._child = subprocess.Popen(command, pass_fds=[theirs.fileno()], process_group=0)

@@ -6,18 +6,18 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data import order
-from data.journal import duration, size
-from data.rows import split, summary
-from data.rows.reader import WINDOW
-from data.site import HookPoint
-from data.store import retention
-from data.store.arrays import rows_name
-from data.store.kinds import BOS, ORDINARY, OUTLIER
-from data.store.ledger import RESIDUALS
-from data.store.place import Place
-from data.store.store import Store
-from harvest.encoder import left_out
+from residual_saes.data import order
+from residual_saes.data.journal import duration, size
+from residual_saes.data.rows import split, summary
+from residual_saes.data.rows.reader import WINDOW
+from residual_saes.data.site import HookPoint
+from residual_saes.data.store import retention
+from residual_saes.data.store.arrays import rows_name
+from residual_saes.data.store.kinds import BOS, ORDINARY, OUTLIER
+from residual_saes.data.store.ledger import RESIDUALS
+from residual_saes.data.store.place import Place
+from residual_saes.data.store.store import Store
+from residual_saes.harvest.encoder import left_out
 
 _SAMPLED = 8  # units whose documents are counted
 _RECENT = 20  # newest records, whose times give the present rate

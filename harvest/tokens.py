@@ -17,12 +17,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data import durable
-from data.errors import DocumentError, SettingError, StoreError
-from data.foreign import reading
-from data.text.chats import Chat, Message
-from data.text.documents import Content
-from harvest.chat_template import ChatTemplate, Spellings, Turns
+from residual_saes.data import durable
+from residual_saes.data.errors import DocumentError, SettingError, StoreError
+from residual_saes.data.foreign import reading
+from residual_saes.data.text.chats import Chat, Message
+from residual_saes.data.text.documents import Content
+from residual_saes.harvest.chat_template import ChatTemplate, Spellings, Turns
 
 _WAY_OUT = "copy or download it again"
 _ADDED = 50_000  # Emu3, whose pictures are tokens, has 33,000

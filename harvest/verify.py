@@ -7,15 +7,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-from data.errors import MismatchError, StoreError, differences
-from data.journal import tell
-from data.store import retention, verified
-from data.store.ledger import spine_key
-from data.store.place import Place
-from data.store.repair import damage, require_store
-from data.store.store import Store
-from harvest.model import LanguageModel
-from harvest.selfcheck import require_same
+from residual_saes.data.errors import MismatchError, StoreError, differences
+from residual_saes.data.journal import tell
+from residual_saes.data.store import retention, verified
+from residual_saes.data.store.ledger import spine_key
+from residual_saes.data.store.place import Place
+from residual_saes.data.store.repair import damage, require_store
+from residual_saes.data.store.store import Store
+from residual_saes.harvest.model import LanguageModel
+from residual_saes.harvest.selfcheck import require_same
 
 
 def verify(place: Place, open_model: Callable[[int], LanguageModel]) -> str:

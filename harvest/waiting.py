@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-from data.errors import StopRequest
-from data.journal import tell
+from residual_saes.data.errors import StopRequest
+from residual_saes.data.journal import tell
 
 QUIET_S = 5.0  # of a wait that is not worth a line
 AGAIN_S = 60.0  # between two lines about the same wait

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from data.errors import SettingError
-from data.foreign import json_object, reading
+from residual_saes.data.errors import SettingError
+from residual_saes.data.foreign import json_object, reading
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -19,17 +19,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from data.errors import (
+from residual_saes.data.errors import (
     PipelineError,
     SettingError,
     TemporaryError,
     first_line,
     is_passing,
 )
-from data.foreign import json_object, reading
-from data.machine import is_out_of_memory
-from harvest import weight_files
-from harvest.decoder import (
+from residual_saes.data.foreign import json_object, reading
+from residual_saes.data.machine import is_out_of_memory
+from residual_saes.harvest import weight_files
+from residual_saes.harvest.decoder import (
     PER_LAYER_TABLE,
     cut_,
     find_blocks,

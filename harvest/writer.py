@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from data import stopping
-from data.errors import PipelineError
-from data.site import HookPoint
-from data.store.claims import Claims, unit_claim
-from data.store.store import Store
-from data.store.unit import Prepared
-from harvest.config import Faults
-from harvest.forward import prepared
+from residual_saes.data import stopping
+from residual_saes.data.errors import PipelineError
+from residual_saes.data.site import HookPoint
+from residual_saes.data.store.claims import Claims, unit_claim
+from residual_saes.data.store.store import Store
+from residual_saes.data.store.unit import Prepared
+from residual_saes.harvest.config import Faults
+from residual_saes.harvest.forward import prepared
 
 IN_FLIGHT = 2  # units made and not yet committed: 0.67 GB a hook point at width 2560
 

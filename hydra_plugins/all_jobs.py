@@ -44,7 +44,7 @@ class _InFolder:
         self._folder = folder
 
     def __call__(self, settings: DictConfig) -> Any:
-        from conf.command import enter_folder
+        from residual_saes.conf.command import enter_folder
 
         enter_folder(self._folder, settings)
         return self._task(settings)
@@ -62,8 +62,8 @@ class _Guarded(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from data.errors import TemporaryError, first_line
-        from data.journal import tell
+        from residual_saes.data.errors import TemporaryError, first_line
+        from residual_saes.data.journal import tell
 
         if type(self._launcher).__name__ not in _HERE:
             # Hydra makes that folder in each job's own place. The launcher's logs are not there.
@@ -89,7 +89,7 @@ class _Guarded(Launcher):
 
 def _absolute(override: str) -> str:
     """One NAME=VALUE of a job, with the paths in it as from this folder."""
-    from conf.names import absolute, quote
+    from residual_saes.conf.names import absolute, quote
 
     name = override.partition("=")[0]
     value = OverridesParser.create().parse_override(override).value()

@@ -15,8 +15,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 if TYPE_CHECKING:
-    from data.errors import PipelineError
-    from train.arm import Arm
+    from residual_saes.data.errors import PipelineError
+    from residual_saes.train.arm import Arm
 
 
 class OnePass(Launcher):
@@ -36,10 +36,10 @@ class OnePass(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Compose the jobs and train their arms; the jobs with their results."""
-        from data import rank
-        from data.device import own_device
-        from data.errors import PipelineError
-        from train.sweep import train_sweep
+        from residual_saes.data import rank
+        from residual_saes.data.device import own_device
+        from residual_saes.data.errors import PipelineError
+        from residual_saes.train.sweep import train_sweep
 
         setup_globals()
         jobs = []
@@ -61,9 +61,9 @@ class OnePass(Launcher):
 
     def _prepare(self, overrides: list[str], number: int) -> JobReturn:
         """Compose one job. Its value is its Arm, or the error for which it is refused."""
-        from conf.command import begin
-        from data import machine
-        from train.command import arm
+        from residual_saes.conf.command import begin
+        from residual_saes.data import machine
+        from residual_saes.train.command import arm
 
         def task(cfg: DictConfig) -> Arm | PipelineError:
             try:

@@ -23,29 +23,29 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from analyze import given, refusals
-from analyze.changes import steered
-from analyze.changes.steered import Push, Writer
-from analyze.latents import rates, text_features
-from analyze.latents.text_features import Reader, TextFeatures
-from analyze.peers import imported
-from analyze.study import Study
-from analyze.subject import Subject
-from data.device import torch_device
-from data.errors import MismatchError, SettingError, StoreError
-from data.foreign import reading
-from data.settings import number
-from data.site import RESID_POST, HookPoint
-from data.text import retry
-from data.text.chats import Chat, messages_of
-from data.text.documents import Content
-from harvest import model as models
-from harvest.model import LanguageModel, ModelConfig
-from harvest.model_folder import EMBEDDED
-from train import sae as weights_of
-from train import sae_file
-from train.export.readers import ORIGINS, READERS, is_foreign
-from train.run import CONFIG
+from residual_saes.analyze import given, refusals
+from residual_saes.analyze.changes import steered
+from residual_saes.analyze.changes.steered import Push, Writer
+from residual_saes.analyze.latents import rates, text_features
+from residual_saes.analyze.latents.text_features import Reader, TextFeatures
+from residual_saes.analyze.peers import imported
+from residual_saes.analyze.study import Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.device import torch_device
+from residual_saes.data.errors import MismatchError, SettingError, StoreError
+from residual_saes.data.foreign import reading
+from residual_saes.data.settings import number
+from residual_saes.data.site import RESID_POST, HookPoint
+from residual_saes.data.text import retry
+from residual_saes.data.text.chats import Chat, messages_of
+from residual_saes.data.text.documents import Content
+from residual_saes.harvest import model as models
+from residual_saes.harvest.model import LanguageModel, ModelConfig
+from residual_saes.harvest.model_folder import EMBEDDED
+from residual_saes.train import sae as weights_of
+from residual_saes.train import sae_file
+from residual_saes.train.export.readers import ORIGINS, READERS, is_foreign
+from residual_saes.train.run import CONFIG
 
 Dtype = Literal["bfloat16", "float32"]
 _HUB = "hub:"

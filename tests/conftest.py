@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 
-from conf import command as command_line
+from residual_saes.conf import command as command_line
 
 # Offline: a test that reaches for the network is wrong.
 os.environ.update({**command_line.ENVIRONMENT, **os.environ, "HF_HUB_OFFLINE": "1"})
@@ -21,13 +21,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from data import stopping
-from data.rows import summary
-from data.store.store import SpineEnd, Store
-from data.store.unit import prepare
-from data.text.packing import Cursor
+from residual_saes.data import stopping
+from residual_saes.data.rows import summary
+from residual_saes.data.store.store import SpineEnd, Store
+from residual_saes.data.store.unit import prepare
+from residual_saes.data.text.packing import Cursor
+from residual_saes.train import stream
 from tests.stand_in_hub import Alone
-from train import stream
 
 torch.set_num_threads(1)
 

@@ -18,8 +18,8 @@ from subprocess import CompletedProcess
 
 from hydra.core.global_hydra import GlobalHydra
 
-from data import stopping
-from train import stream
+from residual_saes.data import stopping
+from residual_saes.train import stream
 
 
 def run_forked(*command: str, cwd: Path | None = None) -> CompletedProcess[str]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from huggingface_hub import close_session
 
-from data.durable import digest
+from residual_saes.data.durable import digest
 
 DATA = "datasets/me/data"
 MODEL = "me/model"

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import yaml
 
-from data import order
-from data.store.kinds import ORDINARY
-from data.store.zarr_bfloat16 import to_float32
-from harvest.config import HarvestConfig
-from harvest.cost import Cost, cost
-from harvest.plan import plan
+from residual_saes.data import order
+from residual_saes.data.store.kinds import ORDINARY
+from residual_saes.data.store.zarr_bfloat16 import to_float32
+from residual_saes.harvest.config import HarvestConfig
+from residual_saes.harvest.cost import Cost, cost
+from residual_saes.harvest.plan import plan
 from tests.conftest import make_store
 from tests.harvest.models import E4B
 from tests.test_docs_run import lines, parsed, pieces

@@ -39,16 +39,16 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-import analyze.pages.browser.serve
-from data.site import RESID_POST, HookPoint
-from data.store import bucket as objects
-from data.store.store import Store
-from data.tiny import problems
-from data.tiny.embedded import MODEL_DIR
-from harvest import hub_model, spine
-from harvest.spine_writer import write_spine
+import residual_saes.analyze.pages.browser.serve
+from residual_saes.data.site import RESID_POST, HookPoint
+from residual_saes.data.store import bucket as objects
+from residual_saes.data.store.store import Store
+from residual_saes.data.tiny import problems
+from residual_saes.data.tiny.embedded import MODEL_DIR
+from residual_saes.harvest import hub_model, spine
+from residual_saes.harvest.spine_writer import write_spine
+from residual_saes.train import stream
 from tests.test_house import ROOT
-from train import stream
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -261,7 +261,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # as the commands set it themselves, for good
     monkeypatch.setattr(gc, "collect", lambda: 0)  # 0.2 s a model in a large process
     monkeypatch.setattr(spine, "SpineProcess", SpineHere)
-    monkeypatch.setattr(analyze.pages.browser.serve, "serve", require_site)
+    monkeypatch.setattr(residual_saes.analyze.pages.browser.serve, "serve", require_site)
     return tmp_path
 
 
@@ -355,7 +355,7 @@ def require_launcher(command: Command) -> None:
     asked = [word for word in command.words if word.startswith("hydra")]
     if not asked:
         return
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("residual_saes.conf", version_base="1.3"):
         assert compose(command.module, asked, return_hydra_config=True).hydra.launcher._target_
 
 
@@ -369,7 +369,7 @@ def require_outcome(command: Command, words: list[str], out: str, err: str) -> N
         return
     named = paths(out + err)
     assert named, (command.written, err)
-    if command.module == "train.publish":
+    if command.module == "residual_saes.train.publish":
         (folder,) = {path.parent for path in named if path.suffix == ".md"}
         assert (folder / "README.md").is_file() and (folder / "sae.safetensors").is_file()
     if command.module == "analyze":

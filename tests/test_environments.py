@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-import harvest.command  # loaded once, before the forks
+import residual_saes.harvest.command
 from tests.conftest import make_store
 from tests.forked import run_forked
 
-assert harvest.command.ACTIONS
+assert residual_saes.harvest.command.ACTIONS
 ROOT = Path(__file__).parent.parent
 OPTIONS = ["sae=tiny", "sae.d_sae=64", "sae.k=8", "sae.k_aux=16", "optim=tiny", "batch=128"]
 TRAIN = ["-m", "train", *OPTIONS, "eval_rows=256", "tokens=640"]
@@ -109,9 +109,10 @@ def test_a_look_at_a_store_works_or_says_in_one_line_why_not(
     name: str, made: Path, tmp_path: Path
 ) -> None:
     code = (
-        "import sys; from tests import test_environments as here; from conf.command import start\n"
+        "from tests import test_environments as here\n"
+        "from residual_saes.conf.command import start\n"
         f"here.QUICK[{name!r}]()\n"
-        "start('harvest', 'harvest.command')"
+        "start('harvest', 'residual_saes.harvest.command')"
     )
     refused = ["no=such"] if name == "Hydra's own errors" else []
     ended = run_forked("-c", code, "action=status", f"store={made}", *refused, cwd=tmp_path)

@@ -19,9 +19,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from conf.command import run_command
-from data import durable, locks
-from data.errors import (
+from residual_saes.conf.command import run_command
+from residual_saes.data import durable, locks
+from residual_saes.data.errors import (
     DocumentError,
     Interrupted,
     MismatchError,
@@ -31,22 +31,22 @@ from data.errors import (
     StoreError,
     TemporaryError,
 )
-from data.journal import read_metrics
-from data.store import bucket
-from data.store.claims import NoLocksError
-from data.store.place import LocalPlace, place_of
-from data.store.repair import damage, repair
-from data.store.store import Store
-from data.text import retry
-from data.text.sources import FileText
-from harvest.hub_model import asked_of_hub
-from harvest.loop import OutOfMemory
+from residual_saes.data.journal import read_metrics
+from residual_saes.data.store import bucket
+from residual_saes.data.store.claims import NoLocksError
+from residual_saes.data.store.place import LocalPlace, place_of
+from residual_saes.data.store.repair import damage, repair
+from residual_saes.data.store.store import Store
+from residual_saes.data.text import retry
+from residual_saes.data.text.sources import FileText
+from residual_saes.harvest.hub_model import asked_of_hub
+from residual_saes.harvest.loop import OutOfMemory
+from residual_saes.train.arm import is_done
+from residual_saes.train.sae_file import load
 from tests.conftest import Call, make_store
 from tests.forked import run_forked, start_forked
 from tests.train.test_command import SMALL
 from tests.train.test_command import make_store as make_small_store
-from train.arm import is_done
-from train.sae_file import load
 
 PASSING = ["ENOSPC", "EIO", "EDQUOT", "ESTALE", "ETIMEDOUT", "ECONNRESET", "EHOSTUNREACH"]
 OF_THE_PATH = ["EACCES", "ENAMETOOLONG", "ENOTDIR", "EROFS", "ELOOP"]
@@ -242,9 +242,9 @@ def test_a_store_that_is_written_is_repaired_later(
 def test_a_run_that_is_trained_by_another_process(tmp_path: Path, call: Call) -> None:
     make_small_store(tmp_path / "s.zarr", units=2, layers=(3,))
     settings = ("store=s.zarr", *SMALL, "tokens=64")
-    line = ("train", "train.command", "-m", *settings)
+    line = ("train", "residual_saes.train.command", "-m", *settings)
     with locks.locked(tmp_path / "a", "held"):
-        assert call("train", "train.command", *settings, "run=a")[0] == 75
+        assert call("train", "residual_saes.train.command", *settings, "run=a")[0] == 75
         # Of several jobs: 75 if that is all that is wrong, with a line for each.
         with locks.locked(tmp_path / "b", "held"):
             code, err = call(*line, "run=a,b")
@@ -358,10 +358,12 @@ def test_a_bucket_that_cannot_be_reached(
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     settings = ["model=tiny", "text=tiny", "layer=5", "tokens=3000", "context=64"]
-    code, err = call("harvest", "harvest.command", *settings, "store=s3://bucket/store")
+    code, err = call(
+        "harvest", "residual_saes.harvest.command", *settings, "store=s3://bucket/store"
+    )
     assert code == 75 and "Traceback" not in err
     assert err.splitlines()[-1].startswith("error: ")
-    code, err = call("train", "train.command", "store=s3://bucket/store", *SMALL)
+    code, err = call("train", "residual_saes.train.command", "store=s3://bucket/store", *SMALL)
     assert code == 75 and err.count("\n") == 1
 
 
@@ -369,11 +371,11 @@ def test_a_bucket_that_cannot_be_reached(
 
 CLOSED = """
 import os, sys
-from conf.command import start
+from residual_saes.conf.command import start
 os.close({number}), setattr(sys, "{name}", None)
 sys.argv = ["train", "lyer=1"]
 try:
-    start("train", "train.command")
+    start("train", "residual_saes.train.command")
 finally:
     print(os.open(os.devnull, os.O_RDONLY) > 2, file=sys.__stdout__, flush=True)
 """

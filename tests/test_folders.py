@@ -13,8 +13,8 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 
-from conf.names import absolute, quoted
 from hydra_plugins.all_jobs import _absolute
+from residual_saes.conf.names import absolute, quoted
 from tests.conftest import Call
 from tests.train.test_command import SMALL, make_store
 
@@ -63,7 +63,7 @@ def test_jobs_elsewhere_work_in_the_folder_of_the_command(
     tmp_path: Path, elsewhere: Path, call: Call
 ) -> None:
     make_store(tmp_path / "a b.zarr", units=2, layers=(3,))
-    line = ("train", "train.command", "-m", *SETTINGS)
+    line = ("train", "residual_saes.train.command", "-m", *SETTINGS)
     code, err = call(*line, "store=a b.zarr", "run=choice(r,s/t)")
     assert code == 0, err
     for number, run in enumerate(("r", "s/t")):
@@ -86,7 +86,7 @@ def test_jobs_elsewhere_work_in_the_folder_of_the_command(
 def test_a_single_run_and_a_sweep_here_record_what_was_typed(tmp_path: Path, call: Call) -> None:
     make_store(tmp_path / "s.zarr", units=2, layers=(3,))
     for line in (["run=a"], ["-m", "run=b"]):
-        code, err = call("train", "train.command", *line, "store=s.zarr", *SETTINGS)
+        code, err = call("train", "residual_saes.train.command", *line, "store=s.zarr", *SETTINGS)
         assert code == 0, err
         recorded = yaml.safe_load((tmp_path / line[-1][4:] / "config.yaml").read_text())
         assert recorded["store_path"] == "s.zarr"
@@ -108,7 +108,7 @@ def test_a_machine_without_the_folder_is_one_line(
             tmp_path.with_name("gone").rename(tmp_path)
 
     monkeypatch.setattr(Elsewhere, "launch", without_folder)
-    line = ("train", "train.command", "-m", *SETTINGS)
+    line = ("train", "residual_saes.train.command", "-m", *SETTINGS)
     code, err = call(*line, f"store={store}", "seed=0")
     assert code == 2 and str(tmp_path) in err and "run=" in err
 
@@ -125,7 +125,7 @@ def test_a_job_that_is_lost_goes_on_by_the_same_command(
     def lose(*_: Any) -> None:
         raise UncompletedJobError("Job 3 was lost\nwith a long log")
 
-    line = ("train", "train.command", "-m", *SETTINGS, "store=s.zarr", "seed=0")
+    line = ("train", "residual_saes.train.command", "-m", *SETTINGS, "store=s.zarr", "seed=0")
     with monkeypatch.context() as patch:
         patch.setattr(Elsewhere, "launch", lose)
         code, err = call(*line)

@@ -16,17 +16,17 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from analyze import study
-from analyze.questions.answering import Asking
-from data.rows.split import Policy
-from harvest.config import Faults, HarvestConfig
+from residual_saes.analyze import study
+from residual_saes.analyze.questions.answering import Asking
+from residual_saes.data.rows.split import Policy
+from residual_saes.harvest.config import Faults, HarvestConfig
+from residual_saes.train.objective import find
+from residual_saes.train.optim import OptimConfig
+from residual_saes.train.sae import SAEConfig
+from residual_saes.train.trainer import TrainConfig
 from tests.bench import house_signs
 from tests.bench.outcome import absolute_paths
 from tests.forked import run_forked
-from train.objective import find
-from train.optim import OptimConfig
-from train.sae import SAEConfig
-from train.trainer import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 MODULES = house_signs.product(ROOT)
@@ -49,30 +49,37 @@ BELOW = {
     "hydra_plugins": {"conf", "data", "train"},
     "residual_saes": {"analyze", "data", "harvest", "train"},
 }
+# These are imported as parts of residual_saes, which links to them: a user's folder may have a
+# data/ or a train.py of its own.
+ROOMS = {*BELOW} - {"hydra_plugins", "residual_saes"}
 # The core is the way from text to the report: text, store, SAE, quality, report. All else is an
 # annex. The core works without an annex, and loads it only by the annex's one door: a function of
 # the module that stands beside it here. None: the core never loads it.
 ANNEXES = {
-    "data.store.bucket": "data.store.place",
-    "data.store.scales": "data.store.codec",
-    "data.store.int8": None,
-    "data.rows.groups": "data.rows.rounds",
-    "train.triton_kernels": "train.kernels",
-    "train.sweep": "hydra_plugins.one_pass",
+    "residual_saes.data.store.bucket": "residual_saes.data.store.place",
+    "residual_saes.data.store.scales": "residual_saes.data.store.codec",
+    "residual_saes.data.store.int8": None,
+    "residual_saes.data.rows.groups": "residual_saes.data.rows.rounds",
+    "residual_saes.train.triton_kernels": "residual_saes.train.kernels",
+    "residual_saes.train.sweep": "hydra_plugins.one_pass",
     # Objectives are found by name, in train/objective.py.
-    "train.objectives": None,
-    "train.export": "train.warm",
-    "train.publish": None,
+    "residual_saes.train.objectives": None,
+    "residual_saes.train.export": "residual_saes.train.warm",
+    "residual_saes.train.publish": None,
     # Studies are found by name, in analyze/study.py; quality, which every run has, is of the core.
-    "analyze.studies": None,
-    "analyze.studies.sweep": "analyze.pages.report",
-    "analyze.peers": "analyze.command",
-    "analyze.pages.browser": "analyze.command",
-    "residual_saes": None,
+    "residual_saes.analyze.studies": None,
+    "residual_saes.analyze.studies.sweep": "residual_saes.analyze.pages.report",
+    "residual_saes.analyze.peers": "residual_saes.analyze.command",
+    "residual_saes.analyze.pages.browser": "residual_saes.analyze.command",
+    "residual_saes.sae": None,
 }
 CORE = {
-    *("analyze.studies", "analyze.studies.quality"),
-    *("train.objectives", "train.objectives.topk", "train.objectives.auxk"),
+    *("residual_saes.analyze.studies", "residual_saes.analyze.studies.quality"),
+    *(
+        "residual_saes.train.objectives",
+        "residual_saes.train.objectives.topk",
+        "residual_saes.train.objectives.auxk",
+    ),
 }
 PLUGINS = {"hydra_plugins.one_pass", "hydra_plugins.all_jobs"}
 
@@ -83,6 +90,13 @@ def annex(module: str) -> str | None:
         return None
     parents = [name for name in ANNEXES if module == name or module.startswith(f"{name}.")]
     return max(parents, key=len, default=None)
+
+
+def room(module: str) -> str:
+    """The package of the source tree that a module stands in."""
+    first, _, rest = module.partition(".")
+    inner = rest.split(".")[0]
+    return inner if first == "residual_saes" and inner in BELOW else first
 
 
 def top_level_imports(path: Path) -> set[str]:
@@ -100,9 +114,11 @@ def top_level_imports(path: Path) -> set[str]:
 def test_imports_point_down() -> None:
     assert len(PRODUCT) > 20
     for module, path in MODULES.items():
-        package = module.split(".")[0]
-        others = top_level_imports(path) & set(BELOW) - {package}
+        package = room(module)
+        at_once, lazily = house_signs.imported(path, MODULES)
+        others = {*map(room, at_once | lazily)} - {package}
         assert others <= BELOW[package], f"{path} imports {others}"
+        assert not top_level_imports(path) & ROOMS, f"{path}: import it as a part of residual_saes"
 
 
 def test_no_import_goes_round_in_a_circle() -> None:
@@ -145,7 +161,7 @@ def test_one_file_knows_hydra() -> None:
         for module, path in MODULES.items()
         if top_level_imports(path) & {"hydra", "omegaconf"}
     }
-    assert knowing - PLUGINS == {"conf.command"}
+    assert knowing - PLUGINS == {"residual_saes.conf.command"}
 
 
 # -- sizes -----------------------------------------------------------------------------------------
@@ -225,7 +241,7 @@ def options() -> Iterator[tuple[str, str]]:
 def test_every_configuration_composes() -> None:
     from hydra import compose, initialize_config_module
 
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("residual_saes.conf", version_base="1.3"):
         every = list(options())
         assert {override.split("=")[0].split("/")[0] for _, override in every} == {
             path.name
@@ -240,7 +256,7 @@ def test_every_setting_can_be_set() -> None:
     """What a configuration object has, its group has: else `sae.NAME=...` would be refused."""
     from hydra import compose, initialize_config_module
 
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("residual_saes.conf", version_base="1.3"):
         for group in ("sae", "optim"):
             for path in sorted((ROOT / "conf" / group).glob("*.yaml")):
                 composed = compose(config_name="train", overrides=[f"{group}={path.stem}"])[group]
@@ -314,11 +330,11 @@ def test_a_studys_settings_are_its_options(name: str) -> None:
 def test_help_has_every_setting_with_what_it_is(command: str) -> None:
     from hydra import compose, initialize_config_module
 
-    from conf.help import described
+    from residual_saes.conf.help import described
 
     chosen = {"analyze": ["study=steering"], "train": ["sae=rows_32k"]}.get(command, [])
     shown = described(command, chosen)
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("residual_saes.conf", version_base="1.3"):
         config = compose(command, chosen)
     for name, value in config.items():
         for key in [name, *(value if isinstance(value, Mapping) else ())]:
@@ -336,11 +352,7 @@ def test_results_name_no_path_of_a_machine() -> None:
 
 
 def test_packages_import_from_anywhere(tmp_path: Path) -> None:
-    code = (
-        "import harvest, train, analyze, data, conf, residual_saes\n"
-        "from data.tiny.embedded import MODEL_DIR\n"
-        "print(MODEL_DIR.is_dir())"
-    )
+    code = "from residual_saes.data.tiny.embedded import MODEL_DIR\nprint(MODEL_DIR.is_dir())"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from conf.command import run_command
-from data import stopping
-from data.errors import Interrupted, StopRequest, StoreError
+from residual_saes.conf.command import run_command
+from residual_saes.data import stopping
+from residual_saes.data.errors import Interrupted, StopRequest, StoreError
 
 # Runs a module as `python -m` does, and interrupts itself when that asks for what is slow.
 _INTERRUPTED = """

@@ -12,11 +12,11 @@ from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from conf.command import plain
-from conf.names import LISTS, LITERAL, NAMES, quoted, require_no_secret, typed
-from data.errors import SettingError
-from data.text.sources import source_of
-from harvest.command import harvest_config, model_config
+from residual_saes.conf.command import plain
+from residual_saes.conf.names import LISTS, LITERAL, NAMES, quoted, require_no_secret, typed
+from residual_saes.data.errors import SettingError
+from residual_saes.data.text.sources import source_of
+from residual_saes.harvest.command import harvest_config, model_config
 from tests.conftest import Call
 from tests.test_house import SETTINGS
 from tests.train.test_command import SMALL, make_store
@@ -138,13 +138,13 @@ def test_a_store_or_several() -> None:
     swept = OverridesParser.create().parse_override(override).sweep_string_iterator()
     again = OverridesParser.create().parse_overrides([f"store={text}" for text in swept])
     assert [each.value() for each in again] == ["2024_01", ["2024_01", "a b"], "[x]"]
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("residual_saes.conf", version_base="1.3"):
         settings = plain(compose("train", ["store=[1,2]"]))
         assert settings["store"] == ["1", "2"]
 
 
 def test_a_name_may_refer_to_a_setting() -> None:
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("residual_saes.conf", version_base="1.3"):
         overrides = quoted(["sae=tiny", "run=${sae.name}_${sae.k}", "store=1"])
         assert plain(compose("train", overrides))["run"] == "tiny_16"
         settings = plain(compose("train", ["run=${batch}", "store=2"]))  # numbers, for Hydra
@@ -206,21 +206,27 @@ def test_paths_are_declared() -> None:
 
 
 def train(call: Call, *arguments: str) -> tuple[int, str]:
-    return call("train", "train.command", *arguments, *SMALL, "tokens=256")
+    return call("train", "residual_saes.train.command", *arguments, *SMALL, "tokens=256")
 
 
 def test_every_command_takes_odd_names(tmp_path: Path, call: Call) -> None:
     make_store(tmp_path / "2024_01_02")
     code, err = train(call, "-m", "store=2024_01_02", "run=20240101,a=b,it(s)")
     assert code == 0, err
-    code, err = call("analyze", "analyze.command", "run=20240101", "store=2024_01_02", "device=cpu")
+    code, err = call(
+        "analyze", "residual_saes.analyze.command", "run=20240101", "store=2024_01_02", "device=cpu"
+    )
     assert code == 0, err
     sweep = ("study=sweep", "runs=[20240101,a=b,it(s)]", "out=1e5", "device=cpu")
-    code, err = call("analyze", "analyze.command", *sweep)
+    code, err = call("analyze", "residual_saes.analyze.command", *sweep)
     assert code == 0, err
-    code, err = call("export", "train.export.command", "run=a=b", "to=saelens", "out=0x10")
+    code, err = call(
+        "export", "residual_saes.train.export.command", "run=a=b", "to=saelens", "out=0x10"
+    )
     assert code == 0, err
-    code, err = call("publish", "train.publish.command", "run=it(s)", "repo=1/2", "out=2024")
+    code, err = call(
+        "publish", "residual_saes.train.publish.command", "run=it(s)", "repo=1/2", "out=2024"
+    )
     assert code == 0, err
     expected = ["0x10", "1e5", "2024", "20240101", "2024_01_02", "a=b", "it(s)", "runs"]
     assert sorted(path.name for path in tmp_path.iterdir()) == expected
@@ -231,7 +237,7 @@ def test_a_harvest_takes_odd_names(tmp_path: Path) -> None:
     (tmp_path / "1e5").mkdir()
     (tmp_path / "1e5" / "0").with_suffix(".jsonl").write_text('{"2024": "words"}\n')
     overrides = ["model.path=123", "model.revision=1234567", "text.field=2024", "store=1_0"]
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("residual_saes.conf", version_base="1.3"):
         composed = compose("harvest", quoted([f"text.path={tmp_path}/1e5", *overrides]))
         settings: Any = OmegaConf.to_container(composed, resolve=True)
         composed = compose("harvest", quoted(["text.path=1.50", "model.path=2024_1"]))
@@ -314,7 +320,7 @@ def test_any_text_is_that_text(multirun: tuple[str, ...]) -> None:
 
 def test_a_text_chooses_no_group() -> None:
     """`text=` is a group of other commands, and their composition meets it here."""
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("residual_saes.conf", version_base="1.3"):
         for text in ("tiny", "${run}", "a,b", "null", "two\nlines", '"no", {x: 1}'):
             overrides = quoted([f"text={text}", "study=features", "scale=[0,-5]"], "analyze")
             settings = plain(compose("analyze", overrides))
@@ -324,7 +330,7 @@ def test_a_text_chooses_no_group() -> None:
 
 
 def test_the_last_text_counts_and_none_is_none() -> None:
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("residual_saes.conf", version_base="1.3"):
         settings = plain(compose("analyze", quoted(["text=a", "text=b"], "analyze")))
         assert settings["text"] == "b" and settings["prompt"] is None
         assert plain(compose("analyze", quoted(["text="], "analyze")))["text"] == ""

@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from conf import command as command_line
-from conf.names import require_no_secret
-from conf.ray_ranks import main
-from data import secrets
-from data.errors import SettingError, first_line
-from data.journal import show, tell
-from data.store.place import place_of
+from residual_saes.conf import command as command_line
+from residual_saes.conf.names import require_no_secret
+from residual_saes.conf.ray_ranks import main
+from residual_saes.data import secrets
+from residual_saes.data.errors import SettingError, first_line
+from residual_saes.data.journal import show, tell
+from residual_saes.data.store.place import place_of
 from tests.conftest import Call
 from tests.train.test_command import SMALL, make_store
 
@@ -116,7 +116,9 @@ def test_a_setting_that_a_file_brings_is_checked_too(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", CANARY)
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "mine.yaml").write_text("path: x/${oc.env:AWS_SECRET_ACCESS_KEY}\n")
-    code, err = call("harvest", "harvest.command", "--config-dir", str(tmp_path), "text=mine")
+    code, err = call(
+        "harvest", "residual_saes.harvest.command", "--config-dir", str(tmp_path), "text=mine"
+    )
     assert code == 2 and "text.path=" in err and CANARY not in err
 
 
@@ -135,10 +137,10 @@ def test_the_environment_stays_there(
     said = io.StringIO()
     sweep = ("-m", "store=s.zarr", *SMALL, "tokens=64", "seed=1,2", "run=runs/${seed}")
     for name, module, *arguments in (
-        ("harvest", "harvest.command", "action=status", "store=s.zarr"),
-        ("train", "train.command", *sweep),
-        ("train", "train.command", "--cfg", "all", "store=s.zarr"),
-        ("publish", "train.publish.command", "run=runs/1", "repo=a/b"),
+        ("harvest", "residual_saes.harvest.command", "action=status", "store=s.zarr"),
+        ("train", "residual_saes.train.command", *sweep),
+        ("train", "residual_saes.train.command", "--cfg", "all", "store=s.zarr"),
+        ("publish", "residual_saes.train.publish.command", "run=runs/1", "repo=a/b"),
     ):
         with redirect_stdout(said):
             said.write(call(name, module, *arguments)[1])
@@ -234,11 +236,11 @@ def test_a_bucket_behind_an_address_with_a_password(
     monkeypatch: pytest.MonkeyPatch, call: Call
 ) -> None:
     pytest.importorskip("obstore", reason="obstore is not installed")
-    from data.store import bucket
+    from residual_saes.data.store import bucket
 
     monkeypatch.setattr(bucket, "RETRIES", {"max_retries": 0})
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
         monkeypatch.setenv(name, "x")
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://user:{CANARY}@127.0.0.1:9")
-    code, err = call("train", "train.command", "store=s3://bucket/store", *SMALL)
+    code, err = call("train", "residual_saes.train.command", "store=s3://bucket/store", *SMALL)
     assert (code, err.count("\n")) == (75, 1) and CANARY not in err, err

@@ -23,14 +23,14 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from transformers import PreTrainedModel
 
-from conf.command import start
-from data import durable, stopping
-from data.errors import exit_code
-from data.store import codec
-from data.store.place import LocalPlace
-from data.store.store import Store
-from harvest.command import command
-from harvest.model import ModelConfig, load
+from residual_saes.conf.command import start
+from residual_saes.data import durable, stopping
+from residual_saes.data.errors import exit_code
+from residual_saes.data.store import codec
+from residual_saes.data.store.place import LocalPlace
+from residual_saes.data.store.store import Store
+from residual_saes.harvest.command import command
+from residual_saes.harvest.model import ModelConfig, load
 from tests.analyze.conftest import tiny_run  # noqa: F401 (a fixture)
 from tests.forked import start_forked
 from tests.harvest.test_command import tiny
@@ -204,7 +204,7 @@ def test_what_is_worth_the_wait_is_waited_for() -> None:
     """A commit ends before the process does; the same signal again does not wait."""
     program = """
 import os, signal, sys, time
-from data import stopping
+from residual_saes.data import stopping
 stopping.watch()
 signal.signal(signal.SIGTERM, lambda *_: None)
 with stopping.holding():
@@ -228,7 +228,7 @@ time.sleep(60)
 def test_leaving_waits_for_what_threads_finish() -> None:
     program = """
 import threading, time
-from data import stopping
+from residual_saes.data import stopping
 def finish():
     with stopping.holding():
         begun.set()
@@ -249,7 +249,7 @@ stopping.leave(SystemExit(143))
 def test_a_server_ends_by_an_interrupt() -> None:
     program = """
 import os, signal, sys, time
-from data import stopping
+from residual_saes.data import stopping
 stopping.watch()
 stopping.expected.set()
 try:

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data.errors import SettingError
-from data.site import HookPoint
-from data.store import default
-from data.store.store import Store
+from residual_saes.data.errors import SettingError
+from residual_saes.data.site import HookPoint
+from residual_saes.data.store import default
+from residual_saes.data.store.store import Store
+from residual_saes.train import run
+from residual_saes.train.command import default_store
 from tests.conftest import Call
 from tests.train.test_command import SMALL, make_store
-from train import run
-from train.command import default_store
 
 
 def first(store: Store) -> list[HookPoint]:
@@ -40,13 +40,13 @@ def train(call: Call, monkeypatch: pytest.MonkeyPatch) -> Call:
 
     def trained(*arguments: str) -> tuple[int, str]:
         default_store.cache_clear()
-        return call("train", "train.command", *arguments, *SMALL, "tokens=256")
+        return call("train", "residual_saes.train.command", *arguments, *SMALL, "tokens=256")
 
     return trained
 
 
 def test_the_first_commands_find_each_other(tmp_path: Path, call: Call, train: Call) -> None:
-    code, err = call("harvest", "harvest.command", *HARVEST)
+    code, err = call("harvest", "residual_saes.harvest.command", *HARVEST)
     assert code == 0, err
     store = "activations/tiny_tiny.zarr"
     folder = Path("runs/tiny_tiny_tiny_L5")
@@ -63,13 +63,15 @@ def test_the_first_commands_find_each_other(tmp_path: Path, call: Call, train: C
         recorded = yaml.safe_load((trained / run.CONFIG).read_text())
         assert recorded["store_path"] == store
 
-    code, err = call("analyze", "analyze.command", "device=cpu", "study.rows=100")
+    code, err = call("analyze", "residual_saes.analyze.command", "device=cpu", "study.rows=100")
     assert (code, err.count(f"run={folder}: ")) == (0, 1), err
     assert (folder / "studies" / "quality").is_dir()
-    code, err = call("export", "train.export.command", "to=saelens")
+    code, err = call("export", "residual_saes.train.export.command", "to=saelens")
     assert code == 0, err
     assert (folder / "export" / "saelens").is_dir()
-    code, err = call("analyze", "analyze.command", "device=cpu", "study=sweep", f"runs={folder}")
+    code, err = call(
+        "analyze", "residual_saes.analyze.command", "device=cpu", "study=sweep", f"runs={folder}"
+    )
     assert code == 0, err
     assert (folder / "sweep.html").is_file()
 
@@ -80,9 +82,9 @@ def test_nothing_there_is_one_line(tmp_path: Path, call: Call, train: Call) -> N
     (tmp_path / "activations" / "other").mkdir()
     calls = {
         "store=": train(),
-        "run=": call("analyze", "analyze.command"),
-        "run= ": call("export", "train.export.command"),
-        "run=  ": call("publish", "train.publish.command", "repo=a/b"),
+        "run=": call("analyze", "residual_saes.analyze.command"),
+        "run= ": call("export", "residual_saes.train.export.command"),
+        "run=  ": call("publish", "residual_saes.train.publish.command", "repo=a/b"),
     }
     for name, (code, err) in calls.items():
         assert (code, err.count("\n")) == (2, 1), err
@@ -165,14 +167,26 @@ def test_the_first_commands_from_a_wheel(tmp_path: Path) -> None:
     def python(*arguments: str) -> str:
         return run_command(empty, sys.executable, *arguments, lib=tmp_path / "lib")
 
-    where = python("-c", "import conf, train, sys; print(train.__file__, file=sys.stderr)")
+    where = python(
+        "-c", "import residual_saes, sys; print(residual_saes.__file__, file=sys.stderr)"
+    )
     assert where.startswith(f"{tmp_path}/lib/")
-    python("-m", "harvest", "layer=5", "tokens=1e4", "model=tiny", "text=tiny", "context=64")
+    python(
+        "-m",
+        "residual_saes.harvest",
+        "layer=5",
+        "tokens=1e4",
+        "model=tiny",
+        "text=tiny",
+        "context=64",
+    )
     said = "store=activations/tiny_tiny.zarr: "
-    assert said in python("-m", "train", "sae=topk_32k")
-    swept = python("-m", "train", "-m", "optim.lr=1e-4,2e-4", "sae.aux_coef=0,0.125")
+    assert said in python("-m", "residual_saes.train", "sae=topk_32k")
+    swept = python("-m", "residual_saes.train", "-m", "optim.lr=1e-4,2e-4", "sae.aux_coef=0,0.125")
     assert swept.count(said) == 1 and swept.count("wrote runs/tiny_tiny_topk_32k_L5/") == 4
-    assert "run=runs/tiny_tiny_topk_32k_L5" in python("-m", "analyze", "study.rows=64")
+    assert "run=runs/tiny_tiny_topk_32k_L5" in python(
+        "-m", "residual_saes.analyze", "study.rows=64"
+    )
     assert sorted(path.name for path in empty.iterdir()) == ["activations", "runs"]
 
 

@@ -2,7 +2,7 @@
 store.
 """
 
-from conf.command import start
+from residual_saes.conf.command import start
 
 if __name__ == "__main__":
-    start("train", "train.command")
+    start("train", "residual_saes.train.command")

@@ -12,18 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data import digests, durable, environment, locks
-from data.errors import NonFiniteError, PipelineError, StopRequest, StoreError, TemporaryError
-from data.journal import Metrics, tell
-from data.rows import statistics
-from data.rows.follower import Follower, FollowsNobody
-from data.store import records
-from train import checkpoint, run, sae_file
-from train.checkpoint import Checkpoint
-from train.parallel import Group
-from train.stream import Stream
-from train.trainer import TrainConfig, Trainer
-from train.warm import Start
+from residual_saes.data import digests, durable, environment, locks
+from residual_saes.data.errors import (
+    NonFiniteError,
+    PipelineError,
+    StopRequest,
+    StoreError,
+    TemporaryError,
+)
+from residual_saes.data.journal import Metrics, tell
+from residual_saes.data.rows import statistics
+from residual_saes.data.rows.follower import Follower, FollowsNobody
+from residual_saes.data.store import records
+from residual_saes.train import checkpoint, run, sae_file
+from residual_saes.train.checkpoint import Checkpoint
+from residual_saes.train.parallel import Group
+from residual_saes.train.stream import Stream
+from residual_saes.train.trainer import TrainConfig, Trainer
+from residual_saes.train.warm import Start
 
 Outcome = dict[str, Any] | PipelineError  # the final held-out record, or why there is none
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.errors import SettingError
-from data.rows.source import Source
-from data.settings import whole
-from data.site import MLP_OUT, RESID_POST, HookPoint, require_site
-from data.store import retention
-from data.store.store import Store
-from train.ports import KINDS, Ports, default_site, ports_of
-from train.sae import SAEConfig
+from residual_saes.data.errors import SettingError
+from residual_saes.data.rows.source import Source
+from residual_saes.data.settings import whole
+from residual_saes.data.site import MLP_OUT, RESID_POST, HookPoint, require_site
+from residual_saes.data.store import retention
+from residual_saes.data.store.store import Store
+from residual_saes.train.ports import KINDS, Ports, default_site, ports_of
+from residual_saes.train.sae import SAEConfig
 
 
 @dataclass(frozen=True)

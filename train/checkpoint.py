@@ -26,11 +26,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from data import durable
-from data.durable import Buffer, Written
-from data.errors import StoreError
-from data.safetensors import Entry, header
-from data.store import records
+from residual_saes.data import durable
+from residual_saes.data.durable import Buffer, Written
+from residual_saes.data.errors import StoreError
+from residual_saes.data.safetensors import Entry, header
+from residual_saes.data.store import records
 
 _KEEP = 2
 _DTYPES = {torch.float32: "F32", torch.int64: "I64"}  # those of a state

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.rows.reader import Reader
-from train.ports import Port, Ports
-from train.sae import Scales
+from residual_saes.data.rows.reader import Reader
+from residual_saes.train.ports import Port, Ports
+from residual_saes.train.sae import Scales
 
 
 def widths_of(ports: Ports, reader: Reader) -> tuple[int, int]:

@@ -8,27 +8,27 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from conf.command import ALONE, Job
-from data import durable, rank
-from data.device import own_device
-from data.journal import tell
-from data.rows import summary
-from data.rows.source import Source
-from data.rows.split import Policy
-from data.settings import build, flag, optional_whole, whole
-from data.store import coming, default
-from train import objective
-from train.arm import Arm
-from train.asked import Asked, stem
-from train.columns import widths_of
-from train.loop import train
-from train.optim import OptimConfig
-from train.parallel import Group
-from train.run import FOLDER as RUNS
-from train.run import source_of
-from train.stream import rows_of, store_at
-from train.trainer import TrainConfig
-from train.warm import Start
+from residual_saes.conf.command import ALONE, Job
+from residual_saes.data import durable, rank
+from residual_saes.data.device import own_device
+from residual_saes.data.journal import tell
+from residual_saes.data.rows import summary
+from residual_saes.data.rows.source import Source
+from residual_saes.data.rows.split import Policy
+from residual_saes.data.settings import build, flag, optional_whole, whole
+from residual_saes.data.store import coming, default
+from residual_saes.train import objective
+from residual_saes.train.arm import Arm
+from residual_saes.train.asked import Asked, stem
+from residual_saes.train.columns import widths_of
+from residual_saes.train.loop import train
+from residual_saes.train.optim import OptimConfig
+from residual_saes.train.parallel import Group
+from residual_saes.train.run import FOLDER as RUNS
+from residual_saes.train.run import source_of
+from residual_saes.train.stream import rows_of, store_at
+from residual_saes.train.trainer import TrainConfig
+from residual_saes.train.warm import Start
 
 _ARM_BYTES = 150  # of a directory's name; file systems allow 255
 _COUNTS = (

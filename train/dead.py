@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from train import kernels
-from train.kernels import Bags, Kept
-from train.optim import Adam
-from train.sae import SAE
+from residual_saes.train import kernels
+from residual_saes.train.kernels import Bags, Kept
+from residual_saes.train.optim import Adam
+from residual_saes.train.sae import SAE
 
 _TINY = 1e-30  # of a norm, so that an error of 0 gives a direction of 0
 

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train import dead
-from train.columns import Columns
-from train.kernels import Kept
-from train.parallel import Group
-from train.sae import SAE
+from residual_saes.train import dead
+from residual_saes.train.columns import Columns
+from residual_saes.train.kernels import Kept
+from residual_saes.train.parallel import Group
+from residual_saes.train.sae import SAE
 
 
 class Fidelity:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from train import kernels
-from train.kernels import Bags, Kept
-from train.sae import SAE
+from residual_saes.train import kernels
+from residual_saes.train.kernels import Bags, Kept
+from residual_saes.train.sae import SAE
 
 Keep = Callable[[Tensor, Tensor, Tensor], Kept]  # of centred rows, the encoder, the bias
 

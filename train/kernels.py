@@ -226,7 +226,7 @@ def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     counts as largest, so that it cannot hide.
     """
     if x.is_cuda:  # only CUDA builds of torch bring Triton
-        from train import triton_kernels
+        from residual_saes.train import triton_kernels
 
         return triton_kernels.topk(x, k)
     n, width = x.shape
@@ -269,7 +269,7 @@ def _threshold_mask(x: NDArray[np.float32], k: int) -> NDArray[np.bool_]:
 def decode(kept: Kept, W_dec: Tensor) -> Tensor:
     """(bags, d) sums of the kept latents' directions; the caller adds b_dec."""
     if W_dec.is_cuda:
-        from train import triton_kernels
+        from residual_saes.train import triton_kernels
 
         return triton_kernels.decode(kept.values, kept.indices, kept.starts, W_dec)
     return embedding_bag(
@@ -283,7 +283,7 @@ def values_gradient(upstream: Tensor, kept: Kept, W_dec: Tensor) -> Tensor:
     Each is the product of the pair's direction with its bag's row of `upstream` (bags, d).
     """
     if W_dec.is_cuda:
-        from train import triton_kernels
+        from residual_saes.train import triton_kernels
 
         return triton_kernels.values_gradient(upstream, kept.indices, kept.starts, W_dec)
     flat: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
@@ -310,7 +310,7 @@ def weight_gradient(source: Tensor, weights: Tensor, rows: Tensor, bags: Bags) -
     """
     order = bags.order
     if source.is_cuda:
-        from train import triton_kernels
+        from residual_saes.train import triton_kernels
 
         return triton_kernels.weight_gradient(
             source, weights, order, rows[order], bags.starts, len(bags.starts)
@@ -328,7 +328,7 @@ def latent_sums(weights: Tensor, indices: Tensor, d_sae: int, bags: Bags | None 
     """
     if weights.is_cuda:
         order, starts = bags or group_by_latent(indices, d_sae)
-        from train import triton_kernels
+        from residual_saes.train import triton_kernels
 
         return triton_kernels.latent_sums(weights, order, starts)
     return weights.new_zeros(d_sae).scatter_add_(0, indices, weights)

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data import machine, stopping
-from data.errors import Interrupted, PipelineError, StopRequest, TemporaryError
-from data.journal import Progress, duration, tell
-from data.rows import statistics
-from data.rows.copy import to_device
-from train import memory
-from train.arm import Arm, Outcome, Run
-from train.evaluate import evaluate
-from train.parallel import Group
-from train.stream import Stream
+from residual_saes.data import machine, stopping
+from residual_saes.data.errors import Interrupted, PipelineError, StopRequest, TemporaryError
+from residual_saes.data.journal import Progress, duration, tell
+from residual_saes.data.rows import statistics
+from residual_saes.data.rows.copy import to_device
+from residual_saes.train import memory
+from residual_saes.train.arm import Arm, Outcome, Run
+from residual_saes.train.evaluate import evaluate
+from residual_saes.train.parallel import Group
+from residual_saes.train.stream import Stream
 
 
 def _train(runs: list[Run], failures: _Failures, stop: StopRequest, group: Group) -> None:

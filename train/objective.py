@@ -16,14 +16,14 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from data.errors import SettingError
-from train import kernels, objectives
-from train.dead import firings
-from train.kernels import Bags, Kept, Matmul
-from train.objectives.auxk import auxk
-from train.optim import Adam
-from train.parallel import Group
-from train.sae import SAE, SAEConfig
+from residual_saes.data.errors import SettingError
+from residual_saes.train import kernels, objectives
+from residual_saes.train.dead import firings
+from residual_saes.train.kernels import Bags, Kept, Matmul
+from residual_saes.train.objectives.auxk import auxk
+from residual_saes.train.optim import Adam
+from residual_saes.train.parallel import Group
+from residual_saes.train.sae import SAE, SAEConfig
 
 Thresholds = Literal["none", "followed", "learned"]
 
@@ -110,7 +110,7 @@ def find(name: str) -> type[Objective]:
     """
     if name not in names():
         raise SettingError(f"sae.activation={name!r} must be one of {', '.join(names())}")
-    objective: type[Objective] = import_module(f"train.objectives.{name}").OBJECTIVE
+    objective: type[Objective] = import_module(f"residual_saes.train.objectives.{name}").OBJECTIVE
     return objective
 
 

@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from data.errors import SettingError
-from train.sae import recorded
+from residual_saes.data.errors import SettingError
+from residual_saes.train.sae import recorded
 
 DECAYS = ("cosine", "linear")
 # lr=auto, from the best rates of docs/method.md.

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from data.errors import SettingError, TemporaryError, first_line
-from data.journal import tell
+from residual_saes.data.errors import SettingError, TemporaryError, first_line
+from residual_saes.data.journal import tell
 
 _LOST = re.compile("gloo|closed by peer|reset by peer|timed? ?out|refused", re.IGNORECASE)
 _TIMEOUT = timedelta(hours=6)  # process 0 evaluates and saves while the others wait

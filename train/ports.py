@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
-from data.errors import SettingError
-from data.settings import whole
-from data.site import MLP_IN, MLP_OUT, RESID_POST, HookPoint
+from residual_saes.data.errors import SettingError
+from residual_saes.data.settings import whole
+from residual_saes.data.site import MLP_IN, MLP_OUT, RESID_POST, HookPoint
 
 KINDS = ("sae", "transcoder", "crosscoder")
 

@@ -24,10 +24,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from train.columns import Columns
-from train.kernels import Kept
-from train.objective import Objective
-from train.sae import SAE, Scales
+from residual_saes.train.columns import Columns
+from residual_saes.train.kernels import Kept
+from residual_saes.train.objective import Objective
+from residual_saes.train.sae import SAE, Scales
 
 ROWS = 4096  # first rows of the stream, by which all is measured
 _FEW_ROWS = 1024  # of them, on which factors are tried

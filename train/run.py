@@ -17,15 +17,15 @@ from typing import Any
 import torch
 import yaml
 
-from data import digests, durable, locks
-from data.digests import Digests
-from data.durable import Written
-from data.errors import MismatchError, SettingError, StoreError, caused, differences
-from data.foreign import reading, yaml_object
-from data.journal import read_metrics, tell
-from data.store.store import Store
-from train import checkpoint, sae_file
-from train.sae import SAE
+from residual_saes.data import digests, durable, locks
+from residual_saes.data.digests import Digests
+from residual_saes.data.durable import Written
+from residual_saes.data.errors import MismatchError, SettingError, StoreError, caused, differences
+from residual_saes.data.foreign import reading, yaml_object
+from residual_saes.data.journal import read_metrics, tell
+from residual_saes.data.store.store import Store
+from residual_saes.train import checkpoint, sae_file
+from residual_saes.train.sae import SAE
 
 FOLDER = Path("runs")  # where runs go by default
 CONFIG = "config.yaml"

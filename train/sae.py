@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from data.errors import SettingError
-from data.site import require_site
-from train import kernels
-from train.kernels import Kept
-from train.ports import KINDS
+from residual_saes.data.errors import SettingError
+from residual_saes.data.site import require_site
+from residual_saes.train import kernels
+from residual_saes.train.kernels import Kept
+from residual_saes.train.ports import KINDS
 
 AUX_NORMS = ("raw", "variance")
 INITS = ("random", "rows", "map", "kaiming")

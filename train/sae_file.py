@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data import durable
-from data.durable import Written
-from data.errors import StoreError
-from data.foreign import reading
-from train import torch_file
-from train.sae import OPTIONAL, SAE, WEIGHTS, Scales
-from train.tensors import refuse, refuse_shape, tensor_of, whole_of
+from residual_saes.data import durable
+from residual_saes.data.durable import Written
+from residual_saes.data.errors import StoreError
+from residual_saes.data.foreign import reading
+from residual_saes.train import torch_file
+from residual_saes.train.sae import OPTIONAL, SAE, WEIGHTS, Scales
+from residual_saes.train.tensors import refuse, refuse_shape, tensor_of, whole_of
 
 FILE = "sae_final.pt"
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from train import kernels
-from train.sae import SAE, SAEConfig
+from residual_saes.train import kernels
+from residual_saes.train.sae import SAE, SAEConfig
 
 _LEAST_VARIANCE = 1e-3  # of the mean variance; an axis with less is mostly noise
 _ROWS_PER_AXIS = 10  # rows per dimension, for the principal axes

@@ -10,10 +10,10 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from data.rows.reader import Reader
-from data.rows.source import Source
-from data.rows.split import Policy, held_out
-from data.store.store import Store
+from residual_saes.data.rows.reader import Reader
+from residual_saes.data.rows.source import Source
+from residual_saes.data.rows.split import Policy, held_out
+from residual_saes.data.store.store import Store
 
 
 @dataclass(frozen=True, eq=False)

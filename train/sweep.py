@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 import torch
 
-from data import device as devices
-from data.errors import SettingError
-from data.journal import size, tell
-from train.arm import Arm, Outcome
-from train.loop import train_together
-from train.memory import arm_bytes, step_bytes
+from residual_saes.data import device as devices
+from residual_saes.data.errors import SettingError
+from residual_saes.data.journal import size, tell
+from residual_saes.train.arm import Arm, Outcome
+from residual_saes.train.loop import train_together
+from residual_saes.train.memory import arm_bytes, step_bytes
 
 _ROOM = 0.9  # share of the free memory that a pass may plan with
 

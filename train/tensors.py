@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.errors import StoreError
-from data.foreign import shortened
+from residual_saes.data.errors import StoreError
+from residual_saes.data.foreign import shortened
 
 _TEXT = 1000  # characters of a name
 _SHOWN = 80  # characters of a value or a name that nobody vouches for

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from data.foreign import reading, require_file
+from residual_saes.data.foreign import reading, require_file
 
 _ZIP = b"PK\x03\x04"
 _PICKLE_BYTES = 1 << 20  # of the part that names tensors: an SAE's has 1 kB

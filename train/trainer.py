@@ -14,21 +14,21 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
-from data import order
-from data.errors import NonFiniteError, SettingError
-from data.rows.reader import Reader
-from data.rows.split import Policy
-from data.site import RESID_POST
-from train import dead, objective, refit, sae, start
-from train.checkpoint import Checkpoint
-from train.columns import Columns
-from train.evaluate import Evaluation, Fidelity
-from train.kernels import Matmul
-from train.objective import Losses
-from train.optim import Adam, OptimConfig, learning_rate, resolved
-from train.parallel import Group
-from train.ports import Ports, ports_of
-from train.sae import SAE, SAEConfig, in_files, recorded
+from residual_saes.data import order
+from residual_saes.data.errors import NonFiniteError, SettingError
+from residual_saes.data.rows.reader import Reader
+from residual_saes.data.rows.split import Policy
+from residual_saes.data.site import RESID_POST
+from residual_saes.train import dead, objective, refit, sae, start
+from residual_saes.train.checkpoint import Checkpoint
+from residual_saes.train.columns import Columns
+from residual_saes.train.evaluate import Evaluation, Fidelity
+from residual_saes.train.kernels import Matmul
+from residual_saes.train.objective import Losses
+from residual_saes.train.optim import Adam, OptimConfig, learning_rate, resolved
+from residual_saes.train.parallel import Group
+from residual_saes.train.ports import Ports, ports_of
+from residual_saes.train.sae import SAE, SAEConfig, in_files, recorded
 
 _VERIFY = "`python -m harvest action=verify` names the unit"
 _DEAD_AFTER = 10_000_000  # tokens, at most

@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data import durable
-from data.errors import SettingError, StoreError
-from data.foreign import reading
-from data.journal import tell
-from train import run
-from train.sae import SAE, SAEConfig
+from residual_saes.data import durable
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.foreign import reading
+from residual_saes.data.journal import tell
+from residual_saes.train import run
+from residual_saes.train.sae import SAE, SAEConfig
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def read(named: str) -> SAE:
         SettingError: nothing is there by that name.
         StoreError: it is unfinished, damaged, or not what its format says.
     """
-    from train.export import readers
+    from residual_saes.train.export import readers
 
     kind, _, where = named.partition(":")
     if readers.is_foreign(named):

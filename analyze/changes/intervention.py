@@ -22,12 +22,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from analyze.language_model import BATCH_TOKENS, Prediction, batches, blocks, edited
-from analyze.stats import Floats
-from data import durable
-from data.errors import SettingError
-from harvest.model import LanguageModel
-from train.sae import SAE
+from residual_saes.analyze.language_model import BATCH_TOKENS, Prediction, batches, blocks, edited
+from residual_saes.analyze.stats import Floats
+from residual_saes.data import durable
+from residual_saes.data.errors import SettingError
+from residual_saes.harvest.model import LanguageModel
+from residual_saes.train.sae import SAE
 
 POSITIONS = ("prompt", "generated", "all")
 CHANGES = ("ablate", "clamp", "add")  # what is done to latents

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from analyze.changes.intervention import Intervention
-from analyze.stats import Interval, mcnemar, permutation_p, wilson
+from residual_saes.analyze.changes.intervention import Intervention
+from residual_saes.analyze.stats import Interval, mcnemar, permutation_p, wilson
 
 
 class Swept(Intervention, Protocol):

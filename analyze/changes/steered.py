@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from analyze.changes.intervention import LatentChange, effects, intervened
-from analyze.language_model import Generation, end_tokens, generate
-from analyze.latents.rates import Rates
-from data.errors import SettingError
-from data.settings import number, whole
-from harvest.model import LanguageModel
-from train.sae import SAE
+from residual_saes.analyze.changes.intervention import LatentChange, effects, intervened
+from residual_saes.analyze.language_model import Generation, end_tokens, generate
+from residual_saes.analyze.latents.rates import Rates
+from residual_saes.data.errors import SettingError
+from residual_saes.data.settings import number, whole
+from residual_saes.harvest.model import LanguageModel
+from residual_saes.train.sae import SAE
 
 SCALES = (0.0, 2.0, 5.0, -5.0)
 _MOST_SCALES = 50

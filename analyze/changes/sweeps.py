@@ -8,14 +8,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from analyze.changes.intervention import effects, intervened
-from analyze.changes.replies import Reply, Row, Swept
-from analyze.kept import read_lines
-from analyze.questions.answering import Answer, Asking, completions, grow_answers, model_key
-from analyze.results import digest_of
-from analyze.study import Study
-from data.errors import StopRequest
-from data.journal import Progress
+from residual_saes.analyze.changes.intervention import effects, intervened
+from residual_saes.analyze.changes.replies import Reply, Row, Swept
+from residual_saes.analyze.kept import read_lines
+from residual_saes.analyze.questions.answering import (
+    Answer,
+    Asking,
+    completions,
+    grow_answers,
+    model_key,
+)
+from residual_saes.analyze.results import digest_of
+from residual_saes.analyze.study import Study
+from residual_saes.data.errors import StopRequest
+from residual_saes.data.journal import Progress
 
 VERSION = 1  # of the kept replies: raise it when the same settings give other ones
 _FILE = "replies.jsonl"

@@ -13,11 +13,11 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from analyze import stats
-from analyze.latents.encoding import Unit
-from analyze.stats import Floats
-from analyze.subject import Subject
-from train.kernels import Kept
+from residual_saes.analyze import stats
+from residual_saes.analyze.latents.encoding import Unit
+from residual_saes.analyze.stats import Floats
+from residual_saes.analyze.subject import Subject
+from residual_saes.train.kernels import Kept
 
 
 class Budgets:

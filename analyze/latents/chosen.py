@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from analyze.results import FOLDER
-from data import digests
-from data.errors import MismatchError, SettingError, StoreError
-from harvest.model import LanguageModel
-from train.run import sae_digest
+from residual_saes.analyze.results import FOLDER
+from residual_saes.data import digests
+from residual_saes.data.errors import MismatchError, SettingError, StoreError
+from residual_saes.harvest.model import LanguageModel
+from residual_saes.train.run import sae_digest
 
 GATE = "stage_gate"
 _JUDGED = (GATE, "rollouts")  # studies whose results have the verdict

@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
-from analyze.latents.encoding import Unit, positive, taken
-from analyze.subject import Subject
-from data.errors import StopRequest, StoreError
-from data.journal import Progress
-from train.kernels import Kept
+from residual_saes.analyze.latents.encoding import Unit, positive, taken
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.errors import StopRequest, StoreError
+from residual_saes.data.journal import Progress
+from residual_saes.train.kernels import Kept
 
 Codes = Any  # scipy.sparse.csr_array, (n, F) float32: activations, 0 where a latent is silent
 Ints = NDArray[np.int64]

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.latents.encoding import Firings
-from analyze.subject import Subject
-from data.errors import PipelineError, SettingError
-from data.neutral import neutral
-from data.store.kinds import SERVED
-from data.store.store import Store
-from harvest import hub_model
-from harvest.tokens import Tokenizer
+from residual_saes.analyze.latents.encoding import Firings
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.errors import PipelineError, SettingError
+from residual_saes.data.neutral import neutral
+from residual_saes.data.store.kinds import SERVED
+from residual_saes.data.store.store import Store
+from residual_saes.harvest import hub_model
+from residual_saes.harvest.tokens import Tokenizer
 
 BEFORE = 24  # tokens of a context ahead of its peak
 AFTER = 8  # and behind it

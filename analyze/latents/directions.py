@@ -14,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from analyze.parts import Arrays, Parts
-from analyze.subject import Subject
-from data import durable
-from data.errors import StopRequest
-from data.journal import Progress
-from harvest.model import LanguageModel
-from train.sae import SAE
+from residual_saes.analyze.parts import Arrays, Parts
+from residual_saes.analyze.subject import Subject
+from residual_saes.data import durable
+from residual_saes.data.errors import StopRequest
+from residual_saes.data.journal import Progress
+from residual_saes.harvest.model import LanguageModel
+from residual_saes.train.sae import SAE
 
 BLOCK_BYTES = 1 << 28  # of products held at a time
 # Operations of a product at a time on a CPU: under a second of one core. A GPU does as many in a

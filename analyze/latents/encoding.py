@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyze.parts import NOWHERE, Arrays, Parts
-from data.journal import note
-from train.kernels import Kept
-from train.sae import SAE
+from residual_saes.analyze.parts import NOWHERE, Arrays, Parts
+from residual_saes.data.journal import note
+from residual_saes.train.kernels import Kept
+from residual_saes.train.sae import SAE
 
 _BATCH_ROWS = 4096  # rows encoded at a time
 

@@ -13,8 +13,8 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.stats import Floats
-from data.errors import SettingError
+from residual_saes.analyze.stats import Floats
+from residual_saes.data.errors import SettingError
 
 NEAREST = 50  # latents of nearly equal density among which one is drawn
 

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
-from analyze.latents.codes import Codes, Ints
-from analyze.stats import Floats
-from data.errors import StopRequest
-from data.journal import Progress
+from residual_saes.analyze.latents.codes import Codes, Ints
+from residual_saes.analyze.stats import Floats
+from residual_saes.data.errors import StopRequest
+from residual_saes.data.journal import Progress
 
 # Latents whose products with all others are in memory at a time: at most 67 MB at 32,768 latents.
 BLOCK = 256

@@ -21,15 +21,15 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
-from analyze.language_model import batch_tokens, batches, residuals
-from analyze.parts import Arrays, Parts
-from analyze.study import Study
-from data import durable
-from data.errors import NonFiniteError, SettingError, StopRequest
-from data.journal import Progress
-from data.site import HookPoint
-from train.kernels import latent_sums
-from train.sae import SAE
+from residual_saes.analyze.language_model import batch_tokens, batches, residuals
+from residual_saes.analyze.parts import Arrays, Parts
+from residual_saes.analyze.study import Study
+from residual_saes.data import durable
+from residual_saes.data.errors import NonFiniteError, SettingError, StopRequest
+from residual_saes.data.journal import Progress
+from residual_saes.data.site import HookPoint
+from residual_saes.train.kernels import latent_sums
+from residual_saes.train.sae import SAE
 
 MEAN, LAST, MAX = "mean", "last", "max"
 POOLINGS = (MEAN, LAST, MAX)

@@ -16,14 +16,14 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from analyze import kept
-from analyze.latents.encoding import positive
-from analyze.results import FEATURES, FOLDER
-from analyze.subject import Subject
-from data import digests, durable
-from data.errors import SettingError
-from data.journal import note
-from data.store.kinds import BOS
+from residual_saes.analyze import kept
+from residual_saes.analyze.latents.encoding import positive
+from residual_saes.analyze.results import FEATURES, FOLDER
+from residual_saes.analyze.subject import Subject
+from residual_saes.data import digests, durable
+from residual_saes.data.errors import SettingError
+from residual_saes.data.journal import note
+from residual_saes.data.store.kinds import BOS
 
 VERSION = 1  # of the counts that are kept
 ROWS = 65_536  # held-out rows that are counted, where there is no catalogue

@@ -30,21 +30,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analyze.language_model import end_tokens, residuals
-from analyze.latents.chosen import GATE, ChosenFeatures
-from analyze.questions import problems
-from analyze.questions.answering import Asking
-from analyze.questions.problems import Solution
-from analyze.results import FOLDER
-from data.errors import NonFiniteError, SettingError
-from data.site import RESID_POST
-from data.text.documents import Content
-from harvest import model as language_model
-from harvest.model import LanguageModel, ModelConfig
-from train import sae_file
-from train.ports import recorded_ports
-from train.run import read_config
-from train.sae import SAE
+from residual_saes.analyze.language_model import end_tokens, residuals
+from residual_saes.analyze.latents.chosen import GATE, ChosenFeatures
+from residual_saes.analyze.questions import problems
+from residual_saes.analyze.questions.answering import Asking
+from residual_saes.analyze.questions.problems import Solution
+from residual_saes.analyze.results import FOLDER
+from residual_saes.data.errors import NonFiniteError, SettingError
+from residual_saes.data.site import RESID_POST
+from residual_saes.data.text.documents import Content
+from residual_saes.harvest import model as language_model
+from residual_saes.harvest.model import LanguageModel, ModelConfig
+from residual_saes.train import sae_file
+from residual_saes.train.ports import recorded_ports
+from residual_saes.train.run import read_config
+from residual_saes.train.sae import SAE
 
 _ALL = 1 << 30  # problems of a file; the embedded ones have no end
 

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analyze.latents.directions import unit
-from analyze.subject import Subject
+from residual_saes.analyze.latents.directions import unit
+from residual_saes.analyze.subject import Subject
 
 OWN = 0.9
 SHARED = 0.6

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analyze.language_model import residuals
-from analyze.latents.contexts import visible
-from analyze.latents.encoding import positive
-from analyze.subject import Subject
-from data.journal import note
-from data.site import HookPoint
-from harvest.model import LanguageModel
-from train.sae import SAE
+from residual_saes.analyze.language_model import residuals
+from residual_saes.analyze.latents.contexts import visible
+from residual_saes.analyze.latents.encoding import positive
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.journal import note
+from residual_saes.data.site import HookPoint
+from residual_saes.harvest.model import LanguageModel
+from residual_saes.train.sae import SAE
 
 _SHOWN = 10  # latents of a text in its `repr`
 _WORDS = 6  # tokens that a line names

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from analyze.latents.targets import names_of
-from analyze.studies import quality
-from analyze.subject import Subject
-from data.foreign import reading
-from data.rows import statistics, summary
-from train.optim import OptimConfig
-from train.run import CONFIG
-from train.sae import SAEConfig
+from residual_saes.analyze.latents.targets import names_of
+from residual_saes.analyze.studies import quality
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.foreign import reading
+from residual_saes.data.rows import statistics, summary
+from residual_saes.train.optim import OptimConfig
+from residual_saes.train.run import CONFIG
+from residual_saes.train.sae import SAEConfig
 
 # What the model card of the public TopK SAE of layer 21 of Gemma 4 E4B states, by our figure's key.
 _REFERENCE = {

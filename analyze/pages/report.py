@@ -8,21 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analyze import drawing, results
-from analyze.latents import contexts
-from analyze.latents.contexts import Context
-from analyze.outcome import Outcome
-from analyze.pages import facts
-from analyze.pages.template import rendered
-from analyze.reconstruction import TRAINED
-from analyze.results import FOLDER, PAGE, Result
-from analyze.stats import resampled
-from analyze.studies import quality
-from analyze.study import Definition, Study, at_least, find, model_of, modules
-from analyze.subject import Subject
-from data.errors import StoreError, differences
-from data.settings import build
-from train.run import metrics_of
+from residual_saes.analyze import drawing, results
+from residual_saes.analyze.latents import contexts
+from residual_saes.analyze.latents.contexts import Context
+from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.pages import facts
+from residual_saes.analyze.pages.template import rendered
+from residual_saes.analyze.reconstruction import TRAINED
+from residual_saes.analyze.results import FOLDER, PAGE, Result
+from residual_saes.analyze.stats import resampled
+from residual_saes.analyze.studies import quality
+from residual_saes.analyze.study import Definition, Study, at_least, find, model_of, modules
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.errors import StoreError, differences
+from residual_saes.data.settings import build
+from residual_saes.train.run import metrics_of
 
 FILE = "report.html"
 FEATURES = 20  # latents that are shown
@@ -238,7 +238,7 @@ def _sweep(subject: Subject) -> dict[str, Any] | None:
 
     This is the core's one door to analyze/studies/sweep.
     """
-    from analyze.studies.sweep import page as sweep_page
+    from residual_saes.analyze.studies.sweep import page as sweep_page
 
     run = subject.run.absolute()
     compared = sweep_page.read(run.parent, subject.place)

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from data.neutral import neutral
+from residual_saes.data.neutral import neutral
 
 
 def rendered(template: str, **values: Any) -> bytes:
@@ -21,7 +21,7 @@ def rendered(template: str, **values: Any) -> bytes:
     In the template, `SVG | address` is what an image's src takes.
     """
     environment = Environment(
-        loader=PackageLoader("analyze.pages"),
+        loader=PackageLoader("residual_saes.analyze.pages"),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_neutral,

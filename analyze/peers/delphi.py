@@ -47,21 +47,21 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from analyze.outcome import Outcome
-from analyze.results import made
-from analyze.studies.catalogue import study as catalogue
-from analyze.studies.catalogue.index import BLOCK, Index
-from analyze.study import Definition, Study, at_least
-from analyze.subject import Subject
-from data import durable
-from data.errors import SettingError, StopRequest, StoreError
-from data.journal import Progress
-from data.safetensors import Entry, header
-from data.settings import build
-from harvest.hub_model import described
-from harvest.model_folder import EMBEDDED
-from train.export.sparsify import folder_of
-from train.run import text_of
+from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.results import made
+from residual_saes.analyze.studies.catalogue import study as catalogue
+from residual_saes.analyze.studies.catalogue.index import BLOCK, Index
+from residual_saes.analyze.study import Definition, Study, at_least
+from residual_saes.analyze.subject import Subject
+from residual_saes.data import durable
+from residual_saes.data.errors import SettingError, StopRequest, StoreError
+from residual_saes.data.journal import Progress
+from residual_saes.data.safetensors import Entry, header
+from residual_saes.data.settings import build
+from residual_saes.harvest.hub_model import described
+from residual_saes.harvest.model_folder import EMBEDDED
+from residual_saes.train.export.sparsify import folder_of
+from residual_saes.train.run import text_of
 
 LATENTS = "latents"
 CONFIG = "config.json"

@@ -9,23 +9,23 @@ from typing import Any
 
 import yaml
 
-from data import digests, durable
-from data.errors import SettingError, StoreError, TemporaryError
-from data.foreign import reading
-from data.journal import tell
-from data.rows.source import Source
-from data.rows.split import Policy
-from data.site import RESID_POST, RESID_PRE, SITES, HookPoint, hook_name
-from data.store.place import place_of
-from data.store.store import Store
-from train import sae_file
-from train.export.origin import Origin
-from train.export.readers import ORIGINS
-from train.export.readers import READERS as READERS
-from train.export.readers import is_foreign as is_foreign
-from train.ports import Ports, ports_of, recorded_ports
-from train.run import CONFIG, source_of
-from train.sae import SAE, SAEConfig
+from residual_saes.data import digests, durable
+from residual_saes.data.errors import SettingError, StoreError, TemporaryError
+from residual_saes.data.foreign import reading
+from residual_saes.data.journal import tell
+from residual_saes.data.rows.source import Source
+from residual_saes.data.rows.split import Policy
+from residual_saes.data.site import RESID_POST, RESID_PRE, SITES, HookPoint, hook_name
+from residual_saes.data.store.place import place_of
+from residual_saes.data.store.store import Store
+from residual_saes.train import sae_file
+from residual_saes.train.export.origin import Origin
+from residual_saes.train.export.readers import ORIGINS
+from residual_saes.train.export.readers import READERS as READERS
+from residual_saes.train.export.readers import is_foreign as is_foreign
+from residual_saes.train.ports import Ports, ports_of, recorded_ports
+from residual_saes.train.run import CONFIG, source_of
+from residual_saes.train.sae import SAE, SAEConfig
 
 FOLDER = Path("runs", "imported")
 ACCEPT = ("model", "context")  # what an SAE's files may say otherwise than the store, if accepted

@@ -46,18 +46,18 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from analyze.outcome import Outcome
-from analyze.pages.browser.contexts import CONTEXT, Contexts, contexts_of, fields
-from analyze.results import made
-from analyze.studies.catalogue import study as catalogue
-from analyze.studies.catalogue.index import BLOCK, Index
-from analyze.study import Definition, Study
-from data import durable
-from data.errors import SettingError, StopRequest, StoreError
-from data.journal import Progress
-from data.settings import build
-from data.site import ATTN_OUT, MLP_OUT, RESID_POST, HookPoint, hook_name
-from train.run import text_of
+from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.pages.browser.contexts import CONTEXT, Contexts, contexts_of, fields
+from residual_saes.analyze.results import made
+from residual_saes.analyze.studies.catalogue import study as catalogue
+from residual_saes.analyze.studies.catalogue.index import BLOCK, Index
+from residual_saes.analyze.study import Definition, Study
+from residual_saes.data import durable
+from residual_saes.data.errors import SettingError, StopRequest, StoreError
+from residual_saes.data.journal import Progress
+from residual_saes.data.settings import build
+from residual_saes.data.site import ATTN_OUT, MLP_OUT, RESID_POST, HookPoint, hook_name
+from residual_saes.train.run import text_of
 
 ROOT = "v1"
 SOURCE = "source.jsonl"

@@ -25,22 +25,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analyze import refusals
-from analyze.losses import ALL, CLEAN
-from analyze.memory import Needed, of_pass, of_sae
-from analyze.outcome import Outcome, Table, dumped
-from analyze.peers import saebench_metrics
-from analyze.peers.saebench_metrics import DEFINITIONS, Measured, Metrics
-from analyze.results import current, made
-from analyze.stats import Floats, figure, formatted, resampled, variance_explained
-from analyze.study import Definition, Study, at_least
-from analyze.subject import Subject
-from data import durable
-from data.rows.split import Policy
-from data.rows.statistics import told
-from data.settings import build
-from train.export import saelens
-from train.export.format import About, about
+from residual_saes.analyze import refusals
+from residual_saes.analyze.losses import ALL, CLEAN
+from residual_saes.analyze.memory import Needed, of_pass, of_sae
+from residual_saes.analyze.outcome import Outcome, Table, dumped
+from residual_saes.analyze.peers import saebench_metrics
+from residual_saes.analyze.peers.saebench_metrics import DEFINITIONS, Measured, Metrics
+from residual_saes.analyze.results import current, made
+from residual_saes.analyze.stats import Floats, figure, formatted, resampled, variance_explained
+from residual_saes.analyze.study import Definition, Study, at_least
+from residual_saes.analyze.subject import Subject
+from residual_saes.data import durable
+from residual_saes.data.rows.split import Policy
+from residual_saes.data.rows.statistics import told
+from residual_saes.data.settings import build
+from residual_saes.train.export import saelens
+from residual_saes.train.export.format import About, about
 
 FOLDER = "core"  # SAEBench's plots read the kind of a result from its path
 SUFFIX = "_eval_results.json"  # by which the plots find it

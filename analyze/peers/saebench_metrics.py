@@ -45,15 +45,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyze.latents.directions import nearest, neighbours
-from analyze.latents.encoding import taken
-from analyze.stats import Floats
-from analyze.subject import Subject
-from data.errors import StopRequest, StoreError
-from data.journal import Progress
-from data.rows.statistics import Tally
-from train import dead
-from train.kernels import Kept
+from residual_saes.analyze.latents.directions import nearest, neighbours
+from residual_saes.analyze.latents.encoding import taken
+from residual_saes.analyze.stats import Floats
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.errors import StopRequest, StoreError
+from residual_saes.data.journal import Progress
+from residual_saes.data.rows.statistics import Tally
+from residual_saes.train import dead
+from residual_saes.train.kernels import Kept
 
 DEFINITIONS = "sae_bench 0.6.0 (commit 8042bb3), evals/core"
 BATCH_TOKENS = 16 * 128  # SAEBench's defaults: batch_size_prompts and context_size

@@ -17,20 +17,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analyze.kept import grow, read_lines
-from analyze.language_model import Generation, Sampling, generate
-from analyze.outcome import dumped
-from analyze.questions import problems
-from analyze.questions.problems import Example, Problem, Solution
-from analyze.questions.prompts import ENDS, IN_TURNS, PROMPTS, cut, drawn
-from analyze.study import Study, find
-from data import durable
-from data.errors import SettingError, StopRequest
-from data.journal import Progress, tell
-from data.settings import build
-from harvest.chat_template import Turns
-from harvest.model import LanguageModel
-from harvest.tokens import Tokenizer
+from residual_saes.analyze.kept import grow, read_lines
+from residual_saes.analyze.language_model import Generation, Sampling, generate
+from residual_saes.analyze.outcome import dumped
+from residual_saes.analyze.questions import problems
+from residual_saes.analyze.questions.problems import Example, Problem, Solution
+from residual_saes.analyze.questions.prompts import ENDS, IN_TURNS, PROMPTS, cut, drawn
+from residual_saes.analyze.study import Study, find
+from residual_saes.data import durable
+from residual_saes.data.errors import SettingError, StopRequest
+from residual_saes.data.journal import Progress, tell
+from residual_saes.data.settings import build
+from residual_saes.harvest.chat_template import Turns
+from residual_saes.harvest.model import LanguageModel
+from residual_saes.harvest.tokens import Tokenizer
 
 VERSION = 1  # of the kept answers: raise it when the same settings give other ones
 GRADINGS = ("strict", "flexible")

@@ -11,11 +11,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from analyze import json_lines
-from analyze.questions.truth import NotANumber, is_right, truth_of
-from data import durable
-from data.errors import SettingError, StoreError
-from data.tiny import problems as tiny
+from residual_saes.analyze import json_lines
+from residual_saes.analyze.questions.truth import NotANumber, is_right, truth_of
+from residual_saes.data import durable
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.tiny import problems as tiny
 
 TINY = "tiny"
 PARTS = ("train", "test")  # of a folder of problems: its files, as GSM8K's are named

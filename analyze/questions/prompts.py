@@ -6,9 +6,9 @@ import random
 import re
 from collections.abc import Callable, Sequence
 
-from analyze.questions.problems import Example
-from data.errors import SettingError
-from harvest.tokens import Tokenizer
+from residual_saes.analyze.questions.problems import Example
+from residual_saes.data.errors import SettingError
+from residual_saes.harvest.tokens import Tokenizer
 
 # Of the examples that are drawn for a prompt: lm-evaluation-harness' default.
 _SEED = 1234

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.questions.answering import Answer
-from analyze.questions.problems import Problem
-from data import durable
-from data.errors import SettingError
+from residual_saes.analyze.questions.answering import Answer
+from residual_saes.analyze.questions.problems import Problem
+from residual_saes.data import durable
+from residual_saes.data.errors import SettingError
 
 TRAIN = "train"  # the part of the problems that chooses, see analyze.questions.problems
 

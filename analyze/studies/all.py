@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
-from analyze.outcome import Outcome
-from analyze.questions.answering import NoProblemsError
-from analyze.study import Definition, Study, find
-from data.errors import (
+from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.questions.answering import NoProblemsError
+from residual_saes.analyze.study import Definition, Study, find
+from residual_saes.data.errors import (
     AGAIN,
     PipelineError,
     SettingError,
@@ -23,8 +23,8 @@ from data.errors import (
     first_line,
     is_passing,
 )
-from data.journal import tell
-from data.machine import is_out_of_memory
+from residual_saes.data.journal import tell
+from residual_saes.data.machine import is_out_of_memory
 
 ORDER = (
     "quality",

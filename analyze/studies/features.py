@@ -21,20 +21,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from markupsafe import Markup
 
-from analyze import given, refusals, shelf
-from analyze.latents import rates, text_features
-from analyze.latents.contexts import visible
-from analyze.latents.rates import Rates
-from analyze.latents.text_features import Reader, TextFeatures, word
-from analyze.outcome import Outcome, Table
-from analyze.pages.template import rendered
-from analyze.results import FOLDER, PAGE
-from analyze.study import Definition, Study, at_least
-from analyze.subject import Subject
-from data import durable
-from data.errors import SettingError
-from data.settings import build
-from data.text.documents import Content
+from residual_saes.analyze import given, refusals, shelf
+from residual_saes.analyze.latents import rates, text_features
+from residual_saes.analyze.latents.contexts import visible
+from residual_saes.analyze.latents.rates import Rates
+from residual_saes.analyze.latents.text_features import Reader, TextFeatures, word
+from residual_saes.analyze.outcome import Outcome, Table
+from residual_saes.analyze.pages.template import rendered
+from residual_saes.analyze.results import FOLDER, PAGE
+from residual_saes.analyze.study import Definition, Study, at_least
+from residual_saes.analyze.subject import Subject
+from residual_saes.data import durable
+from residual_saes.data.errors import SettingError
+from residual_saes.data.settings import build
+from residual_saes.data.text.documents import Content
 
 VERSION = 1
 _EXAMPLES = 5  # tokens of the catalogue that tell what a latent is
@@ -243,7 +243,11 @@ def _of_text(block: Mapping[str, Any]) -> Table:
 
 
 def page_of(study: Study, blocks: Sequence[Mapping[str, Any]]) -> bytes:
-    script = resources.files("analyze.pages").joinpath("templates", "features.js").read_text()
+    script = (
+        resources.files("residual_saes.analyze.pages")
+        .joinpath("templates", "features.js")
+        .read_text()
+    )
     digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
     shown = []
     for block in blocks:

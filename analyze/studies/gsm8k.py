@@ -7,11 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from analyze.outcome import Outcome, Table
-from analyze.questions.answering import GENERATED, Answer, answers, asking_of, inputs, prompt_of
-from analyze.stats import FEW, Floats, Interval, bootstrap_ratio, sums_by, wilson
-from analyze.study import Definition, Study
-from data.errors import StopRequest
+from residual_saes.analyze.outcome import Outcome, Table
+from residual_saes.analyze.questions.answering import (
+    GENERATED,
+    Answer,
+    answers,
+    asking_of,
+    inputs,
+    prompt_of,
+)
+from residual_saes.analyze.stats import FEW, Floats, Interval, bootstrap_ratio, sums_by, wilson
+from residual_saes.analyze.study import Definition, Study
+from residual_saes.data.errors import StopRequest
 
 
 def gsm8k(study: Study) -> Outcome:

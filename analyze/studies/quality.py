@@ -32,11 +32,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyze import stats
-from analyze.latents.directions import neighbours
-from analyze.memory import Needed, of_pass, rows_read, width_of
-from analyze.outcome import Outcome, Table, dumped, markdown
-from analyze.reconstruction import (
+from residual_saes.analyze import stats
+from residual_saes.analyze.latents.directions import neighbours
+from residual_saes.analyze.memory import Needed, of_pass, rows_read, width_of
+from residual_saes.analyze.outcome import Outcome, Table, dumped, markdown
+from residual_saes.analyze.reconstruction import (
     BATCH_ROWS,
     LINEAR,
     SHUFFLED,
@@ -49,15 +49,15 @@ from analyze.reconstruction import (
     measure,
     of,
 )
-from analyze.stats import Floats
-from analyze.study import Definition, Study, at_least
-from analyze.subject import Subject
-from data.markdown import escaped
-from data.rows import statistics
-from data.rows import summary as summary_of_layer
-from data.rows.split import Policy
-from data.settings import build
-from data.store.moments import Moments
+from residual_saes.analyze.stats import Floats
+from residual_saes.analyze.study import Definition, Study, at_least
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.markdown import escaped
+from residual_saes.data.rows import statistics
+from residual_saes.data.rows import summary as summary_of_layer
+from residual_saes.data.rows.split import Policy
+from residual_saes.data.settings import build
+from residual_saes.data.store.moments import Moments
 
 _HISTOGRAM_BINS = 40
 NAMED = {  # figures that are one number, as people read them

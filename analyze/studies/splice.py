@@ -40,24 +40,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analyze import language_model, linear, losses, refusals
-from analyze.drawing import Line, bands, whiskers
-from analyze.losses import ALL, CLEAN, SEED, TRAINED, Batch, Edit, Losses, Taken, choose, ratios
-from analyze.outcome import Outcome, Picture, Table
-from analyze.parts import NOWHERE, Parts
-from analyze.pieces import Piece
-from analyze.questions.answering import model_key
-from analyze.results import digest_of
-from analyze.stats import formatted, resampled, sums_by
-from analyze.study import Definition, Study
-from analyze.subject import Subject
-from data import durable
-from data.errors import SettingError
-from data.settings import build
-from data.site import ATTN_OUT, RESID_MID, HookPoint
-from harvest.model import LanguageModel
-from harvest.site import edited_at
-from train.ports import Port
+from residual_saes.analyze import language_model, linear, losses, refusals
+from residual_saes.analyze.drawing import Line, bands, whiskers
+from residual_saes.analyze.losses import (
+    ALL,
+    CLEAN,
+    SEED,
+    TRAINED,
+    Batch,
+    Edit,
+    Losses,
+    Taken,
+    choose,
+    ratios,
+)
+from residual_saes.analyze.outcome import Outcome, Picture, Table
+from residual_saes.analyze.parts import NOWHERE, Parts
+from residual_saes.analyze.pieces import Piece
+from residual_saes.analyze.questions.answering import model_key
+from residual_saes.analyze.results import digest_of
+from residual_saes.analyze.stats import formatted, resampled, sums_by
+from residual_saes.analyze.study import Definition, Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.data import durable
+from residual_saes.data.errors import SettingError
+from residual_saes.data.settings import build
+from residual_saes.data.site import ATTN_OUT, RESID_MID, HookPoint
+from residual_saes.harvest.model import LanguageModel
+from residual_saes.harvest.site import edited_at
+from residual_saes.train.ports import Port
 
 VERSION = 1  # of the kept losses: raise it when the same pieces give other ones
 _SPANS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 2**62)  # of positions

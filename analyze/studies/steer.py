@@ -18,17 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from analyze import given, refusals, shelf
-from analyze.changes import steered
-from analyze.changes.steered import Push, Writer
-from analyze.language_model import Generation
-from analyze.latents import rates
-from analyze.latents.matched import random_latents
-from analyze.outcome import Outcome, Table
-from analyze.pages.template import rendered
-from analyze.study import Definition, Study, at_least
-from data.errors import PipelineError, SettingError
-from data.settings import build
+from residual_saes.analyze import given, refusals, shelf
+from residual_saes.analyze.changes import steered
+from residual_saes.analyze.changes.steered import Push, Writer
+from residual_saes.analyze.language_model import Generation
+from residual_saes.analyze.latents import rates
+from residual_saes.analyze.latents.matched import random_latents
+from residual_saes.analyze.outcome import Outcome, Table
+from residual_saes.analyze.pages.template import rendered
+from residual_saes.analyze.study import Definition, Study, at_least
+from residual_saes.data.errors import PipelineError, SettingError
+from residual_saes.data.settings import build
 
 VERSION = 1
 

@@ -17,20 +17,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from analyze.results import FOLDER
-from analyze.study import Definition
-from analyze.subject import open_store, places_of, recorded_stores, require_each
-from data import digests, durable, locks, sealed
-from data.digests import Digests
-from data.errors import PipelineError, SettingError, StoreError, TemporaryError
-from data.journal import Progress, size, tell
-from data.settings import build
-from data.store import repair
-from data.store.place import place_of
-from data.store.store import Store
-from train import checkpoint, sae_file
-from train import run as runs
-from train.run import CHECKPOINTS, CONFIG, METRICS, TIMINGS, named_or_newest
+from residual_saes.analyze.results import FOLDER
+from residual_saes.analyze.study import Definition
+from residual_saes.analyze.subject import open_store, places_of, recorded_stores, require_each
+from residual_saes.data import digests, durable, locks, sealed
+from residual_saes.data.digests import Digests
+from residual_saes.data.errors import PipelineError, SettingError, StoreError, TemporaryError
+from residual_saes.data.journal import Progress, size, tell
+from residual_saes.data.settings import build
+from residual_saes.data.store import repair
+from residual_saes.data.store.place import place_of
+from residual_saes.data.store.store import Store
+from residual_saes.train import checkpoint, sae_file
+from residual_saes.train import run as runs
+from residual_saes.train.run import CHECKPOINTS, CONFIG, METRICS, TIMINGS, named_or_newest
 
 _TRIES = 3  # of a folder whose record changes while it is read
 

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from analyze import outcome as outcomes
-from analyze.outcome import Outcome, Table, printed
-from analyze.study import Definition
-from data import durable
-from data.errors import MismatchError, SettingError
-from data.journal import show, tell
-from data.settings import build
-from train.run import metrics_of, named_or_newest, read_config
+from residual_saes.analyze import outcome as outcomes
+from residual_saes.analyze.outcome import Outcome, Table, printed
+from residual_saes.analyze.study import Definition
+from residual_saes.data import durable
+from residual_saes.data.errors import MismatchError, SettingError
+from residual_saes.data.journal import show, tell
+from residual_saes.data.settings import build
+from residual_saes.train.run import metrics_of, named_or_newest, read_config
 
 _SAME_ROWS = ("store", "layer", "site", "stores", "policy")  # settings by which rows are the same
 _ROWS = 12  # of the table

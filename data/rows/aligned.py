@@ -11,10 +11,10 @@ from functools import cache
 
 import numpy as np
 
-from data.errors import SettingError, StoreError
-from data.rows.source import Source
-from data.store import ledger, records, retention
-from data.store.store import Store
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.rows.source import Source
+from residual_saes.data.store import ledger, records, retention
+from residual_saes.data.store.store import Store
 
 _SETTINGS = ("seed", "unit", "context", "chunk")  # of the manifest, which decide places of rows
 _ARRAYS = ("tokens", "document")  # a document's first token is a BOS row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from data.errors import StopRequest
+from residual_saes.data.errors import StopRequest
 
 
 class Follower(Protocol):

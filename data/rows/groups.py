@@ -12,15 +12,15 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import SettingError, StopRequest, StoreError, TemporaryError
-from data.journal import heartbeat, note, tell
-from data.rows import summary
-from data.rows.follower import Follower
-from data.rows.rounds import KeptRows
-from data.rows.source import Source
-from data.rows.split import held_out_units, training_units
-from data.store import ring_state
-from data.store.ring_state import Registration, RingState
+from residual_saes.data.errors import SettingError, StopRequest, StoreError, TemporaryError
+from residual_saes.data.journal import heartbeat, note, tell
+from residual_saes.data.rows import summary
+from residual_saes.data.rows.follower import Follower
+from residual_saes.data.rows.rounds import KeptRows
+from residual_saes.data.rows.source import Source
+from residual_saes.data.rows.split import held_out_units, training_units
+from residual_saes.data.store import ring_state
+from residual_saes.data.store.ring_state import Registration, RingState
 
 # Later groups may drop twice the first group's share of rows, and 1/1000 of them.
 _MARGIN = 1000

@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data import order
-from data.errors import SettingError, StoreError
-from data.rows import aligned, split, statistics, windows
-from data.rows.follower import Follower
-from data.rows.rounds import KeptRows, rounds_of
-from data.rows.source import Source
-from data.rows.split import Policy
-from data.rows.windows import Filler, Tuning, Window
+from residual_saes.data import order
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.rows import aligned, split, statistics, windows
+from residual_saes.data.rows.follower import Follower
+from residual_saes.data.rows.rounds import KeptRows, rounds_of
+from residual_saes.data.rows.source import Source
+from residual_saes.data.rows.split import Policy
+from residual_saes.data.rows.windows import Filler, Tuning, Window
 
 # Inner chunks that are shuffled together in memory: 2.7 GB at width 2560. With
 # documents of 1,024 tokens in units of 65,536, a window of 128 chunks puts 8,234 documents in a

@@ -15,16 +15,16 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import StoreError
-from data.journal import Progress
-from data.rows import summary
-from data.rows.follower import Follower, FollowsNobody
-from data.rows.source import Source
-from data.rows.split import EXCLUDED, Policy, training_units
-from data.rows.summary import Summary
-from data.store import retention
-from data.store.kinds import BOS
-from data.store.store import Store
+from residual_saes.data.errors import StoreError
+from residual_saes.data.journal import Progress
+from residual_saes.data.rows import summary
+from residual_saes.data.rows.follower import Follower, FollowsNobody
+from residual_saes.data.rows.source import Source
+from residual_saes.data.rows.split import EXCLUDED, Policy, training_units
+from residual_saes.data.rows.summary import Summary
+from residual_saes.data.store import retention
+from residual_saes.data.store.kinds import BOS
+from residual_saes.data.store.store import Store
 
 
 class Rounds(Protocol):
@@ -226,6 +226,6 @@ def rounds_of(kept: KeptRows, batch: int, poll_s: float) -> Rounds:
     """
     if retention.read(kept.store.place).span is None:
         return Passes(kept, batch)
-    from data.rows.groups import Groups
+    from residual_saes.data.rows.groups import Groups
 
     return Groups(kept, batch, poll_s)

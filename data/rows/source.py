@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import StoreError
-from data.site import RESID_POST, HookPoint, Point
-from data.store.kinds import NON_FINITE
-from data.store.store import Store
+from residual_saes.data.errors import StoreError
+from residual_saes.data.site import RESID_POST, HookPoint, Point
+from residual_saes.data.store.kinds import NON_FINITE
+from residual_saes.data.store.store import Store
 
 
 class Source(NamedTuple):

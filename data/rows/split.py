@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data import order
-from data.errors import SettingError, StoreError
-from data.rows import source as rows_source
-from data.rows.source import Source
-from data.site import Point
-from data.store.kinds import BOS, ORDINARY, OUTLIER
-from data.store.store import Store
+from residual_saes.data import order
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.rows import source as rows_source
+from residual_saes.data.rows.source import Source
+from residual_saes.data.site import Point
+from residual_saes.data.store.kinds import BOS, ORDINARY, OUTLIER
+from residual_saes.data.store.store import Store
 
 TRAINING, HELD_OUT = range(2)
 

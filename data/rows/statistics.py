@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.rows import summary
-from data.rows.rounds import KeptRows
-from data.rows.source import Source
-from data.rows.split import (
+from residual_saes.data.rows import summary
+from residual_saes.data.rows.rounds import KeptRows
+from residual_saes.data.rows.source import Source
+from residual_saes.data.rows.split import (
     EXCLUDED,
     TRAINING,
     Policy,
@@ -26,12 +26,12 @@ from data.rows.split import (
     stored_kind,
     training_units,
 )
-from data.rows.summary import Summary
-from data.site import Point
-from data.store import retention
-from data.store.kinds import BOS, NON_FINITE, OUTLIER, OUTLIER_NORM
-from data.store.moments import Moments
-from data.store.store import Store
+from residual_saes.data.rows.summary import Summary
+from residual_saes.data.site import Point
+from residual_saes.data.store import retention
+from residual_saes.data.store.kinds import BOS, NON_FINITE, OUTLIER, OUTLIER_NORM
+from residual_saes.data.store.moments import Moments
+from residual_saes.data.store.store import Store
 
 # Rows of a sample: an error of 1/500 of a channel's deviation in its mean, for reading 1.3 GB.
 _SAMPLED = 262_144

@@ -13,13 +13,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data.rows.split import HELD_OUT, TRAINING, parts
-from data.site import HookPoint, Point
-from data.store import records
-from data.store.arrays import KINDS
-from data.store.kinds import ORDINARY
-from data.store.moments import Moments, merge_all
-from data.store.store import Store
+from residual_saes.data.rows.split import HELD_OUT, TRAINING, parts
+from residual_saes.data.site import HookPoint, Point
+from residual_saes.data.store import records
+from residual_saes.data.store.arrays import KINDS
+from residual_saes.data.store.kinds import ORDINARY
+from residual_saes.data.store.moments import Moments, merge_all
+from residual_saes.data.store.store import Store
 
 
 class Summary(NamedTuple):

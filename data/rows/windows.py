@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data import order
-from data.errors import StoreError
-from data.rows.source import Source
-from data.rows.split import Policy
-from data.store.shard import SCATTER_BYTES, Shard
+from residual_saes.data import order
+from residual_saes.data.errors import StoreError
+from residual_saes.data.rows.source import Source
+from residual_saes.data.rows.split import Policy
+from residual_saes.data.store.shard import SCATTER_BYTES, Shard
 
 _PAGE = 4096
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from data.errors import SettingError
-from data.site import RESID_POST, HookPoint, Point
-from data.store.codec import Codec, exact
-from data.store.shard import UnitArray, native, object_key
+from residual_saes.data.errors import SettingError
+from residual_saes.data.site import RESID_POST, HookPoint, Point
+from residual_saes.data.store.codec import Codec, exact
+from residual_saes.data.store.shard import UnitArray, native, object_key
 
 KINDS = 3  # BOS, OUTLIER, ORDINARY: the kinds of rows that have statistics
 

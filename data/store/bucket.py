@@ -16,11 +16,11 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Self, TypeVar
 
-from data import durable
-from data.durable import Buffer, Written
-from data.errors import SettingError, caused, first_line
-from data.store.claims import Claims
-from data.store.leases import Leases, Tag, Tagged
+from residual_saes.data import durable
+from residual_saes.data.durable import Buffer, Written
+from residual_saes.data.errors import SettingError, caused, first_line
+from residual_saes.data.store.claims import Claims
+from residual_saes.data.store.leases import Leases, Tag, Tagged
 
 T = TypeVar("T")
 

@@ -19,9 +19,9 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from data import durable, locks
-from data.errors import StoreError
-from data.journal import tell
+from residual_saes.data import durable, locks
+from residual_saes.data.errors import StoreError
+from residual_saes.data.journal import tell
 
 # Claims of other things than units: reading the text, writing Zarr metadata, being at work in the
 # store, changing a ring's records.

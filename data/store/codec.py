@@ -28,14 +28,14 @@ import numpy as np
 from numcodecs import Blosc
 from numpy.typing import NDArray
 
-from data.durable import Buffer
-from data.errors import SettingError, StoreError
-from data.site import HookPoint, Point
+from residual_saes.data.durable import Buffer
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.site import HookPoint, Point
 
 if TYPE_CHECKING:  # the process that writes the spine runs without torch
     import torch
 
-    from data.store.place import Place
+    from residual_saes.data.store.place import Place
 
 # Blosc's own threads append blocks in the order in which they finish: other bytes every time. Our
 # threads take a chunk each.
@@ -229,7 +229,7 @@ def of_rows(name: str, place: Place, point: Point) -> Codec:
     """
     if is_lossless(name):
         return exact(name, 2)
-    from data.store import scales
+    from residual_saes.data.store import scales
 
     return scales.read(place, point)
 
@@ -238,7 +238,7 @@ def unfitted(name: str, place: Place, points: Iterable[Point]) -> list[HookPoint
     """The points to which the codec must be fitted before their first row is written."""
     if is_lossless(name):
         return []
-    from data.store import scales
+    from residual_saes.data.store import scales
 
     return [point for point in map(HookPoint.of, points) if not scales.exist(place, point)]
 
@@ -256,7 +256,7 @@ def fitted_point(key: str) -> HookPoint | None:
 
 def restore_fit(place: Place, point: Point) -> bool:
     """Write that record again from its copies in Zarr metadata; False if there are none."""
-    from data.store import scales
+    from residual_saes.data.store import scales
 
     return scales.restore(place, point)
 
@@ -268,6 +268,6 @@ def fit(place: Place, point: Point, rows: torch.Tensor, bos: torch.Tensor) -> No
         rows: (n, d) bfloat16, a sample of the point's rows.
         bos: (n,) which of them are BOS.
     """
-    from data.store import scales
+    from residual_saes.data.store import scales
 
     scales.freeze(place, point, rows, bos)

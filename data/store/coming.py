@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import cache
 
-from data import durable
-from data.journal import heartbeat, note, tell
-from data.store import manifest, ring_state
-from data.store.claims import COMING
-from data.store.ledger import RESIDUALS
-from data.store.place import CLAIMS, LocalPlace, Place, place_of
+from residual_saes.data import durable
+from residual_saes.data.journal import heartbeat, note, tell
+from residual_saes.data.store import manifest, ring_state
+from residual_saes.data.store.claims import COMING
+from residual_saes.data.store.ledger import RESIDUALS
+from residual_saes.data.store.place import CLAIMS, LocalPlace, Place, place_of
 
 # A harvest that is started with the training loads libraries and asks the hub for its plan first.
 PATIENCE_S = 30.0

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from data.errors import PipelineError, SettingError
-from data.site import HookPoint
-from data.store import manifest, retention
-from data.store.coming import is_announced
-from data.store.place import place_of
-from data.store.store import Store
+from residual_saes.data.errors import PipelineError, SettingError
+from residual_saes.data.site import HookPoint
+from residual_saes.data.store import manifest, retention
+from residual_saes.data.store.coming import is_announced
+from residual_saes.data.store.place import place_of
+from residual_saes.data.store.store import Store
 
 FOLDER = Path("activations")
 

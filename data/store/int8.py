@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 from zarr.abc.codec import ArrayBytesCodec
 from zarr.registry import register_codec
 
-from data.errors import SettingError, StoreError
-from data.store.moments import Moments
-from data.store.zarr_bfloat16 import to_float32
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.store.moments import Moments
+from residual_saes.data.store.zarr_bfloat16 import to_float32
 
 NAME = "standardized_int8"
 SCALE_BYTES = 4

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple, Protocol
 
-from data import stopping
-from data.errors import StoreError
-from data.store.claims import FIRST_UNIT, METADATA, PRESENCE, RING, SPINE
+from residual_saes.data import stopping
+from residual_saes.data.errors import StoreError
+from residual_saes.data.store.claims import FIRST_UNIT, METADATA, PRESENCE, RING, SPINE
 
 FOLDER = "commits/leases"
 LIFE_S = 30.0  # of a lease that nobody renews

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import SettingError, StoreError, TemporaryError
-from data.site import RESID_POST, SITES, HookPoint, Point
-from data.store import packs, records
-from data.store.arrays import points_of, rows_key, rows_name
-from data.store.packs import Content, Pack
-from data.store.place import Place
-from data.store.retention import Absences
+from residual_saes.data.errors import SettingError, StoreError, TemporaryError
+from residual_saes.data.site import RESID_POST, SITES, HookPoint, Point
+from residual_saes.data.store import packs, records
+from residual_saes.data.store.arrays import points_of, rows_key, rows_name
+from residual_saes.data.store.packs import Content, Pack
+from residual_saes.data.store.place import Place
+from residual_saes.data.store.retention import Absences
 
 SPINE, RESIDUALS = "commits/spine", "commits/residuals"
 _SPINE_RECORD = re.compile(r"(?P<unit>\d{8})\.json")

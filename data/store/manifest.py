@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from data.errors import MismatchError, StoreError, differences
-from data.store import records
-from data.store.claims import Claims
-from data.store.place import Place
+from residual_saes.data.errors import MismatchError, StoreError, differences
+from residual_saes.data.store import records
+from residual_saes.data.store.claims import Claims
+from residual_saes.data.store.place import Place
 
 FORMAT = 2
 KEY = "commits/manifest.json"

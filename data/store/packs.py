@@ -22,10 +22,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
-from data import durable
-from data.errors import StoreError
-from data.store import records
-from data.store.place import Place
+from residual_saes.data import durable
+from residual_saes.data.errors import StoreError
+from residual_saes.data.store import records
+from residual_saes.data.store.place import Place
 
 FOLDER = "commits/packs"
 SPINE = "spine"  # the kind of packs of the spine's records

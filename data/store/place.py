@@ -13,13 +13,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol, Self
 
-from data import durable
-from data.durable import Buffer, Written
-from data.errors import SettingError
-from data.journal import tell
-from data.secrets import BELONG, kind_in_url
-from data.store.claims import Claims, FileClaims, NoLocksError
-from data.store.leases import Leases, Objects, Tag, Tagged
+from residual_saes.data import durable
+from residual_saes.data.durable import Buffer, Written
+from residual_saes.data.errors import SettingError
+from residual_saes.data.journal import tell
+from residual_saes.data.secrets import BELONG, kind_in_url
+from residual_saes.data.store.claims import Claims, FileClaims, NoLocksError
+from residual_saes.data.store.leases import Leases, Objects, Tag, Tagged
 
 CLAIMS = "commits/claims"  # in a folder
 
@@ -131,7 +131,7 @@ def place_of(where: str | Path | Place) -> Place:
         return LocalPlace(Path(where))
     if scheme == "file":
         return LocalPlace(Path(where.removeprefix("file://")))
-    from data.store.bucket import SCHEMES, ObjectPlace
+    from residual_saes.data.store.bucket import SCHEMES, ObjectPlace
 
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)

@@ -10,8 +10,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from data import durable
-from data.errors import StoreError
+from residual_saes.data import durable
+from residual_saes.data.errors import StoreError
 
 # The checksum stands first, at a fixed position, and is over the bytes behind it. A store of a
 # billion tokens has 30,000 records. To encode each again for its check would take longer than all

@@ -13,19 +13,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
-from data.durable import Written
-from data.errors import StoreError, TemporaryError
-from data.journal import Progress
-from data.site import HookPoint
-from data.store import codec, ledger, manifest, packs, records, ring_state, zarr_json
-from data.store.arrays import Arrays, points_of
-from data.store.packs import Pack
-from data.store.place import Place
-from data.store.retention import Absences
-from data.store.ring_state import REGISTRATIONS
-from data.store.store import Store
-from data.store.verified import Verified, nowhere
-from data.store.zarr_json import GROUP, Found
+from residual_saes.data.durable import Written
+from residual_saes.data.errors import StoreError, TemporaryError
+from residual_saes.data.journal import Progress
+from residual_saes.data.site import HookPoint
+from residual_saes.data.store import codec, ledger, manifest, packs, records, ring_state, zarr_json
+from residual_saes.data.store.arrays import Arrays, points_of
+from residual_saes.data.store.packs import Pack
+from residual_saes.data.store.place import Place
+from residual_saes.data.store.retention import Absences
+from residual_saes.data.store.ring_state import REGISTRATIONS
+from residual_saes.data.store.store import Store
+from residual_saes.data.store.verified import Verified, nowhere
+from residual_saes.data.store.zarr_json import GROUP, Found
 
 _FOLDERS = (
     "commits/spine",

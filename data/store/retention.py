@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from data.errors import StoreError
-from data.site import HookPoint
-from data.store import ring_state
-from data.store.claims import Claims
-from data.store.place import Place
-from data.store.ring_state import RingState
+from residual_saes.data.errors import StoreError
+from residual_saes.data.site import HookPoint
+from residual_saes.data.store import ring_state
+from residual_saes.data.store.claims import Claims
+from residual_saes.data.store.place import Place
+from residual_saes.data.store.ring_state import RingState
 
 
 class KeepAll:

@@ -27,18 +27,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from data import order
-from data.errors import StoreError
-from data.journal import size, tell
-from data.site import HookPoint, Point
-from data.store import ring_state
-from data.store.arrays import rows_key, rows_name
-from data.store.claims import RING, Claims
-from data.store.retention import KeepAll
-from data.store.ring_state import REGISTRATIONS, RingState, registrations
+from residual_saes.data import order
+from residual_saes.data.errors import StoreError
+from residual_saes.data.journal import size, tell
+from residual_saes.data.site import HookPoint, Point
+from residual_saes.data.store import ring_state
+from residual_saes.data.store.arrays import rows_key, rows_name
+from residual_saes.data.store.claims import RING, Claims
+from residual_saes.data.store.retention import KeepAll
+from residual_saes.data.store.ring_state import REGISTRATIONS, RingState, registrations
 
 if TYPE_CHECKING:
-    from data.store.store import Store
+    from residual_saes.data.store.store import Store
 
 
 def join(

@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import NamedTuple
 
-from data.errors import SettingError, StoreError
-from data.journal import size
-from data.site import HookPoint
-from data.store import records
-from data.store.arrays import rows_key, rows_name
-from data.store.claims import RING, Claims
-from data.store.place import Place
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.journal import size
+from residual_saes.data.site import HookPoint
+from residual_saes.data.store import records
+from residual_saes.data.store.arrays import rows_key, rows_name
+from residual_saes.data.store.claims import RING, Claims
+from residual_saes.data.store.place import Place
 
 KEY, COPY = "commits/ring.json", "commits/ring_copy.json"
 REGISTRATIONS = "commits/readers"

@@ -17,16 +17,16 @@ import torch
 from numcodecs import Blosc
 from numpy.typing import NDArray
 
-from data.durable import Buffer
-from data.errors import StoreError
-from data.site import HookPoint, Point
-from data.store import records, zarr_json
-from data.store.arrays import rows_name
-from data.store.codec import Codec, blosc, blosc_metadata, fit_key, unpack_blosc
-from data.store.int8 import StandardizedInt8, squared_errors, standardisation
-from data.store.kinds import ORDINARY, describe
-from data.store.moments import Moments
-from data.store.place import Place
+from residual_saes.data.durable import Buffer
+from residual_saes.data.errors import StoreError
+from residual_saes.data.site import HookPoint, Point
+from residual_saes.data.store import records, zarr_json
+from residual_saes.data.store.arrays import rows_name
+from residual_saes.data.store.codec import Codec, blosc, blosc_metadata, fit_key, unpack_blosc
+from residual_saes.data.store.int8 import StandardizedInt8, squared_errors, standardisation
+from residual_saes.data.store.kinds import ORDINARY, describe
+from residual_saes.data.store.moments import Moments
+from residual_saes.data.store.place import Place
 
 _COMPRESSOR = blosc(Blosc.NOSHUFFLE)
 

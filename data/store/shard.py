@@ -23,10 +23,10 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from data.durable import Buffer
-from data.errors import StoreError, TemporaryError, is_passing
-from data.store.codec import CRC_BYTES, Codec
-from data.store.place import Loaded, LocalPlace, Place
+from residual_saes.data.durable import Buffer
+from residual_saes.data.errors import StoreError, TemporaryError, is_passing
+from residual_saes.data.store.codec import CRC_BYTES, Codec
+from residual_saes.data.store.place import Loaded, LocalPlace, Place
 
 # Bytes that `scatter` reads, checks and moves at a time: 0.66 MB, which fit a core's second-level
 # cache of 1 MB.

@@ -45,22 +45,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data import order
-from data.durable import Written
-from data.errors import StoreError
-from data.site import RESID_POST, HookPoint, Point
-from data.store import codec, ledger, manifest, packs, records, zarr_json
-from data.store.arrays import Arrays
-from data.store.claims import Claims
-from data.store.ledger import Ledger, PointLedger
-from data.store.moments import Moments
-from data.store.place import Place, place_of
-from data.store.shard import UnitArray
-from data.store.zarr_json import GROUP
-from data.text.packing import Cursor
+from residual_saes.data import order
+from residual_saes.data.durable import Written
+from residual_saes.data.errors import StoreError
+from residual_saes.data.site import RESID_POST, HookPoint, Point
+from residual_saes.data.store import codec, ledger, manifest, packs, records, zarr_json
+from residual_saes.data.store.arrays import Arrays
+from residual_saes.data.store.claims import Claims
+from residual_saes.data.store.ledger import Ledger, PointLedger
+from residual_saes.data.store.moments import Moments
+from residual_saes.data.store.place import Place, place_of
+from residual_saes.data.store.shard import UnitArray
+from residual_saes.data.store.zarr_json import GROUP
+from residual_saes.data.text.packing import Cursor
 
 if TYPE_CHECKING:  # the process that writes the spine runs without torch
-    from data.store.unit import Prepared
+    from residual_saes.data.store.unit import Prepared
 
 _END = "commits/spine/end.json"
 

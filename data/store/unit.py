@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.store.kinds import NON_FINITE, ORDINARY, RowStatistics, describe
-from data.store.shard import UnitArray
+from residual_saes.data.store.kinds import NON_FINITE, ORDINARY, RowStatistics, describe
+from residual_saes.data.store.shard import UnitArray
 
 
 class Prepared(NamedTuple):

@@ -14,10 +14,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from data.errors import PipelineError, StoreError
-from data.journal import tell
-from data.store import records
-from data.store.place import Place
+from residual_saes.data.errors import PipelineError, StoreError
+from residual_saes.data.journal import tell
+from residual_saes.data.store import records
+from residual_saes.data.store.place import Place
 
 KEY = ".verified"
 _COUNTS_S = 86_400.0  # a file that was begun earlier is left alone

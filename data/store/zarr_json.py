@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from data.site import HookPoint
-from data.store.arrays import Arrays, points_of
-from data.store.place import Place
-from data.store.shard import UnitArray
+from residual_saes.data.site import HookPoint
+from residual_saes.data.store.arrays import Arrays, points_of
+from residual_saes.data.store.place import Place
+from residual_saes.data.store.shard import UnitArray
 
 GROUP = "zarr.json"
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from data.errors import DocumentError
+from residual_saes.data.errors import DocumentError
 
 ROLES = (
     *("system", "developer", "user", "assistant", "tool"),

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from data.errors import DocumentError
-from data.text.chats import (
+from residual_saes.data.errors import DocumentError
+from residual_saes.data.text.chats import (
     VARIABLES,
     Chat,
     Message,

@@ -19,8 +19,8 @@ from contextlib import closing
 from decimal import Decimal
 from typing import Any, BinaryIO, cast
 
-from data.errors import DocumentError, caused, first_line
-from data.text.documents import Column, Content, Document, State
+from residual_saes.data.errors import DocumentError, caused, first_line
+from residual_saes.data.text.documents import Column, Content, Document, State
 
 Position = tuple[int, int]  # rows read, bytes read
 Read = tuple[

@@ -19,12 +19,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, cast
 
-from data import durable
-from data.errors import SettingError, StoreError
-from data.text import retry
-from data.text.documents import Column, Document, State
-from data.text.formats import format_of, read_files
-from data.text.retry import persistent
+from residual_saes.data import durable
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.text import retry
+from residual_saes.data.text.documents import Column, Document, State
+from residual_saes.data.text.formats import format_of, read_files
+from residual_saes.data.text.retry import persistent
 
 TIMEOUT_S = 60.0  # of connecting, and of each silence while bytes arrive
 BLOCK_BYTES = 8 << 20  # least size of a request

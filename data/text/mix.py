@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from data import order
-from data.errors import SettingError
-from data.journal import tell
-from data.text.documents import Document, State, TextSource, characters
+from residual_saes.data import order
+from residual_saes.data.errors import SettingError
+from residual_saes.data.journal import tell
+from residual_saes.data.text.documents import Document, State, TextSource, characters
 
 _PHASE = 4096  # characters: about a document, so that sources of one weight do not begin in step
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data.text.documents import State
+from residual_saes.data.text.documents import State
 
 
 class Cursor(NamedTuple):

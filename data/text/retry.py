@@ -8,8 +8,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
-from data.errors import PipelineError, StoreError, TemporaryError, first_line, is_passing
-from data.journal import tell
+from residual_saes.data.errors import (
+    PipelineError,
+    StoreError,
+    TemporaryError,
+    first_line,
+    is_passing,
+)
+from residual_saes.data.journal import tell
 
 T = TypeVar("T")
 

@@ -20,16 +20,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
-from data import durable
-from data.errors import DocumentError, PipelineError, SettingError, caused
-from data.journal import tell
-from data.text import folder
-from data.text.documents import Column, Document, State, TextSource
-from data.text.folder import Folder
-from data.text.formats import COMPRESSIONS, FORMATS, format_of, read_files
-from data.text.hub import HubText
-from data.text.mix import Mix, Part, require_weight
-from data.tiny import problems
+from residual_saes.data import durable
+from residual_saes.data.errors import DocumentError, PipelineError, SettingError, caused
+from residual_saes.data.journal import tell
+from residual_saes.data.text import folder
+from residual_saes.data.text.documents import Column, Document, State, TextSource
+from residual_saes.data.text.folder import Folder
+from residual_saes.data.text.formats import COMPRESSIONS, FORMATS, format_of, read_files
+from residual_saes.data.text.hub import HubText
+from residual_saes.data.text.mix import Mix, Part, require_weight
+from residual_saes.data.tiny import problems
 
 
 @dataclass(frozen=True)

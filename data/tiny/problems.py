@@ -14,7 +14,7 @@ from itertools import count
 from random import Random
 from typing import Literal, NamedTuple
 
-from data.tiny.wordings import NAMES, THINGS, WORDINGS
+from residual_saes.data.tiny.wordings import NAMES, THINGS, WORDINGS
 
 Split = Literal["train", "heldout"]
 

@@ -15,20 +15,20 @@ import pyarrow as pa
 import pytest
 import torch
 
-from analyze.latents import contexts, directions
-from analyze.outcome import Outcome
-from analyze.pages.browser.serve import server
-from analyze.pages.browser.study import DEFINITION, PAGE
-from analyze.results import FEATURES
-from analyze.results import made as made_folder
-from analyze.studies.catalogue import study as catalogue
-from analyze.studies.cross_layer.study import PAIRS
-from analyze.study import Definition, Study, write_features
-from analyze.subject import Subject
-from harvest.model import ModelConfig
+from residual_saes.analyze.latents import contexts, directions
+from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.pages.browser.serve import server
+from residual_saes.analyze.pages.browser.study import DEFINITION, PAGE
+from residual_saes.analyze.results import FEATURES
+from residual_saes.analyze.results import made as made_folder
+from residual_saes.analyze.studies.catalogue import study as catalogue
+from residual_saes.analyze.studies.cross_layer.study import PAIRS
+from residual_saes.analyze.study import Definition, Study, write_features
+from residual_saes.analyze.subject import Subject
+from residual_saes.harvest.model import ModelConfig
+from residual_saes.train import sae_file
+from residual_saes.train.sae import SAE
 from tests.analyze.conftest import F, Made, make_run, random_rows
-from train import sae_file
-from train.sae import SAE
 
 HOSTILE = [
     "<script>document.title='caught'</script>",

@@ -15,22 +15,22 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
-from analyze.study import Study
-from analyze.subject import Subject
-from data import durable
-from data.rows import summary
-from data.site import MLP_IN, MLP_OUT
-from data.store.store import Store
-from data.text.sources import TinyText
-from harvest.config import HarvestConfig
-from harvest.loop import harvest
-from harvest.model import ModelConfig, load
-from harvest.model_folder import EMBEDDED
+from residual_saes.analyze.study import Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.data import durable
+from residual_saes.data.rows import summary
+from residual_saes.data.site import MLP_IN, MLP_OUT
+from residual_saes.data.store.store import Store
+from residual_saes.data.text.sources import TinyText
+from residual_saes.harvest.config import HarvestConfig
+from residual_saes.harvest.loop import harvest
+from residual_saes.harvest.model import ModelConfig, load
+from residual_saes.harvest.model_folder import EMBEDDED
+from residual_saes.train import sae, sae_file
+from residual_saes.train.optim import OptimConfig
+from residual_saes.train.run import CONFIG, source_of
 from tests.analyze.chromium import Chromium
 from tests.conftest import commit, make_store
-from train import sae, sae_file
-from train.optim import OptimConfig
-from train.run import CONFIG, source_of
 
 N, D, F, K, LAYER = 2048, 12, 40, 4, 3
 

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_module
 
-from analyze import results
-from analyze.command import command
-from analyze.studies import gsm8k
-from analyze.studies.all import DEFINITION, ORDER
-from analyze.study import Study
-from analyze.subject import Subject
-from conf.command import plain
-from data.errors import Interrupted, SettingError, TemporaryError
-from harvest import model
+from residual_saes.analyze import results
+from residual_saes.analyze.command import command
+from residual_saes.analyze.studies import gsm8k
+from residual_saes.analyze.studies.all import DEFINITION, ORDER
+from residual_saes.analyze.study import Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.conf.command import plain
+from residual_saes.data.errors import Interrupted, SettingError, TemporaryError
+from residual_saes.harvest import model
 from tests.analyze.conftest import tiny_run  # noqa: F401 (a fixture)
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -165,7 +165,7 @@ def test_its_command_line(runs: Path, calls: Calls) -> None:
     """Each study's own settings are under its name, and `~` leaves a study out."""
     without = [f"~study.{name}" for name in ORDER if name not in ("quality", "splice")]
     given = ["study=all", f"run={runs}", "device=cpu", "study.quality.rows=1024", *without]
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("residual_saes.conf", version_base="1.3"):
         settings = plain(compose("analyze", given))
         whole = plain(compose("analyze", ["study=all"]))["study"]
     assert [name for name in whole if name != "name"] == list(ORDER)

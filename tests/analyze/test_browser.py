@@ -13,20 +13,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from analyze.latents import contexts
-from analyze.outcome import Outcome
-from analyze.pages.browser import columns
-from analyze.pages.browser.joins import TOP as PARTNERS
-from analyze.pages.browser.pages import CHUNK
-from analyze.pages.browser.script import script, short
-from analyze.pages.browser.serve import server
-from analyze.pages.browser.study import DEFINITION, PAGE, browser, inputs
-from analyze.pages.browser.tokens import TOP
-from analyze.studies.catalogue import study as catalogue
-from analyze.study import Study
-from analyze.subject import Subject
-from data.errors import SettingError, StoreError
-from data.rows import summary
+from residual_saes.analyze.latents import contexts
+from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.pages.browser import columns
+from residual_saes.analyze.pages.browser.joins import TOP as PARTNERS
+from residual_saes.analyze.pages.browser.pages import CHUNK
+from residual_saes.analyze.pages.browser.script import script, short
+from residual_saes.analyze.pages.browser.serve import server
+from residual_saes.analyze.pages.browser.study import DEFINITION, PAGE, browser, inputs
+from residual_saes.analyze.pages.browser.tokens import TOP
+from residual_saes.analyze.studies.catalogue import study as catalogue
+from residual_saes.analyze.study import Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.rows import summary
+from residual_saes.train.sae import SAE, SAEConfig
 from tests.analyze.browser_site import (
     HOSTILE,
     Built,
@@ -42,7 +43,6 @@ from tests.analyze.browser_site import (
 from tests.analyze.conftest import D, F, make_run, random_rows, write_run
 from tests.analyze.test_catalogue import Truth
 from tests.conftest import commit
-from train.sae import SAE, SAEConfig
 
 
 @pytest.fixture(scope="module")

@@ -19,17 +19,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analyze.outcome import Outcome
-from analyze.studies.catalogue import index as inverted_index
-from analyze.studies.catalogue import study
-from analyze.studies.catalogue import table as feature_table
-from analyze.studies.catalogue.index import Index, Postings
-from analyze.studies.catalogue.state import BINS, Largest, State
-from analyze.study import Study
-from analyze.subject import Subject
-from data.errors import Interrupted, SettingError, StopRequest, StoreError, TemporaryError
-from data.rows.split import Policy, held_out_units
-from harvest.model import ModelConfig
+from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.studies.catalogue import index as inverted_index
+from residual_saes.analyze.studies.catalogue import study
+from residual_saes.analyze.studies.catalogue import table as feature_table
+from residual_saes.analyze.studies.catalogue.index import Index, Postings
+from residual_saes.analyze.studies.catalogue.state import BINS, Largest, State
+from residual_saes.analyze.study import Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.errors import (
+    Interrupted,
+    SettingError,
+    StopRequest,
+    StoreError,
+    TemporaryError,
+)
+from residual_saes.data.rows.split import Policy, held_out_units
+from residual_saes.harvest.model import ModelConfig
 from tests.analyze.conftest import Made
 from tests.analyze.test_quality import dense
 from tests.conftest import BOS

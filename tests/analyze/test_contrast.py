@@ -13,18 +13,18 @@ import pytest
 import torch
 from scipy import sparse
 
-from analyze.questions import answering
-from analyze.questions.problems import problem
-from analyze.questions.split import in_discovery
-from analyze.studies.contrast import choice
-from analyze.studies.contrast import study as contrast
-from analyze.studies.contrast.findings import figures
-from analyze.studies.contrast.means import Means, answer_means, caa
-from analyze.studies.contrast.study import Options, compare
-from analyze.studies.contrast.words import summary
-from analyze.study import Study
-from data.errors import Interrupted, SettingError, StopRequest, StoreError
-from data.tiny import problems as tiny
+from residual_saes.analyze.questions import answering
+from residual_saes.analyze.questions.problems import problem
+from residual_saes.analyze.questions.split import in_discovery
+from residual_saes.analyze.studies.contrast import choice
+from residual_saes.analyze.studies.contrast import study as contrast
+from residual_saes.analyze.studies.contrast.findings import figures
+from residual_saes.analyze.studies.contrast.means import Means, answer_means, caa
+from residual_saes.analyze.studies.contrast.study import Options, compare
+from residual_saes.analyze.studies.contrast.words import summary
+from residual_saes.analyze.study import Study
+from residual_saes.data.errors import Interrupted, SettingError, StopRequest, StoreError
+from residual_saes.data.tiny import problems as tiny
 
 LAYERS, D, F = 4, 20, 60
 

@@ -14,15 +14,15 @@ import pytest
 import torch
 import yaml
 
-from analyze.latents.codes import choosing_half
-from analyze.latents.matching import NONE
-from analyze.results import FEATURES
-from analyze.stats import wilson
-from analyze.studies.cross_layer import causal, pairs, rotation
-from analyze.studies.cross_layer import study as study_module
-from analyze.studies.cross_layer.pairs import LEVEL, Found
-from analyze.studies.cross_layer.rotation import Runs, coincidences
-from analyze.studies.cross_layer.study import (
+from residual_saes.analyze.latents.codes import choosing_half
+from residual_saes.analyze.latents.matching import NONE
+from residual_saes.analyze.results import FEATURES
+from residual_saes.analyze.stats import wilson
+from residual_saes.analyze.studies.cross_layer import causal, pairs, rotation
+from residual_saes.analyze.studies.cross_layer import study as study_module
+from residual_saes.analyze.studies.cross_layer.pairs import LEVEL, Found
+from residual_saes.analyze.studies.cross_layer.rotation import Runs, coincidences
+from residual_saes.analyze.studies.cross_layer.study import (
     CLASSES,
     DEFINITION,
     PAIRS,
@@ -30,12 +30,22 @@ from analyze.studies.cross_layer.study import (
     other_of,
     refuses,
 )
-from analyze.study import Study
-from analyze.subject import Subject
-from data.errors import Interrupted, PipelineError, SettingError, StopRequest, StoreError
-from data.rows import summary
-from data.store.store import Store
-from harvest.model import ModelConfig
+from residual_saes.analyze.study import Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.errors import (
+    Interrupted,
+    PipelineError,
+    SettingError,
+    StopRequest,
+    StoreError,
+)
+from residual_saes.data.rows import summary
+from residual_saes.data.store.store import Store
+from residual_saes.harvest.model import ModelConfig
+from residual_saes.train import sae_file
+from residual_saes.train.ports import recorded_ports
+from residual_saes.train.run import CONFIG
+from residual_saes.train.sae import SAE, SAEConfig
 from tests.analyze.conftest import (
     LAYER,
     MLP_LAYERS,
@@ -50,10 +60,6 @@ from tests.analyze.conftest import (
 )
 from tests.analyze.planted_firing import Firing, planted, unrelated
 from tests.conftest import commit, make_store
-from train import sae_file
-from train.ports import recorded_ports
-from train.run import CONFIG
-from train.sae import SAE, SAEConfig
 
 NOWHERE = ModelConfig("nowhere/none")
 
@@ -229,7 +235,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 @pytest.fixture
 def every_unit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("analyze.subject.held_out_units", lambda store: range(store.units))
+    monkeypatch.setattr(
+        "residual_saes.analyze.subject.held_out_units", lambda store: range(store.units)
+    )
 
 
 def copied(made: Made, run: Path, weights: SAE, **settings: Any) -> Path:

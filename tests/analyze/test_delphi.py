@@ -23,21 +23,21 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load, load_file
 
-from analyze import results
-from analyze.outcome import Outcome
-from analyze.peers import delphi as package
-from analyze.peers.delphi import DEFINITION, cache_of, delphi, inputs
-from analyze.studies.catalogue import index, table
-from analyze.studies.catalogue import study as catalogue
-from analyze.study import Study
-from analyze.subject import Subject
-from data import digests
-from data.errors import SettingError, StopRequest, StoreError
-from harvest.model import ModelConfig
+from residual_saes.analyze import results
+from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.peers import delphi as package
+from residual_saes.analyze.peers.delphi import DEFINITION, cache_of, delphi, inputs
+from residual_saes.analyze.studies.catalogue import index, table
+from residual_saes.analyze.studies.catalogue import study as catalogue
+from residual_saes.analyze.study import Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.data import digests
+from residual_saes.data.errors import SettingError, StopRequest, StoreError
+from residual_saes.harvest.model import ModelConfig
+from residual_saes.train.sae import SAE
 from tests.analyze.browser_site import copied
 from tests.analyze.conftest import LAYER, F, Made
 from tests.analyze.test_catalogue import UNIT, Truth
-from train.sae import SAE
 
 CONTEXT, BORDERS = 32, (0, 13, 26, 40)  # of three files of 40 latents
 UNITS = [0, 2, 3, 4, 5, 6, 9, 10, 11, 12, 13, 15]  # of 16: rows of the cache are not the store's

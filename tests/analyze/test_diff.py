@@ -15,19 +15,19 @@ import torch
 import yaml
 from torch import Tensor
 
-from analyze.outcome import Outcome
-from analyze.results import FEATURES
-from analyze.studies.diff import words
-from analyze.studies.diff.study import DEFINITION, Measured, compare
-from analyze.study import Study
-from analyze.subject import Subject
-from data.errors import SettingError, StopRequest
-from harvest.model import ModelConfig
+from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.results import FEATURES
+from residual_saes.analyze.studies.diff import words
+from residual_saes.analyze.studies.diff.study import DEFINITION, Measured, compare
+from residual_saes.analyze.study import Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.errors import SettingError, StopRequest
+from residual_saes.harvest.model import ModelConfig
+from residual_saes.train.ports import ports_of
+from residual_saes.train.run import CONFIG
+from residual_saes.train.sae import SAE, SAEConfig
 from tests.analyze.conftest import LAYER, write_run
 from tests.conftest import make_spine, make_store
-from train.ports import ports_of
-from train.run import CONFIG
-from train.sae import SAE, SAEConfig
 
 N, D, UNIT = 2048, 64, 1024
 SHARED, OWN_A, OWN_B = 24, 10, 12  # planted features; of the shared a third each is

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from analyze.latents import directions
-from analyze.parts import Parts
-from data.errors import StopRequest
-from harvest import model as language_model
-from harvest.model import ModelConfig
+from residual_saes.analyze.latents import directions
+from residual_saes.analyze.parts import Parts
+from residual_saes.data.errors import StopRequest
+from residual_saes.harvest import model as language_model
+from residual_saes.harvest.model import ModelConfig
 
 
 @pytest.mark.parametrize("block", [1 << 28, 1])  # bytes: everything at once, and row by row

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy import stats as reference
 
-from analyze import stats
-from analyze.studies.contrast import effects
-from analyze.studies.contrast.effects import Design
+from residual_saes.analyze import stats
+from residual_saes.analyze.studies.contrast import effects
+from residual_saes.analyze.studies.contrast.effects import Design
 
 
 def design(correct, question=None, covariates=None, *, paired=False, shuffles=99, seed=0) -> Design:

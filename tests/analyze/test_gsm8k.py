@@ -11,14 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analyze import results
-from analyze.questions import answering, problems
-from analyze.questions.problems import Problem, Solution
-from analyze.studies import gsm8k
-from analyze.study import Study
-from data.errors import Interrupted, MismatchError, SettingError, StopRequest, StoreError
-from data.tiny.problems import problem as tiny_problem
-from harvest.model import ModelConfig
+from residual_saes.analyze import results
+from residual_saes.analyze.questions import answering, problems
+from residual_saes.analyze.questions.problems import Problem, Solution
+from residual_saes.analyze.studies import gsm8k
+from residual_saes.analyze.study import Study
+from residual_saes.data.errors import (
+    Interrupted,
+    MismatchError,
+    SettingError,
+    StopRequest,
+    StoreError,
+)
+from residual_saes.data.tiny.problems import problem as tiny_problem
+from residual_saes.harvest.model import ModelConfig
 from tests.harvest.models import save_model
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"

@@ -13,24 +13,24 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from analyze.command import command
-from analyze.peers import imported
-from analyze.studies.quality import quality
-from analyze.subject import Subject
-from data import digests
-from data.errors import SettingError, StoreError
-from data.rows import summary
-from data.site import HookPoint
-from data.store.store import Store
+from residual_saes.analyze.command import command
+from residual_saes.analyze.peers import imported
+from residual_saes.analyze.studies.quality import quality
+from residual_saes.analyze.subject import Subject
+from residual_saes.data import digests
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.rows import summary
+from residual_saes.data.site import HookPoint
+from residual_saes.data.store.store import Store
+from residual_saes.train.export import bundle, format, golden
+from residual_saes.train.export.format import About
+from residual_saes.train.export.origin import of_hook
+from residual_saes.train.ports import ports_of, recorded_ports
+from residual_saes.train.run import read_config, sae_of
+from residual_saes.train.sae import SAE
 from tests.analyze.conftest import LAYER, Made, make_run, random_rows
 from tests.conftest import commit
 from tests.train.test_formats import TAKEN
-from train.export import bundle, format, golden
-from train.export.format import About
-from train.export.origin import of_hook
-from train.ports import ports_of, recorded_ports
-from train.run import read_config, sae_of
-from train.sae import SAE
 
 ABOUT = About("nobody/none", ports_of("sae", [LAYER], ["resid_post"], None), 32, "made up")
 
@@ -69,7 +69,7 @@ def test_a_foreign_sae_has_the_figures_of_the_same_one_as_a_run(
 
 
 def analyze(*overrides: str) -> None:
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("residual_saes.conf", version_base="1.3"):
         command(OmegaConf.to_container(compose("analyze", list(overrides)), resolve=True))
 
 

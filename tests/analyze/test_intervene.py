@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 import torch
 
-from analyze.changes.intervention import LatentChange
-from analyze.changes.replies import Reply, Row
-from analyze.language_model import residuals
-from analyze.latents.chosen import GATE
-from analyze.latents.directions import gain
-from analyze.outcome import dumped
-from analyze.questions.answering import answers
-from analyze.questions.split import split_of
-from analyze.stats import hedges_g
-from analyze.studies.contrast.means import answer_means, caa
-from analyze.studies.intervene import choosing, words
-from analyze.studies.intervene import study as intervene
-from analyze.studies.intervene.outcomes import (
+from residual_saes.analyze.changes.intervention import LatentChange
+from residual_saes.analyze.changes.replies import Reply, Row
+from residual_saes.analyze.language_model import residuals
+from residual_saes.analyze.latents.chosen import GATE
+from residual_saes.analyze.latents.directions import gain
+from residual_saes.analyze.outcome import dumped
+from residual_saes.analyze.questions.answering import answers
+from residual_saes.analyze.questions.split import split_of
+from residual_saes.analyze.stats import hedges_g
+from residual_saes.analyze.studies.contrast.means import answer_means, caa
+from residual_saes.analyze.studies.intervene import choosing, words
+from residual_saes.analyze.studies.intervene import study as intervene
+from residual_saes.analyze.studies.intervene.outcomes import (
     CHOSEN,
     CONTROLS,
     NOTHING,
@@ -35,7 +35,7 @@ from analyze.studies.intervene.outcomes import (
     best_of,
     share_kept,
 )
-from analyze.studies.intervene.probability import (
+from residual_saes.analyze.studies.intervene.probability import (
     Text,
     firing,
     first_order,
@@ -43,19 +43,19 @@ from analyze.studies.intervene.probability import (
     of_number,
     whole,
 )
-from analyze.studies.intervene.study import Options, correlated
-from analyze.study import Study
-from analyze.subject import Subject
-from data import durable
-from data.errors import Interrupted, SettingError, StopRequest, StoreError
-from data.site import HookPoint
-from data.tiny.problems import problems as tiny_problems
-from harvest.model import LanguageModel
-from harvest.site import tap
+from residual_saes.analyze.studies.intervene.study import Options, correlated
+from residual_saes.analyze.study import Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.data import durable
+from residual_saes.data.errors import Interrupted, SettingError, StopRequest, StoreError
+from residual_saes.data.site import HookPoint
+from residual_saes.data.tiny.problems import problems as tiny_problems
+from residual_saes.harvest.model import LanguageModel
+from residual_saes.harvest.site import tap
+from residual_saes.train.ports import recorded_ports
+from residual_saes.train.sae import SAE
 from tests.analyze.test_reward import write_gate
 from tests.analyze.test_steering import Counted
-from train.ports import recorded_ports
-from train.sae import SAE
 
 Tiny = Callable[..., Study]
 ABLATE, ADD = Dose("ablate", 0.0), Dose("add", 3.0)

@@ -14,18 +14,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from analyze.changes import intervention as hook
-from analyze.changes.intervention import EqualNorm, LatentChange, Steer
-from analyze.language_model import edited, generate, unembedded
-from analyze.questions.problems import read
-from analyze.questions.prompts import PROMPTS
-from data.errors import SettingError
-from data.site import HookPoint
-from harvest.model import LanguageModel, ModelConfig, load
-from harvest.model_folder import EMBEDDED
-from harvest.site import tap
+from residual_saes.analyze.changes import intervention as hook
+from residual_saes.analyze.changes.intervention import EqualNorm, LatentChange, Steer
+from residual_saes.analyze.language_model import edited, generate, unembedded
+from residual_saes.analyze.questions.problems import read
+from residual_saes.analyze.questions.prompts import PROMPTS
+from residual_saes.data.errors import SettingError
+from residual_saes.data.site import HookPoint
+from residual_saes.harvest.model import LanguageModel, ModelConfig, load
+from residual_saes.harvest.model_folder import EMBEDDED
+from residual_saes.harvest.site import tap
+from residual_saes.train.sae import SAE
 from tests.harvest.models import save_model
-from train.sae import SAE
 
 
 @pytest.fixture(scope="module")

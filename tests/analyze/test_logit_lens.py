@@ -12,14 +12,14 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from analyze import language_model
-from analyze.language_model import unembedded
-from analyze.stats import bootstrap_ratio
-from analyze.studies.logit_lens import study as logit_lens
-from analyze.studies.logit_lens.heat_map import heat_map
-from analyze.studies.logit_lens.study import Options, Reading
-from analyze.subject import Subject
-from analyze.token_classes import (
+from residual_saes.analyze import language_model
+from residual_saes.analyze.language_model import unembedded
+from residual_saes.analyze.stats import bootstrap_ratio
+from residual_saes.analyze.studies.logit_lens import study as logit_lens
+from residual_saes.analyze.studies.logit_lens.heat_map import heat_map
+from residual_saes.analyze.studies.logit_lens.study import Options, Reading
+from residual_saes.analyze.subject import Subject
+from residual_saes.analyze.token_classes import (
     CLASSES,
     NAMES,
     SCRIPTS,
@@ -27,11 +27,11 @@ from analyze.token_classes import (
     members,
     script_of,
 )
-from data.errors import PipelineError, SettingError, StopRequest
-from data.rows.split import held_out_units
-from data.settings import build
-from harvest.model import LanguageModel, ModelConfig, load
-from harvest.model_folder import EMBEDDED
+from residual_saes.data.errors import PipelineError, SettingError, StopRequest
+from residual_saes.data.rows.split import held_out_units
+from residual_saes.data.settings import build
+from residual_saes.harvest.model import LanguageModel, ModelConfig, load
+from residual_saes.harvest.model_folder import EMBEDDED
 
 DIGIT = NAMES.index("digit")
 TEXTS = (

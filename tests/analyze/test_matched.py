@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analyze.latents.matched import random_latents
-from data.errors import SettingError
+from residual_saes.analyze.latents.matched import random_latents
+from residual_saes.data.errors import SettingError
 
 
 def test_they_fire_as_often_and_are_others() -> None:

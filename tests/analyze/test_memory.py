@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from analyze import memory
-from analyze.memory import Needed, tell_needed
-from analyze.study import Study, find
-from analyze.subject import Subject
-from harvest.model import ModelConfig
+from residual_saes.analyze import memory
+from residual_saes.analyze.memory import Needed, tell_needed
+from residual_saes.analyze.study import Study, find
+from residual_saes.analyze.subject import Subject
+from residual_saes.harvest.model import ModelConfig
+from residual_saes.train.sae import SAE, SAEConfig
 from tests.analyze.conftest import Made, write_run
 from tests.conftest import make_store
-from train.sae import SAE, SAEConfig
 
 D, F, K, UNIT, UNITS = 512, 8192, 64, 8192, 4
 OTHER = "other"
@@ -35,9 +35,9 @@ _TAKEN = """
 import json, re, sys
 from pathlib import Path
 import torch
-from analyze.study import Study, find
-from analyze.subject import Subject
-from harvest.model import ModelConfig
+from residual_saes.analyze.study import Study, find
+from residual_saes.analyze.subject import Subject
+from residual_saes.harvest.model import ModelConfig
 
 def status(name):
     found = re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())

@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from analyze import results
-from analyze.outcome import Outcome
-from analyze.peers import neuronpedia as package
-from analyze.peers.neuronpedia import (
+from residual_saes.analyze import results
+from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.peers import neuronpedia as package
+from residual_saes.analyze.peers.neuronpedia import (
     BINS,
     DEFINITION,
     INTERVALS,
@@ -32,16 +32,16 @@ from analyze.peers.neuronpedia import (
     neuronpedia,
     storable,
 )
-from analyze.studies.catalogue import index, table
-from analyze.studies.catalogue import study as catalogue
-from analyze.study import Study
-from analyze.subject import Subject
-from data import digests
-from data.errors import SettingError, StopRequest, StoreError
-from harvest.hub_model import described
-from harvest.model import ModelConfig
-from harvest.model_folder import EMBEDDED
-from harvest.tokens import Tokenizer
+from residual_saes.analyze.studies.catalogue import index, table
+from residual_saes.analyze.studies.catalogue import study as catalogue
+from residual_saes.analyze.study import Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.data import digests
+from residual_saes.data.errors import SettingError, StopRequest, StoreError
+from residual_saes.harvest.hub_model import described
+from residual_saes.harvest.model import ModelConfig
+from residual_saes.harvest.model_folder import EMBEDDED
+from residual_saes.harvest.tokens import Tokenizer
 from tests.analyze import browser_site
 from tests.analyze.conftest import LAYER, F, Made, make_run, random_rows
 from tests.analyze.test_catalogue import Truth

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analyze.outcome import dumped
-from analyze.studies.contrast.means import Means
-from analyze.studies.stage_gate import pack
-from analyze.study import Study
+from residual_saes.analyze.outcome import dumped
+from residual_saes.analyze.studies.contrast.means import Means
+from residual_saes.analyze.studies.stage_gate import pack
+from residual_saes.analyze.study import Study
 from tests.analyze.test_stage_gate import SAMPLES, first_input, made, verdict
 
 # Fields of an entry of catalogs/qwen3.5-4b/reasoning_pack.json, with their types.

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.errors import SettingError
-from data.site import HookPoint
 from residual_saes import SAE, Store
-from train.publish import release
+from residual_saes.data.errors import SettingError
+from residual_saes.data.site import HookPoint
+from residual_saes.train.publish import release
 
 TEXT = "Question: Tom has 7 apples."
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from analyze.latents import contexts, directions
-from analyze.pages import facts
-from analyze.pages.browser.study import DEFINITION as BROWSER
-from analyze.results import PAGE
-from analyze.studies.catalogue.study import FILE as TABLE
-from analyze.study import Study
-from analyze.subject import Subject
+from residual_saes.analyze.latents import contexts, directions
+from residual_saes.analyze.pages import facts
+from residual_saes.analyze.pages.browser.study import DEFINITION as BROWSER
+from residual_saes.analyze.results import PAGE
+from residual_saes.analyze.studies.catalogue.study import FILE as TABLE
+from residual_saes.analyze.study import Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.train.sae import SAE, SAEConfig
 from tests.analyze.accessibility import audit
 from tests.analyze.browser_site import of_run, read, study_of
 from tests.analyze.chromium import NEEDS_CHROMIUM, Chromium
@@ -36,7 +37,6 @@ from tests.analyze.test_diff import (
     write,
 )
 from tests.conftest import make_spine, make_store
-from train.sae import SAE, SAEConfig
 
 IDS = 50
 

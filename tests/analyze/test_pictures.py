@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from analyze import drawing
+from residual_saes.analyze import drawing
 
 
 def test_the_same_figures_give_the_same_bytes() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from analyze import probe, stats
+from residual_saes.analyze import probe, stats
 
 
 def test_the_probe_is_at_its_losss_minimum() -> None:

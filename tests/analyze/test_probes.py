@@ -13,20 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from analyze import probe, stats
-from analyze.language_model import residuals
-from analyze.latents.pooling import LAST, MAX, MEAN, Reading, Span, pooled
-from analyze.outcome import dumped
-from analyze.results import FEATURES
-from analyze.studies.probes import fitting, scoring
-from analyze.studies.probes.examples import _joined, examples
-from analyze.studies.probes.fitting import DENSE, DIMENSIONS, LATENTS, Probing
-from analyze.studies.probes.study import DEFINITION, Options
-from analyze.study import Study
-from data.errors import PipelineError, SettingError, StopRequest, StoreError
-from data.site import HookPoint
-from harvest.model import ModelConfig
-from harvest.model_folder import EMBEDDED
+from residual_saes.analyze import probe, stats
+from residual_saes.analyze.language_model import residuals
+from residual_saes.analyze.latents.pooling import LAST, MAX, MEAN, Reading, Span, pooled
+from residual_saes.analyze.outcome import dumped
+from residual_saes.analyze.results import FEATURES
+from residual_saes.analyze.studies.probes import fitting, scoring
+from residual_saes.analyze.studies.probes.examples import _joined, examples
+from residual_saes.analyze.studies.probes.fitting import DENSE, DIMENSIONS, LATENTS, Probing
+from residual_saes.analyze.studies.probes.study import DEFINITION, Options
+from residual_saes.analyze.study import Study
+from residual_saes.data.errors import PipelineError, SettingError, StopRequest, StoreError
+from residual_saes.data.site import HookPoint
+from residual_saes.harvest.model import ModelConfig
+from residual_saes.harvest.model_folder import EMBEDDED
 from tests.analyze.conftest import mlp_run, random_transcoder
 from tests.bench import probe_nulls
 from tests.bench.probe_nulls import judged, shares, texts

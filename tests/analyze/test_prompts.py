@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from analyze.latents.reward import DenseReward
-from analyze.questions import answering, problems
-from analyze.questions.problems import Example
-from analyze.questions.prompts import PROMPTS, cut, drawn
-from analyze.studies import gsm8k
-from analyze.study import Study
-from data import durable
-from data.errors import DocumentError, SettingError
-from data.tiny import problems as tiny
-from data.tiny.embedded import MODEL_DIR
-from harvest.model import ModelConfig, load
-from harvest.model_folder import EMBEDDED
-from harvest.tokens import Tokenizer
+from residual_saes.analyze.latents.reward import DenseReward
+from residual_saes.analyze.questions import answering, problems
+from residual_saes.analyze.questions.problems import Example
+from residual_saes.analyze.questions.prompts import PROMPTS, cut, drawn
+from residual_saes.analyze.studies import gsm8k
+from residual_saes.analyze.study import Study
+from residual_saes.data import durable
+from residual_saes.data.errors import DocumentError, SettingError
+from residual_saes.data.tiny import problems as tiny
+from residual_saes.data.tiny.embedded import MODEL_DIR
+from residual_saes.harvest.model import ModelConfig, load
+from residual_saes.harvest.model_folder import EMBEDDED
+from residual_saes.harvest.tokens import Tokenizer
 from tests.tiny.evaluate import prompt_ids
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"

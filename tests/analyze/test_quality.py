@@ -11,17 +11,17 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from analyze import reconstruction
-from analyze.latents.budgets import Budgets
-from analyze.latents.directions import nearest
-from analyze.outcome import dumped
-from analyze.stats import bootstrap_ratio
-from analyze.studies import quality as study
-from analyze.study import Study
-from analyze.subject import Subject
-from data import durable
-from data.rows.split import Policy, held_out_units
-from harvest.model import ModelConfig
+from residual_saes.analyze import reconstruction
+from residual_saes.analyze.latents.budgets import Budgets
+from residual_saes.analyze.latents.directions import nearest
+from residual_saes.analyze.outcome import dumped
+from residual_saes.analyze.stats import bootstrap_ratio
+from residual_saes.analyze.studies import quality as study
+from residual_saes.analyze.study import Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.data import durable
+from residual_saes.data.rows.split import Policy, held_out_units
+from residual_saes.harvest.model import ModelConfig
 from tests.analyze.conftest import F, K, Made, make_run, random_rows
 from tests.conftest import BOS
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scipy import sparse, stats
 
-from analyze.outcome import dumped
-from analyze.studies.reason_score.corpus import (
+from residual_saes.analyze.outcome import dumped
+from residual_saes.analyze.studies.reason_score.corpus import (
     Corpus,
     Word,
     draw_vocabularies,
@@ -20,13 +20,20 @@ from analyze.studies.reason_score.corpus import (
     windows,
     words_of,
 )
-from analyze.studies.reason_score.score import FORMULAS, Scorer, entropies, halves, mark, matched
-from analyze.studies.reason_score.study import DEFINITION, Options, reason_score
-from data import durable
-from data.errors import MismatchError, SettingError, StopRequest, StoreError
-from data.rows.split import held_out_units
-from harvest import hub_model
-from harvest.tokens import Tokenizer
+from residual_saes.analyze.studies.reason_score.score import (
+    FORMULAS,
+    Scorer,
+    entropies,
+    halves,
+    mark,
+    matched,
+)
+from residual_saes.analyze.studies.reason_score.study import DEFINITION, Options, reason_score
+from residual_saes.data import durable
+from residual_saes.data.errors import MismatchError, SettingError, StopRequest, StoreError
+from residual_saes.data.rows.split import held_out_units
+from residual_saes.harvest import hub_model
+from residual_saes.harvest.tokens import Tokenizer
 from tests.analyze.conftest import make_run, random_rows
 
 BOS, TOKENS, LATENTS = 2, 60, 40

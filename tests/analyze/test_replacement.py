@@ -16,25 +16,31 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from analyze import linear
-from analyze.linear import LinearMap
-from analyze.losses import ALL, TRAINED, choose
-from analyze.parts import NOWHERE
-from analyze.studies import splice
-from analyze.studies.replacement import spliced, study
-from analyze.studies.replacement.spliced import IDENTITY, LINEAR, MEAN, TRANSCODERS, Layer
-from analyze.studies.replacement.study import Options
-from analyze.studies.replacement.words import find, outcome_of
-from analyze.study import Study
-from analyze.subject import Subject
-from data.errors import SettingError
-from data.settings import build
-from data.store.kinds import ORDINARY
-from data.store.store import Store
-from harvest.model import LanguageModel, ModelConfig, load
-from harvest.model_folder import EMBEDDED
+from residual_saes.analyze import linear
+from residual_saes.analyze.linear import LinearMap
+from residual_saes.analyze.losses import ALL, TRAINED, choose
+from residual_saes.analyze.parts import NOWHERE
+from residual_saes.analyze.studies import splice
+from residual_saes.analyze.studies.replacement import spliced, study
+from residual_saes.analyze.studies.replacement.spliced import (
+    IDENTITY,
+    LINEAR,
+    MEAN,
+    TRANSCODERS,
+    Layer,
+)
+from residual_saes.analyze.studies.replacement.study import Options
+from residual_saes.analyze.studies.replacement.words import find, outcome_of
+from residual_saes.analyze.study import Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.errors import SettingError
+from residual_saes.data.settings import build
+from residual_saes.data.store.kinds import ORDINARY
+from residual_saes.data.store.store import Store
+from residual_saes.harvest.model import LanguageModel, ModelConfig, load
+from residual_saes.harvest.model_folder import EMBEDDED
+from residual_saes.train.sae import SAE
 from tests.analyze.conftest import MLP_LAYERS, mlp_run, random_transcoder
-from train.sae import SAE
 
 MODEL = ModelConfig(EMBEDDED, dtype="float32")
 

@@ -14,22 +14,22 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from analyze.command import command
-from analyze.latents import contexts
-from analyze.latents.contexts import choose, firing_counts, top_contexts, visible
-from analyze.outcome import Outcome, Picture, Table
-from analyze.pages import facts
-from analyze.pages.report import report
-from analyze.results import current
-from analyze.studies import quality
-from analyze.studies.sweep import page as sweep_page
-from analyze.studies.sweep.arms import read_all
-from analyze.studies.sweep.comparison import sweep
-from analyze.study import Definition, Study
-from analyze.subject import Subject
-from data.errors import MismatchError, SettingError, StoreError
-from data.rows.split import held_out_units
-from harvest.model import ModelConfig
+from residual_saes.analyze.command import command
+from residual_saes.analyze.latents import contexts
+from residual_saes.analyze.latents.contexts import choose, firing_counts, top_contexts, visible
+from residual_saes.analyze.outcome import Outcome, Picture, Table
+from residual_saes.analyze.pages import facts
+from residual_saes.analyze.pages.report import report
+from residual_saes.analyze.results import current
+from residual_saes.analyze.studies import quality
+from residual_saes.analyze.studies.sweep import page as sweep_page
+from residual_saes.analyze.studies.sweep.arms import read_all
+from residual_saes.analyze.studies.sweep.comparison import sweep
+from residual_saes.analyze.study import Definition, Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.errors import MismatchError, SettingError, StoreError
+from residual_saes.data.rows.split import held_out_units
+from residual_saes.harvest.model import ModelConfig
 from tests.analyze.conftest import F, Made, make_run, random_rows
 from tests.analyze.test_quality import dense
 from tests.analyze.test_sweep import make_arm, planted_sae, planted_store
@@ -296,7 +296,7 @@ def test_what_cannot_be_studied_is_named(made: Made, tmp_path: Path) -> None:
         ((*gsm8k, "model.dtype=int4"), SettingError, "model.dtype=int4"),
         (("study=gsm8k", f"runs={made.run}"), SettingError, "runs="),
     ]
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("residual_saes.conf", version_base="1.3"):
         for arguments, error, name in cases:
             settings = OmegaConf.to_container(compose("analyze", list(arguments)), resolve=True)
             with pytest.raises(error, match=re.escape(name)):

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from analyze.latents import contexts
-from analyze.outcome import Outcome, Picture, Table
-from analyze.pages.report import report
-from analyze.study import Definition, Study
-from analyze.subject import Subject
-from harvest.model import ModelConfig
+from residual_saes.analyze.latents import contexts
+from residual_saes.analyze.outcome import Outcome, Picture, Table
+from residual_saes.analyze.pages.report import report
+from residual_saes.analyze.study import Definition, Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.harvest.model import ModelConfig
 from tests.analyze.accessibility import audit
 from tests.analyze.browser_site import HOSTILE, say
 from tests.analyze.chromium import NEEDS_CHROMIUM, Chromium

@@ -12,16 +12,16 @@ import pytest
 from numpy.typing import NDArray
 from scipy import sparse
 
-from analyze.latents.chosen import ChosenFeatures
-from analyze.outcome import dumped
-from analyze.studies.contrast.means import Means
-from analyze.studies.contrast.study import DEFINITION as CONTRAST
-from analyze.studies.rollouts.study import DEFINITION, by_contrast
-from analyze.studies.stage_gate import best_of
-from analyze.studies.stage_gate.best_of import MAJORITY, ORACLE, RANDOM, Pool
-from analyze.studies.stage_gate.study import DEFINITION as GATE
-from analyze.studies.stage_gate.words import SCORE
-from data.errors import PipelineError
+from residual_saes.analyze.latents.chosen import ChosenFeatures
+from residual_saes.analyze.outcome import dumped
+from residual_saes.analyze.studies.contrast.means import Means
+from residual_saes.analyze.studies.contrast.study import DEFINITION as CONTRAST
+from residual_saes.analyze.studies.rollouts.study import DEFINITION, by_contrast
+from residual_saes.analyze.studies.stage_gate import best_of
+from residual_saes.analyze.studies.stage_gate.best_of import MAJORITY, ORACLE, RANDOM, Pool
+from residual_saes.analyze.studies.stage_gate.study import DEFINITION as GATE
+from residual_saes.analyze.studies.stage_gate.words import SCORE
+from residual_saes.data.errors import PipelineError
 from tests.analyze.test_stage_gate import first_input, judged, made, verdict, with_firings
 
 # -- the estimator ---------------------------------------------------------------------------------

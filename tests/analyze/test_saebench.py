@@ -20,21 +20,21 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from analyze.outcome import Outcome
-from analyze.peers import saebench, saebench_metrics
-from analyze.studies.quality import quality
-from analyze.studies.splice import ALL
-from analyze.study import Definition, Study
-from analyze.subject import Subject
-from data import order
-from data.errors import SettingError, StoreError
-from data.rows.split import Policy, held_out_units
-from harvest.model import ModelConfig
-from harvest.model_folder import EMBEDDED
+from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.peers import saebench, saebench_metrics
+from residual_saes.analyze.studies.quality import quality
+from residual_saes.analyze.studies.splice import ALL
+from residual_saes.analyze.study import Definition, Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.data import order
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.rows.split import Policy, held_out_units
+from residual_saes.harvest.model import ModelConfig
+from residual_saes.harvest.model_folder import EMBEDDED
+from residual_saes.train import sae_file
+from residual_saes.train.sae import SAE
 from tests.analyze.conftest import LAYER, D, F, K, Made, make_run
 from tests.conftest import BOS
-from train import sae_file
-from train.sae import SAE
 
 N, CONTEXT, UNIT, PROMPTS = 4096, 32, 128, 2  # 32 units, two of them held out, of two batches each
 SILENT = 7  # a latent that never fires

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from analyze.language_model import Sampling, generate, logits
-from analyze.questions import answering, problems
-from analyze.questions.answering import Asking
-from analyze.stats import bootstrap_ratio, wilson
-from analyze.studies import gsm8k
-from data.errors import Interrupted, SettingError, StopRequest, StoreError
-from data.tiny.problems import problem as tiny_problem
-from harvest.model import LanguageModel, ModelConfig, load
-from harvest.model_folder import EMBEDDED
+from residual_saes.analyze.language_model import Sampling, generate, logits
+from residual_saes.analyze.questions import answering, problems
+from residual_saes.analyze.questions.answering import Asking
+from residual_saes.analyze.stats import bootstrap_ratio, wilson
+from residual_saes.analyze.studies import gsm8k
+from residual_saes.data.errors import Interrupted, SettingError, StopRequest, StoreError
+from residual_saes.data.tiny.problems import problem as tiny_problem
+from residual_saes.harvest.model import LanguageModel, ModelConfig, load
+from residual_saes.harvest.model_folder import EMBEDDED
 
 DRAWN = {"questions": 4, "samples": 3, "temperature": 3.0, "new_tokens": 24}
 

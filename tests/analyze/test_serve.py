@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from analyze.pages.browser import serve
-from data import digests, stopping
-from data.errors import StoreError
+from residual_saes.analyze.pages.browser import serve
+from residual_saes.data import digests, stopping
+from residual_saes.data.errors import StoreError
 
 SECRET = b"CANARY"
 OUTSIDE = [

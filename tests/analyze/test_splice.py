@@ -14,20 +14,20 @@ import torch
 from omegaconf import OmegaConf
 from torch.nn.functional import cross_entropy
 
-from analyze import pieces
-from analyze.losses import choose
-from analyze.pieces import Piece
-from analyze.studies import splice
-from analyze.studies.splice import ALL, TRAINED, Losses, Options, Replacement, Splice
-from analyze.subject import Subject
-from data.errors import SettingError
-from data.settings import build
-from data.site import HookPoint
-from data.store.kinds import BOS, NON_FINITE, ORDINARY, OUTLIER
-from harvest.model import LanguageModel, ModelConfig, load
-from harvest.model_folder import EMBEDDED
+from residual_saes.analyze import pieces
+from residual_saes.analyze.losses import choose
+from residual_saes.analyze.pieces import Piece
+from residual_saes.analyze.studies import splice
+from residual_saes.analyze.studies.splice import ALL, TRAINED, Losses, Options, Replacement, Splice
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.errors import SettingError
+from residual_saes.data.settings import build
+from residual_saes.data.site import HookPoint
+from residual_saes.data.store.kinds import BOS, NON_FINITE, ORDINARY, OUTLIER
+from residual_saes.harvest.model import LanguageModel, ModelConfig, load
+from residual_saes.harvest.model_folder import EMBEDDED
+from residual_saes.train.sae import SAE
 from tests.analyze.conftest import TINY_LAYER
-from train.sae import SAE
 
 
 @pytest.fixture(scope="module")

@@ -14,21 +14,21 @@ import torch
 import yaml
 from scipy import sparse
 
-from analyze.latents import directions, matching
-from analyze.latents.codes import choosing_half
-from analyze.latents.matching import NONE
-from analyze.outcome import Outcome
-from analyze.studies.stability import study as stability
-from analyze.study import Study
-from analyze.subject import Subject
-from data.errors import SettingError, StoreError
-from data.rows import summary
-from harvest.model import ModelConfig
+from residual_saes.analyze.latents import directions, matching
+from residual_saes.analyze.latents.codes import choosing_half
+from residual_saes.analyze.latents.matching import NONE
+from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.studies.stability import study as stability
+from residual_saes.analyze.study import Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.rows import summary
+from residual_saes.harvest.model import ModelConfig
+from residual_saes.train import sae, sae_file
+from residual_saes.train.run import CONFIG
+from residual_saes.train.sae import SAE, SAEConfig
 from tests.analyze.conftest import LAYER, Made, make_run, random_rows
 from tests.conftest import commit
-from train import sae, sae_file
-from train.run import CONFIG
-from train.sae import SAE, SAEConfig
 
 ROWS = 10**6
 
@@ -43,7 +43,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 @pytest.fixture(autouse=True)
 def every_unit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("analyze.subject.held_out_units", lambda store: range(store.units))
+    monkeypatch.setattr(
+        "residual_saes.analyze.subject.held_out_units", lambda store: range(store.units)
+    )
 
 
 def other_run(made: Made, root: Path, weights: SAE, **settings: Any) -> Path:

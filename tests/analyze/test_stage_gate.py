@@ -16,21 +16,27 @@ from scipy import sparse
 from scipy import stats as reference
 from scipy.stats import rankdata
 
-from analyze import probe, stats
-from analyze.outcome import dumped
-from analyze.questions import answering
-from analyze.questions.split import in_discovery
-from analyze.studies.contrast.means import Means
-from analyze.studies.stage_gate import best_of, within
-from analyze.studies.stage_gate.discrimination import Scored, measured, permuted, resampled, three
-from analyze.studies.stage_gate.features import choose
-from analyze.studies.stage_gate.judgement import Options, judge, notes
-from analyze.studies.stage_gate.judgement import verdict as verdict_of
-from analyze.studies.stage_gate.scores import log_probabilities
-from analyze.studies.stage_gate.study import stage_gate
-from analyze.studies.stage_gate.words import SCORE, summary, tables
-from analyze.study import Study
-from data.errors import SettingError, StopRequest
+from residual_saes.analyze import probe, stats
+from residual_saes.analyze.outcome import dumped
+from residual_saes.analyze.questions import answering
+from residual_saes.analyze.questions.split import in_discovery
+from residual_saes.analyze.studies.contrast.means import Means
+from residual_saes.analyze.studies.stage_gate import best_of, within
+from residual_saes.analyze.studies.stage_gate.discrimination import (
+    Scored,
+    measured,
+    permuted,
+    resampled,
+    three,
+)
+from residual_saes.analyze.studies.stage_gate.features import choose
+from residual_saes.analyze.studies.stage_gate.judgement import Options, judge, notes
+from residual_saes.analyze.studies.stage_gate.judgement import verdict as verdict_of
+from residual_saes.analyze.studies.stage_gate.scores import log_probabilities
+from residual_saes.analyze.studies.stage_gate.study import stage_gate
+from residual_saes.analyze.studies.stage_gate.words import SCORE, summary, tables
+from residual_saes.analyze.study import Study
+from residual_saes.data.errors import SettingError, StopRequest
 
 OPTIONS = Options(discovery=0.5, min_firing=5, draws=100)
 F = 60

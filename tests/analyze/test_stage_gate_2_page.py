@@ -7,12 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analyze.outcome import Outcome, dumped
-from analyze.studies.stage_gate_2 import plot, words
-from analyze.studies.stage_gate_2.arms import Arm, Options
-from analyze.studies.stage_gate_2.study import Policies, figures_of
-from analyze.studies.stage_gate_2.verdict import ACCURACY, LENIENT, Cell
-from analyze.studies.stage_gate_2.watching import CHANGES, HACKED, HARMS, HINTED, UNHINTED
+from residual_saes.analyze.outcome import Outcome, dumped
+from residual_saes.analyze.studies.stage_gate_2 import plot, words
+from residual_saes.analyze.studies.stage_gate_2.arms import Arm, Options
+from residual_saes.analyze.studies.stage_gate_2.study import Policies, figures_of
+from residual_saes.analyze.studies.stage_gate_2.verdict import ACCURACY, LENIENT, Cell
+from residual_saes.analyze.studies.stage_gate_2.watching import (
+    CHANGES,
+    HACKED,
+    HARMS,
+    HINTED,
+    UNHINTED,
+)
 from tests.analyze.test_stage_gate_2_verdict import World, cells, outcomes
 
 LEVELS = ("trajectory", "token")

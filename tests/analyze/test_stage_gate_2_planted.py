@@ -21,17 +21,22 @@ import numpy as np
 import pytest
 import torch
 
-from analyze.latents.reward import read_alone
-from analyze.questions.answering import asking_of, completions, problems_of, prompts_of
-from analyze.questions.problems import Problem, strict
-from analyze.studies.stage_gate_2 import rewards as rewards_module
-from analyze.studies.stage_gate_2.arms import Arm, Options
-from analyze.studies.stage_gate_2.rewards import Rewards
-from analyze.studies.stage_gate_2.rollouts import log_probabilities
-from analyze.studies.stage_gate_2.training import policy, trained
-from analyze.study import Study
-from data.errors import StopRequest
-from harvest.model import LanguageModel
+from residual_saes.analyze.latents.reward import read_alone
+from residual_saes.analyze.questions.answering import (
+    asking_of,
+    completions,
+    problems_of,
+    prompts_of,
+)
+from residual_saes.analyze.questions.problems import Problem, strict
+from residual_saes.analyze.studies.stage_gate_2 import rewards as rewards_module
+from residual_saes.analyze.studies.stage_gate_2.arms import Arm, Options
+from residual_saes.analyze.studies.stage_gate_2.rewards import Rewards
+from residual_saes.analyze.studies.stage_gate_2.rollouts import log_probabilities
+from residual_saes.analyze.studies.stage_gate_2.training import policy, trained
+from residual_saes.analyze.study import Study
+from residual_saes.data.errors import StopRequest
+from residual_saes.harvest.model import LanguageModel
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("trl") is None, reason="the extra `grpo` is not installed"

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from analyze.outcome import dumped
-from analyze.results import FOLDER
-from analyze.studies.stage_gate_2.study import DEFINITION
-from analyze.study import Study
-from data.errors import SettingError
+from residual_saes.analyze.outcome import dumped
+from residual_saes.analyze.results import FOLDER
+from residual_saes.analyze.studies.stage_gate_2.study import DEFINITION
+from residual_saes.analyze.study import Study
+from residual_saes.data.errors import SettingError
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("trl") is None, reason="the extra `grpo` is not installed"

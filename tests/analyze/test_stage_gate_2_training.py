@@ -15,19 +15,19 @@ import numpy as np
 import pytest
 import torch
 
-from analyze.latents.chosen import ChosenFeatures
-from analyze.latents.reward import read_alone
-from analyze.questions.answering import asking_of, problems_of, prompts_of
-from analyze.questions.problems import Problem
-from analyze.studies.stage_gate_2 import rollouts as rollouts_module
-from analyze.studies.stage_gate_2.advantages import of_tokens, of_trajectories
-from analyze.studies.stage_gate_2.arms import TOKEN, TRAJECTORY, Arm, Options, arms
-from analyze.studies.stage_gate_2.rewards import Rewards, Worth
-from analyze.studies.stage_gate_2.rollouts import Rollouts, asked_in
-from analyze.studies.stage_gate_2.training import policy, trained
-from analyze.study import Study
-from data import durable
-from data.errors import Interrupted, SettingError, StopRequest
+from residual_saes.analyze.latents.chosen import ChosenFeatures
+from residual_saes.analyze.latents.reward import read_alone
+from residual_saes.analyze.questions.answering import asking_of, problems_of, prompts_of
+from residual_saes.analyze.questions.problems import Problem
+from residual_saes.analyze.studies.stage_gate_2 import rollouts as rollouts_module
+from residual_saes.analyze.studies.stage_gate_2.advantages import of_tokens, of_trajectories
+from residual_saes.analyze.studies.stage_gate_2.arms import TOKEN, TRAJECTORY, Arm, Options, arms
+from residual_saes.analyze.studies.stage_gate_2.rewards import Rewards, Worth
+from residual_saes.analyze.studies.stage_gate_2.rollouts import Rollouts, asked_in
+from residual_saes.analyze.studies.stage_gate_2.training import policy, trained
+from residual_saes.analyze.study import Study
+from residual_saes.data import durable
+from residual_saes.data.errors import Interrupted, SettingError, StopRequest
 
 needs_trl = pytest.mark.skipif(
     importlib.util.find_spec("trl") is None, reason="the extra `grpo` is not installed"
@@ -182,7 +182,7 @@ def rewards_of(features: str) -> Callable[[Study], Rewards]:
 def test_rewards_are_in_units_of_the_untrained_models_answers(
     study: Study, rewards_of: Callable[[Study], Rewards]
 ) -> None:
-    from analyze.questions.answering import answers
+    from residual_saes.analyze.questions.answering import answers
 
     rewards = rewards_of(study)
     own = [answer for answer in answers(study) if answer.ids]
@@ -217,7 +217,7 @@ def test_random_latents_are_as_dense_and_differ_by_seed(
 def test_the_direction_is_from_wrong_to_right_within_questions(
     study: Study, rewards_of: Callable[[Study], Rewards]
 ) -> None:
-    from analyze.questions.answering import answers
+    from residual_saes.analyze.questions.answering import answers
 
     by_question: dict[str, list[tuple[bool, np.ndarray]]] = {}
     for answer in answers(study):
@@ -252,8 +252,8 @@ def test_trls_loss_is_that_of_a_plain_loop(
     study: Study, rewards_of: Callable[[Study], Rewards], tmp_path: Path, level: str
 ) -> None:
     """Loss and gradient of TRL's trainer on our inputs, in two backward passes of a step."""
-    from analyze.studies.stage_gate_2 import trainer as trainers
-    from analyze.studies.stage_gate_2.training import _fresh
+    from residual_saes.analyze.studies.stage_gate_2 import trainer as trainers
+    from residual_saes.analyze.studies.stage_gate_2.training import _fresh
 
     arm = Arm("R1", level, 1e-3, 0)
     several = made(

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from analyze.studies.stage_gate_2.verdict import (
+from residual_saes.analyze.studies.stage_gate_2.verdict import (
     ACCURACY,
     LENIENT,
     Cell,

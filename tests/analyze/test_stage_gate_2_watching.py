@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from analyze import losses
-from analyze.questions import problems
-from analyze.questions.answering import GENERATED, Answer, Asking, answers
-from analyze.questions.problems import Problem, problem
-from analyze.studies.stage_gate_2 import watching
-from analyze.studies.stage_gate_2.arms import Options
-from analyze.studies.stage_gate_2.study import LEFT_OUT, inputs, sides_of
-from analyze.studies.stage_gate_2.watching import (
+from residual_saes.analyze import losses
+from residual_saes.analyze.questions import problems
+from residual_saes.analyze.questions.answering import GENERATED, Answer, Asking, answers
+from residual_saes.analyze.questions.problems import Problem, problem
+from residual_saes.analyze.studies.stage_gate_2 import watching
+from residual_saes.analyze.studies.stage_gate_2.arms import Options
+from residual_saes.analyze.studies.stage_gate_2.study import LEFT_OUT, inputs, sides_of
+from residual_saes.analyze.studies.stage_gate_2.watching import (
     CHANGES,
     HACKED,
     LOSS,
@@ -30,7 +30,7 @@ from analyze.studies.stage_gate_2.watching import (
     provoked,
     repetition,
 )
-from data.errors import SettingError, StopRequest
+from residual_saes.data.errors import SettingError, StopRequest
 
 
 class Reader:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats as reference
 
-from analyze import stats
+from residual_saes.analyze import stats
 
 
 def test_wilson_against_its_formula() -> None:

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from analyze.latents import rates
-from analyze.studies import steer as study_steer
-from analyze.study import Study
-from analyze.subject import Subject
-from data.errors import SettingError
-from data.site import MLP_OUT, HookPoint
-from data.tiny.problems import problems
-from harvest.model import LanguageModel, ModelConfig, load
-from harvest.model_folder import EMBEDDED
 from residual_saes import SAE
-from train.ports import ports_of
+from residual_saes.analyze.latents import rates
+from residual_saes.analyze.studies import steer as study_steer
+from residual_saes.analyze.study import Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.errors import SettingError
+from residual_saes.data.site import MLP_OUT, HookPoint
+from residual_saes.data.tiny.problems import problems
+from residual_saes.harvest.model import LanguageModel, ModelConfig, load
+from residual_saes.harvest.model_folder import EMBEDDED
+from residual_saes.train.ports import ports_of
 
 PROMPT = f"Question: {next(problems('heldout')).question}\nAnswer:"
 TOKENS = 8

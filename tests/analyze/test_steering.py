@@ -15,31 +15,31 @@ import torch
 import transformers
 from torch import Tensor
 
-from analyze import results
-from analyze.changes.intervention import Steer, intervened
-from analyze.changes.replies import Reply, Row
-from analyze.changes.sweeps import Sweeps, greedy
-from analyze.language_model import generate
-from analyze.outcome import dumped
-from analyze.questions.answering import Answer, Asking, answers, completions
-from analyze.questions.problems import problem
-from analyze.questions.split import split_of
-from analyze.studies.steering import study as steering
-from analyze.studies.steering import words
-from analyze.studies.steering.outcomes import Findings, nulls, overlaps
-from analyze.studies.steering.study import Options
-from analyze.study import Study
-from data import digests
-from data.errors import Interrupted, SettingError, StopRequest
-from data.journal import Progress
-from data.site import HookPoint
-from data.tiny.embedded import MODEL_DIR
-from data.tiny.problems import problems as tiny_problems
-from harvest import model as models
-from harvest.model import LanguageModel
-from harvest.model_folder import EMBEDDED
-from harvest.site import tap
-from train.publish.release import prepare
+from residual_saes.analyze import results
+from residual_saes.analyze.changes.intervention import Steer, intervened
+from residual_saes.analyze.changes.replies import Reply, Row
+from residual_saes.analyze.changes.sweeps import Sweeps, greedy
+from residual_saes.analyze.language_model import generate
+from residual_saes.analyze.outcome import dumped
+from residual_saes.analyze.questions.answering import Answer, Asking, answers, completions
+from residual_saes.analyze.questions.problems import problem
+from residual_saes.analyze.questions.split import split_of
+from residual_saes.analyze.studies.steering import study as steering
+from residual_saes.analyze.studies.steering import words
+from residual_saes.analyze.studies.steering.outcomes import Findings, nulls, overlaps
+from residual_saes.analyze.studies.steering.study import Options
+from residual_saes.analyze.study import Study
+from residual_saes.data import digests
+from residual_saes.data.errors import Interrupted, SettingError, StopRequest
+from residual_saes.data.journal import Progress
+from residual_saes.data.site import HookPoint
+from residual_saes.data.tiny.embedded import MODEL_DIR
+from residual_saes.data.tiny.problems import problems as tiny_problems
+from residual_saes.harvest import model as models
+from residual_saes.harvest.model import LanguageModel
+from residual_saes.harvest.model_folder import EMBEDDED
+from residual_saes.harvest.site import tap
+from residual_saes.train.publish.release import prepare
 
 # -- the table -------------------------------------------------------------------------------------
 

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from analyze import results
-from analyze.kept import grow, read_lines
-from analyze.outcome import Outcome, Picture, Table
-from analyze.parts import Parts
-from analyze.study import Definition, Study, find, modules
-from analyze.subject import Subject
-from data.errors import Interrupted, SettingError, StoreError, TemporaryError
-from harvest.model import ModelConfig
+from residual_saes.analyze import results
+from residual_saes.analyze.kept import grow, read_lines
+from residual_saes.analyze.outcome import Outcome, Picture, Table
+from residual_saes.analyze.parts import Parts
+from residual_saes.analyze.study import Definition, Study, find, modules
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.errors import Interrupted, SettingError, StoreError, TemporaryError
+from residual_saes.harvest.model import ModelConfig
 from tests.analyze.conftest import Made
 
 

@@ -11,21 +11,21 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from analyze import linear, refusals
-from analyze.studies import quality as study
-from analyze.studies.sweep import arms
-from analyze.studies.sweep.comparison import sweep
-from analyze.study import Definition, Study
-from analyze.subject import Subject
-from data.errors import SettingError, StoreError
-from data.rows.split import training_units
-from data.site import HookPoint
-from data.store.kinds import OUTLIER
-from data.store.store import Store
-from harvest.model import ModelConfig
+from residual_saes.analyze import linear, refusals
+from residual_saes.analyze.studies import quality as study
+from residual_saes.analyze.studies.sweep import arms
+from residual_saes.analyze.studies.sweep.comparison import sweep
+from residual_saes.analyze.study import Definition, Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.rows.split import training_units
+from residual_saes.data.site import HookPoint
+from residual_saes.data.store.kinds import OUTLIER
+from residual_saes.data.store.store import Store
+from residual_saes.harvest.model import ModelConfig
+from residual_saes.train.sae import SAE, SAEConfig
 from tests.analyze.conftest import add_points, make_run, random_rows, write_run
 from tests.conftest import make_store
-from train.sae import SAE, SAEConfig
 
 N, D, OUT, LAYER = 1024, 12, 12, 3
 LONG = 200  # a token

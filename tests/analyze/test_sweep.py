@@ -13,20 +13,20 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
-from analyze.stats import bootstrap_ratio
-from analyze.studies.sweep import ranking, words
-from analyze.studies.sweep import reading as study
-from analyze.studies.sweep.arms import find, read_all
-from analyze.studies.sweep.comparison import sweep
-from analyze.studies.sweep.ranking import compare
-from analyze.studies.sweep.reading import Measured
-from data.rows import summary
-from data.rows.split import held_out_units
-from data.store.store import SpineEnd, Store
-from data.text.packing import Cursor
+from residual_saes.analyze.stats import bootstrap_ratio
+from residual_saes.analyze.studies.sweep import ranking, words
+from residual_saes.analyze.studies.sweep import reading as study
+from residual_saes.analyze.studies.sweep.arms import find, read_all
+from residual_saes.analyze.studies.sweep.comparison import sweep
+from residual_saes.analyze.studies.sweep.ranking import compare
+from residual_saes.analyze.studies.sweep.reading import Measured
+from residual_saes.data.rows import summary
+from residual_saes.data.rows.split import held_out_units
+from residual_saes.data.store.store import SpineEnd, Store
+from residual_saes.data.text.packing import Cursor
+from residual_saes.train import sae, sae_file
+from residual_saes.train.run import CONFIG
 from tests.conftest import BOS, commit, make_manifest, make_spine
-from train import sae, sae_file
-from train.run import CONFIG
 
 N, D, K, UNIT, CONTEXT, NOISE = 8192, 16, 3, 256, 32, 0.05
 CPU = torch.device("cpu")

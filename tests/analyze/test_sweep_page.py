@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from analyze.command import command
-from analyze.studies.sweep import page as sweep_page
-from analyze.studies.sweep import plot as sweep_pictures
-from analyze.studies.sweep.arms import Arm, find, labels, read_all, short, varying
-from analyze.study import ASKED
-from data.errors import MismatchError, PipelineError, SettingError, StoreError
+from residual_saes.analyze.command import command
+from residual_saes.analyze.studies.sweep import page as sweep_page
+from residual_saes.analyze.studies.sweep import plot as sweep_pictures
+from residual_saes.analyze.studies.sweep.arms import Arm, find, labels, read_all, short, varying
+from residual_saes.analyze.study import ASKED
+from residual_saes.data.errors import MismatchError, PipelineError, SettingError, StoreError
+from residual_saes.train import sae_file
+from residual_saes.train.run import CONFIG
 from tests.analyze.test_report import pictures
 from tests.analyze.test_sweep import (
     Planted,
@@ -28,8 +30,6 @@ from tests.analyze.test_sweep import (
     run_sweep,
 )
 from tests.forked import run_forked
-from train import sae_file
-from train.run import CONFIG
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,16 @@ import pytest
 import torch
 from scipy.stats import multivariate_normal, norm
 
-from analyze.studies.synth import study, training, verdict
-from analyze.studies.synth.baselines import ORACLE, PCA, RANDOM, UNTRAINED, baselines, pursuit
-from analyze.studies.synth.planted import (
+from residual_saes.analyze.studies.synth import study, training, verdict
+from residual_saes.analyze.studies.synth.baselines import (
+    ORACLE,
+    PCA,
+    RANDOM,
+    UNTRAINED,
+    baselines,
+    pursuit,
+)
+from residual_saes.analyze.studies.synth.planted import (
     CHOICE,
     HELD_OUT,
     NO_PARENT,
@@ -23,15 +30,22 @@ from analyze.studies.synth.planted import (
     Batch,
     World,
 )
-from analyze.studies.synth.scores import NONE, Code, Detection, descendants, matched, scores
-from analyze.studies.synth.study import Options
-from analyze.studies.synth.training import Dictionary
-from conf.command import plain
-from data.errors import SettingError
-from data.settings import build
-from train import objective
-from train.optim import OptimConfig
-from train.sae import SAE
+from residual_saes.analyze.studies.synth.scores import (
+    NONE,
+    Code,
+    Detection,
+    descendants,
+    matched,
+    scores,
+)
+from residual_saes.analyze.studies.synth.study import Options
+from residual_saes.analyze.studies.synth.training import Dictionary
+from residual_saes.conf.command import plain
+from residual_saes.data.errors import SettingError
+from residual_saes.data.settings import build
+from residual_saes.train import objective
+from residual_saes.train.optim import OptimConfig
+from residual_saes.train.sae import SAE
 
 WORLD = Options(n_features=60, d_model=24, active=5.0, hierarchy=0.6, tail=1.0).world(3)
 
@@ -365,7 +379,7 @@ def test_arms_are_trained_as_the_presets_say() -> None:
     from hydra import compose, initialize_config_module
 
     own = {"activation", "d_sae", "k", "k_aux", "name", "l1_coef", "nested"}
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("residual_saes.conf", version_base="1.3"):
         rows = plain(compose("train", ["sae=rows_32k", "optim=rows"]))
     assert study.objective.names() == objective.names()
     for name in objective.names():

@@ -13,21 +13,21 @@ import numpy as np
 import pytest
 import torch
 
-from analyze import given, shelf
-from analyze.latents import text_features
-from analyze.latents.text_features import Reader, TextFeatures
-from analyze.studies import features as study_features
-from analyze.study import Study
-from analyze.subject import Subject
-from data.errors import SettingError
-from data.site import HookPoint
-from harvest import model as models
-from harvest.model import LanguageModel, ModelConfig, load
-from harvest.model_folder import EMBEDDED
 from residual_saes import SAE
+from residual_saes.analyze import given, shelf
+from residual_saes.analyze.latents import text_features
+from residual_saes.analyze.latents.text_features import Reader, TextFeatures
+from residual_saes.analyze.studies import features as study_features
+from residual_saes.analyze.study import Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.errors import SettingError
+from residual_saes.data.site import HookPoint
+from residual_saes.harvest import model as models
+from residual_saes.harvest.model import LanguageModel, ModelConfig, load
+from residual_saes.harvest.model_folder import EMBEDDED
+from residual_saes.train.sae import SAE as WeightsOf
 from tests.analyze.chromium import NEEDS_CHROMIUM, Chromium
 from tests.conftest import Call
-from train.sae import SAE as WeightsOf
 
 TEXT = "What's 3+4, {really}?\nTom has <b>7</b> apples"
 
@@ -222,7 +222,7 @@ def test_a_refusal_is_one_line(tiny_run: Path, call: Call) -> None:
         (["text=a", "study=quality"], "text="),
     ):
         arguments = ("study=features", f"run={tiny_run}", "device=cpu", *asked)
-        code, err = call("analyze", "analyze.command", *arguments)
+        code, err = call("analyze", "residual_saes.analyze.command", *arguments)
         (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
         assert (code, "Traceback" in err) == (2, False) and named in line, err
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from analyze.questions import answering, problems
-from analyze.questions.problems import Problem
-from data.errors import StoreError
-from data.tiny.problems import problem as tiny_problem
+from residual_saes.analyze.questions import answering, problems
+from residual_saes.analyze.questions.problems import Problem
+from residual_saes.data.errors import StoreError
+from residual_saes.data.tiny.problems import problem as tiny_problem
 
 
 def written(folder: Path, answer: str) -> Path:

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from analyze.studies.verify import verify
-from data import digests, locks, sealed
-from data.errors import SettingError, StoreError
+from residual_saes.analyze.studies.verify import verify
+from residual_saes.data import digests, locks, sealed
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.train import checkpoint
+from residual_saes.train.checkpoint import Checkpoint
+from residual_saes.train.export import bundle
+from residual_saes.train.run import CHECKPOINTS, CONFIG, METRICS
 from tests.analyze.conftest import Made, make_run, random_rows
 from tests.faults import tree
 from tests.faults.child import ask
-from train import checkpoint
-from train.checkpoint import Checkpoint
-from train.export import bundle
-from train.run import CHECKPOINTS, CONFIG, METRICS
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from analyze.studies.warm_start import Point, Reached, compare, reached
-from data.errors import MismatchError, SettingError
+from residual_saes.analyze.studies.warm_start import Point, Reached, compare, reached
+from residual_saes.data.errors import MismatchError, SettingError
+from residual_saes.train.loop import train
 from tests.train.test_warm import CPU, Moved, arm, settings
-from train.loop import train
 
 CURVE = [Point(100, 0.5), Point(400, 0.7), Point(1600, 0.6), Point(6400, 0.9)]
 

@@ -2,7 +2,7 @@
 
 import os
 
-from conf.command import ENVIRONMENT
+from residual_saes.conf.command import ENVIRONMENT
 
 # Before torch is loaded, as `conf.command.start` does it for the commands.
 os.environ.update({**ENVIRONMENT, **os.environ})

@@ -24,24 +24,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from analyze.outcome import Outcome
-from analyze.pages.browser import pages
-from analyze.pages.browser import study as browser
-from analyze.pages.browser.study import PAGE
-from analyze.results import FEATURES
-from analyze.studies.catalogue import study as catalogue
-from analyze.studies.catalogue.table import Ranked
-from analyze.studies.stability.study import FILE as MATCHES
-from analyze.study import Definition, Study, write_features
-from analyze.subject import Subject
-from data import durable
-from harvest.model import ModelConfig
+from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.pages.browser import pages
+from residual_saes.analyze.pages.browser import study as browser
+from residual_saes.analyze.pages.browser.study import PAGE
+from residual_saes.analyze.results import FEATURES
+from residual_saes.analyze.studies.catalogue import study as catalogue
+from residual_saes.analyze.studies.catalogue.table import Ranked
+from residual_saes.analyze.studies.stability.study import FILE as MATCHES
+from residual_saes.analyze.study import Definition, Study, write_features
+from residual_saes.analyze.subject import Subject
+from residual_saes.data import durable
+from residual_saes.harvest.model import ModelConfig
+from residual_saes.train import sae
+from residual_saes.train.sae import SAEConfig
 from tests.analyze.chromium import EXECUTABLE, Chromium
 from tests.analyze.conftest import write_run
 from tests.bench.outcome import finish
 from tests.conftest import BOS, make_store
-from train import sae
-from train.sae import SAEConfig
 
 VOCABULARY, WIDTH, K, LAYER, CONTEXT = 262_144, 32, 32, 21, 512
 LOGITS = 10

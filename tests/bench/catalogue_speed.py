@@ -31,21 +31,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analyze.studies.catalogue import study as catalogue
-from analyze.studies.catalogue import table as feature_table
-from analyze.studies.catalogue.study import Options
-from analyze.studies.catalogue.table import Content
-from analyze.subject import Subject
-from data import locks
-from data.errors import StopRequest
-from data.rows.split import Policy
-from data.site import RESID_POST
-from data.store.store import Store
+from residual_saes.analyze.studies.catalogue import study as catalogue
+from residual_saes.analyze.studies.catalogue import table as feature_table
+from residual_saes.analyze.studies.catalogue.study import Options
+from residual_saes.analyze.studies.catalogue.table import Content
+from residual_saes.analyze.subject import Subject
+from residual_saes.data import locks
+from residual_saes.data.errors import StopRequest
+from residual_saes.data.rows.split import Policy
+from residual_saes.data.site import RESID_POST
+from residual_saes.data.store.store import Store
+from residual_saes.train import sae
+from residual_saes.train.ports import ports_of
+from residual_saes.train.sae import SAE, SAEConfig
 from tests.bench.outcome import finish
 from tests.conftest import make_store
-from train import sae
-from train.ports import ports_of
-from train.sae import SAE, SAEConfig
 
 LAYER, CONTEXT, CHUNK, BATCH, LATENTS, TOP, BINS = 21, 1024, 1024, 4096, 128, 20, 64
 

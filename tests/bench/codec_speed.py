@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.store.codec import NAMES, exact, is_lossless
-from data.store.int8 import squared_errors, standardisation
-from data.store.kinds import ORDINARY, describe
-from data.store.moments import Moments
-from data.store.scales import Int8
-from data.store.zarr_bfloat16 import to_bits
-from data.tiny.embedded import MODEL_DIR
-from data.tiny.problems import document, problems
+from residual_saes.data.store.codec import NAMES, exact, is_lossless
+from residual_saes.data.store.int8 import squared_errors, standardisation
+from residual_saes.data.store.kinds import ORDINARY, describe
+from residual_saes.data.store.moments import Moments
+from residual_saes.data.store.scales import Int8
+from residual_saes.data.store.zarr_bfloat16 import to_bits
+from residual_saes.data.tiny.embedded import MODEL_DIR
+from residual_saes.data.tiny.problems import document, problems
 from tests.bench.outcome import finish
 
 _LAYER = 6  # the middle of the embedded model

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from analyze.latents.codes import choosing_half
-from analyze.stats import benjamini_hochberg, overlap_p, wilson
-from analyze.studies.cross_layer import pairs
-from analyze.studies.cross_layer.pairs import LEVEL, Found
-from analyze.studies.cross_layer.rotation import Runs, coincidences
-from data.errors import StopRequest
+from residual_saes.analyze.latents.codes import choosing_half
+from residual_saes.analyze.stats import benjamini_hochberg, overlap_p, wilson
+from residual_saes.analyze.studies.cross_layer import pairs
+from residual_saes.analyze.studies.cross_layer.pairs import LEVEL, Found
+from residual_saes.analyze.studies.cross_layer.rotation import Runs, coincidences
+from residual_saes.data.errors import StopRequest
 from tests.analyze.planted_firing import Firing, planted, unrelated
 from tests.bench.outcome import finish
 

@@ -30,18 +30,18 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModel, Gemma4TextConfig
 
-from data.site import HookPoint
-from data.store.store import Store
-from data.text.sources import TinyText
-from data.tiny.embedded import MODEL_DIR
-from harvest.config import HarvestConfig
-from harvest.cost import cost
-from harvest.decoder import find_blocks
-from harvest.forward import batch_residuals
-from harvest.isolation import forward_inputs
-from harvest.loop import harvest
-from harvest.model import LanguageModel, ModelConfig
-from harvest.tokens import Tokenizer
+from residual_saes.data.site import HookPoint
+from residual_saes.data.store.store import Store
+from residual_saes.data.text.sources import TinyText
+from residual_saes.data.tiny.embedded import MODEL_DIR
+from residual_saes.harvest.config import HarvestConfig
+from residual_saes.harvest.cost import cost
+from residual_saes.harvest.decoder import find_blocks
+from residual_saes.harvest.forward import batch_residuals
+from residual_saes.harvest.isolation import forward_inputs
+from residual_saes.harvest.loop import harvest
+from residual_saes.harvest.model import LanguageModel, ModelConfig
+from residual_saes.harvest.tokens import Tokenizer
 from tests.bench.outcome import finish
 from tests.harvest.models import E4B
 

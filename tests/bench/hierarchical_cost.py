@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
+from residual_saes.train import objective
+from residual_saes.train.objectives.hierarchical import Hierarchical
+from residual_saes.train.objectives.topk import TopK
+from residual_saes.train.parallel import Group
+from residual_saes.train.sae import SAEConfig, initial
 from tests.bench.outcome import finish
 from tests.bench.variants import Full
-from train import objective
-from train.objectives.hierarchical import Hierarchical
-from train.objectives.topk import TopK
-from train.parallel import Group
-from train.sae import SAEConfig, initial
 
 
 def cpu_seconds(kind: TopK, x: torch.Tensor, rounds: int) -> float:

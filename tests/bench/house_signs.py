@@ -16,18 +16,23 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+_ROOTS = ("hydra_plugins", "residual_saes")  # the packages that Python finds by themselves
 PACKAGES = ("conf", "data", "harvest", "train", "analyze", "hydra_plugins", "residual_saes")
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def product(root: Path) -> dict[str, Path]:
-    """The product's modules, by name: their files. A package is named without `__init__`."""
+    """The product's modules, by name: their files. A package is named without `__init__`.
+
+    The packages of the source tree are imported as parts of residual_saes, which links to them.
+    """
     modules = {}
     for package in PACKAGES:
+        parent = "" if package in _ROOTS else "residual_saes."
         for path in sorted((root / package).rglob("*.py")):
             name = ".".join(path.relative_to(root).with_suffix("").parts)
-            modules[name.removesuffix(".__init__")] = path
+            modules[parent + name.removesuffix(".__init__")] = path
     return modules
 
 

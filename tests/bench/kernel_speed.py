@@ -171,7 +171,7 @@ def _call(function: Callable[..., object], *given: Any, **named: Any) -> Callabl
 
 
 def _top_k(clock: Clock, p: Problem) -> None:
-    from train import triton_kernels
+    from residual_saes.train import triton_kernels
 
     ours, theirs = triton_kernels.topk(p.pre, p.k)[0], p.pre.topk(p.k, dim=1).values
     assert torch.equal(ours.sort(dim=1, descending=True).values, theirs), "top k is not exact"
@@ -180,7 +180,7 @@ def _top_k(clock: Clock, p: Problem) -> None:
 
 
 def _pairs(clock: Clock, p: Problem) -> None:
-    from train import triton_kernels
+    from residual_saes.train import triton_kernels
 
     d, rows, narrow = p.x.shape[1], (len(p.x), p.k), p.W_dec.bfloat16()
     moved = len(p.indices) * d * p.W_dec.element_size()
@@ -212,7 +212,7 @@ def _pairs(clock: Clock, p: Problem) -> None:
 
 
 def _gradients(clock: Clock, p: Problem) -> None:
-    from train import triton_kernels
+    from residual_saes.train import triton_kernels
 
     order, source, starts = p.grouped()
     d, flops = p.x.shape[1], ("tf32", 2 * p.dense.numel() * p.x.shape[1])

@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="finished runs, a line each")
     parser.add_argument("--out", type=Path, help="write the result there as JSON")
     asked = parser.parse_args()
-    own = [name for name in TRAINERS if TRAINERS[name][0] == "train.trainer"]
+    own = [name for name in TRAINERS if TRAINERS[name][0] == "residual_saes.train.trainer"]
     pythons = {name: sys.executable if name in own else asked.peers_python for name in TRAINERS}
     runs = Runs(asked.runs, lambda task: ask(pythons[task.trainer], task))
     task = Task(

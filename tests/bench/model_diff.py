@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from analyze.subject import Subject
-from data.tiny.embedded import MODEL_DIR
-from data.tiny.problems import Problem, document, problem
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.tiny.embedded import MODEL_DIR
+from residual_saes.data.tiny.problems import Problem, document, problem
 from tests.analyze.test_diff import rows_of, world
 from tests.bench.outcome import finish
 from tests.conftest import make_spine, make_store

@@ -35,8 +35,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 if TYPE_CHECKING:  # the peers' environments lack what these import
-    from train.sae import SAE
-    from train.trainer import TrainConfig, Trainer
+    from residual_saes.train.sae import SAE
+    from residual_saes.train.trainer import TrainConfig, Trainer
 
 RECENT = 100_000  # tokens at the end of training; a latent that fires on none of them is dead
 _WARM_UP = 3  # steps that no clock counts
@@ -230,7 +230,7 @@ def ours(task: Task, rows: Rows, meter: Meter) -> Trained:
     recipe = ["sae=rows_32k", "optim=rows"]
     if task.trainer == "reference":
         recipe = ["sae=topk_32k", "sae.dead_after=null", f"optim.lr_floor={0.3 * task.lr}"]
-    from train.trainer import Trainer
+    from residual_saes.train.trainer import Trainer
 
     trainer = Trainer(configured(task, recipe), rows, torch.device("cpu"))
     return applied(trained(trainer, task, rows, meter), task)
@@ -240,13 +240,13 @@ def configured(task: Task, recipe: list[str]) -> TrainConfig:
     """Settings of a recipe at a task's size and rate."""
     from hydra import compose, initialize_config_module
 
-    from data.settings import build
-    from train import objective
-    from train.optim import OptimConfig
-    from train.trainer import TrainConfig
+    from residual_saes.data.settings import build
+    from residual_saes.train import objective
+    from residual_saes.train.optim import OptimConfig
+    from residual_saes.train.trainer import TrainConfig
 
     size = [f"sae.d_sae={task.d_sae}", f"sae.k={task.k}", f"sae.k_aux={task.d_sae // 16}"]
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("residual_saes.conf", version_base="1.3"):
         composed = compose("train", [*recipe, *size, f"optim.lr={task.lr}", *task.ours])
     sae, optim = dict(composed.sae), dict(composed.optim)
     del sae["name"]
@@ -424,8 +424,8 @@ def _fired(indices: Tensor, values: Tensor, d_sae: int) -> Tensor:
 
 # By name: the module that must be there, and the function that trains.
 TRAINERS: dict[str, tuple[str, Callable[[Task, Rows, Meter], Trained]]] = {
-    "ours": ("train.trainer", ours),
-    "reference": ("train.trainer", ours),
+    "ours": ("residual_saes.train.trainer", ours),
+    "reference": ("residual_saes.train.trainer", ours),
     "saelens": ("sae_lens", saelens),
     "saelens-sparse": ("sae_lens", saelens),
     "sparsify-signum": ("sparsify.trainer", sparsify),

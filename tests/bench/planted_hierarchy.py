@@ -28,12 +28,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from residual_saes.train.sae import SAE
 from tests.bench.method import Runs, chosen, judged
 from tests.bench.outcome import finish
 from tests.bench.peer_trainers import Task, load
 from tests.bench.peers import Figures
 from tests.bench.variants import RECIPE, finished, judge
-from train.sae import SAE
 
 PARENTS, CHILDREN, D = 20, 3, 64
 OFTEN = 0.15  # of the rows a parent fires on

@@ -44,14 +44,14 @@ import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
+from residual_saes.train import kernels
+from residual_saes.train.evaluate import evaluate
+from residual_saes.train.kernels import Kept, Matmul
+from residual_saes.train.optim import OptimConfig
+from residual_saes.train.sae import SAEConfig
+from residual_saes.train.stream import first_rows
+from residual_saes.train.trainer import TrainConfig, Trainer
 from tests.bench.outcome import finish
-from train import kernels
-from train.evaluate import evaluate
-from train.kernels import Kept, Matmul
-from train.optim import OptimConfig
-from train.sae import SAEConfig
-from train.stream import first_rows
-from train.trainer import TrainConfig, Trainer
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 EMULATED = {"fp32_22bit": 22, "tf32": 10, "bf16_cuda": 7}  # bits of mantissa, by name

@@ -27,11 +27,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.stats import Floats
-from analyze.studies.probes import fitting, scoring
-from analyze.studies.probes.fitting import DENSE, DIMENSIONS, LATENTS, LENGTH, RANDOM, Probing
-from data.errors import StopRequest
-from data.journal import Progress
+from residual_saes.analyze.stats import Floats
+from residual_saes.analyze.studies.probes import fitting, scoring
+from residual_saes.analyze.studies.probes.fitting import (
+    DENSE,
+    DIMENSIONS,
+    LATENTS,
+    LENGTH,
+    RANDOM,
+    Probing,
+)
+from residual_saes.data.errors import StopRequest
+from residual_saes.data.journal import Progress
 from tests.bench.outcome import finish
 
 KINDS = ("random", "repeated", "directions", "alike", "length", "absent", "planted")

@@ -39,15 +39,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data import order
-from data.rows import summary
-from data.rows.reader import WINDOW, Reader
-from data.rows.source import Source
-from data.rows.split import Policy, training_units
-from data.store import scales
-from data.store.store import SpineEnd, Store
-from data.store.unit import Prepared, prepare
-from data.text.packing import Cursor
+from residual_saes.data import order
+from residual_saes.data.rows import summary
+from residual_saes.data.rows.reader import WINDOW, Reader
+from residual_saes.data.rows.source import Source
+from residual_saes.data.rows.split import Policy, training_units
+from residual_saes.data.store import scales
+from residual_saes.data.store.store import SpineEnd, Store
+from residual_saes.data.store.unit import Prepared, prepare
+from residual_saes.data.text.packing import Cursor
 from tests.bench.outcome import finish
 from tests.bench.write_path import synthetic
 from tests.conftest import make_manifest

@@ -41,7 +41,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.store.kinds import ORDINARY
+from residual_saes.data.store.kinds import ORDINARY
 
 HELD_OUT = 65_536  # rows
 CHOICE = 32_768  # rows
@@ -200,7 +200,7 @@ def of_store(path: Path, layer: int, folder: Path, rows: int) -> list[Path]:
     """The three parts of a store's ordinary rows: 8 % of its documents, 4 %, and the others."""
     import zarr
 
-    import data.store.zarr_bfloat16  # noqa: F401  # gives zarr its bits as uint16
+    import residual_saes.data.store.zarr_bfloat16  # noqa: F401  # gives zarr its bits as uint16
 
     store = zarr.open_group(path, mode="r")
     document = store["document"][:].ravel()[store["token_index"][:]]

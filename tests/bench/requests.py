@@ -20,18 +20,18 @@ import numpy as np
 import obstore
 from obstore.store import MemoryStore
 
-from data.errors import StopRequest
-from data.rows.reader import WINDOW, Reader
-from data.rows.source import Source
-from data.rows.split import Policy
-from data.store import manifest
-from data.store.bucket import ObjectPlace
-from data.store.store import SpineEnd, Store
-from data.text.packing import Cursor
-from harvest.config import HarvestConfig
-from harvest.loop import finish as finish_store
-from harvest.plan import share_done
-from harvest.status import status
+from residual_saes.data.errors import StopRequest
+from residual_saes.data.rows.reader import WINDOW, Reader
+from residual_saes.data.rows.source import Source
+from residual_saes.data.rows.split import Policy
+from residual_saes.data.store import manifest
+from residual_saes.data.store.bucket import ObjectPlace
+from residual_saes.data.store.store import SpineEnd, Store
+from residual_saes.data.text.packing import Cursor
+from residual_saes.harvest.config import HarvestConfig
+from residual_saes.harvest.loop import finish as finish_store
+from residual_saes.harvest.plan import share_done
+from residual_saes.harvest.status import status
 from tests.bench import scale
 from tests.bench.outcome import finish
 from tests.conftest import commit, make_spine

@@ -75,8 +75,8 @@ def save_inputs(folder: Path, case: Case) -> None:
     """The model's folder, and documents.jsonl with a fifth more text than is needed."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from data.tiny import problems
-    from data.tiny.embedded import MODEL_DIR
+    from residual_saes.data.tiny import problems
+    from residual_saes.data.tiny.embedded import MODEL_DIR
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     config = LlamaConfig(
@@ -102,10 +102,10 @@ def save_inputs(folder: Path, case: Case) -> None:
 
 def harvest_seconds(folder: Path, case: Case, tokens: int, layers: int) -> float:
     """Seconds of one harvest of ours."""
-    from data.text.sources import FileText
-    from harvest.config import HarvestConfig
-    from harvest.loop import harvest
-    from harvest.model import ModelConfig, load
+    from residual_saes.data.text.sources import FileText
+    from residual_saes.harvest.config import HarvestConfig
+    from residual_saes.harvest.loop import harvest
+    from residual_saes.harvest.model import ModelConfig, load
 
     lm = load(ModelConfig(str(folder / "model"), dtype="float32"))
     chosen = tuple(range(case.depth - 1 - layers, case.depth - 1))

@@ -31,18 +31,18 @@ from unittest import mock
 import numpy as np
 from numpy.typing import NDArray
 
-from data.rows import summary
-from data.rows.reader import Reader
-from data.rows.source import Source
-from data.rows.split import Policy
-from data.store import ledger, manifest, records
-from data.store.claims import METADATA
-from data.store.place import place_of
-from data.store.store import SpineEnd, Store
-from data.text.packing import Cursor
-from harvest.config import HarvestConfig
-from harvest.plan import share_done
-from harvest.status import status
+from residual_saes.data.rows import summary
+from residual_saes.data.rows.reader import Reader
+from residual_saes.data.rows.source import Source
+from residual_saes.data.rows.split import Policy
+from residual_saes.data.store import ledger, manifest, records
+from residual_saes.data.store.claims import METADATA
+from residual_saes.data.store.place import place_of
+from residual_saes.data.store.store import SpineEnd, Store
+from residual_saes.data.text.packing import Cursor
+from residual_saes.harvest.config import HarvestConfig
+from residual_saes.harvest.plan import share_done
+from residual_saes.harvest.status import status
 from tests.bench.outcome import finish
 from tests.conftest import commit, make_manifest, make_spine
 

@@ -30,15 +30,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.rows import summary
-from data.rows.reader import Reader
-from data.rows.rounds import KeptRows
-from data.rows.source import Source
-from data.rows.split import Policy, training_units
-from data.site import HookPoint
-from data.store.store import SpineEnd, Store
-from data.store.unit import prepare
-from data.text.packing import Cursor
+from residual_saes.data.rows import summary
+from residual_saes.data.rows.reader import Reader
+from residual_saes.data.rows.rounds import KeptRows
+from residual_saes.data.rows.source import Source
+from residual_saes.data.rows.split import Policy, training_units
+from residual_saes.data.site import HookPoint
+from residual_saes.data.store.store import SpineEnd, Store
+from residual_saes.data.store.unit import prepare
+from residual_saes.data.text.packing import Cursor
 from tests.bench.outcome import finish
 from tests.bench.reader_speed import reader_speed
 from tests.bench.write_path import synthetic

@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data.site import MLP_IN, MLP_OUT, RESID_POST
-from data.text.sources import TinyText
-from harvest.config import HarvestConfig
-from harvest.loop import harvest
-from harvest.model import ModelConfig, load
-from harvest.model_folder import EMBEDDED
-from harvest.selfcheck import choose_isolation
+from residual_saes.data.site import MLP_IN, MLP_OUT, RESID_POST
+from residual_saes.data.text.sources import TinyText
+from residual_saes.harvest.config import HarvestConfig
+from residual_saes.harvest.loop import harvest
+from residual_saes.harvest.model import ModelConfig, load
+from residual_saes.harvest.model_folder import EMBEDDED
+from residual_saes.harvest.selfcheck import choose_isolation
 from tests.bench.outcome import finish
 
 SITES = {"one": (RESID_POST,), "three": (RESID_POST, MLP_IN, MLP_OUT)}

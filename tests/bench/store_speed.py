@@ -20,9 +20,9 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from data.store.place import LocalPlace
-from data.store.shard import Shard, UnitArray
-from data.store.zarr_bfloat16 import to_bits
+from residual_saes.data.store.place import LocalPlace
+from residual_saes.data.store.shard import Shard, UnitArray
+from residual_saes.data.store.zarr_bfloat16 import to_bits
 from tests.bench.outcome import finish
 
 

@@ -53,23 +53,23 @@ from unittest import mock
 
 import torch
 
-from data.durable import Buffer
-from data.rows.reader import Reader
-from data.rows.source import Source
-from data.rows.split import Policy, held_out
-from data.store.place import Blob, LocalPlace
-from data.store.store import Store
+from residual_saes.data.durable import Buffer
+from residual_saes.data.rows.reader import Reader
+from residual_saes.data.rows.source import Source
+from residual_saes.data.rows.split import Policy, held_out
+from residual_saes.data.store.place import Blob, LocalPlace
+from residual_saes.data.store.store import Store
+from residual_saes.train.arm import Arm
+from residual_saes.train.loop import train
+from residual_saes.train.optim import OptimConfig
+from residual_saes.train.sae import SAEConfig
+from residual_saes.train.sae_file import FILE
+from residual_saes.train.stream import Stream
+from residual_saes.train.sweep import arm_bytes, train_sweep
+from residual_saes.train.trainer import TrainConfig
 from tests.bench.outcome import finish
 from tests.bench.reader_speed import LAYER, SEED, make_store
 from tests.bench.train_speed import InMemory
-from train.arm import Arm
-from train.loop import train
-from train.optim import OptimConfig
-from train.sae import SAEConfig
-from train.sae_file import FILE
-from train.stream import Stream
-from train.sweep import arm_bytes, train_sweep
-from train.trainer import TrainConfig
 
 RATES, AUX = (1e-3, 2e-3, 4e-3, 8e-3), (0.0, 1 / 32)
 ARMS = list(product(RATES, AUX))

@@ -20,15 +20,20 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.studies.synth import scores, training
-from analyze.studies.synth.baselines import of_sae
-from analyze.studies.synth.planted import CHOICE, HELD_OUT
-from analyze.studies.synth.study import Options
-from analyze.studies.synth.training import Dictionary
-from analyze.studies.synth.verdict import differences, disagreements, half_width, log_explained
+from residual_saes.analyze.studies.synth import scores, training
+from residual_saes.analyze.studies.synth.baselines import of_sae
+from residual_saes.analyze.studies.synth.planted import CHOICE, HELD_OUT
+from residual_saes.analyze.studies.synth.study import Options
+from residual_saes.analyze.studies.synth.training import Dictionary
+from residual_saes.analyze.studies.synth.verdict import (
+    differences,
+    disagreements,
+    half_width,
+    log_explained,
+)
+from residual_saes.train import sae_file
+from residual_saes.train.arm import Arm
 from tests.bench.outcome import finish
-from train import sae_file
-from train.arm import Arm
 
 WORLDS = 3
 ARMS = 4

@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 
+from residual_saes.train import objective
+from residual_saes.train.trainer import TrainConfig, Trainer
 from tests.bench.outcome import finish
 from tests.bench.precision import as_in_training
 from tests.bench.train_speed import InMemory
-from train import objective
-from train.trainer import TrainConfig, Trainer
 
 _BLOCK = 10  # steps, of which one is logged and one projects
 RATIOS = {

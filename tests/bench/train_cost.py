@@ -25,15 +25,15 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from residual_saes.train.arm import Arm
+from residual_saes.train.sae import initial
+from residual_saes.train.stream import Stream
+from residual_saes.train.sweep import arm_bytes
 from tests.bench.outcome import finish
 from tests.bench.precision import as_in_training
 from tests.bench.sweep_speed import memory
 from tests.bench.train_phases import BLOCK, Shape, arguments, asked_shape, medians
 from tests.bench.train_speed import InMemory, seconds
-from train.arm import Arm
-from train.sae import initial
-from train.stream import Stream
-from train.sweep import arm_bytes
 
 
 def dense(shape: Shape) -> Callable[[Tensor], object]:

@@ -37,19 +37,19 @@ from unittest import mock
 
 import torch
 
-from data.rows.copy import to_device
-from data.rows.reader import Reader
-from data.rows.source import Source
-from data.rows.split import Policy
-from data.store.store import Store
+from residual_saes.data.rows.copy import to_device
+from residual_saes.data.rows.reader import Reader
+from residual_saes.data.rows.source import Source
+from residual_saes.data.rows.split import Policy
+from residual_saes.data.store.store import Store
+from residual_saes.train.kernels import Matmul
+from residual_saes.train.optim import OptimConfig
+from residual_saes.train.sae import SAEConfig
+from residual_saes.train.stream import first_rows
+from residual_saes.train.trainer import TrainConfig, Trainer
 from tests.bench.outcome import finish
 from tests.bench.precision import as_in_training, settings
 from tests.bench.train_speed import InMemory, seconds
-from train.kernels import Matmul
-from train.optim import OptimConfig
-from train.sae import SAEConfig
-from train.stream import first_rows
-from train.trainer import TrainConfig, Trainer
 
 PHASES = [
     "data wait",
@@ -72,21 +72,21 @@ PHASES += ["counters", "figures to log", "other"]
 # By function: the phase inside; and by the phase that it is called in, the one after, if that is
 # another.
 WATCHED: dict[str, tuple[str, dict[str, str]]] = {
-    "train.dead.dead_latents": ("counters", {"scaling, centring": "other"}),
-    "train.objective.losses": ("scaling, centring", {}),
-    "train.objectives.topk.TopK.main": ("error, loss", {}),
+    "residual_saes.train.dead.dead_latents": ("counters", {"scaling, centring": "other"}),
+    "residual_saes.train.objective.losses": ("scaling, centring", {}),
+    "residual_saes.train.objectives.topk.TopK.main": ("error, loss", {}),
     "torch.autograd.grad": ("b_dec, b_enc gradients", {}),
-    "train.kernels.encode": ("top k", {}),
-    "train.kernels.decode": ("decode", {}),
-    "train.kernels.values_gradient": ("gradient of kept values", {}),
-    "train.kernels.group_by_latent": ("sort", {}),
-    "train.kernels.weight_gradient": ("weight gradients", {}),
-    "train.optim.Adam.step_": ("Adam", {}),
-    "train.dead.firings": ("counters", {}),
-    "train.dead.count_": ("counters", {}),
+    "residual_saes.train.kernels.encode": ("top k", {}),
+    "residual_saes.train.kernels.decode": ("decode", {}),
+    "residual_saes.train.kernels.values_gradient": ("gradient of kept values", {}),
+    "residual_saes.train.kernels.group_by_latent": ("sort", {}),
+    "residual_saes.train.kernels.weight_gradient": ("weight gradients", {}),
+    "residual_saes.train.optim.Adam.step_": ("Adam", {}),
+    "residual_saes.train.dead.firings": ("counters", {}),
+    "residual_saes.train.dead.count_": ("counters", {}),
     "torch.Tensor.__matmul__": ("rotation", {}),
-    "train.sae.SAE.project_": ("projection", {}),
-    "train.trainer.Trainer._record": ("figures to log", {}),
+    "residual_saes.train.sae.SAE.project_": ("projection", {}),
+    "residual_saes.train.trainer.Trainer._record": ("figures to log", {}),
 }
 BLOCK = 10  # steps
 
@@ -174,7 +174,7 @@ class Clock:
 @contextmanager
 def watched(clock: Clock) -> Iterator[None]:
     """Cut steps by their functions within the block."""
-    blocks = resolve_name("train.kernels._pre_activations")
+    blocks = resolve_name("residual_saes.train.kernels._pre_activations")
 
     def product(
         *given: Any,
@@ -186,7 +186,7 @@ def watched(clock: Clock) -> Iterator[None]:
     with ExitStack() as stack:
         for target in WATCHED:
             stack.enter_context(mock.patch(target, clock.around(target)))
-        stack.enter_context(mock.patch("train.kernels._pre_activations", product))
+        stack.enter_context(mock.patch("residual_saes.train.kernels._pre_activations", product))
         yield
 
 

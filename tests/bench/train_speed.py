@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from residual_saes.train.sae import SAEConfig
+from residual_saes.train.trainer import TrainConfig, Trainer
 from tests.bench.outcome import finish
-from train.sae import SAEConfig
-from train.trainer import TrainConfig, Trainer
 
 _STEPS = 1_000_000  # the schedule's length; the bench ends long before
 _BATCHES = 4  # that are different

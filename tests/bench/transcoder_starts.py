@@ -35,16 +35,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from data.tiny import problems
-from data.tiny.embedded import MODEL_DIR
+from residual_saes.data.tiny import problems
+from residual_saes.data.tiny.embedded import MODEL_DIR
+from residual_saes.train import kernels
+from residual_saes.train.evaluate import evaluate
+from residual_saes.train.optim import OptimConfig
+from residual_saes.train.sae import SAE, SAEConfig
+from residual_saes.train.trainer import TrainConfig, Trainer
 from tests.bench.method import rate
 from tests.bench.outcome import finish
 from tests.bench.real_rows import Model, activations, minilm
-from train import kernels
-from train.evaluate import evaluate
-from train.optim import OptimConfig
-from train.sae import SAE, SAEConfig
-from train.trainer import TrainConfig, Trainer
 
 STARTS = ("rows", "random", "sparsify", "linear", "map", "rows-map")
 SKIPS = ("skip-zero", "skip-map")

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from data.durable import make_directory
+from residual_saes.data.durable import make_directory
 from tests.bench.outcome import finish
 
 D, F, K, LAYER, LAYERS, VOCABULARY = 2560, 32_768, 128, 1, 3, 262_144
@@ -58,7 +58,7 @@ def language_model(folder: Path) -> None:
     """A random decoder as wide as Gemma 4 E4B and with as many token ids, but of few layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from data.tiny.embedded import MODEL_DIR
+    from residual_saes.data.tiny.embedded import MODEL_DIR
 
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -81,9 +81,9 @@ def language_model(folder: Path) -> None:
 
 def build(root: Path, tokens: int, unit: int) -> None:
     """The language model, a store of its residuals, and two runs on it."""
-    from data.store.store import Store
+    from residual_saes.data.store.store import Store
+    from residual_saes.train.sae import SAE, SAEConfig
     from tests.analyze.conftest import write_run
-    from train.sae import SAE, SAEConfig
 
     model = root / "model"
     if not (model / "config.json").exists():

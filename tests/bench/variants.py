@@ -28,18 +28,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.errors import NonFiniteError
+from residual_saes.data.errors import NonFiniteError
+from residual_saes.train import dead, kernels
+from residual_saes.train.kernels import Kept
+from residual_saes.train.objective import Main
+from residual_saes.train.objectives.hierarchical import Hierarchical
+from residual_saes.train.objectives.topk import TopK
+from residual_saes.train.sae import SAE
+from residual_saes.train.trainer import Trainer
 from tests.bench.method import SEEDS, Runs, chosen, judged
 from tests.bench.outcome import finish
 from tests.bench.peer_trainers import Rows, Task, configured, load, trained
 from tests.bench.peers import Figures
-from train import dead, kernels
-from train.kernels import Kept
-from train.objective import Main
-from train.objectives.hierarchical import Hierarchical
-from train.objectives.topk import TopK
-from train.sae import SAE
-from train.trainer import Trainer
 
 RECIPE = ["sae=rows_32k", "optim=rows"]
 BUDGETS = (4, 8, 16, 32)  # values of k' at which TopK SAEs are read

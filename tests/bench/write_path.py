@@ -29,9 +29,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from data.store.store import SpineEnd, Store
-from data.store.unit import Prepared, prepare
-from data.text.packing import Cursor
+from residual_saes.data.store.store import SpineEnd, Store
+from residual_saes.data.store.unit import Prepared, prepare
+from residual_saes.data.text.packing import Cursor
 from tests.bench.outcome import finish
 from tests.conftest import make_manifest, make_spine
 

@@ -13,11 +13,11 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
-from data.errors import StoreError
-from data.store.codec import exact
-from data.store.place import LocalPlace
-from data.store.shard import Shard, UnitArray, native
-from data.store.zarr_bfloat16 import to_bits, to_float32
+from residual_saes.data.errors import StoreError
+from residual_saes.data.store.codec import exact
+from residual_saes.data.store.place import LocalPlace
+from residual_saes.data.store.shard import Shard, UnitArray, native
+from residual_saes.data.store.zarr_bfloat16 import to_bits, to_float32
 from tests.conftest import make_store
 
 CODECS = ("blosc", "none")

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import durable, order
-from data.errors import SettingError, StoreError, TemporaryError, differences
-from data.journal import Metrics, read_metrics
-from data.settings import whole
-from data.store import records
-from data.store.moments import Moments, merge_all
+from residual_saes.data import durable, order
+from residual_saes.data.errors import SettingError, StoreError, TemporaryError, differences
+from residual_saes.data.journal import Metrics, read_metrics
+from residual_saes.data.settings import whole
+from residual_saes.data.store import records
+from residual_saes.data.store.moments import Moments, merge_all
 
 
 @given(st.integers(0, 500), st.integers(-5, 2**70), st.integers(0, 100))

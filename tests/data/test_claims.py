@@ -16,21 +16,21 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data.durable import Written, digest
-from data.errors import StoreError
-from data.store.claims import FileClaims, NoLocksError, unit_claim
-from data.store.leases import Leases
-from data.store.manifest import require_free
-from data.store.place import LocalPlace, place_of
-from data.store.repair import repair
-from data.store.store import Store
+from residual_saes.data.durable import Written, digest
+from residual_saes.data.errors import StoreError
+from residual_saes.data.store.claims import FileClaims, NoLocksError, unit_claim
+from residual_saes.data.store.leases import Leases
+from residual_saes.data.store.manifest import require_free
+from residual_saes.data.store.place import LocalPlace, place_of
+from residual_saes.data.store.repair import repair
+from residual_saes.data.store.store import Store
 from tests.conftest import make_manifest, make_store
 
 SETTINGS = make_manifest(8, tokens=1024, context=64, unit=64, chunk=16)
 HOLD = """
 import sys, time
 from pathlib import Path
-from data.store.claims import FileClaims, unit_claim
+from residual_saes.data.store.claims import FileClaims, unit_claim
 held = FileClaims(Path(sys.argv[1]) / "commits" / "claims", Path(sys.argv[1]))
 print(held.take(unit_claim(3)), flush=True)
 time.sleep(60)

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec, ShardingCodec
 
-from data.errors import SettingError, StoreError
-from data.store.codec import Codec, exact
-from data.store.int8 import StandardizedInt8, squared_errors, standardisation
-from data.store.moments import Moments
-from data.store.scales import Int8
-from data.store.zarr_bfloat16 import to_bits, to_float32
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.store.codec import Codec, exact
+from residual_saes.data.store.int8 import StandardizedInt8, squared_errors, standardisation
+from residual_saes.data.store.moments import Moments
+from residual_saes.data.store.scales import Int8
+from residual_saes.data.store.zarr_bfloat16 import to_bits, to_float32
 
 D = 256
 
@@ -259,7 +259,7 @@ def test_zarr_shards_and_ragged_ends(tmp_path: Path, rows: int) -> None:
 
 
 def test_zarr_creates_an_array_with_the_codec(tmp_path: Path) -> None:
-    from data.store.zarr_bfloat16 import BFloat16
+    from residual_saes.data.store.zarr_bfloat16 import BFloat16
 
     bits = synthetic(64)
     codec = codec_for(bits)

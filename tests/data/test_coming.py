@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from data.errors import SettingError
-from data.store import coming, default, manifest, ring_state
-from data.store.leases import Leases
-from data.store.place import LocalPlace
-from data.store.ring_state import RingState
+from residual_saes.data.errors import SettingError
+from residual_saes.data.store import coming, default, manifest, ring_state
+from residual_saes.data.store.leases import Leases
+from residual_saes.data.store.place import LocalPlace
+from residual_saes.data.store.ring_state import RingState
 from tests.faults.child import in_child, outcome
 
 Start = Callable[[Callable[[], object]], int]  # its process id

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import digests
-from data.errors import StoreError
+from residual_saes.data import digests
+from residual_saes.data.errors import StoreError
 
 NAMES = ("sae.pt", "data/tokens.js")
 

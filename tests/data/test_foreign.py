@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from tokenizers import Tokenizer
 
-from data.errors import (
+from residual_saes.data.errors import (
     Interrupted,
     MismatchError,
     PipelineError,
@@ -26,8 +26,8 @@ from data.errors import (
     StoreError,
     TemporaryError,
 )
-from data.foreign import reading
-from data.neutral import neutral
+from residual_saes.data.foreign import reading
+from residual_saes.data.neutral import neutral
 
 PANIC = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
 

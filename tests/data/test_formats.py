@@ -17,11 +17,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from data.errors import DocumentError, SettingError, StoreError
-from data.text import formats
-from data.text.chats import Chat
-from data.text.documents import characters
-from data.text.sources import FileText
+from residual_saes.data.errors import DocumentError, SettingError, StoreError
+from residual_saes.data.text import formats
+from residual_saes.data.text.chats import Chat
+from residual_saes.data.text.documents import characters
+from residual_saes.data.text.sources import FileText
 from tests.data.test_sources import CHAT, contents, require_restarts
 
 TEXTS = [f"röw {i} 😀" for i in range(5)]
@@ -221,7 +221,7 @@ def test_nothing_in_a_folder_is_left_out_without_a_word_or_read_twice(
 
 def test_identities_of_old_are_as_they_were(tmp_path: Path) -> None:
     """Also of folders that hold other things: stores that were begun go on."""
-    from data.durable import digest_file
+    from residual_saes.data.durable import digest_file
 
     for name in ("b/x.jsonl", "a.txt", "b.parquet"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from data.errors import PipelineError, SettingError, StoreError
-from data.text import hub, retry
-from data.text.documents import State
-from data.text.hub import HubText
+from residual_saes.data.errors import PipelineError, SettingError, StoreError
+from residual_saes.data.text import hub, retry
+from residual_saes.data.text.documents import State
+from residual_saes.data.text.hub import HubText
 from tests.stand_in_hub import Alone, Hub, serving
 
 ROWS = 40

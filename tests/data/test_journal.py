@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from data import stopping
-from data.journal import Progress, heartbeat, note, show, tell
+from residual_saes.data import stopping
+from residual_saes.data.journal import Progress, heartbeat, note, show, tell
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> list[str]:

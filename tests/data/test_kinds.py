@@ -8,7 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.store.kinds import BOS, NON_FINITE, ORDINARY, OUTLIER, RowStatistics, describe, kinds_of
+from residual_saes.data.store.kinds import (
+    BOS,
+    NON_FINITE,
+    ORDINARY,
+    OUTLIER,
+    RowStatistics,
+    describe,
+    kinds_of,
+)
 
 DEVICES = ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
 

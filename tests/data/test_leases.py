@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from data.errors import StoreError
-from data.store.claims import METADATA, SPINE, unit_claim
-from data.store.leases import FOLDER, Leases, Tag
-from data.store.place import LocalPlace, Place
+from residual_saes.data.errors import StoreError
+from residual_saes.data.store.claims import METADATA, SPINE, unit_claim
+from residual_saes.data.store.leases import FOLDER, Leases, Tag
+from residual_saes.data.store.place import LocalPlace, Place
 
 obstore = pytest.importorskip("obstore", reason="obstore is not installed")
 LIFE_S = 0.3
@@ -25,7 +25,7 @@ KEY = f"{FOLDER}/00000003"
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     if request.param == "folder":
         return LocalPlace(tmp_path)
-    from data.store.bucket import ObjectPlace
+    from residual_saes.data.store.bucket import ObjectPlace
 
     bucket = ObjectPlace("s3://bucket/x")
     bucket.store = obstore.store.MemoryStore()

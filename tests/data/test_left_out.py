@@ -11,16 +11,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from data.errors import SettingError, StoreError
-from data.rows import split
-from data.rows.reader import Reader
-from data.rows.source import Source
-from data.rows.split import Policy, held_out, held_out_units
-from data.rows.statistics import sample, told
-from data.store.kinds import OUTLIER
-from data.store.place import LocalPlace
-from data.store.store import Store
-from data.store.zarr_bfloat16 import to_bits
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.rows import split
+from residual_saes.data.rows.reader import Reader
+from residual_saes.data.rows.source import Source
+from residual_saes.data.rows.split import Policy, held_out, held_out_units
+from residual_saes.data.rows.statistics import sample, told
+from residual_saes.data.store.kinds import OUTLIER
+from residual_saes.data.store.place import LocalPlace
+from residual_saes.data.store.store import Store
+from residual_saes.data.store.zarr_bfloat16 import to_bits
 from tests.conftest import make_store
 from tests.data.test_ring import SPAN, follower, harvester, make_ring
 

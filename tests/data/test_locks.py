@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from data import locks
-from data.errors import TemporaryError
+from residual_saes.data import locks
+from residual_saes.data.errors import TemporaryError
 from tests.conftest import Call
 from tests.train.test_command import SMALL, make_store
 
@@ -72,7 +72,14 @@ def test_training_goes_on_without_flock(
     if not lockf:
         monkeypatch.setattr(fcntl, "lockf", refuses(name))
     for _ in range(2):
-        line = ("train", "train.command", "store=s.zarr", "run=r", *SMALL, "tokens=64")
+        line = (
+            "train",
+            "residual_saes.train.command",
+            "store=s.zarr",
+            "run=r",
+            *SMALL,
+            "tokens=64",
+        )
         code, err = call(*line)
         assert code == 0, err
         assert err.count("file system without locks") == (0 if lockf else 1)

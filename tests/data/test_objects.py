@@ -17,15 +17,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from data.errors import SettingError, StoreError
-from data.rows.reader import Reader
-from data.rows.source import Source
-from data.rows.split import Policy
-from data.store import bucket as objects
-from data.store.bucket import ObjectPlace
-from data.store.place import LocalPlace, place_of
-from data.store.repair import damage, repair
-from data.store.store import Store
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.rows.reader import Reader
+from residual_saes.data.rows.source import Source
+from residual_saes.data.rows.split import Policy
+from residual_saes.data.store import bucket as objects
+from residual_saes.data.store.bucket import ObjectPlace
+from residual_saes.data.store.place import LocalPlace, place_of
+from residual_saes.data.store.repair import damage, repair
+from residual_saes.data.store.store import Store
 from tests.conftest import commit
 from tests.conftest import make_store as make_store_of_16
 
@@ -167,7 +167,7 @@ def test_zarr_reads_it_through_its_own_object_store(
     import zarr
     from zarr.storage import ObjectStore
 
-    import data.store.zarr_bfloat16  # noqa: F401 (registers the type of the rows)
+    import residual_saes.data.store.zarr_bfloat16  # noqa: F401 (registers the type of the rows)
 
     store = make_store(bucket, random_bits)
     assert isinstance(store.place, ObjectPlace)

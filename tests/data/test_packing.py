@@ -9,8 +9,8 @@ import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data.text.documents import State
-from data.text.packing import Cursor, Row, pack
+from residual_saes.data.text.documents import State
+from residual_saes.data.text.packing import Cursor, Row, pack
 
 BOS = 2
 START = Cursor(0, 0, None)

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data.errors import StoreError
-from data.rows import summary
-from data.site import HookPoint
-from data.store import packs
-from data.store.bucket import ObjectPlace
-from data.store.packs import Pack
-from data.store.place import Place
-from data.store.repair import damage, repair
-from data.store.store import SpineEnd, Store
-from data.text.packing import Cursor
+from residual_saes.data.errors import StoreError
+from residual_saes.data.rows import summary
+from residual_saes.data.site import HookPoint
+from residual_saes.data.store import packs
+from residual_saes.data.store.bucket import ObjectPlace
+from residual_saes.data.store.packs import Pack
+from residual_saes.data.store.place import Place
+from residual_saes.data.store.repair import damage, repair
+from residual_saes.data.store.store import SpineEnd, Store
+from residual_saes.data.text.packing import Cursor
 from tests.conftest import commit, make_manifest, make_spine, make_store
 
 pytest.importorskip("obstore", reason="obstore is not installed")

@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-import data.store.zarr_bfloat16  # noqa: F401  (zarr-python learns bfloat16)
-from data.errors import SettingError
-from data.rows import summary
-from data.site import SITES, HookPoint
-from data.store import codec, ledger
-from data.store.arrays import points_of, rows_name, rows_point
-from data.store.place import LocalPlace
-from data.store.repair import damage
-from data.store.store import Store
+import residual_saes.data.store.zarr_bfloat16  # noqa: F401  (zarr-python learns bfloat16)
+from residual_saes.data.errors import SettingError
+from residual_saes.data.rows import summary
+from residual_saes.data.site import SITES, HookPoint
+from residual_saes.data.store import codec, ledger
+from residual_saes.data.store.arrays import points_of, rows_name, rows_point
+from residual_saes.data.store.place import LocalPlace
+from residual_saes.data.store.repair import damage
+from residual_saes.data.store.store import Store
 from tests.conftest import commit, make_store
 
 POINTS = st.sets(

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from data import rank
-from data.device import own_device, torch_device
-from data.errors import SettingError
-from data.rank import here, processes
-from data.rows.copy import Side
-from harvest.config import Faults
-from harvest.writer import Writer
+from residual_saes.data import rank
+from residual_saes.data.device import own_device, torch_device
+from residual_saes.data.errors import SettingError
+from residual_saes.data.rank import here, processes
+from residual_saes.data.rows.copy import Side
+from residual_saes.harvest.config import Faults
+from residual_saes.harvest.writer import Writer
 
 STEP = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1"}
 ARRAY = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "8", "SLURM_ARRAY_TASK_MIN": "0"}

@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from data import order
-from data.errors import SettingError, StoreError
-from data.rows.reader import Reader
-from data.rows.source import Source
-from data.rows.split import Policy, held_out, held_out_units
-from data.rows.windows import TUNING, Tuning
-from data.store.store import Store
-from data.store.zarr_bfloat16 import to_bits
+from residual_saes.data import order
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.rows.reader import Reader
+from residual_saes.data.rows.source import Source
+from residual_saes.data.rows.split import Policy, held_out, held_out_units
+from residual_saes.data.rows.windows import TUNING, Tuning
+from residual_saes.data.store.store import Store
+from residual_saes.data.store.zarr_bfloat16 import to_bits
 from tests.conftest import BOS, make_store
 
 EVERYTHING = Policy(drop_bos=False, drop_outliers=False)

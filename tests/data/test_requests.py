@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data.rows import summary
-from data.rows.reader import Reader
-from data.rows.source import Source
-from data.rows.split import Policy
-from data.store.place import Loaded, LocalPlace, Place
-from data.store.store import SpineEnd, Store
+from residual_saes.data.rows import summary
+from residual_saes.data.rows.reader import Reader
+from residual_saes.data.rows.source import Source
+from residual_saes.data.rows.split import Policy
+from residual_saes.data.store.place import Loaded, LocalPlace, Place
+from residual_saes.data.store.store import SpineEnd, Store
 from tests.conftest import make_store
 
 pytest.importorskip("obstore", reason="obstore is not installed")

@@ -16,20 +16,20 @@ import numpy as np
 import pytest
 import torch
 
-from data.errors import SettingError, StopRequest, StoreError
-from data.rows import split, summary
-from data.rows.follower import Follower
-from data.rows.reader import Reader
-from data.rows.source import Source
-from data.rows.split import Policy, held_out, held_out_units
-from data.rows.windows import Tuning
-from data.store import ring, ring_state
-from data.store.place import LocalPlace
-from data.store.repair import damage, repair
-from data.store.ring import Ring
-from data.store.ring_state import Registration, RingState
-from data.store.store import Store
-from data.store.zarr_bfloat16 import to_bits
+from residual_saes.data.errors import SettingError, StopRequest, StoreError
+from residual_saes.data.rows import split, summary
+from residual_saes.data.rows.follower import Follower
+from residual_saes.data.rows.reader import Reader
+from residual_saes.data.rows.source import Source
+from residual_saes.data.rows.split import Policy, held_out, held_out_units
+from residual_saes.data.rows.windows import Tuning
+from residual_saes.data.store import ring, ring_state
+from residual_saes.data.store.place import LocalPlace
+from residual_saes.data.store.repair import damage, repair
+from residual_saes.data.store.ring import Ring
+from residual_saes.data.store.ring_state import Registration, RingState
+from residual_saes.data.store.store import Store
+from residual_saes.data.store.zarr_bfloat16 import to_bits
 from tests.conftest import BOS, make_store
 from tests.data.test_reader import CONTEXT, EVERYTHING, UNIT, N, numbered, positions
 

@@ -10,17 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.errors import SettingError, StoreError
-from data.rows.reader import Reader
-from data.rows.source import Source
-from data.rows.split import held_out_units
-from data.store import ring, ring_state
-from data.store.leases import Leases
-from data.store.retention import KeepAll
-from data.store.ring import Ring
-from data.store.store import SpineEnd, Store
-from data.store.zarr_bfloat16 import to_bits
-from data.text.packing import Cursor
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.rows.reader import Reader
+from residual_saes.data.rows.source import Source
+from residual_saes.data.rows.split import held_out_units
+from residual_saes.data.store import ring, ring_state
+from residual_saes.data.store.leases import Leases
+from residual_saes.data.store.retention import KeepAll
+from residual_saes.data.store.ring import Ring
+from residual_saes.data.store.store import SpineEnd, Store
+from residual_saes.data.store.zarr_bfloat16 import to_bits
+from residual_saes.data.text.packing import Cursor
 from tests.conftest import commit, make_manifest, make_spine, make_store
 from tests.data.test_reader import CONTEXT, EVERYTHING, UNIT, numbered
 from tests.data.test_ring import HUGE, training

@@ -20,20 +20,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from data import order
-from data.errors import SettingError, StoreError
-from data.rows import split, summary
-from data.rows.reader import Reader
-from data.rows.rounds import KeptRows
-from data.rows.source import Source
-from data.rows.split import Policy, held_out
-from data.rows.windows import Tuning
-from data.site import HookPoint
-from data.store import ring_state
-from data.store.place import LocalPlace
-from data.store.store import SpineEnd, Store
-from data.store.zarr_bfloat16 import to_bits
-from data.text.packing import Cursor
+from residual_saes.data import order
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.rows import split, summary
+from residual_saes.data.rows.reader import Reader
+from residual_saes.data.rows.rounds import KeptRows
+from residual_saes.data.rows.source import Source
+from residual_saes.data.rows.split import Policy, held_out
+from residual_saes.data.rows.windows import Tuning
+from residual_saes.data.site import HookPoint
+from residual_saes.data.store import ring_state
+from residual_saes.data.store.place import LocalPlace
+from residual_saes.data.store.store import SpineEnd, Store
+from residual_saes.data.store.zarr_bfloat16 import to_bits
+from residual_saes.data.text.packing import Cursor
 from tests.conftest import commit, make_manifest
 from tests.data.test_ring import SPAN, follower, harvester, make_ring
 

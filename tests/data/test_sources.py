@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from data.errors import DocumentError, SettingError, StoreError
-from data.text.documents import Document, State, TextSource, characters
-from data.text.hub import HubText
-from data.text.mix import Mix, Part
-from data.text.sources import FileText, TinyText, source_name, source_of
+from residual_saes.data.errors import DocumentError, SettingError, StoreError
+from residual_saes.data.text.documents import Document, State, TextSource, characters
+from residual_saes.data.text.hub import HubText
+from residual_saes.data.text.mix import Mix, Part
+from residual_saes.data.text.sources import FileText, TinyText, source_name, source_of
 
 CONF = Path(__file__).parent.parent.parent / "conf" / "text"
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data.errors import MismatchError, StoreError
-from data.site import HookPoint
-from data.store import records
-from data.store.kinds import kinds_of
-from data.store.moments import merge_all
-from data.store.place import LocalPlace
-from data.store.repair import damage, repair
-from data.store.store import Store
-from data.store.zarr_bfloat16 import to_float32
-from data.text.packing import Cursor
+from residual_saes.data.errors import MismatchError, StoreError
+from residual_saes.data.site import HookPoint
+from residual_saes.data.store import records
+from residual_saes.data.store.kinds import kinds_of
+from residual_saes.data.store.moments import merge_all
+from residual_saes.data.store.place import LocalPlace
+from residual_saes.data.store.repair import damage, repair
+from residual_saes.data.store.store import Store
+from residual_saes.data.store.zarr_bfloat16 import to_float32
+from residual_saes.data.text.packing import Cursor
 from tests.conftest import BOS, commit, make_manifest, make_store
 
 

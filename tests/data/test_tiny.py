@@ -16,8 +16,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from data.tiny.embedded import MODEL_DIR
-from data.tiny.problems import KINDS, Problem, Split, document, problem, problems, prompt
+from residual_saes.data.tiny.embedded import MODEL_DIR
+from residual_saes.data.tiny.problems import (
+    KINDS,
+    Problem,
+    Split,
+    document,
+    problem,
+    problems,
+    prompt,
+)
 from tests.tiny.build import batches, model_config, train_
 from tests.tiny.card import parameter_count
 from tests.tiny.evaluate import Score, accuracy, completions, graded, prompt_ids
@@ -97,7 +105,10 @@ def test_problems_are_what_they_were(split: Split, digest: str) -> None:
 
 def test_problem_is_the_same_in_another_process() -> None:
     """Nothing depends on Python's hash seed or on what was drawn before."""
-    code = "from data.tiny.problems import problem; print([problem('train', i) for i in (7, 3)])"
+    code = (
+        "from residual_saes.data.tiny.problems import problem\n"
+        "print([problem('train', i) for i in (7, 3)])"
+    )
     env = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": str(MODEL_DIR.parents[2])}
     printed = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True

@@ -15,11 +15,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from data.errors import StoreError
-from data.rows.copy import one_ahead, to_device
-from data.rows.split import held_out_units
-from data.rows.windows import TUNING, Blocks
-from data.store.store import Store
+from residual_saes.data.errors import StoreError
+from residual_saes.data.rows.copy import one_ahead, to_device
+from residual_saes.data.rows.split import held_out_units
+from residual_saes.data.rows.windows import TUNING, Blocks
+from residual_saes.data.store.store import Store
 from tests.conftest import make_store
 from tests.data.test_reader import CONTEXT, UNIT, numbered, reader
 

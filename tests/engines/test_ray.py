@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from conf.ray_ranks import main
-from data.errors import SettingError
+from residual_saes.conf.ray_ranks import main
+from residual_saes.data.errors import SettingError
 from tests.engines.conftest import Slow, wait_for_text
 from tests.engines.slurm import having, kill, until
 from tests.harvest.test_launchers import contents, environment

@@ -19,8 +19,8 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
-from data.store.bucket import ObjectPlace
-from data.store.leases import FOLDER, LIFE_S
+from residual_saes.data.store.bucket import ObjectPlace
+from residual_saes.data.store.leases import FOLDER, LIFE_S
 from tests.engines.conftest import Slow
 from tests.engines.proxy import Faults, Proxy, Sent
 from tests.engines.seaweed import BUCKET, Seaweed, weed

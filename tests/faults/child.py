@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.errors import Interrupted, PipelineError
+from residual_saes.data.errors import Interrupted, PipelineError
 
 
 def in_child(body: Callable[[], object], said: Path | None = None) -> int:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from data import durable
-from data.errors import StoreError
+from residual_saes.data import durable
+from residual_saes.data.errors import StoreError
 from tests.faults import flips, kills, tree
 from tests.faults.child import Answer, ask
 from tests.faults.power import images

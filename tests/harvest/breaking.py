@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from data.errors import StoreError
-from data.text.documents import Document, State
-from data.text.sources import FileText
+from residual_saes.data.errors import StoreError
+from residual_saes.data.text.documents import Document, State
+from residual_saes.data.text.sources import FileText
 
 
 class Breaking(FileText):

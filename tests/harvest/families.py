@@ -21,17 +21,17 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from data.errors import SettingError
-from data.site import SITES, HookPoint
-from harvest.anatomy import Anatomy
-from harvest.decoder import find_blocks, meta_decoder
-from harvest.forward import batch_residuals
-from harvest.isolation import forward_inputs
-from harvest.model import ModelConfig, load
-from harvest.model_folder import read_config
-from harvest.proof import prove
-from harvest.selfcheck import choose_isolation, worst
-from harvest.site import tap
+from residual_saes.data.errors import SettingError
+from residual_saes.data.site import SITES, HookPoint
+from residual_saes.harvest.anatomy import Anatomy
+from residual_saes.harvest.decoder import find_blocks, meta_decoder
+from residual_saes.harvest.forward import batch_residuals
+from residual_saes.harvest.isolation import forward_inputs
+from residual_saes.harvest.model import ModelConfig, load
+from residual_saes.harvest.model_folder import read_config
+from residual_saes.harvest.proof import prove
+from residual_saes.harvest.selfcheck import choose_isolation, worst
+from residual_saes.harvest.site import tap
 from tests.harvest.models import VOCABULARY, Bare, enlarge_, save_tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"

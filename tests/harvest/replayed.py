@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from data import durable
-from data.durable import Buffer, Written
-from data.store.claims import Claims
-from data.store.leases import Tag, Tagged
-from data.store.place import Loaded, LocalPlace
+from residual_saes.data import durable
+from residual_saes.data.durable import Buffer, Written
+from residual_saes.data.store.claims import Claims
+from residual_saes.data.store.leases import Tag, Tagged
+from residual_saes.data.store.place import Loaded, LocalPlace
 
 
 class Step(NamedTuple):

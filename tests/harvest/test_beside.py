@@ -13,21 +13,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.errors import StoreError
-from data.rows.split import held_out_units
-from data.store import ring_state
-from data.store.repair import damage, repair
-from data.store.ring import Ring
-from data.store.ring_state import Registration, RingState
-from data.store.store import Store
-from data.text.sources import FileText
-from harvest import loop, spine
-from harvest.config import HarvestConfig
-from harvest.loop import harvest
-from harvest.model import LanguageModel, ModelConfig, load
-from harvest.selfcheck import choose_isolation
-from harvest.spine_writer import write_spine
-from harvest.status import status
+from residual_saes.data.errors import StoreError
+from residual_saes.data.rows.split import held_out_units
+from residual_saes.data.store import ring_state
+from residual_saes.data.store.repair import damage, repair
+from residual_saes.data.store.ring import Ring
+from residual_saes.data.store.ring_state import Registration, RingState
+from residual_saes.data.store.store import Store
+from residual_saes.data.text.sources import FileText
+from residual_saes.harvest import loop, spine
+from residual_saes.harvest.config import HarvestConfig
+from residual_saes.harvest.loop import harvest
+from residual_saes.harvest.model import LanguageModel, ModelConfig, load
+from residual_saes.harvest.selfcheck import choose_isolation
+from residual_saes.harvest.spine_writer import write_spine
+from residual_saes.harvest.status import status
 from tests.harvest.models import save_model
 from tests.harvest.replayed import Noted, Replayed, Step
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from data.errors import DocumentError
-from data.tiny.embedded import MODEL_DIR
-from harvest.bounded_template import bounded, install
-from harvest.chat_template import ChatTemplate, Spellings
+from residual_saes.data.errors import DocumentError
+from residual_saes.data.tiny.embedded import MODEL_DIR
+from residual_saes.harvest.bounded_template import bounded, install
+from residual_saes.harvest.chat_template import ChatTemplate, Spellings
 
 LOOP = "{% for i in range(99999) %}"
 END = "{% endfor %}"

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from data.errors import DocumentError, SettingError
-from data.text.chats import Chat, Message
-from data.tiny.embedded import MODEL_DIR
-from harvest.tokens import Tokenizer
+from residual_saes.data.errors import DocumentError, SettingError
+from residual_saes.data.text.chats import Chat, Message
+from residual_saes.data.tiny.embedded import MODEL_DIR
+from residual_saes.harvest.tokens import Tokenizer
 from tests.harvest.test_tokens import HOSTILE, chat, special, with_template
 
 TURN = "<|turn>{{ m.role }}\n"

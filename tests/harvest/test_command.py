@@ -16,13 +16,13 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from conf.command import run_command
-from data.errors import MismatchError, SettingError, StoreError
-from data.journal import duration, size
-from data.store import default
-from data.store.store import Store
-from data.store.unit import prepare
-from harvest.command import (
+from residual_saes.conf.command import run_command
+from residual_saes.data.errors import MismatchError, SettingError, StoreError
+from residual_saes.data.journal import duration, size
+from residual_saes.data.store import default
+from residual_saes.data.store.store import Store
+from residual_saes.data.store.unit import prepare
+from residual_saes.harvest.command import (
     command,
     default_store,
     harvest_config,
@@ -31,15 +31,15 @@ from harvest.command import (
     standing,
     tell_standing,
 )
-from harvest.config import HarvestConfig
-from harvest.description import Description
-from harvest.headers import Stored
-from harvest.plan import Plan, require_fit
+from residual_saes.harvest.config import HarvestConfig
+from residual_saes.harvest.description import Description
+from residual_saes.harvest.headers import Stored
+from residual_saes.harvest.plan import Plan, require_fit
 from tests.forked import run_forked
 
 
 def settings(*overrides: str) -> dict[str, Any]:
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("residual_saes.conf", version_base="1.3"):
         plain = OmegaConf.to_container(compose("harvest", list(overrides)), resolve=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}

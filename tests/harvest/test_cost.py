@@ -15,16 +15,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, Gemma4TextConfig, GPT2Config, LlamaConfig, Qwen3MoeConfig
 
-from data.errors import SettingError
-from data.site import HookPoint
-from data.tiny.embedded import MODEL_DIR
-from harvest.cost import cost
-from harvest.decoder import find_blocks
-from harvest.forward import batch_residuals
-from harvest.isolation import forward_inputs
-from harvest.model import LanguageModel, ModelConfig
-from harvest.selfcheck import choose_isolation
-from harvest.tokens import Tokenizer
+from residual_saes.data.errors import SettingError
+from residual_saes.data.site import HookPoint
+from residual_saes.data.tiny.embedded import MODEL_DIR
+from residual_saes.harvest.cost import cost
+from residual_saes.harvest.decoder import find_blocks
+from residual_saes.harvest.forward import batch_residuals
+from residual_saes.harvest.isolation import forward_inputs
+from residual_saes.harvest.model import LanguageModel, ModelConfig
+from residual_saes.harvest.selfcheck import choose_isolation
+from residual_saes.harvest.tokens import Tokenizer
 from tests.harvest.models import COMPOSITE, CONFIGS, E4B
 
 CONTEXT = 256

@@ -16,20 +16,26 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from data.errors import DocumentError, SettingError, StoreError, TemporaryError, is_passing
-from data.store.store import Store
-from data.text import retry
-from data.text.documents import Document, State
-from data.text.mix import Mix, Part
-from data.text.sources import FileText, TinyText
-from data.tiny.embedded import MODEL_DIR
-from harvest import spine_writer
-from harvest.config import Faults
-from harvest.encoder import Encoder, skipped_before
-from harvest.spine import tell_end
-from harvest.spine_writer import SpineProcess, work, write_spine
-from harvest.status import status
-from harvest.tokens import Tokenizer
+from residual_saes.data.errors import (
+    DocumentError,
+    SettingError,
+    StoreError,
+    TemporaryError,
+    is_passing,
+)
+from residual_saes.data.store.store import Store
+from residual_saes.data.text import retry
+from residual_saes.data.text.documents import Document, State
+from residual_saes.data.text.mix import Mix, Part
+from residual_saes.data.text.sources import FileText, TinyText
+from residual_saes.data.tiny.embedded import MODEL_DIR
+from residual_saes.harvest import spine_writer
+from residual_saes.harvest.config import Faults
+from residual_saes.harvest.encoder import Encoder, skipped_before
+from residual_saes.harvest.spine import tell_end
+from residual_saes.harvest.spine_writer import SpineProcess, work, write_spine
+from residual_saes.harvest.status import status
+from residual_saes.harvest.tokens import Tokenizer
 from tests.conftest import make_manifest
 
 TINY = Tokenizer.load(MODEL_DIR)

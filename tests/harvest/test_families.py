@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from data.errors import SettingError
-from harvest.model import LanguageModel, ModelConfig, load
-from harvest.model_folder import read_config
-from harvest.selfcheck import choose_isolation
+from residual_saes.data.errors import SettingError
+from residual_saes.harvest.model import LanguageModel, ModelConfig, load
+from residual_saes.harvest.model_folder import read_config
+from residual_saes.harvest.selfcheck import choose_isolation
 from tests.harvest.families import (
     ALLOWED,
     PAGE,

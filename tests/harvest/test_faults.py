@@ -18,24 +18,24 @@ import numpy as np
 import pytest
 import torch
 
-from data.errors import DocumentError, MismatchError, PipelineError, StoreError
-from data.rows.reader import Reader
-from data.rows.source import Source
-from data.rows.split import Policy
-from data.site import HookPoint
-from data.store import records, verified
-from data.store.place import LocalPlace
-from data.store.repair import damage, is_derived, repair
-from data.store.store import Store
-from data.text import retry
-from data.text.sources import FileText
-from harvest import forward, selfcheck
-from harvest.config import Faults, HarvestConfig
-from harvest.loop import OutOfMemory, harvest
-from harvest.model import LanguageModel, ModelConfig, load
-from harvest.provenance import manifest_of
-from harvest.selfcheck import choose_isolation, trial_of
-from harvest.spine_writer import work, write_spine
+from residual_saes.data.errors import DocumentError, MismatchError, PipelineError, StoreError
+from residual_saes.data.rows.reader import Reader
+from residual_saes.data.rows.source import Source
+from residual_saes.data.rows.split import Policy
+from residual_saes.data.site import HookPoint
+from residual_saes.data.store import records, verified
+from residual_saes.data.store.place import LocalPlace
+from residual_saes.data.store.repair import damage, is_derived, repair
+from residual_saes.data.store.store import Store
+from residual_saes.data.text import retry
+from residual_saes.data.text.sources import FileText
+from residual_saes.harvest import forward, selfcheck
+from residual_saes.harvest.config import Faults, HarvestConfig
+from residual_saes.harvest.loop import OutOfMemory, harvest
+from residual_saes.harvest.model import LanguageModel, ModelConfig, load
+from residual_saes.harvest.provenance import manifest_of
+from residual_saes.harvest.selfcheck import choose_isolation, trial_of
+from residual_saes.harvest.spine_writer import work, write_spine
 from tests.harvest.breaking import Breaking
 from tests.harvest.models import save_model
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from data.errors import DocumentError, SettingError
-from data.tiny.embedded import MODEL_DIR
-from harvest.headers import Stored, require_layers, stored
-from harvest.model_folder import read_config
-from harvest.tokens import Tokenizer
-from harvest.weight_files import shards
+from residual_saes.data.errors import DocumentError, SettingError
+from residual_saes.data.tiny.embedded import MODEL_DIR
+from residual_saes.harvest.headers import Stored, require_layers, stored
+from residual_saes.harvest.model_folder import read_config
+from residual_saes.harvest.tokens import Tokenizer
+from residual_saes.harvest.weight_files import shards
 
 LLAMA = {
     "model_type": "llama",

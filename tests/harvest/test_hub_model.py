@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file, save
 from transformers import Gemma4ForCausalLM  # noqa: F401 (before the processes of the checks fork)
 
-from data.errors import SettingError
-from data.store.store import Store
-from data.tiny.embedded import MODEL_DIR
-from harvest.command import command
-from harvest.hub_model import complete
-from harvest.model import ModelConfig, load
-from harvest.weight_files import INDEX, SINGLE, is_tower
+from residual_saes.data.errors import SettingError
+from residual_saes.data.store.store import Store
+from residual_saes.data.tiny.embedded import MODEL_DIR
+from residual_saes.harvest.command import command
+from residual_saes.harvest.hub_model import complete
+from residual_saes.harvest.model import ModelConfig, load
+from residual_saes.harvest.weight_files import INDEX, SINGLE, is_tower
 from tests.harvest.models import save_model
 from tests.harvest.test_command import settings
 from tests.stand_in_hub import MODEL, Alone, serving

@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.masking_utils import create_masks_for_generate
 
-from data.site import HookPoint
-from harvest.forward import batch_residuals, forward
-from harvest.isolation import Isolation, attention_mask, forward_inputs, groups
-from harvest.model import LanguageModel, ModelConfig, load
+from residual_saes.data.site import HookPoint
+from residual_saes.harvest.forward import batch_residuals, forward
+from residual_saes.harvest.isolation import Isolation, attention_mask, forward_inputs, groups
+from residual_saes.harvest.model import LanguageModel, ModelConfig, load
 from tests.harvest.models import CONFIGS, VOCABULARY, save_model
 
 FAMILIES = tuple(CONFIGS)

@@ -15,17 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from data.errors import StoreError
-from data.store.place import LocalPlace
-from data.store.repair import damage, repair
-from data.store.store import Store
-from data.text.sources import FileText
-from harvest.config import HarvestConfig
-from harvest.loop import harvest
-from harvest.model import LanguageModel, ModelConfig, load
-from harvest.provenance import manifest_of
-from harvest.selfcheck import choose_isolation
-from harvest.spine_writer import write_spine
+from residual_saes.data.errors import StoreError
+from residual_saes.data.store.place import LocalPlace
+from residual_saes.data.store.repair import damage, repair
+from residual_saes.data.store.store import Store
+from residual_saes.data.text.sources import FileText
+from residual_saes.harvest.config import HarvestConfig
+from residual_saes.harvest.loop import harvest
+from residual_saes.harvest.model import LanguageModel, ModelConfig, load
+from residual_saes.harvest.provenance import manifest_of
+from residual_saes.harvest.selfcheck import choose_isolation
+from residual_saes.harvest.spine_writer import write_spine
 from tests.faults import kills
 from tests.faults.child import in_child, outcome
 from tests.faults.tree import files as tree

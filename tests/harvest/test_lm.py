@@ -18,18 +18,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.gemma4 import modeling_gemma4
 
-from data.errors import PipelineError, SettingError
-from data.machine import is_out_of_memory
-from data.site import HookPoint
-from data.store.store import Store
-from data.text.sources import FileText
-from harvest.config import HarvestConfig
-from harvest.forward import batch_residuals, forward, scatter
-from harvest.isolation import attention_mask, forward_inputs
-from harvest.loop import OutOfMemory, harvest
-from harvest.model import LanguageModel, ModelConfig, load
-from harvest.selfcheck import choose_isolation
-from harvest.site import tap
+from residual_saes.data.errors import PipelineError, SettingError
+from residual_saes.data.machine import is_out_of_memory
+from residual_saes.data.site import HookPoint
+from residual_saes.data.store.store import Store
+from residual_saes.data.text.sources import FileText
+from residual_saes.harvest.config import HarvestConfig
+from residual_saes.harvest.forward import batch_residuals, forward, scatter
+from residual_saes.harvest.isolation import attention_mask, forward_inputs
+from residual_saes.harvest.loop import OutOfMemory, harvest
+from residual_saes.harvest.model import LanguageModel, ModelConfig, load
+from residual_saes.harvest.selfcheck import choose_isolation
+from residual_saes.harvest.site import tap
 from tests.harvest.models import COMPOSITE, CONFIGS, VOCABULARY, Bare, save_composite, save_model
 
 FAMILIES = tuple(CONFIGS)
@@ -154,7 +154,7 @@ def test_the_self_check_catches_a_layer_off_by_one(
     def wrong(_lm: Any, points: Any, **options: bool) -> Any:
         return tap(neighbours, points, **options)
 
-    monkeypatch.setattr("harvest.selfcheck.tap", wrong)
+    monkeypatch.setattr("residual_saes.harvest.selfcheck.tap", wrong)
     with pytest.raises(SettingError, match="layer 2 "):
         choose_isolation(lm, [2], 40)
 

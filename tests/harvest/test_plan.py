@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data.errors import MismatchError, SettingError, StoreError
-from data.store import codec
-from data.tiny.embedded import MODEL_DIR
-from harvest import command as commands
-from harvest.command import command
-from harvest.headers import stored
-from harvest.plan import require_fit
-from harvest.weight_files import INDEX, SINGLE
+from residual_saes.data.errors import MismatchError, SettingError, StoreError
+from residual_saes.data.store import codec
+from residual_saes.data.tiny.embedded import MODEL_DIR
+from residual_saes.harvest import command as commands
+from residual_saes.harvest.command import command
+from residual_saes.harvest.headers import stored
+from residual_saes.harvest.plan import require_fit
+from residual_saes.harvest.weight_files import INDEX, SINGLE
 from tests.harvest.test_command import plan_of, tiny
 
 WEIGHTS = load_file(MODEL_DIR / SINGLE)

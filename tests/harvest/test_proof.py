@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from data.errors import SettingError
-from data.site import ATTN_OUT, MLP_IN, MLP_OUT, RESID_MID, HookPoint
-from harvest.anatomy import INSIDE, Anatomy, Place, Reader, Term
-from harvest.model import LanguageModel, ModelConfig, load
-from harvest.proof import prove
+from residual_saes.data.errors import SettingError
+from residual_saes.data.site import ATTN_OUT, MLP_IN, MLP_OUT, RESID_MID, HookPoint
+from residual_saes.harvest.anatomy import INSIDE, Anatomy, Place, Reader, Term
+from residual_saes.harvest.model import LanguageModel, ModelConfig, load
+from residual_saes.harvest.proof import prove
 from tests.harvest.families import save_family
 from tests.harvest.models import save_model
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from data.store.claims import METADATA, SPINE, Claims, unit_claim
-from data.store.leases import FOLDER, Leases
-from data.store.manifest import KEY
-from data.store.place import LocalPlace
-from data.store.retention import KeepAll
-from data.text.sources import FileText
-from harvest.config import HarvestConfig
-from harvest.loop import harvest
-from harvest.waiting import Waiting
+from residual_saes.data.store.claims import METADATA, SPINE, Claims, unit_claim
+from residual_saes.data.store.leases import FOLDER, Leases
+from residual_saes.data.store.manifest import KEY
+from residual_saes.data.store.place import LocalPlace
+from residual_saes.data.store.retention import KeepAll
+from residual_saes.data.text.sources import FileText
+from residual_saes.harvest.config import HarvestConfig
+from residual_saes.harvest.loop import harvest
+from residual_saes.harvest.waiting import Waiting
 from tests.faults.child import in_child, outcome
 from tests.faults.tree import files as tree
 from tests.harvest.models import save_model
@@ -115,7 +115,7 @@ def test_every_rank_goes_over_all_units_from_a_place_of_its_own() -> None:
 def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The lines that were told."""
     lines: list[str] = []
-    monkeypatch.setattr("harvest.waiting.tell", lines.append)
+    monkeypatch.setattr("residual_saes.harvest.waiting.tell", lines.append)
     return lines
 
 

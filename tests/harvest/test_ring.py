@@ -21,31 +21,31 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from data.errors import Interrupted, SettingError, StoreError
-from data.rows import split, summary
-from data.rows.reader import Reader
-from data.rows.windows import Tuning
-from data.store import ring_state
-from data.store.place import LocalPlace
-from data.store.repair import damage, repair
-from data.store.ring_state import Registration, RingState
-from data.store.store import Store
-from data.text.sources import FileText
-from harvest import plan
-from harvest.command import command
-from harvest.config import HarvestConfig
-from harvest.cost import Cost
-from harvest.loop import harvest
-from harvest.model import LanguageModel, ModelConfig, load
-from harvest.provenance import manifest_of
-from harvest.selfcheck import choose_isolation
-from harvest.spine_writer import write_spine
-from harvest.status import status
-from harvest.verify import verify
+from residual_saes.data.errors import Interrupted, SettingError, StoreError
+from residual_saes.data.rows import split, summary
+from residual_saes.data.rows.reader import Reader
+from residual_saes.data.rows.windows import Tuning
+from residual_saes.data.store import ring_state
+from residual_saes.data.store.place import LocalPlace
+from residual_saes.data.store.repair import damage, repair
+from residual_saes.data.store.ring_state import Registration, RingState
+from residual_saes.data.store.store import Store
+from residual_saes.data.text.sources import FileText
+from residual_saes.harvest import plan
+from residual_saes.harvest.command import command
+from residual_saes.harvest.config import HarvestConfig
+from residual_saes.harvest.cost import Cost
+from residual_saes.harvest.loop import harvest
+from residual_saes.harvest.model import LanguageModel, ModelConfig, load
+from residual_saes.harvest.provenance import manifest_of
+from residual_saes.harvest.selfcheck import choose_isolation
+from residual_saes.harvest.spine_writer import write_spine
+from residual_saes.harvest.status import status
+from residual_saes.harvest.verify import verify
+from residual_saes.train import checkpoint
+from residual_saes.train.command import command as train
+from residual_saes.train.run import CHECKPOINTS, METRICS
 from tests.harvest.models import save_model
-from train import checkpoint
-from train.command import command as train
-from train.run import CHECKPOINTS, METRICS
 
 LAYERS, UNITS, UNIT, D = (1, 4), 40, 64, 32
 READS: dict[int, int | list[int]] = {1: [1, 4], 4: 4}  # by the run: one is a crosscoder of both
@@ -143,7 +143,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Short waits; and processes that a failed test left running end with the test."""
-    monkeypatch.setattr("train.stream.Reader", partial(Reader, tuning=Tuning(poll_s=0.01)))
+    monkeypatch.setattr(
+        "residual_saes.train.stream.Reader", partial(Reader, tuning=Tuning(poll_s=0.01))
+    )
     yield
     for child in list(CHILDREN):
         os.kill(child, signal.SIGKILL)
@@ -488,7 +490,7 @@ def test_the_plan_asks_for_the_ring_alone(tmp_path: Path) -> None:
 
 
 def composed(command: str, overrides: list[str]) -> dict[str, Any]:
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("residual_saes.conf", version_base="1.3"):
         settings = OmegaConf.to_container(
             compose(config_name=command, overrides=overrides), resolve=True
         )

@@ -13,19 +13,28 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from data.errors import SettingError
-from data.site import ATTN_OUT, MLP_IN, MLP_OUT, RESID_MID, RESID_POST, RESID_PRE, SITES, HookPoint
-from data.text.sources import FileText
-from harvest.anatomy import Term
-from harvest.config import HarvestConfig
-from harvest.decoder import find_blocks
-from harvest.dissection import dissect, require_foreseen
-from harvest.loop import harvest
-from harvest.model import LanguageModel, ModelConfig, load
-from harvest.selfcheck import choose_isolation
-from harvest.site import DeepestReached, edited_at, tap
-from harvest.status import status
-from harvest.verify import verify
+from residual_saes.data.errors import SettingError
+from residual_saes.data.site import (
+    ATTN_OUT,
+    MLP_IN,
+    MLP_OUT,
+    RESID_MID,
+    RESID_POST,
+    RESID_PRE,
+    SITES,
+    HookPoint,
+)
+from residual_saes.data.text.sources import FileText
+from residual_saes.harvest.anatomy import Term
+from residual_saes.harvest.config import HarvestConfig
+from residual_saes.harvest.decoder import find_blocks
+from residual_saes.harvest.dissection import dissect, require_foreseen
+from residual_saes.harvest.loop import harvest
+from residual_saes.harvest.model import LanguageModel, ModelConfig, load
+from residual_saes.harvest.selfcheck import choose_isolation
+from residual_saes.harvest.site import DeepestReached, edited_at, tap
+from residual_saes.harvest.status import status
+from residual_saes.harvest.verify import verify
 from tests.harvest.families import save_family, tiny_config
 from tests.harvest.models import enlarge_, save_model
 

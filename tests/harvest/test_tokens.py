@@ -14,11 +14,11 @@ from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data.durable import digest
-from data.errors import DocumentError, SettingError
-from data.text.documents import Content
-from data.tiny.embedded import MODEL_DIR
-from harvest.tokens import Tokenizer
+from residual_saes.data.durable import digest
+from residual_saes.data.errors import DocumentError, SettingError
+from residual_saes.data.text.documents import Content
+from residual_saes.data.tiny.embedded import MODEL_DIR
+from residual_saes.harvest.tokens import Tokenizer
 from tests.harvest.models import save_tokenizer
 
 TINY = Tokenizer.load(MODEL_DIR)

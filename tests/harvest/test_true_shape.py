@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from data.site import HookPoint
-from data.store.store import Store
-from harvest.decoder import find_blocks, meta_decoder
-from harvest.isolation import forward_inputs
-from harvest.site import tap
+from residual_saes.data.site import HookPoint
+from residual_saes.data.store.store import Store
+from residual_saes.harvest.decoder import find_blocks, meta_decoder
+from residual_saes.harvest.isolation import forward_inputs
+from residual_saes.harvest.site import tap
 from tests.harvest.models import E4B, Bare, save_tokenizer
 
 LAYERS = [21, 27]

@@ -25,8 +25,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from data.tiny.embedded import MODEL_DIR
-from data.tiny.problems import Problem, document, problem, problems, solution
+from residual_saes.data.tiny.embedded import MODEL_DIR
+from residual_saes.data.tiny.problems import Problem, document, problem, problems, solution
 from tests.tiny.card import Training, card
 from tests.tiny.evaluate import FORMATS, Format, Score, accuracy, prompt_ids
 from tests.tiny.tokenizer import SPECIAL_TOKENS, train_tokenizer

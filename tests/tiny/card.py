@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from transformers import Gemma4ForCausalLM
 
-from data.tiny.problems import document, problem
+from residual_saes.data.tiny.problems import document, problem
 from tests.tiny.evaluate import Score
 
 

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data.tiny.problems import Problem, prompt
+from residual_saes.data.tiny.problems import Problem, prompt
 
 Format = Literal["plain", "chat"]
 FORMATS: tuple[Format, ...] = ("plain", "chat")

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
+from residual_saes.train.arm import Arm
+from residual_saes.train.loop import train
+from residual_saes.train.optim import OptimConfig
+from residual_saes.train.run import CHECKPOINTS, METRICS
+from residual_saes.train.sae import SAEConfig
+from residual_saes.train.trainer import TrainConfig
 from tests.train.planted import Planted, planted_stream
-from train.arm import Arm
-from train.loop import train
-from train.optim import OptimConfig
-from train.run import CHECKPOINTS, METRICS
-from train.sae import SAEConfig
-from train.trainer import TrainConfig
 
 STEPS, BATCH = 20, 16
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from data.store.moments import Moments
-from train.stream import Stream
+from residual_saes.data.store.moments import Moments
+from residual_saes.train.stream import Stream
 
 Spoil = Callable[[int, Tensor], None]
 

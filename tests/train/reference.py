@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from train.objectives.gated import GatedConfig, GatedSAE
-from train.sae import SAE, SAEConfig
+from residual_saes.train.objectives.gated import GatedConfig, GatedSAE
+from residual_saes.train.sae import SAE, SAEConfig
 
 
 def random_sae(

@@ -15,16 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-from data.errors import Interrupted, NonFiniteError, PipelineError, TemporaryError
-from data.rows.follower import Follower, FollowsNobody
+from residual_saes.data.errors import Interrupted, NonFiniteError, PipelineError, TemporaryError
+from residual_saes.data.rows.follower import Follower, FollowsNobody
+from residual_saes.train.arm import Arm, Outcome
+from residual_saes.train.loop import train_together
+from residual_saes.train.optim import OptimConfig
+from residual_saes.train.stream import Stream
 from tests.conftest import Call
 from tests.train.killing import BATCH, CPU, bits, config, planted
 from tests.train.planted import planted_stream
 from tests.train.test_command import SMALL, make_store
-from train.arm import Arm, Outcome
-from train.loop import train_together
-from train.optim import OptimConfig
-from train.stream import Stream
 
 NAMES = ("sound", "other")  # another seed
 TOKENS = 12 * BATCH  # three checkpoints, one evaluation, and the end
@@ -127,7 +127,7 @@ def full(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_under_one_arm_of_a_command(full: Path, tmp_path: Path, call: Call) -> None:
     make_store(tmp_path / "s.zarr", units=3, layers=(3,))
     settings = ("store=s.zarr", *SMALL, "tokens=256", "checkpoint_every=1", "eval_rows=64")
-    line = ("train", "train.command", "-m", *settings, "run=room,full/arm")
+    line = ("train", "residual_saes.train.command", "-m", *settings, "run=room,full/arm")
     code, err = call(*line)
     assert code == 75
     assert err.count("full/arm: cannot write full/arm/") == 1 and "No space left" in err
@@ -243,7 +243,7 @@ def test_memory_that_is_short_is_told_with_what_to_lower(
     """What plainly cannot fit is refused before it begins; an estimate is only told."""
 
     def outcome_with(free: int) -> Outcome:
-        monkeypatch.setattr("data.device.free_bytes", lambda _: free)
+        monkeypatch.setattr("residual_saes.data.device.free_bytes", lambda _: free)
         return train_together(pair(tmp_path)[:1], CPU)[0]
 
     refused = outcome_with(9)
@@ -254,7 +254,7 @@ def test_memory_that_is_short_is_told_with_what_to_lower(
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 B")
 
     with monkeypatch.context() as patch:
-        patch.setattr("train.trainer.learning_rate", missing)
+        patch.setattr("residual_saes.train.trainer.learning_rate", missing)
         refused = outcome_with(2**40)
     assert isinstance(refused, PipelineError) and refused.exit_code == 2
     assert "sae.d_sae=48" in str(refused)

@@ -7,10 +7,10 @@ import os
 import pytest
 import torch
 
-from data import durable
-from data.errors import StoreError
-from train import checkpoint
-from train.checkpoint import Checkpoint
+from residual_saes.data import durable
+from residual_saes.data.errors import StoreError
+from residual_saes.train import checkpoint
+from residual_saes.train.checkpoint import Checkpoint
 
 
 def moment(step):

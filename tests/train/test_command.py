@@ -12,17 +12,17 @@ import pytest
 import torch
 import yaml
 
-from conf import command as command_line
-from data.errors import SettingError
-from data.journal import read_metrics
-from data.site import RESID_POST, HookPoint
-from data.store import coming
-from data.store.store import SpineEnd, Store
-from data.text.packing import Cursor
+from residual_saes.conf import command as command_line
+from residual_saes.data.errors import SettingError
+from residual_saes.data.journal import read_metrics
+from residual_saes.data.site import RESID_POST, HookPoint
+from residual_saes.data.store import coming
+from residual_saes.data.store.store import SpineEnd, Store
+from residual_saes.data.text.packing import Cursor
+from residual_saes.train import checkpoint, command
+from residual_saes.train.sae_file import load
 from tests.conftest import commit, make_manifest
 from tests.train import killing
-from train import checkpoint, command
-from train.sae_file import load
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = ["sae=tiny", "optim=tiny", "sae.d_sae=32", "sae.k=2", "batch=64", "device=cpu"]
@@ -89,7 +89,7 @@ def call(tmp_path, monkeypatch, capsys, unwatched):
         monkeypatch.setattr(sys, "argv", ["train", *arguments])
         code = 0
         try:
-            command_line.start("train", "train.command")
+            command_line.start("train", "residual_saes.train.command")
         except SystemExit as stopped:
             code = stopped.code
         return code, capsys.readouterr().err

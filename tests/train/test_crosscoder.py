@@ -10,17 +10,17 @@ import torch
 import yaml
 from torch.nn.functional import normalize
 
-from data.errors import Interrupted
+from residual_saes.data.errors import Interrupted
+from residual_saes.train import objective
+from residual_saes.train.arm import Arm
+from residual_saes.train.loop import train
+from residual_saes.train.optim import OptimConfig
+from residual_saes.train.sae import Scales
+from residual_saes.train.sae_file import load
+from residual_saes.train.trainer import TrainConfig
 from tests.train import killing
 from tests.train.planted import PlantedLayers, planted_stream
 from tests.train.reference import random_sae
-from train import objective
-from train.arm import Arm
-from train.loop import train
-from train.optim import OptimConfig
-from train.sae import Scales
-from train.sae_file import load
-from train.trainer import TrainConfig
 
 AUX = {"aux_coef": 1 / 32, "k_aux": 16, "aux_norm": "variance", "resample": True}
 LAYERS = {"layer": (21, 27)}

@@ -2,8 +2,8 @@
 
 import torch
 
-from train import dead
-from train.kernels import Kept
+from residual_saes.train import dead
+from residual_saes.train.kernels import Kept
 
 
 def count_(silent, kept):

@@ -11,13 +11,13 @@ import pytest
 import torch
 import yaml
 
-from analyze.subject import Subject
-from data.journal import read_metrics
-from data.rows.split import held_out_units, training_units
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.journal import read_metrics
+from residual_saes.data.rows.split import held_out_units, training_units
+from residual_saes.train.run import CONFIG, METRICS
 from tests.conftest import Call
 from tests.data.test_left_out import BY_TOKEN, PLAIN, SINK, START, Planted, plant
 from tests.train.test_command import SMALL
-from train.run import CONFIG, METRICS
 
 LOOSE = ("drop_bos=false", "drop_outliers=false")
 
@@ -28,7 +28,9 @@ def planted(tmp_path: Path) -> Planted:
 
 
 def train(call: Call, *arguments: str) -> tuple[int, str]:
-    return call("train", "train.command", *arguments, "store=s.zarr", *SMALL, "tokens=512")
+    return call(
+        "train", "residual_saes.train.command", *arguments, "store=s.zarr", *SMALL, "tokens=512"
+    )
 
 
 def recorded(run: str) -> dict[str, Any]:
@@ -78,7 +80,7 @@ def test_studies_read_the_rows_of_training(planted: Planted, call: Call) -> None
     trained = planted.rows[planted.kept(subject.policy, training_units(planted.store))]
     np.testing.assert_allclose(subject.moments.mean, trained.mean(0), rtol=1e-9)
 
-    code, err = call("analyze", "analyze.command", "run=r", "device=cpu")
+    code, err = call("analyze", "residual_saes.analyze.command", "run=r", "device=cpu")
     assert code == 0, err
     figures = json.loads(Path("r/studies/quality/quality.json").read_text())
     figures = figures.get("figures", figures)
@@ -95,7 +97,9 @@ def test_arms_may_differ_in_it(planted: Planted, call: Call) -> None:
     code, err = train(call, "-m", f"drop_tokens=[],[{PLAIN}],[{SINK}]", "run=${drop_tokens}")
     assert code == 0, err
     runs = f"runs=[[],[{PLAIN}],[{SINK}]]"
-    code, err = call("analyze", "analyze.command", "study=sweep", runs, "out=out", "device=cpu")
+    code, err = call(
+        "analyze", "residual_saes.analyze.command", "study=sweep", runs, "out=out", "device=cpu"
+    )
     assert code == 0, err
     assert f"token ids {SINK}, {PLAIN}" in Path("out/sweep.md").read_text()
 

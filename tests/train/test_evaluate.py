@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from residual_saes.train.columns import Columns
+from residual_saes.train.evaluate import Evaluation
+from residual_saes.train.evaluate import evaluate as evaluate_together
+from residual_saes.train.ports import ports_of
 from tests.train.reference import dense_activations, random_sae
-from train.columns import Columns
-from train.evaluate import Evaluation
-from train.evaluate import evaluate as evaluate_together
-from train.ports import ports_of
 
 
 def case(n=300, d=12, d_sae=64):

@@ -21,9 +21,9 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.errors import StoreError
+from residual_saes.data.errors import StoreError
+from residual_saes.train.export.format import find
 from tests.test_house import ROOT
-from train.export.format import find
 
 D, F, K = 16, 48, 4
 _draw = torch.Generator().manual_seed(0)

@@ -17,13 +17,13 @@ import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from data.errors import PipelineError
-from train.export.command import command
-from train.export.format import About, find, names
-from train.ports import ports_of
-from train.run import CONFIG
-from train.sae import SAE
-from train.sae_file import FILE, load
+from residual_saes.data.errors import PipelineError
+from residual_saes.train.export.command import command
+from residual_saes.train.export.format import About, find, names
+from residual_saes.train.ports import ports_of
+from residual_saes.train.run import CONFIG
+from residual_saes.train.sae import SAE
+from residual_saes.train.sae_file import FILE, load
 
 D, F, K = 12, 40, 4
 PORTS = {
@@ -178,7 +178,7 @@ def test_what_cannot_be_taken_is_one_line(
 
 
 def export(*overrides: str) -> None:
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("residual_saes.conf", version_base="1.3"):
         command(OmegaConf.to_container(compose("export", list(overrides)), resolve=True))
 
 

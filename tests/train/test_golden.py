@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data import digests, durable
-from data.errors import StoreError
+from residual_saes.data import digests, durable
+from residual_saes.data.errors import StoreError
+from residual_saes.train.export import bundle, format, golden
+from residual_saes.train.sae import SAE
 from tests.train.test_formats import CASES, KINDS, TAKEN, D, F, K, about, made
-from train.export import bundle, format, golden
-from train.sae import SAE
 
 
 def exported(folder: Path, name: str, sae: SAE, kind: str = "topk") -> Path:

@@ -10,15 +10,15 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from data.site import SITES, HookPoint
-from harvest.model import ModelConfig, load
-from harvest.site import tap
+from residual_saes.data.site import SITES, HookPoint
+from residual_saes.harvest.model import ModelConfig, load
+from residual_saes.harvest.site import tap
+from residual_saes.train.export import sparsify
+from residual_saes.train.export.hooks import family, module
+from residual_saes.train.export.origin import of_hook
 from tests.harvest.families import save_family
 from tests.harvest.models import COMPOSITE, save_model
 from tests.train.test_formats import about, made
-from train.export import sparsify
-from train.export.hooks import family, module
-from train.export.origin import of_hook
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LAYER = 2

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from data.errors import PipelineError, StoreError
-from train import sae_file
-from train.export import format, golden
-from train.ports import ports_of
-from train.run import read_config
-from train.sae import SAE
+from residual_saes.data.errors import PipelineError, StoreError
+from residual_saes.train import sae_file
+from residual_saes.train.export import format, golden
+from residual_saes.train.ports import ports_of
+from residual_saes.train.run import read_config
+from residual_saes.train.sae import SAE
 
 D, F, K = 16, 64, 8
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train import kernels
-from train.kernels import Kept
+from residual_saes.train import kernels
+from residual_saes.train.kernels import Kept
 
 
 def draw(*shape, seed=0, dtype=torch.float32):

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conf.command import start
-from data import stopping
+from residual_saes.conf.command import start
+from residual_saes.data import stopping
 from tests.train import killing
 from tests.train.test_command import SMALL, make_store
 
@@ -33,7 +33,7 @@ def sweep(folder, *overrides):
         patch.setattr(stopping, "watch", stopping.answer_signals)  # see `unwatched`
         stopping.told.clear()
         try:
-            start("train", "train.command")
+            start("train", "residual_saes.train.command")
         except SystemExit as stopped:
             return stopped.code, said.getvalue()
     return 0, said.getvalue()

@@ -26,10 +26,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from data.errors import StoreError
+from residual_saes.data.errors import StoreError
+from residual_saes.train.export.format import find
 from tests.train.test_formats import CASES, D, about, made, rows
 from tests.train.test_golden import exported
-from train.export.format import find
 
 FOLDER = Path(__file__).parent / "foreign"
 LIBRARIES = ("circuit_tracer", "dictionary_learning", "saelens", "sparsify")

@@ -6,20 +6,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data import locks
-from data.digests import FILE
-from data.errors import MismatchError, NonFiniteError, SettingError, StoreError
-from data.journal import read_metrics
+from residual_saes.data import locks
+from residual_saes.data.digests import FILE
+from residual_saes.data.errors import MismatchError, NonFiniteError, SettingError, StoreError
+from residual_saes.data.journal import read_metrics
+from residual_saes.train.arm import Arm
+from residual_saes.train.dead import dead_latents
+from residual_saes.train.loop import train
+from residual_saes.train.optim import OptimConfig
+from residual_saes.train.sae import SAEConfig
+from residual_saes.train.sae_file import load
+from residual_saes.train.trainer import TrainConfig, Trainer
 from tests.train import killing
 from tests.train.killing import METRICS, run
 from tests.train.planted import Planted, planted_stream
-from train.arm import Arm
-from train.dead import dead_latents
-from train.loop import train
-from train.optim import OptimConfig
-from train.sae import SAEConfig
-from train.sae_file import load
-from train.trainer import TrainConfig, Trainer
 
 
 def test_recovers_planted_directions(tmp_path):

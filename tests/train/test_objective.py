@@ -5,11 +5,11 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from residual_saes.train import objective
+from residual_saes.train.objectives.gated import GatedConfig
+from residual_saes.train.parallel import Group
+from residual_saes.train.sae import SAEConfig, in_files
 from tests.train.reference import random_gated, random_sae, reference_losses
-from train import objective
-from train.objectives.gated import GatedConfig
-from train.parallel import Group
-from train.sae import SAEConfig, in_files
 
 D, D_SAE, K, N = 12, 64, 4, 50
 CONFIG = SAEConfig(d_sae=D_SAE, k=K, k_aux=8, aux_coef=0.5)

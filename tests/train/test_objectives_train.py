@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from data.errors import SettingError
+from residual_saes.data.errors import SettingError
+from residual_saes.train.arm import Arm
+from residual_saes.train.export import saelens
+from residual_saes.train.export.format import About
+from residual_saes.train.loop import train
+from residual_saes.train.objective import find, names
+from residual_saes.train.optim import OptimConfig
+from residual_saes.train.ports import ports_of
+from residual_saes.train.sae import SAEConfig
+from residual_saes.train.sae_file import load
+from residual_saes.train.trainer import TrainConfig, Trainer
 from tests.train import killing
 from tests.train.planted import Planted, planted_stream
-from train.arm import Arm
-from train.export import saelens
-from train.export.format import About
-from train.loop import train
-from train.objective import find, names
-from train.optim import OptimConfig
-from train.ports import ports_of
-from train.sae import SAEConfig
-from train.sae_file import load
-from train.trainer import TrainConfig, Trainer
 
 EVERY = [
     {"activation": "topk"},

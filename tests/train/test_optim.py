@@ -6,10 +6,10 @@ import pytest
 import torch
 import yaml
 
-from data.errors import SettingError
-from data.journal import read_metrics
+from residual_saes.data.errors import SettingError
+from residual_saes.data.journal import read_metrics
+from residual_saes.train.optim import Adam, OptimConfig, learning_rate, resolved
 from tests.train import killing
-from train.optim import Adam, OptimConfig, learning_rate, resolved
 
 
 def test_schedule_values():

@@ -8,20 +8,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data.errors import Interrupted, SettingError, TemporaryError
-from data.journal import read_metrics
+from residual_saes.data.errors import Interrupted, SettingError, TemporaryError
+from residual_saes.data.journal import read_metrics
+from residual_saes.train import checkpoint
+from residual_saes.train.arm import Arm
+from residual_saes.train.loop import train
+from residual_saes.train.objectives.gated import GatedConfig
+from residual_saes.train.parallel import Group
+from residual_saes.train.sae import SAEConfig
+from residual_saes.train.sae_file import load
+from residual_saes.train.trainer import Trainer
 from tests.faults.child import in_child, outcome
 from tests.train import killing
 from tests.train.killing import BATCH, CPU, config, planted
 from tests.train.planted import planted_stream
-from train import checkpoint
-from train.arm import Arm
-from train.loop import train
-from train.objectives.gated import GatedConfig
-from train.parallel import Group
-from train.sae import SAEConfig
-from train.sae_file import load
-from train.trainer import Trainer
 
 WORLD = 2
 

@@ -17,31 +17,31 @@ from hydra import compose, initialize_config_module
 from markdown_it import MarkdownIt
 from omegaconf import OmegaConf
 
-from analyze import results
-from analyze.peers.imported import READERS
-from analyze.studies.quality import DEFINITION, DEFINITIONS, quality
-from analyze.study import Study
-from analyze.subject import Subject
-from conf.command import run_command
-from data import digests, durable
-from data.errors import SettingError, StoreError
-from data.markdown import escaped
-from data.site import HookPoint
-from data.tiny.embedded import MODEL_DIR
-from harvest.model import ModelConfig
-from harvest.model import load as harvested
-from harvest.site import tap
+from residual_saes.analyze import results
+from residual_saes.analyze.peers.imported import READERS
+from residual_saes.analyze.studies.quality import DEFINITION, DEFINITIONS, quality
+from residual_saes.analyze.study import Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.conf.command import run_command
+from residual_saes.data import digests, durable
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.markdown import escaped
+from residual_saes.data.site import HookPoint
+from residual_saes.data.tiny.embedded import MODEL_DIR
+from residual_saes.harvest.model import ModelConfig
+from residual_saes.harvest.model import load as harvested
+from residual_saes.harvest.site import tap
+from residual_saes.train.export import saelens, safetensors
+from residual_saes.train.ports import recorded_ports
+from residual_saes.train.publish import release
+from residual_saes.train.publish.card import ABSENT
+from residual_saes.train.publish.command import command
+from residual_saes.train.run import CONFIG, METRICS
+from residual_saes.train.sae import SAE
+from residual_saes.train.sae_file import FILE, load
 from tests.analyze.conftest import make_run, random_rows
 from tests.train.test_formats import a_run, made
 from tests.train.test_libraries import PYTHON, require
-from train.export import saelens, safetensors
-from train.ports import recorded_ports
-from train.publish import release
-from train.publish.card import ABSENT
-from train.publish.command import command
-from train.run import CONFIG, METRICS
-from train.sae import SAE
-from train.sae_file import FILE, load
 
 REPO, TOKEN = "somebody/an-sae", "hf_SecretSecretSecretSecret"
 HOSTILE = (
@@ -51,7 +51,7 @@ HOSTILE = (
 
 
 def publishes(run: Path, *overrides: str) -> Path:
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("residual_saes.conf", version_base="1.3"):
         settings = OmegaConf.to_container(
             compose("publish", [f"run={run}", f"repo={REPO}", *overrides]), resolve=True
         )

@@ -12,13 +12,13 @@ from hydra import compose, initialize_config_module
 from torch import Tensor
 from torch.nn.functional import mse_loss, normalize
 
-from data.settings import build
+from residual_saes.data.settings import build
+from residual_saes.train.optim import OptimConfig
+from residual_saes.train.sae import SAEConfig, initial
+from residual_saes.train.stream import first_rows
+from residual_saes.train.trainer import TrainConfig, Trainer
 from tests.train.killing import CPU
 from tests.train.planted import Planted
-from train.optim import OptimConfig
-from train.sae import SAEConfig, initial
-from train.stream import first_rows
-from train.trainer import TrainConfig, Trainer
 
 D, D_SAE, K, K_AUX, BATCH, STEPS, TOTAL = 16, 64, 4, 8, 64, 20, 60
 DEAD_STEPS, WARM_UP, LR, FLOOR = 3, 5, 2e-3, 6e-4
@@ -28,7 +28,7 @@ NAMES = ("W_enc", "W_dec", "b_enc", "b_dec")
 
 def recipe(group: str, kind: type, **changes: object):
     """The configuration of `python -m train`'s defaults, but for `changes`."""
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("residual_saes.conf", version_base="1.3"):
         settings = dict(compose("train")[group])
     settings.pop("name", None)
     return replace(build(kind, group, settings), **changes)
@@ -134,7 +134,7 @@ def test_settings_that_came_later_are_recorded_only_where_they_differ(kind, late
 
 
 def test_every_dictionary_brings_its_optimizer():
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("residual_saes.conf", version_base="1.3"):
         chosen = {
             name: compose("train", [f"sae={name}"]).optim.first_step
             for name in ("topk_32k", "scaled_32k", "batchtopk_32k", "rows_32k", "tiny_transcoder")

@@ -12,14 +12,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data.errors import Interrupted
-from data.journal import read_metrics
+from residual_saes.data.errors import Interrupted
+from residual_saes.data.journal import read_metrics
+from residual_saes.train import checkpoint
+from residual_saes.train.trainer import Trainer
 from tests.faults import kills
 from tests.faults.child import in_child, outcome
 from tests.train import killing
 from tests.train.killing import CHECKPOINTS, METRICS, bits, run
-from train import checkpoint
-from train.trainer import Trainer
 
 IN_DEFAULT_SUITE = 16  # failpoints, spread over the run
 

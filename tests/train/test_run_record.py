@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data import digests
-from data.errors import Interrupted, StoreError
-from tests.train.killing import bits, run
-from tests.train.test_resume import stop_at
-from train.run import (
+from residual_saes.data import digests
+from residual_saes.data.errors import Interrupted, StoreError
+from residual_saes.train.run import (
     CHECKPOINTS,
     CONFIG,
     FILES,
@@ -24,6 +22,8 @@ from train.run import (
     sae_digest,
     sae_of,
 )
+from tests.train.killing import bits, run
+from tests.train.test_resume import stop_at
 
 SAE = "sae_final.pt"
 

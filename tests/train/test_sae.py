@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data.errors import SettingError, StoreError
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.train import sae as sae_module
+from residual_saes.train.sae import SAEConfig, initial
+from residual_saes.train.sae_file import FILE, load, write_final
 from tests.train.reference import dense_activations, random_sae
-from train import sae as sae_module
-from train.sae import SAEConfig, initial
-from train.sae_file import FILE, load, write_final
 
 
 def rows(n=20, d=12, seed=1):

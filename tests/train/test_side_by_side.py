@@ -6,17 +6,17 @@ import shutil
 import pytest
 import torch
 
-from conf.command import plain
-from data.errors import MismatchError
-from data.store.store import Store
+from residual_saes.conf.command import plain
+from residual_saes.data.errors import MismatchError
+from residual_saes.data.store.store import Store
+from residual_saes.train import command
+from residual_saes.train.loop import train
+from residual_saes.train.run import read_config
+from residual_saes.train.sweep import passes, train_sweep
 from tests.faults.child import in_child, outcome
 from tests.faults.kills import kill_after
 from tests.train.killing import CPU, bits
 from tests.train.test_command import SMALL, make_store
-from train import command
-from train.loop import train
-from train.run import read_config
-from train.sweep import passes, train_sweep
 
 POINTS = (3, 5, "mlp_in_3", "mlp_out_3")
 KINDS = ("sae", "transcoder", "crosscoder")
@@ -37,9 +37,9 @@ def other(store, tmp_path_factory):
 def settings(*overrides):
     from hydra import compose, initialize_config_module
 
-    from conf.names import quoted
+    from residual_saes.conf.names import quoted
 
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("residual_saes.conf", version_base="1.3"):
         short = ["tokens=640", "log_every=3", "eval_every=4", "checkpoint_every=3"]
         return plain(compose("train", quoted([*SMALL, *short, *overrides])))
 

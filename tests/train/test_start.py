@@ -10,8 +10,17 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from data.errors import Interrupted, SettingError
-from data.rows.follower import FollowsNobody
+from residual_saes.data.errors import Interrupted, SettingError
+from residual_saes.data.rows.follower import FollowsNobody
+from residual_saes.train import checkpoint, dead, start
+from residual_saes.train.arm import Arm
+from residual_saes.train.evaluate import evaluate
+from residual_saes.train.loop import train, train_together
+from residual_saes.train.optim import Adam, OptimConfig
+from residual_saes.train.sae import SAE, SAEConfig, initial
+from residual_saes.train.sae_file import load
+from residual_saes.train.stream import first_rows
+from residual_saes.train.trainer import TrainConfig, Trainer
 from tests.faults import kills
 from tests.faults.child import in_child, outcome
 from tests.train import killing
@@ -27,15 +36,6 @@ from tests.train.killing import (
 from tests.train.planted import Planted, planted_stream
 from tests.train.reference import dense_activations, random_sae
 from tests.train.test_parallel import Pair, together
-from train import checkpoint, dead, start
-from train.arm import Arm
-from train.evaluate import evaluate
-from train.loop import train, train_together
-from train.optim import Adam, OptimConfig
-from train.sae import SAE, SAEConfig, initial
-from train.sae_file import load
-from train.stream import first_rows
-from train.trainer import TrainConfig, Trainer
 
 PATIENCE = 3  # times dead_after that resampling waits
 DEAD_AFTER, LAST = 3, 4 * STEPS // 5  # in steps

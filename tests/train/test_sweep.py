@@ -10,19 +10,19 @@ from dataclasses import replace
 
 import pytest
 
-from data.errors import Interrupted, MismatchError, NonFiniteError, SettingError
-from data.journal import read_metrics
+from residual_saes.data.errors import Interrupted, MismatchError, NonFiniteError, SettingError
+from residual_saes.data.journal import read_metrics
+from residual_saes.train import sweep
+from residual_saes.train.arm import Arm
+from residual_saes.train.loop import train, train_together
+from residual_saes.train.optim import OptimConfig
+from residual_saes.train.sae_file import load
+from residual_saes.train.sweep import arm_bytes, passes, train_sweep
+from residual_saes.train.trainer import Trainer
 from tests.faults.child import in_child, outcome
 from tests.faults.kills import kill_after
 from tests.train.killing import BATCH, CPU, STEPS, bits, config, planted
 from tests.train.planted import planted_stream
-from train import sweep
-from train.arm import Arm
-from train.loop import train, train_together
-from train.optim import OptimConfig
-from train.sae_file import load
-from train.sweep import arm_bytes, passes, train_sweep
-from train.trainer import Trainer
 
 SMALL = config().sae
 ARMS = {

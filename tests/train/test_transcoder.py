@@ -11,20 +11,20 @@ import torch
 import yaml
 from torch.nn.functional import normalize
 
-from data.errors import Interrupted, MismatchError, SettingError
+from residual_saes.data.errors import Interrupted, MismatchError, SettingError
+from residual_saes.train import dead, objective, start
+from residual_saes.train.arm import Arm
+from residual_saes.train.loop import train
+from residual_saes.train.optim import Adam, OptimConfig
+from residual_saes.train.sae import SAEConfig, Scales, initial
+from residual_saes.train.sae_file import load
+from residual_saes.train.trainer import TrainConfig, Trainer
 from tests.faults import kills
 from tests.faults.child import in_child, outcome
 from tests.train import killing
 from tests.train.planted import Drawn, PlantedMLP, planted_stream
 from tests.train.reference import random_sae
 from tests.train.test_parallel import together
-from train import dead, objective, start
-from train.arm import Arm
-from train.loop import train
-from train.optim import Adam, OptimConfig
-from train.sae import SAEConfig, Scales, initial
-from train.sae_file import load
-from train.trainer import TrainConfig, Trainer
 
 EVERY = {
     "topk": {},

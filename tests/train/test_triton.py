@@ -20,7 +20,7 @@ with pytest.MonkeyPatch.context() as patch:
         "triton", reason="Triton is not installed; torch's CUDA wheels bring it"
     )
 
-    from train import triton_kernels as kernels
+    from residual_saes.train import triton_kernels as kernels
 if not ON_GPU and type(triton.language.sum).__name__ != "InterpretedFunction":
     pytest.skip(
         "something imported Triton before, to compile; run this file alone", allow_module_level=True
@@ -233,7 +233,7 @@ COMPILE = """
 import sys
 import triton
 from triton.backends.compiler import GPUTarget
-from train import triton_kernels as kernels
+from residual_saes.train import triton_kernels as kernels
 
 FLOATS = {"pre", "values", "weights", "table", "parts", "sums", "upstream", "shares"}
 WHOLE = {"columns", "which", "starts", "owners", "order", "indices"}

@@ -13,24 +13,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.errors import Interrupted, SettingError, StoreError
-from data.journal import read_metrics
+from residual_saes.data.errors import Interrupted, SettingError, StoreError
+from residual_saes.data.journal import read_metrics
+from residual_saes.train import run, sae_file
+from residual_saes.train.arm import Arm
+from residual_saes.train.evaluate import evaluate
+from residual_saes.train.export import bundle, golden
+from residual_saes.train.export.format import About
+from residual_saes.train.loop import train
+from residual_saes.train.objectives.gated import GatedConfig
+from residual_saes.train.optim import OptimConfig
+from residual_saes.train.ports import ports_of
+from residual_saes.train.sae import SAEConfig
+from residual_saes.train.trainer import Trainer
+from residual_saes.train.warm import Start
 from tests.conftest import Call
 from tests.train.killing import CPU, bits, config
 from tests.train.planted import Drawn, Planted, leave, planted_stream
 from tests.train.test_command import SMALL, make_store
-from train import run, sae_file
-from train.arm import Arm
-from train.evaluate import evaluate
-from train.export import bundle, golden
-from train.export.format import About
-from train.loop import train
-from train.objectives.gated import GatedConfig
-from train.optim import OptimConfig
-from train.ports import ports_of
-from train.sae import SAEConfig
-from train.trainer import Trainer
-from train.warm import Start
 
 STEPS = 400  # of the runs to start from: few enough to be quick, enough to learn the rows
 BATCH = 64
@@ -346,8 +346,15 @@ def test_a_run_goes_on_when_its_start_is_gone(bases: Bases, tmp_path: Path) -> N
 def test_the_command(tmp_path: Path, call: Call) -> None:
     make_store(tmp_path / "s.zarr", units=4)
     small = ("store=s.zarr", *SMALL)
-    assert call("train", "train.command", *small, "run=base", "layer=3")[0] == 0
-    line = ("train", "train.command", "store=s.zarr", "batch=64", "device=cpu", "tokens=640")
+    assert call("train", "residual_saes.train.command", *small, "run=base", "layer=3")[0] == 0
+    line = (
+        "train",
+        "residual_saes.train.command",
+        "store=s.zarr",
+        "batch=64",
+        "device=cpu",
+        "tokens=640",
+    )
     warm = (*line, "start=base", "layer=5", "optim=tiny")
     code, err = call(*warm, "run=warm")
     assert code == 0, err

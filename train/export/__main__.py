@@ -2,7 +2,7 @@
 libraries.
 """
 
-from conf.command import start
+from residual_saes.conf.command import start
 
 if __name__ == "__main__":
-    start("export", "train.export.command")
+    start("export", "residual_saes.train.export.command")

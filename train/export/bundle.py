@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from data import digests, durable, locks
-from data.durable import Buffer, Written
-from data.errors import StoreError, TemporaryError, caused
+from residual_saes.data import digests, durable, locks
+from residual_saes.data.durable import Buffer, Written
+from residual_saes.data.errors import StoreError, TemporaryError, caused
 
 _AGAIN = "restore or download it, or write it again"
 _BLOCK_BYTES = 1 << 22

@@ -24,11 +24,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from data.errors import StoreError
-from data.foreign import yaml_object
-from data.site import MLP_OUT, hook_name
-from train.export import golden
-from train.export.format import (
+from residual_saes.data.errors import StoreError
+from residual_saes.data.foreign import yaml_object
+from residual_saes.data.site import MLP_OUT, hook_name
+from residual_saes.train.export import golden
+from residual_saes.train.export.format import (
     About,
     Weights,
     read_tensors,
@@ -40,9 +40,9 @@ from train.export.format import (
     topk,
     without_b_in,
 )
-from train.export.origin import Origin, of_hook
-from train.sae import SAE, WEIGHTS
-from train.tensors import any_text_of, refuse, shown, text_of, vector_of, whole_of
+from residual_saes.train.export.origin import Origin, of_hook
+from residual_saes.train.sae import SAE, WEIGHTS
+from residual_saes.train.tensors import any_text_of, refuse, shown, text_of, vector_of, whole_of
 
 CONFIG = "config.yaml"
 _FILE = re.compile(r"(?:topk_)?layer_(?P<layer>\d+)\.safetensors")

@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from conf.command import ALONE, Job
-from data.errors import SettingError, StoreError
-from data.journal import heartbeat, note, tell
-from data.settings import names
-from train import sae_file
-from train.export import bundle, circuit_tracer, format, golden
-from train.export.format import About
-from train.run import CONFIG, named_or_newest, read_config, sae_of
-from train.sae import SAE
+from residual_saes.conf.command import ALONE, Job
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.journal import heartbeat, note, tell
+from residual_saes.data.settings import names
+from residual_saes.train import sae_file
+from residual_saes.train.export import bundle, circuit_tracer, format, golden
+from residual_saes.train.export.format import About
+from residual_saes.train.run import CONFIG, named_or_newest, read_config, sae_of
+from residual_saes.train.sae import SAE
 
 SET = "circuit_tracer"  # the library whose files hold several runs, of a layer each
 

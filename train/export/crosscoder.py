@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.errors import SettingError, StoreError
-from train.export.format import About, Weights, thresholded, without_b_in
-from train.export.origin import Origin
-from train.ports import Port, Ports
-from train.sae import SAE
-from train.tensors import dense_of, refuse, refuse_shape, tensor_of, text_of, whole_of
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.train.export.format import About, Weights, thresholded, without_b_in
+from residual_saes.train.export.origin import Origin
+from residual_saes.train.ports import Port, Ports
+from residual_saes.train.sae import SAE
+from residual_saes.train.tensors import dense_of, refuse, refuse_shape, tensor_of, text_of, whole_of
 
 _WEIGHTS = {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"}
 _NORMALISER = ("activation_mean", "activation_std")  # NaN: rows are taken as they are

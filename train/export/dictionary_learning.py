@@ -24,10 +24,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from train import torch_file
-from train.export import crosscoder, golden
-from train.export.crosscoder import submodule
-from train.export.format import (
+from residual_saes.train import torch_file
+from residual_saes.train.export import crosscoder, golden
+from residual_saes.train.export.crosscoder import submodule
+from residual_saes.train.export.format import (
     About,
     Weights,
     only,
@@ -39,9 +39,9 @@ from train.export.format import (
     topk,
     ungated,
 )
-from train.export.origin import Origin, of_hook
-from train.sae import SAE
-from train.tensors import (
+from residual_saes.train.export.origin import Origin, of_hook
+from residual_saes.train.sae import SAE
+from residual_saes.train.tensors import (
     any_text_of,
     any_whole_of,
     dense_of,

@@ -25,18 +25,18 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from data.errors import PipelineError, StoreError
-from data.foreign import json_object, reading, require_file
-from data.site import HookPoint
-from data.store import manifest
-from data.store.place import place_of
-from train import export
-from train.export import bundle
-from train.export.origin import Origin
-from train.ports import Port, Ports, recorded_ports
-from train.run import CONFIG
-from train.sae import SAE, WEIGHTS
-from train.tensors import any_tensor_of, refuse, refuse_shape, shown, tensor_of
+from residual_saes.data.errors import PipelineError, StoreError
+from residual_saes.data.foreign import json_object, reading, require_file
+from residual_saes.data.site import HookPoint
+from residual_saes.data.store import manifest
+from residual_saes.data.store.place import place_of
+from residual_saes.train import export
+from residual_saes.train.export import bundle
+from residual_saes.train.export.origin import Origin
+from residual_saes.train.ports import Port, Ports, recorded_ports
+from residual_saes.train.run import CONFIG
+from residual_saes.train.sae import SAE, WEIGHTS
+from residual_saes.train.tensors import any_tensor_of, refuse, refuse_shape, shown, tensor_of
 
 _WAY_OUT = "restore or download it again"
 # Modules here that are no library.
@@ -165,7 +165,7 @@ def names() -> list[str]:
 
 def find(name: str) -> Format:
     """The format of one of `names`."""
-    return cast("Format", import_module(f"train.export.{name}"))
+    return cast("Format", import_module(f"residual_saes.train.export.{name}"))
 
 
 def read(name: str, path: Path) -> SAE:

@@ -25,12 +25,12 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from data import durable
-from data.errors import StoreError
-from data.foreign import reading
-from train.export.format import About, find, read_tensors
-from train.sae import SAE
-from train.tensors import require_usable
+from residual_saes.data import durable
+from residual_saes.data.errors import StoreError
+from residual_saes.data.foreign import reading
+from residual_saes.train.export.format import About, find, read_tensors
+from residual_saes.train.sae import SAE
+from residual_saes.train.tensors import require_usable
 
 FILE = "golden.safetensors"
 _WEIGHTS = (".safetensors", ".pt")  # endings of files of weights

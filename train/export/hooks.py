@@ -10,7 +10,15 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from data.site import ATTN_OUT, MLP_IN, MLP_OUT, RESID_MID, RESID_POST, RESID_PRE, HookPoint
+from residual_saes.data.site import (
+    ATTN_OUT,
+    MLP_IN,
+    MLP_OUT,
+    RESID_MID,
+    RESID_POST,
+    RESID_PRE,
+    HookPoint,
+)
 
 
 class Family(NamedTuple):

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from data.site import MLP_IN, MLP_OUT, RESID_POST, SITES, HookPoint
-from train.export import hooks
-from train.ports import Port, Ports
+from residual_saes.data.site import MLP_IN, MLP_OUT, RESID_POST, SITES, HookPoint
+from residual_saes.train.export import hooks
+from residual_saes.train.ports import Port, Ports
 
 # TransformerLens, which SAELens uses: blocks.5.hook_resid_post, blocks.5.attn.hook_z.
 _LENS = re.compile(r"blocks\.(?P<layer>\d+)\.(?P<site>(?:\w+\.)*hook_\w+)")

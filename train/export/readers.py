@@ -6,13 +6,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from data.foreign import reading
-from train import sae_file
-from train.export import bundle, format, golden
-from train.export.origin import Origin
-from train.ports import recorded_ports
-from train.run import CONFIG, read_config
-from train.sae import SAE
+from residual_saes.data.foreign import reading
+from residual_saes.train import sae_file
+from residual_saes.train.export import bundle, format, golden
+from residual_saes.train.export.origin import Origin
+from residual_saes.train.ports import recorded_ports
+from residual_saes.train.run import CONFIG, read_config
+from residual_saes.train.sae import SAE
 
 
 def _reference(path: Path) -> SAE:

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.errors import StoreError
-from data.site import HookPoint, hook_name
-from train.export import golden
-from train.export.format import (
+from residual_saes.data.errors import StoreError
+from residual_saes.data.site import HookPoint, hook_name
+from residual_saes.train.export import golden
+from residual_saes.train.export.format import (
     About,
     Weights,
     flag,
@@ -37,10 +37,10 @@ from train.export.format import (
     ungated,
     without_b_in,
 )
-from train.export.hooks import module
-from train.export.origin import Origin, of_hook
-from train.sae import SAE
-from train.tensors import (
+from residual_saes.train.export.hooks import module
+from residual_saes.train.export.origin import Origin, of_hook
+from residual_saes.train.sae import SAE
+from residual_saes.train.tensors import (
     agree_on,
     any_text_of,
     any_whole_of,

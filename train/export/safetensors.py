@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.errors import SettingError, StoreError
-from train import sae_file
-from train.export import golden
-from train.export.format import (
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.train import sae_file
+from residual_saes.train.export import golden
+from residual_saes.train.export.format import (
     About,
     read_json,
     read_tensors,
@@ -18,10 +18,10 @@ from train.export.format import (
     to_json,
     to_safetensors,
 )
-from train.export.origin import Origin
-from train.ports import Port, Ports
-from train.sae import OPTIONAL, SAE, WEIGHTS
-from train.tensors import any_text_of, any_whole_of, refuse, text_of, whole_of
+from residual_saes.train.export.origin import Origin
+from residual_saes.train.ports import Port, Ports
+from residual_saes.train.sae import OPTIONAL, SAE, WEIGHTS
+from residual_saes.train.tensors import any_text_of, any_whole_of, refuse, text_of, whole_of
 
 _KEYS = {
     "k",

@@ -10,10 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data.errors import StoreError
-from data.site import ATTN_OUT, MLP_IN, MLP_OUT, RESID_POST, RESID_PRE, hook_name
-from train.export import golden
-from train.export.format import (
+from residual_saes.data.errors import StoreError
+from residual_saes.data.site import ATTN_OUT, MLP_IN, MLP_OUT, RESID_POST, RESID_PRE, hook_name
+from residual_saes.train.export import golden
+from residual_saes.train.export.format import (
     About,
     Weights,
     flag,
@@ -28,11 +28,11 @@ from train.export.format import (
     topk,
     without_b_in,
 )
-from train.export.hooks import has_plain_mlp
-from train.export.origin import Origin, of_hook
-from train.ports import Ports
-from train.sae import SAE
-from train.tensors import any_text_of, any_whole_of, refuse, shown, whole_of
+from residual_saes.train.export.hooks import has_plain_mlp
+from residual_saes.train.export.origin import Origin, of_hook
+from residual_saes.train.ports import Ports
+from residual_saes.train.sae import SAE
+from residual_saes.train.tensors import any_text_of, any_whole_of, refuse, shown, whole_of
 
 # In the order of our weights.
 _TENSORS = ("encoder.weight", "W_dec", "encoder.bias", "b_dec")

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from train import kernels
-from train.functions import rows
-from train.parallel import Group
-from train.sae import SAE, SAEConfig
+from residual_saes.train import kernels
+from residual_saes.train.functions import rows
+from residual_saes.train.parallel import Group
+from residual_saes.train.sae import SAE, SAEConfig
 
 
 def auxk(

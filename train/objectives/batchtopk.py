@@ -17,10 +17,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from train.functions import bias, decode, encode, mean_square
-from train.kernels import Kept
-from train.objective import Main, Objective, Thresholds
-from train.sae import SAE
+from residual_saes.train.functions import bias, decode, encode, mean_square
+from residual_saes.train.kernels import Kept
+from residual_saes.train.objective import Main, Objective, Thresholds
+from residual_saes.train.sae import SAE
 
 _THRESHOLD_DECAY = 0.99  # of the running mean, over about the last 100 batches
 

@@ -26,14 +26,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from data.errors import SettingError
-from train import kernels
-from train.functions import bias, decode, encode, mean_square, per_pair
-from train.kernels import Kept
-from train.objective import Main, Objective, Thresholds
-from train.objectives.batchtopk import smallest
-from train.optim import Adam
-from train.sae import SAE, SAEConfig, Scales
+from residual_saes.data.errors import SettingError
+from residual_saes.train import kernels
+from residual_saes.train.functions import bias, decode, encode, mean_square, per_pair
+from residual_saes.train.kernels import Kept
+from residual_saes.train.objective import Main, Objective, Thresholds
+from residual_saes.train.objectives.batchtopk import smallest
+from residual_saes.train.optim import Adam
+from residual_saes.train.sae import SAE, SAEConfig, Scales
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from train.functions import bias, encode, mean_square
-from train.kernels import Kept
-from train.objective import Main
-from train.objectives.matryoshka import nested_errors, require_nested
-from train.objectives.topk import TopK
-from train.sae import SAE
+from residual_saes.train.functions import bias, encode, mean_square
+from residual_saes.train.kernels import Kept
+from residual_saes.train.objective import Main
+from residual_saes.train.objectives.matryoshka import nested_errors, require_nested
+from residual_saes.train.objectives.topk import TopK
+from residual_saes.train.sae import SAE
 
 
 @dataclass(frozen=True)

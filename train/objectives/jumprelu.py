@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from data.errors import SettingError
-from train import kernels
-from train.functions import bias, decode, encode, mean_square
-from train.kernels import Bags, Kept
-from train.objective import Main, Thresholds
-from train.objectives.batchtopk import Thresholded
-from train.sae import SAE
+from residual_saes.data.errors import SettingError
+from residual_saes.train import kernels
+from residual_saes.train.functions import bias, decode, encode, mean_square
+from residual_saes.train.kernels import Bags, Kept
+from residual_saes.train.objective import Main, Thresholds
+from residual_saes.train.objectives.batchtopk import Thresholded
+from residual_saes.train.sae import SAE
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from data.errors import SettingError
-from train.functions import bias, decode, encode, mean_square
-from train.kernels import Bags, Kept, starts_of
-from train.objective import Main
-from train.objectives.batchtopk import Thresholded, follow_
-from train.sae import SAE, SAEConfig
+from residual_saes.data.errors import SettingError
+from residual_saes.train.functions import bias, decode, encode, mean_square
+from residual_saes.train.kernels import Bags, Kept, starts_of
+from residual_saes.train.objective import Main
+from residual_saes.train.objectives.batchtopk import Thresholded, follow_
+from residual_saes.train.sae import SAE, SAEConfig
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from train import kernels
-from train.functions import bias, decode, encode, mean_square
-from train.kernels import Kept
-from train.objective import Main, Objective
-from train.sae import SAE
+from residual_saes.train import kernels
+from residual_saes.train.functions import bias, decode, encode, mean_square
+from residual_saes.train.kernels import Kept
+from residual_saes.train.objective import Main, Objective
+from residual_saes.train.sae import SAE
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ import torch
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from data.markdown import Markdown, escaped, in_html, table_lines
-from data.rows import statistics
-from data.rows.split import Policy
-from train.export.format import About
-from train.publish import usage
-from train.publish.vector import Vector
-from train.sae import SAE
+from residual_saes.data.markdown import Markdown, escaped, in_html, table_lines
+from residual_saes.data.rows import statistics
+from residual_saes.data.rows.split import Policy
+from residual_saes.train.export.format import About
+from residual_saes.train.publish import usage
+from residual_saes.train.publish.vector import Vector
+from residual_saes.train.sae import SAE
 
 ABSENT = "not recorded"
 TABLE_ROWS = 50  # of a study's table that are shown; its JSON has them all

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from conf.command import ALONE, Job
-from data.errors import SettingError
-from data.journal import heartbeat, show, size
-from data.settings import flag
-from train.publish import release
+from residual_saes.conf.command import ALONE, Job
+from residual_saes.data.errors import SettingError
+from residual_saes.data.journal import heartbeat, show, size
+from residual_saes.data.settings import flag
+from residual_saes.train.publish import release
 
 
 def command(settings: dict[str, Any], _: Job = ALONE) -> None:

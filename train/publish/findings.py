@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data import digests
-from data.errors import StoreError, TemporaryError
-from data.journal import tell
+from residual_saes.data import digests
+from residual_saes.data.errors import StoreError, TemporaryError
+from residual_saes.data.journal import tell
 
 FOLDER = "studies"  # in a run's directory, as analyze leaves it
 QUALITY = "quality.json"  # likewise

@@ -25,17 +25,17 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from data.errors import PipelineError, SettingError, StoreError, TemporaryError
-from data.journal import tell
-from data.secrets import redacted
-from data.text import retry
-from train import sae_file
-from train.export import bundle, golden
-from train.export.bundle import Content
-from train.export.format import About, about
-from train.publish import card, findings, vector
-from train.run import CONFIG, METRICS, metrics_of, read_config, sae_of
-from train.sae import SAE
+from residual_saes.data.errors import PipelineError, SettingError, StoreError, TemporaryError
+from residual_saes.data.journal import tell
+from residual_saes.data.secrets import redacted
+from residual_saes.data.text import retry
+from residual_saes.train import sae_file
+from residual_saes.train.export import bundle, golden
+from residual_saes.train.export.bundle import Content
+from residual_saes.train.export.format import About, about
+from residual_saes.train.publish import card, findings, vector
+from residual_saes.train.run import CONFIG, METRICS, metrics_of, read_config, sae_of
+from residual_saes.train.sae import SAE
 
 FOLDER = "publish"  # in a run's directory, unless it is to be elsewhere
 

@@ -6,12 +6,20 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from data.markdown import Markdown
-from data.site import ATTN_OUT, MLP_IN, MLP_OUT, RESID_MID, RESID_POST, RESID_PRE, hook_name
-from train.export.format import About
-from train.export.hooks import module
-from train.ports import Port
-from train.sae import SAE
+from residual_saes.data.markdown import Markdown
+from residual_saes.data.site import (
+    ATTN_OUT,
+    MLP_IN,
+    MLP_OUT,
+    RESID_MID,
+    RESID_POST,
+    RESID_PRE,
+    hook_name,
+)
+from residual_saes.train.export.format import About
+from residual_saes.train.export.hooks import module
+from residual_saes.train.ports import Port
+from residual_saes.train.sae import SAE
 
 _WORDS = {
     RESID_PRE: "the residual stream that enters decoder layer {}",

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from data.errors import StoreError
+from residual_saes.data.errors import StoreError
 
 FILES = "steering_vec_L*"  # in the study's folder: the tensor, and .json with what it follows from
 # What each value of study.positions takes of a call's positions. A call shows a prompt or, with a

@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from analyze import results, study
-from analyze.pages.browser.contexts import fields
-from analyze.results import FOLDER, Result
-from analyze.subject import Subject
+from residual_saes.analyze import results, study
+from residual_saes.analyze.pages.browser.contexts import fields
+from residual_saes.analyze.results import FOLDER, Result
+from residual_saes.analyze.subject import Subject
 
 
 class Column(NamedTuple):

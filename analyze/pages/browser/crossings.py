@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import pyarrow.parquet as pq
 
-from analyze import results
-from analyze.pages.browser.script import short
-from analyze.results import FOLDER, Result
-from analyze.studies.cross_layer.pairs import LEVEL
-from analyze.studies.cross_layer.study import PAIRS
-from analyze.subject import Subject
+from residual_saes.analyze import results
+from residual_saes.analyze.pages.browser.script import short
+from residual_saes.analyze.results import FOLDER, Result
+from residual_saes.analyze.studies.cross_layer.pairs import LEVEL
+from residual_saes.analyze.studies.cross_layer.study import PAIRS
+from residual_saes.analyze.subject import Subject
 
 STUDY = "cross_layer"
 _TOP = 10  # latents of the other run that are shown, by correlation

@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from analyze.studies.catalogue import study as catalogue
-from analyze.studies.catalogue.index import Index
-from analyze.studies.catalogue.study import Files
-from analyze.subject import Subject
-from data.errors import StopRequest, StoreError
+from residual_saes.analyze.studies.catalogue import study as catalogue
+from residual_saes.analyze.studies.catalogue.index import Index
+from residual_saes.analyze.studies.catalogue.study import Files
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.errors import StopRequest, StoreError
 
 TOP = 5  # partners of a latent
 _BLOCK = 256  # latents whose cosines are held at a time: 67 MB at 32,768, were none of them 0

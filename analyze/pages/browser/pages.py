@@ -36,10 +36,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from analyze.pages.browser.columns import Column
-from analyze.pages.browser.contexts import CONTEXT, Contexts, contexts_of, fields
-from analyze.pages.browser.joins import Partners
-from analyze.pages.browser.script import short
+from residual_saes.analyze.pages.browser.columns import Column
+from residual_saes.analyze.pages.browser.contexts import CONTEXT, Contexts, contexts_of, fields
+from residual_saes.analyze.pages.browser.joins import Partners
+from residual_saes.analyze.pages.browser.script import short
 
 CHUNK = 64  # latents of a file: some 400 kB
 _WORDS = 3  # tokens that stand for a latent in the list: where it fires most, and what it raises

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from analyze.results import PAGE
-from data import digests, stopping
-from data.digests import Digests
-from data.errors import SettingError, StoreError
-from data.journal import show
+from residual_saes.analyze.results import PAGE
+from residual_saes.data import digests, stopping
+from residual_saes.data.digests import Digests
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.journal import show
 
 HOST = "127.0.0.1"
 # A tunnel may give it another port.

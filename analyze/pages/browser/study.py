@@ -25,25 +25,25 @@ from urllib.parse import quote
 import numpy as np
 import pyarrow.parquet as pq
 
-from analyze.latents.targets import class_names, names_of
-from analyze.outcome import Outcome
-from analyze.pages.browser import columns, crossings, joins, pages, tokens
-from analyze.pages.browser.columns import Column
-from analyze.pages.browser.crossings import Crossing
-from analyze.pages.browser.joins import Other
-from analyze.pages.browser.pages import CHUNK, Shown
-from analyze.pages.browser.script import script, short
-from analyze.pages.browser.tokens import Tallies
-from analyze.results import FOLDER, PAGE, made
-from analyze.studies.catalogue import study as catalogue
-from analyze.studies.catalogue.study import Files
-from analyze.study import Definition, Study, at_least
-from analyze.subject import Subject
-from data import durable
-from data.errors import SettingError, StopRequest
-from data.journal import Progress
-from data.neutral import neutral
-from data.settings import build
+from residual_saes.analyze.latents.targets import class_names, names_of
+from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.pages.browser import columns, crossings, joins, pages, tokens
+from residual_saes.analyze.pages.browser.columns import Column
+from residual_saes.analyze.pages.browser.crossings import Crossing
+from residual_saes.analyze.pages.browser.joins import Other
+from residual_saes.analyze.pages.browser.pages import CHUNK, Shown
+from residual_saes.analyze.pages.browser.script import script, short
+from residual_saes.analyze.pages.browser.tokens import Tallies
+from residual_saes.analyze.results import FOLDER, PAGE, made
+from residual_saes.analyze.studies.catalogue import study as catalogue
+from residual_saes.analyze.studies.catalogue.study import Files
+from residual_saes.analyze.study import Definition, Study, at_least
+from residual_saes.analyze.subject import Subject
+from residual_saes.data import durable
+from residual_saes.data.errors import SettingError, StopRequest
+from residual_saes.data.journal import Progress
+from residual_saes.data.neutral import neutral
+from residual_saes.data.settings import build
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class Site:
 
     def finish(self) -> None:
         """Write the page and its assets, the page last."""
-        folder = resources.files("analyze.pages.browser").joinpath("assets")
+        folder = resources.files("residual_saes.analyze.pages.browser").joinpath("assets")
         assets = {asset.name: asset for asset in folder.iterdir() if asset.is_file()}
         for name in sorted(assets, key=lambda name: (name == PAGE, name)):
             self._put(self._folder / name, assets[name].read_bytes())

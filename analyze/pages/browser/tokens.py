@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from analyze.pages.browser.script import short
-from analyze.studies.catalogue.index import Index
-from data.errors import StopRequest
-from data.store.store import Store
+from residual_saes.analyze.pages.browser.script import short
+from residual_saes.analyze.studies.catalogue.index import Index
+from residual_saes.data.errors import StopRequest
+from residual_saes.data.store.store import Store
 
 TOP = 20  # latents of a token
 TOKENS = 10  # of a latent

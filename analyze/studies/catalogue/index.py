@@ -31,13 +31,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from analyze.latents.encoding import Unit
-from analyze.subject import Subject
-from data import digests, durable
-from data.digests import Digests
-from data.durable import Written
-from data.errors import SettingError, StoreError
-from train import kernels
+from residual_saes.analyze.latents.encoding import Unit
+from residual_saes.analyze.subject import Subject
+from residual_saes.data import digests, durable
+from residual_saes.data.digests import Digests
+from residual_saes.data.durable import Written
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.train import kernels
 
 _WAY_OUT = "`python -m analyze study=catalogue run=...` makes it"
 BLOCK = 1024  # latents of a row group

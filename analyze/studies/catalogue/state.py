@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.studies.catalogue.index import Postings
-from data import order
+from residual_saes.analyze.studies.catalogue.index import Postings
+from residual_saes.data import order
 
 BINS = 64  # of an activation histogram
 SEED = 0  # of the samples

@@ -23,27 +23,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analyze import results
-from analyze.kept import Growing
-from analyze.latents import contexts, directions, targets
-from analyze.memory import Needed, of_pass, of_sae
-from analyze.outcome import Outcome
-from analyze.results import FEATURES, made
-from analyze.studies.catalogue import index as inverted_index
-from analyze.studies.catalogue import table as feature_table
-from analyze.studies.catalogue import words
-from analyze.studies.catalogue.index import Index
-from analyze.studies.catalogue.state import SEED, State
-from analyze.studies.catalogue.table import Content, Logits, OfTargets, Ranked
-from analyze.study import Definition, Study
-from analyze.subject import Subject
-from data import durable
-from data.errors import PipelineError, SettingError, StopRequest, StoreError
-from data.journal import Progress, duration, tell
-from data.rows.split import held_out_units
-from data.settings import build
-from data.site import MLP_IN
-from train.ports import Port
+from residual_saes.analyze import results
+from residual_saes.analyze.kept import Growing
+from residual_saes.analyze.latents import contexts, directions, targets
+from residual_saes.analyze.memory import Needed, of_pass, of_sae
+from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.results import FEATURES, made
+from residual_saes.analyze.studies.catalogue import index as inverted_index
+from residual_saes.analyze.studies.catalogue import table as feature_table
+from residual_saes.analyze.studies.catalogue import words
+from residual_saes.analyze.studies.catalogue.index import Index
+from residual_saes.analyze.studies.catalogue.state import SEED, State
+from residual_saes.analyze.studies.catalogue.table import Content, Logits, OfTargets, Ranked
+from residual_saes.analyze.study import Definition, Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.data import durable
+from residual_saes.data.errors import PipelineError, SettingError, StopRequest, StoreError
+from residual_saes.data.journal import Progress, duration, tell
+from residual_saes.data.rows.split import held_out_units
+from residual_saes.data.settings import build
+from residual_saes.data.site import MLP_IN
+from residual_saes.train.ports import Port
 
 FILE = FEATURES
 FOLDER = "index"

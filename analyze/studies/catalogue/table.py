@@ -55,14 +55,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from analyze.latents.contexts import AFTER, BEFORE
-from analyze.latents.targets import Targets
-from analyze.studies.catalogue.index import BLOCK, Index, Postings
-from analyze.studies.catalogue.state import Places, State, rank_within
-from data import durable
-from data.errors import StopRequest
-from data.journal import Progress
-from data.store.store import Store
+from residual_saes.analyze.latents.contexts import AFTER, BEFORE
+from residual_saes.analyze.latents.targets import Targets
+from residual_saes.analyze.studies.catalogue.index import BLOCK, Index, Postings
+from residual_saes.analyze.studies.catalogue.state import Places, State, rank_within
+from residual_saes.data import durable
+from residual_saes.data.errors import StopRequest
+from residual_saes.data.journal import Progress
+from residual_saes.data.store.store import Store
 
 _CONTEXT = {
     "document": pa.uint32(),

@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from analyze import drawing
-from analyze.latents.targets import class_names
-from analyze.outcome import Picture, Table
-from analyze.results import FEATURES
-from analyze.studies.catalogue.state import State
-from analyze.studies.catalogue.table import OfTargets
+from residual_saes.analyze import drawing
+from residual_saes.analyze.latents.targets import class_names
+from residual_saes.analyze.outcome import Picture, Table
+from residual_saes.analyze.results import FEATURES
+from residual_saes.analyze.studies.catalogue.state import State
+from residual_saes.analyze.studies.catalogue.table import OfTargets
 
 ABOUT_CLASSES = "study=diff tests own ones, and has nulls."
 SHOWN = 20  # latents of the short table

@@ -14,11 +14,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.questions.split import in_discovery
-from analyze.stats import Floats, benjamini_hochberg, permutation_p
-from analyze.studies.contrast.effects import Design, Watched, columns, is_rare, largest
-from analyze.studies.contrast.means import Means
-from data.errors import SettingError
+from residual_saes.analyze.questions.split import in_discovery
+from residual_saes.analyze.stats import Floats, benjamini_hochberg, permutation_p
+from residual_saes.analyze.studies.contrast.effects import (
+    Design,
+    Watched,
+    columns,
+    is_rare,
+    largest,
+)
+from residual_saes.analyze.studies.contrast.means import Means
+from residual_saes.data.errors import SettingError
 
 # The reference's "top-10 |d|" of a layer; also how many features of either sign are written out.
 TOP = 10

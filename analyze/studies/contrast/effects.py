@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy import stats as scipy_stats
 
-from analyze.stats import Floats
+from residual_saes.analyze.stats import Floats
 
 # Columns at a time: 4 MB for each array of 1,000 permutations, and 0.5 s of one core at 1,319
 # answers.

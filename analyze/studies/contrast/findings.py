@@ -11,9 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.stats import Floats, benjamini_hochberg, percentiles, permutation_p
-from analyze.studies.contrast.choice import TOP, Choice
-from analyze.studies.contrast.effects import Design, Halves, Tested, family_wise_p, largest
+from residual_saes.analyze.stats import Floats, benjamini_hochberg, percentiles, permutation_p
+from residual_saes.analyze.studies.contrast.choice import TOP, Choice
+from residual_saes.analyze.studies.contrast.effects import (
+    Design,
+    Halves,
+    Tested,
+    family_wise_p,
+    largest,
+)
 
 
 class Layer(NamedTuple):

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from analyze.latents.pooling import MEAN, Reading, Span, pooled
-from analyze.memory import Needed, of_sae
-from analyze.questions.answering import Answer, asking_of, model_key, number_of
-from analyze.results import digest_of
-from analyze.stats import Floats
-from analyze.study import Study
-from data.errors import SettingError, StopRequest, StoreError
-from data.site import HookPoint
+from residual_saes.analyze.latents.pooling import MEAN, Reading, Span, pooled
+from residual_saes.analyze.memory import Needed, of_sae
+from residual_saes.analyze.questions.answering import Answer, asking_of, model_key, number_of
+from residual_saes.analyze.results import digest_of
+from residual_saes.analyze.stats import Floats
+from residual_saes.analyze.study import Study
+from residual_saes.data.errors import SettingError, StopRequest, StoreError
+from residual_saes.data.site import HookPoint
 
 VERSION = 1  # of the kept means: raise it when the same answers give other ones
 

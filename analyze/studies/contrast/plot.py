@@ -6,8 +6,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from analyze.drawing import STYLE, empty, svg
-from analyze.stats import Floats
+from residual_saes.analyze.drawing import STYLE, empty, svg
+from residual_saes.analyze.stats import Floats
 
 
 def over_layers(observed: Floats, null: Floats, label: str) -> str:

@@ -26,16 +26,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze import refusals
-from analyze.outcome import Outcome, dumped
-from analyze.questions.answering import answers, inputs
-from analyze.questions.split import require_share
-from analyze.results import FEATURES
-from analyze.stats import Floats
-from analyze.studies.contrast import choice, effects
-from analyze.studies.contrast.choice import TOP, choose
-from analyze.studies.contrast.effects import Design, Effect, Watched
-from analyze.studies.contrast.findings import (
+from residual_saes.analyze import refusals
+from residual_saes.analyze.outcome import Outcome, dumped
+from residual_saes.analyze.questions.answering import answers, inputs
+from residual_saes.analyze.questions.split import require_share
+from residual_saes.analyze.results import FEATURES
+from residual_saes.analyze.stats import Floats
+from residual_saes.analyze.studies.contrast import choice, effects
+from residual_saes.analyze.studies.contrast.choice import TOP, choose
+from residual_saes.analyze.studies.contrast.effects import Design, Effect, Watched
+from residual_saes.analyze.studies.contrast.findings import (
     Features,
     Findings,
     Layer,
@@ -43,13 +43,13 @@ from analyze.studies.contrast.findings import (
     feature_table,
     figures,
 )
-from analyze.studies.contrast.means import Means, answer_means, memory
-from analyze.studies.contrast.words import pictures, summary, tables
-from analyze.study import Column, Definition, Study, write_features
-from data import durable
-from data.errors import SettingError, StopRequest
-from data.journal import Progress
-from data.settings import build
+from residual_saes.analyze.studies.contrast.means import Means, answer_means, memory
+from residual_saes.analyze.studies.contrast.words import pictures, summary, tables
+from residual_saes.analyze.study import Column, Definition, Study, write_features
+from residual_saes.data import durable
+from residual_saes.data.errors import SettingError, StopRequest
+from residual_saes.data.journal import Progress
+from residual_saes.data.settings import build
 
 _LEAST = 5  # right answers, and wrong ones: with fewer no p value of 32,768 features can be small
 _BOOTSTRAPS = 1000

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from analyze.outcome import Picture, Table
-from analyze.studies.contrast.effects import Tested
-from analyze.studies.contrast.findings import Findings
-from analyze.studies.contrast.plot import over_layers
+from residual_saes.analyze.outcome import Picture, Table
+from residual_saes.analyze.studies.contrast.effects import Tested
+from residual_saes.analyze.studies.contrast.findings import Findings
+from residual_saes.analyze.studies.contrast.plot import over_layers
 
 _LIKELY = 0.05  # share of resamplings that have their peak at a layer, for it to be named
 

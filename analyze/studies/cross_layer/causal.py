@@ -23,22 +23,22 @@ import torch
 from scipy import sparse, stats
 from torch import Tensor
 
-from analyze import pieces
-from analyze.changes.intervention import LatentChange, activations
-from analyze.language_model import batch_tokens, edited, residuals
-from analyze.latents.codes import Codes
-from analyze.latents.matched import random_latents
-from analyze.latents.matching import NONE
-from analyze.latents.targets import ALIKE
-from analyze.pieces import Piece
-from analyze.stats import Floats, bootstrap_ratio, figure
-from analyze.studies.cross_layer.pairs import LEVEL, Found
-from analyze.study import Study
-from analyze.subject import Subject
-from data.errors import StopRequest
-from data.journal import Progress, note
-from harvest.model import LanguageModel
-from train.kernels import Kept
+from residual_saes.analyze import pieces
+from residual_saes.analyze.changes.intervention import LatentChange, activations
+from residual_saes.analyze.language_model import batch_tokens, edited, residuals
+from residual_saes.analyze.latents.codes import Codes
+from residual_saes.analyze.latents.matched import random_latents
+from residual_saes.analyze.latents.matching import NONE
+from residual_saes.analyze.latents.targets import ALIKE
+from residual_saes.analyze.pieces import Piece
+from residual_saes.analyze.stats import Floats, bootstrap_ratio, figure
+from residual_saes.analyze.studies.cross_layer.pairs import LEVEL, Found
+from residual_saes.analyze.study import Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.errors import StopRequest
+from residual_saes.data.journal import Progress, note
+from residual_saes.harvest.model import LanguageModel
+from residual_saes.train.kernels import Kept
 
 TOKENS = 50_000  # held-out tokens in which firing is looked for
 PIECES = 8  # that are read with a latent ablated

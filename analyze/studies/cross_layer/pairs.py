@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from analyze.latents.codes import Codes, Ints
-from analyze.latents.matching import BLOCK, NONE, best_few
-from analyze.stats import Floats, benjamini_hochberg
-from analyze.studies.cross_layer.rotation import Runs, coincidences
-from data.errors import StopRequest
-from data.journal import Progress, note
+from residual_saes.analyze.latents.codes import Codes, Ints
+from residual_saes.analyze.latents.matching import BLOCK, NONE, best_few
+from residual_saes.analyze.stats import Floats, benjamini_hochberg
+from residual_saes.analyze.studies.cross_layer.rotation import Runs, coincidences
+from residual_saes.data.errors import StopRequest
+from residual_saes.data.journal import Progress, note
 
 TOP = 5  # partners of a latent
 LEVEL = 0.05  # of q, up to which a pair predicts

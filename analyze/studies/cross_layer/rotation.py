@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from analyze.latents.codes import Codes, Ints
-from analyze.stats import Floats
+from residual_saes.analyze.latents.codes import Codes, Ints
+from residual_saes.analyze.stats import Floats
 
 TINY = 1e-6
 _STEPS = 12  # of Newton's method. Any tilt gives a bound, so an early end is no error.

@@ -34,25 +34,25 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
-from analyze.latents import directions
-from analyze.latents.codes import Codes, Ints, choosing_half, codes_of, shared_rows
-from analyze.latents.matching import BLOCK, NONE, measure
-from analyze.latents.targets import ALIKE
-from analyze.memory import Needed, of_pass, of_sae, rows_read
-from analyze.outcome import Outcome
-from analyze.parts import Arrays, Parts
-from analyze.results import FEATURES
-from analyze.stats import Floats, figure, percentiles
-from analyze.studies.cross_layer import causal, pairs, words
-from analyze.studies.cross_layer.pairs import LEVEL, TOP, Found
-from analyze.studies.cross_layer.rotation import Runs, rotated
-from analyze.study import Column, Definition, Study, at_least, write_features
-from analyze.subject import Subject, recorded_stores
-from data.errors import SettingError, StopRequest
-from data.journal import tell
-from data.rows import aligned
-from data.settings import build
-from train.run import read_config
+from residual_saes.analyze.latents import directions
+from residual_saes.analyze.latents.codes import Codes, Ints, choosing_half, codes_of, shared_rows
+from residual_saes.analyze.latents.matching import BLOCK, NONE, measure
+from residual_saes.analyze.latents.targets import ALIKE
+from residual_saes.analyze.memory import Needed, of_pass, of_sae, rows_read
+from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.parts import Arrays, Parts
+from residual_saes.analyze.results import FEATURES
+from residual_saes.analyze.stats import Floats, figure, percentiles
+from residual_saes.analyze.studies.cross_layer import causal, pairs, words
+from residual_saes.analyze.studies.cross_layer.pairs import LEVEL, TOP, Found
+from residual_saes.analyze.studies.cross_layer.rotation import Runs, rotated
+from residual_saes.analyze.study import Column, Definition, Study, at_least, write_features
+from residual_saes.analyze.subject import Subject, recorded_stores
+from residual_saes.data.errors import SettingError, StopRequest
+from residual_saes.data.journal import tell
+from residual_saes.data.rows import aligned
+from residual_saes.data.settings import build
+from residual_saes.train.run import read_config
 
 PAIRS = "pairs.parquet"
 CLASSES = ("same direction", "other direction", "combined", "partly", "new", "rare")

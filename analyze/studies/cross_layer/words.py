@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from analyze.outcome import Table
-from analyze.stats import bracketed, formatted, resampled
+from residual_saes.analyze.outcome import Table
+from residual_saes.analyze.stats import bracketed, formatted, resampled
 
 COLUMNS = ("r", "given_partner", "given_latent", "lift", "q")  # of the table of pairs
 

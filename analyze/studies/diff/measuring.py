@@ -27,13 +27,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyze.latents.encoding import Unit, taken
-from analyze.stats import Floats
-from analyze.subject import Subject
-from data.errors import StopRequest, StoreError
-from data.journal import Progress
-from train import kernels
-from train.kernels import Kept
+from residual_saes.analyze.latents.encoding import Unit, taken
+from residual_saes.analyze.stats import Floats
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.errors import StopRequest, StoreError
+from residual_saes.data.journal import Progress
+from residual_saes.train import kernels
+from residual_saes.train.kernels import Kept
 
 NU_ERROR = 0.2  # a latent survives below both
 NU_RECONSTRUCTION = 0.5

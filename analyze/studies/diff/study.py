@@ -26,12 +26,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
-from analyze.latents import targets
-from analyze.latents.targets import ALIKE, OWN, SHARED, Targets, class_names, names_of
-from analyze.memory import Needed, of_pass
-from analyze.outcome import Outcome
-from analyze.results import FEATURES
-from analyze.stats import (
+from residual_saes.analyze.latents import targets
+from residual_saes.analyze.latents.targets import ALIKE, OWN, SHARED, Targets, class_names, names_of
+from residual_saes.analyze.memory import Needed, of_pass
+from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.results import FEATURES
+from residual_saes.analyze.stats import (
     Floats,
     Interval,
     bootstrap_ratio,
@@ -41,12 +41,12 @@ from analyze.stats import (
     permutation_p,
     wilson,
 )
-from analyze.studies.diff import measuring, words
-from analyze.studies.diff.measuring import Explained, Fired, Measuring, Nu, Scaling
-from analyze.study import Column, Definition, Study, at_least, write_features
-from analyze.subject import Subject
-from data.errors import SettingError, StopRequest
-from data.settings import build
+from residual_saes.analyze.studies.diff import measuring, words
+from residual_saes.analyze.studies.diff.measuring import Explained, Fired, Measuring, Nu, Scaling
+from residual_saes.analyze.study import Column, Definition, Study, at_least, write_features
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.errors import SettingError, StopRequest
+from residual_saes.data.settings import build
 
 LEVEL = 0.05  # of the tests, adjusted over the targets
 DRAWS = 200  # permutations

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze import drawing
-from analyze.latents.targets import Targets
-from analyze.outcome import Picture, Table
-from analyze.stats import bracketed, formatted, resampled
+from residual_saes.analyze import drawing
+from residual_saes.analyze.latents.targets import Targets
+from residual_saes.analyze.outcome import Picture, Table
+from residual_saes.analyze.stats import bracketed, formatted, resampled
 
 
 def summary(figures: Mapping[str, Any]) -> list[str]:

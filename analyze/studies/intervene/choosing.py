@@ -25,24 +25,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analyze.changes.intervention import LatentChange
-from analyze.latents.chosen import GATE, ChosenFeatures
-from analyze.parts import Arrays
-from analyze.questions.answering import Answer, model_key
-from analyze.results import FOLDER, digest_of
-from analyze.stats import Floats
-from analyze.studies.contrast.means import answer_means
-from analyze.studies.contrast.study import comparable
-from analyze.studies.intervene.probability import (
+from residual_saes.analyze.changes.intervention import LatentChange
+from residual_saes.analyze.latents.chosen import GATE, ChosenFeatures
+from residual_saes.analyze.parts import Arrays
+from residual_saes.analyze.questions.answering import Answer, model_key
+from residual_saes.analyze.results import FOLDER, digest_of
+from residual_saes.analyze.stats import Floats
+from residual_saes.analyze.studies.contrast.means import answer_means
+from residual_saes.analyze.studies.contrast.study import comparable
+from residual_saes.analyze.studies.intervene.probability import (
     Firing,
     first_order,
     log_probabilities,
     whole,
 )
-from analyze.studies.stage_gate.features import choose
-from analyze.study import Study
-from data.errors import SettingError, StopRequest
-from data.journal import note
+from residual_saes.analyze.studies.stage_gate.features import choose
+from residual_saes.analyze.study import Study
+from residual_saes.data.errors import SettingError, StopRequest
+from residual_saes.data.journal import note
 
 SELECTIONS = ("contrast", "gate", "confidence")
 SIDES = ("helpful", "harmful")

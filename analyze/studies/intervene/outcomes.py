@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analyze.changes.intervention import Delta, EqualNorm, LatentChange
-from analyze.changes.replies import Rank, Row
-from analyze.stats import Interval, holm
-from data import durable
-from harvest.model import LanguageModel
+from residual_saes.analyze.changes.intervention import Delta, EqualNorm, LatentChange
+from residual_saes.analyze.changes.replies import Rank, Row
+from residual_saes.analyze.stats import Interval, holm
+from residual_saes.data import durable
+from residual_saes.harvest.model import LanguageModel
 
 CHOSEN = "chosen latents"
 LATENTS = "random latents"

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analyze.changes.intervention import Intervention, columns_of
-from analyze.language_model import (
+from residual_saes.analyze.changes.intervention import Intervention, columns_of
+from residual_saes.analyze.language_model import (
     Prediction,
     batch_tokens,
     batches,
@@ -22,14 +22,14 @@ from analyze.language_model import (
     read_by_head,
     residuals,
 )
-from analyze.questions.problems import flexible, strict
-from analyze.stats import Floats
-from data.errors import StopRequest
-from data.journal import note
-from harvest.model import LanguageModel
-from harvest.tokens import Tokenizer
-from train.kernels import latent_sums
-from train.sae import SAE
+from residual_saes.analyze.questions.problems import flexible, strict
+from residual_saes.analyze.stats import Floats
+from residual_saes.data.errors import StopRequest
+from residual_saes.data.journal import note
+from residual_saes.harvest.model import LanguageModel
+from residual_saes.harvest.tokens import Tokenizer
+from residual_saes.train.kernels import latent_sums
+from residual_saes.train.sae import SAE
 
 
 class Text(NamedTuple):

@@ -26,27 +26,27 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-from analyze import refusals
-from analyze.changes.intervention import (
+from residual_saes.analyze import refusals
+from residual_saes.analyze.changes.intervention import (
     CHANGES,
     EqualNorm,
     LatentChange,
     require_features,
     require_positions,
 )
-from analyze.changes.replies import Reply
-from analyze.changes.sweeps import Sweeps, greedy
-from analyze.latents.chosen import GATE
-from analyze.latents.matched import random_directions, random_latents
-from analyze.outcome import Outcome
-from analyze.questions.answering import Answer, answers, asking_of, inputs, model_key
-from analyze.questions.split import Split, require_shares, split_of
-from analyze.results import digest_of
-from analyze.stats import Floats, bootstrap, permutation_p, spearman
-from analyze.studies.contrast.means import memory
-from analyze.studies.intervene import choosing, words
-from analyze.studies.intervene.choosing import SELECTIONS, SIDES, Choice
-from analyze.studies.intervene.outcomes import (
+from residual_saes.analyze.changes.replies import Reply
+from residual_saes.analyze.changes.sweeps import Sweeps, greedy
+from residual_saes.analyze.latents.chosen import GATE
+from residual_saes.analyze.latents.matched import random_directions, random_latents
+from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.questions.answering import Answer, answers, asking_of, inputs, model_key
+from residual_saes.analyze.questions.split import Split, require_shares, split_of
+from residual_saes.analyze.results import digest_of
+from residual_saes.analyze.stats import Floats, bootstrap, permutation_p, spearman
+from residual_saes.analyze.studies.contrast.means import memory
+from residual_saes.analyze.studies.intervene import choosing, words
+from residual_saes.analyze.studies.intervene.choosing import SELECTIONS, SIDES, Choice
+from residual_saes.analyze.studies.intervene.outcomes import (
     CHOSEN,
     CONTROLS,
     DIRECTIONS,
@@ -60,7 +60,7 @@ from analyze.studies.intervene.outcomes import (
     best_of,
     share_kept,
 )
-from analyze.studies.intervene.probability import (
+from residual_saes.analyze.studies.intervene.probability import (
     Firing,
     Text,
     firing,
@@ -68,11 +68,11 @@ from analyze.studies.intervene.probability import (
     log_probabilities,
     of_number,
 )
-from analyze.study import Definition, Study, at_least
-from data import durable
-from data.errors import SettingError, StopRequest
-from data.journal import Progress, note
-from data.settings import build, number
+from residual_saes.analyze.study import Definition, Study, at_least
+from residual_saes.data import durable
+from residual_saes.data.errors import SettingError, StopRequest
+from residual_saes.data.journal import Progress, note
+from residual_saes.data.settings import build, number
 
 SEED = 0  # of random latents, random directions and permutations
 _FEW = 2  # controls of each kind at every dose: some on test questions, others on dev questions

@@ -9,11 +9,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analyze.changes.replies import CHANGES, OUTCOMES, Row, change_cells, outcome_cells
-from analyze.drawing import STYLE, svg
-from analyze.outcome import Outcome, Picture, Table
-from analyze.stats import bracketed, detectable_change, figure, formatted
-from analyze.studies.intervene.outcomes import (
+from residual_saes.analyze.changes.replies import (
+    CHANGES,
+    OUTCOMES,
+    Row,
+    change_cells,
+    outcome_cells,
+)
+from residual_saes.analyze.drawing import STYLE, svg
+from residual_saes.analyze.outcome import Outcome, Picture, Table
+from residual_saes.analyze.stats import bracketed, detectable_change, figure, formatted
+from residual_saes.analyze.studies.intervene.outcomes import (
     CHOSEN,
     CONTROLS,
     DIRECTIONS,

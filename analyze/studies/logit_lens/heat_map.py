@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from analyze.drawing import STYLE, svg
+from residual_saes.analyze.drawing import STYLE, svg
 
 _LETTERS = 9  # of a word that fit into a cell; the rest is cut
 

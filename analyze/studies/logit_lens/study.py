@@ -39,8 +39,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyze import language_model, pieces
-from analyze.language_model import (
+from residual_saes.analyze import language_model, pieces
+from residual_saes.analyze.language_model import (
     BATCH_TOKENS,
     BLOCK_BYTES,
     Prediction,
@@ -48,22 +48,29 @@ from analyze.language_model import (
     batches,
     residuals,
 )
-from analyze.latents.contexts import visible
-from analyze.outcome import Outcome, Picture
-from analyze.parts import NOWHERE, Arrays, Parts
-from analyze.pieces import Piece
-from analyze.questions.answering import asking_of, inputs, model_key, questions
-from analyze.results import digest_of
-from analyze.stats import Floats, Interval, bootstrap, bootstrap_ratios, figure, percentiles
-from analyze.studies.logit_lens import words
-from analyze.studies.logit_lens.heat_map import heat_map
-from analyze.study import Definition, Study
-from analyze.subject import Subject
-from analyze.token_classes import NAMES, members
-from data.errors import SettingError, StopRequest, StoreError
-from data.journal import Progress, note
-from data.settings import build
-from harvest.model import LanguageModel
+from residual_saes.analyze.latents.contexts import visible
+from residual_saes.analyze.outcome import Outcome, Picture
+from residual_saes.analyze.parts import NOWHERE, Arrays, Parts
+from residual_saes.analyze.pieces import Piece
+from residual_saes.analyze.questions.answering import asking_of, inputs, model_key, questions
+from residual_saes.analyze.results import digest_of
+from residual_saes.analyze.stats import (
+    Floats,
+    Interval,
+    bootstrap,
+    bootstrap_ratios,
+    figure,
+    percentiles,
+)
+from residual_saes.analyze.studies.logit_lens import words
+from residual_saes.analyze.studies.logit_lens.heat_map import heat_map
+from residual_saes.analyze.study import Definition, Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.analyze.token_classes import NAMES, members
+from residual_saes.data.errors import SettingError, StopRequest, StoreError
+from residual_saes.data.journal import Progress, note
+from residual_saes.data.settings import build
+from residual_saes.harvest.model import LanguageModel
 
 ORDERS = 20  # of the unembedding's rows
 SEED = 0

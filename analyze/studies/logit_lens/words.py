@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from analyze.drawing import Line, bands
-from analyze.outcome import Picture, Table
-from analyze.stats import formatted, resampled
-from analyze.token_classes import CLASSES, REST, SCRIPTS
+from residual_saes.analyze.drawing import Line, bands
+from residual_saes.analyze.outcome import Picture, Table
+from residual_saes.analyze.stats import formatted, resampled
+from residual_saes.analyze.token_classes import CLASSES, REST, SCRIPTS
 
 
 def summary(figures: dict[str, Any]) -> list[str]:

@@ -28,15 +28,15 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse import csgraph
 
-from analyze import json_lines, pieces
-from analyze.latents.pooling import Span
-from analyze.questions import answering, problems
-from analyze.study import Study
-from analyze.token_classes import class_of
-from data.errors import DocumentError, SettingError, StopRequest, StoreError
-from data.neutral import neutral
-from data.tiny import problems as tiny
-from data.tiny.wordings import NAMES, THINGS
+from residual_saes.analyze import json_lines, pieces
+from residual_saes.analyze.latents.pooling import Span
+from residual_saes.analyze.questions import answering, problems
+from residual_saes.analyze.study import Study
+from residual_saes.analyze.token_classes import class_of
+from residual_saes.data.errors import DocumentError, SettingError, StopRequest, StoreError
+from residual_saes.data.neutral import neutral
+from residual_saes.data.tiny import problems as tiny
+from residual_saes.data.tiny.wordings import NAMES, THINGS
 
 KIND, CORRECT, TOKEN_CLASS, POSITION = "kind", "correct", "token_class", "position"
 OF_TOKENS = (TOKEN_CLASS, POSITION)

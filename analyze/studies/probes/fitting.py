@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.probe import PENALTIES, fit
-from analyze.stats import Floats, hedges_g_of_labels
-from data.errors import StopRequest
+from residual_saes.analyze.probe import PENALTIES, fit
+from residual_saes.analyze.stats import Floats, hedges_g_of_labels
+from residual_saes.data.errors import StopRequest
 
 VALIDATION, TEST = 0.2, 0.3  # shares of each class's groups
 LATENTS, DIMENSIONS, RANDOM = "latents", "dimensions", "random latents"  # of which k are chosen

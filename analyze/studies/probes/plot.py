@@ -8,9 +8,9 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
-from analyze.drawing import STYLE, Line, bands, empty, svg
-from analyze.outcome import Picture
-from analyze.studies.probes.fitting import (
+from residual_saes.analyze.drawing import STYLE, Line, bands, empty, svg
+from residual_saes.analyze.outcome import Picture
+from residual_saes.analyze.studies.probes.fitting import (
     DENSE,
     DIMENSIONS,
     LATENTS,

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from analyze.stats import Floats, Interval, figure, percentiles, permutation_p
-from analyze.studies.probes.fitting import (
+from residual_saes.analyze.stats import Floats, Interval, figure, percentiles, permutation_p
+from residual_saes.analyze.studies.probes.fitting import (
     DENSE,
     DIMENSIONS,
     LATENTS,
@@ -29,7 +29,7 @@ from analyze.studies.probes.fitting import (
     split,
     targets,
 )
-from data.errors import StopRequest
+from residual_saes.data.errors import StopRequest
 
 LEVEL = 0.05
 BETTER, NOT_BETTER, WORSE, UNDECIDED = "better", "no better", "worse", "undecided"

@@ -24,24 +24,24 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from analyze import refusals
-from analyze.latents import directions
-from analyze.latents.pooling import MEAN, POOLINGS, Reading, pooled
-from analyze.memory import Needed, of_sae
-from analyze.outcome import Outcome
-from analyze.parts import Parts
-from analyze.questions import answering
-from analyze.results import FEATURES, digest_of
-from analyze.stats import Floats, permutation_p
-from analyze.studies.probes import fitting, plot, scoring, words
-from analyze.studies.probes.examples import (
+from residual_saes.analyze import refusals
+from residual_saes.analyze.latents import directions
+from residual_saes.analyze.latents.pooling import MEAN, POOLINGS, Reading, pooled
+from residual_saes.analyze.memory import Needed, of_sae
+from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.parts import Parts
+from residual_saes.analyze.questions import answering
+from residual_saes.analyze.results import FEATURES, digest_of
+from residual_saes.analyze.stats import Floats, permutation_p
+from residual_saes.analyze.studies.probes import fitting, plot, scoring, words
+from residual_saes.analyze.studies.probes.examples import (
     CORRECT,
     Examples,
     examples,
     label_of,
     require_group,
 )
-from analyze.studies.probes.fitting import (
+from residual_saes.analyze.studies.probes.fitting import (
     DENSE,
     DIMENSIONS,
     LATENTS,
@@ -51,12 +51,12 @@ from analyze.studies.probes.fitting import (
     Probing,
     Split,
 )
-from analyze.studies.probes.scoring import Scores
-from analyze.study import Column, Definition, Study, at_least, write_features
-from data.errors import SettingError, StopRequest
-from data.journal import Progress, note, tell
-from data.settings import build, whole
-from data.site import RESID_POST, HookPoint
+from residual_saes.analyze.studies.probes.scoring import Scores
+from residual_saes.analyze.study import Column, Definition, Study, at_least, write_features
+from residual_saes.data.errors import SettingError, StopRequest
+from residual_saes.data.journal import Progress, note, tell
+from residual_saes.data.settings import build, whole
+from residual_saes.data.site import RESID_POST, HookPoint
 
 VERSION = 1  # of what is kept: raise it when the same texts give something else
 SEED = 0  # of the random dictionary and the resampling

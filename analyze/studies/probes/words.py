@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from analyze.outcome import Table
-from analyze.stats import formatted, resampled
-from analyze.studies.probes.fitting import (
+from residual_saes.analyze.outcome import Table
+from residual_saes.analyze.stats import formatted, resampled
+from residual_saes.analyze.studies.probes.fitting import (
     DENSE,
     DIMENSIONS,
     LATENTS,

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from analyze.subject import Subject
-from data.errors import SettingError, StopRequest
-from data.journal import Progress
-from harvest.tokens import Tokenizer
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.errors import SettingError, StopRequest
+from residual_saes.data.journal import Progress
+from residual_saes.harvest.tokens import Tokenizer
 
 Places = NDArray[np.int64]  # positions in a corpus, ascending, without repetition
 _NEAR = np.log(2)  # look-alikes are up to twice as frequent as a word, or half,

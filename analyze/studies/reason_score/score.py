@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.stats import Floats, overlap_p, spearman
-from analyze.studies.reason_score.corpus import (
+from residual_saes.analyze.stats import Floats, overlap_p, spearman
+from residual_saes.analyze.studies.reason_score.corpus import (
     Corpus,
     Places,
     Word,
@@ -24,9 +24,9 @@ from analyze.studies.reason_score.corpus import (
     sums_over,
     windows,
 )
-from data import durable
-from data.errors import StopRequest
-from data.journal import Progress
+from residual_saes.data import durable
+from residual_saes.data.errors import StopRequest
+from residual_saes.data.journal import Progress
 
 ALPHA = 0.7
 WORDS = (

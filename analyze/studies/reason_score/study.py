@@ -28,14 +28,14 @@ from typing import Any
 
 import numpy as np
 
-from analyze.latents.contexts import Context, top_contexts, visible
-from analyze.memory import Needed, of_pass, rows_read
-from analyze.outcome import Outcome
-from analyze.results import FEATURES
-from analyze.stats import Floats, benjamini_hochberg, percentiles, permutation_p
-from analyze.studies.reason_score import words as sentences
-from analyze.studies.reason_score.corpus import Corpus, Word, read_corpus, words_of
-from analyze.studies.reason_score.score import (
+from residual_saes.analyze.latents.contexts import Context, top_contexts, visible
+from residual_saes.analyze.memory import Needed, of_pass, rows_read
+from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.results import FEATURES
+from residual_saes.analyze.stats import Floats, benjamini_hochberg, percentiles, permutation_p
+from residual_saes.analyze.studies.reason_score import words as sentences
+from residual_saes.analyze.studies.reason_score.corpus import Corpus, Word, read_corpus, words_of
+from residual_saes.analyze.studies.reason_score.score import (
     ALPHA,
     FORMULAS,
     LEVEL,
@@ -47,13 +47,13 @@ from analyze.studies.reason_score.score import (
     mark,
     matched,
 )
-from analyze.study import Column, Definition, Study, write_features
-from analyze.subject import Subject
-from data.errors import MismatchError, SettingError, StopRequest
-from data.settings import build
-from data.store.kinds import SERVED
-from harvest import hub_model
-from harvest.tokens import Tokenizer
+from residual_saes.analyze.study import Column, Definition, Study, write_features
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.errors import MismatchError, SettingError, StopRequest
+from residual_saes.data.settings import build
+from residual_saes.data.store.kinds import SERVED
+from residual_saes.harvest import hub_model
+from residual_saes.harvest.tokens import Tokenizer
 
 _SEED = 0
 _FIRED = 10  # rows in which a latent must fire to be tested, whatever the words

@@ -8,10 +8,10 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
-from analyze.drawing import STYLE, empty, svg
-from analyze.outcome import Picture, Table
-from analyze.stats import Floats
-from analyze.studies.reason_score.score import LEVEL
+from residual_saes.analyze.drawing import STYLE, empty, svg
+from residual_saes.analyze.outcome import Picture, Table
+from residual_saes.analyze.stats import Floats
+from residual_saes.analyze.studies.reason_score.score import LEVEL
 
 _GREY = "#6b7280"
 _AHEAD = 12  # tokens shown ahead of a peak

@@ -17,15 +17,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from analyze import linear, losses
-from analyze.linear import LinearMap
-from analyze.losses import ALL, TRAINED, Batch, Edit, Losses, Taken
-from analyze.parts import Parts
-from analyze.pieces import Piece
-from analyze.subject import Subject
-from data.site import HookPoint
-from harvest.model import LanguageModel
-from harvest.site import edited_at, tap
+from residual_saes.analyze import linear, losses
+from residual_saes.analyze.linear import LinearMap
+from residual_saes.analyze.losses import ALL, TRAINED, Batch, Edit, Losses, Taken
+from residual_saes.analyze.parts import Parts
+from residual_saes.analyze.pieces import Piece
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.site import HookPoint
+from residual_saes.harvest.model import LanguageModel
+from residual_saes.harvest.site import edited_at, tap
 
 IDENTITY = "errors added back"
 TRANSCODERS = "transcoders"

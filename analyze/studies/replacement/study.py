@@ -28,16 +28,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from analyze import kept, language_model, results
-from analyze.losses import SEED, TRAINED, Losses, choose, ratios
-from analyze.outcome import Outcome, dumped, markdown, printed
-from analyze.pages.template import rendered
-from analyze.parts import Parts
-from analyze.questions.answering import model_key
-from analyze.results import digest_of
-from analyze.stats import sums_by
-from analyze.studies.replacement import spliced
-from analyze.studies.replacement.spliced import (
+from residual_saes.analyze import kept, language_model, results
+from residual_saes.analyze.losses import SEED, TRAINED, Losses, choose, ratios
+from residual_saes.analyze.outcome import Outcome, dumped, markdown, printed
+from residual_saes.analyze.pages.template import rendered
+from residual_saes.analyze.parts import Parts
+from residual_saes.analyze.questions.answering import model_key
+from residual_saes.analyze.results import digest_of
+from residual_saes.analyze.stats import sums_by
+from residual_saes.analyze.studies.replacement import spliced
+from residual_saes.analyze.studies.replacement.spliced import (
     IDENTITY,
     LINEAR,
     MEAN,
@@ -45,16 +45,16 @@ from analyze.studies.replacement.spliced import (
     Layer,
     Way,
 )
-from analyze.studies.replacement.words import find, outcome_of, transcoders
-from analyze.studies.sweep import arms
-from analyze.study import Definition, Study, at_least, model_of
-from analyze.subject import Subject, places_of
-from data.device import torch_device
-from data.errors import MismatchError, SettingError
-from data.journal import show, tell
-from data.neutral import neutral
-from data.settings import build
-from data.site import MLP_OUT
+from residual_saes.analyze.studies.replacement.words import find, outcome_of, transcoders
+from residual_saes.analyze.studies.sweep import arms
+from residual_saes.analyze.study import Definition, Study, at_least, model_of
+from residual_saes.analyze.subject import Subject, places_of
+from residual_saes.data.device import torch_device
+from residual_saes.data.errors import MismatchError, SettingError
+from residual_saes.data.journal import show, tell
+from residual_saes.data.neutral import neutral
+from residual_saes.data.settings import build
+from residual_saes.data.site import MLP_OUT
 
 VERSION = 1  # of the kept losses: raise it when the same pieces give other ones
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from analyze.drawing import Line, bands
-from analyze.losses import ALL, TRAINED
-from analyze.outcome import Outcome, Picture, Table
-from analyze.stats import formatted, resampled
-from analyze.studies.replacement.spliced import IDENTITY, LINEAR, TRANSCODERS
-from data.neutral import neutral
+from residual_saes.analyze.drawing import Line, bands
+from residual_saes.analyze.losses import ALL, TRAINED
+from residual_saes.analyze.outcome import Outcome, Picture, Table
+from residual_saes.analyze.stats import formatted, resampled
+from residual_saes.analyze.studies.replacement.spliced import IDENTITY, LINEAR, TRANSCODERS
+from residual_saes.data.neutral import neutral
 
 _COLUMNS = {  # of the table: figure, head and form
     "ce": ("CE (nats)", ".4f"),

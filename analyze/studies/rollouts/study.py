@@ -18,18 +18,24 @@ from typing import Any
 
 import numpy as np
 
-from analyze import refusals, results
-from analyze.latents.chosen import ChosenFeatures
-from analyze.outcome import Outcome
-from analyze.questions.answering import Answer
-from analyze.questions.answering import inputs as inputs_of_answers
-from analyze.stats import Floats
-from analyze.studies.contrast.means import memory
-from analyze.studies.rollouts.words import CONTRAST, pictures, summary, tables
-from analyze.studies.stage_gate.judgement import SAMPLES, VERSION, Judgement, Options, judged
-from analyze.study import Definition, Study, write_table
-from data import durable
-from data.errors import PipelineError, StopRequest, first_line
+from residual_saes.analyze import refusals, results
+from residual_saes.analyze.latents.chosen import ChosenFeatures
+from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.questions.answering import Answer
+from residual_saes.analyze.questions.answering import inputs as inputs_of_answers
+from residual_saes.analyze.stats import Floats
+from residual_saes.analyze.studies.contrast.means import memory
+from residual_saes.analyze.studies.rollouts.words import CONTRAST, pictures, summary, tables
+from residual_saes.analyze.studies.stage_gate.judgement import (
+    SAMPLES,
+    VERSION,
+    Judgement,
+    Options,
+    judged,
+)
+from residual_saes.analyze.study import Definition, Study, write_table
+from residual_saes.data import durable
+from residual_saes.data.errors import PipelineError, StopRequest, first_line
 
 _OTHER = "contrast"
 

@@ -7,11 +7,11 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 
-from analyze.drawing import STYLE, empty, svg
-from analyze.outcome import Picture, Table
-from analyze.stats import Interval, formatted
-from analyze.studies.stage_gate.best_of import MAJORITY, ORACLE, RANDOM
-from analyze.studies.stage_gate.words import (
+from residual_saes.analyze.drawing import STYLE, empty, svg
+from residual_saes.analyze.outcome import Picture, Table
+from residual_saes.analyze.stats import Interval, formatted
+from residual_saes.analyze.studies.stage_gate.best_of import MAJORITY, ORACLE, RANDOM
+from residual_saes.analyze.studies.stage_gate.words import (
     RANDOM_LATENTS,
     SCORE,
     auroc_picture,

@@ -28,18 +28,18 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
-from analyze.latents import directions, encoding, matching
-from analyze.latents.codes import Codes, choosing_half, codes_of, shared_rows
-from analyze.latents.matching import NONE, Measured
-from analyze.memory import Needed, of_pass, of_sae, rows_read
-from analyze.outcome import Outcome
-from analyze.stats import Floats, Interval, percentiles
-from analyze.studies.stability import words
-from analyze.study import Column, Definition, Study, write_features
-from analyze.subject import Subject
-from data.errors import SettingError, StopRequest, StoreError
-from data.settings import build
-from train.sae import SAE
+from residual_saes.analyze.latents import directions, encoding, matching
+from residual_saes.analyze.latents.codes import Codes, choosing_half, codes_of, shared_rows
+from residual_saes.analyze.latents.matching import NONE, Measured
+from residual_saes.analyze.memory import Needed, of_pass, of_sae, rows_read
+from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.stats import Floats, Interval, percentiles
+from residual_saes.analyze.studies.stability import words
+from residual_saes.analyze.study import Column, Definition, Study, write_features
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.errors import SettingError, StopRequest, StoreError
+from residual_saes.data.settings import build
+from residual_saes.train.sae import SAE
 
 FILE = "matches.parquet"
 SEED = 0  # of the halves, the random dictionary and the resampling

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze import drawing
-from analyze.outcome import Picture, Table
-from analyze.stats import bracketed, resampled
+from residual_saes.analyze import drawing
+from residual_saes.analyze.outcome import Picture, Table
+from residual_saes.analyze.stats import bracketed, resampled
 
 LEVELS = (0.7, 0.9)  # of correlation and cosine; the first one is quoted
 _NAMES = {"other": "other run", "random": "random dictionary", "shifted": "rows shifted"}

@@ -29,8 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from analyze.stats import Floats, figure, percentiles, permutation_p
-from analyze.studies.contrast.means import Means
+from residual_saes.analyze.stats import Floats, figure, percentiles, permutation_p
+from residual_saes.analyze.studies.contrast.means import Means
 
 RANDOM = "random pick"
 MAJORITY = "majority vote"

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from analyze.stats import Floats, figure, percentiles, permutation_p
-from data.errors import StopRequest
-from data.journal import Progress
+from residual_saes.analyze.stats import Floats, figure, percentiles, permutation_p
+from residual_saes.data.errors import StopRequest
+from residual_saes.data.journal import Progress
 
 FIGURES = ("auroc", "rho", "rho_given_length")  # the columns of `three`
 

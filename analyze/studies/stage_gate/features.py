@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.latents.matched import random_latents
-from analyze.stats import Floats
-from analyze.studies.contrast.effects import Design, columns
-from analyze.studies.contrast.means import Means
-from data.errors import StopRequest
-from data.journal import Progress
+from residual_saes.analyze.latents.matched import random_latents
+from residual_saes.analyze.stats import Floats
+from residual_saes.analyze.studies.contrast.effects import Design, columns
+from residual_saes.analyze.studies.contrast.means import Means
+from residual_saes.data.errors import StopRequest
+from residual_saes.data.journal import Progress
 
 EACH = 10  # helpful features, and harmful ones
 _SEED = 0

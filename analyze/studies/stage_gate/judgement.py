@@ -26,22 +26,27 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.probe import cross_validated
-from analyze.questions.answering import GENERATED, Answer, answers, asking_of
-from analyze.questions.split import in_discovery, require_share
-from analyze.stats import Floats, auroc, percentiles, permutation_p, spearman_cap
-from analyze.studies.contrast.means import Means, answer_means
-from analyze.studies.stage_gate import best_of, within
-from analyze.studies.stage_gate.best_of import Pool
-from analyze.studies.stage_gate.discrimination import Scored, measured
-from analyze.studies.stage_gate.features import Chosen, choose, density, random_scores
-from analyze.studies.stage_gate.scores import FitProbe, Fitting, log_probabilities, scores
-from analyze.studies.stage_gate.within import Groups
-from analyze.studies.stage_gate.words import LOG_PROBABILITY, SCORE
-from analyze.study import Study
-from data.errors import SettingError, StopRequest
-from data.journal import note, tell
-from data.settings import build
+from residual_saes.analyze.probe import cross_validated
+from residual_saes.analyze.questions.answering import GENERATED, Answer, answers, asking_of
+from residual_saes.analyze.questions.split import in_discovery, require_share
+from residual_saes.analyze.stats import Floats, auroc, percentiles, permutation_p, spearman_cap
+from residual_saes.analyze.studies.contrast.means import Means, answer_means
+from residual_saes.analyze.studies.stage_gate import best_of, within
+from residual_saes.analyze.studies.stage_gate.best_of import Pool
+from residual_saes.analyze.studies.stage_gate.discrimination import Scored, measured
+from residual_saes.analyze.studies.stage_gate.features import Chosen, choose, density, random_scores
+from residual_saes.analyze.studies.stage_gate.scores import (
+    FitProbe,
+    Fitting,
+    log_probabilities,
+    scores,
+)
+from residual_saes.analyze.studies.stage_gate.within import Groups
+from residual_saes.analyze.studies.stage_gate.words import LOG_PROBABILITY, SCORE
+from residual_saes.analyze.study import Study
+from residual_saes.data.errors import SettingError, StopRequest
+from residual_saes.data.journal import note, tell
+from residual_saes.data.settings import build
 
 VERSION = 3  # of both studies' results: raise it when the same answers give others
 SAMPLES = 8  # answers to each question, unless answers.samples= says otherwise

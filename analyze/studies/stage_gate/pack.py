@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.outcome import dumped
-from analyze.studies.contrast.means import Means
-from analyze.studies.stage_gate.words import SCORE
-from analyze.study import Study
-from data import durable
-from data.neutral import neutral
+from residual_saes.analyze.outcome import dumped
+from residual_saes.analyze.studies.contrast.means import Means
+from residual_saes.analyze.studies.stage_gate.words import SCORE
+from residual_saes.analyze.study import Study
+from residual_saes.data import durable
+from residual_saes.data.neutral import neutral
 
 FILE = "reasoning_pack.json"
 VERSION = "1.0.0"  # of the pack's content, as the reference counts it

@@ -17,20 +17,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analyze.language_model import Prediction, batch_tokens, batches, blocks, logits
-from analyze.parts import Arrays, Parts
-from analyze.probe import cross_validated
-from analyze.questions.answering import Answer, model_key
-from analyze.results import digest_of
-from analyze.stats import Floats, spearman
-from analyze.studies.contrast.means import Means
-from analyze.studies.stage_gate.features import Chosen
-from analyze.studies.stage_gate.within import Groups, centred
-from analyze.studies.stage_gate.words import LENGTH, LOG_PROBABILITY, SCORE
-from analyze.study import Study
-from data import durable
-from data.errors import StopRequest
-from data.journal import Progress
+from residual_saes.analyze.language_model import Prediction, batch_tokens, batches, blocks, logits
+from residual_saes.analyze.parts import Arrays, Parts
+from residual_saes.analyze.probe import cross_validated
+from residual_saes.analyze.questions.answering import Answer, model_key
+from residual_saes.analyze.results import digest_of
+from residual_saes.analyze.stats import Floats, spearman
+from residual_saes.analyze.studies.contrast.means import Means
+from residual_saes.analyze.studies.stage_gate.features import Chosen
+from residual_saes.analyze.studies.stage_gate.within import Groups, centred
+from residual_saes.analyze.studies.stage_gate.words import LENGTH, LOG_PROBABILITY, SCORE
+from residual_saes.analyze.study import Study
+from residual_saes.data import durable
+from residual_saes.data.errors import StopRequest
+from residual_saes.data.journal import Progress
 
 VERSION = 1  # of the kept log-probabilities: raise it when the same answers give other ones
 _FILE = "log_probabilities.npy"

@@ -9,15 +9,15 @@ stand beside ours. They decide nothing.
 
 from __future__ import annotations
 
-from analyze import refusals
-from analyze.outcome import Outcome
-from analyze.questions.answering import inputs
-from analyze.studies.contrast.means import answer_means, memory
-from analyze.studies.stage_gate import pack
-from analyze.studies.stage_gate.judgement import SAMPLES, VERSION, Options, judged
-from analyze.studies.stage_gate.words import auroc_picture, summary, tables
-from analyze.study import Definition, Study
-from data.errors import StopRequest
+from residual_saes.analyze import refusals
+from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.questions.answering import inputs
+from residual_saes.analyze.studies.contrast.means import answer_means, memory
+from residual_saes.analyze.studies.stage_gate import pack
+from residual_saes.analyze.studies.stage_gate.judgement import SAMPLES, VERSION, Options, judged
+from residual_saes.analyze.studies.stage_gate.words import auroc_picture, summary, tables
+from residual_saes.analyze.study import Definition, Study
+from residual_saes.data.errors import StopRequest
 
 
 def stage_gate(study: Study) -> Outcome:

@@ -29,10 +29,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from analyze.stats import Floats, figure, percentiles, permutation_p
-from analyze.studies.contrast.effects import shuffled
-from analyze.studies.contrast.means import Means
-from data.errors import StopRequest
+from residual_saes.analyze.stats import Floats, figure, percentiles, permutation_p
+from residual_saes.analyze.studies.contrast.effects import shuffled
+from residual_saes.analyze.studies.contrast.means import Means
+from residual_saes.data.errors import StopRequest
 
 _CHUNK = 100  # permutations at a time: 80 MB for 100,000 answers
 _NOTHING = 1e-9  # share of a sum of squares that rounding leaves

@@ -6,10 +6,10 @@ from typing import Any
 
 import matplotlib as mpl
 
-from analyze.drawing import STYLE, empty, svg
-from analyze.outcome import Picture, Table
-from analyze.stats import figure, formatted
-from analyze.studies.stage_gate.best_of import ORACLE
+from residual_saes.analyze.drawing import STYLE, empty, svg
+from residual_saes.analyze.outcome import Picture, Table
+from residual_saes.analyze.stats import figure, formatted
+from residual_saes.analyze.studies.stage_gate.best_of import ORACLE
 
 SCORE = "R"
 LENGTH = "length"

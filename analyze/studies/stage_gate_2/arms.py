@@ -21,10 +21,10 @@ from importlib.util import find_spec
 from math import isfinite
 from typing import Any, NamedTuple
 
-from analyze.questions.split import require_share
-from analyze.study import at_least
-from data.errors import SettingError
-from data.settings import number
+from residual_saes.analyze.questions.split import require_share
+from residual_saes.analyze.study import at_least
+from residual_saes.data.errors import SettingError
+from residual_saes.data.settings import number
 
 OUTCOME, FEATURES, DIRECTION, RANDOM, ALONE = REWARDS = ("R0", "R1", "R2", "R3", "R4")
 TRAJECTORY, TOKEN = LEVELS = ("trajectory", "token")

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from analyze.study import Study
-from analyze.subject import Subject
-from data.errors import StopRequest
-from data.journal import Progress
-from harvest.model import ModelConfig
+from residual_saes.analyze.study import Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.errors import StopRequest
+from residual_saes.data.journal import Progress
+from residual_saes.harvest.model import ModelConfig
 
-_WORKER = "analyze.studies.stage_gate_2.worker"
+_WORKER = "residual_saes.analyze.studies.stage_gate_2.worker"
 _POLL_S = 0.2
 
 

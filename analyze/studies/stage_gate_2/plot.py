@@ -9,10 +9,10 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analyze.drawing import STYLE, empty, svg
-from analyze.outcome import Picture
-from analyze.studies.stage_gate_2.arms import OUTCOME
-from analyze.studies.stage_gate_2.verdict import ACCURACY
+from residual_saes.analyze.drawing import STYLE, empty, svg
+from residual_saes.analyze.outcome import Picture
+from residual_saes.analyze.studies.stage_gate_2.arms import OUTCOME
+from residual_saes.analyze.studies.stage_gate_2.verdict import ACCURACY
 
 _COLOURS = {"R0": "#6b7280", "R1": "#2563eb", "R2": "#d97706", "R3": "#059669", "R4": "#7c3aed"}
 # What the curves show of a step's rollouts, by the name in `Trained.curve`.

@@ -28,17 +28,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyze.latents.chosen import GATE, ChosenFeatures
-from analyze.latents.matched import random_latents
-from analyze.latents.reward import DenseReward, DirectionReward, ResidualReward, read_alone
-from analyze.outcome import dumped
-from analyze.questions.answering import Answer, answers, asking_of, model_key
-from analyze.questions.problems import Problem
-from analyze.results import FOLDER, digest_of
-from analyze.stats import Floats
-from analyze.studies.contrast.means import answer_means, caa
-from analyze.studies.stage_gate.within import centred, has_both
-from analyze.studies.stage_gate_2.arms import (
+from residual_saes.analyze.latents.chosen import GATE, ChosenFeatures
+from residual_saes.analyze.latents.matched import random_latents
+from residual_saes.analyze.latents.reward import (
+    DenseReward,
+    DirectionReward,
+    ResidualReward,
+    read_alone,
+)
+from residual_saes.analyze.outcome import dumped
+from residual_saes.analyze.questions.answering import Answer, answers, asking_of, model_key
+from residual_saes.analyze.questions.problems import Problem
+from residual_saes.analyze.results import FOLDER, digest_of
+from residual_saes.analyze.stats import Floats
+from residual_saes.analyze.studies.contrast.means import answer_means, caa
+from residual_saes.analyze.studies.stage_gate.within import centred, has_both
+from residual_saes.analyze.studies.stage_gate_2.arms import (
     DIRECTION,
     FEATURES,
     RANDOM,
@@ -46,10 +51,10 @@ from analyze.studies.stage_gate_2.arms import (
     Options,
     require_installed,
 )
-from analyze.study import Study
-from data import sealed
-from data.errors import SettingError, StopRequest
-from data.journal import Progress
+from residual_saes.analyze.study import Study
+from residual_saes.data import sealed
+from residual_saes.data.errors import SettingError, StopRequest
+from residual_saes.data.journal import Progress
 
 VERSION = 1  # raise it when the same answers give other rewards
 _READ = 400  # answers at most that give mean and spread

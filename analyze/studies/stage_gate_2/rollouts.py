@@ -18,17 +18,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analyze.kept import grow, read_lines
-from analyze.language_model import Prediction, Sampling, batch_tokens, blocks, generate, logits
-from analyze.questions.answering import Asking, graded, numbers, require_room
-from analyze.questions.problems import Problem
-from analyze.questions.prompts import IN_TURNS
-from analyze.studies.stage_gate_2.advantages import of_tokens, of_trajectories
-from analyze.studies.stage_gate_2.arms import ALONE, TOKEN, Arm, Options
-from analyze.studies.stage_gate_2.rewards import Rewards
-from analyze.studies.stage_gate_2.watching import repetition
-from data.errors import StopRequest
-from harvest.model import LanguageModel
+from residual_saes.analyze.kept import grow, read_lines
+from residual_saes.analyze.language_model import (
+    Prediction,
+    Sampling,
+    batch_tokens,
+    blocks,
+    generate,
+    logits,
+)
+from residual_saes.analyze.questions.answering import Asking, graded, numbers, require_room
+from residual_saes.analyze.questions.problems import Problem
+from residual_saes.analyze.questions.prompts import IN_TURNS
+from residual_saes.analyze.studies.stage_gate_2.advantages import of_tokens, of_trajectories
+from residual_saes.analyze.studies.stage_gate_2.arms import ALONE, TOKEN, Arm, Options
+from residual_saes.analyze.studies.stage_gate_2.rewards import Rewards
+from residual_saes.analyze.studies.stage_gate_2.watching import repetition
+from residual_saes.data.errors import StopRequest
+from residual_saes.harvest.model import LanguageModel
 
 _ALIKE = 1e-9  # below it an advantage is 0 but for rounding
 

@@ -22,20 +22,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analyze import losses, refusals
-from analyze.outcome import Outcome
-from analyze.questions import answering, problems
-from analyze.questions.answering import Asking, asking_of, problems_of
-from analyze.questions.problems import Problem
-from analyze.questions.split import in_discovery
-from analyze.results import PAGE
-from analyze.stats import Floats
-from analyze.studies.stage_gate_2 import beside, plot, watching, words
-from analyze.studies.stage_gate_2.arms import FEATURES, OUTCOME, Arm, Options, arms
-from analyze.studies.stage_gate_2.rewards import Rewards, features_of
-from analyze.studies.stage_gate_2.training import policy, trained
-from analyze.studies.stage_gate_2.verdict import ACCURACY, Cell, difference, find, judge, share
-from analyze.studies.stage_gate_2.watching import (
+from residual_saes.analyze import losses, refusals
+from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.questions import answering, problems
+from residual_saes.analyze.questions.answering import Asking, asking_of, problems_of
+from residual_saes.analyze.questions.problems import Problem
+from residual_saes.analyze.questions.split import in_discovery
+from residual_saes.analyze.results import PAGE
+from residual_saes.analyze.stats import Floats
+from residual_saes.analyze.studies.stage_gate_2 import beside, plot, watching, words
+from residual_saes.analyze.studies.stage_gate_2.arms import FEATURES, OUTCOME, Arm, Options, arms
+from residual_saes.analyze.studies.stage_gate_2.rewards import Rewards, features_of
+from residual_saes.analyze.studies.stage_gate_2.training import policy, trained
+from residual_saes.analyze.studies.stage_gate_2.verdict import (
+    ACCURACY,
+    Cell,
+    difference,
+    find,
+    judge,
+    share,
+)
+from residual_saes.analyze.studies.stage_gate_2.watching import (
     HARMS,
     JUDGED,
     Asked,
@@ -43,13 +50,13 @@ from analyze.studies.stage_gate_2.watching import (
     provoked,
     reward_name,
 )
-from analyze.study import Definition, Study
-from analyze.subject import Subject
-from data import durable
-from data.errors import SettingError, StopRequest
-from data.journal import tell
-from data.settings import build
-from data.site import RESID_POST
+from residual_saes.analyze.study import Definition, Study
+from residual_saes.analyze.subject import Subject
+from residual_saes.data import durable
+from residual_saes.data.errors import SettingError, StopRequest
+from residual_saes.data.journal import tell
+from residual_saes.data.settings import build
+from residual_saes.data.site import RESID_POST
 
 LEFT_OUT = ("multiply_subtract", "three_steps")  # kinds of the embedded problems
 LEAST_QUESTIONS = 10  # on either side

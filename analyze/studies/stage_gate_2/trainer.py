@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from analyze.studies.stage_gate_2.arms import Arm, Options
+from residual_saes.analyze.studies.stage_gate_2.arms import Arm, Options
 
 # Of a step, by its number: what the loss takes. See `rollouts.Rollouts.inputs`.
 Inputs = Callable[[int], dict[str, Tensor]]

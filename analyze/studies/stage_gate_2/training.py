@@ -25,19 +25,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from analyze.kept import read_lines
-from analyze.questions.answering import asking_of, model_key, prompts_of
-from analyze.questions.problems import Problem
-from analyze.results import digest_of, seal
-from analyze.studies.stage_gate_2.arms import Arm, Options, require_installed
-from analyze.studies.stage_gate_2.rewards import Rewards
-from analyze.studies.stage_gate_2.rollouts import Rollouts
-from analyze.study import Study
-from data import digests, durable, sealed
-from data.errors import StopRequest
-from data.journal import Progress
-from harvest import model as models
-from harvest.model import LanguageModel
+from residual_saes.analyze.kept import read_lines
+from residual_saes.analyze.questions.answering import asking_of, model_key, prompts_of
+from residual_saes.analyze.questions.problems import Problem
+from residual_saes.analyze.results import digest_of, seal
+from residual_saes.analyze.studies.stage_gate_2.arms import Arm, Options, require_installed
+from residual_saes.analyze.studies.stage_gate_2.rewards import Rewards
+from residual_saes.analyze.studies.stage_gate_2.rollouts import Rollouts
+from residual_saes.analyze.study import Study
+from residual_saes.data import digests, durable, sealed
+from residual_saes.data.errors import StopRequest
+from residual_saes.data.journal import Progress
+from residual_saes.harvest import model as models
+from residual_saes.harvest.model import LanguageModel
 
 VERSION = 1  # raise it when the same settings train another policy
 _POLICY = "policy.safetensors"
@@ -142,7 +142,7 @@ def _train(study: Study, rollouts: Rollouts, folder: Path) -> None:
     progress = Progress()
     with _quiet():
         # Only here: it needs TRL, an extra, whose import takes seconds.
-        trainers = import_module("analyze.studies.stage_gate_2.trainer")
+        trainers = import_module("residual_saes.analyze.studies.stage_gate_2.trainer")
 
         def inputs(step: int) -> dict[str, Tensor]:
             lm.causal.eval()  # else a model that saves memory by checkpoints has no cache

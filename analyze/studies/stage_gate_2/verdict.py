@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import special, stats
 
-from analyze.stats import Floats, Interval, bootstrap_ratio, figure, holm, wilson
+from residual_saes.analyze.stats import Floats, Interval, bootstrap_ratio, figure, holm, wilson
 
 LEVEL = 0.05
 POWER = 0.8

@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analyze import losses
-from analyze.kept import grow, read_lines
-from analyze.latents.reward import ResidualReward
-from analyze.parts import Parts
-from analyze.pieces import Piece
-from analyze.questions import problems
-from analyze.questions.answering import (
+from residual_saes.analyze import losses
+from residual_saes.analyze.kept import grow, read_lines
+from residual_saes.analyze.latents.reward import ResidualReward
+from residual_saes.analyze.parts import Parts
+from residual_saes.analyze.pieces import Piece
+from residual_saes.analyze.questions import problems
+from residual_saes.analyze.questions.answering import (
     Answer,
     Asking,
     model_key,
@@ -38,17 +38,17 @@ from analyze.questions.answering import (
     read_answers,
     write_answers,
 )
-from analyze.questions.problems import Problem
-from analyze.questions.truth import is_right
-from analyze.results import digest_of
-from analyze.stats import Floats, bootstrap_ratio, figure, sums_by
-from analyze.studies.stage_gate_2.rewards import Rewards
-from analyze.studies.stage_gate_2.verdict import ACCURACY, LENIENT, Harm
-from analyze.study import Study
-from data import durable, sealed
-from data.errors import StopRequest
-from data.journal import Progress
-from harvest.model import LanguageModel
+from residual_saes.analyze.questions.problems import Problem
+from residual_saes.analyze.questions.truth import is_right
+from residual_saes.analyze.results import digest_of
+from residual_saes.analyze.stats import Floats, bootstrap_ratio, figure, sums_by
+from residual_saes.analyze.studies.stage_gate_2.rewards import Rewards
+from residual_saes.analyze.studies.stage_gate_2.verdict import ACCURACY, LENIENT, Harm
+from residual_saes.analyze.study import Study
+from residual_saes.data import durable, sealed
+from residual_saes.data.errors import StopRequest
+from residual_saes.data.journal import Progress
+from residual_saes.harvest.model import LanguageModel
 
 VERSION = 1  # of what is kept of a policy: raise it when the same policy gives other figures
 GRAM = 4

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analyze.outcome import Outcome, Table
-from analyze.pages.template import rendered
-from analyze.stats import formatted
-from analyze.studies.stage_gate_2.arms import Options
-from analyze.studies.stage_gate_2.verdict import (
+from residual_saes.analyze.outcome import Outcome, Table
+from residual_saes.analyze.pages.template import rendered
+from residual_saes.analyze.stats import formatted
+from residual_saes.analyze.studies.stage_gate_2.arms import Options
+from residual_saes.analyze.studies.stage_gate_2.verdict import (
     ACCURACY,
     DISAGREEMENT,
     LENIENT,
@@ -20,13 +20,13 @@ from analyze.studies.stage_gate_2.verdict import (
     is_above,
     planned,
 )
-from analyze.studies.stage_gate_2.watching import (
+from residual_saes.analyze.studies.stage_gate_2.watching import (
     HARMS,
     HINTED,
     UNHINTED,
     reward_name,
 )
-from data.neutral import neutral
+from residual_saes.data.neutral import neutral
 
 _SIGNED = "+.3f"
 _WATCHED = {harm.name: harm.form for harm in HARMS} | {HINTED: ".3f", UNHINTED: ".3f"}

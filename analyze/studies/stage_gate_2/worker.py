@@ -7,8 +7,8 @@ import os
 import sys
 import threading
 
-from analyze.studies.stage_gate_2.beside import study_named
-from analyze.studies.stage_gate_2.study import do_share
+from residual_saes.analyze.studies.stage_gate_2.beside import study_named
+from residual_saes.analyze.studies.stage_gate_2.study import do_share
 
 
 def main() -> None:

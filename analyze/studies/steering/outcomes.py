@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analyze.changes.replies import Rank, Row
-from analyze.stats import detectable_change, holm, overlap_p
+from residual_saes.analyze.changes.replies import Rank, Row
+from residual_saes.analyze.stats import detectable_change, holm, overlap_p
 
 # Share of the outcomes that the reference SAE's steering changes: 12 of 50 at its strongest.
 DISCORDANT = 0.2

@@ -5,8 +5,8 @@ from __future__ import annotations
 import matplotlib as mpl
 import numpy as np
 
-from analyze.drawing import STYLE, empty, svg
-from analyze.studies.steering.outcomes import Findings
+from residual_saes.analyze.drawing import STYLE, empty, svg
+from residual_saes.analyze.studies.steering.outcomes import Findings
 
 _GREY = "#9ca3af"
 

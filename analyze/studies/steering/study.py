@@ -20,23 +20,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze import refusals
-from analyze.changes.intervention import POSITIONS, Steer, prompt_inert_from, require_positions
-from analyze.changes.sweeps import Sweeps, greedy
-from analyze.latents.matched import random_directions, unit
-from analyze.outcome import Outcome
-from analyze.questions.answering import Answer, answers, asking_of, inputs
-from analyze.questions.split import require_shares, split_of
-from analyze.stats import Floats
-from analyze.studies.contrast.means import answer_means, caa, memory
-from analyze.studies.steering import vector, words
-from analyze.studies.steering.outcomes import Findings
-from analyze.study import Definition, Study
-from data.errors import SettingError, StopRequest
-from data.journal import Progress
-from data.settings import build, number
-from data.site import RESID_POST
-from harvest.model import LanguageModel
+from residual_saes.analyze import refusals
+from residual_saes.analyze.changes.intervention import (
+    POSITIONS,
+    Steer,
+    prompt_inert_from,
+    require_positions,
+)
+from residual_saes.analyze.changes.sweeps import Sweeps, greedy
+from residual_saes.analyze.latents.matched import random_directions, unit
+from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.questions.answering import Answer, answers, asking_of, inputs
+from residual_saes.analyze.questions.split import require_shares, split_of
+from residual_saes.analyze.stats import Floats
+from residual_saes.analyze.studies.contrast.means import answer_means, caa, memory
+from residual_saes.analyze.studies.steering import vector, words
+from residual_saes.analyze.studies.steering.outcomes import Findings
+from residual_saes.analyze.study import Definition, Study
+from residual_saes.data.errors import SettingError, StopRequest
+from residual_saes.data.journal import Progress
+from residual_saes.data.settings import build, number
+from residual_saes.data.site import RESID_POST
+from residual_saes.harvest.model import LanguageModel
 
 SEED = 0  # of random directions and shuffled labels
 

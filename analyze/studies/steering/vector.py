@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from analyze.outcome import dumped
-from analyze.stats import Floats
-from data import durable
+from residual_saes.analyze.outcome import dumped
+from residual_saes.analyze.stats import Floats
+from residual_saes.data import durable
 
 
 def as_shipped(direction: Floats) -> Floats:

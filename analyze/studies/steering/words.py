@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from analyze.changes.replies import CHANGES, OUTCOMES, Row, change_cells, outcome_cells
-from analyze.outcome import Outcome, Picture, Table
-from analyze.stats import detectable_change, figure, formatted
-from analyze.studies.steering.outcomes import DISCORDANT, Findings, Null, Overlap
-from analyze.studies.steering.plot import over_scales
+from residual_saes.analyze.changes.replies import (
+    CHANGES,
+    OUTCOMES,
+    Row,
+    change_cells,
+    outcome_cells,
+)
+from residual_saes.analyze.outcome import Outcome, Picture, Table
+from residual_saes.analyze.stats import detectable_change, figure, formatted
+from residual_saes.analyze.studies.steering.outcomes import DISCORDANT, Findings, Null, Overlap
+from residual_saes.analyze.studies.steering.plot import over_scales
 
 LEVEL = 0.05
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analyze.subject import place_of_writes, recorded_stores
-from data.errors import SettingError, StoreError
-from data.journal import read_metrics, tell
-from data.rows.split import Policy
-from train import sae_file
-from train.ports import Ports, recorded_ports
-from train.run import (
+from residual_saes.analyze.subject import place_of_writes, recorded_stores
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.journal import read_metrics, tell
+from residual_saes.data.rows.split import Policy
+from residual_saes.train import sae_file
+from residual_saes.train.ports import Ports, recorded_ports
+from residual_saes.train.run import (
     CONFIG,
     METRICS,
     TIMINGS,

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from analyze.studies.sweep.arms import SEEDS, Arm, common_folder, exact, varying
-from analyze.studies.sweep.ranking import Standing, compare
-from analyze.studies.sweep.reading import Measured, measure
-from analyze.subject import open_stores
-from data.rows.split import Policy
-from data.store.store import Store
+from residual_saes.analyze.studies.sweep.arms import SEEDS, Arm, common_folder, exact, varying
+from residual_saes.analyze.studies.sweep.ranking import Standing, compare
+from residual_saes.analyze.studies.sweep.reading import Measured, measure
+from residual_saes.analyze.subject import open_stores
+from residual_saes.data.rows.split import Policy
+from residual_saes.data.store.store import Store
 
 _RECORDED = ("variance_explained", "mse", "dead_share", "coverage", "l0")  # by training
 _SIZES = ("sae.d_sae", "sae.k")  # settings by which one SAE is simpler than another

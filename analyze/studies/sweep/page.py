@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from analyze.pages.template import rendered
-from analyze.studies.sweep import plot, words
-from analyze.studies.sweep.arms import Arm, short
-from analyze.studies.sweep.plot import Layout, Point, formatted
-from data import digests, durable, locks
-from data.errors import StoreError, TemporaryError
-from data.journal import tell
-from data.neutral import neutral
+from residual_saes.analyze.pages.template import rendered
+from residual_saes.analyze.studies.sweep import plot, words
+from residual_saes.analyze.studies.sweep.arms import Arm, short
+from residual_saes.analyze.studies.sweep.plot import Layout, Point, formatted
+from residual_saes.data import digests, durable, locks
+from residual_saes.data.errors import StoreError, TemporaryError
+from residual_saes.data.journal import tell
+from residual_saes.data.neutral import neutral
 
 JSON = "sweep.json"
 MARKDOWN = "sweep.md"

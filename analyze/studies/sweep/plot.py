@@ -13,9 +13,9 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from analyze.drawing import STYLE, empty, svg
-from analyze.studies.sweep.arms import SEEDS, Arm, exact, short
-from data.neutral import neutral
+from residual_saes.analyze.drawing import STYLE, empty, svg
+from residual_saes.analyze.studies.sweep.arms import SEEDS, Arm, exact, short
+from residual_saes.data.neutral import neutral
 
 _LINES = ("#2563eb", "#d97706", "#059669", "#7c3aed", "#dc2626", "#0891b2", "#be185d", "#4d7c0f")
 # Text from directories and settings is not TeX: a dollar sign in it is a dollar sign.

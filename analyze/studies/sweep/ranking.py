@@ -33,7 +33,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.studies.sweep.reading import Measured
+from residual_saes.analyze.studies.sweep.reading import Measured
 
 _DRAWS = 1000
 _SEED_DRAWS = 20_000  # a quantile of a t distribution with one degree of freedom needs many

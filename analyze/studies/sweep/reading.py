@@ -12,20 +12,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analyze.latents.encoding import Unit
-from analyze.reconstruction import BATCH_ROWS
-from analyze.stats import sums_by
-from analyze.studies.sweep.arms import Arm
-from analyze.subject import Subject
-from data.device import free_bytes
-from data.errors import StoreError
-from data.journal import Progress
-from data.rows.split import Policy, held_out_units
-from data.rows.statistics import Tally
-from data.store.store import Store
-from train import sae_file
-from train.ports import Ports
-from train.sae import SAE
+from residual_saes.analyze.latents.encoding import Unit
+from residual_saes.analyze.reconstruction import BATCH_ROWS
+from residual_saes.analyze.stats import sums_by
+from residual_saes.analyze.studies.sweep.arms import Arm
+from residual_saes.analyze.subject import Subject
+from residual_saes.data.device import free_bytes
+from residual_saes.data.errors import StoreError
+from residual_saes.data.journal import Progress
+from residual_saes.data.rows.split import Policy, held_out_units
+from residual_saes.data.rows.statistics import Tally
+from residual_saes.data.store.store import Store
+from residual_saes.train import sae_file
+from residual_saes.train.ports import Ports
+from residual_saes.train.sae import SAE
 
 _MEMORY_SHARE = 0.5  # of the free memory, for the SAEs that are measured in one reading
 _MEMORY_UNKNOWN = 4 << 30  # bytes, where the system does not report free memory

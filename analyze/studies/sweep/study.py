@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analyze.studies.sweep import arms, page, words
-from analyze.studies.sweep.comparison import sweep
-from analyze.study import Definition, at_least
-from analyze.subject import places_of
-from data.device import torch_device
-from data.errors import SettingError, StoreError
-from data.journal import show, tell
-from data.markdown import cell
-from data.settings import build
+from residual_saes.analyze.studies.sweep import arms, page, words
+from residual_saes.analyze.studies.sweep.comparison import sweep
+from residual_saes.analyze.study import Definition, at_least
+from residual_saes.analyze.subject import places_of
+from residual_saes.data.device import torch_device
+from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.journal import show, tell
+from residual_saes.data.markdown import cell
+from residual_saes.data.settings import build
 
 
 @dataclass(frozen=True)

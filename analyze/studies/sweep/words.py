@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from analyze.stats import bracketed, resampled
-from analyze.studies.sweep.arms import labels, short
-from analyze.studies.sweep.plot import formatted
-from data.markdown import escaped, table_lines
-from data.neutral import neutral
-from data.rows.split import Policy
-from data.rows.statistics import told
+from residual_saes.analyze.stats import bracketed, resampled
+from residual_saes.analyze.studies.sweep.arms import labels, short
+from residual_saes.analyze.studies.sweep.plot import formatted
+from residual_saes.data.markdown import escaped, table_lines
+from residual_saes.data.neutral import neutral
+from residual_saes.data.rows.split import Policy
+from residual_saes.data.rows.statistics import told
 
 _ANOTHER = "another seed of it"
 _FEW_SEEDS = 6  # degrees of freedom; with 6, t is 2.4 where it is 2 with many

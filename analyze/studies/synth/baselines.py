@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analyze.studies.synth.planted import CHOICE, TRAIN, World
-from analyze.studies.synth.scores import Code
-from train.sae import SAE, SAEConfig, initial
-from train.stream import Stream
-from train.trainer import TrainConfig, Trainer
+from residual_saes.analyze.studies.synth.planted import CHOICE, TRAIN, World
+from residual_saes.analyze.studies.synth.scores import Code
+from residual_saes.train.sae import SAE, SAEConfig, initial
+from residual_saes.train.stream import Stream
+from residual_saes.train.trainer import TrainConfig, Trainer
 
 Encoder = Callable[[Tensor], Code]
 ORACLE, RANDOM, UNTRAINED, PCA = "oracle", "random directions", "untrained", "principal axes"

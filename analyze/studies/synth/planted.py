@@ -33,9 +33,9 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 from torch import Tensor
 
-from analyze.stats import sums_by
-from data.store import records
-from data.store.moments import Moments
+from residual_saes.analyze.stats import sums_by
+from residual_saes.data.store import records
+from residual_saes.data.store.moments import Moments
 
 CHILDREN, LEVELS = 3, 3  # of a tree
 WITH_CHILD = 0.75  # of the rows on which a parent fires

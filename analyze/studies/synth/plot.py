@@ -7,8 +7,8 @@ from typing import Any
 
 import matplotlib as mpl
 
-from analyze.drawing import STYLE, empty, svg
-from analyze.studies.synth.baselines import ORACLE
+from residual_saes.analyze.drawing import STYLE, empty, svg
+from residual_saes.analyze.studies.synth.baselines import ORACLE
 
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed", "#dc2626", "#0891b2", "#be185d", "#4d7c0f")
 _GREY = "#6b7280"

@@ -32,8 +32,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from analyze.studies.synth.planted import NO_PARENT, Batch, World
-from data.errors import SettingError
+from residual_saes.analyze.studies.synth.planted import NO_PARENT, Batch, World
+from residual_saes.data.errors import SettingError
 
 TAKES = 0.4  # of a parent's own part along its direction (Chanin et al., appendix)
 SPLITS = 0.03  # of F1, likewise

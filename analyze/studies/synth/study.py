@@ -16,24 +16,29 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from analyze import results
-from analyze.outcome import dumped, markdown, printed
-from analyze.pages.template import rendered
-from analyze.stats import spearman
-from analyze.studies.synth import scores, training, words
-from analyze.studies.synth.baselines import Encoder, baselines, of_sae, pursuit
-from analyze.studies.synth.planted import CHOICE, HELD_OUT, MOST_OFTEN, World
-from analyze.studies.synth.training import Dictionary
-from analyze.studies.synth.verdict import Floats, disagreements, half_width, log_explained
-from analyze.study import Definition, at_least
-from data import sealed
-from data.errors import SettingError
-from data.journal import Progress, note, show, tell
-from data.neutral import neutral
-from data.settings import build, names, number, whole
-from train import objective, sae_file
-from train.sae import SAE
-from train.trainer import TrainConfig
+from residual_saes.analyze import results
+from residual_saes.analyze.outcome import dumped, markdown, printed
+from residual_saes.analyze.pages.template import rendered
+from residual_saes.analyze.stats import spearman
+from residual_saes.analyze.studies.synth import scores, training, words
+from residual_saes.analyze.studies.synth.baselines import Encoder, baselines, of_sae, pursuit
+from residual_saes.analyze.studies.synth.planted import CHOICE, HELD_OUT, MOST_OFTEN, World
+from residual_saes.analyze.studies.synth.training import Dictionary
+from residual_saes.analyze.studies.synth.verdict import (
+    Floats,
+    disagreements,
+    half_width,
+    log_explained,
+)
+from residual_saes.analyze.study import Definition, at_least
+from residual_saes.data import sealed
+from residual_saes.data.errors import SettingError
+from residual_saes.data.journal import Progress, note, show, tell
+from residual_saes.data.neutral import neutral
+from residual_saes.data.settings import build, names, number, whole
+from residual_saes.train import objective, sae_file
+from residual_saes.train.sae import SAE
+from residual_saes.train.trainer import TrainConfig
 
 VERSION = 1
 PURSUIT = "pursuit"

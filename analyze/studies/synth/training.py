@@ -10,16 +10,16 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from analyze.studies.synth.planted import HELD_OUT, Rows, World
-from data.errors import PipelineError
-from data.rows.reader import Reader
-from data.store import records
-from train import objective
-from train.arm import Arm
-from train.loop import train_together
-from train.optim import OptimConfig
-from train.stream import Stream
-from train.trainer import TrainConfig
+from residual_saes.analyze.studies.synth.planted import HELD_OUT, Rows, World
+from residual_saes.data.errors import PipelineError
+from residual_saes.data.rows.reader import Reader
+from residual_saes.data.store import records
+from residual_saes.train import objective
+from residual_saes.train.arm import Arm
+from residual_saes.train.loop import train_together
+from residual_saes.train.optim import OptimConfig
+from residual_saes.train.stream import Stream
+from residual_saes.train.trainer import TrainConfig
 
 BATCH = 512  # rows per optimizer step
 # Of .015, .03 and .06, at k 6 on the default world of seed 0: each objective explains at most .002

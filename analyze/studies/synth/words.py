@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from analyze.outcome import Outcome, Picture, Table
-from analyze.studies.synth import plot
-from analyze.studies.synth.baselines import ORACLE, PCA, RANDOM, UNTRAINED
-from analyze.studies.synth.verdict import LEVEL
+from residual_saes.analyze.outcome import Outcome, Picture, Table
+from residual_saes.analyze.studies.synth import plot
+from residual_saes.analyze.studies.synth.baselines import ORACLE, PCA, RANDOM, UNTRAINED
+from residual_saes.analyze.studies.synth.verdict import LEVEL
 
 _COLUMNS = {  # of the table: figure, head and form
     "variance_explained": ("variance explained", ".3f"),

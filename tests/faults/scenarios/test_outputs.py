@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from analyze.studies.sweep import page
-from data.errors import StoreError
+from residual_saes.analyze.studies.sweep import page
+from residual_saes.data.errors import StoreError
 from tests.faults import flips, kills, tree, used
 from tests.faults.child import ask
 from tests.faults.power import EVERY, images

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from data.errors import Interrupted
+from residual_saes.data.errors import Interrupted
+from residual_saes.train import checkpoint, sae_file
+from residual_saes.train.run import CHECKPOINTS
 from tests.faults import tree
 from tests.faults.child import ask, in_child, outcome
 from tests.faults.power import Image, images
 from tests.faults.report import Outcome, Tally, judged
 from tests.faults.trace import Trace, traced
 from tests.train import killing
-from train import checkpoint, sae_file
-from train.run import CHECKPOINTS
 
 
 def spoil(path: Path) -> None:

@@ -19,20 +19,22 @@ from typing import Any
 import pytest
 import torch
 
-from data.rows.reader import Reader
-from data.rows.windows import Tuning
-from data.store import ring_state
-from data.store.claims import FileClaims
-from data.store.place import LocalPlace
-from data.store.repair import repair
-from data.store.store import Store
-from data.text.sources import FileText
-from harvest.config import HarvestConfig
-from harvest.loop import harvest
-from harvest.model import ModelConfig, load
-from harvest.provenance import manifest_of
-from harvest.selfcheck import choose_isolation
-from harvest.spine_writer import write_spine
+from residual_saes.data.rows.reader import Reader
+from residual_saes.data.rows.windows import Tuning
+from residual_saes.data.store import ring_state
+from residual_saes.data.store.claims import FileClaims
+from residual_saes.data.store.place import LocalPlace
+from residual_saes.data.store.repair import repair
+from residual_saes.data.store.store import Store
+from residual_saes.data.text.sources import FileText
+from residual_saes.harvest.config import HarvestConfig
+from residual_saes.harvest.loop import harvest
+from residual_saes.harvest.model import ModelConfig, load
+from residual_saes.harvest.provenance import manifest_of
+from residual_saes.harvest.selfcheck import choose_isolation
+from residual_saes.harvest.spine_writer import write_spine
+from residual_saes.train.command import command as train
+from residual_saes.train.run import CHECKPOINTS
 from tests.faults import flips, kills, tree
 from tests.faults.child import ask, in_child, outcome
 from tests.faults.disk import Disk
@@ -41,8 +43,6 @@ from tests.faults.report import Outcome, Tally, judged
 from tests.faults.trace import Trace, traced
 from tests.harvest.models import save_model
 from tests.train.killing import bits
-from train.command import command as train
-from train.run import CHECKPOINTS
 
 LAYER, UNITS, UNIT, D = 1, 10, 64, 32
 EACH = ring_state.unit_bytes(UNIT, 16, D, 1)
@@ -74,11 +74,13 @@ class World:
         def compute(store: Store, lm: object, unit: int, layers: list[int], batch: int, *_: Any):
             return {layer: rows[unit].clone() for layer in layers}, batch
 
-        patch.setattr("harvest.loop.compute", compute)
-        patch.setattr("harvest.loop.choose_isolation", lambda *_: self._lm.isolation)
-        patch.setattr("harvest.loop.check", lambda *_: None)
+        patch.setattr("residual_saes.harvest.loop.compute", compute)
+        patch.setattr("residual_saes.harvest.loop.choose_isolation", lambda *_: self._lm.isolation)
+        patch.setattr("residual_saes.harvest.loop.check", lambda *_: None)
         patch.setattr(FileClaims, "poll_s", 0.005)
-        patch.setattr("train.stream.Reader", partial(Reader, tuning=Tuning(poll_s=0.005)))
+        patch.setattr(
+            "residual_saes.train.stream.Reader", partial(Reader, tuning=Tuning(poll_s=0.005))
+        )
 
     def _config(self, folder: Path, max_bytes: int | None = RING) -> HarvestConfig:
         sizes = {"tokens": UNITS * UNIT, "context": 16, "batch": 4, "unit": UNIT, "chunk": 16}

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from residual_saes.train.arm import Arm
+from residual_saes.train.loop import train_together
 from tests.faults import kills, tree
 from tests.faults.child import ask
 from tests.faults.power import EVERY, images
@@ -17,8 +19,6 @@ from tests.faults.trace import Trace, traced
 from tests.faults.tree import Tree
 from tests.train import killing
 from tests.train.planted import planted_stream
-from train.arm import Arm
-from train.loop import train_together
 
 Work = Callable[[Path], object]
 

@@ -10,11 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from analyze.peers import imported
-from analyze.peers.imported import READERS
-from analyze.subject import Subject
-from data import digests
-from data.errors import Interrupted, StoreError
+from residual_saes.analyze.peers import imported
+from residual_saes.analyze.peers.imported import READERS
+from residual_saes.analyze.subject import Subject
+from residual_saes.data import digests
+from residual_saes.data.errors import Interrupted, StoreError
+from residual_saes.train import run as runs
+from residual_saes.train.export import bundle, format, golden
+from residual_saes.train.ports import ports_of
+from residual_saes.train.publish import release
+from residual_saes.train.sae import SAE
 from tests.analyze.conftest import Made, make_run, random_rows
 from tests.faults import flips, tree
 from tests.faults.report import Outcome, Tally
@@ -23,11 +28,6 @@ from tests.train.test_formats import ABOUT, TAKEN, about, made
 from tests.train.test_publish import REPO
 from tests.train.test_publish import finished as publishable
 from tests.train.test_resume import stop_at
-from train import run as runs
-from train.export import bundle, format, golden
-from train.ports import ports_of
-from train.publish import release
-from train.sae import SAE
 
 FLIPPED = (
     *("?/sae_final.pt", "?/config.yaml", "?/metrics.jsonl", "?/timings.jsonl", "?/digests.json"),

@@ -14,19 +14,19 @@ from typing import Any
 
 import pytest
 
-from data.durable import is_temporary
-from data.errors import StoreError
-from data.store.claims import Claims
-from data.store.leases import Leases
-from data.store.place import LocalPlace
-from data.store.store import Store
-from data.text.sources import FileText
-from harvest.config import HarvestConfig
-from harvest.loop import harvest
-from harvest.model import ModelConfig, load
-from harvest.provenance import manifest_of
-from harvest.selfcheck import choose_isolation
-from harvest.spine_writer import write_spine
+from residual_saes.data.durable import is_temporary
+from residual_saes.data.errors import StoreError
+from residual_saes.data.store.claims import Claims
+from residual_saes.data.store.leases import Leases
+from residual_saes.data.store.place import LocalPlace
+from residual_saes.data.store.store import Store
+from residual_saes.data.text.sources import FileText
+from residual_saes.harvest.config import HarvestConfig
+from residual_saes.harvest.loop import harvest
+from residual_saes.harvest.model import ModelConfig, load
+from residual_saes.harvest.provenance import manifest_of
+from residual_saes.harvest.selfcheck import choose_isolation
+from residual_saes.harvest.spine_writer import write_spine
 from tests.faults import kills, tree
 from tests.faults.child import ask, in_child, outcome
 from tests.faults.power import EVERY, images

@@ -21,14 +21,15 @@ from typing import Any
 import pytest
 import torch
 
-from analyze import results
-from analyze.peers import saebench
-from analyze.study import Definition, Study, find
-from analyze.subject import Subject
-from data import durable
-from data.errors import TemporaryError
-from harvest.model import LanguageModel, ModelConfig, load
-from harvest.model_folder import EMBEDDED
+from residual_saes.analyze import results
+from residual_saes.analyze.peers import saebench
+from residual_saes.analyze.study import Definition, Study, find
+from residual_saes.analyze.subject import Subject
+from residual_saes.data import durable
+from residual_saes.data.errors import TemporaryError
+from residual_saes.harvest.model import LanguageModel, ModelConfig, load
+from residual_saes.harvest.model_folder import EMBEDDED
+from residual_saes.train import sae_file
 from tests.analyze.conftest import make_run, make_tiny_run, random_rows
 from tests.faults import tree
 from tests.faults.child import Answer, ask, in_child, outcome
@@ -38,7 +39,6 @@ from tests.faults.power import EVERY, images
 from tests.faults.report import Outcome, Tally, judged
 from tests.faults.trace import traced
 from tests.faults.tree import Tree
-from train import sae_file
 
 FLIPPED = (
     *("a/studies/*", "a/quality.*", "a/report.html"),  # of every study below

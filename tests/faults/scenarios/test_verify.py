@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from analyze.studies.verify import verify
-from data import digests
+from residual_saes.analyze.studies.verify import verify
+from residual_saes.data import digests
+from residual_saes.train.run import CHECKPOINTS
 from tests.faults import tree, used
 from tests.faults.child import Answer, ask
 from tests.faults.flips import Damage, damages
 from tests.faults.report import Outcome, Tally, judged
-from train.run import CHECKPOINTS
 
 FLIPPED = ("a/*", "imported/*")
 
