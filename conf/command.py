@@ -302,19 +302,19 @@ def _tell_stopped(reason: object) -> None:
         put(f"stopped by {reason}; {stopping.KEPT}")
 
 
-# A launcher as Hydra names it when it is missing, its plugin, and our extra.
+# A launcher as Hydra names it when it is missing, and its plugin.
 _LAUNCHERS = (
-    ("submitit_", "hydra-submitit-launcher", "slurm"),
-    ("joblib", "hydra-joblib-launcher", "joblib"),
+    ("submitit_", "hydra-submitit-launcher"),
+    ("joblib", "hydra-joblib-launcher"),
 )
 
 
 def _one_line(refusal: str) -> str:
     """Hydra's refusal on one line, without its search paths, and with the way out."""
     text = refusal.split("Config search path:")[0]
-    for named, plugin, extra in _LAUNCHERS:
+    for named, plugin in _LAUNCHERS:
         if f"hydra/launcher/{named}" in text:
-            return f"this launcher needs {plugin}: pip install 'residual-saes[{extra}]'"
+            return f"this launcher needs {plugin}: pip install {plugin}"
     unknown, is_unknown, _ = text.partition("To append to your config")
     if is_unknown:
         return unknown.strip().rstrip(".") + ": no such setting; --help lists them all"

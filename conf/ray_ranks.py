@@ -67,7 +67,7 @@ def main(world: str = "", *settings: str) -> None:
     try:
         import ray
     except ImportError as error:
-        raise SettingError("Ray is missing: pip install 'residual-saes[ray]'") from error
+        raise SettingError("Ray is missing: pip install ray") from error
 
     keys: dict[str, str] = {}
     passed_on: dict[str, str] = {}

@@ -84,8 +84,7 @@ class ObjectPlace:
             import obstore.store
         except ImportError as error:
             raise SettingError(
-                f"store={url} needs the package obstore; `pip install 'residual-saes[objects]'`, "
-                "or give a folder"
+                f"store={url} needs the package obstore; `pip install obstore`, or give a folder"
             ) from error
         self.name = url.rstrip("/")
         self._api = obstore

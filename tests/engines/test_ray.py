@@ -42,7 +42,7 @@ lacking = next(
     filter(
         None,
         [
-            None if importlib.util.find_spec("ray") else "no Ray: pip install 'residual-saes[ray]'",
+            None if importlib.util.find_spec("ray") else "no Ray: pip install ray",
             None if os.geteuid() == 0 else "a network of its own needs root",
             None if shutil.which("unshare") and shutil.which("ip") else "no unshare or no ip",
         ],

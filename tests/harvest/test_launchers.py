@@ -21,7 +21,7 @@ import pytest
 INSTALLED = importlib.util.find_spec("submitit") is not None
 submitit = pytest.mark.skipif(
     not INSTALLED,
-    reason="hydra-submitit-launcher is not installed: pip install 'residual-saes[slurm]'",
+    reason="hydra-submitit-launcher is not installed: pip install hydra-submitit-launcher",
 )
 ROOT = Path(__file__).parents[2]
 JOBS = Path("runs", "harvest", "jobs")
@@ -169,7 +169,7 @@ def test_without_the_plugin_one_line_says_how_to_get_it(tmp_path: Path) -> None:
         )
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1
-        assert "pip install 'residual-saes[slurm]'" in done.stderr
+        assert "pip install hydra-submitit-launcher" in done.stderr
 
 
 def logged(folder: Path, stream: str) -> str:

@@ -125,7 +125,7 @@ def require_installed(options: Options) -> None:
     if find_spec("trl") is None:
         raise SettingError(
             "study=stage_gate_2 trains by TRL, and trl is not installed; run pip install "
-            "'residual-saes[grpo]'"
+            "'trl>=1.16,<2'"
         )
     if options.lora and find_spec("peft") is None:
         raise SettingError(
