@@ -369,7 +369,7 @@ def require_outcome(command: Command, words: list[str], out: str, err: str) -> N
         return
     named = paths(out + err)
     assert named, (command.written, err)
-    if command.module == "residual_saes.train.publish":
+    if command.module == "train.publish":
         (folder,) = {path.parent for path in named if path.suffix == ".md"}
         assert (folder / "README.md").is_file() and (folder / "sae.safetensors").is_file()
     if command.module == "analyze":
