@@ -82,7 +82,7 @@ def test_a_visit(chrome: Chromium, url: str, built: Built) -> None:
     first = "document.querySelector('#features tbody a')"
     chrome.until(f"location.hash.includes('q=') && {first}?.textContent === '7'")
     chrome.js("document.querySelector('#features tbody a').click()")
-    chrome.until("document.documentElement.dataset.view === 'feature'")
+    chrome.until("document.documentElement.dataset.view === 'f'")
     assert chrome.js("document.activeElement.textContent") == "Feature 7"
     assert (
         chrome.js("document.querySelectorAll('.side h3').length") == 4

@@ -45,6 +45,8 @@ from residual_saes.data.journal import Progress
 from residual_saes.data.neutral import neutral
 from residual_saes.data.settings import build
 
+REPORT = "report.html"  # in the run's directory, see analyze/pages/report.py
+
 
 @dataclass(frozen=True)
 class Options:
@@ -252,6 +254,8 @@ def _meta(
         "columns": described,
         "others": [_link(study, other) for other in others],
         "as_ids": as_ids,
+        # A run of another library has no report. Whether there is one may change any day.
+        "report": None if "imported" in subject.config else f"../../{REPORT}",
     }
 
 
@@ -310,5 +314,5 @@ def _summary(study: Study, figures: Mapping[str, Any], *, as_ids: bool) -> list[
 
 
 DEFINITION = Definition(
-    browser, options=Options, inputs=inputs, reads=reads, order=201, finds=False
+    browser, options=Options, inputs=inputs, reads=reads, order=201, finds=False, version=2
 )

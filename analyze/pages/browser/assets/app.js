@@ -1,23 +1,30 @@
 "use strict";
-// The part of the address behind # is the state: #feature=12, #tokens=wait&id=7, else the list: #q=...&sort=-density&page=2.
+// The part of the address behind # is the state: #f=12, #tokens=wait&id=7, else the list: #q=...&sort=-density&page=2.
 
 let lastList = "#";
 let turn = 0; // counts calls of show(): only the last one renders
 let wantedFocus = null; // id of an input that gets the focus once its view is shown
 let lastFeature = null;
 
-const stateNow = () => new URLSearchParams(location.hash.slice(1));
+// The state; #feature=12 is what #f=12 was called before.
+function stateNow() {
+  const state = new URLSearchParams(location.hash.slice(1));
+  if (state.has("feature")) state.set("f", state.get("feature"));
+  return state;
+}
+
+const viewOf = (state) => [...views.keys()].find((name) => state.has(name)) ?? "list";
 
 async function show() {
   const mine = ++turn;
   const began = performance.now();
   const state = stateNow();
-  const view = state.has("feature") ? "feature" : state.has("tokens") ? "tokens" : "list";
+  const view = viewOf(state);
   const root = document.documentElement;
   const error = document.getElementById("error");
   try {
     if (!meta()) throw new Error("data/meta.js cannot be read");
-    const render = await { list: showList, feature: showFeature, tokens: showTokens }[view](state);
+    const render = await views.get(view).render(state);
     if (mine !== turn) return; // the address has changed meanwhile
     error.hidden = true;
     render();
@@ -27,19 +34,18 @@ async function show() {
     error.textContent = failure.message;
     error.hidden = false;
   }
-  for (const name of ["list", "feature", "tokens"]) document.getElementById(name).hidden = name !== view || !error.hidden;
+  for (const name of views.keys()) document.getElementById(name).hidden = name !== view || !error.hidden;
   const moved = root.dataset.view && root.dataset.view !== view;
   root.dataset.view = error.hidden ? view : "error";
-  document.getElementById("to-list").setAttribute("href", lastList);
-  for (const [id, name] of [["to-list", "list"], ["to-tokens", "tokens"]]) {
-    const link = document.getElementById(id);
-    if (name === view) link.setAttribute("aria-current", "page");
+  for (const link of document.querySelectorAll("#views a[data-view]")) {
+    if (link.dataset.view === "list") link.setAttribute("href", lastList);
+    if (link.dataset.view === view) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  const heading = { list: "", feature: `Feature ${state.get("feature")} · `, tokens: "Tokens · " }[view];
+  const heading = view === "f" ? `Feature ${state.get("f")} · ` : view === "list" ? "" : `${views.get(view).label} · `;
   document.title = `${heading}${meta()?.name ?? "SAE"} features`;
-  if (view === "feature") {
-    lastFeature = state.get("feature");
+  if (view === "f") {
+    lastFeature = state.get("f");
     if (error.hidden) document.getElementById("feature-title").focus({ preventScroll: true });
     scrollTo(0, 0);
   } else if (wantedFocus) document.getElementById(wantedFocus).select();
@@ -48,6 +54,16 @@ async function show() {
   // Milliseconds: `shown` from the change of the address, `first` from the opening of the page.
   root.dataset.shown = (performance.now() - began).toFixed(1);
   root.dataset.first ??= performance.now().toFixed(1);
+}
+
+// The header's links, and an element for each view that has none.
+function addLinks() {
+  const nav = document.getElementById("views");
+  for (const [name, { label }] of views) {
+    if (!document.getElementById(name)) document.querySelector("main").append(el("section", { id: name, "aria-label": label, hidden: true }));
+    if (label) nav.append(el("a", { href: `#${name}=`, "data-view": name }, label));
+  }
+  if (meta()?.report) nav.append(el("a", { href: meta().report, title: "What was found about this SAE, in words and figures. Not there yet? study=report makes it." }, "Report"));
 }
 
 // Changes some of the list's state; the list starts at its first page again, unless `changes` has a page.
@@ -83,9 +99,9 @@ function focusRow(step) {
 // The next row of the list, or the next feature.
 function step(by) {
   const state = stateNow();
-  if (!state.has("feature")) return focusRow(by);
-  const next = beside(Number(state.get("feature")), by);
-  if (next !== null) location.hash = hashOf({ feature: next });
+  if (!state.has("f")) return focusRow(by);
+  const next = beside(Number(state.get("f")), by);
+  if (next !== null) location.hash = hashOf({ f: next });
 }
 
 // By key the input that it leads to.
@@ -123,6 +139,7 @@ function onKey(event) {
 const placed = ({ layer, where, model }) => (where === undefined ? `Layer ${layer} of ${model}` : `${where.replace(/^l/, "L")} (${model})`);
 
 function begin() {
+  addLinks();
   if (meta()) {
     const { name, features, rows, as_ids } = meta();
     document.getElementById("title").textContent = `Features of ${name}`;
@@ -143,7 +160,7 @@ function begin() {
     if (!button) return;
     if (button.dataset.sort) change({ sort: button.dataset.sort === "feature" ? "" : button.dataset.sort });
     if (button.dataset.page) change({ page: button.dataset.page });
-    if (button.dataset.feature) location.hash = hashOf({ feature: button.dataset.feature });
+    if (button.dataset.feature) location.hash = hashOf({ f: button.dataset.feature });
   });
   document.addEventListener("keydown", onKey);
   addEventListener("hashchange", show);

@@ -164,8 +164,8 @@ function steps(number) {
 }
 
 async function showFeature(state) {
-  const number = Number(state.get("feature"));
-  if (!Number.isInteger(number) || number < 0 || number >= meta().features) throw new Error(`there is no feature ${state.get("feature")}`);
+  const number = Number(state.get("f"));
+  if (!Number.isInteger(number) || number < 0 || number >= meta().features) throw new Error(`there is no feature ${state.get("f")}`);
   if (table()) arrange(new URLSearchParams(lastList.slice(1))); // the list's order; its file is not waited for
   const { chunk, columns } = meta();
   const page = await load(`features/${padded(Math.floor(number / chunk))}`);
@@ -181,5 +181,8 @@ async function showFeature(state) {
   } else {
     parts.push(el("p", {}, "It never fires in these rows."), ...side);
   }
-  return () => document.getElementById("feature").replaceChildren(...parts);
+  parts.push(...featurePanels.map((panel) => panel(number, own, page.words)).filter(Boolean));
+  return () => document.getElementById("f").replaceChildren(...parts);
 }
+
+addView("f", null, showFeature);

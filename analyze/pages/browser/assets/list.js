@@ -120,3 +120,5 @@ function renderList(state) {
     button.dataset.page = target;
   }
 }
+
+addView("list", "List", showList);

@@ -34,7 +34,15 @@ function load(name) {
 }
 
 // All but a feature's page needs the list: it is requested before the other scripts are read. showList() reports a failure.
-if (!location.hash.includes("feature=")) load("table").catch(() => {});
+if (!/[#&](f|feature)=/.test(location.hash)) load("table").catch(() => {});
+
+// Views by name. The address #NAME=... shows one in the element NAME of main; without a name: the first.
+// `render(state)` is a promise of a function that fills the element. One without a label has no link in the header.
+const views = new Map();
+const addView = (name, label, render) => views.set(name, { label, render });
+
+// Parts of a feature's page that other files add: (number, own, texts) => element or null.
+const featurePanels = [];
 
 const padded = (number) => String(number).padStart(3, "0");
 
@@ -75,4 +83,4 @@ const figure = (key, value) => (key === "density" ? percent(value) : formatted(v
 // The address of a state.
 const hashOf = (state) => `#${new URLSearchParams(state)}`;
 
-const featureLink = (number, text = number) => el("a", { href: hashOf({ feature: number }) }, text);
+const featureLink = (number, text = number) => el("a", { href: hashOf({ f: number }) }, text);

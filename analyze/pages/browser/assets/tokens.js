@@ -62,3 +62,5 @@ function tokenPart(position, every, fires) {
     el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, ...heads)), el("tbody", {}, ...rows))),
   ];
 }
+
+addView("tokens", "Tokens", showTokens);
