@@ -1,6 +1,6 @@
 """`python -m analyze study=NAME run=runs/NAME`: what a trained SAE is worth."""
 
-from residual_saes.conf.command import start
+from residual_saes.conf.console import run
 
 if __name__ == "__main__":
-    start("analyze", "residual_saes.analyze.command")
+    run("analyze")

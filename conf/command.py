@@ -22,7 +22,7 @@ from residual_saes.conf.help import described
 from residual_saes.conf.names import quoted, require_no_secret, texts, typed
 from residual_saes.data import machine, secrets, stopping
 from residual_saes.data.errors import Interrupted, PipelineError, SettingError, first_line
-from residual_saes.data.journal import heartbeat, put, shown
+from residual_saes.data.journal import heartbeat, put, show, shown
 
 if TYPE_CHECKING:  # hydra and omegaconf take 0.3 s to load: `start` first makes Ctrl-C quiet
     from omegaconf import DictConfig
@@ -64,8 +64,6 @@ def start(name: str, module: str) -> None:
         module: has the function `command(settings, job)`. It is loaded here, behind the
             environment.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load: no traceback
     stopping.answer_early()
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
@@ -76,7 +74,7 @@ def start(name: str, module: str) -> None:
         run_command(lambda: _prepare(name, module))
         wants_help = {"--help", "-h"} & {*sys.argv[1:]}
         run_command(
-            (lambda: print(described(name, sys.argv[1:])))
+            (lambda: show(*described(name, sys.argv[1:]).splitlines()))
             if wants_help
             else (lambda: _run_by_hydra(name, module))
         )

@@ -28,6 +28,7 @@ from types import FrameType
 from typing import Any
 
 from residual_saes.data.secrets import redacted
+from residual_saes.data.spelling import spelled
 
 # EX_TEMPFAIL of sysexits.h: engines that restart by exit code take it for "again".
 AGAIN = 75
@@ -57,6 +58,9 @@ class PipelineError(Exception):
     """An error that the user can mend; its text is the whole message."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        return spelled(super().__str__())
 
 
 class SettingError(PipelineError, ValueError):

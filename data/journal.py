@@ -25,6 +25,7 @@ from residual_saes.data.durable import Written, refusals
 from residual_saes.data.errors import StoreError, caused
 from residual_saes.data.neutral import neutral
 from residual_saes.data.secrets import redacted
+from residual_saes.data.spelling import spelled
 
 Record = Mapping[str, Any]
 
@@ -122,8 +123,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def shown(text: str) -> str:
-    """A line as people may see it: without secrets, and it steers no terminal."""
-    return neutral(redacted(text))
+    """A line as people may see it: without secrets, it steers no terminal, commands as in use."""
+    return spelled(neutral(redacted(text)))
 
 
 def put(text: str, end: str = "\n") -> None:

@@ -1,10 +1,10 @@
 """Runs every command of README.md and docs/ in small: page by page, in the page's order.
 
-A command is `python -m harvest|train|analyze|train.export|train.publish` with settings, in a block
-or in a sentence, also behind torchrun and accelerate. It runs in this process, because a new one
-takes seconds to start, in a directory of its page, on the embedded model. `smaller` says what is
-changed for that. All else stays as it is written, so that a setting, study or value of another name
-fails here.
+A command is `residual-saes harvest|train|analyze|export|publish` with settings, or `python -m` with
+its module, in a block or in a sentence, also behind torchrun and accelerate. It runs in this
+process, because a new one takes seconds to start, in a directory of its page, on the embedded
+model. `smaller` says what is changed for that. All else stays as it is written, so that a setting,
+study or value of another name fails here.
 
 - torchrun, accelerate: this process is rank 0 of as many as they would start. It is alone where the
   ranks would meet in one run.
@@ -134,9 +134,17 @@ OMITTED = {  # what `...` stands for
     "train": "layer=5 store=activations/e4b.zarr run=runs/omitted",
 }
 # Files that start ranks with the settings behind them: tests/engines starts them for real.
-BY_ENGINE = re.compile(r"(?:sbatch \S+ \S+/slurm\.sbatch|python -m conf\.ray_ranks \d+) (.*)")
+BY_ENGINE = re.compile(
+    r"(?:sbatch \S+ \S+/slurm\.sbatch|python -m (?:residual_saes\.)?conf\.ray_ranks \d+) (.*)"
+)
+NAMES = "harvest|train|analyze|export|publish"
+# What stands before a command's name, with the number of processes.
+STARTED = r"(?:residual-saes |(?:python|(?:torchrun|accelerate launch) \S+ (\d+)) -m )"
 # Not run here: modules that are named alone, and benchmarks, which tests/test_docs.py looks up.
-OTHER = re.compile(r"python -m ((harvest|train|analyze)(\.export)?|(tests|data)\..*)")
+OTHER = re.compile(
+    r"python -m ((harvest|train|analyze)(\.export)?|(tests|data)\..*)"
+    rf"|residual-saes(?: (?:{NAMES}|help|help {NAMES}|--help|--version|completion \w+))?"
+)
 # Pages that go on from a store and a run of another page, and how those are made.
 BEGINNING = {"harvest": "layer=[21,27] tokens=1e9", "train": "layer=21 run=runs/e4b_L21"}
 CONTINUED = ("rewards.md", "store.md", "studies.md", "training.md")
@@ -182,11 +190,11 @@ def parsed(line: str) -> Command | None:
     line = line.removesuffix(" &")
     if match := BY_ENGINE.fullmatch(line):
         return Command(line, 0, "harvest", shlex.split(match[1]))
-    started = r"(?:python|(?:torchrun|accelerate launch) \S+ (\d+))"  # with the number of processes
-    match = re.fullmatch(
-        started + r" -m (harvest|train|analyze|train\.export|train\.publish) (.*)", line
-    )
-    return Command(line, int(match[1] or 0), match[2], shlex.split(match[3])) if match else None
+    match = re.fullmatch(rf"{STARTED}(?:residual_saes\.)?(?:train\.)?({NAMES}) (.*)", line)
+    if match is None:
+        return None
+    module = f"train.{match[2]}" if match[2] in ("export", "publish") else match[2]
+    return Command(line, int(match[1] or 0), module, shlex.split(match[3]))
 
 
 def commands(text: str) -> list[Command]:
@@ -502,6 +510,6 @@ def test_commands_are_found() -> None:
         asked = [
             line
             for line in lines(page.read_text())
-            if re.match(r"(python|torchrun|accelerate) [^\n]*-m ", line)
+            if re.match(r"residual-saes |(python|torchrun|accelerate) [^\n]*-m ", line)
         ]
         assert all(parsed(line) or OTHER.fullmatch(line) for line in asked), (page.name, asked)

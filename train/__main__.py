@@ -2,7 +2,7 @@
 store.
 """
 
-from residual_saes.conf.command import start
+from residual_saes.conf.console import run
 
 if __name__ == "__main__":
-    start("train", "residual_saes.train.command")
+    run("train")

@@ -2,7 +2,7 @@
 libraries.
 """
 
-from residual_saes.conf.command import start
+from residual_saes.conf.console import run
 
 if __name__ == "__main__":
-    start("export", "residual_saes.train.export.command")
+    run("export")

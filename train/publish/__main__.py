@@ -1,6 +1,6 @@
 """`python -m train.publish run=runs/NAME repo=OWNER/NAME`: a run as a folder for the Hub."""
 
-from residual_saes.conf.command import start
+from residual_saes.conf.console import run
 
 if __name__ == "__main__":
-    start("publish", "residual_saes.train.publish.command")
+    run("publish")
