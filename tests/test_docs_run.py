@@ -50,6 +50,7 @@ from residual_saes.harvest.spine_writer import write_spine
 from residual_saes.train import stream
 from tests.test_house import ROOT
 
+pytestmark = pytest.mark.docs
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # What one word of a command becomes, by patterns of the whole word.
