@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from residual_saes.analyze.latents import contexts
+from residual_saes.analyze.latents import contexts, layout
 from residual_saes.analyze.outcome import Outcome
 from residual_saes.analyze.pages.browser import columns
 from residual_saes.analyze.pages.browser.joins import TOP as PARTNERS
@@ -22,10 +22,11 @@ from residual_saes.analyze.pages.browser.script import script, short
 from residual_saes.analyze.pages.browser.serve import server
 from residual_saes.analyze.pages.browser.study import DEFINITION, PAGE, browser, inputs
 from residual_saes.analyze.pages.browser.tokens import TOP
+from residual_saes.analyze.studies.catalogue import coactivation
 from residual_saes.analyze.studies.catalogue import study as catalogue
 from residual_saes.analyze.study import Study
 from residual_saes.analyze.subject import Subject
-from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.errors import SettingError, StopRequest, StoreError
 from residual_saes.data.rows import summary
 from residual_saes.train.sae import SAE, SAEConfig
 from tests.analyze.browser_site import (
@@ -206,6 +207,30 @@ def test_other_runs_against_brute_force(built: Built) -> None:
     (other,) = read(built.folder, "meta")["others"]
     page = "../../../ot%27her%20%3Cb%3E%26/studies/browser/index.html"
     assert other == {"name": "ot'her <b>&", "layer": 3, "page": page}
+
+
+def test_what_fires_together_and_the_map(built: Built) -> None:
+    """Figures as the catalogue's index has them; on the map latents of both runs that are the same
+    are neighbours.
+    """
+    subject = study_of(built.made.run).subject
+    with StopRequest() as stop:
+        expected = coactivation.partners(catalogue.files(subject).places, 250_000, stop)
+    for own, others in zip(read(built.folder, "features/000")["features"], expected, strict=True):
+        assert [pair[0] for pair in own["together"]] == [other.feature for other in others]
+        for pair, other in zip(own["together"], others, strict=True):
+            assert pair[1:] == pytest.approx(other[1:], rel=1e-3)
+    meta = read(built.folder, "meta")
+    if meta["no_map"]:
+        assert not layout.is_possible() and "map" not in meta
+        return
+    data = read(built.folder, "map")
+    points = np.array(data["points"]).T
+    assert points.shape == (2 * F, 2) and meta["map"]["runs"] == [0]
+    density = read(built.folder, "table")["columns"]["density"]
+    assert data["density"] == [[density[latent] for latent in built.order.tolist()]]
+    distance = np.linalg.norm(points[:F][built.order][:, None] - points[F:], axis=2)
+    assert (distance.argmin(1) == np.arange(F)).mean() > 0.9
 
 
 def test_scripts_are_ascii_and_numbers_short() -> None:

@@ -90,15 +90,10 @@ def _largest(latents: NDArray[np.int32], cosines: NDArray[Any]) -> list[tuple[in
 
 def _activations(index: Index, units: list[int], stop: StopRequest) -> Any:
     """(F, tokens of the units) activations, each latent's to length 1; zeros stay zeros."""
-    parts = [_of_unit(index, unit, stop) for unit in units]
+    parts = []
+    for unit in units:
+        stop.check()
+        parts.append(index.activations(unit))
     rows = sparse.hstack(parts, format="csr")
     norm: NDArray[np.float64] = np.sqrt(np.asarray(rows.multiply(rows).sum(1), np.float64)).ravel()
     return sparse.csr_array(sparse.diags_array(1 / np.where(norm > 0, norm, 1)) @ rows)
-
-
-def _of_unit(index: Index, unit: int, stop: StopRequest) -> Any:
-    """(F, tokens of the unit) activations."""
-    stop.check()
-    postings = index.all_of(unit)
-    places = postings.feature.astype(np.int64), postings.token.astype(np.int64)
-    return sparse.csr_array((postings.value, places), shape=(index.d_sae, index.unit_tokens))

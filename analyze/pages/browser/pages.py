@@ -11,6 +11,8 @@ its number. A feature is
     quantiles          [[quantile, [context]]], of the largest activations first
     raised, lowered    [[word, logit]], or null without the language model
     neighbours         [[feature, cosine]]
+    together           [[feature, phi, rows in which both fire, the same by chance]], see
+                       catalogue/coactivation.py
     others             [[feature, cosine]] of each of the other runs
     crossings          of each result of study=cross_layer [class, [[feature, r, P(this | that),
                        P(that | this), cosine]]], where there is one
@@ -40,6 +42,7 @@ from residual_saes.analyze.pages.browser.columns import Column
 from residual_saes.analyze.pages.browser.contexts import CONTEXT, Contexts, contexts_of, fields
 from residual_saes.analyze.pages.browser.joins import Partners
 from residual_saes.analyze.pages.browser.script import short
+from residual_saes.analyze.studies.catalogue.coactivation import Together
 
 CHUNK = 64  # latents of a file: some 400 kB
 _WORDS = 3  # tokens that stand for a latent in the list: where it fires most, and what it raises
@@ -109,6 +112,7 @@ class Shown(NamedTuple):
     others: list[Partners]  # of each of the other runs
     listed: list[Column]  # figures of every latent beside density and largest activation
     tokens: Sequence[Sequence[tuple[int, float]]] | None  # of a transcoder, see tokens.of_latents
+    together: Sequence[Sequence[Together]]  # of each latent
     crossings: Sequence[Latents] = ()  # see crossings.Crossing.pairs
 
 
@@ -131,6 +135,7 @@ def page(block: pa.Table, shown: Shown) -> dict[str, Any]:
             "raised": _logits(row["raised"], words),
             "lowered": _logits(row["lowered"], words),
             "neighbours": _pairs((near["feature"], near["cosine"]) for near in row["neighbours"]),
+            "together": _together(shown.together[row["feature"]]),
             "others": [_pairs(partners[row["feature"]]) for partners in shown.others],
             **_of_kind(row, shown, words),
         }
@@ -167,6 +172,10 @@ def _number(value: float | None) -> float | None:
 def _pairs(pairs: Any) -> list[list[Any]]:
     """[[id, number of few digits]] of (id, number)."""
     return [[identity, _number(value)] for identity, value in pairs]
+
+
+def _together(pairs: Sequence[Together]) -> list[list[Any]]:
+    return [[feature, *short(figures)] for feature, *figures in pairs]
 
 
 def _figures(row: dict[str, Any], listed: list[Column]) -> list[float | None]:

@@ -6,6 +6,7 @@ found. In the study's folder:
     index.html, *.css, *.js    the page; it asks for the files below alone, and shows them as text
     data/meta.js               the run, the columns, the other runs
     data/table.js              the list: column by column, a number per latent
+    data/map.js                a place of each latent in two dimensions, see maps.py
     data/features/NNN.js       CHUNK latents each, see pages.py
     data/tokens.js             the tokens that occur, the most frequent first
     data/tokens/NNN.js         SHARD of them each: the latents that fire on them, see tokens.py
@@ -27,7 +28,7 @@ import pyarrow.parquet as pq
 
 from residual_saes.analyze.latents.targets import class_names, names_of
 from residual_saes.analyze.outcome import Outcome
-from residual_saes.analyze.pages.browser import columns, crossings, joins, pages, tokens
+from residual_saes.analyze.pages.browser import columns, crossings, joins, maps, pages, tokens
 from residual_saes.analyze.pages.browser.columns import Column
 from residual_saes.analyze.pages.browser.crossings import Crossing
 from residual_saes.analyze.pages.browser.joins import Other
@@ -35,6 +36,7 @@ from residual_saes.analyze.pages.browser.pages import CHUNK, Shown
 from residual_saes.analyze.pages.browser.script import script, short
 from residual_saes.analyze.pages.browser.tokens import Tallies
 from residual_saes.analyze.results import FOLDER, PAGE, made
+from residual_saes.analyze.studies.catalogue import coactivation
 from residual_saes.analyze.studies.catalogue import study as catalogue
 from residual_saes.analyze.studies.catalogue.study import Files
 from residual_saes.analyze.study import Definition, Study, at_least
@@ -56,7 +58,7 @@ class Options:
     samples: int = 2  # contexts of each quantile
     # Directories of other runs on the same store, with catalogues.
     others: list[str] = field(default_factory=list)
-    # Tokens on which they are compared, in whole units: memory is about 50 bytes * k for each.
+    # Tokens on which latents are compared, in whole units: memory is about 50 bytes * k for each.
     rows: int = 250_000
 
     def __post_init__(self) -> None:
@@ -93,6 +95,7 @@ def inputs(study: Study) -> Mapping[str, Any]:
         "files": {**tables, **{str(files.table): files.digest for files in catalogues}},
         "units": [files.places.units for files in catalogues],
         "as_ids": catalogue.names(study) is None,
+        "no_map": maps.missing(subject.sae.d_sae),
     }
 
 
@@ -134,6 +137,7 @@ def browser(study: Study) -> Outcome:
             listed=[*columns.of_targets(files.table), *of_studies],
             tokens=None if subject.ports.is_autoencoder else tokens.of_latents(tallies),
             crossings=[crossing.pairs(subject.sae.d_sae) for crossing in across],
+            together=coactivation.partners(files.places, options.rows, stop),
         )
         for other in others:
             theirs = other.files.places
@@ -142,6 +146,9 @@ def browser(study: Study) -> Outcome:
         figures_of = _write_features(site, files, shown, stop)
         token_count = _write_tokens(site, tallies, shown)
         meta = _meta(study, files, figures_of, others, as_ids=name_of is None)
+        if maps.missing(subject.sae.d_sae) is None:
+            data, meta["map"] = maps.of(study, others)
+            site.write("map", data)
         if across:
             meta["crossings"] = [_crossing(study, crossing) for crossing in across]
         site.write("meta", meta)
@@ -256,6 +263,7 @@ def _meta(
         "as_ids": as_ids,
         # A run of another library has no report. Whether there is one may change any day.
         "report": None if "imported" in subject.config else f"../../{REPORT}",
+        "no_map": maps.missing(subject.sae.d_sae),
     }
 
 

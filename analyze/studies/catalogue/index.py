@@ -24,12 +24,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from scipy import sparse
 
 from residual_saes.analyze.latents.encoding import Unit
 from residual_saes.analyze.subject import Subject
@@ -186,6 +187,20 @@ class Index:
     def all_of(self, unit: int) -> Postings:
         """All that fires in a unit."""
         return _postings(pq.read_table(self.path(unit)))
+
+    def activations(self, unit: int) -> Any:
+        """A unit's activations: scipy.sparse.csr_array (F, tokens of the unit)."""
+        postings = self.all_of(unit)
+        places = postings.feature.astype(np.int64), postings.token.astype(np.int64)
+        return sparse.csr_array((postings.value, places), shape=(self.d_sae, self.unit_tokens))
+
+    def first(self, tokens: int) -> list[int]:
+        """The first units that hold so many tokens, one at least."""
+        return list(self.units[: max(1, -(-tokens // self.unit_tokens))])
+
+    def rows(self, unit: int) -> int:
+        """Rows that were encoded for a unit."""
+        return int(pq.read_schema(self.path(unit)).metadata[b"rows"])
 
     def search(self, feature: int) -> Found:
         """Every token at which a latent fires.
