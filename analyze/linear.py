@@ -21,12 +21,11 @@ from residual_saes.analyze.parts import Arrays
 from residual_saes.analyze.subject import Subject
 from residual_saes.data.journal import Progress
 from residual_saes.data.rows.split import training_units
+from residual_saes.data.rows.statistics import FITTED, sample
 from residual_saes.data.store import retention
 from residual_saes.train.sae import SAE
 
 RIDGE = 1e-4  # of the variance of a column, which is 1
-# Rows at least, in whole units: 25 for each dimension of Gemma 4 E4B. They take a minute of a core.
-_ROWS = 65_536
 _BLOCK = 4096  # rows held as float64 at a time
 VERSION = 1  # of the kept map: raise it when the same rows give another one
 
@@ -81,7 +80,7 @@ def _fit(subject: Subject) -> Arrays:
     about: Tensor | None = None
     rows = 0
     progress = Progress(quiet_s=5.0)
-    for number in _sample(training_units(subject.store), subject.store.unit_tokens):
+    for number in sample(training_units(subject.store), subject.store.unit_tokens, FITTED):
         unit = subject.unit(number)
         chosen = torch.from_numpy(np.flatnonzero(unit.of_kinds(subject.policy.kinds)))
         for start in range(0, len(chosen), _BLOCK):
@@ -106,9 +105,3 @@ def _fit(subject: Subject) -> Arrays:
     found = {"W": W, "mean_in": mean[:d], "mean_out": mean[d:]}
     arrays = {name: tensor.float().cpu().numpy() for name, tensor in found.items()}
     return {**arrays, "rows": np.array(rows)}
-
-
-def _sample(units: list[int], unit_tokens: int) -> list[int]:
-    """As many of the units as have the rows, from the first to the last; all, if they are few."""
-    count = min(len(units), -(-_ROWS // unit_tokens))
-    return [units[index] for index in np.linspace(0, len(units) - 1, count).round().astype(int)]

@@ -13,7 +13,7 @@ from residual_saes.data.errors import SettingError
 from residual_saes.data.journal import heartbeat, show, tell
 from residual_saes.data.rank import Rank
 from residual_saes.data.settings import flag, optional_whole, single, whole
-from residual_saes.data.store import coming, default, manifest
+from residual_saes.data.store import coming, default, manifest, retention
 from residual_saes.data.store.place import place_of
 from residual_saes.data.store.repair import is_derived, is_pack, repair, require_store
 from residual_saes.data.text.documents import TextSource
@@ -29,9 +29,10 @@ from residual_saes.harvest.model_folder import EMBEDDED
 from residual_saes.harvest.plan import Plan, guess, plan, probe, require_fit, share_done
 from residual_saes.harvest.provenance import require_same_so_far
 from residual_saes.harvest.status import status
+from residual_saes.harvest.thinning import thin
 from residual_saes.harvest.verify import verify
 
-ACTIONS = ("run", "plan", "status", "verify", "repair")
+ACTIONS = ("run", "plan", "status", "verify", "repair", "thin")
 
 
 def command(settings: dict[str, Any], _: Job = ALONE) -> None:
@@ -52,6 +53,10 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
         show(*repaired(made_good))
         return
 
+    if action == "thin":
+        thin(place, settings["out"])
+        return
+
     # What needs a model, and a store that is there.
     model = model_config(settings["model"], settings["device"])
     if action == "run":
@@ -67,6 +72,7 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
     probing = flag("probe", settings["probe"])
     force = flag("force", settings["force"])
     manifest.require_free(place)
+    retention.refuse_thin(place, "harvesting")
     source = source_of(settings["text"], config.seed)
     planned = checked_plan(config, model, source, action, force=force)
     if action == "plan" and not probing:

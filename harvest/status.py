@@ -17,6 +17,7 @@ from residual_saes.data.store.kinds import BOS, ORDINARY, OUTLIER
 from residual_saes.data.store.ledger import RESIDUALS
 from residual_saes.data.store.place import Place
 from residual_saes.data.store.store import Store
+from residual_saes.data.store.thin import Thin
 from residual_saes.harvest.encoder import left_out
 
 _SAMPLED = 8  # units whose documents are counted
@@ -31,8 +32,9 @@ def status(place: Place) -> Iterator[str]:
     yield from left_out(store)
     for point in store.points:
         yield from _point_status(store, point)
-    yield from retention.read(place).status(place, store.units)
-    if rate := _rate(store):
+    retained = retention.read(place)
+    yield from retained.status(place, store.units)
+    if not isinstance(retained, Thin) and (rate := _rate(store)):
         yield rate
 
 
@@ -103,11 +105,13 @@ def effective_documents(store: Store) -> float:
     permuted in it; its mean is taken over a few units.
     """
     same_document: list[float] = []
-    for unit in order.permutation(store.units, 0)[:_SAMPLED]:
-        _, counts = np.unique(store.document(int(unit)), return_counts=True)
+    retained = retention.read(store.place)
+    units_there = retained.kept if isinstance(retained, Thin) else range(store.units)
+    for index in order.permutation(len(units_there), 0)[:_SAMPLED]:
+        _, counts = np.unique(store.document(units_there[int(index)]), return_counts=True)
         shares = counts.astype(np.float64) / counts.sum()
         same_document.append(float(np.square(shares).sum()))
-    span = retention.read(store.place).span or store.units
+    span = retained.span or store.units
     units = min(span, store.units)  # units that are shuffled together
     window = min(WINDOW, units * store.chunks)  # chunks
     same_unit = 1 / window + (1 - 1 / window) / units

@@ -60,7 +60,7 @@ def verify(place: Place, open_model: Callable[[int], LanguageModel]) -> str:
     require_same(store, lm, unit, store.points)
     freed = ""
     if kept.freed:
-        freed = f"; the shards of {kept.freed} units are freed, as in a ring they may be"
+        freed = f"; the rows of {kept.freed} units are not there, as in a ring or a thin store"
     return f"{intact}; unit {unit}, recomputed, is the same{freed}"
 
 

@@ -224,6 +224,8 @@ def rounds_of(kept: KeptRows, batch: int, poll_s: float) -> Rounds:
         SettingError: a batch is larger than a round of a ring.
         StoreError: a source is incomplete, or not in the ring.
     """
+    for source in kept.sources:
+        retention.refuse_thin(source.store.place, "training")
     if retention.read(kept.store.place).span is None:
         return Passes(kept, batch)
     from residual_saes.data.rows.groups import Groups

@@ -33,8 +33,11 @@ from residual_saes.data.store.kinds import BOS, NON_FINITE, OUTLIER, OUTLIER_NOR
 from residual_saes.data.store.moments import Moments
 from residual_saes.data.store.store import Store
 
-# Rows of a sample: an error of 1/500 of a channel's deviation in its mean, for reading 1.3 GB.
-_SAMPLED = 262_144
+# Rows of the samples that are read of the training units, which a thin store keeps
+# (harvest/thinning.py). For means: an error of 1/500 of a channel's deviation, for reading 1.3 GB.
+SAMPLED = 262_144
+# For a linear map, in whole units: 25 for each dimension of E4B. They take a minute of a core.
+FITTED = 65_536
 _BLOCK = 4096  # rows held as float64 at a time
 
 
@@ -106,9 +109,9 @@ def _blocks(source: Source, unit: int, kept: NDArray[np.bool_]) -> Iterator[NDAr
         yield rows[start : start + _BLOCK].double().numpy()
 
 
-def sample(units: Sequence[int], unit_tokens: int) -> list[int]:
-    """As many of the units as make a sample, from the first to the last; all, if they are few."""
-    count = min(len(units), -(-_SAMPLED // unit_tokens))
+def sample(units: Sequence[int], unit_tokens: int, rows: int = SAMPLED) -> list[int]:
+    """As many of the units as have the rows, from the first to the last; all, if they are few."""
+    count = min(len(units), -(-rows // unit_tokens))
     return [units[index] for index in np.linspace(0, len(units) - 1, count).round().astype(int)]
 
 

@@ -14,6 +14,7 @@ from residual_saes.data.store import manifest, retention
 from residual_saes.data.store.coming import is_announced
 from residual_saes.data.store.place import place_of
 from residual_saes.data.store.store import Store
+from residual_saes.data.store.thin import Thin
 
 FOLDER = Path("activations")
 
@@ -78,6 +79,8 @@ def _look(path: Path, needed: Callable[[Store], Sequence[HookPoint]]) -> Found:
         store = Store.open(path)
     except PipelineError:
         return Found(path, False, "damaged")
+    if isinstance(retention.read(store.place), Thin):
+        return Found(path, False, "thin, for studies alone")
     if retention.read(store.place).span is not None:
         return Found(path, False, "a ring, whose rows are freed")
     if not store.points:

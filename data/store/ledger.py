@@ -321,11 +321,11 @@ class Ledger:
         for key, (size, _) in objects.items():
             folder, _, name = key.rpartition("/")
             present = self._sizes[folder].get(name)
+            if present is None and self.absences.allow(key, record["unit"]):
+                continue
             if present != size:  # it may have come, with its record, after the folder was listed
                 present = self._size_now(key)
             if present == size:
-                continue
-            if present is None and self.absences.allow(key, record["unit"]):
                 continue
             wrong = "is missing" if present is None else f"has {present} bytes instead of {size}"
             raise StoreError(

@@ -1,7 +1,7 @@
-"""Which rows of a store stay on the disk: all of them, or those that fit in a ring.
+"""Which rows of a store are on the disk: all of them, those that fit in a ring, or few of them.
 
-`KeepAll` is the rule; a ring (data/store/ring.py) is its only alternative. Nothing but rows is ever
-freed: records, norms, kinds and statistics of a unit stay.
+`KeepAll` is the rule. A ring (data/store/ring.py) frees rows behind its readers: records, norms,
+kinds and statistics of a unit stay. A thin store (data/store/thin.py) is a copy for studies.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from residual_saes.data.store import ring_state
 from residual_saes.data.store.claims import Claims
 from residual_saes.data.store.place import Place
 from residual_saes.data.store.ring_state import RingState
+from residual_saes.data.store.thin import Thin
 
 
 class KeepAll:
@@ -80,12 +81,28 @@ def _fraction(rank: int) -> float:
     return fraction
 
 
-Retention = KeepAll | RingState
+Retention = KeepAll | RingState | Thin
 
 
 def read(place: Place) -> Retention:
     """The retention that a store's records name."""
-    return ring_state.read(place) or KeepAll()
+    body = ring_state.recorded(place)
+    if body is None:
+        return KeepAll()
+    return Thin.of(body) if "kept" in body else RingState.of(body)
+
+
+def refuse_thin(place: Place, purpose: str) -> None:
+    """Raise StoreError if the store is thin.
+
+    Args:
+        purpose: what needs all rows, as in "training".
+    """
+    if isinstance(read(place), Thin):
+        raise StoreError(
+            f"{place.name} is a thin store, which has only the rows that studies read: {purpose} "
+            "needs the store that it was cut from; give that one as store="
+        )
 
 
 def needs_whole_spine(place: Place, claims: Claims, max_bytes: int | None) -> bool:
@@ -121,6 +138,7 @@ class Absences:
     def refuse(self, key: str, unit: int) -> None:
         """Raise StoreError if the object is freed."""
         if self.allow(key, unit):
+            refuse_thin(self._place, f"{key}, which is not there,")
             raise StoreError(
                 f"{self._place.name}/{key} is freed: the store is a ring, whose shards go when "
                 "their readers have passed; what needs them all needs a store harvested without "

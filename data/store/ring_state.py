@@ -11,9 +11,9 @@ Training units are counted in ascending order, without the held-out units.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from residual_saes.data.errors import SettingError, StoreError
 from residual_saes.data.journal import size
@@ -41,6 +41,11 @@ class RingState(NamedTuple):
     layers: list[int | str]  # the hook points, as `HookPoint.recorded` has them
     held_out: list[int]  # units, ascending
     freed: int  # training units whose row objects may be absent
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any]) -> RingState:
+        """The state that a record holds."""
+        return cls(*(body[field] for field in cls._fields))
 
     @property
     def points(self) -> list[HookPoint]:
@@ -99,16 +104,25 @@ def read(place: Place) -> RingState | None:
     Raises:
         StoreError: the record is damaged, and so is its copy.
     """
+    body = recorded(place)
+    is_ring = body is not None and "kept" not in body  # which is of a thin store
+    return RingState.of(body) if body and is_ring else None
+
+
+def recorded(place: Place) -> dict[str, Any] | None:
+    """What says which objects may be absent; None if nothing may.
+
+    Raises:
+        StoreError: the record is damaged, and so is its copy.
+    """
     for key in (KEY, COPY):
         try:
-            body = records.decode(place.read(key), key)
+            return records.decode(place.read(key), key)
         except FileNotFoundError:
             if key == KEY:
                 return None
         except StoreError:
             continue
-        else:
-            return RingState(*(body[field] for field in RingState._fields))
     raise StoreError(
         f"{place.name}/{KEY} is damaged, and nothing else says what was freed: restore it, "
         "or harvest again into another store="
@@ -116,12 +130,17 @@ def read(place: Place) -> RingState | None:
 
 
 def write(place: Place, state: RingState) -> None:
-    """Replace the ring's record and its copy; only under the claim RING.
+    """Replace the ring's record and its copy; only under the claim RING."""
+    put(place, state._asdict())
+
+
+def put(place: Place, body: Mapping[str, Any]) -> None:
+    """Replace the record of what may be absent, and its copy.
 
     The copy is second: if it is the one that is left, it says that less is freed, never more.
     """
     for key in (KEY, COPY):
-        place.write(key, [records.encode(state._asdict())])
+        place.write(key, [records.encode(body)])
 
 
 def registrations(place: Place) -> dict[str, Registration]:
@@ -159,8 +178,8 @@ def mend(place: Place, key: str) -> None:
     name = key.removeprefix(f"{REGISTRATIONS}/")
     if name != key:
         write_registration(place, name.removesuffix(".json"), _of_damaged(name))
-    elif state := read(place):
-        write(place, state)
+    elif body := recorded(place):
+        put(place, body)
 
 
 def register(place: Place, name: str, run: Registration, fallback: int) -> Registration:

@@ -373,7 +373,7 @@ class Store:
 
     def _read_spine(self, array: UnitArray, unit: int) -> NDArray[Any]:
         tokens = self._require_spine(unit)
-        return array.read(self.place, unit, tokens // math.prod(array.inner))
+        return self._read(array, unit, tokens // math.prod(array.inner))
 
     def _require_spine(self, unit: int) -> int:
         """n of a unit; StoreError if its spine is not committed."""
@@ -419,12 +419,7 @@ class Store:
         Raises:
             StoreError: the unit is not committed, its object is damaged, or a ring freed it.
         """
-        array = self.arrays.rows(point)
-        try:
-            return self._read_rows(array, point, unit)
-        except StoreError:
-            self.ledger.absences.refuse(array.key(unit), unit)
-            raise
+        return self._read_rows(self.arrays.rows(point), point, unit)
 
     def norms(self, point: Point, unit: int) -> NDArray[np.float32]:
         """(n,) Euclidean norms of a unit's stored rows."""
@@ -436,7 +431,14 @@ class Store:
 
     def _read_rows(self, array: UnitArray, point: Point, unit: int) -> NDArray[Any]:
         self._require(point, unit)
-        return array.read(self.place, unit, self._require_spine(unit))
+        return self._read(array, unit, self._require_spine(unit))
+
+    def _read(self, array: UnitArray, unit: int, rows: int) -> NDArray[Any]:
+        try:
+            return array.read(self.place, unit, rows)
+        except StoreError:
+            self.ledger.absences.refuse(array.key(unit), unit)
+            raise
 
     def _require(self, point: Point, unit: int) -> None:
         if not self._point(point).committed[unit]:

@@ -26,8 +26,10 @@ from residual_saes.data.store.bucket import ObjectPlace
 from residual_saes.data.store.place import LocalPlace, place_of
 from residual_saes.data.store.repair import damage, repair
 from residual_saes.data.store.store import Store
+from residual_saes.harvest.thinning import thin
 from tests.conftest import commit
 from tests.conftest import make_store as make_store_of_16
+from tests.faults import tree
 
 moto_server = pytest.importorskip("moto.server", reason="moto is not installed")
 pytest.importorskip("obstore", reason="obstore is not installed")
@@ -222,6 +224,17 @@ def test_exactly_one_of_many_writers_creates_a_record(bucket: str) -> None:
         writer.join()
     assert len(won) == 1
     assert place.read("commits/spine/00000000.json") == b"%d" % won[0]
+
+
+def test_a_thin_store_goes_into_a_bucket_and_comes_back(
+    tmp_path: Path, bucket: str, random_bits: NDArray[np.uint16]
+) -> None:
+    store = make_store(tmp_path / "s.zarr", random_bits)
+    thin(store.place, None)
+    thin(store.place, bucket)
+    thin(place_of(bucket), str(tmp_path / "back.zarr"))
+    files = tree.read(tmp_path / "back.zarr")
+    assert files == tree.read(tmp_path / "s_thin.zarr")
 
 
 def test_a_missing_and_a_damaged_object_are_found_and_repaired(
