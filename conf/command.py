@@ -52,6 +52,7 @@ class Job(NamedTuple):
 
     multirun: bool = False  # one of several jobs of `-m`
     overrides: Sequence[str] = ()  # NAME=VALUE, as the job's part of the command line has them
+    shared: frozenset[str] = frozenset()  # names of those that all jobs of the multirun have
 
 
 ALONE = Job()
@@ -214,7 +215,10 @@ def current_job() -> Job:
     from hydra.core.hydra_config import HydraConfig
 
     with _resolving():
-        return Job(is_multirun(), tuple(HydraConfig.get().overrides.task))
+        hydra = HydraConfig.get()
+        # Put there by hydra_plugins/all_jobs.py.
+        shared = frozenset(hydra.job.config.override_dirname.exclude_keys)
+        return Job(is_multirun(), tuple(hydra.overrides.task), shared)
 
 
 def enter_folder(folder: str, settings: Mapping[str, Any]) -> None:

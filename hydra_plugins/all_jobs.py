@@ -65,6 +65,12 @@ class _Guarded(Launcher):
         from residual_saes.data.errors import TemporaryError, first_line
         from residual_saes.data.journal import tell
 
+        # An arm's directory is named by what differs: tell each job what does not.
+        if len(job_overrides) > 1:
+            same = set[str].intersection(*map(set, job_overrides))
+            names = ",".join(sorted(f"'{_name(override)}'" for override in same))
+            told = f"hydra.job.config.override_dirname.exclude_keys=[{names}]"
+            job_overrides = [[*overrides, told] for overrides in job_overrides]
         if type(self._launcher).__name__ not in _HERE:
             # Hydra makes that folder in each job's own place. The launcher's logs are not there.
             nowhere = "hydra.sweep.dir=."
@@ -85,6 +91,11 @@ class _Guarded(Launcher):
             if job is not gravest:
                 tell(f"{' '.join(job.overrides or [])}: {job._return_value}")
         raise gravest._return_value  # here, or Hydra adds lines of its own
+
+
+def _name(override: str) -> str:
+    """The setting that one NAME=VALUE sets."""
+    return override.partition("=")[0].lstrip("+")
 
 
 def _absolute(override: str) -> str:

@@ -57,7 +57,7 @@ def test_the_first_commands_find_each_other(tmp_path: Path, call: Call, train: C
         assert (code, err.count(f"store={store}")) == (0, 1), err
         code, err = train()
         assert (code, err.count(f"store={store}")) == (0, 1), err
-    arms = [path for path in folder.iterdir() if path.name.startswith("optim.lr")]
+    arms = [path for path in folder.iterdir() if path.name.startswith("lr-0.0")]
     assert len(arms) == 4
     for trained in (folder, *arms):
         recorded = yaml.safe_load((trained / run.CONFIG).read_text())

@@ -146,23 +146,49 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
 
 
 def run_directory(asked: str | None, name: str, job: Job) -> Path:
-    """The run's directory: as asked, else under runs/ by `name`, and by the arm in a multirun."""
-    if asked:
-        return Path(asked)
-    folder = RUNS / file_name(name)
-    return folder / arm_name(job.overrides) if job.multirun else folder
+    """The run's directory: as asked, else under runs/ by `name`.
+
+    Arms of a multirun that share it, or are not asked for one, have directories in it.
+    """
+    folder = Path(asked) if asked else RUNS / file_name(name)
+    is_own = asked and (
+        "run" not in job.shared or any("${" in text for text in job.overrides if "run=" in text)
+    )
+    if not job.multirun or is_own:
+        return folder
+    earlier = folder / _earlier_name(job.overrides)
+    return earlier if earlier.exists() else folder / arm_name(job)
 
 
-def arm_name(overrides: Sequence[str]) -> str:
-    """A directory name made of a job's overrides.
+def arm_name(job: Job) -> str:
+    """A directory's name: what differs between the arms of a multirun, as in `lr-0.001_k-32`.
 
+    It has letters, digits, `.`, `_` and `-` alone, which mean nothing to a shell or to Hydra.
     `store` is left out: the parent directory names it.
     """
+    values = {}
+    for override in job.overrides:
+        key, _, value = override.partition("=")
+        values[key.lstrip("+")] = value
+    keys = [key for key in values if key not in {"store", "run", *job.shared}]
+    last = [key.rpartition(".")[2] for key in keys]
+    parts = []
+    for key, short in zip(keys, last, strict=True):
+        listed = values[key].strip("[]").replace(",", "-")
+        parts.append(f"{short if last.count(short) == 1 else key}-{listed}")
+    return file_name("_".join(parts) or "default", "._-")
+
+
+def _earlier_name(overrides: Sequence[str]) -> str:
+    """The name that earlier versions gave, of all overrides: a sweep that is there goes on."""
     named = [override for override in overrides if not override.startswith("store=")]
     return file_name(",".join(named) or "default")
 
 
-def file_name(text: str) -> str:
-    """`text` as one path component. A digest keeps changed texts apart."""
-    safe = re.sub(r"[^A-Za-z0-9._=,-]", "-", text)[:_ARM_BYTES].lstrip(".")
+def file_name(text: str, signs: str = "._=,-") -> str:
+    """`text` as one path component of letters, digits and `signs`.
+
+    A digest keeps changed texts apart.
+    """
+    safe = re.sub(rf"[^A-Za-z0-9{signs}]", "-", text)[:_ARM_BYTES].lstrip(".")
     return safe if safe == text else f"{safe}-{durable.digest(text.encode())[:8]}"

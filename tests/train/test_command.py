@@ -2,6 +2,7 @@
 
 import os
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import torch
 import yaml
 
 from residual_saes.conf import command as command_line
+from residual_saes.conf.command import Job
 from residual_saes.data.errors import SettingError
 from residual_saes.data.journal import read_metrics
 from residual_saes.data.site import RESID_POST, HookPoint
@@ -136,7 +138,7 @@ def test_sigterm_saves_and_exits_143(store, tmp_path):
 def test_multirun_names_its_arms_and_never_leaves_runs(store, tmp_path, call):
     code, err = call("-m", f"store={store}", *SMALL, "tokens=128", "sae.aux_coef=0,0.125")
     assert code == 0, err
-    names = {f"{','.join(SMALL)},tokens=128,sae.aux_coef={value}" for value in ("0", "0.125")}
+    names = {"aux_coef-0", "aux_coef-0.125"}
     assert {path.name for path in (tmp_path / "runs" / "small_tiny_L3").iterdir()} == names
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
 
@@ -246,15 +248,35 @@ def test_whole_refuses_the_rest(value):
     ],
 )
 def test_arm_names_stay_one_component(override, tmp_path):
-    name = command.arm_name([override])
+    name = command.arm_name(Job(True, [override]))
     assert name
-    assert set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._=,-")
+    assert set(name) <= set(string.ascii_letters + string.digits + "._-")
     assert not name.startswith(".")
     assert (tmp_path / name).resolve().parent == tmp_path.resolve()
     (tmp_path / name).mkdir()
 
 
 def test_arm_names_that_had_to_be_changed_stay_apart():
-    assert command.arm_name(["a=b/c"]) != command.arm_name(["a=b-c"])
-    assert command.arm_name(["a=b/c"]) != command.arm_name(["a=b:c"])
-    assert command.arm_name(["store=x/y", "optim.lr=1e-4"]) == "optim.lr=1e-4"
+    changed = [command.arm_name(Job(True, [f"a=b{sign}c"])) for sign in "/:-"]
+    assert len(set(changed)) == 3
+
+
+def test_an_arm_is_named_by_what_differs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    overrides = ("store=x/y", "optim.lr=0.001", "layer=[3,4]", "sae=tiny", "+sae.k=8")
+    job = Job(True, overrides, frozenset({"sae"}))
+    assert command.arm_name(job) == "lr-0.001_layer-3-4_k-8"
+    alike = Job(True, ("sae.lr=1", "optim.lr=2"))
+    assert command.arm_name(alike) == "sae.lr-1_optim.lr-2"
+    assert command.run_directory(None, "x", job) == Path("runs/x/lr-0.001_layer-3-4_k-8")
+    # run= is the folder of all arms, unless each has another.
+    shared = Job(True, (*overrides, "run=there"), frozenset({"sae", "run"}))
+    assert command.run_directory("there", "x", shared) == Path("there/lr-0.001_layer-3-4_k-8")
+    assert command.run_directory("there", "x", Job(True, ("run=there",))) == Path("there")
+    own = Job(True, ("run=r_${seed}", "seed=1"), frozenset({"run"}))
+    assert command.run_directory("r_1", "x", own) == Path("r_1")
+    # A sweep that an earlier version began goes on where it is.
+    job = Job(True, ("store=x/y", "optim.lr=0.001", "sae.k=8"), frozenset({"sae.k"}))
+    earlier = Path("runs/x/optim.lr=0.001,sae.k=8")
+    earlier.mkdir(parents=True)
+    assert command.run_directory(None, "x", job) == earlier
