@@ -43,7 +43,7 @@ def command(settings: Settings, _: Job = ALONE) -> None:
         # The one door to the browser's pages.
         from residual_saes.analyze.pages.browser.serve import serve
 
-        serve(study.place, port)
+        serve(study.place, port, study)
 
 
 def _action(name: str, action: Any) -> str:

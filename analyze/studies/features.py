@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
 from operator import itemgetter
 from os.path import relpath
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import pyarrow.compute as pc
@@ -62,33 +62,55 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
 
+class Asked(NamedTuple):
+    """What is asked, checked before the model is loaded."""
+
+    texts: Sequence[Content]
+    sequences: Sequence[Sequence[int]]  # ids of each text, BOS first
+
+
+def asked_of(study: Study) -> Asked:
+    """The texts of text=.
+
+    Raises:
+        SettingError: there are none, or one cannot be read.
+    """
+    texts = given.contents("text", study.asked.get("text"))
+    tokenizer = study.description.tokenizer
+    return Asked(texts, given.sequences("text", texts, tokenizer, study.subject.store.context))
+
+
 def features(study: Study) -> Outcome:
     """The features of the texts, as they were found before or are now."""
     options = build(Options, "study", study.options)
-    texts = given.contents("text", study.asked.get("text"))
     subject = study.subject
     subjects = [subject, *map(subject.beside, options.others)]
     for other in subjects[1:]:
         if reason := refusals.two_models(other, {}):
             raise SettingError(f"study.others={other.run}: {reason}")
-    tokenizer = study.description.tokenizer
-    sequences = given.sequences("text", texts, tokenizer, subject.store.context)
+    asked = asked_of(study)
     key = {
         **study.settings(DEFINITION),
-        "texts": durable.digest(str(sequences).encode()),
+        "texts": durable.digest(str(asked.sequences).encode()),
         "runs": list(map(_follows, subjects)),
     }
 
     def make() -> tuple[Outcome, bytes]:
-        known = list(map(partial(rates.of, rows=options.rows), subjects))
-        readers = list(map(Reader.of, subjects))
-        blocks = []
-        for number, found in enumerate(text_features.read(study.lm, readers, sequences)):
-            for each, rate, features in zip(subjects, known, found, strict=True):
-                blocks.append(_block(texts, number, each, rate, features, options))
+        blocks = [block for block, _ in found(study, subjects, asked, options)]
         return _outcome(blocks), page_of(study, blocks)
 
-    return shelf.outcome_of(study, given.label(texts[0]), key, make)
+    return shelf.outcome_of(study, given.label(asked.texts[0]), key, make)
+
+
+def found(
+    study: Study, subjects: Sequence[Subject], asked: Asked, options: Options
+) -> Iterator[tuple[dict[str, Any], TextFeatures]]:
+    """Of each text in each run what is shown of it, and all that fires."""
+    known = list(map(partial(rates.of, rows=options.rows), subjects))
+    readers = list(map(Reader.of, subjects))
+    for number, of_text in enumerate(text_features.read(study.lm, readers, asked.sequences)):
+        for subject, rate, features in zip(subjects, known, of_text, strict=True):
+            yield _block(asked.texts, number, subject, rate, features, options), features
 
 
 def _follows(subject: Subject) -> dict[str, Any]:

@@ -10,7 +10,7 @@ index.html.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from operator import itemgetter
@@ -27,6 +27,7 @@ from residual_saes.analyze.latents.matched import random_latents
 from residual_saes.analyze.outcome import Outcome, Table
 from residual_saes.analyze.pages.template import rendered
 from residual_saes.analyze.study import Definition, Study, at_least
+from residual_saes.analyze.subject import Subject
 from residual_saes.data.errors import PipelineError, SettingError
 from residual_saes.data.settings import build
 
@@ -95,41 +96,67 @@ def steer(study: Study) -> Outcome:
         "catalogue": rates.catalogue_digest(study.subject),
     }
     known = rates.of(study.subject, options.rows)
-    chosen = Push.usual(study.subject.sae, asked.features, known)
+    pushes = pushes_of(study.subject, options, asked, known)
 
     def make() -> tuple[Outcome, bytes]:
-        outcome = _steered(study, options, asked, known, chosen)
+        outcome = _steered(study, options, asked, known, pushes)
         return outcome, _page(study, asked, outcome)
 
     return shelf.outcome_of(study, given.label(asked.content), key, make)
 
 
-def _steered(
-    study: Study, options: Options, asked: Asked, known: rates.Rates, chosen: Push
-) -> Outcome:
-    sae, layer = study.subject.sae, study.subject.layer
+def pushes_of(
+    subject: Subject, options: Options, asked: Asked, known: rates.Rates
+) -> dict[str, Push]:
+    """What scale 1 adds: of the `chosen` latents, and as long of `random` ones of equal density."""
+    chosen = Push.usual(subject.sae, asked.features, known)
     rng = np.random.default_rng(options.seed)
     drawn = random_latents(known.density, asked.features, rng).tolist()
-    random = Push.usual(sae, drawn, known)
-    random = random.scaled(chosen.norm / (random.norm or 1.0))
-    lm = study.lm
-    writer = Writer(lm, layer, asked.ids, options.new_tokens, asked.in_turns)
+    random = Push.usual(subject.sae, drawn, known)
+    return {"chosen": chosen, "random": random.scaled(chosen.norm / (random.norm or 1.0))}
+
+
+def writer_of(study: Study, options: Options, asked: Asked) -> Writer:
+    """Writes behind the prompt; the model is loaded."""
+    layer = study.subject.layer
+    return Writer(study.lm, layer, asked.ids, options.new_tokens, asked.in_turns)
+
+
+def doses(
+    writer: Writer, plain: Generation, pushes: Mapping[str, Push], scales: Sequence[float]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What each push does at each scale, scale by scale; each with the push's name."""
+    for scale in scales:
+        for name, push in pushes.items():
+            yield name, _dose(writer, plain, push, scale)
+
+
+def _steered(
+    study: Study,
+    options: Options,
+    asked: Asked,
+    known: rates.Rates,
+    pushes: Mapping[str, Push],
+) -> Outcome:
+    writer = writer_of(study, options, asked)
     plain = writer.written(None)
     figures: dict[str, Any] = {
         "prompt": given.label(asked.content),
         "prompt_ids": asked.ids,
-        "layer": layer,
+        "layer": writer.layer,
         "rows": known.rows,
-        "untouched": {"ids": plain.ids, "text": steered.text_of(lm, plain)},
+        "untouched": {"ids": plain.ids, "text": steered.text_of(study.lm, plain)},
     }
-    for name, push in (("chosen", chosen), ("random", random)):
+    for name, push in pushes.items():
         features = list(push.features)
         figures[name] = {
             "features": features,
             "activations": list(push.activations),  # that scale 1 adds
             "density": known.density[features].tolist(),
-            "doses": [_dose(writer, plain, push, scale) for scale in asked.scales],
+            "doses": [],
         }
+    for name, dose in doses(writer, plain, pushes, asked.scales):
+        figures[name]["doses"].append(dose)
     return _outcome(asked, figures)
 
 

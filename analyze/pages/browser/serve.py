@@ -7,12 +7,15 @@ files alone, lets no other page embed them, and a peer that asks or reads slowly
 
 from __future__ import annotations
 
+import json
 import re
+import select
 import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Mapping
+from contextlib import closing, suppress
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +23,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from residual_saes.analyze.pages.browser.live import Live
 from residual_saes.analyze.results import PAGE
+from residual_saes.analyze.study import Study
 from residual_saes.data import digests, stopping
 from residual_saes.data.digests import Digests
 from residual_saes.data.errors import SettingError, StoreError
@@ -32,6 +37,8 @@ _NAMES = re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?", re.IGNORECASE)
 CONNECTIONS = 32  # at a time; a browser opens six
 ASKING_S = 10.0  # for a request, headers and all
 ANSWERING_S = 60.0  # for a file
+ASKING = "X-Residual-SAEs"  # header of a question to the model
+_LARGEST = 1 << 16  # bytes of a question
 _WAY_OUT = "`python -m analyze study=browser run=...` makes it"
 _TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -44,7 +51,8 @@ _TYPES = {
 _HEADERS = {
     "Cache-Control": "no-cache",  # a rebuilt folder is seen at once
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
     "Cross-Origin-Opener-Policy": "same-origin",
     # The data are scripts, which any page could load.
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -60,8 +68,9 @@ class _Answer(BaseHTTPRequestHandler):
     server: _Server
     timeout = ANSWERING_S
 
-    def __init__(self, *arguments: Any, folder: Path) -> None:
+    def __init__(self, *arguments: Any, folder: Path, live: Live | None) -> None:
         self._folder = folder
+        self._live = live
         super().__init__(*arguments)
 
     def setup(self) -> None:
@@ -87,6 +96,9 @@ class _Answer(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         name = unquote(self.path.partition("?")[0].removeprefix("/")) or PAGE
+        if name == "live":
+            self._say(HTTPStatus.OK, self._live.about() if self._live else {})
+            return
         try:
             content = _content(self._folder, name)
         except StoreError as error:
@@ -103,6 +115,66 @@ class _Answer(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        """Answer a question to the model, line by line as it is known."""
+        if self._live is None:
+            self.send_error(HTTPStatus.NOT_IMPLEMENTED)
+            return
+        if reason := self._foreign():
+            self._say(HTTPStatus.FORBIDDEN, {"error": reason})
+            return
+        try:
+            request = self._question()
+        except (ValueError, RecursionError):
+            most = f"a question is a JSON object of {_LARGEST:,} bytes at most"
+            self._say(HTTPStatus.BAD_REQUEST, {"error": most})
+            return
+        name = self.path.removeprefix("/live/")
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", "application/x-ndjson")
+        self.end_headers()
+        with closing(self._live.answer(name, request, self._is_gone)) as lines:
+            for line in lines:
+                self.wfile.write(json.dumps(line).encode("ascii") + b"\n")
+
+    def _foreign(self) -> str | None:
+        """Why a question does not come from this server's own page; None: it does."""
+        origins = self.headers.get_all("Origin", [])
+        own = f"http://{self.headers['Host'] or ''}".strip().lower()
+        is_own = not origins or [origin.lower() for origin in origins] == [own]
+        if not is_own or self.headers["Sec-Fetch-Site"] not in (None, "same-origin"):
+            return "another page may not ask"
+        is_json = self.headers.get_content_type() == "application/json"
+        return None if is_json and self.headers[ASKING] == "1" else f"{ASKING}: 1 is missing"
+
+    def _question(self) -> Mapping[str, Any]:
+        length = self.headers["Content-Length"] or ""
+        if not re.fullmatch(r"\d{1,6}", length) or int(length) > _LARGEST:
+            raise ValueError(length)
+        self.server.asking[self.connection] = time.monotonic() + ASKING_S
+        question = json.loads(self.rfile.read(int(length)))
+        self.server.asking.pop(self.connection, None)
+        if not isinstance(question, dict):
+            raise ValueError("no object")
+        return question
+
+    def _is_gone(self) -> bool:
+        """Whether who asked has closed the connection: that is how a page cancels."""
+        ready, _, _ = select.select([self.connection], [], [], 0)
+        try:
+            return bool(ready) and not self.connection.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
+
+    def _say(self, status: HTTPStatus, value: Mapping[str, Any]) -> None:
+        content = json.dumps(value).encode("ascii")
+        self.send_response(status)
+        self.send_header("Content-Type", _TYPES[".json"])
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def end_headers(self) -> None:
         for name, value in _HEADERS.items():
@@ -176,11 +248,12 @@ def _content(folder: Path, name: str) -> bytes:
     return record.content(name, f"{_WAY_OUT} again") if record else path.read_bytes()
 
 
-def server(folder: Path, port: int) -> ThreadingHTTPServer:
+def server(folder: Path, port: int, live: Live | None = None) -> ThreadingHTTPServer:
     """A server of `folder` on this machine alone; it does not run yet.
 
     Args:
         port: 0 takes a free one.
+        live: answers questions to the model; None: there are none.
 
     Raises:
         StoreError: there is no browser in `folder`, or a file of it is damaged.
@@ -191,21 +264,24 @@ def server(folder: Path, port: int) -> ThreadingHTTPServer:
     if record := _record(folder):
         record.require([PAGE, *record.files], f"{_WAY_OUT} again")
     try:
-        return _Server((HOST, port), partial(_Answer, folder=folder.resolve()))
+        return _Server((HOST, port), partial(_Answer, folder=folder.resolve(), live=live))
     except (OSError, OverflowError) as error:
         raise SettingError(
             f"port {port} on {HOST} cannot be had ({error}); give another"
         ) from error
 
 
-def serve(folder: Path, port: int) -> None:
+def serve(folder: Path, port: int, study: Study | None = None) -> None:
     """Print the address and serve `folder` until Ctrl-C, which ends the command.
+
+    Args:
+        study: whose run and model answer questions; None: there are none.
 
     Raises:
         SystemExit: it has come, with code 0.
         StoreError, SettingError: see `server`.
     """
-    with server(folder, port) as running:
+    with server(folder, port, Live(study) if study else None) as running:
         show(f"http://{HOST}:{running.server_port}/ until Ctrl-C")
         stopping.expected.set()
         with suppress(KeyboardInterrupt):  # which is how it ends
