@@ -15,14 +15,16 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from residual_saes.conf import meant, schema
 from residual_saes.conf.help import described
 from residual_saes.conf.names import quoted, require_no_secret, texts, typed
 from residual_saes.data import machine, secrets, stopping
 from residual_saes.data.errors import Interrupted, PipelineError, SettingError, first_line
 from residual_saes.data.journal import heartbeat, put, show, shown
+from residual_saes.data.settings import require_like
 
 if TYPE_CHECKING:  # hydra and omegaconf take 0.3 s to load: `start` first makes Ctrl-C quiet
     from omegaconf import DictConfig
@@ -44,7 +46,8 @@ _OF_MEMORY = {
     "train": (("batch", "sae.d_sae"), " in another run="),
     "analyze": (("study.rows", "answers.batch", "answers.new_tokens"), ""),
 }
-_begun = threading.Event()  # whether Hydra is through, and what is raised comes from our code
+# From the start of a command until Hydra is through: what is raised then is no error of our code.
+_starting = threading.Event()
 
 
 class Job(NamedTuple):
@@ -70,15 +73,15 @@ def start(name: str, module: str) -> None:
         os.environ.setdefault(variable, value)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra ends the command itself, and not in a line
     sys.excepthook = print_defect
-    _begun.clear()
+    _starting.set()
+    asked = [word for word in sys.argv[1:] if word in ("--help", "-h", "--version")]
     try:
-        run_command(lambda: _prepare(name, module))
-        wants_help = {"--help", "-h"} & {*sys.argv[1:]}
-        run_command(
-            (lambda: show(*described(name, sys.argv[1:]).splitlines()))
-            if wants_help
-            else (lambda: _run_by_hydra(name, module))
-        )
+        if "--version" in asked:
+            run_command(lambda: print(f"residual-saes {metadata.version('residual-saes')}"))
+        elif asked or sys.argv[1:] == ["help"]:
+            run_command(lambda: show(*described(name, sys.argv[1:]).splitlines()))
+        else:
+            run_command(lambda: _run_by_hydra(name, module))
     except SystemExit as end:
         stopping.leave(end)
         raise
@@ -86,44 +89,46 @@ def start(name: str, module: str) -> None:
         _flush_standard_streams()
 
 
-def _prepare(name: str, module: str) -> None:
-    """Load what the command needs, then begin to answer signals."""
-    _open_standard_streams()
-    _require_folder()
-    require_no_secret(sys.argv[1:], name)  # before Hydra writes or repeats one
-    with heartbeat(f"{name}: loading libraries"):
-        import_module("hydra")
-        import_module(module)
-    sys.argv[1:] = quoted(sys.argv[1:], name)
-    stopping.watch()  # while libraries loaded, signals ended the process at once
-
-
 def _run_by_hydra(name: str, module: str) -> None:
     """Have Hydra make the settings and call the command with them."""
+    _open_standard_streams()
+    _require_folder()
+    words = sys.argv[1:]
+    require_no_secret(words, name)  # before Hydra writes or repeats one
+    if refusal := meant.foreign_options(name, words):
+        raise SettingError(refusal)
+    sys.argv[1:] = quoted(words, name)
+
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     @hydra.main(version_base="1.3", config_path=".", config_name=name)
     def main(cfg: DictConfig) -> None:
-        command = import_module(module).command
         smaller = _smaller(name, cfg)
         if is_multirun():
             # A launcher must see what went wrong, and would take an exit for an answer.
             with _cleaned(), machine.answering(smaller):
-                command(*begin(cfg))
+                _carry_out(cfg, module)
         else:
-            run_command(lambda: command(*begin(cfg)), smaller)
+            run_command(lambda: _carry_out(cfg, module), smaller)
 
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:
-        raise SettingError(_one_line(str(error))) from error
+        refusal = meant.advice(name, words) if _starting.is_set() else None
+        raise SettingError(refusal or _one_line(str(error))) from error
     except Exception as error:
-        if _begun.is_set() or isinstance(error, PipelineError | OSError):
+        if not _starting.is_set() or isinstance(error, PipelineError | OSError):
             raise
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise SettingError(f"Hydra made no settings of the command line: {reason}") from error
+
+
+def _carry_out(cfg: DictConfig, module: str) -> None:
+    """Run the command on settings that Hydra has made."""
+    settings, job = begin(cfg, module)
+    import_module(module).command(settings, job)
 
 
 def _open_standard_streams() -> None:
@@ -160,14 +165,39 @@ def _flush_standard_streams() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def begin(cfg: DictConfig) -> tuple[dict[str, Any], Job]:
+def begin(cfg: DictConfig, module: str) -> tuple[dict[str, Any], Job]:
     """The settings of the job that Hydra runs at present, and where they come from.
 
+    The first job of a command loads `module`, which takes seconds: what can be refused before is.
+
     Raises:
-        SettingError: a value refers to a setting that is not there.
+        SettingError: a value has another type than its default, or refers to a setting that is not
+            there.
     """
-    _begun.set()
-    return plain(cfg), current_job()
+    settings = plain(cfg)
+    job = current_job()
+    _require_types(settings)
+    if _starting.is_set():
+        with heartbeat(f"{module.split('.')[-2]}: loading libraries"):
+            import_module(module)
+        stopping.watch()  # while libraries loaded, signals ended the process at once
+        _starting.clear()
+    return settings, job
+
+
+def _require_types(settings: Mapping[str, Any]) -> None:
+    """Refuse text where a setting's default is a number, and the like.
+
+    Raises:
+        SettingError: names the first such setting.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    values = schema.flat(settings)
+    for name, default in schema.defaults(str(hydra.job.config_name), hydra.runtime.choices).items():
+        if values.get(name) is not None and not name.startswith("text.sources."):  # weights
+            require_like(name, values[name], default)
 
 
 def _smaller(name: str, cfg: DictConfig) -> str:

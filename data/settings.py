@@ -62,6 +62,22 @@ def number(name: str, value: Any) -> float:
     return float(value)
 
 
+def require_like(name: str, value: Any, default: Any) -> None:
+    """Require a value of the type of its setting's default, if that is a number, true or false.
+
+    Raises:
+        SettingError: it has another type.
+    """
+    if isinstance(default, bool):
+        flag(name, value)
+    elif isinstance(value, list):
+        return  # some settings take several numbers
+    elif isinstance(default, int):
+        whole(name, value)
+    elif isinstance(default, float):
+        number(name, value)
+
+
 def names(name: str, value: Any, known: Iterable[str]) -> list[str]:
     """One of `known`, or a list of them, or `all`.
 

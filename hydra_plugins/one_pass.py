@@ -37,15 +37,17 @@ class OnePass(Launcher):
     ) -> Sequence[JobReturn]:
         """Compose the jobs and train their arms; the jobs with their results."""
         from residual_saes.data import rank
-        from residual_saes.data.device import own_device
         from residual_saes.data.errors import PipelineError
-        from residual_saes.train.sweep import train_sweep
 
         setup_globals()
         jobs = []
         process = rank.processes()
         for number in range(process.rank, len(job_overrides), process.world):
             jobs.append(self._prepare(list(job_overrides[number]), initial_job_idx + number))
+        # The first job has loaded torch, behind what is refused before.
+        from residual_saes.data.device import own_device
+        from residual_saes.train.sweep import train_sweep
+
         by_device: dict[str | None, list[JobReturn]] = {}
         for job in jobs:
             if not isinstance(job.return_value, PipelineError):
@@ -63,11 +65,13 @@ class OnePass(Launcher):
         """Compose one job. Its value is its Arm, or the error for which it is refused."""
         from residual_saes.conf.command import begin
         from residual_saes.data import machine
-        from residual_saes.train.command import arm
 
         def task(cfg: DictConfig) -> Arm | PipelineError:
             try:
-                return arm(*begin(cfg))
+                settings, job = begin(cfg, "residual_saes.train.command")
+                from residual_saes.train.command import arm
+
+                return arm(settings, job)
             except Exception as error:
                 refusal = machine.answer(error)
                 if refusal is None:
