@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from residual_saes.analyze import results
 from residual_saes.analyze.study import ASKED, Definition, Study, find, model_of
 from residual_saes.analyze.subject import Subject, places_of
 from residual_saes.conf.command import ALONE, Job
@@ -39,6 +40,8 @@ def command(settings: Settings, _: Job = ALONE) -> None:
         outcome = study.perform(definition)
     study.subject.forget()
     study.show(definition, outcome)
+    if not definition.fresh:
+        results.tell_report(study.subject.run)
     if action == "serve":
         # The one door to the browser's pages.
         from residual_saes.analyze.pages.browser.serve import serve

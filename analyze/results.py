@@ -32,6 +32,8 @@ from residual_saes.data.journal import tell
 FOLDER = "studies"  # in a run's directory
 FEATURES = "features.parquet"  # of a study that has figures of every latent
 PAGE = "index.html"  # of a study that makes pages
+INDEX = "index.js"  # in FOLDER: which results there are, for a report that was made before them
+REPORT = "report.html"  # in a run's directory
 
 
 class Result(NamedTuple):
@@ -107,6 +109,37 @@ def find(run: Path, name: str, settings: Mapping[str, Any]) -> Result | None:
             if result and result.settings == settings:
                 return result
     return None
+
+
+def shown(run: Path) -> dict[str, str]:
+    """By study a digest of what the result in studies/NAME follows from; none is verified."""
+    found = {}
+    for file in sorted((run / FOLDER).glob(f"[!.]*/{digests.FILE}")):
+        name = file.parent.name
+        settings = _settings(file.parent, name)
+        if "." not in name and settings is not None:
+            found[name] = digest_of(settings)
+    return found
+
+
+def write_index(run: Path) -> None:
+    """Bring the list of results up to date that the page of the report reads.
+
+    It is a script, since a page on a disk can read nothing else.
+    """
+    content = f"globalThis.STUDIES = {json.dumps(shown(run))};\n".encode()
+    path = run / FOLDER / INDEX
+    if not path.is_file() or path.read_bytes() != content:
+        durable.write(path, [content])
+
+
+def tell_report(run: Path) -> None:
+    """Say so if the run's report shows other results than those that are there."""
+    if not (run / REPORT).is_file():
+        return
+    recorded = digests.sound(run / FOLDER / ".report", "study=report writes it again")
+    if recorded is None or recorded.about.get("shown") != shown(run):
+        tell(f"{run / REPORT} was made before that; study=report run={run} makes it anew")
 
 
 def _folders(run: Path, name: str) -> list[Path]:
@@ -249,24 +282,25 @@ def seal(folder: Path, about: Mapping[str, Any]) -> Digests:
     return digests.write(folder, names, json.loads(dumped(about)))
 
 
-def write_beside(run: Path, name: str, contents: Mapping[str, bytes]) -> None:
+def write_beside(run: Path, name: str, contents: Mapping[str, bytes], **about: Any) -> None:
     """Bring files in the run's own directory that a study leaves there up to date.
 
-    They are recorded in studies/.NAME.
+    They are recorded in studies/.NAME, with `about`.
     """
     folder = run / FOLDER / f".{name}"
     expected = {}
     for file, content in contents.items():
         expected[f"../../{file}"] = Written(len(content), durable.digest(content))
     recorded = digests.sound(folder, "they are written again")
-    if recorded and recorded.files == expected:
+    about = {"study": name, **about}
+    if recorded and recorded.files == expected and recorded.about == about:
         wrong = list(recorded.faults())
         if not wrong:
             return
         tell(*(f"{line}; it is written again" for line in wrong))
     for file, content in contents.items():
         durable.write(run / file, [content])
-    digests.put(made(folder), expected, {"study": name})
+    digests.put(made(folder), expected, about)
 
 
 def digest_of(key: Mapping[str, Any]) -> str:

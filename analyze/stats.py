@@ -32,6 +32,30 @@ def figure(value: float, interval: Interval | None) -> dict[str, Any]:
     return {"value": float(value), "interval": interval}
 
 
+def number(value: float | None, digits: int = 4) -> str:
+    """A figure for people: significant digits, thousands separated; a dash if it is not known.
+
+    Whole numbers keep all their digits.
+    """
+    if value is None or not math.isfinite(value):
+        return "-"
+    if isinstance(value, int) or abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    if 0 < abs(value) < 1e-4:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:#.{digits}g}".rstrip(".") if value else "0"
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage: a decimal, two digits if it is small; a dash if it is not known."""
+    if share is None or not math.isfinite(share):
+        return "-"
+    percents = 100 * share
+    if 0 < abs(percents) < 0.1:
+        return f"{percents:.2g}%"
+    return f"{percents:,.1f}%"
+
+
 def formatted(measured: Mapping[str, Any], form: str) -> str:
     """The value of a `figure` with its interval in brackets; a dash if the value is NaN.
 

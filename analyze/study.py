@@ -232,6 +232,8 @@ class Study:
             outcome = definition.run(self) if definition.fresh else self._done(definition, settings)
             if definition.beside:
                 results.write_beside(run, self.name, definition.beside(self, outcome))
+            if not definition.fresh:
+                results.write_index(run)
         return outcome
 
     def _done(self, definition: Definition, settings: Mapping[str, Any]) -> Outcome:

@@ -44,12 +44,14 @@ def choose(fired: NDArray[np.int64], count: int) -> list[int]:
     return [int(latent) for latent in ranked[rank]]
 
 
-def firing_counts(subject: Subject, limit: int) -> NDArray[np.int64]:
-    """(F,) held-out rows in which each latent fires, outliers included, BOS left out."""
+def firing_counts(subject: Subject, limit: int) -> tuple[NDArray[np.int64], int]:
+    """(F,) held-out rows in which each latent fires, and how many there are; none is a BOS."""
     counts = np.zeros(subject.sae.d_sae, np.int64)
+    rows = 0
     for firings in subject.firings(limit, SERVED):
         counts += np.bincount(firings.latent, minlength=len(counts))
-    return counts
+        rows += len(firings.rows)
+    return counts, rows
 
 
 def top_contexts(

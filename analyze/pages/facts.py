@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from residual_saes.analyze.latents.targets import names_of
+from residual_saes.analyze.stats import number, percent
 from residual_saes.analyze.studies import quality
 from residual_saes.analyze.subject import Subject
 from residual_saes.data.foreign import reading
@@ -18,9 +20,10 @@ _REFERENCE = {
     "scalar": "0.939, of one training batch",
     "mse_per_element": "about 0.181",
     "l0": "128",
-    "coverage": "62.0 %",
+    "coverage": "62.0%",
     "dead": "0 of 32,768",
 }
+_FILES = 3  # of a text that are named
 COVERAGE_ROWS = 4096  # rows in which the reference counts coverage: one batch
 
 
@@ -32,12 +35,25 @@ def opening(subject: Subject, run: dict[str, str], store: dict[str, str]) -> str
     """
     dictionary, model = run[subject.noun], store["model"]
     if subject.is_resid_post:
-        return f"A sparse autoencoder ({dictionary}) on the residual stream of {model}."
+        return (
+            f"A sparse autoencoder ({dictionary}) on the residual stream after layer "
+            f"{subject.layer} of {model}."
+        )
     if not subject.ports.is_autoencoder:
         ends = f"reads {store['reads']} and writes {store['writes']}"
         return f"A transcoder ({dictionary}) that {ends}, of {model}."
     kind = "sparse autoencoder" if subject.is_sae else "crosscoder"
     return f"A {kind} ({dictionary}) of {' and '.join(names_of(subject))}, of {model}."
+
+
+def is_of_reference(model: str, place: int | str) -> bool:
+    """Whether the reference SAE is of this model and of what is written there.
+
+    Args:
+        model: as a store's manifest names it.
+        place: see `Subject.place`.
+    """
+    return place == 21 and "gemma-4-e4b" in model.lower()
 
 
 def of_run(subject: Subject) -> dict[str, str]:
@@ -50,13 +66,19 @@ def of_run(subject: Subject) -> dict[str, str]:
 def _of_config(subject: Subject) -> dict[str, str]:
     config = subject.config
     settings = config["settings"]
+    if "imported" in config:
+        library, _, path = config["imported"].partition(":")
+        k = f", k = {subject.sae.k}" if subject.sae.k else ""
+        return {
+            subject.noun: f"{subject.sae.d_sae:,} latents{k}",
+            "trained": f"elsewhere; read from the files of {library}, {Path(path).name}",
+        }
     # A run of before a setting was there has what is now its default.
     sae = {**vars(SAEConfig()), **settings["sae"]}
     optim = {**vars(OptimConfig()), **settings["optim"]}
     on_average = "" if sae["activation"] in ("topk", "hierarchical") else " on average"
     dead_after = config.get("dead_after", sae["dead_after"])
     data_seed = settings.get("data_seed", settings["seed"])
-    environment = [f"{key} {value}" for key, value in config["environment"].items()]
     return {
         subject.noun: f"{sae['activation']}, {sae['d_sae']:,} latents, k = {sae['k']}{on_average}",
         "start": _start(sae, settings["seed"]),
@@ -65,7 +87,6 @@ def _of_config(subject: Subject) -> dict[str, str]:
         "trained on": f"{settings['tokens']:,} tokens in {config['steps']:,} steps, "
         f"data seed {data_seed}",
         "rows left out": statistics.told(subject.policy, config.get("left_out")),
-        "environment": ", ".join(environment),
     }
 
 
@@ -99,28 +120,66 @@ def _optimizer(optim: dict[str, Any], config: dict[str, Any], settings: dict[str
 
 
 def of_store(subject: Subject) -> dict[str, str]:
-    """What the store holds, by label."""
+    """What the store holds, by label; names, and no digest."""
     store = subject.store
-    manifest = store.manifest
-    text = [
-        f"{key} {value}" for key, value in manifest["text"].items() if not isinstance(value, dict)
-    ]
     models = [_model(each.manifest["model"]) for each in subject.stores]
-    weights = [str(each.manifest["model"]["weights"]) for each in subject.stores]
     return {
         "model": " and ".join(dict.fromkeys(models)),
-        "weights": ", ".join(dict.fromkeys(weights)),
         **_ends(subject),
-        "text": ", ".join(text),
-        "tokens": f"{store.rows:,} in rows of {store.context:,}, documents {manifest['isolation']}",
-        "store": "; ".join(_store(subject, number) for number in range(len(subject.stores))),
+        "text": _text(store.manifest["text"]),
+        "tokens": f"{store.rows:,} in rows of {store.context:,}, documents "
+        f"{store.manifest['isolation']}",
+        "store": "; ".join(_store(subject, index) for index in range(len(subject.stores))),
     }
+
+
+def exactly(subject: Subject) -> dict[str, str]:
+    """What the run is told by from others: the digests of all that it follows from."""
+    rows = {"SAE": subject.digest}
+    for store in subject.stores:
+        of_store = f", {_name(store.name)}" if len(subject.stores) > 1 else ""
+        rows[f"store{of_store}"] = store.identity
+        for key in ("revision", "weights", "config", "tokenizer"):
+            rows[f"model's {key}{of_store}"] = str(store.manifest["model"].get(key) or "not known")
+        text = {f"text's {key}": value for key, value in store.manifest["text"].items()}
+        for label, value in text.items():
+            rows[f"{label}{of_store}"] = _listed(value)
+    environment = subject.config["environment"]
+    if environment:
+        rows["trained with"] = _listed(environment)
+    return rows
+
+
+def _listed(value: Any) -> str:
+    """A recorded value, whatever it is nested in; of a path its name."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_listed(item)}" for key, item in value.items())
+    return _name(str(value))
+
+
+def _name(place: str) -> str:
+    """A path's own name where it begins at the root: folders are this machine's business."""
+    return Path(place).name or place if place.startswith(("/", "~")) else place
+
+
+def _text(text: dict[str, Any]) -> str:
+    """A text by its name: a data set, files, or the parts of a mix."""
+    if text["kind"] == "mix":
+        weights = {name: part["weight"] for name, part in text["sources"].items()}
+        return ", ".join(f"{name} (weight {weight:g})" for name, weight in weights.items())
+    if "dataset" in text:
+        parts = (_name(str(text["dataset"])), text.get("config"), text.get("split"))
+        return ", ".join(str(part) for part in parts if part)
+    files = list(text.get("files", []))
+    named = ", ".join(files[:_FILES])
+    more = f" and {len(files) - _FILES:,} more files" if len(files) > _FILES else ""
+    return f"{named}{more}" if files else str(text["kind"])
 
 
 def _model(model: dict[str, Any]) -> str:
     return (
-        f"{model['id']} ({model['architecture']}, {model['n_layers']} layers, "
-        f"width {model['d_model']}), run in {model['dtype']}"
+        f"{_name(str(model['id']))} ({model['architecture']}, {model['n_layers']} layers, "
+        f"width {model['d_model']:,}), run in {model['dtype']}"
     )
 
 
@@ -134,43 +193,45 @@ def _ends(subject: Subject) -> dict[str, str]:
     return {"site": f"{point.site} of layer {point.layer}"}
 
 
-def _store(subject: Subject, number: int) -> str:
+def _store(subject: Subject, index: int) -> str:
     """A store, and what its codec lost."""
-    store = subject.stores[number]
+    store = subject.stores[index]
     lost = []
     for port in subject.ports.every:
-        if port.store != number:
+        if port.store != index:
             continue
         share = summary.variance_lost(store, port.point)
         if share is not None:
             of_port = f" of {port.point}" if len(subject.ports.every) > 1 else ""
             lost.append(f", which lost {share:.2e} of the rows' variance{of_port}")
-    return f"{store.name}, {store.units} units, codec {store.manifest['codec']}{''.join(lost)}"
+    codec = store.manifest["codec"]
+    return f"{Path(store.name).name}, {store.units:,} units, codec {codec}{''.join(lost)}"
 
 
-def of_quality(figures: dict[str, Any], final: dict[str, Any]) -> list[tuple[str, str, str]]:
+def of_quality(figures: dict[str, Any], dead: int | None) -> list[tuple[str, str, str]]:
     """The table of figures: label, of this run, of the reference SAE.
 
     Args:
         figures: of study=quality.
-        final: the last held-out record of metrics.jsonl.
+        dead: latents that were dead at the end of training; None: it was not done here.
     """
     rows = []
     for key, label in quality.NAMED.items():
-        rows.append((label, f"{figures[key]:.4f}", _REFERENCE.get(key, "")))
+        rows.append((label, number(figures[key]), _REFERENCE.get(key, "")))
     for point in figures["coverage"]:
         if point["rows"] == COVERAGE_ROWS:
             label = f"latents that fire within {COVERAGE_ROWS:,} tokens"
-            rows.append((label, f"{100 * point['share']:.1f} %", _REFERENCE["coverage"]))
-    dead = f"{final['dead']:,} of {figures['d_sae']:,}"
-    rows.append(("dead latents at the end of training", dead, _REFERENCE["dead"]))
+            rows.append((label, percent(point["share"]), _REFERENCE["coverage"]))
+    if dead is not None:
+        label = "dead latents at the end of training"
+        rows.append((label, f"{dead:,} of {figures['d_sae']:,}", _REFERENCE["dead"]))
     density = figures["density"]
     cosine = figures["decoder_cosine"]
     others = {
-        f"latents silent on all {figures['rows']:,} held-out tokens": f"{figures['silent']:,}",
-        "latents that fire on more than 1 % of tokens": f"{density['above_1_percent']:,}",
-        "latents that fire on more than 10 %": f"{density['above_10_percent']:,}",
-        "cosine of each latent with its nearest other: median": f"{cosine['median']:.3f}",
-        "the same, largest": f"{cosine['max']:.3f}",
+        f"latents silent on all {figures['rows']:,} held-out tokens": number(figures["silent"]),
+        "latents that fire on more than 1% of tokens": number(density["above_1_percent"]),
+        "latents that fire on more than 10%": number(density["above_10_percent"]),
+        "cosine of each latent with its nearest other: median": number(cosine["median"]),
+        "the same, largest": number(cosine["max"]),
     }
     return [*rows, *((label, value, "") for label, value in others.items())]

@@ -1,32 +1,38 @@
-"""One page that tells a run's story from the run's own files: no network, no scripts."""
+"""One page that tells a run's story from the run's own files, and asks the network for nothing.
+
+Its only scripts compare the studies that it shows with those that are there now, which
+studies/index.js names: see `results.write_index`.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from residual_saes.analyze import drawing, results
-from residual_saes.analyze.latents import contexts
-from residual_saes.analyze.latents.contexts import Context
 from residual_saes.analyze.outcome import Outcome
-from residual_saes.analyze.pages import facts
-from residual_saes.analyze.pages.template import rendered
+from residual_saes.analyze.pages import examples, facts, findings
+from residual_saes.analyze.pages.findings import Measured
+from residual_saes.analyze.pages.template import rendered, sha256_of
 from residual_saes.analyze.reconstruction import TRAINED
-from residual_saes.analyze.results import FOLDER, PAGE, Result
+from residual_saes.analyze.results import FEATURES, FOLDER, PAGE, Result
 from residual_saes.analyze.stats import resampled
 from residual_saes.analyze.studies import quality
 from residual_saes.analyze.study import Definition, Study, at_least, find, model_of, modules
 from residual_saes.analyze.subject import Subject
-from residual_saes.data.errors import StoreError, differences
+from residual_saes.data import digests
+from residual_saes.data.errors import differences
 from residual_saes.data.settings import build
 from residual_saes.train.run import metrics_of
 
-FILE = "report.html"
-FEATURES = 20  # latents that are shown
-CONTEXTS = 5  # of each
 _VALUE_LENGTH = 40  # characters of a setting's value in the list of variants
 
 
@@ -54,42 +60,53 @@ def report(subject: Subject, limit: int, model_path: str | None) -> Path:
     Args:
         limit: held-out rows to look for contexts in, and to measure on.
         model_path: where the model's tokenizer is; None: the model that the manifest names.
-
-    Raises:
-        StoreError: the run was not trained here.
     """
-    if "imported" in subject.config:
-        raise StoreError(
-            f"{subject.run} was not trained here and has no curves to report; "
-            "study=quality measures it"
-        )
     done = results.current(subject.run, subject.digest)
     figures = _figures(subject, limit, done)
-    metrics = metrics_of(subject.run)
-    final = [record for record in metrics if record["split"] == "held_out"][-1]
+    # An SAE of another library has no curves.
+    metrics = [] if "imported" in subject.config else metrics_of(subject.run)
+    measured = Measured(figures, metrics)
+    model = str(subject.store.manifest["model"]["id"])
     run, store = facts.of_run(subject), facts.of_store(subject)
-    page = rendered(
+    catalogue = done["catalogue"].path(FEATURES) if "catalogue" in done else None
+    studies = _studies(subject, done)
+    shown = results.shown(subject.run)
+    script = resources.files("residual_saes.analyze.pages").joinpath("templates/report.js")
+    content = rendered(
         "report.html",
         name=subject.run.name,
         opening=facts.opening(subject, run, store),
+        subject=subject,
         run=run,
         store=store,
+        exactly=facts.exactly(subject),
+        warnings=findings.warnings(subject, measured),
+        good=findings.quality(measured, subject.noun),
+        dead=findings.dead(measured),
+        unknown=findings.unknown(studies, store["text"]),
+        questions=findings.QUESTIONS,
         figures=figures,
-        quality=facts.of_quality(figures, final),
+        quality=facts.of_quality(figures, measured.dead),
+        has_reference=facts.is_of_reference(model, subject.place),
         subsets=quality.subset_rows(figures),
         definitions=quality.SUBSET_HEADER,
         of_kind=quality.tables_of_kind(figures),
         notes=[resampled(figures["documents"], "document"), quality.ABOUT, quality.COVERAGE],
         left_out=quality.left_out(figures["variance_explained"][TRAINED]),
-        final=final,
-        pictures=_curves(metrics) | _pictures(figures),
-        features=_features(subject, limit, model_path),
-        studies=_studies(subject, done),
+        curves=_curves(metrics) if metrics else {},
+        pictures=_pictures(figures),
+        examples=examples.of(subject, catalogue, limit, model_path),
+        browser=studies.get("browser", {}).get("page"),
+        studies=studies,
         quality_variants=_variants(subject, "quality", done),
         sweep=_sweep(subject),
+        shown=json.dumps(shown),
+        script=Markup(script.read_text()),  # our own file
+        source=sha256_of(script.read_text()),
     )
-    results.write_beside(subject.run, "report", {FILE: page})
-    return subject.run / FILE
+    results.write_beside(subject.run, "report", {results.REPORT: content}, shown=shown)
+    results.write_index(subject.run)
+    return subject.run / results.REPORT
 
 
 def _figures(subject: Subject, limit: int, done: Mapping[str, Result]) -> dict[str, Any]:
@@ -119,7 +136,7 @@ def _curves(metrics: list[dict[str, Any]]) -> dict[str, str]:
             },
             "variance explained",
         ),
-        "mse": ({"training batches": points(trained, "mse")}, "MSE"),
+        "mse": ({"training batches": points(trained, "mse")}, "squared error per number"),
         "dead": ({"dead": points(trained, "dead_share", 100)}, "dead latents, %"),
         "lr": ({"lr": points(trained, "lr")}, "learning rate"),
     }
@@ -189,6 +206,7 @@ def _studies(subject: Subject, done: Mapping[str, Result]) -> dict[str, dict[str
         pictures = [(picture.caption, picture.svg) for picture in outcome.pictures.values()]
         shown[name] = {
             "finds": definition.finds and outcome.summary,
+            "date": _date(done[name].folder / digests.FILE),
             "summary": outcome.summary,
             "tables": outcome.tables,
             "pictures": pictures,
@@ -197,6 +215,11 @@ def _studies(subject: Subject, done: Mapping[str, Result]) -> dict[str, dict[str
             "variants": _variants(subject, name, done),
         }
     return shown
+
+
+def _date(file: Path) -> str:
+    """When a result was finished."""
+    return datetime.fromtimestamp(file.stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _variants(subject: Subject, name: str, done: Mapping[str, Result]) -> list[dict[str, Any]]:
@@ -250,35 +273,6 @@ def _sweep(subject: Subject) -> dict[str, Any] | None:
         "file": f"../{sweep_page.JSON}",
         "page": f"../{sweep_page.PAGE}",
     }
-
-
-# -- latents ---------------------------------------------------------------------------------------
-
-
-def _features(subject: Subject, limit: int, model_path: str | None) -> dict[str, Any]:
-    """Some latents with the contexts in which they fire most."""
-    fired = contexts.firing_counts(subject, limit)
-    chosen = contexts.choose(fired, FEATURES)
-    strongest = contexts.top_contexts(subject, chosen, CONTEXTS, limit)
-    name_of = contexts.token_names(subject, model_path)
-    shown = []
-    for latent in chosen:
-        peak = max((context.peak for context in strongest[latent]), default=1.0)
-        lines = []
-        for context in strongest[latent]:
-            tokens = _tokens(context, peak, name_of)
-            lines.append({"document": context.document, "peak": context.peak, "tokens": tokens})
-        shown.append({"latent": latent, "rows": int(fired[latent]), "contexts": lines})
-    return {"latents": shown, "as_ids": name_of is None}
-
-
-def _tokens(context: Context, peak: float, name_of: Any) -> list[dict[str, Any]]:
-    """A context's tokens: text (an id without the tokenizer), activation, shade from 0 to 1."""
-    tokens = []
-    for token, value in zip(context.tokens, context.activations, strict=True):
-        text = name_of(token) if name_of else f"{token} "
-        tokens.append({"text": text, "value": value, "shade": value / peak})
-    return tokens
 
 
 DEFINITION = Definition(run, options=Options, fresh=True)

@@ -6,8 +6,6 @@ has a folder of its own in the study's (analyze/shelf.py): features.json, featur
 
 from __future__ import annotations
 
-import hashlib
-from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +25,7 @@ from residual_saes.analyze.latents.contexts import visible
 from residual_saes.analyze.latents.rates import Rates
 from residual_saes.analyze.latents.text_features import Reader, TextFeatures, word
 from residual_saes.analyze.outcome import Outcome, Table
-from residual_saes.analyze.pages.template import rendered
+from residual_saes.analyze.pages.template import rendered, sha256_of
 from residual_saes.analyze.results import FOLDER, PAGE
 from residual_saes.analyze.study import Definition, Study, at_least
 from residual_saes.analyze.subject import Subject
@@ -270,7 +268,6 @@ def page_of(study: Study, blocks: Sequence[Mapping[str, Any]]) -> bytes:
         .joinpath("templates", "features.js")
         .read_text()
     )
-    digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
     shown = []
     for block in blocks:
         link = None
@@ -282,7 +279,7 @@ def page_of(study: Study, blocks: Sequence[Mapping[str, Any]]) -> bytes:
         "features.html",
         blocks=shown,
         script=Markup(script),  # our own file
-        source=f"sha256-{digest}",
+        source=sha256_of(script),
     )
 
 

@@ -291,7 +291,7 @@ def left_out(subset: dict[str, Any]) -> str:
 
 
 def _centred(subset: dict[str, Any]) -> str:
-    return f"{subset['centred']:.4f} {stats.bracketed(subset['centred_95'], '.4f')}"
+    return f"{stats.number(subset['centred'])} {stats.bracketed(subset['centred_95'], '#.4g')}"
 
 
 def outcome_of(subject: Subject, figures: dict[str, Any]) -> Outcome:
@@ -307,7 +307,7 @@ def outcome_of(subject: Subject, figures: dict[str, Any]) -> Outcome:
     ]
     trained = figures["variance_explained"][TRAINED]
     rows = [("variance explained, centred", _centred(trained))]
-    rows += [(text, f"{figures[key]:.4f}") for key, text in NAMED.items()]
+    rows += [(text, stats.number(figures[key])) for key, text in NAMED.items()]
     rows += _lost(subject)
     silent = f"{figures['silent']:,} of {figures['d_sae']:,}"
     rows.append(("latents silent on all held-out rows", silent))
@@ -395,8 +395,8 @@ def tables_of_kind(figures: dict[str, Any]) -> list[Table]:
     if targets := figures.get("targets"):
         for name, of_target in targets.items():
             trained = of_target["variance_explained"][TRAINED]
-            others = [f"{trained[key]:.4f}" for key in DEFINITIONS]
-            own = [f"{of_target[key]:.4f}" for key in _OF_TARGET]
+            others = [stats.number(trained[key]) for key in DEFINITIONS]
+            own = [stats.number(of_target[key]) for key in _OF_TARGET]
             rows.append((name, _centred(trained), *others, *own))
         header = ("target", "centred", *DEFINITIONS.values(), *_OF_TARGET.values())
         return [Table("Target by target, of the rows as trained", header, rows)]
@@ -407,7 +407,7 @@ def subset_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
     """A row of `SUBSET_HEADER` for each subset."""
     rows = []
     for name, subset in figures["variance_explained"].items():
-        others = [f"{subset[key]:.4f}" for key in DEFINITIONS]
+        others = [stats.number(subset[key]) for key in DEFINITIONS]
         count = f"{subset['rows']:,}"
         rows.append((name, count, _centred(subset), *others, left_out(subset)))
     return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,8 +20,12 @@ from residual_saes.analyze.latents import contexts
 from residual_saes.analyze.latents.contexts import choose, firing_counts, top_contexts, visible
 from residual_saes.analyze.outcome import Outcome, Picture, Table
 from residual_saes.analyze.pages import facts
+from residual_saes.analyze.pages.examples import Context, Example, Token, readable
+from residual_saes.analyze.pages.findings import Measured, warnings
 from residual_saes.analyze.pages.report import report
+from residual_saes.analyze.reconstruction import TRAINED
 from residual_saes.analyze.results import current
+from residual_saes.analyze.stats import number, percent
 from residual_saes.analyze.studies import quality
 from residual_saes.analyze.studies.sweep import page as sweep_page
 from residual_saes.analyze.studies.sweep.arms import read_all
@@ -30,6 +35,7 @@ from residual_saes.analyze.subject import Subject
 from residual_saes.data.errors import MismatchError, SettingError, StoreError
 from residual_saes.data.rows.split import held_out_units
 from residual_saes.harvest.model import ModelConfig
+from residual_saes.train.optim import OptimConfig, resolved
 from tests.analyze.conftest import F, Made, make_run, random_rows
 from tests.analyze.test_quality import dense
 from tests.analyze.test_sweep import make_arm, planted_sae, planted_store
@@ -45,7 +51,7 @@ def test_latents_are_chosen_evenly_and_alive() -> None:
 
 
 def test_contexts_hold_the_activations_of_their_tokens(subject: Subject, made: Made) -> None:
-    fired = firing_counts(subject, 10**6)
+    fired, rows = firing_counts(subject, 10**6)
     latents = choose(fired, 6)
     found = top_contexts(subject, latents, each=3, limit=10**6)
     held = held_out_units(made.store)
@@ -54,6 +60,7 @@ def test_contexts_hold_the_activations_of_their_tokens(subject: Subject, made: M
     _, f = dense(made, np.concatenate([made.rows[unit * 128 : (unit + 1) * 128] for unit in held]))
     f[tokens == BOS] = 0
     np.testing.assert_array_equal(fired, (f > 0).sum(0))
+    assert rows == (tokens != BOS).sum()
     for latent in latents:
         by_document = {d: f[document == d, latent].max() for d in np.unique(document)}
         best = sorted((peak for peak in by_document.values() if peak > 0), reverse=True)[:3]
@@ -110,7 +117,7 @@ def test_token_text_stays_text(subject: Subject, monkeypatch: pytest.MonkeyPatch
     text = report(subject, 10**6, None).read_text()
     page = _Page()
     page.feed(text)
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 2  # our own, and the list of studies
     assert page.tags.count("img") == len(pictures(text))
     assert not re.search(r"<[^>]*onmouseover", text)
     assert "&lt;/script&gt;" in text
@@ -118,7 +125,8 @@ def test_token_text_stays_text(subject: Subject, monkeypatch: pytest.MonkeyPatch
     assert "\u202e" not in text
     assert "\x00" not in text
     links = {link for link in page.links if not link.startswith("data:image/svg+xml;")}
-    assert links <= {f"#{name}" for name in page.ids} | {"quality.json", "metrics.jsonl"}
+    files = {"quality.json", "metrics.jsonl", "studies/index.js"}
+    assert links <= {f"#{name}" for name in page.ids} | files
     assert len(page.ids) == len(set(page.ids)) > 3
     assert "http://" not in text
 
@@ -126,25 +134,29 @@ def test_token_text_stays_text(subject: Subject, monkeypatch: pytest.MonkeyPatch
 def test_the_report_says_what_the_files_say(subject: Subject, made: Made) -> None:
     text = report(subject, 10**6, None).read_text()
     figures = json.loads((made.run / "quality.json").read_bytes())
-    assert f"<b>{figures['variance_explained']['as trained']['centred']:.4f}</b>" in text
-    assert "1 of 40 at the end of training" in text  # the last held-out line of metrics.jsonl
+    centred = figures["variance_explained"]["as trained"]["centred"]
+    assert f"<b>{number(centred)}</b>" in text
+    assert "1 of 40" in text  # the last held-out line of metrics.jsonl
     assert figures["density"]["log10"] and figures["activations"]
     assert len(pictures(text)) == 9  # four of the training, five of the quality
-    assert text.count("<section>") == min(20, F - figures["silent"])
+    even = text.partition('<h2 id="latents">')[2]
+    assert even.count("<section>") == min(20, F - figures["silent"])
+    assert str(made.run.parent) not in text  # names, and no folders of this machine
     assert "model.path=" in text  # ids are shown: this store's model has no tokenizer anywhere
 
 
-def test_the_reference_stands_beside_the_run(subject: Subject, made: Made) -> None:
-    text = report(subject, 10**6, None).read_text()
-    figures = json.loads((made.run / "quality.json").read_bytes())
-    number = '<td class="number">'
-    assert f"{number}{figures['scalar']:.4f}</td>{number}0.939" in text
-    assert f"{number}1 of 40</td>{number}0 of 32,768</td>" in text
+def test_the_reference_stands_beside_its_own_model_alone(subject: Subject, made: Made) -> None:
+    assert "reference SAE</th>" not in report(subject, 10**6, None).read_text()
+    assert facts.is_of_reference("google/gemma-4-E4B-it", 21)
+    assert not facts.is_of_reference("google/gemma-4-E4B", 27)
+    assert not facts.is_of_reference("google/gemma-4-E4B", "mlp_out_21")
+    assert not facts.is_of_reference("google/gemma-4-E2B", 21)
     # The row of coverage is there only where as many rows are held out as the reference counts in.
-    coverage = ("25.0 %", "62.0 %")
+    figures = json.loads((made.run / "quality.json").read_bytes())
+    coverage = ("25.0%", "62.0%")
     for rows, is_there in ((facts.COVERAGE_ROWS - 1, False), (facts.COVERAGE_ROWS, True)):
         figures["coverage"] = [{"rows": rows, "share": 0.25}]
-        shown = facts.of_quality(figures, {"dead": 1})
+        shown = facts.of_quality(figures, 1)
         assert (coverage in [row[1:] for row in shown]) == is_there
 
 
@@ -182,6 +194,59 @@ def test_the_sweep_of_an_arm_is_shown(tmp_path: Path) -> None:
 def test_control_characters_are_shown_as_marks() -> None:
     assert visible("a\nb\t\x1b\u202e\u200b") == r"a⏎b⇥\x1b\u202e\u200b"
     assert visible("é 😀 ي") == "é 😀 ي"
+
+
+def test_figures_have_significant_digits() -> None:
+    values = [0.00001234, 0.97771, -126.1234, 16.0, 999.99, 1234567, 12345.6, 0, None, float("nan")]
+    shown = ["1.234e-05", "0.9777", "-126.1", "16.00", "1000", "1,234,567", "12,346", "0", "-", "-"]
+    assert [number(value) for value in values] == shown
+    shares = [0.9704, 1.0, 0.00032, 0.0, None]
+    assert [percent(share) for share in shares] == ["97.0%", "100.0%", "0.032%", "0.0%", "-"]
+
+
+def test_a_run_that_went_wrong_begins_with_warnings(subject: Subject) -> None:
+    figures = {"variance_explained": {TRAINED: {"centred": -3.5}}, "d_sae": F, "silent": 2}
+    rule = float(resolved(OptimConfig(lr="auto"), F, 16).lr)
+    records = [
+        {"split": split, "step": step, "variance_explained": explained, "dead": 20}
+        for split, step, explained in (
+            ("held_out", 4, 0.5),
+            ("train", 8, 0.5),
+            ("held_out", 8, 0.4),
+        )
+    ]
+
+    def words(centred: float, dead: int, last: int, lr: float) -> str:
+        figures["variance_explained"][TRAINED]["centred"] = centred
+        records[1]["step"], records[-1]["dead"] = last, dead
+        asked = replace(subject, config={**subject.config, "lr": lr})
+        return " ".join(warnings(asked, Measured(figures, records)))
+
+    wrong = words(-3.5, 20, 8, 11 * rule)
+    for sign in ("-3.500", "50.0%", "step 8 of 16", "optim.lr", "0.5000 to 0.4000"):
+        assert sign in wrong
+    records[0]["variance_explained"] = 0.4
+    assert words(0.4, 0, 16, 9 * rule) == words(0.4, 4, 16, rule / 9) == ""
+    assert "optim.lr" in words(0.4, 0, 16, rule / 11)
+    assert warnings(subject, Measured({**figures, "silent": 0}, [])) == []  # of another library
+
+
+def test_readable_latents_agree_each_on_its_own_word() -> None:
+    def example(latent: int, rows: int, words: list[str]) -> Example:
+        lines = [Context(0, 1.0, [Token(word, 1.0, 1.0, True)]) for word in words]
+        return Example(latent, rows, 0.01, lines, [], [])
+
+    same = [example(latent, 100 - latent, [f" w{latent}"] * 5) for latent in range(20)]
+    others = [
+        example(30, 500, ["."] * 5),  # a sign says little
+        example(31, 500, list("abcde")),
+        example(32, 200, ["W0", " w0", "w0", "w0", "w0"]),  # the word of 0, and more often
+        example(33, 90, ["x", "x", "x", "y", "z"]),
+    ]
+    chosen = [one.latent for one in readable([*same, *others])]
+    assert chosen == [32, 4, 8, 11, 15, 19]  # evenly over those that agree as one
+    assert [one.latent for one in readable([others[3], others[1], same[0]])] == [0, 33]
+    assert readable([]) == []
 
 
 DRAWN = "<svg><script>document.title='caught'</script></svg>"

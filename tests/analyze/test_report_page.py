@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import zlib
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from residual_saes.analyze.latents import contexts
 from residual_saes.analyze.outcome import Outcome, Picture, Table
 from residual_saes.analyze.pages.report import report
+from residual_saes.analyze.results import tell_report
 from residual_saes.analyze.study import Definition, Study
 from residual_saes.analyze.subject import Subject
 from residual_saes.harvest.model import ModelConfig
@@ -54,9 +56,10 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_it_is_inert_and_alone(chrome: Chromium, page: str) -> None:
     chrome.open(page, READY)
     assert chrome.troubles == []
-    assert [one for one in chrome.requests if not one.startswith("data:")] == [page]
+    index = page.replace("report.html", "studies/index.js")
+    assert [one for one in chrome.requests if not one.startswith("data:")] == [page, index]
     assert chrome.js("document.title") == "run: SAE report"
-    foreign = "script, svg, style ~ style, main b b, iframe, object, img:not([src^='data:'])"
+    foreign = "main script, svg, style ~ style, main b b, iframe, object, img:not([src^='data:'])"
     assert chrome.js(f'document.querySelectorAll("{foreign}").length') == 0
     widths = chrome.js("[...document.images].map((image) => image.naturalWidth)")
     assert widths.count(0) == 1 and 3000 in widths  # the damaged one shows its caption alone
@@ -87,6 +90,42 @@ def test_everybody_can_read_it(chrome: Chromium, page: str, scheme: str) -> None
     assert audit(chrome, scheme) == []
 
 
+def test_it_says_what_was_done_after_it(
+    chrome: Chromium, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notice = "document.getElementById('newer')"
+    run = make_run(tmp_path, random_rows()[:1024]).run
+    subject = Subject.open(run, None, torch.device("cpu"))
+
+    def perform(top: int) -> None:
+        study = Study("contrast", subject, {"top": top}, ModelConfig("nobody/none"))
+        study.perform(Definition(lambda _: Outcome({}, ["found"])))
+        tell_report(run)
+
+    perform(1)
+    assert "report.html" not in capsys.readouterr().err  # there is none yet
+    page = report(subject, 10**6, None).as_uri()
+    perform(1)
+    assert "report.html" not in capsys.readouterr().err
+    chrome.open(page, READY)
+    assert chrome.js(f"{notice}.hidden")
+    perform(2)
+    assert "study=report" in capsys.readouterr().err
+    chrome.open(page, READY)
+    assert "study=contrast" in chrome.js(f"{notice}.innerText")
+    assert audit(chrome) == [] and chrome.troubles == []
+    # The name of a folder is anybody's, and stays text.
+    hostile = run / "studies" / "<img src=x onerror=alert(1)>"
+    shutil.copytree(run / "studies" / "contrast", hostile)
+    perform(1)  # as the page shows it
+    chrome.open(page, READY)
+    assert "study=<img src=x onerror=alert(1)>" in chrome.js(f"{notice}.textContent")
+    assert "contrast" not in chrome.js(f"{notice}.textContent")
+    shutil.rmtree(run / "studies")  # the page alone
+    chrome.open(page, READY)
+    assert chrome.js(f"{notice}.hidden")
+
+
 def test_values_show_when_one_points_at_a_token(chrome: Chromium, page: str) -> None:
     chrome.open(page, READY)
     by_line = chrome.js("""
@@ -108,10 +147,17 @@ def test_it_fits_a_narrow_window(chrome: Chromium, page: str) -> None:
     try:
         chrome.open(page, READY)
         assert chrome.js("document.documentElement.scrollWidth <= innerWidth")
-        heights = chrome.js(
-            "[...document.querySelectorAll('.fits tr')].map((row) => row.offsetHeight)"
+        widths = chrome.js(
+            "[...document.querySelectorAll('.fits th[scope=row]')].map((cell) => cell.offsetWidth)"
         )
-        assert len(heights) > 10 and max(heights) < 150  # words are not broken letter by letter
+        assert len(widths) > 10 and min(widths) > 100  # words are not broken letter by letter
+        # What is wider than the window scrolls in itself, and a shadow says so.
+        scrolls = "(one) => one.scrollWidth > one.clientWidth"
+        wide = f"[...document.querySelectorAll('.scroll')].filter({scrolls})"
+        assert chrome.js(f"{wide}.length") > 0
+        assert chrome.js(
+            f"{wide}.every((one) => getComputedStyle(one).backgroundImage.includes('radial'))"
+        )
     finally:
         chrome.resize(1280, 720)
 

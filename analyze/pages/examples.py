@@ -1,0 +1,163 @@
+"""Latents as the report shows them: where they fire most, and which tokens they raise.
+
+They come from the run's catalogue. Without one they come from passes over held-out rows, and then
+no logits are known.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from residual_saes.analyze.latents import contexts
+from residual_saes.analyze.subject import Subject
+
+EVEN = 20  # latents spread evenly over the ranking by frequency
+READABLE = 6  # latents of the first page
+EACH = 5  # contexts of a latent
+_CANDIDATES = 160  # latents among which the readable ones are looked for
+_TOKENS = 8  # tokens raised, and as many lowered
+_LENGTH = 60  # characters of a token's text
+_LEAST = 8  # rows in which a readable latent fires at least
+_MOST = 0.05  # share of rows in which it fires at most: what is on everywhere says little
+
+
+class Token(NamedTuple):
+    """A token of a context."""
+
+    text: str
+    value: float  # the latent's activation
+    shade: float  # from 0 to 1
+    is_peak: bool
+
+
+class Context(NamedTuple):
+    """A stretch of text around an activation."""
+
+    document: int
+    peak: float  # the largest activation
+    tokens: list[Token]
+
+
+class Example(NamedTuple):
+    """One latent."""
+
+    latent: int
+    rows: int  # in which it fires
+    density: float
+    contexts: list[Context]
+    raised: list[str]  # tokens whose logits it adds most to
+    lowered: list[str]
+
+
+class Examples(NamedTuple):
+    """The latents that a report shows."""
+
+    readable: list[Example]  # chosen for their contexts
+    even: list[Example]  # chosen for nothing but their frequency
+    as_ids: bool  # the model's tokenizer is not at hand
+
+
+def of(subject: Subject, catalogue: Path | None, limit: int, model_path: str | None) -> Examples:
+    """The latents to show.
+
+    Args:
+        catalogue: features.parquet of the run's catalogue, if it has one.
+        limit: held-out rows to read without a catalogue.
+        model_path: see `contexts.token_names`.
+    """
+    if catalogue:
+        figures = pq.read_table(catalogue, columns=["count", "density"])
+        fired, density = (column.to_numpy() for column in figures.columns)
+    else:
+        fired, rows_read = contexts.firing_counts(subject, limit)
+        density = fired / max(rows_read, 1)
+    even = contexts.choose(fired, EVEN)
+    enough = np.where(fired >= _LEAST, fired, 0)
+    few = np.where(density <= _MOST, enough, 0)
+    # All fire on many tokens where k is a large part of few latents.
+    candidates = contexts.choose(few if few.any() else enough, _CANDIDATES)
+    wanted = sorted({*even, *candidates})
+    name_of = contexts.token_names(subject, model_path)
+    if catalogue:
+        every = _of_catalogue(catalogue, wanted, name_of)
+    else:
+        found = contexts.top_contexts(subject, wanted, EACH, limit)
+        every = {}
+        for latent in wanted:
+            lines = [_context(line, name_of) for line in found[latent]]
+            rows = int(fired[latent])
+            every[latent] = Example(latent, rows, float(density[latent]), lines, [], [])
+    best = readable([every[latent] for latent in candidates])
+    return Examples(best, [every[latent] for latent in even], name_of is None)
+
+
+def _of_catalogue(
+    path: Path, wanted: Sequence[int], name_of: Callable[[int], str] | None
+) -> dict[int, Example]:
+    columns = ["feature", "count", "density", "top", "raised", "lowered"]
+    table = pq.read_table(path, columns=columns, filters=[("feature", "in", wanted or [0])])
+    every = {}
+    for row in table.to_pylist():
+        lines = []
+        for line in row["top"][:EACH]:
+            found = contexts.Context(
+                line["document"], line["value"], line["tokens"], line["activations"]
+            )
+            lines.append(_context(found, name_of))
+        both = []
+        for name in ("raised", "lowered"):
+            ids = [logit["token"] for logit in (row[name] or [])[:_TOKENS]]
+            both.append([_spaced(_name(token, name_of)) for token in ids])
+        every[row["feature"]] = Example(row["feature"], row["count"], row["density"], lines, *both)
+    return every
+
+
+def _context(found: contexts.Context, name_of: Callable[[int], str] | None) -> Context:
+    top = int(np.argmax(found.activations))
+    tokens = []
+    for index, (token, value) in enumerate(zip(found.tokens, found.activations, strict=True)):
+        shade = max(value, 0.0) / found.peak
+        tokens.append(Token(_name(token, name_of), value, shade, index == top))
+    return Context(found.document, found.peak, tokens)
+
+
+def _name(token: int, name_of: Callable[[int], str] | None) -> str:
+    """A token's text, shortened; its id where there is no tokenizer."""
+    text = name_of(token) if name_of else f"{token} "
+    return text if len(text) <= _LENGTH else f"{text[:_LENGTH]}… ({len(text):,} characters)"
+
+
+def _spaced(text: str) -> str:
+    """A token that stands alone; one of nothing but spaces is shown by a mark for each."""
+    return text if text.strip() else "␣" * len(text)
+
+
+def readable(candidates: Sequence[Example]) -> list[Example]:
+    """The latents whose strongest contexts agree most, evenly over the ranking by frequency.
+
+    They agree by the share of contexts whose peak is on the same word. Of those that are on one
+    word, the one that fires most often stays.
+    """
+    best: dict[str, tuple[int, Example]] = {}
+    for example in sorted(candidates, key=lambda one: -one.rows):
+        peaks = Counter(_word(line) for line in example.contexts)
+        word, count = max(peaks.items(), key=lambda peak: peak[1], default=("", 0))
+        if count > best.get(word, (1, example))[0] and any(map(str.isalnum, word)):
+            best[word] = (count, example)
+    agree = sorted(best.values(), key=lambda one: (-one[0], -one[1].rows))
+    as_good = [example for count, example in agree if count == agree[0][0]]
+    if len(as_good) < READABLE:
+        return [example for _, example in agree[:READABLE]]
+    rank = np.linspace(0, len(as_good) - 1, READABLE).round().astype(int)
+    return [as_good[index] for index in rank]
+
+
+def _word(line: Context) -> str:
+    """What a context's peak is on, whatever its case and the space before it."""
+    return next((token.text.strip().casefold() for token in line.tokens if token.is_peak), "")
