@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -129,13 +130,14 @@ def _merge(
 
 
 def token_names(
-    subject: Subject, model_path: str | None, *, raw: bool = False
-) -> Callable[[int], str] | None:
+    subject: Subject, model_path: str | None, *, raw: bool = False, parted: bool = False
+) -> Callable[[int], Any] | None:
     """A function from token id to text; None if the model's tokenizer is not at hand.
 
     Args:
         model_path: the model as asked for; None: the model that the store's manifest records.
         raw: the text itself, without marks for invisible characters.
+        parted: what `parted_text` says of the token.
 
     Raises:
         SettingError: `model_path` was asked for, and the store was made with another tokenizer.
@@ -155,8 +157,50 @@ def token_names(
             f"the tokenizer of model.path={model_path} is not the one that made "
             f"{subject.store.name}"
         )
+    if parted:
+        return lambda token: parted_text(tokenizer, token)
     shown = str if raw else visible
     return lambda token: shown(tokenizer.inner.decode([token]))
+
+
+def parted_text(tokenizer: Tokenizer, token: int) -> str | tuple[int, ...]:
+    """A token's visible text with its leading space; its bytes, if they are part of a character.
+
+    Tokenizers of bytes (GPT-2, Llama 3, Qwen) write each byte as a letter of an alphabet of 256;
+    those with a byte fallback (Llama 2, Gemma) have tokens such as <0xE2>.
+    """
+    text: str = tokenizer.inner.decode([token])
+    piece = tokenizer.backend.id_to_token(token) or ""
+    if "\ufffd" in text:
+        if fallback := _BYTE.fullmatch(piece):
+            return (int(fallback[1], 16),)
+        content = [_LETTERS.get(letter, -1) for letter in piece]
+        if content and min(content) >= 0 and not _is_utf8(bytes(content)):
+            return tuple(content)
+    # Decoders of SentencePiece's kind drop the space in front of the first token.
+    if piece.startswith("\u2581") and not text.startswith(" "):
+        text = f" {text}"
+    return visible(text)
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _letters() -> dict[str, int]:
+    """The byte of each letter of GPT-2's alphabet: bytes that print are letters, others follow."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printed]
+    letters = {chr(byte): byte for byte in printed}
+    return letters | {chr(256 + number): byte for number, byte in enumerate(others)}
+
+
+_LETTERS = _letters()
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
 def visible(text: str) -> str:

@@ -33,7 +33,7 @@ VOCABULARY_BLOCK = 16_384  # ids whose unembeddings are float32 at a time: 168 M
 VERSION = 1  # of the kept logits and neighbours: raise it when the same weights give other ones
 
 
-def _products(rows: Tensor, others: Tensor, block_bytes: int) -> Iterator[tuple[slice, Tensor]]:
+def products(rows: Tensor, others: Tensor, block_bytes: int) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of rows @ others.T, each with its slice of `rows`; the next overwrites the one before.
 
     New blocks of 27 MB leave holes between what is kept of each: 4 GB in 160 of them.
@@ -78,7 +78,7 @@ def nearest(
     values = []
     numbers = []
     progress = Progress(quiet_s=2.0)
-    for part, cosines in _products(of, among, block_bytes):
+    for part, cosines in products(of, among, block_bytes):
         done = part.start + (but or 0)
         total = len(of) if but is None else len(among)
         progress.show(f"cosines of {done:,} of {total:,} directions with {len(among):,}")
@@ -132,6 +132,15 @@ def gain(norm: nn.Module, d_model: int, device: torch.device | str) -> Tensor:
     return factors.float()
 
 
+def to_head(lm: LanguageModel, W_dec: Tensor) -> Tensor:
+    """(F, d) float32 directions as the unembedding meets them: behind the final norm's weight."""
+    norm = lm.final_norm
+    directions = W_dec.to(lm.causal.get_output_embeddings().weight.device).float()
+    if isinstance(norm, nn.LayerNorm):
+        directions = directions - directions.mean(1, keepdim=True)
+    return directions * gain(norm, directions.shape[1], directions.device)
+
+
 @torch.inference_mode()
 def logits(
     lm: LanguageModel,
@@ -162,13 +171,7 @@ def logits(
             (F, count) each.
     """
     head = lm.causal.get_output_embeddings()
-    norm = lm.final_norm
-    device = head.weight.device
-    directions = W_dec.to(device).float()
-    if isinstance(norm, nn.LayerNorm):
-        directions = directions - directions.mean(1, keepdim=True)
-    directions = directions * gain(norm, directions.shape[1], device)
-
+    directions = to_head(lm, W_dec)
     vocabulary = len(head.weight)
     progress = Progress()
     found: list[Arrays] = []
@@ -178,7 +181,7 @@ def logits(
         def make(first: int = first, last: int = last) -> Arrays:
             unembedding = head.weight[first:last].float()
             blocks = []
-            for part, product in _products(directions, unembedding, block_bytes):
+            for part, product in products(directions, unembedding, block_bytes):
                 stop.check()
                 progress.show(
                     f"logits of token ids {first:,} to {last:,} of {vocabulary:,}, "

@@ -1,15 +1,16 @@
 """The latents' own pages, in files of CHUNK: contexts, samples, histogram, logits, neighbours.
 
-A file is {words, features}. `words` are the texts of the tokens in it; all else refers to a text by
-its number. A feature is
+A file is {words, features}. `words` are the texts of the tokens in it, or the bytes of a token that
+is part of a character; all else refers to a text by its number. A feature is
 
-    figures            as the list's columns: density, largest activation, a crosscoder's shares,
-                       those of other studies
+    figures            as the list's columns: density, largest activation, interest, a crosscoder's
+                       shares, those of other studies
     count, mean, std   of the rows in which it fires, and of its activations there
     histogram          [the first bin that is not empty, counts from there on]
     top                [context]
     quantiles          [[quantile, [context]]], of the largest activations first
     raised, lowered    [[word, logit]], or null without the language model
+    spreads            of each port that is written to what `Spread.of` says of its logits, or null
     neighbours         [[feature, cosine]]
     together           [[feature, phi, rows in which both fire, the same by chance]], see
                        catalogue/coactivation.py
@@ -37,11 +38,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from residual_saes.analyze.pages.browser.columns import Column
 from residual_saes.analyze.pages.browser.contexts import CONTEXT, Contexts, contexts_of, fields
 from residual_saes.analyze.pages.browser.joins import Partners
 from residual_saes.analyze.pages.browser.script import short
+from residual_saes.analyze.pages.browser.spread import Spread
 from residual_saes.analyze.studies.catalogue.coactivation import Together
 
 CHUNK = 64  # latents of a file: some 400 kB
@@ -67,7 +70,8 @@ _OF_KINDS = {  # columns that are there or not, by name
     ],
 }
 
-Name = Callable[[int], str]  # a token's text
+Text = str | tuple[int, ...]  # of a token; its bytes, if they are part of a character
+Name = Callable[[int], Text]
 Latents = tuple[list[list[list[float | None]]], list[str]]  # of each latent those of another layer
 
 
@@ -87,7 +91,7 @@ class Words:
     def __init__(self, name: Name) -> None:
         self._name = name
         self._by_token: dict[int, int] = {}
-        self._by_text: dict[str, int] = {}
+        self._by_text: dict[Text, int] = {}
 
     def __call__(self, token: int) -> int:
         """The number of a token's text."""
@@ -98,7 +102,7 @@ class Words:
         return number
 
     @property
-    def texts(self) -> list[str]:
+    def texts(self) -> list[Text]:
         """Each text at its number."""
         return list(self._by_text)
 
@@ -110,14 +114,19 @@ class Shown(NamedTuple):
     contexts: int  # with the largest activations, at most
     samples: int  # of each quantile, at most
     others: list[Partners]  # of each of the other runs
-    listed: list[Column]  # figures of every latent beside density and largest activation
+    listed: list[Column]  # figures of every latent beside density, largest activation, interest
+    spreads: Sequence[Spread | None]  # of each port that is written to
     tokens: Sequence[Sequence[tuple[int, float]]] | None  # of a transcoder, see tokens.of_latents
     together: Sequence[Sequence[Together]]  # of each latent
     crossings: Sequence[Latents] = ()  # see crossings.Crossing.pairs
 
 
-def page(block: pa.Table, shown: Shown) -> dict[str, Any]:
-    """The file of a block of latents."""
+def page(block: pa.Table, interest: NDArray[np.float64], shown: Shown) -> dict[str, Any]:
+    """The file of a block of latents.
+
+    Args:
+        interest: (latents of the block,)
+    """
     words = Words(shown.name)
     top = contexts_of(block, "top")
     quantiles = contexts_of(block, "quantiles")
@@ -125,7 +134,7 @@ def page(block: pa.Table, shown: Shown) -> dict[str, Any]:
     there = [name for name in _OF_KINDS if name in block.column_names]
     for number, row in enumerate(block.select([*_PLAIN, *_LISTS, *there]).to_pylist()):
         feature = {
-            "figures": _figures(row, shown.listed),
+            "figures": _figures(row, interest[number], shown.listed),
             "count": row["count"],
             "mean": _number(row["mean"]),
             "std": _number(row["std"]),
@@ -134,6 +143,7 @@ def page(block: pa.Table, shown: Shown) -> dict[str, Any]:
             "quantiles": _samples(quantiles, number, shown.samples, words),
             "raised": _logits(row["raised"], words),
             "lowered": _logits(row["lowered"], words),
+            "spreads": [spread and spread.of(row["feature"]) for spread in shown.spreads],
             "neighbours": _pairs((near["feature"], near["cosine"]) for near in row["neighbours"]),
             "together": _together(shown.together[row["feature"]]),
             "others": [_pairs(partners[row["feature"]]) for partners in shown.others],
@@ -178,10 +188,10 @@ def _together(pairs: Sequence[Together]) -> list[list[Any]]:
     return [[feature, *short(figures)] for feature, *figures in pairs]
 
 
-def _figures(row: dict[str, Any], listed: list[Column]) -> list[float | None]:
+def _figures(row: dict[str, Any], interest: float, listed: list[Column]) -> list[float | None]:
     others = [column.values[row["feature"]] for column in listed]
     # None becomes NaN, and then null.
-    return short(np.array([row["density"], row["max"], *others], np.float64))
+    return short(np.array([row["density"], row["max"], interest, *others], np.float64))
 
 
 def _trimmed(histogram: list[int]) -> list[int]:

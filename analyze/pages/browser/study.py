@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -26,14 +26,25 @@ from urllib.parse import quote
 import numpy as np
 import pyarrow.parquet as pq
 
+from residual_saes.analyze.latents.contexts import AFTER, BEFORE
 from residual_saes.analyze.latents.targets import class_names, names_of
 from residual_saes.analyze.outcome import Outcome
-from residual_saes.analyze.pages.browser import columns, crossings, joins, maps, pages, tokens
+from residual_saes.analyze.pages.browser import (
+    columns,
+    crossings,
+    interest,
+    joins,
+    maps,
+    pages,
+    spread,
+    tokens,
+)
 from residual_saes.analyze.pages.browser.columns import Column
 from residual_saes.analyze.pages.browser.crossings import Crossing
 from residual_saes.analyze.pages.browser.joins import Other
 from residual_saes.analyze.pages.browser.pages import CHUNK, Shown
 from residual_saes.analyze.pages.browser.script import script, short
+from residual_saes.analyze.pages.browser.spread import Spread
 from residual_saes.analyze.pages.browser.tokens import Tallies
 from residual_saes.analyze.results import FOLDER, PAGE, made
 from residual_saes.analyze.studies.catalogue import coactivation
@@ -43,7 +54,7 @@ from residual_saes.analyze.study import Definition, Study, at_least
 from residual_saes.analyze.subject import Subject
 from residual_saes.data import durable
 from residual_saes.data.errors import SettingError, StopRequest
-from residual_saes.data.journal import Progress
+from residual_saes.data.journal import Progress, tell
 from residual_saes.data.neutral import neutral
 from residual_saes.data.settings import build
 
@@ -55,6 +66,7 @@ class Options:
     """Settings of conf/study/browser.yaml."""
 
     contexts: int = 10  # with the largest activations
+    logits: bool = True  # histograms; False: none, and the language model is not loaded
     samples: int = 2  # contexts of each quantile
     # Directories of other runs on the same store, with catalogues.
     others: list[str] = field(default_factory=list)
@@ -124,7 +136,7 @@ def browser(study: Study) -> Outcome:
     subject = study.subject
     files = catalogue.files(subject)
     others = [joins.open_other(subject, run) for run in options.others]
-    name_of = catalogue.names(study)
+    name_of = catalogue.names(study, parted=True)
     of_studies = columns.of_studies(subject, columns.studied(subject))
     across = _crossings(subject, others)
     with StopRequest() as stop:
@@ -135,6 +147,7 @@ def browser(study: Study) -> Outcome:
             samples=options.samples,
             others=[],
             listed=[*columns.of_targets(files.table), *of_studies],
+            spreads=_spreads(study, files, stop) if options.logits else [],
             tokens=None if subject.ports.is_autoencoder else tokens.of_latents(tallies),
             crossings=[crossing.pairs(subject.sae.d_sae) for crossing in across],
             together=coactivation.partners(files.places, options.rows, stop),
@@ -145,7 +158,7 @@ def browser(study: Study) -> Outcome:
         site = Site(study.folder)
         figures_of = _write_features(site, files, shown, stop)
         token_count = _write_tokens(site, tallies, shown)
-        meta = _meta(study, files, figures_of, others, as_ids=name_of is None)
+        meta = _meta(study, files, figures_of, others, shown.spreads, as_ids=name_of is None)
         if maps.missing(subject.sae.d_sae) is None:
             data, meta["map"] = maps.of(study, others)
             site.write("map", data)
@@ -163,6 +176,25 @@ def browser(study: Study) -> Outcome:
         "file": PAGE,
     }
     return Outcome(figures, _summary(study, figures, as_ids=name_of is None))
+
+
+def _spreads(study: Study, files: Files, stop: StopRequest) -> list[Spread | None]:
+    """Of each port the spread of its logits; None where the catalogue has none, or no model is."""
+    spreads: list[Spread | None] = []
+    table = pq.ParquetFile(files.table).read_row_group(0, columns=["raised"])
+    if table.column("raised").null_count:
+        return spreads
+    subject = study.subject
+    for port in subject.ports.writes:
+        lm, reason = catalogue.head_of(study, port)
+        if reason:
+            tell(f"no histograms of logits: {reason}")
+            spreads.append(None)
+            continue
+        key = {"version": spread.VERSION, **catalogue.identity_of(study, port)}
+        W_dec = subject.sae.W_dec[:, subject.columns(port)]
+        spreads.append(spread.measure(lm, W_dec, stop, subject.parts("spread", key)))
+    return spreads
 
 
 class Site:
@@ -201,10 +233,14 @@ def _write_features(site: Site, files: Files, shown: Shown, stop: StopRequest) -
     classes: list[int] = []
     density: list[float] = []
     largest: list[float | None] = []
+    scores: list[float] = []
+    average = float(pq.read_table(files.table, columns=["count"]).column("count").to_numpy().mean())
     progress = Progress()
     for number, block in enumerate(pages.blocks(table)):
         stop.check()
-        site.write(f"features/{number:03d}", pages.page(block, shown))
+        of_block = interest.scores(block, shown.name, average, shown.spreads)
+        site.write(f"features/{number:03d}", pages.page(block, of_block, shown))
+        scores += of_block.tolist()
         strongest += pages.strongest(block, words)
         raised += pages.raised(block, words)
         classes += block.column("class").to_pylist() if "class" in block.column_names else []
@@ -212,8 +248,14 @@ def _write_features(site: Site, files: Files, shown: Shown, stop: StopRequest) -
         largest += block.column("max").to_pylist()
         progress.show(f"pages of {len(density):,}/{total:,} latents", last=len(density) == total)
     listed = [
-        Column("density", "density", "share of rows in which it fires", np.array(density)),
-        Column("max", "largest", "largest activation", np.array(largest, np.float64)),
+        Column("density", "density", "share of the rows in which it fires", np.array(density)),
+        Column(
+            "max",
+            "largest",
+            "its largest activation, in the SAE's units",
+            np.array(largest, float),
+        ),
+        Column("interest", "interest", _INTEREST, np.array(scores)),
         *shown.listed,
     ]
     figures = {column.key: short(column.values) for column in listed}
@@ -221,6 +263,12 @@ def _write_features(site: Site, files: Files, shown: Shown, stop: StopRequest) -
     of_targets = {"classes": classes} if classes else {}
     site.write("table", {**texts, **of_targets, "columns": figures})
     return listed
+
+
+_INTEREST = (
+    "from 0 to 1, how easily it is read: its strongest contexts share a token, and it raises a few "
+    "tokens far above the rest; less if it fires hardly ever or very often"
+)
 
 
 def _write_tokens(site: Site, tallies: Tallies, shown: Shown) -> int:
@@ -238,7 +286,13 @@ def _write_tokens(site: Site, tallies: Tallies, shown: Shown) -> int:
 
 
 def _meta(
-    study: Study, files: Files, listed: list[Column], others: list[Other], *, as_ids: bool
+    study: Study,
+    files: Files,
+    listed: list[Column],
+    others: list[Other],
+    spreads: Sequence[Spread | None],
+    *,
+    as_ids: bool,
 ) -> dict[str, Any]:
     """What the page says of the run, its columns and the other runs."""
     subject = study.subject
@@ -261,6 +315,9 @@ def _meta(
         "columns": described,
         "others": [_link(study, other) for other in others],
         "as_ids": as_ids,
+        "around": [BEFORE, AFTER],
+        "identity": subject.digest,
+        "vocabulary": next((known.vocabulary for known in spreads if known), None),
         # A run of another library has no report. Whether there is one may change any day.
         "report": None if "imported" in subject.config else f"../../{REPORT}",
         "no_map": maps.missing(subject.sae.d_sae),

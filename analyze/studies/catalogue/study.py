@@ -272,6 +272,23 @@ def targets_of(subject: Subject, state: State, both: Sequence[Logits | None]) ->
     return OfTargets(names, targets.of(subject), np.stack(energy, axis=1), both)
 
 
+def head_of(study: Study, port: Port) -> tuple[Any, str | None]:
+    """The language model that what is written to a port goes through; or why there is none."""
+    if port.point.site == MLP_IN:
+        return None, f"{port} is read behind a norm, and is no part of the residual stream"
+    try:
+        return study.lm if port.store == 0 else study.lm_of(port.store), None
+    except PipelineError as error:
+        of_port = f"{port}: " if len(study.subject.ports.writes) > 1 else ""
+        return None, f"{of_port}{error}"
+
+
+def identity_of(study: Study, port: Port) -> dict[str, Any]:
+    """What the logits of a port follow from."""
+    of_port = {"port": port.name} if len(study.subject.ports.writes) > 1 else {}
+    return {**study.identity, "device": study.model.device, **of_port}
+
+
 def logits(
     study: Study, port: Port, count: int, stop: StopRequest
 ) -> tuple[Logits | None, str | None]:
@@ -281,32 +298,20 @@ def logits(
     """
     if not count:
         return None, "study.logits=0"
-    if port.point.site == MLP_IN:
-        return None, f"{port} is read behind a norm, and is no part of the residual stream"
-    subject = study.subject
-    try:
-        lm = study.lm if port.store == 0 else study.lm_of(port.store)
-    except PipelineError as error:
-        of_port = f"{port}: " if len(subject.ports.writes) > 1 else ""
-        return None, f"{of_port}{error}"
-    key = {
-        "version": directions.VERSION,
-        **study.identity,
-        "device": study.model.device,
-        "count": count,
-    }
-    if len(subject.ports.writes) > 1:
-        key["port"] = port.name
-    W_dec = subject.sae.W_dec[:, subject.columns(port)]
-    both = directions.logits(lm, W_dec, count, stop, subject.parts("logits", key))
+    lm, reason = head_of(study, port)
+    if reason:
+        return None, reason
+    key = {"version": directions.VERSION, **identity_of(study, port), "count": count}
+    W_dec = study.subject.sae.W_dec[:, study.subject.columns(port)]
+    both = directions.logits(lm, W_dec, count, stop, study.subject.parts("logits", key))
     raised, lowered = (Ranked(scores.numpy(), ids.numpy()) for scores, ids in both)
     return (raised, lowered), None
 
 
-def names(study: Study, *, raw: bool = False) -> Callable[[int], str] | None:
+def names(study: Study, **how: bool) -> Callable[[int], Any] | None:
     """A function from token id to text; None without the tokenizer. See `contexts.token_names`."""
     try:
-        return contexts.token_names(study.subject, study.model.path, raw=raw)
+        return contexts.token_names(study.subject, study.model.path, **how)
     except PipelineError:
         return None
 

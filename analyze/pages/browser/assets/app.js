@@ -87,7 +87,7 @@ function later(act) {
 }
 
 // The links that j and k go through.
-const rowLinks = () => [...document.querySelectorAll("#features tbody a, #matches a")].filter((link) => link.offsetParent);
+const rowLinks = () => [...document.querySelectorAll("#features tbody a, #matches a, #contexts-hits a")].filter((link) => link.offsetParent);
 
 // Moves the focus by some rows.
 function focusRow(step) {
@@ -104,17 +104,14 @@ function step(by) {
   if (next !== null) location.hash = hashOf({ f: next });
 }
 
-// By key the input that it leads to.
-const KEYS = {
-  "/": () => (stateNow().has("tokens") ? "token-q" : "q"),
-  t: () => "token-q",
-};
+// By view the input that searches it, and by key the view.
+const INPUTS = { list: "q", tokens: "token-q", contexts: "contexts-q" };
+const KEYS = { "/": () => (viewOf(stateNow()) in INPUTS ? viewOf(stateNow()) : "list"), t: () => "tokens", c: () => "contexts" };
 
-function focusInput(id) {
-  const view = id === "q" ? "list" : "tokens";
-  if (document.documentElement.dataset.view === view) return document.getElementById(id).select();
-  wantedFocus = id;
-  location.hash = id === "q" ? lastList : hashOf({ tokens: "" });
+function focusInput(view) {
+  if (document.documentElement.dataset.view === view) return document.getElementById(INPUTS[view]).select();
+  wantedFocus = INPUTS[view];
+  location.hash = view === "list" ? lastList : hashOf({ [view]: "" });
 }
 
 function onKey(event) {
@@ -124,13 +121,14 @@ function onKey(event) {
     location.hash = lastList;
     return;
   }
-  if (event.target.matches("input[type=search]")) {
-    if (event.key === "Enter") focusRow(1);
+  if (event.target.matches("input[type=search], textarea, select")) {
+    if (event.key === "Enter" && event.target.type === "search") focusRow(1);
     return;
   }
   if (KEYS[event.key]) focusInput(KEYS[event.key]());
   else if (event.key === "j" || event.key === "ArrowRight") step(1);
   else if (event.key === "k" || event.key === "ArrowLeft") step(-1);
+  else if (event.key === "s") (document.activeElement?.closest("tr") ?? document.getElementById("f")).querySelector("[data-star]")?.click();
   else return;
   event.preventDefault();
 }
@@ -141,6 +139,8 @@ const placed = ({ layer, where, model }) => (where === undefined ? `Layer ${laye
 function begin() {
   addLinks();
   if (meta()) {
+    readNotes();
+    legend();
     const { name, features, rows, as_ids } = meta();
     document.getElementById("title").textContent = `Features of ${name}`;
     const ids = as_ids ? " Tokens are shown as ids: the tokenizer was not at hand." : "";
@@ -148,17 +148,27 @@ function begin() {
   }
   const q = document.getElementById("q");
   q.addEventListener("input", later(() => change({ q: q.value })));
-  document.getElementById("alive").addEventListener("change", (event) => change({ alive: event.target.checked ? "1" : "" }));
+  for (const id of ["alive", "starred"]) document.getElementById(id).addEventListener("change", (event) => change({ [id]: event.target.checked ? "1" : "" }));
+  document.getElementById("import").addEventListener("change", async (event) => {
+    document.getElementById("imported").textContent = await importNotes(event.target.files[0]);
+    show();
+  });
+  document.getElementById("legend").open = document.documentElement.clientWidth > 600;
   const filter = document.getElementById("class");
   document.getElementById("classes").hidden = !meta()?.classes;
   filter.append(...(meta()?.classes ?? []).map((name, number) => el("option", { value: number }, name)));
   filter.addEventListener("change", () => change({ class: filter.value }));
   const token = document.getElementById("token-q");
   token.addEventListener("input", later(() => location.replace(hashOf({ tokens: token.value }))));
+  const held = document.getElementById("contexts-q");
+  held.addEventListener("input", later(() => location.replace(hashOf({ contexts: held.value }))));
   document.addEventListener("click", (event) => {
     const button = event.target.closest("button");
     if (!button) return;
-    if (button.dataset.sort) change({ sort: button.dataset.sort === "feature" ? "" : button.dataset.sort });
+    if (button.dataset.sort) change({ sort: button.dataset.sort === "-interest" ? "" : button.dataset.sort });
+    if (button.dataset.star) toggleStar(button);
+    if (button.id === "export") exportNotes();
+    if (button.id === "contexts-more") searchOn().catch(fail);
     if (button.dataset.page) change({ page: button.dataset.page });
     if (button.dataset.feature) location.hash = hashOf({ f: button.dataset.feature });
   });

@@ -1,57 +1,6 @@
 "use strict";
 // A feature's page: its figures, where it fires, which features are like it.
 
-const SVG = "http://www.w3.org/2000/svg";
-
-function drawn(tag, attributes, text) {
-  const element = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  if (text !== undefined) element.textContent = text;
-  return element;
-}
-
-function histogram([first, ...counts]) {
-  const { edges } = meta();
-  const [width, height, base] = [560, 140, 120];
-  const step = width / counts.length;
-  const most = Math.max(...counts);
-  const label = `Histogram of activations from ${formatted(edges[first])} to ${formatted(edges[first + counts.length])}, at most ${formatted(most)} in a bin`;
-  const picture = drawn("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label });
-  counts.forEach((count, index) => {
-    const tall = (count / most) * (base - 5);
-    const bar = drawn("rect", { x: index * step, y: base - tall, width: Math.max(step - 1, 0.5), height: tall });
-    bar.append(drawn("title", {}, `${formatted(edges[first + index])} to ${formatted(edges[first + index + 1])}: ${formatted(count)}`));
-    picture.append(bar);
-  });
-  picture.append(drawn("line", { x1: 0, y1: base, x2: width, y2: base }));
-  picture.append(drawn("text", { x: 0, y: height - 4 }, formatted(edges[first])));
-  picture.append(drawn("text", { x: width, y: height - 4, "text-anchor": "end" }, formatted(edges[first + counts.length])));
-  return picture;
-}
-
-// A stretch of text. The darker a token, the larger its activation, which is the token's title.
-function context([documentNumber, position, peak, tokens, pairs], texts, largest) {
-  const values = new Map();
-  for (let index = 0; index < pairs.length; index += 2) values.set(pairs[index], pairs[index + 1]);
-  const line = el("div", { class: "context", dir: "auto" });
-  let plain = "";
-  tokens.forEach((wordNumber, number) => {
-    const value = values.get(number);
-    if (value === undefined) {
-      plain += texts[wordNumber];
-      return;
-    }
-    line.append(plain);
-    plain = "";
-    const token = el("span", { title: formatted(value), class: number === peak ? "peak" : null }, texts[wordNumber]);
-    token.style.setProperty("--shade", (0.1 + 0.5 * Math.min(1, value / largest)).toFixed(2));
-    line.append(token);
-  });
-  line.append(plain);
-  const value = el("div", { class: "value", title: `document ${documentNumber}, position ${position}` }, formatted(values.get(peak)));
-  return el("li", {}, value, line);
-}
-
 function section(title, ...children) {
   return el("div", {}, el("h3", {}, title), ...children);
 }
@@ -95,6 +44,7 @@ function ofLayers(own) {
   return tables.length ? [el("div", { class: "layers" }, ...tables)] : [];
 }
 
+// The tokens whose logits it raises and lowers, and how logits are spread.
 function logits({ raised, lowered }, texts) {
   const tables = [];
   for (const [name, tokens] of [["Raises", raised], ["Lowers", lowered]]) {
@@ -105,6 +55,8 @@ function logits({ raised, lowered }, texts) {
   return tables;
 }
 
+const spreadOf = (spread, { raised, lowered }, texts) => (spread && raised ? [section("Logits of the vocabulary", logitChart(spread, raised, lowered, texts))] : []);
+
 // A part of the page beside others like it.
 const part = (title, ...children) => el("section", { class: "part" }, el("h3", {}, title), ...children);
 
@@ -114,7 +66,7 @@ function ofTranscoder(own, texts) {
   const fires = own.tokens.map(([wordNumber, share]) => el("tr", {}, el("td", {}, word(texts[wordNumber])), el("td", { class: "number" }, percent(share))));
   return [
     part(`Reads ${reads}`, pairsTable("Fires on", ["token", "of its activation"], fires), pairsTable("Reads the same", ["feature", "cosine"], near(own.readers))),
-    part(`Writes ${writes}`, ...logits(own, texts), pairsTable("Writes the same", ["feature", "cosine"], near(own.neighbours))),
+    part(`Writes ${writes}`, ...spreadOf(own.spreads[0], own, texts), ...logits(own, texts), pairsTable("Writes the same", ["feature", "cosine"], near(own.neighbours))),
   ];
 }
 
@@ -127,7 +79,7 @@ function ofCrosscoder(own, texts) {
       el("div", { title: "mean square of what it writes here, over the variance of the rows" }, el("dt", {}, "energy"), el("dd", {}, percent(energy))),
     );
     const bar = el("progress", { value: share, "aria-label": `share of norms at ${meta().targets[number]}` });
-    return part(meta().targets[number], bar, figures, ...(raised ? logits({ raised, lowered }, texts) : [el("p", { class: "soft" }, "no logits: study=catalogue says why")]));
+    return part(meta().targets[number], bar, figures, ...spreadOf(own.spreads[number], { raised, lowered }, texts), ...(raised ? logits({ raised, lowered }, texts) : [el("p", { class: "soft" }, "no logits: study=catalogue says why")]));
   });
 }
 
@@ -167,17 +119,16 @@ async function showFeature(state) {
   const number = Number(state.get("f"));
   if (!Number.isInteger(number) || number < 0 || number >= meta().features) throw new Error(`there is no feature ${state.get("f")}`);
   if (table()) arrange(new URLSearchParams(lastList.slice(1))); // the list's order; its file is not waited for
-  const { chunk, columns } = meta();
+  const { chunk } = meta();
   const page = await load(`features/${padded(Math.floor(number / chunk))}`);
   const own = page.features[number % chunk];
-  const largest = own.figures[columns.findIndex(({ key }) => key === "max")] || 1;
-  const lines = (contexts) => el("ul", { class: "places" }, ...contexts.map((shown) => context(shown, page.words, largest)));
-  const parts = [steps(number), el("h2", { id: "feature-title", tabindex: "-1" }, `Feature ${number}`), facts(own)];
+  const title = el("div", { class: "title" }, el("h2", { id: "feature-title", tabindex: "-1" }, `Feature ${number}`), starButton(number));
+  const parts = [steps(number), title, facts(own), noteBox(number)];
   const side = [...sides(own, page.words), ...ofLayers(own)];
   if (own.count) {
-    parts.push(section("Activations, four bins an octave", histogram(own.histogram)), ...side);
-    parts.push(section("Strongest contexts, one per document", lines(own.top)));
-    parts.push(...own.quantiles.map(([quantile, contexts]) => section(`Sampled from part ${quantile + 1} of its activations (1 is the lowest)`, lines(contexts))));
+    const spread = own.readers || own.targets ? [] : spreadOf(own.spreads[0], own, page.words);
+    parts.push(el("div", { class: "charts" }, section("How strongly it fires", activationChart(own.histogram)), ...spread), ...side);
+    parts.push(...contextsOf(own, page.words));
   } else {
     parts.push(el("p", {}, "It never fires in these rows."), ...side);
   }

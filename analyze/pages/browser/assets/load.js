@@ -25,7 +25,7 @@ function load(name) {
     awaited.set(name, new Promise((resolve, reject) => {
       const script = document.createElement("script");
       script.src = `data/${name}.js`;
-      script.onload = () => (arrived.has(name) ? resolve(arrived.get(name)) : reject(new Error(`data/${name}.js is damaged`)));
+      script.onload = () => script.remove() ?? (arrived.has(name) ? resolve(arrived.get(name)) : reject(new Error(`data/${name}.js is damaged`)));
       script.onerror = () => reject(new Error(`data/${name}.js cannot be read`));
       document.head.append(script);
     }).finally(() => awaited.delete(name)));
@@ -60,8 +60,15 @@ function el(tag, attributes = {}, ...children) {
   return element;
 }
 
-// A token's text.
-const word = (text) => el("span", { class: "word" }, text);
+// A token's text; of a token that is part of a character its bytes.
+const textOf = (text) => (typeof text === "string" ? text : text.map((byte) => `<0x${byte.toString(16).toUpperCase().padStart(2, "0")}>`).join(""));
+
+// A token in a box. Outer spaces are drawn as dots.
+function word(text) {
+  const [, before, inner, after] = /^( *)(.*?)( *)$/s.exec(textOf(text));
+  const space = (spaces) => (spaces ? el("span", { class: "space" }, spaces) : null);
+  return el("span", { class: typeof text === "string" ? "word" : "word byte" }, space(before), inner, space(after));
+}
 
 function formatted(value) {
   if (value === null || value === undefined) return "–";

@@ -9,7 +9,7 @@ function tokensLike(query, texts) {
   const wanted = query.toLowerCase();
   const groups = [[], [], []];
   texts.forEach((text, position) => {
-    const small = text.toLowerCase();
+    const small = textOf(text).toLowerCase();
     const bare = small.trim();
     if (small === wanted || bare === wanted.trim()) groups[0].push(position);
     else if (small.startsWith(wanted) || bare.startsWith(wanted)) groups[1].push(position);
