@@ -17,7 +17,9 @@ import torch
 
 from residual_saes.analyze.latents import contexts, directions
 from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.pages.browser import spread
 from residual_saes.analyze.pages.browser.serve import server
+from residual_saes.analyze.pages.browser.spread import Spread
 from residual_saes.analyze.pages.browser.study import DEFINITION, PAGE
 from residual_saes.analyze.results import FEATURES
 from residual_saes.analyze.results import made as made_folder
@@ -88,6 +90,9 @@ def with_logits(patch: pytest.MonkeyPatch) -> None:
     scores = torch.linspace(2, 1, F * 4).view(F, 4)
     patch.setattr(Study, "lm", None)
     patch.setattr(directions, "logits", lambda *_: ((scores, ids), (-scores, ids.flip(0))))
+    counts = np.full((F, spread.BINS), 3, np.int32)
+    figures = [np.full(F, figure, np.float32) for figure in (-1, 1, 0, 0.25)]
+    patch.setattr(spread, "measure", lambda *_: Spread._make([*figures, counts, 500]))
 
 
 def study_of(run: Path, name: str = "browser", **options: Any) -> Study:

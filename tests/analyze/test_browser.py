@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tokenizers import Tokenizer as Inner
+from tokenizers import decoders, models
 
 from residual_saes.analyze.latents import contexts, layout
 from residual_saes.analyze.outcome import Outcome
@@ -103,7 +107,7 @@ def test_pages_are_the_catalogue(built: Built) -> None:
 def test_the_list(built: Built) -> None:
     table = read(built.folder, "table")
     rows = pq.read_table(built.made.run / "studies/catalogue/features.parquet").to_pylist()
-    keys = ["density", "max", "d", "d_q", "stability"]
+    keys = ["density", "max", "interest", "d", "d_q", "stability"]
     described = [column["key"] for column in read(built.folder, "meta")["columns"]]
     assert described == list(table["columns"]) == built.outcome.figures["columns"] == keys
     for row in rows:
@@ -116,6 +120,51 @@ def test_the_list(built: Built) -> None:
         assert figures["d"] == {7: 1.5, 3: -0.5}.get(feature)
         stability = None if feature % 2 else pytest.approx(feature / F, rel=1e-3)
         assert figures["stability"] == stability
+
+
+def test_interest_against_its_formula(built: Built) -> None:
+    """Of planted logits of mean 0 and deviation 1/4 over 500 ids."""
+    found = read(built.folder, "table")["columns"]["interest"]
+    rows = pq.read_table(built.made.run / "studies/catalogue/features.parquet").to_pylist()
+    average = sum(row["count"] for row in rows) / F
+    chance = math.sqrt(2 * math.log(500))
+    for row, score in zip(rows, found, strict=True):
+        if not row["count"]:
+            assert score is None
+            continue
+        commonest = 1
+        for offset in (-1, 0, 1):
+            near = []
+            for context in row["top"]:
+                at = context["peak"] + offset
+                if 0 <= at < len(context["tokens"]):
+                    near.append(say(context["tokens"][at]).strip().lower())
+            commonest = max([commonest, *map(near.count, near)])
+        agreement = (commonest - 1) / (max(len(row["top"]), 5) - 1)
+        peaked = min(max(4 * row["raised"][0]["logit"] / chance - 1, 0), 1)
+        frequency = min(row["count"] / 20, 1) * min(average / row["count"], 1) ** 0.5
+        assert score == pytest.approx(frequency * (agreement + peaked) / 2, rel=1e-3)
+
+
+def test_tokens_that_are_parts_of_characters() -> None:
+    """Of a tokenizer of bytes, and of one of SentencePiece's kind whose decoder strips a space."""
+    euro = list("âĤ¬")  # the bytes of a euro sign in GPT-2's alphabet
+    of_bytes = Inner(
+        models.BPE(vocab={"Ġcat": 0, "ĠâĤ": 1, euro[2]: 2, "ï¿½": 3, "Ċ": 4}, merges=[])
+    )
+    of_bytes.decoder = decoders.ByteLevel()
+    pieces = {"▁cat": 0, "cat": 1, "<0xE2>": 2, "<0x0A>": 3, "▁": 4}
+    fallback = Inner(models.BPE(vocab=pieces, merges=[], byte_fallback=True))
+    fallback.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Strip(" ", 1, 0)]
+    )
+
+    def texts(inner: Inner) -> list[Any]:
+        tokenizer: Any = SimpleNamespace(inner=inner, backend=inner)
+        return [contexts.parted_text(tokenizer, token) for token in range(5)]
+
+    assert texts(of_bytes) == [" cat", (0x20, 0xE2, 0x82), (0xAC,), "\ufffd", "⏎"]
+    assert texts(fallback) == [" cat", "cat", (0xE2,), "⏎", " "]
 
 
 def test_figures_of_another_sae_are_left_out(built: Built) -> None:

@@ -10,6 +10,7 @@ from urllib.parse import unquote
 import pytest
 
 from residual_saes.analyze.pages.browser.script import script
+from residual_saes.analyze.pages.browser.spread import BINS
 from residual_saes.analyze.pages.browser.study import PAGE
 from tests.analyze.accessibility import audit
 from tests.analyze.browser_site import Built, build, read, say, served
@@ -53,16 +54,21 @@ def quiet(chrome: Chromium, url: str) -> None:
 def test_a_visit(chrome: Chromium, url: str, built: Built) -> None:
     """List, sort, search, feature, next, back: by keys and clicks."""
     table, page = read(built.folder, "table"), read(built.folder, "features/000")
-    density = table["columns"]["density"]
+    density, interest = (table["columns"][key] for key in ("density", "interest"))
     chrome.open(url)
-    assert texts(chrome, "#features tbody td:first-child") == [str(at) for at in range(F)]
+    by_interest = sorted(range(F), key=lambda at: (interest[at] is None, -(interest[at] or 0), at))
+    assert texts(chrome, "#features tbody td:first-child") == list(map(str, by_interest))
+    assert texts(chrome, "#legend dt") == [
+        head.removesuffix(" ↓") for head in texts(chrome, "#features th")
+    ]
+    assert chrome.js("document.querySelector('#legend dd').checkVisibility()")
     # Chunks come when they are asked for.
     assert not any("features/" in url for url in chrome.requests)
-    expected = [table["words"][number] for row in table["strongest"] for number in row]
+    expected = [table["words"][number] for at in by_interest for number in table["strongest"][at]]
     assert [
-        text.encode("utf-16", "surrogatepass") for text in texts(chrome, "td:nth-child(2) .word")
+        text.encode("utf-16", "surrogatepass") for text in texts(chrome, "td:nth-child(3) .word")
     ] == [text.encode("utf-16", "surrogatepass") for text in expected]
-    chrome.js("document.querySelector('th:nth-child(3) button').focus()")
+    chrome.js("document.querySelector('th:nth-child(4) button').focus()")
     chrome.press("Enter")
     sorted_column = "document.querySelector('[aria-sort=descending]')"
     chrome.until(f"location.hash.includes('sort=-density') && {sorted_column}")
@@ -100,12 +106,15 @@ def test_a_visit(chrome: Chromium, url: str, built: Built) -> None:
         assert line.encode("utf-16", "surrogatepass") == whole.encode("utf-16", "surrogatepass")
     shaded = chrome.js("""
         [...document.querySelector('.context').querySelectorAll('span')]
-            .map((token) => [token.title, token.className])
+            .map((token) => [token.dataset.value, token.className])
     """)
     assert (
         len(shaded) == len(own["top"][0][4]) // 2 and sum(kind == "peak" for _, kind in shaded) == 1
     )
-    assert chrome.js("document.querySelectorAll('svg rect').length") == len(own["histogram"]) - 1
+    bars = "document.querySelectorAll('.charts > :nth-child(%d) rect').length"
+    assert chrome.js(bars % 1) == len(own["histogram"]) - 1
+    assert chrome.js(bars % 2) == BINS
+    assert chrome.js("document.querySelectorAll('.charts .mark').length") == 8  # raised, lowered
     chrome.press("Escape")
     chrome.until("document.documentElement.dataset.view === 'list' && location.hash.includes('q=')")
     assert (
@@ -163,6 +172,120 @@ def test_keys_and_tokens(chrome: Chromium, built: Built) -> None:
     quiet(chrome, url)
 
 
+def test_lengths_of_contexts_and_searches_in_them(chrome: Chromium, built: Built) -> None:
+    url = (built.folder / PAGE).as_uri()
+    page = read(built.folder, "features/000")
+    own, words = page["features"][7], page["words"]
+    chrome.open(f"{url}#f=7")
+    value = own["top"][0][4][own["top"][0][4].index(own["top"][0][2]) + 1]
+    assert float(texts(chrome, ".places .value strong")[0]) == pytest.approx(value, rel=1e-2)
+    where = "document {}, token {}".format(*own["top"][0][:2])
+    assert texts(chrome, ".places .value span")[0] == where
+    # The number of a token is shown once its line has the focus.
+    shown = "getComputedStyle(document.querySelector('.context .peak'), '::after').content"
+    assert chrome.js(shown) == "none"
+    chrome.js("document.querySelector('.context').focus()")
+    assert float(chrome.js(shown).strip('"')) == pytest.approx(value, rel=1e-2)
+
+    def choose(length: str) -> str:
+        chrome.js(f"document.querySelector('[data-length]').value = '{length}'")
+        chrome.js("document.querySelector('[data-length]').dispatchEvent(new Event('change'))")
+        return texts(chrome, ".context")[0]
+
+    _, _, peak, tokens, _ = own["top"][0]
+    pieces = [words[number] for number in tokens]
+    same = "utf-16", "surrogatepass"
+    short = "".join(pieces[max(0, peak - 5) : peak + 4])
+    assert choose("short").encode(*same) == short.encode(*same)
+    assert choose("whole").encode(*same) == "".join(pieces).encode(*same)
+    # A feature's contexts, then those of all.
+    wanted = next(text for text in pieces if text.startswith("javascript"))
+    search = "document.querySelector('#f input[type=search]')"
+    chrome.js(f"{search}.value = {json.dumps(wanted)}")
+    chrome.js(f"{search}.dispatchEvent(new Event('input'))")
+    every = [shown for shown in (*own["top"], *(c for _, part in own["quantiles"] for c in part))]
+    hits = sum(any(words[number] == wanted for number in shown[3]) for shown in every)
+    chrome.until(f"document.querySelectorAll('.context').length === {hits}")
+    assert 0 < hits < len(every)
+    chrome.press("Escape")
+    chrome.press("c")
+    chrome.until("document.activeElement.id === 'contexts-q'")
+    for key in "JAVASCRIPT":
+        chrome.press(key)
+    chrome.until("document.getElementById('contexts-found').textContent.endsWith('of 40')")
+    expected = []
+    for number, feature in enumerate(page["features"]):
+        parts = (*feature["top"], *(c for _, part in feature["quantiles"] for c in part))
+        if any("javascript" in words[at] for shown in parts for at in shown[3]):
+            expected.append(str(number))
+    assert texts(chrome, "#contexts-hits a") == expected and len(expected) > 1
+    quiet(chrome, url)
+
+
+def test_stars_and_notes(chrome: Chromium, built: Built) -> None:
+    url = (built.folder / PAGE).as_uri()
+    starred = "[...document.querySelectorAll('#features tbody a')].map((link) => link.textContent)"
+    chrome.open(f"{url}#f=7")
+    chrome.press("s")
+    chrome.js("document.querySelector('#f textarea').value = '<b>seven</b>'")
+    chrome.js("document.querySelector('#f textarea').dispatchEvent(new Event('change'))")
+    chrome.open(f"{url}#starred=1")
+    assert chrome.js(starred) == ["7"] and texts(chrome, "#found") == [f"1 of {F} features"]
+    chrome.open(f"{url}#f=7")
+    assert chrome.js("document.querySelector('#f textarea').value") == "<b>seven</b>"
+    assert chrome.js("document.querySelector('#f .star').getAttribute('aria-pressed')") == "true"
+    # Out and in again; a file of another SAE, and one that is none, change nothing.
+    chrome.js("URL.createObjectURL = (blob) => { window.blob = blob; return '#f=7'; }")
+    chrome.js("HTMLAnchorElement.prototype.click = () => {}")
+    chrome.js("document.getElementById('export').click()")
+    made = json.loads(chrome.js("window.blob.text()"))
+    assert made["features"] == {"7": {"star": True, "note": "<b>seven</b>"}}
+    given = {"5": {"star": True}, "x": {"star": True}, "999": {"star": True}, "6": None, "8": 1}
+    for content, said in (
+        (json.dumps(made | {"features": given}), "1 features read from n.json"),
+        (json.dumps(made | {"sae": "another"}), "n.json is not of this SAE"),
+        ("null", "n.json is not of this SAE"),
+        ("{", "n.json is not a JSON file"),
+    ):
+        assert chrome.js(f"importNotes(new File([{json.dumps(content)}], 'n.json'))") == said
+    assert chrome.js("Object.keys(kept.features)") == ["5", "7"]
+    # A browser that stores nothing says so, and keeps them as long as the page is open.
+    chrome.js("Object.defineProperty(window, 'localStorage', { get() { throw Error('no'); } })")
+    chrome.press("j")
+    chrome.until("document.getElementById('feature-title').textContent === 'Feature 8'")
+    chrome.press("s")
+    chrome.press("k")
+    chrome.until("document.getElementById('feature-title').textContent === 'Feature 7'")
+    assert "export" in texts(chrome, ".note p")[0]
+    assert chrome.js("noteOf(8).star && noteOf(7).star")
+    quiet(chrome, url)
+
+
+def test_bytes_are_shown_as_text_where_they_are_whole(chrome: Chromium, built: Built) -> None:
+    chrome.open((built.folder / PAGE).as_uri())
+    texts_of = json.dumps(["a", [0x20, 0xE2, 0x82], [0xAC], [0xE2], [0xE2, 0x80], [0xAE]])
+
+    def shown(*tokens: int) -> list[list[object]]:
+        cells: list[list[object]] = chrome.js(
+            f"cells({list(tokens)}, {texts_of}, 0, {len(tokens)})"
+        )
+        return cells
+
+    assert shown(0, 1, 2, 0) == [["a", 0, 1, False], [" €", 1, 3, False], ["a", 3, 4, False]]
+    assert shown(3, 0, 2) == [
+        ["<0xE2>", 0, 1, True],
+        ["a", 1, 2, False],
+        ["<0xAC>", 2, 3, True],
+    ]
+    # A mark of writing direction stays bytes.
+    assert [text for text, *_ in shown(4, 5)] == ["<0xE2><0x80>", "<0xAE>"]
+    assert chrome.js("word([226]).className") == "word byte"
+    assert chrome.js("[...word('  a ').querySelectorAll('.space')].map((s) => s.textContent)") == [
+        "  ",
+        " ",
+    ]
+
+
 def test_a_feature_needs_its_own_file_alone(chrome: Chromium, built: Built) -> None:
     url = (built.folder / PAGE).as_uri()
     chrome.open(f"{url}#feature=7")
@@ -175,7 +298,9 @@ def test_a_feature_needs_its_own_file_alone(chrome: Chromium, built: Built) -> N
         for figure in read(built.folder, "features/000")["features"][7]["figures"]
         if figure is not None
     ]
-    assert len(known) > 2 and float(texts(chrome, "dd")[1]) == pytest.approx(known[1], rel=1e-2)
+    assert len(known) > 2 and float(texts(chrome, ".facts dd")[1]) == pytest.approx(
+        known[1], rel=1e-2
+    )
     chrome.press("j")
     chrome.until("document.getElementById('feature-title').textContent === 'Feature 8'")
     chrome.press("Escape")
@@ -250,8 +375,23 @@ def test_pages_of_a_long_list_and_features_without_a_figure(
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(
-    "view", ["", "#feature=7", "#tokens=", "#tokens=script&id=0", "#q=nothing%20at%20all"]
+    "view",
+    [
+        "",
+        "#feature=7",
+        "#tokens=",
+        "#tokens=script&id=0",
+        "#q=nothing%20at%20all",
+        "#contexts=script",
+    ],
 )
 def test_everybody_can_read_it(chrome: Chromium, built: Built, view: str, scheme: str) -> None:
     chrome.open((built.folder / PAGE).as_uri() + view)
     assert audit(chrome, scheme) == []
+    if scheme == "light":
+        return
+    chrome.resize(390, 844)  # a phone scrolls down alone
+    try:
+        assert chrome.js("document.documentElement.scrollWidth") <= 390
+    finally:
+        chrome.resize(1280, 720)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from residual_saes.analyze.latents import directions
+from residual_saes.analyze.pages.browser.spread import BINS, measure
 from residual_saes.analyze.parts import Parts
 from residual_saes.data.errors import StopRequest
 from residual_saes.harvest import model as language_model
@@ -51,6 +53,19 @@ def test_logits_of_the_embedded_model(block: int, tmp_path: Path) -> None:
     assert worst.tolist() == ids.flip(1)[:, :4].tolist()
     torch.testing.assert_close(raised, values[:, :4], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(lowered, values.flip(1)[:, :4], rtol=1e-3, atol=1e-4)
+    spread = measure(lm, W_dec, StopRequest(), Parts(tmp_path / "spread"))
+    assert spread.vocabulary == expected.shape[1]
+    for latent, row in enumerate(expected):
+        low, high, mean, std, *counts = spread.of(latent)
+        figures = [row.min(), row.max(), row.mean(), row.std(correction=0)]
+        assert [low, high, mean, std] == pytest.approx([float(at) for at in figures], rel=2e-3)
+        assert sum(counts) == len(row) and min(counts[0], counts[-1]) >= 1
+        # A logit at an edge of a bin may fall to either side.
+        assert np.abs(np.histogram(row, BINS)[0] - counts).sum() <= 4
+    kept = measure(lm, 0 * W_dec, StopRequest(), Parts(tmp_path / "spread"))  # of the parts
+    assert np.array_equal(kept.counts, spread.counts)
+    nothing = measure(lm, 0 * W_dec, StopRequest())
+    assert (nothing.high == 0).all() and (nothing.counts.sum(1) == spread.vocabulary).all()
 
 
 class _OnePlus(nn.Module):

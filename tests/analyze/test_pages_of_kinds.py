@@ -13,6 +13,8 @@ from torch import Tensor
 
 from residual_saes.analyze.latents import contexts, directions
 from residual_saes.analyze.pages import facts
+from residual_saes.analyze.pages.browser import spread
+from residual_saes.analyze.pages.browser.spread import BINS, Spread
 from residual_saes.analyze.pages.browser.study import DEFINITION as BROWSER
 from residual_saes.analyze.results import PAGE
 from residual_saes.analyze.studies.catalogue.study import FILE as TABLE
@@ -94,6 +96,14 @@ def built(run: Path) -> Built:
             return product.topk(count), product.topk(count, largest=False)
 
         patch.setattr(directions, "logits", logits)
+
+        def measured(_: None, W_dec: Tensor, *__: object) -> Spread:
+            product = (W_dec @ unembedding().T).numpy()
+            figures = (product.min(1), product.max(1), product.mean(1), product.std(1))
+            counts = np.ones((len(product), BINS), np.int32)
+            return Spread(*figures, counts, IDS)
+
+        patch.setattr(spread, "measure", measured)
         of_run(run)
         study = study_of(run, contexts=2, samples=1)
         study.perform(BROWSER)
@@ -160,7 +170,7 @@ def test_a_crosscoder_in_the_browser(cross: Built) -> None:
         for row in cross.table
     ]
     keys = [column["key"] for column in meta["columns"]]
-    assert keys == ["density", "max", "relative", "cosine"]
+    assert keys == ["density", "max", "interest", "relative", "cosine"]
     assert table["columns"]["relative"] == pytest.approx(
         [row["targets"][1]["share"] for row in cross.table], abs=1e-3
     )

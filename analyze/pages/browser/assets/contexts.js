@@ -2,7 +2,7 @@
 // Stretches of text in which a feature fires: on its page, and searched over all features.
 
 const LENGTHS = { short: [5, 3], line: null, whole: [Infinity, Infinity] }; // tokens before the peak and behind it
-const reading = { length: stored("length") in LENGTHS ? stored("length") : "whole", query: "" };
+const reading = { length: Object.hasOwn(LENGTHS, stored("length")) ? stored("length") : "whole", query: "" };
 const HITS = 50; // features that a search finds before it waits
 
 const isBreak = (text) => typeof text === "string" && text.includes("⏎");
@@ -76,7 +76,7 @@ function context(shown, texts, largest, length, ...before) {
     line.append(token);
   }
   line.append(plain);
-  const where = el("div", { class: "value" }, ...before, el("b", {}, formatted(values.get(peak))), " ", el("span", {}, `document ${documentNumber}, token ${position}`));
+  const where = el("div", { class: "value" }, ...before, el("strong", {}, formatted(values.get(peak))), " ", el("span", {}, `document ${documentNumber}, token ${position}`));
   return el("li", {}, where, line);
 }
 

@@ -30,7 +30,8 @@ function store(what, text) {
 // Of a stranger's object what can be stars and notes of this SAE.
 function checkedNotes(features) {
   const good = {};
-  for (const [number, { star, note } = {}] of Object.entries(features ?? {})) {
+  for (const [number, own] of Object.entries(features ?? {})) {
+    const { star, note } = own ?? {};
     if (!/^\d+$/.test(number) || Number(number) >= meta().features) continue;
     const text = typeof note === "string" ? note.slice(0, NOTE_LENGTH) : "";
     if (star === true || text) good[Number(number)] = { star: star === true, note: text };

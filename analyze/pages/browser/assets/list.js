@@ -18,7 +18,7 @@ const FIXED = {
 };
 
 function sortOf(state) {
-  const known = (key) => key in FIXED || meta().columns.some((column) => column.key === key);
+  const known = (key) => Object.hasOwn(FIXED, key) || meta().columns.some((column) => column.key === key);
   const text = state.get("sort") || "-interest";
   const descending = text.startsWith("-");
   const key = descending ? text.slice(1) : text;
