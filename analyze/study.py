@@ -180,15 +180,7 @@ class Study:
 
     def _load(self, model: ModelConfig, store: Store) -> LanguageModel:
         tell(f"loading {model.path}")
-        loaded = models.load(model, head=True)
-        recorded = store.manifest["model"]
-        unequal = {}
-        for key in ("weights", "config", "tokenizer"):
-            if recorded[key] != loaded.identity[key]:
-                unequal[key] = (recorded[key], loaded.identity[key])
-        if unequal:
-            way_out = "Give the model that it was harvested with, as model.path="
-            raise MismatchError(f"store {store.name}", unequal, way_out)
+        loaded = load_recorded(model, store)
         note(f"study={self.name}")
         return loaded
 
@@ -321,3 +313,21 @@ def write_table(path: Path, columns: Mapping[str, Any]) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(dict(columns)), sink, compression="zstd")
     durable.write(path, [memoryview(sink.getvalue())])
+
+
+def load_recorded(model: ModelConfig, store: Store) -> LanguageModel:
+    """The whole language model that a store was harvested with.
+
+    Raises:
+        MismatchError: `model` is another one.
+    """
+    loaded = models.load(model, head=True)
+    recorded = store.manifest["model"]
+    unequal = {}
+    for key in ("weights", "config", "tokenizer"):
+        if recorded[key] != loaded.identity[key]:
+            unequal[key] = (recorded[key], loaded.identity[key])
+    if unequal:
+        way_out = "Give the model that it was harvested with, as model.path="
+        raise MismatchError(f"store {store.name}", unequal, way_out)
+    return loaded

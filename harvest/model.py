@@ -24,7 +24,7 @@ from residual_saes.harvest.anatomy import Anatomy
 from residual_saes.harvest.decoder import cut_, find_blocks, find_final_norm
 from residual_saes.harvest.dissection import dissect
 from residual_saes.harvest.headers import require_layers, stored
-from residual_saes.harvest.hub_model import complete
+from residual_saes.harvest.hub_model import complete, described
 from residual_saes.harvest.isolation import Isolation
 from residual_saes.harvest.model_folder import EMBEDDED, config_digest, read_config, weights_digest
 from residual_saes.harvest.tokens import Tokenizer
@@ -158,6 +158,42 @@ def load(config: ModelConfig, *, deepest: int | None = None, head: bool = False)
         identity=identity,
         causal=loaded if head else None,
         final_norm=find_final_norm(decoder, blocks) if head else None,
+    )
+
+
+def of_loaded(model: Any, tokenizer: Any = None) -> LanguageModel:
+    """A transformers model with its head that the user has loaded; it is left as it is.
+
+    Args:
+        tokenizer: transformers' own; None: the one of the folder or hub id the model is from.
+
+    Raises:
+        SettingError: it is no such model, or there is no tokenizer as `Tokenizer` wants it.
+    """
+    if not hasattr(model, "get_input_embeddings") or not hasattr(model, "name_or_path"):
+        kind = type(model).__name__
+        raise SettingError(f"model= is a {kind}; give a model that transformers has loaded")
+    decoder: Any = model.base_model
+    text: Any = model.config.get_text_config()
+    blocks = find_blocks(decoder)
+    path = str(model.name_or_path)
+    if tokenizer is None:
+        tokens = Tokenizer.load(described(path, "main"), text.vocab_size)
+    else:
+        tokens = Tokenizer.of_loaded(tokenizer, text.vocab_size)
+    dtype: Any = "float32" if model.dtype == torch.float32 else "bfloat16"
+    return LanguageModel(
+        config=ModelConfig(path, dtype=dtype, device=str(model.device)),
+        decoder=decoder,
+        blocks=blocks,
+        tokenizer=tokens,
+        d_model=text.hidden_size,
+        vocabulary=text.vocab_size,
+        n_layers=len(blocks),
+        deepest=len(blocks) - 1,
+        max_context=getattr(text, "max_position_embeddings", None) or 2**31,
+        identity={},
+        causal=model,
     )
 
 

@@ -10,6 +10,7 @@ ordinary tokens of the text: pieces are told apart by their document's number, n
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,7 +57,18 @@ class Tokenizer:
         Raises:
             SettingError: there is none, or it has no fast form, or no token to start pieces with.
         """
-        inner = load_tokenizer(folder)
+        return cls._of(load_tokenizer(folder), folder, vocabulary)
+
+    @classmethod
+    def of_loaded(cls, given: Any, vocabulary: int | None = None) -> Tokenizer:
+        """One that transformers has loaded, and that is left as it is; raises as `load`."""
+        # Encoding changes settings of the backend.
+        tokenizer = cls._of(copy.deepcopy(given), Path(given.name_or_path), vocabulary)
+        tokenizer.__dict__["inner"] = given
+        return tokenizer
+
+    @classmethod
+    def _of(cls, inner: Any, folder: Path, vocabulary: int | None) -> Tokenizer:
         if not hasattr(inner, "backend_tokenizer"):
             raise SettingError(
                 f"{type(inner).__name__} has no fast form (tokenizer.json); convert it with "

@@ -53,6 +53,8 @@ def test_settings_that_are_named_exist() -> None:
     """
     known, seen = all_settings(), set()
     for page in PAGES:
+        if page.name == "api.md":  # those are arguments of functions
+            continue
         for line in lines(page.read_text()):
             if not parsed(line) and not re.search(r"[\n(]", line):
                 names = re.findall(r"(?:^|\s)([a-z][\w./]*)=", line)

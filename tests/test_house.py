@@ -72,6 +72,7 @@ ANNEXES = {
     "residual_saes.analyze.peers": "residual_saes.analyze.command",
     "residual_saes.analyze.pages.browser": "residual_saes.analyze.command",
     "residual_saes.sae": None,
+    "residual_saes.store": None,
 }
 CORE = {
     *("residual_saes.analyze.studies", "residual_saes.analyze.studies.quality"),

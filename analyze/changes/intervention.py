@@ -102,10 +102,14 @@ class LatentChange:
         require_features(self.features, self.sae.d_sae)
 
     def delta(self, lm: LanguageModel) -> Delta:
+        return self.delta_in(torch.device(lm.config.device), getattr(torch, lm.config.dtype))
+
+    def delta_in(self, device: torch.device, dtype: torch.dtype) -> Delta:
+        """The same for states there; what is added to latents is rounded to their dtype once."""
         directions = self.sae.W_dec[list(self.features)]
         if self.change == "add":
             step = self._values(directions.double()) @ directions.double()
-            step = step.to(lm.config.device, getattr(torch, lm.config.dtype))
+            step = step.to(device, dtype)
             return lambda _: step
         exact = self.exact
 

@@ -8,16 +8,20 @@ Shapes: F latents.
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from residual_saes.analyze import kept
+from residual_saes.analyze.latents.contexts import visible
 from residual_saes.analyze.latents.encoding import positive
+from residual_saes.analyze.latents.text_features import word
 from residual_saes.analyze.results import FEATURES, FOLDER
 from residual_saes.analyze.subject import Subject
 from residual_saes.data import digests, durable
@@ -28,6 +32,7 @@ from residual_saes.data.store.kinds import BOS
 VERSION = 1  # of the counts that are kept
 ROWS = 65_536  # held-out rows that are counted, where there is no catalogue
 _FILE = "rates.npz"
+_EXAMPLES = 5  # tokens of the catalogue that tell what a latent is
 _BATCH_ROWS = 4096  # encoded at a time
 
 
@@ -45,6 +50,22 @@ class Rates:
         """(F,) share of the rows in which each latent fires."""
         return self.count / max(self.rows, 1)
 
+    def examples(self, latents: Sequence[int]) -> dict[int, dict[str, list[str]]]:
+        """By latent what the catalogue says of it: tokens at its peaks, tokens that it raises."""
+        if self.catalogue is None:
+            return {}
+        columns = ["feature", "top", "raised"]
+        chosen = pc.field("feature").isin(list(latents))
+        found = {}
+        for row in pq.read_table(self.catalogue, columns=columns, filters=chosen).to_pylist():
+            peaks = [_token(context, context["peak"]) for context in row["top"]]
+            raised = [_named(item["text"], item["token"]) for item in row["raised"] or ()]
+            found[row["feature"]] = {
+                "peaks": list(dict.fromkeys(peaks))[:_EXAMPLES],
+                "raised": raised[:_EXAMPLES],
+            }
+        return found
+
     def mean_of(self, feature: int) -> float:
         """The mean activation of a latent where it fires.
 
@@ -61,13 +82,22 @@ class Rates:
         return float(self.mean[feature])
 
 
+def _token(context: Mapping[str, Any], index: int) -> str:
+    text = context["text"][index] if context["text"] else None
+    return _named(text, context["tokens"][index])
+
+
+def _named(text: str | None, token: int) -> str:
+    return f"#{token}" if text is None else word(visible(text))
+
+
 def of(subject: Subject, rows: int = ROWS) -> Rates:
     """The rates of a run's latents.
 
     Args:
         rows: to count at most, where there is no catalogue.
     """
-    return _of_catalogue(subject) or _counted(subject, rows)
+    return of_catalogue(subject) or _counted(subject, rows)
 
 
 def catalogue_digest(subject: Subject) -> str | None:
@@ -88,7 +118,8 @@ def _catalogue(subject: Subject) -> digests.Digests | None:
     return None if recorded.fault(FEATURES) else recorded
 
 
-def _of_catalogue(subject: Subject) -> Rates | None:
+def of_catalogue(subject: Subject) -> Rates | None:
+    """The rates of a run's latents, if it has a catalogue of its present SAE."""
     recorded = _catalogue(subject)
     if recorded is None:
         return None

@@ -9,8 +9,8 @@ Shapes: t tokens of a text, BOS included; p pairs of a token and a latent; F lat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from residual_saes.analyze.language_model import residuals
 from residual_saes.analyze.latents.contexts import visible
 from residual_saes.analyze.latents.encoding import positive
+from residual_saes.analyze.pages.template import rendered
 from residual_saes.analyze.subject import Subject
 from residual_saes.data.journal import note
 from residual_saes.data.site import HookPoint
@@ -61,6 +62,7 @@ class TextFeatures:
     token: NDArray[np.int64]  # (p,) position in the text, ascending; 0 is BOS, and never here
     feature: NDArray[np.int64]  # (p,) latent
     activation: NDArray[np.float32]  # (p,) above 0
+    labels: Mapping[int, str] = field(default_factory=dict)  # of latents: tokens of a catalogue
 
     @property
     def dense(self) -> NDArray[np.float32]:
@@ -108,8 +110,22 @@ class TextFeatures:
         lines = [head, f"{'feature':>8} {'max':>8} {'mean':>8}  tokens"]
         for strong in self.top(_SHOWN):
             figures = f"{strong.feature:>8} {strong.max:>8.4g} {strong.mean:>8.4g}"
-            lines.append(f"{figures}  {self.words(strong.tokens)}")
+            label = self.labels.get(strong.feature)
+            elsewhere = f"; elsewhere {label}" if label else ""
+            lines.append(f"{figures}  {self.words(strong.tokens)}{elsewhere}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the text, each token shaded by its largest activation, and a table."""
+        strongest = [self.at(position) for position in range(len(self.ids))]
+        peaks = [best[0][1] if best else 0.0 for best in strongest]
+        return rendered(
+            "text_features.html",
+            tokens=list(zip(self.tokens, peaks, strongest, strict=True)),
+            largest=max(peaks) or 1.0,
+            latents=[(strong, self.words(strong.tokens)) for strong in self.top(_SHOWN)],
+            labels=self.labels,
+        ).decode()
 
 
 def word(token: str) -> str:

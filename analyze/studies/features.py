@@ -15,13 +15,10 @@ from os.path import relpath
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from markupsafe import Markup
 
 from residual_saes.analyze import given, refusals, shelf
 from residual_saes.analyze.latents import rates, text_features
-from residual_saes.analyze.latents.contexts import visible
 from residual_saes.analyze.latents.rates import Rates
 from residual_saes.analyze.latents.text_features import Reader, TextFeatures, word
 from residual_saes.analyze.outcome import Outcome, Table
@@ -35,7 +32,6 @@ from residual_saes.data.settings import build
 from residual_saes.data.text.documents import Content
 
 VERSION = 1
-_EXAMPLES = 5  # tokens of the catalogue that tell what a latent is
 
 
 @dataclass(frozen=True)
@@ -137,7 +133,7 @@ def _block(
 ) -> dict[str, Any]:
     """All that is shown of one text in one run, as plain values."""
     strong = features.top(options.most)
-    examples = _examples(rate, [latent.feature for latent in strong])
+    examples = rate.examples([latent.feature for latent in strong])
     latents = []
     for latent in strong:
         latents.append(
@@ -168,32 +164,6 @@ def _block(
         "has_catalogue": rate.catalogue is not None,
         "browser": str(_browser(subject)) if _browser(subject).is_file() else None,
     }
-
-
-def _examples(rate: Rates, latents: Sequence[int]) -> dict[int, dict[str, Any]]:
-    """By latent what the catalogue says of it: tokens at its peaks, tokens that it raises."""
-    if rate.catalogue is None:
-        return {}
-    columns = ["feature", "top", "raised"]
-    chosen = pc.field("feature").isin(list(latents))
-    found = {}
-    for row in pq.read_table(rate.catalogue, columns=columns, filters=chosen).to_pylist():
-        peaks = [_token(context, context["peak"]) for context in row["top"]]
-        raised = [_named(item["text"], item["token"]) for item in row["raised"] or ()]
-        found[row["feature"]] = {
-            "peaks": list(dict.fromkeys(peaks))[:_EXAMPLES],
-            "raised": raised[:_EXAMPLES],
-        }
-    return found
-
-
-def _token(context: Mapping[str, Any], index: int) -> str:
-    text = context["text"][index] if context["text"] else None
-    return _named(text, context["tokens"][index])
-
-
-def _named(text: str | None, token: int) -> str:
-    return f"#{token}" if text is None else word(visible(text))
 
 
 # -- in words --------------------------------------------------------------------------------------

@@ -139,21 +139,22 @@ class UnitArray:
         chunks = [self.codec.stored(chunk) for chunk in self._chunks(rows)]
         return np.concatenate(chunks)[: len(rows)]
 
-    def read(self, place: Place, unit: int, rows: int) -> NDArray[Any]:
-        """All rows of one unit, of which there are `rows`.
+    def read(self, place: Place, unit: int, rows: int, start: int = 0) -> NDArray[Any]:
+        """The first `rows` rows of one unit, as a rule all of them, but for the first `start`.
 
         Raises:
             StoreError: the object is missing, cut, or does not match its checksum.
         """
         if self.chunk is None:
-            return self._decoded(place, unit, rows, lambda: place.read(self.key(unit)))
-        count = -(-rows // self.chunk)
+            return self._decoded(place, unit, rows, lambda: place.read(self.key(unit)))[start:]
+        first = start // self.chunk
+        count = -(-rows // self.chunk) - first
         out = np.empty((count * self.chunk, *self.inner), self.dtype)
         is_bucket = not isinstance(place, LocalPlace)
         with Shard(self, place, unit, load=is_bucket) as shard:
             for chunk in range(count):
-                shard.read(chunk, out[chunk * self.chunk : (chunk + 1) * self.chunk])
-        return out[:rows]
+                shard.read(first + chunk, out[chunk * self.chunk : (chunk + 1) * self.chunk])
+        return out[start - first * self.chunk : rows - first * self.chunk]
 
     def read_many(self, place: Place, units: Sequence[int], rows: int) -> Iterator[NDArray[Any]]:
         """All rows of several units in their order, of each of which there are `rows`.

@@ -413,13 +413,15 @@ class Store:
         """Whether every unit of `point` is committed."""
         return self.spine_complete and bool(self.committed(point).all())
 
-    def residuals(self, point: Point, unit: int) -> NDArray[np.uint16]:
-        """(n, d) bfloat16 bits of a unit's stored rows.
+    def residuals(
+        self, point: Point, unit: int, start: int = 0, stop: int | None = None
+    ) -> NDArray[np.uint16]:
+        """(n, d) bfloat16 bits of a unit's stored rows, from `start` to `stop`, None: to the last.
 
         Raises:
             StoreError: the unit is not committed, its object is damaged, or a ring freed it.
         """
-        return self._read_rows(self.arrays.rows(point), point, unit)
+        return self._read_rows(self.arrays.rows(point), point, unit, start, stop)
 
     def norms(self, point: Point, unit: int) -> NDArray[np.float32]:
         """(n,) Euclidean norms of a unit's stored rows."""
@@ -429,13 +431,16 @@ class Store:
         """(n,) kind of each of a unit's stored rows: see data/store/kinds.py."""
         return self._read_rows(self.arrays.kinds(point), point, unit)
 
-    def _read_rows(self, array: UnitArray, point: Point, unit: int) -> NDArray[Any]:
+    def _read_rows(
+        self, array: UnitArray, point: Point, unit: int, start: int = 0, stop: int | None = None
+    ) -> NDArray[Any]:
         self._require(point, unit)
-        return self._read(array, unit, self._require_spine(unit))
+        rows = self._require_spine(unit)
+        return self._read(array, unit, rows if stop is None else min(stop, rows), start)
 
-    def _read(self, array: UnitArray, unit: int, rows: int) -> NDArray[Any]:
+    def _read(self, array: UnitArray, unit: int, rows: int, start: int = 0) -> NDArray[Any]:
         try:
-            return array.read(self.place, unit, rows)
+            return array.read(self.place, unit, rows, start)
         except StoreError:
             self.ledger.absences.refuse(array.key(unit), unit)
             raise

@@ -43,8 +43,11 @@ class Trouble(NamedTuple):
     answered: bool  # whether a server answered at all
 
 
-def persistent(what: str, request: Callable[[], T]) -> T:
+def persistent(what: str, request: Callable[[], T], way_out: str | None = None) -> T:
     """The result of `request`, retried with growing waits while its errors are temporary.
+
+    Args:
+        way_out: what the user may do; None: of a text.
 
     Raises:
         StoreError: refused for good.
@@ -60,12 +63,13 @@ def persistent(what: str, request: Callable[[], T]) -> T:
         except Exception as error:  # the hub's own kinds, its HTTP library's, and fsspec's
             trouble = _temporary(error)
             if trouble is None:
-                raise StoreError(_refusal(what, error)) from error
+                raise StoreError(_refusal(what, error, way_out)) from error
             answered = answered or trouble.answered
             tries = TRIES if answered or text_came.is_set() else FIRST_TRIES
             if number > tries:
                 raise TemporaryError(
-                    f"{what} cannot be reached ({trouble.reason}, {number} times); {_way_out()}"
+                    f"{what} cannot be reached ({trouble.reason}, {number} times); "
+                    f"{way_out or _way_out()}"
                 ) from error
             wait = max(min(2.0**number, LONGEST_S), min(trouble.asked_s, LONGEST_ASKED_S))
             tell(
@@ -133,7 +137,7 @@ def _asked_s(headers: Mapping[str, str]) -> float:
     return float(window[1]) if window else 0.0
 
 
-def _refusal(what: str, error: Exception) -> str:
+def _refusal(what: str, error: Exception, way_out: str | None) -> str:
     """The message for an error that a retry does not help."""
     answers = (getattr(cause, "response", None) for cause in _causes(error))
     status = next((answer.status_code for answer in answers if answer is not None), None)
@@ -143,7 +147,7 @@ def _refusal(what: str, error: Exception) -> str:
             "set HF_TOKEN"
         )
     reason = f"HTTP {status}" if status else type(error).__name__
-    return (
-        f"{what} cannot be opened ({reason}: {first_line(error)[:200]}); check the name and the "
-        "network, use text.path=FILE, or text=tiny, which needs no network"
+    way_out = way_out or (
+        "check the name and the network, use text.path=FILE, or text=tiny, which needs no network"
     )
+    return f"{what} cannot be opened ({reason}: {first_line(error)[:200]}); {way_out}"

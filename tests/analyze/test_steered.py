@@ -164,7 +164,7 @@ def test_steering_ends_with_its_block(own: SAE, feature: int) -> None:
         with pytest.raises(KeyError), own.steer(feature, activation=0.0):
             raise KeyError(own.generate(PROMPT, 4))
         assert own.generate(PROMPT, 4) != plain
-        with own.steer(feature, activation=0.0):
+        with own.steer(feature, -30):  # on top of the other one
             assert own.generate(PROMPT, 4) == plain
     assert own.generate(PROMPT, 4) == plain
 

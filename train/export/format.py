@@ -41,8 +41,8 @@ from residual_saes.train.tensors import any_tensor_of, refuse, refuse_shape, sho
 _WAY_OUT = "restore or download it again"
 # Modules here that are no library.
 _OTHERS = {
-    *("__main__", "bundle", "command", "crosscoder", "format", "golden", "hooks", "origin"),
-    "readers",
+    *("__main__", "bundle", "command", "crosscoder", "format", "golden", "hooks", "hub"),
+    *("origin", "readers"),
 }
 
 

@@ -47,6 +47,22 @@ ORIGINS: dict[str, Callable[[Path], Origin]] = {
 }
 ORIGINS["reference"] = _reference_origin
 
+# Files of an SAE by which a folder's format is known, its weights last.
+_TOLD_BY = {
+    "reference": (sae_file.FILE,),
+    "saelens": ("cfg.json", "sae_weights.safetensors"),
+    "sparsify": ("cfg.json", "sae.safetensors"),
+    "safetensors": ("config.json", "sae.safetensors"),
+    "dictionary_learning": ("ae.pt",),
+}
+WEIGHTS = tuple(names[-1] for names in _TOLD_BY.values())
+
+
+def kind_of(folder: Path) -> str | None:
+    """The format of the SAE in a folder; None: of none that its files tell."""
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return next((kind for kind, names in _TOLD_BY.items() if there.issuperset(names)), None)
+
 
 def is_foreign(named: str) -> bool:
     """Whether a name is FORMAT:PATH of a format that is known."""
