@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.error import HTTPError
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,6 +18,7 @@ import torch
 from tokenizers import Tokenizer as Inner
 from tokenizers import decoders, models
 
+from residual_saes.analyze import results
 from residual_saes.analyze.latents import contexts, layout
 from residual_saes.analyze.outcome import Outcome
 from residual_saes.analyze.pages.browser import columns
@@ -381,3 +383,21 @@ def test_serving_is_of_this_machine_alone(built: Built, tmp_path: Path) -> None:
             server(built.folder, port)
         with urllib.request.urlopen(url) as page:
             assert b"<title>SAE features</title>" in page.read()
+        # The report of the run, which leads back as from its own place on the disk.
+        report = url.replace(PAGE, "report.html")
+        with pytest.raises(HTTPError, match="404"):
+            urllib.request.urlopen(report)
+        run = copied(built.made.run, tmp_path / "run", built.made.sae)
+        of_run(run)
+        study = study_of(run)
+        study.perform(DEFINITION)
+        results.write_beside(run, "report", {"report.html": b"a report"})
+        with served(study.folder) as own:
+            with urllib.request.urlopen(own.replace(PAGE, "report.html")) as page:
+                assert page.read() == b"a report"
+                assert page.headers["Content-Security-Policy"] is None
+            with urllib.request.urlopen(own.replace(PAGE, f"studies/browser/{PAGE}")) as page:
+                assert b"<title>SAE features</title>" in page.read()
+            (run / "report.html").write_bytes(b"another")
+            with pytest.raises(HTTPError, match="500"):
+                urllib.request.urlopen(own.replace(PAGE, "report.html"))

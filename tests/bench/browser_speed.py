@@ -9,6 +9,7 @@ started a moment ago and has opened nothing. Milliseconds until what was asked f
     first     the address of a feature is opened, nothing before it
     feature   a link to it is followed, to a file that was not loaded yet; and to one that was
     sort, search, token   a column, a word, a token is asked for in the list that is open
+    contexts  a text is searched for in all contexts: until the first hit; until all are read
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ import numpy as np
 import torch
 
 from residual_saes.analyze.outcome import Outcome
-from residual_saes.analyze.pages.browser import pages
+from residual_saes.analyze.pages.browser import pages, spread
 from residual_saes.analyze.pages.browser import study as browser
+from residual_saes.analyze.pages.browser.spread import Spread
 from residual_saes.analyze.pages.browser.study import PAGE
 from residual_saes.analyze.results import FEATURES
 from residual_saes.analyze.studies.catalogue import study as catalogue
@@ -68,6 +70,14 @@ def text(token: int) -> str:
     return f" {letters}" if token % 3 else letters
 
 
+def spreads(d_sae: int) -> Spread:
+    """Histograms of normal logits: every page has one."""
+    bins = np.exp(-(np.linspace(-4, 4, spread.BINS) ** 2) / 2)
+    counts = np.tile((spread.SAMPLE * bins / bins.sum()).astype(np.int32), (d_sae, 1))
+    figures = [np.full(d_sae, figure, np.float32) for figure in (-4, 4, 0, 1)]
+    return Spread._make([*figures, counts, VOCABULARY])
+
+
 def built(root: Path, tokens: int, d_sae: int) -> dict[str, Any]:
     """Make the pages; what that took."""
     draw = np.random.default_rng(0)
@@ -101,6 +111,8 @@ def built(root: Path, tokens: int, d_sae: int) -> dict[str, Any]:
     scores = -np.sort(-draw.standard_normal((2, d_sae, LOGITS)).astype(np.float32))
     catalogue.logits = lambda *_: ((Ranked(scores[0], ids[0]), Ranked(-scores[1], ids[1])), None)
     catalogue.contexts.token_names = lambda *_, **__: text
+    spread.measure = lambda *_: spreads(d_sae)
+    catalogue.head_of = lambda *_: (None, None)
     began = time.perf_counter()
     study("catalogue", part="all", rows=tokens).perform(catalogue.DEFINITION)
     catalogued = time.perf_counter() - began
@@ -178,6 +190,11 @@ def a_round(folder: Path, features: list[int]) -> dict[str, list[float]]:
         found["search"] = [asked(chrome, search, f"{hits} !== was")]
         rows = "document.querySelector('#token tbody tr')"
         found["token"] = [asked(chrome, f"location.hash = '#tokens={text(3).strip()}'", rows)]
+        word = text(int(VOCABULARY**0.5)).strip()
+        hit = "document.querySelector('#contexts-hits li')"
+        found["contexts"] = [asked(chrome, f"location.hash = '#contexts={word}'", hit)]
+        every = "document.getElementById('contexts-found').textContent.includes('all of')"
+        found["contexts_all"] = [asked(chrome, "location.hash = '#contexts=no such text'", every)]
         assert chrome.troubles == [], chrome.troubles
     return found
 

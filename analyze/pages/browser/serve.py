@@ -40,6 +40,8 @@ ANSWERING_S = 60.0  # for a file
 ASKING = "X-Residual-SAEs"  # header of a question to the model
 _LARGEST = 1 << 16  # bytes of a question
 _WAY_OUT = "`python -m analyze study=browser run=...` makes it"
+REPORT = "report.html"  # of the run, see analyze/pages/report.py
+_REPORT_WAY_OUT = "`python -m analyze study=report run=...` makes it again"
 _TYPES = {
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -95,12 +97,14 @@ class _Answer(BaseHTTPRequestHandler):
         super().finish()
 
     def do_GET(self) -> None:
-        name = unquote(self.path.partition("?")[0].removeprefix("/")) or PAGE
+        # The report leads to the browser as to studies/NAME/.
+        path = unquote(self.path.partition("?")[0].removeprefix("/"))
+        name = path.removeprefix(f"studies/{self._folder.name}/") or PAGE
         if name == "live":
             self._say(HTTPStatus.OK, self._live.about() if self._live else {})
             return
         try:
-            content = _content(self._folder, name)
+            content = _report(self._folder) if name == REPORT else _content(self._folder, name)
         except StoreError as error:
             self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR, "Damaged", str(error))
             return
@@ -177,8 +181,11 @@ class _Answer(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def end_headers(self) -> None:
+        # A report has a policy of its own, which lets it style itself. A bad request has no path.
+        is_report = getattr(self, "path", "").partition("?")[0] == f"/{REPORT}"
         for name, value in _HEADERS.items():
-            self.send_header(name, value)
+            if not is_report or name != "Content-Security-Policy":
+                self.send_header(name, value)
         super().end_headers()
 
     def version_string(self) -> str:
@@ -246,6 +253,19 @@ def _content(folder: Path, name: str) -> bytes:
     if record and name not in record.files:
         raise FileNotFoundError(name)
     return record.content(name, f"{_WAY_OUT} again") if record else path.read_bytes()
+
+
+def _report(folder: Path) -> bytes:
+    """The report of the run whose browser is in `folder`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        StoreError: it is damaged.
+    """
+    record = digests.read(folder.parent / ".report", _REPORT_WAY_OUT)
+    if record is None:
+        raise FileNotFoundError(REPORT)
+    return record.content(f"../../{REPORT}", _REPORT_WAY_OUT)
 
 
 def server(folder: Path, port: int, live: Live | None = None) -> ThreadingHTTPServer:

@@ -58,8 +58,6 @@ from residual_saes.data.journal import Progress, tell
 from residual_saes.data.neutral import neutral
 from residual_saes.data.settings import build
 
-REPORT = "report.html"  # in the run's directory, see analyze/pages/report.py
-
 
 @dataclass(frozen=True)
 class Options:
@@ -319,7 +317,7 @@ def _meta(
         "identity": subject.digest,
         "vocabulary": next((known.vocabulary for known in spreads if known), None),
         # A run of another library has no report. Whether there is one may change any day.
-        "report": None if "imported" in subject.config else f"../../{REPORT}",
+        "report": None if "imported" in subject.config else "../../report.html",
         "no_map": maps.missing(subject.sae.d_sae),
     }
 

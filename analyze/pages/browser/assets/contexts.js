@@ -148,7 +148,8 @@ async function searchOn() {
       document.getElementById("contexts-hits").append(context(hit, page.words, largestOf(own), "whole", link));
     });
     search.next += 1;
-    status.textContent = `${formatted(search.hits)} features found in ${formatted(Math.min(search.next * chunk, features))} of ${formatted(features)}`;
+    const read = Math.min(search.next * chunk, features);
+    status.textContent = `${formatted(search.hits)} found; ${read === features ? "all" : formatted(read)} of ${formatted(features)} features are searched`;
     if (viewOf(stateNow()) !== "contexts") break;
   }
   more.hidden = search.next * chunk >= features;
