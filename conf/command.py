@@ -57,6 +57,11 @@ class Job(NamedTuple):
     overrides: Sequence[str] = ()  # NAME=VALUE, as the job's part of the command line has them
     shared: frozenset[str] = frozenset()  # names of those that all jobs of the multirun have
 
+    @property
+    def given(self) -> set[str]:
+        """Names of the settings and groups that the command line gives."""
+        return {override.partition("=")[0].lstrip("+~") for override in self.overrides}
+
 
 ALONE = Job()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from residual_saes.data.store.place import place_of
 from residual_saes.data.store.repair import is_derived, is_pack, repair, require_store
 from residual_saes.data.text.documents import TextSource
 from residual_saes.data.text.sources import source_name, source_of
+from residual_saes.harvest import defaults
 from residual_saes.harvest.config import Faults, HarvestConfig, check_context
 from residual_saes.harvest.cost import cost
 from residual_saes.harvest.description import Description
@@ -35,13 +37,12 @@ from residual_saes.harvest.verify import verify
 ACTIONS = ("run", "plan", "status", "verify", "repair", "thin")
 
 
-def command(settings: dict[str, Any], _: Job = ALONE) -> None:
+def command(settings: dict[str, Any], job: Job = ALONE) -> None:
     """Carry out one `action`."""
     action = settings["action"]
     if action not in ACTIONS:
         raise SettingError(f"action={action} is unknown; choose one of {', '.join(ACTIONS)}")
-    config = harvest_config(settings)
-    place = place_of(config.store)
+    place = place_of(store_of(settings))
 
     # What needs no model.
     if action == "status":
@@ -58,6 +59,14 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
         return
 
     # What needs a model, and a store that is there.
+    if "model.path" in job.given and "model" not in job.given:
+        device = own_device(settings["device"]).type
+        settings["model"] = defaults.own_model(settings["model"], job.given, device)
+    goes_on = bool(job.given) and manifest.exists(place)
+    if goes_on:
+        settings, from_store = defaults.recalled(settings, job.given, place)
+        tell(from_store)
+    config = harvest_config(settings)
     model = model_config(settings["model"], settings["device"])
     if action == "run":
         tell_standing(standing(settings), model.device)
@@ -73,8 +82,15 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
     force = flag("force", settings["force"])
     manifest.require_free(place)
     retention.refuse_thin(place, "harvesting")
-    source = source_of(settings["text"], config.seed)
-    planned = checked_plan(config, model, source, action, force=force)
+    if goes_on and not asks_for_text(job.given):
+        source = defaults.recalled_text(place)
+    else:
+        source = source_of(settings["text"], config.seed)
+    described = Description.of(model)
+    settings, chosen = defaults.filled(settings, described, source)
+    (show if action == "plan" else tell)(*chosen)
+    config = harvest_config(settings)
+    planned = checked_plan(config, described, source, action, force=force)
     if action == "plan" and not probing:
         return
     purpose = "; a few batches are timed then" if action == "plan" else ""
@@ -88,7 +104,7 @@ def command(settings: dict[str, Any], _: Job = ALONE) -> None:
 
 
 def checked_plan(
-    config: HarvestConfig, model: ModelConfig, source: TextSource, action: str, *, force: bool
+    config: HarvestConfig, described: Description, source: TextSource, action: str, *, force: bool
 ) -> Plan:
     """Make the plan and print it, then refuse what cannot be, without reading any weight.
 
@@ -96,10 +112,10 @@ def checked_plan(
         force: of disk or memory that seem too small, warn.
 
     Raises:
-        SettingError: the model, its tokenizer, its template, a layer, the context or the memory.
+        SettingError: the model's files, its template, a layer, the context or the memory.
         StoreError: the disk, or a store that was made with other settings.
     """
-    described = Description.of(model)
+    model = described.config
     files = stored(model.path, described.folder)
     planned = planned_for(config, described, files)
     speed = planned.hours(guess(planned, model.dtype), config.world, "(a guess)")
@@ -123,19 +139,14 @@ def checked_plan(
 
 
 def harvest_config(settings: dict[str, Any]) -> HarvestConfig:
-    """The harvest's configuration from plain settings."""
+    """The harvest's configuration from plain settings; what is open is as `provisional` has it."""
+    settings = defaults.provisional(settings)
     layers = settings["layer"] if settings["layer"] is not None else settings["model"]["layers"]
-    if layers is None:
-        raise SettingError(
-            "layer= is not set, and this model's configuration has no default; give a layer number"
-        )
     listed = layers if isinstance(layers, list) else [layers]
     sites = settings["site"]
     stands = standing(settings)
     return HarvestConfig(
-        store=str(
-            single("store", settings["store"]) or default_store(settings["model"], settings["text"])
-        ),
+        store=store_of(settings),
         layers=tuple(sorted(whole("layer", layer) for layer in listed)),
         tokens=whole("tokens", settings["tokens"]),
         context=whole("context", settings["context"]),
@@ -165,6 +176,20 @@ def faults(settings: dict[str, Any]) -> Faults:
     """What happens where something fails, from plain settings."""
     non_finite = whole("non_finite", settings["non_finite"])
     return Faults(settings["oom"], non_finite, settings["text"].get("bad", "stop"))
+
+
+def store_of(settings: dict[str, Any]) -> str:
+    """The store that is asked for, or the default."""
+    named = single("store", settings["store"])
+    return str(named or default_store(settings["model"], settings["text"]))
+
+
+def asks_for_text(given: Collection[str]) -> bool:
+    """Whether a command line names a text."""
+    return any(
+        name.split(".")[0] == "text" and name not in ("text.bad", "text.max_tokens")
+        for name in given
+    )
 
 
 def default_store(model: dict[str, Any], text: dict[str, Any]) -> str:

@@ -276,7 +276,7 @@ def defaults(kind: type) -> dict[str, Any]:
 
 # null in the YAML: the command asks the launcher's environment first, the kind of dictionary, or
 # the study.
-DECIDED_BY_OTHERS = {"rank", "world", "site", "samples", "temperature"}
+DECIDED_BY_OTHERS = {"rank", "world", "site", "samples", "temperature", "batch", "context"}
 
 
 @pytest.mark.parametrize(

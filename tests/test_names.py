@@ -52,6 +52,7 @@ WORDS = {
 # Settings without a default that name nothing.
 NAMELESS = {
     *("layer", "tokens", "unit", "max_bytes", "rank", "world", "device", "train.matmul", "codec"),
+    *("context", "batch", "sae.d_sae", "sae.k", "sae.k_aux"),
     *("site", "sae.target", "study.most_ce_increase"),
     *("accept", "drop_bos", "drop_outliers", "feature", "scale"),
     *("answers.samples", "answers.temperature"),
@@ -147,8 +148,8 @@ def test_a_name_may_refer_to_a_setting() -> None:
     with initialize_config_module("residual_saes.conf", version_base="1.3"):
         overrides = quoted(["sae=tiny", "run=${sae.name}_${sae.k}", "store=1"])
         assert plain(compose("train", overrides))["run"] == "tiny_16"
-        settings = plain(compose("train", ["run=${batch}", "store=2"]))  # numbers, for Hydra
-        assert (settings["run"], settings["store"], settings["batch"]) == ("4096", "2", 4096)
+        settings = plain(compose("train", ["run=${seed}", "store=2"]))  # numbers, for Hydra
+        assert (settings["run"], settings["store"], settings["seed"]) == ("0", "2", 0)
         settings = plain(compose("analyze", ["study=browser", "study.others=[1,null]", "runs=7"]))
         assert (settings["study"]["others"], settings["runs"]) == (["1", None], "7")
         added = ["+text.sources.a.path=1", "+text.sources.a.weight=2"]

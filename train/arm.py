@@ -24,8 +24,9 @@ from residual_saes.data.journal import Metrics, tell
 from residual_saes.data.rows import statistics
 from residual_saes.data.rows.follower import Follower, FollowsNobody
 from residual_saes.data.store import records
-from residual_saes.train import checkpoint, run, sae_file
+from residual_saes.train import checkpoint, recipe, run, sae_file
 from residual_saes.train.checkpoint import Checkpoint
+from residual_saes.train.optim import warmup_steps
 from residual_saes.train.parallel import Group
 from residual_saes.train.stream import Stream
 from residual_saes.train.trainer import TrainConfig, Trainer
@@ -63,6 +64,7 @@ class Run:
         self.arm = arm
         self.group = group
         self.outcome: Outcome | None = None
+        self._is_warned = False  # that the SAE is worse than the rows' mean
         self.trainer = Trainer(arm.config, arm.stream.reader, device, group)
         with ExitStack() as stack:
             if group.rank == 0:
@@ -105,12 +107,21 @@ class Run:
                 f"{arm.folder}: optim.lr=auto is {trainer.optim.lr:.3g} for "
                 f"{arm.config.sae.d_sae:,} latents and {trainer.steps:,} steps (docs/method.md)"
             )
+        self._warn(
+            recipe.rate_warning(float(trainer.optim.lr), arm.config.sae.d_sae, trainer.steps),
+            recipe.size_warning(arm.config.sae.d_sae, arm.config.sae.k, tokens),
+        )
         here = environment.of_training(device, self.group.world)
         later = {"sae": arm.config.sae.LATER, "optim": arm.config.optim.LATER}
         unrecorded = {**arm.config.LATER, **later}
         for line in run.agree(arm.folder, settings, facts, here, unrecorded):
             tell(line)
         return records.digest(settings)
+
+    def _warn(self, *warnings: str | None) -> None:
+        """Tell the user; the report finds the same warnings in the run's settings and metrics."""
+        for warning in filter(None, warnings):
+            tell(f"warning: {self.arm.folder}: {warning}")
 
     def _open(self, stack: ExitStack, stop: StopRequest) -> None:
         """Take up the last checkpoint, or begin. A finished run has its outcome at once."""
@@ -216,6 +227,11 @@ class Run:
         """Write a record to the metrics, and its step's speed in tokens/s beside them."""
         if self.group.rank == 0:
             self._metrics.write(record)
+            if not self._is_warned:
+                warmup = warmup_steps(self.trainer.optim, self.trainer.steps)
+                warning = recipe.negative_warning([record], warmup)
+                self._is_warned = warning is not None
+                self._warn(warning)
             if speed is not None:
                 self._timings.write({"step": self.step, "tokens_per_s": round(speed)})
 

@@ -11,13 +11,14 @@ from typing import Any
 from residual_saes.conf.command import ALONE, Job
 from residual_saes.data import durable, rank
 from residual_saes.data.device import own_device
+from residual_saes.data.errors import StoreError
 from residual_saes.data.journal import tell
 from residual_saes.data.rows import summary
 from residual_saes.data.rows.source import Source
 from residual_saes.data.rows.split import Policy
 from residual_saes.data.settings import build, flag, optional_whole, whole
 from residual_saes.data.store import coming, default
-from residual_saes.train import objective
+from residual_saes.train import objective, recipe, run
 from residual_saes.train.arm import Arm
 from residual_saes.train.asked import Asked, stem
 from residual_saes.train.columns import widths_of
@@ -26,7 +27,8 @@ from residual_saes.train.optim import OptimConfig
 from residual_saes.train.parallel import Group
 from residual_saes.train.run import FOLDER as RUNS
 from residual_saes.train.run import source_of
-from residual_saes.train.stream import rows_of, store_at
+from residual_saes.train.sae import SAEConfig
+from residual_saes.train.stream import row_count, rows_of, store_at
 from residual_saes.train.trainer import TrainConfig
 from residual_saes.train.warm import Start
 
@@ -34,7 +36,6 @@ _ARM_BYTES = 150  # of a directory's name; file systems allow 255
 _COUNTS = (
     "seed",
     "data_seed",
-    "batch",
     "log_every",
     "eval_every",
     "eval_rows",
@@ -60,10 +61,11 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
         StoreError: there is no such store.
     """
     device = own_device(settings["device"])
+    settings = continued(settings, job)
     sae_name = settings["sae"].pop("name", "sae")
     optim = build(OptimConfig, "optim", settings["optim"])
     chosen = objective.find(settings["sae"]["activation"])
-    sae = build(chosen.settings, "sae", settings["sae"])
+    sae = build(chosen.settings, "sae", recipe.provisional(settings["sae"]))
     policy = Policy(
         flag("drop_bos", settings["drop_bos"]),
         flag("drop_outliers", settings["drop_outliers"]),
@@ -71,6 +73,7 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
     )
     tokens = optional_whole("tokens", settings["tokens"])
     counts: dict[str, Any] = {name: whole(name, settings[name]) for name in _COUNTS}
+    batch = optional_whole("batch", settings["batch"])
     named = settings["store"]
     paths = list(map(str, named if isinstance(named, list) else [named] if named else []))
     asked = Asked.of(settings["layer"], settings["site"], max(len(paths), 1), sae)
@@ -82,7 +85,16 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
     name = f"{stem(stores)}_{sae_name}_{asked.name(layers)}"
     folder = run_directory(settings["run"], name, job)
     start = Start.of(settings["start"], folder) if settings["start"] else None
-    sae = start.adopted(sae, job.overrides) if start else sae
+    if start:
+        settings["sae"] = start.adopted(settings["sae"], job.given)
+    sources = asked.sources(stores, layers)
+    sizes, batch, chosen_sizes = recipe.filled(
+        settings["sae"],
+        batch,
+        max(source.width for source in sources),
+        lambda: tokens or row_count(sources, policy),
+    )
+    tell_once(chosen_sizes)
     config = TrainConfig(
         layer=layers[0] if len(layers) == 1 else layers,
         site=asked.sites[0] if len(asked.sites) == 1 else asked.sites,
@@ -90,17 +102,17 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
         matmul=settings["train"]["matmul"] or ("tf32" if device.type == "cuda" else "fp32"),
         tokens=tokens,
         policy=policy,
-        sae=sae,
+        batch=batch,
+        sae=build(chosen.settings, "sae", sizes),
         optim=optim,
         start=start.digest if start else None,
         **counts,
     )
     pinned = device.type == "cuda"
-    sources = asked.sources(stores, layers)
     stream = rows_of(sources, config.batch, config.data_seed, policy, pinned)
     if start:
         widths = widths_of(config.ports, stream.reader)
-        start.require_fit(sae, widths, f"the rows of {stem(stores)}")
+        start.require_fit(config.sae, widths, f"the rows of {stem(stores)}")
     follower = stream.reader.follower(file_name(str(folder.resolve())), str(folder))
     several = {"store_paths": [store.name for store in stores]} if len(stores) > 1 else {}
     facts: dict[str, Any] = {
@@ -113,6 +125,33 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
         **_variance_lost(sources),
     }
     return Arm(config, stream, folder, follower, facts, start)
+
+
+def continued(settings: dict[str, Any], job: Job) -> dict[str, Any]:
+    """Settings with a run's own dictionary, schedule and batch where the run is there already and
+    the command line does not choose others: a later version may have other defaults.
+    """
+    folder = Path(settings["run"] or "")
+    if (
+        {"sae", "optim"} & job.given
+        or "run" not in job.given
+        or not (folder / run.CONFIG).is_file()
+    ):
+        return settings
+    try:
+        recorded = run.read_config(folder)
+    except StoreError:  # training writes it again if these settings are the run's
+        return settings
+    own: dict[str, Any] = {"batch": recorded["settings"]["batch"]}
+    own["sae"] = {"name": recorded["sae_name"], **SAEConfig.LATER, **recorded["settings"]["sae"]}
+    own["optim"] = {**OptimConfig.LATER, **recorded["settings"]["optim"]}
+    for name in job.given:
+        group, _, setting = name.rpartition(".")
+        if group in own:
+            own[group][setting] = settings[group][setting]
+    if "batch" in job.given:
+        own["batch"] = settings["batch"]
+    return {**settings, **own}
 
 
 def _variance_lost(sources: Sequence[Source]) -> dict[str, float]:
@@ -129,6 +168,12 @@ def _variance_lost(sources: Sequence[Source]) -> dict[str, float]:
             )
             most = max(lost, most or 0.0)
     return {} if most is None else {"store_variance_lost": most}
+
+
+@cache  # the arms of a sweep mostly have the same sizes
+def tell_once(line: str) -> None:
+    """Tell a line, if it says anything, once in this process."""
+    tell(*filter(None, [line]))
 
 
 @cache  # the arms of a sweep take the same one, which is said once

@@ -119,12 +119,17 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
         config: resolved.
     """
     lr = float(config.lr)
-    warmup = min(5_000, steps // 20) if config.warmup_steps is None else config.warmup_steps
+    warmup = warmup_steps(config, steps)
     if step < warmup:
         return lr * (step + config.first_step) / warmup
     progress = (step - warmup) / max(1, steps - config.first_step - warmup)
     left = 1 - progress if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return config.lr_floor + (lr - config.lr_floor) * left
+
+
+def warmup_steps(config: OptimConfig, steps: int) -> int:
+    """Optimizer steps of a run of `steps` in which the rate rises."""
+    return min(5_000, steps // 20) if config.warmup_steps is None else config.warmup_steps
 
 
 class Adam:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from residual_saes.data.rows.reader import Reader
+from residual_saes.data.rows.rounds import KeptRows, rounds_of
 from residual_saes.data.rows.source import Source
 from residual_saes.data.rows.split import Policy, held_out
+from residual_saes.data.rows.windows import TUNING
 from residual_saes.data.store.store import Store
 
 
@@ -52,6 +54,12 @@ def first_rows(reader: Reader, rows: int) -> Tensor:
 def store_at(path: str) -> Store:
     """The store at `path`, opened once."""
     return Store.open(path)
+
+
+@cache
+def row_count(sources: tuple[Source, ...], policy: Policy) -> int:
+    """Training rows of one pass over some sources; of a ring a lower bound. Raises as `Reader`."""
+    return rounds_of(KeptRows(sources, policy), 1, TUNING.poll_s).rows
 
 
 @cache  # so that they share the reading

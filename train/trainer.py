@@ -374,7 +374,7 @@ def _require_divisible(config: TrainConfig, world: int) -> None:
     if world > 1 and config.sae.resample:
         raise SettingError(
             f"sae.resample draws rows of a whole batch, so {world} processes cannot share it; "
-            "use one"
+            "use one, or take sae=topk sae.resample=false"
         )
     if world > 1 and objective.find(config.sae.activation).whole_batch:
         raise SettingError(

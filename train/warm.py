@@ -10,8 +10,8 @@ be gone. train/refit.py makes the weights right for other rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,22 +70,21 @@ class Start:
             )
         return sae
 
-    def adopted(self, sae: SAEConfig, given: Iterable[str]) -> SAEConfig:
-        """Settings with this d_sae, and k, where the command line (NAME=VALUE) gives none.
+    def adopted(self, sae: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+        """The `sae` settings with this d_sae, and k, where the command line gives none.
 
         k stays where it names a dictionary, as sae=NAME.
         """
-        names = {override.partition("=")[0].lstrip("+") for override in given}
         new: dict[str, Any] = {}
-        if "sae.d_sae" not in names:
+        if "sae.d_sae" not in given:
             new["d_sae"] = self.d_sae
-        if not {"sae", "sae.k"} & names and self.k < self.d_sae:
+        if not {"sae", "sae.k"}.intersection(given) and self.k < self.d_sae:
             new["k"] = self.k
-        changed = {name: value for name, value in new.items() if value != getattr(sae, name)}
+        changed = {name: value for name, value in new.items() if value != sae[name]}
         if changed:
             shown = " ".join(f"sae.{name}={value}" for name, value in changed.items())
             tell(f"{shown}, as start={self.named} has it")
-        return replace(sae, **changed)
+        return {**sae, **changed}
 
     def require_fit(self, sae: SAEConfig, widths: tuple[int, int], rows: str) -> None:
         """Raise SettingError unless an SAE of these settings on these rows can start from it.

@@ -178,7 +178,7 @@ def test_multirun_names_its_arms_and_never_leaves_runs(store, tmp_path, call):
         (["{store}", "sae.activation=null"], "sae.activation=None"),
         (["{store}", "sae.activation=gated"], "sae.aux_coef=0.03125"),
         (["{store}", "sae.k=64"], "sae.k=64"),
-        (["{store}", "sae.k=null"], "sae.k=null"),
+        (["{store}", "sae.nested=null"], "sae.nested=null"),
         (["{store}", "optim.lr=null"], "optim.lr=null"),
         (["{store}", "optim.beta1=x"], "optim.beta1=x"),
         (["{store}", "+sae.kk=64"], "sae.kk"),

@@ -27,9 +27,9 @@ NAMES = ("W_enc", "W_dec", "b_enc", "b_dec")
 
 
 def recipe(group: str, kind: type, **changes: object):
-    """The configuration of `python -m train`'s defaults, but for `changes`."""
+    """The configuration of `sae=topk_32k`, but for `changes`."""
     with initialize_config_module("residual_saes.conf", version_base="1.3"):
-        settings = dict(compose("train")[group])
+        settings = dict(compose("train", ["sae=topk_32k"])[group])
     settings.pop("name", None)
     return replace(build(kind, group, settings), **changes)
 
