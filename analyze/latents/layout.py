@@ -30,7 +30,7 @@ PERPLEXITY = 30  # about how many neighbours count; scikit-learn's default
 FEWEST = 8  # latents of a map
 WAY_OUT = "scikit-learn is not installed: pip install scikit-learn"
 _JUDGED = 10  # nearest directions of each latent that are looked for on the map ...
-AMONG = 100  # ... among so many nearest points
+_AMONG = 100  # ... among so many nearest points at most, of few latents among fewer
 _PART = 4096  # latents whose neighbours are kept together
 
 
@@ -38,7 +38,8 @@ class Layout(NamedTuple):
     """A map, and how true it is."""
 
     points: NDArray[np.float32]  # (F, 2) from 0 to 1 along the longer side
-    kept: float  # share of the 10 nearest directions that are among the AMONG nearest points
+    kept: float  # share of the 10 nearest directions that are among the `among` nearest points
+    among: int
     by_chance: float  # the same of points at random
 
 
@@ -53,22 +54,22 @@ def of(directions: Tensor, parts: Parts) -> Layout:
     Args:
         parts: where the neighbours and the map are kept.
     """
-    among = unit(directions.float())
-    perplexity = min(PERPLEXITY, (len(among) - 1) // 3)
+    units = unit(directions.float())
+    perplexity = min(PERPLEXITY, (len(units) - 1) // 3)
 
     def neighbours(first: int) -> Arrays:
-        count = min(3 * perplexity + 1, len(among) - 1)  # as many as scikit-learn asks for
-        cosines, ids = nearest(among[first : first + _PART], among, count, but=first)
+        count = min(3 * perplexity + 1, len(units) - 1)  # as many as scikit-learn asks for
+        cosines, ids = nearest(units[first : first + _PART], units, count, but=first)
         return {"cosines": cosines.cpu().numpy(), "ids": ids.int().cpu().numpy()}
 
-    starts = range(0, len(among), _PART)
+    starts = range(0, len(units), _PART)
     found = [parts.of(number, partial(neighbours, first)) for number, first in enumerate(starts)]
     cosines = np.concatenate([part["cosines"] for part in found])
     ids = np.concatenate([part["ids"] for part in found])
-    made = parts.of(len(found), lambda: {"points": _placed(among, cosines, ids, perplexity)})
+    made = parts.of(len(found), lambda: {"points": _placed(units, cosines, ids, perplexity)})
     points = made["points"]
-    near = min(AMONG, len(points) - 1)
-    return Layout(points, _kept(points, ids[:, :_JUDGED], near), near / (len(points) - 1))
+    among = min(_AMONG, max(_JUDGED, len(points) // 50), len(points) - 1)
+    return Layout(points, _kept(points, ids[:, :_JUDGED], among), among, among / (len(points) - 1))
 
 
 def _placed(

@@ -18,6 +18,7 @@ import torch
 from residual_saes.analyze.latents import contexts, directions
 from residual_saes.analyze.outcome import Outcome
 from residual_saes.analyze.pages.browser import spread
+from residual_saes.analyze.pages.browser.live import Live
 from residual_saes.analyze.pages.browser.serve import server
 from residual_saes.analyze.pages.browser.spread import Spread
 from residual_saes.analyze.pages.browser.study import DEFINITION, PAGE
@@ -167,9 +168,9 @@ def read(folder: Path, name: str) -> Any:
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[str]:
+def served(folder: Path, live: Live | None = None) -> Iterator[str]:
     """The page's address on a server that runs meanwhile."""
-    with server(folder, 0) as running:
+    with server(folder, 0, live) as running:
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         try:

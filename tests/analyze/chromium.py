@@ -75,6 +75,12 @@ class Chromium:
         """Press a key of the keyboard; what has the focus gets it."""
         self._page.keyboard.press(key)
 
+    def point(self, x: float, y: float, *, click: bool = False) -> None:
+        """Move the mouse to a place of the window, in CSS pixels, and press it there or not."""
+        self._page.mouse.move(x, y)
+        if click:
+            self._page.mouse.click(x, y)
+
     def resize(self, width: int, height: int) -> None:
         """Set the size of the window, in CSS pixels."""
         self._page.set_viewport_size({"width": width, "height": height})

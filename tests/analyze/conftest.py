@@ -5,6 +5,7 @@ hand.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,8 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
+from residual_saes.analyze.pages.browser import study as browser
+from residual_saes.analyze.studies.catalogue import study as catalogue
 from residual_saes.analyze.study import Study
 from residual_saes.analyze.subject import Subject
 from residual_saes.data import durable
@@ -169,6 +172,20 @@ def make_tiny_run(root: Path) -> Path:
     )  # as well as one scale can do
     write_run(root / "run", store, TINY_LAYER, shape, made)
     return root / "run"
+
+
+@pytest.fixture(scope="session")
+def tiny_browser(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """The browser of a copy of that run, made."""
+    run = tmp_path_factory.mktemp("tiny_browser") / "run"
+    shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("studies"))
+    subject = Subject.open(run, None, torch.device("cpu"))
+    model = ModelConfig(EMBEDDED, dtype="float32")
+    options = {"rows": 4096, "top": 2, "quantiles": 1, "each": 1, "logits": 0}
+    Study("catalogue", subject, options, model).perform(catalogue.DEFINITION)
+    made = Study("browser", subject, {"contexts": 2, "samples": 1}, model)
+    made.perform(browser.DEFINITION)
+    return made
 
 
 @pytest.fixture

@@ -91,8 +91,8 @@ def test_a_visit(chrome: Chromium, url: str, built: Built) -> None:
     chrome.until("document.documentElement.dataset.view === 'f'")
     assert chrome.js("document.activeElement.textContent") == "Feature 7"
     assert (
-        chrome.js("document.querySelectorAll('.side h3').length") == 4
-    )  # logits, neighbours and the other run
+        chrome.js("document.querySelectorAll('.side h3').length") == 5
+    )  # logits, neighbours, what fires together and the other run
     if url.startswith("file:"):
         there = built.made.run.parent / "ot'her <b>&/studies/browser" / PAGE
         led = chrome.js("document.querySelector('.side > :last-child a').href")

@@ -42,7 +42,9 @@ def test_groups_come_out_and_chance_makes_none(tmp_path: Path) -> None:
     _, near = cKDTree(planted.points).query(planted.points, 11)
     assert (label[near[:, 1:]] == label[:, None]).mean() > 0.99
     assert gap(planted.points) > 1 > 0.3 > gap(random.points)
-    assert planted.kept > 0.9 and planted.by_chance == pytest.approx(100 / (GROUPS * EACH - 1))
+    assert planted.kept > 5 * planted.by_chance and planted.by_chance == pytest.approx(
+        10 / (GROUPS * EACH - 1)
+    )
     for made in (planted, random):
         assert made.points.min() == 0 and made.points.max() == 1
     assert (layout.of(directions(0.3), parts).points == planted.points).all()  # kept

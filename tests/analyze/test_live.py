@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -12,48 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from residual_saes.analyze.pages.browser import live as lives
 from residual_saes.analyze.pages.browser.live import Live
 from residual_saes.analyze.pages.browser.serve import ASKING, server
-from residual_saes.analyze.pages.browser.study import DEFINITION as BROWSER
 from residual_saes.analyze.studies import features, steer
-from residual_saes.analyze.studies.catalogue.study import DEFINITION as CATALOGUE
 from residual_saes.analyze.study import Study
-from residual_saes.analyze.subject import Subject
-from residual_saes.harvest.model import ModelConfig
-from residual_saes.harvest.model_folder import EMBEDDED
 
 TEXT = "Tom has 7 apples and 3 pears."
 STEER = {"prompt": "Tom has", "feature": 0, "scale": [0, 4], "new_tokens": 6}
 
 
 @pytest.fixture(scope="module")
-def study(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """The browser of a run on the embedded model, made."""
-    run = tmp_path_factory.mktemp("live") / "run"
-    shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("studies"))
-    subject = Subject.open(run, None, torch.device("cpu"))
-    model = ModelConfig(EMBEDDED, dtype="float32")
-    options = {"rows": 4096, "top": 2, "quantiles": 1, "each": 1, "logits": 0}
-    Study("catalogue", subject, options, model).perform(CATALOGUE)
-    made = Study("browser", subject, {"contexts": 2, "samples": 1}, model)
-    made.perform(BROWSER)
-    return made
-
-
-@pytest.fixture(scope="module")
-def answered(study: Study) -> Callable[..., list[dict[str, Any]]]:
+def answered(tiny_browser: Study) -> Callable[..., list[dict[str, Any]]]:
     """Asks a model that stays loaded."""
-    live = Live(study)
+    live = Live(tiny_browser)
     return lambda name, **request: list(live.answer(name, request, lambda: False))
 
 
 @pytest.fixture(scope="module")
-def port(study: Study) -> Iterator[int]:
+def port(tiny_browser: Study) -> Iterator[int]:
     """Of a server with the model."""
-    with server(study.place, 0, Live(study)) as running:
+    with server(tiny_browser.place, 0, Live(tiny_browser)) as running:
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         yield running.server_port
@@ -75,11 +54,13 @@ def post(port: int, body: bytes, path: str = "/live/features", **headers: str | 
         return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
-def test_the_box_says_what_the_study_says(study: Study, answered: Callable[..., Any]) -> None:
+def test_the_box_says_what_the_study_says(
+    tiny_browser: Study, answered: Callable[..., Any]
+) -> None:
     """Every figure of a sentence is study=features', every continuation study=steer's."""
     first, answer = answered("features", text=TEXT)
     assert "loading" in first["note"]
-    of_text = replace(study, name="features", options={}, asked={"text": TEXT})
+    of_text = replace(tiny_browser, name="features", options={}, asked={"text": TEXT})
     (expected,) = features.features(of_text).figures["texts"]
     assert json.loads(json.dumps(answer["text"])) == {
         **expected,
@@ -93,7 +74,7 @@ def test_the_box_says_what_the_study_says(study: Study, answered: Callable[..., 
             assert pairs[latent] == pytest.approx(value, rel=1e-3)
     asked = {"prompt": "Tom has", "feature": 0, "scale": [0, 4]}
     options = {"new_tokens": 6, "seed": 0, "rows": 4096}
-    steered = steer.steer(replace(study, name="steer", options=options, asked=asked)).figures
+    steered = steer.steer(replace(tiny_browser, name="steer", options=options, asked=asked)).figures
     untouched, *doses = answered("steer", **STEER)
     assert untouched["untouched"] == steered["untouched"]["text"]
     for name in ("chosen", "random"):
@@ -141,9 +122,9 @@ def test_a_text_names_no_file(answered: Callable[..., Any], tmp_path: Path) -> N
 
 
 def test_one_question_at_a_time_and_who_leaves_is_not_waited_for(
-    study: Study, answered: Callable[..., Any]
+    tiny_browser: Study, answered: Callable[..., Any]
 ) -> None:
-    live = Live(study)
+    live = Live(tiny_browser)
     first = live.answer("steer", STEER, lambda: False)
     next(first)
     (refused,) = live.answer("features", {"text": TEXT}, lambda: False)
@@ -153,14 +134,14 @@ def test_one_question_at_a_time_and_who_leaves_is_not_waited_for(
     left = list(live.answer("steer", STEER, lambda: next(looks, True)))
     assert left == []  # in the first continuation
     assert "error" not in list(live.answer("features", {"text": TEXT}, lambda: False))[-1]
-    assert not any(block._forward_pre_hooks for block in study.lm.blocks)
+    assert not any(block._forward_pre_hooks for block in tiny_browser.lm.blocks)
 
 
-def test_any_failure_is_a_line(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_failure_is_a_line(tiny_browser: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: object) -> None:
         raise RuntimeError("out of memory\nTraceback")
 
-    live = Live(study)
+    live = Live(tiny_browser)
     monkeypatch.setattr(lives.features, "found", failing)
     answer = list(live.answer("features", {"text": TEXT}, lambda: False))[-1]
     assert answer == {"error": "RuntimeError: out of memory"}

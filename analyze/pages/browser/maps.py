@@ -51,5 +51,5 @@ def of(study: Study, others: Sequence[Other]) -> tuple[dict[str, Any], dict[str,
 
     made = layout.of(torch.cat(decoders), Parts(study.kept_folder("map", key)))
     columns = np.rint(made.points.T * SIDE).astype(int).tolist()
-    about = {"kept": made.kept, "by_chance": made.by_chance, "among": layout.AMONG}
+    about = {"kept": made.kept, "by_chance": made.by_chance, "among": made.among}
     return {"points": columns, "density": density}, {**about, "runs": runs}

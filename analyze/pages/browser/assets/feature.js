@@ -24,12 +24,21 @@ function otherLink(other, feature) {
 function likeIt(own) {
   const heads = ["feature", "cosine"];
   const nearest = own.neighbours.map(([feature, cosine]) => scored(featureLink(feature), cosine));
-  const tables = [pairsTable("Nearest directions", heads, nearest)];
+  const tables = [pairsTable("Nearest directions", heads, nearest), firesTogether(own)];
   meta().others.forEach((other, index) => {
     const rows = own.others[index].map(([feature, cosine]) => scored(otherLink(other, feature), cosine));
     tables.push(pairsTable(`Fires like it in ${other.name}, ${other.where ?? `layer ${other.layer}`}`, heads, rows));
   });
   return tables;
+}
+
+// Features that fire on the same rows: phi beside the counts that it is made of.
+function firesTogether(own) {
+  const rows = own.together.map(([feature, ...figures]) => scored(featureLink(feature), ...figures));
+  const table = pairsTable("Fires together with", ["feature", "phi", "rows", "by chance"], rows);
+  const about = "phi is the correlation of firing with firing: 1 if both always fire together, 0 by chance. Rows are those in which both fire; by chance is how many that would be of two as frequent features that have nothing to do with each other.";
+  table.append(el("p", { class: "soft" }, rows.length ? about : "No other feature fires in the same rows more often than chance, at least ten times."));
+  return table;
 }
 
 // Features of another layer that predict this one, and those that it predicts: see study=cross_layer.
