@@ -27,21 +27,12 @@ _LEAST = 8  # rows in which a readable latent fires at least
 _MOST = 0.05  # share of rows in which it fires at most: what is on everywhere says little
 
 
-class Token(NamedTuple):
-    """A token of a context."""
-
-    text: str
-    value: float  # the latent's activation
-    shade: float  # from 0 to 1
-    is_peak: bool
-
-
 class Context(NamedTuple):
     """A stretch of text around an activation."""
 
     document: int
     peak: float  # the largest activation
-    tokens: list[Token]
+    tokens: list[tuple[str, float]]  # with the latent's activation
 
 
 class Example(NamedTuple):
@@ -119,12 +110,8 @@ def _of_catalogue(
 
 
 def _context(found: contexts.Context, name_of: Callable[[int], str] | None) -> Context:
-    top = int(np.argmax(found.activations))
-    tokens = []
-    for index, (token, value) in enumerate(zip(found.tokens, found.activations, strict=True)):
-        shade = max(value, 0.0) / found.peak
-        tokens.append(Token(_name(token, name_of), value, shade, index == top))
-    return Context(found.document, found.peak, tokens)
+    texts = [_name(token, name_of) for token in found.tokens]
+    return Context(found.document, found.peak, list(zip(texts, found.activations, strict=True)))
 
 
 def _name(token: int, name_of: Callable[[int], str] | None) -> str:
@@ -160,4 +147,4 @@ def readable(candidates: Sequence[Example]) -> list[Example]:
 
 def _word(line: Context) -> str:
     """What a context's peak is on, whatever its case and the space before it."""
-    return next((token.text.strip().casefold() for token in line.tokens if token.is_peak), "")
+    return max(line.tokens, key=lambda token: token[1])[0].strip().casefold()

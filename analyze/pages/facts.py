@@ -63,6 +63,12 @@ def of_run(subject: Subject) -> dict[str, str]:
         return _of_config(subject)
 
 
+def name_of(subject: Subject) -> str:
+    """The run's name; of another library's SAE that of its files."""
+    library, _, path = subject.config.get("imported", "").partition(":")
+    return f"{Path(path).name} ({library})" if library else subject.run.name
+
+
 def _of_config(subject: Subject) -> dict[str, str]:
     config = subject.config
     settings = config["settings"]

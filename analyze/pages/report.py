@@ -74,7 +74,7 @@ def report(subject: Subject, limit: int, model_path: str | None) -> Path:
     script = resources.files("residual_saes.analyze.pages").joinpath("templates/report.js")
     content = rendered(
         "report.html",
-        name=subject.run.name,
+        name=facts.name_of(subject),
         opening=facts.opening(subject, run, store),
         subject=subject,
         run=run,

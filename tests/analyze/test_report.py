@@ -20,7 +20,7 @@ from residual_saes.analyze.latents import contexts
 from residual_saes.analyze.latents.contexts import choose, firing_counts, top_contexts, visible
 from residual_saes.analyze.outcome import Outcome, Picture, Table
 from residual_saes.analyze.pages import facts
-from residual_saes.analyze.pages.examples import Context, Example, Token, readable
+from residual_saes.analyze.pages.examples import Context, Example, readable
 from residual_saes.analyze.pages.findings import Measured, warnings
 from residual_saes.analyze.pages.report import report
 from residual_saes.analyze.reconstruction import TRAINED
@@ -233,7 +233,7 @@ def test_a_run_that_went_wrong_begins_with_warnings(subject: Subject) -> None:
 
 def test_readable_latents_agree_each_on_its_own_word() -> None:
     def example(latent: int, rows: int, words: list[str]) -> Example:
-        lines = [Context(0, 1.0, [Token(word, 1.0, 1.0, True)]) for word in words]
+        lines = [Context(0, 1.0, [(word, 1.0)]) for word in words]
         return Example(latent, rows, 0.01, lines, [], [])
 
     same = [example(latent, 100 - latent, [f" w{latent}"] * 5) for latent in range(20)]
