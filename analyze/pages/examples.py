@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from residual_saes.analyze.latents import contexts
 from residual_saes.analyze.subject import Subject
 
+Name = Callable[[int], str | tuple[int, ...]]  # a token's text; bytes, of a part of a character
 EVEN = 20  # latents spread evenly over the ranking by frequency
 READABLE = 6  # latents of the first page
 EACH = 5  # contexts of a latent
@@ -74,23 +75,21 @@ def of(subject: Subject, catalogue: Path | None, limit: int, model_path: str | N
     # All fire on many tokens where k is a large part of few latents.
     candidates = contexts.choose(few if few.any() else enough, _CANDIDATES)
     wanted = sorted({*even, *candidates})
-    name_of = contexts.token_names(subject, model_path)
+    name_of = contexts.token_names(subject, model_path, parted=True)
     if catalogue:
         every = _of_catalogue(catalogue, wanted, name_of)
     else:
         found = contexts.top_contexts(subject, wanted, EACH, limit)
         every = {}
         for latent in wanted:
-            lines = [_context(line, name_of) for line in found[latent]]
+            lines = [context_of(line, name_of) for line in found[latent]]
             rows = int(fired[latent])
             every[latent] = Example(latent, rows, float(density[latent]), lines, [], [])
     best = readable([every[latent] for latent in candidates])
     return Examples(best, [every[latent] for latent in even], name_of is None)
 
 
-def _of_catalogue(
-    path: Path, wanted: Sequence[int], name_of: Callable[[int], str] | None
-) -> dict[int, Example]:
+def _of_catalogue(path: Path, wanted: Sequence[int], name_of: Name | None) -> dict[int, Example]:
     columns = ["feature", "count", "density", "top", "raised", "lowered"]
     table = pq.read_table(path, columns=columns, filters=[("feature", "in", wanted or [0])])
     every = {}
@@ -100,29 +99,46 @@ def _of_catalogue(
             found = contexts.Context(
                 line["document"], line["value"], line["tokens"], line["activations"]
             )
-            lines.append(_context(found, name_of))
+            lines.append(context_of(found, name_of))
         both = []
         for name in ("raised", "lowered"):
             ids = [logit["token"] for logit in (row[name] or [])[:_TOKENS]]
-            both.append([_spaced(_name(token, name_of)) for token in ids])
+            both.append([_shown(name_of(token)) if name_of else str(token) for token in ids])
         every[row["feature"]] = Example(row["feature"], row["count"], row["density"], lines, *both)
     return every
 
 
-def _context(found: contexts.Context, name_of: Callable[[int], str] | None) -> Context:
-    texts = [_name(token, name_of) for token in found.tokens]
-    return Context(found.document, found.peak, list(zip(texts, found.activations, strict=True)))
+def context_of(found: contexts.Context, name_of: Name | None) -> Context:
+    """The context in text. Tokens whose bytes make up characters together become one."""
+    tokens: list[tuple[str, float]] = []
+    held: list[tuple[int, ...]] = []  # bytes that are no whole character yet
+    for token, value in zip(found.tokens, found.activations, strict=True):
+        part = name_of(token) if name_of else f"{token} "
+        if isinstance(part, str):
+            held = []
+            tokens.append((_shortened(part), value))
+            continue
+        held.append(part)
+        tokens.append((_shown(part), value))
+        try:
+            text = bytes(byte for each in held for byte in each).decode()
+        except UnicodeDecodeError:
+            continue
+        largest = max(value for _, value in tokens[-len(held) :])
+        tokens[-len(held) :] = [(contexts.visible(text), largest)]
+        held = []
+    return Context(found.document, found.peak, tokens)
 
 
-def _name(token: int, name_of: Callable[[int], str] | None) -> str:
-    """A token's text, shortened; its id where there is no tokenizer."""
-    text = name_of(token) if name_of else f"{token} "
+def _shown(part: str | tuple[int, ...]) -> str:
+    """A token alone: the bytes of one that is part of a character, a mark for a space."""
+    if not isinstance(part, str):
+        return "".join(f"<0x{byte:02X}>" for byte in part)
+    return _shortened(part) if part.strip() else "␣" * len(part)
+
+
+def _shortened(text: str) -> str:
     return text if len(text) <= _LENGTH else f"{text[:_LENGTH]}… ({len(text):,} characters)"
-
-
-def _spaced(text: str) -> str:
-    """A token that stands alone; one of nothing but spaces is shown by a mark for each."""
-    return text if text.strip() else "␣" * len(text)
 
 
 def readable(candidates: Sequence[Example]) -> list[Example]:

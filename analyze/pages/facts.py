@@ -168,6 +168,13 @@ def _name(place: str) -> str:
     return Path(place).name or place if place.startswith(("/", "~")) else place
 
 
+def without_folders(subject: Subject, line: str) -> str:
+    """A study's sentence without the folders of this machine: paths begin at the run."""
+    for folder in (subject.run.absolute(), subject.run, Path.cwd()):
+        line = line.replace(f"{folder}/", "")
+    return line.replace(str(Path.home()), "~") if Path.home().name else line
+
+
 def _text(text: dict[str, Any]) -> str:
     """A text by its name: a data set, files, or the parts of a mix."""
     if text["kind"] == "mix":

@@ -207,7 +207,7 @@ def _studies(subject: Subject, done: Mapping[str, Result]) -> dict[str, dict[str
         shown[name] = {
             "finds": definition.finds and outcome.summary,
             "date": _date(done[name].folder / digests.FILE),
-            "summary": outcome.summary,
+            "summary": [facts.without_folders(subject, line) for line in outcome.summary],
             "tables": outcome.tables,
             "pictures": pictures,
             "file": f"{FOLDER}/{name}/{name}.json",

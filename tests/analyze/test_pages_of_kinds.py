@@ -16,6 +16,7 @@ from residual_saes.analyze.pages import facts
 from residual_saes.analyze.pages.browser import spread
 from residual_saes.analyze.pages.browser.spread import BINS, Spread
 from residual_saes.analyze.pages.browser.study import DEFINITION as BROWSER
+from residual_saes.analyze.pages.report import report
 from residual_saes.analyze.results import PAGE
 from residual_saes.analyze.studies.catalogue.study import FILE as TABLE
 from residual_saes.analyze.study import Study
@@ -250,3 +251,26 @@ def test_what_is_read_stands_beside_what_is_written(chrome: Chromium, trans: Bui
     assert shown(chrome, ".part h3")[1:3] == ["Fires on", "Reads the same"]
     assert chrome.js("document.getElementById('classes').hidden")
     assert audit(chrome) == [] and chrome.troubles == []
+
+
+@NEEDS_CHROMIUM
+def test_the_report_leads_to_the_pages_of_its_features(
+    chrome: Chromium, cross: Built, trans: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contexts, "token_names", lambda *_, **__: lambda token: f"t{token}")
+    for one in (cross, trans):
+        page = report(Subject.open(one.run, None, torch.device("cpu")), 10**6, None)
+        chrome.open(page.as_uri(), "document.readyState === 'complete'")
+        assert audit(chrome) == [] and chrome.troubles == []
+        links = chrome.js("[...document.querySelectorAll('section h3 a')].map((one) => one.href)")
+        assert len(links) >= 20
+        feature = int(links[0].partition("#feature=")[2])
+        # Tokens, and contexts with their largest activation, as the catalogue has them.
+        row = one.table[feature]
+        words = shown(chrome, ".cards section:first-of-type .word")
+        assert words[:4] == [raised["text"] for raised in row["raised"][:4]]
+        peaks = shown(chrome, ".cards section:first-of-type .context:first-of-type .peak")
+        peak = row["top"][0]
+        assert peaks == [f"t{peak['tokens'][peak['peak']]}"]
+        chrome.open(links[0])
+        assert shown(chrome, "h2")[0] == f"Feature {feature}"

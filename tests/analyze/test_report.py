@@ -17,10 +17,11 @@ from omegaconf import OmegaConf
 
 from residual_saes.analyze.command import command
 from residual_saes.analyze.latents import contexts
+from residual_saes.analyze.latents.contexts import Context as ContextOf
 from residual_saes.analyze.latents.contexts import choose, firing_counts, top_contexts, visible
 from residual_saes.analyze.outcome import Outcome, Picture, Table
 from residual_saes.analyze.pages import facts
-from residual_saes.analyze.pages.examples import Context, Example, readable
+from residual_saes.analyze.pages.examples import Context, Example, context_of, readable
 from residual_saes.analyze.pages.findings import Measured, warnings
 from residual_saes.analyze.pages.report import report
 from residual_saes.analyze.reconstruction import TRAINED
@@ -113,7 +114,7 @@ def hostile_name(token: int) -> str:
 
 
 def test_token_text_stays_text(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contexts, "token_names", lambda *_: hostile_name)
+    monkeypatch.setattr(contexts, "token_names", lambda *_, **__: hostile_name)
     text = report(subject, 10**6, None).read_text()
     page = _Page()
     page.feed(text)
@@ -247,6 +248,20 @@ def test_readable_latents_agree_each_on_its_own_word() -> None:
     assert chosen == [32, 4, 8, 11, 15, 19]  # evenly over those that agree as one
     assert [one.latent for one in readable([others[3], others[1], same[0]])] == [0, 33]
     assert readable([]) == []
+
+
+def test_bytes_become_characters_where_they_can() -> None:
+    parts = [" é", (0xE6,), (0x97, 0xA5), "x" * 99, (0xE6,), (0x97,), "z"]
+    found = ContextOf(7, 3.0, list(range(7)), [0.0, 3.0, 1.0, 0.0, 0.0, 2.0, 0.0])
+    shown = context_of(found, parts.__getitem__)
+    assert shown.tokens == [
+        (" é", 0.0),
+        ("日", 3.0),
+        (f"{'x' * 60}… (99 characters)", 0.0),
+        ("<0xE6>", 0.0),
+        ("<0x97>", 2.0),
+        ("z", 0.0),
+    ]
 
 
 DRAWN = "<svg><script>document.title='caught'</script></svg>"

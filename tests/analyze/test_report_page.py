@@ -48,7 +48,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
         study.perform(Definition(lambda _: outcome))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            contexts, "token_names", lambda *_: lambda token: contexts.visible(say(token))
+            contexts, "token_names", lambda *_, **__: lambda token: contexts.visible(say(token))
         )
         return report(subject, 10**6, None).as_uri()
 
