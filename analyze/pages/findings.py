@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from residual_saes.analyze.reconstruction import TRAINED
 from residual_saes.analyze.stats import number, percent
 from residual_saes.analyze.subject import Subject
-from residual_saes.train.optim import OptimConfig, resolved
+from residual_saes.train import recipe
 
 # What each study asks, in words that need no other page.
 QUESTIONS = {
@@ -37,7 +37,6 @@ _GOOD = (
     (0.0, "That is a rough copy: much of what the numbers hold is lost."),
 )
 _MANY_DEAD = 0.1  # share of latents
-_FAR = 10  # times the learning rate of the rule, or one of as many parts of it
 _FELL = 0.02  # variance explained below its best
 
 
@@ -120,8 +119,8 @@ def warnings(subject: Subject, measured: Measured) -> list[str]:
     if explained is not None and explained < 0:
         lines.append(
             f"Variance explained is negative ({number(explained)}): the copies are worse than the "
-            "average of all tokens. Nothing else on this page means much. Train again with "
-            "another learning rate (optim.lr=auto)."
+            "average of all tokens. Nothing else on this page means much. Train again without sae= "
+            "and optim=: sizes and learning rate then follow from the store."
         )
     figures = measured.figures
     share = (figures["silent"] if measured.dead is None else measured.dead) / figures["d_sae"]
@@ -143,13 +142,14 @@ def _of_training(subject: Subject, measured: Measured) -> list[str]:
         lines.append(
             f"Training stopped at step {last['step']:,} of {steps:,}; the same command goes on."
         )
-    lr = subject.config.get("lr", subject.config["settings"]["optim"]["lr"])
-    rule = float(resolved(OptimConfig(lr="auto"), subject.sae.d_sae, steps).lr)
-    if not rule / _FAR <= lr <= rule * _FAR:
-        lines.append(
-            f"The learning rate was {number(lr, 2)}, far from {number(rule, 2)}, which suits "
-            f"{subject.sae.d_sae:,} features and {steps:,} steps (optim.lr=auto)."
-        )
+    settings = subject.config["settings"]
+    sae = subject.sae
+    lr = float(subject.config.get("lr", settings["optim"]["lr"]))
+    of_sizes = (
+        recipe.rate_warning(lr, sae.d_sae, steps),
+        recipe.size_warning(sae.d_sae, settings["sae"]["k"], settings["tokens"]),
+    )
+    lines += filter(None, of_sizes)
     curve = [one["variance_explained"] for one in measured.metrics if one["split"] == "held_out"]
     if max(curve) - curve[-1] > _FELL:
         lines.append(

@@ -223,12 +223,12 @@ def test_a_run_that_went_wrong_begins_with_warnings(subject: Subject) -> None:
         asked = replace(subject, config={**subject.config, "lr": lr})
         return " ".join(warnings(asked, Measured(figures, records)))
 
-    wrong = words(-3.5, 20, 8, 11 * rule)
+    wrong = words(-3.5, 20, 8, 6 * rule)
     for sign in ("-3.500", "50.0%", "step 8 of 16", "optim.lr", "0.5000 to 0.4000"):
         assert sign in wrong
     records[0]["variance_explained"] = 0.4
-    assert words(0.4, 0, 16, 9 * rule) == words(0.4, 4, 16, rule / 9) == ""
-    assert "optim.lr" in words(0.4, 0, 16, rule / 11)
+    assert words(0.4, 0, 16, 4 * rule) == words(0.4, 4, 16, rule / 4) == ""
+    assert "optim.lr" in words(0.4, 0, 16, rule / 6)
     assert warnings(subject, Measured({**figures, "silent": 0}, [])) == []  # of another library
 
 
