@@ -9,14 +9,14 @@ import torch
 
 from residual_saes.analyze import results
 from residual_saes.analyze.study import ASKED, Definition, Study, find, model_of
-from residual_saes.analyze.subject import Subject, places_of
+from residual_saes.analyze.subject import Subject, places_of, recorded_stores
 from residual_saes.conf.command import ALONE, Job
 from residual_saes.data.device import torch_device
 from residual_saes.data.errors import SettingError
 from residual_saes.data.journal import heartbeat
 from residual_saes.data.rows.split import Policy
 from residual_saes.data.settings import flag, names, optional_whole, whole
-from residual_saes.train.run import named_or_newest
+from residual_saes.train.run import CONFIG, named_or_newest, read_config
 
 Settings = dict[str, Any]  # conf/analyze.yaml, composed
 _POLICY = ("drop_bos", "drop_outliers")
@@ -31,7 +31,7 @@ def command(settings: Settings, _: Job = ALONE) -> None:
     _require_taken(name, definition, settings)
     if definition.compare:
         with heartbeat("opening the runs"):
-            definition.compare(settings)
+            definition.compare({**settings, "runs": _compared(settings)})
         return
     if settings["runs"] is not None:
         raise SettingError(f"runs= is for study=sweep; study={name} takes one directory, as run=")
@@ -121,6 +121,33 @@ def _imported(named: str, store: str | None, layer: int | None, settings: Settin
         known = ", ".join(imported.READERS)
         raise SettingError(f"run={named} is no directory, and {prefix}: is none of {known}")
     return None
+
+
+def _compared(settings: Settings) -> Any:
+    """runs= with a run directory in the place of each SAE of another library.
+
+    It is measured on store=; without it, on the store of the first run of ours that is named.
+
+    Raises:
+        SettingError, StoreError: see `run_of` in analyze/peers/imported.py.
+    """
+    from residual_saes.analyze.peers import imported
+
+    runs = settings["runs"] or []
+    texts = [str(run).strip() for run in (runs if isinstance(runs, list) else runs.split(","))]
+    if not any(map(imported.is_foreign, texts)):
+        return runs
+    stores = places_of(settings["store"])
+    own = [Path(text) for text in texts if Path(text, CONFIG).is_file()]
+    if stores is None and own:
+        stores = [place for place, _ in recorded_stores(read_config(own[0]))]
+    layer = optional_whole("layer", settings["layer"])
+    found = []
+    for text in texts:
+        is_ours = not imported.is_foreign(text)
+        run = None if is_ours else _imported(text, stores[0] if stores else None, layer, settings)
+        found.append(str(run or text))
+    return found
 
 
 def study_of(settings: Settings, subject: Subject) -> Study:

@@ -73,6 +73,19 @@ def analyze(*overrides: str) -> None:
         command(OmegaConf.to_container(compose("analyze", list(overrides)), resolve=True))
 
 
+def test_it_is_compared_with_a_run_of_ours(
+    exported: dict[str, str], made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The store is that of ours. Two that are the same SAE cannot be told apart."""
+    analyze("study=sweep", f"runs=[{made.run},'{exported['saelens']}']", f"out={tmp_path}")
+    (layer,) = json.loads((tmp_path / "sweep.json").read_bytes())["layers"]
+    assert [arm["finished"] for arm in layer["arms"]] == [True, True]
+    assert len(layer["not_distinguishable"]) == 1
+    assert "| arm | variance explained |" in capsys.readouterr().out
+    with pytest.raises(SettingError, match="store="):
+        analyze("study=sweep", f"runs='{exported['saelens']},{exported['sparsify']}'")
+
+
 def test_the_command_and_its_refusals(
     exported: dict[str, str], made: Made, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

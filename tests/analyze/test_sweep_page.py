@@ -117,6 +117,9 @@ def test_the_command_line(folder: Path) -> None:
     assert explained == pytest.approx(0.9969, abs=1e-4) and f"{explained:.4f}" in done.stdout
     assert done.stdout.count("| yes |") == 2 and done.stdout.count("| step 8 of 16 |") == 1
     assert str(folder / "sweep.html") in done.stderr
+    following = f"python -m train.export run={folder / layer['choice']} to=saelens"
+    assert f"    {following}\n" in done.stdout
+    assert following in (folder / "sweep.html").read_text()
 
 
 # -- refusals --------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from residual_saes.train.run import (
 )
 
 SEEDS = ("seed", "data_seed")  # settings that change random numbers alone
+_OF_IMPORTED = ("sae.kind", "sae.activation", "sae.d_sae", "sae.k")  # known of any library's SAE
 _NEEDED = ("store", "layer", "tokens", "batch", "policy", "sae")  # of a run's settings
 
 
@@ -57,6 +58,9 @@ class Arm:
         """
         config = read_config(run)
         finished = is_finished(run)
+        if "imported" in config:  # an SAE of another library, of whose training we know nothing
+            config = {**config, "steps": 0}
+            config["settings"] = {"tokens": 0, "batch": 0, **config["settings"]}
         settings = config["settings"]
         try:
             missing = [key for key in _NEEDED if key not in settings]
@@ -70,8 +74,8 @@ class Arm:
                 config=config,
                 stores=recorded_stores(config),
                 steps=int(config["steps"]),
-                records=_records(run, finished),
-                tokens_per_s=_speed(run),
+                records=[] if "imported" in config else _records(run, finished),
+                tokens_per_s=None if "imported" in config else _speed(run),
                 sae=sae_digest(run) if finished else None,
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -93,6 +97,11 @@ class Arm:
     @property
     def finished(self) -> bool:
         return self.sae is not None
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether it is an SAE of another library."""
+        return "imported" in self.config
 
     def of(self, split: str, figure: str) -> list[tuple[int, float]]:
         """(tokens, figure) of each record of one split that has the figure."""
@@ -275,13 +284,17 @@ def _origin(arm: Arm) -> str:
 
 
 def varying(arms: Sequence[Arm]) -> list[str]:
-    """Keys of the settings that are not the same in all arms, in the order of config.yaml."""
+    """Keys of the settings that are not the same in all arms, in the order of config.yaml.
+
+    Of an SAE of another library few settings are known, and only those count.
+    """
     values: dict[str, set[str]] = {}
     for arm in arms:
         for key in arm.settings:
             values.setdefault(key, set())
     for key, distinct in values.items():
-        distinct |= {exact(arm.settings.get(key)) for arm in arms}
+        known = [arm for arm in arms if key in _OF_IMPORTED or not arm.is_imported]
+        distinct |= {exact(arm.settings.get(key)) for arm in known}
     return [key for key, distinct in values.items() if len(distinct) > 1]
 
 

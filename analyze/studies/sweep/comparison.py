@@ -57,7 +57,8 @@ def sweep(
     figures: dict[str, Any] = dict.fromkeys(("folder", "store", "identity", "model"))
     figures |= {"settings": keys, "same_in_all": {}, "layers": layers, "damaged": damaged}
     if arms:
-        same = {key: value for key, value in arms[0].settings.items() if key not in keys}
+        most = max(arms, key=lambda arm: len(arm.settings))
+        same = {key: value for key, value in most.settings.items() if key not in keys}
         figures |= {
             "folder": str(common_folder([arm.run for arm in arms]).absolute()),
             "store": opened[0].name if opened else arms[0].stores[0][0],

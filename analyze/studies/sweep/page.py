@@ -117,6 +117,8 @@ def _page(folder: Path, figures: dict[str, Any], drawn: Sequence[Drawn]) -> byte
             {
                 "heading": words.heading(layer),
                 "verdict": words.verdict(layer, words.name_in(layer)),
+                "next": words.next_step(layer),
+                "taken": layer["choice"] and words.name_in(layer)(layer["choice"]),
                 "heads": heads,
                 "rows": rows,
                 "pictures": pictures,

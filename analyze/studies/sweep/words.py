@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +31,9 @@ def markdown(figures: dict[str, Any], escape: Callable[[str], str] = escaped) ->
         sentences = verdict(layer, name_in(layer))
         lines += ["", f"## {heading(layer)}", "", *map(escape, sentences), ""]
         lines += table_lines(heads, rows, escape)
+        if steps := next_step(layer):
+            lines += ["", escape(f"To go on with {name_in(layer)(layer['choice'])}:"), ""]
+            lines += [f"    {step}" for step in steps]
     if rest := left_out(figures):
         lines += ["", *map(escape, rest)]
     return lines
@@ -70,12 +75,21 @@ def verdict(layer: dict[str, Any], name_of: Callable[[str], str]) -> list[str]:
         lines = [f"Only one arm is finished: {name}, {explained}."]
     else:
         mean = _mean_of_seeds(best)
-        lines = [
+        lines = []
+        if layer["not_distinguishable"]:
+            lines.append(
+                f"Take {name_of(layer['choice'])}. Which arm explains most is not certain."
+            )
+        lines.append(
             f"Best: {name}, {explained}{mean}; first in {best['first_share']:.0%} of resamples."
-        ]
+        )
         lines.append(_alike(layer, figures_of, name_of))
         if layer["not_distinguishable"]:
             lines.append(_choice(layer, figures_of, name_of))
+    if len({arm["settings"].get("sae.kind") for arm in compared}) > 1:
+        lines.append(
+            "The arms are of several kinds: they write the same rows, and do not read the same."
+        )
     lines.append(f"{_basis(layer)}. {resampled(layer['documents'], 'document')}")
     if len(compared) > 1:
         lines.append(
@@ -83,6 +97,22 @@ def verdict(layer: dict[str, Any], name_of: Callable[[str], str]) -> list[str]:
             f"allowed for. {_seeds(layer, compared)}"
         )
     return lines
+
+
+def next_step(layer: dict[str, Any]) -> list[str]:
+    """The commands that use the arm to be taken.
+
+    None if no arm is finished, or if the path has signs that mean something to a shell or a page.
+    """
+    chosen = [arm["run"] for arm in layer["arms"] if arm["name"] == layer["choice"]]
+    if not chosen or not re.fullmatch(r"[\w ,=./-]+", chosen[0]):
+        return []
+    run = f"run={shlex.quote(chosen[0])}"
+    return [
+        f"python -m analyze study=all {run}",
+        f"python -m train.export {run} to=saelens",
+        f"python -m train.publish {run} repo=OWNER/NAME",
+    ]
 
 
 def _mean_of_seeds(arm: dict[str, Any]) -> str:
@@ -207,7 +237,7 @@ def table(figures: dict[str, Any], layer: dict[str, Any]) -> tuple[list[str], li
                 _number(arm["dead_share"], ".1%"),
                 _number(arm["coverage"], ".1%"),
                 _number(arm["l0"], ".1f"),
-                f"{arm['tokens']:,}",
+                f"{arm['tokens']:,}" if arm["tokens"] else "-",
                 _number(arm["tokens_per_s"], ",.0f"),
                 "yes" if arm["finished"] else step,
             ]
