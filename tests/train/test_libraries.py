@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from residual_saes.data.errors import StoreError
 from residual_saes.train.export.format import find
+from residual_saes.train.export.loading import lines
 from tests.train.test_formats import CASES, D, about, made, rows
 from tests.train.test_golden import exported
 
@@ -301,7 +302,10 @@ def read_by_them(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Our files, with what the installed libraries compute of them."""
     root = tmp_path_factory.mktemp("ours")
     for library, kind in CASES:
-        exported(root / library / kind, library, made(kind), kind)
+        folder = root / library / kind
+        exported(folder, library, made(kind), kind)
+        code = lines(library, folder, [path.name for path in folder.rglob("*")])
+        (folder / "loads.py").write_text("\n".join(code))
     np.save(root / "x.npy", rows().numpy())
     run("load.py", str(root))
     return root

@@ -12,10 +12,10 @@ from typing import Any
 
 from residual_saes.conf.command import ALONE, Job
 from residual_saes.data.errors import SettingError, StoreError
-from residual_saes.data.journal import heartbeat, note, tell
+from residual_saes.data.journal import heartbeat, note, show, tell
 from residual_saes.data.settings import names
 from residual_saes.train import sae_file
-from residual_saes.train.export import bundle, circuit_tracer, format, golden
+from residual_saes.train.export import bundle, circuit_tracer, format, golden, loading
 from residual_saes.train.export.format import About
 from residual_saes.train.run import CONFIG, named_or_newest, read_config, sae_of
 from residual_saes.train.sae import SAE
@@ -91,7 +91,11 @@ def _export(name: str, group: Sequence[tuple[SAE, About]], place: Path, may_lack
             raise
         tell(f"not written for {name}: {error}")
         return
-    for file in bundle.write(place, files):
+    written = bundle.write(place, files)
+    for file in written:
         tell(f"wrote {place / file}")
     for line in circuit_tracer.remarks(group) if name == SET else ():
         tell(line)
+    if code := loading.lines(name, place, written):
+        tell(f"to load it in {name}:")
+        show(*code)

@@ -42,7 +42,7 @@ _WAY_OUT = "restore or download it again"
 # Modules here that are no library.
 _OTHERS = {
     *("__main__", "bundle", "command", "crosscoder", "format", "golden", "hooks", "hub"),
-    *("origin", "readers"),
+    *("loading", "origin", "readers"),
 }
 
 

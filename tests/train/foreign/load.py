@@ -2,9 +2,10 @@
 
     python tests/train/foreign/load.py IN      in an interpreter that has the libraries
 
-IN/LIBRARY/KIND/... are the files, IN/x.npy (n, d) the rows. Each folder gets found.npz: f (n, F)
-and x_hat (n, d) as the library has them, and where it takes the SAE to be from. A folder whose
-class a library lacks gets none: crosscoders are of a fork of dictionary_learning.
+IN/LIBRARY/KIND/... are the files, with loads.py that loads them, IN/x.npy (n, d) the rows. Each
+folder gets found.npz: f (n, F) and x_hat (n, d) as the library has them, and where it takes the SAE
+to be from. A folder whose class a library lacks gets none: crosscoders are of a fork of
+dictionary_learning.
 """
 
 from __future__ import annotations
@@ -25,19 +26,22 @@ from write import import_dictionary_learning
 Found = tuple[Tensor, Tensor, str]
 
 
-def saelens(folder: Path, x: Tensor) -> Found:
-    from sae_lens import SAE
+def loaded(folder: Path) -> Any:
+    """The SAE by the code that `python -m train.export` prints."""
+    names: dict[str, Any] = {}
+    exec((folder / "loads.py").read_text(), names)
+    return names["sae"]
 
-    sae: Any = SAE.load_from_disk(folder)
+
+def saelens(folder: Path, x: Tensor) -> Found:
+    sae = loaded(folder)
     hooks = (sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_name_out)
     return sae.encode(x), sae(x), " ".join(filter(None, hooks))
 
 
 def sparsify(folder: Path, x: Tensor) -> Found:
-    from sparsify import SparseCoder
-
-    (name, sae), *others = SparseCoder.load_many(str(folder), local=True).items()
-    assert not others
+    sae = loaded(folder)
+    (name,) = (path.name for path in folder.iterdir() if path.is_dir())
     top = sae.encode(x)
     f = torch.zeros(len(x), sae.num_latents).scatter(1, top.top_indices, top.top_acts)
     return f, sae(x).sae_out, name
@@ -49,16 +53,15 @@ def dictionary_learning(folder: Path, x: Tensor) -> Found:
 
     if folder.name.startswith("crosscoder"):
         config = json.loads((folder / "config.json").read_text())["trainer"]
-        cls = getattr(dictionary, config["dict_class"])
-        crosscoder = cls.from_pretrained(str(folder / "ae.pt"))
+        getattr(dictionary, config["dict_class"])  # the fork alone has it
+        crosscoder = loaded(folder)
         layers = x.reshape(len(x), config["num_layers"], -1)
         found = crosscoder(layers).reshape(x.shape)
         return crosscoder.encode(layers), found, config["submodule_name"]
-    from dictionary_learning.utils import load_dictionary
-
-    sae, config = load_dictionary(str(folder), "cpu")
+    sae = loaded(folder)
+    config = json.loads((folder / "config.json").read_text())["trainer"]
     f = sae.encode(x)
-    return f, sae.decode(f), str(config["trainer"]["submodule_name"])
+    return f, sae.decode(f), str(config["submodule_name"])
 
 
 def circuit_tracer(folder: Path, x: Tensor) -> Found:
