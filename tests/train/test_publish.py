@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from huggingface_hub import ModelCard
 from hydra import compose, initialize_config_module
 from markdown_it import MarkdownIt
 from omegaconf import OmegaConf
@@ -120,6 +121,7 @@ def test_a_bare_run_says_what_is_absent(tmp_path: Path, capsys: pytest.CaptureFi
         "saelens/cfg.json",
         "saelens/golden.safetensors",
         "saelens/sae_weights.safetensors",
+        "training.png",
     }
     for file in files:
         line = rf"[kM]?B +{re.escape(str(folder / file))}$"
@@ -129,6 +131,12 @@ def test_a_bare_run_says_what_is_absent(tmp_path: Path, capsys: pytest.CaptureFi
     assert head["base_model"] == "google/gemma-4-E4B" and head["license"] == "apache-2.0"
     assert {"sparse-autoencoder", "interpretability"} <= set(head["tags"])
     assert "datasets" not in head
+    # As the Hub's own client reads it; example code and citation name the repository.
+    own = ModelCard(text)
+    assert own.data.to_dict() == head and own.content == text
+    assert f'SAE.load("hub:{REPO}")' in text and "OWNER/NAME" not in text
+    assert rf"\url{{https://huggingface.co/{REPO}}}" in text and "@misc{an-sae," in text
+    assert "](training.png)" in text and (folder / "training.png").read_bytes()[:4] == b"\x89PNG"
     assert "0.8123" in text and f"| batch | {ABSENT} tokens |" in text
     assert "quality.json" in text and "| variance explained | definition |" not in text
     assert "<details>" not in text
@@ -287,6 +295,7 @@ def blocks(text: str) -> Iterator[str]:
 
 
 D_TINY = 64
+CATALOGUED = 41
 OF_KIND: dict[str, dict[str, Any]] = {
     "topk": {},
     "thresholds": {},
@@ -323,9 +332,15 @@ def test_the_cards_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ki
     settings = {"layer": 5, "policy": {"drop_bos": True}, **OF_KIND[kind]}
     run = finished(tmp_path / "run", sae, **settings)
     config = yaml.safe_load((run / CONFIG).read_text())
-    config["source"]["architecture"] = "Gemma4ForCausalLM"
+    config["source"] |= {"architecture": "Gemma4ForCausalLM", "model": "tiny", "context": 256}
     (run / CONFIG).write_text(yaml.safe_dump(config))
-    folder = publishes(sealed(run))
+    with_study(sealed(run), "found", name="catalogue")
+    record = json.loads((run / "studies/catalogue/catalogue.json").read_text())
+    shown = [[str(CATALOGUED), "3%", "2.5", "`7`"]]
+    record["tables"] = [["latents", ["latent", "density", "mean", "strongest at"], shown]]
+    (run / "studies/catalogue/catalogue.json").write_text(json.dumps(record))
+    results.seal(run / "studies/catalogue", record)
+    folder = publishes(run)
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
         of_the_auto = auto.from_pretrained
         monkeypatch.setattr(
@@ -336,10 +351,18 @@ def test_the_cards_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ki
     monkeypatch.setattr(
         "huggingface_hub.hf_hub_download", lambda repo, file: folder / {REPO: file}[repo]
     )
-    code, *others = blocks(card(run))
-    assert len(others) == (kind not in ("transcoder topk skip", "crosscoder topk"))  # SAELens'
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **_: str(folder))
+    is_sae = kind in ("topk", "thresholds")
+    code = [*blocks(card(run))]
+    # Ours, in plain torch, and for two kinds SAELens'.
+    assert len(code) == 2 + is_sae + (kind not in ("transcoder topk skip", "crosscoder topk"))
     found: dict[str, Any] = {}
-    exec(code, found)
+    exec(code[0], found)
+    assert found["sae"].d_sae == 96 and found["found"].ids
+    if is_sae:
+        assert f"with sae.steer({CATALOGUED}, 2, activation=2.5):" in code[1]
+        exec(code[1], found)
+    exec(code[1 + is_sae], found)
     ports = recorded_ports(settings)
     x = of_the_model(found["ids"], [port.point for port in ports.reads])
     torch.testing.assert_close(found["x"], x)
@@ -397,7 +420,7 @@ def test_saelens_loads_it_by_its_name(tmp_path: Path, kind: str) -> None:
     settings = OF_KIND["transcoder thresholds"] if "transcoder" in kind else {}
     run = finished(tmp_path / "run", made(kind), **settings)
     folder = publishes(run)
-    _, code = blocks(card(run))
+    *_, code = blocks(card(run))
     x = torch.randn(50, 12, generator=torch.Generator().manual_seed(2))
     out = "y_hat" if "transcoder" in kind else "x_hat"
     torch.save({"x": x, out: load(run / FILE)(x)}, tmp_path / "rows.pt")

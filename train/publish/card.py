@@ -8,18 +8,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from importlib import resources
 from typing import Any, NamedTuple
 
 import torch
 import yaml
 from jinja2 import Environment, StrictUndefined
+from safetensors.torch import load
 
 from residual_saes.data.markdown import Markdown, escaped, in_html, table_lines
 from residual_saes.data.rows import statistics
 from residual_saes.data.rows.split import Policy
+from residual_saes.data.site import RESID_POST
+from residual_saes.train.export import golden
 from residual_saes.train.export.format import About
-from residual_saes.train.publish import usage
+from residual_saes.train.publish import picture, usage
 from residual_saes.train.publish.vector import Vector
 from residual_saes.train.sae import SAE
 
@@ -66,6 +70,11 @@ def card(facts: Facts, files: Sequence[str]) -> str:
     return template.render(
         table=_table,
         front=Markdown(_front_matter(about)),
+        picture=picture.FILE,
+        width=f"{facts.sae.d_model:,}",
+        loads_text=all(port.store == 0 for port in about.ports.every),
+        pushed=_pushed(facts),
+        **_citation(facts),
         saelens=any(file.startswith("saelens/") for file in files),
         name=facts.name,
         repo=Markdown(facts.repo),
@@ -93,6 +102,54 @@ def card(facts: Facts, files: Sequence[str]) -> str:
         files=files,
         provenance=_provenance(facts),
     )
+
+
+class Pushed(NamedTuple):
+    """A latent for the code that steers."""
+
+    latent: int
+    activation: str  # a number
+    why: str  # what it is, as a sentence
+
+
+def _pushed(facts: Facts) -> Pushed | None:
+    """The middle one of those that the catalogue shows, else one of a golden row.
+
+    None if the dictionary is no SAE of a layer's output.
+    """
+    if facts.about.kind != "sae" or facts.about.point.site != RESID_POST:
+        return None
+    for _, header, rows in facts.studies.get("catalogue", {}).get("tables", ()):
+        shown = [dict(zip(header, row, strict=False)) for row in rows]
+        fires = [row for row in shown if re.fullmatch(r"[\d.]+", str(row.get("mean")))]
+        if fires:
+            row = fires[len(fires) // 2]
+            tokens = f", strongest at {row['strongest at']}" if "strongest at" in row else ""
+            why = f"Latent {row['latent']} fires in {row['density']} of rows{tokens}."
+            return Pushed(
+                int(row["latent"]), row["mean"], f"{why} Its mean there is {row['mean']}."
+            )
+    rows = load(golden.of(facts.sae))
+    latent, value = int(rows["latent"][0]), float(rows["value"][0])
+    return Pushed(latent, f"{value:.3g}", f"Latent {latent} is an example, chosen by nobody.")
+
+
+def _citation(facts: Facts) -> dict[str, Any]:
+    owner, name = facts.repo.split("/")
+    titled = (
+        f"{_kind(facts)} {facts.about.kind} of {usage.title(facts.about)} of {facts.about.model}"
+    )
+    return {
+        "owner": _bibtex(owner),
+        "cite_key": Markdown(re.sub(r"[^A-Za-z0-9-]", "-", name)),
+        "cite_title": _bibtex(titled),
+        "year": datetime.now(UTC).year,
+    }
+
+
+def _bibtex(text: str) -> Markdown:
+    """Text as BibTeX has it in a block of code: without signs that mean something there."""
+    return Markdown(re.sub(r"[^\w ./-]", " ", text).replace("_", "\\_"))
 
 
 def _usable(model: str) -> str:

@@ -5,6 +5,7 @@
     config.json, sae.safetensors        the same tensors by the same names
     golden.safetensors                  rows with the latents that they have: train/export/golden.py
     saelens/                            the same for SAELens, if it has such
+    training.png                        the card's picture: train/publish/picture.py
     config.yaml, metrics.jsonl          settings and curves; of the store's place only its last name
     quality.json, studies/NAME/*.json   figures, where they were made
     digests.json                        the size and digest of each: train/export/bundle.py
@@ -33,7 +34,7 @@ from residual_saes.train import sae_file
 from residual_saes.train.export import bundle, golden
 from residual_saes.train.export.bundle import Content
 from residual_saes.train.export.format import About, about
-from residual_saes.train.publish import card, findings, vector
+from residual_saes.train.publish import card, findings, picture, vector
 from residual_saes.train.run import CONFIG, METRICS, metrics_of, read_config, sae_of
 from residual_saes.train.sae import SAE
 
@@ -89,7 +90,8 @@ def contents(run: Path, repo: str) -> dict[str, Content]:
     """
     config = read_config(run)
     trained, digest = sae_of(run)
-    held_out = [line for line in metrics_of(run) if line.get("split") == "held_out"]
+    metrics = metrics_of(run)
+    held_out = [line for line in metrics if line.get("split") == "held_out"]
     if not held_out:
         raise StoreError(
             f"{run / METRICS} has no held-out figures: the run is not finished; "
@@ -115,6 +117,8 @@ def contents(run: Path, repo: str) -> dict[str, Content]:
         for file, content in finding.files.items():
             published = findings.published(file, content, repo)
             files[f"{findings.FOLDER}/{name}/{file}"] = published
+    drawn = picture.drawn(metrics, None if quality is None else json.loads(quality))
+    files[picture.FILE] = drawn
     steering = vector.of_study(studies["steering"].files) if "steering" in studies else None
     facts = card.Facts(
         run.name,
