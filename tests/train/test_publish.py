@@ -357,7 +357,7 @@ def test_the_cards_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ki
     # Ours, in plain torch, and for two kinds SAELens'.
     assert len(code) == 2 + is_sae + (kind not in ("transcoder topk skip", "crosscoder topk"))
     found: dict[str, Any] = {}
-    exec(code[0], found)
+    exec(code[0].replace("FOLDER/OF/THE/MODEL", str(MODEL_DIR)), found)
     assert found["sae"].d_sae == 96 and found["found"].ids
     if is_sae:
         assert f"with sae.steer({CATALOGUED}, 2, activation=2.5):" in code[1]

@@ -79,6 +79,7 @@ def card(facts: Facts, files: Sequence[str]) -> str:
         name=facts.name,
         repo=Markdown(facts.repo),
         about=about,
+        of_model=Markdown("" if usable[0] == about.model else f', model="{usable[0]}"'),
         code_model=Markdown(json.dumps(usable[0])),
         topk=facts.sae.threshold is None,
         kind=_kind(facts),

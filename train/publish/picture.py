@@ -1,4 +1,4 @@
-"""The card's picture: held-out variance explained over training, and how often latents fire."""
+"""The card's picture: variance explained over training, and how often latents fire."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 FILE = "training.png"  # the Hub shows no SVG
 _STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 _COLOUR = "#2563eb"
+_LOOKS: dict[str, Any] = {"train": {"alpha": 0.4}, "held_out": {"marker": "o", "markersize": 3}}
+_FEW = 10  # records; the lowest tenth of more is below the axis
 
 
 def drawn(metrics: Sequence[Mapping[str, Any]], quality: Mapping[str, Any] | None) -> bytes:
@@ -22,16 +25,20 @@ def drawn(metrics: Sequence[Mapping[str, Any]], quality: Mapping[str, Any] | Non
         metrics: records of metrics.jsonl.
         quality: quality.json.
     """
-    points = []
+    points: dict[str, list[tuple[float, float]]] = {"train": [], "held_out": []}
     for record in metrics:
-        if record.get("split") == "held_out" and record.get("variance_explained") is not None:
-            points.append((record.get("tokens", 0), record["variance_explained"]))
+        if record.get("split") in points and record.get("variance_explained") is not None:
+            points[record["split"]].append((record.get("tokens", 0), record["variance_explained"]))
     density = ((quality or {}).get("density") or {}).get("log10")
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(8 if density else 4, 2.8), layout="constrained")
         axes = figure.subplots(1, 2 if density else 1, squeeze=False)[0]
-        axes[0].plot(*zip(*points, strict=True), color=_COLOUR, marker="o", markersize=3)
-        axes[0].set(xlabel="tokens trained on", ylabel="variance explained, held out")
+        for split, look in _LOOKS.items():
+            axes[0].plot(*np.array(points[split]).reshape(-1, 2).T, color=_COLOUR, **look)
+        axes[0].set(xlabel="tokens trained on", ylabel="variance explained")
+        explained = sorted(value for of_split in points.values() for _, value in of_split)
+        if len(explained) > _FEW:  # a curve begins far below
+            axes[0].set_ylim(bottom=explained[len(explained) // _FEW], top=1)
         axes[0].xaxis.set_major_locator(MaxNLocator(5))
         axes[0].xaxis.set_major_formatter(EngFormatter(sep=""))
         if density:
