@@ -146,6 +146,11 @@ def absolute(name: str, value: str, folder: str) -> str:
     return value
 
 
+def is_path(name: str) -> bool:
+    """Whether a setting's value may be the path of something that is there."""
+    return _is_in(name, (*_PATHS, *_MAYBE_PATHS))
+
+
 def _text(value: Any) -> str | None:
     return None if value is None else str(value)
 

@@ -1,6 +1,6 @@
 """The ranks of a harvest as tasks of a Ray cluster, a GPU each. On a machine of the cluster:
 
-python -m conf.ray_ranks 16 layer=21 tokens=1e9 store=/shared/activations/e4b.zarr
+python -m residual_saes.conf.ray_ranks 16 layer=21 tokens=1e9 store=/shared/activations/e4b.zarr
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 
 from residual_saes.conf.command import run_command
 from residual_saes.conf.names import absolute, require_no_secret
-from residual_saes.data import secrets
+from residual_saes.data import child, secrets
 from residual_saes.data.errors import AGAIN, SettingError
 
 # What ranks get from the environment of this command.
@@ -29,20 +29,14 @@ def rank(number: int, world: int, settings: list[str], keys: dict[str, str]) -> 
     Args:
         keys: variables that hold secrets. A task's arguments are in no log, and its environment is.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "residual_saes.harvest",
-        f"rank={number}",
-        f"world={world}",
-        *settings,
-    ]
+    ranks = (f"rank={number}", f"world={world}")
+    command = child.command("residual_saes.harvest", *ranks, *settings)
     prctl = ctypes.CDLL(None).prctl
     for _ in range(STARTS):
         # 1 is PR_SET_PDEATHSIG: a rank ends with its worker, for Ray starts both anew.
         ended = subprocess.run(
             command,
-            env={**os.environ, **keys},
+            env={**child.environment(), **keys},
             preexec_fn=lambda: prctl(1, signal.SIGTERM),
             check=False,
         )

@@ -22,7 +22,7 @@ from typing import Protocol
 
 import numpy as np
 
-from residual_saes.data import machine
+from residual_saes.data import child, machine
 from residual_saes.data.errors import Interrupted, StoreError, TemporaryError, first_line
 from residual_saes.data.journal import tell
 from residual_saes.data.stopping import GRACE_S
@@ -134,10 +134,12 @@ class SpineProcess:
         # multiprocessing, which would run the parent's main module there again, and so import
         # torch: 4 seconds of both cores.
         self._line, theirs = Pipe()
-        command = [sys.executable, "-m", "residual_saes.harvest.spine_writer", str(theirs.fileno())]
+        command = child.command("residual_saes.harvest.spine_writer", str(theirs.fileno()))
         # In a process group of its own, which a terminal's Ctrl-Z does not reach.
         with _blocked():
-            self._child = subprocess.Popen(command, pass_fds=[theirs.fileno()], process_group=0)
+            self._child = subprocess.Popen(
+                command, env=child.environment(), pass_fds=[theirs.fileno()], process_group=0
+            )
         theirs.close()
         with suppress(BrokenPipeError, ConnectionResetError):  # it died: `finished` sees that
             self._line.send(self._work)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from residual_saes.conf import console
-from residual_saes.data import spelling
+from residual_saes.conf import completion, console
+from residual_saes.data import child, spelling
+from tests.test_house import ROOT
 
 Said = Callable[..., tuple[int, str, str]]
 
@@ -75,8 +80,8 @@ def test_an_unknown_command_is_one_line(words: list[str], meant: str, said: Said
 
 
 def test_messages_spell_commands_as_they_were_started(said: Said) -> None:
-    code, _, err = said("train", "store=nowhere")
-    assert code == 2 and "residual-saes harvest" in err and "python -m" not in err
+    code, _, err = said("analyze", "run=nowhere", "device=cpu")
+    assert code == 2 and "residual-saes train" in err and "python -m" not in err
 
 
 def test_every_spelling_is_known() -> None:
@@ -97,3 +102,120 @@ def test_ctrl_c_before_a_command_begins_is_quiet(said: Said) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     said("--version")
     assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+
+
+# -- in a user's folder ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    """A folder whose modules have the names of ours and of Python's own."""
+    for name in ("data", "conf", "harvest"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit(7)")
+    for name in ("train", "json", "re", "torch", "residual_saes_data", "csv"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(7)")
+    return tmp_path
+
+
+CONSOLE = ("-P", "-c", "from residual_saes.conf.console import main; main()")
+
+
+def in_folder(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """`python COMMAND` there, as an installed package would run."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("command", [(*CONSOLE, "train"), ("-m", "residual_saes.train")])
+def test_modules_of_the_user_change_nothing(command: tuple[str, ...], theirs: Path) -> None:
+    ended = in_folder(theirs, *command, "k=3")
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
+    assert "sae.k=3" in ended.stderr
+    ended = in_folder(theirs, *child.command("residual_saes.train", "--help")[1:])
+    assert ended.returncode == 0 and "checkpoint_every" in ended.stdout
+
+
+def test_no_module_of_the_machine_learning_kind_is_loaded_for_help(theirs: Path) -> None:
+    code = f"{CONSOLE[2]}; assert not {{'torch', 'numpy', 'hydra', 'omegaconf'}} & {{*sys.modules}}"
+    for words in (["help"], ["train", "--help"], ["complete", "residual-saes train sae="]):
+        ended = in_folder(theirs, "-P", "-c", f"import sys; {code}", *words)
+        assert ended.returncode == 0 and ended.stdout and not ended.stderr, ended.stderr
+
+
+# -- completion ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("activations/a.zarr", "activations/b", "runs/one", "texts"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "texts/x.txt").write_text("")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+COMPLETED = {
+    "tr": ["train"],
+    "train sae=topk": ["sae=topk_32k"],
+    "train optim.lr_": ["optim.lr_floor="],
+    "train store=": ["store=activations/a.zarr", "store=activations/b/"],
+    "train store=activations/a": ["store=activations/a.zarr"],
+    "train run=": ["run=runs/one/"],
+    "analyze study=stee": ["study=steer", "study=steering"],
+    "analyze study=browser study.con": ["study.contexts="],
+    "analyze run=runs/one st": ["store=", "study="],
+    "harvest text.path=te": ["text.path=texts/"],
+    "harvest text.path=texts/": ["text.path=texts/x.txt"],
+    "harvest force=": ["force=false", "force=true"],
+    "help ex": ["export"],
+    "completion z": ["zsh"],
+}
+
+
+@pytest.mark.parametrize("line", COMPLETED)
+def test_words_are_completed(line: str, places: Path) -> None:
+    found = completion.complete(f"residual-saes {line}", [*console.COMMANDS])
+    assert {*COMPLETED[line]} <= {*found} and len(found) <= len(COMPLETED[line]) + 2
+
+
+def test_what_is_given_is_not_offered_again() -> None:
+    found = completion.complete("residual-saes train store=x layer=3 ", [*console.COMMANDS])
+    assert "run=" in found and not {"store=", "layer="} & {*found}
+
+
+@pytest.mark.parametrize("shell", completion.SHELLS)
+def test_shells_take_their_scripts(shell: str, said: Said, tmp_path: Path) -> None:
+    if not shutil.which(shell):
+        pytest.skip(f"no {shell}")
+    code, script, _ = said("completion", shell)
+    assert code == 0
+    (tmp_path / "script").write_text(script)
+    checked = subprocess.run([shell, "-n", tmp_path / "script"], capture_output=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, b"")
+
+
+def test_bash_completes(places: Path, said: Said) -> None:
+    """bash asks the command, and replaces what stands behind its last word break alone."""
+    command = f'{shlex.join([sys.executable, *CONSOLE])} "$@"'
+    asked = "\n".join(
+        f"COMP_LINE={shlex.quote(f'residual-saes {line}')} COMP_POINT=${{#COMP_LINE}}\n"
+        '_residual_saes; printf "%s|" "${COMPREPLY[@]}"; echo'
+        for line in ("train sae=topk", "tr", "harvest text.path=texts/")
+    )
+    _, script, _ = said("completion", "bash")
+    answered = subprocess.run(
+        ["bash", "--norc", "-c", f"residual-saes() {{ {command}; }}\n{script}\n{asked}"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert answered.stdout.splitlines() == ["topk_32k |", "train |", "texts/x.txt |"]

@@ -42,7 +42,7 @@ def test_kubernetes_knows_every_field() -> None:
 def test_kubernetes_starts_as_many_ranks_as_it_tells_them() -> None:
     job = read("kubernetes.yaml")["spec"]
     (container,) = job["template"]["spec"]["containers"]
-    assert container["command"] == ["python", "-m", "harvest"]
+    assert container["command"] == ["python", "-m", "residual_saes.harvest"]
     require_settings(container["args"])
     assert f"world={job['completions']}" in container["args"]
     assert job["parallelism"] == job["completions"]
@@ -98,13 +98,13 @@ def test_skypilot_starts_a_rank_on_each_gpu(tmp_path: Path, failed: int, code: i
     ended = subprocess.run(["bash", "-c", task["run"]], env=environment, cwd=tmp_path, check=False)
     assert ended.returncode == code
     told = sorted((tmp_path / "told").read_text().splitlines())
-    settings = f"-m harvest {task['envs']['SETTINGS']}"
+    settings = f"-m residual_saes.harvest {task['envs']['SETTINGS']}"
     assert told == [f"{3 + gpu} of 6 on GPU {gpu}: {settings}" for gpu in range(3)]
 
 
 def test_a_wheel_has_them_all() -> None:
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    patterns = [*data["package-data"]["*"], *data["package-data"]["conf"]]
+    patterns = [*data["package-data"]["*"], *data["package-data"]["residual_saes.conf"]]
     files = [path.name for path in CONF.iterdir() if path.is_file() and path.suffix != ".py"]
     assert {"slurm.sbatch", "kubernetes.yaml", "skypilot.yaml"} <= {*files}
     assert all(any(fnmatchcase(name, pattern) for pattern in patterns) for name in files)

@@ -33,10 +33,10 @@ node() {
 node head --head --port=6379 --node-ip-address=127.0.0.1 --temp-dir=$0 --include-dashboard=false
 node other --address=127.0.0.1:6379 --node-ip-address=127.0.0.2
 refused=0
-python -m conf.ray_ranks 2 layer=999 model=tiny text=tiny store=s.zarr || refused=$?
+python -m residual_saes.conf.ray_ranks 2 layer=999 model=tiny text=tiny store=s.zarr || refused=$?
 [ $refused = 2 ] && [ ! -e s.zarr ]
 echo begins
-python -m conf.ray_ranks 4 "$@"
+python -m residual_saes.conf.ray_ranks 4 "$@"
 """
 lacking = next(
     filter(

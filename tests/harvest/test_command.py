@@ -265,8 +265,8 @@ def test_a_file_in_the_stores_place_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argument", "facts"),
     [
-        ("codec=zip", ["codec/zip", "blosc int8 none"]),
-        ("lyer=3", ["lyer", "--help"]),
+        ("codec=zip", ["codec=zip", "blosc, int8, none"]),
+        ("lyer=3", ["lyer=3", "layer=3"]),
         ("oom=a=b", ["quotes"]),
     ],
 )

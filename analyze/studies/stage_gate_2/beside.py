@@ -10,9 +10,7 @@ command at the latest, when its input ends.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -23,6 +21,7 @@ import torch
 
 from residual_saes.analyze.study import Study
 from residual_saes.analyze.subject import Subject
+from residual_saes.data import child
 from residual_saes.data.errors import StopRequest
 from residual_saes.data.journal import Progress
 from residual_saes.harvest.model import ModelConfig
@@ -66,11 +65,11 @@ def wait(running: list[subprocess.Popen[str]], stop: StopRequest) -> None:
 def _started(asked: Mapping[str, Any]) -> subprocess.Popen[str]:
     """A process that was told what to do, and whose input stays open."""
     process = subprocess.Popen(
-        [sys.executable, "-m", _WORKER],
+        child.command(_WORKER),
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**child.environment(), "OMP_NUM_THREADS": "1"},
         start_new_session=True,  # the terminal's Ctrl-C is for the command, which ends it
         text=True,
     )
