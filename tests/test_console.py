@@ -164,7 +164,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 COMPLETED = {
     "tr": ["train"],
-    "train sae=topk": ["sae=topk_32k"],
+    "train sae=topk_": ["sae=topk_32k"],
     "train optim.lr_": ["optim.lr_floor="],
     "train store=": ["store=activations/a.zarr", "store=activations/b/"],
     "train store=activations/a": ["store=activations/a.zarr"],
@@ -208,7 +208,7 @@ def test_bash_completes(places: Path, said: Said) -> None:
     asked = "\n".join(
         f"COMP_LINE={shlex.quote(f'residual-saes {line}')} COMP_POINT=${{#COMP_LINE}}\n"
         '_residual_saes; printf "%s|" "${COMPREPLY[@]}"; echo'
-        for line in ("train sae=topk", "tr", "harvest text.path=texts/")
+        for line in ("train sae=topk_", "tr", "harvest text.path=texts/")
     )
     _, script, _ = said("completion", "bash")
     answered = subprocess.run(

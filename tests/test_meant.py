@@ -31,7 +31,7 @@ MEANT = {
     "train": {
         "sae.k=64": ["k=64", "-k 64", "optim.k=64", "l0=64", "K=64"],
         "optim.lr=1e-3": ["lr=1e-3", "--lr 1e-3", "learning_rate=1e-3", "optim.learning_rate=1e-3"],
-        "sae=topk_32k": ["sae=topk32k", "sae=topk", "sae=TopK-32k", "topk_32k"],
+        "sae=topk_32k": ["sae=topk32k", "sae=TopK-32k", "topk_32k"],
         "sae=topk_32k,tiny": ["-m sae=topk32k,tiny"],
         "sae.d_sae=9": ["d_sae=9", "sae.d_sea=9", "n_latents=9"],
         "store=activations/x.zarr": ["activations/x.zarr"],
