@@ -230,7 +230,7 @@ function buildMap() {
   search.addEventListener("input", later(() => changeMap({ map: search.value })));
   const starred = el("input", { id: "map-starred", type: "checkbox" });
   starred.addEventListener("change", () => changeMap({ starred: starred.checked ? "1" : "" }));
-  const colour = el("select", { id: "map-colour" }, el("option", { value: "" }, "density"), el("option", { value: "run" }, "layer"));
+  const colour = el("select", { id: "map-colour" }, el("option", { value: "" }, "density"), el("option", { value: "run" }, "run"));
   colour.addEventListener("change", () => changeMap({ colour: colour.value }));
   const button = (text, label, act) => {
     const made = el("button", { type: "button", "aria-label": label }, text);
