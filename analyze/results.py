@@ -122,12 +122,17 @@ def shown(run: Path) -> dict[str, str]:
     return found
 
 
-def write_index(run: Path) -> None:
-    """Bring the list of results up to date that the page of the report reads.
+def index(run: Path) -> bytes:
+    """Which results there are, for the page of the report.
 
     It is a script, since a page on a disk can read nothing else.
     """
-    content = f"globalThis.STUDIES = {json.dumps(shown(run))};\n".encode()
+    return f"globalThis.STUDIES = {json.dumps(shown(run))};\n".encode()
+
+
+def write_index(run: Path) -> None:
+    """Bring studies/index.js up to date."""
+    content = index(run)
     path = run / FOLDER / INDEX
     if not path.is_file() or path.read_bytes() != content:
         durable.write(path, [content])

@@ -398,6 +398,9 @@ def test_serving_is_of_this_machine_alone(built: Built, tmp_path: Path) -> None:
                 assert page.headers["Content-Security-Policy"] is None
             with urllib.request.urlopen(own.replace(PAGE, f"studies/browser/{PAGE}")) as page:
                 assert b"<title>SAE features</title>" in page.read()
+            with urllib.request.urlopen(own.replace(PAGE, "studies/index.js")) as script:
+                assert script.read() == results.index(run) and b'"catalogue"' in results.index(run)
+                assert script.headers["Content-Type"].startswith("text/javascript")
             (run / "report.html").write_bytes(b"another")
             with pytest.raises(HTTPError, match="500"):
                 urllib.request.urlopen(own.replace(PAGE, "report.html"))

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from residual_saes.analyze import results
 from residual_saes.analyze.pages.browser.live import Live
 from residual_saes.analyze.results import PAGE
 from residual_saes.analyze.study import Study
@@ -40,7 +41,6 @@ ANSWERING_S = 60.0  # for a file
 ASKING = "X-Residual-SAEs"  # header of a question to the model
 _LARGEST = 1 << 16  # bytes of a question
 _WAY_OUT = "`python -m analyze study=browser run=...` makes it"
-REPORT = "report.html"  # of the run, see analyze/pages/report.py
 _REPORT_WAY_OUT = "`python -m analyze study=report run=...` makes it again"
 _TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -104,7 +104,7 @@ class _Answer(BaseHTTPRequestHandler):
             self._say(HTTPStatus.OK, self._live.about() if self._live else {})
             return
         try:
-            content = _report(self._folder) if name == REPORT else _content(self._folder, name)
+            content = _answer(self._folder, name)
         except StoreError as error:
             self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR, "Damaged", str(error))
             return
@@ -182,7 +182,7 @@ class _Answer(BaseHTTPRequestHandler):
 
     def end_headers(self) -> None:
         # A report has a policy of its own, which lets it style itself. A bad request has no path.
-        is_report = getattr(self, "path", "").partition("?")[0] == f"/{REPORT}"
+        is_report = getattr(self, "path", "").partition("?")[0] == f"/{results.REPORT}"
         for name, value in _HEADERS.items():
             if not is_report or name != "Content-Security-Policy":
                 self.send_header(name, value)
@@ -255,6 +255,18 @@ def _content(folder: Path, name: str) -> bytes:
     return record.content(name, f"{_WAY_OUT} again") if record else path.read_bytes()
 
 
+def _answer(folder: Path, name: str) -> bytes:
+    """A file of the browser in `folder`, the report of its run, or the list of the run's studies.
+
+    Raises:
+        OSError, ValueError: there is none of this name.
+        StoreError: it is damaged.
+    """
+    if name == f"{results.FOLDER}/{results.INDEX}":
+        return results.index(folder.parent.parent)
+    return _report(folder) if name == results.REPORT else _content(folder, name)
+
+
 def _report(folder: Path) -> bytes:
     """The report of the run whose browser is in `folder`.
 
@@ -264,8 +276,8 @@ def _report(folder: Path) -> bytes:
     """
     record = digests.read(folder.parent / ".report", _REPORT_WAY_OUT)
     if record is None:
-        raise FileNotFoundError(REPORT)
-    return record.content(f"../../{REPORT}", _REPORT_WAY_OUT)
+        raise FileNotFoundError(results.REPORT)
+    return record.content(f"../../{results.REPORT}", _REPORT_WAY_OUT)
 
 
 def server(folder: Path, port: int, live: Live | None = None) -> ThreadingHTTPServer:

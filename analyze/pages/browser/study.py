@@ -316,8 +316,7 @@ def _meta(
         "around": [BEFORE, AFTER],
         "identity": subject.digest,
         "vocabulary": next((known.vocabulary for known in spreads if known), None),
-        # A run of another library has no report. Whether there is one may change any day.
-        "report": None if "imported" in subject.config else "../../report.html",
+        "report": "../../report.html",  # whether there is one may change any day
         "no_map": maps.missing(subject.sae.d_sae),
     }
 
