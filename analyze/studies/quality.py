@@ -318,7 +318,7 @@ def outcome_of(subject: Subject, figures: dict[str, Any]) -> Outcome:
         Table("Coverage", ("rows", "latents that fire in so many"), fired),
     ]
     if by_k := figures["by_k"]:
-        explained = [(str(at["k"]), stats.formatted(at["explained"], ".4f")) for at in by_k]
+        explained = [(str(at["k"]), stats.formatted(at["explained"], "#.4g")) for at in by_k]
         header = ("latents kept of a row", "variance explained, centred")
         tables.append(Table("With fewer latents, of the rows as trained", header, explained))
     return Outcome(figures, summary, [*tables_of_kind(figures), *tables])

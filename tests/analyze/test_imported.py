@@ -92,6 +92,10 @@ def test_the_command_and_its_refusals(
     named = exported["saelens"]
     analyze("study=quality", f"run='{named}'", f"store={made.store.name}")
     assert capsys.readouterr().out.startswith("# quality")
+    analyze("study=report", f"run='{named}'", f"store={made.store.name}")
+    page = (imported.run_of(named, made.store.name, None) / "report.html").read_text()
+    assert "metrics.jsonl" not in page and page.count("<img") > 3  # it was not trained here
+    assert "(saelens)</h1>" in page and str(tmp_path.parent) not in page
     assert not imported.is_foreign("runs/saelens:x")
     store = f"store={made.store.name}"
     for overrides, error, name in [
@@ -99,7 +103,6 @@ def test_the_command_and_its_refusals(
         ((f"run='{named}'", store, "layer=4"), SettingError, "layer=4"),
         (("run=saelens:/nowhere", store), StoreError, "/nowhere/cfg.json"),
         ((f"run={made.run}", "layer=3"), SettingError, "layer=3"),
-        ((f"run='{named}'", store, "study=report"), StoreError, "study=quality"),
         (("run=saelenz:x", store), SettingError, "run=saelenz:x"),
         ((f"run='{named}'", store, "accept=hook"), SettingError, "accept=hook"),
         ((f"run={made.run}", "accept=model"), SettingError, "accept=model"),

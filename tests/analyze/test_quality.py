@@ -311,5 +311,5 @@ def test_files_are_written(figures: dict[str, Any], made: Made) -> None:
     assert written.pop("sae") == durable.digest_file(made.run / "sae_final.pt").xxh3_128
     assert written == json.loads(dumped(figures))
     text = (made.run / "quality.md").read_text()
-    assert f"{figures['variance_explained']['as trained']['centred']:.4f}" in text
+    assert f"{figures['variance_explained']['as trained']['centred']:#.4g}" in text
     assert f"{figures['silent']} of {F}" in text
