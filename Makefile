@@ -25,7 +25,7 @@ demo: .venv/installed  ## the whole pipeline on the embedded model, to a report
 test: .venv/installed  ## the whole test suite, about nine minutes on two cores
 	$(TEST)
 
-test-docs: .venv/installed  ## every command of README and docs, in small, on the embedded model
+test-docs: .venv/installed  ## every command of README and docs, in small, and the notebooks of examples/
 	$(TEST) -m docs
 
 test-long: .venv/installed  ## the loops of minutes: hundreds of kills
