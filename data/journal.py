@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -213,9 +214,14 @@ def aligned(rows: Mapping[str, str]) -> list[str]:
 
 def tell_header(rows: Mapping[str, str]) -> None:
     """Print what a command is about to do, as `aligned` has it."""
+    width = _name_width(rows)
+    room = terminal.columns() - width if terminal.is_one() else 0
     with _said.lock:
         for line in aligned(rows):
-            _said.print(line, _name_width(rows))
+            first, *more = textwrap.wrap(line[width:], max(room, 20)) if room else [line[width:]]
+            _said.print(line[:width] + first, width)
+            for part in more:
+                _said.print(" " * width + part)
 
 
 def _name_width(rows: Mapping[str, str]) -> int:

@@ -129,7 +129,7 @@ def checked_plan(
         "hours": speed,
         "store": str(config.store),
     }
-    if done := share_done(config):
+    if 0 < (done := share_done(config)) < 1:
         header["goes on"] = f"at unit {int(done * planned.units):,} of {planned.units:,}"
     if action == "plan":
         show(*aligned(header))

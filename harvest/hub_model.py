@@ -132,7 +132,7 @@ def _told_bar(what: str) -> Any:
 
     progress = Progress()
 
-    class Told(tqdm):  # type: ignore[type-arg,misc]
+    class Told(tqdm):  # type: ignore[misc]
         def __init__(self, *given: Any, **named: Any) -> None:
             super().__init__(*given, **{**named, "file": io.StringIO(), "disable": False})
 

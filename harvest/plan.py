@@ -232,9 +232,8 @@ def _listed(points: Sequence[HookPoint]) -> str:
     for site in SITES[::-1]:  # resid_post first
         layers = ", ".join(str(point.layer) for point in points if point.site == site)
         if layers:
-            listed.append(
-                f"layers {layers}" if site == RESID_POST else f"{site} of layers {layers}"
-            )
+            word = "layers" if "," in layers else "layer"
+            listed.append(f"{'' if site == RESID_POST else f'{site} of '}{word} {layers}")
     return "; ".join(listed)
 
 

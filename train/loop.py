@@ -69,7 +69,7 @@ def _train(runs: list[Run], failures: _Failures, stop: StopRequest, group: Group
                 for run in runs:
                     with failures.ending(run):
                         run.save()
-                if saved := _going_on(runs):
+                if step and (saved := _going_on(runs)):
                     stopping.left.saved = _saved(saved)
                 raise Interrupted(signum)
 
