@@ -29,11 +29,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ROOMS = ("analyze", "conf", "data", "harvest", "train")
 # Import names of distributions that may not be installed here.
 OTHER_NAMES = {"sklearn": "scikit-learn"}
-BROUGHT = {
-    "triton",
-    "threadpoolctl",
-    "peft",
-}  # by torch, scikit-learn and trl, where they are there
+OF_A_STUDY = {"trl"}  # which alone imports it, at once
+BROUGHT = {"triton", "threadpoolctl", "peft"}  # by torch, scikit-learn and trl
 
 
 # -- what is imported is declared ------------------------------------------------------------------
