@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from residual_saes.conf.command import ALONE, Job
-from residual_saes.data import command_line, rank
+from residual_saes.data import rank
 from residual_saes.data.device import own_device
 from residual_saes.data.errors import SettingError
-from residual_saes.data.journal import aligned, heartbeat, show, suggest, tell, tell_header
+from residual_saes.data.journal import heartbeat, show, tell
 from residual_saes.data.rank import Rank
 from residual_saes.data.settings import flag, optional_whole, single, whole
 from residual_saes.data.store import coming, default, manifest, retention
@@ -98,12 +98,9 @@ def command(settings: dict[str, Any], job: Job = ALONE) -> None:
     with coming.announced(place) if action == "run" and config.max_bytes else nullcontext():
         lm = load(model, deepest=max(config.layers))
         if action == "plan":
-            measured = planned.hours(probe(lm, config), config.world, "(measured)")
-            show(*aligned({"hours": measured}))
+            show(planned.hours(probe(lm, config), config.world, "(measured)"))
         else:
             harvest(config, lm, source)
-    if action == "run" and not job.multirun:
-        suggest(command_line.of("train", f"store={config.store}"))
 
 
 def checked_plan(
@@ -122,19 +119,11 @@ def checked_plan(
     files = stored(model.path, described.folder)
     planned = planned_for(config, described, files)
     speed = planned.hours(guess(planned, model.dtype), config.world, "(a guess)")
-    d_model = described.text.hidden_size
-    header = {
-        "model": f"{model.path}, d_model {d_model:,}, {model.dtype}, on {model.device}",
-        **planned.figures(),
-        "hours": speed,
-        "store": str(config.store),
-    }
-    if 0 < (done := share_done(config)) < 1:
-        header["goes on"] = f"at unit {int(done * planned.units):,} of {planned.units:,}"
+    lines = [*planned.lines(), speed]
     if action == "plan":
-        show(*aligned(header))
+        show(*lines)
     else:
-        tell_header(header)
+        tell(*lines)
 
     check_context(config, described.max_context)
     if source.chats:

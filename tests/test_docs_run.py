@@ -287,7 +287,7 @@ class SpineHere:
         """Nothing is left to end."""
 
 
-def require_site(folder: Path, _port: int) -> None:
+def require_site(folder: Path, *_: Any) -> None:
     assert (folder / "index.html").is_file()
 
 
@@ -426,7 +426,8 @@ def require_harvest(words: list[str], out: str) -> None:
     if action in ("verify", "repair"):
         assert out.strip()
     if action == "run":
-        layers = setting(words, "layer", "[5,8]").strip("[]").split(",")
+        default = "6" if any(word.startswith("model.path=") for word in words) else "[5,8]"
+        layers = setting(words, "layer", default).strip("[]").split(",")
         sites = setting(words, "site", RESID_POST).strip("[]").split(",")
         points = [HookPoint(int(layer), site) for layer, site in product(layers, sites)]
         assert all(store.complete(point) for point in points)

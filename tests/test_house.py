@@ -400,7 +400,7 @@ def test_readme_first_commands_learn(tmp_path: Path) -> None:
     assert final["split"] == "held_out"
     assert final["variance_explained"] >= 0.85
     assert final["dead_share"] < 0.1
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    *_, example = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     check = "\nprint(float(1 - (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()))"
     shown = run_forked("-c", example + check, cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
