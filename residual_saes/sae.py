@@ -361,7 +361,7 @@ class SAE:
             )
         return rates.of(self.subject)
 
-    def features(self, text: Content, *, model: Any = None, tokenizer: Any = None) -> TextFeatures:
+    def features(self, text: Content, model: Any = None, tokenizer: Any = None) -> TextFeatures:
         """Which latents fire on each token of a text, or of a chat.
 
         The text is read as a store has it: alone, behind one BOS; a chat in the model's own
