@@ -92,10 +92,11 @@ def dead(measured: Measured) -> str:
             f"{figures['silent']:,} of its {figures['d_sae']:,} features fired on none of the "
             f"{figures['rows']:,} tokens."
         )
+    count = f"{measured.dead:,}" if measured.dead else "None"
     return (
-        f"{measured.dead:,} of its {figures['d_sae']:,} features were dead when training ended: "
-        "they had not fired for long. "
-        f"{figures['silent']:,} fired on none of the {figures['rows']:,} held-out tokens."
+        f"{count} of its {figures['d_sae']:,} features had died when training ended: a feature is "
+        f"dead when it has not fired for long. {figures['silent']:,} fired on none of the "
+        f"{figures['rows']:,} held-out tokens."
     )
 
 
