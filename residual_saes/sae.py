@@ -43,7 +43,7 @@ from residual_saes.data.device import torch_device
 from residual_saes.data.errors import MismatchError, SettingError, StoreError
 from residual_saes.data.foreign import reading
 from residual_saes.data.settings import number
-from residual_saes.data.site import RESID_POST, HookPoint
+from residual_saes.data.site import RESID_POST, RESID_PRE, HookPoint
 from residual_saes.data.text.chats import Chat, messages_of
 from residual_saes.data.text.documents import Content
 from residual_saes.harvest import model as models
@@ -472,6 +472,7 @@ class SAE:
                 raise SettingError(f"steer takes a torch model first, not {type(model).__name__}")
             scale = feature if scale is None else scale
             model, feature = None, model
+        layer = self._layer()
         changed = self._change(feature, 1.0 if scale is None else scale, change, activation)
 
         def edit(states: Tensor) -> Tensor:
@@ -482,19 +483,24 @@ class SAE:
             return states + added
 
         blocks = self.language_model.blocks if model is None else find_blocks(model)
-        layer = self.points[0].layer
         if layer >= len(blocks):
             raise SettingError(f"{self!r} cannot steer a model of {len(blocks)} layers")
         with edited(blocks[layer], edit):
             yield self
+
+    def _layer(self) -> int:
+        """The layer whose output it reads. Raises SettingError: it is no SAE of one."""
+        for layer, site in self.points if len(self.points) == 1 else ():
+            is_stream = site == RESID_POST or (site == RESID_PRE and layer > 0)
+            if is_stream and self.weights.b_in is None:
+                return layer if site == RESID_POST else layer - 1
+        raise SettingError(f"{self.name} is no SAE of a layer's output, so it cannot steer it")
 
     def _change(
         self, feature: Any, scale: Any, change: str, activation: float | None
     ) -> LatentChange:
         """What `steer` does. Raises SettingError: it cannot be meant."""
         features = steered.features_of(_plain(feature), self.d_sae)
-        if [point.site for point in self.points] != [RESID_POST] or self.weights.b_in is not None:
-            raise SettingError(f"{self.name} is no SAE of a layer's output, so it cannot steer it")
         if change not in CHANGES:
             raise SettingError(f"change={change} must be one of {', '.join(CHANGES)}")
         scales = _plain(scale)

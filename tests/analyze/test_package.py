@@ -293,6 +293,15 @@ def test_latents_of_a_loaded_model_are_changed(own: SAE, model: Any) -> None:
     torch.testing.assert_close(clamped, (7 - f[..., first, None]) * direction, **close)
     assert written(model, 5).equal(before)
 
+    # What enters layer 6 is what layer 5 gives.
+    with replace(own, points=(HookPoint(6, "resid_pre"),)).steer(model, first, 2.0):
+        assert (written(model, 5) - before).equal(pushed)
+    elsewhere = [(HookPoint(5, "mlp_out"),), (HookPoint(0, "resid_pre"),), (HookPoint(5),) * 2, ()]
+    for points in elsewhere:
+        other = replace(own, points=points)
+        with pytest.raises(SettingError, match="steer"), other.steer(model, first, 2.0):
+            pass
+
 
 def test_nothing_stays_behind(own: SAE, model: Any) -> None:
     before = written(model, 5)
