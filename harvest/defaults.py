@@ -202,27 +202,41 @@ def _tokens(
         described.require_template()
     text = settings["text"]
     encoder = Encoder(described.tokenizer, text.get("bad", "stop"), text.get("max_tokens"))
-    sample = _Sample(source)
     with heartbeat("counting the tokens of the text"):
-        documents = encoder.ids(sample, None)
-        rows = sum(1 for _ in pack(documents, Cursor(0, 0, None), context, described.tokenizer.bos))
-    if rows == 0:
+        tokens, whole = measured(source, encoder, context, described.tokenizer.bos)
+    if tokens == 0:
         raise SettingError(
             f"text.path={source.path} has less than one row of context={context} tokens; give more "
             "text, or a smaller context="
         )
+    if whole:
+        return tokens, "all of the text"
+    about = f"{float(f'{tokens:.2g}'):,.0f}"
+    return round(tokens * _ROOM), f"more than all of the text, which has about {about}"
+
+
+def measured(
+    source: TextSource, encoder: Encoder, context: int, bos: int, counted: int = _COUNTED
+) -> tuple[int, bool]:
+    """Tokens of a text in packed rows of `context`; and whether they are all counted.
+
+    Args:
+        counted: characters that are tokenised, and a share of those behind them.
+    """
+    sample = _Sample(source, counted)
+    packed = pack(encoder.ids(sample, None), Cursor(0, 0, None), context, bos)
+    tokens = context * sum(1 for _ in packed)
     if sample.read == sample.characters:
-        return rows * context, "all of the text"
-    expected = rows * context * sample.characters / sample.read
-    about = f"{float(f'{expected:.2g}'):,.0f}"
-    return round(expected * _ROOM), f"more than all of the text, which has about {about}"
+        return tokens, True
+    return round(tokens * sample.characters / sample.read), False
 
 
 class _Sample:
     """A text's first documents, then some of the others. All are counted."""
 
-    def __init__(self, source: TextSource) -> None:
+    def __init__(self, source: TextSource, counted: int) -> None:
         self._source = source
+        self._counted = counted
         self.chats = source.chats
         self.characters = 0  # of all documents
         self.read = 0  # of those that it gives
@@ -234,6 +248,6 @@ class _Sample:
         for document in self._source.documents(state):
             length = characters(document.content)
             self.characters += length
-            if self.read < max(_COUNTED, self.characters / _SHARE):
+            if self.read < max(self._counted, self.characters / _SHARE):
                 self.read += length
                 yield document

@@ -49,8 +49,8 @@ def is_local(path: str) -> bool:
         return True
     if Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1:
         raise SettingError(
-            f"model.path={path} is no folder; give a Hugging Face model folder or a hub id "
-            "(owner/name)"
+            f"model.path={path} is no folder; give a Hugging Face model folder or a hub id, as "
+            "openai-community/gpt2"
         )
     return False
 

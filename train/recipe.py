@@ -34,14 +34,14 @@ def filled(
     was chosen, as a line.
 
     Args:
-        batch: rows per optimizer step; None: by the rule.
+        batch: rows per optimizer step; None: by the rule, or 4,096 where no size is None.
         width: columns of the widest hook point.
-        rows: counts the training rows of the run; called where the rule needs them.
+        rows: counts the training rows of the run; called if a size is None.
     """
     values = dict(sae)
-    count = 0
-    if batch is None or values["d_sae"] is None:
-        count = rows()
+    if all(values[name] is not None for name in SIZES):
+        return values, _MOST_ROWS if batch is None else batch, ""
+    count = rows()
     if values["k"] is None:
         values["k"] = 2 ** max(1, round(math.log2(2 * math.sqrt(width))))
         if values["d_sae"] is not None:
@@ -56,8 +56,7 @@ def filled(
         batch = min(_MOST_ROWS, max(_LEAST_ROWS, _floor(count // _STEPS)))
         chosen["batch"] = batch
     listed = " ".join(f"{name}={value}" for name, value in chosen.items())
-    of_rows = f"{count:,} rows of width {width:,}" if count else f"rows of width {width:,}"
-    return values, batch, listed and f"{listed}: for {of_rows} (docs/training.md)"
+    return values, batch, f"{listed}: for {count:,} rows of width {width:,} (docs/training.md)"
 
 
 def provisional(sae: Mapping[str, Any]) -> dict[str, Any]:

@@ -106,6 +106,7 @@ STEPS = [
     harvest("padded", f"{SMALL} tokens=2048 {LINEAR}", way="padded"),
     Step("harvest.ring", (RING, FOLLOW), "ring:stores/ring.zarr runs:runs/ring", way="ring"),
     train("topk", TINY),
+    train("reference", f"{RECIPE} sae=topk_32k"),
     train("jumprelu", f"{TINY} sae.activation=jumprelu"),
     train("rows", f"{RECIPE} sae=rows_32k optim=rows sae.dead_after=100"),
     train("bf16", f"{TINY} train.matmul=bf16 sae.aux_norm=raw optim.decay=linear"),
