@@ -119,7 +119,7 @@ def test_the_command_line(folder: Path) -> None:
     assert str(folder / "sweep.html") in done.stderr
     following = f"python -m train.export run={folder / layer['choice']} to=saelens"
     assert f"    {following}\n" in done.stdout
-    assert following in (folder / "sweep.html").read_text()
+    assert f"\n{following}\n" in (folder / "sweep.html").read_text()
 
 
 # -- refusals --------------------------------------------------------------------------------------
