@@ -9,7 +9,7 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal -q
 # Of the demo's studies: its 200 word problems, answered 100 at a time.
 ANSWERS := answers.questions=200 answers.new_tokens=64 answers.batch=100
 
-.PHONY: demo test test-docs test-long test-faults test-libraries lint clean
+.PHONY: demo test test-docs test-package test-long test-faults test-libraries lint clean
 
 demo: .venv/installed  ## the whole pipeline on the embedded model, to a report
 	$(BIN)/python -m harvest model=tiny text=tiny tokens=4e5 context=256 store=activations/tiny.zarr
@@ -27,6 +27,9 @@ test: .venv/installed  ## the whole test suite, about nine minutes on two cores
 
 test-docs: .venv/installed  ## every command of README and docs, in small, and the notebooks of examples/
 	$(TEST) -m docs
+
+test-package: .venv/installed  ## wheel and sdist: built, compared, installed alone, and run
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "long or not long" tests/test_package.py
 
 test-long: .venv/installed  ## the loops of minutes: hundreds of kills
 	$(TEST) -m long

@@ -11,18 +11,19 @@ from residual_saes.analyze import results
 from residual_saes.analyze.study import ASKED, Definition, Study, find, model_of
 from residual_saes.analyze.subject import Subject, places_of, recorded_stores
 from residual_saes.conf.command import ALONE, Job
+from residual_saes.data import command_line
 from residual_saes.data.device import torch_device
 from residual_saes.data.errors import SettingError
-from residual_saes.data.journal import heartbeat
+from residual_saes.data.journal import heartbeat, suggest
 from residual_saes.data.rows.split import Policy
 from residual_saes.data.settings import flag, names, optional_whole, whole
-from residual_saes.train.run import CONFIG, named_or_newest, read_config
+from residual_saes.train.run import CONFIG, METRICS, named_or_newest, read_config
 
 Settings = dict[str, Any]  # conf/analyze.yaml, composed
 _POLICY = ("drop_bos", "drop_outliers")
 
 
-def command(settings: Settings, _: Job = ALONE) -> None:
+def command(settings: Settings, job: Job = ALONE) -> None:
     """Run one study and say where its results are."""
     name = settings["study"]["name"]
     action = _action(name, settings["action"])
@@ -42,11 +43,25 @@ def command(settings: Settings, _: Job = ALONE) -> None:
     study.show(definition, outcome)
     if not definition.fresh:
         results.tell_report(study.subject.run)
+    if action == "run" and not job.multirun:
+        suggest(_next(study, definition))
     if action == "serve":
         # The one door to the browser's pages.
         from residual_saes.analyze.pages.browser.serve import serve
 
         serve(study.place, port, study)
+
+
+def _next(study: Study, definition: Definition) -> str:
+    """The command that is useful after a study; "": none is."""
+    run = study.subject.run
+    if study.name in ("report", "all"):
+        return command_line.opening(run / "report.html")
+    if study.name == "browser":
+        return command_line.of("analyze", "study=browser", f"run={run}", "action=serve")
+    if definition.takes or not (run / METRICS).exists():  # an answer; or an SAE from elsewhere
+        return ""
+    return command_line.of("analyze", "study=report", f"run={run}")
 
 
 def _action(name: str, action: Any) -> str:

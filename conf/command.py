@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from residual_saes.conf import meant, schema
 from residual_saes.conf.help import described
 from residual_saes.conf.names import quoted, require_no_secret, texts, typed
-from residual_saes.data import machine, secrets, stopping
+from residual_saes.data import command_line, machine, secrets, stopping
 from residual_saes.data.errors import Interrupted, PipelineError, SettingError, first_line
-from residual_saes.data.journal import heartbeat, put, show, shown
+from residual_saes.data.journal import heartbeat, show, shown, tell, tell_stopped
 from residual_saes.data.settings import require_like
 
 if TYPE_CHECKING:  # hydra and omegaconf take 0.3 s to load: `start` first makes Ctrl-C quiet
@@ -36,6 +36,9 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",
     # cuBLAS repeats its bits only with a workspace of fixed size. CUDA reads it when it starts.
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    # Libraries draw no bars of their own into our line; `heartbeat` and hub_model.py tell instead.
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
 
 
@@ -73,6 +76,8 @@ def start(name: str, module: str) -> None:
         module: has the function `command(settings, job)`. It is loaded here, behind the
             environment.
     """
+    command_line.take(name, sys.argv[1:])
+    stopping.left = stopping.Left(command=shown(command_line.again()), tell=tell_stopped)
     stopping.answer_early()
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
@@ -329,14 +334,14 @@ def run_command(command: Callable[[], None], smaller: str = "") -> None:
 
 
 def _refuse(message: str, code: int) -> NoReturn:
-    put(f"error: {shown(message)}")
+    tell(f"error: {message}")
     sys.exit(code)
 
 
 def _tell_stopped(reason: object) -> None:
     with stopping.telling:
         stopping.told.set()
-        put(f"stopped by {reason}; {stopping.KEPT}")
+        tell_stopped(str(reason))
 
 
 # A launcher as Hydra names it when it is missing, and its plugin.

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from typing import Any
 
 import xxhash
 
-from residual_saes.data import stopping
+from residual_saes.data import stopping, terminal
 from residual_saes.data.durable import Written, refusals
 from residual_saes.data.errors import StoreError, caused
 from residual_saes.data.neutral import neutral
@@ -149,34 +150,50 @@ class _Said:
         self.text = ""  # of the work at hand, printed or not
         self.since = 0.0  # when the work's text last changed
         self.printed = -math.inf  # when a line was last printed
-        self.width = 0  # of the line that is open on a terminal
+        self.open = ""  # the line that is open on a terminal
 
     def note(self, text: str) -> None:
         if text != self.text:
             self.text = text
             self.since = time.monotonic()
 
-    def print(self, text: str) -> None:
-        """Print a line of its own."""
-        self.end_line()
-        put(shown(text))
+    def print(self, text: str, name: int = 0) -> None:
+        """Print a line of its own, in the place of an open one.
+
+        Args:
+            name: signs at its beginning that name the rest.
+        """
+        self.drop_line()
+        line = shown(text)
+        put(terminal.coloured(line[:name]) + line[name:] if name else terminal.painted(line))
         self.printed = time.monotonic()
 
-    def draw(self, text: str) -> None:
+    def draw(self, text: str, share: float | None = None) -> None:
         """On a terminal draw the open line again; elsewhere print one."""
-        if not sys.stderr.isatty():
+        if not terminal.is_one():
             self.print(text)
             return
-        line = shown(text)
-        put("\r" + line.ljust(self.width), end="")
-        self.width = len(line)
+        self.open = terminal.fitted(shown(text), share)
+        put(terminal.ERASE + self.open, end="")
         self.printed = time.monotonic()
 
-    def end_line(self) -> None:
-        """End the line that is open on a terminal, so that others can be printed behind it."""
-        if self.width:
+    def end_line(self, echo: str = "") -> None:
+        """End the line that is open on a terminal, so that others can be printed behind it.
+
+        Args:
+            echo: what the terminal has written behind it, such as ^C: it gets a line of its own.
+        """
+        if self.open:
+            put((terminal.ERASE + self.open + "\n" + echo) if echo else "")
+            self.open = ""
+        elif echo and terminal.is_one():
             put("")
-            self.width = 0
+
+    def drop_line(self) -> None:
+        """Take away the line that is open on a terminal."""
+        if self.open:
+            put(terminal.ERASE, end="")
+            self.open = ""
 
 
 _said = _Said()
@@ -190,10 +207,54 @@ def tell(*lines: str) -> None:
             _said.note(line)
 
 
+def aligned(rows: Mapping[str, str]) -> list[str]:
+    """A line for each name and what it stands for, one under the other."""
+    return [f"{name:<{_name_width(rows)}}{value}" for name, value in rows.items()]
+
+
+def tell_header(rows: Mapping[str, str]) -> None:
+    """Print what a command is about to do, as `aligned` has it."""
+    width = _name_width(rows)
+    room = terminal.columns() - width if terminal.is_one() else 0
+    with _said.lock:
+        for line in aligned(rows):
+            first, *more = textwrap.wrap(line[width:], max(room, 20)) if room else [line[width:]]
+            _said.print(line[:width] + first, width)
+            for part in more:
+                _said.print(" " * width + part)
+
+
+def _name_width(rows: Mapping[str, str]) -> int:
+    return max(map(len, rows)) + 2
+
+
+def tell_stopped(reason: str) -> None:
+    """Tell that a signal ends the command, what is kept, and how to go on; on lines of their own.
+
+    It may be a second thread that tells so, while the main thread is in the middle of a line.
+    """
+    held = _said.lock.acquire(timeout=0.2)
+    try:
+        _said.end_line("^C" if reason == "SIGINT" else "")
+        for line in stopping.farewell(reason):
+            _said.print(line)
+    finally:
+        if held:
+            _said.lock.release()
+
+
 def show(*lines: str) -> None:
     """Print lines to standard output: what the command was asked for."""
+    with _said.lock:
+        _said.drop_line()
     for line in lines:
         print(shown(line), flush=True)
+
+
+def suggest(command: str) -> None:
+    """Tell the command that is useful next, from data/command_line.py; "": there is none."""
+    if command:
+        tell(f"next: {command}")
 
 
 def note(text: str) -> None:
@@ -223,6 +284,8 @@ def heartbeat(text: str, interval_s: float = 4.0) -> Iterator[None]:
     with _said.lock:
         _said.note(text)
         _said.printed = time.monotonic()
+        if terminal.is_one():  # where somebody waits
+            _said.draw(text)
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
     thread.start()
     try:
@@ -230,7 +293,7 @@ def heartbeat(text: str, interval_s: float = 4.0) -> Iterator[None]:
     finally:
         ended.set()
         with _said.lock:
-            _said.end_line()
+            _said.drop_line()
 
 
 class Progress:
@@ -243,19 +306,24 @@ class Progress:
             interval_s: between two lines, off a terminal.
             quiet_s: nothing is shown before so many seconds: short work needs no line.
         """
-        self._interval_s = 0.2 if sys.stderr.isatty() else interval_s
+        self._interval_s = 0.2 if terminal.is_one() else interval_s
         self._shown = False
         self._quiet_until = time.monotonic() + quiet_s
 
-    def show(self, text: str, *, last: bool = False) -> None:
-        """Show `text` if the interval has passed, or if it is the `last` of its loop."""
+    def show(self, text: str, *, share: float | None = None, last: bool = False) -> None:
+        """Show `text` if the interval has passed, or if it is the `last` of its loop.
+
+        Args:
+            text: figures that three spaces part; a narrow terminal leaves out the last ones.
+            share: of the work that is done; a terminal shows it as a bar.
+        """
         now = time.monotonic()
         if now < self._quiet_until:
             return
         with _said.lock:
             _said.note(text)
             if last or not self._shown or now - _said.printed >= self._interval_s:
-                _said.draw(text)
+                _said.draw(text, share)
                 self._shown = True
             if last:
                 _said.end_line()
@@ -278,6 +346,12 @@ def duration(seconds: float) -> str:
     if whole < 100 * 3600:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
     return f"{whole // 86_400}d{whole % 86_400 // 3600:02d}h"
+
+
+def figure(value: float | None, width: int = 0) -> str:
+    """Four significant digits: 0.9382, 12.30, 1.200e-05; `-` for what is no number."""
+    is_number = value is not None and math.isfinite(value)
+    return (f"{value:#.4g}".rstrip(".") if is_number else "-").rjust(width)
 
 
 def size(count: float) -> str:

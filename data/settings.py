@@ -70,8 +70,8 @@ def require_like(name: str, value: Any, default: Any) -> None:
     """
     if isinstance(default, bool):
         flag(name, value)
-    elif isinstance(value, list):
-        return  # some settings take several numbers
+    elif isinstance(value, list) or value == "auto":
+        return  # some settings take several numbers, or make their own
     elif isinstance(default, int):
         whole(name, value)
     elif isinstance(default, float):

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import FrameType
 
 from residual_saes.data.errors import ANNOUNCED, exit_code, raise_interrupted
@@ -28,9 +29,30 @@ _HANDLERS = {
     signal.SIGINT: signal.default_int_handler,
     **dict.fromkeys((signal.SIGTERM, *ANNOUNCED), raise_interrupted),
 }
-KEPT = "what was finished is kept, and the same command again goes on"
+_AGAIN = "the same command again goes on"
+_FINISHED = "what was finished is kept"
+KEPT = f"{_FINISHED}, and {_AGAIN}"
 _LAST_ACTS_S = 1.0  # at most
 _POLL_S = 0.1  # between looks whether the end is still held off
+
+
+@dataclass
+class Left:
+    """What a command leaves when it is stopped, and who says so."""
+
+    saved: str = _FINISHED
+    command: str = ""  # that goes on, as it was typed; "": nobody typed it
+    tell: Callable[[str], None] | None = None  # of a signal by its name
+
+
+left = Left()
+
+
+def farewell(reason: str) -> list[str]:
+    """The last lines of a command that is stopped: for a person, with the command to type."""
+    line = f"stopped by {reason}; {left.saved}, and {_AGAIN}"
+    by_hand = reason == "SIGINT" and left.command
+    return [f"{line}:", f"    {left.command}"] if by_hand else [line]
 
 
 class _Held:
@@ -131,13 +153,16 @@ def _listen(pipe: int, answered: set[int]) -> None:
 def _end(signum: int) -> None:
     telling.acquire(timeout=GRACE_S)  # nobody may be reading what the command says
     if not told.is_set():
-        line = f"stopped by {signal.Signals(signum).name}; {KEPT}\n"
         with suppress(OSError):  # nobody may be reading
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, line.encode())
+            (left.tell or _write)(signal.Signals(signum).name)
     acts = threading.Thread(target=_do_last_acts, daemon=True)
     acts.start()
     acts.join(_LAST_ACTS_S)
     os._exit(exit_code(signum))
+
+
+def _write(reason: str) -> None:
+    os.write(2, "\n".join([*farewell(reason), ""]).encode())
 
 
 def _do_last_acts() -> None:

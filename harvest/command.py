@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from residual_saes.conf.command import ALONE, Job
-from residual_saes.data import rank
+from residual_saes.data import command_line, rank
 from residual_saes.data.device import own_device
 from residual_saes.data.errors import SettingError
-from residual_saes.data.journal import heartbeat, show, tell
+from residual_saes.data.journal import aligned, heartbeat, show, suggest, tell, tell_header
 from residual_saes.data.rank import Rank
 from residual_saes.data.settings import flag, optional_whole, single, whole
 from residual_saes.data.store import coming, default, manifest, retention
@@ -98,9 +98,12 @@ def command(settings: dict[str, Any], job: Job = ALONE) -> None:
     with coming.announced(place) if action == "run" and config.max_bytes else nullcontext():
         lm = load(model, deepest=max(config.layers))
         if action == "plan":
-            show(planned.hours(probe(lm, config), config.world, "(measured)"))
+            measured = planned.hours(probe(lm, config), config.world, "(measured)")
+            show(*aligned({"hours": measured}))
         else:
             harvest(config, lm, source)
+    if action == "run" and not job.multirun:
+        suggest(command_line.of("train", f"store={config.store}"))
 
 
 def checked_plan(
@@ -119,11 +122,19 @@ def checked_plan(
     files = stored(model.path, described.folder)
     planned = planned_for(config, described, files)
     speed = planned.hours(guess(planned, model.dtype), config.world, "(a guess)")
-    lines = [*planned.lines(), speed]
+    d_model = described.text.hidden_size
+    header = {
+        "model": f"{model.path}, d_model {d_model:,}, {model.dtype}, on {model.device}",
+        **planned.figures(),
+        "hours": speed,
+        "store": str(config.store),
+    }
+    if 0 < (done := share_done(config)) < 1:
+        header["goes on"] = f"at unit {int(done * planned.units):,} of {planned.units:,}"
     if action == "plan":
-        show(*lines)
+        show(*aligned(header))
     else:
-        tell(*lines)
+        tell_header(header)
 
     check_context(config, described.max_context)
     if source.chats:

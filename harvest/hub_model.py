@@ -8,12 +8,13 @@ may be added to the store later. Shards that hold vision or audio towers alone a
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from residual_saes.data.errors import PipelineError, SettingError, TemporaryError
-from residual_saes.data.journal import size, tell
+from residual_saes.data.journal import Progress, size, tell
 from residual_saes.data.text import retry
 from residual_saes.data.tiny.embedded import MODEL_DIR
 from residual_saes.harvest.model_folder import EMBEDDED
@@ -120,8 +121,27 @@ def _download_weights(path: str, folder: Path) -> list[str]:
     missing = {name: nbytes for name, nbytes in sizes.items() if not (folder / name).is_file()}
     files = f"{len(missing)} files" if len(missing) > 1 else next(iter(missing), "")
     tell(f"downloading {size(sum(missing.values()))} of weights of {path} ({files}) to {folder}")
-    snapshot_download(path, revision=commit, allow_patterns=list(missing))
+    bar = _told_bar(f"downloading {path}")
+    snapshot_download(path, revision=commit, allow_patterns=list(missing), tqdm_class=bar)
     return sorted(sizes)
+
+
+def _told_bar(what: str) -> Any:
+    """The hub client's bar, as a line of ours."""
+    from tqdm.std import tqdm
+
+    progress = Progress()
+
+    class Told(tqdm):  # type: ignore[misc]
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **{**named, "file": io.StringIO(), "disable": False})
+
+        def display(self, msg: str | None = None, pos: int | None = None) -> None:
+            if self.unit == "B" and self.n:  # the other bars count files
+                total = max(self.total or 0, self.n)
+                progress.show(f"{what}   {size(self.n)} of {size(total)}", share=self.n / total)
+
+    return Told
 
 
 def asked_of_hub(path: str, ask: Callable[[], T], revision: str = "main") -> T:

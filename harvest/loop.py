@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from residual_saes.data import stopping
 from residual_saes.data.errors import PipelineError, StopRequest
 from residual_saes.data.journal import Progress, duration, size, tell
 from residual_saes.data.machine import is_out_of_memory
@@ -73,9 +74,6 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Sto
             # Recompute a committed unit.
             store.refresh()
             check(store, lm, points)
-            committed = store.units - len(store.missing(points))
-            if committed:
-                tell(f"going on: {committed} of {store.units} units are committed")
 
             # Describe the arrays for other Zarr readers; a lossy codec is part of that.
             fit_codec(store, lm, points)
@@ -157,7 +155,10 @@ def make(
                 went_on = True
                 tokens += store.rows_of(unit)
                 rate = tokens / (time.monotonic() - began)
-                progress.show(progress_line(store, points, tokens, rate, writer.written))
+                done = store.units - len(store.missing(points))
+                stopping.left.saved = f"{done:,} of {store.units:,} units are in {store.name}"
+                line = progress_line(store, done, tokens, rate, writer.written)
+                progress.show(line, share=done / store.units)
             spine.follow()
             if went_on:
                 waiting.over()
@@ -260,22 +261,21 @@ def fit_codec(store: Store, lm: LanguageModel, points: Sequence[HookPoint]) -> N
 # -- messages --------------------------------------------------------------------------------------
 
 
-def progress_line(
-    store: Store, points: Sequence[HookPoint], tokens: int, rate: float, written: int
-) -> str:
+def progress_line(store: Store, done: int, tokens: int, rate: float, written: int) -> str:
     """How far the store is.
 
     Args:
+        done: units that are committed.
         tokens: made here.
         rate: tokens/s made here.
         written: bytes of residuals committed here, before encoding.
     """
-    missing = len(store.missing(points))
-    units = store.units - missing
-    left = duration(missing * store.unit_tokens / rate)
+    units = f"{done:,}".rjust(len(f"{store.units:,}"))
+    left = duration((store.units - done) * store.unit_tokens / rate)
+    bytes_per_s = size(written * rate / max(tokens, 1))
     return (
-        f"{units}/{store.units} units | {tokens:,} tokens here | {rate:,.0f} tokens/s | "
-        f"{size(written)} at {size(written * rate / max(tokens, 1))}/s | ETA {left}"
+        f"unit {units}/{store.units:,}   {left:>6} left   {rate:>7,.0f} tokens/s   "
+        f"{size(written):>7} at {bytes_per_s:>7}/s   {tokens:,} tokens here"
     )
 
 

@@ -82,8 +82,8 @@ class Plan:
     device: str
     device_bytes: int | None  # free memory of the device; None if unknown
 
-    def lines(self) -> list[str]:
-        """The plan as text."""
+    def figures(self) -> dict[str, str]:
+        """The plan as text, by what it is about."""
         alone = "; nothing can be held out of a single unit: for training, lower unit="
         free = "room unknown" if self.free_bytes is None else f"{size(self.free_bytes)} free"
         ring = ""
@@ -92,14 +92,15 @@ class Plan:
         by_codec: list[str] = []
         for codec, ratio in EXPECTED_RATIO.items():
             by_codec.append(f"{size(self.raw_bytes / ratio)} with codec={codec}")
-        return [
-            f"plan: {self.tokens:,} tokens in {self.rows:,} rows and {self.units:,} units, "
-            f"{_listed(self.points)}{alone if self.units == 1 else ''}",
-            f"      disk: {size(self.raw_bytes)} of residuals, about {size(self.expected_bytes)} "
+        return {
+            "read": _listed(self.points),
+            "tokens": f"{self.tokens:,} in {self.rows:,} rows and {self.units:,} units"
+            f"{alone if self.units == 1 else ''}",
+            "disk": f"{size(self.raw_bytes)} of residuals, about {size(self.expected_bytes)} "
             f"still to write; {free}{ring}",
-            f"      whole: about {', '.join(by_codec)}",
-            f"      memory: {self.memory.line(self.device, self.device_bytes)}",
-        ]
+            "codec": f"about {', '.join(by_codec)}",
+            "memory": self.memory.line(self.device, self.device_bytes),
+        }
 
     def hours(self, tokens_per_s: float, world: int, how: str) -> str:
         """The duration of the whole run, as text.
@@ -111,7 +112,7 @@ class Plan:
         rate = tokens_per_s * world
         written = self.expected_bytes / self.tokens * rate
         return (
-            f"      hours: {duration(self.tokens / rate)} at {tokens_per_s:,.0f} tokens/s {how}, "
+            f"{duration(self.tokens / rate)} at {tokens_per_s:,.0f} tokens/s {how}, "
             f"world={world}, writing {size(written)}/s; {self.model.flop / 1e9:.3g} GFLOP a token"
         )
 
@@ -231,9 +232,8 @@ def _listed(points: Sequence[HookPoint]) -> str:
     for site in SITES[::-1]:  # resid_post first
         layers = ", ".join(str(point.layer) for point in points if point.site == site)
         if layers:
-            listed.append(
-                f"layers {layers}" if site == RESID_POST else f"{site} of layers {layers}"
-            )
+            word = "layers" if "," in layers else "layer"
+            listed.append(f"{'' if site == RESID_POST else f'{site} of '}{word} {layers}")
     return "; ".join(listed)
 
 

@@ -122,6 +122,11 @@ class SAE:
             if not place.is_dir():
                 raise SettingError(f"{name} is no SAE; give {FORMS}")
             kind = kind_of(place)
+            inside = [str(path) for path in sorted(place.iterdir()) if kind_of(path)]
+            if kind is None and inside:
+                raise SettingError(
+                    f"{name} has SAEs in its folders; give one: {', '.join(inside[:5])}"
+                )
             name = str(place) if kind in (None, "reference") else f"{kind}:{place}"
         if is_foreign(name):
             if store is None:
@@ -411,7 +416,11 @@ class SAE:
         self, lm: LanguageModel, setting: str, text: Content, *, reply: bool = False
     ) -> list[list[int]]:
         most = lm.max_context if reply else min(self.context, lm.max_context)
-        content = text if isinstance(text, str | Chat) else messages_of(text, setting)
+        is_list = isinstance(text, list) and all(isinstance(message, dict) for message in text)
+        if not is_list and not isinstance(text, str | Chat):
+            got = f"a {type(text).__name__}"
+            raise SettingError(f"{setting} is {got}, and must be one text, or a list of messages")
+        content = messages_of(text, setting) if isinstance(text, list) else text
         return given.sequences(setting, [content], lm.tokenizer, most, reply=reply)
 
     @overload
@@ -508,6 +517,8 @@ class SAE:
         if len(scales) != len(features):
             raise SettingError(f"{len(scales)} scales for {len(features)} features; give one each")
         values = [number("scale", value) for value in scales]
+        if not all(map(math.isfinite, [*values, number("activation", activation or 0)])):
+            raise SettingError(f"scale={scale} and activation={activation} must be finite numbers")
         if activation is not None:
             values = [value * number("activation", activation) for value in values]
         elif change != "ablate":

@@ -15,10 +15,10 @@ Shapes: N tokens of the store, d their width, n rows of a batch.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from operator import index as whole
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
@@ -31,6 +31,7 @@ from residual_saes.data.errors import SettingError
 from residual_saes.data.rows import split
 from residual_saes.data.rows.source import Source
 from residual_saes.data.rows.split import Policy
+from residual_saes.data.settings import whole
 from residual_saes.data.site import RESID_POST, HookPoint, require_site
 from residual_saes.data.store import store as stores
 from residual_saes.harvest.hub_model import described
@@ -69,7 +70,10 @@ class Column:
     def __getitem__(self, index: int | slice) -> Tensor:
         """Row `index`, or the rows of a slice, as a tensor of its own."""
         if not isinstance(index, slice):
-            number = whole(index)
+            try:
+                number = operator.index(index)
+            except TypeError:
+                raise SettingError(f"{self} is read by a number or a slice") from None
             if not -len(self) <= number < len(self):
                 raise IndexError(f"row {number} of {self}")
             return self[slice(number % len(self), number % len(self) + 1)][0]
@@ -236,8 +240,10 @@ class Store:
             SettingError, StoreError: as `rows`.
         """
         rows, kept = self.rows(layer, site), self.kept(layer, site)
-        if part not in ("training", "held_out", "all") or size < 1:
-            raise SettingError(f"part={part} must be training, held_out or all; size={size} over 0")
+        if part not in ("training", "held_out", "all"):
+            raise SettingError(f"part={part} must be training, held_out or all")
+        if size < 1:
+            raise SettingError(f"size={size} must be at least 1 (rows)")
         parts = split.parts(self._inner)
         units = range(self._inner.units) if part == "all" else parts[part == "held_out"]
         for unit in units:
@@ -280,7 +286,9 @@ class Store:
         known = [point for point in self._inner.points if point.site == require_site(site)]
         if layer is None and len(known) != 1:
             raise SettingError(f"layer= is missing; {self.name} has {', '.join(self.points)}")
-        source = Source(self._inner, known[0] if layer is None else HookPoint(whole(layer), site))
+        source = Source(
+            self._inner, known[0] if layer is None else HookPoint(whole("layer", layer), site)
+        )
         source.require_complete()
         return source
 

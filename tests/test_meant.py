@@ -106,7 +106,12 @@ def test_every_setting_is_right(command: str) -> None:
 
 
 def test_values_are_of_their_defaults_types() -> None:
-    for default, right in ((1, [2, 1e5, [1]]), (1.0, [2, 0.5, [1]]), (True, [False]), ("a", [1])):
+    for default, right in (
+        (1, [2, 1e5, [1]]),
+        (1.0, [2, 0.5, [1], "auto"]),
+        (True, [False]),
+        ("a", [1]),
+    ):
         for value in (*right,):
             require_like("batch", value, default)
     for default, wrong in ((1, ["x", 0.5, True]), (1.0, ["x", True]), (True, [1, "yes", []])):

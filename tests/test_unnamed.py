@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -149,55 +147,3 @@ def test_the_newest_finished_run(
     assert run.named_or_newest("x") == Path("x")
     assert run.named_or_newest(None) == run.named_or_newest(None) == Path("runs/b/arm")
     assert capsys.readouterr().err.count("run=runs/b/arm") == 1
-
-
-@pytest.mark.long
-def test_the_first_commands_from_a_wheel(tmp_path: Path) -> None:
-    """As they stand, but on the embedded model: from an installed wheel, in an empty folder."""
-    unbuilt = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "tests", "activations")
-    shutil.copytree(ROOT, tmp_path / "source", ignore=unbuilt)
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    run_command(tmp_path, *pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "./source")
-    (wheel,) = tmp_path.glob("*.whl")
-    run_command(
-        tmp_path, *pip, "install", "-q", "--no-deps", f"--target={tmp_path}/lib", str(wheel)
-    )
-    (empty := tmp_path / "empty").mkdir()
-
-    def python(*arguments: str) -> str:
-        return run_command(empty, sys.executable, *arguments, lib=tmp_path / "lib")
-
-    where = python(
-        "-c", "import residual_saes, sys; print(residual_saes.__file__, file=sys.stderr)"
-    )
-    assert where.startswith(f"{tmp_path}/lib/")
-    python(
-        "-m",
-        "residual_saes.harvest",
-        "layer=5",
-        "tokens=1e4",
-        "model=tiny",
-        "text=tiny",
-        "context=64",
-    )
-    said = "store=activations/tiny_tiny.zarr: "
-    assert said in python("-m", "residual_saes.train", "sae=topk_32k")
-    swept = python("-m", "residual_saes.train", "-m", "optim.lr=1e-4,2e-4", "sae.aux_coef=0,0.125")
-    assert swept.count(said) == 1 and swept.count("wrote runs/tiny_tiny_topk_32k_L5/") == 4
-    assert "run=runs/tiny_tiny_topk_32k_L5" in python(
-        "-m", "residual_saes.analyze", "study.rows=64"
-    )
-    assert sorted(path.name for path in empty.iterdir()) == ["activations", "runs"]
-
-
-def run_command(folder: Path, *command: str, lib: Path | None = None) -> str:
-    """What a command says on stderr; it must end with 0."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTHONPATH", None)
-    if lib:
-        environment["PYTHONPATH"] = str(lib)
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, (command, done.stderr)
-    return done.stderr

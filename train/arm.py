@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,8 +54,18 @@ class Run:
     In a group of processes, process 0 alone reads and writes the directory.
     """
 
-    def __init__(self, arm: Arm, device: torch.device, group: Group, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        arm: Arm,
+        device: torch.device,
+        group: Group,
+        stop: StopRequest,
+        tell_begin: Callable[[Arm, Trainer, int], None],
+    ) -> None:
         """Begin, or go on from the last checkpoint.
+
+        Args:
+            tell_begin: tells the user that this begins, at a step.
 
         Raises:
             MismatchError: the directory holds a run with other settings or another store.
@@ -65,6 +75,7 @@ class Run:
         self.group = group
         self.outcome: Outcome | None = None
         self._is_warned = False  # that the SAE is worse than the rows' mean
+        self._tell_begin = tell_begin
         self.trainer = Trainer(arm.config, arm.stream.reader, device, group)
         with ExitStack() as stack:
             if group.rank == 0:
@@ -102,11 +113,6 @@ class Run:
         scaled = {"scales": scales} if len(scales) > 1 else {"scale": trainer.scale}
         resolved = {"lr": trainer.optim.lr, "dead_after": trainer.dead_after}
         facts = {**arm.facts, **scaled, "steps": trainer.steps, **resolved}
-        if arm.config.optim.lr == "auto":
-            tell(
-                f"{arm.folder}: optim.lr=auto is {trainer.optim.lr:.3g} for "
-                f"{arm.config.sae.d_sae:,} latents and {trainer.steps:,} steps (docs/method.md)"
-            )
         self._warn(
             recipe.rate_warning(float(trainer.optim.lr), arm.config.sae.d_sae, trainer.steps),
             recipe.size_warning(arm.config.sae.d_sae, arm.config.sae.k, tokens),
@@ -137,13 +143,13 @@ class Run:
             tell(f"{folder} is finished: {folder / sae_file.FILE} is there, nothing to do")
             self.outcome = run.metrics_of(folder)[-1]
             return
+        self._tell_begin(self.arm, self.trainer, step)
         # Register for the rows first: what is damaged stays if they are gone. Remove it before the
         # metrics are cut: one that comes back must not find them shorter than it saw them.
         follower.begin(None if step == self.trainer.steps else step, kept[1])
         checkpoint.keep(checkpoints, kept)
         if saved:
             self.trainer.restore(saved)
-            tell(f"{folder}: going on from step {saved.step:,} of {self.trainer.steps:,}")
         elif needed := self.trainer.rows_to_begin:
             batch = self.arm.config.batch
             batches = min(-(-needed // batch), self.trainer.steps)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from residual_saes.conf.command import ALONE, Job
-from residual_saes.data import durable, rank
+from residual_saes.data import command_line, durable, rank
 from residual_saes.data.device import own_device
 from residual_saes.data.errors import StoreError
-from residual_saes.data.journal import tell
+from residual_saes.data.journal import suggest, tell
 from residual_saes.data.rows import summary
 from residual_saes.data.rows.source import Source
 from residual_saes.data.rows.split import Policy
@@ -46,11 +47,12 @@ _COUNTS = (
 def command(settings: dict[str, Any], job: Job = ALONE) -> None:
     """Train one arm; with the other processes, if torchrun or accelerate started several."""
     device = own_device(settings["device"])
-    if rank.processes().world > 1 and not job.multirun:
-        with Group(device) as group:
-            train(arm(settings, job), device, group)
-    else:
-        train(arm(settings, job), device)
+    several = rank.processes().world > 1 and not job.multirun
+    with Group(device) if several else nullcontext(Group()) as group:
+        this = arm(settings, job)
+        train(this, device, group)
+    if not job.multirun:
+        suggest(command_line.of("analyze", "study=quality", f"run={this.folder}"))
 
 
 def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
@@ -18,14 +18,15 @@ from torch import Tensor
 
 from residual_saes.data import machine, stopping
 from residual_saes.data.errors import Interrupted, PipelineError, StopRequest, TemporaryError
-from residual_saes.data.journal import Progress, duration, tell
+from residual_saes.data.journal import Progress, duration, figure, tell
 from residual_saes.data.rows import statistics
 from residual_saes.data.rows.copy import to_device
-from residual_saes.train import memory
+from residual_saes.train import header, memory
 from residual_saes.train.arm import Arm, Outcome, Run
 from residual_saes.train.evaluate import evaluate
 from residual_saes.train.parallel import Group
 from residual_saes.train.stream import Stream
+from residual_saes.train.trainer import Trainer
 
 
 def _train(runs: list[Run], failures: _Failures, stop: StopRequest, group: Group) -> None:
@@ -68,6 +69,8 @@ def _train(runs: list[Run], failures: _Failures, stop: StopRequest, group: Group
                 for run in runs:
                     with failures.ending(run):
                         run.save()
+                if step and (saved := _going_on(runs)):
+                    stopping.left.saved = _saved(saved)
                 raise Interrupted(signum)
 
             # One batch of each stream.
@@ -97,6 +100,14 @@ def _tell_left_out(runs: list[Run]) -> None:
             rows = f" ({', '.join(map(str, read))})"
         if stream.left_out:
             tell(f"left out of {of_what}{rows}: {statistics.told(stream.policy, stream.left_out)}")
+
+
+def _saved(runs: Sequence[Run]) -> str:
+    """What a stop leaves."""
+    if len(runs) > 1:
+        return f"{len(runs)} arms are saved, the first at step {runs[0].step:,}"
+    (run,) = runs
+    return f"step {run.step:,} of {run.trainer.steps:,} is saved in {run.arm.folder}"
 
 
 def _going_on(runs: Sequence[Run]) -> list[Run]:
@@ -217,7 +228,8 @@ def train_together(
     group = group or Group()
     with _deterministic(), torch.no_grad(), StopRequest() as stop, ExitStack() as stack:
         failures = _Failures(len(arms) > 1)
-        opened = [_opened(arm, device, group, stop, stack) for arm in arms]
+        tell_begin = header.tell_run if len(arms) == 1 else header.tell_arm
+        opened = [_opened(arm, device, group, stop, stack, tell_begin) for arm in arms]
         for arm, found in zip(arms, opened, strict=True):
             if isinstance(found, PipelineError):
                 failures.note(arm, found)
@@ -229,12 +241,17 @@ def train_together(
 
 
 def _opened(
-    arm: Arm, device: torch.device, group: Group, stop: StopRequest, stack: ExitStack
+    arm: Arm,
+    device: torch.device,
+    group: Group,
+    stop: StopRequest,
+    stack: ExitStack,
+    tell_begin: Callable[[Arm, Trainer, int], None],
 ) -> Run | PipelineError:
     """The arm's run, or why it cannot be trained."""
     try:
         memory.require_fit(arm, device)
-        run = Run(arm, device, group, stop)
+        run = Run(arm, device, group, stop, tell_begin)
     except Exception as error:
         reason = machine.answer(error, memory.smaller(arm))
         if reason is None:
@@ -289,22 +306,22 @@ class _Shown:
             return
         records = [record for record, _, _ in self._new]
         record, steps, tokens_per_s = max(self._new, key=lambda new: new[1])
-        explained = sorted(record["variance_explained"] for record in records)
         if len(records) == 1:
-            figures = (
-                f"variance explained {explained[0]:.4f}  mse {record['mse']:.4g}  "
-                f"l0 {record['l0']:.1f}  dead {record['dead_share']:.1%}  lr {record['lr']:.2g}"
-            )
+            explained = f"variance explained {figure(record['variance_explained'], 6)}"
         else:
-            most_dead = max(record["dead_share"] for record in records)
-            figures = (
-                f"{len(records)} arms  variance explained {explained[0]:.4f} to "
-                f"{explained[-1]:.4f}  dead up to {most_dead:.1%}"
+            some = [record["variance_explained"] for record in records]
+            explained = (
+                f"{len(records)} arms, variance explained {figure(min(some), 6)} to "
+                f"{figure(max(some), 6)}"
             )
+        done = f"{record['step']:,}".rjust(len(f"{steps:,}"))
         left = (steps - record["step"]) / self.speed(record["step"])
+        most_dead = max(record["dead_share"] for record in records)
         self._progress.show(
-            f"step {record['step']:,}/{steps:,}  {record['tokens']:,} tokens  {figures}  "
-            f"{tokens_per_s:,.0f} tokens/s  {duration(left)} left",
+            f"step {done}/{steps:,}   {explained}   {duration(left):>6} left   "
+            f"{tokens_per_s:>9,.0f} tokens/s   loss {figure(record['loss'], 9)}   "
+            f"L0 {figure(record['l0'], 6)}   dead {most_dead:>5.1%}   lr {record['lr']:.2e}",
+            share=record["step"] / steps,
             last=record["step"] == steps,
         )
         self._new.clear()

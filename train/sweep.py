@@ -13,9 +13,11 @@ from collections.abc import Sequence
 
 import torch
 
+from residual_saes.data import command_line
 from residual_saes.data import device as devices
 from residual_saes.data.errors import SettingError
-from residual_saes.data.journal import size, tell
+from residual_saes.data.journal import suggest
+from residual_saes.train import header
 from residual_saes.train.arm import Arm, Outcome
 from residual_saes.train.loop import train_together
 from residual_saes.train.memory import arm_bytes, step_bytes
@@ -80,22 +82,23 @@ def train_sweep(arms: Sequence[Arm], device: torch.device) -> list[Outcome]:
             "and each gets a folder of its own"
         )
     planned = passes(arms, devices.free_bytes(device))
-    for line in announcement(arms, planned):
-        tell(line)
+    header.tell_sweep(arms, announcement(arms, planned), device)
     outcomes: dict[int, Outcome] = {}
     for numbers in planned:
         outcomes |= zip(
             numbers, train_together([arms[number] for number in numbers], device), strict=True
         )
+    if all(isinstance(outcome, dict) for outcome in outcomes.values()):
+        parents = {arm.folder.parent for arm in arms}
+        listed = f"[{','.join(str(arm.folder) for arm in arms)}]"
+        runs = listed if len(parents) > 1 else parents.pop()
+        suggest(command_line.of("analyze", "study=sweep", f"runs={runs}"))
     return [outcomes[number] for number in range(len(arms))]
 
 
-def announcement(arms: Sequence[Arm], planned: Sequence[Sequence[int]]) -> list[str]:
-    """What will be trained together."""
-    heads = [f"{len(arms)} arm{'s' * (len(arms) > 1)} on one read of the store"]
+def announcement(arms: Sequence[Arm], planned: Sequence[Sequence[int]]) -> str:
+    """How many arms are trained together."""
     readers = len({arm.stream for arm in arms})
-    if readers > 1:
-        heads = [f"{len(arms)} arms in one pass, with {readers} readers of the store side by side"]
     if len(planned) > 1:
         groups = len(_sharing(arms))
         reason = (
@@ -106,5 +109,7 @@ def announcement(arms: Sequence[Arm], planned: Sequence[Sequence[int]]) -> list[
         if len(planned) > groups:
             reason = ", and ".join(filter(None, [reason, "not all fit into memory at once"]))
         counts = " + ".join(str(len(numbers)) for numbers in planned)
-        heads = [f"{len(arms)} arms in {len(planned)} passes of {counts}: {reason}"]
-    return [*heads, *(f"  {arm.folder}: {size(arm_bytes(arm))} of state" for arm in arms)]
+        return f"{len(arms)} in {len(planned)} passes of {counts}: {reason}"
+    if readers > 1:
+        return f"{len(arms)} in one pass, with {readers} readers of the store side by side"
+    return f"{len(arms)} on one read of the store"

@@ -73,8 +73,8 @@ def persistent(what: str, request: Callable[[], T], way_out: str | None = None) 
                 ) from error
             wait = max(min(2.0**number, LONGEST_S), min(trouble.asked_s, LONGEST_ASKED_S))
             tell(
-                f"text: {trouble.reason} from {what}, trying again in {wait:.0f} s "
-                f"({number} of {tries})"
+                f"{'' if way_out else 'text: '}{trouble.reason} from {what}, "
+                f"trying again in {wait:.0f} s ({number} of {tries})"
             )
             sleep(wait)
     raise AssertionError("the last try returns or raises")

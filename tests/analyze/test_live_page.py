@@ -80,6 +80,9 @@ def test_a_sentence_and_steering(chrome: Chromium, url: str, tiny_browser: Study
     rows = "[...document.querySelectorAll('.written')].map((cell) => cell.parentElement)"
     scales = chrome.js(f"{rows}.map((row) => row.firstChild.textContent)")
     assert scales == ["none", "-4", "-4", "2", "2", "4", "4"]
+    chrome.resize(390, 844)
+    assert chrome.js("document.documentElement.scrollWidth") <= 390
+    assert audit(chrome) == audit(chrome, "dark") == []
     # What cannot be meant is a line; what is cancelled ends.
     fill(chrome, "#f .box [type=text]", "much")
     chrome.js("document.querySelector('#f .box button').click()")

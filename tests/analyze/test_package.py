@@ -190,8 +190,9 @@ def test_what_is_no_sae_is_said(hub: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for where in ("nothing", "unknown:here", "owner/name", "hub:gpt2", "hub:me/none", "hub:"):
         with pytest.raises(SettingError, match=where):
             SAE.load(where)
-    with pytest.raises(SettingError, match="saelens"):  # the folder that has one
-        SAE.load("hub:me/mine")
+    for where in ("hub:me/mine", "me/mine"):
+        with pytest.raises(SettingError, match="saelens"):  # the folder that has one
+            SAE.load(where)
 
 
 def test_another_model_is_refused(own: SAE, model: Any) -> None:
@@ -215,7 +216,8 @@ def test_another_model_is_refused(own: SAE, model: Any) -> None:
 
 
 def test_texts_that_cannot_be_read_are_refused(own: SAE) -> None:
-    for text in ("", "7 " * 200, [], ["a"], [{"role": "user"}], "\ud800"):
+    wrong: list[Any] = ["", "7 " * 200, [], ["a"], [{"role": "user"}], "\ud800", None, Path("a")]
+    for text in wrong:
         with pytest.raises(SettingError, match="text"):
             own.features(text)
     for new_tokens in (0, -1, 1024):
@@ -338,6 +340,8 @@ def test_the_recorded_model_is_steered_in_generation(own: SAE) -> None:
         (("gpt2", 1, 2), {}, "model"),
         ((1, [1, 2]), {"activation": 1.0}, "scales"),
         ((1, "5"), {"activation": 1.0}, "scale"),
+        ((1, float("nan")), {}, "scale"),
+        ((1, 2), {"activation": float("inf")}, "activation"),
         ((1,), {"change": "delete"}, "change"),
         ((1, 2), {"activation": "x"}, "activation"),
     ],
@@ -409,6 +413,12 @@ def test_what_a_store_lacks_is_said(own: SAE, tmp_path: Path) -> None:
         store.rows(layer=5, site="output")
     with pytest.raises(SettingError, match="part="):
         next(store.batches(layer=5, part="test"))  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="size="):
+        next(store.batches(layer=5, size=0))
+    with pytest.raises(SettingError, match="layer="):
+        store.rows("5")  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="slice"):
+        store.tokens[[1, 2]]  # type: ignore[call-overload]
     with pytest.raises(StoreError, match=str(tmp_path)):
         Store.open(tmp_path)
     with pytest.raises(SettingError, match="model"):

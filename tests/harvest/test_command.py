@@ -122,7 +122,7 @@ def test_small_stores_get_small_units() -> None:
 def test_status_plan_verify_and_repair(harvested: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for action, expected in {
         "status": "layer 5: 47 of 47 units",
-        "plan": "3,008 tokens in 47 rows and 47 units, layers 5",
+        "plan": "3,008 in 47 rows and 47 units",
         "verify": ", recomputed,",
         "repair": "0 ",
     }.items():

@@ -76,7 +76,7 @@ def check_the_embedded_model(folder: str) -> None:
     assert "chat_template" not in json.loads(EMBEDDED_FILES["tokenizer_config.json"])
     with serving({**EMBEDDED_FILES, **BESIDE}, MODEL) as hub:
         planned = harvest(folder, "s.zarr", "action=plan")
-        assert "hours: " in planned
+        assert "\nhours " in planned
         assert set(hub.downloads) == DESCRIPTION  # a plan reads headers, by ranges, and no weight
         assert {name for name, _, _ in hub.ranges} == {SINGLE}
         hub.downloads.clear()

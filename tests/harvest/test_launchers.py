@@ -157,7 +157,7 @@ def test_a_preempted_job_is_queued_again_and_goes_on(tmp_path: Path) -> None:
     os.kill(task, signal.SIGUSR2)
     assert sweep.wait() == 0
     assert logged(tmp_path, "out").count("Requeued job") == 1
-    assert "going on: " in logged(tmp_path, "err")
+    assert "\ngoes on " in logged(tmp_path, "err")
     assert contents(tmp_path / "s.zarr") == contents(tmp_path / "one.zarr")
 
 

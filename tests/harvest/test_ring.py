@@ -482,7 +482,7 @@ def test_the_plan_asks_for_the_ring_alone(tmp_path: Path) -> None:
             if limit is None
             else 0 <= planned.disk_bytes - limit < 4e10
         )
-        assert ("500 GB" in planned.lines()[1]) == (limit is not None)
+        assert ("500 GB" in planned.figures()["disk"]) == (limit is not None)
     with pytest.raises(SettingError, match=r"max_bytes=.* 64 .*max_bytes="):
         plan.plan(config(tmp_path, **large, max_bytes=10**10), cost, 2560, "cpu")
     with pytest.raises(SettingError, match="readers=0 "):

@@ -55,7 +55,7 @@ def test_a_run_records_what_it_leaves_out_and_goes_on(planted: Planted, call: Ca
     final = Path("r/sae_final.pt").read_bytes()
     Path("r/sae_final.pt").unlink()
     code, err = train(call, f"drop_tokens=[{START},{SINK}]", *LOOSE, "run=r")
-    assert (code, "going on from step 8 of 8" in err) == (0, True), err
+    assert (code, "\ngoes on  at step 8 of 8\n" in err) == (0, True), err
     assert Path("r/sae_final.pt").read_bytes() == final
     code, err = train(call, f"drop_tokens={SINK}", *LOOSE, "run=r")
     assert (code, "policy.drop_tokens" in err) == (2, True), err

@@ -115,7 +115,8 @@ def test_auto_below_the_floor_is_refused_with_both():
 def test_auto_is_told_once_and_recorded(tmp_path, capsys):
     killing.run(tmp_path, optim=OptimConfig(lr="auto", lr_floor=0.002, warmup_steps=0))
     assert (
-        capsys.readouterr().err.count(f"optim.lr=auto is {MOST} for 48 latents and 20 steps") == 1
+        capsys.readouterr().err.count(f"lr      {MOST}: optim.lr=auto for 48 latents and 20 steps")
+        == 1
     )
     recorded = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert recorded["settings"]["optim"]["lr"] == "auto"

@@ -125,7 +125,7 @@ def test_signal_saves_the_step_it_finds(signum, undisturbed, tmp_path, capsys):
     saved, _ = checkpoint.latest(tmp_path / CHECKPOINTS)
     assert saved.step == 10
     run(tmp_path)
-    assert "going on from step 10 of 20" in capsys.readouterr().err
+    assert "\ngoes on  at step 10 of 20\n" in capsys.readouterr().err
     assert bits(tmp_path) == undisturbed
 
 
@@ -191,7 +191,7 @@ def test_damaged_checkpoint_costs_only_time(undisturbed, tmp_path, capsys):
     run(tmp_path)
     err = capsys.readouterr().err
     assert "step_0000000010 is damaged and passed over" in err
-    assert "going on from step 8 of 20" in err
+    assert "\ngoes on  at step 8 of 20\n" in err
     assert bits(tmp_path) == undisturbed
 
 

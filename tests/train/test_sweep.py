@@ -100,7 +100,7 @@ def test_arms_may_be_at_different_steps(alone, tmp_path, capsys):
     capsys.readouterr()
     train_together(three, CPU)
     said = capsys.readouterr().err
-    assert "base is finished" in said and "lr: going on from step 10 of 20" in said
+    assert "base is finished" in said and "lr goes on at step 10 of 20" in said
     for name in ("base", "lr", "k"):
         assert bits(tmp_path / name) == alone[name], name
 
@@ -201,9 +201,8 @@ def test_arms_that_take_other_batches_share_no_read(tmp_path):
     changed = [{}, {"batch": 8, "tokens": 160}, {"seed": 3}, {"data_seed": 1}, {"layer": 1}]
     five = [Arm(config(**changes), stream, tmp_path / str(n)) for n, changes in enumerate(changed)]
     assert passes(five, None) == [[0, 2, 4], [1], [3]]
-    (line, *_) = sweep.announcement(five, passes(five, None))
-    assert line == (
-        "5 arms in 3 passes of 3 + 1 + 1: "
+    assert sweep.announcement(five, passes(five, None)) == (
+        "5 in 3 passes of 3 + 1 + 1: "
         "arms that differ in store, batch, data_seed or policy share no read"
     )
 
@@ -225,7 +224,10 @@ def test_passes_are_announced_and_all_are_trained(alone, tmp_path, capsys, monke
     room = int((2 * arm_bytes(four[0]) + sweep.step_bytes(four[3])) / 0.9) + 9
     monkeypatch.setattr(sweep.devices, "free_bytes", lambda device: room)
     train_sweep(four, CPU)
-    assert "4 arms in 2 passes of 2 + 2: not all fit into memory at once" in capsys.readouterr().err
+    assert (
+        "\narms    4 in 2 passes of 2 + 2: not all fit into memory at once\n"
+        in capsys.readouterr().err
+    )
     for name in ("base", "lr", "aux", "k"):
         assert bits(tmp_path / name) == alone[name]
         assert load(tmp_path / name / "sae_final.pt").d_sae == 48

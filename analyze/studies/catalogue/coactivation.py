@@ -26,7 +26,7 @@ from residual_saes.data.journal import Progress
 
 TOP = 10  # of a latent, as many as nearest directions
 LEAST = 10  # rows on which a pair fires together
-_BLOCK = 256  # latents whose pairs are held at a time: 0.1 GB at 32,768, did all fire together
+_BLOCK = 64  # latents whose pairs are held at a time: 0.2 GB at 32,768, did all fire together
 
 
 class Together(NamedTuple):

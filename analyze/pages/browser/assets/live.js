@@ -210,7 +210,7 @@ function steeringBox(about, feature) {
     "Steer",
     el("p", {}, "What the model writes while a feature is pushed. Scale 1 adds the feature's direction by its mean activation where it fires, at every position. Beside it stands a random feature of equal density, pushed as far: what it changes, too, is not the feature's own."),
     box(go, field("Prompt", area), field("Feature", number), field("Scales", scales), field("Strength", slider), field("New tokens", tokens), el("label", {}, chat, " as a chat message"), row),
-    el("div", { class: "scroll" }, el("table", {}, columnHeads([["scale"], ["feature"], ["random feature of equal density"]]), rows)),
+    el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "What was written" }, el("table", {}, columnHeads([["scale"], ["feature"], ["random feature of equal density"]]), rows)),
   );
 }
 
