@@ -63,7 +63,7 @@ function addLinks() {
     if (!document.getElementById(name)) document.querySelector("main").append(el("section", { id: name, "aria-label": label, hidden: true }));
     if (label) nav.append(el("a", { href: `#${name}=`, "data-view": name }, label));
   }
-  if (meta()?.report) nav.append(el("a", { href: meta().report, title: "What was found about this SAE, in words and figures. Not there yet? study=report makes it." }, "Report"));
+  if (meta()) nav.append(el("a", { href: meta().report, title: "What was found about this SAE, in words and figures. Not there yet? study=report makes it." }, "Report"));
 }
 
 // Changes some of the list's state; the list starts at its first page again, unless `changes` has a page.

@@ -47,9 +47,10 @@ function words(feature) {
 function matching(query, alive, starred, classed) {
   const density = table().columns.density;
   const { classes } = table();
+  const text = query.trim().toLowerCase();
+  if (!text && !alive && !starred && !classed) return [...density.keys()];
   const inClass = (feature) => !classed || !classes || classes[feature] === Number(classed);
   const every = [...density.keys()].filter((feature) => (!alive || density[feature] > 0) && (!starred || noteOf(feature).star) && inClass(feature));
-  const text = query.trim().toLowerCase();
   if (!text) return every;
   list.haystacks ??= density.map((_, feature) => Object.values(words(feature)).flat().map(textOf).join("\n").toLowerCase());
   const number = /^\d+$/.test(text) ? Number(text) : -1;
