@@ -105,7 +105,7 @@ function contextsOf(own, texts) {
     const query = reading.query.toLowerCase();
     let [all, hits] = [0, 0];
     const sections = groups.map(([title, contexts]) => {
-      const wanted = contexts.filter((shown) => textIn(shown[3], texts).toLowerCase().includes(query));
+      const wanted = contexts.filter((shown) => !query || textIn(shown[3], texts).toLowerCase().includes(query));
       all += contexts.length;
       hits += wanted.length;
       return wanted.length ? section(title, el("ul", { class: "places" }, ...wanted.map((shown) => context(shown, texts, largestOf(own), reading.length)))) : null;
