@@ -58,7 +58,7 @@ def test_which_exit_codes_queue_a_job_again(slurm: Slurm, tmp_path: Path) -> Non
     slurm.environment["PATH"] = f"{command.parent}{os.pathsep}{slurm.environment['PATH']}"
     ends = slurm.wait(submit(slurm, tmp_path, 6, "text.path=a b"), 120)
     assert sorted(ends) == [DONE, AGAIN, AGAIN, AGAIN, ("FAILED", "1:0", 0), ("FAILED", "2:0", 0)]
-    assert logs(tmp_path).count("ran: -m harvest text.path=a b store=s.zarr\n") == 9
+    assert logs(tmp_path).count("ran: -m residual_saes.harvest text.path=a b store=s.zarr\n") == 9
 
 
 # -- loops of minutes ------------------------------------------------------------------------------
