@@ -20,7 +20,7 @@ from residual_saes.data.errors import (
     StoreError,
     TemporaryError,
 )
-from residual_saes.data.journal import Metrics, tell
+from residual_saes.data.journal import Metrics, read_metrics, tell
 from residual_saes.data.rows import statistics
 from residual_saes.data.rows.follower import Follower, FollowsNobody
 from residual_saes.data.store import records
@@ -29,6 +29,7 @@ from residual_saes.train.checkpoint import Checkpoint
 from residual_saes.train.optim import warmup_steps
 from residual_saes.train.parallel import Group
 from residual_saes.train.stream import Stream
+from residual_saes.train.trackers import Trackers
 from residual_saes.train.trainer import TrainConfig, Trainer
 from residual_saes.train.warm import Start
 
@@ -46,6 +47,7 @@ class Arm:
     # Written to config.yaml beside the settings.
     facts: Mapping[str, Any] = field(default_factory=dict)
     start: Start | None = None  # config.start is its digest
+    log: tuple[str, ...] = ()  # programs that get the curves too: train/trackers.py
 
 
 class Run:
@@ -141,7 +143,9 @@ class Run:
             follower.finish()
             checkpoint.keep(checkpoints, kept)
             tell(f"{folder} is finished: {folder / sae_file.FILE} is there, nothing to do")
-            self.outcome = run.metrics_of(folder)[-1]
+            records = run.metrics_of(folder)
+            Trackers(self.arm.log, folder, records).close()  # what they lack
+            self.outcome = records[-1]
             return
         self._tell_begin(self.arm, self.trainer, step)
         # Register for the rows first: what is damaged stays if they are gone. Remove it before the
@@ -160,6 +164,8 @@ class Run:
             self._begin(self.arm.stream.first(min(needed, batches * batch)))
         seen = (saved.metrics_bytes, saved.metrics_digest) if saved else ()
         self._metrics = stack.enter_context(closing(Metrics(folder / run.METRICS, *seen)))
+        records = read_metrics(folder / run.METRICS) if saved and self.arm.log else []
+        self._trackers = stack.enter_context(closing(Trackers(self.arm.log, folder, records)))
         timings = _timings(folder / run.TIMINGS, saved)
         self._timings = stack.enter_context(closing(timings))
         durable.sync_directory(folder)
@@ -233,6 +239,7 @@ class Run:
         """Write a record to the metrics, and its step's speed in tokens/s beside them."""
         if self.group.rank == 0:
             self._metrics.write(record)
+            self._trackers.note(record)
             if not self._is_warned:
                 warmup = warmup_steps(self.trainer.optim, self.trainer.steps)
                 warning = recipe.negative_warning([record], warmup)

@@ -19,7 +19,7 @@ from residual_saes.data.rows.source import Source
 from residual_saes.data.rows.split import Policy
 from residual_saes.data.settings import build, flag, optional_whole, whole
 from residual_saes.data.store import coming, default
-from residual_saes.train import objective, recipe, run
+from residual_saes.train import objective, recipe, run, trackers
 from residual_saes.train.arm import Arm
 from residual_saes.train.asked import Asked, stem
 from residual_saes.train.columns import widths_of
@@ -63,6 +63,7 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
         StoreError: there is no such store.
     """
     device = own_device(settings["device"])
+    log = trackers.asked(settings["log"])
     settings = continued(settings, job)
     sae_name = settings["sae"].pop("name", "sae")
     optim = build(OptimConfig, "optim", settings["optim"])
@@ -126,7 +127,7 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
         **({"started_from": start.named} if start else {}),
         **_variance_lost(sources),
     }
-    return Arm(config, stream, folder, follower, facts, start)
+    return Arm(config, stream, folder, follower, facts, start, log)
 
 
 def continued(settings: dict[str, Any], job: Job) -> dict[str, Any]:
