@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
+from residual_saes.data import command_line
 from residual_saes.data.durable import Buffer, Written
 from residual_saes.data.errors import SettingError, StoreError, TemporaryError
-from residual_saes.data.journal import Progress, show, size, tell
+from residual_saes.data.journal import Progress, show, size, suggest, tell
 from residual_saes.data.rows import split, summary
 from residual_saes.data.rows.source import Source
 from residual_saes.data.rows.statistics import FITTED, SAMPLED, sample
@@ -65,8 +66,8 @@ def thin(place: Place, named: str | Place | None) -> None:
     show(
         f"{out.name} is complete: {size(after)}, {after / before:.2%} of {place.name}; studies "
         f"take it as store={out.name}",
-        f"next: python -m harvest action=verify store={out.name}",
     )
+    suggest(command_line.of("harvest", "action=verify", f"store={out.name}"))
 
 
 def _absolute(place: Place) -> str:
