@@ -147,7 +147,10 @@ OTHER = re.compile(
     rf"|residual-saes(?: (?:{NAMES}|help|help {NAMES}|--help|--version|completion \w+))?"
 )
 # Pages that go on from a store and a run of another page, and how those are made.
-BEGINNING = {"harvest": "layer=[21,27] tokens=1e9", "train": "layer=21 run=runs/e4b_L21"}
+BEGINNING = {
+    "harvest": "layer=[21,27] tokens=1e9",
+    "train": "sae=topk_32k layer=21 run=runs/e4b_L21",
+}
 CONTINUED = ("browser.md", "rewards.md", "store.md", "studies.md", "training.md")
 # Pages whose model is google/gemma-4-E4B, a base model: its tokenizer has no chat template.
 OF_A_BASE_MODEL = ("README.md", "browser.md", "rewards.md", "studies.md", "reproduce.md")
