@@ -10,7 +10,6 @@ Shapes: F latents, d width of the directions.
 
 from __future__ import annotations
 
-import importlib.util
 from functools import partial
 from typing import NamedTuple
 
@@ -19,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 from scipy.spatial import cKDTree
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from residual_saes.analyze.latents.directions import nearest, unit
@@ -28,7 +29,6 @@ from residual_saes.data.journal import note
 VERSION = 1  # raise it when the same directions give another map
 PERPLEXITY = 30  # about how many neighbours count; scikit-learn's default
 FEWEST = 8  # latents of a map
-WAY_OUT = "scikit-learn is not installed: pip install scikit-learn"
 _JUDGED = 10  # nearest directions of each latent that are looked for on the map ...
 _AMONG = 100  # ... among so many nearest points at most, of few latents among fewer
 _PART = 4096  # latents whose neighbours are kept together
@@ -41,11 +41,6 @@ class Layout(NamedTuple):
     kept: float  # share of the 10 nearest directions that are among the `among` nearest points
     among: int
     by_chance: float  # the same of points at random
-
-
-def is_possible() -> bool:
-    """Whether scikit-learn is there."""
-    return importlib.util.find_spec("sklearn") is not None
 
 
 def of(directions: Tensor, parts: Parts) -> Layout:
@@ -76,9 +71,6 @@ def _placed(
     directions: Tensor, cosines: NDArray[np.float32], ids: NDArray[np.int32], perplexity: int
 ) -> NDArray[np.float32]:
     """t-SNE from the two main components, by one thread: sums of several differ from run to run."""
-    from sklearn.manifold import TSNE
-    from threadpoolctl import threadpool_limits
-
     count = len(directions)
     note(f"map of {count:,} directions")
     distances = np.sqrt(np.maximum(2 - 2 * cosines, 0))

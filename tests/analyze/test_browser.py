@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as Inner
 from tokenizers import decoders, models
 
 from residual_saes.analyze import results
-from residual_saes.analyze.latents import contexts, layout
+from residual_saes.analyze.latents import contexts
 from residual_saes.analyze.outcome import Outcome
 from residual_saes.analyze.pages.browser import columns
 from residual_saes.analyze.pages.browser.joins import TOP as PARTNERS
@@ -272,9 +272,6 @@ def test_what_fires_together_and_the_map(built: Built) -> None:
         for pair, other in zip(own["together"], others, strict=True):
             assert pair[1:] == pytest.approx(other[1:], rel=1e-3)
     meta = read(built.folder, "meta")
-    if meta["no_map"]:
-        assert not layout.is_possible() and "map" not in meta
-        return
     data = read(built.folder, "map")
     points = np.array(data["points"]).T
     assert points.shape == (2 * F, 2) and meta["map"]["runs"] == [0]

@@ -13,7 +13,6 @@ from scipy.spatial import cKDTree
 from residual_saes.analyze.latents import layout
 from residual_saes.analyze.parts import Parts
 
-pytestmark = pytest.mark.skipif(not layout.is_possible(), reason="needs scikit-learn")
 GROUPS, EACH, D = 6, 30, 48
 
 

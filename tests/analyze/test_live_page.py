@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from residual_saes.analyze.latents import layout
 from residual_saes.analyze.pages.browser.live import Live
 from residual_saes.analyze.pages.browser.pages import CHUNK
 from residual_saes.analyze.study import Study
@@ -16,7 +15,6 @@ from tests.analyze.chromium import NEEDS_CHROMIUM, Chromium
 
 pytestmark = NEEDS_CHROMIUM
 HOSTILE = "<img src=x onerror=\"document.title='caught'\"> 7 apples"
-HAS_MAP = pytest.mark.skipif(not layout.is_possible(), reason="needs scikit-learn")
 DRAWN = "mapCanvas()?.width > 300 && atlas.image"
 # Pixels of the canvas that are painted, and those in colour.
 PAINTED = """(() => {
@@ -104,7 +102,6 @@ def test_a_sentence_and_steering(chrome: Chromium, url: str, tiny_browser: Study
     assert shown == [str(pair[0]) for pair in together]
 
 
-@HAS_MAP
 def test_the_map(chrome: Chromium, url: str, tiny_browser: Study) -> None:
     chrome.resize(1200, 900)
     chrome.open(f"{url}#map=")

@@ -25,8 +25,6 @@ SIDE = 9999
 
 def missing(count: int) -> str | None:
     """Why there is no map of so many latents; None: there is one."""
-    if not layout.is_possible():
-        return layout.WAY_OUT
     return None if count >= layout.FEWEST else f"{count} latents are too few"
 
 

@@ -255,7 +255,7 @@ function buildMap() {
 }
 
 async function showMap(state) {
-  if (!meta().map) return () => document.getElementById("map").replaceChildren(el("h2", {}, "No map"), el("p", {}, `${meta().no_map}. Then make the pages again: study=browser.`));
+  if (!meta().map) return () => document.getElementById("map").replaceChildren(el("h2", {}, "No map"), el("p", {}, `${meta().no_map}.`));
   const [data] = await Promise.all([load("map"), load("table")]);
   return () => {
     placePoints(data);
