@@ -16,6 +16,7 @@ study or value of another name fails here.
 - The embedded model is as base models are, without chat template, on the pages of one.
 - This process reads the text, which is otherwise a process of its own.
 - `action=serve`: the pages must be there; they are not served.
+- A harvest into a store that is there, without `tokens=`: it takes model and text from the store.
 - `...` after a command: the settings in OMITTED.
 """
 
@@ -218,11 +219,20 @@ def smaller(command: Command) -> list[str]:
     for key in command.words:
         replaced = REPLACED.get(key, {})
         words = [replaced.get(word, word) for word in words]
+    added = dict(ADDED)
+    if recalls(command):
+        added["harvest"] = "device=cpu"
     for key in (command.module, *command.words):
         words += [
-            more for more in ADDED.get(key, "").split() if not sets(words, more.partition("=")[0])
+            more for more in added.get(key, "").split() if not sets(words, more.partition("=")[0])
         ]
     return words
+
+
+def recalls(command: Command) -> bool:
+    """Whether a harvest takes its model, text and tokens from the store that is there."""
+    store = Path(setting(command.words, "store", "none"))
+    return command.module == "harvest" and store.is_dir() and not sets(command.words, "tokens")
 
 
 def sets(words: list[str], name: str) -> bool:
