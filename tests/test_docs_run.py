@@ -152,9 +152,27 @@ BEGINNING = {
     "harvest": "layer=[21,27] tokens=1e9",
     "train": "sae=topk_32k layer=21 run=runs/e4b_L21",
 }
-CONTINUED = ("browser.md", "rewards.md", "store.md", "studies.md", "training.md")
+CONTINUED = (
+    "browser.md",
+    "compare.md",
+    "pages.md",
+    "problems.md",
+    "rewards.md",
+    "store.md",
+    "studies.md",
+    "training.md",
+)
 # Pages whose model is google/gemma-4-E4B, a base model: its tokenizer has no chat template.
-OF_A_BASE_MODEL = ("README.md", "browser.md", "rewards.md", "studies.md", "reproduce.md")
+OF_A_BASE_MODEL = (
+    "README.md",
+    "browser.md",
+    "compare.md",
+    "pages.md",
+    "problems.md",
+    "reproduce.md",
+    "rewards.md",
+    "studies.md",
+)
 
 
 class Command(NamedTuple):
