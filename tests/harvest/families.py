@@ -300,24 +300,33 @@ def page(verdicts: list[Verdict]) -> str:
     lines = [
         "# Families of models",
         "",
-        f"Every causal family of transformers {transformers.__version__}, tried with a tiny random "
-        "model: the rows of a batch of packed documents against each piece run alone in the whole "
-        f"model. The largest error of a row is {max(v.error for v in supported):.0e} of its norm; "
-        "one rounding of a stored value is 4e-03. `python -m tests.harvest.families` writes this "
-        "page. `make test-long` compares it, and `make test` a part.",
+        f"This page lists which of the {len(holders)} text decoders of transformers "
+        f"{transformers.__version__} can be harvested, for a model of a family that you have",
+        "not tried. Its family is `model_type` in its `config.json`. "
+        f"{len(supported)} are supported, {sum(v.sites == 'all' for v in supported)} of them with "
+        "all six [sites](glossary.md#site), and all with",
+        "`resid_pre` and `resid_post`. "
+        f"{len(refused)} are refused, each in one line. {len(UNTRIED)} were not tried.",
         "",
-        "How documents stay apart is found at every start, by trying ([harvest.md](harvest.md)):",
+        '"How" says how the documents of a packed [row](glossary.md#row) are kept apart. Each '
+        "start of a harvest tries three ways in this order,",
+        'and takes the first whose rows are right ([harvest.md](harvest.md)). "Also in" names '
+        "other model types that hold the same text decoder.",
         "",
-        "- **packed**: pieces share a row. Nothing is lost.",
+        "- **packed**: [pieces](glossary.md#piece) share a row. Nothing is lost.",
         "- **padded**: each piece has a row of its own. 5 to 11 % more tokens are computed.",
         "- **alone**: each piece is a pass of its own. It is slow for short pieces. Models that "
         "read their padding (bidirectional ones) need it.",
         "",
-        "The sites inside a layer are found by structure and proven at every start, by what they "
-        "add up to. `resid_post` and `resid_pre` are there in every family.",
+        "Each family was tried with a tiny random model: the rows of a batch of packed documents "
+        "against each piece run alone in the whole",
+        f"model. The largest error of a row is {max(v.error for v in supported):.0e} of its norm; "
+        "one rounding of a stored value is 4e-03. Sites inside a layer are found by the",
+        "layer's structure. Every start proves them: what they add up to must be the layer's "
+        "output. `python -m tests.harvest.families`",
+        "writes this page. `make test-long` compares all of it, `make test` a part.",
         "",
-        f"{len(supported)} text decoders are supported, "
-        f"{sum(v.sites == 'all' for v in supported)} of them with all six sites:",
+        "## Supported",
         "",
         "| family | how | sites | also in |",
         "|---|---|---|---|",
@@ -327,11 +336,10 @@ def page(verdicts: list[Verdict]) -> str:
         lines.append(
             f"| {verdict.family} | {verdict.way} | {verdict.sites} | {', '.join(others)} |"
         )
-    lines += ["", f"{len(refused)} are refused, each in one line:", "", "| family | reason |"]
-    lines.append("|---|---|")
+    lines += ["", "## Refused", "", "| family | reason |", "|---|---|"]
     for verdict in refused:
         lines.append(f"| {verdict.family} | {verdict.reason} |")
-    lines += ["", f"{len(UNTRIED)} were not tried:", "", "| family | reason |", "|---|---|"]
+    lines += ["", "## Not tried", "", "| family | reason |", "|---|---|"]
     for family, reason in UNTRIED.items():
         lines.append(f"| {family} | {reason} |")
     return "\n".join(lines) + "\n"
