@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -127,7 +128,7 @@ def _run_by_hydra(name: str, module: str) -> None:
         main()
     except (HydraException, OmegaConfBaseException) as error:
         refusal = meant.advice(name, words) if _starting.is_set() else None
-        raise SettingError(refusal or _one_line(str(error))) from error
+        raise SettingError(refusal or _one_line(name, str(error))) from error
     except Exception as error:
         if not _starting.is_set() or isinstance(error, PipelineError | OSError):
             raise
@@ -351,12 +352,15 @@ _LAUNCHERS = (
 )
 
 
-def _one_line(refusal: str) -> str:
+def _one_line(name: str, refusal: str) -> str:
     """Hydra's refusal on one line, without its search paths, and with the way out."""
     text = refusal.split("Config search path:")[0]
     for named, plugin in _LAUNCHERS:
         if f"hydra/launcher/{named}" in text:
             return f"this launcher needs {plugin}: pip install {plugin}"
+    if several := re.match(r"Ambiguous value for argument '(.+?)'\s", text):
+        command = f"python -m {meant.module_of(name)} -m {several[1]}"
+        return f"{several[1]}: several values are a sweep, as in `{command}`; a list is in brackets"
     unknown, is_unknown, _ = text.partition("To append to your config")
     if is_unknown:
         return unknown.strip().rstrip(".") + ": no such setting; --help lists them all"

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from residual_saes.conf import schema
+from residual_saes.data.site import RESID_POST, point_elsewhere
 
 # Options that are Hydra's, and those of them that the next word belongs to.
 _WITH_WORD = {
@@ -26,9 +27,11 @@ _OF_PATHS = dict(zip(COMMANDS, ("text.path", "store", "run", "run", "run"), stri
 # Names that other programs have for our settings.
 _ELSEWHERE = {
     "batch": "batch_size train_batch_size train_batch_size_tokens bs",
+    "checkpoint_every": "n_checkpoints save_every save_steps checkpoint_interval",
     "context": "context_size context_length ctx ctx_len seq_len max_length max_seq_len",
     "device": "gpu cuda",
     "layer": "hook_layer layers",
+    "log": "wandb wandb_project use_wandb log_to_wandb report_to",
     "model.dtype": "torch_dtype precision",
     "model.path": "model_name model_id pretrained hf_model",
     "optim.lr": "learning_rate",
@@ -38,7 +41,8 @@ _ELSEWHERE = {
     "run": "run_name save_dir checkpoint_path out output output_dir out_dir",
     "sae": "architecture arch sae_type",
     "sae.d_sae": "dict_size n_latents num_latents width n_features d_hidden expansion_factor",
-    "sae.k": "topk l0",
+    "sae.dead_after": "dead_feature_window dead_feature_threshold dead_steps_threshold",
+    "sae.k": "topk l0 l1 l1_coefficient l1_coeff l1_penalty l0_coefficient sparsity",
     "site": "hook_name hook_point hookpoint hookpoints hook",
     "store": "activations activation_path cached_activations_path output output_dir out_dir",
     "study": "eval metric",
@@ -46,7 +50,11 @@ _ELSEWHERE = {
     "to": "format library target",
     "tokens": "n_tokens num_tokens training_tokens total_training_tokens max_tokens steps epochs",
 }
-_OTHER_UNIT = ("steps", "epochs", "expansion_factor")  # their values are no values of ours
+# Names whose values are no values of ours.
+_OTHER_UNIT = re.compile(
+    "steps|epochs|expansion_factor|l[01]_.*|l1|sparsity|.*wandb.*|dead_.*|n_checkpoints"
+)
+_HOOK = "a layer is given by its number"
 _PATH = re.compile(r"/|\.(zarr|txt|jsonl?|parquet|pt|gz|zst)$")
 
 
@@ -61,11 +69,12 @@ class Mistake(NamedTuple):
 def foreign_options(command: str, words: Sequence[str]) -> str | None:
     """What to say of options that Hydra does not have; None: there are none.
 
-    Hydra's parser would end the process.
+    Hydra's parser would end the process. A layer in another program's words it would take.
     """
     mistakes = dict(_mistakes(command, words))
-    if any(words[start].startswith("-") for start in mistakes):
-        return _line(command, words, mistakes)
+    for start, mistake in mistakes.items():
+        if words[start].startswith("-") or mistake.reason == _HOOK:
+            return _line(command, words, mistakes)
     return None
 
 
@@ -96,7 +105,10 @@ def _corrected(words: Sequence[str], mistakes: Mapping[int, Mistake]) -> Iterato
     number = 0
     while number < len(words):
         mistake = mistakes.get(number)
-        yield (mistake and mistake.meant) or words[number]
+        if mistake and mistake.reason == _HOOK:
+            yield from str(mistake.meant).split()
+        else:
+            yield (mistake and mistake.meant) or words[number]
         number += mistake.words if mistake else 1
 
 
@@ -144,8 +156,16 @@ class _Known:
         if key.startswith(("+", "~", "hydra")) or (sign and "@" in key):
             return None  # what Hydra alone knows
         if sign and key and not (value == "" and following):
-            return self._setting(key, value)
+            return self._hook(key, value) or self._setting(key, value)
         return self._bare(words, following)
+
+    def _hook(self, key: str, value: str) -> Mistake | None:
+        """layer= or site= with a name such as blocks.21.hook_resid_post, which says both."""
+        point = point_elsewhere(value)
+        if point is None or self.exactly(key) not in ("layer", "site"):
+            return None
+        site = "" if point.site == RESID_POST else f" site={point.site}"
+        return Mistake(1, _HOOK, f"layer={point.layer}{site}")
 
     def _option(self, word: str, following: Sequence[str]) -> Mistake:
         """--layer 21, --layer=21 or -l 21."""
@@ -157,9 +177,12 @@ class _Known:
         flag = "true" if not sign and not takes else ""
         given = following[0] if takes else value or flag
         reason = "a setting is NAME=VALUE, without dashes"
+        if hook := self._hook(key, given):
+            return hook._replace(words=2 if takes else 1)
         if name is None:
             return Mistake(1, f"{reason}, and there is none of this name; {self.lists_all}", None)
-        return Mistake(2 if takes else 1, reason, self._right(name, given))
+        meant = f"{name}=..." if _OTHER_UNIT.fullmatch(_plain(key)) else self._right(name, given)
+        return Mistake(2 if takes else 1, reason, meant)
 
     def _bare(self, words: Sequence[str], following: Sequence[str]) -> Mistake:
         """A word without a value, and what stands behind it: `layer 21`, `layer: 21`."""
@@ -209,12 +232,17 @@ class _Known:
 
     def _unknown(self, key: str, value: str) -> Mistake:
         reason = "there is no setting of this name"
-        given = "..." if key in _OTHER_UNIT else value
+        given = "..." if _OTHER_UNIT.fullmatch(_plain(key)) else value
         name = self.exactly(key)
         others = [other for other in COMMANDS if key in _names(other)]
         if others and (name is None or self._with(name)):
             modules = " and ".join(f"`python -m {module_of(other)}`" for other in others)
             return Mistake(1, f"it is a setting of {modules}; leave it out here", None)
+        if name is None:
+            for other in COMMANDS:
+                if theirs := _Known(other, ()).exactly(key):
+                    reason = f"it is {theirs}= of `python -m {module_of(other)}`"
+                    return Mistake(1, f"{reason}; leave it out here", None)
         name = name or self.named(key)
         if name is None:
             return Mistake(1, f"{reason}; {self.lists_all}", None)

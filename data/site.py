@@ -102,3 +102,23 @@ def hook_name(point: Point) -> str:
     """
     layer, site = HookPoint.of(point)
     return f"blocks.{layer}.{'mlp.hook_in' if site == MLP_IN else f'hook_{site}'}"
+
+
+# What other programs call the sites of a layer, behind `blocks.21.` or `model.layers.21.`.
+_SITES_ELSEWHERE = {
+    "": RESID_POST,
+    **{f"hook_{site}": site for site in SITES if site != MLP_IN},  # hook_mlp_in is before the norm
+    **{"mlp.hook_in": MLP_IN, "ln2.hook_normalized": MLP_IN, "mlp": MLP_OUT},
+    **{"self_attn": ATTN_OUT, "attn": ATTN_OUT},
+}
+_ELSEWHERE = re.compile(r"(?:[\w.]*\.)?(?:blocks|layers|h)\.(\d+)\.?([\w.]*)", re.ASCII)
+
+
+def point_elsewhere(name: str) -> HookPoint | None:
+    """The hook point that TransformerLens or transformers calls `name`; None: none.
+
+    `blocks.21.hook_mlp_out`, `model.layers.21` and `transformer.h.21.mlp` are such names.
+    """
+    found = _ELSEWHERE.fullmatch(name)
+    site = _SITES_ELSEWHERE.get(found[2]) if found else None
+    return HookPoint(int(found[1]), site) if found and site else None

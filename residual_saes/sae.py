@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, overload
 
 import numpy as np
 import torch
@@ -69,8 +69,19 @@ class Sparse(NamedTuple):
     indices: Tensor  # (..., m) int64 latents; 0 where the value is 0
 
 
+class _Loads(type):
+    """Says how an SAE is loaded, to who asks for what other libraries have for it."""
+
+    if not TYPE_CHECKING:  # a type checker shall find that they are missing
+
+        def __getattr__(cls, name: str) -> NoReturn:
+            is_way = name.startswith(("from_", "load_"))
+            way = f'; SAE.load("runs/demo") and SAE.load("{HUB}OWNER/NAME/FOLDER") load one'
+            raise AttributeError(f"SAE has no {name!r}{way if is_way else ''}")
+
+
 @dataclass(eq=False)
-class SAE:
+class SAE(metaclass=_Loads):
     """A trained dictionary: an SAE, a transcoder or a crosscoder."""
 
     name: str  # as it was given to `load`

@@ -134,7 +134,10 @@ def in_folder(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("command", [(*CONSOLE, "train"), ("-m", "residual_saes.train")])
+@pytest.mark.parametrize(
+    "command",
+    [(*CONSOLE, "train"), ("-m", "residual_saes.train"), ("-m", "residual_saes", "train")],
+)
 def test_modules_of_the_user_change_nothing(command: tuple[str, ...], theirs: Path) -> None:
     ended = in_folder(theirs, *command, "k=3")
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr

@@ -26,6 +26,14 @@ MEANT = {
         "text.path=foo.txt": ["text=foo.txt", "foo.txt", "dataset=foo.txt", "--text foo.txt"],
         "text=fineweb_edu": ["text=fineweb-edu", "text=FineWebEdu"],
         "force=true": ["--force"],
+        "layer=4": [
+            *("hook_name=blocks.4.hook_resid_post", "layer=blocks.4.hook_resid_post"),
+            *("--hookpoint model.layers.4", "site=transformer.h.4"),
+        ],
+        "layer=4 site=mlp_out": ["hook_point=blocks.4.hook_mlp_out", "--layer layers.4.mlp"],
+        "python -m harvest layer=4 site=attn_out tokens=9": [
+            "hook_name=blocks.4.hook_attn_out n_tokens=9"
+        ],
         "python -m harvest layer=21 store=x": ["--layer 21 --store x", "-l 21 store x"],
     },
     "train": {
@@ -36,6 +44,8 @@ MEANT = {
         "sae.d_sae=9": ["d_sae=9", "sae.d_sea=9", "n_latents=9"],
         "store=activations/x.zarr": ["activations/x.zarr"],
         "tokens=...": ["epochs=3"],
+        "sae.k=...": ["l1_coefficient=5", "--l1 5"],
+        "sae.d_sae=...": ["expansion_factor=16"],
         "run=runs/x": ["--run runs/x", "-r runs/x"],
     },
     "analyze": {
@@ -74,6 +84,8 @@ def offered(named: str) -> list[str]:
         ("analyze", "tokens=1e6", "`python -m harvest` and `python -m train`"),
         ("train", "model.path=gpt2", "`python -m harvest`"),
         ("analyze", "study=quality study.contexts=3", "study=browser"),
+        ("train", "model_name=gpt2", "model.path= of `python -m harvest`"),
+        ("harvest", "expansion_factor=16", "sae.d_sae= of `python -m train`"),
         ("train", "xyzzy=3", "--help"),
         ("train", "--verbose", "--help"),
         ("export", "xyzzy", "python -m train.export --help"),
@@ -127,6 +139,8 @@ def test_values_are_of_their_defaults_types() -> None:
         ("harvest", ["batch=x"], "batch=x"),
         ("analyze", ["study=browser", "study.contexts=x"], "study.contexts=x"),
         ("harvest", ["--layer", "21"], "layer=21"),
+        ("train", ["optim.lr=1,2"], "`python -m train -m optim.lr=1,2`"),
+        ("train", ["sae.k=[1,2]", "store=x"], "sae.k=[1, 2]"),
     ],
 )
 def test_a_command_says_so(command: str, words: list[str], named: str, call: Call) -> None:

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from residual_saes.data.settings import optional_whole
 from residual_saes.train.optim import OptimConfig, resolved
 
 SIZES = ("d_sae", "k", "k_aux")
@@ -60,9 +61,14 @@ def filled(
 
 
 def provisional(sae: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that can be checked before the rows are known, whatever sizes the rule will give."""
-    k = sae["k"] or 1
-    chosen = {"k": k, "k_aux": sae["k_aux"] or 1, "d_sae": sae["d_sae"] or _LATENTS * k}
+    """Settings that can be checked before the rows are known, whatever sizes the rule will give.
+
+    Raises:
+        SettingError: a size is no whole number.
+    """
+    sizes = {name: optional_whole(f"sae.{name}", sae[name]) for name in SIZES}
+    k = sizes["k"] or 1
+    chosen = {"k": k, "k_aux": sizes["k_aux"] or 1, "d_sae": sizes["d_sae"] or _LATENTS * k}
     return {**sae, **chosen}
 
 

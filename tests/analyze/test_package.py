@@ -195,6 +195,12 @@ def test_what_is_no_sae_is_said(hub: Path, monkeypatch: pytest.MonkeyPatch) -> N
             SAE.load(where)
 
 
+def test_who_asks_as_for_saelens_is_told_how_to_load() -> None:
+    for name in ("from_pretrained", "load_from_disk"):
+        with pytest.raises(AttributeError, match=f"{name}.*SAE.load"):
+            getattr(SAE, name)
+
+
 def test_another_model_is_refused(own: SAE, model: Any) -> None:
     wide = own.W_dec.repeat(1, 2)
     weights = type(own.weights).of(wide.T, wide, own.weights.b_enc, torch.zeros(128), 8)
