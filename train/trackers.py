@@ -93,10 +93,16 @@ class _Trackio:
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)
         named = {"name": f"{run.name}-{kept['id']}", "group": run.parent.name or None}
         settings = read_config(run)["settings"]
-        self._run = trackio.init(project=project, config=settings, **named, resume="allow")
+        quiet = {"embed": False, "auto_log_cpu": False, "auto_log_gpu": False}
+        settings = {"config": settings, "resume": "allow", **quiet}
+        self._run = trackio.init(project=project, **named, **settings)
+        # It writes half a second later, so a killed process may have lost the last records. Its
+        # next step is how many it has.
+        kept["records"] = min(kept["records"], getattr(self._run, "_next_step", len(records)))
 
     def send(self, number: int, record: Record) -> None:
-        self._run.log({**_figures(record), "step": record["step"]}, step=number)
+        # It keeps `step` for its own counter, which is the record's number.
+        self._run.log({**_figures(record), "optimizer_step": record["step"]}, step=number)
 
     def close(self) -> None:
         self._run.finish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -151,3 +152,22 @@ def test_a_missing_package_is_named_with_the_command(monkeypatch: pytest.MonkeyP
     with pytest.raises(SettingError, match=r"log=wandb.*pip install wandb"):
         trackers.asked("wandb")
     assert trackers.asked(None) == ()
+
+
+@pytest.mark.long
+def test_trackio_has_each_record_once_after_kills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those that a killed process had not written: trackio writes half a second later."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # which trackio reads when loaded
+    pytest.importorskip("trackio")
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, killed_at(10), ("trackio",))
+    (database,) = (tmp_path / "trackio").glob("*.db")
+    with sqlite3.connect(database) as opened:
+        assert opened.execute("delete from metrics where step >= 2").rowcount > 0
+    run(folder, log=("trackio",))
+    with sqlite3.connect(database) as opened:
+        steps = sorted(step for (step,) in opened.execute("select step from metrics"))
+    assert steps == list(range(len(read_metrics(folder / "metrics.jsonl"))))
