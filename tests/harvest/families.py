@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
+import textwrap
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -297,40 +298,33 @@ def page(verdicts: list[Verdict]) -> str:
     holders = families()
     supported = [verdict for verdict in verdicts if verdict.way is not None]
     refused = [verdict for verdict in verdicts if verdict.way is None]
-    lines = [
-        "# Families of models",
-        "",
+    whole = sum(verdict.sites == "all" for verdict in supported)
+    error = max(verdict.error for verdict in supported)
+    prose = [
         f"This page lists which of the {len(holders)} text decoders of transformers "
-        f"{transformers.__version__} can be harvested, for a model of a family that you have",
-        "not tried. Its family is `model_type` in its `config.json`. "
-        f"{len(supported)} are supported, {sum(v.sites == 'all' for v in supported)} of them with "
-        "all six [sites](glossary.md#site), and all with",
-        "`resid_pre` and `resid_post`. "
+        f"{transformers.__version__} can be harvested. Look your model up here before you harvest "
+        "it: its family is `model_type` in its `config.json`.",
+        f"{len(supported)} families are supported. All of them have the "
+        f"[sites](glossary.md#site) `resid_pre` and `resid_post`; {whole} have all six. "
         f"{len(refused)} are refused, each in one line. {len(UNTRIED)} were not tried.",
-        "",
         '"How" says how the documents of a packed [row](glossary.md#row) are kept apart. Each '
-        "start of a harvest tries three ways in this order,",
-        'and takes the first whose rows are right ([harvest.md](harvest.md)). "Also in" names '
-        "other model types that hold the same text decoder.",
-        "",
-        "- **packed**: [pieces](glossary.md#piece) share a row. Nothing is lost.",
-        "- **padded**: each piece has a row of its own. 5 to 11 % more tokens are computed.",
-        "- **alone**: each piece is a pass of its own. It is slow for short pieces. Models that "
-        "read their padding (bidirectional ones) need it.",
-        "",
+        "start of a harvest tries three ways, and takes the first whose rows are right "
+        "([harvest.md](harvest.md)). **packed**: [pieces](glossary.md#piece) share a row; nothing "
+        "is lost. **padded**: each piece has a row of its own; 5 to 11 % more tokens are computed. "
+        "**alone**: each piece is a pass of its own, which is slow for short pieces; models that "
+        'read their padding (bidirectional ones) need it. "Also in" names other model types that '
+        "hold the same text decoder.",
         "Each family was tried with a tiny random model: the rows of a batch of packed documents "
-        "against each piece run alone in the whole",
-        f"model. The largest error of a row is {max(v.error for v in supported):.0e} of its norm; "
-        "one rounding of a stored value is 4e-03. Sites inside a layer are found by the",
-        "layer's structure. Every start proves them: what they add up to must be the layer's "
-        "output. `python -m tests.harvest.families`",
-        "writes this page. `make test-long` compares all of it, `make test` a part.",
-        "",
-        "## Supported",
-        "",
-        "| family | how | sites | also in |",
-        "|---|---|---|---|",
+        "against each piece run alone in the whole model. The largest error of a row is "
+        f"{error:.0e} of its norm; one rounding of a stored value is 4e-03. Sites inside a layer "
+        "are found by the layer's structure. Every start proves them: what they add up to must be "
+        "the layer's output. `python -m tests.harvest.families` writes this page. "
+        "`make test-long` compares all of it, `make test` a part.",
     ]
+    lines = ["# Families of models", ""]
+    for paragraph in prose:
+        lines += [*textwrap.wrap(paragraph, 130, break_on_hyphens=False), ""]
+    lines += ["## Supported", "", "| family | how | sites | also in |", "|---|---|---|---|"]
     for verdict in supported:
         others = [kind for kind in holders[verdict.family] if kind != verdict.family]
         lines.append(
