@@ -88,9 +88,9 @@ def resampled(count: int, noun: str) -> str:
     if count < FEW:
         return (
             f"Brackets are what resampling {count} {noun}s gives: so few make them too narrow for "
-            "95 % intervals."
+            "95% intervals."
         )
-    return f"Brackets are 95 % intervals from resampling {count:,} {noun}s."
+    return f"Brackets are 95% intervals from resampling {count:,} {noun}s."
 
 
 # -- resampling ------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ class OptimConfig:
             )
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise SettingError(
-                f"optim.warmup_steps={self.warmup_steps} must be 0 or more, or null for 5 % of the "
+                f"optim.warmup_steps={self.warmup_steps} must be 0 or more, or null for 5% of the "
                 "run"
             )
         if self.project_every < 1:

@@ -160,7 +160,7 @@ class Rank(NamedTuple):
 
 # -- cells of tables -------------------------------------------------------------------------------
 
-OUTCOMES = ("positions", "right", "95 %", "gained", "lost", "net", "McNemar p")
+OUTCOMES = ("positions", "right", "95%", "gained", "lost", "net", "McNemar p")
 CHANGES = ("unparsable", "truncated", "tokens", "KL per token", "|Δ| / |h|")
 
 

@@ -55,13 +55,20 @@ class Examples(NamedTuple):
     as_ids: bool  # the model's tokenizer is not at hand
 
 
-def of(subject: Subject, catalogue: Path | None, limit: int, model_path: str | None) -> Examples:
+def of(
+    subject: Subject,
+    catalogue: Path | None,
+    limit: int,
+    model_path: str | None,
+    interest: Sequence[float | None] | None = None,
+) -> Examples:
     """The latents to show.
 
     Args:
         catalogue: features.parquet of the run's catalogue, if it has one.
         limit: held-out rows to read without a catalogue.
         model_path: see `contexts.token_names`.
+        interest: of each latent, see pages/browser/interest.py; None: not known.
     """
     if catalogue:
         figures = pq.read_table(catalogue, columns=["count", "density"])
@@ -74,6 +81,10 @@ def of(subject: Subject, catalogue: Path | None, limit: int, model_path: str | N
     few = np.where(density <= _MOST, enough, 0)
     # All fire on many tokens where k is a large part of few latents.
     candidates = contexts.choose(few if few.any() else enough, _CANDIDATES)
+    if interest is not None:
+        known = np.array(interest, np.float64)  # NaN is the last in order
+        order = np.lexsort((np.arange(len(known)), -known))
+        candidates = [int(latent) for latent in order if known[latent] > 0][:_CANDIDATES]
     wanted = sorted({*even, *candidates})
     name_of = contexts.token_names(subject, model_path, parted=True)
     if catalogue:
@@ -85,7 +96,8 @@ def of(subject: Subject, catalogue: Path | None, limit: int, model_path: str | N
             lines = [context_of(line, name_of) for line in found[latent]]
             rows = int(fired[latent])
             every[latent] = Example(latent, rows, float(density[latent]), lines, [], [])
-    best = readable([every[latent] for latent in candidates])
+    ranked = [every[latent] for latent in candidates]
+    best = readable(ranked) if interest is None else distinct(ranked)
     return Examples(best, [every[latent] for latent in even], name_of is None)
 
 
@@ -159,6 +171,14 @@ def readable(candidates: Sequence[Example]) -> list[Example]:
         return [example for _, example in agree[:READABLE]]
     rank = np.linspace(0, len(as_good) - 1, READABLE).round().astype(int)
     return [as_good[index] for index in rank]
+
+
+def distinct(ranked: Sequence[Example]) -> list[Example]:
+    """The first latents whose strongest contexts peak on a word that no earlier one's peak on."""
+    best: dict[str, Example] = {}
+    for example in ranked:
+        best.setdefault(_word(example.contexts[0]) if example.contexts else "", example)
+    return list(best.values())[:READABLE]
 
 
 def _word(line: Context) -> str:

@@ -76,19 +76,20 @@ def _of_config(subject: Subject) -> dict[str, str]:
         library, _, path = config["imported"].partition(":")
         k = f", k = {subject.sae.k}" if subject.sae.k else ""
         return {
-            subject.noun: f"{subject.sae.d_sae:,} latents{k}",
+            subject.noun: f"{subject.sae.d_sae:,} features{k}",
             "trained": f"elsewhere; read from the files of {library}, {Path(path).name}",
         }
     # A run of before a setting was there has what is now its default.
     sae = {**vars(SAEConfig()), **settings["sae"]}
     optim = {**vars(OptimConfig()), **settings["optim"]}
+    kept = f"k = {sae['k']} at a time"
     on_average = "" if sae["activation"] in ("topk", "hierarchical") else " on average"
     dead_after = config.get("dead_after", sae["dead_after"])
     data_seed = settings.get("data_seed", settings["seed"])
     return {
-        subject.noun: f"{sae['activation']}, {sae['d_sae']:,} latents, k = {sae['k']}{on_average}",
+        subject.noun: f"{sae['activation']}, {sae['d_sae']:,} features, {kept}{on_average}",
         "start": _start(sae, settings["seed"]),
-        "dead latents": f"after {dead_after:,} tokens: {_revival(sae)}",
+        "dead features": f"after {dead_after:,} tokens: {_revival(sae)}",
         "optimizer": _optimizer(optim, config, settings),
         "trained on": f"{settings['tokens']:,} tokens in {config['steps']:,} steps, "
         f"data seed {data_seed}",
@@ -233,18 +234,18 @@ def of_quality(figures: dict[str, Any], dead: int | None) -> list[tuple[str, str
         rows.append((label, number(figures[key]), _REFERENCE.get(key, "")))
     for point in figures["coverage"]:
         if point["rows"] == COVERAGE_ROWS:
-            label = f"latents that fire within {COVERAGE_ROWS:,} tokens"
+            label = f"features that fire within {COVERAGE_ROWS:,} tokens"
             rows.append((label, percent(point["share"]), _REFERENCE["coverage"]))
     if dead is not None:
-        label = "dead latents at the end of training"
+        label = "dead features at the end of training"
         rows.append((label, f"{dead:,} of {figures['d_sae']:,}", _REFERENCE["dead"]))
     density = figures["density"]
     cosine = figures["decoder_cosine"]
     others = {
-        f"latents silent on all {figures['rows']:,} held-out tokens": number(figures["silent"]),
-        "latents that fire on more than 1% of tokens": number(density["above_1_percent"]),
-        "latents that fire on more than 10%": number(density["above_10_percent"]),
-        "cosine of each latent with its nearest other: median": number(cosine["median"]),
+        f"features silent on all {figures['rows']:,} held-out tokens": number(figures["silent"]),
+        "features that fire on more than 1% of tokens": number(density["above_1_percent"]),
+        "features that fire on more than 10%": number(density["above_10_percent"]),
+        "cosine of each feature with its nearest other: median": number(cosine["median"]),
         "the same, largest": number(cosine["max"]),
     }
     return [*rows, *((label, value, "") for label, value in others.items())]

@@ -7,29 +7,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from residual_saes.analyze.pages.answers import QUESTIONS
 from residual_saes.analyze.reconstruction import TRAINED
 from residual_saes.analyze.stats import number, percent
 from residual_saes.analyze.subject import Subject
 from residual_saes.train import recipe
 
-# What each study asks, in words that need no other page.
-QUESTIONS = {
-    "gsm8k": "How many word problems does the model answer right?",
-    "contrast": "Do features tell right answers from wrong ones?",
-    "steering": "Does pushing a feature change how many answers are right?",
-    "stage_gate": "Can features pick the right one of several answers?",
-    "rollouts": "Can features pick the right one of eight answers?",
-    "intervene": "What changes when features are removed or held while the model answers?",
-    "stage_gate_2": "Does the model learn to answer better when features are its reward?",
-    "logit_lens": "Which next tokens do features make likelier?",
-    "reason_score": "Which features fire around words of reasoning?",
-    "splice": "Does the model still predict well from what is rebuilt?",
-    "probes": "Do a few features tell what a text is about?",
-    "stability": "Does another training find the same features?",
-    "cross_layer": "Which features of another layer predict these?",
-    "diff": "Which features belong to one side alone?",
-    "catalogue": "Where does each feature fire?",
-}
 _OPEN = ("splice", "stability", "steering", "probes")  # what a reader would want to know next
 _GOOD = (
     (0.9, "That is a close copy."),
@@ -108,7 +91,7 @@ def unknown(done: Collection[str], text: str) -> list[str]:
     return [
         "What each feature stands for. The lists of tokens and texts are evidence; nobody has "
         "checked a name against it.",
-        f"Anything about other texts. All figures are of one text: {text}.",
+        f"Anything about other texts. All figures are of one text, named {text}.",
         *lines,
     ]
 

@@ -19,7 +19,8 @@ from markupsafe import Markup
 
 from residual_saes.analyze import drawing, results
 from residual_saes.analyze.outcome import Outcome
-from residual_saes.analyze.pages import examples, facts, findings
+from residual_saes.analyze.pages import answers, examples, facts, findings
+from residual_saes.analyze.pages.browser.script import loaded
 from residual_saes.analyze.pages.findings import Measured
 from residual_saes.analyze.pages.template import rendered, sha256_of
 from residual_saes.analyze.reconstruction import TRAINED
@@ -84,7 +85,7 @@ def report(subject: Subject, limit: int, model_path: str | None) -> Path:
         good=findings.quality(measured, subject.noun),
         dead=findings.dead(measured),
         unknown=findings.unknown(studies, store["text"]),
-        questions=findings.QUESTIONS,
+        questions=answers.QUESTIONS,
         figures=figures,
         quality=facts.of_quality(figures, measured.dead),
         has_reference=facts.is_of_reference(model, subject.place),
@@ -95,7 +96,7 @@ def report(subject: Subject, limit: int, model_path: str | None) -> Path:
         left_out=quality.left_out(figures["variance_explained"][TRAINED]),
         curves=_curves(metrics) if metrics else {},
         pictures=_pictures(figures),
-        examples=examples.of(subject, catalogue, limit, model_path),
+        examples=examples.of(subject, catalogue, limit, model_path, _interest(done)),
         browser=studies.get("browser", {}).get("page"),
         studies=studies,
         quality_variants=_variants(subject, "quality", done),
@@ -107,6 +108,12 @@ def report(subject: Subject, limit: int, model_path: str | None) -> Path:
     results.write_beside(subject.run, "report", {results.REPORT: content}, shown=shown)
     results.write_index(subject.run)
     return subject.run / results.REPORT
+
+
+def _interest(done: Mapping[str, Result]) -> list[float | None] | None:
+    """Each latent's interest as the browser's list shows it; None without a browser."""
+    path = done["browser"].path("data/table.js") if "browser" in done else None
+    return loaded(path.read_bytes())["columns"]["interest"] if path else None
 
 
 def _figures(subject: Subject, limit: int, done: Mapping[str, Result]) -> dict[str, Any]:
@@ -137,7 +144,7 @@ def _curves(metrics: list[dict[str, Any]]) -> dict[str, str]:
             "variance explained",
         ),
         "mse": ({"training batches": points(trained, "mse")}, "squared error per number"),
-        "dead": ({"dead": points(trained, "dead_share", 100)}, "dead latents, %"),
+        "dead": ({"dead": points(trained, "dead_share", 100)}, "dead features, %"),
         "lr": ({"lr": points(trained, "lr")}, "learning rate"),
     }
     curves = {}
@@ -154,7 +161,7 @@ def _pictures(figures: dict[str, Any]) -> dict[str, str]:
     deciles = [span for span in figures["by_norm_decile"] if _is_known(span["centred"])]
     drawn = {
         "coverage": drawing.curves(
-            {"fired": coverage}, "held-out rows", "latents that fired, %", log=True
+            {"fired": coverage}, "held-out rows", "features that fired, %", log=True
         ),
     }
     if spans:
@@ -173,7 +180,7 @@ def _pictures(figures: dict[str, Any]) -> dict[str, str]:
         )
     if density := figures["density"]["log10"]:
         drawn["density"] = drawing.histogram(
-            **density, x_label="log10 of the share of rows", y_label="latents"
+            **density, x_label="log10 of the share of rows", y_label="features"
         )
     if activations := figures["activations"]:
         drawn["activations"] = drawing.histogram(
@@ -206,6 +213,7 @@ def _studies(subject: Subject, done: Mapping[str, Result]) -> dict[str, dict[str
         pictures = [(picture.caption, picture.svg) for picture in outcome.pictures.values()]
         shown[name] = {
             "finds": definition.finds and outcome.summary,
+            "answer": answers.answer(name, outcome.figures),
             "date": _date(done[name].folder / digests.FILE),
             "summary": [facts.without_folders(subject, line) for line in outcome.summary],
             "tables": outcome.tables,

@@ -176,9 +176,9 @@ def _unstructured(subject: Subject, measured: Measured, losses: Spliced | None) 
         "explained_variance_legacy": "mean over rows of ratios, about the mean of each batch",
         "mse": "E|x - x_hat|^2 divided by the rows of a batch; see mse_per_element",
         "variance_explained_centred": "1 - sum |x - x_hat|^2 / sum |x - mu|^2, "
-        "mu the training rows' mean; 95 % interval over documents",
+        "mu the training rows' mean; 95% interval over documents",
         "losses": "study=splice at all positions, tokens behind a BOS in their own document; "
-        "95 % intervals over documents",
+        "95% intervals over documents",
     }
     value, interval = variance_explained(measured.document, measured.error, measured.about_mean)
     by_name = losses and {"sae": losses.sae, "zero": losses.zero, "clean": losses.clean}

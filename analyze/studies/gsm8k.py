@@ -54,10 +54,10 @@ def gsm8k(study: Study) -> Outcome:
         grading, by = "strict", "their labels"  # which are counted as the strict grade
     _, right, share_right, interval = rows[grading]
     summary = [
-        f"{right} of {of} are right by {by}: {share_right}, 95 % interval {interval} ({method}).",
+        f"{right} of {of} are right by {by}: {share_right}, 95% interval {interval} ({method}).",
         _asked(figures["prompt"]),
     ]
-    table = Table("Graded answers", ("", "answers", "share", "95 %"), list(rows.values()))
+    table = Table("Graded answers", ("", "answers", "share", "95%"), list(rows.values()))
     return Outcome(figures, summary, [table])
 
 

@@ -66,7 +66,7 @@ NAMED = {  # figures that are one number, as people read them
     "mean_of_ratios": "variance explained, mean of the rows' ratios (SAELens, legacy)",
     "variance_of_error": "variance explained, by variance of the error (dictionary_learning)",
     "mse_per_element": "MSE per element",
-    "l0": "L0, latents per token",
+    "l0": "L0, features per token",
     "cosine": "cosine of row and reconstruction",
     "l2_ratio": "norm of reconstruction / norm of row",
     "shrinkage": "shrinkage (1 is none)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.request import urlopen
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -23,7 +24,7 @@ from residual_saes.analyze.study import Study
 from residual_saes.analyze.subject import Subject
 from residual_saes.train.sae import SAE, SAEConfig
 from tests.analyze.accessibility import audit
-from tests.analyze.browser_site import of_run, read, study_of
+from tests.analyze.browser_site import of_run, read, served, study_of
 from tests.analyze.chromium import NEEDS_CHROMIUM, Chromium
 from tests.analyze.conftest import LAYER, add_points, write_run
 from tests.analyze.test_diff import (
@@ -207,8 +208,14 @@ def test_a_transcoder_reads_and_writes(trans: Built) -> None:
 
 def test_the_report_says_what_is_read_and_written(cross: Built, trans: Built) -> None:
     for one, sentence in (
-        (cross, "A crosscoder (topk, 46 latents, k = 8) of layer 3 of a and layer 3 of b, of"),
-        (trans, "A transcoder (topk, 46 latents, k = 8) that reads mlp_in of layer 3 and writes"),
+        (
+            cross,
+            "A crosscoder (topk, 46 features, k = 8 at a time) of layer 3 of a and layer 3 of b",
+        ),
+        (
+            trans,
+            "A transcoder (topk, 46 features, k = 8 at a time) that reads mlp_in of layer 3",
+        ),
     ):
         subject = Subject.open(one.run, None, torch.device("cpu"))
         run, store = facts.of_run(subject), facts.of_store(subject)
@@ -265,6 +272,7 @@ def test_the_report_leads_to_the_pages_of_its_features(
         links = chrome.js("[...document.querySelectorAll('section h3 a')].map((one) => one.href)")
         assert len(links) >= 20
         feature = int(links[0].partition("#feature=")[2])
+        assert feature == int(np.nanargmax(np.array(interest_of(one), np.float64)))
         # Tokens, and contexts with their largest activation, as the catalogue has them.
         row = one.table[feature]
         words = shown(chrome, ".cards section:first-of-type .word")
@@ -274,3 +282,15 @@ def test_the_report_leads_to_the_pages_of_its_features(
         assert peaks == [f"t{peak['tokens'][peak['peak']]}"]
         chrome.open(links[0])
         assert shown(chrome, "h2")[0] == f"Feature {feature}"
+        with served(one.pages) as address:
+            served_page = address.replace(PAGE, "report.html")
+            chrome.open(served_page, "document.readyState === 'complete'")
+            leads = chrome.js("[...document.links].map((link) => link.href.split('#')[0])")
+            assert len(set(leads)) > 3
+            for link in set(leads):
+                with urlopen(link) as answer:  # an HTTPError where it leads nowhere
+                    assert answer.read()
+
+
+def interest_of(one: Built) -> list[float | None]:
+    return list(read(one.pages, "table")["columns"]["interest"])

@@ -84,6 +84,20 @@ def test_its_links_lead_somewhere(chrome: Chromium, page: str) -> None:
     )  # every picture has its figures
 
 
+def test_alone_it_has_no_links_that_lead_nowhere(
+    chrome: Chromium, page: str, tmp_path: Path
+) -> None:
+    mailed = shutil.copy(page.removeprefix("file://"), tmp_path / "mailed.html")
+    chrome.open(page, READY)
+    assert chrome.js("document.getElementById('alone').hidden")
+    chrome.open(Path(mailed).as_uri(), READY)
+    assert not chrome.js("document.getElementById('alone').hidden")
+    links = chrome.js("[...document.links].map((one) => one.getAttribute('href'))")
+    assert len(links) > 10 and all(link.startswith("#") for link in links)
+    assert chrome.js("document.querySelector('.file')") is None
+    assert audit(chrome) == []
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_everybody_can_read_it(chrome: Chromium, page: str, scheme: str) -> None:
     chrome.open(page, READY)

@@ -160,7 +160,7 @@ def test_a_sentence_says_what_few_clusters_are_worth() -> None:
     for count, words in ((1, "one prompt"), (2, "2 prompts"), (4, "4 prompts")):
         sentence = stats.resampled(count, "prompt")
         assert words in sentence and ("narrow" in sentence) == (count > 1)
-    assert stats.resampled(5, "prompt") == "Brackets are 95 % intervals from resampling 5 prompts."
+    assert stats.resampled(5, "prompt") == "Brackets are 95% intervals from resampling 5 prompts."
 
 
 def test_detectable_change_is_found_as_often_as_it_says() -> None:

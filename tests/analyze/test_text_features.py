@@ -271,7 +271,7 @@ def test_the_page_colours_by_the_latent_that_is_clicked(
         shown = np.array([float(shade) for shade in chrome.js(shades)])
         assert ((shown > 0) == (values > 0)).all() and shown.argmax() == values.argmax()
         title = chrome.js(f"{tokens}[{values.argmax()}].title")
-        assert title.startswith(f"latent {latent.feature}: {float(f'{latent.max:.4g}')}"[:14])
+        assert title.startswith(f"feature {latent.feature}: {float(f'{latent.max:.4g}')}"[:14])
     assert chrome.js("document.querySelector('.strip').textContent") == "".join(found.tokens)
     assert chrome.js("document.documentElement.scrollWidth") <= 390
     assert not chrome.troubles and len(chrome.requests) == 1

@@ -22,6 +22,12 @@ def script(name: str, value: Any) -> bytes:
     return f"loaded({_json(name)},{_json(value)});\n".encode("ascii")
 
 
+def loaded(content: bytes) -> Any:
+    """What the file that `script` made hands to the page."""
+    text = content.decode("ascii")
+    return json.loads(text[text.index(",") + 1 : text.rindex(")")])
+
+
 def _json(value: Any) -> str:
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c")

@@ -31,6 +31,7 @@ from residual_saes.data import digests, stopping
 from residual_saes.data.digests import Digests
 from residual_saes.data.errors import SettingError, StoreError
 from residual_saes.data.journal import show
+from residual_saes.train.run import METRICS
 
 HOST = "127.0.0.1"
 # A tunnel may give it another port.
@@ -41,13 +42,18 @@ ANSWERING_S = 60.0  # for a file
 ASKING = "X-Residual-SAEs"  # header of a question to the model
 _LARGEST = 1 << 16  # bytes of a question
 _WAY_OUT = "`python -m analyze study=browser run=...` makes it"
-_REPORT_WAY_OUT = "`python -m analyze study=report run=...` makes it again"
+_AGAIN = "`python -m analyze study=NAME run=...` makes it again; of the report NAME is report"
+_REPORTED = re.compile(rf"({results.FOLDER}/\w[\w.]*)/([\w.]+)")  # a file of a study
+_STUDY_PAGE = re.compile(rf"{results.FOLDER}/\w[\w.]*/{PAGE}")
+# Files in the run's own directory that a study leaves there, and who records them.
+_BESIDE = {results.REPORT: ".report", "quality.json": ".quality"}
 _TYPES = {
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
     ".json": "application/json",
+    ".jsonl": "text/plain; charset=utf-8",
     ".md": "text/plain; charset=utf-8",
 }
 _HEADERS = {
@@ -181,8 +187,11 @@ class _Answer(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def end_headers(self) -> None:
-        # A report has a policy of its own, which lets it style itself. A bad request has no path.
-        is_report = getattr(self, "path", "").partition("?")[0] == f"/{results.REPORT}"
+        # A report has a policy of its own, and a study's page too, which lets it style itself. A
+        # bad request has no path.
+        path = getattr(self, "path", "").partition("?")[0].removeprefix("/")
+        name = path.removeprefix(f"{results.FOLDER}/{self._folder.name}/")
+        is_report = name == results.REPORT or bool(_STUDY_PAGE.fullmatch(name))
         for name, value in _HEADERS.items():
             if not is_report or name != "Content-Security-Policy":
                 self.send_header(name, value)
@@ -256,28 +265,37 @@ def _content(folder: Path, name: str) -> bytes:
 
 
 def _answer(folder: Path, name: str) -> bytes:
-    """A file of the browser in `folder`, the report of its run, or the list of the run's studies.
+    """A file of the browser in `folder`, the report of its run, or a file that the report names.
 
     Raises:
         OSError, ValueError: there is none of this name.
         StoreError: it is damaged.
     """
+    run = folder.parent.parent
     if name == f"{results.FOLDER}/{results.INDEX}":
-        return results.index(folder.parent.parent)
-    return _report(folder) if name == results.REPORT else _content(folder, name)
+        return results.index(run) + b"globalThis.SERVED = true;\n"
+    if name == METRICS:
+        return _content(run, name)
+    if name in _BESIDE:
+        return _recorded(run / results.FOLDER / _BESIDE[name], f"../../{name}")
+    if of_study := _REPORTED.fullmatch(name):
+        return _recorded(run / of_study[1], of_study[2])
+    return _content(folder, name)
 
 
-def _report(folder: Path) -> bytes:
-    """The report of the run whose browser is in `folder`.
+def _recorded(folder: Path, name: str) -> bytes:
+    """A file that the record in `folder` names: of the run's studies, or the report.
 
     Raises:
         FileNotFoundError: there is none.
         StoreError: it is damaged.
     """
-    record = digests.read(folder.parent / ".report", _REPORT_WAY_OUT)
-    if record is None:
-        raise FileNotFoundError(results.REPORT)
-    return record.content(f"../../{results.REPORT}", _REPORT_WAY_OUT)
+    record = digests.read(folder, _AGAIN)
+    if record is None or name not in record.files:
+        raise FileNotFoundError(name)
+    if record.path(name).resolve() != record.path(name):  # a link
+        raise FileNotFoundError(name)
+    return record.content(name, _AGAIN)
 
 
 def server(folder: Path, port: int, live: Live | None = None) -> ThreadingHTTPServer:

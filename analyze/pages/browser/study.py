@@ -265,7 +265,7 @@ def _write_features(site: Site, files: Files, shown: Shown, stop: StopRequest) -
         largest += block.column("max").to_pylist()
         progress.show(f"pages of {len(density):,}/{total:,} latents", last=len(density) == total)
     listed = [
-        Column("density", "density", "share of the rows in which it fires", np.array(density)),
+        Column("density", "density", "share of the tokens on which it fires", np.array(density)),
         Column(
             "max",
             "largest",

@@ -1,5 +1,5 @@
 "use strict";
-// The chosen latent's activation as the colour of each token, and in its title.
+// The chosen feature's activation as the colour of each token, and in its title.
 for (const section of document.querySelectorAll("section")) {
   const tokens = [...section.querySelectorAll(".strip span")];
   const titles = tokens.map((token) => token.title);
@@ -14,10 +14,10 @@ for (const section of document.querySelectorAll("section")) {
     tokens.forEach((token, index) => {
       const value = values.get(index) ?? 0;
       token.style.setProperty("--shade", value ? (0.1 + 0.6 * (value / largest(own))).toFixed(3) : 0);
-      token.title = index ? `latent ${button.dataset.feature}: ${Number(value.toPrecision(4))}\n${titles[index]}` : titles[0];
+      token.title = index ? `feature ${button.dataset.feature}: ${Number(value.toPrecision(4))}\n${titles[index]}` : titles[0];
     });
     for (const other of buttons) other.setAttribute("aria-pressed", other === button);
-    status.textContent = `Coloured by latent ${button.dataset.feature}, up to ${Number(largest(own).toPrecision(4))}.`;
+    status.textContent = `Coloured by feature ${button.dataset.feature}, up to ${Number(largest(own).toPrecision(4))}.`;
   }
 
   // Where nothing can point at a token, a click tells the same.

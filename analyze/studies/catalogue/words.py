@@ -59,8 +59,8 @@ def summary(figures: dict[str, Any]) -> list[str]:
         f"{figures['features']:,} latents in one pass over {rows:,} rows: {FEATURES} has a row for "
         f"each, index/ all {figures['pairs']:,} places where they fire (L0 {figures['l0']:.1f}).",
         f"{figures['silent']:,} latents never fire; were rows independent, each would be below a "
-        f"density of {below:.2g} with 95 % confidence.",
-        f"{figures['density_above_1_percent']:,} fire in more than 1 % of rows, "
+        f"density of {below:.2g} with 95% confidence.",
+        f"{figures['density_above_1_percent']:,} fire in more than 1% of rows, "
         f"{figures['density_above_10_percent']:,} in more than 10 %.",
     ]
     if classes := figures.get("classes"):

@@ -25,14 +25,14 @@ def over_layers(observed: Floats, null: Floats, label: str) -> str:
     with mpl.rc_context(STYLE):
         figure, axes = empty("layer", label)
         axes.fill_between(
-            layers, low, high, color="0.8", linewidth=0, label="shuffled labels, median to 95 %"
+            layers, low, high, color="0.8", linewidth=0, label="shuffled labels, median to 95%"
         )
         axes.axhline(
             joint,
             color="0.4",
             linestyle="--",
             linewidth=1,
-            label="95 % of their maximum over layers",
+            label="95% of their maximum over layers",
         )
         axes.plot(
             layers, observed, linewidth=1.5, marker="o", markersize=3, label="right against wrong"

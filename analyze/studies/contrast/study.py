@@ -247,8 +247,11 @@ DEFINITION = Definition(
     order=30,
     columns=(
         Column(
-            "d", "d", "contrast d", "Hedges' d of right answers over wrong ones (study=contrast)"
+            "d",
+            "d",
+            "contrast d",
+            "right answers less wrong ones, in standard deviations (Hedges' d, study=contrast)",
         ),
-        Column("q", "d_q", "its q", "false discovery rate of d by a rank test"),
+        Column("q", "d_q", "its q", "of all features up to this q, the share found by chance"),
     ),
 )

@@ -42,7 +42,7 @@ def _verdict(which: str, joint: dict[str, Any]) -> str:
     return (
         f"{which} top-10 |d| of the layers peaks at layer {peak['layer']} with {peak['top']:.3f} "
         f"by Welch's test ({joint['top_d'][peak['layer']]:.3f} by Hedges'), which "
-        f"{_exceeds(peak)} 95 % of what shuffled labels give at their best layer, "
+        f"{_exceeds(peak)} 95% of what shuffled labels give at their best layer, "
         f"{peak['null_95']:.3f} (median {peak['null_median']:.3f}, p = {peak['p']:.2g})."
     )
 
@@ -62,7 +62,7 @@ def _stability(figures: dict[str, Any]) -> str:
         f"Of ten dimensions of layer {peak} chosen on half of the questions, the other half "
         f"chooses {halves['shared']:.0%} (shuffled labels {halves['null_shared']:.0%}), and their "
         f"d in it is {_carried(halves)}. With the questions resampled, layer {peak} ranks "
-        f"{low:.0f} to {high:.0f} of {len(figures['halves'])} (95 %), and in {together:.0%} the "
+        f"{low:.0f} to {high:.0f} of {len(figures['halves'])} (95%), and in {together:.0%} the "
         f"peak is at {', '.join(map(str, likely))}."
     )
 
@@ -82,7 +82,7 @@ def _chosen(chosen: dict[str, Any]) -> str:
         found = "too few answers say what they are there"
         if held:
             found = (
-                f"{held['d']:.2f} (shuffled 95 % below {held['null_95']:.2f}, p = {held['p']:.2g})"
+                f"{held['d']:.2f} (shuffled 95% below {held['null_95']:.2f}, p = {held['p']:.2g})"
             )
         if rows:
             parts.append(f"{len(rows)} {name} {where_chosen:.2f}, in the others {found}")
@@ -96,7 +96,7 @@ def _chosen(chosen: dict[str, Any]) -> str:
 
 def _carried(halves: dict[str, float]) -> str:
     return (
-        f"{halves['carried']:.2f} (shuffled {halves['null_carried']:.2f}, 95 % below "
+        f"{halves['carried']:.2f} (shuffled {halves['null_carried']:.2f}, 95% below "
         f"{halves['null_carried_95']:.2f})"
     )
 
@@ -121,7 +121,7 @@ def _feature_verdict(features: dict[str, Any]) -> str:
     also = f", {adjusted['below_5_percent_fdr']} when adjusted" if adjusted else ""
     return (
         f"{raw['below_5_percent_fdr']} of {features['tested']} SAE features differ at a false "
-        f"discovery rate of 5 %{also}. Their top-10 |d|, {raw['top']:.3f}, {_exceeds(raw)} 95 % of "
+        f"discovery rate of 5%{also}. Their top-10 |d|, {raw['top']:.3f}, {_exceeds(raw)} 95% of "
         f"shuffled labels, {raw['null_95']:.3f} (median {raw['null_median']:.3f}, p = "
         f"{raw['p']:.2g}); of ten chosen on half of the questions the other half chooses "
         f"{halves['shared']:.0%} (shuffled {halves['null_shared']:.0%}), and their d in it is "
@@ -133,7 +133,7 @@ _CHOSEN = {"d_where_chosen": ".2f", "d": ".2f", "p": ".2g", "q": ".2g"}
 _COLUMNS = {
     "top": "top-10 |d|",
     "null_median": "null median",
-    "null_95": "null 95 %",
+    "null_95": "null 95%",
     "p_of_layer": "p",
 }
 

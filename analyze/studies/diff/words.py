@@ -81,7 +81,7 @@ def _of_target(name: str, target: Mapping[str, Any]) -> str:
     permuted = target["permuted"]
     return (
         f"{line}; with targets permuted {permuted['mean']:.1f} would, at most "
-        f"{permuted['most']:.0f} in 97.5 % of draws; p = {target['p']:.3g}."
+        f"{permuted['most']:.0f} in 97.5% of draws; p = {target['p']:.3g}."
     )
 
 

@@ -56,7 +56,7 @@ def outcome(findings: Findings) -> Outcome:
     """The whole result."""
     caption = (
         f"Right answers to {findings.unsteered.questions} test questions at each dose at layer "
-        f"{findings.layer}, with Wilson's 95 % intervals. Grey: the same of random latents of "
+        f"{findings.layer}, with Wilson's 95% intervals. Grey: the same of random latents of "
         "equal density, and of random directions of equal norm. Dashed: without a change."
     )
     tables = [
@@ -184,7 +184,7 @@ def _power(findings: Findings) -> str:
     change = detectable_change(questions, gained_or_lost)
     said = "no difference" if np.isnan(change) else f"a difference of {100 * change:.1f} points"
     return (
-        f"What {questions} questions can show with 80 % power if {gained_or_lost:.0%} of the "
+        f"What {questions} questions can show with 80% power if {gained_or_lost:.0%} of the "
         f"outcomes change, as here: {said}."
     )
 

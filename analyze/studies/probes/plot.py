@@ -23,11 +23,11 @@ from residual_saes.analyze.studies.probes.fitting import (
 
 def pictures(figures: Mapping[str, Any]) -> dict[str, Picture]:
     """Both; that over layers where there are several."""
-    caption = f"AUROC of probes of k columns at {figures['own']}, with 95 % intervals"
+    caption = f"AUROC of probes of k columns at {figures['own']}, with 95% intervals"
     drawn = {"auroc": Picture(caption, _over_k(figures))}
     known = [(layer, name) for name, layer in figures["layers"].items() if layer is not None]
     if len(known) > 1:
-        caption = "AUROC of probes of the residual, by layer, with 95 % intervals"
+        caption = "AUROC of probes of the residual, by layer, with 95% intervals"
         drawn["layers"] = Picture(caption, _over_layers(figures, dict(sorted(known))))
     return drawn
 
@@ -45,7 +45,7 @@ def _over_k(figures: Mapping[str, Any]) -> str:
             axes.fill_between(line.x, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
         axes.axhline(own[DENSE]["value"], color="0.2", linewidth=1.2, label="dense probe")
         axes.axhline(own[LENGTH]["value"], color="0.2", ls=":", linewidth=1.2, label="length")
-        axes.plot(sizes, most, color="0.5", ls="--", linewidth=1.2, label="labels permuted, 95 %")
+        axes.plot(sizes, most, color="0.5", ls="--", linewidth=1.2, label="labels permuted, 95%")
         axes.set_xscale("log")
         axes.set_xticks(sizes, list(map(str, sizes)))
         axes.minorticks_off()

@@ -34,10 +34,10 @@ from residual_saes.data.errors import StopRequest
 LEVEL = 0.05
 BETTER, NOT_BETTER, WORSE, UNDECIDED = "better", "no better", "worse", "undecided"
 RULE = (
-    "undecided if the dense probe reads nothing (its AUROC's 95 % interval is not above 0.5, or "
+    "undecided if the dense probe reads nothing (its AUROC's 95% interval is not above 0.5, or "
     f"p >= {LEVEL} with labels permuted); better if the latents' AUROC, averaged over k, exceeds "
     "that of as many dimensions, of as many latents of a random dictionary, and of the length, "
-    "each by a 99 % interval above 0; worse if that of latents less dimensions is below 0; "
+    "each by a 99% interval above 0; worse if that of latents less dimensions is below 0; "
     "else no better"
 )
 

@@ -34,7 +34,7 @@ def summary(figures: Mapping[str, Any]) -> list[str]:
         f"of as many dimensions it is {formatted(ahead[DIMENSIONS], '+.3f')}, less that of as many "
         f"random latents {formatted(ahead[RANDOM], '+.3f')}, less that of the length "
         f"{formatted(ahead[LENGTH], '+.3f')}, less that of the dense probe "
-        f"{formatted(ahead[DENSE], '+.3f')}; these four with 99 % intervals.",
+        f"{formatted(ahead[DENSE], '+.3f')}; these four with 99% intervals.",
         f"The dense probe of {figures['own']} has {formatted(dense['auroc'], '.3f')} (p = "
         f"{figures['p_of_dense']:.2g}), its balanced accuracy is "
         f"{formatted(dense['balanced'], '.3f')}. {_keeps(own[few], few)} {_keeps(own[many], many)}",
@@ -102,7 +102,7 @@ def _about(figures: Mapping[str, Any]) -> list[str]:
 
 def tables(figures: Mapping[str, Any]) -> list[Table]:
     """Every probe of every site, and the latents of each class."""
-    header = ("probe", "AUROC", "of the dense probe", "balanced accuracy", "accuracy", "null, 95 %")
+    header = ("probe", "AUROC", "of the dense probe", "balanced accuracy", "accuracy", "null, 95%")
     drawn = []
     for name, records in figures["sites"].items():
         rows = [_row(record, figures["null"]) for record in records]

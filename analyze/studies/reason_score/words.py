@@ -48,7 +48,7 @@ def _corpora(figures: dict[str, Any]) -> str:
 def _beside_null(score: dict[str, Any]) -> str:
     low, high = score["interval"]
     return (
-        f"is {score['observed']:.4f}; random vocabularies have {score['null']:.4f}, 95 % of them "
+        f"is {score['observed']:.4f}; random vocabularies have {score['null']:.4f}, 95% of them "
         f"{low:.4f} to {high:.4f} (p = {score['p']:.3g})."
     )
 
@@ -120,7 +120,7 @@ def picture(null: dict[str, Any], scores: Floats, top: int) -> Picture:
     high = null["band"]["high"][:count]
     with mpl.rc_context(STYLE):
         figure, axes = empty("rank", "ReasonScore")
-        band = "random vocabularies, 95 %"
+        band = "random vocabularies, 95%"
         axes.fill_between(rank, low, high, alpha=0.25, color=_GREY, linewidth=0, label=band)
         axes.plot(rank, middle, color=_GREY, linewidth=1, label="their median")
         label = "these words"

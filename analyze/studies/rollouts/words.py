@@ -74,7 +74,7 @@ def tables(figures: dict[str, Any]) -> list[Table]:
         rows.append((name, *map(_cell, points)))
     if chance := figures["random_latents"]:
         cells = map(_spread, chance["accuracy"])
-        rows.append((f"{RANDOM_LATENTS}: median (95 % of sets)", *cells))
+        rows.append((f"{RANDOM_LATENTS}: median (95% of sets)", *cells))
     header = ("picked by", *map("n = {}".format, best["n"]))
     caption = f"Best of n: accuracy on {best['questions']} validation questions"
     return [
@@ -136,13 +136,13 @@ def _curves(figures: dict[str, Any]) -> Picture:
                 _band(axes, n, intervals, line.get_color())
         if chance := figures["random_latents"]:
             _, intervals = _ends(chance["accuracy"])
-            _band(axes, n, intervals, _GREY, f"{RANDOM_LATENTS}, 95 % of sets")
+            _band(axes, n, intervals, _GREY, f"{RANDOM_LATENTS}, 95% of sets")
         axes.set_xscale("log", base=2)
         axes.set_xticks(n, [str(value) for value in n])
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
         caption = (
             f"Accuracy of the answer that each picks among n, on {best['questions']} validation "
-            "questions; around R the 95 % interval over questions"
+            "questions; around R the 95% interval over questions"
         )
         return Picture(caption, svg(drawing))
 

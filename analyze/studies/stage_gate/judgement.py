@@ -59,9 +59,9 @@ _MARK = f"rho >= {PASSING_RHO:.2f}"
 _MARK_GIVEN = f"rho given length >= {PASSING_RHO:.2f}"  # else most of it may be the length's
 _PICKED = "best of n above a random pick"
 RULE = (
-    f"pass if within questions {_MARK}; {_MARK_GIVEN}, and its 95 % interval is above 0 (given "
+    f"pass if within questions {_MARK}; {_MARK_GIVEN}, and its 95% interval is above 0 (given "
     "also whether an answer is finished, who wrote it, and whether it gives a number); p of labels "
-    f"permuted within questions < {_LEVEL}; the AUROC's 95 % interval is above 0.5; and of all "
+    f"permuted within questions < {_LEVEL}; the AUROC's 95% interval is above 0.5; and of all "
     "answers to a question the one of the highest R is right more often than a random one, with p "
     f"< {_LEVEL}. Weak if only a rho is too small. Else fail"
 )

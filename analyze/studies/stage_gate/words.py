@@ -80,7 +80,7 @@ def _by_chance(figures: dict[str, Any]) -> str:
     where = "Within" if figures["within"] else "Across"
     return (
         f"{where} questions, as many random latents of equal density, with the signs that they "
-        f"have on discovery, have an AUROC of {chance['median']:.3f}, 95 % of the sets {low:.3f} "
+        f"have on discovery, have an AUROC of {chance['median']:.3f}, 95% of the sets {low:.3f} "
         f"to {high:.3f} (p = {chance['p']:.2g})."
     )
 
@@ -101,7 +101,7 @@ def picked(figures: dict[str, Any]) -> str:
         own = figures["random_latents"]["accuracy"][-1]
         low, high = own["interval"]
         chance = (
-            f" The picks of random latents are right in {own['median']:.3f}, of 95 % of the sets "
+            f" The picks of random latents are right in {own['median']:.3f}, of 95% of the sets "
             f"in {low:.3f} to {high:.3f} (p = {own['p']:.2g})."
         )
     return (
@@ -198,5 +198,5 @@ def auroc_picture(figures: dict[str, Any]) -> Picture:
         axes.axvline(0.5, color="#6b7280", linewidth=1)
         axes.set_yticks(range(len(points)), list(points))
         axes.invert_yaxis()
-        caption = f"AUROC {where} the validation questions, with 95 % intervals"
+        caption = f"AUROC {where} the validation questions, with 95% intervals"
         return Picture(caption, svg(drawing))

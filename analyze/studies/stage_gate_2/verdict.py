@@ -43,7 +43,7 @@ LENIENT = "right, whatever the form"  # an answer without `#### ` is graded by i
 RULE = (
     "A level passes if at one learning rate R1 (outcome + features) has more right answers than R0 "
     "(outcome alone) and than R3 (outcome + random latents of equal density), both at that rate. "
-    "Each difference must have its 95 % interval over questions and seeds above 0, and the larger "
+    "Each difference must have its 95% interval over questions and seeds above 0, and the larger "
     f"of the two p be below {LEVEL} by Holm over all rates and levels. Both must hold too where an "
     "answer without '#### ' is graded by its last number, so that form alone does not pass. R0 may "
     f"have more at no other rate. Fewer than {LEAST_SEEDS} seeds an arm decide nothing. Beside it "

@@ -65,7 +65,7 @@ def summary(figures: Mapping[str, Any]) -> list[str]:
     lines += list(map(_harms, levels.values()))
     lines.append(_changes(figures["changes"]))
     lines.append(
-        "Brackets are 95 % intervals over questions and seeds. What would have been found is the "
+        "Brackets are 95% intervals over questions and seeds. What would have been found is the "
         f"least true difference that the test finds with probability {POWER}. What R1 does worse, "
         "and what raises a reward, is not adjusted for the number of figures watched: it warns, "
         "and decides nothing."

@@ -23,7 +23,7 @@ def outcome(findings: Findings) -> Outcome:
     """The whole result."""
     caption = (
         f"Accuracy on {findings.unsteered.questions} test questions against the scale of v at "
-        f"layer {findings.layer}, with Wilson's 95 % intervals. Grey: other directions at "
+        f"layer {findings.layer}, with Wilson's 95% intervals. Grey: other directions at "
         f"{findings.best:+g}, beside it. Dashed: unsteered."
     )
     picture = Picture(caption, over_scales(findings))
@@ -204,7 +204,7 @@ def _power(findings: Findings) -> str:
     usual_change = _points(detectable_change(questions, DISCORDANT))
     observed_change = _points(detectable_change(questions, observed))
     return (
-        f"What {questions} questions can show with 80 % power: {usual_change} if {DISCORDANT:.0%} "
+        f"What {questions} questions can show with 80% power: {usual_change} if {DISCORDANT:.0%} "
         f"of the outcomes change, {observed_change} if {observed:.0%} do, as here."
     )
 

@@ -144,7 +144,7 @@ function begin() {
     const { name, features, rows, as_ids } = meta();
     document.getElementById("title").textContent = `Features of ${name}`;
     const ids = as_ids ? " Tokens are shown as ids: the tokenizer was not at hand." : "";
-    document.getElementById("about").textContent = `${placed(meta())}, ${formatted(features)} features on ${formatted(rows)} rows.${ids}`;
+    document.getElementById("about").textContent = `${placed(meta())}, ${formatted(features)} features on ${formatted(rows)} tokens.${ids}`;
   }
   const q = document.getElementById("q");
   q.addEventListener("input", later(() => change({ q: q.value })));

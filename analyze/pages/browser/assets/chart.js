@@ -56,7 +56,7 @@ function activationChart([first, ...counts]) {
     ticks,
     levels: [0, 0.5, 1].map((tall) => [tall, formatted(tall * most)]),
     xName: "activation (log scale)",
-    yName: "rows in a bin",
+    yName: "tokens in a bin",
   });
 }
 

@@ -35,9 +35,9 @@ function likeIt(own) {
 // Features that fire on the same rows: phi beside the counts that it is made of.
 function firesTogether(own) {
   const rows = own.together.map(([feature, ...figures]) => scored(featureLink(feature), ...figures));
-  const table = pairsTable("Fires together with", ["feature", "phi", "rows", "by chance"], rows);
-  const about = "phi is the correlation of firing with firing: 1 if both always fire together, 0 by chance. Rows are those in which both fire; by chance is how many that would be of two as frequent features that have nothing to do with each other.";
-  table.append(el("p", { class: "soft" }, rows.length ? about : "No other feature fires in the same rows more often than chance, at least ten times."));
+  const table = pairsTable("Fires together with", ["feature", "phi", "tokens", "by chance"], rows);
+  const about = "phi is the correlation of firing with firing: 1 if both always fire together, 0 by chance. Tokens are those on which both fire; by chance is how many that would be of two as frequent features that have nothing to do with each other.";
+  table.append(el("p", { class: "soft" }, rows.length ? about : "No other feature fires on the same tokens more often than chance, at least ten times."));
   return table;
 }
 
@@ -94,7 +94,7 @@ function ofCrosscoder(own, texts) {
 
 function facts(own) {
   const figures = meta().columns.map(({ key, label, about }, index) => [label, figure(key, own.figures[index]), about]);
-  figures.push(["fires in", `${formatted(own.count)} of ${formatted(meta().rows)} rows`, "rows of the catalogue"]);
+  figures.push(["fires in", `${formatted(own.count)} of ${formatted(meta().rows)} tokens`, "tokens that study=catalogue read"]);
   figures.push(["mean ± std", `${formatted(own.mean)} ± ${formatted(own.std)}`, "of its activations where it fires"]);
   if (own.targets) figures.unshift(["class", meta().classes[own.class], "by the norms of its directions; study=diff tests own ones"]);
   return el("dl", { class: "facts" }, ...figures.map(([name, value, about]) => el("div", { title: about }, el("dt", {}, name), el("dd", {}, value))));
@@ -139,7 +139,7 @@ async function showFeature(state) {
     parts.push(el("div", { class: "charts" }, section("How strongly it fires", activationChart(own.histogram)), ...spread), ...side);
     parts.push(...contextsOf(own, page.words));
   } else {
-    parts.push(el("p", {}, "It never fires in these rows."), ...side);
+    parts.push(el("p", {}, "It never fires on these tokens."), ...side);
   }
   parts.push(...featurePanels.map((panel) => panel(number, own, page.words)).filter(Boolean));
   return () => document.getElementById("f").replaceChildren(...parts);

@@ -157,7 +157,7 @@ function storeBox() {
     return `${formatted(typed.length)} words`;
   });
   const heads = [["token"], ["features, with their mean activation on it in the store"]];
-  return el("div", {}, el("h2", {}, "Which features fire on words"), el("p", {}, "There is no model here: these are the store's own texts. A word is looked up by itself, whatever stands around it."), noModel("With the model whole sentences are read."), box(go, el("label", {}, "Words ", area), row), el("div", { class: "scroll" }, el("table", {}, columnHeads(heads), result)));
+  return el("div", {}, el("h2", {}, "Which features fire on words"), el("p", {}, "There is no model here to run a sentence. Each word is looked up by itself, in the texts of these pages, whatever stands around it there."), noModel("With the model whole sentences are read."), box(go, el("label", {}, "Words ", area), row), el("div", { class: "scroll" }, el("table", {}, columnHeads(heads), result)));
 }
 
 async function showSentence(state) {

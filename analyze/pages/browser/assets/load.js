@@ -80,9 +80,9 @@ function formatted(value) {
 
 function percent(share) {
   if (share === null || share === undefined) return "–";
-  if (share === 0) return "0 %";
+  if (share === 0) return "0%";
   const percents = 100 * share;
-  return `${share < 1e-4 ? percents.toExponential(1) : percents.toPrecision(3)} %`;
+  return `${share < 1e-4 ? percents.toExponential(1) : percents.toPrecision(3)}%`;
 }
 
 const figure = (key, value) => (key === "density" ? percent(value) : formatted(value));

@@ -2,13 +2,13 @@
 // The map of all features: a point each, pixel by pixel, since 32,768 of them move with the finger.
 
 const MAP_SIDE = 9999; // coordinates go from 0 to this
-const SILENT = ["#8b93a3", "fires on no row"];
+const SILENT = ["#8b93a3", "fires on no token"];
 const BY_DENSITY = [
-  ["#4a7be0", "under 0.01 %", 1e-4],
-  ["#2f9dbb", "0.01 to 0.1 %", 1e-3],
-  ["#3aa673", "0.1 to 1 %", 1e-2],
-  ["#d98a1f", "1 to 10 %", 1e-1],
-  ["#d94452", "over 10 %", Infinity],
+  ["#4a7be0", "under 0.01%", 1e-4],
+  ["#2f9dbb", "0.01 to 0.1%", 1e-3],
+  ["#3aa673", "0.1 to 1%", 1e-2],
+  ["#d98a1f", "1 to 10%", 1e-1],
+  ["#d94452", "over 10%", Infinity],
 ];
 const BY_RUN = ["#4a7be0", "#d98a1f", "#3aa673", "#b861d6", "#d94452", "#2f9dbb"];
 
@@ -162,7 +162,7 @@ function namePoint(point) {
 
 function nameOf(point) {
   const feature = mapFeature(point);
-  const density = ` fires on ${percent(atlas.density[point])} of rows `;
+  const density = ` fires on ${percent(atlas.density[point])} of tokens `;
   const run = mapRuns()[atlas.run[point]];
   if (atlas.run[point]) return [otherLink(run, feature), ` of ${runName(run)},${density}`];
   return [featureLink(feature, `Feature ${feature}`), density, ...words(feature).strongest.map(word)];

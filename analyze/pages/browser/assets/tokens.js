@@ -58,7 +58,7 @@ function tokenPart(position, every, fires) {
   heads.push(el("th", { scope: "col" }, "strongest at"));
   return [
     el("h2", { tabindex: "-1" }, "Features that fire on ", word(every.texts[position])),
-    el("p", { class: "soft" }, `Token ${every.ids[position]}, ${formatted(every.occurrences[position])} times in the catalogue's rows; the ${rows.length} largest mean activations.`),
+    el("p", { class: "soft" }, `Token ${every.ids[position]}, ${formatted(every.occurrences[position])} times in the texts of these pages; the ${rows.length} largest mean activations.`),
     el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, ...heads)), el("tbody", {}, ...rows))),
   ];
 }
