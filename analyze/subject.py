@@ -24,6 +24,7 @@ from residual_saes.analyze.latents.encoding import Firings, Pairs, Unit, encode,
 from residual_saes.analyze.parts import NOWHERE, Parts
 from residual_saes.data.errors import MismatchError, SettingError, StoreError
 from residual_saes.data.foreign import reading
+from residual_saes.data.model_path import EMBEDDED
 from residual_saes.data.rows import statistics
 from residual_saes.data.rows.rounds import KeptRows
 from residual_saes.data.rows.source import Source
@@ -34,7 +35,6 @@ from residual_saes.data.store.kinds import BOS, NON_FINITE
 from residual_saes.data.store.moments import Moments
 from residual_saes.data.store.place import place_of
 from residual_saes.data.store.store import Store
-from residual_saes.harvest.model_folder import EMBEDDED
 from residual_saes.train.kernels import Kept
 from residual_saes.train.ports import Port, Ports, recorded_ports
 from residual_saes.train.run import CONFIG, read_config, sae_of

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from residual_saes.conf import meant, schema
+from residual_saes.conf import early, meant, schema
 from residual_saes.conf.help import described
 from residual_saes.conf.names import quoted, require_no_secret, texts, typed
 from residual_saes.data import command_line, machine, secrets, stopping
@@ -197,10 +197,11 @@ def begin(cfg: DictConfig, module: str) -> tuple[dict[str, Any], Job]:
 
 
 def _require_types(settings: Mapping[str, Any]) -> None:
-    """Refuse text where a setting's default is a number, and the like.
+    """Refuse text where a setting's default is a number, and what else needs no library to refuse.
 
     Raises:
         SettingError: names the first such setting.
+        StoreError: there is no such run.
     """
     from hydra.core.hydra_config import HydraConfig
 
@@ -209,6 +210,7 @@ def _require_types(settings: Mapping[str, Any]) -> None:
     for name, default in schema.defaults(str(hydra.job.config_name), hydra.runtime.choices).items():
         if values.get(name) is not None and not name.startswith("text.sources."):  # weights
             require_like(name, values[name], default)
+    early.require_right(str(hydra.job.config_name), values)
 
 
 def _smaller(name: str, cfg: DictConfig) -> str:

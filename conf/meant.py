@@ -7,9 +7,11 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cached_property
+from os.path import exists
 from typing import NamedTuple
 
 from residual_saes.conf import schema
+from residual_saes.conf.names import is_path
 from residual_saes.data.site import RESID_POST, point_elsewhere
 
 # Options that are Hydra's, and those of them that the next word belongs to.
@@ -55,6 +57,7 @@ _OTHER_UNIT = re.compile(
     "steps|epochs|expansion_factor|l[01]_.*|l1|sparsity|.*wandb.*|dead_.*|n_checkpoints"
 )
 _HOOK = "a layer is given by its number"
+_THOUSANDS = re.compile(r"\d{1,3}(,\d{3})+")
 _PATH = re.compile(r"/|\.(zarr|txt|jsonl?|parquet|pt|gz|zst)$")
 
 
@@ -93,6 +96,8 @@ def _line(command: str, words: Sequence[str], mistakes: Mapping[int, Mistake]) -
     meant = first.meant
     if len(mistakes) > 1 and all(mistake.meant for mistake in mistakes.values()):
         meant = f"`python -m {module_of(command)} {shlex.join(_corrected(words, mistakes))}`"
+    elif is_path(meant.partition("=")[0]) and exists(meant.partition("=")[2]):
+        meant = shlex.quote(meant)  # as it must be typed
     return f"{typed}: {first.reason}; did you mean {_short(meant, 400)}?"
 
 
@@ -156,7 +161,7 @@ class _Known:
         if key.startswith(("+", "~", "hydra")) or (sign and "@" in key):
             return None  # what Hydra alone knows
         if sign and key and not (value == "" and following):
-            return self._hook(key, value) or self._setting(key, value)
+            return _unquoted(words) or self._hook(key, value) or self._setting(key, value)
         return self._bare(words, following)
 
     def _hook(self, key: str, value: str) -> Mistake | None:
@@ -187,6 +192,8 @@ class _Known:
     def _bare(self, words: Sequence[str], following: Sequence[str]) -> Mistake:
         """A word without a value, and what stands behind it: `layer 21`, `layer: 21`."""
         reason = "a setting is NAME=VALUE, without spaces"
+        if self.exactly(words[0]) is None and exists(words[0]):
+            return self._nameless(words[0])
         for group in self.groups:
             if words[0] in schema.options(group):
                 return Mistake(1, reason, f"{group}={words[0]}")
@@ -199,7 +206,8 @@ class _Known:
             return self._nameless(words[0])
         if not value and following:
             many, value = 2, following[0]
-        return Mistake(many, reason, self._right(name, value or "VALUE"))
+        itself = words[0] if is_path(name) and exists(words[0]) else "VALUE"
+        return Mistake(many, reason, self._right(name, value or itself))
 
     def _right(self, name: str, value: str) -> str:
         """NAME=VALUE, but NAME.path=VALUE if NAME is a group without such an option."""
@@ -209,13 +217,17 @@ class _Known:
     def _nameless(self, word: str) -> Mistake:
         """A path without its name, or what has no name at all."""
         reason = "a setting is NAME=VALUE"
-        if _PATH.search(word):
-            return Mistake(1, reason, f"{_OF_PATHS[self.command]}={word}")
+        if _PATH.search(word) or exists(word):
+            is_model = self.command == "harvest" and exists(f"{word}/config.json")
+            name = "model.path" if is_model else _OF_PATHS[self.command]
+            return Mistake(1, reason, f"{name}={word}")
         return Mistake(1, f"{reason}; {self.lists_all}", None)
 
     def _setting(self, key: str, value: str) -> Mistake | None:
         if key in self.groups:
             return self._choice(key, value)
+        if _THOUSANDS.fullmatch(value):
+            return Mistake(1, "commas separate values", f"{key}={value.replace(',', '')}")
         having = self.settings.get(key)
         if having == () or key.startswith("text.sources."):
             return None
@@ -263,9 +275,9 @@ class _Known:
         wrong = next((text for text in values if text not in options), None)
         if wrong is None or "(" in value or wrong.lower() in ("", "null") or wrong[:1] in "'\"$":
             return None
-        near = _near(wrong, options)
+        nearest = near(wrong, options)
         path = f"{group}.path={wrong}" if f"{group}.path" in self.settings else None
-        whole = value.replace(wrong, near) if near else None
+        whole = value.replace(wrong, nearest) if nearest else None
         if path and _PATH.search(wrong):
             whole = None
         meant = " or ".join(each for each in (whole and f"{group}={whole}", path) if each)
@@ -275,7 +287,7 @@ class _Known:
 
     def named(self, key: str) -> str | None:
         """The setting that `key` names or nearly names."""
-        return self.exactly(key) or self.names.get(_near(_plain(key), self.names) or "")
+        return self.exactly(key) or self.names.get(near(_plain(key), self.names) or "")
 
     def exactly(self, key: str) -> str | None:
         """The setting that `key` names: in full, by its last part, or as other programs do."""
@@ -305,6 +317,19 @@ def _names(command: str) -> set[str]:
     return {*schema.everywhere(command), *schema.groups(schema.command_file(command))}
 
 
+def _unquoted(words: Sequence[str]) -> Mistake | None:
+    """The path of something that is there, cut at its spaces because quotes are missing."""
+    name, _, value = words[0].partition("=")
+    if not is_path(name) or exists(value):
+        return None
+    for many in range(2, len(words) + 1):
+        if "=" in words[many - 1] or words[many - 1].startswith("-"):
+            return None
+        if exists(whole := " ".join([value, *words[1:many]])):
+            return Mistake(many, "a value with spaces needs quotes", f"{name}={whole}")
+    return None
+
+
 def _joins(before: str, word: str) -> bool:
     """Whether two words are parts of one setting that was typed with spaces."""
     return before.endswith((":", "=")) or word in (":", "=") or word.startswith(("=", ":"))
@@ -314,11 +339,11 @@ def _any_of(options: Sequence[str]) -> str:
     return " or ".join(options) if len(options) <= 3 else f"{', '.join(options[:3])}, ..."
 
 
-def _near(text: str, known: Mapping[str, object]) -> str | None:
+def near(text: str, known: Mapping[str, object]) -> str | None:
     """The one of `known` that is most like `text`, signs and capitals aside."""
     plain = {re.sub(r"[\W_]", "", name).lower(): name for name in reversed(list(known))}
     own = re.sub(r"[\W_]", "", text).lower()
     begins = [name for short, name in plain.items() if len(own) > 2 and short.startswith(own)]
     found = [plain[own]] if own in plain else get_close_matches(own, plain, 1, 0.7)
-    near = [plain.get(name, name) for name in found] or sorted(begins, key=len)
-    return near[0] if near else None
+    nearest = [plain.get(name, name) for name in found] or sorted(begins, key=len)
+    return nearest[0] if nearest else None

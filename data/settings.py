@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from residual_saes.data.errors import SettingError
 
 T = TypeVar("T")
+_POWERS = {"k": 3, "m": 6, "b": 9, "g": 9}  # as people write 200k, 1M and 1B
 
 
 def whole(name: str, value: Any) -> int:
@@ -21,7 +23,9 @@ def whole(name: str, value: Any) -> int:
         if abs(value) >= 2**63:
             raise SettingError(f"{name}={value} is too large; its size must be below 2^63")
         return int(value)
-    raise SettingError(f"{name}={value} must be a whole number, such as 21, 200000 or 2e5")
+    short = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbg])", str(value).lower())
+    hint = f"; did you mean {name}={short[1]}e{_POWERS[short[2]]}?" if short else ""
+    raise SettingError(f"{name}={value} must be a whole number, such as 21, 200000 or 2e5{hint}")
 
 
 def flag(name: str, value: Any) -> bool:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from residual_saes.conf.command import ALONE, Job
+from residual_saes.conf.early import require_right
 from residual_saes.data import command_line, rank
 from residual_saes.data.device import own_device
-from residual_saes.data.errors import SettingError
 from residual_saes.data.journal import aligned, heartbeat, show, suggest, tell, tell_header
+from residual_saes.data.model_path import EMBEDDED
 from residual_saes.data.rank import Rank
 from residual_saes.data.settings import flag, optional_whole, single, whole
 from residual_saes.data.store import coming, default, manifest, retention
@@ -27,21 +28,17 @@ from residual_saes.harvest.dissection import require_foreseen
 from residual_saes.harvest.headers import Stored, require_layers, require_usable, stored
 from residual_saes.harvest.loop import harvest
 from residual_saes.harvest.model import ModelConfig, load
-from residual_saes.harvest.model_folder import EMBEDDED
 from residual_saes.harvest.plan import Plan, guess, plan, probe, require_fit, share_done
 from residual_saes.harvest.provenance import require_same_so_far
 from residual_saes.harvest.status import status
 from residual_saes.harvest.thinning import thin
 from residual_saes.harvest.verify import verify
 
-ACTIONS = ("run", "plan", "status", "verify", "repair", "thin")
-
 
 def command(settings: dict[str, Any], job: Job = ALONE) -> None:
     """Carry out one `action`."""
     action = settings["action"]
-    if action not in ACTIONS:
-        raise SettingError(f"action={action} is unknown; choose one of {', '.join(ACTIONS)}")
+    require_right("harvest", {"action": action})
     place = place_of(store_of(settings))
 
     # What needs no model.

@@ -13,6 +13,7 @@ from typing import Any
 
 from residual_saes.data.errors import SettingError
 from residual_saes.data.journal import heartbeat
+from residual_saes.data.model_path import EMBEDDED
 from residual_saes.data.site import RESID_POST, HookPoint
 from residual_saes.data.store import manifest, retention
 from residual_saes.data.store.place import Place
@@ -23,7 +24,6 @@ from residual_saes.data.text.packing import Cursor, pack
 from residual_saes.data.text.sources import KINDS, FileText
 from residual_saes.harvest.description import Description
 from residual_saes.harvest.encoder import Encoder
-from residual_saes.harvest.model_folder import EMBEDDED
 
 CONTEXT = 1024  # tokens per row, at most
 ENDLESS = 10**9  # tokens of a text whose end is not known

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from residual_saes.data.errors import SettingError
 from residual_saes.data.foreign import reading
-from residual_saes.harvest.hub_model import asked_of_hub, is_local
+from residual_saes.data.model_path import is_local
+from residual_saes.harvest.hub_model import asked_of_hub
 from residual_saes.harvest.weight_files import INDEX, SINGLE, is_tower, needed
 
 # As the file format names the types that decoders are trained and published in.

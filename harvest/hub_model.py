@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from residual_saes.data.errors import PipelineError, SettingError, TemporaryError
 from residual_saes.data.journal import Progress, size, tell
+from residual_saes.data.model_path import EMBEDDED, is_local
 from residual_saes.data.text import retry
 from residual_saes.data.tiny.embedded import MODEL_DIR
-from residual_saes.harvest.model_folder import EMBEDDED
 from residual_saes.harvest.weight_files import INDEX, SINGLE, needed
 
 # What configurations, tokenizers and chat templates are read from: never weights, never code.
@@ -38,22 +38,6 @@ class ModelFiles(NamedTuple):
     # The safetensors files whose digest identifies the model. All that lie in a folder of the
     # user's; of a hub model those that it needs, whatever else its cache holds.
     weights: list[Path]
-
-
-def is_local(path: str) -> bool:
-    """Whether `path` names a folder of this machine, or the embedded model.
-
-    Raises:
-        SettingError: it is neither that nor a hub id.
-    """
-    if path == EMBEDDED or Path(path).is_dir():
-        return True
-    if Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1:
-        raise SettingError(
-            f"model.path={path} is no folder; give a Hugging Face model folder or a hub id, as "
-            "openai-community/gpt2"
-        )
-    return False
 
 
 def described(path: str, revision: str) -> Path:

@@ -20,13 +20,14 @@ from torch import nn
 
 from residual_saes.data.errors import SettingError, first_line
 from residual_saes.data.machine import is_out_of_memory
+from residual_saes.data.model_path import EMBEDDED
 from residual_saes.harvest.anatomy import Anatomy
 from residual_saes.harvest.decoder import cut_, find_blocks, find_final_norm
 from residual_saes.harvest.dissection import dissect
 from residual_saes.harvest.headers import require_layers, stored
 from residual_saes.harvest.hub_model import complete, described
 from residual_saes.harvest.isolation import Isolation
-from residual_saes.harvest.model_folder import EMBEDDED, config_digest, read_config, weights_digest
+from residual_saes.harvest.model_folder import config_digest, read_config, weights_digest
 from residual_saes.harvest.tokens import Tokenizer
 from residual_saes.harvest.weights import load_cut, load_with_head
 

@@ -14,7 +14,6 @@ from residual_saes.data.foreign import json_object, shortened
 from residual_saes.data.journal import note, size
 from residual_saes.harvest.weights import not_loadable
 
-EMBEDDED = "embedded"  # model.path of the model that ships with the package
 # Entries of config.json that count what transformers builds one by one, and the most of each. Of
 # families the largest default is 16,384 experts (Doge).
 _COUNT = re.compile(r"layers?$|blocks$|heads$|experts$|_groups$")

@@ -42,6 +42,7 @@ from residual_saes.analyze.subject import Subject
 from residual_saes.data.device import torch_device
 from residual_saes.data.errors import MismatchError, SettingError, StoreError
 from residual_saes.data.foreign import reading
+from residual_saes.data.model_path import EMBEDDED
 from residual_saes.data.settings import number
 from residual_saes.data.site import RESID_POST, RESID_PRE, HookPoint
 from residual_saes.data.text.chats import Chat, messages_of
@@ -49,7 +50,6 @@ from residual_saes.data.text.documents import Content
 from residual_saes.harvest import model as models
 from residual_saes.harvest.decoder import find_blocks
 from residual_saes.harvest.model import LanguageModel, ModelConfig
-from residual_saes.harvest.model_folder import EMBEDDED
 from residual_saes.train import kernels, sae_file
 from residual_saes.train import sae as weights_of
 from residual_saes.train.export.hub import FORMS, HUB, downloaded

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from residual_saes.data.errors import SettingError
+from residual_saes.data.model_path import EMBEDDED
 from residual_saes.data.rows import split
 from residual_saes.data.rows.source import Source
 from residual_saes.data.rows.split import Policy
@@ -35,7 +36,6 @@ from residual_saes.data.settings import whole
 from residual_saes.data.site import RESID_POST, HookPoint, require_site
 from residual_saes.data.store import store as stores
 from residual_saes.harvest.hub_model import described
-from residual_saes.harvest.model_folder import EMBEDDED
 from residual_saes.harvest.tokens import Tokenizer
 
 Part = Literal["training", "held_out", "all"]

@@ -19,7 +19,7 @@ import residual_saes.harvest.command
 from tests.conftest import make_store
 from tests.forked import run_forked
 
-assert residual_saes.harvest.command.ACTIONS
+assert residual_saes.harvest.command.command
 ROOT = Path(__file__).parent.parent
 OPTIONS = ["sae=tiny", "sae.d_sae=64", "sae.k=8", "sae.k_aux=16", "optim=tiny", "batch=128"]
 TRAIN = ["-m", "train", *OPTIONS, "eval_rows=256", "tokens=640"]

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from residual_saes.conf.command import run_command
-from residual_saes.data import durable, locks
+from residual_saes.data import durable, locks, stopping
 from residual_saes.data.errors import (
     DocumentError,
     Interrupted,
@@ -108,7 +108,10 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("code", ERRORS)
-def test_exceptions(code: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exceptions(
+    code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stopping, "left", stopping.Left())  # a command may have run before
     for error in ERRORS[code]:
         assert code_of(raising(error)) == code, repr(error)
         assert capsys.readouterr().err.count("\n") == 1

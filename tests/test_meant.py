@@ -6,13 +6,19 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from residual_saes.analyze.questions.answering import GRADINGS
 from residual_saes.conf import meant, schema
 from residual_saes.conf.console import COMMANDS
+from residual_saes.conf.early import CHOICES
 from residual_saes.data.errors import SettingError
 from residual_saes.data.settings import require_like
+from residual_saes.harvest.config import Faults
+from residual_saes.sae import Dtype
+from residual_saes.train.kernels import Matmul
 from tests.conftest import Call
 
 MEANT = {
@@ -132,10 +138,40 @@ def test_values_are_of_their_defaults_types() -> None:
                 require_like("batch", value, default)
 
 
+def test_paths_with_spaces_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given without a name, or without quotes, they are named as the shell takes them."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("my texts", "my model", "store"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "my model" / "config.json").touch()
+    whole = "python -m harvest 'text.path=my texts' 'model.path=my model'"
+    for words, wanted in (
+        (["my texts"], "'text.path=my texts'"),
+        (["--text", "my texts"], "'text.path=my texts'"),
+        (["my texts", "my model"], whole),
+        (["text.path=my", "texts", "model.path=my", "model"], whole),
+        (["text.path=no", "texts"], "texts="),
+    ):
+        said = meant.advice("harvest", words)
+        assert said and (wanted in said) == (wanted != "texts="), said
+    assert "store=store?" in str(meant.advice("train", ["store"]))
+
+
 @pytest.mark.parametrize(
     ("command", "words", "named"),
     [
         ("train", ["sae=topk32k"], "sae=topk_32k"),
+        ("harvest", ["tokens=1,000,000"], "tokens=1000000"),
+        ("harvest", ["tokens=1.5M"], "tokens=1.5e6"),
+        ("harvest", ["layer=middle"], "layer="),
+        ("harvest", ["layer=-1"], "layer=-1"),
+        ("train", ["device=gpu"], "device=cuda"),
+        ("harvest", ["oom=hlave"], "oom=halve"),
+        ("harvest", ["action=statu"], "action=status"),
+        ("harvest", ["model.path=nix"], "model.path=nix"),
+        ("harvest", [f"model.path={__file__}"], f"model.path={Path(__file__).parent}"),
+        ("harvest", ["model.path=a/b", "text.path=nix"], "text.path=nix"),
+        ("train", ["batch=0"], "batch=0"),
         ("harvest", ["batch=x"], "batch=x"),
         ("analyze", ["study=browser", "study.contexts=x"], "study.contexts=x"),
         ("harvest", ["--layer", "21"], "layer=21"),
@@ -146,6 +182,17 @@ def test_values_are_of_their_defaults_types() -> None:
 def test_a_command_says_so(command: str, words: list[str], named: str, call: Call) -> None:
     code, err = call(command, f"residual_saes.{command}.command", *words)
     assert (code, err.count("\n")) == (2, 1) and named in err
+
+
+def test_words_are_those_that_the_code_takes() -> None:
+    """What is refused early is what the command would refuse."""
+    for name in ("oom", "bad"):
+        of = "text.bad" if name == "bad" else name
+        for word in CHOICES["harvest"][of]:
+            Faults(**{name: word})
+    assert CHOICES["harvest"]["model.dtype"] == get_args(Dtype)
+    assert CHOICES["train"]["train.matmul"] == get_args(Matmul)
+    assert CHOICES["analyze"]["answers.grading"] == GRADINGS
 
 
 def test_torch_is_not_loaded_for_that(tmp_path: Path) -> None:

@@ -57,7 +57,12 @@ def filled(
         batch = min(_MOST_ROWS, max(_LEAST_ROWS, _floor(count // _STEPS)))
         chosen["batch"] = batch
     listed = " ".join(f"{name}={value}" for name, value in chosen.items())
-    return values, batch, f"{listed}: for {count:,} rows of width {width:,} (docs/training.md)"
+    line = f"{listed}: for {count:,} rows of width {width:,} (docs/training.md)"
+    firings = count * values["k"] // values["d_sae"]
+    if sae["d_sae"] is None and firings < _FIRINGS:  # no dictionary is small enough
+        line += f"; few rows: a latent fires {firings:,} times in the run, and the rule asks for "
+        line += f"{_FIRINGS:,}; harvest more text"
+    return values, batch, line
 
 
 def provisional(sae: Mapping[str, Any]) -> dict[str, Any]:

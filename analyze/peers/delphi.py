@@ -56,10 +56,10 @@ from residual_saes.analyze.subject import Subject
 from residual_saes.data import durable
 from residual_saes.data.errors import SettingError, StopRequest, StoreError
 from residual_saes.data.journal import Progress
+from residual_saes.data.model_path import EMBEDDED
 from residual_saes.data.safetensors import Entry, header
 from residual_saes.data.settings import build
 from residual_saes.harvest.hub_model import described
-from residual_saes.harvest.model_folder import EMBEDDED
 from residual_saes.train.export.sparsify import folder_of
 from residual_saes.train.run import text_of
 

@@ -68,7 +68,7 @@ def await_ring(path: str) -> None:
     lacking = "is no ring yet" if manifest.exists(place) else "is not there yet"
     tell(
         f"{path} {lacking}: waiting {PATIENCE_S:.0f}s for a `python -m harvest max_bytes=... "
-        f"store={path}` to begin"
+        f"store={path}` to begin{_beside(place)}"
     )
     with heartbeat(f"waiting for a harvest of {path}"):
         deadline = time.monotonic() + PATIENCE_S
@@ -83,6 +83,14 @@ def _may_begin(place: LocalPlace) -> bool:
     """Whether a harvest can make a store here: in a folder with nothing else in it."""
     there = next(folder for folder in (place.path, *place.path.parents) if folder.exists())
     return there.is_dir() and (manifest.exists(place) or place.empty())
+
+
+def _beside(place: LocalPlace) -> str:
+    """The stores that a mistyped path may have meant."""
+    folders = place.path.parent.glob("*.zarr")
+    stores = [str(path) for path in sorted(folders) if path != place.path and path.is_dir()]
+    more = f" and {len(stores) - 3} more" if len(stores) > 3 else ""
+    return f"; there is {', '.join(stores[:3])}{more}" if stores else ""
 
 
 def _has_begun(place: Place) -> bool:

@@ -21,6 +21,7 @@ from residual_saes.analyze.studies.catalogue import study as catalogue
 from residual_saes.analyze.study import Study
 from residual_saes.analyze.subject import Subject
 from residual_saes.data import durable
+from residual_saes.data.model_path import EMBEDDED
 from residual_saes.data.rows import summary
 from residual_saes.data.site import MLP_IN, MLP_OUT
 from residual_saes.data.store.store import Store
@@ -28,7 +29,6 @@ from residual_saes.data.text.sources import TinyText
 from residual_saes.harvest.config import HarvestConfig
 from residual_saes.harvest.loop import harvest
 from residual_saes.harvest.model import ModelConfig, load
-from residual_saes.harvest.model_folder import EMBEDDED
 from residual_saes.train import sae, sae_file
 from residual_saes.train.optim import OptimConfig
 from residual_saes.train.run import CONFIG, source_of

@@ -20,9 +20,9 @@ from residual_saes.analyze.language_model import edited, generate, unembedded
 from residual_saes.analyze.questions.problems import read
 from residual_saes.analyze.questions.prompts import PROMPTS
 from residual_saes.data.errors import SettingError
+from residual_saes.data.model_path import EMBEDDED
 from residual_saes.data.site import HookPoint
 from residual_saes.harvest.model import LanguageModel, ModelConfig, load
-from residual_saes.harvest.model_folder import EMBEDDED
 from residual_saes.harvest.site import tap
 from residual_saes.train.sae import SAE
 from tests.harvest.models import save_model

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from residual_saes.analyze import language_model
+from residual_saes.data.model_path import EMBEDDED
 from residual_saes.harvest.model import LanguageModel, ModelConfig, load
-from residual_saes.harvest.model_folder import EMBEDDED
 from tests.harvest.models import COMPOSITE, CONFIGS, save_composite, save_model
 
 

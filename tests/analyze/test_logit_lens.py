@@ -28,10 +28,10 @@ from residual_saes.analyze.token_classes import (
     script_of,
 )
 from residual_saes.data.errors import PipelineError, SettingError, StopRequest
+from residual_saes.data.model_path import EMBEDDED
 from residual_saes.data.rows.split import held_out_units
 from residual_saes.data.settings import build
 from residual_saes.harvest.model import LanguageModel, ModelConfig, load
-from residual_saes.harvest.model_folder import EMBEDDED
 
 DIGIT = NAMES.index("digit")
 TEXTS = (

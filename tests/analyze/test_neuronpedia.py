@@ -38,9 +38,9 @@ from residual_saes.analyze.study import Study
 from residual_saes.analyze.subject import Subject
 from residual_saes.data import digests
 from residual_saes.data.errors import SettingError, StopRequest, StoreError
+from residual_saes.data.model_path import EMBEDDED
 from residual_saes.harvest.hub_model import described
 from residual_saes.harvest.model import ModelConfig
-from residual_saes.harvest.model_folder import EMBEDDED
 from residual_saes.harvest.tokens import Tokenizer
 from tests.analyze import browser_site
 from tests.analyze.conftest import LAYER, F, Made, make_run, random_rows

@@ -24,9 +24,9 @@ from residual_saes.analyze.studies.probes.fitting import DENSE, DIMENSIONS, LATE
 from residual_saes.analyze.studies.probes.study import DEFINITION, Options
 from residual_saes.analyze.study import Study
 from residual_saes.data.errors import PipelineError, SettingError, StopRequest, StoreError
+from residual_saes.data.model_path import EMBEDDED
 from residual_saes.data.site import HookPoint
 from residual_saes.harvest.model import ModelConfig
-from residual_saes.harvest.model_folder import EMBEDDED
 from tests.analyze.conftest import mlp_run, random_transcoder
 from tests.bench import probe_nulls
 from tests.bench.probe_nulls import judged, shares, texts

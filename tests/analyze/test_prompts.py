@@ -17,10 +17,10 @@ from residual_saes.analyze.studies import gsm8k
 from residual_saes.analyze.study import Study
 from residual_saes.data import durable
 from residual_saes.data.errors import DocumentError, SettingError
+from residual_saes.data.model_path import EMBEDDED
 from residual_saes.data.tiny import problems as tiny
 from residual_saes.data.tiny.embedded import MODEL_DIR
 from residual_saes.harvest.model import ModelConfig, load
-from residual_saes.harvest.model_folder import EMBEDDED
 from residual_saes.harvest.tokens import Tokenizer
 from tests.tiny.evaluate import prompt_ids
 

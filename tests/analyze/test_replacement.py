@@ -34,11 +34,11 @@ from residual_saes.analyze.studies.replacement.words import find, outcome_of
 from residual_saes.analyze.study import Study
 from residual_saes.analyze.subject import Subject
 from residual_saes.data.errors import SettingError
+from residual_saes.data.model_path import EMBEDDED
 from residual_saes.data.settings import build
 from residual_saes.data.store.kinds import ORDINARY
 from residual_saes.data.store.store import Store
 from residual_saes.harvest.model import LanguageModel, ModelConfig, load
-from residual_saes.harvest.model_folder import EMBEDDED
 from residual_saes.train.sae import SAE
 from tests.analyze.conftest import MLP_LAYERS, mlp_run, random_transcoder
 

@@ -15,11 +15,11 @@ from residual_saes.analyze import results
 from residual_saes.analyze.latents.reward import DenseReward
 from residual_saes.analyze.questions.problems import problem
 from residual_saes.data.errors import MismatchError, SettingError, StoreError
+from residual_saes.data.model_path import EMBEDDED
 from residual_saes.data.site import HookPoint
 from residual_saes.data.tiny.embedded import MODEL_DIR
 from residual_saes.data.tiny.problems import problems, prompt, solution
 from residual_saes.harvest.model import LanguageModel, ModelConfig, load
-from residual_saes.harvest.model_folder import EMBEDDED
 from residual_saes.harvest.site import tap
 from residual_saes.train.sae import SAE
 from tests.analyze.conftest import TINY_LAYER

@@ -28,9 +28,9 @@ from residual_saes.analyze.study import Definition, Study
 from residual_saes.analyze.subject import Subject
 from residual_saes.data import order
 from residual_saes.data.errors import SettingError, StoreError
+from residual_saes.data.model_path import EMBEDDED
 from residual_saes.data.rows.split import Policy, held_out_units
 from residual_saes.harvest.model import ModelConfig
-from residual_saes.harvest.model_folder import EMBEDDED
 from residual_saes.train import sae_file
 from residual_saes.train.sae import SAE
 from tests.analyze.conftest import LAYER, D, F, K, Made, make_run

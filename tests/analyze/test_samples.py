@@ -15,9 +15,9 @@ from residual_saes.analyze.questions.answering import Asking
 from residual_saes.analyze.stats import bootstrap_ratio, wilson
 from residual_saes.analyze.studies import gsm8k
 from residual_saes.data.errors import Interrupted, SettingError, StopRequest, StoreError
+from residual_saes.data.model_path import EMBEDDED
 from residual_saes.data.tiny.problems import problem as tiny_problem
 from residual_saes.harvest.model import LanguageModel, ModelConfig, load
-from residual_saes.harvest.model_folder import EMBEDDED
 
 DRAWN = {"questions": 4, "samples": 3, "temperature": 3.0, "new_tokens": 24}
 

@@ -21,11 +21,11 @@ from residual_saes.analyze.studies import splice
 from residual_saes.analyze.studies.splice import ALL, TRAINED, Losses, Options, Replacement, Splice
 from residual_saes.analyze.subject import Subject
 from residual_saes.data.errors import SettingError
+from residual_saes.data.model_path import EMBEDDED
 from residual_saes.data.settings import build
 from residual_saes.data.site import HookPoint
 from residual_saes.data.store.kinds import BOS, NON_FINITE, ORDINARY, OUTLIER
 from residual_saes.harvest.model import LanguageModel, ModelConfig, load
-from residual_saes.harvest.model_folder import EMBEDDED
 from residual_saes.train.sae import SAE
 from tests.analyze.conftest import TINY_LAYER
 

@@ -19,10 +19,10 @@ from residual_saes.analyze.studies import steer as study_steer
 from residual_saes.analyze.study import Study
 from residual_saes.analyze.subject import Subject
 from residual_saes.data.errors import SettingError
+from residual_saes.data.model_path import EMBEDDED
 from residual_saes.data.site import MLP_OUT, HookPoint
 from residual_saes.data.tiny.problems import problems
 from residual_saes.harvest.model import LanguageModel, ModelConfig, load
-from residual_saes.harvest.model_folder import EMBEDDED
 from residual_saes.train.ports import ports_of
 
 PROMPT = f"Question: {next(problems('heldout')).question}\nAnswer:"

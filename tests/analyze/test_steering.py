@@ -32,12 +32,12 @@ from residual_saes.analyze.study import Study
 from residual_saes.data import digests
 from residual_saes.data.errors import Interrupted, SettingError, StopRequest
 from residual_saes.data.journal import Progress
+from residual_saes.data.model_path import EMBEDDED
 from residual_saes.data.site import HookPoint
 from residual_saes.data.tiny.embedded import MODEL_DIR
 from residual_saes.data.tiny.problems import problems as tiny_problems
 from residual_saes.harvest import model as models
 from residual_saes.harvest.model import LanguageModel
-from residual_saes.harvest.model_folder import EMBEDDED
 from residual_saes.harvest.site import tap
 from residual_saes.train.publish.release import prepare
 

@@ -21,10 +21,10 @@ from residual_saes.analyze.studies import features as study_features
 from residual_saes.analyze.study import Study
 from residual_saes.analyze.subject import Subject
 from residual_saes.data.errors import SettingError
+from residual_saes.data.model_path import EMBEDDED
 from residual_saes.data.site import HookPoint
 from residual_saes.harvest import model as models
 from residual_saes.harvest.model import LanguageModel, ModelConfig, load
-from residual_saes.harvest.model_folder import EMBEDDED
 from residual_saes.train.sae import SAE as WeightsOf
 from tests.analyze.chromium import NEEDS_CHROMIUM, Chromium
 from tests.conftest import Call

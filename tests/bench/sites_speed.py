@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from residual_saes.data.model_path import EMBEDDED
 from residual_saes.data.site import MLP_IN, MLP_OUT, RESID_POST
 from residual_saes.data.text.sources import TinyText
 from residual_saes.harvest.config import HarvestConfig
 from residual_saes.harvest.loop import harvest
 from residual_saes.harvest.model import ModelConfig, load
-from residual_saes.harvest.model_folder import EMBEDDED
 from residual_saes.harvest.selfcheck import choose_isolation
 from tests.bench.outcome import finish
 

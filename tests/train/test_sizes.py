@@ -38,6 +38,13 @@ def test_few_rows_make_a_small_dictionary_and_what_is_given_stays() -> None:
     assert filled(whole, None, 64, pytest.fail) == (whole, 4096, "")
 
 
+def test_too_few_rows_are_told() -> None:
+    own = dict.fromkeys(SIZES)
+    assert "few rows" in filled(own, None, 64, lambda: 700)[2]
+    assert "few rows" not in filled(own, None, 64, lambda: 5_000)[2]
+    assert "few rows" not in filled({**own, "d_sae": 64}, None, 64, lambda: 700)[2]
+
+
 def test_warnings_come_where_they_must_and_nowhere_else() -> None:
     assert rate_warning(2e-4, 32_768, 244_000) is None
     assert rate_warning(1e-2, 1024, 700) is None

@@ -27,8 +27,8 @@ from residual_saes.analyze.study import Definition, Study, find
 from residual_saes.analyze.subject import Subject
 from residual_saes.data import durable
 from residual_saes.data.errors import TemporaryError
+from residual_saes.data.model_path import EMBEDDED
 from residual_saes.harvest.model import LanguageModel, ModelConfig, load
-from residual_saes.harvest.model_folder import EMBEDDED
 from residual_saes.train import sae_file
 from tests.analyze.conftest import make_run, make_tiny_run, random_rows
 from tests.faults import tree
