@@ -38,6 +38,7 @@ def command(settings: Settings, job: Job = ALONE) -> None:
         raise SettingError(f"runs= is for study=sweep; study={name} takes one directory, as run=")
     with heartbeat("opening the run"):
         study = study_of(settings, subject_of(settings, torch_device(settings["device"])))
+        study.make_first(definition)
         outcome = study.perform(definition)
     study.subject.forget()
     study.show(definition, outcome)

@@ -10,7 +10,7 @@ import json
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -79,6 +79,8 @@ class Definition:
     refuses: Callable[[Subject, Mapping[str, Any]], str | None] = refusals.nothing
     # Other studies whose files it reads, by run and name: nobody does them again meanwhile.
     reads: Callable[[Study], Iterable[tuple[Path, str]]] = no_study
+    # Studies that are done before it, with their default settings, where the run has none.
+    first: tuple[str, ...] = ()
     memory: Callable[[Study], Needed] | None = None  # None: less than anybody asks about
     order: int = 100  # place in the report: ascending
     fresh: bool = False  # made anew each time, from what other studies left; not kept
@@ -227,6 +229,19 @@ class Study:
             if not definition.fresh:
                 results.write_index(run)
         return outcome
+
+    def make_first(self, definition: Definition) -> None:
+        """Do the studies `definition.first` that the run has no whole result of.
+
+        Raises:
+            PipelineError: what those studies raise.
+        """
+        for name in definition.first:
+            if name not in results.current(self.subject.run, self.subject.digest, name):
+                tell(f"study={name} first: study={self.name} is made from it")
+                other = find(name)
+                options = asdict(other.options()) if other.options else {}
+                replace(self, name=name, options=options).perform(other)
 
     def _done(self, definition: Definition, settings: Mapping[str, Any]) -> Outcome:
         """The result of these settings: as it is there, or made now."""

@@ -357,12 +357,6 @@ class Shell:
     def run(self, command: Command) -> None:
         require_launcher(command)
         words = smaller(command)
-        if "study=browser" in words:
-            self.run(
-                command._replace(
-                    words=["study=catalogue", *(w for w in words if w.startswith("run="))]
-                )
-            )
         stream.store_at.cache_clear()  # a new process has seen no store
         stream.rows_of.cache_clear()
         with self._patch.context() as patch:

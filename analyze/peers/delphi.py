@@ -325,6 +325,7 @@ DEFINITION = Definition(
     options=Options,
     inputs=inputs,
     reads=catalogue.read_by,
+    first=("catalogue",),
     order=202,
     finds=False,
 )

@@ -497,6 +497,7 @@ DEFINITION = Definition(
     options=Options,
     inputs=inputs,
     reads=catalogue.read_by,
+    first=("catalogue",),
     order=203,
     finds=False,
 )

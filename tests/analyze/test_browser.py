@@ -322,6 +322,8 @@ def test_refusals(built: Built, tmp_path: Path) -> None:
         inputs(study_of(bare))
     with pytest.raises(StoreError, match="study=catalogue"):
         inputs(study_of(built.made.run, others=[str(bare)]))
+    study_of(bare).make_first(DEFINITION)  # as the command does
+    assert inputs(study_of(bare))
     for wrong in (
         {"contexts": 0},
         {"samples": -1},

@@ -395,5 +395,12 @@ def _summary(study: Study, figures: Mapping[str, Any], *, as_ids: bool) -> list[
 
 
 DEFINITION = Definition(
-    browser, options=Options, inputs=inputs, reads=reads, order=201, finds=False, version=2
+    browser,
+    options=Options,
+    inputs=inputs,
+    reads=reads,
+    first=("catalogue",),
+    order=201,
+    finds=False,
+    version=2,
 )
