@@ -398,7 +398,8 @@ def test_serving_is_of_this_machine_alone(built: Built, tmp_path: Path) -> None:
             with urllib.request.urlopen(own.replace(PAGE, f"studies/browser/{PAGE}")) as page:
                 assert b"<title>SAE features</title>" in page.read()
             with urllib.request.urlopen(own.replace(PAGE, "studies/index.js")) as script:
-                assert script.read() == results.index(run) and b'"catalogue"' in results.index(run)
+                assert script.read().startswith(results.index(run))
+                assert b'"catalogue"' in results.index(run)
                 assert script.headers["Content-Type"].startswith("text/javascript")
             (run / "report.html").write_bytes(b"another")
             with pytest.raises(HTTPError, match="500"):

@@ -125,7 +125,8 @@ def _pushed(facts: Facts) -> Pushed | None:
         fires = [row for row in shown if re.fullmatch(r"[\d.]+", str(row.get("mean")))]
         if fires:
             row = fires[len(fires) // 2]
-            tokens = f", strongest at {row['strongest at']}" if "strongest at" in row else ""
+            peaks = dict.fromkeys(re.findall(r"`[^`]*`", row.get("strongest at", "")))
+            tokens = f", strongest at {' '.join(peaks)}" if peaks else ""
             why = f"Latent {row['latent']} fires in {row['density']} of rows{tokens}."
             return Pushed(
                 int(row["latent"]), row["mean"], f"{why} Its mean there is {row['mean']}."

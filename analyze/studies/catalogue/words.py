@@ -61,7 +61,7 @@ def summary(figures: dict[str, Any]) -> list[str]:
         f"{figures['silent']:,} latents never fire; were rows independent, each would be below a "
         f"density of {below:.2g} with 95% confidence.",
         f"{figures['density_above_1_percent']:,} fire in more than 1% of rows, "
-        f"{figures['density_above_10_percent']:,} in more than 10 %.",
+        f"{figures['density_above_10_percent']:,} in more than 10%.",
     ]
     if classes := figures.get("classes"):
         counts = ", ".join(f"{count:,} {name}" for name, count in classes.items())
