@@ -47,7 +47,7 @@ BELOW = {
     "train": {"conf", "data"},
     "analyze": {"conf", "data", "harvest", "train"},
     "hydra_plugins": {"conf", "data", "train"},
-    "residual_saes": {"analyze", "data", "harvest", "train"},
+    "residual_saes": {"analyze", "conf", "data", "harvest", "train"},
 }
 # These are imported as parts of residual_saes, which links to them: a user's folder may have a
 # data/ or a train.py of its own.

@@ -20,8 +20,8 @@ from markupsafe import Markup
 from residual_saes.analyze import drawing, results
 from residual_saes.analyze.outcome import Outcome
 from residual_saes.analyze.pages import answers, examples, facts, findings
-from residual_saes.analyze.pages.browser.script import loaded
 from residual_saes.analyze.pages.findings import Measured
+from residual_saes.analyze.pages.script import loaded
 from residual_saes.analyze.pages.template import rendered, sha256_of
 from residual_saes.analyze.reconstruction import TRAINED
 from residual_saes.analyze.results import FEATURES, FOLDER, PAGE, Result

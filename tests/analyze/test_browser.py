@@ -24,10 +24,10 @@ from residual_saes.analyze.outcome import Outcome
 from residual_saes.analyze.pages.browser import columns
 from residual_saes.analyze.pages.browser.joins import TOP as PARTNERS
 from residual_saes.analyze.pages.browser.pages import CHUNK
-from residual_saes.analyze.pages.browser.script import script, short
 from residual_saes.analyze.pages.browser.serve import server
 from residual_saes.analyze.pages.browser.study import DEFINITION, PAGE, browser, inputs
 from residual_saes.analyze.pages.browser.tokens import TOP
+from residual_saes.analyze.pages.script import script, short
 from residual_saes.analyze.studies.catalogue import coactivation
 from residual_saes.analyze.studies.catalogue import study as catalogue
 from residual_saes.analyze.study import Study

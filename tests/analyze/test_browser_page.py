@@ -9,9 +9,9 @@ from urllib.parse import unquote
 
 import pytest
 
-from residual_saes.analyze.pages.browser.script import script
 from residual_saes.analyze.pages.browser.spread import BINS
 from residual_saes.analyze.pages.browser.study import PAGE
+from residual_saes.analyze.pages.script import script
 from tests.analyze.accessibility import audit
 from tests.analyze.browser_site import Built, build, read, say, served
 from tests.analyze.chromium import NEEDS_CHROMIUM, Chromium

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pyarrow.parquet as pq
 
 from residual_saes.analyze import results
-from residual_saes.analyze.pages.browser.script import short
+from residual_saes.analyze.pages.script import short
 from residual_saes.analyze.results import FOLDER, Result
 from residual_saes.analyze.studies.cross_layer.pairs import LEVEL
 from residual_saes.analyze.studies.cross_layer.study import PAIRS

@@ -19,7 +19,7 @@ from residual_saes.analyze import refusals
 from residual_saes.analyze.changes.steered import text_of
 from residual_saes.analyze.latents import rates
 from residual_saes.analyze.latents.text_features import TextFeatures
-from residual_saes.analyze.pages.browser.script import short
+from residual_saes.analyze.pages.script import short
 from residual_saes.analyze.studies import features, steer
 from residual_saes.analyze.study import Study
 from residual_saes.data.errors import PipelineError, SettingError, first_line

@@ -15,7 +15,7 @@ import torch
 
 from residual_saes.analyze.latents import layout
 from residual_saes.analyze.pages.browser.joins import Other
-from residual_saes.analyze.pages.browser.script import short
+from residual_saes.analyze.pages.script import short
 from residual_saes.analyze.parts import Parts
 from residual_saes.analyze.study import Study
 from residual_saes.data import durable

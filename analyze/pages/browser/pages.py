@@ -43,8 +43,8 @@ from numpy.typing import NDArray
 from residual_saes.analyze.pages.browser.columns import Column
 from residual_saes.analyze.pages.browser.contexts import CONTEXT, Contexts, contexts_of, fields
 from residual_saes.analyze.pages.browser.joins import Partners
-from residual_saes.analyze.pages.browser.script import short
 from residual_saes.analyze.pages.browser.spread import Spread
+from residual_saes.analyze.pages.script import short
 from residual_saes.analyze.studies.catalogue.coactivation import Together
 
 CHUNK = 64  # latents of a file: some 400 kB

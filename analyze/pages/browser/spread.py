@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from residual_saes.analyze.latents import directions
-from residual_saes.analyze.pages.browser.script import short
+from residual_saes.analyze.pages.script import short
 from residual_saes.analyze.parts import NOWHERE, Arrays, Parts
 from residual_saes.data.errors import StopRequest
 from residual_saes.harvest.model import LanguageModel

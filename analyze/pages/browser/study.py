@@ -45,9 +45,9 @@ from residual_saes.analyze.pages.browser.columns import Column
 from residual_saes.analyze.pages.browser.crossings import Crossing
 from residual_saes.analyze.pages.browser.joins import Other
 from residual_saes.analyze.pages.browser.pages import CHUNK, Shown
-from residual_saes.analyze.pages.browser.script import script, short
 from residual_saes.analyze.pages.browser.spread import Spread
 from residual_saes.analyze.pages.browser.tokens import Tallies
+from residual_saes.analyze.pages.script import script, short
 from residual_saes.analyze.results import FOLDER, PAGE, made
 from residual_saes.analyze.studies.catalogue import coactivation
 from residual_saes.analyze.studies.catalogue import study as catalogue

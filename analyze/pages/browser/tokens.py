@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from residual_saes.analyze.pages.browser.script import short
+from residual_saes.analyze.pages.script import short
 from residual_saes.analyze.studies.catalogue.index import Index
 from residual_saes.data.errors import StopRequest
 from residual_saes.data.store.store import Store
