@@ -30,7 +30,7 @@ from residual_saes.data.rows.rounds import KeptRows
 from residual_saes.data.rows.source import Source
 from residual_saes.data.rows.split import Policy, held_out_units, training_units
 from residual_saes.data.site import RESID_POST, HookPoint
-from residual_saes.data.store import manifest
+from residual_saes.data.store import manifest, model_folder
 from residual_saes.data.store.kinds import BOS, NON_FINITE
 from residual_saes.data.store.moments import Moments
 from residual_saes.data.store.place import place_of
@@ -388,8 +388,11 @@ class Subject:
         Args:
             store: the number of the store.
         """
-        recorded = str(self.stores[store].manifest["model"]["id"])
-        return asked or (EMBEDDED if recorded == "tiny" else recorded)
+        if asked:
+            return asked
+        source = self.stores[store]
+        recorded = model_folder.recalled(source.place, source.manifest)
+        return EMBEDDED if recorded == "tiny" else recorded
 
     def require_complete(self) -> None:
         """Raise StoreError unless the stores have every unit of its hook points."""

@@ -15,7 +15,7 @@ from residual_saes.data.journal import aligned, heartbeat, show, suggest, tell, 
 from residual_saes.data.model_path import EMBEDDED
 from residual_saes.data.rank import Rank
 from residual_saes.data.settings import flag, optional_whole, single, whole
-from residual_saes.data.store import coming, default, manifest, retention
+from residual_saes.data.store import coming, default, manifest, model_folder, retention
 from residual_saes.data.store.place import place_of
 from residual_saes.data.store.repair import is_derived, is_pack, repair, require_store
 from residual_saes.data.text.documents import TextSource
@@ -99,6 +99,7 @@ def command(settings: dict[str, Any], job: Job = ALONE) -> None:
             show(*aligned({"hours": measured}))
         else:
             harvest(config, lm, source)
+            model_folder.remember(place, model.path)
     if action == "run" and not job.multirun:
         suggest(command_line.of("train", f"store={config.store}"))
 

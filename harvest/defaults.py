@@ -15,7 +15,7 @@ from residual_saes.data.errors import SettingError
 from residual_saes.data.journal import heartbeat
 from residual_saes.data.model_path import EMBEDDED
 from residual_saes.data.site import RESID_POST, HookPoint
-from residual_saes.data.store import manifest, retention
+from residual_saes.data.store import manifest, model_folder, retention
 from residual_saes.data.store.place import Place
 from residual_saes.data.store.store import Store
 from residual_saes.data.text.documents import Document, State, TextSource, characters
@@ -54,7 +54,7 @@ def recalled(
     if "codec" not in given:
         own["codec"] = {"name": recorded["codec"]}
     if not {"model", "model.path"}.intersection(given):
-        own["model"] = _recalled_model(settings["model"], recorded["model"], place.name)
+        own["model"] = _recalled_model(settings["model"], recorded, place)
     elif not {"model", "model.dtype"}.intersection(given):
         own["model"] = {**settings["model"], "dtype": recorded["model"]["dtype"]}
     if "text.max_tokens" not in given:
@@ -72,13 +72,14 @@ def recalled(
 
 
 def _recalled_model(
-    group: Mapping[str, Any], recorded: Mapping[str, Any], store: str
+    group: Mapping[str, Any], manifest: dict[str, Any], place: Place
 ) -> dict[str, Any]:
     """The `model` settings that a manifest's entry came from."""
-    path = EMBEDDED if recorded["id"] == "tiny" else str(recorded["id"])
+    recorded = manifest["model"]
+    path = EMBEDDED if recorded["id"] == "tiny" else model_folder.recalled(place, manifest)
     if path != EMBEDDED and "/" not in path and not Path(path).is_dir():
         raise SettingError(
-            f"store={store} was made with a model in a folder named {path}, and no such folder is "
+            f"store={place.name} was made with a model in a folder named {path}, and no such folder is "
             "here; give it as model.path="
         )
     layers = group["layers"] if path == group["path"] else None
