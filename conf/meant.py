@@ -40,7 +40,7 @@ _ELSEWHERE = {
     "optim.warmup_steps": "warmup lr_warmup_steps lr_warm_up_steps",
     "out": "output output_dir out_dir output_path",
     "repo": "repo_id hub_model_id",
-    "run": "run_name save_dir checkpoint_path out output output_dir out_dir",
+    "run": "sae sae_path run_name save_dir checkpoint_path out output output_dir out_dir",
     "sae": "architecture arch sae_type",
     "sae.d_sae": "dict_size n_latents num_latents width n_features d_hidden expansion_factor",
     "sae.dead_after": "dead_feature_window dead_feature_threshold dead_steps_threshold",

@@ -99,7 +99,8 @@ def command(settings: dict[str, Any], job: Job = ALONE) -> None:
             show(*aligned({"hours": measured}))
         else:
             harvest(config, lm, source)
-            model_folder.remember(place, model.path)
+            if model.path != EMBEDDED:
+                model_folder.remember(place, model.path)
     if action == "run" and not job.multirun:
         suggest(command_line.of("train", f"store={config.store}"))
 

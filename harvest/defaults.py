@@ -79,8 +79,8 @@ def _recalled_model(
     path = EMBEDDED if recorded["id"] == "tiny" else model_folder.recalled(place, manifest)
     if path != EMBEDDED and "/" not in path and not Path(path).is_dir():
         raise SettingError(
-            f"store={place.name} was made with a model in a folder named {path}, and no such folder is "
-            "here; give it as model.path="
+            f"store={place.name} was made with a model in a folder named {path}, and no such "
+            "folder is here; give it as model.path="
         )
     layers = group["layers"] if path == group["path"] else None
     own = {name: recorded[name] for name in ("revision", "dtype")}

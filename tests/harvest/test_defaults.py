@@ -9,6 +9,7 @@ import pytest
 
 from residual_saes.data.errors import SettingError
 from residual_saes.data.site import HookPoint
+from residual_saes.data.store import model_folder
 from residual_saes.data.store.place import place_of
 from residual_saes.data.store.store import Store
 from residual_saes.data.text.hub import HubText
@@ -33,7 +34,7 @@ def harvest(call: Call, *words: str) -> tuple[int, str]:
 
 
 def test_a_model_and_a_text_are_enough_and_a_store_knows_them(
-    model: Path, tmp_path: Path, call: Call
+    model: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = tmp_path / "words.txt"
     text.write_text("".join(LINE.format(number) for number in range(100)))
@@ -46,11 +47,15 @@ def test_a_model_and_a_text_are_enough_and_a_store_knows_them(
     tokens = store.manifest["tokens"]
     assert tokens == store.rows and len(text.read_text()) / 6 < tokens < len(text.read_text())
 
-    # Another layer needs the model alone, whose folder a store does not know.
+    # Another layer needs the model alone, which is found from any folder.
     text.unlink()
+    (tmp_path / "elsewhere").mkdir()
+    with monkeypatch.context() as there:
+        there.chdir(tmp_path / "elsewhere")
+        code, err = harvest(call, "layer=1", "store=../activations/mine_words.zarr")
+        assert code == 0, err
+        assert model_folder.recalled(store.place, store.manifest) == str(model)
     where = "store=activations/mine_words.zarr"
-    code, err = harvest(call, "layer=1", where)
-    assert code == 0, err  # a folder of that name is here
     assert Store.open(tmp_path / "activations" / "mine_words.zarr").points == [
         HookPoint(1),
         HookPoint(2),
