@@ -76,6 +76,11 @@ def bracketed(interval: Sequence[float] | None, form: str) -> str:
     return f"[{low:{form}}, {high:{form}}]"
 
 
+def counted(count: int, noun: str) -> str:
+    """1 document, 2,000 documents."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def resampled(count: int, noun: str) -> str:
     """What the brackets of a study are worth, in a sentence.
 

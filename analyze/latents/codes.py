@@ -75,7 +75,7 @@ def choosing_half(document: Ints, seed: int) -> NDArray[np.bool_]:
     if len(numbers) < 2:
         raise StoreError(
             "the rows are of a single document, so no other is left to measure on; "
-            "give more study.rows="
+            "give more study.rows=, or harvest more documents"
         )
     chosen = np.random.default_rng(seed).permutation(len(numbers)) < len(numbers) // 2
     return chosen[which]

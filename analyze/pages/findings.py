@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from residual_saes.analyze.pages.answers import QUESTIONS
 from residual_saes.analyze.reconstruction import TRAINED
-from residual_saes.analyze.stats import number, percent
+from residual_saes.analyze.stats import counted, number, percent
 from residual_saes.analyze.subject import Subject
 from residual_saes.train import recipe
 
@@ -61,9 +61,9 @@ def quality(measured: Measured, noun: str) -> str:
     return (
         f"With {number(figures['l0'], 3)} of its {figures['d_sae']:,} features at a time, the "
         f"{noun} explains {percent(explained)}{brackets} of how the numbers vary over "
-        f"{figures['rows']:,} tokens of {figures['documents']:,} documents that it was not trained "
-        "on. 100% would be a perfect copy; 0% is what the average of all tokens, given each "
-        f"time, would get. {words[0] if words else 'It is worse than that average.'}"
+        f"{figures['rows']:,} tokens of {counted(figures['documents'], 'document')} that it was "
+        "not trained on. 100% would be a perfect copy; 0% is what the average of all tokens, given "
+        f"each time, would get. {words[0] if words else 'It is worse than that average.'}"
     )
 
 

@@ -280,8 +280,8 @@ def headline(figures: dict[str, Any]) -> str:
     trained = figures["variance_explained"][TRAINED]
     return (
         f"The {figures.get('kind', 'SAE')} explains {_centred(trained)} of the variance of "
-        f"{figures['rows']:,} held-out rows of {figures['documents']:,} documents; left out: "
-        f"{left_out(trained)}."
+        f"{figures['rows']:,} held-out rows of {stats.counted(figures['documents'], 'document')}; "
+        f"left out: {left_out(trained)}."
     )
 
 

@@ -82,6 +82,8 @@ def test_it_is_compared_with_a_run_of_ours(
     assert [arm["finished"] for arm in layer["arms"]] == [True, True]
     assert len(layer["not_distinguishable"]) == 1
     assert "| arm | variance explained |" in capsys.readouterr().out
+    other = f"study.other='{exported['saelens']}'"
+    analyze("study=stability", f"run={made.run}", f"store={made.store.name}", other)
     with pytest.raises(SettingError, match="store="):
         analyze("study=sweep", f"runs='{exported['saelens']},{exported['sparsify']}'")
 

@@ -15,6 +15,7 @@ import torch
 from residual_saes.analyze.command import command
 from residual_saes.analyze.studies.sweep import page as sweep_page
 from residual_saes.analyze.studies.sweep import plot as sweep_pictures
+from residual_saes.analyze.studies.sweep import words
 from residual_saes.analyze.studies.sweep.arms import Arm, find, labels, read_all, short, varying
 from residual_saes.analyze.study import ASKED
 from residual_saes.data.errors import MismatchError, PipelineError, SettingError, StoreError
@@ -286,6 +287,10 @@ def test_the_page_says_what_the_figures_say(folder: Path) -> None:
     assert len(pictures(text)) == 3 + 2  # against lr, and a picture of curves for each aux_coef
     assert figures["settings"] == ["optim.lr", "optim.lr_floor", "sae.aux_coef"]
     assert figures["same_in_all"]["sae.k"] == 3
+    (layer,) = figures["layers"]
+    for documents, has_share in ((layer["documents"], True), (1, False)):
+        said = " ".join(words.verdict({**layer, "documents": documents}, str))
+        assert ("first in" in said) == has_share and ("1 document," in said) != has_share
     assert "http://" not in re.sub(r"http://www\.w3\.org/\S+", "", text)
 
 

@@ -33,6 +33,7 @@ from residual_saes.analyze.latents.codes import Codes, choosing_half, codes_of, 
 from residual_saes.analyze.latents.matching import NONE, Measured
 from residual_saes.analyze.memory import Needed, of_pass, of_sae, rows_read
 from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.peers import imported
 from residual_saes.analyze.stats import Floats, Interval, percentiles
 from residual_saes.analyze.studies.stability import words
 from residual_saes.analyze.study import Column, Definition, Study, write_features
@@ -94,7 +95,10 @@ def other_of(study: Study) -> Subject:
     options = build(Options, "study", study.options)
     assert options.other is not None
     ours = study.subject
-    theirs = ours.beside(options.other)
+    other = options.other
+    if imported.is_foreign(other):
+        other = str(imported.run_of(other, ours.store.name, ours.only_layer))
+    theirs = ours.beside(other)
     sites = [[port.point.site for port in run.ports.writes] for run in (ours, theirs)]
     if ours.noun != theirs.noun or sites[0] != sites[1]:
         raise SettingError(

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from residual_saes.analyze.stats import bracketed, resampled
+from residual_saes.analyze.stats import bracketed, counted, resampled
 from residual_saes.analyze.studies.sweep.arms import labels, short
 from residual_saes.analyze.studies.sweep.plot import formatted
 from residual_saes.data.markdown import escaped, table_lines
@@ -80,9 +80,8 @@ def verdict(layer: dict[str, Any], name_of: Callable[[str], str]) -> list[str]:
             lines.append(
                 f"Take {name_of(layer['choice'])}. Which arm explains most is not certain."
             )
-        lines.append(
-            f"Best: {name}, {explained}{mean}; first in {best['first_share']:.0%} of resamples."
-        )
+        first = f"; {_first(best)} of resamples" if layer["documents"] > 1 else ""
+        lines.append(f"Best: {name}, {explained}{mean}{first}.")
         lines.append(_alike(layer, figures_of, name_of))
         if layer["not_distinguishable"]:
             lines.append(_choice(layer, figures_of, name_of))
@@ -165,6 +164,11 @@ def _choice(
     )
 
 
+def _first(arm: dict[str, Any]) -> str:
+    """In how many resamples of the documents an arm explains most."""
+    return f"first in {arm['first_share']:.0%}"
+
+
 def _alike(
     layer: dict[str, Any], figures_of: dict[str, dict[str, Any]], name_of: Callable[[str], str]
 ) -> str:
@@ -176,8 +180,8 @@ def _alike(
     for name in layer["not_distinguishable"]:
         arm = figures_of[name]
         has_interval &= arm["behind_best_95"] is not None
-        share = _ANOTHER if _is_another(arm) else f"first in {arm['first_share']:.0%}"
-        arms.append(f"{name_of(name)} ({share})")
+        share = _ANOTHER if _is_another(arm) else _first(arm) if layer["documents"] > 1 else ""
+        arms.append(f"{name_of(name)} ({share})" if share else name_of(name))
     why = (
         "the interval of the difference includes 0" if has_interval else "there is too little text"
     )
@@ -189,8 +193,8 @@ def _basis(layer: dict[str, Any]) -> str:
     rules = ("drop_bos", "drop_outliers", "drop_tokens")
     policy = Policy.of({rule: layer[rule] for rule in rules if rule in layer})
     basis = (
-        f"Measured on {layer['rows']:,} held-out rows of {layer['documents']:,} documents, left "
-        f"out: {told(policy, layer['left_out'])}"
+        f"Measured on {layer['rows']:,} held-out rows of "
+        f"{counted(layer['documents'], 'document')}, left out: {told(policy, layer['left_out'])}"
     )
     if not layer["one_policy"]:
         basis += ", those that every arm's policy keeps (the arms were trained with different ones)"
