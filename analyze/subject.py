@@ -33,7 +33,7 @@ from residual_saes.data.site import RESID_POST, HookPoint
 from residual_saes.data.store import manifest, model_folder
 from residual_saes.data.store.kinds import BOS, NON_FINITE
 from residual_saes.data.store.moments import Moments
-from residual_saes.data.store.place import place_of
+from residual_saes.data.store.place import Place, place_of
 from residual_saes.data.store.store import Store
 from residual_saes.train.kernels import Kept
 from residual_saes.train.ports import Port, Ports, recorded_ports
@@ -57,7 +57,7 @@ def open_store(run: Path, recorded_place: str, identity: str, store: str | None)
         StoreError: there is no store.
         MismatchError: the store at that place is another one.
     """
-    place = place_of(store or recorded_place)
+    place = place_of(store) if store else _found(run, recorded_place)
     if store is None and not manifest.exists(place):
         raise StoreError(
             f"the store of {run} was at {place.name} and is not there now; give its place as store="
@@ -67,6 +67,16 @@ def open_store(run: Path, recorded_place: str, identity: str, store: str | None)
         unequal = {"store": (identity, opened.identity)}
         raise MismatchError(f"run {run}", unequal, "Give the store it was trained from as store=.")
     return opened
+
+
+def _found(run: Path, recorded: str) -> Place:
+    """The place of a run's store; a relative one is from where training began, above the run."""
+    place = place_of(recorded)
+    above = [] if "://" in recorded else [*run.resolve().parents][:4]
+    for folder in above if not manifest.exists(place) else []:
+        if manifest.exists(place_of(folder / recorded)):
+            return place_of(folder / recorded)
+    return place
 
 
 def recorded_stores(config: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -347,6 +347,12 @@ class SAE(metaclass=_Loads):
         """
         if self.model is None:
             raise SettingError(f"{self.name} does not say its model; give model= to SAE.load")
+        is_named = Path(self.model).is_dir() or self.model == EMBEDDED or "/" in self.model
+        if not is_named:
+            raise SettingError(
+                f"{self.name} is of a model that it calls {self.model}; give its folder or hub id "
+                "as model= to SAE.load, or a loaded model to features and steer"
+            )
         device = str(self.weights.b_dec.device)
         config = ModelConfig(self.model, self.revision, self.dtype, device)
         if self.subject is not None:

@@ -34,6 +34,7 @@ from residual_saes.data.rows.source import Source
 from residual_saes.data.rows.split import Policy
 from residual_saes.data.settings import whole
 from residual_saes.data.site import RESID_POST, HookPoint, require_site
+from residual_saes.data.store import model_folder
 from residual_saes.data.store import store as stores
 from residual_saes.harvest.hub_model import described
 from residual_saes.harvest.tokens import Tokenizer
@@ -309,5 +310,6 @@ class Store:
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         recorded = self.manifest["model"]
-        model = self._model or (EMBEDDED if recorded["id"] == "tiny" else recorded["id"])
+        known = model_folder.recalled(self._inner.place, self._inner.manifest)
+        model = self._model or (EMBEDDED if known == "tiny" else known)
         return Tokenizer.load(described(model, "main" if self._model else recorded["revision"]))

@@ -19,11 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import residual_saes
 from residual_saes import SAE, SettingError, Store, StoreError
 from residual_saes.analyze.latents import rates
+from residual_saes.analyze.subject import open_store, recorded_stores
 from residual_saes.data.rows import split
 from residual_saes.data.site import HookPoint
 from residual_saes.data.store import store as stores
 from residual_saes.data.tiny.embedded import MODEL_DIR
 from residual_saes.train.publish import release
+from residual_saes.train.run import read_config
 from tests.test_house import ROOT
 
 TEXT = "Question: Tom has 7 apples."
@@ -193,6 +195,24 @@ def test_what_is_no_sae_is_said(hub: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for where in ("hub:me/mine", "me/mine"):
         with pytest.raises(SettingError, match="saelens"):  # the folder that has one
             SAE.load(where)
+
+
+def test_a_run_finds_its_store_from_any_folder(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ((place, identity),) = recorded_stores(read_config(tiny_run))
+    assert open_store(tiny_run, Path(place).name, identity, None).identity == identity
+    with pytest.raises(StoreError, match="other"):
+        open_store(tiny_run, "other", identity, None)
+
+
+def test_a_foreign_sae_names_what_it_lacks(hub: Path) -> None:
+    with pytest.raises(StoreError, match=r"saelens:.*mine/saelens"):
+        SAE.load(f"saelens:{hub / 'me/mine'}")
+    foreign = replace(SAE.load(f"saelens:{hub / 'me/mine/saelens'}"), model="gpt2-small")
+    with pytest.raises(SettingError, match="gpt2-small"):
+        foreign.features(TEXT)
 
 
 def test_who_asks_as_for_saelens_is_told_how_to_load() -> None:

@@ -174,6 +174,8 @@ def read(name: str, path: Path) -> SAE:
     Raises:
         StoreError: a file is damaged, or as `Format.read`.
     """
+    if (path / name).is_dir():
+        raise StoreError(f"{path} has the SAE in a folder of it; give {name}:{path / name}")
     bundle.require_whole(path)
     return find(name).read(path)
 
