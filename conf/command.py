@@ -90,7 +90,7 @@ def start(name: str, module: str) -> None:
         if "--version" in asked:
             run_command(lambda: print(f"residual-saes {metadata.version('residual-saes')}"))
         elif asked or sys.argv[1:] == ["help"]:
-            run_command(lambda: show(*described(name, sys.argv[1:]).splitlines()))
+            run_command(lambda: _show_help(name, sys.argv[1:]))
         else:
             run_command(lambda: _run_by_hydra(name, module))
     except SystemExit as end:
@@ -98,6 +98,12 @@ def start(name: str, module: str) -> None:
         raise
     finally:
         _flush_standard_streams()
+
+
+def _show_help(name: str, words: Sequence[str]) -> None:
+    """Print every setting of the command, of the options that the command line chooses."""
+    require_no_secret(words, name)
+    show(*described(name, words).splitlines())
 
 
 def _run_by_hydra(name: str, module: str) -> None:

@@ -135,12 +135,12 @@ def test_the_environment_stays_there(
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "hub" / "token"))
     make_store(tmp_path / "s.zarr", units=3, layers=(3,))
     said = io.StringIO()
-    sweep = ("-m", "store=s.zarr", *SMALL, "tokens=64", "seed=1,2", "run=runs/${seed}")
+    sweep = ("-m", "store=s.zarr", *SMALL, "tokens=64", "seed=1,2", "run=runs")
     for name, module, *arguments in (
         ("harvest", "residual_saes.harvest.command", "action=status", "store=s.zarr"),
         ("train", "residual_saes.train.command", *sweep),
         ("train", "residual_saes.train.command", "--cfg", "all", "store=s.zarr"),
-        ("publish", "residual_saes.train.publish.command", "run=runs/1", "repo=a/b"),
+        ("publish", "residual_saes.train.publish.command", "run=runs/seed-1", "repo=a/b"),
     ):
         with redirect_stdout(said):
             said.write(call(name, module, *arguments)[1])

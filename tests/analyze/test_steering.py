@@ -560,9 +560,10 @@ def test_the_cards_code_steers_as_the_study_does(
         assert "studies/steering/steering_vec_L3.pt" in files
         card = (published / "README.md").read_text()
         assert ("chose 0" in card) == (scale == 0)
-        code = next(block for block in card.split("```python\n")[1:] if "steering_vec" in block)
+        blocks = [block.split("```")[0] for block in card.split("```python\n")[1:]]
+        code = next(block for block in blocks if "steering_vec" in block)
         found: dict[str, Any] = {}
-        exec(code.split("```")[0].replace("=256", "=16"), found)
+        exec(code.replace("=256", "=16"), found)
         prompt = found["ids"][0].tolist()
         by = Steer("v", found["v"].double().numpy(), scale, positions)
         with intervened(lm, 3, by, [len(prompt)]):
