@@ -94,6 +94,11 @@ class NonFiniteError(PipelineError):
     """NaN or infinity where numbers must be."""
 
 
+def _value(value: Any) -> str:
+    """A setting's value, or that it has none: a file of a text that one side lacks."""
+    return "absent" if value is None else repr(value)
+
+
 class MismatchError(StoreError):
     """Recorded settings differ from the ones asked for."""
 
@@ -101,7 +106,8 @@ class MismatchError(StoreError):
         self, where: str, differences: Mapping[str, tuple[Any, Any]], way_out: str
     ) -> None:
         lines = "; ".join(
-            f"{key} is {old!r} there and {new!r} here" for key, (old, new) in differences.items()
+            f"{key} is {_value(old)} there and {_value(new)} here"
+            for key, (old, new) in differences.items()
         )
         super().__init__(f"{where} was made with other settings: {lines}. {way_out}")
         self.differences = dict(differences)

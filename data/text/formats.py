@@ -155,9 +155,12 @@ def _decoded(where: str, data: bytes) -> str:
         return data.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        hint = "; it begins as UTF-16 does: `iconv -f UTF-16 -t UTF-8` converts it" if utf16 else ""
+        kind = "UTF-16" if utf16 else "LATIN1"  # what Windows and old files of the West have
+        hint = "begins as UTF-16 does:" if utf16 else "is perhaps Latin-1:"
         raise DocumentError(
-            "not UTF-8", f"{where} is not UTF-8 text (byte {error.start}{hint})"
+            "not UTF-8",
+            f"{where} is not UTF-8 text (byte {error.start}; it {hint} "
+            f"`iconv -f {kind} -t UTF-8` converts it)",
         ) from error
 
 

@@ -45,6 +45,8 @@ def fill(chrome: Chromium, selector: str, value: str) -> None:
 
 def test_a_sentence_and_steering(chrome: Chromium, url: str, tiny_browser: Study) -> None:
     chrome.open(f"{url}#sentence=")
+    chrome.js("document.querySelector('#sentence button').click()")
+    chrome.until(status("#sentence", "type a text"))
     fill(chrome, "#sentence textarea", HOSTILE)
     chrome.js("document.querySelector('#sentence textarea').focus()")
     for key in ("t", "j", "Backspace", "Backspace"):

@@ -48,7 +48,10 @@ def require_repository(repo: Any) -> str:
         SettingError: it cannot.
     """
     if not repo:
-        raise SettingError("repo= is missing; give OWNER/NAME, which the card's usage code names")
+        raise SettingError(
+            "repo= is missing; give OWNER/NAME, which the card's usage code names; without "
+            "upload=true nothing is sent"
+        )
     try:
         validate_repo_id(str(repo))
         valid = str(repo).count("/") == 1 and str(repo).isascii()

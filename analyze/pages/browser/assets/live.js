@@ -73,7 +73,10 @@ function box(go, ...children) {
   return made;
 }
 
-const asTyped = (area, chat) => (chat.checked ? JSON.stringify([{ role: "user", content: area.value }]) : area.value);
+function asTyped(area, chat) {
+  if (!area.value) throw new Error("type a text first");
+  return chat.checked ? JSON.stringify([{ role: "user", content: area.value }]) : area.value;
+}
 const checkbox = () => el("input", { type: "checkbox" });
 const columnHeads = (heads) => el("thead", {}, el("tr", {}, ...heads.map(([label, about]) => el("th", { scope: "col", title: about }, label))));
 const links = (pairs) => pairs.flatMap(([feature, value]) => [featureLink(feature), ` ${formatted(value)}\u2003`]);
