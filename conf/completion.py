@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 
 from residual_saes.conf import schema
+from residual_saes.conf.early import CHOICES
 from residual_saes.conf.names import is_path
 from residual_saes.data.errors import SettingError
 from residual_saes.data.site import SITES
@@ -44,7 +45,8 @@ def script(shell: str) -> str:
         SettingError: it is another shell.
     """
     if shell not in SHELLS:
-        raise SettingError(f"completion is for {', '.join(SHELLS)}, and not for '{shell}'")
+        got = f", and not for '{shell}'" if shell else "; name one"
+        raise SettingError(f"completion is for {', '.join(SHELLS)}{got}")
     return SHELLS[shell]
 
 
@@ -90,6 +92,8 @@ def _values(command: str, name: str, value: str) -> Iterator[str]:
         yield from schema.options(name)
     elif is_path(name):
         yield from _paths(value or _FOLDERS.get(name, ""))
+    elif name in CHOICES.get(command, {}):
+        yield from CHOICES[command][name]
     elif name == "site":
         yield from SITES
     elif name == "device":
