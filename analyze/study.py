@@ -24,6 +24,7 @@ from residual_saes.analyze import kept, refusals, results
 from residual_saes.analyze import outcome as outcomes
 from residual_saes.analyze.memory import Needed, tell_needed
 from residual_saes.analyze.outcome import Outcome, dumped
+from residual_saes.analyze.pages import answers
 from residual_saes.analyze.results import FEATURES, FOLDER, made
 from residual_saes.analyze.subject import Subject
 from residual_saes.data import durable
@@ -295,7 +296,9 @@ class Study:
         if definition.fresh and not outcome.tables:
             tell(*outcome.summary)
             return
-        show(f"# {self.name}", "", *outcomes.printed(outcome))
+        answer = answers.answer(self.name, outcome.figures)
+        plain = [f"{answers.QUESTIONS[self.name]} {answer}", ""] if answer else []
+        show(f"# {self.name}", "", *plain, *outcomes.printed(outcome))
         if not definition.fresh:
             tell("", f"results are in {self.place}")
 

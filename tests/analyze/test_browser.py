@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import urllib.request
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,7 @@ from tokenizers import decoders, models
 from residual_saes.analyze import results
 from residual_saes.analyze.latents import contexts
 from residual_saes.analyze.outcome import Outcome
+from residual_saes.analyze.pages.answers import QUESTIONS
 from residual_saes.analyze.pages.browser import columns
 from residual_saes.analyze.pages.browser.joins import TOP as PARTNERS
 from residual_saes.analyze.pages.browser.pages import CHUNK
@@ -316,7 +317,7 @@ def test_done_again_only_if_something_changed(built: Built, tmp_path: Path) -> N
     assert again() == 4 and not stale.exists()
 
 
-def test_refusals(built: Built, tmp_path: Path) -> None:
+def test_refusals(built: Built, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bare = copied(built.made.run, tmp_path / "bare", built.made.sae)
     with pytest.raises(StoreError, match="study=catalogue"):
         inputs(study_of(bare))
@@ -324,6 +325,9 @@ def test_refusals(built: Built, tmp_path: Path) -> None:
         inputs(study_of(built.made.run, others=[str(bare)]))
     study_of(bare).make_first(DEFINITION)  # as the command does
     assert inputs(study_of(bare))
+    made = study_of(bare, "catalogue", **asdict(catalogue.Options()))
+    made.show(catalogue.DEFINITION, made.perform(catalogue.DEFINITION))
+    assert QUESTIONS["catalogue"] in capsys.readouterr().out  # its plain answer comes first
     for wrong in (
         {"contexts": 0},
         {"samples": -1},
