@@ -64,8 +64,8 @@ _VERDICTS = {
     "probes": {
         "better": "Yes, and better than as many of the layer's own numbers, as random features, "
         "and as the text's length.",
-        "no better": "Not shown: they tell it no better than as many of the layer's own numbers, "
-        "random features, or the text's length.",
+        "no better": "Not shown: as many of the layer's own numbers, random features, or the "
+        "text's length tell it about as well.",
         "worse": "No: as many of the layer's own numbers tell it better.",
         "undecided": "It cannot be said: even all numbers of the layer together do not tell it.",
     },
@@ -133,9 +133,9 @@ def _splice(figures: Figures) -> str:
     row = rows["sae", "all positions"]
     recovered, worse = (row[key]["value"] for key in ("loss_recovered", "difference"))
     return (
-        f"It keeps {percent(recovered)} of what the layer adds to its predictions: its error is "
-        f"{number(worse, 3)} nats a token larger than with the layer's own numbers. 100% would be "
-        "no loss; 0% is a layer of zeros."
+        f"It keeps {percent(recovered)} of what the layer adds to its predictions: its loss, "
+        f"-ln of the next token's probability, is {number(worse, 3)} larger than with the layer's "
+        "own numbers. 100% would be no difference; 0% is a layer of zeros."
     )
 
 

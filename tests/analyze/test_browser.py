@@ -405,6 +405,15 @@ def test_serving_is_of_this_machine_alone(built: Built, tmp_path: Path) -> None:
                 assert script.read().startswith(results.index(run))
                 assert b'"catalogue"' in results.index(run)
                 assert script.headers["Content-Type"].startswith("text/javascript")
+            # Of other studies what their records name, and nothing that a link leads to.
+            of_study = own.replace(PAGE, "studies/catalogue/")
+            (run / "studies/catalogue/unnamed.json").write_text("{}")
+            (run / "studies/linked").symlink_to("catalogue", target_is_directory=True)
+            with urllib.request.urlopen(f"{of_study}catalogue.json") as file:
+                assert json.load(file)["study"] == "catalogue"
+            for refused in (f"{of_study}unnamed.json", f"{of_study}../linked/catalogue.json"):
+                with pytest.raises(HTTPError, match="404"):
+                    urllib.request.urlopen(refused.replace("catalogue/../", ""))
             (run / "report.html").write_bytes(b"another")
             with pytest.raises(HTTPError, match="500"):
                 urllib.request.urlopen(own.replace(PAGE, "report.html"))
