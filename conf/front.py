@@ -12,10 +12,13 @@ from residual_saes.data.errors import SettingError
 
 Commands = Mapping[str, tuple[str, str]]  # of each command its module, and what it is for
 _USAGE = """
-Settings are NAME=VALUE:
+Settings are NAME=VALUE. A small model that is built in, from text to report:
   residual-saes harvest model=tiny text=tiny tokens=2e5 store=activations/tiny.zarr
   residual-saes train store=activations/tiny.zarr sae=tiny run=runs/tiny
   residual-saes analyze study=report run=runs/tiny
+
+Your own model and text, each a folder; each command ends with the next one:
+  residual-saes harvest model.path=FOLDER text.path=FOLDER
 
   residual-saes help COMMAND       all settings of a command
   residual-saes completion SHELL   for bash: eval "$(residual-saes completion bash)"
