@@ -2,7 +2,7 @@
 
     nice python -m tests.bench.own_models --text BOOK.txt --work DIR --out own_models.json
 
-In DIR it trains a GPT-2 and a Llama of width 64 and 96 for some seconds on the first file, harvests
+In DIR it trains a GPT-2 and a Llama of width 64 and 96 for a minute or two on the text, harvests
 each by `python -m harvest model.path= text.path=` alone, and so the embedded model, which is a
 Gemma 4. Then it trains by `python -m train store=` alone, and with the rates and presets of GRID at
 the same d_sae, k and batch. Figures are the held-out variance explained of each run. The best of
@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from tests.bench.outcome import finish
 
 VOCABULARY = 768
-STEPS, LR, ROWS, CONTEXT = 150, 4e-3, 16, 64  # of the models' own training
+STEPS, LR, ROWS, CONTEXT = 600, 4e-3, 16, 64  # of the models' own training
 RATES = (0.25, 0.5, 2, 4)  # times the rule's
 OLD = ("batchtopk_32k", "topk_32k")  # presets, each at these rates
 OLD_RATES = ("3e-3", "1e-2")

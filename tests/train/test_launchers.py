@@ -5,6 +5,7 @@ once by default.
 import importlib.util
 import io
 import os
+import re
 import subprocess
 import sys
 from contextlib import redirect_stderr
@@ -56,7 +57,7 @@ def one_pass(tmp_path_factory):
     make_store(folder / "s.zarr")
     code, err = sweep(folder)
     assert code == 0, err
-    assert "2 arms on one read of the store" in err
+    assert re.search(r"arms +2 on one read", err)
     return folder
 
 
