@@ -42,7 +42,9 @@ class Planted(NamedTuple):
     directions: torch.Tensor  # (D, D)
 
 
-def planted_store(path: Path, layers: tuple[int, ...] = (3,), seed: int = 0) -> Planted:
+def planted_store(
+    path: Path, layers: tuple[int, ...] = (3,), seed: int = 0, documents: int = 160
+) -> Planted:
     generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     directions = torch.linalg.qr(torch.randn(D, D, generator=generator)).Q
     chosen = torch.rand(N, D, generator=generator).argsort(1) < K
@@ -50,7 +52,7 @@ def planted_store(path: Path, layers: tuple[int, ...] = (3,), seed: int = 0) -> 
     rows = 5 + codes @ directions + NOISE * torch.randn(N, D, generator=generator)
     bits = rows.bfloat16().view(torch.uint16).numpy()
     tokens, document = make_spine(N // CONTEXT, CONTEXT, rng)
-    document = document % 160  # documents go on in other units
+    document = document % documents  # documents go on in other units
     shape = {"tokens": N, "context": CONTEXT, "unit": UNIT, "chunk": 32}
     store = Store.open_or_create(path, {**make_manifest(D, **shape), "seed": 7 + seed})
     per_unit = UNIT // CONTEXT
@@ -468,6 +470,17 @@ def test_seeds_say_what_a_difference_is_worth(
     first, second, _ = layer["arms"]
     assert layer["seed_spread"] == first["variance_explained"] - second["variance_explained"] > 0
     assert f"{layer['seed_spread']:.5f}" in " ".join(words.verdict(layer, str))
+
+
+def test_where_one_document_gives_no_interval_the_best_is_to_be_taken(tmp_path: Path) -> None:
+    planted = planted_store(tmp_path / "s.zarr", documents=1)
+    for lr, (name, noise, dead) in enumerate((("a", 0.1, "0.25"), ("b", 0.0, "0.5")), 1):
+        made = planted_sae(planted, noise)
+        metrics = make_arm(tmp_path, name, planted, made, **{"optim.lr": lr / 10}) / "metrics.jsonl"
+        metrics.write_text(metrics.read_text().replace("0.125", dead))
+    (layer,) = run_sweep(f"{tmp_path}/a,{tmp_path}/b")["layers"]
+    assert layer["best"] == layer["choice"] == "b" and layer["not_distinguishable"] == ["a"]
+    assert "Harvest more documents" in " ".join(words.verdict(layer, str))
 
 
 def test_of_equal_arms_the_one_with_fewest_dead_latents_is_to_be_taken(

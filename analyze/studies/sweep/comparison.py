@@ -101,15 +101,17 @@ def _layer(
     for arm in arms:
         if arm.name not in damaged:
             figures.append(_figures(arm, standings.get(arm.name), measured, keys))
+    has_interval = any(standings[name].behind_interval for name in alike if name != best)
     place = {arm.name: number for number, arm in enumerate(arms)}
     simple = {arm.name: [arm.settings.get(key) or 0 for key in _SIZES] for arm in arms}
 
     def rank(arm: dict[str, Any]) -> tuple[Any, ...]:
-        """Arms that cannot be told apart by dead latents, then size, then their place; the others
-        by what their settings explain; unfinished ones last.
+        """Arms that cannot be told apart by dead latents, then size, then their place; the others,
+        and all where too few documents give intervals, by what their settings explain; unfinished
+        ones last.
         """
         name = arm["name"]
-        if name in alike:
+        if name in alike and has_interval:
             dead = arm["dead_share"]
             return 0, float("inf") if dead is None else dead, *simple[name], place[name]
         explained = [-(arm[key] or 0) for key in ("setting_mean", "variance_explained")]

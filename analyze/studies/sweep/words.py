@@ -149,6 +149,11 @@ def _choice(
     names = [layer["best"], *layer["not_distinguishable"]]
     choice = figures_of[layer["choice"]]
     dead = choice["dead_share"]
+    if not _has_interval(layer, figures_of):
+        return (
+            f"Of these {len(names)} take {name_of(layer['choice'])}: it explains most of the text "
+            "measured. Harvest more documents to know whether it does of other text."
+        )
     fewest = [arm for arm in map(figures_of.get, names) if arm and arm["dead_share"] == dead]
     sizes = {(arm["settings"].get("sae.d_sae"), arm["settings"].get("sae.k")) for arm in fewest}
     if len(fewest) == 1:
@@ -164,6 +169,12 @@ def _choice(
     )
 
 
+def _has_interval(layer: dict[str, Any], figures_of: dict[str, dict[str, Any]]) -> bool:
+    """Whether the text gives intervals of the differences of arms that are not told apart."""
+    names = layer["not_distinguishable"]
+    return any(figures_of[name]["behind_best_95"] is not None for name in names)
+
+
 def _first(arm: dict[str, Any]) -> str:
     """In how many resamples of the documents an arm explains most."""
     return f"first in {arm['first_share']:.0%}"
@@ -176,10 +187,9 @@ def _alike(
     if not layer["not_distinguishable"]:
         return "Every other arm is distinguishable from it: no interval of a difference includes 0."
     arms = []
-    has_interval = True
+    has_interval = _has_interval(layer, figures_of)
     for name in layer["not_distinguishable"]:
         arm = figures_of[name]
-        has_interval &= arm["behind_best_95"] is not None
         share = _ANOTHER if _is_another(arm) else _first(arm) if layer["documents"] > 1 else ""
         arms.append(f"{name_of(name)} ({share})" if share else name_of(name))
     why = (
