@@ -310,7 +310,7 @@ def page(verdicts: list[Verdict]) -> str:
         '"How" says how the documents of a packed [row](glossary.md#row) are kept apart. Each '
         "start of a harvest tries three ways, and takes the first whose rows are right "
         "([harvest.md](harvest.md)). **packed**: [pieces](glossary.md#piece) share a row; nothing "
-        "is lost. **padded**: each piece has a row of its own; 5 to 11 % more tokens are computed. "
+        "is lost. **padded**: each piece has a row of its own; 5 to 11% more tokens are computed. "
         "**alone**: each piece is a pass of its own, which is slow for short pieces; models that "
         'read their padding (bidirectional ones) need it. "Also in" names other model types that '
         "hold the same text decoder.",
