@@ -112,7 +112,13 @@ class World:
         rules = {"drop_bos": True, "drop_outliers": True, "drop_tokens": []}
         asked = {"store": str(folder / "s.zarr"), "run": str(folder / "run"), "layer": LAYER}
         asked |= {"site": None, "start": None}
-        more = {"tokens": None, "device": "cpu", "train": {"matmul": None}, "optim": {"lr": 0.01}}
+        more = {
+            "tokens": None,
+            "device": "cpu",
+            "log": None,
+            "train": {"matmul": None},
+            "optim": {"lr": 0.01},
+        }
         train(
             {**asked, **counts, **rules, **more, "eval_rows": 32, "checkpoint_every": 5, "sae": sae}
         )
