@@ -21,6 +21,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from residual_saes.data import command_line as typed
 from residual_saes.data import stopping
 from residual_saes.data.rows import summary
 from residual_saes.data.store.store import SpineEnd, Store
@@ -146,6 +147,7 @@ def unwatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
+    typed.take("", ())  # a later test types nothing, so no line tells it what to type next
 
 
 Call = Callable[..., tuple[int, str]]

@@ -121,6 +121,7 @@ def settings(store: Path, run: Path, layer: int = 4, **changes: Any) -> dict[str
         "start": None,
         "tokens": None,
         "device": "cpu",
+        "log": None,
         "train": {"matmul": None},
     }
     return {
