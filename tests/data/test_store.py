@@ -94,6 +94,28 @@ def test_a_unit_without_a_record_does_not_exist(store: Store) -> None:
         again.residuals(3, 4)  # its file is still there, whole
 
 
+def test_a_unit_that_is_committed_meanwhile_is_not_missing_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A harvest's writer commits beside the thread that asks what is missing."""
+    (Path(store.name) / "commits/residuals/00000004.3.json").unlink()
+    again = Store.open(store.name)
+    bits = store.residuals(3, 4)
+    rows = np.empty_like(bits)
+    rows[store.permutation(4)] = bits
+    found = np.flatnonzero
+
+    def commits(values: NDArray[np.bool_]) -> NDArray[np.int64]:
+        units = found(values)
+        monkeypatch.setattr(np, "flatnonzero", found)
+        commit(again, 4, {3: rows})
+        return units
+
+    monkeypatch.setattr(np, "flatnonzero", commits)
+    assert again.missing([3]) == {4: [HookPoint(3)]}
+    assert not again.missing([3])
+
+
 @pytest.mark.parametrize(
     "name",
     ["layer_3/c.2.0", "norm_3/c.2", "token_index/c.2", "moments_3/c.2.0.0.0", "tokens/c.2.0"],
