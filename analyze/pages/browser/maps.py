@@ -23,8 +23,10 @@ from residual_saes.data import durable
 SIDE = 9999
 
 
-def missing(count: int) -> str | None:
+def missing(count: int, *, wanted: bool) -> str | None:
     """Why there is no map of so many latents; None: there is one."""
+    if not wanted:
+        return "the pages were made with study.map=false"
     return None if count >= layout.FEWEST else f"{count} latents are too few"
 
 

@@ -67,6 +67,7 @@ class Options:
 
     contexts: int = 10  # with the largest activations
     logits: bool = True  # histograms; False: none, and the language model is not loaded
+    map: bool = True  # of all latents by decoder direction
     samples: int = 2  # contexts of each quantile
     # Directories of other runs on the same store, with catalogues.
     others: list[str] = field(default_factory=list)
@@ -93,7 +94,8 @@ def inputs(study: Study) -> Mapping[str, Any]:
     subject = study.subject
     catalogues = [catalogue.files(subject)]
     others = []
-    for run in build(Options, "study", study.options).others:
+    options = build(Options, "study", study.options)
+    for run in options.others:
         others.append(joins.open_other(subject, run))
         catalogues.append(others[-1].files)
     tables = columns.digests(columns.studied(subject))
@@ -107,7 +109,7 @@ def inputs(study: Study) -> Mapping[str, Any]:
         "files": {**tables, **{str(files.table): files.digest for files in catalogues}},
         "units": [files.places.units for files in catalogues],
         "as_ids": catalogue.names(study) is None,
-        "no_map": maps.missing(subject.sae.d_sae),
+        "no_map": maps.missing(subject.sae.d_sae, wanted=options.map),
     }
 
 
@@ -159,7 +161,8 @@ def browser(study: Study) -> Outcome:
         figures_of = _write_features(site, files, shown, stop)
         token_count = _write_tokens(site, tallies, shown)
         meta = _meta(study, files, figures_of, others, shown.spreads, as_ids=name_of is None)
-        if maps.missing(subject.sae.d_sae) is None:
+        meta["no_map"] = maps.missing(subject.sae.d_sae, wanted=options.map)
+        if meta["no_map"] is None:
             data, meta["map"] = maps.of(study, others)
             site.write("map", data)
         if across:
@@ -336,7 +339,6 @@ def _meta(
         "identity": subject.digest,
         "vocabulary": next((known.vocabulary for known in spreads if known), None),
         "report": "../../report.html",  # whether there is one may change any day
-        "no_map": maps.missing(subject.sae.d_sae),
     }
 
 
