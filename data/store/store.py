@@ -393,7 +393,8 @@ class Store:
     def missing(self, points: Iterable[Point]) -> dict[int, list[HookPoint]]:
         """Units that lack some of `points`, with the points that each lacks, in order."""
         wanted = list(map(HookPoint.of, points))
-        # Copies, since a writer thread may commit meanwhile: no unit may lack an empty list.
+        # Copies: a writer thread may commit a unit between the two looks below. That unit
+        # would then get an empty list.
         there = {point: self._point(point).named[: self.units].copy() for point in wanted}
         incomplete = np.flatnonzero(~np.all(list(there.values()), axis=0))
         missing = {}
