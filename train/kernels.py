@@ -58,8 +58,11 @@ class Kept(NamedTuple):
     def even(cls, values: Tensor, indices: Tensor) -> Kept:
         """The same number of pairs in each row: (n, k) values and indices."""
         n, k = indices.shape
-        position = torch.arange(n * k, device=indices.device)
-        return cls(values.reshape(-1), indices.reshape(-1), position // k, position[::k])
+        rows = torch.arange(n * k, device=indices.device) // k
+        starts = torch.arange(
+            0, n * k, k, device=indices.device
+        )  # in one piece: kernels read it so
+        return cls(values.reshape(-1), indices.reshape(-1), rows, starts)
 
     def active(self) -> Tensor:
         """(n,) int64 latents above 0 in each row."""

@@ -60,9 +60,10 @@ def _launch(
     kernel: Any, grid: tuple[int, ...], *given: Tensor | int | float, warps: int, **fixed: int
 ) -> None:
     """Run one program per cell of `grid` on the first tensor's device; products and sums may be
-    fused there.
+    fused there. Every tensor lies in one piece: kernels know no strides.
     """
     assert isinstance(given[0], Tensor)
+    assert all(x.is_contiguous() for x in given if isinstance(x, Tensor)), kernel
     if 0 not in grid:
         with torch.cuda.device_of(given[0]):
             kernel[grid](*given, num_warps=warps, enable_fp_fusion=True, **fixed)

@@ -60,6 +60,13 @@ def test_encode_is_the_same_in_blocks():
     )
 
 
+def test_pairs_lie_in_one_piece():
+    """CUDA's kernels read them so, whatever strides a tensor has."""
+    kept = Kept.even(torch.ones(5, 3), torch.arange(15).view(5, 3))
+    assert all(column.is_contiguous() for column in kept)
+    assert kept.starts.tolist() == [0, 3, 6, 9, 12]
+
+
 def test_gradient_kernels_equal_dense_ones():
     n, d, d_sae, k = 40, 8, 64, 4
     upstream, W_dec, rows = draw(n, d), draw(d_sae, d, seed=1), draw(n, d, seed=2)
