@@ -18,7 +18,7 @@ from residual_saes.data.errors import SettingError
 from residual_saes.data.settings import require_like
 from residual_saes.harvest.config import Faults
 from residual_saes.sae import Dtype
-from residual_saes.train.kernels import Matmul
+from residual_saes.train.blocks import Matmul
 from tests.conftest import Call
 
 MEANT = {

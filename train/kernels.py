@@ -1,7 +1,7 @@
 """The sparse autoencoder's arithmetic: exact, deterministic, the same functions on CPU and CUDA.
 
-train/functions.py makes autograd functions of them. On CUDA the sparse ones are those of
-train/triton_kernels.py; all speeds here are the CPU's.
+train/product.py has the encoder, and train/functions.py makes autograd functions of these. On CUDA
+the sparse ones are those of train/triton_kernels.py; all speeds here are the CPU's.
 
 Shapes: n rows, d = d_model, F = d_sae, k = kept latents per row.
 
@@ -9,7 +9,6 @@ Each function is the fastest exact way found for its phase (one core, d 384, F 4
 in ms):
 
     phase                    here                                       ms   otherwise
-    encoder product          addmm into one reused buffer, by blocks    72   88 (new output, linear)
     top k                    two stages, partition on the CPU           10   31 (torch.topk)
     decoding                 embedding_bag with weights                2.1   44 (dense product)
     gradient of kept values  embedding_bag's own weights backward      4.7   57 (dense product)
@@ -23,9 +22,7 @@ ran when, as atomics and index_add would have it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,12 +30,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-Matmul = Literal["fp32", "tf32", "bf16"]  # what the operands of the encoder product are rounded to
-
-# Of pre-activations at a time: top k then reads them from the last-level cache.
-BLOCK_BYTES = 16 << 20
-GPU_BLOCK_BYTES = 1 << 30  # on CUDA, where only launches count
-_SAMPLE = 64  # rows by which encode_batch guesses its bound
 _GROUP = 8  # columns per group in the first stage: 4 costs 12 ms, 16 costs 11, 32 costs 13
 
 
@@ -77,147 +68,9 @@ class Bags(NamedTuple):
     starts: Tensor  # (F,) where each latent's pairs begin
 
 
-def encode(
-    x: Tensor,
-    encoder: Tensor,
-    b_enc: Tensor,
-    k: int,
-    matmul: Matmul = "fp32",
-    block_bytes: int | None = None,
-) -> Kept:
-    """Keep the k largest of x @ W_enc + b_enc in each row, then apply ReLU.
-
-    Args:
-        x: (n, d), less b_dec.
-        encoder: (F, d), W_enc transposed.
-        block_bytes: of pre-activations at a time; None: BLOCK_BYTES, on CUDA GPU_BLOCK_BYTES.
-    """
-    values = x.new_empty(len(x), k)
-    indices = x.new_empty(len(x), k, dtype=torch.int64)
-    for rows, pre in _pre_activations(x, encoder, b_enc, matmul, block_bytes):
-        values[rows], indices[rows] = topk(pre, k)
-    return Kept.even(values.relu_(), indices)
-
-
-def encode_above(
-    x: Tensor,
-    encoder: Tensor,
-    b_enc: Tensor,
-    threshold: Tensor,
-    matmul: Matmul = "fp32",
-    block_bytes: int | None = None,
-) -> Kept:
-    """Keep the elements of x @ W_enc + b_enc above `threshold`, () or (F,), and NaN; no ReLU."""
-    parts = []
-    for rows, pre in _pre_activations(x, encoder, b_enc, matmul, block_bytes):
-        parts.append(_above(pre, threshold, rows.start))
-    return _joined(parts, len(x))
-
-
-def encode_batch(
-    x: Tensor,
-    encoder: Tensor,
-    b_enc: Tensor,
-    k: int,
-    matmul: Matmul = "fp32",
-    block_bytes: int | None = None,
-) -> Kept:
-    """Keep the n k largest positive elements of all of x @ W_enc + b_enc; fewer if there are fewer.
-
-    A bound drops most elements block by block. It is estimated from a sample of rows, so that
-    1.5 n k elements pass. If too few pass, a second pass keeps all that are positive.
-    """
-    bound = None
-    parts = []
-    for rows, pre in _pre_activations(x, encoder, b_enc, matmul, block_bytes):
-        if bound is None:
-            sample = pre[:_SAMPLE].reshape(-1)
-            rank = min(len(sample), 3 * k * min(len(pre), _SAMPLE) // 2)
-            bound = sample.topk(rank, sorted=False).values.amin().nan_to_num(0.0).clamp_min(0)
-        parts.append(_above(pre, bound, rows.start))
-    kept = _joined(parts, len(x))
-    if len(kept.values) < len(x) * k and bound is not None and bound > 0:
-        kept = encode_above(x, encoder, b_enc, x.new_zeros(()), matmul, block_bytes)
-    if len(kept.values) <= len(x) * k:
-        return kept
-    chosen = kept.values.topk(len(x) * k, sorted=False).indices.sort().values
-    rows_of_pairs = kept.rows[chosen]
-    starts = starts_of(rows_of_pairs, len(x))
-    return Kept(kept.values[chosen], kept.indices[chosen], rows_of_pairs, starts)
-
-
-def _above(pre: Tensor, threshold: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, columns and rows of the elements above `threshold`, and NaN.
-
-    Args:
-        first: number of the block's first row.
-    """
-    mask = (pre <= threshold).logical_not_()
-    # Device sync: nonzero must know how many there are. On the CPU numpy's is several times as
-    # fast.
-    if pre.is_cuda:
-        flat = mask.view(-1).nonzero().view(-1)
-    else:
-        flat = torch.from_numpy(np.flatnonzero(mask.numpy()))
-    rows = flat.div(pre.shape[1], rounding_mode="floor")
-    return pre.view(-1)[flat], flat - rows * pre.shape[1], rows + first
-
-
-def _joined(parts: list[tuple[Tensor, Tensor, Tensor]], n: int) -> Kept:
-    values, indices, rows = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Kept(values, indices, rows, starts_of(rows, n))
-
-
 def starts_of(bags: Tensor, count: int) -> Tensor:
     """(count,) where the pairs of each of `count` bags begin, given each pair's bag, ascending."""
     return torch.searchsorted(bags, torch.arange(count, device=bags.device))
-
-
-def _pre_activations(
-    x: Tensor, encoder: Tensor, b_enc: Tensor, matmul: Matmul, block_bytes: int | None
-) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows of x @ W_enc + b_enc; the next block overwrites the one before."""
-    n, width = len(x), len(b_enc)
-    if block_bytes is None:
-        block_bytes = GPU_BLOCK_BYTES if x.is_cuda else BLOCK_BYTES
-    step = max(1, min(n, block_bytes // (width * x.element_size())))
-    buffer = x.new_empty(step, width)
-    if matmul == "bf16":
-        x = x.bfloat16()
-        encoder = encoder.bfloat16()
-    for start in range(0, n, step):
-        rows = slice(start, min(start + step, n))
-        out = buffer[: rows.stop - start]
-        if matmul == "bf16":
-            _bf16_product_(out, x[rows], encoder).add_(b_enc)
-        else:
-            with _tf32(matmul == "tf32"):
-                torch.addmm(b_enc, x[rows], encoder.T, out=out)
-        yield rows, out
-
-
-def _bf16_product_(out: Tensor, x: Tensor, encoder: Tensor) -> Tensor:
-    """x @ W_enc of bfloat16 operands into the float32 `out`; returns `out`.
-
-    Sums are float32. On the CPU the result is rounded to bfloat16.
-    """
-    if x.is_cuda:
-        return torch.mm(x, encoder.T, out_dtype=torch.float32, out=out)
-    return out.copy_(x @ encoder.T)
-
-
-@contextmanager
-def _tf32(on: bool) -> Iterator[None]:
-    """Let CUDA round operands of float32 products to TF32's 10 bits, or forbid it.
-
-    The setting before comes back.
-    """
-    settings = torch.backends.cuda.matmul
-    before, settings.fp32_precision = settings.fp32_precision, "tf32" if on else "ieee"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
 
 
 def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:

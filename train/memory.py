@@ -8,8 +8,8 @@ from residual_saes.data import device as devices
 from residual_saes.data.errors import SettingError
 from residual_saes.data.journal import size, tell
 from residual_saes.train.arm import Arm
+from residual_saes.train.blocks import GPU_BLOCK_BYTES
 from residual_saes.train.columns import widths_of
-from residual_saes.train.kernels import GPU_BLOCK_BYTES
 
 _STATE = 3  # tensors of each parameter's size: itself, and Adam's two moments
 # (batch, d) float32 at a time: rows, centred rows, reconstruction, error, gradient, ...

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from residual_saes.data.errors import SettingError
-from residual_saes.train import kernels, objectives
+from residual_saes.train import objectives, product
+from residual_saes.train.blocks import Matmul
 from residual_saes.train.dead import firings
-from residual_saes.train.kernels import Bags, Kept, Matmul
+from residual_saes.train.kernels import Bags, Kept
 from residual_saes.train.objectives.auxk import auxk
 from residual_saes.train.optim import Adam
 from residual_saes.train.parallel import Group
@@ -61,7 +62,7 @@ class Objective:
 
     def largest(self, centred: Tensor, encoder: Tensor, b_enc: Tensor) -> Kept:
         """The n k largest positive pre-activations of a batch of n rows."""
-        return kernels.encode_batch(centred, encoder, b_enc, self.config.k, self.matmul)
+        return product.encode_batch(centred, encoder, b_enc, self.config.k, self.matmul)
 
     def kept_by_k(self, sae: SAE, x: Tensor) -> Kept:
         """The largest of rows x (n, d), by which thresholds begin where there are some."""

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from residual_saes.data.errors import SettingError
 from residual_saes.data.site import require_site
-from residual_saes.train import kernels
+from residual_saes.train import kernels, product
 from residual_saes.train.kernels import Kept
 from residual_saes.train.ports import KINDS
 
@@ -213,8 +213,8 @@ class SAE:
         """
         centred = self.centred(x)
         if self.threshold is None:
-            return kernels.encode(centred, self.encoder, self.b_enc, self.k)
-        return kernels.encode_above(centred, self.encoder, self.b_enc, self.threshold)
+            return product.encode(centred, self.encoder, self.b_enc, self.k)
+        return product.encode_above(centred, self.encoder, self.b_enc, self.threshold)
 
     def centred(self, x: Tensor) -> Tensor:
         """(n, d) rows x less b_in, in the weights' type."""

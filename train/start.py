@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from residual_saes.train import kernels
+from residual_saes.train import kernels, product
 from residual_saes.train.sae import SAE, SAEConfig
 
 _LEAST_VARIANCE = 1e-3  # of the mean variance; an axis with less is mostly noise
@@ -100,6 +100,6 @@ def from_rows_(sae: SAE, centred: Tensor, target: Tensor, whiten: bool) -> None:
 def _scale_(sae: SAE, centred: Tensor, target: Tensor) -> None:
     """Scale the encoder so that the first reconstructions fit best: <y, y_hat> / |y_hat|^2."""
     few, wanted = centred[:4096], target[:4096]
-    y_hat = kernels.decode(kernels.encode(few, sae.encoder, sae.b_enc, sae.k), sae.W_dec)
+    y_hat = kernels.decode(product.encode(few, sae.encoder, sae.b_enc, sae.k), sae.W_dec)
     scale = (wanted * y_hat).sum() / y_hat.square().sum()
     sae.encoder.mul_(torch.where(scale.isfinite() & (scale > 0), scale, 1.0))

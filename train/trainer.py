@@ -20,10 +20,10 @@ from residual_saes.data.rows.reader import Reader
 from residual_saes.data.rows.split import Policy
 from residual_saes.data.site import RESID_POST
 from residual_saes.train import dead, objective, refit, sae, start
+from residual_saes.train.blocks import Matmul
 from residual_saes.train.checkpoint import Checkpoint
 from residual_saes.train.columns import Columns
 from residual_saes.train.evaluate import Evaluation, Fidelity
-from residual_saes.train.kernels import Matmul
 from residual_saes.train.objective import Losses
 from residual_saes.train.optim import Adam, OptimConfig, learning_rate, resolved
 from residual_saes.train.parallel import Group

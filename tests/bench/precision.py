@@ -44,9 +44,10 @@ import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
-from residual_saes.train import kernels
+from residual_saes.train import product
+from residual_saes.train.blocks import Matmul
 from residual_saes.train.evaluate import evaluate
-from residual_saes.train.kernels import Kept, Matmul
+from residual_saes.train.kernels import Kept
 from residual_saes.train.optim import OptimConfig
 from residual_saes.train.sae import SAEConfig
 from residual_saes.train.stream import first_rows
@@ -110,14 +111,14 @@ def products(precision: str, cuda: bool) -> tuple[Matmul, AbstractContextManager
     """train.matmul, and what must be in place while training, for a precision."""
     if precision not in EMULATED or (precision == "tf32" and cuda):
         return {"fp32": "fp32", "tf32": "tf32", "bf16": "bf16"}[precision], nullcontext()  # type: ignore[return-value]
-    bits, encode = EMULATED[precision], kernels.encode
+    bits, encode = EMULATED[precision], product.encode
 
     def emulated(
         x: Tensor, encoder: Tensor, b_enc: Tensor, k: int, matmul: Matmul = "fp32"
     ) -> Kept:
         return encode(rounded(x, bits), rounded(encoder, bits), b_enc, k, matmul)
 
-    return "fp32", mock.patch.object(kernels, "encode", emulated)
+    return "fp32", mock.patch.object(product, "encode", emulated)
 
 
 @torch.no_grad()

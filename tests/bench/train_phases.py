@@ -42,7 +42,7 @@ from residual_saes.data.rows.reader import Reader
 from residual_saes.data.rows.source import Source
 from residual_saes.data.rows.split import Policy
 from residual_saes.data.store.store import Store
-from residual_saes.train.kernels import Matmul
+from residual_saes.train.blocks import Matmul
 from residual_saes.train.optim import OptimConfig
 from residual_saes.train.sae import SAEConfig
 from residual_saes.train.stream import first_rows
@@ -76,7 +76,7 @@ WATCHED: dict[str, tuple[str, dict[str, str]]] = {
     "residual_saes.train.objective.losses": ("scaling, centring", {}),
     "residual_saes.train.objectives.topk.TopK.main": ("error, loss", {}),
     "torch.autograd.grad": ("b_dec, b_enc gradients", {}),
-    "residual_saes.train.kernels.encode": ("top k", {}),
+    "residual_saes.train.product.encode": ("top k", {}),
     "residual_saes.train.kernels.decode": ("decode", {}),
     "residual_saes.train.kernels.values_gradient": ("gradient of kept values", {}),
     "residual_saes.train.kernels.group_by_latent": ("sort", {}),
@@ -174,7 +174,7 @@ class Clock:
 @contextmanager
 def watched(clock: Clock) -> Iterator[None]:
     """Cut steps by their functions within the block."""
-    blocks = resolve_name("residual_saes.train.kernels._pre_activations")
+    blocks = resolve_name("residual_saes.train.blocks.pre_activations")
 
     def product(
         *given: Any,
@@ -186,7 +186,7 @@ def watched(clock: Clock) -> Iterator[None]:
     with ExitStack() as stack:
         for target in WATCHED:
             stack.enter_context(mock.patch(target, clock.around(target)))
-        stack.enter_context(mock.patch("residual_saes.train.kernels._pre_activations", product))
+        stack.enter_context(mock.patch("residual_saes.train.blocks.pre_activations", product))
         yield
 
 

@@ -37,7 +37,7 @@ from torch.nn.functional import normalize
 
 from residual_saes.data.tiny import problems
 from residual_saes.data.tiny.embedded import MODEL_DIR
-from residual_saes.train import kernels
+from residual_saes.train import kernels, product
 from residual_saes.train.evaluate import evaluate
 from residual_saes.train.optim import OptimConfig
 from residual_saes.train.sae import SAE, SAEConfig
@@ -131,7 +131,7 @@ def least_squares(x: Tensor, y: Tensor) -> Tensor:
 def best_scale_(sae: SAE, x: Tensor, y: Tensor) -> None:
     """Scale the encoder as train.start.from_rows_ does."""
     few, wanted = x[:4096], y[:4096]
-    y_hat = kernels.decode(kernels.encode(few, sae.encoder, sae.b_enc, sae.k), sae.W_dec)
+    y_hat = kernels.decode(product.encode(few, sae.encoder, sae.b_enc, sae.k), sae.W_dec)
     sae.encoder.mul_((wanted * y_hat).sum() / y_hat.square().sum())
 
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from residual_saes.data.errors import NonFiniteError
-from residual_saes.train import dead, kernels
+from residual_saes.train import dead, product
 from residual_saes.train.kernels import Kept
 from residual_saes.train.objective import Main
 from residual_saes.train.objectives.hierarchical import Hierarchical
@@ -181,7 +181,7 @@ def judge(sae: SAE, rows: Rows) -> Figures:
         squares["mean"] += _squared(x - mean)
         squares["error"] += _squared(x - sae.decode(kept))
         if sae.threshold is not None:
-            most = kernels.encode_batch(sae.centred(x), sae.encoder, sae.b_enc, sae.k)
+            most = product.encode_batch(sae.centred(x), sae.encoder, sae.b_enc, sae.k)
             squares["by_batch"] += _squared(x - sae.decode(most))
         for k in budgets:
             values, order = kept.values.view(len(x), -1).topk(k)

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residual_saes.train import kernels
+from residual_saes.data.errors import SettingError
+from residual_saes.train import kernels, product
 from residual_saes.train.kernels import Kept
 
 
@@ -50,8 +51,8 @@ def test_topk_lets_no_nan_through_unseen():
 
 def test_encode_is_the_same_in_blocks():
     x, encoder, b_enc = draw(37, 8), draw(128, 8, seed=1), draw(128, seed=2)
-    whole = kernels.encode(x, encoder, b_enc, 4)
-    blocks = kernels.encode(x, encoder, b_enc, 4, block_bytes=5 * 128 * 4)
+    whole = product.encode(x, encoder, b_enc, 4)
+    blocks = product.encode(x, encoder, b_enc, 4, block_bytes=5 * 128 * 4)
     assert torch.equal(
         whole.indices.view(37, 4).sort(1).values, blocks.indices.view(37, 4).sort(1).values
     )
@@ -94,7 +95,7 @@ def test_encode_above_keeps_what_exceeds_each_latents_threshold(block):
     threshold = draw(128, seed=3) + 2
     x[5], threshold[7] = 0.0, torch.inf
     kept, pre = (
-        kernels.encode_above(x, encoder, b_enc, threshold, block_bytes=block),
+        product.encode_above(x, encoder, b_enc, threshold, block_bytes=block),
         x @ encoder.T + b_enc,
     )
     torch.testing.assert_close(dense_of(kept, 37, 128), pre * (pre > threshold))
@@ -111,7 +112,7 @@ def test_encode_batch_keeps_the_largest_of_the_batch(block, k, uneven):
     if uneven:
         x[:70] *= 10
         x = x if k == 8 else x.flip(0)
-    kept, pre = kernels.encode_batch(x, encoder, b_enc, k, block_bytes=block), x @ encoder.T + b_enc
+    kept, pre = product.encode_batch(x, encoder, b_enc, k, block_bytes=block), x @ encoder.T + b_enc
     positive = pre.clamp_min(0).view(-1)
     wanted = positive.topk(90 * k)
     torch.testing.assert_close(
@@ -124,7 +125,7 @@ def test_encode_batch_keeps_the_largest_of_the_batch(block, k, uneven):
 def test_encode_batch_lets_no_nan_through_unseen():
     x, encoder, b_enc = draw(90, 8), draw(128, 8, seed=1), draw(128, seed=2)
     x[80, 3] = torch.nan
-    assert bool(kernels.encode_batch(x, encoder, b_enc, 4).values.isnan().any())
+    assert bool(product.encode_batch(x, encoder, b_enc, 4).values.isnan().any())
 
 
 def test_kernels_on_rows_with_no_pairs():
@@ -162,12 +163,12 @@ def test_weight_gradient_repeats_its_bits():
 @pytest.mark.parametrize("block", [1 << 20, 5 * 128 * 4])
 def test_bf16_rounds_the_operands_of_the_encoder_product_alone(block):
     x, encoder, b_enc = draw(37, 8), draw(128, 8, seed=1), 1000 + draw(128, seed=2)
-    kept = kernels.encode(x, encoder, b_enc, 4, "bf16", block)
+    kept = product.encode(x, encoder, b_enc, 4, "bf16", block)
     pre = (x.bfloat16() @ encoder.bfloat16().T).float() + b_enc
     torch.testing.assert_close(
         kept.values.view(37, 4).sort(1).values, pre.topk(4).values.sort(1).values
     )
-    assert not torch.equal(kept.values, kernels.encode(x, encoder, b_enc, 4).values)
+    assert not torch.equal(kept.values, product.encode(x, encoder, b_enc, 4).values)
 
 
 def test_tf32_is_on_for_the_encoder_product_alone(monkeypatch):
@@ -178,6 +179,32 @@ def test_tf32_is_on_for_the_encoder_product_alone(monkeypatch):
     )
     before = settings.fp32_precision
     for matmul in ("fp32", "tf32"):
-        kernels.encode(draw(5, 8), draw(128, 8), draw(128), 4, matmul)
+        product.encode(draw(5, 8), draw(128, 8), draw(128), 4, matmul)
         assert settings.fp32_precision == before
     assert seen == ["ieee", "tf32"]
+
+
+def test_openblas_gives_the_same_latents():
+    x, encoder, b_enc = draw(37, 8), draw(128, 8, seed=1), draw(128, seed=2)
+    for keep, how in (
+        (product.encode, 4),
+        (product.encode_batch, 4),
+        (product.encode_above, b_enc),
+    ):
+        own = keep(x, encoder, b_enc, how, by="openblas", block_bytes=5 * 128 * 4)
+        dense = dense_of(keep(x, encoder, b_enc, how, by="torch"), 37, 128)
+        torch.testing.assert_close(dense_of(own, 37, 128), dense)
+
+
+def test_the_way_is_tried_once_and_can_be_pinned(monkeypatch):
+    monkeypatch.setattr(product, "_chosen", {})
+    monkeypatch.setattr(product, "_pinned", {})
+    assert product.way(64, 512, "cpu") == "torch", "too small to matter"
+    assert not product.known()
+    assert product.way(1024, 1024, "cpu") in product.ways("cpu")
+    (choice,) = product.known().values()
+    assert not any(trial.fault for trial in choice.trials)
+    product.pin(1024, 1024, "cpu", "torch")
+    assert product.way(1024, 1024, "cpu") == "torch"
+    with pytest.raises(SettingError, match="torch"):
+        product.pin(1024, 1024, "cpu", "abacus")

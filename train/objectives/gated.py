@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from residual_saes.data.errors import SettingError
-from residual_saes.train import kernels
+from residual_saes.train import product
 from residual_saes.train.functions import bias, decode, encode, mean_square, per_pair
 from residual_saes.train.kernels import Kept
 from residual_saes.train.objective import Main, Objective, Thresholds
@@ -117,7 +117,7 @@ class Gated(Objective):
         n, d = target.shape
 
         def open_gates(centred: Tensor, encoder: Tensor, zero: Tensor) -> Kept:
-            return kernels.encode_above(centred, encoder, zero, -sae.b_gate, self.matmul)
+            return product.encode_above(centred, encoder, zero, -sae.b_gate, self.matmul)
 
         zero = bias(torch.zeros_like(sae.b_enc), sae)  # u has no bias but the one b_dec makes
         u, bags = encode(open_gates, centred, sae.encoder, zero)

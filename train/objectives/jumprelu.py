@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from residual_saes.data.errors import SettingError
-from residual_saes.train import kernels
+from residual_saes.train import kernels, product
 from residual_saes.train.functions import bias, decode, encode, mean_square
 from residual_saes.train.kernels import Bags, Kept
 from residual_saes.train.objective import Main, Thresholds
@@ -51,7 +51,7 @@ class JumpReLU(Thresholded):
         def near(centred: Tensor, encoder: Tensor, b_enc: Tensor) -> Kept:
             """All pairs above theta or in its bandwidth; the others have no gradient."""
             lowest = theta - self.config.bandwidth / 2
-            return kernels.encode_above(centred, encoder, b_enc, lowest, self.matmul)
+            return product.encode_above(centred, encoder, b_enc, lowest, self.matmul)
 
         b_enc = bias(sae.b_enc, sae)
         z, bags = encode(near, centred, sae.encoder, b_enc)

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from residual_saes.train import kernels
+from residual_saes.train import product
 from residual_saes.train.functions import bias, decode, encode, mean_square
 from residual_saes.train.kernels import Kept
 from residual_saes.train.objective import Main, Objective
@@ -30,14 +30,14 @@ class TopK(Objective):
     def main(self, sae: SAE, centred: Tensor, target: Tensor, denominator: float) -> Main:
         b_enc = bias(sae.b_enc, sae)
         kept, bags = encode(self.largest, centred, sae.encoder, b_enc)
-        # kernels.encode has applied ReLU. Here ReLU only makes the gradient 0 where the value is 0.
+        # product.encode has applied ReLU. Here ReLU only makes the gradient 0 where the value is 0.
         f = kept._replace(values=kept.values.relu())
         error = target - decode(f, bags, sae.W_dec)  # y - y_hat: target has no b_dec, no skip
         return Main(mean_square(error, denominator), error, f, bags, b_enc)
 
     def largest(self, centred: Tensor, encoder: Tensor, b_enc: Tensor) -> Kept:
         """The k largest pre-activations of each row."""
-        return kernels.encode(centred, encoder, b_enc, self.config.k, self.matmul)
+        return product.encode(centred, encoder, b_enc, self.config.k, self.matmul)
 
 
 OBJECTIVE = TopK
