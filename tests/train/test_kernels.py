@@ -201,10 +201,10 @@ def test_the_way_is_tried_once_and_can_be_pinned(monkeypatch):
     monkeypatch.setattr(product, "_pinned", {})
     assert product.way(64, 512, "cpu") == "torch", "too small to matter"
     assert not product.known()
-    assert product.way(1024, 1024, "cpu") in product.ways("cpu")
+    assert product.way(2048, 2048, "cpu") in product.ways("cpu")
     (choice,) = product.known().values()
     assert not any(trial.fault for trial in choice.trials)
-    product.pin(1024, 1024, "cpu", "torch")
-    assert product.way(1024, 1024, "cpu") == "torch"
+    product.pin(2048, 2048, "cpu", "torch")
+    assert product.way(2048, 2048, "cpu") == "torch"
     with pytest.raises(SettingError, match="torch"):
-        product.pin(1024, 1024, "cpu", "abacus")
+        product.pin(2048, 2048, "cpu", "abacus")
