@@ -60,7 +60,7 @@ ANNEXES = {
     "residual_saes.data.store.scales": "residual_saes.data.store.codec",
     "residual_saes.data.store.int8": None,
     "residual_saes.data.rows.groups": "residual_saes.data.rows.rounds",
-    "residual_saes.train.triton_kernels": "residual_saes.train.kernels",
+    "residual_saes.train.triton_kernels": "residual_saes.train.gpu",
     "residual_saes.train.sweep": "hydra_plugins.one_pass",
     # Objectives are found by name, in train/objective.py.
     "residual_saes.train.objectives": None,

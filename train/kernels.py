@@ -1,7 +1,7 @@
 """The sparse autoencoder's arithmetic: exact, deterministic, the same functions on CPU and CUDA.
 
 train/product.py has the encoder, and train/functions.py makes autograd functions of these. On CUDA
-the sparse ones are those of train/triton_kernels.py; all speeds here are the CPU's.
+the sparse ones are those of train/gpu.py; all speeds here are the CPU's.
 
 Shapes: n rows, d = d_model, F = d_sae, k = kept latents per row.
 
@@ -29,6 +29,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import embedding_bag
+
+from residual_saes.train import gpu
 
 _GROUP = 8  # columns per group in the first stage: 4 costs 12 ms, 16 costs 11, 32 costs 13
 
@@ -81,10 +83,8 @@ def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     equal to the k-th largest, which ones are kept is fixed for given bits, but unspecified. NaN
     counts as largest, so that it cannot hide.
     """
-    if x.is_cuda:  # only CUDA builds of torch bring Triton
-        from residual_saes.train import triton_kernels
-
-        return triton_kernels.topk(x, k)
+    if x.is_cuda:
+        return gpu.topk(x, k)
     n, width = x.shape
     if width % _GROUP or 2 * k * _GROUP > width:
         indices = _largest(x, k)
@@ -125,9 +125,7 @@ def _threshold_mask(x: NDArray[np.float32], k: int) -> NDArray[np.bool_]:
 def decode(kept: Kept, W_dec: Tensor) -> Tensor:
     """(bags, d) sums of the kept latents' directions; the caller adds b_dec."""
     if W_dec.is_cuda:
-        from residual_saes.train import triton_kernels
-
-        return triton_kernels.decode(kept.values, kept.indices, kept.starts, W_dec)
+        return gpu.decode(*kept, W_dec)
     return embedding_bag(
         kept.indices, W_dec, kept.starts, mode="sum", per_sample_weights=kept.values
     )
@@ -139,9 +137,7 @@ def values_gradient(upstream: Tensor, kept: Kept, W_dec: Tensor) -> Tensor:
     Each is the product of the pair's direction with its bag's row of `upstream` (bags, d).
     """
     if W_dec.is_cuda:
-        from residual_saes.train import triton_kernels
-
-        return triton_kernels.values_gradient(upstream, kept.indices, kept.starts, W_dec)
+        return gpu.values_gradient(upstream, *kept[1:], W_dec)
     flat: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         upstream, W_dec, kept.indices, kept.starts, kept.rows, 0
     )
@@ -166,11 +162,7 @@ def weight_gradient(source: Tensor, weights: Tensor, rows: Tensor, bags: Bags) -
     """
     order = bags.order
     if source.is_cuda:
-        from residual_saes.train import triton_kernels
-
-        return triton_kernels.weight_gradient(
-            source, weights, order, rows[order], bags.starts, len(bags.starts)
-        )
+        return gpu.weight_gradient(source, weights, rows, *bags)
     return embedding_bag(
         rows[order], source, bags.starts, mode="sum", per_sample_weights=weights[order]
     )
@@ -183,8 +175,5 @@ def latent_sums(weights: Tensor, indices: Tensor, d_sae: int, bags: Bags | None 
         bags: the same pairs grouped by latent, if that has been done.
     """
     if weights.is_cuda:
-        order, starts = bags or group_by_latent(indices, d_sae)
-        from residual_saes.train import triton_kernels
-
-        return triton_kernels.latent_sums(weights, order, starts)
+        return gpu.latent_sums(weights, *(bags or group_by_latent(indices, d_sae)))
     return weights.new_zeros(d_sae).scatter_add_(0, indices, weights)

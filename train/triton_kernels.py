@@ -18,8 +18,9 @@ latents. Bags may be empty.
     latent_sums        p 12            12.6 MB
 
 All choices of blocks and warps are reasoned and NOT measured: no GPU was at hand, only the code
-that Triton 3.9 makes for sm_80 and sm_90 (16-byte loads, no spilled registers).
-tests/bench/kernel_speed.py measures where there is one.
+that Triton 3.9 makes for sm_80 and sm_90 (16-byte loads, no spilled registers). A run therefore
+measures others beside them on its own card (train/ways.py); tests/bench/kernel_speed.py measures
+each beside its limit.
 """
 
 from __future__ import annotations
@@ -197,7 +198,9 @@ def _topk_kernel(
 # -- sums over bags --------------------------------------------------------------------------------
 
 
-def decode(values: Tensor, indices: Tensor, starts: Tensor, W_dec: Tensor) -> Tensor:
+def decode(
+    values: Tensor, indices: Tensor, starts: Tensor, W_dec: Tensor, at_once: int = _PAIRS
+) -> Tensor:
     """(n, d) float32 sums of each row's kept directions.
 
     Args:
@@ -205,8 +208,9 @@ def decode(values: Tensor, indices: Tensor, starts: Tensor, W_dec: Tensor) -> Te
         indices: (p,) int64 latents.
         starts: (n,) int64 first pair of each row.
         W_dec: (F, d) float32 or bfloat16; summed in float32.
+        at_once: pairs that a program reads at once, a power of 2.
     """
-    return _bag_sums(values, indices, starts, W_dec, 0)
+    return _bag_sums(values, indices, starts, W_dec, 0, at_once)
 
 
 def weight_gradient(
@@ -217,6 +221,7 @@ def weight_gradient(
     starts_by_latent: Tensor,
     d_sae: int,
     chunk: int = _CHUNK,
+    at_once: int = _PAIRS,
 ) -> Tensor:
     """(F, d) float32: for each latent, the sum of the rows of its pairs, weighted.
 
@@ -226,9 +231,10 @@ def weight_gradient(
         source: (p,) int64 row of each pair in that order.
         starts_by_latent: (F,) int64 first pair of each latent in that order.
         chunk: pairs; a longer bag is summed in parts.
+        at_once: as for decode.
     """
     assert len(starts_by_latent) == d_sae, (len(starts_by_latent), d_sae)
-    return _bag_sums(weights[order], source, starts_by_latent, rows, chunk)
+    return _bag_sums(weights[order], source, starts_by_latent, rows, chunk, at_once)
 
 
 def latent_sums(weights: Tensor, order: Tensor, starts_by_latent: Tensor) -> Tensor:
@@ -266,7 +272,9 @@ def slice_columns(table: Tensor) -> int:
     return columns
 
 
-def _bag_sums(weights: Tensor, which: Tensor, starts: Tensor, table: Tensor, chunk: int) -> Tensor:
+def _bag_sums(
+    weights: Tensor, which: Tensor, starts: Tensor, table: Tensor, chunk: int, at_once: int
+) -> Tensor:
     """(bags, d): for each bag, the sum of table[which[i]] * weights[i] over its pairs i.
 
     Bags of more than `chunk` pairs (0: none) are summed in parts: the pairs are cut at every
@@ -279,7 +287,7 @@ def _bag_sums(weights: Tensor, which: Tensor, starts: Tensor, table: Tensor, chu
     columns = slice_columns(table)
     blocks, warps = -(-d // columns), columns * table.element_size() // _ROW_BYTES
     sums = table.new_empty(bags, d, dtype=torch.float32)
-    parts, sizes = sums, {"CHUNK": chunk, "P": _PAIRS, "D": columns}
+    parts, sizes = sums, {"CHUNK": chunk, "P": at_once, "D": columns}
     if 0 < chunk < pairs:
         begins = torch.arange(0, pairs, chunk, device=starts.device)
         edges = torch.stack((begins, (begins + (chunk - 1)).clamp_(max=pairs - 1)), dim=1).view(-1)
@@ -387,7 +395,9 @@ def _sums_kernel(weights, order, starts, sums, bags, pairs, BLOCK: tl.constexpr)
     tl.store(sums + bag, tl.sum(total, axis=0))
 
 
-def values_gradient(upstream: Tensor, indices: Tensor, starts: Tensor, W_dec: Tensor) -> Tensor:
+def values_gradient(
+    upstream: Tensor, indices: Tensor, starts: Tensor, W_dec: Tensor, at_once: int = _PAIRS
+) -> Tensor:
     """(p,) float32: each pair's row of `upstream` (n, d) float32 along its direction; ReLU is the
     caller's.
 
@@ -402,7 +412,7 @@ def values_gradient(upstream: Tensor, indices: Tensor, starts: Tensor, W_dec: Te
     blocks = -(-d // columns)
     shares = upstream.new_empty(blocks, pairs)
     given = (upstream, indices, starts, W_dec, shares, n, pairs, d)
-    _launch(_dots_kernel, (n, blocks), *given, warps=1, P=_PAIRS, D=columns)
+    _launch(_dots_kernel, (n, blocks), *given, warps=1, P=at_once, D=columns)
     return shares.sum(0)
 
 

@@ -20,6 +20,7 @@ with pytest.MonkeyPatch.context() as patch:
         "triton", reason="Triton is not installed; torch's CUDA wheels bring it"
     )
 
+    from residual_saes.train import gpu
     from residual_saes.train import triton_kernels as kernels
 if not ON_GPU and type(triton.language.sum).__name__ != "InterpretedFunction":
     pytest.skip(
@@ -207,6 +208,24 @@ def test_slices_stay_within_the_cache():
         (1 << 20, 2560, torch.float32, 128),
     ]:
         assert kernels.slice_columns(torch.empty(rows, d, dtype=dtype, device="meta")) == wanted
+
+
+@pytest.mark.parametrize("at_once", [4, 16])
+def test_pairs_read_at_once_change_rounding_alone(at_once):
+    latent, row = bag_of([0, 50, 3, 20]), whole(50, (73,))
+    rows, weights, W_dec = draw(50, 130), draw(73, seed=1), draw(60, 130, seed=2)
+    order, _, starts = sorted_pairs(latent, row, 4)
+    spread, ragged = whole(60, (73,), seed=3), starts_of([10, 0, 60, 3])
+    bags = bag_of([10, 0, 60, 3])
+    upstream = rows[:4].clone()
+    for kernel, given in {
+        "decode": (weights, spread, bags, ragged, W_dec),
+        "values_gradient": (upstream, spread, bags, ragged, W_dec),
+        "weight_gradient": (rows, weights, row, order, starts),
+    }.items():
+        usual = getattr(gpu, kernel)(*given)
+        other = gpu.WAYS[kernel][f"triton {at_once}"](*given)
+        assert_close(other, usual.double())
 
 
 def test_bits_repeat():
