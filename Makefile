@@ -9,7 +9,7 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal -q
 # Of the demo's studies: its 200 word problems, answered 100 at a time.
 ANSWERS := answers.questions=200 answers.new_tokens=64 answers.batch=100
 
-.PHONY: demo test test-docs test-package test-long test-faults test-libraries lint clean
+.PHONY: demo test test-docs test-package test-long test-faults test-libraries gpu-check lint clean
 
 demo: .venv/installed  ## the whole pipeline on the embedded model, to a report
 	$(BIN)/python -m harvest model=tiny text=tiny tokens=4e5 context=256 store=activations/tiny.zarr
@@ -43,6 +43,9 @@ LIBRARIES := sae-lens==6.54.12 eai-sparsify==1.3.3 zstandard==0.25.0
 test-libraries: .interop/installed  ## they write every kind that they know, and read ours
 	INTEROP_PYTHON=$(CURDIR)/.interop/bin/python OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -q tests/train/test_libraries.py tests/train/test_publish.py
+
+gpu-check: .venv/installed  ## on one GPU: kernels, training, harvest, the same bits, a killed run; eight minutes at most
+	$(BIN)/python -m tests.bench.gpu_check
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

@@ -34,13 +34,14 @@ from residual_saes.data.site import HookPoint
 from residual_saes.data.store.store import Store
 from residual_saes.data.text.sources import TinyText
 from residual_saes.data.tiny.embedded import MODEL_DIR
+from residual_saes.harvest import loop
 from residual_saes.harvest.config import HarvestConfig
 from residual_saes.harvest.cost import cost
 from residual_saes.harvest.decoder import find_blocks
 from residual_saes.harvest.forward import batch_residuals
 from residual_saes.harvest.isolation import forward_inputs
-from residual_saes.harvest.loop import harvest
 from residual_saes.harvest.model import LanguageModel, ModelConfig
+from residual_saes.harvest.selfcheck import check
 from residual_saes.harvest.tokens import Tokenizer
 from tests.bench.outcome import finish
 from tests.harvest.models import E4B
@@ -62,7 +63,16 @@ SMALL = Gemma4TextConfig(
 )
 
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12}  # SXM, dense bfloat16: NVIDIA's data sheets
+# Dense bfloat16, of NVIDIA's data sheets; the first that the card's name has.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,  # SXM
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,12 @@ def random_model(shape: Shape, device: str) -> LanguageModel:
     )
 
 
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s of the card in bfloat16 by its data sheet; None: it is not among those above."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
+
+
 def seconds_of(work: Callable[[], None], device: str) -> float:
     """Seconds of `work`, with what it left queued on the device."""
     began = time.perf_counter()
@@ -152,8 +168,8 @@ def copies(lm: LanguageModel, shape: Shape) -> None:
 
 
 @contextmanager
-def clocked(owner: type, name: str) -> Iterator[list[float]]:
-    """Notes the seconds of every call of the method `name`, in whatever thread."""
+def clocked(owner: Any, name: str) -> Iterator[list[float]]:
+    """Notes the seconds of every call of a class's or module's `name`, in whatever thread."""
     method, seconds = getattr(owner, name), list[float]()
 
     def timed(*arguments: Any, **options: Any) -> Any:
@@ -181,17 +197,19 @@ def one_round(shape: Shape, device: str, folder: Path) -> dict[str, float]:
         batch=shape.batch,
         unit=shape.unit,
     )
-    with clocked(Store, "commit_residuals") as commits:
+    with clocked(Store, "commit_residuals") as commits, clocked(loop, "make") as units:
         began = time.perf_counter()
-        store = harvest(config, lm, TinyText())
+        store = loop.harvest(config, lm, TinyText())
         whole = time.perf_counter() - began
     found = {
         "harvest_s": whole,
+        "units_s": sum(units),
         "forward_s": seconds_of(lambda: forwards(store, lm, shape.layers), device),
         "copy_s": seconds_of(lambda: copies(lm, shape), device),
         "write_s": sum(commits),
     }
     assert store.rows == shape.tokens
+    check(store, lm, config.points)  # a unit's rows have the same bits again
     shutil.rmtree(config.store)
     return found
 
@@ -213,8 +231,7 @@ def measure(shape: Shape, rounds: int, device: str) -> dict[str, Any]:
     shares = [one["forward_s"] / one["harvest_s"] for one in every]
     dtype = "float32" if device == "cpu" else "bfloat16"
     flop = cost(shape.config, shape.layers, dtype, shape.batch, shape.context).flop * shape.tokens
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
-    peak = next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
+    peak = peak_flops(torch.device(device))
     residuals = shape.tokens * shape.config.hidden_size * 2 * len(shape.layers)
     parts = {
         name: median[name] / median["harvest_s"] for name in ("forward_s", "copy_s", "write_s")

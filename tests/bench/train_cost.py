@@ -26,9 +26,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from residual_saes.train.arm import Arm
-from residual_saes.train.sae import initial
 from residual_saes.train.stream import Stream
 from residual_saes.train.sweep import arm_bytes
+from tests.bench.dense import dense_loss, dense_weights
 from tests.bench.outcome import finish
 from tests.bench.precision import as_in_training
 from tests.bench.sweep_speed import memory
@@ -37,19 +37,14 @@ from tests.bench.train_speed import InMemory, seconds
 
 
 def dense(shape: Shape) -> Callable[[Tensor], object]:
-    """A TopK SAE as it is written down with autograd; like ours it waits for its loss."""
-    start = initial(shape.config().sae, torch.zeros(shape.d, device=shape.device), 0).tensors()
-    weights = {name: tensor.contiguous().requires_grad_() for name, tensor in start.items()}
+    """A step of it; like ours it waits for its loss."""
+    weights = dense_weights(shape)
     adam, taken = torch.optim.Adam(weights.values(), lr=1e-3, fused=True), count(1)
 
     def step(batch: Tensor) -> None:
         as_in_training(False)
-        x = batch.to(shape.device).float()
         with torch.enable_grad():
-            pre = (x - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
-            kept = pre.topk(shape.k, dim=1)
-            f = torch.zeros_like(pre).scatter(1, kept.indices, kept.values.relu())
-            loss = (f @ weights["W_dec"] + weights["b_dec"] - x).square().mean()
+            loss = dense_loss(weights, batch.to(shape.device).float(), shape.k)
             loss.backward()  # type: ignore[no-untyped-call]
         loss.item()
         adam.step()

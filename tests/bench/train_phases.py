@@ -43,8 +43,8 @@ from residual_saes.data.rows.source import Source
 from residual_saes.data.rows.split import Policy
 from residual_saes.data.store.store import Store
 from residual_saes.train.blocks import Matmul
+from residual_saes.train.objective import find
 from residual_saes.train.optim import OptimConfig
-from residual_saes.train.sae import SAEConfig
 from residual_saes.train.stream import first_rows
 from residual_saes.train.trainer import TrainConfig, Trainer
 from tests.bench.outcome import finish
@@ -106,7 +106,8 @@ class Shape:
     threads: int
 
     def config(self) -> TrainConfig:
-        sae = SAEConfig(**settings("sae", self.sae, d_sae=self.d_sae, k=self.k))
+        of_sae = settings("sae", self.sae, d_sae=self.d_sae, k=self.k)
+        sae = find(of_sae["activation"]).settings(**of_sae)
         optim = OptimConfig(**settings("optim", self.optim))
         return TrainConfig(
             layer=0, batch=self.batch, matmul=self.matmul, log_every=BLOCK, sae=sae, optim=optim

@@ -38,15 +38,15 @@ class InMemory:
         widths: of the sources, d together; None: there is one.
         """
         draw = torch.Generator().manual_seed(0)
-        self._batches = [torch.randn(batch, d, generator=draw).bfloat16() for _ in range(_BATCHES)]
+        self.every = [torch.randn(batch, d, generator=draw).bfloat16() for _ in range(_BATCHES)]
         self.rows = _STEPS * batch
         self.widths = widths or [d]
-        parts = self._batches[0].float().split(self.widths, 1)
+        parts = self.every[0].float().split(self.widths, 1)
         self.mean_norms = [float(part.norm(dim=1).mean()) for part in parts]
         self.mean, self.variance = np.zeros(d), np.ones(d)
 
     def batches(self, start: int) -> Iterator[Tensor]:
-        yield from cycle(self._batches)
+        yield from cycle(self.every)
 
 
 def seconds(step: Callable[[], object], repeats: int) -> float:
