@@ -20,6 +20,7 @@ CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
     "harvest": {
         "action": ("run", "plan", "status", "verify", "repair", "thin"),
         "oom": ("stop", "halve"),
+        "attention": ("auto", "sdpa", "flash", "flex"),
         "text.bad": ("stop", "skip"),
         "model.dtype": ("bfloat16", "float32"),
     },

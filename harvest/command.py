@@ -167,6 +167,7 @@ def harvest_config(settings: dict[str, Any]) -> HarvestConfig:
         chunk=whole("chunk", settings["chunk"]),
         sites=tuple(map(str, sites if isinstance(sites, list) else [sites])),
         codec=settings["codec"]["name"],
+        attention=settings["attention"],
         rank=stands.rank,
         world=stands.world,
         faults=faults(settings),

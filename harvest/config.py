@@ -56,6 +56,7 @@ class HarvestConfig:
     chunk: int = CHUNK_ROWS  # rows per inner chunk
     sites: tuple[str, ...] = (RESID_POST,)  # where in these layers rows are taken
     codec: Literal["blosc", "none", "int8"] = "blosc"
+    attention: Literal["auto", "sdpa", "flash", "flex"] = "auto"  # in packed rows
     rank: int = 0  # of this process, from 0 to world - 1: where it begins its walk over the units
     world: int = 1  # processes that make the store
     faults: Faults = field(default_factory=Faults)
@@ -63,6 +64,8 @@ class HarvestConfig:
     readers: int = 1  # training runs that must register before a ring frees anything
 
     def __post_init__(self) -> None:
+        if self.attention not in ("auto", "sdpa", "flash", "flex"):
+            raise SettingError(f"attention={self.attention} must be auto, sdpa, flash or flex")
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:

@@ -16,6 +16,7 @@ from residual_saes.data.errors import PipelineError, StopRequest
 from residual_saes.data.site import HookPoint
 from residual_saes.data.store.store import Store
 from residual_saes.data.store.unit import Prepared, prepare
+from residual_saes.harvest.attention import SDPA, PackedRows
 from residual_saes.harvest.isolation import Inputs, Mask, attention_mask, forward_inputs
 from residual_saes.harvest.model import LanguageModel
 from residual_saes.harvest.site import DeepestReached, tap
@@ -115,6 +116,9 @@ def forward(lm: LanguageModel, inputs: Inputs, mask: Mask = None) -> None:
     for name, value in told.items():
         if name in taken and value is not None:
             options[name] = value
+    if lm.attention != SDPA:
+        assert inputs.ends is not None and inputs.positions is not None
+        options["packed_rows"] = PackedRows(lm.attention, inputs.ends, inputs.positions)
     with torch.inference_mode(), suppress(DeepestReached):
         lm.decoder(input_ids=inputs.ids, **options)
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from residual_saes.harvest.attention import NAME
+
 # packed: pieces share a row; positions and masks keep them apart. padded: each piece has a row of
 # its own, padded on the right. alone: each piece is a pass of its own, as the model would run it.
 Isolation = Literal["packed", "padded", "alone"]
@@ -32,6 +34,8 @@ class Inputs(NamedTuple):
     inside: torch.Tensor | None
     # (n,) int64 flat indices of the same tokens in the (B, T) batch; None: the whole batch in order
     into: torch.Tensor | None
+    # (pieces + 1,) int32: where packed pieces begin and end in the b*t tokens; None: not packed
+    ends: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -59,7 +63,8 @@ def forward_inputs(
     lengths = np.diff([*begins, tokens.size])
     if isolation == "packed":
         positions = np.arange(tokens.size) - np.repeat(begins, lengths)
-        return [Inputs(ids, torch.from_numpy(positions.reshape(tokens.shape)), None, None)]
+        ends = torch.from_numpy(np.append(begins, tokens.size).astype(np.int32))
+        return [Inputs(ids, torch.from_numpy(positions.reshape(tokens.shape)), None, None, ends)]
     if one_pass and isolation == "padded":
         partition = [np.arange(len(lengths))]
     elif isolation == "padded":
@@ -127,9 +132,8 @@ def attention_mask(config: Any, positions: torch.Tensor | None) -> Mask:
     t, t) mask as it is, or one per kind of layer. True is "seen": in the same piece, not later, and
     within the window. Families without SDPA (gpt-oss) add the mask to their scores instead.
 
-    SDPA with this mask was chosen over FlashAttention's variable lengths, which end at head widths
-    of 256 (Gemma 4 has 512), and over FlexAttention, which needs compilation, so that its bits
-    depend on the compiler's choices.
+    Every other way to attend is measured by SDPA with this mask (harvest/attention_trial.py), and
+    layers whose head width it does not take go on with it.
 
     Returns:
         None where transformers must decide by itself: another kind of attention, or layers of an
@@ -143,7 +147,7 @@ def attention_mask(config: Any, positions: torch.Tensor | None) -> Mask:
         return dict.fromkeys(kinds) if known else None
     implementation = config._attn_implementation
     if (
-        implementation not in ("sdpa", "eager")
+        implementation not in ("sdpa", "eager", NAME)
         or not kinds <= {"full_attention", "sliding_attention"}
         or getattr(config, "attention_chunk_size", None) is not None
     ):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from residual_saes.data import stopping
-from residual_saes.data.errors import PipelineError, StopRequest
+from residual_saes.data.errors import MismatchError, PipelineError, StopRequest
 from residual_saes.data.journal import Progress, duration, size, tell
 from residual_saes.data.machine import is_out_of_memory
 from residual_saes.data.rows import summary
@@ -25,11 +25,13 @@ from residual_saes.data.store import codec, retention, ring
 from residual_saes.data.store.claims import METADATA, Claims, unit_claim
 from residual_saes.data.store.manifest import exists, require_free
 from residual_saes.data.store.manifest import read as read_manifest
-from residual_saes.data.store.place import place_of
+from residual_saes.data.store.place import Place, place_of
 from residual_saes.data.store.retention import KeepAll
 from residual_saes.data.store.ring import Ring
 from residual_saes.data.store.store import Store
 from residual_saes.data.text.documents import TextSource
+from residual_saes.harvest.attention import SDPA, Attention
+from residual_saes.harvest.attention_trial import settle_attention_
 from residual_saes.harvest.config import Faults, HarvestConfig, check_layers
 from residual_saes.harvest.forward import unit_residuals
 from residual_saes.harvest.isolation import Isolation
@@ -53,15 +55,16 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Sto
     check_layers(config, lm)
     place = place_of(config.store)
     lm.truncate_(max(config.layers))
-    begun: Isolation = read_manifest(place)["isolation"] if exists(place) else "packed"
-    lm.isolation = choose_isolation(lm, points, config.context, begun)
+    begun = read_manifest(place) if exists(place) else None
+    first: Isolation = begun["isolation"] if begun else "packed"
+    lm.isolation = choose_isolation(lm, points, config.context, first)
+    settle_attention_(lm, config, begun)
 
     # Join the others before anything is written: whoever believes to be alone removes temporaries.
-    manifest = manifest_of(config, lm, source)
     require_free(place)  # joining makes a file, and the folder may be no store
     with closing(place.claims()) as claims, StopRequest() as stop:
         whole_spine = retention.needs_whole_spine(place, claims, config.max_bytes)
-        store = Store.open_or_create(place, manifest, claims)
+        store = open_(place, config, lm, source, claims)
 
         bad = config.faults.bad
         with Spine(store, points, claims, source, lm.tokenizer, stop, bad) as spine:
@@ -93,6 +96,26 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Sto
     tell_bad(store, points)
     _tell_complete(store, made)
     return store
+
+
+def open_(
+    place: Place, config: HarvestConfig, lm: LanguageModel, source: TextSource, claims: Claims
+) -> Store:
+    """The store. Where another process has just begun it, with its way to attend.
+
+    Raises:
+        MismatchError: the store was made with other settings.
+    """
+    try:
+        return Store.open_or_create(place, manifest_of(config, lm, source), claims)
+    except MismatchError:
+        begun = read_manifest(place)
+        there = Attention.of(begun.get("attention"))
+        if there == lm.attention or config.attention not in ("auto", there.kind):
+            raise
+        lm.attend_by_(SDPA)
+        settle_attention_(lm, config, begun)
+    return Store.open_or_create(place, manifest_of(config, lm, source), claims)
 
 
 class Made(NamedTuple):

@@ -22,6 +22,7 @@ from residual_saes.data.errors import SettingError, first_line
 from residual_saes.data.machine import is_out_of_memory
 from residual_saes.data.model_path import EMBEDDED
 from residual_saes.harvest.anatomy import Anatomy
+from residual_saes.harvest.attention import SDPA, Attending, switch_
 from residual_saes.harvest.decoder import cut_, find_blocks, find_final_norm
 from residual_saes.harvest.dissection import dissect
 from residual_saes.harvest.headers import require_layers, stored
@@ -63,6 +64,7 @@ class LanguageModel:
     max_context: int  # tokens
     identity: dict[str, Any]  # the model's entry in the manifest
     isolation: Isolation = "packed"
+    attention: Attending = SDPA  # of packed rows
     causal: Any = None  # transformers' model of decoder and head, where the head was asked for
     # The norm between the last layer and the head, where the head was asked for; nn.Identity in
     # families without one.
@@ -93,6 +95,11 @@ class LanguageModel:
         special = list(self.tokenizer.backend.get_added_tokens_decoder())
         known = min(self.vocabulary, self.tokenizer.backend.get_vocab_size())
         return np.setdiff1d(np.arange(known), special)
+
+    def attend_by_(self, attention: Attending) -> None:
+        """Have its layers attend in packed rows by another way."""
+        self.attention = attention
+        switch_(self.decoder.config, on=attention != SDPA)
 
     def truncate_(self, deepest: int) -> None:
         """Free what only layers above `deepest` use. No forward pass may go further."""

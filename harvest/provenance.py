@@ -11,6 +11,7 @@ from residual_saes.data.site import RESID_POST
 from residual_saes.data.store import manifest
 from residual_saes.data.store.place import Place
 from residual_saes.data.text.documents import TextSource
+from residual_saes.harvest.attention import Attention
 from residual_saes.harvest.config import HarvestConfig
 from residual_saes.harvest.description import Description
 from residual_saes.harvest.model import LanguageModel
@@ -21,10 +22,12 @@ def manifest_of(config: HarvestConfig, lm: LanguageModel, source: TextSource) ->
     model = dict(lm.identity)
     if source.chats:
         model["chat_template"] = lm.tokenizer.template_digest
+    assert isinstance(lm.attention, Attention)
     return {
         "site": RESID_POST,
         "model": model,
         "isolation": lm.isolation,
+        **lm.attention.recorded(),
         **_without_model(config, source, lm.config.device),
     }
 

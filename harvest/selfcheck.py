@@ -171,7 +171,7 @@ def _alone(
             expected = (*here.ids.shape, lm.d_model)
             require_residuals(type(lm.decoder).__name__, layer, shape, expected)
             assert states is not None
-            if layer in read and not _same(read[layer].to(states.dtype), states):
+            if layer in read and not same(read[layer].to(states.dtype), states):
                 raise SettingError(
                     f"layer {layer + 1} of {type(lm.decoder).__name__} reads other states than "
                     f"layer {layer} gives; take another model"
@@ -187,7 +187,7 @@ def _alone(
     return rows
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors are equal, NaN to NaN."""
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
@@ -273,8 +273,8 @@ def _wrong(
 ) -> str | None:
     """What is wrong with the rows as `lm.isolation` makes them; None: nothing."""
     try:
-        rows = _rows(lm, trial, trial.tokens, points)
-        beside_others = _rows(lm, trial, trial.neighbour, points)
+        rows = trial_rows(lm, trial, trial.tokens, points)
+        beside_others = trial_rows(lm, trial, trial.neighbour, points)
     except Exception as error:  # the family's own code may raise anything
         if is_out_of_memory(error):
             raise _fails(lm, error) from error
@@ -290,7 +290,7 @@ def _wrong(
     return None
 
 
-def _rows(
+def trial_rows(
     lm: LanguageModel, trial: Trial, tokens: NDArray[np.uint32], points: Sequence[HookPoint]
 ) -> dict[HookPoint, torch.Tensor]:
     """(2 * T, d) float32 rows a point, as the harvest makes them, at the most padding."""

@@ -14,6 +14,7 @@ from residual_saes.data.store.ledger import spine_key
 from residual_saes.data.store.place import Place
 from residual_saes.data.store.repair import damage, require_store
 from residual_saes.data.store.store import Store
+from residual_saes.harvest.attention_trial import take_of_store_
 from residual_saes.harvest.model import LanguageModel
 from residual_saes.harvest.selfcheck import require_same
 
@@ -54,7 +55,7 @@ def verify(place: Place, open_model: Callable[[int], LanguageModel]) -> str:
     if not staying:
         return f"{intact}; there is no unit that can be recomputed"
 
-    lm.isolation = store.manifest["isolation"]
+    take_of_store_(lm, store.manifest)
     unit = random.choice(staying)
     tell(f"every digest is right; recomputing unit {unit}")
     require_same(store, lm, unit, store.points)
