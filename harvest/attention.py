@@ -78,7 +78,7 @@ class Attention:
         if way in FLASH and way not in installed():
             raise StoreError(
                 f"the store's rows were made by {way}, which is not here; install {FLASH[way]} "
-                f"{recorded['version']}, or harvest into another store="
+                f"{recorded.get('version', '')}, or harvest into another store="
             )
         return cls(way, tuple(recorded["widths"]), version_here(way))
 

@@ -1,4 +1,4 @@
-"""Which way packed rows attend by: each is proven at a harvest's start, the fastest right one taken.
+"""The choice of a way to attend in packed rows: of those that are proven at the start, the fastest.
 
 The proof goes layer by layer. Packed rows by SDPA were proven to be those of the pieces alone
 (harvest/selfcheck.py). What each layer's attention gives in that pass is kept, in float32, of
@@ -63,26 +63,30 @@ def settle_attention_(
             _take_again_(lm, config, recorded)
             return
     asked = config.attention
-    on_gpu = lm.config.device.startswith("cuda")
-    if asked == "sdpa" or (asked == "auto" and not (on_gpu and config.tokens >= WORTH_TRYING)):
+    is_tried = _on_gpu(lm) and config.tokens >= WORTH_TRYING
+    if asked == "sdpa" or (asked == "auto" and not is_tried):
         return
 
     # Prove each way that is here.
-    ways: dict[str, Attention] = {}
-    left_out: dict[str, str] = {}
+    names = (
+        [*installed(), "flex"] if asked == "auto" else ["flex"] if asked == "flex" else installed()
+    )
     if reason := _only_sdpa(lm):
-        left_out["flash, flex"] = reason
+        ways, left_out = {}, {"all but sdpa": reason}
     else:
-        names = [*(installed() if asked != "flex" else ()), *(["flex"] if asked != "flash" else ())]
         with heartbeat("trying ways to attend in packed rows"):
             ways, left_out = proven(lm, config, [Attention(n, (), version_here(n)) for n in names])
-    for name, reason in left_out.items():
-        tell(f"attention: {name} is left out: {reason}")
     if asked != "auto" and not ways:
         reasons = "; ".join(left_out.values()) or "no FlashAttention that runs here is installed"
         raise SettingError(f"attention={asked} cannot be had: {reasons}; take attention=auto")
+    for name, reason in left_out.items():
+        tell(f"attention: left out is {name}: {reason}")
     if ways:
-        _take_fastest_(lm, config, ways if asked != "auto" else {"sdpa": SDPA, **ways})
+        _take_fastest_(lm, config, {"sdpa": SDPA, **ways} if asked == "auto" else ways)
+
+
+def _on_gpu(lm: LanguageModel) -> bool:
+    return lm.config.device.startswith("cuda")
 
 
 def _take_again_(lm: LanguageModel, config: HarvestConfig, recorded: Attention) -> None:
@@ -230,9 +234,7 @@ class _Compared:
 # -- the choice ------------------------------------------------------------------------------------
 
 
-def _take_fastest_(
-    lm: LanguageModel, config: HarvestConfig, ways: Mapping[str, Attention]
-) -> None:
+def _take_fastest_(lm: LanguageModel, config: HarvestConfig, ways: Mapping[str, Attention]) -> None:
     """Time the ways on a batch of the harvest's shape, and take the fastest."""
     shape = (config.batch, config.context)
     rng = np.random.default_rng(0)

@@ -19,6 +19,7 @@ from residual_saes.data.machine import is_out_of_memory
 from residual_saes.data.site import RESID_POST, HookPoint, Point
 from residual_saes.data.store import retention
 from residual_saes.data.store.store import Store
+from residual_saes.harvest.attention import SDPA
 from residual_saes.harvest.decoder import require_residuals
 from residual_saes.harvest.forward import batch_residuals, prepared, scatter, unit_residuals, upload
 from residual_saes.harvest.isolation import Isolation, forward_inputs
@@ -81,6 +82,7 @@ def choose_isolation(
     points = list(map(HookPoint.of, wanted))
     trial = trial_of(lm, context)
     former = lm.isolation
+    lm.attend_by_(SDPA)
     reasons: list[str] = []
     try:
         with in_float32(lm.blocks), _progress(lm):
