@@ -68,14 +68,14 @@ def settle_attention_(
         return
 
     # Prove each way that is here.
-    names = (
-        [*installed(), "flex"] if asked == "auto" else ["flex"] if asked == "flex" else installed()
-    )
+    here = [Attention(name, (), version_here(name)) for name in (*installed(), "flex")]
+    ways: dict[str, Attention] = {}
     if reason := _only_sdpa(lm):
-        ways, left_out = {}, {"all but sdpa": reason}
+        left_out = {"all but sdpa": reason}
     else:
+        tried = [way for way in here if asked in ("auto", way.kind)]
         with heartbeat("trying ways to attend in packed rows"):
-            ways, left_out = proven(lm, config, [Attention(n, (), version_here(n)) for n in names])
+            ways, left_out = proven(lm, config, tried)
     if asked != "auto" and not ways:
         reasons = "; ".join(left_out.values()) or "no FlashAttention that runs here is installed"
         raise SettingError(f"attention={asked} cannot be had: {reasons}; take attention=auto")

@@ -32,7 +32,8 @@ OF_FUNCTIONS = ["choice(a,b)", "range(1,4)", "a,b"]  # that Hydra sweeps over in
 # Settings with other text, by the last part of their name: they take a fixed set of words.
 WORDS = {
     "objectives",
-    *("action", "activation", "attention", "aux_norm", "decay", "dtype", "formula", "init", "kind", "lr"),
+    "attention",
+    *("action", "activation", "aux_norm", "decay", "dtype", "formula", "init", "kind", "lr"),
     *(
         "bad",
         "grading",
