@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import gammaln
 from torch import Tensor
 
 from residual_saes.analyze import linear
@@ -136,6 +135,8 @@ class Latents:
         documents. A latent that fires in f of N rows fires in none of n with probability
         C(N - f, n) / C(N, n) (Hurlbert, 1971).
         """
+        from scipy.special import gammaln
+
         left = self.rows - self.fired
         possible = left >= span
         log_ways = gammaln(left + 1) - gammaln(self.rows + 1)

@@ -14,10 +14,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
 
 Floats = NDArray[np.float64]
 FEW = 5  # of fewer clusters a bootstrap has 35 different resamples at most
+
+
+def _scipy() -> Any:
+    """scipy with its statistics: 1.3 s of a core, which most studies need not spend."""
+    import scipy
+
+    return scipy  # loads a part of it when that is first named
 
 
 class Interval(NamedTuple):
@@ -192,7 +198,7 @@ def wilson(right: int, total: int) -> Interval:
     """Wilson's score interval of the share `right` / `total`; (0, 1) of nothing."""
     if total == 0:
         return Interval(0.0, 1.0)
-    interval = stats.binomtest(right, total).proportion_ci(method="wilson")
+    interval = _scipy().stats.binomtest(right, total).proportion_ci(method="wilson")
     return Interval(float(interval.low), float(interval.high))
 
 
@@ -201,7 +207,7 @@ def mcnemar(gained: int, lost: int) -> float:
     """Exact two-sided p value that gained and lost outcomes differ by chance; 1 of none."""
     if not gained + lost:
         return 1.0
-    return float(stats.binomtest(gained, gained + lost).pvalue)
+    return float(_scipy().stats.binomtest(gained, gained + lost).pvalue)
 
 
 def overlap_p(total: int, first: int, second: int, shared: int) -> float:
@@ -211,7 +217,7 @@ def overlap_p(total: int, first: int, second: int, shared: int) -> float:
         first: size of the one set.
         second: size of the other.
     """
-    return float(stats.hypergeom.sf(shared - 1, total, first, second))
+    return float(_scipy().stats.hypergeom.sf(shared - 1, total, first, second))
 
 
 def detectable_change(
@@ -229,8 +235,8 @@ def detectable_change(
             larger than this.
         power: probability of finding it.
     """
-    z_level = stats.norm.isf(level / 2)
-    z_power = stats.norm.isf(1 - power)
+    z_level = _scipy().stats.norm.isf(level / 2)
+    z_power = _scipy().stats.norm.isf(1 - power)
 
     def missing(delta: float) -> float:
         """By how much the left side falls short of the right one."""
@@ -239,7 +245,7 @@ def detectable_change(
 
     if missing(discordant) >= 0:
         return float("nan")
-    return float(optimize.brentq(missing, 0.0, discordant))
+    return float(_scipy().optimize.brentq(missing, 0.0, discordant))
 
 
 # -- many tests at once ----------------------------------------------------------------------------
@@ -263,7 +269,7 @@ def benjamini_hochberg(p: ArrayLike) -> Floats:
     values = np.asarray(p, np.float64)
     if not len(values):
         return values
-    return np.asarray(stats.false_discovery_control(values), np.float64)
+    return np.asarray(_scipy().stats.false_discovery_control(values), np.float64)
 
 
 # -- two groups ------------------------------------------------------------------------------------
@@ -311,7 +317,7 @@ def auroc(score: ArrayLike, label: NDArray[np.bool_]) -> float:
 
     It is Mann and Whitney's U over its number of pairs.
     """
-    ranks = stats.rankdata(np.asarray(score, np.float64))
+    ranks = _scipy().stats.rankdata(np.asarray(score, np.float64))
     n1 = int(label.sum())
     n0 = len(label) - n1
     if not n1 or not n0:
@@ -333,7 +339,7 @@ def spearman(x: ArrayLike, y: ArrayLike) -> float:
 
 
 def _centred_ranks(x: ArrayLike) -> Floats:
-    ranks = stats.rankdata(x)
+    ranks = _scipy().stats.rankdata(x)
     return np.asarray(ranks - ranks.mean(), np.float64)
 
 
@@ -350,7 +356,7 @@ def spearman_cap(score: ArrayLike, label: NDArray[np.bool_]) -> float:
     Returns:
         NaN if one of the two is constant.
     """
-    ranks = stats.rankdata(np.asarray(score, np.float64))
+    ranks = _scipy().stats.rankdata(np.asarray(score, np.float64))
     best = np.zeros(len(ranks))
     best[np.argsort(-ranks, kind="stable")[: int(label.sum())]] = 1
     return spearman(ranks, best)

@@ -16,8 +16,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from residual_saes.analyze import kept, refusals, results
@@ -328,6 +326,9 @@ def write_features(path: Path, columns: Mapping[str, Any]) -> None:
 
 def write_table(path: Path, columns: Mapping[str, Any]) -> None:
     """Write a Parquet file of columns by name."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(dict(columns)), sink, compression="zstd")
     durable.write(path, [memoryview(sink.getvalue())])

@@ -11,13 +11,14 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 from residual_saes.data.errors import PipelineError, StoreError, caused, first_line
 from residual_saes.data.machine import is_out_of_memory
 from residual_saes.data.neutral import neutral
+
+if TYPE_CHECKING:  # the reader of the text needs no YAML
+    import yaml
 
 _LONGEST = 200  # characters of a library's message
 JSON_BYTES = 1 << 26  # of a configuration; the largest index of a model's shards has 10 MB
@@ -99,6 +100,8 @@ def yaml_object(path: Path, way_out: str, kind: type[PipelineError] = StoreError
         PipelineError: of `kind`, as `content`, or it holds anything else, or names that stand for
             more than a file may have.
     """
+    import yaml
+
     data = content(path, YAML_BYTES, way_out, kind)
     with reading(str(path), way_out, kind):
         if sum(1 for _ in _nodes(yaml.compose(data, yaml.SafeLoader))) == _NODES:
@@ -117,9 +120,9 @@ def _nodes(root: yaml.Node | None) -> Iterator[yaml.Node]:
             return
         node = waiting.pop()
         yield node
-        if isinstance(node, yaml.SequenceNode):
+        if node.id == "sequence":
             waiting += node.value
-        elif isinstance(node, yaml.MappingNode):
+        elif node.id == "mapping":
             for pair in node.value:
                 waiting += pair
 

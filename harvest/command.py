@@ -30,6 +30,7 @@ from residual_saes.harvest.loop import harvest
 from residual_saes.harvest.model import ModelConfig, load
 from residual_saes.harvest.plan import Plan, guess, plan, probe, require_fit, share_done
 from residual_saes.harvest.provenance import require_same_so_far
+from residual_saes.harvest.spine import begun
 from residual_saes.harvest.status import status
 from residual_saes.harvest.thinning import thin
 from residual_saes.harvest.verify import verify
@@ -92,13 +93,15 @@ def command(settings: dict[str, Any], job: Job = ALONE) -> None:
         return
     purpose = "; a few batches are timed then" if action == "plan" else ""
     tell(f"loading {model.path} onto {model.device}, its digest taken meanwhile{purpose}")
-    with coming.announced(place) if action == "run" and config.max_bytes else nullcontext():
+    announced = coming.announced(place) if action == "run" and config.max_bytes else nullcontext()
+    reading = begun(place, config.world) if action == "run" else nullcontext()
+    with announced, reading as reader:
         lm = load(model, deepest=max(config.layers))
         if action == "plan":
             measured = planned.hours(probe(lm, config), config.world, "(measured)")
             show(*aligned({"hours": measured}))
         else:
-            harvest(config, lm, source)
+            harvest(config, lm, source, reader)
             if model.path != EMBEDDED:
                 model_folder.remember(place, model.path)
     if action == "run" and not job.multirun:

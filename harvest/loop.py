@@ -38,19 +38,35 @@ from residual_saes.harvest.isolation import Isolation
 from residual_saes.harvest.model import LanguageModel
 from residual_saes.harvest.provenance import manifest_of
 from residual_saes.harvest.selfcheck import check, choose_isolation
-from residual_saes.harvest.spine import Spine, tell_end
+from residual_saes.harvest.spine import Spine, begun, tell_end
+from residual_saes.harvest.spine_writer import Begun
 from residual_saes.harvest.waiting import Waiting, pause
 from residual_saes.harvest.writer import Writer
 
 
-def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Store:
+def harvest(
+    config: HarvestConfig, lm: LanguageModel, source: TextSource, reader: Begun | None = None
+) -> Store:
     """Bring the store to what `config` asks for, from whatever it holds, beside other ranks.
+
+    Args:
+        reader: the process that will read the text, if the caller has begun it.
 
     Raises:
         MismatchError: the store there was made with other settings.
         StoreError: the disk is full, or the store is damaged.
         Interrupted: SIGINT or SIGTERM arrived; everything committed stays.
     """
+    if reader is None:
+        with begun(place_of(config.store), config.world) as reader:
+            return _harvest(config, lm, source, reader)
+    return _harvest(config, lm, source, reader)
+
+
+def _harvest(
+    config: HarvestConfig, lm: LanguageModel, source: TextSource, reader: Begun | None
+) -> Store:
+    """The stage itself."""
     points = config.points
     check_layers(config, lm)
     place = place_of(config.store)
@@ -67,7 +83,7 @@ def harvest(config: HarvestConfig, lm: LanguageModel, source: TextSource) -> Sto
         store = open_(place, config, lm, source, claims)
 
         bad = config.faults.bad
-        with Spine(store, points, claims, source, lm.tokenizer, stop, bad) as spine:
+        with Spine(store, points, claims, source, lm.tokenizer, stop, bad, reader) as spine:
             # Wait for the spine: a ring needs all of it, else the first unit is enough.
             if whole_spine:
                 spine.wait()
@@ -178,7 +194,7 @@ def make(
                 went_on = True
                 tokens += store.rows_of(unit)
                 rate = tokens / (time.monotonic() - began)
-                done = store.units - len(store.missing(points))
+                done = store.units - store.lacking(points)
                 stopping.left.saved = f"{done:,} of {store.units:,} units are in {store.name}"
                 line = progress_line(store, done, tokens, rate, writer.written)
                 progress.show(line, share=done / store.units)

@@ -6,7 +6,6 @@ embedding.
 
 from __future__ import annotations
 
-import gc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -107,7 +106,6 @@ class LanguageModel:
             return
         cut_(self.decoder, self.blocks, deepest)
         self.deepest = deepest
-        gc.collect()  # modules form reference cycles, and hold GBs
         if self.config.device.startswith("cuda"):
             torch.cuda.empty_cache()
 

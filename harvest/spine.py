@@ -7,18 +7,36 @@ follow what it commits.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from residual_saes.data.errors import StopRequest
 from residual_saes.data.journal import tell
 from residual_saes.data.site import HookPoint
 from residual_saes.data.store.claims import SPINE, Claims
+from residual_saes.data.store.manifest import exists
+from residual_saes.data.store.place import Place
 from residual_saes.data.store.store import Store
 from residual_saes.data.text.documents import TextSource
 from residual_saes.harvest.encoder import Bad, left_out
-from residual_saes.harvest.spine_writer import SpineProcess
+from residual_saes.harvest.spine_writer import Begun, SpineProcess
 from residual_saes.harvest.tokens import Tokenizer
 from residual_saes.harvest.waiting import Waiting, pause
+
+
+@contextmanager
+def begun(place: Place, world: int) -> Iterator[Begun | None]:
+    """The process that will read the text of a new store, while the model is loaded and checked.
+
+    It loads its libraries meanwhile, for .6 s of a core. None: the text may be another rank's work,
+    or be read already.
+    """
+    ahead = SpineProcess.begin() if world == 1 and not exists(place) else None
+    try:
+        yield ahead
+    finally:
+        if ahead:
+            ahead.end()
 
 
 class Spine:
@@ -33,6 +51,7 @@ class Spine:
         tokenizer: Tokenizer,
         stop: StopRequest,
         bad: Bad = "stop",
+        begun: Begun | None = None,
     ) -> None:
         self._store = store
         self._points = points
@@ -41,6 +60,7 @@ class Spine:
         self._tokenizer = tokenizer
         self._stop = stop
         self._bad: Bad = bad
+        self._begun = begun
         self._process: SpineProcess | None = None
         self._due = 0.0  # time.monotonic() of the next look
         self._waiting = Waiting()
@@ -101,7 +121,9 @@ class Spine:
             return
         if self._process is None:
             if self._claims.take(SPINE):
-                self._process = SpineProcess(self._store, self._source, self._tokenizer, self._bad)
+                self._process = SpineProcess(
+                    self._store, self._source, self._tokenizer, self._bad, self._begun
+                )
         elif self._process.finished():
             self._store.refresh()
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from itertools import islice
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -117,30 +117,54 @@ def _blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+class Begun(NamedTuple):
+    """A child process that loads what it needs, and waits for its work."""
+
+    line: Connection
+    child: subprocess.Popen[bytes]
+
+    def end(self) -> None:
+        """End the child, behind the unit that it is writing if that takes no second."""
+        self.line.close()
+        self.child.wait()
+
+
 class SpineProcess:
     """A child process that writes a store's spine. One that dies is started again."""
 
     def __init__(
-        self, store: Store, source: TextSource, tokenizer: Tokenizer, bad: Bad = "stop"
+        self,
+        store: Store,
+        source: TextSource,
+        tokenizer: Tokenizer,
+        bad: Bad = "stop",
+        begun: Begun | None = None,
     ) -> None:
+        """Give the work to `begun`, or to a new child."""
         self._store = store
         self._work = (store.name, source, tokenizer, bad)
         self._deaths = 0  # since the last commit
         self._committed = 0  # units at the last death
-        self._start()
+        self._start(begun or self.begin())
 
-    def _start(self) -> None:
+    @staticmethod
+    def begin() -> Begun:
+        """A child without work yet."""
         # A new interpreter: a fork would copy threads' locks and a GPU's context. Not by
         # multiprocessing, which would run the parent's main module there again, and so import
         # torch: 4 seconds of both cores.
-        self._line, theirs = Pipe()
+        line, theirs = Pipe()
         command = child.command("residual_saes.harvest.spine_writer", str(theirs.fileno()))
         # In a process group of its own, which a terminal's Ctrl-Z does not reach.
         with _blocked():
-            self._child = subprocess.Popen(
+            process = subprocess.Popen(
                 command, env=child.environment(), pass_fds=[theirs.fileno()], process_group=0
             )
         theirs.close()
+        return Begun(line, process)
+
+    def _start(self, begun: Begun) -> None:
+        self._line, self._child = begun
         with suppress(BrokenPipeError, ConnectionResetError):  # it died: `finished` sees that
             self._line.send(self._work)
 
@@ -184,12 +208,11 @@ class SpineProcess:
                 "in shorter documents"
             )
         tell(f"{death}; it is started again")
-        self._start()
+        self._start(self.begin())
 
     def stop(self) -> None:
-        """End the child, behind the unit that it is writing if that takes no second."""
-        self._line.close()
-        self._child.wait()
+        """End the child: see `Begun`."""
+        Begun(self._line, self._child).end()
 
 
 # -- the child itself ------------------------------------------------------------------------------

@@ -124,6 +124,6 @@ def _rate(store: Store) -> str | None:
     if len(times) < 2 or times[-1] <= times[0]:
         return None
     rate = (len(times) - 1) * store.unit_tokens / (times[-1] - times[0])
-    lacking = len(store.missing(store.points))
+    lacking = store.lacking(store.points)
     left = f", {duration(lacking * store.unit_tokens / rate)} to go at this rate" if lacking else ""
     return f"last {len(times)} commits: {rate:,.0f} tokens/s{left}"

@@ -308,7 +308,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class SpineHere:
     """Writes the spine in this process, at once."""
 
-    def __init__(self, store: Any, source: Any, tokenizer: Any, bad: Any) -> None:
+    @staticmethod
+    def begin() -> None:
+        """No process is needed."""
+
+    def __init__(self, store: Any, source: Any, tokenizer: Any, bad: Any, *_: Any) -> None:
         write_spine(store, source, tokenizer, bad=bad)
 
     def finished(self) -> bool:

@@ -267,14 +267,16 @@ def _deterministic() -> Iterator[None]:
     # cuBLAS reads this when it starts. The commands set it earlier, for other products before.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     debug = torch.utils.deterministic
-    enabled = torch.are_deterministic_algorithms_enabled()
+    mode = torch.get_deterministic_debug_mode()
     fill = debug.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True)
+    # The flag that torch's kernels ask. `use_deterministic_algorithms` sets the compiler's too,
+    # which compiles nothing here, and loads it for that: 2.3 s of a core before the first step.
+    torch.set_deterministic_debug_mode("error")
     debug.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # every torch.empty here is written first
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(enabled)
+        torch.set_deterministic_debug_mode(mode)
         debug.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 

@@ -133,20 +133,20 @@ def warmup_steps(config: OptimConfig, steps: int) -> int:
 
 
 class Adam:
-    """torch's fused Adam on hand-made gradients, with its state by name."""
+    """torch's fused Adam on hand-made gradients, with its state by name.
+
+    It calls the kernel of `torch.optim.Adam(fused=True)`. The class itself loads torch's compiler:
+    2.3 s of a core before the first step.
+    """
 
     def __init__(self, parameters: dict[str, Tensor], config: OptimConfig) -> None:
         """Start at step 0; `parameters` are changed in place by `step_`."""
         self._parameters = parameters
         self._clip_norm = config.clip_norm
-        self._adam = torch.optim.Adam(
-            list(parameters.values()),
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            fused=True,
-        )
-        for parameter in parameters.values():
-            self._adam.state[parameter] = {
+        self._constants = {"beta1": config.beta1, "beta2": config.beta2, "eps": config.eps}
+        self._state: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in parameters.items():
+            self._state[name] = {
                 "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
@@ -154,13 +154,31 @@ class Adam:
 
     def step_(self, gradients: dict[str, Tensor], lr: float) -> None:
         """One step at rate `lr`."""
-        self._adam.param_groups[0]["lr"] = lr
-        for name, parameter in self._parameters.items():
-            parameter.grad = gradients[name]
         if self._clip_norm is not None:
+            for name, parameter in self._parameters.items():
+                parameter.grad = gradients[name]
             torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._clip_norm)
-        self._adam.step()
-        self._adam.zero_grad()
+            for parameter in self._parameters.values():
+                parameter.grad = None
+        steps = self._every("step")
+        torch._foreach_add_(steps, 1)
+        torch._fused_adam_(
+            list(self._parameters.values()),
+            [gradients[name] for name in self._parameters],
+            self._every("exp_avg"),
+            self._every("exp_avg_sq"),
+            [],
+            steps,
+            lr=lr,
+            weight_decay=0.0,
+            amsgrad=False,
+            maximize=False,
+            **self._constants,
+        )
+
+    def _every(self, kind: str) -> list[Tensor]:
+        """A part of the state of every parameter, in their order."""
+        return [state[kind] for state in self._state.values()]
 
     def restart_(self, name: str, latents: Tensor) -> None:
         """Restart a parameter's moments at `latents`: first 0, second the mean over all latents.
@@ -168,7 +186,7 @@ class Adam:
         With a second moment of 0 restarted latents would take the largest steps, and most of them
         would die again (docs/method.md).
         """
-        state = self._adam.state[self._parameters[name]]
+        state = self._state[name]
         second = state["exp_avg_sq"]
         state["exp_avg"][latents] = 0.0
         second[latents] = second.mean(0)
@@ -177,6 +195,6 @@ class Adam:
         """Both moments and the step count of every parameter: what a checkpoint must hold."""
         return {
             f"{name}.{kind}": tensor
-            for name, parameter in self._parameters.items()
-            for kind, tensor in self._adam.state[parameter].items()
+            for name, state in self._state.items()
+            for kind, tensor in state.items()
         }

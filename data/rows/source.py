@@ -66,7 +66,7 @@ class Source(NamedTuple):
             )
         if not store.complete(self.point):
             raise StoreError(
-                f"{self.point} of {store.name} lacks {len(store.missing([self.point]))} of "
+                f"{self.point} of {store.name} lacks {store.lacking([self.point])} of "
                 f"{store.units} units; run the same `python -m harvest` command again to finish it"
             )
 

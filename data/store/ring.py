@@ -58,7 +58,7 @@ def join(
         return KeepAll()  # a ring waits for the whole spine: see `needs_whole_spine`
     with claims.held(RING):
         state = ring_state.read(store.place)
-        if state is None and (max_bytes is None or not store.missing(points)):
+        if state is None and (max_bytes is None or not store.lacking(points)):
             return KeepAll()
         ring_state.require_locks(claims, store.place)
         _require_points(store, state, points)

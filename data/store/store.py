@@ -402,6 +402,11 @@ class Store:
             missing[unit] = [point for point in wanted if not there[point][unit]]
         return missing
 
+    def lacking(self, points: Iterable[Point]) -> int:
+        """How many units lack some of `points`."""
+        there = [self._point(HookPoint.of(point)).named[: self.units] for point in points]
+        return self.units - int(np.count_nonzero(np.all(there, axis=0)))
+
     def committed_meanwhile(self, unit: int, points: Iterable[Point]) -> bool:
         """Whether another process committed exactly these points of a unit since `refresh`."""
         try:

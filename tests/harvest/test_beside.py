@@ -42,7 +42,11 @@ class Enough(Exception):
 class Inline:
     """Writes the spine in this process, a unit a look, so that it is noted with the rest."""
 
-    def __init__(self, store: Store, source: Any, tokenizer: Any, bad: Any) -> None:
+    @staticmethod
+    def begin() -> None:
+        """No process is needed."""
+
+    def __init__(self, store: Store, source: Any, tokenizer: Any, bad: Any, *_: Any) -> None:
         self._all = (Store.open(store.place), source, tokenizer)
         self._looks = 0
 

@@ -23,6 +23,7 @@ from residual_saes.data.errors import (
     TemporaryError,
     is_passing,
 )
+from residual_saes.data.store.place import place_of
 from residual_saes.data.store.store import Store
 from residual_saes.data.text import retry
 from residual_saes.data.text.documents import Document, State
@@ -32,7 +33,7 @@ from residual_saes.data.tiny.embedded import MODEL_DIR
 from residual_saes.harvest import spine_writer
 from residual_saes.harvest.config import Faults
 from residual_saes.harvest.encoder import Encoder, skipped_before
-from residual_saes.harvest.spine import tell_end
+from residual_saes.harvest.spine import begun, tell_end
 from residual_saes.harvest.spine_writer import SpineProcess, work, write_spine
 from residual_saes.harvest.status import status
 from residual_saes.harvest.tokens import Tokenizer
@@ -223,6 +224,25 @@ def test_a_reader_that_is_killed_is_started_again(
         kill(reading)
         assert not reading.finished()
         assert capsys.readouterr().err.count("started again") == (3 if deaths == 3 else 1)
+
+
+def test_a_reader_that_is_begun_ahead_does_the_work_or_ends_without(tmp_path: Path) -> None:
+    place = place_of(tmp_path / "s.zarr")
+    with begun(place, 1) as ahead:
+        assert ahead
+        reading = SpineProcess(make(tmp_path / "s.zarr"), TinyText(), TINY, begun=ahead)
+        while not reading.finished():
+            time.sleep(0.01)
+        assert reading._child is ahead.child
+    assert ahead.child.returncode == 0
+    assert Store.open(place).spine_complete
+    # Several ranks, and a store that has its text already, perhaps: nothing is begun.
+    for where, world in ((tmp_path / "t.zarr", 2), (tmp_path / "s.zarr", 1)):
+        with begun(place_of(where), world) as nothing:
+            assert nothing is None
+    with pytest.raises(ZeroDivisionError), begun(place_of(tmp_path / "t.zarr"), 1) as unused:
+        raise ZeroDivisionError
+    assert unused and unused.child.returncode == 0
 
 
 def test_a_reader_that_is_killed_again_and_again_is_given_up(reading: SpineProcess) -> None:
