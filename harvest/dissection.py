@@ -4,7 +4,7 @@ By structure: a small pass is followed (harvest/flow.py). From a layer's input t
 stream is a chain of sums, and each sum adds what some module gave. By behaviour: of what is added,
 the MLP's share at a token depends on nothing but what the MLP reads at that token. Attention, or
 whatever mixes tokens in its place, does not pass that test. So no name of a family, of a module or
-of an argument decides anything.
+of an argument decides anything. Done once, at the start: it waits for the device.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Families differ in their modules' names, in what these return and in where their sums are made. The
 graph tells where a layer adds to the residual stream, whatever the family. It is made by one small
-pass, also of a decoder without memory, and no value is looked at.
+pass, also of a decoder without memory, and no value is looked at. Where the decoder's own code
+looks at one, it waits for the device.
 """
 
 from __future__ import annotations

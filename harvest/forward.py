@@ -120,7 +120,7 @@ def forward(lm: LanguageModel, inputs: Inputs, mask: Mask = None) -> None:
         assert inputs.ends is not None and inputs.positions is not None
         options["packed_rows"] = PackedRows(lm.attention, inputs.ends, inputs.positions)
     with torch.inference_mode(), suppress(DeepestReached):
-        lm.decoder(input_ids=inputs.ids, **options)
+        lm.decoder(input_ids=inputs.ids, **options)  # device sync without `mask`, in most families
 
 
 def scatter(states: torch.Tensor, inputs: Inputs, out: torch.Tensor) -> None:

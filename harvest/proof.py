@@ -11,6 +11,7 @@ mlp_in is read by a matrix of weights, is the stream behind a norm channel by ch
 mlp_out: rows put in its place, in another order, give their mlp_out. That resid_pre is what the
 layer below gives is in harvest/selfcheck.py. What is wrong in an anatomy, whatever made it, fails
 here; a site that fails is refused for its layer.
+It waits for the device at every comparison.
 """
 
 from __future__ import annotations

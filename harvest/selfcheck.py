@@ -1,6 +1,7 @@
 """Checks at every start: documents stay apart, rows are the model's, stored bits recur.
 
 The measure is each piece run alone, as transformers runs it when it is told nothing but the ids.
+It waits for the device at every comparison.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ class Run:
         state = self.trainer.state
         step = torch.tensor([state.step], device=self.trainer.device)
         self.group.from_first_([step, *state.tensors().values()])
-        state.step = self.start = self.saved = int(step)
+        state.step = self.start = self.saved = int(step)  # device sync, at the start
         if self.group.any(self.outcome is not None) and self.outcome is None:
             self.outcome = {}
 

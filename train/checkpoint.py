@@ -89,7 +89,7 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[Buffer]:
     for name, tensor in tensors.items():
         entries[name] = Entry(_DTYPES[tensor.dtype], tensor.shape, tensor.nbytes)
     yield header(entries)
-    for tensor in tensors.values():
+    for tensor in tensors.values():  # device sync, for each
         yield tensor.cpu().contiguous().view(-1).numpy().data.cast("B")
 
 

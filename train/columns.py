@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -52,18 +53,22 @@ class Columns:
 
     def scaled(self, batch: Tensor) -> Tensor:
         """(n, c) float32, of a raw batch on any device."""
-        rows = batch.to(self.mean.device).float()
+        return batch.to(self.mean.device).float() * self._factor
+
+    @cached_property
+    def _factor(self) -> float | Tensor:
+        """Made once: its copy to a GPU waits for it."""
         scale = self.scale(self.ports.every)
-        return rows * (scale.float() if isinstance(scale, Tensor) else scale)
+        return scale.float() if isinstance(scale, Tensor) else scale
 
     def scale(self, ports: Sequence[Port]) -> float | Tensor:
         """The scale of these ports' columns, (columns,) float64; a number if all have the same."""
         scales = [self.scales[port] for port in ports]
         if len(set(scales)) == 1:
             return scales[0]
-        columns = torch.tensor([self.widths[port] for port in ports], device=self.mean.device)
-        by_port = torch.tensor(scales, dtype=torch.float64, device=self.mean.device)
-        return by_port.repeat_interleave(columns)
+        columns = torch.tensor([self.widths[port] for port in ports])
+        by_port = torch.tensor(scales, dtype=torch.float64)
+        return by_port.repeat_interleave(columns).to(self.mean.device)
 
     def folding(self) -> Scales:
         """How a trained SAE comes to work on raw rows."""

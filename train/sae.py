@@ -142,6 +142,7 @@ class Scales(NamedTuple):
     def of_latents(self) -> float:
         """What latents are divided by to be of raw rows; of several scales their geometric mean."""
         if isinstance(self.written, Tensor):
+            # Device sync, at the end.
             return math.exp(float(self.written.double().log().mean()))
         return self.written
 

@@ -29,7 +29,7 @@ def write_final(sae: SAE, scale: float | Scales, run: Path, basis: Tensor | None
         basis: (d, d) orthogonal, if the rows were multiplied by that too.
     """
     folded = sae.folded(scale, basis)
-    content = {
+    content = {  # device sync, at the end
         name: tensor.detach().cpu().contiguous() for name, tensor in folded.tensors().items()
     }
     buffer = io.BytesIO()

@@ -36,7 +36,9 @@ def rows_needed(config: SAEConfig, d: int) -> int:
 
 def geometric_median(rows: Tensor) -> Tensor:
     """(d,) the point of least mean distance to rows (n, d): Weiszfeld's steps from their median."""
-    centre = rows.median(0).values
+    # CUDA's median has no deterministic way.
+    half = (len(rows) - 1) // 2
+    centre = rows.sort(0).values[half] if rows.is_cuda else rows.median(0).values
     for _ in range(_WEISZFELD_STEPS):
         distances = torch.linalg.vector_norm(rows - centre, dim=1, keepdim=True)
         weights = 1 / distances.clamp_min(1e-8)
@@ -48,6 +50,7 @@ def principal_axes(centred: Tensor) -> Tensor:
     """(d, d) orthogonal, the principal axes of rows (n, d) about their mean, as columns."""
     rows = centred.double()
     covariance = rows.T @ rows / len(rows)
+    # Device sync: eigh looks whether it converged.
     axes: Tensor = torch.linalg.eigh(covariance).eigenvectors
     return axes.to(centred.dtype)
 
@@ -83,7 +86,8 @@ def from_rows_(sae: SAE, centred: Tensor, target: Tensor, whiten: bool) -> None:
     norms = torch.linalg.vector_norm(target, dim=1)
     if sae.b_in is not None:
         norms = norms * torch.linalg.vector_norm(centred, dim=1)
-    directions = target[norms > 0][: sae.d_sae]
+    there = (norms > 0).nonzero().view(-1)[: sae.d_sae]  # device sync
+    directions = target[there]
     if whiten:
         variances = target.square().mean(0)
         directions = directions * variances.clamp_min(_LEAST_VARIANCE * variances.mean()).pow(-0.25)
@@ -92,8 +96,7 @@ def from_rows_(sae: SAE, centred: Tensor, target: Tensor, whiten: bool) -> None:
     if sae.b_in is None:
         sae.encoder.copy_(sae.W_dec)
     else:
-        read = centred[norms > 0][: sae.d_sae]
-        sae.encoder[: len(read)] = normalize(read, dim=1)
+        sae.encoder[: len(there)] = normalize(centred[there], dim=1)
     _scale_(sae, centred, target)
 
 

@@ -304,10 +304,12 @@ class Trainer:
         state.restarted.add_(tokens)
         if state.step >= _RESAMPLE_UNTIL * self.steps:
             return
+        # Device sync, once a step: how many are to be restarted.
         quiet = torch.minimum(state.silent, state.restarted)
         latents = dead.dead_latents(quiet, _RESAMPLE_AFTER * self.dead_after)
         if len(latents):
             count = max(len(error), len(latents))
+            # Device sync: the draw's copy.
             drawn = order.permutation(count, self.config.seed, state.step) % len(error)
             draw = torch.from_numpy(drawn[: len(latents)]).to(error.device)
             read = None if state.sae.b_in is None else state.sae.centred(x)
@@ -348,7 +350,7 @@ class Trainer:
         self, evaluation: Evaluation, as_is: Evaluation | None = None
     ) -> dict[str, Any]:
         """The record of a finished evaluation, and of that of the start as it is."""
-        dead_count = len(dead.dead_latents(self.state.silent, self.dead_after))
+        dead_count = len(dead.dead_latents(self.state.silent, self.dead_after))  # device sync
         share = dead_count / self.config.sae.d_sae
         figures = evaluation.figures()
         for name, value in as_is.figures().items() if as_is else ():

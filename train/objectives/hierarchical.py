@@ -20,7 +20,7 @@ from torch import Tensor
 from residual_saes.train.functions import bias, encode, mean_square
 from residual_saes.train.kernels import Kept
 from residual_saes.train.objective import Main
-from residual_saes.train.objectives.matryoshka import nested_errors, require_nested
+from residual_saes.train.objectives.matryoshka import halvings, nested_errors, require_nested
 from residual_saes.train.objectives.topk import TopK
 from residual_saes.train.sae import SAE
 
@@ -52,7 +52,7 @@ class Hierarchical(TopK):
 
     def _bag_of(self, kept: Kept) -> Tensor:
         """(p,) row * levels + level: the smallest budget that has the pair."""
-        budgets = torch.tensor(self.budgets(), device=kept.indices.device)
+        budgets = halvings(self.config.k, self.config.nested, kept.indices.device)
         ranks = torch.arange(self.config.k, device=kept.indices.device)
         level_of_rank = torch.searchsorted(budgets, ranks, right=True)
         rows = kept.rows.view(-1, self.config.k) * len(budgets)

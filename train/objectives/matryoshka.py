@@ -49,9 +49,13 @@ class Matryoshka(Thresholded):
     def _bag_of(self, kept: Kept) -> Tensor:
         """(p,) row * levels + j: the j-th dictionary, smallest first, adds the pair to the row."""
         levels = self.config.nested
-        sizes = [self.config.d_sae >> level for level in reversed(range(levels))]
-        ends = torch.tensor(sizes, device=kept.indices.device)
+        ends = halvings(self.config.d_sae, levels, kept.indices.device)
         return kept.rows * levels + torch.searchsorted(ends, kept.indices, right=True)
+
+
+def halvings(whole: int, levels: int, device: torch.device) -> Tensor:
+    """(levels,) int64 ..., whole / 4, whole / 2, whole; made there, so that nothing is copied."""
+    return whole >> torch.arange(levels - 1, -1, -1, device=device)
 
 
 def require_nested(config: SAEConfig, halved: Literal["d_sae", "k"]) -> None:
