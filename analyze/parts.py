@@ -39,6 +39,10 @@ class Parts:
         sealed.write(path, [content.getbuffer()])
         return arrays
 
+    def within(self, name: str) -> Parts:
+        """Parts of one of these parts, in a folder beside it."""
+        return Parts(self.folder and self.folder / name)
+
     def remove(self) -> None:
         """Remove all parts: what they were for is whole."""
         if self.folder is not None:

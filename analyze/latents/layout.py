@@ -10,7 +10,6 @@ Shapes: F latents, d width of the directions.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -22,16 +21,15 @@ from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from residual_saes.analyze.latents.directions import nearest, unit
+from residual_saes.analyze.latents.nearest import nearest_others, unit
 from residual_saes.analyze.parts import Arrays, Parts
 from residual_saes.data.journal import note
 
-VERSION = 1  # raise it when the same directions give another map
+VERSION = 2  # raise it when the same directions give another map
 PERPLEXITY = 30  # about how many neighbours count; scikit-learn's default
 FEWEST = 8  # latents of a map
 _JUDGED = 10  # nearest directions of each latent that are looked for on the map ...
 _AMONG = 100  # ... among so many nearest points at most, of few latents among fewer
-_PART = 4096  # latents whose neighbours are kept together
 
 
 class Layout(NamedTuple):
@@ -51,24 +49,23 @@ def of(directions: Tensor, parts: Parts) -> Layout:
     """
     units = unit(directions.float())
     perplexity = min(PERPLEXITY, (len(units) - 1) // 3)
+    near = parts.within("neighbours")
 
-    def neighbours(first: int) -> Arrays:
+    def make() -> Arrays:
         count = min(3 * perplexity + 1, len(units) - 1)  # as many as scikit-learn asks for
-        cosines, ids = nearest(units[first : first + _PART], units, count, but=first)
-        return {"cosines": cosines.cpu().numpy(), "ids": ids.int().cpu().numpy()}
+        cosines, ids = (found.cpu().numpy() for found in nearest_others(units, count, near))
+        points = _placed(units, cosines, ids, perplexity)
+        return {"points": points, "ids": ids[:, :_JUDGED].astype(np.int32)}
 
-    starts = range(0, len(units), _PART)
-    found = [parts.of(number, partial(neighbours, first)) for number, first in enumerate(starts)]
-    cosines = np.concatenate([part["cosines"] for part in found])
-    ids = np.concatenate([part["ids"] for part in found])
-    made = parts.of(len(found), lambda: {"points": _placed(units, cosines, ids, perplexity)})
+    made = parts.of(0, make)
+    near.remove()
     points = made["points"]
     among = min(_AMONG, max(_JUDGED, len(points) // 50), len(points) - 1)
-    return Layout(points, _kept(points, ids[:, :_JUDGED], among), among, among / (len(points) - 1))
+    return Layout(points, _kept(points, made["ids"], among), among, among / (len(points) - 1))
 
 
 def _placed(
-    directions: Tensor, cosines: NDArray[np.float32], ids: NDArray[np.int32], perplexity: int
+    directions: Tensor, cosines: NDArray[np.float32], ids: NDArray[np.int64], perplexity: int
 ) -> NDArray[np.float32]:
     """t-SNE from the two main components, by one thread: sums of several differ from run to run."""
     count = len(directions)

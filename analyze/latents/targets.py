@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from residual_saes.analyze.latents.directions import unit
+from residual_saes.analyze.latents.nearest import unit
 from residual_saes.analyze.subject import Subject
 
 OWN = 0.9

@@ -45,8 +45,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from residual_saes.analyze.latents.directions import nearest, neighbours
 from residual_saes.analyze.latents.encoding import taken
+from residual_saes.analyze.latents.nearest import nearest_others, neighbours
 from residual_saes.analyze.stats import Floats
 from residual_saes.analyze.subject import Subject
 from residual_saes.data.errors import StopRequest, StoreError
@@ -277,7 +277,7 @@ def of_latents(
 
 def _largest_cosine(directions: Tensor) -> Tensor:
     """(F,) each direction's largest cosine with another one."""
-    cosines, _ = nearest(directions, directions, 1, but=0)
+    cosines, _ = nearest_others(directions, 1)
     return cosines[:, 0]
 
 

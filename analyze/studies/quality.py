@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from residual_saes.analyze import stats
-from residual_saes.analyze.latents.directions import neighbours
+from residual_saes.analyze.latents.nearest import neighbours
 from residual_saes.analyze.memory import Needed, of_pass, rows_read, width_of
 from residual_saes.analyze.outcome import Outcome, Table, dumped, markdown
 from residual_saes.analyze.reconstruction import (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from residual_saes.analyze.latents import directions
+from residual_saes.analyze.latents import directions, nearest
 from residual_saes.analyze.pages.browser.spread import BINS, measure
 from residual_saes.analyze.parts import Parts
 from residual_saes.data.errors import StopRequest
@@ -18,28 +18,15 @@ from residual_saes.harvest.model import ModelConfig
 
 
 @pytest.mark.parametrize("block", [1 << 28, 1])  # bytes: everything at once, and row by row
-def test_nearest_directions(block: int) -> None:
-    draw = torch.Generator().manual_seed(0)
-    of, among = torch.randn(7, 5, generator=draw), torch.randn(9, 5, generator=draw)
-    values, ids = directions.nearest(of, among, 3, block_bytes=block)
-    expected = torch.nn.functional.cosine_similarity(of[:, None], among[None], dim=2).sort(
-        dim=1, descending=True
-    )
-    torch.testing.assert_close(values, expected.values[:, :3])
-    assert ids.tolist() == expected.indices[:, :3].tolist()
-    themselves = directions.nearest(of, of, 1, block_bytes=block)
-    others = directions.nearest(of, of, 1, but=0, block_bytes=block)
-    assert themselves[1][:, 0].tolist() == list(range(7))
-    cosines = torch.nn.functional.cosine_similarity(of[:, None], of[None], dim=2).fill_diagonal_(-2)
-    assert others[1][:, 0].tolist() == cosines.argmax(1).tolist()
-
-
-@pytest.mark.parametrize("block", [1 << 28, 1])
-def test_logits_of_the_embedded_model(block: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("small", [nearest._SMALL, 0])
+def test_logits_of_the_embedded_model(
+    block: int, small: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against the model's own modules: its final norm and its head.
 
     The norm's common factor is taken out.
     """
+    monkeypatch.setattr(nearest, "_SMALL", small)
     lm = language_model.load(ModelConfig("embedded", dtype="float32"), head=True)
     W_dec = torch.randn(6, lm.d_model, generator=torch.Generator().manual_seed(1))
     (raised, best), (lowered, worst) = directions.logits(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from residual_saes.analyze import reconstruction
 from residual_saes.analyze.latents.budgets import Budgets
-from residual_saes.analyze.latents.directions import nearest
+from residual_saes.analyze.latents.nearest import nearest_others
 from residual_saes.analyze.outcome import dumped
 from residual_saes.analyze.stats import bootstrap_ratio
 from residual_saes.analyze.studies import quality as study
@@ -299,7 +299,7 @@ def test_bootstrap_covers_a_planted_truth() -> None:
 def test_decoder_cosine_ignores_the_latent_itself() -> None:
     W_dec = torch.eye(4)
     W_dec[3] = torch.tensor([0.6, 0.8, 0.0, 0.0])
-    found = study.decoder_cosine(nearest(W_dec, W_dec, 1, but=0)[0][:, 0])
+    found = study.decoder_cosine(nearest_others(W_dec, 1)[0][:, 0])
     assert found["max"] == pytest.approx(0.8)
     # The median of 0.6, 0.8, 0 and 0.8: torch takes the lower middle.
     assert found["median"] == pytest.approx(0.6)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from residual_saes.analyze.latents import directions
+from residual_saes.analyze.latents import directions, nearest
 from residual_saes.analyze.pages.script import short
 from residual_saes.analyze.parts import NOWHERE, Arrays, Parts
 from residual_saes.data.errors import StopRequest
@@ -69,7 +69,7 @@ def measure(lm: LanguageModel, W_dec: Tensor, stop: StopRequest, parts: Parts = 
 
         def make(first: int = first) -> Arrays:
             blocks = []
-            for _, logits in directions.products(rows[first : first + _PART], head, _BLOCK_BYTES):
+            for _, logits in nearest.products(rows[first : first + _PART], head, _BLOCK_BYTES):
                 stop.check()
                 blocks.append(_histograms(logits))
             return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}

@@ -25,7 +25,7 @@ import numpy as np
 
 from residual_saes.analyze import results
 from residual_saes.analyze.kept import Growing
-from residual_saes.analyze.latents import contexts, directions, targets
+from residual_saes.analyze.latents import contexts, directions, nearest, targets
 from residual_saes.analyze.memory import Needed, of_pass, of_sae
 from residual_saes.analyze.outcome import Outcome
 from residual_saes.analyze.results import FEATURES, made
@@ -250,7 +250,7 @@ def _identity(subject: Subject) -> str:
 
 def neighbours(subject: Subject, *, by_encoder: bool = False) -> Ranked:
     """The latents whose directions have the largest cosines with each latent's own."""
-    cosines, ids = directions.neighbours(subject, by_encoder=by_encoder)
+    cosines, ids = nearest.neighbours(subject, by_encoder=by_encoder)
     return Ranked(cosines.numpy(), ids.numpy())
 
 

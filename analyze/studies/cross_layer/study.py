@@ -34,9 +34,9 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
-from residual_saes.analyze.latents import directions
 from residual_saes.analyze.latents.codes import Codes, Ints, choosing_half, codes_of, shared_rows
 from residual_saes.analyze.latents.matching import BLOCK, NONE, measure
+from residual_saes.analyze.latents.nearest import unit
 from residual_saes.analyze.latents.targets import ALIKE
 from residual_saes.analyze.memory import Needed, of_pass, of_sae, rows_read
 from residual_saes.analyze.outcome import Outcome
@@ -234,8 +234,8 @@ def cosines(ours: Subject, theirs: Subject, partner: Ints) -> Floats:
     weights = ours.store.manifest["model"]["weights"]
     if theirs.store.manifest["model"]["weights"] != weights:
         return cosine
-    W_ours = directions.unit(ours.sae.W_dec)
-    W_theirs = directions.unit(theirs.sae.W_dec)
+    W_ours = unit(ours.sae.W_dec)
+    W_theirs = unit(theirs.sae.W_dec)
     for first in range(0, len(partner), BLOCK):
         part = slice(first, first + BLOCK)
         chosen = torch.from_numpy(np.maximum(partner[part], 0)).to(W_ours.device)

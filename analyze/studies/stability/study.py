@@ -31,6 +31,7 @@ from scipy import sparse
 from residual_saes.analyze.latents import directions, encoding, matching
 from residual_saes.analyze.latents.codes import Codes, choosing_half, codes_of, shared_rows
 from residual_saes.analyze.latents.matching import NONE, Measured
+from residual_saes.analyze.latents.nearest import nearest, unit
 from residual_saes.analyze.memory import Needed, of_pass, of_sae, rows_read
 from residual_saes.analyze.outcome import Outcome
 from residual_saes.analyze.peers import imported
@@ -217,15 +218,15 @@ def _scaled(subject: Subject, sae: SAE) -> SAE:
 
 def _cosines(of: SAE, among: SAE) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """(F,) each latent's largest cosine with a direction of `among`, and which direction it is."""
-    values, ids = directions.nearest(of.W_dec, among.W_dec, 1)
+    values, ids = nearest(of.W_dec, among.W_dec, 1)
     return values[:, 0].cpu().numpy(), ids[:, 0].cpu().numpy()
 
 
 def _pair_cosines(of: SAE, among: SAE, partner: NDArray[np.int64]) -> NDArray[np.float32]:
     """(F,) cosine of each latent's direction and its partner's; NaN without a partner."""
     index = torch.from_numpy(np.maximum(partner, 0)).to(among.W_dec.device)
-    theirs = directions.unit(among.W_dec)[index]
-    cosines = (directions.unit(of.W_dec) * theirs).sum(1).cpu().numpy()
+    theirs = unit(among.W_dec)[index]
+    cosines = (unit(of.W_dec) * theirs).sum(1).cpu().numpy()
     return np.where(partner == NONE, np.float32("nan"), cosines)
 
 
@@ -305,7 +306,7 @@ def _outcome(
         raise StoreError("no latent fires on both halves of the documents; give more study.rows=")
 
     # One row per latent.
-    cosine, nearest = _cosines(ours, other_sae)
+    cosine, closest = _cosines(ours, other_sae)
     assigned = _assigned(coded, half)
     alone = other.partner == NONE
     partner_cosine = _pair_cosines(ours, other_sae, other.partner)
@@ -316,7 +317,7 @@ def _outcome(
         "correlation": pa.array(other.measured.r, mask=~alive),
         "mutual": pa.array(other.mutual),
         "partner_cosine": pa.array(partner_cosine, mask=alone),
-        "nearest": pa.array(nearest),
+        "nearest": pa.array(closest),
         "cosine": pa.array(cosine),
     }
     if assigned:

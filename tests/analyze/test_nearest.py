@@ -1,0 +1,123 @@
+"""Nearest directions, by blocks and all at once, against the plain computation in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from residual_saes.analyze.latents import nearest as module
+from residual_saes.analyze.latents.nearest import nearest, nearest_others, unit
+from residual_saes.analyze.parts import Parts
+
+
+@pytest.fixture(params=[module._SMALL, 0], ids=["small", "judged"])
+def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """From how many elements on directions are judged pair by pair."""
+    monkeypatch.setattr(module, "_SMALL", request.param)
+    return int(request.param)
+
+
+def drawn(count: int, width: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+def plain(of: Tensor, among: Tensor, *, themselves: bool = False) -> Tensor:
+    cosines = unit(of.double()) @ unit(among.double()).T
+    return cosines.fill_diagonal_(-torch.inf) if themselves else cosines
+
+
+def check(found: tuple[Tensor, Tensor], cosines: Tensor, count: int) -> None:
+    """The largest of float64 `cosines`, in order; of equal ones, any."""
+    values, ids = found
+    expected = cosines.topk(count, dim=1).values
+    torch.testing.assert_close(values.double(), expected, rtol=0, atol=5e-7)
+    torch.testing.assert_close(cosines.gather(1, ids), expected, rtol=0, atol=5e-7)
+    assert all(len(set(row)) == count for row in ids.tolist())
+
+
+@pytest.mark.parametrize("block", [1 << 28, 1])  # bytes: everything at once, and row by row
+def test_among_others(block: int, size: int) -> None:
+    of, among = drawn(7, 5), drawn(90, 5, seed=1)
+    for count in (0, 1, 3, 90):
+        check(nearest(of, among, count, block_bytes=block), plain(of, among), count)
+    themselves = nearest(of, of, 1, block_bytes=block)
+    assert themselves[1][:, 0].tolist() == list(range(7))
+    assert nearest(of[:0], among, 3, block_bytes=block)[1].shape == (0, 3)
+    wide = drawn(5, 90).T  # not contiguous, as a transposed W_enc is
+    check(nearest(wide, wide, 2, block_bytes=block), plain(wide, wide), 2)
+
+
+@pytest.mark.parametrize("block", [2048, 64, 33])
+def test_a_set_beside_itself(block: int, size: int) -> None:
+    """By pairs of blocks, of which each serves both; the last one is narrower."""
+    for width in (5, 40):
+        of = drawn(150, width)
+        for count in (0, 1, 10, 149):
+            found = nearest_others(of, count, block=block)
+            check(found, plain(of, of, themselves=True), count)
+            assert not (found[1] == torch.arange(150)[:, None]).any()
+    assert nearest_others(of[:1], 0)[0].shape == (1, 0)
+
+
+@pytest.mark.parametrize("block", [2048, 32])
+def test_equal_and_zero_directions(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More equal ones than there are candidates: those with the lowest numbers, by a second look.
+
+    A zero direction has cosines of 0, and no bound.
+    """
+    monkeypatch.setattr(module, "_SMALL", 0)
+    of = drawn(160, 16)
+    copies = torch.arange(3, 160, 3)
+    of[copies] = of[0] * torch.arange(1, 1 + len(copies))[:, None]
+    of[[1, 158]] = 0
+    found = nearest_others(of, 4, block=block)
+    check(found, plain(of, of, themselves=True), 4)
+    assert found[1][0].tolist() == [3, 6, 9, 12]
+    assert found[1][6].tolist() == [0, 3, 9, 12]
+    check(nearest(of[:9], of, 4), plain(of[:9], of), 4)
+
+
+def test_nan_is_nearest(size: int) -> None:
+    """NaN cannot hide, and spoils no other rank."""
+    of = drawn(120, 16)
+    of[77] = torch.nan
+    values, ids = nearest_others(of, 5, block=32)
+    others = torch.arange(120) != 77
+    assert (ids[others, 0] == 77).all() and values[others, 0].isnan().all()
+    expected = plain(of, of, themselves=True)[others].nan_to_num(-torch.inf).topk(4, dim=1).values
+    torch.testing.assert_close(values[others, 1:].double(), expected, rtol=0, atol=5e-7)
+    assert values[77].isnan().all()
+
+
+def test_candidates_are_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products that are off by less than the bound, and by chance, change nothing."""
+    monkeypatch.setattr(module, "_SMALL", 0)
+    of, among = unit(drawn(40, 256)), unit(drawn(300, 256, seed=1))
+    among[100:] = unit(among[:1] + 1e-5 * among[100:])  # 200 nearly the same
+    product = of @ among.T
+    exact = module.largest(of, among, product, 6, among_norm=1.0)
+    check(exact, plain(of, among), 6)
+    noise = torch.rand(product.shape, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    off = module.largest(of, among, product + 1.4e-5 * noise, 6, among_norm=1.0)
+    assert torch.equal(off[0], exact[0]) and torch.equal(off[1], exact[1])
+
+
+def test_a_stop_costs_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts that are there are read, and what is made from them on is the same."""
+    monkeypatch.setattr(module, "_SMALL", 0)
+    monkeypatch.setattr(module, "_PART", 64)
+    of = drawn(200, 24)
+    whole = nearest_others(of, 5, Parts(tmp_path), block=32)
+    files = sorted(tmp_path.glob("*.npz"))
+    assert len(files) == 4
+    for last in (files[3], files[1]):
+        last.unlink()
+        again = nearest_others(of, 5, Parts(tmp_path), block=32)
+        assert torch.equal(again[0], whole[0]) and torch.equal(again[1], whole[1])
+    calls: list[Tensor] = []
+    monkeypatch.setattr(torch, "mm", lambda *given, **out: calls.append(given[0]))
+    nearest_others(of, 5, Parts(tmp_path), block=32)
+    assert not calls
