@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from residual_saes.analyze.latents.nearest import BLOCK_BYTES, largest, products, unit
+from residual_saes.analyze.latents.nearest import BLOCK_BYTES, largest, products, unit, way
 from residual_saes.analyze.parts import Arrays, Parts
 from residual_saes.data.errors import StopRequest
 from residual_saes.data.journal import Progress
@@ -89,7 +89,9 @@ def logits(
             unembedding = head.weight[first:last].float()
             norm = float(torch.linalg.vector_norm(unembedding, dim=1).amax())  # Device sync.
             blocks = []
-            for part, product in products(directions, unembedding, block_bytes):
+            for part, product in products(
+                directions, unembedding, block_bytes, by=way(unembedding)
+            ):
                 stop.check()
                 progress.show(
                     f"logits of token ids {first:,} to {last:,} of {vocabulary:,}, "

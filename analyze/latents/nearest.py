@@ -20,7 +20,7 @@ from residual_saes.analyze.parts import NOWHERE, Arrays, Parts
 from residual_saes.analyze.subject import Subject
 from residual_saes.data import durable
 from residual_saes.data.journal import Progress
-from residual_saes.train import kernels
+from residual_saes.train import blocks, kernels, product
 from residual_saes.train.kernels import Kept
 
 VERSION = 2  # of the kept neighbours: raise it when the same weights give other ones
@@ -41,10 +41,15 @@ def unit(directions: Tensor) -> Tensor:
     return directions / norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
 
-def products(rows: Tensor, others: Tensor, block_bytes: int) -> Iterator[tuple[slice, Tensor]]:
+def products(
+    rows: Tensor, others: Tensor, block_bytes: int, *, by: str = "torch"
+) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of rows @ others.T, each with its slice of `rows`; the next overwrites the one before.
 
     New blocks of 27 MB leave holes between what is kept of each: 4 GB in 160 of them.
+
+    Args:
+        by: the way of the product, of product.WAYS.
     """
     step = block_bytes // (4 * len(others))
     if not others.is_cuda:
@@ -53,7 +58,19 @@ def products(rows: Tensor, others: Tensor, block_bytes: int) -> Iterator[tuple[s
     buffer = rows.new_empty(step, len(others))
     for start in range(0, len(rows), step):
         part = slice(start, min(start + step, len(rows)))
-        yield part, torch.mm(rows[part], others.T, out=buffer[: part.stop - start])
+        yield part, _product_(buffer[: part.stop - start], rows[part], others, by)
+
+
+def _product_(out: Tensor, rows: Tensor, others: Tensor, by: str) -> Tensor:
+    if by == "openblas":
+        return blocks.openblas_product_(out, rows, others)
+    with blocks.tf32(False):
+        return torch.mm(rows, others.T, out=out)
+
+
+def way(among: Tensor) -> str:
+    """How products with `among` (G, d) are made that `largest` judges."""
+    return product.way(among.shape[1], len(among), among.device)
 
 
 def nearest(
@@ -74,7 +91,7 @@ def nearest(
     values = of.new_empty(len(of), count)
     numbers = torch.empty(len(of), count, dtype=torch.int64, device=of.device)
     progress = Progress(quiet_s=2.0)
-    for part, cosines in products(of, among, block_bytes):
+    for part, cosines in products(of, among, block_bytes, by=way(among)):
         progress.show(f"cosines of {part.start:,} of {len(of):,} directions with {len(among):,}")
         found = largest(of[part], among, cosines, count, among_norm=1.0)
         values[part], numbers[part] = found
@@ -94,10 +111,10 @@ def nearest_others(
     """
     units = unit(directions)
     total = len(units)
-    if _is_small(units):
+    if total <= block:
         chosen = (units @ units.T).fill_diagonal_(-torch.inf).topk(count, dim=1)
         return chosen.values, chosen.indices
-    units = units.contiguous()
+    units, by = units.contiguous(), way(units)
     best = _Best(total, min(_candidates(count), total), units)
     buffer = units.new_empty(block, block)
     progress = Progress(quiet_s=2.0)
@@ -111,7 +128,7 @@ def nearest_others(
                 others = slice(start, min(start + block, total))
                 shape = rows.stop - first, others.stop - start
                 cosines = buffer.view(-1)[: shape[0] * shape[1]].view(shape)
-                torch.mm(units[rows], units[others].T, out=cosines)
+                _product_(cosines, units[rows], units[others], by)
                 if start == first:
                     cosines.fill_diagonal_(-torch.inf)
                 else:
@@ -126,12 +143,12 @@ def nearest_others(
 
 
 def largest(
-    of: Tensor, among: Tensor, product: Tensor, count: int, *, among_norm: float
+    of: Tensor, among: Tensor, dense: Tensor, count: int, *, among_norm: float
 ) -> tuple[Tensor, Tensor]:
     """The `count` rows of `among` (G, d) with the largest products with each row of `of` (n, d).
 
     Args:
-        product: (n, G) of @ among.T, up to rounding.
+        dense: (n, G) of @ among.T, up to rounding.
         count: at most G.
         among_norm: the largest norm of `among`, up to rounding.
 
@@ -140,9 +157,9 @@ def largest(
         numbers, unless `among` has fewer than 2^20 elements.
     """
     if _is_small(among):
-        chosen = product.topk(count, dim=1)
+        chosen = dense.topk(count, dim=1)
         return chosen.values, chosen.indices
-    values, ids = kernels.topk(product, min(_candidates(count), len(among)))
+    values, ids = kernels.topk(dense, min(_candidates(count), len(among)))
     return _judged(of, among, values, ids, count, among_norm=among_norm)
 
 
@@ -187,12 +204,12 @@ def _judged(
     again = unsure.nonzero().view(-1)  # Device sync: mostly there are none.
     for start in range(0, len(again), step):
         rows = again[start : start + step]
-        product = of[rows] @ among.T
+        dense = _product_(of.new_empty(len(rows), len(among)), of[rows], among, "torch")
         if themselves:
-            product.scatter_(1, rows[:, None], -torch.inf)
-        passes = (product < (best[rows, -1] - error[rows])[:, None]).logical_not_()
+            dense.scatter_(1, rows[:, None], -torch.inf)
+        passes = (dense < (best[rows, -1] - error[rows])[:, None]).logical_not_()
         columns, there = _places(passes)
-        there &= product.gather(1, columns) != -torch.inf
+        there &= dense.gather(1, columns) != -torch.inf
         dots = _dots(of[rows], among, columns).masked_fill_(~there, -torch.inf)
         best[rows], chosen[rows] = _ordered(dots, columns, count)
     return best, chosen
@@ -228,11 +245,11 @@ class _Best:
         self.values[first:] = torch.from_numpy(arrays["cosines"])
         self.ids[first:] = torch.from_numpy(arrays["ids"])
 
-    def add_(self, rows: slice, product: Tensor, first: int, *, turned: bool = False) -> None:
+    def add_(self, rows: slice, dense: Tensor, first: int, *, turned: bool = False) -> None:
         """Take in products of `rows` with others.
 
         Args:
-            product: (n, others).
+            dense: (n, others).
             first: the number of the first of the others.
             turned: it is (others, n).
         """
@@ -240,14 +257,14 @@ class _Best:
         count = values.shape[1]
         if first == 0:  # each row's first ones
             if turned:
-                product = product.T.contiguous()
-            found, columns = kernels.topk(product, min(count, product.shape[1]))
+                dense = dense.T.contiguous()
+            found, columns = kernels.topk(dense, min(count, dense.shape[1]))
         else:
             least = _least(values)
             # NaN passes, so that it cannot hide.
-            passes = (product <= (least if turned else least[:, None])).logical_not_()
+            passes = (dense <= (least if turned else least[:, None])).logical_not_()
             columns, there = _places(passes, turned=turned)
-            found = product.T.gather(1, columns) if turned else product.gather(1, columns)
+            found = dense.T.gather(1, columns) if turned else dense.gather(1, columns)
             found.masked_fill_(~there, -torch.inf)
         both = torch.cat([values, found], dim=1)
         self.values[rows], chosen = kernels.topk(both, count)

@@ -71,7 +71,7 @@ def test_equal_and_zero_directions(block: int, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(module, "_SMALL", 0)
     of = drawn(160, 16)
     copies = torch.arange(3, 160, 3)
-    of[copies] = of[0] * torch.arange(1, 1 + len(copies))[:, None]
+    of[copies] = of[0] * 2.0 ** torch.randint(-3, 4, (len(copies), 1))
     of[[1, 158]] = 0
     found = nearest_others(of, 4, block=block)
     check(found, plain(of, of, themselves=True), 4)
