@@ -62,7 +62,7 @@ def test_a_set_beside_itself(block: int, size: int) -> None:
     assert nearest_others(of[:1], 0)[0].shape == (1, 0)
 
 
-@pytest.mark.parametrize("block", [2048, 32])
+@pytest.mark.parametrize("block", [128, 32])
 def test_equal_and_zero_directions(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More equal ones than there are candidates: those with the lowest numbers, by a second look.
 
