@@ -74,10 +74,11 @@ def test_equal_and_zero_directions(block: int, monkeypatch: pytest.MonkeyPatch) 
     of[copies] = of[0] * 2.0 ** torch.randint(-3, 4, (len(copies), 1))
     of[[1, 158]] = 0
     for first in range(7, 150, 14):  # fewer equal ones than candidates
-        of[[first + 1, first + 3]] = of[first]
+        of[[first + 1, first + 3]] = of[first].clone()
     found = nearest_others(of, 4, block=block)
     check(found, plain(of, of, themselves=True), 4)
-    assert found[1][0].tolist() == [3, 6, 12, 18]
+    copies = (unit(of) == unit(of)[0]).all(1).nonzero().view(-1)
+    assert len(copies) > 40 and found[1][0].tolist() == copies[1:5].tolist()
     values, ids = found
     equal = (values[:, 1:] == values[:, :-1]) & (of != 0).any(1, keepdim=True)
     assert equal.sum() > 60 and (ids[:, 1:] > ids[:, :-1])[equal].all()
