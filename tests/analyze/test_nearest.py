@@ -85,6 +85,12 @@ def test_equal_and_zero_directions(block: int, monkeypatch: pytest.MonkeyPatch) 
     check(nearest(of[:9], of, 4), plain(of[:9], of), 4)
 
 
+def test_equal_candidates_in_any_order() -> None:
+    """A GPU's top k has no order of its own."""
+    values, ids = module._ordered(torch.tensor([[1.0, 1.0, 2.0]]), torch.tensor([[5, 3, 9]]), 2)
+    assert values.tolist() == [[2.0, 1.0]] and ids.tolist() == [[9, 3]]
+
+
 def test_nan_is_nearest(size: int) -> None:
     """NaN cannot hide, and spoils no other rank."""
     of = drawn(120, 16)
