@@ -155,11 +155,7 @@ def installed() -> list[str]:
     """FlashAttention's packages that are here, newest first."""
     from transformers import utils
 
-    found: list[str] = []
-    for name in FLASH:
-        if getattr(utils, f"is_flash_attn_{name[-1]}_available")():
-            found.append(name)
-    return found
+    return [name for name in FLASH if getattr(utils, f"is_flash_attn_{name[-1]}_available")()]
 
 
 def version_here(way: str) -> str | None:
@@ -188,12 +184,10 @@ def by_flash(call: Call, way: str) -> torch.Tensor:
     from transformers.modeling_flash_attention_utils import _flash_attention_forward
 
     context = call.query.shape[2]
-    q, k, v = (states.transpose(1, 2) for states in (call.query, call.key, call.value))
+    states = (states.transpose(1, 2) for states in (call.query, call.key, call.value))
     out: torch.Tensor = _flash_attention_forward(
-        q,
-        k,
-        v,
-        None,
+        *states,
+        attention_mask=None,
         query_length=context,
         is_causal=True,
         softmax_scale=call.options.get("scaling"),

@@ -105,12 +105,6 @@ def _take_again_(lm: LanguageModel, config: HarvestConfig, recorded: Attention) 
     tell(f"attention: {recorded.way}, as the store was begun")
 
 
-def take_of_store_(lm: LanguageModel, manifest: Mapping[str, Any]) -> None:
-    """Run pieces as a store's manifest says, to compare rows with its own."""
-    lm.isolation = manifest["isolation"]
-    lm.attend_by_(Attention.of(manifest.get("attention")))
-
-
 def _only_sdpa(lm: LanguageModel) -> str | None:
     """Why no other way comes into question; None: others do."""
     config: Any = lm.decoder.config
@@ -135,7 +129,8 @@ def proven(
     """The right ways with the head widths that they take, and why the others are left out.
 
     Args:
-        ways: one with widths must take all of these; one without takes what it can.
+        ways: one with widths must take each of these that comes, e.g. as a store records them; one
+            without takes those that it can.
     """
     right: dict[str, Attention] = {}
     left_out: dict[str, str] = {}
@@ -148,6 +143,8 @@ def proven(
             lm.attend_by_(reference)
             try:
                 trial_rows(lm, trial, trial.tokens, config.points)
+                if not reference.kept:
+                    raise TypeError("its code calls no attention that can be exchanged")
             except Exception as error:  # of `_attend`, the family's code, or an allocator
                 return {}, dict.fromkeys((way.way for way in ways), first_line(error))
             for way in ways:
@@ -165,8 +162,6 @@ def _widths(
     lm: LanguageModel, config: HarvestConfig, trial: Trial, way: Attention, reference: _Reference
 ) -> tuple[int, ...] | str:
     """The head widths that a way takes, or why it is left out."""
-    if not reference.kept:
-        return f"{type(lm.decoder).__name__} calls no attention that can be exchanged"
     of_trial = torch.from_numpy(trial.kept).to(lm.config.device)
     compared = _Compared(way, reference, torch.ones_like(of_trial))
     for tokens, kept in ((trial.tokens, compared.rows), (trial.neighbour, of_trial)):
@@ -174,12 +169,10 @@ def _widths(
         compared.calls = 0
         lm.attend_by_(compared)
         trial_rows(lm, trial, tokens, config.points)
-    if compared.wrong:
-        return compared.wrong
-    widths = sorted(compared.widths - compared.failed.keys())
-    if not widths or not {*way.widths} <= {*widths}:
-        return next(iter(compared.failed.values()), "no layer has its head widths")
-    return tuple(widths)
+    widths = way.widths or tuple(sorted(compared.widths - compared.failed.keys()))
+    failed = next(iter(compared.failed.values()), "")
+    # Fewer layers than the store's first ones may lack some of its widths.
+    return compared.wrong or (failed if way.widths or not widths else "") or widths
 
 
 class _Reference:

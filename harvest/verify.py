@@ -14,7 +14,7 @@ from residual_saes.data.store.ledger import spine_key
 from residual_saes.data.store.place import Place
 from residual_saes.data.store.repair import damage, require_store
 from residual_saes.data.store.store import Store
-from residual_saes.harvest.attention_trial import take_of_store_
+from residual_saes.harvest.attention import Attention
 from residual_saes.harvest.model import LanguageModel
 from residual_saes.harvest.selfcheck import require_same
 
@@ -55,7 +55,8 @@ def verify(place: Place, open_model: Callable[[int], LanguageModel]) -> str:
     if not staying:
         return f"{intact}; there is no unit that can be recomputed"
 
-    take_of_store_(lm, store.manifest)
+    lm.isolation = store.manifest["isolation"]
+    lm.attend_by_(Attention.of(store.manifest.get("attention")))
     unit = random.choice(staying)
     tell(f"every digest is right; recomputing unit {unit}")
     require_same(store, lm, unit, store.points)

@@ -221,11 +221,18 @@ def test_a_way_that_raises_is_left_out(
     assert lm.attention == Attention(WAY, (16,), "3.0")
     assert worst(rows(lm), expected) < 1e-4
 
+    # A store whose first layers were deeper has head widths that do not come in this one.
+    begun = {"attention": {"way": WAY, "widths": [16, 32]}}
+    settle_attention_(lm := model("gemma4"), replace(config(lm), layers=(0,)), begun)
+    assert lm.attention == Attention(WAY, (16, 32), "3.0")
+    with pytest.raises(StoreError, match="at head width 32"):
+        settle_attention_(model("gemma4"), config(lm), begun)
+
 
 def test_only_families_of_full_and_sliding_attention_have_a_choice(
     model: Callable[..., LanguageModel], stand_in: StandIn, tmp_path: Path
 ) -> None:
-    lm = model("qwen3_5")
+    lm = model("gemma3")
     lm.isolation = "padded"
     with pytest.raises(SettingError, match="padded"):
         settle_attention_(lm, config(lm, "flash"), None)
