@@ -38,12 +38,12 @@ def pre_activations(
     b_enc: Tensor,
     matmul: Matmul = "fp32",
     block_bytes: int | None = None,
-    openblas: bool = False,
+    by: str = "torch",
 ) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of rows of x @ W_enc + b_enc; the next block overwrites the one before.
 
     Args:
-        openblas: multiply by numpy's library, of fp32 on a CPU.
+        by: torch, or openblas: numpy's library, of fp32 on a CPU.
     """
     n, width = len(x), len(b_enc)
     step = rows_at_a_time(x, width, x.element_size(), block_bytes)
@@ -56,7 +56,7 @@ def pre_activations(
         out = buffer[: rows.stop - start]
         if matmul == "bf16":
             bf16_product_(out, x[rows], encoder).add_(b_enc)
-        elif openblas:
+        elif by == "openblas":
             openblas_product_(out, x[rows], encoder).add_(b_enc)
         else:
             with tf32(matmul == "tf32"):
@@ -72,6 +72,13 @@ def bf16_product_(out: Tensor, x: Tensor, encoder: Tensor) -> Tensor:
     if x.is_cuda:
         return torch.mm(x, encoder.T, out_dtype=torch.float32, out=out)
     return out.copy_(x @ encoder.T)
+
+
+def wide_bf16_product_(out: Tensor, x: Tensor, encoder: Tensor) -> Tensor:
+    """As bf16_product_, and not rounded on a CPU either."""
+    if x.is_cuda:
+        return bf16_product_(out, x, encoder)
+    return torch.mm(x.float(), encoder.float().T, out=out)
 
 
 def openblas_product_(out: Tensor, x: Tensor, encoder: Tensor) -> Tensor:
@@ -106,3 +113,20 @@ def tf32(on: bool) -> Iterator[None]:
         yield
     finally:
         settings.fp32_precision = before
+
+
+def above(pre: Tensor, threshold: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, columns and rows of the elements above `threshold`, and NaN.
+
+    Args:
+        first: number of the block's first row.
+    """
+    mask = (pre <= threshold).logical_not_()
+    # Device sync: nonzero must know how many there are. On the CPU numpy's is several times as
+    # fast.
+    if pre.is_cuda:
+        flat = mask.view(-1).nonzero().view(-1)
+    else:
+        flat = torch.from_numpy(np.flatnonzero(mask.numpy()))
+    rows = flat.div(pre.shape[1], rounding_mode="floor")
+    return pre.view(-1)[flat], flat - rows * pre.shape[1], rows + first

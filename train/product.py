@@ -3,7 +3,7 @@
 Three ways give the float32 SAE's own kept latents:
 
     torch     torch.addmm: the reference, whose bits the tests fix
-    openblas  numpy's matrix product, on a CPU: 0.66 of MKL's time at d 2,560 on Zen 3
+    openblas  numpy's matrix product, on a CPU: 2/3 of MKL's time at d 2,560 on Zen 3
     bf16      a bf16 product finds candidates, float32 decides among them: train/exact.py
 
 `way` chooses by a trial, once for each shape. Float32 rounds in another order in each way, so a run
@@ -14,28 +14,27 @@ Shapes: n rows, d = d_model, F = d_sae, k = kept latents per row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from residual_saes.data import tuning
 from residual_saes.data.errors import SettingError
 from residual_saes.data.tuning import Choice
-from residual_saes.train import blocks
+from residual_saes.train import blocks, exact
 from residual_saes.train.blocks import Matmul
 from residual_saes.train.kernels import Kept, starts_of, topk
 
 WAYS = ("torch", "openblas", "bf16")
 
 _SAMPLE = 64  # rows by which encode_batch guesses its bound
-# Weights of an encoder; one with fewer is not worth a trial. At d 384, F 4,096 the two libraries are
-# equal on Zen 3, and the clock would choose the bits.
-_SMALL = 1 << 22
-_TRIAL_WEIGHTS = 1 << 22  # of the dictionary in a trial, at most: all ways are linear in d_sae
-_TRIAL_ROWS = 64
+# Weights of an encoder from which a way can matter. At d 384, F 4,096 both libraries are equal on
+# Zen 3, and the clock would choose the bits.
+_LEAST = {"openblas": 1 << 22, "bf16": 1 << 20}
+_FEWEST = 512  # rows for which rounding the encoder to bf16 is worth its time
+_TRIAL_WEIGHTS = 1 << 22  # of a CPU's trial, at most: all ways are linear in d_sae
 
 _pinned: dict[tuple[int, int, str], str] = {}
 _chosen: dict[tuple[int, int, str], Choice] = {}
@@ -46,10 +45,11 @@ def way(d: int, d_sae: int, device: torch.device | str) -> str:
     key = (d, d_sae, torch.device(device).type)
     if key in _pinned:
         return _pinned[key]
-    if d * d_sae < _SMALL:
-        return WAYS[0]
+    names = [name for name in ways(key[2]) if d * d_sae >= _LEAST.get(name, 0)]
+    if names == ["torch"]:
+        return "torch"
     if key not in _chosen:
-        _chosen[key] = _tried(*key)
+        _chosen[key] = _tried(*key, names)
     return _chosen[key].chosen
 
 
@@ -75,62 +75,67 @@ def known() -> dict[tuple[int, int, str], Choice]:
 
 def ways(kind: str) -> list[str]:
     """The ways that a kind of device can go."""
+    found = ["torch"]
     if kind == "cpu" and blocks.openblas_threads() is not None:
-        return ["torch", "openblas"]
-    return ["torch"]
+        found.append("openblas")
+    if _multiplies_bf16(kind):
+        found.append("bf16")
+    return found
 
 
-def _tried(d: int, d_sae: int, kind: str) -> Choice:
-    """Try the ways on random rows and weights of a shape, its d_sae cut to _TRIAL_WEIGHTS."""
-    names = ways(kind)
-    what = f"encoder product {d} x {d_sae}"
-    if len(names) == 1:
-        return Choice(what, names[0], ())
-    width = min(d_sae, max(_TRIAL_WEIGHTS // d, 256))
+def _multiplies_bf16(kind: str) -> bool:
+    """Whether the device has bf16 products; emulated ones take ten times as long as float32's."""
+    if kind == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    is_fast: bool = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return kind == "cpu" and is_fast
+
+
+def _tried(d: int, d_sae: int, kind: str, names: list[str]) -> Choice:
+    """Try ways on random rows and weights of a shape; on a CPU with _TRIAL_WEIGHTS at most."""
+    width = d_sae if kind == "cuda" else min(d_sae, max(_TRIAL_WEIGHTS // d, 256))
     k = max(1, width // 128)
     drawn = torch.Generator().manual_seed(0)
-    encoder = torch.randn(min(width, 1024), d, generator=drawn)
+    encoder = torch.randn(min(width, 1024), d, generator=drawn).div_(d**0.5).to(kind)
     turned = [encoder.roll(turn, 1) for turn in range(-(-width // len(encoder)))]
-    encoder = torch.cat(turned)[:width].div_(d**0.5)  # rolled: cheaper to draw, and as independent
-    x = torch.randn(_TRIAL_ROWS, d, generator=drawn)
-    b_enc = torch.randn(width, generator=drawn).mul_(0.1)
-    few = 8
-    exact = x[:few].double() @ encoder.T.double() + b_enc
-    wanted = exact.topk(k).values.sort(1).values
+    encoder = torch.cat(turned)[:width]  # as good as drawn, and sooner there
+    rows = 8 * _FEWEST if kind == "cuda" else _FEWEST if "bf16" in names else 64
+    x = torch.randn(rows, d, generator=drawn).to(kind)
+    b_enc = torch.randn(width, generator=drawn).mul_(0.1).to(kind)
+    few = x[:8]
+    pre = few.double() @ encoder.double().T + b_enc
+    wanted = pre.topk(k).values.sort(1).values
+    near = 1e-5 * float(pre.abs().amax())
     candidates: dict[str, Callable[[], Kept]] = {}
-    given = (x.to(kind), encoder.to(kind), b_enc.to(kind), k)
     for name in names:
-        candidates[name] = partial(encode, *given, by=name)
+        candidates[name] = partial(encode, x, encoder, b_enc, k, by=name)
 
     def fault(kept: Kept) -> str | None:
-        """Whether the kept latents and their values are those of float64, up to its rounding."""
-        indices = kept.indices.view(-1, k)[:few].cpu()
-        values = kept.values.view(-1, k)[:few].cpu().double()
-        near = 1e-5 * float(exact.abs().amax())
-        own = exact.gather(1, indices)
-        worst = max(
-            float((own.relu() - values).abs().max()),
-            float((own.sort(1).values - wanted).abs().max()),
-        )
+        """Whether the latents and values kept are those of float64, up to float32's rounding."""
+        own = pre.gather(1, kept.indices.view(-1, k)[: len(few)])
+        off = (own.relu() - kept.values.view(-1, k)[: len(few)]).abs().amax()
+        missed = (own.sort(1).values - wanted).abs().amax()
+        worst = float(torch.maximum(off, missed))
         return None if worst <= near else f"off by {worst:.2g} from float64"
 
-    seconds = 2e-8 * d * width  # 31 ms at d 384, F 4,096; 84 ms from d 2,560, F 1,638 on
+    if "bf16" in names:
+        over = exact.of_bound(few, encoder, b_enc, kind == "cuda")
+        if not over <= 1:
+            del candidates["bf16"]
+    seconds = 0.1 if kind == "cuda" else 2e-8 * d * width  # 31 ms at d 384, F 4,096; 84 at most
+    what = f"encoder product {d} x {d_sae}"
     return tuning.choose(what, candidates, fault, seconds=seconds, device=kind)
 
 
-def _pre_activations(
-    x: Tensor,
-    encoder: Tensor,
-    b_enc: Tensor,
-    matmul: Matmul,
-    block_bytes: int | None,
-    by: str | None,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of pre-activations, by the way that is asked for, or this process's."""
+def _way(x: Tensor, encoder: Tensor, matmul: Matmul, by: str | None) -> str:
+    """The way that is asked for, or this process's; lossy operands and float64 have one alone."""
     if matmul != "fp32" or x.dtype is not torch.float32:
-        by = "torch"
-    by = by or way(encoder.shape[1], len(encoder), x.device)
-    return blocks.pre_activations(x, encoder, b_enc, matmul, block_bytes, by == "openblas")
+        return "torch"
+    if by is None:
+        by = way(encoder.shape[1], len(encoder), x.device)
+        if by == "bf16" and len(x) < _FEWEST:
+            return "torch"
+    return by
 
 
 def encode(
@@ -150,9 +155,12 @@ def encode(
         block_bytes: of pre-activations at a time; None: BLOCK_BYTES, on CUDA GPU_BLOCK_BYTES.
         by: the way, of fp32; None: this process's.
     """
+    by = _way(x, encoder, matmul, by)
+    if by == "bf16":
+        return exact.encode(x.contiguous(), encoder.contiguous(), b_enc, k, block_bytes)
     values = x.new_empty(len(x), k)
     indices = x.new_empty(len(x), k, dtype=torch.int64)
-    for rows, pre in _pre_activations(x, encoder, b_enc, matmul, block_bytes, by):
+    for rows, pre in blocks.pre_activations(x, encoder, b_enc, matmul, block_bytes, by):
         values[rows], indices[rows] = topk(pre, k)
     return Kept.even(values.relu_(), indices)
 
@@ -167,9 +175,13 @@ def encode_above(
     by: str | None = None,
 ) -> Kept:
     """Keep the elements of x @ W_enc + b_enc above `threshold`, () or (F,), and NaN; no ReLU."""
+    by = _way(x, encoder, matmul, by)
+    if by == "bf16":
+        whole = (x.contiguous(), encoder.contiguous())
+        return exact.encode_above(*whole, b_enc, threshold, block_bytes)
     parts = []
-    for rows, pre in _pre_activations(x, encoder, b_enc, matmul, block_bytes, by):
-        parts.append(_above(pre, threshold, rows.start))
+    for rows, pre in blocks.pre_activations(x, encoder, b_enc, matmul, block_bytes, by):
+        parts.append(blocks.above(pre, threshold, rows.start))
     return _joined(parts, len(x))
 
 
@@ -187,17 +199,11 @@ def encode_batch(
     A bound drops most elements block by block. It is estimated from a sample of rows, so that
     1.5 n k elements pass. If too few pass, a second pass keeps all that are positive.
     """
-    bound = None
-    parts = []
-    for rows, pre in _pre_activations(x, encoder, b_enc, matmul, block_bytes, by):
-        if bound is None:
-            sample = pre[:_SAMPLE].reshape(-1)
-            rank = min(len(sample), 3 * k * min(len(pre), _SAMPLE) // 2)
-            bound = sample.topk(rank, sorted=False).values.amin().nan_to_num(0.0).clamp_min(0)
-        parts.append(_above(pre, bound, rows.start))
-    kept = _joined(parts, len(x))
-    if len(kept.values) < len(x) * k and bound is not None and bound > 0:
-        kept = encode_above(x, encoder, b_enc, x.new_zeros(()), matmul, block_bytes, by)
+    by = _way(x, encoder, matmul, by)
+    if by == "bf16":
+        kept = exact.encode_batch(x.contiguous(), encoder.contiguous(), b_enc, k, block_bytes)
+    else:
+        kept = _likely(x, encoder, b_enc, k, matmul, block_bytes, by)
     if len(kept.values) <= len(x) * k:
         return kept
     chosen = kept.values.topk(len(x) * k, sorted=False).indices.sort().values
@@ -206,21 +212,28 @@ def encode_batch(
     return Kept(kept.values[chosen], kept.indices[chosen], rows_of_pairs, starts)
 
 
-def _above(pre: Tensor, threshold: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, columns and rows of the elements above `threshold`, and NaN.
-
-    Args:
-        first: number of the block's first row.
-    """
-    mask = (pre <= threshold).logical_not_()
-    # Device sync: nonzero must know how many there are. On the CPU numpy's is several times as
-    # fast.
-    if pre.is_cuda:
-        flat = mask.view(-1).nonzero().view(-1)
-    else:
-        flat = torch.from_numpy(np.flatnonzero(mask.numpy()))
-    rows = flat.div(pre.shape[1], rounding_mode="floor")
-    return pre.view(-1)[flat], flat - rows * pre.shape[1], rows + first
+def _likely(
+    x: Tensor,
+    encoder: Tensor,
+    b_enc: Tensor,
+    k: int,
+    matmul: Matmul,
+    block_bytes: int | None,
+    by: str,
+) -> Kept:
+    """The n k largest elements, and more; or all that are positive, of which there may be fewer."""
+    bound = None
+    parts = []
+    for rows, pre in blocks.pre_activations(x, encoder, b_enc, matmul, block_bytes, by):
+        if bound is None:
+            sample = pre[:_SAMPLE].reshape(-1)
+            rank = min(len(sample), 3 * k * min(len(pre), _SAMPLE) // 2)
+            bound = sample.topk(rank, sorted=False).values.amin().nan_to_num(0.0).clamp_min(0)
+        parts.append(blocks.above(pre, bound, rows.start))
+    kept = _joined(parts, len(x))
+    if len(kept.values) < len(x) * k and bound is not None and bound > 0:
+        return encode_above(x, encoder, b_enc, x.new_zeros(()), matmul, block_bytes, by)
+    return kept
 
 
 def _joined(parts: list[tuple[Tensor, Tensor, Tensor]], n: int) -> Kept:
