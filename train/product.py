@@ -29,10 +29,12 @@ from residual_saes.train.kernels import Kept, starts_of, topk
 
 WAYS = ("torch", "openblas", "bf16")
 
+SMALL = 1 << 20  # weights of an encoder; one with fewer is not worth a trial
+
 _SAMPLE = 64  # rows by which encode_batch guesses its bound
-# Weights of an encoder from which a way can matter. At d 384, F 4,096 both libraries are equal on
-# Zen 3, and the clock would choose the bits.
-_LEAST = {"openblas": 1 << 22, "bf16": 1 << 20}
+# Weights from which OpenBLAS is tried: at d 384, F 4,096 it is as fast as MKL on Zen 3, and the
+# clock would choose the bits.
+_OPENBLAS = 1 << 22
 _FEWEST = 512  # rows for which rounding the encoder to bf16 is worth its time
 _TRIAL_WEIGHTS = 1 << 22  # of a CPU's trial, at most: all ways are linear in d_sae
 
@@ -45,16 +47,24 @@ def way(d: int, d_sae: int, device: torch.device | str) -> str:
     key = (d, d_sae, torch.device(device).type)
     if key in _pinned:
         return _pinned[key]
-    names = [name for name in ways(key[2]) if d * d_sae >= _LEAST.get(name, 0)]
-    if names == ["torch"]:
-        return "torch"
+    if d * d_sae < SMALL:
+        return WAYS[0]
+    return choice(*key).chosen
+
+
+def choice(d: int, d_sae: int, device: torch.device | str) -> Choice:
+    """What a trial found, whose result this process keeps."""
+    key = (d, d_sae, torch.device(device).type)
     if key not in _chosen:
+        names = ways(key[2])
+        if "openblas" in names and d * d_sae < _OPENBLAS:
+            names.remove("openblas")
         _chosen[key] = _tried(*key, names)
-    return _chosen[key].chosen
+    return _chosen[key]
 
 
-def pin(d: int, d_sae: int, device: torch.device | str, name: str) -> None:
-    """Fix the way of a shape, as a run has recorded it.
+def pin(d: int, d_sae: int, device: torch.device | str, name: str) -> str:
+    """Fix the way of a shape until `unpin`; the one that is fixed: the first that was.
 
     Raises:
         SettingError: there is no such way here.
@@ -65,7 +75,12 @@ def pin(d: int, d_sae: int, device: torch.device | str, name: str) -> None:
             f"the encoder product's way {name!r} is not to be had on this {kind}, which has "
             f"{', '.join(ways(kind))}; go on where it began, or start a new run="
         )
-    _pinned[d, d_sae, kind] = name
+    return _pinned.setdefault((d, d_sae, kind), name)
+
+
+def unpin() -> None:
+    """Fix no way any more."""
+    _pinned.clear()
 
 
 def known() -> dict[tuple[int, int, str], Choice]:
@@ -93,6 +108,9 @@ def _multiplies_bf16(kind: str) -> bool:
 
 def _tried(d: int, d_sae: int, kind: str, names: list[str]) -> Choice:
     """Try ways on random rows and weights of a shape; on a CPU with _TRIAL_WEIGHTS at most."""
+    what = f"encoder product {d} x {d_sae}"
+    if len(names) == 1:
+        return Choice(what, names[0], ())
     width = d_sae if kind == "cuda" else min(d_sae, max(_TRIAL_WEIGHTS // d, 256))
     k = max(1, width // 128)
     drawn = torch.Generator().manual_seed(0)
@@ -123,7 +141,6 @@ def _tried(d: int, d_sae: int, kind: str, names: list[str]) -> Choice:
         if not over <= 1:
             del candidates["bf16"]
     seconds = 0.1 if kind == "cuda" else 2e-8 * d * width  # 31 ms at d 384, F 4,096; 84 at most
-    what = f"encoder product {d} x {d_sae}"
     return tuning.choose(what, candidates, fault, seconds=seconds, device=kind)
 
 

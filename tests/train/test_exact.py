@@ -240,3 +240,13 @@ def test_the_encoder_goes_this_way_where_it_is_chosen(monkeypatch):
     product.encode(x, encoder, b_enc, 4, matmul="bf16")
     product.encode(x.double(), encoder.double(), b_enc.double(), 4)
     assert len(asked) == 3
+
+
+def test_the_trial_has_bf16_where_its_bound_holds(monkeypatch):
+    monkeypatch.setattr(product, "_multiplies_bf16", lambda kind: True)
+    for over, there in ((0.5, True), (1.5, False), (float("nan"), False)):
+        monkeypatch.setattr(product, "_chosen", {})
+        if over > 1 or over != over:
+            monkeypatch.setattr(exact, "of_bound", lambda *given, over=over: over)
+        trials = {trial.name: trial.fault for trial in product.choice(1024, 1024, "cpu").trials}
+        assert trials == ({"torch": None, "bf16": None} if there else {"torch": None})
