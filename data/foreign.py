@@ -11,14 +11,11 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from residual_saes.data.errors import PipelineError, StoreError, caused, first_line
 from residual_saes.data.machine import is_out_of_memory
 from residual_saes.data.neutral import neutral
-
-if TYPE_CHECKING:  # the reader of the text needs no YAML
-    import yaml
 
 _LONGEST = 200  # characters of a library's message
 JSON_BYTES = 1 << 26  # of a configuration; the largest index of a model's shards has 10 MB
@@ -112,7 +109,7 @@ def yaml_object(path: Path, way_out: str, kind: type[PipelineError] = StoreError
     return value
 
 
-def _nodes(root: yaml.Node | None) -> Iterator[yaml.Node]:
+def _nodes(root: Any) -> Iterator[Any]:
     """The nodes of a document with every alias followed, up to `_NODES`: it may hold itself."""
     waiting = [root] if root else []
     for _ in range(_NODES):

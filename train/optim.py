@@ -143,7 +143,11 @@ class Adam:
         """Start at step 0; `parameters` are changed in place by `step_`."""
         self._parameters = parameters
         self._clip_norm = config.clip_norm
-        self._constants = {"beta1": config.beta1, "beta2": config.beta2, "eps": config.eps}
+        self._constants: dict[str, Any] = {
+            "beta1": config.beta1,
+            "beta2": config.beta2,
+            "eps": config.eps,
+        }
         self._state: dict[str, dict[str, Tensor]] = {}
         for name, parameter in parameters.items():
             self._state[name] = {
