@@ -96,7 +96,7 @@ def command(settings: dict[str, Any], job: Job = ALONE) -> None:
     announced = coming.announced(place) if action == "run" and config.max_bytes else nullcontext()
     reading = begun(place, config.world) if action == "run" else nullcontext()
     with announced, reading as reader:
-        lm = load(model, deepest=max(config.layers))
+        lm = load(model, deepest=max(config.layers), tokenizer=described.tokenizer)
         if action == "plan":
             measured = planned.hours(probe(lm, config), config.world, "(measured)")
             show(*aligned({"hours": measured}))

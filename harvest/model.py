@@ -110,7 +110,13 @@ class LanguageModel:
             torch.cuda.empty_cache()
 
 
-def load(config: ModelConfig, *, deepest: int | None = None, head: bool = False) -> LanguageModel:
+def load(
+    config: ModelConfig,
+    *,
+    deepest: int | None = None,
+    head: bool = False,
+    tokenizer: Tokenizer | None = None,
+) -> LanguageModel:
     """Load a text decoder in its own dtype, straight onto its device.
 
     Vision and audio towers are neither built nor read, nor is the language-model head unless
@@ -119,6 +125,7 @@ def load(config: ModelConfig, *, deepest: int | None = None, head: bool = False)
     Args:
         deepest: the last layer that is wanted, from 0 on; None: all. What lies above takes no
             memory.
+        tokenizer: the folder's, if it is loaded already.
 
     Raises:
         SettingError: the folder holds no complete causal language model with a tokenizer that has a
@@ -127,7 +134,8 @@ def load(config: ModelConfig, *, deepest: int | None = None, head: bool = False)
     folder, weights = complete(config.path, config.revision)
     whole = read_config(folder)
     require_layers(stored(config.path, folder), whole.get_text_config(), config.path)
-    tokenizer = Tokenizer.load(folder, whole.get_text_config().vocab_size)
+    if tokenizer is None:
+        tokenizer = Tokenizer.load(folder, whole.get_text_config().vocab_size)
     with ThreadPoolExecutor(1, thread_name_prefix="digest") as pool:
         digest = pool.submit(weights_digest, weights)
         if head:

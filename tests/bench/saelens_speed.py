@@ -4,7 +4,8 @@ Both sides get the same documents, tokenizer, random Llama in float32, layer, co
 tokens, and as many threads. The clock runs from text to the finished store on disk; imports,
 loading the model and a warm-up of a quarter of the tokens are outside it on both sides. Rounds
 alternate, each side in a process of its own, so that a busy machine slows both; a ratio is of
-tokens/s within one round.
+tokens/s within one round, and beside it one of CPU seconds, those of child processes included.
+`process` is both for a whole process, from its imports on.
 
 Where the sides differ, the difference is SAELens' gain: prompts per batch and buffers are chosen
 for it by trial on every model before the rounds, and ours are the defaults; its documents lie in
@@ -23,6 +24,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import shutil
 import statistics
 import subprocess
@@ -33,7 +35,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -44,7 +46,11 @@ PROMPTS, BUFFERS = (
     (1, 8),
 )  # what is tried for SAELens: rows per batch, parts the store is written in
 OURS = {"harvest": 1, "harvest_two": 2}  # layers
-SAELENS = {"saelens_float32": "float32", "saelens_float16": "float16", "saelens_tokens": "float16"}
+SAELENS = {
+    "saelens_float32": "float32",
+    "saelens_float16": "float16",
+    "saelens_tokens": "float16",
+}
 
 
 @dataclass(frozen=True)
@@ -65,10 +71,27 @@ CASES = (
     Case(
         "thin", width=1024, heads=1, head_dim=32, inner=32, depth=3, tokens=65_536
     ),  # 0.9 MFLOP a token: the writer
+    Case("short", width=1024, heads=1, head_dim=32, inner=32, depth=3, tokens=8192),
+    Case("long", width=1024, heads=1, head_dim=32, inner=32, depth=3, tokens=499_712),
     Case(
         "middle", width=512, heads=8, head_dim=64, inner=2048, depth=4, tokens=8192
     ),  # 25 MFLOP a token
 )
+
+
+class Spent(NamedTuple):
+    """What a run took."""
+
+    seconds: float  # of the clock
+    cpu_s: float  # of this process and of the children that it waited for
+
+    @classmethod
+    def so_far(cls) -> Spent:
+        """Since some moment."""
+        return cls(time.perf_counter(), sum(os.times()[:4]))
+
+    def since(self, before: Spent) -> Spent:
+        return Spent(self.seconds - before.seconds, self.cpu_s - before.cpu_s)
 
 
 def save_inputs(folder: Path, case: Case) -> None:
@@ -100,8 +123,8 @@ def save_inputs(folder: Path, case: Case) -> None:
             file.writelines(json.dumps({"text": text}) + "\n" for text in batch)
 
 
-def harvest_seconds(folder: Path, case: Case, tokens: int, layers: int) -> float:
-    """Seconds of one harvest of ours."""
+def harvest_spent(folder: Path, case: Case, tokens: int, layers: int) -> Spent:
+    """What one harvest of ours takes."""
     from residual_saes.data.text.sources import FileText
     from residual_saes.harvest.config import HarvestConfig
     from residual_saes.harvest.loop import harvest
@@ -110,18 +133,18 @@ def harvest_seconds(folder: Path, case: Case, tokens: int, layers: int) -> float
     lm = load(ModelConfig(str(folder / "model"), dtype="float32"))
     chosen = tuple(range(case.depth - 1 - layers, case.depth - 1))
     config = HarvestConfig(folder / "ours.zarr", chosen, tokens, case.context)
-    began = time.perf_counter()
+    began = Spent.so_far()
     store = harvest(config, lm, FileText(folder / "documents.jsonl"))
-    spent = time.perf_counter() - began
+    spent = Spent.so_far().since(began)
     assert store.rows == tokens
     shutil.rmtree(config.store)
     return spent
 
 
-def saelens_seconds(
+def saelens_spent(
     folder: Path, case: Case, tokens: int, arm: str, prompts: int, buffers: int
-) -> float:
-    """Seconds of one run of SAELens' runner that stores the same layer."""
+) -> Spent:
+    """What one run of SAELens' runner that stores the same layer takes."""
     from datasets import Dataset
     from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
     from transformers import AutoTokenizer
@@ -158,46 +181,58 @@ def saelens_seconds(
         documents = Dataset.from_dict({"tokens": rows}).with_format("torch")
     runner = CacheActivationsRunner(config, override_dataset=documents)
     assert config.n_buffers * config.n_tokens_in_buffer == tokens
-    began = time.perf_counter()
+    began = Spent.so_far()
     stored = runner.run()
-    spent = time.perf_counter() - began
+    spent = Spent.so_far().since(began)
     assert len(stored) * case.context == tokens
     del stored, runner
     shutil.rmtree(folder / "saelens")
     return spent
 
 
-def work(arm: str, folder: Path, case: Case, settings: dict[str, int]) -> dict[str, Any]:
+def work(
+    arm: str, folder: Path, case: Case, settings: dict[str, int], warm: bool
+) -> dict[str, Any]:
     """What a process of one side does: warm up, then measure; or try SAELens' settings and keep the
-    fastest.
+    fastest; or run once, if not `warm`, for whoever measures the process.
     """
 
-    def seconds(tokens: int, prompts: int = 0, buffers: int = 0) -> float:
+    def spent(tokens: int, prompts: int = 0, buffers: int = 0) -> Spent:
         if arm in OURS:
-            return harvest_seconds(folder, case, tokens, OURS[arm])
-        return saelens_seconds(folder, case, tokens, arm, prompts, buffers)
+            return harvest_spent(folder, case, tokens, OURS[arm])
+        return saelens_spent(folder, case, tokens, arm, prompts, buffers)
 
     warm_up = max(case.tokens // 4, max(PROMPTS) * case.context)
     if arm in SAELENS and not settings:
-        seconds(warm_up, PROMPTS[0], BUFFERS[0])
+        spent(warm_up, PROMPTS[0], BUFFERS[0])
         pairs = itertools.product(PROMPTS, BUFFERS)
-        _, prompts, buffers = min((seconds(warm_up, *pair), *pair) for pair in pairs)
+        _, prompts, buffers = min((spent(warm_up, *pair), *pair) for pair in pairs)
         return {"prompts": prompts, "buffers": buffers}
-    seconds(warm_up, **settings)
-    return {"seconds": seconds(case.tokens, **settings), "threads": torch.get_num_threads()}
+    if not warm:
+        spent(case.tokens, **settings)
+        return {"threads": torch.get_num_threads()}
+    spent(warm_up, **settings)
+    return {**spent(case.tokens, **settings)._asdict(), "threads": torch.get_num_threads()}
 
 
 def ask(
-    python: str, arm: str, folder: Path, case: Case, settings: dict[str, int]
+    python: str, arm: str, folder: Path, case: Case, settings: dict[str, int], warm: bool = True
 ) -> dict[str, Any]:
-    """The answer of a process of one side.
+    """The answer of a process of one side; if not `warm`, with what the whole process took.
 
     Raises:
         RuntimeError: it failed; with what it said.
     """
     task = json.dumps(
-        {"arm": arm, "folder": str(folder), "case": asdict(case), "settings": settings}
+        {
+            "arm": arm,
+            "folder": str(folder),
+            "case": asdict(case),
+            "settings": settings,
+            "warm": warm,
+        }
     )
+    began = Spent.so_far()
     done = subprocess.run(
         [python, "-m", "tests.bench.saelens_speed", "--work", task],
         capture_output=True,
@@ -207,6 +242,8 @@ def ask(
     if done.returncode:
         raise RuntimeError(f"{arm} failed:\n{done.stderr[-3000:]}")
     answer = json.loads(done.stdout.splitlines()[-1])
+    if not warm:
+        answer |= Spent.so_far().since(began)._asdict()
     assert isinstance(answer, dict)
     print(f"{case.name} {arm}: {answer}", file=sys.stderr, flush=True)
     return answer
@@ -222,22 +259,34 @@ def measure(case: Case, rounds: int, saelens_python: str) -> dict[str, Any]:
         pythons = {**dict.fromkeys(OURS, sys.executable), **dict.fromkeys(SAELENS, saelens_python)}
         tuned = ask(saelens_python, "saelens_float16", folder, case, {})
         settings = {arm: tuned if arm in SAELENS else {} for arm in pythons}
-        answers = [
-            {arm: ask(pythons[arm], arm, folder, case, settings[arm]) for arm in pythons}
-            for _ in range(rounds)
-        ]
+        answers = []
+        whole = []  # of processes that run once
+        for _ in range(rounds):
+            for kept, warm in ((answers, True), (whole, False)):
+                round_ = {}
+                for arm in pythons:
+                    round_[arm] = ask(pythons[arm], arm, folder, case, settings[arm], warm)
+                kept.append(round_)
     finally:
         shutil.rmtree(folder)
-    threads = {answer["threads"] for one in answers for answer in one.values()}
+    threads = {answer["threads"] for one in answers + whole for answer in one.values()}
     assert len(threads) == 1, f"the sides ran with {threads} threads"
     figures: dict[str, Any] = {"saelens_settings": tuned}
     for arm in pythons:
         rate = statistics.median(case.tokens / one[arm]["seconds"] for one in answers)
-        row_bytes = case.width * (4 if arm == "saelens_float32" else 2 * OURS.get(arm, 1))
+        row_bytes = case.width * (4 if SAELENS.get(arm) == "float32" else 2 * OURS.get(arm, 1))
         figures[arm] = {"tokens_per_s": rate, "MB_per_s": rate * row_bytes / 1e6}
+        for name, of in (("cpu_s", answers), ("process_cpu_s", whole)):
+            figures[arm][name] = statistics.median(one[arm]["cpu_s"] for one in of)
     for arm in SAELENS:
-        ratios = [one[arm]["seconds"] / one["harvest"]["seconds"] for one in answers]
-        figures[f"harvest_over_{arm}"] = spread(ratios)
+        figures[f"harvest_over_{arm}"] = {
+            kind: spread([one[arm][spent] / one["harvest"][spent] for one in of])
+            for kind, of, spent in (
+                ("clock", answers, "seconds"),
+                ("cpu", answers, "cpu_s"),
+                ("process_cpu", whole, "cpu_s"),
+            )
+        }
     return figures
 
 
@@ -273,7 +322,13 @@ def main(say: Callable[[str], None] = print) -> None:
         task = json.loads(asked.work)
         say(
             json.dumps(
-                work(task["arm"], Path(task["folder"]), Case(**task["case"]), task["settings"])
+                work(
+                    task["arm"],
+                    Path(task["folder"]),
+                    Case(**task["case"]),
+                    task["settings"],
+                    task["warm"],
+                )
             )
         )
     elif reason := without_saelens(asked.saelens_python):
