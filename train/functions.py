@@ -104,9 +104,9 @@ class _Decode(Function):
         kept = Kept(*pairs)
         upstream = upstream.contiguous()
         weights = None
-        values = kernels.values_gradient(upstream, kept, W_dec)
+        by_latent = Bags(order, starts)
+        values = kernels.values_gradient(upstream, kept, W_dec, by_latent)
         if ctx.needs_input_grad[-1]:
-            by_latent = Bags(order, starts)
             weights = kernels.weight_gradient(upstream, kept.values, kept.rows, by_latent)
         return values, None, None, None, None, None, weights
 
@@ -121,7 +121,7 @@ class _PerPair(Function):
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, indices: Tensor, *bags: Tensor) -> Tensor:
         ctx.save_for_backward(indices, *bags)
-        return parameter[indices]
+        return parameter.index_select(0, indices)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

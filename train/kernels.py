@@ -11,7 +11,7 @@ in ms):
     phase                    here                                       ms   otherwise
     top k                    two stages, partition on the CPU           10   31 (torch.topk)
     decoding                 embedding_bag with weights                2.1   44 (dense product)
-    gradient of kept values  embedding_bag's own weights backward      4.7   57 (dense product)
+    gradient of kept values  embedding_bag's weights backward          4.7   57 (dense product)
     gradient of one weight   embedding_bag, a bag per latent           2.0   45 (dense)
                                                                              69 (index_add)
     sort of the n k pairs    once for both weights                     0.6
@@ -32,6 +32,11 @@ from torch.nn.functional import embedding_bag
 
 from residual_saes.train import gpu
 
+_CACHED_BYTES = 16 << 20  # of a table that is gathered whole: about half a last-level cache
+_SLICE_BYTES = 2 << 20  # of a larger one at a time
+_LEAST_COLUMNS = 64
+_OFTEN = 8  # pairs for each row of table and result; with 4 it took longer than without
+_LANES = 16  # float32 of a cache line
 _GROUP = 8  # columns per group in the first stage: 4 costs 12 ms, 16 costs 11, 32 costs 13
 
 
@@ -126,22 +131,57 @@ def decode(kept: Kept, W_dec: Tensor) -> Tensor:
     """(bags, d) sums of the kept latents' directions; the caller adds b_dec."""
     if W_dec.is_cuda:
         return gpu.decode(*kept, W_dec)
-    return embedding_bag(
-        kept.indices, W_dec, kept.starts, mode="sum", per_sample_weights=kept.values
-    )
+    return _sums(kept.indices, W_dec, kept.starts, kept.values)
 
 
-def values_gradient(upstream: Tensor, kept: Kept, W_dec: Tensor) -> Tensor:
+def _sums(indices: Tensor, table: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+    """(bags, d) sums of each bag's rows of `table` times their weights, in the pairs' order.
+
+    A table that fits no cache is gathered a few columns at a time. Each sum remains the same to the
+    bit. That takes a copy of the table and of the result, so it pays where each of their rows is
+    met several times.
+
+    Args:
+        indices: (p,) each pair's row of `table` (m, d).
+        starts: (bags,) where each bag's pairs begin.
+        weights: (p,).
+    """
+    rows, width = table.shape
+    step = max(_LEAST_COLUMNS, _SLICE_BYTES // max(1, rows * table.element_size()))
+    few = len(indices) < _OFTEN * max(rows, len(starts))
+    if few or table.numel() * table.element_size() <= _CACHED_BYTES or width <= step:
+        return embedding_bag(indices, table, starts, mode="sum", per_sample_weights=weights)
+    result = table.new_empty(len(starts), width)
+    for first in range(0, width, step):
+        part = table[:, first : first + step].contiguous()
+        result[:, first : first + step] = embedding_bag(
+            indices, part, starts, mode="sum", per_sample_weights=weights
+        )
+    return result
+
+
+def values_gradient(
+    upstream: Tensor, kept: Kept, W_dec: Tensor, bags: Bags | None = None
+) -> Tensor:
     """(p,) the gradients of the kept values.
 
     Each is the product of the pair's direction with its bag's row of `upstream` (bags, d).
+
+    Args:
+        bags: the pairs by latent, if that has been done. A CPU then takes them in that order: a
+            direction stays in the cache for all its pairs, and `upstream` is smaller than W_dec.
+            The bits are the same where all rows are aligned alike.
     """
     if W_dec.is_cuda:
         return gpu.values_gradient(upstream, *kept[1:], W_dec)
-    flat: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        upstream, W_dec, kept.indices, kept.starts, kept.rows, 0
-    )
-    return flat
+    products = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    if bags is None or W_dec.shape[1] % _LANES:
+        flat: Tensor = products(upstream, W_dec, kept.indices, kept.starts, kept.rows, 0)
+        return flat
+    order = bags.order
+    rows, latents = kept.rows.index_select(0, order), kept.indices.index_select(0, order)
+    ordered = products(W_dec, upstream, rows, bags.starts, latents, 0)
+    return torch.empty_like(ordered).scatter_(0, order, ordered)
 
 
 def group_by_latent(indices: Tensor, d_sae: int) -> Bags:
@@ -160,12 +200,11 @@ def weight_gradient(source: Tensor, weights: Tensor, rows: Tensor, bags: Bags) -
         rows: (p,) the pairs' rows of `source`.
         bags: the pairs by latent.
     """
-    order = bags.order
     if source.is_cuda:
         return gpu.weight_gradient(source, weights, rows, *bags)
-    return embedding_bag(
-        rows[order], source, bags.starts, mode="sum", per_sample_weights=weights[order]
-    )
+    order = bags.order
+    by_latent = rows.index_select(0, order)  # five times as fast as rows[order]
+    return _sums(by_latent, source, bags.starts, weights.index_select(0, order))
 
 
 def latent_sums(weights: Tensor, indices: Tensor, d_sae: int, bags: Bags | None = None) -> Tensor:

@@ -42,8 +42,8 @@ from residual_saes.data.rows.reader import Reader
 from residual_saes.data.rows.source import Source
 from residual_saes.data.rows.split import Policy
 from residual_saes.data.store.store import Store
+from residual_saes.train import objective
 from residual_saes.train.blocks import Matmul
-from residual_saes.train.objective import find
 from residual_saes.train.optim import OptimConfig
 from residual_saes.train.stream import first_rows
 from residual_saes.train.trainer import TrainConfig, Trainer
@@ -68,15 +68,17 @@ PHASES += [
     "Adam",
     "projection",
 ]
-PHASES += ["counters", "figures to log", "other"]
+PHASES += ["AuxK", "resampling", "counters", "figures to log", "other"]
 # By function: the phase inside; and by the phase that it is called in, the one after, if that is
 # another.
 WATCHED: dict[str, tuple[str, dict[str, str]]] = {
     "residual_saes.train.dead.dead_latents": ("counters", {"scaling, centring": "other"}),
     "residual_saes.train.objective.losses": ("scaling, centring", {}),
-    "residual_saes.train.objectives.topk.TopK.main": ("error, loss", {}),
     "torch.autograd.grad": ("b_dec, b_enc gradients", {}),
     "residual_saes.train.product.encode": ("top k", {}),
+    "residual_saes.train.product.encode_above": ("top k", {}),
+    "residual_saes.train.product.encode_batch": ("top k", {}),
+    "residual_saes.train.objective.auxk": ("AuxK", {}),
     "residual_saes.train.kernels.decode": ("decode", {}),
     "residual_saes.train.kernels.values_gradient": ("gradient of kept values", {}),
     "residual_saes.train.kernels.group_by_latent": ("sort", {}),
@@ -86,8 +88,11 @@ WATCHED: dict[str, tuple[str, dict[str, str]]] = {
     "residual_saes.train.dead.count_": ("counters", {}),
     "torch.Tensor.__matmul__": ("rotation", {}),
     "residual_saes.train.sae.SAE.project_": ("projection", {}),
+    "residual_saes.train.trainer.Trainer.resample_": ("resampling", {}),
     "residual_saes.train.trainer.Trainer._record": ("figures to log", {}),
 }
+for name in objective.names():
+    WATCHED[f"residual_saes.train.objectives.{name}.OBJECTIVE.main"] = ("error, loss", {})
 BLOCK = 10  # steps
 
 
@@ -106,8 +111,9 @@ class Shape:
     threads: int
 
     def config(self) -> TrainConfig:
-        of_sae = settings("sae", self.sae, d_sae=self.d_sae, k=self.k)
-        sae = find(of_sae["activation"]).settings(**of_sae)
+        given = settings("sae", self.sae, d_sae=self.d_sae, k=self.k)
+        given["k_aux"] = given["k_aux"] or 4 * self.k  # as train/recipe.py
+        sae = objective.find(given["activation"]).settings(**given)
         optim = OptimConfig(**settings("optim", self.optim))
         return TrainConfig(
             layer=0, batch=self.batch, matmul=self.matmul, log_every=BLOCK, sae=sae, optim=optim

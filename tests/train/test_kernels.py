@@ -85,6 +85,28 @@ def test_gradient_kernels_equal_dense_ones():
     assert torch.equal(kept.active(), (dense > 0).sum(1))
 
 
+@pytest.mark.parametrize("d", [203, 208])  # the last slice is narrow, and odd
+def test_order_and_slices_of_gathers_change_no_bit(monkeypatch, d):
+    n, d_sae, k = 70, 32, 12
+    upstream, W_dec = draw(n, d), draw(d_sae, d, seed=1)
+    kept = Kept.even(*draw(n, d_sae, seed=3).topk(k, dim=1))
+    bags = kernels.group_by_latent(kept.indices, d_sae)
+    whole = kernels.decode(kept, W_dec)
+    gradient = kernels.weight_gradient(upstream, kept.values, kept.rows, bags)
+    by_row = kernels.values_gradient(upstream, kept, W_dec)
+    assert torch.equal(kernels.values_gradient(upstream, kept, W_dec, bags), by_row)
+    for name, value in {"_CACHED_BYTES": 0, "_SLICE_BYTES": 1, "_LEAST_COLUMNS": 64}.items():
+        monkeypatch.setattr(kernels, name, value)
+    met = []
+    bag = kernels.embedding_bag
+    monkeypatch.setattr(
+        kernels, "embedding_bag", lambda *given, **named: met.append(given) or bag(*given, **named)
+    )
+    assert torch.equal(kernels.decode(kept, W_dec), whole)
+    assert torch.equal(kernels.weight_gradient(upstream, kept.values, kept.rows, bags), gradient)
+    assert [given[1].shape[1] for given in met] == 2 * [64, 64, 64, d - 192]
+
+
 def dense_of(kept, n, d_sae):
     return torch.zeros(n, d_sae).index_put((kept.rows, kept.indices), kept.values)
 
