@@ -45,6 +45,14 @@ def dead_latents(silent: Tensor, dead_after: int) -> Tensor:
     return (silent >= dead_after).nonzero().view(-1)
 
 
+def in_turns(latents: Tensor, most: int, step: int) -> Tensor:
+    """At most `most` of latents (D,): steps in a row take others, so each has its turn."""
+    if len(latents) <= most:
+        return latents
+    turn = torch.arange(step * most, (step + 1) * most, device=latents.device) % len(latents)
+    return latents.index_select(0, turn.sort().values)
+
+
 def resample_(
     sae: SAE, adam: Adam, latents: Tensor, error: Tensor, draw: Tensor, read: Tensor | None = None
 ) -> None:

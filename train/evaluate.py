@@ -29,6 +29,7 @@ from residual_saes.train.columns import Columns
 from residual_saes.train.kernels import Kept
 from residual_saes.train.parallel import Group
 from residual_saes.train.sae import SAE
+from residual_saes.train.view import Shared, View
 
 
 class Fidelity:
@@ -124,32 +125,33 @@ def _explained(sums: Sequence[float], elements: int, scale: float) -> dict[str, 
 class Evaluation:
     """Figures of an SAE in training, which works on scaled rows, over raw rows."""
 
-    def __init__(
-        self, sae: SAE, columns: Columns, limit: int | None, basis: Tensor | None = None
-    ) -> None:
+    def __init__(self, sae: SAE, view: View, limit: int | None) -> None:
         """Start empty.
 
         Args:
+            view: what the SAE works on.
             limit: rows, to the end of the batch that reaches it; None: all.
-            basis: (d, d) orthogonal, if the SAE works on scaled rows times that.
         """
         self._sae = sae
-        self._columns = columns
+        self._view = view
         self._limit = limit
-        self._basis = basis
         self._rows = 0
-        self._fidelity = Fidelity(columns, sae.d_sae, basis)
+        self._fidelity = Fidelity(view.columns, sae.d_sae, view.basis)
 
     @property
     def wants_more(self) -> bool:
         return self._limit is None or self._rows < self._limit
 
-    def add(self, batch: Tensor) -> None:
-        """Count (n, c) raw rows, on any device."""
-        rows = self._columns.scaled(batch)
-        x, y = self._columns.split(rows if self._basis is None else rows @ self._basis)
+    def add(self, batch: Tensor, shared: Shared | None = None) -> None:
+        """Count (n, c) raw rows, on any device.
+
+        Args:
+            shared: what other evaluations made of these rows, for them to share.
+        """
+        rows, turned = self._view.of(batch, shared)
+        x, y = self._view.columns.split(turned)
         kept = self._sae.encode(x)
-        _, written = self._columns.split(rows)
+        _, written = self._view.columns.split(rows)
         self._fidelity.add(written, y - self._sae.reconstruct(x, kept), kept)
         self._rows += len(rows)
 
@@ -164,5 +166,6 @@ def evaluate(evaluations: Sequence[Evaluation], rows: Iterable[Tensor]) -> None:
         wanting = [evaluation for evaluation in evaluations if evaluation.wants_more]
         if not wanting:
             break
+        shared: Shared = {}
         for evaluation in wanting:
-            evaluation.add(batch)
+            evaluation.add(batch, shared)

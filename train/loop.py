@@ -27,6 +27,7 @@ from residual_saes.train.evaluate import evaluate
 from residual_saes.train.parallel import Group
 from residual_saes.train.stream import Stream
 from residual_saes.train.trainer import Trainer
+from residual_saes.train.view import Shared
 
 
 def _train(runs: list[Run], failures: _Failures, stop: StopRequest, group: Group) -> None:
@@ -79,10 +80,12 @@ def _train(runs: list[Run], failures: _Failures, stop: StopRequest, group: Group
                 with failures.ending(*_of(stream, runs)):
                     batches[stream] = next(feeds[stream])
 
-            # One optimizer step of each run.
+            # One optimizer step of each run. Those that see a batch alike scale and turn it once.
+            seen: dict[Stream, Shared] = {stream: {} for stream in batches}
             for run in _going_on(here):
                 with failures.ending(run):
-                    _step(run, batches[run.arm.stream], shown)
+                    _step(run, batches[run.arm.stream], seen[run.arm.stream], shown)
+            seen.clear()
             step += 1
             if group.rank == 0:
                 shown.line()
@@ -158,9 +161,9 @@ def _require_room(run: Run, failed: Sequence[Arm]) -> None:
             )
 
 
-def _step(run: Run, batch: Tensor, shown: _Shown) -> None:
+def _step(run: Run, batch: Tensor, seen: Shared, shown: _Shown) -> None:
     """One optimizer step: train/trainer.py."""
-    record = run.trainer.step_(batch)
+    record = run.trainer.step_(batch, seen)
     if record:
         speed = shown.speed(run.step) * run.arm.config.batch
         run.note(record, speed)
@@ -227,6 +230,8 @@ def train_together(
     """
     group = group or Group()
     with _deterministic(), torch.no_grad(), StopRequest() as stop, ExitStack() as stack:
+        if device.type == "cpu":
+            stack.enter_context(memory.kept_when_freed())
         failures = _Failures(len(arms) > 1)
         tell_begin = header.tell_run if len(arms) == 1 else header.tell_arm
         opened = [_opened(arm, device, group, stop, stack, tell_begin) for arm in arms]

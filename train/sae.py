@@ -68,6 +68,10 @@ class SAEConfig:
     kind: str = "sae"  # what it reads and writes, one of train.ports.KINDS
     target: str | None = None  # transcoder: the site that it writes; None: mlp_out
     skip: bool = False  # transcoder: an affine way around the latents (arXiv 2501.18823)
+    # Keep dead latents cheap in short runs. dead_after=None is then at least 8 periods of a latent
+    # of average frequency (8 d_sae / k tokens) and 2 batches, and AuxK chooses in each step among
+    # at most 4 k_aux dead latents, which take turns.
+    bound_dead: bool = False
     # What runs had before those settings were there, and do not record.
     LATER: ClassVar[Mapping[str, Any]] = {
         "scale_rows": True,
@@ -75,6 +79,7 @@ class SAEConfig:
         "kind": "sae",
         "target": None,
         "skip": False,
+        "bound_dead": False,
     }
 
     def __post_init__(self) -> None:

@@ -29,9 +29,15 @@ from residual_saes.train.optim import Adam, OptimConfig, learning_rate, resolved
 from residual_saes.train.parallel import Group
 from residual_saes.train.ports import Ports, ports_of
 from residual_saes.train.sae import SAE, SAEConfig, in_files, recorded
+from residual_saes.train.view import Shared, View
 
 _VERIFY = "`python -m harvest action=verify` names the unit"
 _DEAD_AFTER = 10_000_000  # tokens, at most
+_DEAD_PERIODS = (
+    8  # of a latent of average frequency, at least: by chance one in 3,000 is silent so long
+)
+_DEAD_BATCHES = 2  # at least: what one batch leaves out is chance
+_AUX_CHOICE = 4  # times k_aux: dead latents of which AuxK takes k_aux in a step
 _RESAMPLE_AFTER = 3  # times dead_after without firing: AuxK is tried first
 _RESAMPLE_UNTIL = 0.8  # of the run: what restarts later has no time to learn
 
@@ -150,9 +156,7 @@ class Trainer:
         own = None if self.columns.ports.is_autoencoder else b_in
         fresh = self.objective.started(sae.initial(config.sae, b_dec, config.seed, own))
         self.optim = resolved(config.optim, config.sae.d_sae, self.steps)
-        self.dead_after = config.sae.dead_after or max(
-            1, min(_DEAD_AFTER, self.steps * config.batch // 25)
-        )
+        self.dead_after = dead_after(config.sae, self.steps, config.batch)
         learned = self.objective.parameters(fresh)
         silent = dead.fresh_counters(config.sae.d_sae, device)
         if self.optim.first_step == 0:  # as if each latent had fired in the first batch
@@ -162,6 +166,7 @@ class Trainer:
             self.state.restarted = torch.zeros_like(silent)
         if config.sae.rotate:
             self.state.basis = torch.eye(len(self.columns.mean), device=device)
+        self._look()
         self.as_is: SAE | None = None  # what training started from, until it is evaluated
 
     @property
@@ -174,6 +179,11 @@ class Trainer:
         for name, tensor in self.state.tensors().items():
             tensor.copy_(saved.tensors[name])
         self.state.step = saved.step
+        self._look()
+
+    def _look(self) -> None:
+        """See batches in the basis that the state has now."""
+        self.view = View(self.columns, self.state.basis, self.config.sae.d_sae)
 
     @property
     def rows_to_begin(self) -> int:
@@ -202,6 +212,7 @@ class Trainer:
             state.basis.copy_(start.principal_axes(target))
             target = target @ state.basis
             state.sae.b_dec.copy_(state.sae.b_dec @ state.basis)
+            self._look()
         centred = target if state.sae.b_in is None else x - state.sae.b_in
         if config.init == "rows":
             start.from_rows_(state.sae, centred, target, whiten=state.basis is not None)
@@ -226,6 +237,7 @@ class Trainer:
             state.basis.copy_(start.principal_axes(rows - self.columns.mean.float()))
             begun = begun.folded(1.0, state.basis.T)
             x = x @ state.basis
+            self._look()
         for name, tensor in begun.parameters().items():
             if name != "threshold":
                 getattr(state.sae, name).copy_(tensor)
@@ -244,8 +256,11 @@ class Trainer:
             )
         return self.columns.scaled(first)
 
-    def step_(self, batch: Tensor) -> dict[str, Any] | None:
+    def step_(self, batch: Tensor, shared: Shared | None = None) -> dict[str, Any] | None:
         """One optimizer step on raw rows (batch, c); its record, if it is one to log.
+
+        Args:
+            shared: what other arms of these rows made of them, for them to share.
 
         Raises:
             NonFiniteError: the loss is NaN or infinite; nothing was changed.
@@ -254,15 +269,18 @@ class Trainer:
         config = self.config
 
         # The rows: this process's share, scaled, in the basis.
-        rows = self.columns.scaled(self.group.share(batch))
-        x, y = self.columns.split(rows if state.basis is None else rows @ state.basis)
+        rows, turned = self.view.of(self.group.share(batch), shared)
+        x, y = self.columns.split(turned)
 
         # Losses and gradients. Device sync: nonzero must know how many latents are dead.
         dying = dead.dead_latents(state.silent, self.dead_after)
         if state.step == 0 and config.start is None:
             self.objective.begin_(state.sae, state.sae.centred(x))
+        learning = dying
+        if config.sae.bound_dead:
+            learning = dead.in_turns(dying, _AUX_CHOICE * config.sae.k_aux, state.step)
         result = objective.losses(
-            self.objective, state.sae, x, y, dying, self.mean_variance, self.group
+            self.objective, state.sae, x, y, learning, self.mean_variance, self.group
         )
 
         # Stop before one NaN spoils every weight. Device sync, once a step.
@@ -339,12 +357,12 @@ class Trainer:
     def evaluation(self) -> Evaluation:
         """Of held-out rows: all of them at a warm start and at the end, `eval_rows` between."""
         limit = None if self.state.step in (0, self.steps) else self.config.eval_rows
-        return Evaluation(self.state.sae, self.columns, limit, self.state.basis)
+        return Evaluation(self.state.sae, self.view, limit)
 
     def evaluation_as_is(self) -> Evaluation | None:
         """Of what training starts from, as it is; None: from nothing, or it was evaluated."""
         as_is, self.as_is = self.as_is, None
-        return None if as_is is None else Evaluation(as_is, self.columns, None)
+        return None if as_is is None else Evaluation(as_is, View(self.columns), None)
 
     def held_out_record(
         self, evaluation: Evaluation, as_is: Evaluation | None = None
@@ -366,6 +384,16 @@ class Trainer:
 
     def _position(self) -> dict[str, int]:
         return {"step": self.state.step, "tokens": self.state.step * self.config.batch}
+
+
+def dead_after(config: SAEConfig, steps: int, batch: int) -> int:
+    """Tokens without firing that make a latent dead, in a run of so many steps."""
+    if config.dead_after is not None:
+        return config.dead_after
+    after = max(1, min(_DEAD_AFTER, steps * batch // 25))
+    if config.bound_dead:  # in short runs nearly all would count as dead
+        after = max(after, _DEAD_PERIODS * config.d_sae // config.k, _DEAD_BATCHES * batch)
+    return after
 
 
 def _require_divisible(config: TrainConfig, world: int) -> None:

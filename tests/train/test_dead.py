@@ -1,9 +1,13 @@
 """Counters of silence."""
 
+from dataclasses import replace
+
 import torch
 
 from residual_saes.train import dead
 from residual_saes.train.kernels import Kept
+from residual_saes.train.sae import SAEConfig
+from residual_saes.train.trainer import dead_after
 
 
 def count_(silent, kept):
@@ -36,3 +40,19 @@ def test_counters_do_not_overflow():
     silent += 2**31 - 1
     count_(silent, Kept.even(torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.int64)))
     assert silent.tolist() == [2**31 + 1]
+
+
+def test_dead_latents_take_turns():
+    latents = torch.tensor([1, 4, 5, 8, 9])
+    assert torch.equal(dead.in_turns(latents, 5, 3), latents)
+    turns = [dead.in_turns(latents, 2, step).tolist() for step in range(5)]
+    assert turns == [[1, 4], [5, 8], [1, 9], [4, 5], [8, 9]]
+
+
+def test_a_short_run_waits_before_it_calls_latents_dead():
+    settings = SAEConfig(d_sae=4096, k=32, dead_after=None, bound_dead=True)
+    assert dead_after(settings, 150, 2048) == 150 * 2048 // 25  # the usual rule
+    assert dead_after(settings, 20, 2048) == 2 * 2048  # what one batch leaves out is chance
+    assert dead_after(settings, 20, 64) == 8 * 128
+    assert dead_after(replace(settings, bound_dead=False), 20, 64) == 51  # as it was
+    assert dead_after(replace(settings, dead_after=7), 20, 64) == 7

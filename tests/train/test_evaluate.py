@@ -7,6 +7,7 @@ from residual_saes.train.columns import Columns
 from residual_saes.train.evaluate import Evaluation
 from residual_saes.train.evaluate import evaluate as evaluate_together
 from residual_saes.train.ports import ports_of
+from residual_saes.train.view import View
 from tests.train.reference import dense_activations, random_sae
 
 
@@ -29,7 +30,7 @@ def columns(mean, scale=1.0):
 
 
 def evaluate(sae, rows, mean, scale, limit):
-    alone = Evaluation(sae, columns(mean, scale), limit)
+    alone = Evaluation(sae, View(columns(mean, scale)), limit)
     evaluate_together([alone], rows)
     return alone.figures()
 
@@ -74,8 +75,8 @@ def test_several_read_once_and_each_as_much_as_it_wants():
     read = []
     rows = (read.append(number) or part for number, part in enumerate(x.split(50)))
     few, many = (
-        Evaluation(sae, columns(mean), 60),
-        Evaluation(random_sae(12, 64, 3, dtype=torch.float32), columns(mean), 200),
+        Evaluation(sae, View(columns(mean)), 60),
+        Evaluation(random_sae(12, 64, 3, dtype=torch.float32), View(columns(mean)), 200),
     )
     evaluate_together([few, many], rows)
     assert read == [0, 1, 2, 3, 4]

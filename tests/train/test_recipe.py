@@ -123,7 +123,7 @@ def test_the_encoder_begins_short_and_the_decoder_with_its_directions():
 
 @pytest.mark.parametrize(
     ("kind", "later"),
-    [(SAEConfig, {"scale_rows": False, "aux_relu": False}), (OptimConfig, {"eps": 1e-8})],
+    [(SAEConfig, {"scale_rows": False, "bound_dead": True}), (OptimConfig, {"eps": 1e-8})],
 )
 def test_settings_that_came_later_are_recorded_only_where_they_differ(kind, later):
     """So that a run of before them is the same run, and goes on."""

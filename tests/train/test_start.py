@@ -14,6 +14,7 @@ from residual_saes.data.errors import Interrupted, SettingError
 from residual_saes.data.rows.follower import FollowsNobody
 from residual_saes.train import checkpoint, dead, start
 from residual_saes.train.arm import Arm
+from residual_saes.train.checkpoint import Checkpoint
 from residual_saes.train.evaluate import evaluate
 from residual_saes.train.loop import train, train_together
 from residual_saes.train.optim import Adam, OptimConfig
@@ -173,6 +174,40 @@ def test_a_rotated_start_is_half_whitened_in_the_rows_axes():
         rotated.state.sae.W_dec, normalize(whitened, dim=1)[:48].float(), rtol=1e-3, atol=1e-4
     )
     torch.testing.assert_close(basis @ rotated.state.sae.b_dec, plain.state.sae.b_dec)
+
+
+def test_arms_that_see_a_batch_alike_share_it_and_keep_their_bits():
+    """And those with another basis or scale do not."""
+    reader = planted()
+    alike = [begun(reader, init="rows", rotate=True, k=k) for k in (2, 3)]
+    others = [
+        begun(reader, init="rows", rotate=True, d_sae=128),  # needs more rows to begin
+        begun(reader, init="rows", rotate=True, scale_rows=False),
+        begun(reader, init="rows"),
+    ]
+    alone = [begun(reader, init="rows", rotate=True, k=k) for k in (2, 3)]
+    for number in range(3):
+        batch, shared = reader.draw(number, BATCH), {}
+        for trainer in [*alike, *others]:
+            trainer.step_(batch, shared)
+        assert len(shared) == 4
+        for trainer in alone:
+            trainer.step_(batch)
+    for beside, by_itself in zip(alike, alone, strict=True):
+        for name, tensor in by_itself.state.tensors().items():
+            assert torch.equal(beside.state.tensors()[name], tensor), name
+
+
+def test_a_basis_that_is_restored_is_the_one_that_batches_are_turned_by():
+    reader = planted()
+    trainer = begun(reader, init="rows", rotate=True)
+    other = Trainer(trainer.config, reader, CPU)
+    batch = reader.draw(0, BATCH)
+    assert torch.equal(*other.view.of(batch))  # not turned yet
+    saved = {name: tensor.clone() for name, tensor in trainer.state.tensors().items()}
+    other.restore(Checkpoint(0, 0, "", saved))
+    assert torch.equal(other.view.of(batch)[1], trainer.view.of(batch)[1])
+    assert other.view.key == trainer.view.key
 
 
 # -- starting dead latents again -------------------------------------------------------------------
