@@ -86,7 +86,7 @@ WATCHED: dict[str, tuple[str, dict[str, str]]] = {
     "residual_saes.train.optim.Adam.step_": ("Adam", {}),
     "residual_saes.train.dead.firings": ("counters", {}),
     "residual_saes.train.dead.count_": ("counters", {}),
-    "torch.Tensor.__matmul__": ("rotation", {}),
+    "residual_saes.train.view.View._turned": ("rotation", {}),
     "residual_saes.train.sae.SAE.project_": ("projection", {}),
     "residual_saes.train.trainer.Trainer.resample_": ("resampling", {}),
     "residual_saes.train.trainer.Trainer._record": ("figures to log", {}),
@@ -168,8 +168,6 @@ class Clock:
 
         def call(*given: Any, **named: Any) -> Any:
             before = self.phase
-            if inside == "rotation" and before != "scaling, centring":
-                return function(*given, **named)
             result = self.within(inside, function, *given, **named)
             if before in behind:
                 self.cut(behind[before])
