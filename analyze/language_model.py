@@ -100,6 +100,7 @@ def residuals(
     """
     for numbers, ids in batches(sequences, tokens or batch_tokens(lm)):
         with tap(lm, points, ends=True) as taken, suppress(DeepestReached):
+            # Device sync: the family's own masks.
             lm.decoder(input_ids=ids.to(lm.config.device), use_cache=False)
         for row, number in enumerate(numbers):
             length = len(sequences[number])
@@ -235,6 +236,7 @@ def head_deviation(lm: LanguageModel, ids: Sequence[int]) -> float:
             f"have {lm.d_model}, so they cannot be read this way"
         )
     last = len(lm.blocks) - 1
+    # Device sync, at the start: the family's own masks, and the comparison.
     first = torch.tensor([ids[:_CHECKED_TOKENS]], device=lm.config.device)
     with tap(lm, [last]) as taken:
         own = lm.causal(input_ids=first, use_cache=False).logits.float()
@@ -296,6 +298,7 @@ def generate(
         mask[row, start:] = 1
     stopping = _Stopping(lm, width, stops)
     drawing = [] if sampling is None else [_Drawing(sampling, width)]
+    # Device sync, each token: transformers looks whether all rows have ended.
     output = lm.causal.generate(
         input_ids=ids.to(lm.config.device),
         attention_mask=mask.to(lm.config.device),
@@ -307,7 +310,7 @@ def generate(
         stopping_criteria=[stopping],
         logits_processor=drawing,
     )
-    written = output[:, width:].tolist()
+    written = output[:, width:].tolist()  # device sync
     return [_cut(new, ends, stopping.length[row]) for row, new in enumerate(written)]
 
 
@@ -380,9 +383,10 @@ class _Stopping:
         width = ids.shape[1]
         note(f"{len(ids)} answers: {width - self._width} tokens written")
         start = max(self._width, width - self._window)
-        for row in range(len(ids)):
+        # Device sync, once a token: the text decides whether a row ends.
+        for row, written in enumerate(ids[:, start:].tolist()):
             if self.length.get(row) is None:
-                tail = self._decode(ids[row, start:])
+                tail = self._decode(written)
                 stopped = any(stop in tail for stop in self._stops)
                 self.length[row] = width - self._width if stopped else None
         ended = [self.length[row] is not None for row in range(len(ids))]

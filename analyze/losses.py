@@ -4,6 +4,8 @@ Pieces of documents are read alone. Every interval is from resampling documents,
 rows: differences are paired.
 
 Shapes: b sequences, t positions, n tokens that are predicted, R edits, V vocabulary.
+
+Losses of a batch are kept on the host, so it waits for the device.
 """
 
 from __future__ import annotations

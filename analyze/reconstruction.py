@@ -5,6 +5,8 @@ targets one by one, and all of them together, each scaled as in training. Of a t
 baselines beside it: see `Baselines`.
 
 Shapes: n rows, d the width of what is explained, F d_sae, S subsets.
+
+Figures of rows are made on the host, so each batch waits for the device.
 """
 
 from __future__ import annotations

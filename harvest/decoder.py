@@ -193,6 +193,7 @@ def find_final_norm(decoder: nn.Module, blocks: nn.ModuleList) -> nn.Module:
             handles.append(child.register_forward_hook(note))
     try:
         with torch.inference_mode():
+            # Device sync, at the start: the family's own masks.
             decoder(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
     finally:
         for handle in handles:

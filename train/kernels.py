@@ -60,7 +60,9 @@ class Kept(NamedTuple):
         starts = torch.arange(
             0, n * k, k, device=indices.device
         )  # in one piece: kernels read it so
-        return cls(values.reshape(-1), indices.reshape(-1), rows, starts)
+        # Of one column a reshape is a view in steps.
+        flat = (values.reshape(-1).contiguous(), indices.reshape(-1).contiguous())
+        return cls(*flat, rows, starts)
 
     def active(self) -> Tensor:
         """(n,) int64 latents above 0 in each row."""

@@ -10,6 +10,8 @@ layer computes any from its own input, it changes nothing, to the last bit (`pro
 
 Shapes: b sequences, t positions, n positions of one sequence, d d_model, F latents, m changed
 latents, V vocabulary.
+
+Figures of a text are kept on the host, so it waits for the device.
 """
 
 from __future__ import annotations

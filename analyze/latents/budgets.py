@@ -2,6 +2,8 @@
 
 Sparsity may be chosen after training: `replace(sae, k=k')` is the same SAE at k' <= k. TopK loses
 much there, HierarchicalTopK little (train/objectives/hierarchical.py).
+
+Figures of rows are made on the host, so each batch waits for the device.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """A decoder's directions beside other directions, and what they say to the language model's head.
 
 Shapes: F latents, G other directions, d d_model, V vocabulary, K kept of each.
+
+Each part is kept on the host as it is made, so it waits for the device.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Firings(NamedTuple):
 
 def positive(kept: Kept) -> Pairs:
     """The kept latents that are above 0. TopK keeps k a row, some of them with the value 0."""
-    fires = kept.values > 0
+    fires = (kept.values > 0).nonzero().view(-1)  # device sync: how many fire
     return Pairs(kept.indices[fires], kept.rows[fires], kept.values[fires])
 
 
@@ -96,7 +96,7 @@ def encode(sae: SAE, unit: Unit, parts: Parts = NOWHERE) -> Kept:
 
 def _owners(starts: Tensor, pairs: int) -> Tensor:
     """(p,) the bag of each of `pairs` pairs, given where each bag begins."""
-    counts = torch.diff(starts, append=starts.new_tensor([pairs]))
+    counts = torch.diff(starts, append=starts.new_full((1,), pairs))
     return torch.repeat_interleave(counts)
 
 
@@ -118,9 +118,9 @@ def _encoded(sae: SAE, unit: Unit) -> Kept:
 
 def taken(kept: Kept, rows: Tensor) -> Kept:
     """The latents of some rows (m,), in that order; `Kept.rows` then counts from 0 in `rows`."""
-    ends = torch.cat([kept.starts[1:], kept.starts.new_tensor([len(kept.values)])])
+    ends = torch.cat([kept.starts[1:], kept.starts.new_full((1,), len(kept.values))])
     counts = ends[rows] - kept.starts[rows]
     starts = counts.cumsum(0) - counts
-    owners = torch.repeat_interleave(counts)
+    owners = torch.repeat_interleave(counts)  # device sync: how many there are
     pair = torch.arange(len(owners), device=owners.device) + (kept.starts[rows] - starts)[owners]
     return Kept(kept.values[pair], kept.indices[pair], owners, starts)

@@ -147,6 +147,7 @@ def random_error(reconstructed: Replaced) -> Replaced:
     """
 
     def noisy(read: Tensor, rows: Tensor) -> Tensor:
+        # Device sync: the rows are the seed.
         seed = int(durable.digest(b"splice %d" % SEED, rows.cpu().numpy().tobytes())[:15], 16)
         generator = torch.Generator(rows.device).manual_seed(seed)
         noise = torch.randn(rows.shape, generator=generator, device=rows.device)

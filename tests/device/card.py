@@ -262,12 +262,14 @@ class Card:
         wanted = None if asked is None else torch.device(asked)
         if wanted is not None and wanted.type == "cuda":
             wanted, kwargs["device"] = touched(wanted), CPU
+        elif func is Tensor.new_tensor and wanted is None:
+            wanted = self.device_of(args[0])
         result = func(*args, **kwargs)
         for tensor in _each(result):
             with torch._C.DisableTorchFunction():
                 place = place_of(tensor)
                 if wanted is not None and wanted.type == "cuda":
-                    if func is torch.tensor:
+                    if func in (torch.tensor, Tensor.new_tensor):
                         self.wait(FROM_HOST)
                     self._made(tensor, wanted)
                 elif wanted is not None or (place and place.device is None and not _each_in(args)):

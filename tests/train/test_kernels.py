@@ -66,6 +66,8 @@ def test_pairs_lie_in_one_piece():
     kept = Kept.even(torch.ones(5, 3), torch.arange(15).view(5, 3))
     assert all(column.is_contiguous() for column in kept)
     assert kept.starts.tolist() == [0, 3, 6, 9, 12]
+    one = Kept.even(torch.ones(5, 3)[:, :1], torch.arange(15).view(5, 3)[:, :1])
+    assert all(column.is_contiguous() for column in one)
 
 
 def test_gradient_kernels_equal_dense_ones():

@@ -15,6 +15,8 @@ Integers are dictionaries of few bits: 9.2 bytes a row in all in units of 65,536
 for 4 million tokens at k = 128.
 
 Shapes: p pairs of a latent and a token, F d_sae.
+
+A unit's latents are written from the host, so it waits for the device.
 """
 
 from __future__ import annotations

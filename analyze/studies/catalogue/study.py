@@ -234,7 +234,7 @@ def read(
 def _identity(subject: Subject) -> str:
     """Digest of everything that the index follows from."""
     weights = []
-    for tensor in subject.sae.tensors().values():
+    for tensor in subject.sae.tensors().values():  # device sync
         weights.append(durable.digest(tensor.cpu().numpy().tobytes()))
     follows = {
         "weights": weights,

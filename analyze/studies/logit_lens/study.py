@@ -23,6 +23,8 @@ mean nothing. Intervals are from resampling prompts.
 
 Shapes: L layers, n positions of all prompts, m positions of one block, C classes and scripts, S
     orders of the null, V vocabulary, d d_model.
+
+Figures of a prompt are kept on the host, so it waits for the device.
 """
 
 from __future__ import annotations
