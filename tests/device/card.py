@@ -387,8 +387,8 @@ class Card:
         self._require_one_device(func, name, args, placed, cuda)
         if torch.are_deterministic_algorithms_enabled() and name in _UNDETERMINED:
             raise self.fault(f"{name} has no deterministic way on CUDA")
-        if name in _PRODUCTS and not args[-1].dtype.is_floating_point:
-            raise self.fault(f"{name} of {args[-1].dtype} is not there on CUDA")
+        if name in _PRODUCTS and not args[1].dtype.is_floating_point:
+            raise self.fault(f"{name} of {args[1].dtype} is not there on CUDA")
         stream = current_stream(device)
         stream.count += 1
         writes = set()

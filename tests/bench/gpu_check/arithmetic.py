@@ -55,7 +55,7 @@ WAYS = {
 }
 
 
-def ways(device: torch.device) -> dict[str, Way]:
+def ways_on(device: torch.device) -> dict[str, Way]:
     """Those that there are on a device."""
     there = {name: way for name, way in WAYS.items() if way.product in product.ways(device.type)}
     if device.type != "cuda":
@@ -65,9 +65,13 @@ def ways(device: torch.device) -> dict[str, Way]:
 
 @contextmanager
 def pinned(way: Way, size: Size, device: torch.device) -> Iterator[None]:
-    """Encoders of this shape work this way, from now on."""
+    """Within the block the product of encoders of this shape goes this way."""
+    product.unpin()
     product.pin(size.d, size.d_sae, device, way.product)
-    yield
+    try:
+        yield
+    finally:
+        product.unpin()
 
 
 @torch.no_grad()
@@ -79,6 +83,9 @@ def part(device: torch.device, notes: Notes, size: Size = RUN) -> None:
     for what, compare in COMPARED.items():
         with notes.piece(what):
             notes.check(what, compare(problem))
+    with notes.piece("encoder product, chosen"):
+        lines = product.choice(size.d, size.d_sae, device).table()
+        notes.table("encoder product, chosen", lines)
     with notes.piece("encode"):
         encoders(problem, size, device, notes)
     del problem
@@ -160,7 +167,7 @@ COMPARED = {
 def encoders(p: Problem, size: Size, device: torch.device, notes: Notes) -> None:
     """Every way's kept latents, and fp32's of a whole batch and above a threshold."""
     found: dict[str, Kept] = {}
-    for name, way in ways(device).items():
+    for name, way in ways_on(device).items():
         with notes.piece(f"encode, {name}"), pinned(way, size, device):
             found[name] = product.encode(p.x, p.W_dec, p.b_enc, p.k, way.matmul)
     scale = float(p.x.norm(dim=1).amax()) / size.d**0.5  # all directions have norm 1

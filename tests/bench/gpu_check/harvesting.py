@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import shutil
 import tempfile
 import time
@@ -10,12 +11,16 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
+from residual_saes.data import tuning
 from residual_saes.data.device import free_bytes
 from residual_saes.data.text.sources import TinyText
 from residual_saes.data.tiny.embedded import MODEL_DIR
+from residual_saes.data.tuning import Choice
+from residual_saes.harvest import attention_trial
 from residual_saes.harvest.cost import cost
 from residual_saes.harvest.tokens import Tokenizer
 from tests.bench.gpu_check.notes import Notes
@@ -29,42 +34,61 @@ E4B = BENCH["e4b"]
 _SMALL: Any = copy.deepcopy(CONFIGS["gemma4"])
 _SMALL.vocab_size = _SMALL.vocab_size_per_layer_input = 1024
 TOY = Shape(_SMALL, (2, 4), tokens=1024, context=64, batch=4, unit=256)
-TINY = {"part": {"whole": TOY}}
-_SECONDS, _SHARE = 10, 0.3  # that a harvest may take, at this share of the card's peak
+TINY = {"part": {"whole": TOY}, "attention": {"whole": TOY}}
+_SHARE = 0.3  # of the card's peak, which a harvest is expected to reach
 _ROOM = 1.5  # bytes of disk free, over those of the rows
 _MEMORY = 22e9  # bytes: E4B's weights while they are made, two batches
 
 
 def part(device: torch.device, notes: Notes, whole: Shape = E4B) -> None:
-    """Both layers, and the upper one alone."""
-    free = free_bytes(device) or 0
-    if whole is E4B and free < _MEMORY:
-        notes.table("left out", [f"needs {_MEMORY / 1e9:.0f} GB of the card's; {free:,} are free"])
-        return
+    """Both layers, and the upper one alone; attention by SDPA."""
     documents = [one.content for one in islice(TinyText().documents(None), 2000)]
     began = time.perf_counter()
     ids = Tokenizer.load(MODEL_DIR).encode(documents)
     speed = sum(map(len, ids)) / (time.perf_counter() - began)
     notes.figure("text into tokens, alone", speed, "tokens/s")
-    product = 1e3 * Clock(device, 3).rates["bf16"]
-    notes.figure("a large product in bfloat16", product / 1e12, "TFLOP/s")
     for layers in dict.fromkeys((whole.layers, whole.layers[:1])):
         name = "+".join(f"L{layer}" for layer in layers)
         with notes.piece(f"harvest to {name}"):
-            _harvest(replace(whole, layers=layers), name, product, device, notes)
+            _harvest(replace(whole, layers=layers), name, device, notes)
 
 
-def _harvest(shape: Shape, name: str, product: float, device: torch.device, notes: Notes) -> None:
-    """One whole harvest, then the bare forward passes of its units.
+def attention(device: torch.device, notes: Notes, whole: Shape = E4B) -> None:
+    """The upper layer, attention by the fastest way that the card has, as in a long harvest."""
+    shape, choose, chosen = replace(whole, layers=whole.layers[:1]), tuning.choose, list[Choice]()
 
-    Args:
-        product: FLOP/s of a large one in bfloat16.
-    """
+    def kept(*given: Any, **named: Any) -> Choice:
+        chosen.append(choose(*given, **named))
+        return chosen[-1]
+
+    worth = mock.patch.object(attention_trial, "WORTH_TRYING", 0)
+    with worth, mock.patch.object(tuning, "choose", kept):
+        _harvest(shape, f"L{shape.layers[0]}, attention tried", device, notes, seconds=3)
+    for choice in chosen:
+        notes.table("choice", choice.table())
+
+
+def _harvest(
+    shape: Shape, name: str, device: torch.device, notes: Notes, seconds: float = 10
+) -> None:
+    """One whole harvest of some seconds, then the bare forward passes of its units."""
+    if device.type == "cuda":
+        gc.collect()  # the model before this one
+        torch.cuda.empty_cache()
+    free = free_bytes(device) or 0
+    if device.type == "cuda" and free < _MEMORY:
+        notes.table(
+            "left out", [f"needs {_MEMORY / 1e9:.0f} GB of the card; {free:,} bytes are free"]
+        )
+        return
+    product = 1e3 * Clock(device, 3).rates["bf16"]  # FLOP/s of a large one
+    notes.figure("a large product in bfloat16", product / 1e12, "TFLOP/s")
     flop = cost(shape.config, shape.layers, "bfloat16", shape.batch, shape.context).flop
     folder = Path(tempfile.mkdtemp())
     try:
         if device.type == "cuda":
-            shape = sized(shape, product / flop, shutil.disk_usage(folder).free)
+            tokens = _SHARE * seconds * product / flop
+            shape = sized(shape, tokens, shutil.disk_usage(folder).free)
         found = one_round(shape, device.type, folder)
     finally:
         shutil.rmtree(folder)
@@ -81,13 +105,8 @@ def _harvest(shape: Shape, name: str, product: float, device: torch.device, note
     notes.table(f"harvest to {name}", [*lines, *(f"{one:<10}{found[one]:8.2f} s" for one in found)])
 
 
-def sized(shape: Shape, tokens_per_s: float, room: float) -> Shape:
-    """A harvest of some seconds, whose rows fit on the disk.
-
-    Args:
-        tokens_per_s: at the card's peak.
-        room: bytes free.
-    """
+def sized(shape: Shape, tokens: float, room: float) -> Shape:
+    """A harvest of so many tokens, whose rows fit on the disk with `room` bytes free."""
     rows = shape.config.hidden_size * 2 * len(shape.layers)
-    most = min(_SHARE * tokens_per_s * _SECONDS, room / _ROOM / rows, shape.tokens)
+    most = min(tokens, room / _ROOM / rows, shape.tokens)
     return replace(shape, tokens=max(2, int(most / shape.unit)) * shape.unit)

@@ -17,7 +17,7 @@ from torch import Tensor
 from residual_saes.train import kernels, objective, product
 from residual_saes.train.run import CHECKPOINTS, METRICS
 from residual_saes.train.sae_file import FILE
-from tests.bench.gpu_check.arithmetic import RUN, TOY, Size, Way, kept_of, pinned, ways
+from tests.bench.gpu_check.arithmetic import RUN, TOY, Size, Way, kept_of, pinned, ways_on
 from tests.bench.gpu_check.notes import Notes
 from tests.bench.gpu_check.training import begun, shape_of
 from tests.bench.kernel_speed import Problem
@@ -42,8 +42,11 @@ def repeated(
     """Kernels and training steps, twice each."""
     with notes.piece("kernels"):
         notes.check("kernels: the same bits twice", differing(_kernel_results, size, device))
-    fp32 = ways(device)["fp32"]
-    runs = [(f"topk_32k, {name}", size, way, "topk_32k") for name, way in ways(device).items()]
+    fp32 = ways_on(device)["fp32"]
+    runs: list[tuple[str, Size, Way, str]] = []
+    for name, way in ways_on(device).items():
+        of_run = size if way.matmul == "fp32" else objectives  # a trainer takes seconds to begin
+        runs.append((f"topk_32k, {name}", of_run, way, "topk_32k"))
     for kind in objective.names():
         sae = "rows_32k" if kind == "topk" else f"{kind}_32k"
         runs.append((sae, objectives, fp32, sae))
@@ -72,7 +75,7 @@ def _kernel_results(size: Size, device: torch.device) -> Iterator[tuple[str, Ten
     yield "values_gradient", kernels.values_gradient(p.upstream, kept, p.W_dec)
     yield "weight_gradient", kernels.weight_gradient(p.x, kept.values, kept.rows, bags)
     yield "latent_sums", kernels.latent_sums(kept.values, kept.indices, p.d_sae, bags)
-    for name, way in ways(device).items():
+    for name, way in ways_on(device).items():
         with pinned(way, size, device):
             found = product.encode(p.x, p.W_dec, p.b_enc, p.k, way.matmul)
         yield f"encode, {name}", found.values
@@ -84,7 +87,7 @@ def _stepped(
 ) -> Iterator[tuple[str, Tensor]]:
     """The state after some steps; a quarter of the latents counts as dead at first."""
     trainer, batch = begun(shape_of(size, way, device, sae))
-    trainer.state.silent[::4] = _DAY
+    trainer.state.silent[::4].fill_(_DAY)
     for _ in range(steps):
         trainer.step_(batch())
     yield from trainer.state.tensors().items()
@@ -101,17 +104,18 @@ def resumed(device: torch.device, notes: Notes, steps: int = 400) -> None:
         train = ["-m", "train", "sae=tiny", "optim=tiny", f"store={store}", f"device={device}"]
         train += [f"tokens={64 * steps}", "batch=64", "checkpoint_every=5", "eval_every=50"]
         whole = folder / "whole"
-        ended(folder, *train, f"run={whole}")
+        undisturbed = start(*train, f"run={whole}", files=said(folder))
         for number in range(_TRIES):
             run = folder / f"killed_{number}"
             child = start(*train, f"run={run}", files=said(folder))
             if killed(child, run / CHECKPOINTS):
                 break
+        end(undisturbed, folder)
         if (run / FILE).exists():
             notes.check("killed and resumed", f"{_TRIES} runs ended before they were killed")
             return
         at = max(file.stem for file in (run / CHECKPOINTS).glob("*.json"))
-        ended(folder, *train, f"run={run}")
+        end(start(*train, f"run={run}", files=said(folder)), folder)
         differ = []
         for name in (FILE, METRICS):
             if (whole / name).read_bytes() != (run / name).read_bytes():
@@ -123,7 +127,7 @@ def harvested(folder: Path, device: torch.device) -> Path:
     """A small store of the embedded model's residuals."""
     store = folder / "store.zarr"
     harvest = ["-m", "harvest", "model=tiny", "text=tiny", "tokens=32768", "context=64"]
-    ended(folder, *harvest, f"store={store}", f"device={device}")
+    end(start(*harvest, f"store={store}", f"device={device}", files=said(folder)), folder)
     return store
 
 
@@ -141,17 +145,16 @@ def start(*command: str, files: list[Path]) -> int:
     return os.posix_spawn(sys.executable, given, os.environ, file_actions=actions)
 
 
-def ended(folder: Path, *command: str) -> None:
-    """Run `python COMMAND`.
+def end(child: int, folder: Path) -> None:
+    """Wait for a command's end.
 
     Raises:
-        RuntimeError: it failed; with the last line that it said.
+        RuntimeError: it failed; with the last line that was said.
     """
-    child = start(*command, files=said(folder))
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code:
         lines = said(folder)[1].read_text().strip().splitlines()
-        raise RuntimeError(f"{command[1]} ended with {code}: {lines[-1] if lines else 'silently'}")
+        raise RuntimeError(f"a command ended with {code}: {lines[-1] if lines else 'silently'}")
 
 
 def killed(child: int, checkpoints: Path) -> bool:

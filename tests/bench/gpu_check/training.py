@@ -17,8 +17,9 @@ import torch
 from residual_saes.train import objective
 from residual_saes.train.trainer import Trainer
 from tests.bench.dense import dense_loss, dense_weights
-from tests.bench.gpu_check.arithmetic import RUN, TOY, Size, Way, pinned, ways
+from tests.bench.gpu_check.arithmetic import RUN, TOY, Size, Way, pinned, ways_on
 from tests.bench.gpu_check.notes import Notes
+from tests.bench.precision import as_in_training
 from tests.bench.train_phases import Shape, phases
 from tests.bench.train_speed import InMemory
 
@@ -61,19 +62,19 @@ def part(
 ) -> None:
     """Steps at a run's size, each way; then at the size of the stored timings."""
     losses: dict[str, float] = {}
-    for name, way in ways(device).items():
+    for name, way in ways_on(device).items():
         with notes.piece(f"steps, {name}"), pinned(way, size, device):
             losses[name] = _steps(size, name, way, device, notes, steps, aim=AIM)
             off = abs(losses[name] / losses["fp32"] - 1)
             said = f"{off:.1e} from fp32's, as a share"
             held = off <= _SAME_LOSS.get(name, 1e-4)
             notes.check(f"first loss, {name}", None if held else said, said)
-    for name, way in ways(device).items():
+    for name, way in ways_on(device).items():
         with notes.piece(f"steps, d {stored.d}, {name}"), pinned(way, stored, device):
             _steps(stored, name, way, device, notes, steps, passes=True)
     with notes.piece("dense pass"):
         _dense(stored, device, notes, steps)
-    for name, way in ways(device).items():
+    for name, way in ways_on(device).items():
         if name in ("tf32", "exact"):
             with notes.piece(f"phases, {name}"), pinned(way, size, device):
                 _phases(size, name, way, device, notes)
@@ -137,7 +138,7 @@ def _passed(trainer: Trainer, batch: torch.Tensor) -> objective.Losses:
 
 def _dense(size: Size, device: torch.device, notes: Notes, steps: int) -> None:
     """Forward and backward done densely by autograd, as most do it."""
-    shape = shape_of(size, ways(device)["fp32"], device)
+    shape = shape_of(size, ways_on(device)["fp32"], device)
     weights = dense_weights(shape)
     x = _reader(size.d, size.batch, device.type)[1][0].float()
 
@@ -145,6 +146,7 @@ def _dense(size: Size, device: torch.device, notes: Notes, steps: int) -> None:
         with torch.enable_grad():
             torch.autograd.grad(dense_loss(weights, x, size.k), [*weights.values()])
 
+    as_in_training(deterministic=False)
     setting = torch.backends.cuda.matmul
     before = setting.fp32_precision
     for name, precision in {"fp32": "ieee", "tf32": "tf32"}.items():
@@ -153,6 +155,7 @@ def _dense(size: Size, device: torch.device, notes: Notes, steps: int) -> None:
         what = f"training, d {size.d}, {name}: forward and backward, dense"
         notes.figure(what, ms, "ms", elsewhere=_DENSE)
     setting.fp32_precision = before
+    as_in_training()
 
 
 def _phases(size: Size, name: str, way: Way, device: torch.device, notes: Notes) -> None:
