@@ -35,10 +35,12 @@ from residual_saes.data.store.kinds import BOS, NON_FINITE
 from residual_saes.data.store.moments import Moments
 from residual_saes.data.store.place import Place, place_of
 from residual_saes.data.store.store import Store
+from residual_saes.train import product
 from residual_saes.train.kernels import Kept
 from residual_saes.train.ports import Port, Ports, recorded_ports
-from residual_saes.train.run import CONFIG, read_config, sae_of
+from residual_saes.train.run import CONFIG, read_config, sae_of, ways_in
 from residual_saes.train.sae import SAE
+from residual_saes.train.ways import PRODUCT
 
 # Operations of encoding a unit on a CPU from which its latents are kept: 20 s of a core.
 SLOW_UNIT = 1e12
@@ -166,6 +168,11 @@ class Subject:
         """
         config = read_config(run)
         sae, digest = sae_of(run, device)
+        # As training encoded, where this machine can. Nothing is measured here: a study that is
+        # stopped and goes on must come out the same.
+        way = ways_in(config["environment"]).get(PRODUCT)
+        if way in product.ways(device.type):
+            sae = replace(sae, by=way)
         way_out = "restore it, or choose another run="
         with reading(f"{run / CONFIG} is not what training wrote", way_out):
             ports = recorded_ports(config["settings"])

@@ -68,6 +68,7 @@ def choose(
     *,
     seconds: float,
     device: torch.device | str,
+    repeats: Callable[[T, T], bool] | None = None,
 ) -> Choice:
     """The fastest right candidate; the first unless another is at least 5 % faster.
 
@@ -76,6 +77,8 @@ def choose(
 
     Args:
         fault: says in a few words why a result is wrong; None: it is right.
+        repeats: whether two results are the same; then each is run twice, and one that gives
+            another result the second time is left out.
 
     Raises:
         MemoryError or another refusal of an allocator: of the first candidate. Another way that
@@ -85,7 +88,10 @@ def choose(
     first = next(iter(candidates))
     for name, run in candidates.items():
         try:
-            faults[name] = fault(run())
+            found = run()
+            faults[name] = fault(found)
+            if repeats and not (faults[name] or repeats(found, run())):
+                faults[name] = "gives other bits each time"
             _wait(device)  # an error of a kernel shows itself when the device is waited for
         except Exception as error:
             if name == first and machine.is_out_of_memory(error):

@@ -53,6 +53,7 @@ WORDS = {
 # Settings without a default that name nothing.
 NAMELESS = {
     *("layer", "tokens", "unit", "max_bytes", "rank", "world", "device", "train.matmul", "codec"),
+    "train.ways",
     *("log", "context", "batch", "sae.d_sae", "sae.k", "sae.k_aux"),
     *("site", "sae.target", "study.most_ce_increase"),
     *("accept", "drop_bos", "drop_outliers", "feature", "scale"),

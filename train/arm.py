@@ -24,14 +24,16 @@ from residual_saes.data.journal import Metrics, read_metrics, tell
 from residual_saes.data.rows import statistics
 from residual_saes.data.rows.follower import Follower, FollowsNobody
 from residual_saes.data.store import records
-from residual_saes.train import checkpoint, recipe, run, sae_file
+from residual_saes.train import checkpoint, recipe, run, sae_file, ways
 from residual_saes.train.checkpoint import Checkpoint
+from residual_saes.train.columns import widths_of
 from residual_saes.train.optim import warmup_steps
 from residual_saes.train.parallel import Group
 from residual_saes.train.stream import Stream
 from residual_saes.train.trackers import Trackers
 from residual_saes.train.trainer import TrainConfig, Trainer
 from residual_saes.train.warm import Start
+from residual_saes.train.ways import Shape, Ways
 
 Outcome = dict[str, Any] | PipelineError  # the final held-out record, or why there is none
 
@@ -48,6 +50,7 @@ class Arm:
     facts: Mapping[str, Any] = field(default_factory=dict)
     start: Start | None = None  # config.start is its digest
     log: tuple[str, ...] = ()  # programs that get the curves too: train/trackers.py
+    ways: Mapping[str, str] | None = None  # asked for; None: recorded or measured (train/ways.py)
 
 
 class Run:
@@ -78,6 +81,8 @@ class Run:
         self.outcome: Outcome | None = None
         self._is_warned = False  # that the SAE is worse than the rows' mean
         self._tell_begin = tell_begin
+        self._here = environment.of_training(device, group.world)
+        self._ways = self._settled(device)
         self.trainer = Trainer(arm.config, arm.stream.reader, device, group)
         with ExitStack() as stack:
             if group.rank == 0:
@@ -88,13 +93,29 @@ class Run:
                 stack.enter_context(locks.locked(arm.folder, busy))
                 durable.make_directory(arm.folder / run.CHECKPOINTS)
                 durable.sweep(arm.folder / run.CHECKPOINTS)
-            self._settings = self._agree(device) if group.rank == 0 else ""
+            self._settings = self._agree() if group.rank == 0 else ""
             if group.rank == 0:
                 self._open(stack, stop)
             self._share()
             self._closing = stack.pop_all()
 
-    def _agree(self, device: torch.device) -> str:
+    def _settled(self, device: torch.device) -> Ways:
+        """The ways of process 0, for all processes."""
+        arm = self.arm
+        sae = arm.config.sae
+        widths = widths_of(arm.config.ports, arm.stream.reader)
+        shape = Shape(*widths, sae.d_sae, sae.k, arm.config.batch // self.group.world)
+        settled = Ways()
+        if self.group.rank == 0:
+            known = arm.ways
+            if known is None:
+                known = run.recorded_ways(arm.folder, self._here)
+            settled = ways.settle(shape, device, arm.config.matmul, known)
+            tell(*settled.lines)
+        text = self.group.text_from_first(ways.written(settled))
+        return settled if self.group.rank == 0 else ways.take(text, shape, device)
+
+    def _agree(self) -> str:
         """Compare the settings with the directory's, or write them; their digest."""
         arm = self.arm
         trainer = self.trainer
@@ -119,7 +140,7 @@ class Run:
             recipe.rate_warning(float(trainer.optim.lr), arm.config.sae.d_sae, trainer.steps),
             recipe.size_warning(arm.config.sae.d_sae, arm.config.sae.k, tokens),
         )
-        here = environment.of_training(device, self.group.world)
+        here = {**self._here, **({"ways": self._ways.taken} if self._ways.taken else {})}
         later = {"sae": arm.config.sae.LATER, "optim": arm.config.optim.LATER}
         unrecorded = {**arm.config.LATER, **later}
         for line in run.agree(arm.folder, settings, facts, here, unrecorded):
@@ -168,6 +189,9 @@ class Run:
         self._trackers = stack.enter_context(closing(Trackers(self.arm.log, folder, records)))
         timings = _timings(folder / run.TIMINGS, saved)
         self._timings = stack.enter_context(closing(timings))
+        if self._ways.choices:
+            found = {choice.what: choice.recorded() for choice in self._ways.choices}
+            self._timings.write({"step": step, "ways": found})
         durable.sync_directory(folder)
 
     def _begin(self, first: Tensor) -> None:

@@ -19,7 +19,7 @@ from residual_saes.data.rows.source import Source
 from residual_saes.data.rows.split import Policy
 from residual_saes.data.settings import build, flag, optional_whole, whole
 from residual_saes.data.store import coming, default
-from residual_saes.train import objective, recipe, run, trackers
+from residual_saes.train import objective, recipe, run, trackers, ways
 from residual_saes.train.arm import Arm
 from residual_saes.train.asked import Asked, stem
 from residual_saes.train.columns import widths_of
@@ -127,7 +127,8 @@ def arm(settings: dict[str, Any], job: Job = ALONE) -> Arm:
         **({"started_from": start.named} if start else {}),
         **_variance_lost(sources),
     }
-    return Arm(config, stream, folder, follower, facts, start, log)
+    asked_ways = ways.asked(settings["train"]["ways"], device)
+    return Arm(config, stream, folder, follower, facts, start, log, asked_ways)
 
 
 def continued(settings: dict[str, Any], job: Job) -> dict[str, Any]:

@@ -37,17 +37,16 @@ _pinned: dict[tuple[str, int], str] = {}
 
 
 def pin(kernel: str, d_sae: int, way: str) -> str:
-    """Let a kernel go a way for dictionaries of `d_sae` latents; the way that it goes.
-
-    The first that is pinned stays: the arms of one process share it.
+    """Let a kernel go a way for dictionaries of `d_sae` latents, until `unpin`; the one it goes:
+    the first that was pinned.
     """
     assert way in WAYS[kernel], (kernel, way)
     return _pinned.setdefault((kernel, d_sae), way)
 
 
-def pinned(kernel: str, d_sae: int) -> str | None:
-    """The way that was pinned; None: none was."""
-    return _pinned.get((kernel, d_sae))
+def unpin() -> None:
+    """Let all kernels go the first way again."""
+    _pinned.clear()
 
 
 def _way(kernel: str, d_sae: int, table: Tensor, bags: int = 0) -> Way:

@@ -21,7 +21,7 @@ from residual_saes.data.errors import Interrupted, PipelineError, StopRequest, T
 from residual_saes.data.journal import Progress, duration, figure, tell
 from residual_saes.data.rows import statistics
 from residual_saes.data.rows.copy import to_device
-from residual_saes.train import header, memory
+from residual_saes.train import header, memory, ways
 from residual_saes.train.arm import Arm, Outcome, Run
 from residual_saes.train.evaluate import evaluate
 from residual_saes.train.parallel import Group
@@ -232,6 +232,7 @@ def train_together(
     with _deterministic(), torch.no_grad(), StopRequest() as stop, ExitStack() as stack:
         if device.type == "cpu":
             stack.enter_context(memory.kept_when_freed())
+        stack.callback(ways.forget)
         failures = _Failures(len(arms) > 1)
         tell_begin = header.tell_run if len(arms) == 1 else header.tell_arm
         opened = [_opened(arm, device, group, stop, stack, tell_begin) for arm in arms]

@@ -112,6 +112,17 @@ class Group:
                 dist.broadcast(whole, 0)
             tensor.copy_(whole)
 
+    def text_from_first(self, text: str) -> str:
+        """Process 0's text."""
+        if self.world == 1:
+            return text
+        size = self.largest(len(text.encode()) if self.rank == 0 else 0)
+        found = torch.zeros(size, dtype=torch.uint8, device=self._device)
+        if self.rank == 0:
+            found = torch.tensor([*text.encode()], dtype=torch.uint8, device=self._device)
+        self.from_first_([found])
+        return bytes(found.tolist()).decode()  # device sync, once a run
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true in any process."""
         return bool(self.largest(int(flag)))

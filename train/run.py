@@ -106,6 +106,29 @@ def agree(
     return lines
 
 
+def recorded_ways(run: Path, here: Mapping[str, Any]) -> dict[str, str] | None:
+    """The ways (train/ways.py) that a run recorded when it began; {} of an earlier version.
+
+    None: it has not begun, its record is damaged, or it began on another device.
+
+    Args:
+        here: the environment.
+    """
+    kept = record(run)
+    if not (run / CONFIG).exists() or (kept and kept.fault(CONFIG)):
+        return None
+    environment = _parsed(run)["environment"]
+    if environment.get("device") != here["device"]:
+        return None
+    return ways_in(environment)
+
+
+def ways_in(environment: Mapping[str, Any]) -> dict[str, str]:
+    """The ways in a recorded environment."""
+    recorded = environment.get("ways", {})
+    return {str(what): str(way) for what, way in recorded.items()}
+
+
 def _require_empty(run: Path) -> None:
     """Raise StoreError if a new run's directory holds anything but arms of a multirun."""
     foreign = [
@@ -334,7 +357,9 @@ def _parsed(run: Path) -> dict[str, Any]:
     way_out = "restore it, or choose another run="
     recorded = yaml_object(path, way_out)
     with reading(f"{path} is not what training wrote", way_out):
-        for part in (recorded["settings"], recorded["environment"], recorded.get("source", {})):
+        environment = recorded["environment"]
+        ways = environment.get("ways", {})
+        for part in (recorded["settings"], environment, recorded.get("source", {}), ways):
             if not isinstance(part, dict):
                 raise TypeError("a group of it is no mapping")
     return recorded

@@ -177,6 +177,8 @@ class SAE:
     threshold: Tensor | None = None  # (F,) at least 0
     b_in: Tensor | None = None  # (d,) of a transcoder; None: b_dec
     W_skip: Tensor | None = None  # (d, d_out) an affine way around the latents
+    # How its rows are encoded (train/product.py). None: the way that this process has settled.
+    by: str | None = "torch"
 
     @classmethod
     def of(
@@ -219,8 +221,8 @@ class SAE:
         """
         centred = self.centred(x)
         if self.threshold is None:
-            return product.encode(centred, self.encoder, self.b_enc, self.k)
-        return product.encode_above(centred, self.encoder, self.b_enc, self.threshold)
+            return product.encode(centred, self.encoder, self.b_enc, self.k, by=self.by)
+        return product.encode_above(centred, self.encoder, self.b_enc, self.threshold, by=self.by)
 
     def centred(self, x: Tensor) -> Tensor:
         """(n, d) rows x less b_in, in the weights' type."""
@@ -339,6 +341,7 @@ def in_files(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def initial(config: SAEConfig, b_dec: Tensor, seed: int, b_in: Tensor | None = None) -> SAE:
     """The SAE before its first step: random unit directions, encoder = decoder, no encoder bias.
+    It encodes as training does.
 
     With init=kaiming the encoder is drawn as nn.init.kaiming_uniform_(W_enc, a=sqrt(5)) draws it,
     so its elements are below 1 / sqrt(F), and the decoder has its directions.
@@ -366,6 +369,7 @@ def initial(config: SAEConfig, b_dec: Tensor, seed: int, b_in: Tensor | None = N
         own = torch.randn((config.d_sae, len(b_dec)), generator=generator).to(b_dec.device)
         skip = b_dec.new_zeros(len(b_in), len(b_dec)) if config.skip else None
         sae = SAE(encoder, own, b_enc, b_dec.clone(), config.k, None, b_in.clone(), skip)
+    sae = replace(sae, by=None)
     sae.project_()
     if not kaiming:
         sae.encoder.copy_(sae.W_dec if b_in is None else normalize(encoder, dim=1))

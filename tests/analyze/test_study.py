@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from residual_saes.analyze import results
 from residual_saes.analyze.kept import grow, read_lines
@@ -21,6 +22,8 @@ from residual_saes.analyze.study import Definition, Study, find, modules
 from residual_saes.analyze.subject import Subject
 from residual_saes.data.errors import Interrupted, SettingError, StoreError, TemporaryError
 from residual_saes.harvest.model import ModelConfig
+from residual_saes.train import blocks, product
+from residual_saes.train.run import CONFIG
 from tests.analyze.conftest import Made
 
 
@@ -279,3 +282,29 @@ def test_the_report_is_made_anew_each_time(asked: Callable[..., Study]) -> None:
     for _ in range(2):
         asked().perform(replace(Definition(run), fresh=True))
     assert run.times == 2 and not (asked().folder / "shape.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("recorded", "wanted"), [(None, "torch"), ("openblas", "openblas"), ("abacus", "torch")]
+)
+def test_rows_are_encoded_as_the_run_recorded_and_nothing_is_measured(
+    made: Made,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recorded: str | None,
+    wanted: str,
+) -> None:
+    """Otherwise a study that is stopped and goes on could come out in other bits."""
+    run = tmp_path / "run"
+    shutil.copytree(made.run, run)
+    whole = yaml.safe_load((run / CONFIG).read_text())
+    if recorded:
+        whole["environment"]["ways"] = {"product": recorded}
+    (run / CONFIG).write_text(yaml.safe_dump(whole))
+    monkeypatch.setattr(product, "ways", lambda kind: ["torch", "openblas"])
+    monkeypatch.setattr(product, "SMALL", 0)
+    monkeypatch.setattr(product, "_tried", None)
+    monkeypatch.setattr(blocks, "openblas_product_", lambda out, x, W: torch.mm(x, W.T, out=out))
+    subject = Subject.open(run, None, torch.device("cpu"))
+    assert subject.sae.by == wanted
+    next(subject.firings(1))

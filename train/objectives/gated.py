@@ -20,8 +20,8 @@ Shapes: n rows, d = d_model, F = d_sae, p pairs whose gate is open.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -78,6 +78,7 @@ class GatedSAE(SAE):
             threshold,
             self.b_in,
             self.W_skip,
+            self.by,
         )
 
     def encode(self, x: Tensor) -> Kept:
@@ -102,7 +103,8 @@ class Gated(Objective):
 
     def started(self, sae: SAE) -> GatedSAE:
         zeros = torch.zeros_like(sae.b_enc)
-        return GatedSAE(**sae.parameters(), k=sae.k, r_mag=zeros, b_gate=zeros.clone())
+        own: dict[str, Any] = {field.name: getattr(sae, field.name) for field in fields(sae)}
+        return GatedSAE(**own, r_mag=zeros, b_gate=zeros.clone())
 
     def begin_(self, sae: SAE, centred: Tensor) -> None:
         assert isinstance(sae, GatedSAE)
