@@ -199,7 +199,7 @@ def test_kernels_on_a_card_that_is_not_there(
     with Card(0) as card:
         arithmetic.part(torch.device("cuda"), notes, arithmetic.TOY)
     found = {check["what"]: check["held"] for check in notes.read()["check"]}
-    assert all(found.values()) and {"encode, tf32", "encode, bf16"} <= {*found}
+    assert all(found.values()) and {"encode, tf32", "encode, exact"} <= {*found}
     assert {"topk", "decode", "weight_gradient"} <= {*card.kernels}
 
 

@@ -13,9 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from residual_saes.train import kernels, product
+from residual_saes.train import gpu, kernels, product
+from residual_saes.train import ways as run_ways
 from residual_saes.train.blocks import Matmul
 from residual_saes.train.kernels import Kept
+from residual_saes.train.ways import Ways
 from tests.bench import kernel_speed
 from tests.bench.gpu_check.notes import Notes
 from tests.bench.kernel_speed import Problem
@@ -64,14 +66,15 @@ def ways_on(device: torch.device) -> dict[str, Way]:
 
 
 @contextmanager
-def pinned(way: Way, size: Size, device: torch.device) -> Iterator[None]:
-    """Within the block the product of encoders of this shape goes this way."""
-    product.unpin()
+def pinned(way: Way, size: Size, device: torch.device) -> Iterator[Ways]:
+    """Within the block all goes as in a run of this shape, whose product is this way."""
+    run_ways.forget()
     product.pin(size.d, size.d_sae, device, way.product)
+    shape = run_ways.Shape(size.d, *size)
     try:
-        yield
+        yield run_ways.settle(shape, device, way.matmul, None)
     finally:
-        product.unpin()
+        run_ways.forget()
 
 
 @torch.no_grad()
@@ -83,9 +86,12 @@ def part(device: torch.device, notes: Notes, size: Size = RUN) -> None:
     for what, compare in COMPARED.items():
         with notes.piece(what):
             notes.check(what, compare(problem))
-    with notes.piece("encoder product, chosen"):
-        lines = product.choice(size.d, size.d_sae, device).table()
-        notes.table("encoder product, chosen", lines)
+    with notes.piece("ways of a run"), pinned(WAYS["fp32"], size, device) as settled:
+        for choice in settled.choices:
+            notes.table(choice.what, choice.table())
+        for what in {*settled.taken} & {*COMPARED}:
+            if settled.taken[what] != gpu.FIRST:
+                notes.check(f"{what}, {settled.taken[what]}", COMPARED[what](problem))
     with notes.piece("encode"):
         encoders(problem, size, device, notes)
     del problem
