@@ -96,14 +96,16 @@ def choose(
         except Exception as error:
             if name == first and machine.is_out_of_memory(error):
                 raise
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            faults[name] = reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}..."
+            faults[name] = _reason(error)
     right = {name: run for name, run in candidates.items() if faults[name] is None}
-    times = _times(right, seconds, device) if len(right) > 1 else {}
-    chosen = next(iter(right), first)
+    times = {}
+    if len(right) > 1:
+        times, raised = _times(right, seconds, device)
+        faults |= raised
+    chosen = next((name for name in right if faults[name] is None), first)
     if times:
         fastest = min(times, key=times.__getitem__)
-        if times[fastest] <= _FASTER * times[chosen]:
+        if times[fastest] <= _FASTER * times.get(chosen, 0.0):
             chosen = fastest
     trials = tuple(Trial(name, times.get(name), faults[name]) for name in candidates)
     return Choice(what, chosen, trials)
@@ -111,25 +113,36 @@ def choose(
 
 def _times(
     ways: Mapping[str, Callable[[], T]], seconds: float, device: torch.device | str
-) -> dict[str, float]:
-    """The least time of a call of each, in ms.
+) -> tuple[dict[str, float], dict[str, str]]:
+    """The least time of a call of each, in ms; and why some raised, which have no time.
 
     In turns, so that a change of the machine's speed meets all of them.
     """
     times: dict[str, float] = {}
+    raised: dict[str, str] = {}
     end = time.perf_counter() + seconds
     for turn in range(_TURNS):
         for name, run in ways.items():
-            if turn and times[name] > _HOPELESS * min(times.values()):
+            if name in raised or (turn and times[name] > _HOPELESS * min(times.values())):
                 continue
             begin = time.perf_counter()
             if turn and begin >= end:
-                return times
-            run()
-            _wait(device)
+                return times, raised
+            try:
+                run()
+                _wait(device)
+            except Exception as error:  # it was right once: memory may have gone since
+                raised[name] = _reason(error)
+                times.pop(name, None)
+                continue
             took = 1000 * (time.perf_counter() - begin)
             times[name] = min(took, times.get(name, took))
-    return times
+    return times, raised
+
+
+def _reason(error: Exception) -> str:
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    return reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}..."
 
 
 def _wait(device: torch.device | str) -> None:

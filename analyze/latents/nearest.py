@@ -313,7 +313,8 @@ def neighbours(subject: Subject, *, by_encoder: bool = False) -> tuple[Tensor, T
     """
     W_dec = subject.sae.encoder if by_encoder else subject.scaled(subject.sae.W_dec)
     follows = {"version": VERSION, "device": W_dec.device.type}
+    # Device sync: the digest is of the host's copy.
     follows["W_dec"] = durable.digest(W_dec.cpu().contiguous().numpy().data)
     count = min(NEIGHBOURS, len(W_dec) - 1)
     cosines, ids = nearest_others(W_dec, count, subject.parts("neighbours", follows))
-    return cosines.cpu(), ids.cpu()
+    return cosines.cpu(), ids.cpu()  # device sync: of small tables, once a study

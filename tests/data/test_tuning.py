@@ -46,7 +46,7 @@ def choose(seconds: float = 1.0, **candidates: Callable[[], int]) -> Choice:
 
 def test_the_fastest_is_taken_and_its_time_is_the_least(clock: Clock) -> None:
     # The first call compiles, and is not timed.
-    choice = choose(first=clock.way("first", 0.004), other=clock.way("other", 9, 0.005, 0.003))
+    choice = choose(first=clock.way("first", 0.004), other=clock.way("other", 9, 0.003, 0.005))
     assert choice.chosen == "other"
     assert choice.recorded() == {
         "chosen": "other",
@@ -128,3 +128,17 @@ def test_a_way_without_a_rival_is_not_timed(clock: Clock) -> None:
     choice = choose(first=clock.way("first", 0.1), wrong=clock.way("wrong", 0.1, gives=0))
     assert clock.calls == ["first", "wrong"]
     assert choice.recorded()["ms"] == {}
+
+
+def test_what_raises_while_it_is_timed_is_left_out(clock: Clock) -> None:
+    calls = iter(range(9))
+
+    def weary() -> int:
+        clock.now += 0.001
+        if next(calls) > 1:  # right in its check and in one turn
+            raise MemoryError("out of memory")
+        return 42
+
+    choice = choose(weary=weary, other=clock.way("other", 0.1), third=clock.way("third", 0.2))
+    assert choice.chosen == "other"
+    assert choice.recorded()["left_out"] == {"weary": "MemoryError: out of memory"}
