@@ -122,7 +122,7 @@ def settings(store: Path, run: Path, layer: int = 4, **changes: Any) -> dict[str
         "tokens": None,
         "device": "cpu",
         "log": None,
-        "train": {"matmul": None},
+        "train": {"matmul": None, "ways": None},
     }
     return {
         **asked,

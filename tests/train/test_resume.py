@@ -87,7 +87,7 @@ def test_killed_at_random_moments(undisturbed, tmp_path):
     for number in range(3):
         folder = tmp_path / f"run_{number}"
         killed += kill_until_finished(
-            folder, [draw.uniform(0, span) for _ in range(4)], lambda f=folder: run(f)
+            folder, [draw.uniform(0, 0.7 * span) for _ in range(4)], lambda f=folder: run(f)
         )
         assert bits(folder) == undisturbed
     assert killed >= 3

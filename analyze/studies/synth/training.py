@@ -60,6 +60,7 @@ def config(dictionary: Dictionary, d_model: int, d_sae: int, tokens: int, seed: 
         dead_after=None,
         init="rows",
         rotate=True,
+        bound_dead=True,
         resample=True,
         **own,
     )

@@ -116,7 +116,7 @@ class World:
             "tokens": None,
             "device": "cpu",
             "log": None,
-            "train": {"matmul": None},
+            "train": {"matmul": None, "ways": None},
             "optim": {"lr": 0.01},
         }
         train(
