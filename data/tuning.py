@@ -98,7 +98,7 @@ def choose(
                 raise
             faults[name] = _reason(error)
     right = {name: run for name, run in candidates.items() if faults[name] is None}
-    times = {}
+    times: dict[str, float] = {}
     if len(right) > 1:
         times, raised = _times(right, seconds, device)
         faults |= raised
