@@ -125,6 +125,12 @@ class Cheap:
         z = bar.double() - self.widest[rows]
         return torch.where(z >= 0, z / (1 + self.rho), z / (1 - self.rho))
 
+    def most(self, rows: slice, p: Tensor) -> Tensor:
+        """(rows,) float64: a pair whose p is at most `p` (rows,) has a q of at most this."""
+        p = p.double()
+        most = p + self.rho * p.abs() + self.widest[rows]
+        return most.masked_fill(self.safe[rows].logical_not(), torch.inf)
+
     def least(self, rows: slice, p: Tensor) -> Tensor:
         """(rows,) float64: a pair whose p is at least `p` (rows,) has a q of at least this."""
         p = p.double()

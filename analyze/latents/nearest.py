@@ -1,15 +1,16 @@
 """The largest products of directions with other directions, exactly: a latent's nearest ones.
 
-A product finds candidates; those whose float32 dot products decide are then computed pair by pair.
-So a result depends neither on blocks nor on the library that multiplied, up to ERROR. A set beside
-itself is multiplied by pairs of blocks, and each product serves both: half the work.
+A product finds candidates; their float32 dot products are computed pair by pair, and decide. So a
+result depends neither on blocks nor on the way of the product, which is bf16's where that is
+fastest. A set beside itself is multiplied by pairs of blocks, and each product serves both: half
+the work.
 
 Shapes: F latents, G other directions, d d_model, n rows of a block, m candidates, K kept of each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -20,7 +21,7 @@ from residual_saes.analyze.parts import NOWHERE, Arrays, Parts
 from residual_saes.analyze.subject import Subject
 from residual_saes.data import durable
 from residual_saes.data.journal import Progress
-from residual_saes.train import blocks, kernels, product
+from residual_saes.train import blocks, exact, kernels, product
 from residual_saes.train.kernels import Kept
 
 VERSION = 2  # of the kept neighbours: raise it when the same weights give other ones
@@ -33,6 +34,9 @@ BLOCK_OPERATIONS = 1 << 35
 _SMALL = 1 << 20  # elements of `among`; below it the products themselves are the result
 _PART = 8192  # latents whose neighbours are kept together: 20 seconds of a core
 _ROUNDING = 2.0**-24  # of float32
+
+# (n,) products -> (n,) what the float32 dot products of pairs with at most these can be.
+Bound = Callable[[Tensor], Tensor]
 
 
 def unit(directions: Tensor) -> Tensor:
@@ -49,19 +53,22 @@ def products(
     New blocks of 27 MB leave holes between what is kept of each: 4 GB in 160 of them.
 
     Args:
-        by: the way of the product, of product.WAYS.
+        rows: float32, or bfloat16 as others, of which products are float32.
+        by: torch or openblas, of float32.
     """
     step = block_bytes // (4 * len(others))
     if not others.is_cuda:
         step = min(step, BLOCK_OPERATIONS // (2 * others.numel()))
     step = max(1, min(step, len(rows)))
-    buffer = rows.new_empty(step, len(others))
+    buffer = torch.empty(step, len(others), device=others.device)
     for start in range(0, len(rows), step):
         part = slice(start, min(start + step, len(rows)))
         yield part, _product_(buffer[: part.stop - start], rows[part], others, by)
 
 
 def _product_(out: Tensor, rows: Tensor, others: Tensor, by: str) -> Tensor:
+    if rows.dtype is torch.bfloat16:
+        return blocks.bf16_product_(out, rows, others)
     if by == "openblas":
         return blocks.openblas_product_(out, rows, others)
     with blocks.tf32(False):
@@ -69,8 +76,14 @@ def _product_(out: Tensor, rows: Tensor, others: Tensor, by: str) -> Tensor:
 
 
 def way(among: Tensor) -> str:
-    """How products with `among` (G, d) are made that `largest` judges."""
+    """The way of products with `among` (G, d) on this machine, of product.WAYS."""
     return product.way(among.shape[1], len(among), among.device)
+
+
+def _rounded(of: Tensor, among: Tensor) -> exact.Cheap:
+    """bf16 operands of the product, and its bound."""
+    none = among.new_zeros(len(among))
+    return exact.Cheap.of(of, among, none, none, wide=of.is_cuda)
 
 
 def nearest(
@@ -91,9 +104,13 @@ def nearest(
     values = of.new_empty(len(of), count)
     numbers = torch.empty(len(of), count, dtype=torch.int64, device=of.device)
     progress = Progress(quiet_s=2.0)
-    for part, cosines in products(of, among, block_bytes, by=way(among)):
+    by = way(among)
+    cheap = _rounded(of, among) if by == "bf16" else None
+    operands = (cheap.x, cheap.encoder) if cheap else (of, among)
+    for part, cosines in products(*operands, block_bytes, by=by):
         progress.show(f"cosines of {part.start:,} of {len(of):,} directions with {len(among):,}")
-        found = largest(of[part], among, cosines, count, among_norm=1.0)
+        bound = partial(cheap.most, part) if cheap else None
+        found = largest(of[part], among, cosines, count, among_norm=1.0, bound=bound)
         values[part], numbers[part] = found
     progress.close()
     return values, numbers
@@ -115,7 +132,9 @@ def nearest_others(
         chosen = (units @ units.T).fill_diagonal_(-torch.inf).topk(count, dim=1)
         return chosen.values, chosen.indices
     units, by = units.contiguous(), way(units)
-    best = _Best(total, min(_candidates(count), total), units)
+    cheap = _rounded(units, units) if by == "bf16" else None
+    operand = cheap.x if cheap else units
+    best = _Best(total, min(_candidates(count, cheap is not None), total), units)
     buffer = units.new_empty(block, block)
     progress = Progress(quiet_s=2.0)
 
@@ -128,7 +147,7 @@ def nearest_others(
                 others = slice(start, min(start + block, total))
                 shape = rows.stop - first, others.stop - start
                 cosines = buffer.view(-1)[: shape[0] * shape[1]].view(shape)
-                _product_(cosines, units[rows], units[others], by)
+                _product_(cosines, operand[rows], operand[others], by)
                 if start == first:
                     cosines.fill_diagonal_(-torch.inf)
                 else:
@@ -139,11 +158,19 @@ def nearest_others(
     for number, begin in enumerate(range(0, total, step := max(1, _PART // block) * block)):
         best.take_(begin, parts.of(number, partial(make, begin, min(begin + step, total))))
     progress.close()
-    return _judged(units, units, best.values, best.ids, count, among_norm=1.0, themselves=True)
+    bound = partial(cheap.most, slice(None)) if cheap else None
+    found = (best.values, best.ids)
+    return _judged(units, units, *found, count, among_norm=1.0, bound=bound, themselves=True)
 
 
 def largest(
-    of: Tensor, among: Tensor, dense: Tensor, count: int, *, among_norm: float
+    of: Tensor,
+    among: Tensor,
+    dense: Tensor,
+    count: int,
+    *,
+    among_norm: float,
+    bound: Bound | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The `count` rows of `among` (G, d) with the largest products with each row of `of` (n, d).
 
@@ -151,25 +178,31 @@ def largest(
         dense: (n, G) of @ among.T, up to rounding.
         count: at most G.
         among_norm: the largest norm of `among`, up to rounding.
+        bound: of what is computed less exactly than in float32.
 
     Returns:
         products (n, count) in descending order, and the rows' numbers. Of equal products the lower
         numbers, unless `among` has fewer than 2^20 elements.
     """
-    if _is_small(among):
+    if _is_small(among) and bound is None:
         chosen = dense.topk(count, dim=1)
         return chosen.values, chosen.indices
-    values, ids = kernels.topk(dense, min(_candidates(count), len(among)))
-    return _judged(of, among, values, ids, count, among_norm=among_norm)
+    values, ids = kernels.topk(dense, min(_candidates(count, bound is not None), len(among)))
+    return _judged(of, among, values, ids, count, among_norm=among_norm, bound=bound)
 
 
 def _is_small(among: Tensor) -> bool:
     return among.numel() < _SMALL
 
 
-def _candidates(count: int) -> int:
-    """How many of the largest products hold the `count` largest but for rounding, mostly."""
-    return count + 8 + count // 4
+def _candidates(count: int, rounded: bool) -> int:
+    """How many of the largest products hold the `count` largest but for rounding, mostly.
+
+    Args:
+        rounded: the operands are bf16. Of 32,768 random directions of 2,560 dimensions some 20 are
+            within that bound of the tenth.
+    """
+    return 2 * count + 16 if rounded else count + 8 + count // 4
 
 
 def _judged(
@@ -180,13 +213,15 @@ def _judged(
     count: int,
     *,
     among_norm: float,
+    bound: Bound | None = None,
     themselves: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The `count` largest float32 dot products of candidates, and proof that no other one is.
 
     A dot product of d terms is off by at most d 2^-24 |x| |w| in any order of summation, and so is
-    the product that found the candidates. A row is sure if its last dot product is further than
-    both above the last candidate. For others, all that could be among the largest are looked at.
+    a float32 product that found the candidates. A row is sure if its last dot product is above what
+    one behind the last candidate can be. For others, all that could be among the largest are looked
+    at, by a float32 product.
 
     Args:
         values: (n, m) products of the candidates; -inf for none.
@@ -199,7 +234,8 @@ def _judged(
     if count == 0 or ids.shape[1] == len(among):
         return best, chosen
     # A zero row's products are all equal, and any of them will do.
-    unsure = (best[:, -1] > _least(values) + error).logical_not_() & (of != 0).any(1)
+    most = _least(values) + error if bound is None else bound(_least(values))
+    unsure = (best[:, -1] > most).logical_not_() & (of != 0).any(1)
     step = max(1, BLOCK_BYTES // (64 * len(among)))
     again = unsure.nonzero().view(-1)  # Device sync: mostly there are none.
     for start in range(0, len(again), step):
@@ -312,7 +348,7 @@ def neighbours(subject: Subject, *, by_encoder: bool = False) -> tuple[Tensor, T
         there are fewer other latents.
     """
     W_dec = subject.sae.encoder if by_encoder else subject.scaled(subject.sae.W_dec)
-    follows = {"version": VERSION, "device": W_dec.device.type}
+    follows = {"version": VERSION, "device": W_dec.device.type, "by": way(W_dec)}
     # Device sync: the digest is of the host's copy.
     follows["W_dec"] = durable.digest(W_dec.cpu().contiguous().numpy().data)
     count = min(NEIGHBOURS, len(W_dec) - 1)

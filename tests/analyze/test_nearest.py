@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from residual_saes.analyze.latents.nearest import nearest, nearest_others, unit
 from residual_saes.analyze.parts import Parts
 
 
-@pytest.fixture(params=[module._SMALL, 0], ids=["small", "judged"])
-def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """From how many elements on directions are judged pair by pair."""
-    monkeypatch.setattr(module, "_SMALL", request.param)
-    return int(request.param)
+@pytest.fixture(params=["small", "judged", "bf16"])
+def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directions are small, or judged pair by pair, of a product of either precision."""
+    if request.param != "small":
+        monkeypatch.setattr(module, "_SMALL", 0)
+    if request.param == "bf16":
+        monkeypatch.setattr(module, "way", lambda among: "bf16")
 
 
 def drawn(count: int, width: int, seed: int = 0) -> Tensor:
@@ -39,7 +42,7 @@ def check(found: tuple[Tensor, Tensor], cosines: Tensor, count: int) -> None:
 
 
 @pytest.mark.parametrize("block", [1 << 28, 1])  # bytes: everything at once, and row by row
-def test_among_others(block: int, size: int) -> None:
+def test_among_others(block: int, size: None) -> None:
     of, among = drawn(7, 5), drawn(90, 5, seed=1)
     for count in (0, 1, 3, 90):
         check(nearest(of, among, count, block_bytes=block), plain(of, among), count)
@@ -51,7 +54,7 @@ def test_among_others(block: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("block", [2048, 64, 33])
-def test_a_set_beside_itself(block: int, size: int) -> None:
+def test_a_set_beside_itself(block: int, size: None) -> None:
     """By pairs of blocks, of which each serves both; the last one is narrower."""
     for width in (5, 40):
         of = drawn(150, width)
@@ -91,7 +94,7 @@ def test_equal_candidates_in_any_order() -> None:
     assert values.tolist() == [[2.0, 1.0]] and ids.tolist() == [[9, 3]]
 
 
-def test_nan_is_nearest(size: int) -> None:
+def test_nan_is_nearest(size: None) -> None:
     """NaN cannot hide, and spoils no other rank."""
     of = drawn(120, 16)
     of[77] = torch.nan
@@ -119,6 +122,23 @@ def test_candidates_are_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     values, ids = module.largest(of, among, dense, 6, among_norm=1.0)
     assert ids.tolist() == plain(of, among).topk(6, dim=1).indices.tolist()
     check((values, ids), plain(of, among), 6)
+
+
+def test_candidates_of_bf16_are_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same of bf16's bound: the nearest direction looks further than 59 others."""
+    of, across = unit(drawn(1, 256)), drawn(300, 256, seed=1)
+    across = unit(across - (across @ of.T) * of)
+    cosine = torch.linspace(0, 0.5, 300)[:, None]
+    cosine[40:100, 0] = 0.9 - 6e-5 * torch.arange(60)
+    among = unit(cosine * of + (1 - cosine.square()).sqrt() * across)
+    most = partial(module._rounded(of, among).most, slice(None))
+    dense = of @ among.T
+    dense[0, 40] -= 0.9 * float(most(dense[:, 40]) - dense[0, 40])
+    assert dense[0, 40] < dense[0, 99]
+    values, ids = module.largest(of, among, dense, 6, among_norm=1.0, bound=most)
+    assert ids.tolist() == [[40, 41, 42, 43, 44, 45]]
+    check((values, ids), plain(of, among), 6)
+    assert module.largest(of, among, dense, 6, among_norm=1.0)[1][0, 0] == 41  # by float32's bound
 
 
 def test_a_stop_costs_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
