@@ -121,12 +121,12 @@ def above(pre: Tensor, threshold: Tensor, first: int) -> tuple[Tensor, Tensor, T
     Args:
         first: number of the block's first row.
     """
-    mask = (pre <= threshold).logical_not_()
-    # Device sync: nonzero must know how many there are. On the CPU numpy's is several times as
-    # fast.
+    # Device sync: nonzero must know how many there are. On the CPU numpy compares twice as fast,
+    # and finds several times as fast.
     if pre.is_cuda:
-        flat = mask.view(-1).nonzero().view(-1)
+        flat = (pre <= threshold).logical_not_().view(-1).nonzero().view(-1)
     else:
-        flat = torch.from_numpy(np.flatnonzero(mask.numpy()))
+        below = pre.numpy() <= threshold.numpy()
+        flat = torch.from_numpy(np.flatnonzero(np.logical_not(below, out=below)))
     rows = flat.div(pre.shape[1], rounding_mode="floor")
     return pre.view(-1)[flat], flat - rows * pre.shape[1], rows + first

@@ -223,16 +223,14 @@ def encode_batch(
     for bar in (guess, torch.zeros_like(guess)):
         pairs, odd = _scan(cheap, bar.expand(n), 8 * k, block_bytes)
         dense = _of_float32(x, odd, encoder, b_enc, bar, block_bytes)
-        error = cheap.error(pairs)
-        least = torch.cat((pairs.p - error, dense.p))
-        if len(least) > n * k:
-            reached = least.topk(n * k, sorted=False).values.amin()
-            if reached >= bar:  # device sync, once or twice a batch
-                pairs = _only(pairs, pairs.p + error >= reached)
-                break
-    starts = starts_of(pairs.rows, n)
-    scores = scored(x, encoder, b_enc, pairs.rows, pairs.columns, starts)
-    pairs = _only(pairs._replace(p=scores), (scores <= 0).logical_not_())
+        if x.shape[1] >= _WORTH:
+            pairs = _among(cheap, pairs, dense.p, n * k)
+        starts = starts_of(pairs.rows, n)
+        scores = scored(x, encoder, b_enc, pairs.rows, pairs.columns, starts)
+        passes = (scores <= bar).logical_not_()
+        if len(dense.p) + passes.sum() >= n * k:  # device sync, once or twice a batch
+            break
+    pairs = _only(pairs._replace(p=scores), passes)
     return _kept(_merged(pairs, dense), n)
 
 
@@ -344,6 +342,16 @@ def _at_least(p: Tensor, limit: Tensor, odd: Tensor, crowd: int) -> Pairs:
         rows = flat.div(width, rounding_mode="floor")
         values = p.view(-1)[flat]
     return Pairs(rows, flat - rows * width, values.float())
+
+
+def _among(cheap: Cheap, pairs: Pairs, others: Tensor, count: int) -> Pairs:
+    """Those that may be among the `count` largest of all and of `others`, by their own bounds."""
+    error = cheap.error(pairs)
+    least = torch.cat((pairs.p - error, others))
+    if len(least) <= count:
+        return pairs
+    reached = least.topk(count, sorted=False).values.amin()
+    return _only(pairs, (pairs.p + error < reached).logical_not_())
 
 
 def _refined(cheap: Cheap, pairs: Pairs, k: int) -> Pairs:

@@ -105,6 +105,13 @@ def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return candidates.gather(1, best), columns.gather(1, best)
 
 
+def largest(values: Tensor, count: int) -> Tensor:
+    """(count,) ascending positions of the largest of (p,) values; NaN counts as largest."""
+    if values.is_cuda or values.dtype is not torch.float32:
+        return values.topk(count, sorted=False).indices.sort().values
+    return _largest(values.unsqueeze(0), count).view(-1)
+
+
 def _largest(x: Tensor, k: int) -> Tensor:
     """(n, k) columns of the k largest of each row."""
     if x.dtype is not torch.float32:

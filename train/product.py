@@ -25,7 +25,7 @@ from residual_saes.data.errors import SettingError
 from residual_saes.data.tuning import Choice
 from residual_saes.train import blocks, exact
 from residual_saes.train.blocks import Matmul
-from residual_saes.train.kernels import Kept, starts_of, topk
+from residual_saes.train.kernels import Kept, largest, starts_of, topk
 
 WAYS = ("torch", "openblas", "bf16")
 
@@ -223,7 +223,7 @@ def encode_batch(
         kept = _likely(x, encoder, b_enc, k, matmul, block_bytes, by)
     if len(kept.values) <= len(x) * k:
         return kept
-    chosen = kept.values.topk(len(x) * k, sorted=False).indices.sort().values
+    chosen = largest(kept.values, len(x) * k)
     rows_of_pairs = kept.rows[chosen]
     starts = starts_of(rows_of_pairs, len(x))
     return Kept(kept.values[chosen], kept.indices[chosen], rows_of_pairs, starts)
