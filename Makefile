@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 # One thread per test process, three processes: small tensors on two cores, and many tests wait for
 # a disk or another process. Each takes a third of the tests, file by file, and then from the
-# others': a file's fixtures are made once.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal -q
+# others': a file's fixtures are made once. What they compile is kept, or each process would compile
+# the tests and the product anew: 20 s.
+TEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist worksteal -q
 
 # Of the demo's studies: its 200 word problems, answered 100 at a time.
 ANSWERS := answers.questions=200 answers.new_tokens=64 answers.batch=100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -134,6 +135,12 @@ _LONGEST = ("test_docs_run.py", "test_house.py", "test_kills.py", "test_faults.p
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no process waits for another one in the end."""
     items.sort(key=lambda item: item.path.name not in _LONGEST)
+
+
+def pytest_collection_finish() -> None:
+    """A full collection takes up to a second here: none need look at what every test keeps."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

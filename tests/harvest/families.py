@@ -10,6 +10,7 @@ import inspect
 import tempfile
 import textwrap
 import warnings
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -183,8 +184,12 @@ class Verdict(NamedTuple):
     sites: str = ""  # that its layers have, and why no others
 
 
+@cache
 def families() -> dict[str, list[str]]:
-    """The text decoders of all causal families, each with the model types that hold it."""
+    """The text decoders of all causal families, each with the model types that hold it.
+
+    It takes three seconds.
+    """
     found: dict[str, list[str]] = {}
     for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         try:
