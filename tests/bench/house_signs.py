@@ -121,8 +121,8 @@ class Function(NamedTuple):
 
 def functions(tree: ast.AST) -> Iterator[Function]:
     """Every function and method of a file."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+    for node, _ in statements(tree):
+        if isinstance(node, _FUNCTIONS):
             assert node.end_lineno is not None
             constants = [isinstance(part, ast.Expr) for part in node.body]
             declared = all(constants) and isinstance(node.body[-1].value, ast.Constant)
