@@ -94,7 +94,7 @@ def command(settings: dict[str, Any], job: Job = ALONE) -> None:
     purpose = "; a few batches are timed then" if action == "plan" else ""
     tell(f"loading {model.path} onto {model.device}, its digest taken meanwhile{purpose}")
     announced = coming.announced(place) if action == "run" and config.max_bytes else nullcontext()
-    reading = begun(place, config.world) if action == "run" else nullcontext()
+    reading = begun(config, source) if action == "run" else nullcontext()
     with announced, reading as reader:
         lm = load(model, deepest=max(config.layers), tokenizer=described.tokenizer)
         if action == "plan":

@@ -15,6 +15,9 @@ from residual_saes.harvest.model import LanguageModel
 # 335 MB a layer at width 2560. Larger shards gain nothing, and peak at 3 times their size in
 # memory.
 UNIT_TOKENS = 65_536
+# Tokens that a unit has at least before a store is cut in more than 16 of them. A unit costs .02 s
+# of a core beside its rows, which is as much as 512 rows of a small model.
+_SMALL_UNIT = 1024
 CHUNK_ROWS = 1024  # 5.2 MB at width 2560
 # The least value of each setting.
 _LEAST = {"tokens": 1, "context": 2, "batch": 1, "chunk": 1, "unit": 1, "readers": 1}
@@ -103,13 +106,14 @@ class HarvestConfig:
     def unit_tokens(self) -> int:
         """Tokens per unit.
 
-        By default a power of two rows, such that a store has at least 32 units: some are held out.
+        By default a power of two rows, such that a store has at least 32 units, or 16 where units
+        would have less than 1,024 tokens: some are held out.
         """
         if self.unit is not None:
             return self.unit
-        most = min(UNIT_TOKENS, self.tokens // 32) // self.context
+        most = max(self.tokens // 32, min(self.tokens // 16, _SMALL_UNIT))
         rows = 1
-        while rows * 2 <= most:
+        while self.context * rows * 2 <= min(UNIT_TOKENS, most):
             rows *= 2
         return self.context * rows
 

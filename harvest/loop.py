@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from residual_saes.data import stopping
+from residual_saes.data.allocator import kept_when_freed
 from residual_saes.data.errors import MismatchError, PipelineError, StopRequest
 from residual_saes.data.journal import Progress, duration, size, tell
 from residual_saes.data.machine import is_out_of_memory
@@ -58,7 +59,7 @@ def harvest(
         Interrupted: SIGINT or SIGTERM arrived; everything committed stays.
     """
     if reader is None:
-        with begun(place_of(config.store), config.world) as reader:
+        with begun(config, source) as reader:
             return _harvest(config, lm, source, reader)
     return _harvest(config, lm, source, reader)
 
@@ -162,7 +163,7 @@ def make(
     waiting = Waiting()
     batch = int(store.manifest["batch"])  # halved where memory runs out
     tokens = 0
-    with Writer(store, claims, faults, lm.config.device) as writer:
+    with kept_when_freed(), Writer(store, claims, faults, lm.config.device) as writer:
         while True:
             # Make all units that are free at present, each process from a place of its own on.
             went_on = False

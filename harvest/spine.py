@@ -1,6 +1,6 @@
 """The spine (which token stands where) as one harvesting process follows it.
 
-One process of all ranks reads the text: the child of the rank that holds the claim. All ranks
+One process of all ranks reads the text: the rank that holds the claim, or its child. All ranks
 follow what it commits.
 """
 
@@ -15,23 +15,27 @@ from residual_saes.data.journal import tell
 from residual_saes.data.site import HookPoint
 from residual_saes.data.store.claims import SPINE, Claims
 from residual_saes.data.store.manifest import exists
-from residual_saes.data.store.place import Place
+from residual_saes.data.store.place import place_of
 from residual_saes.data.store.store import Store
 from residual_saes.data.text.documents import TextSource
+from residual_saes.harvest.config import HarvestConfig
 from residual_saes.harvest.encoder import Bad, left_out
+from residual_saes.harvest.spine_thread import SpineThread, is_small
 from residual_saes.harvest.spine_writer import Begun, SpineProcess
 from residual_saes.harvest.tokens import Tokenizer
 from residual_saes.harvest.waiting import Waiting, pause
 
 
 @contextmanager
-def begun(place: Place, world: int) -> Iterator[Begun | None]:
+def begun(config: HarvestConfig, source: TextSource) -> Iterator[Begun | None]:
     """The process that will read the text of a new store, while the model is loaded and checked.
 
-    It loads its libraries meanwhile, for .6 s of a core. None: the text may be another rank's work,
-    or be read already.
+    It loads its libraries meanwhile, for .6 s of a core. None: the text is small, or it may be
+    another rank's work, or be read already.
     """
-    ahead = SpineProcess.begin() if world == 1 and not exists(place) else None
+    place = place_of(config.store)
+    unneeded = config.world > 1 or exists(place) or is_small(source, config.tokens, place)
+    ahead = None if unneeded else SpineProcess.begin()
     try:
         yield ahead
     finally:
@@ -40,7 +44,7 @@ def begun(place: Place, world: int) -> Iterator[Begun | None]:
 
 
 class Spine:
-    """The spine of a store. A context manager: leaving it ends the process that writes it."""
+    """The spine of a store. A context manager: leaving it ends whatever writes it."""
 
     def __init__(
         self,
@@ -61,7 +65,7 @@ class Spine:
         self._stop = stop
         self._bad: Bad = bad
         self._begun = begun
-        self._process: SpineProcess | None = None
+        self._process: SpineProcess | SpineThread | None = None
         self._due = 0.0  # time.monotonic() of the next look
         self._waiting = Waiting()
 
@@ -72,6 +76,13 @@ class Spine:
         if self._process is not None:
             self._process.stop()
             self._claims.release(SPINE)
+
+    def _reader(self) -> SpineProcess | SpineThread:
+        """Whatever writes the spine from now on."""
+        work = (self._store, self._source, self._tokenizer, self._bad)
+        if is_small(self._source, self._store.manifest["tokens"], self._store.place):
+            return SpineThread(*work)
+        return SpineProcess(*work, self._begun)
 
     def ready(self, missing: Mapping[int, list[HookPoint]]) -> dict[int, list[HookPoint]]:
         """Those of the missing units whose spine is committed, as of the last look."""
@@ -107,7 +118,7 @@ class Spine:
         return time.monotonic() >= self._due
 
     def follow(self) -> None:
-        """Take in what is committed, if that is due; see to it that a process writes the spine.
+        """Take in what is committed, if that is due; see to it that the spine is written.
 
         Raises:
             StoreError: the text failed.
@@ -121,9 +132,7 @@ class Spine:
             return
         if self._process is None:
             if self._claims.take(SPINE):
-                self._process = SpineProcess(
-                    self._store, self._source, self._tokenizer, self._bad, self._begun
-                )
+                self._process = self._reader()
         elif self._process.finished():
             self._store.refresh()
 

@@ -1,7 +1,8 @@
 """Writing the spine: text into packed rows of tokens, committed unit by unit.
 
-It happens in a process of its own. Reading, tokenising and packing run ahead there, without waiting
-for the interpreter lock of the process that feeds the device.
+It happens in a process of its own, but for a small text (harvest/spine_thread.py). Reading,
+tokenising and packing run ahead there, without waiting for the interpreter lock of the process that
+feeds the device.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from residual_saes.data import child, machine
 from residual_saes.data.errors import Interrupted, StoreError, TemporaryError, first_line
 from residual_saes.data.journal import tell
 from residual_saes.data.stopping import GRACE_S
+from residual_saes.data.store.place import Place
 from residual_saes.data.store.store import SpineEnd, Store
 from residual_saes.data.text import packing, retry
 from residual_saes.data.text.documents import TextSource
@@ -93,6 +95,26 @@ def _fill_gap(
             return True
         unit += 1
     return False
+
+
+def written(
+    where: str | Place, source: TextSource, tokenizer: Tokenizer, stop: Stop, bad: Bad
+) -> Exception | None:
+    """Write the spine of the store at `where`; None, or the failure as the user is told it.
+
+    Raises:
+        Interrupted: `stop` did.
+    """
+    try:
+        write_spine(Store.open(where), source, tokenizer, stop, bad)
+    except Exception as error:
+        failure: Exception | None = machine.answer(error)
+        if failure is None:
+            traceback.print_exc()  # a defect of ours: what a text can cause is a PipelineError
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            failure = RuntimeError(f"the text could not be stored ({reason})")
+        return failure
+    return None
 
 
 # -- the child, seen from its parent ---------------------------------------------------------------
@@ -240,15 +262,8 @@ def work(
     """Write the spine of the store `name`, and answer with None or the failure."""
     parent = Parent(line)
     retry.sleep = parent.sleep  # a server may ask for ten minutes
-    failure: Exception | None = None
     try:
-        write_spine(Store.open(name), source, tokenizer, parent, bad)
-    except Exception as error:
-        failure = machine.answer(error)
-        if failure is None:
-            traceback.print_exc()  # a defect of ours: what a text can cause is a PipelineError
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            failure = RuntimeError(f"the text could not be stored ({reason})")
+        failure = written(name, source, tokenizer, parent, bad)
     except Interrupted:
         return
     # A parent that is gone reads no answer. Its next start finds what is committed.

@@ -301,6 +301,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # as the commands set it themselves, for good
     monkeypatch.setattr(gc, "collect", lambda: 0)  # 0.2 s a model in a large process
     monkeypatch.setattr(spine, "SpineProcess", SpineHere)
+    monkeypatch.setattr(spine, "is_small", lambda *_: False)
     monkeypatch.setattr(residual_saes.analyze.pages.browser.serve, "serve", require_site)
     return tmp_path
 

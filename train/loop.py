@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from residual_saes.data import machine, stopping
+from residual_saes.data.allocator import kept_when_freed
 from residual_saes.data.errors import Interrupted, PipelineError, StopRequest, TemporaryError
 from residual_saes.data.journal import Progress, duration, figure, tell
 from residual_saes.data.rows import statistics
@@ -231,7 +232,7 @@ def train_together(
     group = group or Group()
     with _deterministic(), torch.no_grad(), StopRequest() as stop, ExitStack() as stack:
         if device.type == "cpu":
-            stack.enter_context(memory.kept_when_freed())
+            stack.enter_context(kept_when_freed())
         stack.callback(ways.forget)
         failures = _Failures(len(arms) > 1)
         tell_begin = header.tell_run if len(arms) == 1 else header.tell_arm

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
 from residual_saes.data import device as devices
@@ -15,8 +11,6 @@ from residual_saes.train.arm import Arm
 from residual_saes.train.blocks import GPU_BLOCK_BYTES
 from residual_saes.train.columns import widths_of
 
-# Of malloc.h.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
 _STATE = 3  # tensors of each parameter's size: itself, and Adam's two moments
 # (batch, d) float32 at a time: rows, centred rows, reconstruction, error, gradient, ...
 _ROW_BUFFERS = 8
@@ -63,29 +57,6 @@ def require_fit(arm: Arm, device: torch.device) -> None:
     if held > free:
         raise SettingError(f"{line}; {smaller(arm)}")
     tell(f"{line}: it may run out of memory")
-
-
-@contextmanager
-def kept_when_freed() -> Iterator[None]:
-    """Let glibc keep what is freed within the block, for the next step to use again.
-
-    By itself it gives large tensors back, and the next ones cost a page fault every 4 KiB: an 84 MB
-    gradient took 87 ms to write, and 16 in memory that was kept.
-    """
-    try:
-        library = ctypes.CDLL(None)
-        tune = library.mallopt
-    except (OSError, TypeError, AttributeError):  # another C library
-        yield
-        return
-    if not tune(_MMAP_THRESHOLD, 1 << 30):  # glibc before 2.35 allows 32 MiB
-        tune(_MMAP_MAX, 0)
-    tune(_TRIM_THRESHOLD, (1 << 31) - 1)
-    tune(_TOP_PAD, 64 << 20)
-    try:
-        yield
-    finally:
-        library.malloc_trim(0)
 
 
 def smaller(arm: Arm) -> str:

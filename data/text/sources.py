@@ -31,6 +31,8 @@ from residual_saes.data.text.hub import HubText
 from residual_saes.data.text.mix import Mix, Part, require_weight
 from residual_saes.data.tiny import problems
 
+_PLAIN = FORMATS[:-1]  # not .parquet, which is compressed inside
+
 
 @dataclass(frozen=True)
 class TinyText:
@@ -142,6 +144,26 @@ def _open(name: str) -> BinaryIO:
 def _unreadable(file: Path | str, error: OSError) -> PipelineError:
     got = f"{file} cannot be read: {error.strerror}"
     return caused(error, got, "mend its rights, or choose another text.path=")
+
+
+def plain_bytes(source: TextSource) -> int | None:
+    """Bytes of a source's files; None if they are not all on this machine, as plain text."""
+    if isinstance(source, TinyText):
+        return 0
+    if isinstance(source, Mix):
+        sizes = [plain_bytes(part.source) for part in source.parts.values()]
+    elif isinstance(source, FileText):
+        sizes = list(map(_plain_size, source._folder.files))
+    else:
+        return None
+    return None if None in sizes else sum(size or 0 for size in sizes)
+
+
+def _plain_size(file: Path) -> int | None:
+    try:
+        return file.stat().st_size if file.suffix.lower() in _PLAIN else None
+    except OSError:  # whoever reads it says so
+        return None
 
 
 # -- from settings ---------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from tests.harvest.test_launchers import contents, harvest
 from tests.test_house import ROOT
 
 BATCH = str(ROOT / "conf" / "slurm.sbatch")
-SHORT = ("model=tiny", "text=tiny", "tokens=3000", "context=64", "layer=5")  # 47 units
+SHORT = ("model=tiny", "text=tiny", "tokens=3000", "context=64", "layer=5")  # 24 units
 DONE = ("COMPLETED", "0:0", 0)
 AGAIN = ("COMPLETED", "0:0", 1)  # after it was queued again
 

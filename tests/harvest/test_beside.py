@@ -92,6 +92,7 @@ def steps(
     place = Noted(tmp_path_factory.mktemp(codec) / "s.zarr", page)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spine, "SpineProcess", Inline)
+        patch.setattr(spine, "is_small", lambda *_: False)
         patch.setattr(loop, "choose_isolation", lambda *_: lm.isolation)
         for layers in (LAYERS[:1], LAYERS):
             wanted = HarvestConfig(

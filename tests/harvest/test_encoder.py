@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -27,13 +29,15 @@ from residual_saes.data.store.place import place_of
 from residual_saes.data.store.store import Store
 from residual_saes.data.text import retry
 from residual_saes.data.text.documents import Document, State
+from residual_saes.data.text.hub import HubText
 from residual_saes.data.text.mix import Mix, Part
 from residual_saes.data.text.sources import FileText, TinyText
 from residual_saes.data.tiny.embedded import MODEL_DIR
 from residual_saes.harvest import spine_writer
-from residual_saes.harvest.config import Faults
+from residual_saes.harvest.config import Faults, HarvestConfig
 from residual_saes.harvest.encoder import Encoder, skipped_before
 from residual_saes.harvest.spine import begun, tell_end
+from residual_saes.harvest.spine_thread import SpineThread, is_small
 from residual_saes.harvest.spine_writer import SpineProcess, work, write_spine
 from residual_saes.harvest.status import status
 from residual_saes.harvest.tokens import Tokenizer
@@ -228,7 +232,8 @@ def test_a_reader_that_is_killed_is_started_again(
 
 def test_a_reader_that_is_begun_ahead_does_the_work_or_ends_without(tmp_path: Path) -> None:
     place = place_of(tmp_path / "s.zarr")
-    with begun(place, 1) as ahead:
+    text = TinyText()
+    with begun(HarvestConfig(place.name, (1,), tokens=10**5), text) as ahead:
         assert ahead
         reading = SpineProcess(make(tmp_path / "s.zarr"), TinyText(), TINY, begun=ahead)
         while not reading.finished():
@@ -236,13 +241,51 @@ def test_a_reader_that_is_begun_ahead_does_the_work_or_ends_without(tmp_path: Pa
         assert reading._child is ahead.child
     assert ahead.child.returncode == 0
     assert Store.open(place).spine_complete
-    # Several ranks, and a store that has its text already, perhaps: nothing is begun.
-    for where, world in ((tmp_path / "t.zarr", 2), (tmp_path / "s.zarr", 1)):
-        with begun(place_of(where), world) as nothing:
+    # Several ranks, a store that has its text already, perhaps, and a small one: nothing is begun.
+    large = HarvestConfig(tmp_path / "t.zarr", (1,), tokens=10**5)
+    for config in (replace(large, world=2), replace(large, store=place.name)):
+        with begun(config, text) as nothing:
             assert nothing is None
-    with pytest.raises(ZeroDivisionError), begun(place_of(tmp_path / "t.zarr"), 1) as unused:
+    with begun(replace(large, tokens=10**4), text) as nothing:
+        assert nothing is None
+    with pytest.raises(ZeroDivisionError), begun(large, text) as unused:
         raise ZeroDivisionError
     assert unused and unused.child.returncode == 0
+
+
+def test_a_thread_writes_what_a_process_writes(tmp_path: Path, reading: SpineProcess) -> None:
+    thread = SpineThread(make(tmp_path / "t.zarr"), TinyText(), TINY, "stop")
+    while not thread.finished():
+        time.sleep(0.01)
+    write_spine(make(tmp_path / "u.zarr"), TinyText(), TINY)
+    assert tree(tmp_path / "t.zarr") == tree(tmp_path / "u.zarr")
+
+    # It ends behind a unit when it is stopped, and says what failed as a process does.
+    endless = SpineThread(make(tmp_path / "v.zarr", tokens=10**6), TinyText(), TINY, "stop")
+    endless.stop()
+    assert not Store.open(tmp_path / "v.zarr").spine_complete
+    for source, kind in (("a", DocumentError), ("b", StoreError)):
+        text = (write_text if source == "a" else Breaking)(tmp_path / "a.jsonl")
+        failing = SpineThread(make(tmp_path / f"{source}.zarr"), text, TINY, "stop")
+        failing._thread.join()
+        with pytest.raises(kind, match=r"a\.jsonl line"):
+            failing.finished()
+
+
+def test_small_is_a_text_of_plain_files_on_this_machine(tmp_path: Path) -> None:
+    here, bucket = place_of(tmp_path / "s.zarr"), Mock()
+    text = write_text(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    compressed, hub = FileText(tmp_path / "b.jsonl.gz"), HubText("owner/name")
+    for small in (text, TinyText(), Mix({"a": Part(1, text), "b": Part(2, TinyText())}, 0)):
+        assert is_small(small, 8192, here)
+        assert not is_small(small, 10**6, here)
+        assert not is_small(small, 8192, bucket)
+    for large in (compressed, hub, Mix({"a": Part(1, text), "b": Part(2, hub)}, 0)):
+        assert not is_small(large, 8192, here)
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.truncate(2**27)  # a hole: it takes no room
+    assert not is_small(text, 8192, here)
 
 
 def test_a_reader_that_is_killed_again_and_again_is_given_up(reading: SpineProcess) -> None:
