@@ -214,7 +214,9 @@ def _embedded(limit: int) -> list[Problem]:
     for drawn in islice(tiny.problems("heldout"), 2 * limit):
         asked = problem(drawn.question, str(drawn.answer))
         unique[asked.id] = asked
-    return list(islice(unique.values(), limit))
+        if len(unique) == limit:
+            break
+    return list(unique.values())
 
 
 def _problem(place: str, line: dict[str, Any]) -> Problem:

@@ -5,10 +5,11 @@ hand.
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
+from residual_saes.analyze import drawing
 from residual_saes.analyze.pages.browser import study as browser
 from residual_saes.analyze.studies.catalogue import study as catalogue
 from residual_saes.analyze.study import Study
@@ -28,7 +30,7 @@ from residual_saes.data.store.store import Store
 from residual_saes.data.text.sources import TinyText
 from residual_saes.harvest.config import HarvestConfig
 from residual_saes.harvest.loop import harvest
-from residual_saes.harvest.model import ModelConfig, load
+from residual_saes.harvest.model import LanguageModel, ModelConfig, load
 from residual_saes.train import sae, sae_file
 from residual_saes.train.optim import OptimConfig
 from residual_saes.train.run import CONFIG, source_of
@@ -188,6 +190,22 @@ def tiny_browser(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> St
     return made
 
 
+class Loaded(dict[ModelConfig, LanguageModel]):
+    """The models that a study asked for. The embedded one is read once a session, in 0.3 s."""
+
+    _read: ClassVar[dict[ModelConfig, LanguageModel]] = {}
+
+    def __contains__(self, model: object) -> bool:
+        if model in self._read:
+            super().__setitem__(model, self._read[model])
+        return super().__contains__(model)
+
+    def __setitem__(self, model: ModelConfig, lm: LanguageModel) -> None:
+        super().__setitem__(model, lm)
+        if model.path == EMBEDDED:
+            self._read[model] = lm
+
+
 @pytest.fixture
 def tiny_study(tiny_run: Path):
     """Makes a study of that run: `tiny_study(name, **options)`, with 64 tiny problems unless told
@@ -199,11 +217,33 @@ def tiny_study(tiny_run: Path):
     ) -> Study:
         subject = Subject.open(tiny_run, None, torch.device("cpu"))
         asked = {"questions": 64, "new_tokens": 64, "batch": 64, **(answers or {})}
-        return Study(
-            name, subject, options, ModelConfig(EMBEDDED, dtype="float32"), problems, asked
-        )
+        model = ModelConfig(EMBEDDED, dtype="float32")
+        return Study(name, subject, options, model, problems, asked, loaded=Loaded())
 
     return of
+
+
+_DRAWN: dict[bytes, str] = {}
+
+
+@pytest.fixture
+def drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws each of the report's pictures once a session, in 0.15 s.
+
+    The same figures give the same picture: see test_pictures.py.
+    """
+
+    def once(draw: Callable[..., str]) -> Callable[..., str]:
+        def drawn(*figures: Any, **how: Any) -> str:
+            key = pickle.dumps((draw.__name__, figures, how))
+            if key not in _DRAWN:
+                _DRAWN[key] = draw(*figures, **how)
+            return _DRAWN[key]
+
+        return drawn
+
+    for draw in (drawing.curves, drawing.histogram, drawing.bars):
+        monkeypatch.setattr(drawing, draw.__name__, once(draw))
 
 
 # -- pages -----------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "quality": {"rows": 2048},
     "gsm8k": {},
     "contrast": {"permutations": 19},
-    "steering": {"scales": [2], "n_random": 1, "n_shuffled": 1, "train": 0.6},
+    "steering": {"scales": [2], "n_random": 1, "n_shuffled": 1, "train": 0.8, "dev": 0.1},
     "stage_gate": {"draws": 20},
     "logit_lens": {"prompts": 2, "tokens": 8, "target": "digit"},
     "reason_score": {"rows": 2048, "words": ["more", "left"], "draws": 50},
@@ -77,9 +77,9 @@ def every(runs: Path, tiny_study: Callable[..., Study]) -> Callable[..., Study]:
 
     def of(*names: str, problems: str | None = "tiny", **options: Any) -> Study:
         chosen = {name: SMALL[name] for name in names or ORDER} | options
-        answers = {"questions": 48, "new_tokens": 24, "samples": 1}
+        answers = {"questions": 40, "new_tokens": 24, "samples": 1, "batch": 40}
         study = tiny_study("all", "tiny", answers, **chosen)
-        study.problems = problems
+        study.problems, study.loaded = problems, {}  # loads are counted
         study.subject = Subject.open(runs, None, study.subject.device)
         return study
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from residual_saes.analyze.studies.intervene.outcomes import (
     CHOSEN,
     CONTROLS,
     NOTHING,
+    Attribution,
     Dose,
     Findings,
     Measured,
@@ -107,12 +109,17 @@ def findings(
         dev_right=dev_right,
         latents=latents,
         controls=[(3,)],
-        attribution=correlated([7, 8, 9], [0.1, 0.2, 0.3], [0.1, 0.25, 0.2], 5),
+        attribution=attribution(),
         selection={"by": "contrast", "side": "helpful", "of": 30, "positions": "all"},
         ids={"train": ["a"], "dev": ["b"], "test": [str(at) for at in range(len(before))]},
         layer=5,
         seed=0,
     )
+
+
+@cache  # 0.5 s
+def attribution() -> Attribution:
+    return correlated([7, 8, 9], [0.1, 0.2, 0.3], [0.1, 0.25, 0.2], 5)
 
 
 def mask(right: int, of: int = 40) -> list[bool]:
@@ -267,16 +274,9 @@ def test_a_few_null_data_sets_do_not_pass() -> None:
 # -- probabilities of given answers ----------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def loaded() -> dict[Any, LanguageModel]:
-    """Models in memory, for all studies of this file."""
-    return {}
-
-
 @pytest.fixture
-def study(tiny_study: Tiny, loaded: dict[Any, LanguageModel]) -> Study:
-    made = tiny_study("intervene", "tiny", {"questions": 24, "new_tokens": 48, "batch": 24})
-    return replace(made, loaded=loaded)
+def study(tiny_study: Tiny) -> Study:
+    return tiny_study("intervene", "tiny", {"questions": 24, "new_tokens": 48, "batch": 24})
 
 
 def right_texts(study: Study, count: int) -> list[Text]:
@@ -370,7 +370,7 @@ def test_firing_is_counted(study: Study) -> None:
 
 def test_a_correlation_of_nothing_is_not_significant() -> None:
     rng = np.random.default_rng(0)
-    p = [correlated(range(20), *rng.normal(size=(2, 20)).tolist(), 9).p for _ in range(3)]
+    p = [correlated(range(20), *rng.normal(size=(2, 20)).tolist(), 9).p for _ in range(2)]
     assert min(p) > 0.05
     same = correlated(range(20), [*range(20)], [at**3 for at in range(20)], 9)
     assert (same.rho, same.p) == (pytest.approx(1.0), pytest.approx(1 / 1001))
@@ -486,12 +486,10 @@ def test_the_study_end_to_end_stopped_and_continued(
     tiny_study: Tiny,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    loaded: dict[Any, LanguageModel],
 ) -> None:
-    asked = {"questions": 16, "new_tokens": 20, "batch": 16}
-    chosen = {"features": [3, 40], "changes": ["ablate", "add"], "doses": [2], "n_random": 1}
+    asked = {"questions": 16, "new_tokens": 12, "batch": 16}
+    chosen = {"features": [4, 40], "changes": ["ablate", "add"], "doses": [2], "n_random": 1}
     small = tiny_study("intervene", easy(tmp_path / "easy.jsonl"), asked, train=0.4, **chosen)
-    small = replace(small, loaded=loaded)
     answers(small)
     counted = Counted(small.lm)
     monkeypatch.setattr(small.lm.causal, "generate", counted)
@@ -505,8 +503,8 @@ def test_the_study_end_to_end_stopped_and_continued(
     assert dumped(asdict(intervene.intervene(small))) == dumped(asdict(found))
     assert len(counted.batches) == 17
     figures = found.figures
-    assert [latent["feature"] for latent in figures["latents"]] == [3, 40]
-    assert not {3, 40} & {*figures["controls"][0]}
+    assert [latent["feature"] for latent in figures["latents"]] == [4, 40]
+    assert not {4, 40} & {*figures["controls"][0]}
     rows = figures["rows"]
     assert rows[0]["kind"] == NOTHING and not rows[0]["changed"] and rows[0]["kl"] == 0
     ids = figures["ids"]
@@ -570,12 +568,11 @@ def planted(study: Study) -> Subject:
 
 @pytest.mark.long
 def test_a_planted_causal_latent_changes_answers_and_a_bystander_does_not(
-    tiny_study: Tiny, tmp_path: Path, loaded: dict[Any, LanguageModel]
+    tiny_study: Tiny, tmp_path: Path
 ) -> None:
     asked = {"questions": 80, "new_tokens": 20, "batch": 80}
     given = {"changes": ["ablate"], "positions": "generated", "dev": 0.1}
     study = tiny_study("intervene", easy(tmp_path / "easy.jsonl"), asked)
-    study = replace(study, loaded=loaded)
     subject = planted(study)
     found = {}
     for name, options in {

@@ -175,13 +175,13 @@ def test_a_cached_batch_is_what_single_whole_passes_give(
     lm: LanguageModel, prompts: Any, layer: int, positions: str
 ) -> None:
     scale = 60.0
-    written, _ = traced(lm, prompts, layer, scale, positions, new_tokens=8)
+    written, _ = traced(lm, prompts, layer, scale, positions, new_tokens=4)
     step = (scale * direction(lm)).float()
     assert [answer.ids for answer in written] == [
-        plain(lm, prompt, layer, lambda _: step, positions, 8) for prompt in prompts
+        plain(lm, prompt, layer, lambda _: step, positions, 4) for prompt in prompts
     ]
     changed = [answer.ids for answer in written] != [
-        answer.ids for answer in traced(lm, prompts, new_tokens=8)[0]
+        answer.ids for answer in traced(lm, prompts, new_tokens=4)[0]
     ]
     assert changed == (positions != "prompt" or layer == 3)
 

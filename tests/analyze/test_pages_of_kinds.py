@@ -261,6 +261,7 @@ def test_what_is_read_stands_beside_what_is_written(chrome: Chromium, trans: Bui
 
 
 @NEEDS_CHROMIUM
+@pytest.mark.usefixtures("drawn_once")
 def test_the_report_leads_to_the_pages_of_its_features(
     chrome: Chromium, cross: Built, trans: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,7 +93,7 @@ def measured(
     for subject, run in zip(subjects, runs, strict=True):
         assert run.point and run.target
         layers.append(Layer(subject, run.point, run.target, linear_of(run)))
-    read = choose(runs, 400)
+    read = choose(runs, 200)
     losses = spliced.measure(lm, layers, read, NOWHERE)
     first, *rows = study.figures_of(losses, spliced.ways(layers))
     counted = {"documents": len(np.unique(losses.document)), "tokens": len(losses.document)}

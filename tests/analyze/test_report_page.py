@@ -22,7 +22,7 @@ from tests.analyze.browser_site import HOSTILE, say
 from tests.analyze.chromium import NEEDS_CHROMIUM, Chromium
 from tests.analyze.conftest import make_run, random_rows
 
-pytestmark = NEEDS_CHROMIUM
+pytestmark = [NEEDS_CHROMIUM, pytest.mark.usefixtures("drawn_once")]
 READY = "document.readyState === 'complete'"
 # Pictures of a stranger.
 WIDE = (

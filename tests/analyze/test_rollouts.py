@@ -227,8 +227,8 @@ def test_a_planted_reward_picks_more_right_answers_than_all_that_costs_less() ->
 
 # -- the study -------------------------------------------------------------------------------------
 
-ASKED = {"questions": 40, "samples": 4, "temperature": 1.5}  # as test_stage_gate asks
-OPTIONS = {"discovery": 0.5, "min_firing": 5, "draws": 40, "layer": None}
+ASKED = {"questions": 40, "samples": 4, "temperature": 1.5, "new_tokens": 40, "batch": 160}
+OPTIONS = {"discovery": 0.5, "min_firing": 5, "draws": 40, "layer": 2}
 
 
 def test_rollouts_and_the_gate_agree_and_contrast_stands_beside(tiny_study) -> None:
@@ -237,8 +237,15 @@ def test_rollouts_and_the_gate_agree_and_contrast_stands_beside(tiny_study) -> N
     study = tiny_study("rollouts", answers=ASKED, **OPTIONS)
     outcome = study.perform(DEFINITION)
     found = json.loads(dumped(outcome.figures))
-    gate = tiny_study("stage_gate", answers=ASKED, **OPTIONS).perform(GATE)
+    of = tiny_study("stage_gate", answers=ASKED, **OPTIONS)
+    gate = of.perform(GATE)
     of_gate = json.loads(dumped(gate.figures))
+    assert of_gate["verdict"] in gate.summary[0]
+    assert sum(of_gate[side]["questions"] for side in ("discovery", "validation")) == 40
+    assert of_gate["layer"] == 2 and of_gate["layer_of_features"] == of.subject.layer
+    assert gate.pictures["auroc"].svg.startswith("<svg")
+    pack = json.loads((of.folder / "reasoning_pack.json").read_bytes())
+    assert pack["validation"]["verdict"] == of_gate["verdict"].upper()
 
     # The same verdict, by the same figures; the features by contrast are one candidate more.
     assert set(found["scores"]) - set(of_gate["scores"]) == {"features by contrast"}

@@ -35,7 +35,6 @@ from residual_saes.analyze.studies.stage_gate.judgement import verdict as verdic
 from residual_saes.analyze.studies.stage_gate.scores import log_probabilities
 from residual_saes.analyze.studies.stage_gate.study import stage_gate
 from residual_saes.analyze.studies.stage_gate.words import SCORE, summary, tables
-from residual_saes.analyze.study import Study
 from residual_saes.data.errors import SettingError, StopRequest
 
 OPTIONS = Options(discovery=0.5, min_firing=5, draws=100)
@@ -125,9 +124,9 @@ def null_verdicts(sets: int, draws: int = 40) -> Counter[str]:
 
 
 def test_labels_permuted_inside_questions_do_not_pass() -> None:
-    verdicts = null_verdicts(20, 20)
+    verdicts = null_verdicts(12, 20)
     assert set(verdicts) <= {"pass", "weak", "fail"}
-    assert 20 - verdicts["fail"] <= 3  # P(more | 5 %) = 0.016; the rule asks more
+    assert 12 - verdicts["fail"] <= 2  # P(more | 5 %) = 0.020; the rule asks more
 
 
 # -- what is worthless in GRPO ---------------------------------------------------------------------
@@ -261,7 +260,7 @@ def test_too_few_questions_with_both_decide_nothing(mixed: int) -> None:
 def test_the_labels_of_random_features_come_from_discovery_too() -> None:
     """Where all features follow one nuisance, ten chosen ones are no better than any ten."""
     p = []
-    for seed in range(8):
+    for seed in range(5):
         rng = np.random.default_rng(seed)
         means = made(rng, 100, samples=4)
         nuisance = rng.normal(size=400) + means.correct
@@ -269,7 +268,7 @@ def test_the_labels_of_random_features_come_from_discovery_too() -> None:
         x += rng.normal(size=(400, 200)) * (rng.random((400, 200)) < 0.5)
         x = sparse.csr_array(np.maximum(x, 0).astype(np.float32))
         means = with_firings(means._replace(features=x))
-        found = verdict(means, Options(0.5, 5, 60), first_input)
+        found = verdict(means, Options(0.5, 5, 40), first_input)
         p.append(found["random_latents"]["auroc"]["p"])
     assert np.median(p) > 0.1
 
@@ -415,9 +414,10 @@ def test_rho_given_covariates_is_a_partial_correlation() -> None:
     assert found == pytest.approx(expected)
 
 
-def test_p_within_questions_is_right_also_where_wrong_answers_spread_more() -> None:
+@pytest.mark.parametrize("sets", [120, pytest.param(250, marks=pytest.mark.long)])
+def test_p_within_questions_is_right_also_where_wrong_answers_spread_more(sets: int) -> None:
     p = []
-    for seed in range(250):
+    for seed in range(sets):
         rng = np.random.default_rng([seed, 1])
         correct = np.tile([True, True, True, True, True, False], 40)
         reward = rng.normal(size=240) * np.where(correct, 1, 20)
@@ -425,7 +425,7 @@ def test_p_within_questions_is_right_also_where_wrong_answers_spread_more() -> N
         groups = within.Groups.of(means, np.arange(240))
         with StopRequest() as stop:
             p.append(within.measured(groups, {"x": reward}, "x", 60, seed, stop)["x"]["p"])
-    assert np.mean(np.array(p) <= 0.05) <= 0.09  # 0.05 + 3 standard errors
+    assert np.mean(np.array(p) <= 0.05) <= 0.05 + 3 * (0.05 * 0.95 / sets) ** 0.5
     assert 0.4 < np.mean(p) < 0.6
 
 
@@ -499,14 +499,14 @@ def test_permutations_keep_questions_whole() -> None:
 def test_answers_to_one_question_do_not_make_p_small() -> None:
     """Scores and labels that are the same for all answers to a question, and else unrelated."""
     p = []
-    for seed in range(60):
+    for seed in range(30):  # of which a third would be found if answers were shuffled one by one
         rng = np.random.default_rng(seed)
-        question = np.repeat(np.arange(30), 4)
+        question = np.repeat(np.arange(30), 12)
         correct, score = (rng.random(30) < 0.5)[question], rng.normal(size=30)[question]
-        of = Scored({SCORE: score}, correct, rng.integers(1, 9, 120), question)
+        of = Scored({SCORE: score}, correct, rng.integers(1, 9, 360), question)
         with StopRequest() as stop:
-            p.append(measured(of, SCORE, 60, 0, stop)[SCORE]["p"])
-    assert np.mean(np.array(p) < 0.05) <= 0.12
+            p.append(measured(of, SCORE, 40, 0, stop)[SCORE]["p"])
+    assert np.mean(np.array(p) < 0.05) <= 0.14
     assert 0.3 < np.mean(p) < 0.7
 
 
@@ -524,31 +524,14 @@ def test_a_score_without_spread_is_not_significant() -> None:
 # -- the study -------------------------------------------------------------------------------------
 
 
-def test_the_study_of_the_embedded_model(tiny_study) -> None:
-    study: Study = tiny_study(
-        "stage_gate",
-        answers={"questions": 40, "samples": 4, "temperature": 1.5},
-        discovery=0.5,
-        min_firing=5,
-        draws=100,
-        layer=2,
-    )
-    outcome = stage_gate(study)
-    figures = json.loads(dumped(outcome.figures))
-    assert figures["verdict"] in ("pass", "weak", "fail", "undecided")
-    assert figures["verdict"] in outcome.summary[0]
-    sides = figures["discovery"], figures["validation"]
-    assert sum(side["questions"] for side in sides) == 40
-    assert figures["layer"] == 2 and figures["layer_of_features"] == study.subject.layer
-    assert outcome.pictures["auroc"].svg.startswith("<svg")
-    pack = json.loads((study.folder / "reasoning_pack.json").read_bytes())
-    assert pack["validation"]["verdict"] == figures["verdict"].upper()
+def test_a_layer_that_is_not_there_is_refused(tiny_study) -> None:
+    """The study as a whole is in test_rollouts.py."""
     with pytest.raises(SettingError, match=r"study\.layer"):
         stage_gate(tiny_study("stage_gate", answers={"questions": 40}, layer=99))
 
 
 def test_log_probabilities_are_the_models(tiny_study) -> None:
-    study = tiny_study("stage_gate", answers={"questions": 6})
+    study = tiny_study("stage_gate", answers={"questions": 2, "samples": 3, "new_tokens": 24})
     with StopRequest() as stop:
         answers = answering.answers(study, stop)
         found = log_probabilities(study, answers, stop)

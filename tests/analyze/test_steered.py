@@ -26,7 +26,7 @@ from residual_saes.harvest.model import LanguageModel, ModelConfig, load
 from residual_saes.train.ports import ports_of
 
 PROMPT = f"Question: {next(problems('heldout')).question}\nAnswer:"
-TOKENS = 8
+TOKENS = 4
 LAYER = 5
 Ask = Callable[..., dict[str, Any]]
 

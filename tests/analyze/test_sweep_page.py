@@ -195,14 +195,24 @@ def not_finite(run: Path) -> None:
     torch.save(content, run / sae_file.FILE)
 
 
+BROKEN = "optim.lr=0.001,sae.aux_coef=0.0,sae=tiny"
+
+
 @pytest.mark.parametrize(
-    "damage", [damage_config, damage_metrics, lose_config, cut_sae, other_shape, not_finite]
+    "damage", [damage_config, damage_metrics, lose_config, cut_sae, other_shape]
 )
+def test_a_damaged_arm_is_left_out(damage: Any, folder: Path) -> None:
+    damage(folder / BROKEN)
+    figures = run_sweep(f"{folder}/*")
+    assert figures["layers"][0]["best"] == "optim.lr=0.001,sae.aux_coef=0.25,sae=tiny"
+    assert list(figures["damaged"]) == [BROKEN]
+
+
 def test_a_damaged_arm_is_one_line_and_the_others_go_on(
-    damage: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    broken = folder / "optim.lr=0.001,sae.aux_coef=0.0,sae=tiny"
-    damage(broken)
+    broken = folder / BROKEN
+    not_finite(broken)
     with pytest.raises(StoreError, match=re.escape(broken.name)):
         command(asked(f"{folder}/*"))
     figures = json.loads((folder / "sweep.json").read_bytes())
@@ -214,18 +224,18 @@ def test_a_damaged_arm_is_one_line_and_the_others_go_on(
 
 
 def test_unfinished_arms_are_listed_and_left_out(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, planted: Planted, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    name, not_begun = (f"optim.lr={lr},sae.aux_coef=0.25,sae=tiny" for lr in (0.01, 0.1))
+    settings = {"optim.lr": 0.1, "optim.lr_floor": 0.01, "sae.aux_coef": 0.25}
+    run = make_arm(folder, not_begun, planted, None, **settings)
+    for file in ("metrics.jsonl", "timings.jsonl"):
+        (run / file).unlink()
     command(asked(f"{folder}/*"))
     printed = capsys.readouterr().out
-    name = "optim.lr=0.01,sae.aux_coef=0.25,sae=tiny"
-    assert f"{name} (step 8 of 16)" in printed
+    assert f"{name} (step 8 of 16)" in printed and f"{not_begun} (step 0 of 16)" in printed
     (row,) = re.findall(r"^\| optim.lr=0.01,sae.aux_coef=0.25 \|.*", printed, re.MULTILINE)
     assert "| 0.5000 | - | - |" in row and row.endswith("| 512 | 12,345 | step 8 of 16 |")
-    (folder / name / "metrics.jsonl").unlink()  # not even begun
-    (folder / name / "timings.jsonl").unlink()
-    command(asked(f"{folder}/*"))
-    assert "(step 0 of 16)" in capsys.readouterr().out
 
 
 # -- output ----------------------------------------------------------------------------------------
@@ -296,11 +306,9 @@ def test_the_page_says_what_the_figures_say(folder: Path) -> None:
 
 def test_the_second_call_writes_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     names = (sweep_page.PAGE, sweep_page.JSON, sweep_page.MARKDOWN)
-    command(asked(f"{folder}/*"))
-    first = [(folder / name).read_bytes() for name in names]
     (folder / sweep_page.PAGE).write_text("old")
     command(asked(f"{folder}/*"))
-    assert [(folder / name).read_bytes() for name in names] == first
+    first = [(folder / name).read_bytes() for name in names]
     command(asked(f"{folder}/*", out=str(tmp_path / "elsewhere")))
     assert [(tmp_path / "elsewhere" / name).read_bytes() for name in names] == first
     assert not [path for path in folder.iterdir() if path.name.endswith(".tmp")]
