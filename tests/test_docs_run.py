@@ -47,8 +47,8 @@ from residual_saes.data.store.store import Store
 from residual_saes.data.tiny import problems
 from residual_saes.data.tiny.embedded import MODEL_DIR
 from residual_saes.harvest import hub_model, spine
-from residual_saes.harvest.spine_writer import write_spine
 from residual_saes.train import stream
+from tests.harvest.spine_here import SpineHere
 from tests.test_house import ROOT
 
 pytestmark = pytest.mark.docs
@@ -304,23 +304,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(spine, "is_small", lambda *_: False)
     monkeypatch.setattr(residual_saes.analyze.pages.browser.serve, "serve", require_site)
     return tmp_path
-
-
-class SpineHere:
-    """Writes the spine in this process, at once."""
-
-    @staticmethod
-    def begin() -> None:
-        """No process is needed."""
-
-    def __init__(self, store: Any, source: Any, tokenizer: Any, bad: Any, *_: Any) -> None:
-        write_spine(store, source, tokenizer, bad=bad)
-
-    def finished(self) -> bool:
-        return True
-
-    def stop(self) -> None:
-        """Nothing is left to end."""
 
 
 def require_site(folder: Path, *_: Any) -> None:

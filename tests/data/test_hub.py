@@ -80,7 +80,8 @@ def check_restarts() -> None:
             whole = list(source.documents(None))
             assert [document.content for document in whole] == TEXTS
             assert source.identity()["revision"] == server.commit
-            for number, document in enumerate(whole, 1):
+            for number in (*range(1, ROWS, 4), 12, 24, 26, ROWS):
+                document = whole[number - 1]
                 stored = json.dumps(document.after)
                 assert len(stored) < 40
                 server.ranges.clear()

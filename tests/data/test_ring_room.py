@@ -120,8 +120,15 @@ class Run:
         return True
 
 
-@pytest.mark.parametrize("batch", [16, 50, 64])  # 64: a whole group of the smallest ring
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("batch", "seed"),
+    [
+        (50, 0),
+        (64, 1),  # a whole group of the smallest ring
+        *(pytest.param(*more, marks=pytest.mark.long) for more in ((16, 0), (16, 1), (50, 1))),
+        pytest.param(64, 0, marks=pytest.mark.long),
+    ],
+)
 def test_the_smallest_ring_never_stands_still(tmp_path: Path, batch: int, seed: int) -> None:
     """Two ranks and two runs go on, at whatever pace: on a layer each, or one of them on both."""
     store, rng = spine_only(tmp_path / "s.zarr", 20), random.Random(seed)

@@ -27,7 +27,7 @@ from tests.harvest.families import (
 from tests.harvest.models import enlarge_, save_model, save_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-GROUPS = 8
+GROUPS = 24
 
 
 def listed(verdicts: list[Verdict]) -> set[str]:

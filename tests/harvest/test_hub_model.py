@@ -18,11 +18,13 @@ from transformers import Gemma4ForCausalLM  # noqa: F401 (before the processes o
 from residual_saes.data.errors import SettingError
 from residual_saes.data.store.store import Store
 from residual_saes.data.tiny.embedded import MODEL_DIR
+from residual_saes.harvest import spine
 from residual_saes.harvest.command import command
 from residual_saes.harvest.hub_model import complete
 from residual_saes.harvest.model import ModelConfig, load
 from residual_saes.harvest.weight_files import INDEX, SINGLE, is_tower
 from tests.harvest.models import save_model
+from tests.harvest.spine_here import SpineHere
 from tests.harvest.test_command import settings
 from tests.stand_in_hub import MODEL, Alone, serving
 
@@ -52,7 +54,12 @@ def harvest(folder: str, store: str, *overrides: str) -> str:
     """Harvest chats with the hub's model; what was printed."""
     chats = Path(folder) / "chats.jsonl"
     chats.write_text((json.dumps({"messages": CHAT}) + "\n") * 60)
-    with redirect_stderr(StringIO()) as told, redirect_stdout(StringIO()) as printed:
+    with (
+        redirect_stderr(StringIO()) as told,
+        redirect_stdout(StringIO()) as printed,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(spine, "SpineProcess", SpineHere)
         command(
             settings(
                 "model=tiny",

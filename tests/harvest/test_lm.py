@@ -25,6 +25,7 @@ from residual_saes.data.machine import is_out_of_memory
 from residual_saes.data.site import HookPoint
 from residual_saes.data.store.store import Store
 from residual_saes.data.text.sources import FileText
+from residual_saes.harvest import spine
 from residual_saes.harvest.config import HarvestConfig
 from residual_saes.harvest.forward import batch_residuals, forward, scatter
 from residual_saes.harvest.isolation import attention_mask, forward_inputs
@@ -33,9 +34,15 @@ from residual_saes.harvest.model import LanguageModel, ModelConfig, load
 from residual_saes.harvest.selfcheck import choose_isolation
 from residual_saes.harvest.site import tap
 from tests.harvest.models import COMPOSITE, CONFIGS, VOCABULARY, Bare, save_composite, save_model
+from tests.harvest.spine_here import SpineHere
 
 FAMILIES = tuple(CONFIGS)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _text_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spine, "SpineProcess", SpineHere)
 
 
 @pytest.fixture(scope="session")

@@ -55,7 +55,7 @@ SPAN = 2
 RING = (
     HELD_OUT + ring_state.GROUPS * SPAN
 ) * EACH  # the least that holds this span: a fifth of the store
-KILLS = 8
+KILLS = 4
 WEIGHTS, HUGE = "sae_final.pt", 10**12
 CHILDREN: set[int] = set()  # that are running
 

@@ -3,7 +3,6 @@
 import os
 import signal
 import string
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,9 +24,9 @@ from residual_saes.data.text.packing import Cursor
 from residual_saes.train import checkpoint, command
 from residual_saes.train.sae_file import load
 from tests.conftest import commit, make_manifest
+from tests.forked import start_forked
 from tests.train import killing
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = ["sae=tiny", "optim=tiny", "sae.d_sae=32", "sae.k=2", "batch=64", "device=cpu"]
 UNIT, CONTEXT, D = 512, 32, 8
 
@@ -70,15 +69,6 @@ def make_store(path, units=8, layers=(3, 5), model="nobody/none"):
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     return make_store(tmp_path_factory.mktemp("stores") / "small.zarr")
-
-
-def start(*arguments, cwd):
-    """Start the command as users do."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command_line = [sys.executable, "-m", "train", *arguments]
-    return subprocess.Popen(
-        command_line, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True
-    )
 
 
 @pytest.fixture
@@ -124,15 +114,17 @@ def test_trains_says_so_and_is_finished_the_second_time(store, tmp_path, call):
 
 
 def test_sigterm_saves_and_exits_143(store, tmp_path):
-    process = start(f"store={store}", *SMALL, "run=r", "tokens=6.4e7", cwd=tmp_path)
+    command_line = ("-m", "train", f"store={store}", *SMALL, "run=r", "tokens=6.4e7")
+    said = tmp_path / "stderr"
+    process = start_forked(*command_line, files=[tmp_path / "stdout", said], cwd=tmp_path)
     metrics = tmp_path / "r" / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 143, err
-    assert "the same command again goes on" in err
+    os.kill(process, signal.SIGTERM)
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == 143, said.read_text()
+    assert "the same command again goes on" in said.read_text()
     assert checkpoint.latest(tmp_path / "r" / "checkpoint")[0].step > 0
 
 

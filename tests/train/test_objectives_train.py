@@ -36,9 +36,12 @@ def sae_config(**settings):
     return find(settings["activation"]).settings(**settings)
 
 
-@pytest.mark.parametrize("changes", EVERY, ids=lambda changes: changes["activation"])
+@pytest.mark.parametrize("changes", EVERY[1:], ids=lambda changes: changes["activation"])
 def test_recovers_planted_directions(changes, tmp_path):
-    """At least 95 % of them with a cosine of 0.95, by twice as many latents."""
+    """At least 95 % of them with a cosine of 0.95, by twice as many latents.
+
+    That TopK does is in test_loop.py.
+    """
     reader = Planted(d=32, latents=48, active=3, batch=256, rows=256 * 600, seed=1)
     aux = {
         "aux_coef": 1 / 32,

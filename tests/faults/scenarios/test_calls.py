@@ -134,7 +134,7 @@ def test_a_call_that_fails_is_one_line(
     assert whole.code == 0, whole.err
     expected = lasting(folder)
     kinds = list(faults(whole.calls, spread))
-    for fault in kinds[::7] if request.node.callspec.id == "train-some" else kinds:
+    for fault in kinds[::14] if request.node.callspec.id == "train-some" else kinds:
         done = tried(folder, name, start, fault)
         outcome = judged(folder, name, done, expected)
         other = tree.differences(expected, lasting(folder))

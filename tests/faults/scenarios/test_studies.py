@@ -316,7 +316,7 @@ def test_some_faults(tmp_path: Path, tally: Tally) -> None:
     """A few of each of the faults above."""
     runs = Runs(make_run(tmp_path, random_rows()).run)
     quality = Tried(runs, "quality", tally)
-    kills(quality, 17)
+    kills(quality, 25)
     power_losses(quality, 23)
     damage(quality, 4)
     damage_beside(quality, 2)
