@@ -162,8 +162,8 @@ def test_generating_answers_is_left(tiny_run: Path, tmp_path: Path) -> None:  # 
 
 
 def test_waiting_for_text_is_left_by_the_reader_too(tmp_path: Path) -> None:
-    """One document of 14 MB is tokenised in one call."""
-    (tmp_path / "long.txt").write_text("a small text about nothing at all. " * 400_000)
+    """One document of 40 MB is tokenised in one call."""
+    (tmp_path / "long.txt").write_text("a small text about nothing at all. " * 1_200_000)
     store = tmp_path / "s.zarr"
     line = [sys.executable, "-m", "harvest", *HARVEST, f"text.path={tmp_path}/long.txt"]
     with subprocess.Popen([*line, f"store={store}"], stderr=subprocess.PIPE, text=True) as process:
