@@ -164,7 +164,7 @@ def test_no_candidate_is_missed_where_scores_differ_by_their_last_bits():
     kept = exact.encode(x, encoder, b_enc * 1e-4, 8)
     rows = torch.arange(64).repeat_interleave(512)
     columns = torch.arange(512).repeat(64)
-    every = exact.scored(x, encoder, b_enc * 1e-4, rows, columns, starts_of(rows, 64))
+    every = exact.scored(x, encoder, b_enc * 1e-4, rows, columns)
     wanted = every.view(64, 512).topk(8).values.relu()
     assert torch.equal(kept.values.view(64, 8).sort(1, descending=True).values, wanted)
 
