@@ -131,8 +131,7 @@ def _run_by_hydra(name: str, module: str) -> None:
             run_command(lambda: _carry_out(cfg, module), smaller)
 
     try:
-        with _composing_once(words):
-            main()
+        main()
     except (HydraException, OmegaConfBaseException) as error:
         refusal = meant.advice(name, words) if _starting.is_set() else None
         raise SettingError(refusal or _one_line(name, str(error))) from error
@@ -141,22 +140,6 @@ def _run_by_hydra(name: str, module: str) -> None:
             raise
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise SettingError(f"Hydra made no settings of the command line: {reason}") from error
-
-
-@contextmanager
-def _composing_once(words: Sequence[str]) -> Iterator[None]:
-    """Spare Hydra its first pass over all settings, 0.1 s of each start.
-
-    It looks for hydra.mode alone, which our files do not set.
-    """
-    hydra = import_module("hydra._internal.hydra").Hydra
-    get_mode = hydra.get_mode
-    if not any("hydra.mode" in word or word.startswith(("-c", "--c")) for word in words):
-        hydra.get_mode = lambda *_, **__: None
-    try:
-        yield
-    finally:
-        hydra.get_mode = get_mode
 
 
 def _carry_out(cfg: DictConfig, module: str) -> None:

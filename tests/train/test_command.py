@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 from residual_saes.conf import command as command_line
 from residual_saes.conf.command import Job
@@ -134,23 +133,6 @@ def test_multirun_names_its_arms_and_never_leaves_runs(store, tmp_path, call):
     names = {"aux_coef-0", "aux_coef-0.125"}
     assert {path.name for path in (tmp_path / "runs" / "small_tiny_L3").iterdir()} == names
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
-
-
-def test_settings_are_composed_once(store, tmp_path, call, monkeypatch):
-    """A multirun given by its setting is found too."""
-    composed = []
-    compose = ConfigLoaderImpl.load_configuration
-
-    def counted(*arguments, **options):
-        composed.append(0)
-        return compose(*arguments, **options)
-
-    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", counted)
-    code, err = call(f"store={store}", *SMALL, "tokens=128", "run=one")
-    assert (code, len(composed)) == (0, 1), err
-    code, err = call(f"store={store}", *SMALL, "tokens=128", "hydra.mode=MULTIRUN", "seed=1,2")
-    assert code == 0, err
-    assert len(list(tmp_path.glob("runs/*/seed-*"))) == 2
 
 
 @pytest.mark.parametrize(
