@@ -83,11 +83,11 @@ def test_skypilot_knows_every_field() -> None:
 
 @pytest.mark.parametrize(("failed", "code"), [(0, 0), (2, 2), (75, 75)])
 def test_skypilot_starts_a_rank_on_each_gpu(tmp_path: Path, failed: int, code: int) -> None:
-    """The last rank ends with `failed`, the others with 0. They are a stand-in."""
+    """The first rank ends at once with `failed`, the others later with 0. They are a stand-in."""
     command = tmp_path / "python"
     command.write_text(
         '#!/bin/bash\necho "$RANK of $WORLD_SIZE on GPU $LOCAL_RANK: $*" >> told\n'
-        f"[ $RANK != 5 ] || exit {failed}\n"
+        f"[ $RANK != 3 ] || exit {failed}\nsleep 0.3\n"
     )
     command.chmod(0o755)
     task = read("skypilot.yaml")
@@ -95,7 +95,9 @@ def test_skypilot_starts_a_rank_on_each_gpu(tmp_path: Path, failed: int, code: i
     node = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_GPUS_PER_NODE": "3"}
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, **task["envs"], **node, "PATH": path}
-    ended = subprocess.run(["bash", "-c", task["run"]], env=environment, cwd=tmp_path, check=False)
+    script = tmp_path / "run.sh"  # the shell waits when the first rank has ended
+    script.write_text(task["run"].replace("\ncode=0\n", "\nsleep 0.2\ncode=0\n"))
+    ended = subprocess.run(["bash", script], env=environment, cwd=tmp_path, check=False)
     assert ended.returncode == code
     told = sorted((tmp_path / "told").read_text().splitlines())
     settings = f"-m residual_saes.harvest {task['envs']['SETTINGS']}"
