@@ -6,6 +6,7 @@ no signal, in the place of a read, a digest or a layer's forward pass.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import signal
@@ -161,11 +162,17 @@ def test_generating_answers_is_left(tiny_run: Path, tmp_path: Path) -> None:  # 
     assert "Traceback" not in printed
 
 
+def packed(path: Path, text: str) -> Path:
+    """A text that a process reads, for it is compressed."""
+    path.write_bytes(gzip.compress(text.encode(), compresslevel=1))
+    return path
+
+
 def test_waiting_for_text_is_left_by_the_reader_too(tmp_path: Path) -> None:
-    """One document of 40 MB is tokenised in one call."""
-    (tmp_path / "long.txt").write_text("a small text about nothing at all. " * 1_200_000)
+    """One document of 40 MB is tokenised in one call, in a process of its own."""
+    path = packed(tmp_path / "long.txt.gz", "a small text about nothing at all. " * 1_200_000)
     store = tmp_path / "s.zarr"
-    line = [sys.executable, "-m", "harvest", *HARVEST, f"text.path={tmp_path}/long.txt"]
+    line = [sys.executable, "-m", "harvest", *HARVEST, f"text.path={path}"]
     with subprocess.Popen([*line, f"store={store}"], stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + PATIENCE_S
         while not (store / "commits").exists() and time.monotonic() < deadline:
@@ -176,11 +183,13 @@ def test_waiting_for_text_is_left_by_the_reader_too(tmp_path: Path) -> None:
     assert "Traceback" not in printed
 
 
-def test_an_engine_signals_every_process_of_a_step(harvested: Path, tmp_path: Path) -> None:
+def test_an_engine_signals_every_process_of_a_step(tmp_path: Path) -> None:
     """The reader of the text hears SIGTERM first, and is not what ends the command."""
-    store = tmp_path / "s.zarr"
+    store, whole = tmp_path / "s.zarr", tmp_path / "whole.zarr"
+    documents = "".join(f"Tom has {number} apples and buys 4 more.\n" for number in range(400))
+    text = f"text.path={packed(tmp_path / 'some.txt.gz', documents)}"
     files = [tmp_path / "stdout", tmp_path / "stderr"]
-    rank = start_forked("-m", "harvest", *HARVEST, f"store={store}", files=files)
+    rank = start_forked("-m", "harvest", *HARVEST, text, f"store={store}", files=files)
     children = Path(f"/proc/{rank}/task/{rank}/children")
     deadline = time.monotonic() + PATIENCE_S
     while not [*store.glob("commits/spine/*.json")] and time.monotonic() < deadline:
@@ -196,8 +205,9 @@ def test_an_engine_signals_every_process_of_a_step(harvested: Path, tmp_path: Pa
     _, status = os.waitpid(rank, 0)
     assert os.waitstatus_to_exitcode(status) == 143, files[1].read_text()
     assert Store.open(store).missing([5])
-    command(tiny(store))
-    assert tree(store) == tree(harvested)
+    command(tiny(store, text))
+    command(tiny(whole, text))
+    assert tree(store) == tree(whole)
 
 
 def test_what_is_worth_the_wait_is_waited_for() -> None:

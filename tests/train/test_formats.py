@@ -208,8 +208,9 @@ def test_the_command_writes_all_that_take_it(
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["saelens"]
 
 
-def test_its_refusals(tmp_path: Path) -> None:
-    run = a_run(tmp_path / "run", made("thresholds"))
+def test_its_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where no run is that could be meant
+    run = a_run(tmp_path / "made" / "run", made("thresholds"))
     for overrides, named in [
         ((), "run="),
         ((f"run={run}", "to=onnx"), "to=onnx"),
