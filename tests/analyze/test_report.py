@@ -371,7 +371,10 @@ def test_the_command(made: Made) -> None:
     assert last.startswith("error: study.rows=0") and failed.stderr.count("error:") == 1
 
 
-def test_what_cannot_be_studied_is_named(made: Made, tmp_path: Path) -> None:
+def test_what_cannot_be_studied_is_named(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no run is that could be meant
     run = f"run={made.run}"
     gsm8k = ("study=gsm8k", run)
     cases = [
