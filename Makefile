@@ -23,7 +23,7 @@ demo: .venv/installed  ## the whole pipeline on the embedded model, to a report
 	$(BIN)/python -m analyze study=browser run=runs/demo
 	$(BIN)/python -m analyze study=report run=runs/demo
 
-test: .venv/installed  ## the whole test suite, over eight minutes on two cores
+test: .venv/installed  ## the whole test suite, 13 minutes on two cores
 	$(TEST)
 
 test-docs: .venv/installed  ## every command of README and docs, in small, and the notebooks of examples/
