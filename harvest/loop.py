@@ -164,7 +164,7 @@ def make(
     batch = int(store.manifest["batch"])  # halved where memory runs out
     tokens = 0
     device = lm.config.device
-    # Half the time of a step of width 2,560 on a CPU, for one unit more of memory.
+    # On a CPU this halves the time at width 2,560, and takes one unit more of memory.
     keeping = kept_when_freed() if device == "cpu" else nullcontext()
     with keeping, Writer(store, claims, faults, device) as writer:
         while True:

@@ -35,7 +35,8 @@ _SMALL = 1 << 20  # elements of `among`; below it the products themselves are th
 _PART = 8192  # latents whose neighbours are kept together: 20 seconds of a core
 _ROUNDING = 2.0**-24  # of float32
 
-# (n,) products -> (n,) what the float32 dot products of pairs with at most these can be.
+# Takes the largest product (n,) of each row's pairs; gives the most (n,) that their float32 dot
+# products can be.
 Bound = Callable[[Tensor], Tensor]
 
 
@@ -53,8 +54,8 @@ def products(
     New blocks of 27 MB leave holes between what is kept of each: 4 GB in 160 of them.
 
     Args:
-        rows: float32, or bfloat16 as others, of which products are float32.
-        by: torch or openblas, of float32.
+        rows: float32 or bfloat16, as `others` is. The products are float32.
+        by: the library of float32 products: torch or openblas.
     """
     step = block_bytes // (4 * len(others))
     if not others.is_cuda:
@@ -134,6 +135,8 @@ def nearest_others(
     units, by = units.contiguous(), way(units)
     cheap = _rounded(units, units) if by == "bf16" else None
     operand = cheap.x if cheap else units
+    if cheap:
+        parts = parts.within("bf16")  # float32's candidates are fewer, and nearer to what they are
     best = _Best(total, min(_candidates(count, cheap is not None), total), units)
     buffer = units.new_empty(block, block)
     progress = Progress(quiet_s=2.0)
@@ -178,7 +181,7 @@ def largest(
         dense: (n, G) of @ among.T, up to rounding.
         count: at most G.
         among_norm: the largest norm of `among`, up to rounding.
-        bound: of what is computed less exactly than in float32.
+        bound: for products of rounded operands. None: they are float32's.
 
     Returns:
         products (n, count) in descending order, and the rows' numbers. Of equal products the lower
@@ -348,7 +351,7 @@ def neighbours(subject: Subject, *, by_encoder: bool = False) -> tuple[Tensor, T
         there are fewer other latents.
     """
     W_dec = subject.sae.encoder if by_encoder else subject.scaled(subject.sae.W_dec)
-    follows = {"version": VERSION, "device": W_dec.device.type, "by": way(W_dec)}
+    follows = {"version": VERSION, "device": W_dec.device.type}
     # Device sync: the digest is of the host's copy.
     follows["W_dec"] = durable.digest(W_dec.cpu().contiguous().numpy().data)
     count = min(NEIGHBOURS, len(W_dec) - 1)

@@ -141,6 +141,18 @@ def test_candidates_of_bf16_are_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     assert module.largest(of, among, dense, 6, among_norm=1.0)[1][0, 0] == 41  # by float32's bound
 
 
+def test_parts_of_another_precision_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A study may go on where the trial takes another way, in either direction."""
+    monkeypatch.setattr(module, "_SMALL", 0)
+    of = drawn(200, 24)
+    for name in ("torch", "bf16", "torch"):
+        monkeypatch.setattr(module, "way", lambda among, name=name: name)
+        found = nearest_others(of, 5, Parts(tmp_path), block=32)
+        check(found, plain(of, of, themselves=True), 5)
+
+
 def test_a_stop_costs_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts that are there are read, and what is made from them on is the same."""
     monkeypatch.setattr(module, "_SMALL", 0)
